@@ -1,0 +1,1 @@
+"""All that resumes: its state under logical names, and how it reaches the disk."""

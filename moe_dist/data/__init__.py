@@ -1,0 +1,1 @@
+"""Data sets on disk, packing, the loader with a saved position, and the default corpus."""

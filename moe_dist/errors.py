@@ -1,0 +1,57 @@
+"""The ways a run can end, each with its exit code and whether starting it again makes sense.
+
+Exit codes (the verdicts of a run): 0 done; 75 stopped on request after saving, start me again; 78 wrong configuration;
+69 the cluster cannot place the job; 65 bad or damaged data; 70 diverged; 1 anything else.
+"""
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+
+
+class MoeDistError(Exception):
+    """Base of all errors that a user can cause and mend. The message names field, value, rule and the way out."""
+
+    exit_code: int = EXIT_FAILED
+    retry: bool = True  # whether a launcher may start the same command again
+
+
+class ConfigError(MoeDistError):
+    """The configuration cannot run as written. Collects every fault found, so that one look mends them all."""
+
+    exit_code = 78
+    retry = False
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        lines = self.faults if len(self.faults) == 1 else [f"{len(self.faults)} faults:", *self.faults]
+        super().__init__("\n  - ".join(lines))
+
+
+class PlacementError(MoeDistError):
+    """The ranks, nodes or memory at hand cannot hold what the plan asks for."""
+
+    exit_code = 69
+    retry = False
+
+
+class DataError(MoeDistError):
+    """A data file is missing a part, damaged, or disagrees with its manifest."""
+
+    exit_code = 65
+    retry = False
+
+
+class DivergedError(MoeDistError):
+    """The loss or the gradients stayed non-finite for too many steps in a row."""
+
+    exit_code = 70
+    retry = False
+
+
+class StoppedError(MoeDistError):
+    """The run was asked to stop, saved its state and can go on from there."""
+
+    exit_code = 75
+    retry = True

@@ -1,0 +1,1 @@
+"""Held-out losses by modality, and what a finished run is measured against."""

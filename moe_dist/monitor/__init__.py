@@ -1,0 +1,1 @@
+"""One record a step, and where it goes."""

@@ -1,0 +1,86 @@
+"""What the training loop hands to monitoring once a step: global sums, as plain numbers and numpy arrays.
+
+Everything shown is computed from this record by pure functions (`metrics.py`), so that no sink reaches into the model.
+Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then each group's null experts),
+R ranks of an EP group.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """One optimizer step, summed over all ranks and micro-batches.
+
+    Attributes:
+        step: Steps taken, this one included (1 is the first).
+        loss_sum: Sum of token losses by the label's modality, in nats.
+        labels: Unmasked labels by modality.
+        balance_loss, z_loss: The terms as they entered the loss, coefficients included.
+        balance_coefficient: Coefficient of the balance loss in this step.
+        lr: Learning rate of this step.
+        grad_norm: Global gradient norm before clipping; not finite where the step was skipped.
+        skipped: Whether the step was skipped on all ranks.
+        skipped_steps: Skipped steps so far.
+        tokens: Tokens seen so far (padding excluded).
+        step_tokens: Tokens of this step (padding excluded).
+        choices_LC: int64, how often each column was chosen.
+        tokens_LG: int64, tokens routed in each group.
+        entropy_sum_LG: float64, sum over tokens of the entropy (nats) of the router's softmax.
+        rows_LR: int64, (token, expert) pairs computed by each EP position, summed over the EP groups.
+        dropped_LG: int64, pairs dropped by a capacity; zeros where there is none.
+        ledger: Sums over ranks and layers of the dispatch ledger, see `moe_dist.moe.ledger`. Bytes and rows.
+        comm_seconds: Mean over ranks of the time inside dispatch and combine collectives.
+        step_seconds: Wall time of the step.
+        epochs: Epochs seen of each modality.
+        flops_per_token: Forward and backward FLOPs a token at the measured number of experts; None if unknown.
+    """
+
+    step: int
+    loss_sum: Mapping[str, float]
+    labels: Mapping[str, int]
+    balance_loss: float
+    z_loss: float
+    balance_coefficient: float
+    lr: float
+    grad_norm: float
+    skipped: bool
+    skipped_steps: int
+    tokens: int
+    step_tokens: int
+    choices_LC: np.ndarray
+    tokens_LG: np.ndarray
+    entropy_sum_LG: np.ndarray
+    rows_LR: np.ndarray
+    dropped_LG: np.ndarray
+    ledger: Mapping[str, int]
+    comm_seconds: float
+    step_seconds: float
+    epochs: Mapping[str, float] = field(default_factory=dict)
+    flops_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Held-out losses at one step.
+
+    Attributes:
+        step: Step after which it was taken.
+        loss: Nats a token by modality; 'image_no_filler' where the data marks filler cells.
+        tokens: Labels behind each loss.
+        ablated_loss: The same with the experts' output zeroed; empty where not measured.
+        balance_efficiency: Throughput with real over evenly spread routing; None where the timing means nothing.
+        balance_efficiency_by_count: Mean over max of the ranks' weighted rows: what the counts alone allow.
+        balance_note: Why the timing is None, or how it was taken.
+    """
+
+    step: int
+    loss: Mapping[str, float]
+    tokens: Mapping[str, int]
+    ablated_loss: Mapping[str, float] = field(default_factory=dict)
+    balance_efficiency: float | None = None
+    balance_efficiency_by_count: float | None = None
+    balance_note: str = ""

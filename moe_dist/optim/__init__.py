@@ -1,0 +1,1 @@
+"""Parameter groups, fused optimizers, schedules and the global norm."""

@@ -1,0 +1,1 @@
+"""The mesh, and the one ordered function that makes a model parallel."""

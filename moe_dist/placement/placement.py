@@ -1,0 +1,105 @@
+"""The map from each rank's slots to logical experts.
+
+A logical expert has one id over all groups, in the order of the groups: group g's experts are first_g .. first_g + n_g - 1.
+A rank is a position in its EP group; ranks may hold different numbers of slots, or none. Every layer uses the same map.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from moe_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """One group of experts, as plain values.
+
+    Attributes:
+        name: Name of the group, part of the experts' logical names.
+        num_experts: True experts (n).
+        num_null: Null experts (m); they are never placed.
+        top_k: Choices a token makes (k).
+        ffn_dim: Hidden width of each expert (F).
+        first_expert: Logical id of the group's expert 0.
+        modalities: Modalities routed to the group.
+    """
+
+    name: str
+    num_experts: int
+    num_null: int
+    top_k: int
+    ffn_dim: int
+    first_expert: int
+    modalities: tuple[str, ...]
+
+    @property
+    def experts(self) -> range:
+        """Logical ids of the group's experts."""
+        return range(self.first_expert, self.first_expert + self.num_experts)
+
+    @property
+    def expected_experts_per_token(self) -> float:
+        """True experts a token takes under a uniform router: k n / (n + m)."""
+        return self.top_k * self.num_experts / (self.num_experts + self.num_null)
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """For each rank of an EP group the logical experts in its slots, in slot order.
+
+    The slots of a rank are sorted by logical id, so that the experts of a group are one contiguous run.
+    """
+
+    groups: tuple[ExpertGroup, ...]
+    slots: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        placed = sorted(expert for slots in self.slots for expert in slots)
+        if placed != list(range(self.num_experts)):
+            missing = [self.name_of(e) for e in range(self.num_experts) if e not in placed]
+            twice = sorted({self.name_of(e) for e in placed if placed.count(e) > 1 and 0 <= e < self.num_experts})
+            raise ConfigError(
+                f"placement: each expert must have exactly one slot; without one: {missing or 'none'}, "
+                f"with several: {twice or 'none'}"
+            )
+        if any(tuple(sorted(slots)) != slots for slots in self.slots):
+            raise ConfigError("placement: the slots of a rank must be sorted by logical expert id")
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_experts(self) -> int:
+        """True experts of all groups (E)."""
+        return sum(group.num_experts for group in self.groups)
+
+    @cached_property
+    def rank_of_expert(self) -> tuple[int, ...]:
+        """For each logical expert the rank (EP position) that holds it."""
+        return tuple(rank for _, rank, _ in self._places())
+
+    @cached_property
+    def slot_of_expert(self) -> tuple[int, ...]:
+        """For each logical expert its slot on that rank."""
+        return tuple(slot for _, _, slot in self._places())
+
+    def local_experts(self, rank: int, group: ExpertGroup) -> tuple[int, ...]:
+        """Logical ids of the group's experts on `rank`, in slot order."""
+        return tuple(expert for expert in self.slots[rank] if expert in group.experts)
+
+    def name_of(self, expert: int) -> str:
+        """Logical name of an expert, 'group/index'."""
+        for group in self.groups:
+            if expert in group.experts:
+                return f"{group.name}/{expert - group.first_expert}"
+        return f"expert {expert} (of {self.num_experts})"
+
+    def _places(self) -> list[tuple[int, int, int]]:
+        def every() -> Iterator[tuple[int, int, int]]:
+            for rank, slots in enumerate(self.slots):
+                for slot, expert in enumerate(slots):
+                    yield expert, rank, slot
+
+        return sorted(every())
