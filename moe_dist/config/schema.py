@@ -194,7 +194,7 @@ ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Fie
 class OptimizerSection(Section):
     kind: Literal["adamw"] = "adamw"
     backend: Literal["auto", "torch", "apex"] = Field(
-        "auto", description="auto takes NVIDIA Apex's FusedAdam where it is installed (with a GPU), else torch's fused AdamW."
+        "auto", description="auto takes NVIDIA Apex's FusedAdam where it is installed, else torch's fused AdamW."
     )
     lr: PositiveFloat = Field(description="Peak learning rate.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's decay rates of the moments.")
@@ -270,9 +270,7 @@ class WandbSink(Section):
     mode: Literal["online", "offline"] = Field("online", description="offline writes to the run folder only.")
 
 
-SinkSection = Annotated[
-    ConsoleSink | JsonlSink | TensorBoardSink | PrometheusSink | WandbSink, Field(discriminator="kind")
-]
+SinkSection = Annotated[ConsoleSink | JsonlSink | TensorBoardSink | PrometheusSink | WandbSink, Field(discriminator="kind")]
 
 
 class MonitorSection(Section):
