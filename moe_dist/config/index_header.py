@@ -1,0 +1,120 @@
+"""The header of Megatron's indexed data (<prefix>.idx beside <prefix>.bin), read without torch or megatron.
+
+Layout of .idx, little endian, as megatron-core's `IndexedDatasetBuilder` writes it: 9 bytes magic, u64 version, u8 type code,
+u64 S sequences, u64 D entries of the document list (one more than there are documents), int32 [S] tokens a sequence, int64 [S]
+byte offsets into .bin, int64 [D] first sequence of each document and S at the end; in multimodal sets also int8 [S] modes.
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """What one pair of .idx and .bin holds.
+
+    Attributes:
+        documents: Documents (runs of sequences).
+        sequences: Sequences; equal to documents unless documents were split when they were written.
+        tokens: Tokens of all sequences.
+        dtype: numpy name of the ids' type.
+        itemsize: Bytes an id.
+        bin_bytes: Size of .bin, equal to tokens x itemsize.
+    """
+
+    documents: int
+    sequences: int
+    tokens: int
+    dtype: str
+    itemsize: int
+    bin_bytes: int
+
+
+def index_paths(prefix: Path) -> tuple[Path, Path]:
+    """The .idx and the .bin of a prefix, which may itself contain dots."""
+    return prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
+
+
+def read_index_header(prefix: Path) -> IndexHeader:
+    """Reads the .idx of `prefix` and holds it against the size of its .bin. Costs one pass over the list of lengths.
+
+    Raises:
+        DataError: a file is missing, is not of this format, is cut short, or the two do not belong together.
+    """
+    idx, bin_ = index_paths(prefix)
+    for path in (idx, bin_):
+        if not path.is_file():
+            raise DataError(f"{path}: missing; prepare the data again, or mend the path in the manifest (docs/data.md)")
+    code, sequences, entries = _read_fixed_part(idx)
+    dtype = np.dtype(_DTYPES[code])
+    lists = _HEADER.size + sequences * 12 + entries * 8
+    size = idx.stat().st_size
+    if size not in (lists, lists + sequences):
+        raise DataError(
+            f"{idx}: {size} bytes, but its header announces {lists}: cut short or damaged; copy or prepare it again"
+        )
+    if sequences == 0 or entries < 2:
+        raise DataError(f"{idx}: holds no documents")
+    lengths = np.memmap(idx, np.int32, "r", _HEADER.size, (sequences,))
+    starts = np.memmap(idx, np.int64, "r", _HEADER.size + sequences * 12, (entries,))
+    tokens = int(lengths.sum(dtype=np.int64))
+    if int(lengths.min()) < 0 or int(starts[0]) != 0 or int(starts[-1]) != sequences:
+        raise DataError(f"{idx}: its lists contradict each other: damaged; copy or prepare it again")
+    bin_bytes = bin_.stat().st_size
+    if bin_bytes != tokens * dtype.itemsize:
+        raise DataError(
+            f"{bin_}: {bin_bytes} bytes, but its .idx announces {tokens} tokens of {dtype.itemsize} bytes = "
+            f"{tokens * dtype.itemsize}: cut short, or of another .idx; copy or prepare both again"
+        )
+    return IndexHeader(entries - 1, sequences, tokens, dtype.name, dtype.itemsize, bin_bytes)
+
+
+def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
+    """Largest token id in .bin: of all ids up to `max_bytes` (1 GiB, about a second a GiB once cached), beyond that of
+    evenly spaced blocks of that size together.
+
+    Raises:
+        DataError: as `read_index_header`; or the ids are no integers, or one is negative.
+    """
+    header = read_index_header(prefix)
+    _, bin_ = index_paths(prefix)
+    dtype = np.dtype(header.dtype)
+    if dtype.kind not in "iu":
+        raise DataError(f"{bin_}: holds {header.dtype}, token ids must be integers")
+    if header.tokens == 0:
+        raise DataError(f"{bin_}: holds no tokens")
+    ids = np.memmap(bin_, dtype, "r")
+    block = _BLOCK_BYTES // dtype.itemsize
+    blocks = -(-header.tokens // block)
+    wanted = min(blocks, max(1, max_bytes // _BLOCK_BYTES))
+    largest = smallest = 0
+    for index in np.linspace(0, blocks - 1, wanted).astype(np.int64):
+        part = ids[index * block : (index + 1) * block]
+        largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
+    if smallest < 0:
+        raise DataError(f"{bin_}: holds the negative id {smallest}; ids must be 0 or more")
+    return largest
+
+
+def _read_fixed_part(idx: Path) -> tuple[int, int, int]:
+    """Type code, sequences and entries of the document list."""
+    with idx.open("rb") as stream:
+        raw = stream.read(_HEADER.size)
+    if raw[: len(MAGIC)] != MAGIC[: len(raw)]:
+        raise DataError(f"{idx}: not a Megatron index (it must begin with {MAGIC!r})")
+    if len(raw) < _HEADER.size:
+        raise DataError(f"{idx}: {len(raw)} bytes, cut short inside its header; copy or prepare it again")
+    _, version, code, sequences, entries = _HEADER.unpack(raw)
+    if version != 1 or code not in _DTYPES:
+        raise DataError(f"{idx}: version {version} and type code {code}; known are version 1 and codes 1 to {len(_DTYPES)}")
+    return code, sequences, entries
