@@ -1,0 +1,53 @@
+"""Fixtures of all tests, and the rule about skipped ones."""
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.worlds import Worlds
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Worlds]:
+    """The standing worlds of this session."""
+    standing = Worlds()
+    yield standing
+    standing.close()
+
+
+@pytest.fixture(scope="session")
+def run_in_world(worlds: Worlds) -> Callable[..., list[Any]]:
+    """`run_in_world(world_size, function, *arguments, seconds=60)`: results of all ranks, see `tests.support.worlds`."""
+    return worlds.run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_hardware: may be skipped under CI=true where the hardware is missing")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With CI=true a skipped test is a failure unless it is marked `needs_hardware`: what can run, must."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("needs_hardware") is None:
+        _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for files that skip themselves as a whole."""
+    report = yield
+    if report.skipped:
+        _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI=true does not allow: {report.longrepr}"

@@ -1,0 +1,304 @@
+"""Standing worlds: processes with a gloo group that many tests share.
+
+    def body(rank: RankContext, rows: np.ndarray) -> float:      # module level, in the test file
+        ...                                                      # the default process group stands here
+    def test_it(run_in_world):
+        results = run_in_world(4, body, rows)                    # one result a rank, in the order of the ranks
+
+Starting 4 ranks costs 5 to 20 s, so the processes of each world size live until the end of the session; the default
+process group is made anew for each call (25 ms), so that no group, counter or mesh leaks from one test into the next.
+Arguments and results are pickled by value. A rank that raises fails the test with its own traceback; a hang fails it with
+the stacks of the ranks that did not answer. Either way that world is killed, by process id, and the next call starts another.
+"""
+
+import ast
+import contextlib
+import faulthandler
+import importlib
+import importlib.util
+import inspect
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moe_dist.runtime.signals import child_of
+
+START_SECONDS = 100.0
+CALL_SECONDS = 60.0
+SETTLE_SECONDS = 0.5  # after the first failure, time for the others to report: the earliest one is the cause
+
+
+class WorldError(AssertionError):
+    """A rank raised, died or hung; the message has the first cause."""
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a body knows about its place.
+
+    Attributes:
+        rank, world_size: As in the default process group.
+        folder: An empty folder of this call, shared by all its ranks.
+    """
+
+    rank: int
+    world_size: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Call:
+    file: str
+    module: str
+    function: str
+    arguments: bytes
+    folder: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Report:
+    failed: bool
+    when: float  # time.monotonic, one clock for all processes of a machine
+    payload: bytes  # pickled result, or the traceback as UTF-8
+
+
+# --- in the ranks
+
+
+def _load(file: str, name: str) -> ModuleType:
+    """The module of a body. Test files are loaded from their path, with pytest's assertion messages, under the name that
+    pytest gave them, so that their classes pickle both ways."""
+    if name in sys.modules:
+        return sys.modules[name]
+    if not Path(file).name.startswith("test_"):
+        return importlib.import_module(name)
+    from _pytest.assertion.rewrite import rewrite_asserts
+
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    source = Path(file).read_bytes()
+    tree = ast.parse(source, filename=file)
+    rewrite_asserts(tree, source, file)
+    exec(compile(tree, file, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def _run(call: _Call, rank: int, world_size: int) -> bytes:
+    import torch
+    import torch.distributed as dist
+
+    function: Any = _load(call.file, call.module)
+    for part in call.function.split("."):
+        function = getattr(function, part)
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{call.folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=call.seconds),
+    )
+    shared = Path(call.folder) / "shared"
+    shared.mkdir(exist_ok=True)
+    result = pickle.dumps(function(RankContext(rank, world_size, shared), *pickle.loads(call.arguments)))
+    dist.barrier()  # nobody leaves while a peer may still need it
+    dist.destroy_process_group()
+    return result
+
+
+def _serve(rank: int, world_size: int, parent_pid: int, stacks: str, connection: Connection) -> None:
+    child_of(parent_pid, ignore_stop=False)()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's; it ends us
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")  # before torch is imported
+    stacks_file = open(stacks, "w")  # noqa: SIM115  # faulthandler keeps the descriptor
+    faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=False)
+    import torch
+
+    torch.set_num_threads(1)
+    connection.send_bytes(b"ready")
+    while message := connection.recv_bytes():
+        try:
+            report = _Report(False, time.monotonic(), _run(pickle.loads(message), rank, world_size))
+        except BaseException:  # SystemExit too: its traceback is the test's
+            # Stay alive and keep the group: peers wait for us instead of failing of our failure before we are heard.
+            report = _Report(True, time.monotonic(), traceback.format_exc().encode())
+        connection.send_bytes(pickle.dumps(report))
+
+
+# --- in pytest
+
+
+@dataclass
+class _Rank:
+    process: BaseProcess
+    connection: Connection
+    stacks: Path
+    report: _Report | None = None
+    died: bool = False
+
+
+@dataclass
+class _World:
+    folder: Path
+    ranks: list[_Rank] = field(default_factory=list)
+    calls: int = 0
+
+    @classmethod
+    def start(cls, world_size: int) -> "_World":
+        world = cls(Path(tempfile.mkdtemp(prefix="moe_dist_world_")))
+        context = get_context("spawn")
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                stacks = world.folder / f"stacks_{rank}"
+                process = context.Process(
+                    target=_serve,
+                    args=(rank, world_size, os.getpid(), str(stacks), theirs),
+                    name=f"world{world_size}-rank{rank}",
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                world.ranks.append(_Rank(process, ours, stacks))
+            deadline = time.monotonic() + START_SECONDS
+            for rank, member in enumerate(world.ranks):
+                if not member.connection.poll(deadline - time.monotonic()):
+                    raise WorldError(f"rank {rank} of {world_size} did not start within {START_SECONDS:g} s")
+                member.connection.recv_bytes()
+        except BaseException:
+            world.kill()
+            raise
+        return world
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> list[Any]:
+        self.calls += 1
+        folder = self.folder / f"call_{self.calls}"
+        folder.mkdir()
+        file, module = inspect.getfile(function), function.__module__
+        # Peers of a hanging rank wait longer than we do: its stack is then the failure, not their timeout.
+        call = _Call(file, module, function.__qualname__, pickle.dumps(arguments), str(folder), seconds + 30.0)
+        for member in self.ranks:
+            member.report = None
+            with contextlib.suppress(OSError):  # it died in between: found by _collect
+                member.connection.send_bytes(pickle.dumps(call))
+        self._collect(time.monotonic() + seconds)
+        failed = any(m.died or m.report is None or m.report.failed for m in self.ranks)
+        if failed:
+            raise WorldError(self._first_cause(seconds))
+        shutil.rmtree(folder)
+        return [pickle.loads(m.report.payload) for m in self.ranks if m.report is not None]
+
+    def _collect(self, deadline: float) -> None:
+        """Reads reports until all ranks have one, the deadline, or a little after the first failure."""
+        while waiting := {m.connection: m for m in self.ranks if m.report is None and not m.died}:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                member = waiting[connection]
+                try:
+                    member.report = pickle.loads(connection.recv_bytes())
+                except (EOFError, OSError):
+                    member.died = True
+                if member.died or (member.report is not None and member.report.failed):
+                    deadline = min(deadline, time.monotonic() + SETTLE_SECONDS)
+
+    def _first_cause(self, seconds: float) -> str:
+        size = len(self.ranks)
+        for rank, member in enumerate(self.ranks):
+            if member.died:  # before any report: the others fail because their connections closed
+                member.process.join(5.0)
+                return f"rank {rank} of {size} died with exit code {member.process.exitcode}, without a traceback"
+        failures = [
+            (m.report.when, r, m.report) for r, m in enumerate(self.ranks) if m.report is not None and m.report.failed
+        ]
+        if failures:
+            _, rank, report = min(failures, key=lambda item: item[:2])
+            others = [r for _, r, _ in sorted(failures, key=lambda item: item[:2])[1:]]
+            after = f"\n(after it, ranks {others} failed too)" if others else ""
+            return f"rank {rank} of {size} failed:\n{report.payload.decode()}{after}"
+        silent = [rank for rank, member in enumerate(self.ranks) if member.report is None]
+        return f"ranks {silent} of {size} did not answer within {seconds:g} s; they are at\n{self._stacks(silent)}"
+
+    def _stacks(self, silent: list[int]) -> str:
+        for rank in silent:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.ranks[rank].process.pid or 0, signal.SIGUSR1)
+        time.sleep(SETTLE_SECONDS)
+        return "\n".join(f"rank {rank}:\n{self.ranks[rank].stacks.read_text()}" for rank in silent)
+
+    def kill(self) -> None:
+        for member in self.ranks:
+            member.process.kill()
+        for member in self.ranks:
+            member.process.join()
+            member.connection.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def stop(self) -> None:
+        for member in self.ranks:
+            with contextlib.suppress(OSError):
+                member.connection.send_bytes(b"")
+        for member in self.ranks:
+            member.process.join(5.0)
+        self.kill()  # for those that have ended this only cleans up
+
+
+class Worlds:
+    """All standing worlds of a session, by size. The session fixture `worlds` holds the one of pytest."""
+
+    def __init__(self) -> None:
+        self._worlds: dict[int, _World] = {}
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = CALL_SECONDS
+    ) -> list[Any]:
+        """Calls `function(RankContext, *arguments)` on every rank of the world of this size.
+
+        Args:
+            function: A module-level function of a test file or an importable module.
+            seconds: After which the call is a hang.
+
+        Returns:
+            The results in the order of the ranks.
+
+        Raises:
+            WorldError: a rank raised, died or hung.
+        """
+        if world_size not in self._worlds:
+            self._worlds[world_size] = _World.start(world_size)
+        world = self._worlds[world_size]
+        try:
+            return world.call(function, arguments, seconds)
+        except BaseException:  # a timeout of pytest too: no world is used again in an unknown state
+            world.kill()
+            del self._worlds[world_size]
+            raise
+
+    def pids(self, world_size: int) -> list[int]:
+        """Process ids of the world's ranks; empty when it does not stand."""
+        world = self._worlds.get(world_size)
+        return [member.process.pid or 0 for member in world.ranks] if world else []
+
+    def close(self) -> None:
+        """Ends all worlds."""
+        while self._worlds:
+            self._worlds.popitem()[1].stop()

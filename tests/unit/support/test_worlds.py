@@ -1,0 +1,96 @@
+"""The harness itself: order, reuse, first causes, hangs."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.worlds import RankContext, WorldError, Worlds
+
+
+@dataclass(frozen=True)
+class Answer:
+    rank: int
+    total: torch.Tensor
+
+
+def summed(rank: RankContext, values: list[float]) -> Answer:
+    total = torch.tensor([values[rank.rank]])
+    dist.all_reduce(total)
+    return Answer(rank.rank, total)
+
+
+def leave_a_group(rank: RankContext) -> str:
+    group = dist.new_group([0])
+    assert group is not None
+    return dist.group.WORLD.group_name  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def fail_on_one(rank: RankContext) -> None:
+    if rank.rank == 1:
+        left, right = 3, 4
+        assert left == right
+    dist.barrier()
+
+
+def die_on_one(rank: RankContext) -> None:
+    if rank.rank == 1:
+        os._exit(9)
+    dist.barrier()
+
+
+def the_place_where_it_hangs() -> None:
+    time.sleep(1000)
+
+
+def hang_on_one(rank: RankContext) -> None:
+    if rank.rank == 0:
+        the_place_where_it_hangs()
+    dist.barrier()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_results_come_in_the_order_of_the_ranks_and_the_world_is_reused(worlds: Worlds) -> None:
+    first = worlds.run(2, summed, [1.0, 2.0])
+    pids = worlds.pids(2)
+    second = worlds.run(2, summed, [5.0, 6.0])
+    assert [(a.rank, a.total.item()) for a in first] == [(0, 3.0), (1, 3.0)]
+    assert [(a.rank, a.total.item()) for a in second] == [(0, 11.0), (1, 11.0)]
+    assert worlds.pids(2) == pids
+
+
+def test_groups_do_not_leak_into_the_next_call(worlds: Worlds) -> None:
+    names = [worlds.run(2, leave_a_group)[0] for _ in range(2)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds", "expected"),
+    [
+        (fail_on_one, 60.0, ["rank 1 of 2 failed", "fail_on_one", "assert 3 == 4"]),
+        (die_on_one, 60.0, ["rank 1 of 2 died with exit code 9"]),
+        (hang_on_one, 1.0, ["ranks [0, 1] of 2 did not answer within 1 s", "the_place_where_it_hangs"]),
+    ],
+)
+def test_a_failure_tells_its_first_cause_and_the_world_is_built_anew(
+    worlds: Worlds, body: object, seconds: float, expected: list[str]
+) -> None:
+    worlds.run(2, summed, [0.0, 0.0])
+    pids = worlds.pids(2)
+    with pytest.raises(WorldError) as caught:
+        worlds.run(2, body, seconds=seconds)  # pyright: ignore[reportArgumentType]
+    for part in expected:
+        assert part in str(caught.value)
+    assert not any(is_alive(pid) for pid in pids)
+    assert worlds.run(2, summed, [1.0, 1.0])[1].total.item() == 2.0
+    assert not set(pids) & set(worlds.pids(2))
