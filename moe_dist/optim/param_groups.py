@@ -1,0 +1,39 @@
+"""Splits a model's parameters into the optimizer's groups."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+_NO_DECAY_PARTS = frozenset({"embedding", "router"})
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to norms and other vectors, embeddings and routers (judged by name)."""
+    path, _, _ = name.partition(".experts.")  # what follows is named by the user: a group may be called router
+    return parameter.ndim >= 2 and not _NO_DECAY_PARTS & set(path.split("."))
+
+
+def is_empty_here(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds no element: a rank without experts, or a shard beyond the last row."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel() == 0
+
+
+def split_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, in a fixed order: {"params", "weight_decay"}.
+
+    A group never mixes plain tensors with DTensors, nor DTensors of different meshes (dense over all ranks, experts over
+    edp): a fused kernel takes one kind. Frozen parameters and those that are empty on this rank are left out; fused kernels
+    differ in how they take empty tensors, and there is nothing to update.
+    """
+    groups: dict[tuple[bool, object], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad or is_empty_here(parameter):
+            continue
+        decay = decays(name, parameter)
+        key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)
+        group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decay else 0.0})
+        group["params"].append(parameter)
+    return list(groups.values())
