@@ -8,7 +8,7 @@
 Starting 4 ranks costs 5 to 20 s, so the processes of each world size live until the end of the session; the default
 process group is made anew for each call (25 ms), so that no group, counter or mesh leaks from one test into the next.
 Arguments and results are pickled by value. A rank that raises fails the test with its own traceback; a hang fails it with
-the stacks of the ranks that did not answer. Either way that world is killed, by process id, and the next call starts another.
+the stacks of the ranks that did not answer. Either way that world is killed, by process id, and the next call starts anew.
 """
 
 import ast
