@@ -134,6 +134,14 @@ class ParallelSection(Section):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute type; master weights and sums stay fp32.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
+    expert_row_budget: PositiveInt | None = Field(
+        None, description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks."
+    )
+    max_receive_rows: PositiveInt | None = Field(
+        None,
+        description="Bound of the rows a rank may receive in one layer, an error before the buffer is made; "
+        "null bounds it by (ep - 1) x the micro-batch's tokens alone.",
+    )
     timeout_seconds: PositiveFloat = Field(600.0, description="A collective that takes longer ends the run.")
 
 

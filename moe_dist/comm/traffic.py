@@ -1,0 +1,63 @@
+"""The count of what crosses the wire, taken at the call of each collective."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Traffic:
+    """A running count, owned by whoever reads it; one for all layers of a model.
+
+    Attributes:
+        payload_bytes: Bytes of hidden rows (and of their gradients) that left this rank.
+        metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
+        seconds: Time inside the collectives; on CUDA known only after `drain`.
+        events: Where a list is given, the name of each collective in the order of its call.
+    """
+
+    payload_bytes: int = 0
+    metadata_bytes: int = 0
+    seconds: float = 0.0
+    events: list[str] | None = None
+    _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
+
+    def count(self, name: str, num_bytes: int, *, payload: bool) -> None:
+        """Adds one collective that sends `num_bytes` from this rank."""
+        if payload:
+            self.payload_bytes += num_bytes
+        else:
+            self.metadata_bytes += num_bytes
+        if self.events is not None:
+            self.events.append(name)
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Times the enclosed collective; on CUDA by events, so that nothing waits here."""
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._pending.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - begin
+
+    def drain(self) -> None:
+        """Adds the time of finished CUDA collectives. Syncs with the device; call it once a step, after the step."""
+        for start, end in self._pending:
+            end.synchronize()
+            self.seconds += start.elapsed_time(end) / 1e3
+        self._pending.clear()
+
+    def take(self) -> tuple[int, int, float]:
+        """Payload bytes, metadata bytes and seconds since the last call, and starts again from zero."""
+        self.drain()
+        taken = (self.payload_bytes, self.metadata_bytes, self.seconds)
+        self.payload_bytes, self.metadata_bytes, self.seconds = 0, 0, 0.0
+        return taken

@@ -1,0 +1,117 @@
+"""Cross entropy and the auxiliary terms, over global counts: a rank's loss is its share, and the shares add up.
+
+Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, G groups, C choice columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.comm.reduce import sum_over
+from moe_dist.moe.aux_losses import balance_terms, z_terms
+from moe_dist.moe.routing import LayerReport
+from moe_dist.placement.placement import ExpertGroup
+
+IGNORE = -100  # label of a position that is not scored
+
+
+@dataclass(frozen=True)
+class AuxSettings:
+    """Coefficients of the auxiliary terms in one step."""
+
+    kind: Literal["null_averaged", "vanilla"]
+    balance: float
+    z: float
+
+
+class GlobalCounts(NamedTuple):
+    """Counts of one micro-batch over all ranks: choices [L, C], tokens [L, G], entropy [L, G]; float64."""
+
+    choices_LC: Tensor
+    tokens_LG: Tensor
+    entropy_LG: Tensor
+
+
+class MicroLoss(NamedTuple):
+    """One micro-batch on this rank.
+
+    Attributes:
+        total: This rank's share of the step's loss, to call backward on.
+        nll_M: Summed token losses by the label's modality, nats; float64, no gradient.
+        balance, z: This rank's shares of the terms as they entered `total`; float64, no gradient.
+        counts: Routing counts over all ranks.
+    """
+
+    total: Tensor
+    nll_M: Tensor
+    balance: Tensor
+    z: Tensor
+    counts: GlobalCounts
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORE."""
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+    losses = F.cross_entropy(
+        logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.view_as(labels_BS)
+
+
+def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
+    """Sum of `values_BS` over scored positions for each modality of the label, float64 [M]."""
+    member = modality_BS.flatten()[:, None] == torch.arange(num_modalities, device=values_BS.device)
+    member &= (labels_BS != IGNORE).flatten()[:, None]
+    return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
+
+
+def global_counts(reports: Sequence[LayerReport], group: dist.ProcessGroup | None) -> GlobalCounts:
+    """Sums the layers' counts over all ranks: one all-reduce a micro-batch, outside any recomputation."""
+    choices_LC = torch.stack([report.sums.choices_C for report in reports]).to(torch.float64)
+    tokens_LG = torch.stack([report.sums.tokens_G for report in reports]).to(torch.float64)
+    entropy_LG = torch.stack([report.sums.entropy_G for report in reports]).to(torch.float64)
+    packed = sum_over(torch.cat([choices_LC, tokens_LG, entropy_LG], dim=1), group)
+    return GlobalCounts(*packed.split([choices_LC.shape[1], tokens_LG.shape[1], entropy_LG.shape[1]], dim=1))
+
+
+def micro_loss(
+    logits_BSV: Tensor,
+    reports: Sequence[LayerReport],
+    labels_BS: Tensor,
+    label_modality_BS: Tensor,
+    *,
+    num_modalities: int,
+    groups: Sequence[ExpertGroup],
+    aux: AuxSettings,
+    labels_in_step: Tensor,
+    share: Tensor,
+    world: dist.ProcessGroup | None,
+) -> MicroLoss:
+    """This rank's share of the step's loss for one micro-batch.
+
+        sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z)
+
+    Args:
+        labels_in_step: Scored labels of the whole step over all ranks and micro-batches.
+        share: The micro-batch's part of them; the auxiliary statistic's unit is one micro-batch over all ranks.
+        world: Group over which counts are summed.
+    """
+    losses_BS = token_losses(logits_BSV, labels_BS)
+    counts = global_counts(reports, world)
+    prob_LC = torch.stack([report.sums.prob_C for report in reports])
+    log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
+    balance_LG = balance_terms(prob_LC, counts.choices_LC, counts.tokens_LG, groups, kind=aux.kind)
+    balance = aux.balance * share * balance_LG.sum()
+    z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
+    return MicroLoss(
+        total=losses_BS.sum() / labels_in_step + balance + z,
+        nll_M=sums_by_modality(losses_BS, labels_BS, label_modality_BS, num_modalities),
+        balance=balance.detach().to(torch.float64),
+        z=z.detach().to(torch.float64),
+        counts=counts,
+    )

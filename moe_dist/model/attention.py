@@ -1,0 +1,117 @@
+"""Causal grouped-query attention inside documents: packed neighbours do not see each other.
+
+Shape letters: B sequences, S positions, H query heads, d head width, D hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist.model.layers import Projection, RMSNorm, rotate
+
+
+@dataclass(frozen=True)
+class DenseMask:
+    """bool [B, 1, S, S], true where a query may see a key. S^2 bytes a sequence: for CPU and short sequences."""
+
+    visible: Tensor
+
+
+@dataclass(frozen=True)
+class FlexMask:
+    """Block mask for flex attention: only blocks inside a document are computed."""
+
+    blocks: BlockMask
+
+
+AttentionMask = DenseMask | FlexMask
+
+
+def dense_mask(documents_BS: Tensor) -> DenseMask:
+    """Causal and inside the document, as a dense mask."""
+    length = documents_BS.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
+    return DenseMask((documents_BS[:, :, None] == documents_BS[:, None, :])[:, None] & causal)
+
+
+def flex_mask(documents_BS: Tensor) -> FlexMask:
+    """Causal and inside the document, as a block mask (CUDA: compiled, no S^2 memory)."""
+
+    def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
+
+    batch, length = documents_BS.shape
+    return FlexMask(create_block_mask(visible, batch, None, length, length, device=documents_BS.device.type))
+
+
+def make_mask(documents_BS: Tensor) -> AttentionMask:
+    """Flex attention on CUDA, a dense mask for scaled_dot_product_attention elsewhere."""
+    return flex_mask(documents_BS) if documents_BS.is_cuda else dense_mask(documents_BS)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Softmax attention [B, H, S, d]; k and v may have fewer heads (each serves H / H_kv query heads)."""
+    if isinstance(mask, DenseMask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, enable_gqa=q.shape[1] != k.shape[1])
+    flex = _compiled_flex() if q.is_cuda else flex_attention
+    return flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Attention(nn.Module):
+    """Norm, attention, output projection; the caller adds the residual.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim: D, H, key-value heads, d.
+        norm_eps: Epsilon of all norms here.
+        qk_norm: RMSNorm over the whole query and key projections (OLMoE).
+        recompute: Compute the activations again in backward.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+        qk_norm: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.recompute = recompute
+        self.norm = RMSNorm(dim, norm_eps)
+        self.q = Projection(dim, num_heads * head_dim)
+        self.k = Projection(dim, num_kv_heads * head_dim)
+        self.v = Projection(dim, num_kv_heads * head_dim)
+        self.o = Projection(num_heads * head_dim, dim)
+        self.q_norm = RMSNorm(num_heads * head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(num_kv_heads * head_dim, norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
+        if self.recompute and x_BSD.requires_grad:
+            return checkpoint(self._forward, x_BSD, rotary, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._forward(x_BSD, rotary, mask)
+
+    def _forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
+        h = self.norm(x_BSD)
+        q = rotate(self._heads(self.q_norm(self.q(h))), rotary)
+        k = rotate(self._heads(self.k_norm(self.k(h))), rotary)
+        v = self._heads(self.v(h))
+        return self.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSE: Tensor) -> Tensor:
+        return x_BSE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,59 @@
+"""Norm, projection and rotary positions: the small parts, each computing in the dtype of its input.
+
+Master weights may be fp32 while activations are bf16: every weight is cast where it is used (free where it already fits, as
+under FSDP2's mixed precision), so that precision is a property of the input and not of the wrapper.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Projection(nn.Module):
+    """x W^T without bias; weight [out, in]."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x): the dense FFN, and the shared expert of an MoE layer."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate = Projection(dim, ffn_dim)
+        self.up = Projection(dim, ffn_dim)
+        self.down = Projection(ffn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, S, head_dim / 2] of the rotary angles, fp32 (RoFormer, arXiv 2104.09864, equation 34)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+    angles = positions_BS[:, None, :, None].to(torch.float32) * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (i, i + d/2) of each head by their position's angle (the halves layout of Llama checkpoints)."""
+    cos, sin = (part.to(x_BHSd.dtype) for part in table)
+    first, second = x_BHSd.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

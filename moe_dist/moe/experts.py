@@ -1,0 +1,106 @@
+"""The true experts on this rank: SwiGLU FFNs, stacked by group, run over rows sorted by slot.
+
+Shape letters: Q pairs computed here, R rows, D hidden size, F hidden width of a group's experts, e a group's experts here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist.moe.dispatcher import DispatchedRows, DispatchPlan
+from moe_dist.moe.routing import accumulation_dtype
+from moe_dist.placement.placement import ExpertGroup
+
+
+class ExpertStack(nn.Module):
+    """Experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F]."""
+
+    def __init__(self, hidden_dim: int, ffn_dim: int, num_local: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
+        self.up = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
+        self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
+
+    def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
+        """SwiGLU of each expert over its run of rows: x [sum(counts), D] -> [sum(counts), D].
+
+        A loop over experts. An expert without rows multiplies an empty matrix, so that its gradient is zero, not None.
+        """
+        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))
+        runs = x_QD.split(list(counts))
+        hidden = [F.silu(run @ gate[i].T) * (run @ up[i].T) for i, run in enumerate(runs)]
+        return torch.cat([run @ down[i].T for i, run in enumerate(hidden)])
+
+
+class Experts(nn.Module):
+    """All true experts of this rank, one stack for each group that has slots here.
+
+    Args:
+        hidden_dim: D.
+        groups: All groups in logical order; the rank's slots are sorted the same way.
+        num_local: For each group its number of experts on this rank; 0 makes no stack.
+        row_budget: Pairs computed at once; beyond it the pairs run in recomputed chunks, so that one expert that takes
+            everything costs time, not memory. None for no bound.
+    """
+
+    def __init__(
+        self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, row_budget: int | None = None
+    ) -> None:
+        super().__init__()
+        self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True) if count)
+        self.row_budget = row_budget
+        self.recompute = False
+        for group, count in zip(groups, num_local, strict=True):
+            if count:
+                self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count))
+
+    def forward(self, dispatched: DispatchedRows, plan: DispatchPlan) -> Tensor:
+        """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once."""
+        rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
+        budget = self.row_budget or sum(plan.slot_counts)
+        out_RD = torch.zeros_like(rows_RD, dtype=accumulation_dtype(rows_RD.dtype))
+        chunks = slot_chunks(plan.slot_counts, budget)
+        recompute = self.recompute or len(chunks) > 1
+        at = 0
+        for counts in chunks:
+            row_Q = plan.row_of_pair_Q[at : at + sum(counts)]
+            weights = weight_Q[at : at + sum(counts)]
+            if recompute:
+                part = checkpoint(self._weighted, rows_RD, weights, row_Q, counts, use_reentrant=False)
+            else:
+                part = self._weighted(rows_RD, weights, row_Q, counts)
+            out_RD = out_RD.index_add(0, row_Q, part)
+            at += sum(counts)
+        return out_RD.to(rows_RD.dtype)
+
+    def _weighted(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
+        """Each pair's expert output times its weight, [Q, D] in the accumulation dtype."""
+        x_QD = rows_RD[row_Q]
+        outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice ties a rank without experts into the graph
+        for name, num_local in self.local:
+            group_counts = counts[slot : slot + num_local]
+            rows = x_QD[at : at + sum(group_counts)]
+            outputs.append(self.get_submodule(name)(rows, group_counts))
+            at, slot = at + sum(group_counts), slot + num_local
+        y_QD = torch.cat(outputs)
+        return y_QD.to(weight_Q.dtype) * weight_Q[:, None]
+
+
+def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:
+    """Cuts runs of pairs, slot by slot, into chunks of at most `budget` pairs; every chunk lists all slots.
+
+    There is always one chunk at least, so that experts without rows still get their zero gradients.
+    """
+    total = sum(counts)
+    starts = [sum(counts[:slot]) for slot in range(len(counts))]
+    edges = range(0, total, budget) if total else [0]
+    return [
+        tuple(
+            max(0, min(start + count, edge + budget) - max(start, edge))
+            for start, count in zip(starts, counts, strict=True)
+        )
+        for edge in edges
+    ]

@@ -1,0 +1,82 @@
+"""The mixture-of-experts layer: norm, router, dispatch, experts, combine. Nothing is kept on the module or in globals."""
+
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist.moe.dispatcher import Dispatcher
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.routing import LayerReport, Routing, RoutingTape
+
+Recompute = Literal["none", "experts", "block"]
+
+
+class Router(Protocol):
+    """Any module that routes T tokens inside their groups."""
+
+    def __call__(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing: ...
+
+
+class MoELayer(nn.Module):
+    """y = experts(norm(x)) (+ shared expert); the caller adds the residual.
+
+    Args:
+        norm: Applied before the router, or identity.
+        router: Who goes where; returns assignments and local sums.
+        experts: This rank's true experts.
+        dispatcher: Brings rows to their experts' ranks and back.
+        shared: An expert that sees every token, or None.
+        recompute: `none`; `experts` recomputes the FFN between the exchanges (repeats no exchange); `block` recomputes the
+            whole layer (repeats the dispatch exchange; the routing, its counts and ids are kept).
+    """
+
+    def __init__(
+        self,
+        *,
+        norm: nn.Module,
+        router: nn.Module,
+        experts: Experts,
+        dispatcher: Dispatcher,
+        shared: nn.Module | None = None,
+        recompute: Recompute = "none",
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.dispatcher = dispatcher
+        self.recompute: Recompute = recompute
+        self.ablated = False
+        experts.recompute = recompute == "experts"
+
+    def forward(self, x_TD: Tensor, group_T: Tensor) -> tuple[Tensor, LayerReport]:
+        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
+
+        With `ablated` set the experts' output is zero while everything else, collectives included, goes on.
+        """
+        tape = RoutingTape()
+        if self.recompute == "block" and x_TD.requires_grad:
+            return checkpoint(self._forward, x_TD, group_T, tape, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._forward(x_TD, group_T, tape)
+
+    def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
+        h_TD = self.norm(x_TD)
+        assignments, sums = self.router(h_TD, group_T, tape)
+        if tape.plan is None:
+            tape.plan = self.dispatcher.plan(assignments, h_TD.shape[0])
+        plan = tape.plan
+        # Before the exchange: nothing that saves a tensor may follow combine, or `block` would repeat that exchange too.
+        shared_TD = None if self.shared is None else self.shared(h_TD)
+        dispatched = self.dispatcher.dispatch(h_TD, assignments.weight_N, plan)
+        y_TD = self.dispatcher.combine(self.experts(dispatched, plan), plan)
+        if self.ablated:
+            y_TD = y_TD * 0.0
+        report = LayerReport(
+            sums=sums,
+            rows_remote=sum(plan.rows.send),
+            pairs=plan.pair_N.shape[0],
+            pairs_remote=plan.num_remote_pairs,
+        )
+        return (y_TD if shared_TD is None else y_TD + shared_TD), report

@@ -1,0 +1,60 @@
+"""What the dispatch sent, and what others would have sent for the same routing. Counts of one rank, forward.
+
+Measured from the plans: `rows_remote`, `pairs`, `pairs_remote`. The others are closed forms of this rank's own counts, with
+a choice spread evenly over its group's experts, so that a share 1 - own/n of them leaves the rank:
+
+    rows_per_pair       one row for each (token, expert) taken on another rank: no deduplication
+    rows_topk           top-k of the same k over true experts alone, one row a choice
+    rows_same_active    top-k with as many true experts a token as were really taken, one row a choice
+    rows_null_remapped  the taken pairs, and each null choice sent to some true expert with weight 0
+"""
+
+from collections.abc import Mapping, Sequence
+
+from moe_dist.placement.placement import ExpertPlacement
+
+LEDGER_KEYS = (
+    "rows_remote",
+    "pairs",
+    "pairs_remote",
+    "rows_per_pair",
+    "rows_topk",
+    "rows_same_active",
+    "rows_null_remapped",
+    "payload_bytes",
+    "metadata_bytes",
+)
+
+
+def compare(
+    placement: ExpertPlacement,
+    ep_rank: int,
+    *,
+    true_choices_G: Sequence[int],
+    tokens_G: Sequence[int],
+    rows_remote: int,
+    pairs: int,
+    pairs_remote: int,
+) -> Mapping[str, float]:
+    """The ledger of one rank without its byte counts, from its local sums over layers and micro-batches.
+
+    Args:
+        true_choices_G: True experts taken by this rank's tokens, by group.
+        tokens_G: This rank's routed tokens, by group.
+        rows_remote, pairs, pairs_remote: Sums of the layers' reports.
+    """
+    topk = same_active = nulls = 0.0
+    for group, taken, tokens in zip(placement.groups, true_choices_G, tokens_G, strict=True):
+        remote_share = 1.0 - len(placement.local_experts(ep_rank, group)) / group.num_experts
+        topk += remote_share * min(group.top_k, group.num_experts) * tokens
+        same_active += remote_share * taken
+        nulls += remote_share * (group.top_k * tokens - taken)
+    return {
+        "rows_remote": rows_remote,
+        "pairs": pairs,
+        "pairs_remote": pairs_remote,
+        "rows_per_pair": pairs_remote,
+        "rows_topk": topk,
+        "rows_same_active": same_active,
+        "rows_null_remapped": pairs_remote + nulls,
+    }

@@ -1,0 +1,106 @@
+"""The types at the heart: what a router hands to the dispatcher, and what a layer reports.
+
+Shape letters: T tokens on this rank, D hidden size, E true experts (logical, over all groups), K choices a token,
+N (token, expert) pairs, G groups, C choice columns: the E true experts, then each group's null experts.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_dist.moe.dispatcher import DispatchPlan
+
+ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
+
+
+class Assignments(NamedTuple):
+    """The (token, expert) pairs that are taken: all the dispatcher ever sees.
+
+    N is static (T x K for token choice), so that nothing before the dispatcher's host sync has a data-dependent shape.
+    Taken pairs are unique.
+
+    Attributes:
+        token_N: int64, the pair's token.
+        expert_N: int64, the pair's logical expert, ABSENT where no pair is taken (a null choice, padding).
+        weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 where absent.
+    """
+
+    token_N: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
+
+    def taken(self) -> "Assignments":
+        """The compact list. Its length depends on the data (a host sync on CUDA): for tests and pictures only."""
+        keep = self.expert_N != ABSENT
+        return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
+
+
+class RouterSums(NamedTuple):
+    """Local sums over this rank's routed tokens: what balance losses and monitoring are made of.
+
+    Attributes:
+        choices_C: int64, how often each column was chosen.
+        prob_C: Sum of the group's softmax probabilities, differentiable.
+        tokens_G: int64, tokens routed in each group.
+        log_z_squared_G: Sum of squared log-sum-exp of the group's logits, differentiable.
+        entropy_G: Sum of the softmax's entropy in nats, without gradient.
+    """
+
+    choices_C: Tensor
+    prob_C: Tensor
+    tokens_G: Tensor
+    log_z_squared_G: Tensor
+    entropy_G: Tensor
+
+
+class Routing(NamedTuple):
+    """What a router returns for T tokens."""
+
+    assignments: Assignments
+    sums: RouterSums
+
+
+class LayerReport(NamedTuple):
+    """What an MoE layer returns beside its output, by value; a NamedTuple, so that FSDP2's hooks see its tensors.
+
+    Attributes:
+        sums: The router's local sums.
+        rows_remote: Distinct (token, other rank) rows this rank sent forward.
+        pairs: (token, expert) pairs this rank's tokens took.
+        pairs_remote: Those whose expert lives on another rank.
+    """
+
+    sums: RouterSums
+    rows_remote: int
+    pairs: int
+    pairs_remote: int
+
+
+@dataclass
+class RoutingTape:
+    """The discrete decisions of one layer's forward, kept for its recomputation.
+
+    Under recompute the routing is saved, never recomputed: bits of a second forward may differ, and another choice would
+    change split sizes on one rank alone. Filled by the first forward, read by the second.
+    """
+
+    choice_TK: Tensor | None = None
+    plan: "DispatchPlan | None" = field(default=None)
+
+
+def group_columns(num_experts: tuple[int, ...], num_null: tuple[int, ...]) -> list[int]:
+    """For each choice column its group: all true experts first, in group order, then all null experts.
+
+    True columns come first so that a stable sort lets ties go to true experts.
+    """
+    true = [group for group, count in enumerate(num_experts) for _ in range(count)]
+    null = [group for group, count in enumerate(num_null) for _ in range(count)]
+    return true + null
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for sums over rows and for routing weights; float64 where the model itself is float64."""
+    return torch.promote_types(dtype, torch.float32)

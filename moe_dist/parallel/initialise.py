@@ -1,0 +1,66 @@
+"""Initial weights from (seed, logical name): every layout of ranks starts from the same values, to the last bit."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moe_dist.model.transformer import Transformer
+from moe_dist.placement.placement import ExpertPlacement
+
+
+def initialise(
+    model: Transformer, placement: ExpertPlacement, *, ep_rank: int, device: torch.device, seed: int, std: float
+) -> None:
+    """Gives a model on the meta device its memory on `device`, and every parameter its initial value.
+
+    Norms start at 1; all else is normal with `std`, projections into the residual stream (attention.o, every down) with
+    std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+    for moe in model.moe_modules():
+        with device:
+            moe.router.reset_buffers()  # pyright: ignore[reportCallIssue]
+    residual = std / math.sqrt(2 * model.args.num_layers)
+    for name, parameter in model.named_parameters():
+        scale = residual if name.endswith((".o.weight", ".down.weight", ".down")) else std
+        _set(parameter, _draw(name, parameter, placement, ep_rank, seed, scale))
+
+
+def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) -> list[str]:
+    """Logical names of the experts stacked in parameter `layers.i.moe.experts.<group>.<tensor>` on this rank."""
+    prefix, group_name, tensor = name.rsplit(".", 2)
+    group = next(group for group in placement.groups if group.name == group_name)
+    local = placement.local_experts(ep_rank, group)
+    return [f"{prefix}.{group_name}.{expert - group.first_expert}.{tensor}" for expert in local]
+
+
+def _draw(
+    name: str, parameter: nn.Parameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float
+) -> Tensor:
+    if name.endswith("norm.weight"):
+        return torch.ones(parameter.shape)
+    if ".moe.experts." in name:
+        names = logical_expert_names(name, placement, ep_rank)
+        return torch.stack([_normal(each, tuple(parameter.shape[1:]), seed, scale) for each in names])
+    return _normal(name, tuple(parameter.shape), seed, scale)
+
+
+def _normal(name: str, shape: tuple[int, ...], seed: int, scale: float) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
+
+
+@torch.no_grad()
+def _set(parameter: nn.Parameter, full: Tensor) -> None:
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(full)
+        return
+    shape, offset = compute_local_shape_and_global_offset(full.shape, parameter.device_mesh, parameter.placements)
+    local = full[tuple(slice(at, at + length) for at, length in zip(offset, shape, strict=True))]
+    parameter.to_local().copy_(local)

@@ -1,0 +1,89 @@
+"""Process groups, made here and nowhere else: two views of the same ranks.
+
+    world = edp x ep;  rank = edp_rank * ep + ep_rank
+
+- `world`: dense parameters live on every rank (or are sharded over all); every rank reads data of its own.
+- `ep`: one copy of all experts, sharded; neighbours in rank order, so that an EP group stays inside a node. Dispatch runs here.
+- `edp`: ranks with the same position in their EP groups; they hold the same experts and sum those gradients.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks as seen from one of them.
+
+    Attributes:
+        rank, world_size: Position and number of all ranks.
+        ep_rank, ep_size: Position in, and size of, this rank's EP group.
+        edp_rank, edp_size: Position in, and size of, the ranks that hold the same experts.
+        device: Where this rank computes.
+        world, ep, edp: The process groups.
+        world_mesh, edp_mesh: The same as 1-D device meshes, for FSDP2.
+    """
+
+    rank: int
+    world_size: int
+    ep_rank: int
+    ep_size: int
+    edp_rank: int
+    edp_size: int
+    device: torch.device
+    world: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    edp: dist.ProcessGroup
+    world_mesh: DeviceMesh
+    edp_mesh: DeviceMesh
+
+
+def init_world(*, init_method: str, rank: int, world_size: int, device: torch.device, timeout: float) -> None:
+    """Makes the default process group: NCCL on CUDA, gloo elsewhere. `timeout` in seconds, for every collective."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def make_mesh(*, ep: int, device: torch.device, timeout: float) -> Mesh:
+    """Cuts the default process group into EP and edp groups. Collective: every rank calls it with the same `ep`.
+
+    Every group is made with the given timeout: torch gives a new group its own default, not the world's.
+    """
+    world, rank, world_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    if world is None or world_size % ep:
+        raise AssertionError(f"{world_size} ranks cannot be cut into EP groups of {ep}")
+    grid = torch.arange(world_size).view(world_size // ep, ep)
+    ep_groups = [dist.new_group(row.tolist(), timeout=timedelta(seconds=timeout)) for row in grid]
+    edp_groups = [dist.new_group(column.tolist(), timeout=timedelta(seconds=timeout)) for column in grid.T]
+    edp_rank, ep_rank = divmod(rank, ep)
+    edp_group = edp_groups[ep_rank]
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        ep_rank=ep_rank,
+        ep_size=ep,
+        edp_rank=edp_rank,
+        edp_size=world_size // ep,
+        device=device,
+        world=world,
+        ep=ep_groups[edp_rank],
+        edp=edp_group,
+        world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
+        edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
+    )
+
+
+def destroy_world() -> None:
+    """Ends the default process group and all groups cut from it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
