@@ -1,0 +1,118 @@
+"""What the model sees of the data: token ids, labels, and to which document and modality each token belongs.
+
+Shape letters: B sequences of a micro-batch, S tokens of a sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from moe_dist.errors import DataError
+
+IGNORED = -100  # label of a position that is not scored
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. All tensors are [B, S].
+
+    Attributes:
+        tokens_BS: int64, input ids; pad_id where there is no token.
+        labels_BS: int64, the next token of the same document; IGNORED at padding and at a document's last token.
+        positions_BS: int64, restarting at 0 with each document (or piece of one).
+        documents_BS: int32, number of the document in its sequence; the padding of a sequence is one more document.
+            A token may attend to tokens of the same number only.
+        modality_BS: int64, modality of the input token, an index into tuple(manifest.modalities).
+        label_modality_BS: int64, modality of the label; 0 where there is none.
+        filler_BS: bool, the label is an empty cell of a picture.
+        padding_BS: bool, there is no token.
+    """
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    documents_BS: torch.Tensor
+    modality_BS: torch.Tensor
+    label_modality_BS: torch.Tensor
+    filler_BS: torch.Tensor
+    padding_BS: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding. On a GPU this waits for the device: ask before moving the batch."""
+        return int((~self.padding_BS).sum())
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document as it comes from disk.
+
+    Attributes:
+        tokens: int64 [length], with one more token behind where the document goes on.
+        filler: bool, of the same tokens.
+        length: Tokens that are input.
+    """
+
+    tokens: np.ndarray
+    filler: np.ndarray
+    length: int
+
+
+class BatchMaker:
+    """Lays segments out as a `Batch`.
+
+    Args:
+        seq_len: Tokens of a sequence (S).
+        pad_id: Id at padded positions.
+        modalities: Id ranges [first, past the last) of each modality, which together cover the vocabulary.
+    """
+
+    def __init__(self, *, seq_len: int, pad_id: int, modalities: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.seq_len, self.pad_id = seq_len, pad_id
+        self._modality_of_id = np.zeros(max(end for ranges in modalities for _, end in ranges), np.int64)
+        for modality, ranges in enumerate(modalities):
+            for first, end in ranges:
+                self._modality_of_id[first:end] = modality
+
+    def make(self, sequences: Sequence[Sequence[Segment]]) -> Batch:
+        """One row for each list of segments; an empty list gives a row of padding.
+
+        Raises:
+            DataError: an id lies outside the vocabulary.
+        """
+        shape = (len(sequences), self.seq_len)
+        tokens, labels = np.full(shape, self.pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+        positions, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int32)
+        filler, padding = np.zeros(shape, bool), np.ones(shape, bool)
+        for row, segments in enumerate(sequences):
+            at = 0
+            for document, segment in enumerate(segments):
+                end, scored = at + segment.length, at + len(segment.tokens) - 1
+                tokens[row, at:end] = segment.tokens[: segment.length]
+                labels[row, at:scored] = segment.tokens[1:]
+                filler[row, at:scored] = segment.filler[1:]
+                positions[row, at:end] = np.arange(segment.length)
+                documents[row, at:end] = document
+                padding[row, at:end] = False
+                at = end
+            positions[row, at:] = np.arange(self.seq_len - at)
+            documents[row, at:] = len(segments)
+        self._check(tokens, labels)
+        label_modality = np.where(labels == IGNORED, 0, self._modality_of_id[np.maximum(labels, 0)])
+        arrays = (tokens, labels, positions, documents, self._modality_of_id[tokens], label_modality, filler, padding)
+        return Batch(*(torch.from_numpy(array) for array in arrays))
+
+    def _check(self, tokens: np.ndarray, labels: np.ndarray) -> None:
+        vocab_size = len(self._modality_of_id)
+        low, high = int(tokens.min()), max(int(tokens.max()), int(labels.max()))
+        if low < 0 or high >= vocab_size:
+            raise DataError(
+                f"token id {low if low < 0 else high} in the data is outside the manifest's vocab_size={vocab_size}; "
+                "the manifest belongs to other data, or vocab_size and modalities must be raised"
+            )

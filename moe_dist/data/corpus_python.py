@@ -1,0 +1,49 @@
+"""The Python standard library's sources, as they lie on this machine."""
+
+import os
+import platform
+import sysconfig
+import tokenize
+from pathlib import Path
+
+from moe_dist.data.corpus import Text, TextSource, content_family
+from moe_dist.errors import DataError
+
+_LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+# Folders whose files are variants of one template: they are one family, or the split would hold out what it shows.
+_TEMPLATED = frozenset({"encodings"})
+
+
+def python_library() -> TextSource:
+    """Each source file is a document. Another Python version gives other texts.
+
+    Raises:
+        DataError: this Python has no readable library sources (a zipped or stripped installation).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
+        for name in sorted(name for name in names if name.endswith(".py")):
+            path = Path(folder, name)
+            content = _read(path)
+            if content.strip():
+                key = path.relative_to(root)
+                templated = key.parts[0] in _TEMPLATED
+                texts.append(Text(str(key), key.parts[0] if templated else content_family(content.encode()), content))
+    if not texts:
+        raise DataError(f"no Python sources under {str(root)!r}: this Python came without them; use a usual installation")
+    return TextSource(
+        "python",
+        tuple(texts),
+        licence="PSF-2.0",
+        attribution=f"Python {platform.python_version()} standard library, Copyright Python Software Foundation",
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        with tokenize.open(path) as stream:  # honours the file's own encoding line
+            return stream.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,160 @@
+"""Pictures to documents: split them by family, fit the codebook on the training side, code the renders.
+
+Near-equal pictures must be on one side before the codebook is fitted, but are recognised by codes. So there are two
+codebooks. A provisional one, fitted on the plain renders of all pictures, serves the comparison alone and is thrown away.
+Families that it joins are split; the real codebook is fitted on training renders only. Then the comparison is repeated with
+the real one: a held-out family that it brings near to a training picture goes over to the training side (the codebook stays
+as it is, fitted on a part of the training side). The two sides are thus apart by either codebook.
+
+Shape letters: N pictures, R renders of a picture, C cells of a grid.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_dist.data.codebook import GRID, decode, encode, fit, load_codebook, to_patches
+from moe_dist.data.corpus import Picture, Recipe, Report
+from moe_dist.data.families import hold_out, join, near_pairs
+from moe_dist.data.pictures import Render, augmented, plain, rasterise
+from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS
+
+NEAR_CELLS = 8  # grids that differ in at most so many of their 64 cells are near-equal
+_FIT_RENDERS = 4000  # training renders that the codebook is fitted on: 256,000 patches, 3 s
+_CHUNK = 64  # pictures coded at once
+
+
+@dataclass(frozen=True)
+class Division:
+    """The pictures' two sides.
+
+    Attributes:
+        component_N: int64, pictures with one number are one family.
+        held_out_N: bool; equal within a family.
+        codebook: uint8 [codes, PATCH, PATCH, 3], fitted on training pictures.
+    """
+
+    component_N: np.ndarray
+    held_out_N: np.ndarray
+    codebook: np.ndarray
+
+
+@dataclass(frozen=True)
+class Document:
+    """Attributes: tokens: int64. filler: bool, of the same length: the token is an empty cell of a picture."""
+
+    tokens: np.ndarray
+    filler: np.ndarray
+
+
+def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
+    """uint8 RGBA [N, RASTER, RASTER, 4]."""
+    rasters = []
+    for number, picture in enumerate(pictures):
+        rasters.append(rasterise(picture.path))
+        report("rasterise pictures", number + 1, len(pictures))
+    return np.stack(rasters)
+
+
+def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, report: Report) -> Division:
+    """Splits pictures by family and near-equality, and fits (or loads) the codebook, as the module's text says."""
+    report("split families", 0, 2)
+    plain_patches = to_patches(np.stack([plain(raster).pixels for raster in rasters]))
+    mirrored_patches = to_patches(np.stack([plain(raster, mirrored=True).pixels for raster in rasters]))
+
+    def joined(keys: Sequence[object], codebook: np.ndarray) -> np.ndarray:
+        # Renders are flipped at random, so a mirror picture is near as well.
+        grids_NC = encode(plain_patches, codebook).reshape(-1, GRID * GRID)
+        mirrored_NC = encode(mirrored_patches, codebook).reshape(-1, GRID * GRID)
+        near = near_pairs(grids_NC, grids_NC, most=NEAR_CELLS) + near_pairs(grids_NC, mirrored_NC, most=NEAR_CELLS)
+        return join(keys, near)
+
+    distinct = len(np.unique(plain_patches, axis=0))
+    provisional = fit(plain_patches, codes=min(recipe.codes, distinct), seed=recipe.seed)
+    component_N = joined([picture.family for picture in pictures], provisional)
+    held_out_N = hold_out(component_N, np.ones(len(pictures), np.int64), fraction=recipe.val_fraction, seed=recipe.seed)
+    report("split families", 1, 2)
+    codebook = load_codebook(recipe.codebook) if recipe.codebook else _fit_on(pictures, rasters, ~held_out_N, recipe)
+    component_N = joined(component_N.tolist(), codebook)
+    held_out_N &= ~np.isin(component_N, component_N[~held_out_N])
+    report("split families", 2, 2)
+    return Division(component_N, held_out_N, codebook)
+
+
+def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """A codebook of the chosen pictures' renders, or of an even sample of them."""
+    every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
+    sample = every[:: -(-len(every) // _FIT_RENDERS)]
+    renders = [augmented(rasters[number], seed=recipe.seed, key=pictures[number].key, index=i) for number, i in sample]
+    return fit(to_patches(np.stack([render.pixels for render in renders])), codes=recipe.codes, seed=recipe.seed)
+
+
+class PictureCoder:
+    """Makes the documents of pictures: each render with one of the captions, before or behind the picture.
+
+    Captions rotate over the renders of a picture, and so does their place each time round; both by number alone.
+
+    Args:
+        codebook: uint8 [codes, PATCH, PATCH, 3].
+        first_code: Token id of code 0.
+        special: Id of each special token.
+        captions: Token ids of each caption.
+        seed: Seed of the renders.
+    """
+
+    def __init__(
+        self,
+        *,
+        codebook: np.ndarray,
+        first_code: int,
+        special: Mapping[str, int],
+        captions: Mapping[str, np.ndarray],
+        seed: int,
+    ) -> None:
+        self._codebook, self._first_code, self._special = codebook, first_code, special
+        self._captions, self._seed = captions, seed
+        self._squared_error, self._values = 0.0, 0
+
+    def documents(
+        self, pictures: Sequence[Picture], rasters: np.ndarray, *, renders: int, stage: str, report: Report
+    ) -> Iterator[Document]:
+        """`renders` documents of each picture, picture by picture."""
+        for start in range(0, len(pictures), _CHUNK):
+            chunk = pictures[start : start + _CHUNK]
+            made = [
+                augmented(raster, seed=self._seed, key=picture.key, index=index)
+                for picture, raster in zip(chunk, rasters[start : start + _CHUNK], strict=True)
+                for index in range(renders)
+            ]
+            grids = self._code(np.stack([render.pixels for render in made]))
+            for place, (render, grid) in enumerate(zip(made, grids, strict=True)):
+                number, index = divmod(place, renders)
+                yield self._document(chunk[number], start + number, index, render, grid)
+            report(stage, start + len(chunk), len(pictures))
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio of everything coded so far, in dB."""
+        return float(10 * np.log10(255**2 * self._values / max(self._squared_error, 1e-9)))
+
+    def _code(self, pixels: np.ndarray) -> np.ndarray:
+        grids = encode(to_patches(pixels), self._codebook).reshape(-1, GRID * GRID)
+        self._squared_error += float(((decode(grids, self._codebook).astype(np.float64) - pixels) ** 2).sum())
+        self._values += pixels.size
+        return grids
+
+    def _document(self, picture: Picture, number: int, index: int, render: Render, grid: np.ndarray) -> Document:
+        special = self._special
+        image = np.concatenate([[special[BOI]], grid.astype(np.int64) + self._first_code, [special[EOI]]])
+        image_filler = np.concatenate([[False], render.empty.reshape(-1), [False]])
+        parts, fillers = [image], [image_filler]
+        if picture.captions:
+            turn, which = divmod(index, len(picture.captions))
+            caption = self._captions[picture.captions[which]]
+            at = 1 if (turn + number) % 2 == 0 else 0  # every other time round behind the picture
+            parts.insert(at, caption)
+            fillers.insert(at, np.zeros(len(caption), bool))
+        return Document(
+            np.concatenate([[special[BOS]], *parts, [special[EOS]]]), np.concatenate([[False], *fillers, [False]])
+        )

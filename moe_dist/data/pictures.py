@@ -1,0 +1,91 @@
+"""From a picture file to small renders: rasterise once, then scale, shift, flip and lay on a background.
+
+A raster is uint8 RGBA [RASTER, RASTER, 4]. A render is what gets coded: RGB pixels [SIDE, SIDE, 3] and, for each patch,
+whether nothing of the picture is in it (`empty`, bool [GRID, GRID]).
+"""
+
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from moe_dist.data.codebook import GRID, PATCH, SIDE
+from moe_dist.errors import DataError
+
+RASTER = 64
+SCALES = (0.75, 1.1)
+# Light colours: the black outlines of drawings stay visible on all of them.
+BACKGROUNDS = (
+    (255, 255, 255),
+    (216, 216, 216),
+    (250, 226, 160),
+    (252, 200, 190),
+    (244, 190, 226),
+    (196, 208, 250),
+    (170, 222, 236),
+    (190, 232, 176),
+)
+
+
+@dataclass(frozen=True)
+class Render:
+    """Attributes: pixels: uint8 [SIDE, SIDE, 3]; empty: bool [GRID, GRID], patches without any of the picture."""
+
+    pixels: np.ndarray
+    empty: np.ndarray
+
+
+def rasterise(path: str | Path) -> np.ndarray:
+    """A picture file (SVG, or what Pillow reads) as a raster; other shapes are centred, with transparent margins.
+
+    Raises:
+        DataError: the file is damaged or of an unknown kind.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".svg":
+            import resvg_py  # needed for the default corpus only
+
+            png = resvg_py.svg_to_bytes(svg_path=str(path), width=RASTER, height=RASTER, skip_system_fonts=True)
+            image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        else:
+            image = Image.open(path).convert("RGBA")
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        raise DataError(f"picture {str(path)!r} cannot be read: {error}") from error
+    factor = RASTER / max(image.size)
+    image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BOX)
+    raster = Image.new("RGBA", (RASTER, RASTER))
+    raster.paste(image, ((RASTER - image.width) // 2, (RASTER - image.height) // 2))
+    return np.asarray(raster)
+
+
+def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
+    """The picture as it is, on white: what near-equal pictures are recognised by."""
+    return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
+
+
+def augmented(raster: np.ndarray, *, seed: int, key: str, index: int) -> Render:
+    """Render `index` of the picture called `key`: scale, shift, flip and background drawn from (seed, key, index) alone."""
+    rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
+    side = round(SIDE * rng.uniform(*SCALES))
+    room = SIDE - side  # negative where the picture is larger than the frame, which then cuts it
+    x, y = rng.integers(min(room, 0), max(room, 0), size=2, endpoint=True).tolist()
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    return _lay(_scaled(raster, side, bool(rng.integers(2))), (x, y), background)
+
+
+def _scaled(raster: np.ndarray, side: int, mirrored: bool) -> Image.Image:
+    image = Image.fromarray(raster).resize((side, side), Image.Resampling.BOX)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def _lay(image: Image.Image, at: tuple[int, int], background: tuple[int, int, int]) -> Render:
+    layer = Image.new("RGBA", (SIDE, SIDE))
+    layer.paste(image, at)
+    alpha = np.asarray(layer)[..., 3]
+    empty = (alpha == 0).reshape(GRID, PATCH, GRID, PATCH).all(axis=(1, 3))
+    canvas = Image.new("RGBA", (SIDE, SIDE), (*background, 255))
+    return Render(np.asarray(Image.alpha_composite(canvas, layer))[..., :3], empty)

@@ -1,0 +1,118 @@
+"""Prepares a data set folder: one writer, all or nothing.
+
+The folder is built under a hidden name beside its place and renamed when it is complete. A lock file beside it keeps other
+writers waiting; what an interrupted one left is removed by the next.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from moe_dist.config.manifest import MANIFEST_FILE, Manifest, load_manifest
+from moe_dist.data.corpus import PictureSource, Recipe, Report, TextSource
+from moe_dist.errors import ConfigError
+
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the contents come from; with neither text nor images it is the default corpus.
+
+    Attributes:
+        text: Folder or JSONL of the user's texts.
+        images: Folder of the user's pictures.
+        extra_text: More text sources by name, each a folder or JSONL.
+        licence: Licence of the user's own contents.
+    """
+
+    text: str | None = None
+    images: str | None = None
+    extra_text: Mapping[str, str] = field(default_factory=dict)
+    licence: str = "not stated"
+
+
+def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
+    """Builds the data set in folder `out`, unless it is there already: then the call costs a second.
+
+    Returns:
+        The manifest, and whether it was built now.
+
+    Raises:
+        ConfigError: `out` holds something else, or a data set made otherwise; or an input is missing.
+        DataError: an input is damaged.
+    """
+    asked = json.loads(json.dumps({"inputs": asdict(inputs), "recipe": asdict(recipe)}))
+    if done := _finished(out, asked):
+        return done, False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.parent / f".{out.name}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        report("wait for another writer", 0, 1)
+        held = lock.acquire()
+    with held:
+        if done := _finished(out, asked):
+            return done, False
+        from moe_dist.data.corpus_build import build  # seconds of imports that a finished folder can do without
+
+        with _renamed_when_complete(out) as folder:
+            manifest, figures = build(folder, out.name, *_sources(inputs), recipe, report)
+            (folder / RECIPE_FILE).write_text(json.dumps({**asked, "figures": figures}, indent=1) + "\n")
+    return manifest, True
+
+
+def _finished(out: Path, asked: dict) -> Manifest | None:
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
+        raise ConfigError(f"--out {out}: holds files that prepare_data did not make; name an empty or new folder")
+    made = json.loads((out / RECIPE_FILE).read_text())
+    differ = [
+        f"{section}.{key} is {made[section].get(key)!r}, asked for {value!r}"
+        for section, values in asked.items()
+        for key, value in values.items()
+        if made[section].get(key) != value
+    ]
+    if differ:
+        raise ConfigError(f"--out {out}: made otherwise ({'; '.join(differ)}); name another folder, or remove this one")
+    return load_manifest(out)
+
+
+@contextmanager
+def _renamed_when_complete(out: Path) -> Iterator[Path]:
+    folder = out.parent / f".{out.name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        folder.replace(out)  # over an empty folder, or none
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sources(inputs: Inputs) -> tuple[PictureSource | None, tuple[TextSource, ...]]:
+    """The pictures and the texts to build from. Imports only what these inputs need."""
+    from moe_dist.data.corpus_files import picture_files, text_files
+
+    pictures, texts = None, []
+    if inputs.text is None and inputs.images is None:
+        from moe_dist.data.corpus_openmoji import openmoji
+        from moe_dist.data.corpus_python import python_library
+
+        pictures, texts = openmoji(), [python_library()]
+    if inputs.images is not None:
+        pictures = picture_files("images", Path(inputs.images), inputs.licence)
+    if inputs.text is not None:
+        texts.append(text_files("text", Path(inputs.text), inputs.licence))
+    texts.extend(text_files(name, Path(path), inputs.licence) for name, path in inputs.extra_text.items())
+    names = [source.name for source in ([pictures] if pictures else []) + texts]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"sources {', '.join(names)}: each needs a name of its own; rename the extra text")
+    return pictures, tuple(texts)

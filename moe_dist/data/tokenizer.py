@@ -1,0 +1,65 @@
+"""Byte-level BPE, a thin layer over `tokenizers`: any text encodes, and decodes to itself."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moe_dist.errors import ConfigError, DataError
+
+PAD, BOS, EOS, BOI, EOI = SPECIALS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>")
+SMALLEST_VOCAB = len(SPECIALS) + 256
+
+
+def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Fits a BPE with the special tokens first. A small corpus may yield fewer than `vocab_size` tokens.
+
+    Raises:
+        ConfigError: vocab_size has no room for the special tokens and the bytes.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise ConfigError(f"vocab_size={vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes need room")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _plain_specials(tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer that `fit_tokenizer` made.
+
+    Raises:
+        DataError: the file is missing, damaged, or lacks one of the special tokens.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"tokenizer {str(path)!r} cannot be read: {error}") from error
+    missing = [token for token in SPECIALS if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise DataError(f"tokenizer {str(path)!r} lacks {', '.join(missing)}; use one that prepare_data made")
+    return _plain_specials(tokenizer)
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each text, int64, without special tokens around it."""
+    return [np.array(found.ids, np.int64) for found in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Id of each special token; `fit_tokenizer` and `load_tokenizer` see to it that all are there."""
+    return {token: found for token in SPECIALS if (found := tokenizer.token_to_id(token)) is not None}
+
+
+def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
+    # A text that happens to say "<eos>" is text: without this it would end its document. The file does not keep it.
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,0 +1,89 @@
+"""Prepares a data set: the default corpus, or one's own texts and pictures. See docs/data.md."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moe_dist.config.manifest import Manifest
+from moe_dist.data.corpus import Recipe, Report
+from moe_dist.data.prepare import Inputs, prepare
+from moe_dist.errors import ConfigError, MoeDistError
+
+DEFAULT_OUT = Path(".cache/data/openmoji")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to make; left alone if it is finished.")] = DEFAULT_OUT,
+    text: Annotated[str | None, typer.Option(help="Your texts: a folder, or a JSONL with a 'text' a line.")] = None,
+    images: Annotated[str | None, typer.Option(help="Your PNG and JPEG files; x.txt beside x.png is its caption.")] = None,
+    extra_text: Annotated[list[str], typer.Option(help="NAME=PATH: one more text source; may be repeated.")] = [],  # noqa: B006
+    licence: Annotated[str, typer.Option(help="Licence of your own contents, for the manifest.")] = "not stated",
+    tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer.json; fit none.")] = None,
+    codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy; fit none.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Tokens of the BPE.")] = Recipe.vocab_size,
+    codes: Annotated[int, typer.Option(min=1, max=65536, help="Entries of the image codebook.")] = Recipe.codes,
+    renders: Annotated[int, typer.Option(min=1, help="Renders of each training picture.")] = Recipe.renders,
+    heldout_renders: Annotated[int, typer.Option(min=1, help="Renders of each held-out picture.")] = Recipe.heldout_renders,
+    val_fraction: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share held out.")] = Recipe.val_fraction,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of split, renders and codebook.")] = Recipe.seed,
+) -> None:
+    """Prepare a data set (about a minute for the default: OpenMoji pictures with their names, Python sources)."""
+    began = time.monotonic()
+    try:
+        inputs = Inputs(text, images, dict(_named(entry) for entry in extra_text), licence)
+        recipe = Recipe(seed, renders, heldout_renders, val_fraction, vocab_size, codes, tokenizer, codebook)
+        with _progress() as report:
+            manifest, built = prepare(out, inputs, recipe, report)
+    except MoeDistError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    if not built:
+        print(f"{out} is finished; nothing to do")
+        return
+    _show(manifest)
+    print(f"{out} made in {time.monotonic() - began:.0f} s")
+
+
+def _named(entry: str) -> tuple[str, str]:
+    name, equals, path = entry.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--extra-text {entry!r}: write it as NAME=PATH")
+    return name, path
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        stages: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = progress.add_task(stage, total=total)
+            progress.update(stages[stage], completed=done)
+
+        yield report
+
+
+def _show(manifest: Manifest) -> None:
+    table = Table("source", "side", "documents", "tokens", *manifest.modalities, title=f"vocabulary {manifest.vocab_size}")
+    for name, source in manifest.sources.items():
+        for side, split in (("train", source.train), ("valid", source.valid)):
+            if split:
+                counts = [f"{split.tokens_by_modality[modality]:,}" for modality in manifest.modalities]
+                table.add_row(name, side, f"{split.documents:,}", f"{split.tokens:,}", *counts)
+    console = Console()
+    console.print(table)
+    console.print("held-out nats a label: " + ", ".join(f"{key} {nats:.2f}" for key, nats in manifest.baselines.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
