@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
+from moe_dist.data.batch import IGNORED
 from moe_dist.moe.aux_losses import balance_terms, z_terms
 from moe_dist.moe.routing import LayerReport
 from moe_dist.placement.placement import ExpertGroup
-
-IGNORE = -100  # label of a position that is not scored
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ class MicroLoss(NamedTuple):
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORE."""
+    """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED."""
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
     losses = F.cross_entropy(
-        logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORE, reduction="none"
+        logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(labels_BS)
 
@@ -66,7 +65,7 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
     """Sum of `values_BS` over scored positions for each modality of the label, float64 [M]."""
     member = modality_BS.flatten()[:, None] == torch.arange(num_modalities, device=values_BS.device)
-    member &= (labels_BS != IGNORE).flatten()[:, None]
+    member &= (labels_BS != IGNORED).flatten()[:, None]
     return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
 
 

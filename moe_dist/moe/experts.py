@@ -29,6 +29,8 @@ class ExpertStack(nn.Module):
 
         A loop over experts. An expert without rows multiplies an empty matrix, so that its gradient is zero, not None.
         """
+        if not counts:
+            return x_QD[:0]
         gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))
         runs = x_QD.split(list(counts))
         hidden = [F.silu(run @ gate[i].T) * (run @ up[i].T) for i, run in enumerate(runs)]
@@ -36,12 +38,15 @@ class ExpertStack(nn.Module):
 
 
 class Experts(nn.Module):
-    """All true experts of this rank, one stack for each group that has slots here.
+    """All true experts of this rank, one stack for each group.
+
+    A group without slots here has an empty stack [0, F, D]: under FSDP2 every rank then has the same units, and so the same
+    order of gathers; where a rank lacked one, its prefetch ran ahead of its peers' exchanges and all of them hung.
 
     Args:
         hidden_dim: D.
         groups: All groups in logical order; the rank's slots are sorted the same way.
-        num_local: For each group its number of experts on this rank; 0 makes no stack.
+        num_local: For each group its number of experts on this rank.
         row_budget: Pairs computed at once; beyond it the pairs run in recomputed chunks, so that one expert that takes
             everything costs time, not memory. None for no bound.
     """
@@ -50,12 +55,11 @@ class Experts(nn.Module):
         self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, row_budget: int | None = None
     ) -> None:
         super().__init__()
-        self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True) if count)
+        self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
         self.row_budget = row_budget
         self.recompute = False
         for group, count in zip(groups, num_local, strict=True):
-            if count:
-                self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count))
+            self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count))
 
     def forward(self, dispatched: DispatchedRows, plan: DispatchPlan) -> Tensor:
         """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once."""

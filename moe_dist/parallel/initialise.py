@@ -39,14 +39,13 @@ def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) ->
     return [f"{prefix}.{group_name}.{expert - group.first_expert}.{tensor}" for expert in local]
 
 
-def _draw(
-    name: str, parameter: nn.Parameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float
-) -> Tensor:
+def _draw(name: str, parameter: nn.Parameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float) -> Tensor:
     if name.endswith("norm.weight"):
         return torch.ones(parameter.shape)
     if ".moe.experts." in name:
         names = logical_expert_names(name, placement, ep_rank)
-        return torch.stack([_normal(each, tuple(parameter.shape[1:]), seed, scale) for each in names])
+        experts = [_normal(each, tuple(parameter.shape[1:]), seed, scale) for each in names]
+        return torch.stack(experts) if experts else torch.empty(parameter.shape)
     return _normal(name, tuple(parameter.shape), seed, scale)
 
 

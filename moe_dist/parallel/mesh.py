@@ -3,7 +3,8 @@
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 
 - `world`: dense parameters live on every rank (or are sharded over all); every rank reads data of its own.
-- `ep`: one copy of all experts, sharded; neighbours in rank order, so that an EP group stays inside a node. Dispatch runs here.
+- `ep`: one copy of all experts, sharded; neighbours in rank order, so that an EP group stays inside a node.
+  Dispatch and combine run here.
 - `edp`: ranks with the same position in their EP groups; they hold the same experts and sum those gradients.
 """
 

@@ -84,7 +84,8 @@ class ParallelModel:
         """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
         sum_gradients([info.parameter for info in self.parameters if info.kind == "router"], self.mesh.world)
         if self.data == "ddp" and self.mesh.edp_size > 1:
-            sum_gradients([info.parameter for info in self.parameters if info.kind == "expert"], self.mesh.edp)
+            experts = [info.parameter for info in self.parameters if info.kind == "expert"]
+            sum_gradients([parameter for parameter in experts if parameter.numel()], self.mesh.edp)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:

@@ -1,0 +1,84 @@
+"""Held-out losses by modality: sums over all ranks, the same whatever the number of ranks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.comm.reduce import sum_over
+from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.loss import sums_by_modality, token_losses
+from moe_dist.model.transformer import Transformer
+
+
+@torch.no_grad()
+def heldout_losses(
+    model: Transformer,
+    batches: Sequence[Batch],
+    *,
+    modalities: Sequence[str],
+    group_of_modality: Tensor,
+    world: dist.ProcessGroup | None,
+) -> tuple[Mapping[str, float], Mapping[str, int]]:
+    """Nats a token and labels by the label's modality, and '<modality>_no_filler' where the data marks filler cells.
+
+    Collective: every rank must bring the same number of batches. Modalities without labels are left out.
+
+    Args:
+        model: The transformer itself, not its DDP wrapper.
+        group_of_modality: int64 [M], expert group of each modality.
+    """
+    device = group_of_modality.device
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    for batch in batches:
+        on_device = batch.to(device)
+        losses_BS = forward_losses(model, on_device, group_of_modality)
+        sums_4M += _sums(losses_BS, on_device, len(modalities))
+    model.train(training)
+    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world).tolist()
+    loss, tokens = {}, {}
+    for i, name in enumerate(modalities):
+        parts = [(name, nll_M[i], labels_M[i])]
+        if filler_M[i]:
+            parts.append((f"{name}_no_filler", nll_M[i] - nll_filler_M[i], labels_M[i] - filler_M[i]))
+        for part, nll, count in parts:
+            if count:
+                loss[part], tokens[part] = nll / count, round(count)
+    return loss, tokens
+
+
+def forward_losses(model: Transformer, batch: Batch, group_of_modality: Tensor) -> Tensor:
+    """Token losses [B, S] of one batch on its device."""
+    group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
+    logits, _ = model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
+    return token_losses(logits, batch.labels_BS)
+
+
+@contextmanager
+def experts_ablated(model: Transformer) -> Iterator[None]:
+    """Inside, the routed experts' output is zero: what the loss rises by is what they contribute."""
+    layers = model.moe_modules()
+    for layer in layers:
+        layer.ablated = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.ablated = False
+
+
+def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
+    """Losses and labels, of all labels and of filler cells alone: float64 [4, M]."""
+    ones = torch.ones_like(losses_BS)
+    filler_labels = torch.where(batch.filler_BS, batch.labels_BS, IGNORED)
+    return torch.stack(
+        [
+            sums_by_modality(values, labels, batch.label_modality_BS, num_modalities)
+            for labels in (batch.labels_BS, filler_labels)
+            for values in (losses_BS, ones)
+        ]
+    )

@@ -1,0 +1,225 @@
+"""One optimizer step over all ranks: forward, backward, one vote, update. The loop around it is in `trainer.py`.
+
+Collectives of a step, besides those of the layers: the label counts before the first forward, the routing counts of each
+micro-batch, the gradients, and one packed vector that is norm, vote and statistics at once. Every rank issues the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.traffic import Traffic
+from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.loss import AuxSettings, MicroLoss, micro_loss
+from moe_dist.moe.ledger import LEDGER_KEYS, compare
+from moe_dist.moe.routing import LayerReport
+from moe_dist.optim.adamw import set_lr
+from moe_dist.optim.grad_norm import clip_by_norm, local_norm_squared
+from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.placement import ExpertPlacement
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over all ranks and micro-batches of one step; plain numbers.
+
+    Attributes:
+        nll_M, labels_M: Token losses (nats) and scored labels by the label's modality.
+        balance, z: The auxiliary terms as they entered the loss.
+        grad_norm: Global norm before clipping, not finite where the step was skipped.
+        skipped: No rank took the step, since the loss or a gradient was not finite.
+        tokens: Input tokens without padding.
+        choices_LC, tokens_LG, entropy_LG: Routing counts, see `moe_dist.monitor.statistics`.
+        ledger: Sums of the dispatch ledger, by `moe_dist.moe.ledger.LEDGER_KEYS`.
+        comm_seconds: Mean over ranks of the time inside the exchanges.
+        stop_requested: At least one rank was asked to stop.
+    """
+
+    nll_M: np.ndarray
+    labels_M: np.ndarray
+    balance: float
+    z: float
+    grad_norm: float
+    skipped: bool
+    tokens: int
+    choices_LC: np.ndarray
+    tokens_LG: np.ndarray
+    entropy_LG: np.ndarray
+    ledger: Mapping[str, int]
+    comm_seconds: float
+    stop_requested: bool
+
+
+class TrainingStep:
+    """Takes steps with one model and optimizer.
+
+    Args:
+        parallel: The model on its mesh.
+        optimizer: Over this rank's parameters.
+        placement: For the ledger's closed forms.
+        group_of_modality: Expert group of each modality, in the data's order of modalities.
+        clip_norm: Bound of the global gradient norm, or None.
+        traffic: Counter of the model's wires.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelModel,
+        optimizer: Optimizer,
+        *,
+        placement: ExpertPlacement,
+        group_of_modality: Sequence[int],
+        clip_norm: float | None,
+        traffic: Traffic,
+    ) -> None:
+        self.parallel = parallel
+        self.optimizer = optimizer
+        self.placement = placement
+        self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
+        self.clip_norm = clip_norm
+        self.traffic = traffic
+
+    def __call__(
+        self, batches: Sequence[Batch], *, lr: float, aux: AuxSettings, stop_requested: bool = False
+    ) -> StepResult:
+        """One step over this rank's micro-batches. One host sync at the end, besides those of the dispatchers."""
+        mesh = self.parallel.mesh
+        tokens = sum(batch.num_tokens for batch in batches)
+        batches = [batch.to(mesh.device) for batch in batches]
+        labels_M = self._count_labels(batches)
+        micro_labels = sum_over(labels_M.sum(1), mesh.world)
+        labels_in_step = micro_labels.sum().clamp_min(1.0)
+        self.traffic.take()
+
+        losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
+        own = _OwnCounts(self.placement)
+        for i, batch in enumerate(batches):
+            with self.parallel.micro_batch(last=i + 1 == len(batches)):
+                logits, reports = self._forward(batch)
+                loss = micro_loss(
+                    logits,
+                    reports,
+                    batch.labels_BS,
+                    batch.label_modality_BS,
+                    num_modalities=len(self.group_of_modality),
+                    groups=self.placement.groups,
+                    aux=aux,
+                    labels_in_step=labels_in_step,
+                    share=micro_labels[i] / labels_in_step,
+                    world=mesh.world,
+                )
+                del logits
+                loss.total.backward()
+            losses.append(loss)
+            forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
+            own.add(reports)
+        self.parallel.reduce_gradients()
+        local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
+        return self._vote_and_update(sum_over(local, mesh.world), losses, lr)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Sequence[LayerReport]]:
+        group_BS = torch.where(batch.padding_BS, -1, self.group_of_modality[batch.modality_BS])
+        return self.parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
+
+    def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
+        """Scored labels of each micro-batch and modality on this rank, float64 [micro-batches, M]."""
+        modalities = torch.arange(len(self.group_of_modality), device=self.parallel.mesh.device)
+        rows = []
+        for batch in batches:
+            member = batch.label_modality_BS.flatten()[:, None] == modalities
+            rows.append((member & (batch.labels_BS != IGNORED).flatten()[:, None]).sum(0))
+        return torch.stack(rows).to(torch.float64)
+
+    def _pack(
+        self,
+        losses: Sequence[MicroLoss],
+        labels_M: Tensor,
+        own: "_OwnCounts",
+        forward_rows: Tensor,
+        tokens_and_stop: list[float],
+    ) -> Tensor:
+        """This rank's part of norm, vote and statistics as one float64 vector, so that they take one all-reduce."""
+        device = self.parallel.mesh.device
+        squared = local_norm_squared(((info.parameter, info.replicas) for info in self.parallel.parameters), device=device)
+        payload, metadata, seconds = self.traffic.take()
+        rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
+        true_choices_G, tokens_G = own.totals()
+        ledger = compare(
+            self.placement,
+            self.parallel.mesh.ep_rank,
+            true_choices_G=true_choices_G,
+            tokens_G=tokens_G,
+            rows_remote=rows_remote,
+            pairs=pairs,
+            pairs_remote=pairs_remote,
+        )
+        numbers = {**ledger, "payload_bytes": payload, "metadata_bytes": metadata}
+        host = [*(float(numbers[key]) for key in LEDGER_KEYS), seconds, *tokens_and_stop]
+        return torch.cat(
+            [
+                squared.view(1),
+                torch.stack([loss.balance for loss in losses]).sum().view(1),
+                torch.stack([loss.z for loss in losses]).sum().view(1),
+                torch.stack([loss.nll_M for loss in losses]).sum(0),
+                labels_M,
+                torch.tensor(host, dtype=torch.float64, device=device),
+            ]
+        )
+
+    def _vote_and_update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float) -> StepResult:
+        """All ranks see the same sums, so all take the step or none does; a NaN anywhere reaches every rank in them."""
+        num_modalities = len(self.group_of_modality)
+        values = summed.tolist()  # host sync: norm, vote and statistics
+        squared, balance, z = values[:3]
+        nll_M = np.array(values[3 : 3 + num_modalities])
+        labels_M = np.array(values[3 + num_modalities : 3 + 2 * num_modalities])
+        host = values[3 + 2 * num_modalities :]
+        finite = bool(np.isfinite([squared, balance, z, *nll_M]).all())
+        if finite:
+            norm = summed[0].sqrt()
+            if self.clip_norm is not None:
+                clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+        # The optimizer knows neither empty nor frozen parameters; all gradients go.
+        self.parallel.model.zero_grad(set_to_none=True)
+        counts = [torch.stack([loss.counts[i] for loss in losses]).sum(0).cpu().numpy() for i in range(3)]
+        seconds, tokens, stop = host[len(LEDGER_KEYS) :]
+        return StepResult(
+            nll_M=nll_M,
+            labels_M=labels_M.astype(np.int64),
+            balance=balance,
+            z=z,
+            grad_norm=float(np.sqrt(squared)),
+            skipped=not finite,
+            tokens=int(tokens),
+            choices_LC=counts[0].astype(np.int64),
+            tokens_LG=counts[1].astype(np.int64),
+            entropy_LG=counts[2],
+            ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
+            comm_seconds=seconds / self.parallel.mesh.world_size,
+            stop_requested=stop > 0,
+        )
+
+
+class _OwnCounts:
+    """This rank's true choices and routed tokens by group, summed on the device until they are read."""
+
+    def __init__(self, placement: ExpertPlacement) -> None:
+        self._groups = placement.groups
+        self._sums: list[Tensor] = []
+
+    def add(self, reports: Sequence[LayerReport]) -> None:
+        for report in reports:
+            true_G = [report.sums.choices_C[group.first_expert :][: group.num_experts].sum() for group in self._groups]
+            self._sums.append(torch.stack([torch.stack(true_G), report.sums.tokens_G]))
+
+    def totals(self) -> tuple[list[int], list[int]]:
+        """True choices and tokens of each group. Syncs with the host."""
+        true_G, tokens_G = torch.stack(self._sums).sum(0).tolist()
+        return true_G, tokens_G

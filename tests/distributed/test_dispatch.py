@@ -1,0 +1,215 @@
+"""Dispatch and combine over real ranks: values, gradients, and the ledger equal to its closed form, with no tolerance."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.errors import PlacementError
+from moe_dist.moe.dispatcher import Dispatcher, DispatchPlan
+from moe_dist.moe.reference import expected_traffic
+from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.worlds import RankContext
+
+D = 3
+FORWARD = ["counts", "expert ids", "dispatch weights", "dispatch rows", "combine rows"]
+BACKWARD = ["combine rows backward", "dispatch weights backward", "dispatch rows backward"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One routing: experts on each rank, and on each rank's tokens the chosen experts (ABSENT for a null choice)."""
+
+    slots: tuple[tuple[int, ...], ...]
+    experts_TK: tuple[np.ndarray, ...]
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        num_experts = sum(len(slots) for slots in self.slots)
+        return ExpertPlacement((ExpertGroup("all", num_experts, 0, 1, 4, 0, ("text",)),), self.slots)
+
+
+def random_case(seed: int, world_size: int) -> Case:
+    """Uneven placements (ranks without experts among them), uneven token counts (none among them), any share of nulls."""
+    rng = np.random.default_rng([seed, world_size])
+    num_experts = int(rng.integers(1, 9))
+    rank_of = rng.integers(0, world_size, num_experts)
+    slots = tuple(tuple(np.flatnonzero(rank_of == rank).tolist()) for rank in range(world_size))
+    kind = ("any", "all null", "one expert", "first half")[int(rng.integers(0, 4)) if seed % 3 == 0 else 0]
+    rows = []
+    for _ in range(world_size):
+        tokens, top_k = int(rng.integers(0, 12)) if rng.random() < 0.8 else 0, int(rng.integers(1, num_experts + 1))
+        pool = num_experts // 2 + 1 if kind == "first half" else num_experts
+        chosen = np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens)], dtype=np.int64).reshape(
+            tokens, top_k
+        )
+        chosen[(rng.random(chosen.shape) < rng.random()) | (chosen >= pool)] = ABSENT
+        if kind == "all null":
+            chosen[:] = ABSENT
+        elif kind == "one expert":
+            chosen[:] = ABSENT
+            chosen[:, :1] = 0
+        rows.append(chosen)
+    return Case(slots, tuple(rows))
+
+
+def run_case(rank: int, case: Case, wire: Wire, seed: int) -> None:
+    """Sends a case through dispatch and combine, with 'experts' that multiply a row by their id + 1."""
+    chosen = torch.from_numpy(case.experts_TK[rank])
+    num_tokens, top_k = chosen.shape
+    generator = torch.Generator().manual_seed(seed * 100 + rank)
+    h_TD = torch.randn(num_tokens, D, dtype=torch.double, generator=generator).requires_grad_()
+    weight_N = torch.rand(num_tokens * top_k, dtype=torch.double, generator=generator).requires_grad_()
+    assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
+    placement, traffic = case.placement, wire.traffic
+    dispatcher = Dispatcher(placement, wire)
+    traffic.take()
+    assert traffic.events is not None
+    traffic.events.clear()
+
+    plan = dispatcher.plan(assignments, num_tokens)
+    dispatched = dispatcher.dispatch(h_TD, weight_N, plan)
+    factor_Q = factors(placement, rank, plan)
+    pairs_QD = dispatched.rows_RD[plan.row_of_pair_Q] * (dispatched.weight_Q * factor_Q)[:, None]
+    y_TD = dispatcher.combine(torch.zeros_like(dispatched.rows_RD).index_add(0, plan.row_of_pair_Q, pairs_QD), plan)
+
+    taken = assignments.taken()
+    rows, pairs = expected_traffic(taken.token_N.tolist(), taken.expert_N.tolist(), placement.rank_of_expert, rank)
+    assert sum(plan.rows.send) == rows
+    assert plan.num_remote_pairs == pairs
+    forward_bytes = (rows + sum(plan.rows.receive)) * D * 8
+    assert traffic.payload_bytes == forward_bytes
+
+    scale_T = torch.zeros(num_tokens, dtype=torch.double)
+    scale_T = scale_T.index_add(0, taken.token_N, taken.weight_N * (taken.expert_N + 1))
+    expected = h_TD * scale_T[:, None]
+    torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-12)
+    direction = torch.randn(y_TD.shape, dtype=torch.double, generator=generator)
+    theirs = torch.autograd.grad((expected * direction).sum(), [h_TD, weight_N])
+    ours = torch.autograd.grad((y_TD * direction).sum(), [h_TD, weight_N])
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    assert traffic.payload_bytes == 2 * forward_bytes
+    assert traffic.events == ([] if wire.group is None else FORWARD + BACKWARD)
+
+
+def factors(placement: ExpertPlacement, rank: int, plan: DispatchPlan) -> torch.Tensor:
+    """Expert id + 1 of each pair computed here, in slot order."""
+    ids = torch.tensor(placement.slots[rank], dtype=torch.double) + 1
+    return ids.repeat_interleave(torch.tensor(plan.slot_counts, dtype=torch.int64))
+
+
+def run_cases(rank: RankContext, seeds: range) -> int:
+    """Body of a standing world: a run of random cases, and their total payload against 2 R D itemsize each way."""
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    wire = Wire(mesh.ep if rank.world_size > 1 else None, Traffic(events=[]))
+    for seed in seeds:
+        run_case(rank.rank, random_case(seed, rank.world_size), wire, seed)
+    return len(seeds)
+
+
+@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(300)), (2, range(400)), (4, range(300))], ids=str)
+def test_ledger_equals_the_closed_form_on_random_routings(
+    run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
+) -> None:
+    """1,000 routings in all: ranks without tokens or experts, all-null batches, one expert that takes everything."""
+    cases = [random_case(seed, world_size) for seed in seeds]
+    assert any(all((c == ABSENT).all() for c in case.experts_TK) for case in cases)
+    assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
+    if world_size > 1:
+        assert any(() in case.slots for case in cases)
+    assert run_in_world(world_size, run_cases, seeds, seconds=110) == [len(seeds)] * world_size
+
+
+#   rank 0 holds experts 0 1 3, rank 1 holds expert 2, rank 2 holds none; x marks a null choice
+#
+#   rank 0   token 0 -> 0 2      own row 0, remote row to rank 1
+#            token 1 -> 2 x      remote row to rank 1
+#            token 2 -> x x      nothing
+#   rank 1   token 0 -> 3 1      ONE row to rank 0 for both
+#            token 1 -> 1 2      row to rank 0, own row 1
+#   rank 2   no token
+#
+#   rank 0 computes, own rows first:  rows [t0 | r1.t0 r1.t1]      slots 0 1 3:  [t0] [r1.t0 r1.t1] [r1.t0]
+#   rank 1 computes:                  rows [t1 | r0.t0 r0.t1]      slot  2:      [t1 r0.t0 r0.t1]
+HAND = Case(
+    slots=((0, 1, 3), (2,), ()),
+    experts_TK=(
+        np.array([[0, 2], [2, ABSENT], [ABSENT, ABSENT]]),
+        np.array([[3, 1], [1, 2]]),
+        np.zeros((0, 2), np.int64),
+    ),
+)
+
+
+def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
+    mesh = make_mesh(ep=3, device=torch.device("cpu"), timeout=60.0)
+    chosen = torch.from_numpy(HAND.experts_TK[rank.rank])
+    weights = torch.ones(chosen.numel())
+    assignments = Assignments(torch.arange(chosen.shape[0]).repeat_interleave(2), chosen.flatten(), weights)
+    plan = Dispatcher(HAND.placement, Wire(mesh.ep, Traffic())).plan(assignments, chosen.shape[0])
+    run_case(rank.rank, HAND, Wire(mesh.ep, Traffic(events=[])), 0)
+    return {
+        "rows": (plan.rows.send, plan.rows.receive),
+        "pairs": (plan.pairs.send, plan.pairs.receive),
+        "row tokens": plan.token_of_row_S.tolist(),
+        "own tokens": plan.token_of_row_O.tolist(),
+        "rows by slot": plan.row_of_pair_Q.tolist(),
+        "slots": plan.slot_counts,
+    }
+
+
+def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
+    first, second, third = run_in_world(3, plan_of_hand_case)
+    assert first == {
+        "rows": ((0, 2, 0), (0, 2, 0)),
+        "pairs": ((0, 2, 0), (0, 3, 0)),
+        "row tokens": [0, 1],
+        "own tokens": [0],
+        "rows by slot": [0, 1, 2, 1],
+        "slots": (1, 2, 1),
+    }
+    assert second == {
+        "rows": ((2, 0, 0), (2, 0, 0)),
+        "pairs": ((3, 0, 0), (2, 0, 0)),
+        "row tokens": [0, 1],
+        "own tokens": [1],
+        "rows by slot": [0, 1, 2],
+        "slots": (3,),
+    }
+    assert third == {
+        "rows": ((0, 0, 0), (0, 0, 0)),
+        "pairs": ((0, 0, 0), (0, 0, 0)),
+        "row tokens": [],
+        "own tokens": [],
+        "rows by slot": [],
+        "slots": (),
+    }
+
+
+def overflow(rank: RankContext) -> str:
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    case = Case(((0,), (1,)), (np.ones((5, 1), np.int64), np.ones((2, 1), np.int64)))
+    chosen = torch.from_numpy(case.experts_TK[rank.rank])
+    assignments = Assignments(torch.arange(len(chosen)), chosen.flatten(), torch.ones(len(chosen)))
+    dispatcher = Dispatcher(case.placement, Wire(mesh.ep, Traffic()), max_receive_rows=4)
+    if rank.rank == 0:  # receives nothing, and goes on to the next exchange alone: stop it before that
+        dispatcher.max_receive_rows = -1
+    try:
+        dispatcher.plan(assignments, len(chosen))
+    except PlacementError as error:
+        return str(error)
+    return "no error"
+
+
+def test_more_rows_than_the_bound_are_an_error_before_the_buffer(run_in_world: Callable[..., list[Any]]) -> None:
+    message = run_in_world(2, overflow)[1]
+    assert "would receive 5 rows" in message
+    assert "parallel.max_receive_rows=4" in message

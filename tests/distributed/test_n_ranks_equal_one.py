@@ -1,0 +1,63 @@
+"""N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps, over every layout.
+
+The batches hold a sequence that is all padding, one of text alone and one of pictures alone, so that with 8 ranks there are
+ranks without a token and ranks of one modality.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.layouts import Layout, Outcome, merged, train
+
+SIZES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
+LAYOUTS = [
+    Layout(ep, edp, placement, data, recompute)
+    for (ep, edp), placement, data, recompute in product(
+        SIZES, ("pinned", "interleaved", "uneven"), ("ddp", "fsdp2"), ("none", "experts", "block")
+    )
+    if not (ep == 1 and placement != "interleaved")
+]
+ONE_RANK = [
+    Layout(data=data, recompute=recompute, row_budget=budget)
+    for data, recompute, budget in product(("ddp", "fsdp2"), ("none", "experts", "block"), (None, 7))
+    if (data, recompute, budget) != ("ddp", "none", None)
+]
+EXTRA = [Layout(4, 1, "uneven", "ddp", "block", row_budget=5), Layout(2, 2, "pinned", "fsdp2", "none", row_budget=3)]
+
+
+@pytest.fixture(scope="session")
+def one_rank(run_in_world: Callable[..., list[Any]]) -> Outcome:
+    """The oracle: one process, no recompute."""
+    return run_in_world(1, train, Layout())[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS + ONE_RANK + EXTRA, ids=str)
+def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], one_rank: Outcome, layout: Layout) -> None:
+    outcomes = run_in_world(layout.world_size, train, layout)
+    for outcome in outcomes:
+        for step, expected in zip(outcome.steps, one_rank.steps, strict=True):
+            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+            np.testing.assert_array_equal(step.tokens_LG, expected.tokens_LG)
+            np.testing.assert_array_equal(step.labels_M, expected.labels_M)
+            assert step.tokens == expected.tokens
+            assert step.ledger["pairs"] == expected.ledger["pairs"]
+            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
+            np.testing.assert_allclose(step.entropy_LG, expected.entropy_LG, rtol=1e-9)
+            np.testing.assert_allclose(
+                [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
+            )
+    for field in ("gradients", "parameters"):
+        got, expected = merged(outcomes, field), getattr(one_rank, field)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+    logits = np.concatenate([outcome.logits for outcome in outcomes])
+    np.testing.assert_allclose(logits, one_rank.logits, rtol=0, atol=1e-9)
+    first = outcomes[0].events
+    assert first
+    for outcome in outcomes[1:]:
+        assert outcome.events == first, "the recorded order of collectives differs between ranks"

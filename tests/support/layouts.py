@@ -1,0 +1,225 @@
+"""The same training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from moe_dist.build import build_model
+from moe_dist.comm.traffic import Traffic
+from moe_dist.config.schema import Config
+from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.loss import AuxSettings
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.initialise import initialise, logical_expert_names
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.parallel.parallelize import ParallelModel, shard
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.training_step import StepResult, TrainingStep
+from tests.support.worlds import RankContext
+
+SEQ_LEN = 12
+SEQUENCES = 8  # of a micro-batch over all ranks
+MICRO_BATCHES = 2
+STEPS = 3
+TEXT, IMAGE = (0, 40), (40, 56)
+GROUPS = (
+    ExpertGroup("text", 5, 3, 3, 6, 0, ("text",)),
+    ExpertGroup("image", 3, 2, 2, 10, 5, ("image",)),
+)
+E = sum(group.num_experts for group in GROUPS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to lay the same run over ranks."""
+
+    ep: int = 1
+    edp: int = 1
+    placement: str = "interleaved"
+    data: str = "ddp"
+    recompute: str = "none"
+    precision: str = "float64"
+    row_budget: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.ep * self.edp
+
+    def __str__(self) -> str:
+        budget = f"-budget{self.row_budget}" if self.row_budget else ""
+        return f"ep{self.ep}-edp{self.edp}-{self.placement}-{self.data}-{self.recompute}-{self.precision}{budget}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw: each step's result, first gradients and final parameters by logical name, the events."""
+
+    steps: list[StepResult]
+    gradients: dict[str, np.ndarray]
+    parameters: dict[str, np.ndarray]
+    events: list[str]
+    logits: np.ndarray
+
+
+def placement_of(name: str, ep: int) -> ExpertPlacement:
+    """interleaved; pinned (text experts on the first ranks, image experts on the rest); uneven (the last rank has none)."""
+    slots: list[list[int]] = [[] for _ in range(ep)]
+    if name == "interleaved" or ep == 1:
+        for expert in range(E):
+            slots[expert % ep].append(expert)
+    elif name == "pinned":
+        for group, ranks in zip(GROUPS, (range(ep // 2), range(ep // 2, ep)), strict=True):
+            for i, expert in enumerate(group.experts):
+                slots[ranks[i % len(ranks)]].append(expert)
+    elif name == "uneven":
+        for expert in range(E):
+            slots[0 if expert < 4 or ep == 2 else 1 + expert % (ep - 2)].append(expert)
+    else:
+        raise ValueError(f"unknown placement {name!r}")
+    return ExpertPlacement(GROUPS, tuple(tuple(sorted(each)) for each in slots))
+
+
+def config_of(layout: Layout) -> Config:
+    """A configuration with the layout's keys; its data section is not used."""
+    return Config.model_validate(
+        {
+            "run": {"name": "layout"},
+            "model": {
+                "hidden_dim": 16,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "vocab_size": IMAGE[1],
+                "max_seq_len": SEQ_LEN,
+                "qk_norm": True,
+                "init_std": 0.3,
+                "moe": {
+                    "shared_ffn_dim": 4,
+                    "groups": {
+                        g.name: {
+                            "num_experts": g.num_experts,
+                            "num_null": g.num_null,
+                            "top_k": g.top_k,
+                            "ffn_dim": g.ffn_dim,
+                        }
+                        for g in GROUPS
+                    },
+                },
+            },
+            "data": {"path": "none", "seq_len": SEQ_LEN},
+            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": 1},
+            "optimizer": {"lr": 1e-2},
+            "parallel": {
+                "ep": layout.ep,
+                "edp": layout.edp,
+                "data": layout.data,
+                "recompute": layout.recompute,
+                "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
+                "expert_row_budget": layout.row_budget,
+            },
+            "evaluation": {"every": 1},
+        }
+    )
+
+
+def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
+    """Sequences [first, first + count) of one micro-batch. Sequence 0 is all padding, 1 all text, 2 all image, the rest are
+    mixed; with 8 ranks that is a rank without a token, and ranks of one modality."""
+    maker = BatchMaker(seq_len=SEQ_LEN, pad_id=0, modalities=[[TEXT], [IMAGE]])
+    rows = []
+    for sequence in range(first, first + count):
+        rng = np.random.default_rng([step, micro, sequence])
+        low, high = {1: TEXT, 2: IMAGE}.get(sequence, (TEXT[0], IMAGE[1]))
+        cut = int(rng.integers(3, SEQ_LEN - 3))
+        tokens = rng.integers(low, high, SEQ_LEN)
+        pieces = [] if sequence == 0 else [tokens[:cut], tokens[cut : SEQ_LEN - 1]]
+        rows.append([Segment(piece, np.zeros(len(piece), bool), len(piece)) for piece in pieces])
+    return maker.make(rows)
+
+
+def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
+    """The model of a layout, initialised, on its mesh."""
+    config, placement = config_of(layout), placement_of(layout.placement, layout.ep)
+    dtype = getattr(torch, layout.precision)
+    master = torch.float64 if layout.precision == "float64" else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(master)
+    try:
+        with torch.device("meta"):
+            model = build_model(
+                config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic, compute_dtype=dtype
+            )
+        if layout.data == "fsdp2":
+            shard(model, mesh, dtype)
+        initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
+    finally:
+        torch.set_default_dtype(before)
+    return ParallelModel(model, mesh, layout.data)  # pyright: ignore[reportArgumentType]
+
+
+def train(rank: RankContext, layout: Layout) -> Outcome:
+    """Body of a standing world: trains the layout and returns what this rank saw."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic(events=[])
+    parallel = build(layout, mesh, traffic)
+    placement = placement_of(layout.placement, layout.ep)
+    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    gradients: dict[str, np.ndarray] = {}
+
+    def keep_gradients(*_: Any) -> None:
+        if not gradients:
+            gradients.update(logical(parallel, placement, mesh, gradient=True))
+
+    optimizer.register_step_pre_hook(keep_gradients)
+    each = SEQUENCES // rank.world_size
+    aux = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
+    results = []
+    for number in range(STEPS):
+        batches = [batch_of(number, micro, rank.rank * each, each) for micro in range(MICRO_BATCHES)]
+        results.append(step(batches, lr=1e-2, aux=aux))
+    with torch.no_grad():
+        last = batch_of(9, 0, rank.rank * each, each)
+        group = torch.where(last.padding_BS, -1, last.modality_BS)
+        logits, _ = parallel.model(last.tokens_BS, last.positions_BS, last.documents_BS, group)
+    parameters = logical(parallel, placement, mesh, gradient=False)
+    return Outcome(
+        results,
+        gradients,
+        parameters,
+        traffic.events or [],
+        logits.float().numpy() if layout.precision == "bfloat16" else logits.numpy(),
+    )
+
+
+def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, gradient: bool) -> dict[str, np.ndarray]:
+    """Whole tensors by logical name: this rank's experts, and all dense parameters. Collective under FSDP2."""
+    named: dict[str, np.ndarray] = {}
+    for info in parallel.parameters:
+        tensor = info.parameter.grad if gradient else info.parameter.detach()
+        if tensor is None and info.parameter.numel() == 0:
+            continue
+        assert tensor is not None, f"{info.name} has no gradient"
+        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
+        if info.kind == "expert":
+            named.update(zip(logical_expert_names(info.name, placement, mesh.ep_rank), whole, strict=True))
+        else:
+            named[info.name] = whole
+    return named
+
+
+def merged(outcomes: list[Outcome], field: str) -> Mapping[str, np.ndarray]:
+    """All ranks' tensors under their logical names; copies must be equal to the last bit."""
+    together: dict[str, np.ndarray] = {}
+    for outcome in outcomes:
+        for name, value in getattr(outcome, field).items():
+            if name in together:
+                np.testing.assert_array_equal(together[name], value, err_msg=f"copies of {name} differ between ranks")
+            together[name] = value
+    return together

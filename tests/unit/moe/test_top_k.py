@@ -1,0 +1,180 @@
+"""The top-k router with null experts, against the slow oracle: values, gradients, ties, padding, and the all-null token."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.moe.reference import choose, weights_of
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import ABSENT, RoutingTape
+from moe_dist.placement.placement import ExpertGroup
+
+D = 6
+TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))
+IMAGE = ExpertGroup("image", 2, 2, 1, 8, 4, ("image",))
+PLAIN = ExpertGroup("all", 4, 0, 2, 8, 0, ("text", "image"))
+
+
+def make_router(*groups: ExpertGroup, **options: object) -> TopKRouter:
+    torch.manual_seed(0)
+    router = TopKRouter(D, groups, **options).double()  # pyright: ignore[reportArgumentType]
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    return router
+
+
+def gate_rows(router: TopKRouter, group: ExpertGroup) -> Tensor:
+    gate = router.get_submodule(group.name)
+    return torch.cat([gate.true, gate.null]) if group.num_null else gate.true  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+@pytest.mark.parametrize(("groups", "normalise"), product([(TEXT, IMAGE), (PLAIN,)], ["true_chosen", "all_chosen", "none"]))
+def test_pairs_and_weights_equal_the_oracle(groups: tuple[ExpertGroup, ...], normalise: str) -> None:
+    router = make_router(*groups, normalise=normalise, scale=1.5)
+    h_TD = torch.randn(40, D, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, len(groups), (40,))
+    taken = router(h_TD, group_T).assignments.taken()
+    got = {(int(t), int(e)): w for t, e, w in zip(*taken, strict=True)}
+    expected: dict[tuple[int, int], Tensor] = {}
+    for token, index in enumerate(group_T.tolist()):
+        if index >= 0:
+            group = groups[index]
+            logits = gate_rows(router, group) @ h_TD[token]
+            chosen = choose(logits.tolist(), group.num_experts, group.top_k)
+            for expert, weight in weights_of(logits, chosen, group.num_experts, normalise).items():
+                expected[token, group.first_expert + expert] = 1.5 * weight
+    assert got.keys() == expected.keys()
+    factors = {pair: 1.0 + 0.1 * pair[0] - 0.3 * pair[1] for pair in got}
+    (ours,) = torch.autograd.grad(sum(factors[p] * got[p] for p in got), h_TD, retain_graph=True)  # pyright: ignore[reportArgumentType]
+    (theirs,) = torch.autograd.grad(sum(factors[p] * expected[p] for p in got), h_TD)  # pyright: ignore[reportArgumentType]
+    for pair, weight in expected.items():
+        torch.testing.assert_close(got[pair], weight)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_without_null_experts_it_is_plain_top_k() -> None:
+    router = make_router(PLAIN)
+    h_TD = torch.randn(50, D, dtype=torch.double)
+    assignments = router(h_TD, torch.zeros(50, dtype=torch.int64)).assignments
+    logits = h_TD @ router.get_submodule("all").true.T  # pyright: ignore[reportCallIssue]
+    top = logits.topk(2)
+    assert torch.equal(assignments.expert_N.view(50, 2), top.indices)
+    assert torch.equal(assignments.weight_N.view(50, 2).argsort(descending=True)[:, 0], torch.zeros(50, dtype=torch.int64))
+    torch.testing.assert_close(assignments.weight_N.view(50, 2), top.values.softmax(-1), rtol=0, atol=1e-15)
+
+
+def test_ties_go_to_true_experts() -> None:
+    """Null rows that copy the true rows (AdaMoE's start from a trained MoE): n=4, m=4, k=3 leaves the plain top-2."""
+    group = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
+    router = make_router(group)
+    gate = router.get_submodule("text")
+    with torch.no_grad():
+        gate.true.copy_(torch.randint(-2, 3, gate.true.shape))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gate.null.copy_(gate.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    h_TD = torch.randint(-2, 3, (200, D)).double()  # small integers: every product is exact, so twins tie
+    taken = router(h_TD, torch.zeros(200, dtype=torch.int64)).assignments.taken()
+    logits = h_TD @ gate.true.T  # pyright: ignore[reportCallIssue]
+    plain = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :2]
+    # Where more than two true experts tie at the top, the third choice is true as well; elsewhere it is a null twin.
+    for token in range(200):
+        experts = taken.expert_N[taken.token_N == token].tolist()
+        assert experts[:2] == plain[token].tolist()
+
+
+def test_a_token_of_null_choices_alone_gets_nothing_and_finite_gradients() -> None:
+    router = make_router(ExpertGroup("text", 2, 4, 2, 8, 0, ("text",)))
+    with torch.no_grad():
+        router.get_submodule("text").null.copy_(torch.full((4, D), 5.0))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        router.get_submodule("text").true.copy_(torch.full((2, D), -5.0))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    h_TD = torch.ones(3, D, dtype=torch.double, requires_grad=True)
+    routing = router(h_TD, torch.zeros(3, dtype=torch.int64))
+    assert (routing.assignments.expert_N == ABSENT).all()
+    assert (routing.assignments.weight_N == 0).all()
+    (
+        routing.assignments.weight_N.sum() + routing.sums.prob_C.square().sum() + routing.sums.log_z_squared_G.sum()
+    ).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in [h_TD, *router.parameters()])
+
+
+def test_weights_stay_finite_for_huge_logits() -> None:
+    router = make_router(TEXT)
+    h_TD = (1e4 * torch.randn(20, D, dtype=torch.double)).requires_grad_()
+    weight_N = router(h_TD, torch.zeros(20, dtype=torch.int64)).assignments.weight_N
+    weight_N.square().sum().backward()
+    assert weight_N.isfinite().all()
+    assert h_TD.grad is not None
+    assert h_TD.grad.isfinite().all()
+
+
+def test_permuting_null_columns_changes_nothing() -> None:
+    router = make_router(TEXT, IMAGE)
+    h_TD, group_T = torch.randn(60, D, dtype=torch.double), torch.randint(0, 2, (60,))
+    before = router(h_TD, group_T)
+    with torch.no_grad():
+        null = router.get_submodule("text").null
+        null.copy_(null[[2, 0, 1]].clone())  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
+    after = router(h_TD, group_T)
+    assert torch.equal(before.assignments.expert_N, after.assignments.expert_N)
+    torch.testing.assert_close(before.assignments.weight_N, after.assignments.weight_N, rtol=0, atol=1e-15)
+    permuted = before.sums.choices_C[[6, 7, 8]]
+    assert sorted(permuted.tolist()) == sorted(after.sums.choices_C[[6, 7, 8]].tolist())
+
+
+def test_padding_is_not_routed_and_not_counted() -> None:
+    router = make_router(TEXT, IMAGE)
+    h_TD = torch.randn(30, D, dtype=torch.double)
+    group_T = torch.tensor([0, 1, -1] * 10)
+    padded = router(h_TD, group_T)
+    kept = group_T >= 0
+    clean = router(h_TD[kept], group_T[kept])
+    assert not (padded.assignments.expert_N.view(30, -1)[~kept] != ABSENT).any()
+    for ours, expected in zip(padded.sums, clean.sums, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_sums_equal_loops() -> None:
+    router = make_router(TEXT, IMAGE)
+    h_TD, group_T = torch.randn(25, D, dtype=torch.double), torch.randint(-1, 2, (25,))
+    sums = router(h_TD, group_T).sums
+    columns = {"text": [0, 1, 2, 3, 6, 7, 8], "image": [4, 5, 9, 10]}
+    choices, probs = torch.zeros(11, dtype=torch.int64), torch.zeros(11, dtype=torch.double)
+    z, entropy = torch.zeros(2, dtype=torch.double), torch.zeros(2, dtype=torch.double)
+    for token, index in enumerate(group_T.tolist()):
+        if index >= 0:
+            group = (TEXT, IMAGE)[index]
+            logits = gate_rows(router, group) @ h_TD[token]
+            for choice in choose(logits.tolist(), group.num_experts, group.top_k):
+                choices[columns[group.name][choice]] += 1
+            p = logits.softmax(0)
+            probs[columns[group.name]] += p
+            z[index] += logits.exp().sum().log() ** 2
+            entropy[index] -= (p * p.log()).sum()
+    assert torch.equal(sums.choices_C, choices)
+    assert sums.tokens_G.tolist() == [int((group_T == 0).sum()), int((group_T == 1).sum())]
+    torch.testing.assert_close(sums.prob_C, probs)
+    torch.testing.assert_close(sums.log_z_squared_G, z)
+    torch.testing.assert_close(sums.entropy_G, entropy)
+
+
+def test_the_tape_keeps_the_choice_when_the_input_has_moved() -> None:
+    router = make_router(TEXT)
+    group_T = torch.zeros(20, dtype=torch.int64)
+    tape = RoutingTape()
+    first = router(torch.randn(20, D, dtype=torch.double), group_T, tape).assignments
+    again = router(torch.randn(20, D, dtype=torch.double), group_T, tape).assignments
+    assert torch.equal(first.expert_N, again.expert_N)
+
+
+def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
+    router = TopKRouter(D, (TEXT,))
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    h_TD = torch.randn(10, D).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = router(h_TD, torch.zeros(10, dtype=torch.int64))
+    assert routing.assignments.weight_N.dtype == torch.float32
+    assert routing.sums.prob_C.dtype == torch.float32
+    logits = h_TD.float() @ torch.cat([router.get_submodule("text").true, router.get_submodule("text").null]).T  # pyright: ignore
+    torch.testing.assert_close(routing.sums.prob_C[[0, 1, 2, 3, 4, 5, 6]], logits.softmax(-1).sum(0))
