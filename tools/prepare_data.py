@@ -1,5 +1,6 @@
 """Prepares a data set: the default corpus, or one's own texts and pictures. See docs/data.md."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of split, renders and codebook.")] = Recipe.seed,
 ) -> None:
     """Prepare a data set (about a minute for the default: OpenMoji pictures with their names, Python sources)."""
+    # Numeric libraries read these when they are loaded, below; more threads than a few only cost start-up here.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()
     try:
         inputs = Inputs(text, images, dict(_named(entry) for entry in extra_text), licence)

@@ -14,9 +14,9 @@ from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID
 from moe_dist.data.corpus import PictureSource, Recipe, Report, Text, TextSource
 from moe_dist.data.families import hold_out, join
-from moe_dist.data.index_header import count_by_modality
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
+from moe_dist.data.split_files import count_by_modality
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -39,7 +39,6 @@ def build(
         ConfigError: the recipe asks for what cannot be.
         DataError: a picture is damaged, or there are too few for the codebook.
     """
-    writer = _Writer(folder, name, recipe, report)
     rasters = rasterise_all(pictures.pictures, report) if pictures else None
     division = divide(pictures.pictures, rasters, recipe, report) if pictures and rasters is not None else None
     held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
@@ -47,7 +46,7 @@ def build(
     if pictures and division:
         shown = (p for p, held in zip(pictures.pictures, division.held_out_N, strict=True) if not held)
         fit_on.insert(0, [caption for picture in shown for caption in picture.captions])
-    writer.use_tokenizer(_tokenizer(fit_on, recipe, report))
+    writer = _Writer(folder, name, _tokenizer(fit_on, recipe, report), recipe, report)
     if pictures and division and rasters is not None:
         writer.add_pictures(pictures, rasters, division)
     for source in texts:
@@ -86,16 +85,13 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
 class _Writer:
     """Codes source after source and keeps what the manifest will say of them."""
 
-    def __init__(self, folder: Path, name: str, recipe: Recipe, report: Report) -> None:
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, recipe: Recipe, report: Report) -> None:
         self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
-        self._sources: dict[str, SourceSection] = {}
-        self._codes = 0
-        self._figures: Figures = {}
-
-    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
-        self._text_vocab = tokenizer.get_vocab_size()
-        tokenizer.save(str(self._folder / TOKENIZER_FILE))
+        self._text_vocab, self._codes = tokenizer.get_vocab_size(), 0
+        self._sources: dict[str, SourceSection] = {}
+        self._figures: Figures = {}
+        tokenizer.save(str(folder / TOKENIZER_FILE))
 
     def add_pictures(self, source: PictureSource, rasters: np.ndarray, division: Division) -> None:
         np.save(self._folder / CODEBOOK_FILE, division.codebook)

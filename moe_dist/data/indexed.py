@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from moe_dist.config.manifest import SplitSection
-from moe_dist.data.index_header import check_split
+from moe_dist.data.split_files import check_split, load_filler
 from moe_dist.errors import DataError
 
 _UINT16_BELOW = 65500  # Megatron's own bound (DType.optimal_dtype)
@@ -50,19 +50,18 @@ class IndexedSplit:
         self._dataset = _megatron().IndexedDataset(self.prefix)
         ends = np.concatenate([[0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)])
         marks = self._dataset.document_indices
-        if not np.array_equal(self._dataset.index.sequence_pointers, ends[:-1] * self.header.dtype.itemsize):
+        if not np.array_equal(self._dataset.index.sequence_pointers, ends[:-1] * self.header.itemsize):
             raise DataError(f"{self.prefix}.idx: the sequences do not follow one another without gaps; build it again")
         if marks[0] != 0 or (np.diff(marks) < 0).any():
             raise DataError(f"{self.prefix}.idx: the document marks do not rise from 0; build it again")
         self.starts_D = ends[marks[:-1]]
         self.lengths_D = np.diff(ends[marks])
-        self._filler = np.load(Path(folder) / split.filler, mmap_mode="r", allow_pickle=False) if split.filler else None
+        self._filler = load_filler(folder, split)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from token `start` of the file on, int64."""
-        itemsize = self.header.dtype.itemsize
-        found = self._dataset.bin_reader.read(dtype=self.header.dtype.type, count=count, offset=start * itemsize)
-        return found.astype(np.int64)
+        dtype, offset = np.dtype(self.header.dtype).type, start * self.header.itemsize
+        return self._dataset.bin_reader.read(dtype=dtype, count=count, offset=offset).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
         """Filler bits of the same tokens, bool; all False where the split has none."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from moe_dist.data.codebook import GRID, PATCH, SIDE
 from moe_dist.errors import DataError
@@ -52,8 +52,8 @@ def rasterise(path: str | Path) -> np.ndarray:
             png = resvg_py.svg_to_bytes(svg_path=str(path), width=RASTER, height=RASTER, skip_system_fonts=True)
             image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
         else:
-            image = Image.open(path).convert("RGBA")
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"picture {str(path)!r} cannot be read: {error}") from error
     factor = RASTER / max(image.size)
     image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BOX)

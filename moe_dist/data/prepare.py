@@ -45,8 +45,9 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
 
     Raises:
         ConfigError: `out` holds something else, or a data set made otherwise; or an input is missing.
-        DataError: an input is damaged.
+        DataError: an input, or the finished data set, is damaged.
     """
+    out = out.resolve()  # a link's target is what is renamed over
     asked = json.loads(json.dumps({"inputs": asdict(inputs), "recipe": asdict(recipe)}))
     if done := _finished(out, asked):
         return done, False
@@ -69,10 +70,13 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
 
 
 def _finished(out: Path, asked: dict) -> Manifest | None:
-    if not out.exists() or not any(out.iterdir()):
+    """The manifest if `out` holds a whole data set of the same making, None if it is free."""
+    from moe_dist.data.split_files import check_split
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
-        raise ConfigError(f"--out {out}: holds files that prepare_data did not make; name an empty or new folder")
+        raise ConfigError(f"--out {out}: holds what prepare_data did not make; name an empty or new folder")
     made = json.loads((out / RECIPE_FILE).read_text())
     differ = [
         f"{section}.{key} is {made[section].get(key)!r}, asked for {value!r}"
@@ -82,7 +86,11 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
     ]
     if differ:
         raise ConfigError(f"--out {out}: made otherwise ({'; '.join(differ)}); name another folder, or remove this one")
-    return load_manifest(out)
+    manifest = load_manifest(out)
+    for source in manifest.sources.values():
+        for split in filter(None, (source.train, source.valid)):
+            check_split(out, split)
+    return manifest
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""The files of one split, held against their manifest. Without torch or Megatron."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.config.index_header import IndexHeader, index_paths, read_index_header
+from moe_dist.config.manifest import SplitSection
+from moe_dist.errors import DataError
+
+_CHUNK = 1 << 22  # tokens looked at at once: 32 MiB of int64
+
+
+def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
+    """Holds a split of a manifest against its .bin, .idx and filler bits. Reads the list of lengths, no tokens.
+
+    Raises:
+        DataError: a file is missing or damaged, or the manifest has other counts than the index.
+    """
+    prefix = Path(folder) / split.path
+    header = read_index_header(prefix)
+    for what, said, found in (("documents", split.documents, header.documents), ("tokens", split.tokens, header.tokens)):
+        if said != found:
+            raise DataError(f"{prefix}.idx has {found} {what}, but its manifest says {said}; mend that, or the files")
+    if split.filler is not None:
+        load_filler(folder, split)
+    return header
+
+
+def load_filler(folder: str | Path, split: SplitSection) -> np.ndarray | None:
+    """Filler bits of a split, memory-mapped, eight tokens a byte as numpy.packbits writes them: an .npy, or the bare bytes.
+
+    Returns:
+        uint8 [ceil(tokens / 8)], or None where the split has none.
+
+    Raises:
+        DataError: the file is missing, damaged, or of another length.
+    """
+    if split.filler is None:
+        return None
+    path, expected = Path(folder) / split.filler, -(-split.tokens // 8)
+    try:
+        bits = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"filler {str(path)!r} cannot be read: {error}") from error
+    if bits.dtype != np.uint8 or bits.shape != (expected,):
+        raise DataError(
+            f"filler {str(path)!r} is {bits.dtype} {list(bits.shape)}; {split.tokens} tokens need uint8 [{expected}], "
+            "one bit a token as numpy.packbits writes them"
+        )
+    return bits
+
+
+def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:
+    """Tokens of each modality in <prefix>.bin, by the id ranges of a manifest; reads the whole file once, in chunks.
+
+    Raises:
+        DataError: the files are missing or damaged.
+    """
+    header = read_index_header(Path(prefix))
+    tokens = np.memmap(index_paths(Path(prefix))[1], np.dtype(header.dtype), "r")
+    counts = dict.fromkeys(modalities, 0)
+    for at in range(0, header.tokens, _CHUNK):
+        chunk = tokens[at : at + _CHUNK]
+        for name, ranges in modalities.items():
+            counts[name] += sum(int(((chunk >= first) & (chunk < end)).sum()) for first, end in ranges)
+    return counts
