@@ -64,7 +64,7 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_rows_RD, grad_weights_Q = grads
         wire: Wire = ctx.wire
         grad_weights_P = wire.exchange(grad_weights_Q, ctx.pairs.reversed(), name="dispatch weights backward")

@@ -219,7 +219,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_TD,) = grads
         plan: DispatchPlan = ctx.plan
         remote_SD = grad_TD[plan.token_of_row_S]

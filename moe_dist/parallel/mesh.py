@@ -64,10 +64,9 @@ def make_mesh(*, ep: int, device: torch.device, timeout: float) -> Mesh:
     if world is None or world_size % ep:
         raise AssertionError(f"{world_size} ranks cannot be cut into EP groups of {ep}")
     grid = torch.arange(world_size).view(world_size // ep, ep)
-    ep_groups = [dist.new_group(row.tolist(), timeout=timedelta(seconds=timeout)) for row in grid]
-    edp_groups = [dist.new_group(column.tolist(), timeout=timedelta(seconds=timeout)) for column in grid.T]
     edp_rank, ep_rank = divmod(rank, ep)
-    edp_group = edp_groups[ep_rank]
+    ep_group = _own_group(grid, edp_rank, timeout)
+    edp_group = _own_group(grid.T, ep_rank, timeout)
     return Mesh(
         rank=rank,
         world_size=world_size,
@@ -77,11 +76,20 @@ def make_mesh(*, ep: int, device: torch.device, timeout: float) -> Mesh:
         edp_size=world_size // ep,
         device=device,
         world=world,
-        ep=ep_groups[edp_rank],
+        ep=ep_group,
         edp=edp_group,
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
     )
+
+
+def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGroup:
+    """Makes one group of each row of ranks, on all ranks in the same order, and returns the own one."""
+    groups = [dist.new_group(row.tolist(), timeout=timedelta(seconds=timeout)) for row in rows]
+    group = groups[own]
+    if not isinstance(group, dist.ProcessGroup):
+        raise AssertionError("this rank is not in the group that was made for it")
+    return group
 
 
 def destroy_world() -> None:

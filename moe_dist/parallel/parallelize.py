@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
@@ -131,17 +132,16 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
 
 
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
-    """DDP over the dense parameters alone, summing instead of averaging."""
+    """DDP over the dense parameters alone, summing instead of averaging. Buffers are constants: nothing to broadcast."""
     ignored = [name for name, _ in model.named_parameters() if kind_of(name) != "dense"]
+    ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    wrapped = DistributedDataParallel(
-        model, process_group=mesh.world, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    wrapped = DistributedDataParallel(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(mesh.world, _sum_hook)
     return wrapped
 
 
-def _sum_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     if work is None:
         raise AssertionError("the process group returned no work for an asynchronous all-reduce")

@@ -48,6 +48,9 @@ class TopKRouter(nn.Module):
         scale: Factor on every weight.
     """
 
+    group_of_column_C: Tensor
+    top_k_G: Tensor  # with a last 0, which padding's group -1 reads
+
     def __init__(
         self, hidden_dim: int, groups: Sequence[ExpertGroup], *, normalise: Normalise = "true_chosen", scale: float = 1.0
     ) -> None:

@@ -1,0 +1,124 @@
+"""FSDP2's gathers and reduces around the exchanges: none between the two of a pass, one a layer and pass, equal on all ranks;
+and the precision of the router's path through its borders."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.routing import Routing
+from moe_dist.parallel.mesh import make_mesh
+from tests.support.layouts import Layout, batch_of, build, placement_of
+from tests.support.worlds import RankContext
+
+
+def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
+    """Events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they move."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    events: list[str] = []
+    parallel = build(layout, mesh, Traffic(events=events))
+    gather, reduce = param_group.foreach_all_gather, param_group.foreach_reduce
+
+    def note(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(params: Any, *args: Any, **kwargs: Any) -> Any:
+            names = sorted({_unit(param._param_fqn) for param in params})
+            events.append(f"{kind} {'+'.join(names)}")
+            return original(params, *args, **kwargs)
+
+        return noted
+
+    batch = batch_of(0, 0, rank.rank, 1)
+    group = torch.where(batch.padding_BS, -1, batch.modality_BS)
+    with (
+        mock.patch.object(param_group, "foreach_all_gather", note("gather", gather)),
+        mock.patch.object(param_group, "foreach_reduce", note("reduce", reduce)),
+    ):
+        logits, reports = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
+        (logits.square().sum() + sum(report.sums.prob_C.square().sum() for report in reports)).backward()
+    return events
+
+
+def _unit(name: str) -> str:
+    match = re.match(r"layers\.(\d+)\.(attention|moe\.experts|moe)", name)
+    return f"{match[2]}{match[1]}" if match else "root"
+
+
+@pytest.mark.parametrize("layout", [
+    Layout(2, 2, "pinned", "fsdp2"),
+    Layout(2, 2, "pinned", "fsdp2", row_budget=3),
+    Layout(2, 2, "interleaved", "fsdp2", "block"),
+    Layout(4, 2, "uneven", "fsdp2"),
+], ids=str)  # fmt: skip
+def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    all_events = run_in_world(layout.world_size, recorded_pass, layout)
+    for events in all_events:
+        inside = None
+        for event in events:
+            if event in ("dispatch rows", "combine rows backward"):
+                inside = event
+            elif event in ("combine rows", "dispatch rows backward"):
+                inside = None
+            elif inside and event.startswith(("gather", "reduce")):
+                pytest.fail(f"{event!r} falls after {inside!r} and before its partner: {events}")
+        reduces = [event for event in events if event.startswith("reduce")]
+        assert len(reduces) == len(set(reduces)), "a unit was reduced more than once in a pass"
+        gathers = [event for event in events if event.startswith("gather moe.experts")]
+        # Forward and backward, each once a layer, however many chunks it ran in.
+        assert all(gathers.count(event) <= 2 for event in gathers)
+        assert gathers
+    without_experts = [[event for event in events if not re.search(r"experts\d", event)] for events in all_events]
+    assert all(events == without_experts[0] for events in without_experts)
+
+
+def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
+    """Dtypes on the router's path in a bf16 run."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    parallel = build(layout, mesh, Traffic())
+    layer = parallel.model.moe_modules()[0]
+    seen: dict[str, str] = {}
+
+    def see_router(_module: Any, inputs: tuple[Any, ...], routing: Routing) -> None:
+        seen["hidden"] = str(inputs[0].dtype)
+        seen["weights"] = str(routing.assignments.weight_N.dtype)
+        seen["probabilities"] = str(routing.sums.prob_C.dtype)
+        seen["router parameter"] = str(next(layer.router.parameters()).dtype)
+
+    def see_experts(_module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        seen["rows"] = str(inputs[0].rows_RD.dtype)
+        seen["weights at the experts"] = str(inputs[0].weight_Q.dtype)
+        seen["output"] = str(output.dtype)
+
+    layer.router.register_forward_hook(see_router)
+    layer.experts.register_forward_hook(see_experts)
+    batch = batch_of(0, 0, 2 + rank.rank, 1)
+    group = torch.where(batch.padding_BS, -1, batch.modality_BS)
+    logits, _ = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
+    logits.float().square().sum().backward()
+    parallel.reduce_gradients()
+    seen["gradients"] = ",".join(
+        sorted({str(i.parameter.grad.dtype) for i in parallel.parameters if i.parameter.grad is not None})
+    )
+    seen["masters"] = ",".join(sorted({str(i.parameter.dtype) for i in parallel.parameters}))
+    assert placement_of(layout.placement, layout.ep).num_ranks == layout.ep
+    return seen
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_the_routers_path_stays_fp32_in_a_bf16_run(run_in_world: Callable[..., list[Any]], data: str) -> None:
+    for seen in run_in_world(2, dtypes, Layout(2, 1, "pinned", data, precision="bfloat16")):
+        assert seen == {
+            "hidden": "torch.bfloat16",
+            "weights": "torch.float32",
+            "probabilities": "torch.float32",
+            "router parameter": "torch.float32",
+            "rows": "torch.bfloat16",
+            "weights at the experts": "torch.float32",
+            "output": "torch.bfloat16",
+            "gradients": "torch.float32",
+            "masters": "torch.float32",
+        }
