@@ -1,4 +1,4 @@
-"""FSDP2's gathers and reduces around the exchanges: none between the two of a pass, one a layer and pass, equal on all ranks;
+"""FSDP2's gathers and reduces around the exchanges: none between the two of a pass, one a layer and pass, on all ranks;
 and the precision of the router's path through its borders."""
 
 import re

@@ -1,0 +1,107 @@
+"""What a finished run is measured against: count models of its own training tokens, and its own routing. Pure functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.placement.placement import ExpertGroup
+
+TEXT_MARGIN = 1.0  # nats below the unigram model
+NO_FILLER_RATIO = 0.8  # of the unigram model's loss on cells that show something
+ABLATION_MARGIN = 0.2  # nats that zeroed experts must cost
+NULL_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the summary: what was measured, the rule, and whether it holds."""
+
+    name: str
+    value: str
+    rule: str
+    passed: bool
+
+
+def run_checks(
+    evaluation: EvaluationResult,
+    baselines: Mapping[str, float],
+    *,
+    choices_LC: np.ndarray,
+    tokens_LG: np.ndarray,
+    groups: Sequence[ExpertGroup],
+    skipped_steps: int,
+    window: int,
+) -> list[Check]:
+    """All checks that the data's baselines allow.
+
+    Args:
+        baselines: Held-out nats a token of count models, from the data set's manifest.
+        choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
+        skipped_steps: Of the whole run.
+    """
+    checks = loss_checks(evaluation.loss, baselines)
+    checks += [
+        Check(
+            f"experts matter to {name}",
+            f"+{evaluation.ablated_loss[name] - loss:.3f} nats without them",
+            f">= {ABLATION_MARGIN}",
+            evaluation.ablated_loss[name] - loss >= ABLATION_MARGIN,
+        )
+        for name, loss in evaluation.loss.items()
+        if name in evaluation.ablated_loss and not name.endswith("_no_filler")
+    ]
+    if window:  # none in an attempt that resumed at the very end
+        checks += routing_checks(choices_LC, tokens_LG, groups, window)
+    checks.append(Check("no step skipped", f"{skipped_steps} skipped", "0", skipped_steps == 0))
+    return checks
+
+
+def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
+    """Pictures must beat the left bigram, and the unigram by a fifth on cells that show something; text the unigram."""
+    checks = []
+    for name, value in loss.items():
+        unigram, bigram = baselines.get(f"{name}/unigram"), baselines.get(f"{name}/left_bigram")
+        if name.endswith("_no_filler"):
+            if unigram is not None:
+                bound = NO_FILLER_RATIO * unigram
+                rule = f"<= {bound:.3f} ({NO_FILLER_RATIO} x unigram)"
+                checks.append(
+                    _loss_check(f"held-out {name.replace('_no_filler', '')} without filler", value, rule, value <= bound)
+                )
+        elif f"{name}_no_filler" in loss and bigram is not None:
+            checks.append(_loss_check(f"held-out {name}", value, f"< {bigram:.3f} (left bigram)", value < bigram))
+        elif unigram is not None:
+            bound = unigram - TEXT_MARGIN
+            rule = f"<= {bound:.3f} (unigram - {TEXT_MARGIN})"
+            checks.append(_loss_check(f"held-out {name}", value, rule, value <= bound))
+    return checks
+
+
+def routing_checks(
+    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], window: int
+) -> list[Check]:
+    """No expert of any layer unused over the window; each group's null share where balance puts it, m / (n + m)."""
+    num_experts = sum(group.num_experts for group in groups)
+    dead = int((choices_LC[:, :num_experts] == 0).sum())
+    total = choices_LC.shape[0] * num_experts
+    checks = [Check("no dead expert", f"{dead} of {total} unused in the last {window} steps", "0", dead == 0)]
+    for index, group in enumerate(groups):
+        choices = group.top_k * tokens_LG[:, index].sum()
+        if group.num_null and choices:
+            true = choices_LC[:, group.first_expert : group.first_expert + group.num_experts].sum()
+            share, expected = 1.0 - true / choices, group.num_null / (group.num_null + group.num_experts)
+            checks.append(
+                Check(
+                    f"null fraction of {group.name}",
+                    f"{share:.3f}",
+                    f"{expected:.3f} +- {NULL_TOLERANCE}",
+                    abs(share - expected) <= NULL_TOLERANCE,
+                )
+            )
+    return checks
+
+
+def _loss_check(name: str, value: float, rule: str, passed: bool) -> Check:
+    return Check(f"{name} loss", f"{value:.3f} nats", rule, passed)

@@ -1,0 +1,115 @@
+"""Held-out evaluation during a run: losses by modality, ablation, and balance efficiency."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from moe_dist.config.manifest import Manifest
+from moe_dist.data.batch import Batch
+from moe_dist.data.loader import heldout_batches
+from moe_dist.evaluation.balance import BalanceEfficiency, balance_efficiency
+from moe_dist.evaluation.heldout import experts_ablated, heldout_losses
+from moe_dist.model.transformer import Transformer
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertPlacement
+
+TIMED_BATCHES = 4
+
+
+class Evaluator:
+    """Evaluates one model on the held-out side of every source.
+
+    Args:
+        folder, manifest: The data set.
+        sequences, final_sequences: Held-out sequences of each source during the run and at its end.
+        micro_batch: Sequences a rank computes at once.
+        group_of_modality: int64 [M] on the model's device.
+        measure_balance, ablate: Whether to time the balance efficiency, and to measure the final loss without experts.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        placement: ExpertPlacement,
+        *,
+        folder: str | Path,
+        manifest: Manifest,
+        seq_len: int,
+        sequences: int,
+        final_sequences: int,
+        micro_batch: int,
+        group_of_modality: Tensor,
+        measure_balance: bool,
+        ablate: bool,
+    ) -> None:
+        self._model, self._mesh, self._placement = model, mesh, placement
+        self._folder, self._manifest = folder, manifest
+        self._seq_len, self._micro_batch = seq_len, micro_batch
+        self._sequences, self._final_sequences = sequences, final_sequences
+        self._group_of_modality = group_of_modality
+        self._measure_balance, self._ablate = measure_balance, ablate
+        self._cached: tuple[int, list[Batch]] = (0, [])
+
+    def __call__(self, step: int, *, final: bool = False, by_count: float | None = None) -> EvaluationResult:
+        """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers as they were.
+
+        Args:
+            final: Use `final_sequences`, and measure the loss without experts.
+            by_count: What the counts of recent steps alone allow as balance efficiency.
+        """
+        batches = self._batches(self._final_sequences if final else self._sequences)
+        loss, tokens = self._losses(batches)
+        ablated: Mapping[str, float] = {}
+        if final and self._ablate:
+            with experts_ablated(self._model):
+                ablated, _ = self._losses(batches)
+        balance = BalanceEfficiency(None, "switched off")
+        if self._measure_balance:
+            balance = balance_efficiency(
+                self._model,
+                batches[:TIMED_BATCHES],
+                group_of_modality=self._group_of_modality,
+                placement=self._placement,
+                mesh=self._mesh,
+            )
+        return EvaluationResult(
+            step=step,
+            loss=loss,
+            tokens=tokens,
+            ablated_loss=ablated,
+            balance_efficiency=balance.timed,
+            balance_efficiency_by_count=by_count,
+            balance_note=balance.note,
+        )
+
+    def _losses(self, batches: Sequence[Batch]) -> tuple[Mapping[str, float], Mapping[str, int]]:
+        return heldout_losses(
+            self._model,
+            batches,
+            modalities=tuple(self._manifest.modalities),
+            group_of_modality=self._group_of_modality,
+            world=self._mesh.world,
+        )
+
+    def _batches(self, sequences: int) -> list[Batch]:
+        """This rank's batches of all sources; those of the last size asked for are kept."""
+        if self._cached[0] != sequences:
+            batches = [
+                batch
+                for source in self._manifest.sources
+                for batch in heldout_batches(
+                    self._folder,
+                    self._manifest,
+                    source=source,
+                    seq_len=self._seq_len,
+                    sequences=sequences,
+                    micro_batch=self._micro_batch,
+                    rank=self._mesh.rank,
+                    world_size=self._mesh.world_size,
+                )
+            ]
+            self._cached = (sequences, batches)
+        return self._cached[1]

@@ -1,0 +1,249 @@
+"""The only loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from moe_dist.data.loader import TrainLoader
+from moe_dist.errors import DivergedError, StoppedError
+from moe_dist.evaluation.acceptance import Check, run_checks
+from moe_dist.evaluation.evaluator import Evaluator
+from moe_dist.loss import AuxSettings
+from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.metrics import build_record, busiest_over_mean, evaluation_scalars, layer_mean, weighted_rows
+from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.training_step import StepResult, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 100  # steps over which the final routing checks count
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that has to be known, besides weights and optimizer, to go on.
+
+    Attributes:
+        step: Steps taken, skipped ones included.
+        position: Sequences drawn from the global stream.
+        tokens: Tokens seen, padding excluded.
+        skipped_steps, skipped_in_a_row: Non-finite steps, in all and since the last good one.
+    """
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of the loop, as plain values.
+
+    Attributes:
+        steps: Last step of the run.
+        global_batch: Sequences a step.
+        lr: Learning rate of a step (0-based).
+        aux: Auxiliary coefficients of a step (0-based).
+        evaluate_every, save_every: In steps.
+        max_skipped_in_a_row: Non-finite steps in a row that end the run.
+        flops_per_token: Forward and backward FLOPs at given mean true experts a token, by group; None where unknown.
+        peak_flops: Of all devices together; None where unknown.
+    """
+
+    steps: int
+    global_batch: int
+    lr: Callable[[int], float]
+    aux: Callable[[int], AuxSettings]
+    evaluate_every: int
+    save_every: int
+    max_skipped_in_a_row: int
+    flops_per_token: Callable[[Sequence[float]], float] | None = None
+    peak_flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that reached its last step."""
+
+    evaluation: EvaluationResult
+    checks: list[Check]
+
+
+class Trainer:
+    """Runs the loop on one rank; every rank runs the same one, and only rank 0 has sinks.
+
+    Args:
+        step: Takes one optimizer step.
+        loader: This rank's batches by position.
+        evaluator: Held-out losses.
+        save: Makes the state durable; called on all ranks with the progress.
+        stop_requested: Whether this process was asked to stop; the ranks vote inside each step.
+        progress: Where to begin.
+        modalities: Of the data, in order.
+        baselines: Held-out losses of count models, for the summary.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        step: TrainingStep,
+        loader: TrainLoader,
+        evaluator: Evaluator,
+        *,
+        placement: ExpertPlacement,
+        sinks: Sequence[Sink],
+        devices: DeviceMonitor | None,
+        save: Callable[[Progress], None],
+        stop_requested: Callable[[], bool],
+        progress: Progress,
+        modalities: Sequence[str],
+        baselines: dict[str, float],
+    ) -> None:
+        self._plan, self._take_step, self._loader, self._evaluator = plan, step, loader, evaluator
+        self._placement, self._sinks, self._devices = placement, sinks, devices
+        self._save_state, self._stop_requested = save, stop_requested
+        self.progress = progress
+        self._modalities, self._baselines = tuple(modalities), baselines
+        self._recent: deque[StepResult] = deque(maxlen=WINDOW)
+
+    def fit(self) -> Finished:
+        """Trains to the last step.
+
+        Raises:
+            StoppedError: a rank was asked to stop; the state is saved.
+            DivergedError: too many steps in a row were not finite; the last checkpoint stays.
+        """
+        plan, progress = self._plan, self.progress
+        evaluation: EvaluationResult | None = None
+        while progress.step < plan.steps:
+            result = self._step()
+            last = progress.step == plan.steps
+            if last or progress.step % plan.evaluate_every == 0:
+                evaluation = self._evaluate(final=last)
+            if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
+                raise DivergedError(self._divergence())
+            stop = result.stop_requested and not last
+            if last or stop or progress.step % plan.save_every == 0:
+                self._save()
+            if stop:
+                raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
+        if evaluation is None:  # resumed at its very end
+            evaluation = self._evaluate(final=True)
+        return Finished(evaluation, self._checks(evaluation))
+
+    def _step(self) -> StepResult:
+        begin = time.perf_counter()
+        plan, progress = self._plan, self.progress
+        lr, aux = plan.lr(progress.step), plan.aux(progress.step)
+        batches = self._loader.batches(progress.position)
+        result = self._take_step(batches, lr=lr, aux=aux, stop_requested=self._stop_requested())
+        progress.step += 1
+        progress.position += plan.global_batch
+        progress.tokens += result.tokens
+        progress.skipped_steps += result.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        self._recent.append(result)
+        if self._sinks:
+            self._show(self._statistics(result, lr, aux, time.perf_counter() - begin))
+        return result
+
+    def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
+        groups = self._placement.groups
+        taken = [result.choices_LC[:, g.first_expert : g.first_expert + g.num_experts].sum() for g in groups]
+        means = [float(t / max(1, n)) for t, n in zip(taken, result.tokens_LG.sum(0), strict=True)]
+        return StepStatistics(
+            step=self.progress.step,
+            loss_sum=dict(zip(self._modalities, result.nll_M.tolist(), strict=True)),
+            labels=dict(zip(self._modalities, result.labels_M.tolist(), strict=True)),
+            balance_loss=result.balance,
+            z_loss=result.z,
+            balance_coefficient=aux.balance,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+            skipped_steps=self.progress.skipped_steps,
+            tokens=self.progress.tokens,
+            step_tokens=result.tokens,
+            choices_LC=result.choices_LC,
+            tokens_LG=result.tokens_LG,
+            entropy_sum_LG=result.entropy_LG,
+            rows_LR=self._rows_by_rank(result.choices_LC),
+            dropped_LG=np.zeros_like(result.tokens_LG),
+            ledger=result.ledger,
+            comm_seconds=result.comm_seconds,
+            step_seconds=seconds,
+            epochs=self._loader.epochs(self.progress.position),
+            flops_per_token=self._plan.flops_per_token(means) if self._plan.flops_per_token else None,
+        )
+
+    def _show(self, stats: StepStatistics) -> None:
+        record = build_record(
+            stats,
+            groups=self._placement.groups,
+            placement=self._placement,
+            modalities=self._modalities,
+            readings=self._devices.read() if self._devices else None,
+            peak_flops=self._plan.peak_flops,
+        )
+        for sink in self._sinks:
+            sink.step(record)
+
+    def _evaluate(self, *, final: bool) -> EvaluationResult:
+        choices_LC = self._window_sum("choices_LC")
+        weighted_LR = weighted_rows(choices_LC, self._rows_by_rank(choices_LC), self._placement)
+        imbalance = layer_mean(busiest_over_mean(weighted_LR))
+        by_count = 1.0 / imbalance if imbalance else None
+        result = self._evaluator(self.progress.step, final=final, by_count=by_count)
+        scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
+        for sink in self._sinks:
+            sink.evaluation(result, scalars)
+        return result
+
+    def _save(self) -> None:
+        for sink in self._sinks:
+            sink.flush()  # records up to the checkpoint's step are not written again on resume
+        self._save_state(self.progress)
+
+    def _rows_by_rank(self, choices_LC: np.ndarray) -> np.ndarray:
+        """(token, expert) pairs computed by each EP position, [L, R], from the choices and the placement."""
+        true_LE = choices_LC[:, : self._placement.num_experts]
+        rank_E = np.array(self._placement.rank_of_expert)
+        return np.stack([true_LE[:, rank_E == rank].sum(1) for rank in range(self._placement.num_ranks)], axis=1)
+
+    def _window_sum(self, field: str) -> np.ndarray:
+        if not self._recent:  # resumed at the very end: nothing was routed in this attempt
+            columns = sum(group.num_experts + group.num_null for group in self._placement.groups)
+            return np.zeros((1, columns if field == "choices_LC" else len(self._placement.groups)), np.int64)
+        return np.sum([getattr(result, field) for result in self._recent], axis=0)
+
+    def _checks(self, evaluation: EvaluationResult) -> list[Check]:
+        return run_checks(
+            evaluation,
+            self._baselines,
+            choices_LC=self._window_sum("choices_LC"),
+            tokens_LG=self._window_sum("tokens_LG"),
+            groups=self._placement.groups,
+            skipped_steps=self.progress.skipped_steps,
+            window=len(self._recent),
+        )
+
+    def _divergence(self) -> str:
+        """What is known about the steps that were not finite."""
+        last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
+        return (
+            f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "
+            f"{self.progress.step} (train.max_skipped_in_a_row={self._plan.max_skipped_in_a_row}); loss/norm of the last "
+            f"steps: {', '.join(last[-self.progress.skipped_in_a_row - 3 :])}; the last checkpoint is untouched: lower "
+            "optimizer.lr, lengthen its warm-up, or lower optimizer.clip_norm (docs/monitoring.md)"
+        )
