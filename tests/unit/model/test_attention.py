@@ -1,0 +1,81 @@
+"""Attention: causal, inside documents only, grouped heads, and the two masks equal to a loop."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.model.attention import Attention, attend, dense_mask, flex_mask
+from moe_dist.model.layers import rotary_table, rotate
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
+
+
+def by_loop(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor) -> Tensor:
+    out = torch.zeros_like(q)
+    share = q.shape[1] // k.shape[1]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                seen = [j for j in range(i + 1) if documents_BS[b, i] == documents_BS[b, j]]
+                scores = torch.stack([q[b, h, i] @ k[b, h // share, j] for j in seen]) / q.shape[-1] ** 0.5
+                out[b, h, i] = sum(p * v[b, h // share, j] for p, j in zip(scores.softmax(0), seen, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("make_mask", [dense_mask, flex_mask])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 6, 8)
+    k, v = torch.randn(2, kv_heads, 6, 8), torch.randn(2, kv_heads, 6, 8)
+    got = attend(q, k, v, make_mask(DOCUMENTS))  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(got, by_loop(q, k, v, DOCUMENTS), rtol=1e-5, atol=1e-5)
+
+
+def make_attention(**options: bool) -> Attention:
+    torch.manual_seed(0)
+    module = Attention(dim=16, num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-5, **options)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def test_a_later_token_or_another_document_changes_nothing() -> None:
+    module = make_attention(qk_norm=True)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    rotary, mask = rotary_table(positions, 4, 1e4), dense_mask(DOCUMENTS)
+    x = torch.randn(2, 6, 16)
+    before = module(x, rotary, mask)
+    changed = x.clone()
+    changed[0, 2] += 1.0  # last token of document 0
+    changed[1, 5] += 1.0
+    after = module(changed, rotary, mask)
+    untouched = torch.ones(2, 6, dtype=torch.bool)
+    untouched[0, 2] = untouched[1, 5] = False
+    torch.testing.assert_close(after[untouched], before[untouched], rtol=0, atol=1e-6)
+    assert (after[~untouched] - before[~untouched]).abs().max() > 1e-3
+
+
+def test_recompute_gives_the_same_gradients() -> None:
+    rotary, mask = rotary_table(torch.arange(6).expand(2, 6), 4, 1e4), dense_mask(DOCUMENTS)
+    gradients = []
+    for recompute in (False, True):
+        module = make_attention(recompute=recompute)
+        x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        module(x, rotary, mask).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in module.parameters())])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    """RoFormer, equation 16: the product of a query at m and a key at n is a function of m - n."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(m: int, n: int) -> Tensor:
+        at = [rotate(x, rotary_table(torch.tensor([[p]]), 8, 1e4)) for x, p in ((q, m), (k, n))]
+        return (at[0] * at[1]).sum()
+
+    torch.testing.assert_close(score(7, 3), score(14, 10))
+    assert (score(7, 3) - score(7, 4)).abs() > 1e-3

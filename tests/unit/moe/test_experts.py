@@ -1,0 +1,86 @@
+"""Experts over slot-sorted rows: against loops, empty experts, and the row budget's chunks."""
+
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.dispatcher import Dispatcher
+from moe_dist.moe.experts import Experts, slot_chunks
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.reference import ReferenceWeights, moe_forward
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+D = 6
+GROUPS = (ExpertGroup("text", 4, 2, 3, 5, 0, ("text",)), ExpertGroup("image", 3, 2, 2, 7, 4, ("image",)))
+
+
+def make_layer(row_budget: int | None, recompute: str) -> MoELayer:
+    torch.manual_seed(0)
+    layer = MoELayer(
+        norm=torch.nn.Identity(),
+        router=TopKRouter(D, GROUPS),
+        experts=Experts(D, GROUPS, (4, 3), row_budget=row_budget),
+        dispatcher=Dispatcher(ExpertPlacement(GROUPS, (tuple(range(7)),)), Wire(None, Traffic())),
+        recompute=recompute,  # pyright: ignore[reportArgumentType]
+    ).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+@pytest.mark.parametrize("row_budget", [None, 1, 7, 1000])
+@pytest.mark.parametrize("recompute", ["none", "experts", "block"])
+def test_the_layer_equals_the_oracle(row_budget: int | None, recompute: str) -> None:
+    layer = make_layer(row_budget, recompute)
+    h_TD = torch.randn(30, D, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, 2, (30,))
+    weights = {}
+    for group in GROUPS:
+        gate, stack = layer.router.get_submodule(group.name), layer.experts.get_submodule(group.name)
+        weights[group.name] = ReferenceWeights(gate.true, gate.null, stack.gate, stack.up, stack.down)  # pyright: ignore
+    expected = moe_forward(h_TD, group_T.tolist(), GROUPS, weights)
+    y_TD, _ = layer(h_TD, group_T)
+    torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-10)
+    direction = torch.randn_like(y_TD)
+    inputs = [h_TD, *layer.parameters()]
+    ours = torch.autograd.grad((y_TD * direction).sum(), inputs)
+    theirs = torch.autograd.grad((expected * direction).sum(), inputs)
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+
+
+def test_experts_without_rows_get_zero_gradients_not_none() -> None:
+    layer = make_layer(None, "none")
+    y_TD, _ = layer(torch.randn(8, D, dtype=torch.double), torch.zeros(8, dtype=torch.int64))  # text alone
+    y_TD.sum().backward()
+    for parameter in layer.experts.get_submodule("image").parameters():
+        assert parameter.grad is not None
+        assert (parameter.grad == 0).all()
+
+
+def test_a_batch_of_padding_alone_reaches_every_parameter_with_zeros() -> None:
+    layer = make_layer(None, "none")
+    y_TD, report = layer(torch.randn(4, D, dtype=torch.double), torch.full((4,), -1))
+    (y_TD.sum() + report.sums.prob_C.sum() + report.sums.log_z_squared_G.sum()).backward()
+    assert (y_TD == 0).all()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in layer.parameters())
+
+
+def test_ablation_zeroes_the_output_and_nothing_else() -> None:
+    layer = make_layer(None, "none")
+    h_TD, group_T = torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,))
+    _, before = layer(h_TD, group_T)
+    layer.ablated = True
+    y_TD, after = layer(h_TD, group_T)
+    assert (y_TD == 0).all()
+    assert torch.equal(before.sums.choices_C, after.sums.choices_C)
+
+
+#   counts 3 0 4 1, budget 3:   aaa | ccc | c d
+def test_chunks_drawn_by_hand() -> None:
+    assert slot_chunks((3, 0, 4, 1), 3) == [(3, 0, 0, 0), (0, 0, 3, 0), (0, 0, 1, 1)]
+    assert slot_chunks((3, 0, 4, 1), 8) == [(3, 0, 4, 1)]
+    assert slot_chunks((0, 0), 5) == [(0, 0)]
+    assert slot_chunks((), 5) == [()]
