@@ -39,16 +39,17 @@ def build(
         ConfigError: the recipe asks for what cannot be.
         DataError: a picture is damaged, or there are too few for the codebook.
     """
-    rasters = rasterise_all(pictures.pictures, report) if pictures else None
-    division = divide(pictures.pictures, rasters, recipe, report) if pictures and rasters is not None else None
+    division = None
+    if pictures:
+        division = divide(pictures.pictures, rasterise_all(pictures.pictures, report), recipe, report)
     held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
     fit_on = [_shown_texts(source.texts, held_out[source.name]) for source in texts]
     if pictures and division:
         shown = (p for p, held in zip(pictures.pictures, division.held_out_N, strict=True) if not held)
         fit_on.insert(0, [caption for picture in shown for caption in picture.captions])
     writer = _Writer(folder, name, _tokenizer(fit_on, recipe, report), recipe, report)
-    if pictures and division and rasters is not None:
-        writer.add_pictures(pictures, rasters, division)
+    if pictures and division:
+        writer.add_pictures(pictures, division)
     for source in texts:
         writer.add_texts(source, held_out[source.name])
     return writer.finish()
@@ -93,7 +94,7 @@ class _Writer:
         self._figures: Figures = {}
         tokenizer.save(str(folder / TOKENIZER_FILE))
 
-    def add_pictures(self, source: PictureSource, rasters: np.ndarray, division: Division) -> None:
+    def add_pictures(self, source: PictureSource, division: Division) -> None:
         np.save(self._folder / CODEBOOK_FILE, division.codebook)
         self._codes = len(division.codebook)
         captions = sorted({caption for picture in source.pictures for caption in picture.captions})
@@ -108,8 +109,8 @@ class _Writer:
         for side, held, renders in (("train", False, self._recipe.renders), ("valid", True, self._recipe.heldout_renders)):
             chosen = np.flatnonzero(division.held_out_N == held)
             pictures = [source.pictures[number] for number in chosen.tolist()]
-            stage = f"code {source.name} ({side})"
-            documents = coder.documents(pictures, rasters[chosen], renders=renders, stage=stage, report=self._report)
+            stage, rasters = f"code {source.name} ({side})", division.rasters_N[chosen]
+            documents = coder.documents(pictures, rasters, renders=renders, stage=stage, report=self._report)
             splits[side] = self._write(source.name, side, list(documents), with_filler=True)
             self._figures[f"{side}_pictures"] = len(chosen)
             self._figures[f"{side}_families"] = len(np.unique(division.component_N[chosen]))

@@ -30,11 +30,13 @@ class Division:
     """The pictures' two sides.
 
     Attributes:
+        rasters_N: uint8 RGBA [N, RASTER, RASTER, 4].
         component_N: int64, pictures with one number are one family.
         held_out_N: bool; equal within a family.
         codebook: uint8 [codes, PATCH, PATCH, 3], fitted on training pictures.
     """
 
+    rasters_N: np.ndarray
     component_N: np.ndarray
     held_out_N: np.ndarray
     codebook: np.ndarray
@@ -79,7 +81,7 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     component_N = joined(component_N.tolist(), codebook)
     held_out_N &= ~np.isin(component_N, component_N[~held_out_N])
     report("split families", 2, 2)
-    return Division(component_N, held_out_N, codebook)
+    return Division(rasters, component_N, held_out_N, codebook)
 
 
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest, load_manifest
+from moe_dist.config.schema import Name
 from moe_dist.data.corpus import PictureSource, Recipe, Report, TextSource
 from moe_dist.errors import ConfigError
 
@@ -109,6 +111,7 @@ def _sources(inputs: Inputs) -> tuple[PictureSource | None, tuple[TextSource, ..
     """The pictures and the texts to build from. Imports only what these inputs need."""
     from moe_dist.data.corpus_files import picture_files, text_files
 
+    _check_names(inputs)
     pictures, texts = None, []
     if inputs.text is None and inputs.images is None:
         from moe_dist.data.corpus_openmoji import openmoji
@@ -120,7 +123,15 @@ def _sources(inputs: Inputs) -> tuple[PictureSource | None, tuple[TextSource, ..
     if inputs.text is not None:
         texts.append(text_files("text", Path(inputs.text), inputs.licence))
     texts.extend(text_files(name, Path(path), inputs.licence) for name, path in inputs.extra_text.items())
-    names = [source.name for source in ([pictures] if pictures else []) + texts]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"sources {', '.join(names)}: each needs a name of its own; rename the extra text")
     return pictures, tuple(texts)
+
+
+def _check_names(inputs: Inputs) -> None:
+    taken = {"text", "images", "openmoji", "python"}
+    for name in inputs.extra_text:
+        try:
+            TypeAdapter(Name).validate_python(name)
+        except ValidationError as error:
+            raise ConfigError(f"--extra-text {name!r}: a name has letters, digits, '.', '_' and '-' only") from error
+        if name in taken:
+            raise ConfigError(f"--extra-text {name!r}: one of {', '.join(sorted(taken))}, which have a meaning; rename it")

@@ -1,0 +1,92 @@
+"""What several data tests share: small data sets of hand-made documents, and the default corpus with few renders."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.data.corpus import PictureSource, Recipe
+from moe_dist.data.indexed import write_indexed
+from moe_dist.data.split_files import count_by_modality
+
+MODALITIES = {"text": ((0, 100), (200, 10_000)), "image": ((100, 200),)}
+Documents = Sequence[Sequence[int]]
+MakeSet = Callable[..., Manifest]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The default corpus, prepared: its folder, manifest, recipe, and what it was made from."""
+
+    folder: Path
+    manifest: Manifest
+    recipe: Recipe
+    pictures: PictureSource
+    rasters: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def megatron() -> ModuleType:
+    """Megatron's own reader and writer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+@pytest.fixture(scope="session")
+def make_set() -> MakeSet:
+    """make_set(folder, {source: (train documents, valid documents or None)}, filler={split path: bits}) -> Manifest."""
+
+    def make(
+        folder: Path,
+        sources: Mapping[str, tuple[Documents, Documents | None]],
+        filler: Mapping[str, Sequence[int]] | None = None,
+    ) -> Manifest:
+        folder.mkdir(parents=True, exist_ok=True)
+        filler = filler or {}
+
+        def split(path: str, documents: Documents | None) -> SplitSection | None:
+            if documents is None:
+                return None
+            write_indexed(folder / path, map(np.array, documents), vocab_size=10_000)
+            if path in filler:
+                np.save(folder / f"{path}.npy", np.packbits(np.array(filler[path], bool)))
+            return SplitSection(
+                path=path,
+                documents=len(documents),
+                tokens=sum(map(len, documents)),
+                tokens_by_modality=count_by_modality(folder / path, MODALITIES),
+                filler=f"{path}.npy" if path in filler else None,
+            )
+
+        sections = {}
+        for name, (train, valid) in sources.items():
+            train_split = split(f"{name}_train", train)
+            assert train_split is not None
+            sections[name] = SourceSection(train=train_split, valid=split(f"{name}_valid", valid), licence="none")
+        manifest = Manifest(name="hand", vocab_size=10_000, modalities=MODALITIES, pad_id=0, eos_id=1, sources=sections)
+        write_manifest(manifest, folder)
+        return manifest
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The default corpus with two renders a picture; takes most of these tests' time."""
+    from moe_dist.data.corpus_openmoji import openmoji
+    from moe_dist.data.picture_coding import rasterise_all
+    from moe_dist.data.prepare import Inputs, prepare
+
+    folder = tmp_path_factory.mktemp("default") / "openmoji"
+    recipe = Recipe(renders=2, heldout_renders=2)
+    manifest, built = prepare(folder, Inputs(), recipe, lambda stage, done, total: None)
+    assert built
+    pictures = openmoji()
+    return Prepared(folder, manifest, recipe, pictures, rasterise_all(pictures.pictures, lambda *_: None))

@@ -1,0 +1,51 @@
+"""One batch, drawn by hand."""
+
+import numpy as np
+import pytest
+
+from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
+from moe_dist.errors import DataError
+
+PAD = 9
+
+
+def segment(tokens: list[int], filler: list[int], length: int) -> Segment:
+    return Segment(np.array(tokens), np.array(filler, bool), length)
+
+
+def make(sequences: list[list[Segment]]) -> Batch:
+    # Ids 0 to 3 and 8 to 9 are text, 4 to 7 image.
+    return BatchMaker(seq_len=8, pad_id=PAD, modalities=(((0, 4), (8, 10)), ((4, 8),))).make(sequences)
+
+
+def test_by_hand() -> None:
+    whole = segment([1, 4, 5, 2], [0, 0, 1, 0], 4)  # a document
+    piece = segment([7, 3, 6], [1, 0, 1], 2)  # the first two tokens of one that goes on with 6
+    batch = make([[whole, piece], []])
+    no = IGNORED
+    assert batch.tokens_BS.tolist() == [[1, 4, 5, 2, 7, 3, PAD, PAD], [PAD] * 8]
+    assert batch.labels_BS.tolist() == [[4, 5, 2, no, 3, 6, no, no], [no] * 8]
+    assert batch.positions_BS.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1], list(range(8))]
+    assert batch.documents_BS.tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0] * 8]
+    assert batch.modality_BS.tolist() == [[0, 1, 1, 0, 1, 0, 0, 0], [0] * 8]
+    assert batch.label_modality_BS.tolist() == [[1, 1, 0, 0, 0, 1, 0, 0], [0] * 8]
+    assert batch.filler_BS.int().tolist() == [[0, 1, 0, 0, 0, 1, 0, 0], [0] * 8]
+    assert batch.padding_BS.int().tolist() == [[0, 0, 0, 0, 0, 0, 1, 1], [1] * 8]
+    assert batch.num_tokens == 6
+    types = [str(getattr(batch, name).dtype)[6:] for name in Batch.__dataclass_fields__]
+    assert types == ["int64", "int64", "int64", "int32", "int64", "int64", "bool", "bool"]
+
+
+def test_a_document_of_one_token_has_no_label() -> None:
+    assert (make([[segment([3], [0], 1)]]).labels_BS == IGNORED).all()
+
+
+@pytest.mark.parametrize(("tokens", "length"), [([1, 10], 2), ([1, 10], 1), ([-1, 2], 2)])
+def test_ids_outside_the_vocabulary_are_refused(tokens: list[int], length: int) -> None:
+    with pytest.raises(DataError, match="vocab_size=10"):
+        make([[segment(tokens, [0, 0], length)]])
+
+
+def test_to_moves_every_field() -> None:
+    moved = make([[]]).to("meta")
+    assert {getattr(moved, name).device.type for name in Batch.__dataclass_fields__} == {"meta"}

@@ -1,0 +1,70 @@
+"""A user's own files as sources."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from moe_dist.data.corpus_files import picture_files, text_files
+from moe_dist.errors import ConfigError, DataError
+
+
+def test_texts_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/b.md").write_text("zwei ü")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "copy.txt").write_text("one")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "photo.txt").write_text("a caption, which goes with its picture")
+    source = text_files("t", tmp_path, "CC0-1.0")
+    assert [(text.key, text.content) for text in source.texts] == [
+        ("a.txt", "one"),
+        ("copy.txt", "one"),
+        ("deep/b.md", "zwei ü"),
+    ]
+    families = [text.family for text in source.texts]
+    assert families[0] == families[1] != families[2]
+    assert source.licence == "CC0-1.0"
+
+
+def test_texts_of_a_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "one", "id": 3}\n\n{"text": ""}\n{"text": "two"}\n')
+    assert [(text.key, text.content) for text in text_files("t", path, "").texts] == [("1", "one"), ("4", "two")]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("nonsense", "line 2: needs"), ('{"txt": 1}', "line 2: needs"), ("[]", "line 2: needs"), ('{"text": 1}', "is int")],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "t.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(DataError, match=words):
+        text_files("t", tmp_path / "t.jsonl", "")
+
+
+def test_pictures_with_and_without_captions(tmp_path: Path) -> None:
+    for name, colour in (("a.png", "red"), ("b.JPG", "blue"), ("same.png", "red")):
+        Image.new("RGB", (9, 9), colour).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text(" a red square\n")
+    source = picture_files("p", tmp_path, "")
+    assert [(picture.key, picture.captions) for picture in source.pictures] == [
+        ("a.png", ("a red square",)),
+        ("b.JPG", ()),
+        ("same.png", ()),
+    ]
+    assert source.pictures[0].family == source.pictures[2].family != source.pictures[1].family
+
+
+def test_nothing_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        text_files("t", tmp_path / "missing", "")
+    with pytest.raises(ConfigError, match="no such folder"):
+        picture_files("p", tmp_path / "missing", "")
+    with pytest.raises(ConfigError, match="no UTF-8 text"):
+        text_files("t", tmp_path, "")
+    with pytest.raises(ConfigError, match=r"no \.png"):
+        picture_files("p", tmp_path, "")

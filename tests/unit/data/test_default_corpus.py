@@ -1,0 +1,153 @@
+"""The default corpus as it lies on disk: its two sides have nothing in common, and it is what it says."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_dist.config.manifest import SplitSection
+from moe_dist.data import picture_coding
+from moe_dist.data.codebook import encode, fit, load_codebook, to_patches
+from moe_dist.data.corpus import Recipe
+from moe_dist.data.corpus_python import python_library
+from moe_dist.data.families import near_pairs
+from moe_dist.data.indexed import IndexedSplit
+from moe_dist.data.pictures import augmented, plain
+from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
+
+Side = list[tuple[int, np.ndarray, np.ndarray]]
+
+
+def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    assert split is not None
+    data = IndexedSplit(folder, split)
+    for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
+        yield data.tokens(start, length), data.filler(start, length)
+
+
+@pytest.fixture(scope="module")
+def sides(prepared) -> dict[str, Side]:
+    """For each side its documents in file order, as (number of the picture, tokens, filler), told by the captions.
+
+    Captions may fit several pictures; a picture's renders lie one behind another, so its pair of captions tells it.
+    """
+    tokenizer = load_tokenizer(prepared.folder / "tokenizer.json")
+    number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.pictures)}
+    found: dict[str, Side] = {}
+    for side in ("train", "valid"):
+        docs = list(documents(prepared.folder, getattr(prepared.manifest.sources["openmoji"], side)))
+        captions = tokenizer.decode_batch([[id_ for id_ in tokens if len(SPECIALS) <= id_ < 4096] for tokens, _ in docs])
+        found[side] = [(number_of[*captions[i - i % 2 :][:2]], *docs[i]) for i in range(len(docs))]
+    return found
+
+
+@pytest.fixture(scope="module")
+def held_out(prepared, sides: dict[str, Side]) -> np.ndarray:
+    """bool [N]: which pictures the files hold out."""
+    train, valid = ({number for number, _, _ in sides[side]} for side in ("train", "valid"))
+    assert not train & valid
+    assert train | valid == set(range(len(prepared.pictures.pictures)))
+    return np.isin(np.arange(len(prepared.pictures.pictures)), list(valid))
+
+
+def test_every_picture_is_there_with_all_its_renders(prepared, sides: dict[str, Side]) -> None:
+    assert len(prepared.pictures.pictures) > 3900
+    assert len(sides["train"]) + len(sides["valid"]) == 2 * len(prepared.pictures.pictures)
+    assert len(sides["valid"]) == pytest.approx(0.1 * 2 * len(prepared.pictures.pictures), rel=0.1)
+
+
+def test_no_family_crosses(prepared, held_out: np.ndarray) -> None:
+    sides_of = defaultdict(set)
+    for picture, held in zip(prepared.pictures.pictures, held_out.tolist(), strict=True):
+        sides_of[picture.family].add(held)
+    assert len(sides_of) > 1500
+    assert {len(sides) for sides in sides_of.values()} == {1}
+
+
+@pytest.mark.parametrize("which", ["stored", "provisional"])
+def test_near_equal_grids_are_on_one_side(prepared, held_out: np.ndarray, which: str) -> None:
+    patches, mirrored = (
+        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in prepared.rasters])) for flip in (False, True)
+    )
+    codebook = load_codebook(prepared.folder / "codebook.npy") if which == "stored" else fit(patches, codes=512, seed=0)
+    grids, flipped = encode(patches, codebook).reshape(-1, 64), encode(mirrored, codebook).reshape(-1, 64)
+    assert near_pairs(grids[held_out], grids[~held_out], most=8) == []
+    assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
+
+
+def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[str, Side]) -> None:
+    codebook = load_codebook(prepared.folder / "codebook.npy")
+    for side in sides.values():
+        for place in range(0, len(side), 97):
+            number, tokens, filler = side[place]
+            key = prepared.pictures.pictures[number].key
+            render = augmented(prepared.rasters[number], seed=prepared.recipe.seed, key=key, index=place % 2)
+            codes = tokens >= 4096
+            np.testing.assert_array_equal(tokens[codes] - 4096, encode(to_patches(render.pixels[None]), codebook))
+            np.testing.assert_array_equal(filler[codes], render.empty.reshape(-1))
+            assert not filler[~codes].any()
+
+
+def test_documents_read_as_they_should(prepared, sides: dict[str, Side]) -> None:
+    pad, bos, eos, boi, eoi = range(5)
+    picture_first = []
+    for side in sides.values():
+        for _, tokens, _ in side:
+            assert (tokens[0], tokens[-1]) == (bos, eos)
+            begin, end = tokens.tolist().index(boi), tokens.tolist().index(eoi)
+            assert end == begin + 65
+            assert (tokens[begin + 1 : end] >= 4096).all()
+            assert (tokens >= 4096).sum() == 64
+            assert pad not in tokens
+            picture_first.append(begin == 1)
+    assert np.mean(picture_first) == pytest.approx(0.5, abs=0.01)
+
+
+def test_captions_rotate_over_languages(prepared) -> None:
+    assert all(len(picture.captions) == 5 for picture in prepared.pictures.pictures)
+    guitar = next(picture for picture in prepared.pictures.pictures if picture.key == "1F3B8")
+    assert guitar.captions == ("en: guitar", "de: gitarre", "fr: guitare", "ja: ギター", "es: guitarra")
+
+
+def test_the_python_sources_are_split_by_file(prepared) -> None:
+    library = python_library()
+    keys = [Path(text.key) for text in library.texts]
+    assert len(keys) > 400
+    assert not any({"test", "tests", "idlelib", "site-packages"} & set(key.parts) for key in keys)
+    assert len({text.family for text in library.texts if text.key.startswith("encodings/")}) == 1
+    section = prepared.manifest.sources["python"]
+    train, valid = (
+        {tokens.tobytes() for tokens, _ in documents(prepared.folder, split)} for split in (section.train, section.valid)
+    )
+    assert not train & valid
+    assert section.train.documents + section.valid.documents == len(library.texts)
+
+
+def test_the_manifest_counts_and_credits(prepared) -> None:
+    manifest = prepared.manifest
+    assert manifest.vocab_size == 4096 + 512
+    assert manifest.modalities == {"text": ((0, 4096),), "image": ((4096, 4608),)}
+    assert (
+        manifest.sources["openmoji"].train.tokens_by_modality["image"] == 64 * manifest.sources["openmoji"].train.documents
+    )
+    assert "CC BY-SA 4.0" in manifest.sources["openmoji"].licence
+    assert "OpenMoji" in manifest.sources["openmoji"].attribution
+    assert "PSF" in manifest.sources["python"].licence
+    assert manifest.baselines["image/left_bigram"] < manifest.baselines["image/unigram"] - 1
+
+
+def test_only_training_pictures_are_rendered_for_the_codebook(prepared, held_out: np.ndarray, monkeypatch) -> None:
+    rendered: set[str] = set()
+
+    def recorded(raster: np.ndarray, *, seed: int, key: str, index: int):
+        rendered.add(key)
+        return augmented(raster, seed=seed, key=key, index=index)
+
+    monkeypatch.setattr(picture_coding, "augmented", recorded)
+    pictures = prepared.pictures.pictures
+    division = picture_coding.divide(pictures, prepared.rasters, Recipe(renders=2), lambda *_: None)
+    np.testing.assert_array_equal(division.held_out_N, held_out)
+    assert rendered
+    assert not rendered & {picture.key for picture, held in zip(pictures, held_out.tolist(), strict=True) if held}

@@ -1,0 +1,73 @@
+"""Renders: drawn from their names alone, on one of the backgrounds, with empty patches marked."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_dist.data.pictures import BACKGROUNDS, RASTER, augmented, plain, rasterise
+from moe_dist.errors import DataError
+
+
+def disc() -> np.ndarray:
+    """A red disc left of the middle, transparent around."""
+    y, x = np.mgrid[:RASTER, :RASTER]
+    raster = np.zeros((RASTER, RASTER, 4), np.uint8)
+    raster[(x - 20) ** 2 + (y - 32) ** 2 < 14**2] = (255, 0, 0, 255)
+    return raster
+
+
+def test_renders_vary_and_mark_what_is_empty() -> None:
+    backgrounds, places = set(), set()
+    for index in range(60):
+        render = augmented(disc(), seed=1, key="disc", index=index)
+        patches = render.pixels.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(8, 8, 16, 3)
+        background = tuple(patches[render.empty][0, 0].tolist())
+        assert background in BACKGROUNDS
+        assert (patches[render.empty] == background).all()
+        assert (patches[~render.empty] != background).any(axis=(1, 2)).all()
+        backgrounds.add(background)
+        places.add(render.empty.tobytes())
+    assert backgrounds == set(BACKGROUNDS)
+    assert len(places) > 20
+
+
+def test_a_render_follows_from_seed_key_and_index() -> None:
+    first = augmented(disc(), seed=1, key="disc", index=3)
+    np.testing.assert_array_equal(first.pixels, augmented(disc(), seed=1, key="disc", index=3).pixels)
+    for changed in ({"seed": 2}, {"key": "other"}, {"index": 4}):
+        other = augmented(disc(), **({"seed": 1, "key": "disc", "index": 3} | changed))
+        assert (first.pixels != other.pixels).any()
+
+
+def test_plain_is_whole_and_white_and_may_be_mirrored() -> None:
+    render, mirrored = plain(disc()), plain(disc(), mirrored=True)
+    assert (render.pixels[0, 0] == 255).all()
+    np.testing.assert_array_equal(mirrored.pixels, render.pixels[:, ::-1])
+    assert (render.pixels != mirrored.pixels).any()
+
+
+def test_rasterise_fits_any_shape_into_a_square(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 100), (0, 0, 255)).save(tmp_path / "wide.png")
+    raster = rasterise(tmp_path / "wide.png")
+    assert raster.shape == (RASTER, RASTER, 4)
+    assert (raster[16:48] == (0, 0, 255, 255)).all()
+    assert (raster[:16, :, 3] == 0).all()
+    assert (raster[48:, :, 3] == 0).all()
+
+
+def test_rasterise_turns_a_photo_as_its_camera_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: lies on its side
+    Image.new("RGB", (200, 100)).save(tmp_path / "turned.jpg", exif=exif)
+    raster = rasterise(tmp_path / "turned.jpg")
+    assert (raster[:, :16, 3] == 0).all()
+    assert (raster[:, 16:48, 3] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg"])
+def test_a_damaged_picture_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"no picture")
+    with pytest.raises(DataError, match=name):
+        rasterise(tmp_path / name)

@@ -1,0 +1,241 @@
+"""prepare_data end to end on a user's own files: the command, what it leaves, and what it refuses."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image, ImageDraw
+from typer import Typer
+from typer.testing import CliRunner
+
+from moe_dist.config.manifest import load_manifest
+from moe_dist.data import corpus_build
+from moe_dist.data.corpus import Recipe
+from moe_dist.data.indexed import IndexedSplit
+from moe_dist.data.loader import TrainLoader, heldout_batches
+from moe_dist.data.prepare import Inputs, prepare
+from moe_dist.data.tokenizer import load_tokenizer
+from moe_dist.errors import ConfigError, DataError
+from tools.prepare_data import main
+
+RECIPE = Recipe(renders=3, heldout_renders=2, codes=16, vocab_size=300, val_fraction=0.2)
+OPTIONS = "--renders 3 --heldout-renders 2 --codes 16 --vocab-size 300 --val-fraction 0.2".split()
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures, half of them with captions, and 60 texts."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        image = Image.new("RGBA", (48, 48))
+        for _ in range(4):
+            x, y = rng.integers(0, 36, 2).tolist()
+            ImageDraw.Draw(image).ellipse((x, y, x + 14, y + 14), fill=(*rng.integers(0, 256, 3).tolist(), 255))
+        image.save(folder / f"pictures/{number:02}.png")
+        if number % 2:
+            (folder / f"pictures/{number:02}.txt").write_text(f"picture number {number}")
+    lines = [json.dumps({"text": f"text {number} " * (1 + number % 7)}) for number in range(60)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def inputs(own: Path) -> Inputs:
+    return Inputs(text=str(own / "texts.jsonl"), images=str(own / "pictures"), licence="CC0-1.0")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def made(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "set"
+    prepare(out, inputs(own), RECIPE, silent)
+    return out
+
+
+def command(*arguments: str):
+    app = Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_makes_the_same_bytes_again(own: Path, made: Path, tmp_path: Path) -> None:
+    arguments = ("--text", own / "texts.jsonl", "--images", own / "pictures", "--licence", "CC0-1.0", *OPTIONS)
+    first = command("--out", tmp_path / "set", *arguments)
+    assert first.exit_code == 0, first.output
+    assert "made in" in first.output
+    assert contents(tmp_path / "set") == contents(made)
+    again = command("--out", tmp_path / "set", *arguments)
+    assert again.exit_code == 0
+    assert "nothing to do" in again.output
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
+
+
+def test_what_was_made_trains_and_measures(made: Path) -> None:
+    manifest = load_manifest(made)
+    assert list(manifest.sources) == ["images", "text"]
+    assert manifest.sources["images"].licence == "CC0-1.0"
+    loader = TrainLoader(
+        made,
+        manifest,
+        seq_len=128,
+        weights={},
+        pack_window=64,
+        seed=0,
+        global_batch=4,
+        micro_batch=4,
+        rank=0,
+        world_size=1,
+    )
+    (batch,) = loader.batches(0)
+    assert set(batch.modality_BS[~batch.padding_BS].tolist()) == {0, 1}
+    for source in manifest.sources:
+        assert heldout_batches(made, manifest, source=source, seq_len=128, sequences=8, micro_batch=2, rank=0, world_size=1)
+    assert manifest.baselines["image/unigram"] > 0
+
+
+def test_equal_files_are_on_one_side_and_captions_on_their_pictures(own: Path, made: Path) -> None:
+    manifest = load_manifest(made)
+    tokenizer = load_tokenizer(made / "tokenizer.json")
+    captions = {}
+    for side in ("train", "valid"):
+        split = getattr(manifest.sources["images"], side)
+        data = IndexedSplit(made, split)
+        texts = set()
+        for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
+            ids = data.tokens(start, length)
+            texts.add(tokenizer.decode([id_ for id_ in ids if id_ < tokenizer.get_vocab_size()]))
+        captions[side] = texts - {""}
+    assert not captions["train"] & captions["valid"]
+    assert captions["train"] | captions["valid"] == {f"picture number {number}" for number in range(1, 40, 2)}
+
+
+def test_held_out_captions_and_texts_do_not_reach_the_tokenizer(own: Path, made: Path, monkeypatch, tmp_path: Path) -> None:
+    seen: list[str] = []
+    fit = corpus_build.fit_tokenizer
+
+    def recorded(texts, *, vocab_size: int):
+        seen.extend(texts)
+        return fit(seen, vocab_size=vocab_size)
+
+    monkeypatch.setattr(corpus_build, "fit_tokenizer", recorded)
+    prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+    tokenizer, manifest = load_tokenizer(made / "tokenizer.json"), load_manifest(made)
+    for source in ("images", "text"):
+        data = IndexedSplit(made, manifest.sources[source].valid)
+        for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
+            held_out = tokenizer.decode([id_ for id_ in data.tokens(start, length) if id_ < tokenizer.get_vocab_size()])
+            assert not held_out or held_out not in seen
+    assert len(seen) > 50
+
+
+def test_texts_alone_and_a_tokenizer_and_codebook_of_another_set(own: Path, made: Path, tmp_path: Path) -> None:
+    manifest, _ = prepare(tmp_path / "text", Inputs(text=str(own / "texts.jsonl")), RECIPE, silent)
+    assert list(manifest.modalities) == ["text"]
+    assert manifest.image is None
+    recipe = replace(RECIPE, tokenizer=str(made / "tokenizer.json"), codebook=str(made / "codebook.npy"))
+    pictures = Inputs(images=str(own / "pictures"), extra_text={"more": str(own / "texts.jsonl")})
+    manifest, _ = prepare(tmp_path / "reused", pictures, recipe, silent)
+    assert list(manifest.sources) == ["images", "more"]
+    assert manifest.modalities == load_manifest(made).modalities
+    for file in ("codebook.npy", "images_train.bin"):
+        assert (tmp_path / "reused" / file).read_bytes() == (made / file).read_bytes()
+
+
+def test_a_set_made_otherwise_is_not_touched(own: Path, made: Path) -> None:
+    before = contents(made)
+    result = command("--out", made, "--images", own / "pictures", *OPTIONS[:-1], "0.3")
+    assert result.exit_code == 78
+    assert "recipe.val_fraction is 0.2, asked for 0.3" in result.output
+    assert contents(made) == before
+
+
+def test_a_folder_of_something_else_is_not_touched(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds what prepare_data did not make"):
+        prepare(tmp_path, inputs(own), RECIPE, silent)
+    with pytest.raises(ConfigError, match="holds what prepare_data did not make"):
+        prepare(tmp_path / "thesis.txt", inputs(own), RECIPE, silent)
+    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_damage_in_a_finished_set_is_told(own: Path, tmp_path: Path) -> None:
+    prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+    with (tmp_path / "set/text_train.bin").open("ab") as stream:
+        stream.write(b"\0\0")
+    with pytest.raises(DataError, match=r"text_train\.bin"):
+        prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_nothing_half(own: Path, tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "count baselines":
+            raise error
+
+    with pytest.raises(error):
+        prepare(tmp_path / "set", inputs(own), RECIPE, interrupted)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    (tmp_path / ".set.partial").mkdir()  # as after a kill
+    (tmp_path / ".set.partial/text_train.bin").write_bytes(b"half")
+    (tmp_path / "set").mkdir()  # an empty folder is as good as none
+    prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
+
+
+def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path: Path) -> None:
+    waiting, answer = threading.Event(), []
+
+    def report(stage: str, done: int, total: int) -> None:
+        assert stage == "wait for another writer"
+        waiting.set()
+
+    lock = FileLock(tmp_path / ".set.lock")
+    with lock:
+        second = threading.Thread(target=lambda: answer.append(prepare(tmp_path / "set", inputs(own), RECIPE, report)))
+        second.start()
+        assert waiting.wait(30)
+        made_elsewhere = tmp_path / "elsewhere"
+        made_elsewhere.mkdir()
+        for name, content in contents(made).items():
+            (made_elsewhere / name).write_bytes(content)
+        made_elsewhere.rename(tmp_path / "set")
+    second.join(30)
+    assert answer == [(load_manifest(made), False)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--extra-text", "nothing"), "NAME=PATH"),
+        (("--extra-text", "../x=."), "letters, digits"),
+        (("--extra-text", "python=."), "rename"),
+        (("--text", "missing"), "no such file or folder"),
+        (("--images", "missing"), "no such folder"),
+    ],
+)
+def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words: str) -> None:
+    result = command("--out", tmp_path / "set", *arguments)
+    assert result.exit_code == 78
+    assert words in result.output
+    assert not (tmp_path / "set").exists()
+
+
+def test_too_many_codes_for_the_pictures_is_65(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"pictures/{number}.png")
+    result = command("--out", tmp_path / "set", "--images", tmp_path / "pictures")
+    assert result.exit_code == 65
+    assert "codes=512: the pictures have only" in result.output
