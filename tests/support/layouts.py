@@ -64,6 +64,7 @@ class Outcome:
     parameters: dict[str, np.ndarray]
     events: list[str]
     logits: np.ndarray
+    smallest_gap: float  # between a token's last choice and the next column, over all tokens, layers and steps
 
 
 def placement_of(name: str, ep: int) -> ExpertPlacement:
@@ -172,6 +173,9 @@ def train(rank: RankContext, layout: Layout) -> Outcome:
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
     gradients: dict[str, np.ndarray] = {}
+    gaps: list[float] = []
+    for layer in parallel.model.moe_modules():
+        layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(smallest_gap(router, *inputs[:2])))
 
     def keep_gradients(*_: Any) -> None:
         if not gradients:
@@ -190,12 +194,25 @@ def train(rank: RankContext, layout: Layout) -> Outcome:
         logits, _ = parallel.model(last.tokens_BS, last.positions_BS, last.documents_BS, group)
     parameters = logical(parallel, placement, mesh, gradient=False)
     return Outcome(
-        results,
-        gradients,
-        parameters,
-        traffic.events or [],
-        logits.float().numpy() if layout.precision == "bfloat16" else logits.numpy(),
+        steps=results,
+        gradients=gradients,
+        parameters=parameters,
+        events=traffic.events or [],
+        logits=logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy(),
+        smallest_gap=min(gaps),
     )
+
+
+@torch.no_grad()
+def smallest_gap(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> float:
+    """Smallest difference between a token's k-th and next best logit inside its group."""
+    logits_TC = h_TD @ router._weight().to(h_TD.dtype).T
+    smallest = float("inf")
+    for index, group in enumerate(GROUPS):
+        best = logits_TC[group_T == index][:, router.group_of_column_C == index].sort(-1, descending=True).values
+        if len(best):
+            smallest = min(smallest, float((best[:, group.top_k - 1] - best[:, group.top_k]).min()))
+    return smallest
 
 
 def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, gradient: bool) -> dict[str, np.ndarray]:

@@ -1,0 +1,71 @@
+"""The vote before each step: a value that is not finite on one rank keeps all ranks from taking it."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.loss import AuxSettings
+from moe_dist.optim.adamw import make_optimizer, step_count
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.training_step import StepResult, TrainingStep
+from tests.support.layouts import Layout, batch_of, build, logical, placement_of
+from tests.support.worlds import RankContext
+
+
+def poisoned_training(
+    rank: RankContext, layout: Layout, where: str
+) -> tuple[list[StepResult], list[dict[str, np.ndarray]], int]:
+    """Three steps; in the second, rank 1 gets a NaN in its activations or in one gradient."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic()
+    parallel = build(layout, mesh, traffic)
+    placement = placement_of(layout.placement, layout.ep)
+    optimizer = make_optimizer(
+        split_parameters(parallel.model.named_parameters(), weight_decay=0.1),
+        backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    poison = {"on": False}
+    target = parallel.model.norm if where == "activation" else parallel.model.layers[0].moe.experts  # pyright: ignore
+
+    def spoil_output(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if poison["on"] else output
+
+    def spoil_gradient(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if poison["on"]:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+
+    target.register_forward_hook(spoil_output if where == "activation" else spoil_gradient)
+    results, parameters = [], [logical(parallel, placement, mesh, gradient=False)]
+    for number in range(3):
+        poison["on"] = rank.rank == 1 and number == 1
+        batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2)]
+        results.append(
+            step(
+                batches,
+                lr=1e-2,
+                aux=AuxSettings("null_averaged", 0.02, 1e-3),
+                stop_requested=rank.rank == 1 and number == 2,
+            )
+        )
+        parameters.append(logical(parallel, placement, mesh, gradient=False))
+    return results, parameters, step_count(optimizer)
+
+
+@pytest.mark.parametrize("where", ["activation", "gradient"])
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], data: str, where: str) -> None:
+    for results, parameters, steps_taken in run_in_world(2, poisoned_training, Layout(2, 1, "pinned", data), where):
+        assert [result.skipped for result in results] == [False, True, False]
+        assert not np.isfinite(results[1].grad_norm)
+        assert np.isfinite(results[2].grad_norm)
+        assert [result.stop_requested for result in results] == [False, False, True]
+        changed = [any((a[name] != b[name]).any() for name in a) for a, b in itertools.pairwise(parameters)]
+        assert changed == [True, False, True]
+        assert steps_taken == 2
