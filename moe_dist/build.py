@@ -1,22 +1,35 @@
 """The only place that turns configuration sections into objects."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
+from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config, ModelSection, TopKRouterSection
+from moe_dist.data.loader import TrainLoader
+from moe_dist.evaluation.evaluator import Evaluator
+from moe_dist.loss import AuxSettings
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.schedules import coefficient_at, lr_factor
+from moe_dist.parallel.initialise import initialise
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.trainer import Plan
+from moe_dist.training_step import TrainingStep
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -87,3 +100,101 @@ def build_model(
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
     return Transformer(args, make_moe)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What takes steps: the model on its mesh, its optimizer, and the step over both."""
+
+    parallel: ParallelModel
+    optimizer: Optimizer
+    step: TrainingStep
+
+
+def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
+    """Builds on the meta device, shards, gives memory and initial weights, wraps, and makes the optimizer."""
+    traffic = Traffic()
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic)
+    if config.parallel.data == "fsdp2":
+        shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
+    initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
+    parallel = ParallelModel(model, mesh, config.parallel.data)
+    section = config.optimizer
+    optimizer = make_optimizer(
+        split_parameters(model.named_parameters(), weight_decay=section.weight_decay),
+        backend=section.backend,
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+    )
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=group_of_modality(manifest, placement),
+        clip_norm=section.clip_norm,
+        traffic=traffic,
+    )
+    return Training(parallel, optimizer, step)
+
+
+def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:
+    """For each modality of the data, in its order, the index of its expert group."""
+    index = {name: i for i, group in enumerate(placement.groups) for name in group.modalities}
+    return [index[name] for name in manifest.modalities]
+
+
+def build_loader(config: Config, manifest: Manifest, mesh: Mesh) -> TrainLoader:
+    """This rank's training batches."""
+    return TrainLoader(
+        config.data.path,
+        manifest,
+        seq_len=config.data.seq_len,
+        weights=config.data.weights,
+        pack_window=config.data.pack_window,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+    )
+
+
+def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
+    """Held-out evaluation of the model in training."""
+    return Evaluator(
+        training.parallel.model,
+        training.parallel.mesh,
+        placement,
+        folder=config.data.path,
+        manifest=manifest,
+        seq_len=config.data.seq_len,
+        sequences=config.evaluation.sequences,
+        final_sequences=config.evaluation.final_sequences,
+        micro_batch=config.train.micro_batch,
+        group_of_modality=training.step.group_of_modality,
+        measure_balance=config.evaluation.balance_efficiency,
+        ablate=config.evaluation.ablate_experts,
+    )
+
+
+def build_plan(config: Config) -> Plan:
+    """Steps, schedules and intervals of the loop."""
+    schedule, balance = config.optimizer.schedule.model_dump(), config.loss.balance
+
+    def lr(step: int) -> float:
+        return config.optimizer.lr * lr_factor(step, total_steps=config.train.steps, **schedule)
+
+    def aux(step: int) -> AuxSettings:
+        return AuxSettings(kind=balance.kind, balance=coefficient_at(balance.schedule, step), z=config.loss.z)
+
+    return Plan(
+        steps=config.train.steps,
+        global_batch=config.train.global_batch,
+        lr=lr,
+        aux=aux,
+        evaluate_every=config.evaluation.every,
+        save_every=config.checkpoint.every,
+        max_skipped_in_a_row=config.train.max_skipped_in_a_row,
+    )

@@ -31,10 +31,14 @@ class ExpertStack(nn.Module):
         """
         if not counts:
             return x_QD[:0]
-        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))
+        # unbind, not indexing: the backward of an index would fill a whole stack with zeros for each expert.
+        stacks = [weight.to(x_QD.dtype).unbind() for weight in (self.gate, self.up, self.down)]
         runs = x_QD.split(list(counts))
-        hidden = [F.silu(run @ gate[i].T) * (run @ up[i].T) for i, run in enumerate(runs)]
-        return torch.cat([run @ down[i].T for i, run in enumerate(hidden)])
+        outputs = [
+            F.linear(F.silu(F.linear(run, gate)) * F.linear(run, up), down)
+            for run, gate, up, down in zip(runs, *stacks, strict=True)
+        ]
+        return torch.cat(outputs)
 
 
 class Experts(nn.Module):
