@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.layouts import Layout, Outcome, merged, train
+from tests.support.layouts import HIDDEN_DIM, Layout, Outcome, merged, train
 
 SIZES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
 LAYOUTS = [
@@ -45,6 +45,9 @@ def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], one_rank
             np.testing.assert_array_equal(step.labels_M, expected.labels_M)
             assert step.tokens == expected.tokens
             assert step.ledger["pairs"] == expected.ledger["pairs"]
+            # Two exchanges forward and two backward; recompute of whole blocks repeats one, of experts none.
+            crossings = 5 if layout.recompute == "block" else 4
+            assert step.ledger["payload_bytes"] == crossings * step.ledger["rows_remote"] * HIDDEN_DIM * 8
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(step.entropy_LG, expected.entropy_LG, rtol=1e-9)
             np.testing.assert_allclose(

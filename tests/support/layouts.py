@@ -23,6 +23,7 @@ from moe_dist.training_step import StepResult, TrainingStep
 from tests.support.worlds import RankContext
 
 SEQ_LEN = 12
+HIDDEN_DIM = 16
 SEQUENCES = 8  # of a micro-batch over all ranks
 MICRO_BATCHES = 2
 STEPS = 3
@@ -91,7 +92,7 @@ def config_of(layout: Layout) -> Config:
         {
             "run": {"name": "layout"},
             "model": {
-                "hidden_dim": 16,
+                "hidden_dim": HIDDEN_DIM,
                 "num_layers": 2,
                 "num_heads": 4,
                 "num_kv_heads": 2,
