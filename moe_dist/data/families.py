@@ -96,7 +96,8 @@ def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.nd
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
     """Draws whole components for the held-out side until it holds about `fraction` of the total size.
 
-    A component larger than a tenth of the held-out side is passed over: one family must not decide what is measured.
+    A component larger than a tenth of the held-out side is passed over, unless most are that large: one family must not
+    decide what is measured.
     With fraction > 0 and two components or more, each side gets at least one.
 
     Args:
@@ -110,7 +111,7 @@ def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, 
     size_of = np.bincount(component_N, weights=sizes_N).astype(np.int64)
     room = fraction * int(sizes_N.sum())
     order = np.random.default_rng(seed).permutation(len(size_of))
-    small = order[size_of[order] <= max(room / 10, 1)]
+    small = order[size_of[order] <= max(room / 10, float(np.median(size_of)))]
     chosen = small[np.cumsum(size_of[small]) <= room]
     if fraction > 0 and len(size_of) > 1 and not len(chosen):
         chosen = order[[size_of[order].argmin()]]

@@ -31,7 +31,9 @@ def test_variants_are_one_family(one: str, other: str) -> None:
     assert emoji_family(points(one)) == emoji_family(points(other))
 
 
-@pytest.mark.parametrize(("one", "other"), [("♀", "♂"), ("➡", "⬅"), ("👩‍🚒", "👩‍🚀"), ("🧑", "🧒"), ("🇩🇪", "🇫🇷")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("♀", "♂"), ("🏃➡", "🏃"), ("➡", "⬅"), ("👩‍🚒", "👩‍🚀"), ("🧑", "🧒"), ("🇩🇪", "🇫🇷")]
+)
 def test_different_things_are_not(one: str, other: str) -> None:
     assert emoji_family(points(one)) != emoji_family(points(other))
 
@@ -69,6 +71,10 @@ def test_whole_components_are_held_out(components: list[int], fraction: float, s
         assert 0 < held_out.sum() < len(components)
         if len(set(component_N[held_out])) > 1:
             assert sizes_N[held_out].sum() <= fraction * sizes_N.sum()
+
+
+def test_few_items_of_equal_size_are_held_out_in_proportion() -> None:
+    assert hold_out(np.arange(50), np.full(50, 700), fraction=0.1, seed=0).sum() == 5
 
 
 def test_no_family_is_most_of_the_held_out_side() -> None:

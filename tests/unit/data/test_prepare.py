@@ -23,7 +23,7 @@ from moe_dist.errors import ConfigError, DataError
 from tools.prepare_data import main
 
 RECIPE = Recipe(renders=3, heldout_renders=2, codes=16, vocab_size=300, val_fraction=0.2)
-OPTIONS = "--renders 3 --heldout-renders 2 --codes 16 --vocab-size 300 --val-fraction 0.2".split()
+OPTIONS = ["--renders", "3", "--heldout-renders", "2", "--codes", "16", "--vocab-size", "300", "--val-fraction", "0.2"]
 
 
 def silent(stage: str, done: int, total: int) -> None:
