@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moe_dist.data.loader import TrainLoader
-from moe_dist.errors import DivergedError, StoppedError
+from moe_dist.errors import CheckpointError, DivergedError, StoppedError
 from moe_dist.evaluation.acceptance import Check, run_checks
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
@@ -87,7 +87,7 @@ class Trainer:
         step: Takes one optimizer step.
         loader: This rank's batches by position.
         evaluator: Held-out losses.
-        save: Makes the state durable; called on all ranks with the progress.
+        save: Makes the state durable; called on all ranks with the progress, and fails on all or none.
         stop_requested: Whether this process was asked to stop; the ranks vote inside each step.
         progress: Where to begin.
         modalities: Of the data, in order.
@@ -135,7 +135,7 @@ class Trainer:
                 raise DivergedError(self._divergence())
             stop = result.stop_requested and not last
             if last or stop or progress.step % plan.save_every == 0:
-                self._save()
+                self._save(must=last or stop)
             if stop:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
         if evaluation is None:  # resumed at its very end
@@ -210,10 +210,16 @@ class Trainer:
             sink.evaluation(result, scalars)
         return result
 
-    def _save(self) -> None:
+    def _save(self, *, must: bool) -> None:
+        """Saves; where it need not be now, a failure is reported and the next interval tries again."""
         for sink in self._sinks:
             sink.flush()  # records up to the checkpoint's step are not written again on resume
-        self._save_state(self.progress)
+        try:
+            self._save_state(self.progress)
+        except CheckpointError as error:
+            if must:
+                raise
+            logger.error("%s; training goes on, the next try is in %d steps", error, self._plan.save_every)
 
     def _rows_by_rank(self, choices_LC: np.ndarray) -> np.ndarray:
         """(token, expert) pairs computed by each EP position, [L, R], from the choices and the placement."""

@@ -1,0 +1,108 @@
+"""One rank of a run: `python -m moe_dist.train CONFIG [key=value ...]`; launchers start one for each GPU.
+
+configuration -> preflight -> rank -> process groups -> model on its mesh -> data -> resume -> Trainer.fit
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_dist.config.load import load_config
+from moe_dist.errors import MoeDistError
+from moe_dist.preflight import Preflight, check
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder, Start
+from moe_dist.runtime.signals import StopRequest
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, see configs/README.md.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.steps=200.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time; no GPU, no data.")] = False,
+    tokens_per_second: Annotated[float | None, typer.Option(help="Of all ranks, for the dry run's hours.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an existing run of that name aside.")] = False,
+) -> None:
+    """Trains, or goes on with, the run that CONFIG describes."""
+    if dry_run:
+        sys.exit(_dry_run(config, overrides or [], tokens_per_second))
+    env = RankEnv.from_environment(os.environ)
+    attempt = Attempt(env)
+    with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:  # handlers stand before torch is imported
+        plan = check(load_config(config, overrides or []))
+        start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
+        if start is not Start.FINISHED:
+            train(plan, env, attempt, stop)
+        elif env.rank == 0:
+            print(RunFolder.of(plan.config).read_summary())
+    sys.exit(attempt.exit_code)
+
+
+def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
+    """Builds everything in order, then fits. Runs on every rank."""
+    from moe_dist import build
+    from moe_dist.checkpoint.manager import CheckpointManager
+    from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
+    from moe_dist.resume import Resumable
+    from moe_dist.runtime.log import setup_logging
+    from moe_dist.trainer import Trainer
+
+    config = plan.config
+    folder = attempt.open(config)
+    log = setup_logging(env, folder)
+    device = build.choose_device(config, env)
+    timeout = config.parallel.timeout_seconds
+    init_world(init_method=env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
+    mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout)
+    training = build.build_training(config, plan.manifest, plan.placement, mesh)
+    loader = build.build_loader(config, plan.manifest, mesh)
+    evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
+    checkpoints = CheckpointManager(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        lease_check=attempt.check_lease,
+        process_group=mesh.world,
+        device=device,
+    )
+    resumable = Resumable(training, plan.placement, checkpoints, config)
+    progress = resumable.restore()
+    attempt.last_step = lambda: progress.step
+    log.follow(lambda: progress.step)
+    sinks = build.build_sinks(plan, folder, resume_step=progress.step) if env.rank == 0 else []
+    with build.watched_devices(config, device, env) as devices:
+        trainer = Trainer(
+            build.build_plan(config),
+            training.step,
+            loader,
+            evaluator,
+            placement=plan.placement,
+            sinks=sinks,
+            devices=devices,
+            save=resumable.save,
+            stop_requested=lambda: stop.requested,
+            progress=progress,
+            modalities=tuple(plan.manifest.modalities),
+            baselines=plan.manifest.baselines,
+        )
+        finished = trainer.fit()
+    if env.rank == 0:
+        build.conclude(finished, folder, plan, sinks)
+    destroy_world()
+
+
+def _dry_run(config: Path, overrides: list[str], tokens_per_second: float | None) -> int:
+    from moe_dist.dry_run import dry_run
+
+    try:
+        dry_run(load_config(config, overrides), tokens_per_second=tokens_per_second)
+    except MoeDistError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    typer.run(main)
