@@ -1,0 +1,110 @@
+"""Readings of GPU and host on a background thread: the training loop takes the latest and never waits for a driver."""
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+class DeviceMonitor:
+    """Reads every `seconds` until `stop`.
+
+    Args:
+        seconds: Time between readings.
+        gpu: UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index of this rank's GPU; None where the run
+            is on the CPU: then the host's readings stand in for the device's. An index counts all GPUs of the machine,
+            whatever CUDA_VISIBLE_DEVICES says; the UUID cannot be mistaken.
+    """
+
+    def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
+        self._seconds = seconds
+        self._process = psutil.Process()
+        psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
+        self._gpu = _Gpu(gpu) if gpu is not None else None
+        self._latest: Mapping[str, float | None] = self._take()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = threading.Thread(target=self._loop, name="devices", daemon=True)
+        self._thread.start()
+
+    def read(self) -> dict[str, float | None]:
+        """The latest readings: device/utilisation (percent), device/memory (MiB), device/power (watts), each None where it
+        cannot be read, and of the host cpu_percent (all cores) and resident_mib (this process). Never waits."""
+        return dict(self._latest)
+
+    def stop(self) -> None:
+        """Ends the thread and lets go of NVML. A second call does nothing."""
+        if self._thread is None:
+            return
+        self._stopped.set()
+        self._thread.join()
+        self._thread = None
+        if self._gpu is not None:
+            self._gpu.close()
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            self._latest = self._take()  # one assignment: a reader sees the old readings or the new ones
+
+    def _take(self) -> dict[str, float | None]:
+        host = {"cpu_percent": psutil.cpu_percent(), "resident_mib": self._process.memory_info().rss / MIB}
+        if self._gpu is not None:
+            return {**self._gpu.read(), **host}
+        return {
+            "device/utilisation": host["cpu_percent"],
+            "device/memory": host["resident_mib"],
+            "device/power": None,
+            **host,
+        }
+
+
+class _Gpu:
+    """One GPU through NVML. What fails is said once and read as None from then on, or until it works again."""
+
+    def __init__(self, gpu: str | int) -> None:
+        self._nvml: Any = None
+        self._handle: Any = None
+        self._said: set[str] = set()
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+            if isinstance(gpu, str):
+                uuid = gpu if gpu.startswith(("GPU-", "MIG-")) else f"GPU-{gpu}"  # torch leaves the prefix out
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            else:
+                self._handle = pynvml.nvmlDeviceGetHandleByIndex(gpu)
+        except Exception as error:  # no package, no driver, no such GPU: training does not depend on any of them
+            self._say("nvml", f"no readings of GPU {gpu} (NVML: {error}); going on without")
+
+    def read(self) -> dict[str, float | None]:
+        return {
+            "device/utilisation": self._value("utilisation", lambda n, h: float(n.nvmlDeviceGetUtilizationRates(h).gpu)),
+            "device/memory": self._value("memory", lambda n, h: n.nvmlDeviceGetMemoryInfo(h).used / MIB),
+            "device/power": self._value("power", lambda n, h: n.nvmlDeviceGetPowerUsage(h) / 1000),
+        }
+
+    def close(self) -> None:
+        if self._nvml is not None:
+            self._nvml.nvmlShutdown()
+            self._nvml = None
+
+    def _value(self, name: str, get: Any) -> float | None:
+        if self._nvml is None or self._handle is None:
+            return None
+        try:
+            return get(self._nvml, self._handle)
+        except Exception as error:  # pynvml raises one class for 'not supported' (power on some cards) and 'GPU is lost'
+            self._say(name, f"no reading of device/{name} (NVML: {error})")
+            return None
+
+    def _say(self, key: str, text: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            logger.warning(text)

@@ -1,0 +1,267 @@
+"""From the statistics of a step to the one record that every sink shows: pure functions.
+
+Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then each group's null experts),
+E true experts of all groups, n true experts of one group, R ranks of an EP group.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
+from moe_dist.monitor.tags import GROUP_FAMILIES, RESERVED_MODALITIES, tag_plan
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step as it is shown and stored.
+
+    Attributes:
+        step: Steps taken, this one included.
+        skipped: Whether the step was skipped on all ranks.
+        scalars: Value by tag (`tags.MEANING`); None where the step has no such number, nan or inf where it came out so.
+        losses: Nats a token by modality; None where the step had no label of it.
+        labels: Unmasked labels by modality.
+        epochs: Epochs seen of each modality.
+        balance_coefficient: Coefficient of the balance loss.
+        arrays: choices_LC, tokens_LG, rows_LR and dropped_LG as counted (int64), entropy_LG in nats a token and
+            weighted_rows_LR in rows x FFN width (float64).
+        ledger: The dispatch ledger, see `StepStatistics`.
+        host: Readings of the host that are no scalars, by name.
+    """
+
+    step: int
+    skipped: bool
+    scalars: Mapping[str, float | None]
+    losses: Mapping[str, float | None]
+    labels: Mapping[str, int]
+    epochs: Mapping[str, float]
+    balance_coefficient: float
+    arrays: Mapping[str, np.ndarray]
+    ledger: Mapping[str, int]
+    host: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def build_record(
+    stats: StepStatistics,
+    *,
+    groups: Sequence[ExpertGroup],
+    placement: ExpertPlacement,
+    modalities: Sequence[str],
+    readings: Mapping[str, float | None] | None = None,
+    peak_flops: float | None = None,
+) -> Record:
+    """The record of a step.
+
+    Args:
+        stats: Global sums of the step.
+        groups: Groups in the order of the columns G.
+        placement: Which rank holds which expert.
+        modalities: All modalities of the data, in the manifest's order.
+        readings: Latest readings of `devices.DeviceMonitor`: device/... become scalars, the others `Record.host`.
+        peak_flops: Peak FLOPs a second of all devices together; None leaves perf/mfu empty.
+
+    Raises:
+        ValueError: a modality has the name of a loss term.
+    """
+    plan = tag_plan(len(groups), len(modalities))
+    readings = readings or {}
+    losses = {name: _ratio(stats.loss_sum.get(name, 0.0), stats.labels.get(name, 0)) for name in modalities}
+    epochs = {name: float(stats.epochs.get(name, 0.0)) for name in modalities}
+    weighted_LR = weighted_rows(stats.choices_LC, stats.rows_LR, placement)
+    scalars = {
+        **loss_scalars(stats, losses if plan.loss_per_modality else {}),
+        "optim/lr": stats.lr,
+        "optim/grad_norm": stats.grad_norm,
+        "optim/skipped_steps": float(stats.skipped_steps),
+        "optim/tokens": float(stats.tokens),
+        **group_scalars(stats.choices_LC, stats.tokens_LG, groups, per_group=plan.per_group),
+        "moe/rank_imbalance": layer_mean(busiest_over_mean(weighted_LR)),
+        "moe/dropped": float(stats.dropped_LG.sum()),
+        "moe/dead_experts": float((stats.choices_LC[:, : placement.num_experts] == 0).sum()),
+        "moe/router_entropy": _ratio(stats.entropy_sum_LG.sum(), stats.tokens_LG.sum()),
+        **comm_scalars(stats.ledger, stats.comm_seconds),
+        **perf_scalars(stats, peak_flops),
+        **{f"device/{name}": readings.get(f"device/{name}") for name in ("utilisation", "memory", "power")},
+        **_epoch_scalars(epochs, plan.epochs_per_modality),
+    }
+    return Record(
+        step=stats.step,
+        skipped=stats.skipped,
+        scalars=scalars,
+        losses=losses,
+        labels={name: int(stats.labels.get(name, 0)) for name in modalities},
+        epochs=epochs,
+        balance_coefficient=stats.balance_coefficient,
+        arrays={
+            "choices_LC": stats.choices_LC,
+            "tokens_LG": stats.tokens_LG,
+            "rows_LR": stats.rows_LR,
+            "dropped_LG": stats.dropped_LG,
+            "entropy_LG": _divide(stats.entropy_sum_LG, stats.tokens_LG),
+            "weighted_rows_LR": weighted_LR,
+        },
+        ledger=dict(stats.ledger),
+        host={name: value for name, value in readings.items() if not name.startswith("device/")},
+    )
+
+
+def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
+    """Scalars of a held-out evaluation: eval/..., and the two balance efficiencies where they were measured.
+
+    With more modalities than fit, eval/mean is the mean over their tokens.
+    """
+    scalars: dict[str, float | None]
+    if tag_plan(num_groups, len(modalities)).loss_per_modality:
+        scalars = {f"eval/{name}": float(value) for name, value in result.loss.items()}
+    else:
+        named = [name for name in modalities if name in result.loss]
+        nats = sum(result.loss[name] * result.tokens[name] for name in named)
+        scalars = {"eval/mean": _ratio(nats, sum(result.tokens[name] for name in named))}
+    if result.balance_efficiency_by_count is not None:
+        scalars["moe/balance_efficiency_by_count"] = result.balance_efficiency_by_count
+    if result.balance_efficiency is not None:
+        scalars["perf/balance_efficiency"] = result.balance_efficiency
+    return scalars
+
+
+def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> dict[str, float | None]:
+    """loss/total = nats of all modalities / labels of all + balance and z terms; and the parts.
+
+    Raises:
+        ValueError: a modality has the name of a loss term.
+    """
+    taken = sorted(set(losses) & set(RESERVED_MODALITIES))
+    if taken:
+        raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
+    nats = _ratio(sum(stats.loss_sum.values()), sum(stats.labels.values()))
+    total = None if nats is None else nats + stats.balance_loss + stats.z_loss
+    by_modality = {f"loss/{name}": value for name, value in losses.items()}
+    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, "loss/z": stats.z_loss}
+
+
+def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """For each group its columns of `choices_LC`: true experts [L, n] and null experts [L, m]."""
+    null = sum(group.num_experts for group in groups)
+    for group in groups:
+        yield choices_LC[:, group.experts.start : group.experts.stop], choices_LC[:, null : null + group.num_null]
+        null += group.num_null
+
+
+def group_metrics(choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, np.ndarray]:
+    """Each of `tags.GROUP_FAMILIES` as float64 [L, G]; nan where no token was routed.
+
+    capacity_used has the even share k T / (n + m) as denominator, which is the capacity of capacity factor 1.
+    """
+    metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
+    for g, (group, (true_Ln, null_Lm)) in enumerate(zip(groups, group_choices(choices_LC, groups), strict=True)):
+        taken_L, null_L, tokens_L = true_Ln.sum(1), null_Lm.sum(1), tokens_LG[:, g]
+        metrics["experts_per_token"][:, g] = _divide(taken_L, tokens_L)
+        metrics["null_fraction"][:, g] = _divide(null_L, taken_L + null_L)
+        metrics["load_imbalance"][:, g] = busiest_over_mean(true_Ln)
+        even_L = tokens_L * group.top_k / (group.num_experts + group.num_null)
+        metrics["capacity_used"][:, g] = _divide(true_Ln.max(1), even_L)
+    return metrics
+
+
+def group_scalars(
+    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], *, per_group: bool
+) -> dict[str, float | None]:
+    """moe/<family>/<group>, or moe/<family>/mean over the groups that had tokens.
+
+    Over layers: shares are of the sums, load_imbalance is the mean, capacity_used the maximum.
+    """
+    summed = group_metrics(choices_LC.sum(0, keepdims=True), tokens_LG.sum(0, keepdims=True), groups)
+    layers = group_metrics(choices_LC, tokens_LG, groups)
+    by_family: dict[str, list[float | None]] = {
+        "experts_per_token": [layer_mean(summed["experts_per_token"][:, g]) for g in range(len(groups))],
+        "null_fraction": [layer_mean(summed["null_fraction"][:, g]) for g in range(len(groups))],
+        "load_imbalance": [layer_mean(layers["load_imbalance"][:, g]) for g in range(len(groups))],
+        "capacity_used": [_layer_max(layers["capacity_used"][:, g]) for g in range(len(groups))],
+    }
+    if per_group:
+        names = [group.name for group in groups]
+        return {f"moe/{family}/{name}": v for family, vs in by_family.items() for name, v in zip(names, vs, strict=True)}
+    return {f"moe/{family}/mean": _mean_of_known(values) for family, values in by_family.items()}
+
+
+def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
+    """Work of each rank, float64 [L, R]: the rows it computed times the mean FFN width of its experts' choices."""
+    width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)
+    on_rank_ER = np.zeros((placement.num_experts, placement.num_ranks))
+    on_rank_ER[np.arange(placement.num_experts), list(placement.rank_of_expert)] = 1.0
+    choices_LE = choices_LC[:, : placement.num_experts]
+    width_LR = _divide((choices_LE * width_E) @ on_rank_ER, choices_LE @ on_rank_ER)
+    return rows_LR * np.nan_to_num(width_LR)
+
+
+def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
+    """The wire, from the dispatch ledger. What others would have sent costs as many bytes a row as ours did.
+
+    Metadata bytes are left out here as in the dispatch contract; the record's ledger has them.
+    """
+    ours = ledger["rows_remote"]
+    row_bytes = _ratio(ledger["payload_bytes"], ours)  # over all exchanges of the step, repeats included
+
+    def saved(rows: int) -> float | None:
+        if row_bytes is None:  # nothing crossed the wire: what a row would have cost was not measured
+            return None if rows else 0.0
+        return (rows - ours) * row_bytes
+
+    return {
+        "comm/bytes_sent": float(ledger["payload_bytes"]),
+        "comm/bytes_saved_vs_topk": saved(ledger["rows_topk"]),
+        "comm/bytes_saved_vs_same_active": saved(ledger["rows_same_active"]),
+        "comm/dedup_factor": _ratio(ledger["rows_per_pair"], ours),
+        "comm/seconds": seconds,
+    }
+
+
+def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, float | None]:
+    """Throughput. mfu = FLOPs a token x tokens a second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
+    rate = _ratio(stats.step_tokens, stats.step_seconds)
+    mfu = rate * stats.flops_per_token / peak_flops if rate and stats.flops_per_token and peak_flops else None
+    return {
+        "perf/tokens_per_second": rate,
+        "perf/step_seconds": stats.step_seconds,
+        "perf/mfu": mfu,
+    }
+
+
+def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
+    """Largest over mean of each row, float64 [L]; nan where the row is empty of load."""
+    return _divide(load_LX.max(1), load_LX.mean(1))
+
+
+def layer_mean(values_L: np.ndarray) -> float | None:
+    """Mean over the layers that have a value."""
+    known = values_L[~np.isnan(values_L)]
+    return float(known.mean()) if known.size else None
+
+
+def _layer_max(values_L: np.ndarray) -> float | None:
+    known = values_L[~np.isnan(values_L)]
+    return float(known.max()) if known.size else None
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    return layer_mean(np.array([np.nan if value is None else value for value in values]))
+
+
+def _epoch_scalars(epochs: Mapping[str, float], per_modality: bool) -> dict[str, float | None]:
+    if per_modality:
+        return {f"data/epochs/{name}": value for name, value in epochs.items()}
+    return {"data/epochs/max": max(epochs.values(), default=0.0)}
+
+
+def _ratio(over: float, under: float) -> float | None:
+    return float(over) / float(under) if under else None
+
+
+def _divide(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """Quotient as float64; nan where `under` is zero."""
+    result = np.full(np.broadcast(over, under).shape, np.nan)
+    np.divide(over, under, out=result, where=np.asarray(under) != 0)
+    return result

@@ -1,0 +1,136 @@
+"""Which heat maps and histograms a run shows: sums over the steps since the last pictures, so that they are not noise.
+
+Shape letters as in `metrics.py`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_dist.monitor.heatmaps import Axis, draw, linear_scale, ratio_scale
+from moe_dist.monitor.metrics import Record, group_choices, group_metrics
+from moe_dist.monitor.tags import tag_plan
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the pictures are of.
+
+    Attributes:
+        groups: Expert groups, in the order of the arrays' columns.
+        placement: Which rank holds which expert.
+        moe_layers: Index in the model of each MoE layer.
+        num_modalities: Modalities of the data; it decides with the groups which tags are split.
+    """
+
+    groups: tuple[ExpertGroup, ...]
+    placement: ExpertPlacement
+    moe_layers: tuple[int, ...]
+    num_modalities: int
+
+    @property
+    def layer_axis(self) -> Axis:
+        return Axis("layer", [str(layer) for layer in self.moe_layers])
+
+    @property
+    def group_axis(self) -> Axis:
+        return Axis("group", [group.name for group in self.groups])
+
+    def expert_axis(self, group: ExpertGroup) -> Axis:
+        ranks = [self.placement.rank_of_expert[expert] for expert in group.experts]
+        word = "rank " if len(ranks) <= 16 else "r"
+        return Axis(
+            "expert, and the rank that holds it", [str(i) for i in range(len(ranks))], [f"{word}{r}" for r in ranks]
+        )
+
+
+class Window:
+    """Sums of the arrays of consecutive steps."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._steps: list[int] = []
+
+    def add(self, record: Record) -> None:
+        tokens_LG = record.arrays["tokens_LG"]
+        arrays = {
+            "choices_LC": record.arrays["choices_LC"],
+            "tokens_LG": tokens_LG,
+            "entropy_sum_LG": np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0),
+            "weighted_rows_LR": record.arrays["weighted_rows_LR"],
+        }
+        self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
+        self._steps.append(record.step)
+
+    def take(self) -> tuple[dict[str, np.ndarray], str]:
+        """The sums and the steps they are of, in words; the window starts again empty."""
+        first, last = self._steps[0], self._steps[-1]
+        taken = self._sums, f"step {first}" if first == last else f"steps {first} to {last}"
+        self._sums, self._steps = {}, []
+        return taken
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+
+def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(tag, picture) of every heat map. Layers are rows; columns are experts, ranks or groups.
+
+    No tag may also be a scalar's: TensorBoard shows the first kind it sees under a tag, and only that.
+    With more groups than `tags.tag_plan` splits, all four per-group numbers become maps of layers x groups.
+    """
+    layers, groups = subject.layer_axis, subject.groups
+    for group, load_Ln in loads(sums["choices_LC"], groups):
+        scale = ratio_scale(f"choices over the mean expert's, {steps}")
+        title = f"Load of the {group.name} experts"
+        yield f"moe/load/{group.name}", draw(load_Ln, layers, subject.expert_axis(group), scale=scale, title=title)
+    if subject.placement.num_ranks > 1:
+        rows_LR = sums["weighted_rows_LR"]
+        ranks = Axis("rank of the EP group", [str(rank) for rank in range(rows_LR.shape[1])])
+        scale = ratio_scale(f"rows x FFN width over the mean rank's, {steps}")
+        yield "moe/rank_load", draw(_over_mean(rows_LR), layers, ranks, scale=scale, title="Load of the ranks")
+
+    metrics = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)
+    wanted = _per_group_maps(subject, metrics)
+    for name, (title, caption, top) in wanted.items():
+        scale = linear_scale(f"{caption}, {steps}", top)
+        yield f"moe/{name}", draw(metrics[name], layers, subject.group_axis, scale=scale, title=title)
+    scale = linear_scale(f"over that of an even choice, {steps}", 1.0)
+    entropy_LG = relative_entropy(sums["entropy_sum_LG"], sums["tokens_LG"], groups)
+    yield "moe/relative_entropy", draw(entropy_LG, layers, subject.group_axis, scale=scale, title="Entropy of the router")
+
+
+def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
+    """For each group the load of its true experts over the mean of the layer, float64 [L, n]."""
+    for group, (true_Ln, _) in zip(groups, group_choices(choices_LC, groups), strict=True):
+        yield group, _over_mean(true_Ln)
+
+
+def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
+    """Mean entropy over ln(n + m), float64 [L, G]: 1 where all choices are equally likely; nan without tokens."""
+    most_G = np.array([math.log(max(group.num_experts + group.num_null, 2)) for group in groups])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(tokens_LG > 0, entropy_sum_LG / tokens_LG / most_G, np.nan)
+
+
+def _per_group_maps(subject: Subject, metrics: Mapping[str, np.ndarray]) -> dict[str, tuple[str, str, float]]:
+    """name -> (title, caption, top of the colour scale) of the maps of layers x groups."""
+    wanted: dict[str, tuple[str, str, float]] = {}
+    if any(group.num_null for group in subject.groups):
+        wanted["null_fraction"] = ("Null fraction", "share of choices that went to null experts", 1.0)
+    if not tag_plan(len(subject.groups), subject.num_modalities).per_group:
+        largest_k = float(max(group.top_k for group in subject.groups))
+        wanted["experts_per_token"] = ("Experts a token", "true experts a token took", largest_k)
+        tops = {name: float(np.nanmax(metrics[name], initial=1.0)) for name in ("load_imbalance", "capacity_used")}
+        wanted["load_imbalance"] = ("Load imbalance", "busiest over mean expert", tops["load_imbalance"])
+        wanted["capacity_used"] = ("Capacity used", "busiest expert over an even share", tops["capacity_used"])
+    return wanted
+
+
+def _over_mean(load_LX: np.ndarray) -> np.ndarray:
+    mean_L1 = load_LX.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(mean_L1 > 0, load_LX / mean_L1, np.nan)

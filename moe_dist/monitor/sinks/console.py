@@ -1,0 +1,194 @@
+"""The console: a progress bar on a terminal, plain lines elsewhere, evaluations, hints, and the table at the end."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from moe_dist.monitor.hints import HintWatch
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.statistics import EvaluationResult
+
+SHOWN_GROUPS = 3  # whose numbers a line has room for
+WIDE = 120  # columns from which on the bar names the groups
+
+
+class CheckLine(Protocol):
+    """One line of the summary: what was measured, the rule, and whether it holds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> str: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def passed(self) -> bool: ...
+
+
+class ConsoleSink:
+    """Shows the run to whoever sits in front of it.
+
+    Args:
+        total_steps: Last step of the run.
+        every: Steps between plain lines where there is no terminal.
+        resume_step: Last step of the earlier attempt.
+        hints: Says what is wrong; None for silence.
+        console: Where to write; default standard output.
+        clock: Seconds, for the time that is left.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        every: int = 10,
+        resume_step: int = 0,
+        hints: HintWatch | None = None,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._every, self._hints, self._clock = total_steps, every, hints, clock
+        self._console = console or Console(highlight=False)
+        self._began_at, self._began_step = clock(), resume_step
+        self._previous: Mapping[str, float] = {}
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)),
+                BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+                TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
+                _TimeLeft(table_column=Column(no_wrap=True, min_width=len("3h04m"))),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._progress.add_task("", total=total_steps, completed=resume_step, numbers="", left="")
+            self._progress.start()
+
+    def step(self, record: Record) -> None:
+        left = self._time_left(record.step)
+        if self._progress is not None:
+            numbers = bar_numbers(record.scalars, named=self._console.width >= WIDE)
+            self._progress.update(self._task, completed=record.step, numbers=escape(numbers), left=left)
+        elif record.step % self._every == 0 or record.step == self._total or record.step == self._began_step + 1:
+            self._print(f"step {record.step}/{self._total}  {line_numbers(record.scalars)}  {left} left")
+        for hint in self._hints.update(record) if self._hints else []:
+            self._print(f"hint (step {record.step}): {hint.text}", style="yellow")
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._print(evaluation_line(result, self._previous), style="bold")
+        self._previous = result.loss
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Nothing: what is printed at the start is the caller's to choose."""
+
+    def flush(self) -> None:
+        self._console.file.flush()
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        # soft_wrap: a line of a log file stays one line, however long.
+        self._console.print(Text(text), style=style, soft_wrap=not self._console.is_terminal)
+
+    def _time_left(self, step: int) -> str:
+        """From the mean over this attempt, evaluations and checkpoints included."""
+        done = max(1, step - self._began_step)
+        return duration((self._clock() - self._began_at) / done * (self._total - step))
+
+
+class _TimeLeft(ProgressColumn):
+    """The same estimate as in plain lines; rich's own leaves out what happens between steps."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["left"]), style="cyan")
+
+
+def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
+    """What fits beside a bar: loss, tokens/s, true experts a token and load imbalance by group.
+
+    Args:
+        named: Write the names of the groups; without them it fits into 80 columns.
+    """
+    loss, rate = scalars.get("loss/total"), scalars.get("perf/tokens_per_second")
+    return (
+        f"loss {_number(loss, '.3f')} · {_thousands(rate)} tok/s · "
+        f"experts {_by_group(scalars, 'experts_per_token', named)} · "
+        f"{'imbalance' if named else 'imb'} {_by_group(scalars, 'load_imbalance', named)}"
+    )
+
+
+def line_numbers(scalars: Mapping[str, float | None]) -> str:
+    """The same in words, for a log."""
+    parts = [f"{tag[5:]} {_number(v, '.3f')}" for tag, v in scalars.items() if _is_modality_loss(tag)]
+    loss = f"loss {_number(scalars.get('loss/total'), '.3f')}" + (f" ({', '.join(parts)})" if parts else "")
+    rate = f"{_thousands(scalars.get('perf/tokens_per_second'))} tokens/s"
+    experts = f"experts/token {_by_group(scalars, 'experts_per_token', True)}"
+    imbalance = f"imbalance {_by_group(scalars, 'load_imbalance', True)}"
+    return "  ".join([loss, rate, experts, imbalance])
+
+
+def evaluation_line(result: EvaluationResult, previous: Mapping[str, float]) -> str:
+    """Held-out losses with their change since the last evaluation."""
+    parts = []
+    for name, loss in result.loss.items():
+        change = f" ({loss - previous[name]:+.3f})" if name in previous else ""
+        parts.append(f"{name.replace('_', ' ')} {loss:.3f}{change}")
+    line = f"evaluation after step {result.step}: held-out " + ", ".join(parts)
+    if result.balance_efficiency is not None:
+        line += f"; balance efficiency {result.balance_efficiency:.2f}"
+    if result.balance_efficiency_by_count is not None:
+        line += f"; by count {result.balance_efficiency_by_count:.2f}"
+    return line
+
+
+def summary_table(checks: Sequence[CheckLine], *, title: str = "Summary") -> Table:
+    """A finished run against what it should reach: one line a check, pass or fail."""
+    passed = sum(check.passed for check in checks)
+    table = Table(title=title, caption=f"{passed} of {len(checks)} passed", title_justify="left", caption_justify="left")
+    table.add_column("check")
+    table.add_column("measured", justify="right")
+    table.add_column("required")
+    table.add_column("")
+    for check in checks:
+        mark = Text("pass", style="green") if check.passed else Text("FAIL", style="bold red")
+        table.add_row(escape(check.name), escape(check.value), escape(check.rule), mark)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """4:05 (minutes and seconds), 3h04m or 2d03h: never wider than a narrow terminal can spare."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}:{rest:02}"
+
+
+def _by_group(scalars: Mapping[str, float | None], family: str, named: bool) -> str:
+    prefix = f"moe/{family}/"
+    values = [(tag[len(prefix) :], value) for tag, value in scalars.items() if tag.startswith(prefix)]
+    shown = [f"{name} {_number(v, '.2f')}" if named else _number(v, ".2f") for name, v in values[:SHOWN_GROUPS]]
+    return (", " if named else "/").join(shown)
+
+
+def _is_modality_loss(tag: str) -> bool:
+    return tag.startswith("loss/") and tag not in ("loss/total", "loss/balance", "loss/z")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _thousands(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"

@@ -1,0 +1,159 @@
+"""metrics.jsonl: one line a step, the source of everything shown. A crash at any byte costs at most the line in flight."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.statistics import EvaluationResult
+
+logger = logging.getLogger(__name__)
+
+
+class JsonlSink:
+    """Appends lines to `path`; each is written at once, so that a reader who follows the file sees whole steps.
+
+    Args:
+        path: The file.
+        resume_step: Last step whose lines stay.
+        arrays_every: Steps between lines that carry the arrays (choices of every expert in every layer).
+        clock: Seconds since 1970, for the field `time`.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Path,
+        resume_step: int = 0,
+        arrays_every: int = 1,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._arrays_every = arrays_every
+        self._clock = clock
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_lines_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def step(self, record: Record) -> None:
+        line = {
+            "step": record.step,
+            "kind": "step",
+            "time": self._clock(),
+            "skipped": record.skipped,
+            "scalars": record.scalars,
+            "losses": record.losses,
+            "labels": record.labels,
+            "epochs": record.epochs,
+            "balance_coefficient": record.balance_coefficient,
+            "ledger": record.ledger,
+            "host": record.host,
+        }
+        if record.step % self._arrays_every == 0:
+            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}
+        self._write(line)
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._write(
+            {
+                "step": result.step,
+                "kind": "evaluation",
+                "time": self._clock(),
+                "scalars": scalars,
+                "losses": result.loss,
+                "tokens": result.tokens,
+                "ablated_losses": result.ablated_loss,
+                "balance_note": result.balance_note,
+            }
+        )
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Nothing: configuration and placement are files beside this one."""
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(encode(line) + "\n")
+        self._file.flush()  # to the operating system, not to the disk: a kill loses nothing, a power cut what flush() lacks
+
+
+def encode(line: Mapping[str, Any]) -> str:
+    """One line of strict JSON. JSON knows no nan and inf: they become null, and their scalars are named in `non_finite`."""
+    odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
+    return json.dumps(_finite({**line, **({"non_finite": odd} if odd else {})}), allow_nan=False, separators=(",", ":"))
+
+
+def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order; a torn last line is left out.
+
+    Raises:
+        ValueError: a line before the last is not JSON.
+    """
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        for number, text in enumerate(file, start=1):
+            line = _parse(text)
+            if line is not None:
+                yield line
+            elif next(file, None) is not None:
+                raise ValueError(f"{path}: line {number} is not a record")
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drops lines of steps after `step`, and lines that are no record: the torn one that a crash leaves at the end.
+
+    The file is replaced in one rename, and only if something goes: a crash in here leaves the old file whole.
+    Reads the file once, which is cheap beside starting a run.
+    """
+    if not path.exists():
+        return
+    kept_path = path.with_name(path.name + ".kept")
+    unreadable = later = 0
+    with path.open("rb") as old, kept_path.open("wb") as new:
+        for text in old:
+            line = _parse(text.decode("utf-8", errors="replace"))
+            if line is None:
+                unreadable += 1
+            elif line["step"] > step:
+                later += 1
+            else:
+                new.write(text)
+        new.flush()
+        os.fsync(new.fileno())
+    if unreadable or later:
+        os.replace(kept_path, path)
+        logger.info("%s: dropped %d lines after step %d and %d unfinished ones", path, later, step, unreadable)
+    else:
+        kept_path.unlink()
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    if not text.endswith("\n"):  # torn, even if what is there happens to parse
+        return None
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

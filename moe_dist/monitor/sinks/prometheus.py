@@ -1,0 +1,89 @@
+"""The latest scalars as a Prometheus textfile, for node_exporter's textfile collector.
+
+Format: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All metrics are gauges, since a
+resumed run may go back in steps.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.tags import meaning, split_tag
+
+PREFIX = "moe_dist_"
+
+
+class PrometheusSink:
+    """Replaces `path` at each step by a rename: a reader never sees half a file.
+
+    Args:
+        path: The textfile; its name must end in .prom for node_exporter to read it.
+        run_name: Value of the label `run` on every sample.
+        resume_step: Last step of the earlier attempt; the first record replaces what it left.
+    """
+
+    def __init__(self, *, path: str | Path, run_name: str, resume_step: int = 0) -> None:
+        self._path = Path(path)
+        self._run_name = run_name
+        self._step = resume_step
+        self._latest: dict[str, float | None] = {}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def step(self, record: Record) -> None:
+        self._step = record.step
+        self._latest.update(record.scalars)
+        self._replace()
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._latest.update(scalars)
+        self._replace()
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Nothing: the format knows numbers only."""
+
+    def flush(self) -> None:
+        """Nothing: the file is whole after each step, and worth nothing after a power cut."""
+
+    def close(self) -> None:
+        """Nothing: the last values stay for the next scrape."""
+
+    def _replace(self) -> None:
+        # Hidden and without .prom, so that the collector does not read it.
+        scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        scratch.write_text(exposition(self._latest, step=self._step, run_name=self._run_name), encoding="utf-8")
+        os.replace(scratch, self._path)
+
+
+def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:
+    """The text of a scrape: each family once, with help and type, its samples together."""
+    families: dict[str, list[str]] = {"step": [f"# HELP {PREFIX}step Steps taken.", f"# TYPE {PREFIX}step gauge"]}
+    families["step"].append(_sample("step", {"run": run_name}, step))
+    for tag, value in scalars.items():
+        if value is None:
+            continue
+        family, label, label_value = split_tag(tag)
+        name = family.replace("/", "_")
+        if name not in families:
+            help_text = meaning(tag).replace("\\", r"\\")
+            families[name] = [f"# HELP {PREFIX}{name} {help_text}", f"# TYPE {PREFIX}{name} gauge"]
+        labels = {"run": run_name} | ({label: label_value} if label and label_value else {})
+        families[name].append(_sample(name, labels, value))
+    return "".join(line + "\n" for lines in families.values() for line in lines)
+
+
+def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
+    return f"{PREFIX}{name}{{{pairs}}} {_number(value)}"
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return repr(value) if math.isfinite(value) else ("+Inf" if value > 0 else "-Inf")
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

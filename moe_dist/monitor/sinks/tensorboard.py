@@ -1,0 +1,126 @@
+"""TensorBoard: curves, heat maps of where every token went, histograms, and pages of text."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.pictures import Subject, Window, heat_maps, loads
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.tags import GROUP_FAMILIES, tag_plan
+
+logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 10  # how old the page may be
+
+
+class TensorBoardSink:
+    """Writes event files into `folder`.
+
+    Args:
+        folder: runs/<name>/tensorboard.
+        subject: What the pictures are of.
+        modalities: Modalities of the data, for the charts of the custom scalars page.
+        pictures_every: Steps between heat maps and histograms.
+        resume_step: Last step that stays: TensorBoard is told to hide later ones of an earlier attempt.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str | Path,
+        subject: Subject,
+        modalities: tuple[str, ...],
+        pictures_every: int = 100,
+        resume_step: int = 0,
+    ) -> None:
+        self._subject = subject
+        self._pictures_every = pictures_every
+        # Steps of a first attempt that died before its first checkpoint are purged too, hence also at resume_step 0.
+        self._first_step = resume_step + 1
+        self._last_step = resume_step
+        self._window = Window()
+        self._writer: SummaryWriter | None = SummaryWriter(
+            str(folder), purge_step=self._first_step, flush_secs=FLUSH_SECONDS
+        )
+        self._writer.add_custom_scalars(layout(subject, modalities))
+
+    def step(self, record: Record) -> None:
+        self._add(record.scalars, record.step)
+        self._last_step = record.step
+        self._window.add(record)
+        if record.step % self._pictures_every == 0:
+            self._add_pictures()
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._add(scalars, result.step)
+
+    def text(self, tag: str, markdown: str) -> None:
+        # At the attempt's first step: it changes with the attempt, and goes with its steps.
+        self._open.add_text(tag, markdown, self._first_step)
+
+    def flush(self) -> None:
+        self._open.flush()
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        if self._window:
+            self._add_pictures()
+        self._writer.close()
+        self._writer = None
+
+    @property
+    def _open(self) -> SummaryWriter:
+        if self._writer is None:
+            raise RuntimeError("TensorBoardSink: used after close()")
+        return self._writer
+
+    def _add(self, scalars: Mapping[str, float | None], step: int) -> None:
+        for tag, value in scalars.items():
+            if value is not None:
+                self._open.add_scalar(tag, value, step)
+
+    def _add_pictures(self) -> None:
+        sums, steps = self._window.take()
+        for tag, picture in heat_maps(sums, self._subject, steps):
+            self._open.add_image(tag, picture, self._last_step, dataformats="HWC")
+        for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
+            known = load_Ln[~np.isnan(load_Ln)]
+            if known.size:
+                self._open.add_histogram(f"moe/load_histogram/{group.name}", known, self._last_step)
+
+
+def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
+    """The custom scalars page: what one looks at first, several curves to a chart."""
+    plan = tag_plan(len(subject.groups), len(modalities))
+    names = [group.name for group in subject.groups] if plan.per_group else ["mean"]
+    losses = [f"loss/{name}" for name in modalities] if plan.loss_per_modality else []
+
+    def chart(*tags: str) -> list[str | list[str]]:
+        return ["Multiline", list(tags)]
+
+    return {
+        "Is it learning?": {
+            "training loss, nats a token": chart("loss/total", *losses),
+            "held-out loss, nats a token": chart("eval/.*"),
+            "gradient norm": chart("optim/grad_norm"),
+        },
+        "Where do the tokens go?": {
+            family.replace("_", " "): chart(*(f"moe/{family}/{name}" for name in names)) for family in GROUP_FAMILIES
+        }
+        | {"dead experts": chart("moe/dead_experts"), "rank imbalance": chart("moe/rank_imbalance")},
+        "What does it cost?": {
+            "tokens a second": chart("perf/tokens_per_second"),
+            "balance efficiency": chart("perf/balance_efficiency", "moe/balance_efficiency_by_count"),
+            "bytes sent, and what others would send on top": chart(
+                "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active"
+            ),
+            "seconds a step, and in collectives": chart("perf/step_seconds", "comm/seconds"),
+            "rows saved by one row for each rank": chart("comm/dedup_factor"),
+            "device memory, MiB": chart("device/memory"),
+        },
+    }

@@ -1,0 +1,68 @@
+"""Weights & Biases, an extra: `pip install -e '.[wandb]'`. Imported only where the sink is asked for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import ConfigError
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.statistics import EvaluationResult
+
+
+class WandbSink:
+    """One wandb run for each attempt, all in the group of the run's name, since wandb cannot take steps back.
+
+    Args:
+        project: Project in wandb.
+        mode: 'online', with the key that `wandb login` or WANDB_API_KEY gives, or 'offline': files under `folder` only, no
+            network; `wandb sync` sends them later.
+        run_name: Name of the run.
+        folder: The run folder.
+        resume_step: Last step of the earlier attempt.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+
+    def __init__(
+        self, *, project: str, mode: str = "online", run_name: str, folder: str | Path, resume_step: int = 0
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "monitor.sinks: kind wandb needs the package wandb; `pip install -e '.[wandb]'`, or take the sink out"
+            ) from error
+        name = f"{run_name} from step {resume_step}" if resume_step else run_name
+        settings = wandb.Settings(
+            mode="offline" if mode == "offline" else "online",
+            console="off",  # the console has its own sink
+            silent=True,
+            disable_code=True,
+            disable_git=True,
+            x_disable_stats=True,  # devices are in the records
+        )
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._run: Any = wandb.init(project=project, group=run_name, name=name, dir=str(folder), settings=settings)
+
+    def step(self, record: Record) -> None:
+        # Not committed yet: an evaluation of this step belongs to the same row.
+        self._run.log(_known(record.scalars), step=record.step, commit=False)
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._run.log(_known(scalars), step=result.step, commit=False)
+
+    def text(self, tag: str, markdown: str) -> None:
+        self._run.config.update({tag: markdown}, allow_val_change=True)
+
+    def flush(self) -> None:
+        """Nothing to call: wandb's own process writes as rows come."""
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+def _known(scalars: Mapping[str, float | None]) -> dict[str, float]:
+    return {tag: value for tag, value in scalars.items() if value is not None}

@@ -1,0 +1,108 @@
+"""The tags of the scalars: their meaning, and how many there may be.
+
+At most `MAX_SCALARS` a step, evaluation included, whatever the number of layers, experts, groups and modalities: pages with
+thousands of curves are not read. What does not fit is shown by heat maps, and is in full in the JSONL record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_SCALARS = 40
+
+# Times and device readings: everything else is equal to the last bit in two runs with one seed.
+TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
+TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
+
+GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
+
+# Names that a modality cannot have, since loss/<name> means something else.
+RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z")
+
+# family -> meaning; families with a label end in its name in braces.
+MEANING: dict[str, str] = {
+    "loss/{term}": "Nats a token of the step: by modality, 'balance' and 'z' as they entered the loss, 'total' of all.",
+    "eval/{part}": "Held-out nats a token by modality; '<modality>_no_filler' leaves out empty image cells.",
+    "optim/lr": "Learning rate.",
+    "optim/grad_norm": "Global gradient norm before clipping.",
+    "optim/skipped_steps": "Steps skipped so far because a loss or gradient was not finite.",
+    "optim/tokens": "Tokens seen so far, padding excluded.",
+    "data/epochs/{modality}": "Epochs seen of the modality's training data; the largest where there are many modalities.",
+    "moe/experts_per_token/{group}": "True experts a token took, mean over tokens and layers.",
+    "moe/null_fraction/{group}": "Share of choices that went to null experts.",
+    "moe/load_imbalance/{group}": "Load of the busiest true expert over the mean load, mean over layers; 1 is even.",
+    "moe/capacity_used/{group}": "Load of the busiest expert of any layer over the even share of all choices: "
+    "the capacity factor that would have dropped nothing.",
+    "moe/rank_imbalance": "Rows x FFN width of the busiest rank over the mean rank, mean over layers; 1 is even.",
+    "moe/dropped": "(token, expert) pairs dropped by a capacity.",
+    "moe/dead_experts": "Experts, counted in each layer, that no token chose in this step.",
+    "moe/router_entropy": "Entropy of the router's softmax in nats, mean over tokens and layers.",
+    "moe/balance_efficiency_by_count": "Rows x FFN width of the mean rank over the busiest: what the counts alone allow.",
+    "comm/bytes_sent": "Payload bytes sent by dispatch and combine over all ranks and layers, forward and backward.",
+    "comm/bytes_saved_vs_topk": "Payload bytes that top-k over true experts alone, with the same k, sends on top.",
+    "comm/bytes_saved_vs_same_active": "Payload bytes that top-k with the same mean of true experts a token sends on top.",
+    "comm/dedup_factor": "Rows at one row for each remote (token, expert) over rows at one for each (token, rank).",
+    "comm/seconds": "Seconds inside dispatch and combine collectives, mean over ranks.",
+    "perf/tokens_per_second": "Tokens a second of all ranks, padding excluded.",
+    "perf/step_seconds": "Wall time of the step in seconds.",
+    "perf/balance_efficiency": "Throughput with the real routing over throughput with the same pairs spread evenly.",
+    "perf/mfu": "Model FLOPs a second over the peak of all devices.",
+    "device/utilisation": "Rank 0's GPU utilisation in percent; the host's CPU utilisation where there is no GPU.",
+    "device/memory": "Rank 0's used GPU memory in MiB; its process' resident memory where there is no GPU.",
+    "device/power": "Rank 0's GPU power in watts.",
+}
+
+# loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
+FIXED_SCALARS = 24
+
+
+@dataclass(frozen=True)
+class TagPlan:
+    """Which families of tags are split; one that is not shows a single number."""
+
+    per_group: bool
+    epochs_per_modality: bool
+    loss_per_modality: bool
+
+
+def tag_plan(num_groups: int, num_modalities: int) -> TagPlan:
+    """Splits as many families as fit into `MAX_SCALARS`: groups and losses go before epochs, losses before groups."""
+    room = MAX_SCALARS - FIXED_SCALARS
+    orders = ((True, True, True), (True, False, True), (False, True, True), (False, False, True))
+    for per_group, epochs, losses in orders:
+        used = len(GROUP_FAMILIES) * (num_groups if per_group else 1)
+        used += num_modalities if epochs else 1
+        used += 2 * num_modalities + 1  # loss/ and eval/ of each, and eval/image_no_filler
+        if used <= room:
+            return TagPlan(per_group, epochs, losses)
+    return TagPlan(False, False, False)
+
+
+def split_tag(tag: str) -> tuple[str, str | None, str | None]:
+    """(family, label name, label value) of a tag: 'moe/null_fraction/text' is ('moe/null_fraction', 'group', 'text')."""
+    head, _, rest = tag.partition("/")
+    if head in ("loss", "eval"):
+        return head, "term" if head == "loss" else "part", rest
+    name, _, label = rest.partition("/")
+    if head == "data":
+        return f"{head}/{name}", "modality", label
+    if head == "moe" and name in GROUP_FAMILIES:
+        return f"{head}/{name}", "group", label
+    return tag, None, None
+
+
+def meaning(tag: str) -> str:
+    """What a tag means, one sentence.
+
+    Raises:
+        KeyError: there is no such tag.
+    """
+    family, label, _ = split_tag(tag)
+    return MEANING[f"{family}/{{{label}}}" if label else family]
+
+
+def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without times and device readings: equal to the last bit in two runs with one seed."""
+    part = {key: value for key, value in line.items() if key not in TIMING_FIELDS}
+    part["scalars"] = {tag: value for tag, value in line["scalars"].items() if not tag.startswith(TIMING_TAGS)}
+    return part
