@@ -5,46 +5,72 @@ ranks, vocabulary and data) are checked by `moe_dist.preflight`, which sees all 
 checks itself.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+PATH_PATTERN = r"^[^\x00-\x1f\x7f]+$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
+
+RELATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
+
+
+class Relation(NamedTuple):
+    """A rule between keys that does not hold: the keys (dotted, from the section that states it) and the fault in words."""
+
+    keys: tuple[str, ...]
+    fault: str
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    def broken_relations(self) -> list[Relation]:
+        """Rules between this section's keys that do not hold."""
+        return []
+
+    @model_validator(mode="after")
+    def _relations_hold(self, info: ValidationInfo) -> "Section":
+        if not (info.context or {}).get(RELATIONS_LATER) and (broken := self.broken_relations()):
+            raise ValueError("; ".join(relation.fault for relation in broken))
+        return self
 
 
 class RunSection(Section):
+    """Name, place and seed of the run."""
+
     name: Name = Field(description="Name of the run; its folder is <root>/<name>. Letters, digits, '.', '_' and '-'.")
-    root: str = Field("runs", description="Folder that holds all runs.")
-    seed: Count = Field(0, description="Seed of initial weights, data order and every other random draw.")
+    root: PathText = Field(default="runs", description="Folder that holds all runs.")
+    seed: Count = Field(default=0, description="Seed of initial weights, data order and every other random draw.")
 
 
 class GroupSection(Section):
     """One group of experts: a token is routed inside the group of its modality."""
 
     num_experts: PositiveInt = Field(description="True experts of the group (n).")
-    num_null: Count = Field(0, description="Null experts of the group (m): choices that cost nothing. 0 is plain top-k.")
+    num_null: Count = Field(
+        default=0, description="Null experts of the group (m): choices that cost nothing. 0 is plain top-k."
+    )
     top_k: PositiveInt = Field(description="Choices a token makes among the n + m experts of its group (k).")
     ffn_dim: PositiveInt = Field(description="Hidden width of each expert's SwiGLU (F).")
     modalities: tuple[Name, ...] = Field(
-        (), description="Modalities routed to this group; empty means the one that has the group's name."
+        default=(), description="Modalities routed to this group; empty means the one that has the group's name."
     )
 
-    @model_validator(mode="after")
-    def _choices_fit(self) -> "GroupSection":
-        if self.top_k > self.num_experts + self.num_null:
-            raise ValueError(
-                f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null choices; "
-                "lower top_k, or raise num_experts or num_null"
-            )
-        return self
+    def broken_relations(self) -> list[Relation]:
+        if self.top_k <= self.num_experts + self.num_null:
+            return []
+        fault = (
+            f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null choices; "
+            "lower top_k, or raise num_experts or num_null"
+        )
+        return [Relation(("top_k", "num_experts", "num_null"), fault)]
 
 
 class TopKRouterSection(Section):
@@ -52,38 +78,44 @@ class TopKRouterSection(Section):
 
     kind: Literal["top_k"] = "top_k"
     normalise: Literal["true_chosen", "all_chosen", "none"] = Field(
-        "true_chosen",
+        default="true_chosen",
         description="Routing weights are a softmax over the chosen true experts (AdaMoE), over all chosen experts, "
         "or the plain softmax over the whole group.",
     )
-    scale: PositiveFloat = Field(1.0, description="Factor on every routing weight.")
+    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
 
 
 RouterSection = TopKRouterSection  # a union with discriminator="kind" once there are two
 
 
 class MoESection(Section):
+    """Expert groups, their router, and which layers hold them."""
+
     groups: dict[Name, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
-    every: PositiveInt = Field(1, description="Every how many layers a layer is MoE; the others are dense.")
-    first: Count = Field(0, description="Index of the first MoE layer.")
-    shared_ffn_dim: Count = Field(0, description="Hidden width of a shared expert that sees every token; 0 for none.")
+    every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
+    first: Count = Field(default=0, description="Index of the first MoE layer.")
+    shared_ffn_dim: Count = Field(
+        default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
+    )
 
 
 class ModelSection(Section):
+    """The transformer's shape."""
+
     hidden_dim: PositiveInt = Field(description="Width of the residual stream (D).")
     num_layers: PositiveInt = Field(description="Transformer layers.")
     num_heads: PositiveInt = Field(description="Query heads.")
     num_kv_heads: PositiveInt = Field(description="Key-value heads; fewer than num_heads is grouped-query attention.")
-    head_dim: PositiveInt | None = Field(None, description="Width of a head; default hidden_dim / num_heads.")
+    head_dim: PositiveInt | None = Field(default=None, description="Width of a head; default hidden_dim / num_heads.")
     vocab_size: PositiveInt = Field(description="Rows of the embedding, text and image codes together.")
     max_seq_len: PositiveInt = Field(description="Longest sequence the model is made for, in tokens.")
-    dense_ffn_dim: PositiveInt | None = Field(None, description="FFN width of layers without experts.")
-    rope_base: PositiveFloat = Field(10000.0, description="Base of the rotary position frequencies.")
-    norm_eps: PositiveFloat = Field(1e-5, description="Epsilon of RMSNorm.")
-    qk_norm: bool = Field(False, description="RMSNorm on queries and keys, over the whole projection, as in OLMoE.")
-    tie_embeddings: bool = Field(False, description="Use the embedding as output projection.")
-    init_std: PositiveFloat = Field(0.02, description="Standard deviation of the initial weights.")
+    dense_ffn_dim: PositiveInt | None = Field(default=None, description="FFN width of layers without experts.")
+    rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position frequencies.")
+    norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
+    qk_norm: bool = Field(default=False, description="RMSNorm on queries and keys, over the whole projection, as in OLMoE.")
+    tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
+    init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
     moe: MoESection
 
     @property
@@ -95,58 +127,72 @@ class ModelSection(Section):
         """Indices of the layers that hold experts."""
         return tuple(range(self.moe.first, self.num_layers, self.moe.every))
 
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> "ModelSection":
-        faults = []
-        if self.num_heads % self.num_kv_heads:
-            faults.append(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.head_dim is None and self.hidden_dim % self.num_heads:
-            faults.append(f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={self.num_heads}; or set head_dim")
+    def broken_relations(self) -> list[Relation]:
+        heads, kv_heads, broken = self.num_heads, self.num_kv_heads, []
+        if heads % kv_heads:
+            fault = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
+            broken.append(Relation(("num_heads", "num_kv_heads"), fault))
+        head_keys = ("hidden_dim", "num_heads", "head_dim")
+        if self.head_dim is None and self.hidden_dim % heads:
+            fault = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
+            broken.append(Relation(head_keys, fault))
         elif self.resolved_head_dim % 2:
-            faults.append(f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs")
+            fault = f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs"
+            broken.append(Relation(head_keys, fault))
         if not self.moe_layers:
-            faults.append(f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}")
-        if len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
-            faults.append("dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+            fault = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
+            broken.append(Relation(("moe.first", "num_layers"), fault))
+        elif len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
+            fault = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
+            broken.append(Relation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), fault))
+        return broken
 
 
 class DataSection(Section):
-    path: str = Field(description="Folder of a prepared data set: manifest.json with .bin/.idx beside it.")
+    """Which prepared data set, and how it becomes sequences."""
+
+    path: PathText = Field(description="Folder of a prepared data set: manifest.json with .bin/.idx beside it.")
     seq_len: PositiveInt = Field(description="Tokens of a packed training sequence.")
     weights: dict[Name, PositiveFloat] = Field(
         default_factory=dict,
         description="Share of sequences from each source of the manifest; empty means in proportion to their tokens.",
     )
-    pack_window: PositiveInt = Field(512, description="Documents among which the packer looks for a best fit.")
+    pack_window: PositiveInt = Field(default=512, description="Documents among which the packer looks for a best fit.")
 
 
 class ParallelSection(Section):
-    ep: PositiveInt = Field(1, description="Ranks over which the experts are sharded (an EP group).")
-    edp: PositiveInt = Field(1, description="EP groups, each with a copy of all experts. World size is ep x edp.")
-    data: Literal["ddp", "fsdp2"] = Field("ddp", description="Replicate the dense parameters (ddp) or shard them (fsdp2).")
+    """How ranks share the work, and in what precision."""
+
+    ep: PositiveInt = Field(default=1, description="Ranks over which the experts are sharded (an EP group).")
+    edp: PositiveInt = Field(default=1, description="EP groups, each with a copy of all experts. World size is ep x edp.")
+    data: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="Replicate the dense parameters (ddp) or shard them (fsdp2)."
+    )
     recompute: Literal["none", "experts", "block"] = Field(
-        "none",
+        default="none",
         description="Activations computed again in backward: none; experts (the FFN between the exchanges, which repeats "
         "no exchange); block (whole layers, which repeats the dispatch exchange, never the routing).",
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute type; master weights and sums stay fp32.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Compute type; master weights and sums stay fp32."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one.")
     expert_row_budget: PositiveInt | None = Field(
-        None, description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks."
+        default=None,
+        description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks.",
     )
     max_receive_rows: PositiveInt | None = Field(
-        None,
+        default=None,
         description="Bound of the rows a rank may receive in one layer, an error before the buffer is made; "
         "null bounds it by (ep - 1) x the micro-batch's tokens alone.",
     )
-    timeout_seconds: PositiveFloat = Field(600.0, description="A collective that takes longer ends the run.")
+    timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
 
 
 class PinnedGroupSection(Section):
-    ranks: tuple[Count, ...] = Field((), description="Positions in the EP group that hold this group's experts.")
+    """Where one group lives."""
+
+    ranks: tuple[Count, ...] = Field(default=(), description="Positions in the EP group that hold this group's experts.")
 
 
 class InterleavedSection(Section):
@@ -176,116 +222,157 @@ class ConstantSchedule(Section):
     """Linear warm-up, then constant."""
 
     kind: Literal["constant"] = "constant"
-    warmup_steps: Count = Field(0, description="Steps of linear warm-up from 0.")
+    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
 
 
 class CosineSchedule(Section):
     """Linear warm-up, then half a cosine down to min_ratio at the last step."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup_steps: Count = Field(0, description="Steps of linear warm-up from 0.")
-    min_ratio: Fraction = Field(0.1, description="Last learning rate over the peak.")
+    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
+    min_ratio: Fraction = Field(default=0.1, description="Last learning rate over the peak.")
 
 
 class WsdSchedule(Section):
     """Warm-up, stable, decay: constant until the last decay_steps, then linear down to min_ratio."""
 
     kind: Literal["wsd"] = "wsd"
-    warmup_steps: Count = Field(0, description="Steps of linear warm-up from 0.")
+    warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
     decay_steps: PositiveInt = Field(description="Steps of the final decay.")
-    min_ratio: Fraction = Field(0.0, description="Last learning rate over the peak.")
+    min_ratio: Fraction = Field(default=0.0, description="Last learning rate over the peak.")
 
 
 ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
 
 class OptimizerSection(Section):
+    """AdamW, its schedule and the bound of the gradient norm."""
+
     kind: Literal["adamw"] = "adamw"
     backend: Literal["auto", "torch", "apex"] = Field(
-        "auto", description="auto takes NVIDIA Apex's FusedAdam where it is installed, else torch's fused AdamW."
+        default="auto", description="auto takes NVIDIA Apex's FusedAdam where it is installed, else torch's fused AdamW."
     )
     lr: PositiveFloat = Field(description="Peak learning rate.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's decay rates of the moments.")
-    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon.")
-    weight_decay: NonNegative = Field(0.1, description="Decoupled weight decay; norms, embeddings and routers get none.")
-    clip_norm: PositiveFloat | None = Field(1.0, description="Bound of the global gradient norm; null for none.")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the moments.")
+    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
+    weight_decay: NonNegative = Field(
+        default=0.1, description="Decoupled weight decay; norms, embeddings and routers get none."
+    )
+    clip_norm: PositiveFloat | None = Field(default=1.0, description="Bound of the global gradient norm; null for none.")
     schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule(), description="Learning rate over steps.")
 
 
 class BalanceSection(Section):
+    """Load-balance loss."""
+
     kind: Literal["null_averaged", "vanilla"] = Field(
-        "null_averaged", description="Null experts share one averaged load (AdaMoE), or each has its own."
+        default="null_averaged", description="Null experts share one averaged load (AdaMoE), or each has its own."
     )
     schedule: tuple[tuple[Count, NonNegative], ...] = Field(
-        ((0, 0.02),), description="[first step, coefficient] pairs; each holds until the next one's first step."
+        default=((0, 0.02),), description="[first step, coefficient] pairs; each holds until the next one's first step."
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> "BalanceSection":
+    def broken_relations(self) -> list[Relation]:
         starts = [start for start, _ in self.schedule]
-        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise ValueError(f"schedule must start at step 0 and rise, got first steps {starts}")
-        return self
+        if starts and starts[0] == 0 and starts == sorted(set(starts)):
+            return []
+        return [Relation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}")]
 
 
 class LossSection(Section):
+    """Auxiliary losses beside cross entropy."""
+
     balance: BalanceSection = Field(default_factory=BalanceSection, description="Load-balance loss, per layer and group.")
-    z: NonNegative = Field(0.0, description="Coefficient of the router z-loss (mean squared log-sum-exp of its logits).")
+    z: NonNegative = Field(
+        default=0.0, description="Coefficient of the router z-loss (mean squared log-sum-exp of its logits)."
+    )
 
 
 class TrainSection(Section):
+    """Steps and batches."""
+
     steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
     global_batch: PositiveInt = Field(description="Sequences a step, over all ranks and micro-batches.")
     micro_batch: PositiveInt = Field(description="Sequences a rank computes at once.")
-    max_skipped_in_a_row: PositiveInt = Field(10, description="Non-finite steps in a row that end the run with 70.")
+    max_skipped_in_a_row: PositiveInt = Field(default=10, description="Non-finite steps in a row that end the run with 70.")
 
 
 class EvaluationSection(Section):
+    """Held-out evaluation."""
+
     every: PositiveInt = Field(description="Steps between held-out evaluations; there is always one at the end.")
-    sequences: PositiveInt = Field(128, description="Held-out sequences of each source in one evaluation.")
-    final_sequences: PositiveInt = Field(512, description="Held-out sequences of each source in the last evaluation.")
-    balance_efficiency: bool = Field(True, description="Measure throughput with real against evenly spread routing.")
-    ablate_experts: bool = Field(True, description="At the end, measure held-out loss with the experts' output zeroed.")
+    sequences: PositiveInt = Field(default=128, description="Held-out sequences of each source in one evaluation.")
+    final_sequences: PositiveInt = Field(
+        default=512, description="Held-out sequences of each source in the last evaluation."
+    )
+    balance_efficiency: bool = Field(
+        default=True, description="Measure throughput with real against evenly spread routing."
+    )
+    ablate_experts: bool = Field(
+        default=True, description="At the end, measure held-out loss with the experts' output zeroed."
+    )
 
 
 class CheckpointSection(Section):
-    every: PositiveInt = Field(500, description="Steps between checkpoints; there is always one at the end.")
-    keep: PositiveInt = Field(2, description="Checkpoints kept; older ones are removed.")
+    """When the state is saved, and what is kept."""
+
+    every: PositiveInt = Field(default=500, description="Steps between checkpoints; there is always one at the end.")
+    keep: PositiveInt = Field(default=2, description="Checkpoints kept; older ones are removed.")
 
 
 class ConsoleSink(Section):
+    """Progress bar on a terminal, plain lines elsewhere."""
+
     kind: Literal["console"] = "console"
-    every: PositiveInt = Field(10, description="Steps between plain lines where there is no terminal.")
+    every: PositiveInt = Field(default=10, description="Steps between plain lines where there is no terminal.")
 
 
 class JsonlSink(Section):
+    """metrics.jsonl in the run folder, one record a step."""
+
     kind: Literal["jsonl"] = "jsonl"
+    arrays_every: PositiveInt = Field(
+        1, description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line."
+    )
 
 
 class TensorBoardSink(Section):
+    """TensorBoard event files in the run folder."""
+
     kind: Literal["tensorboard"] = "tensorboard"
-    pictures_every: PositiveInt = Field(100, description="Steps between heat maps and histograms.")
+    pictures_every: PositiveInt = Field(default=100, description="Steps between heat maps and histograms.")
 
 
 class PrometheusSink(Section):
+    """A textfile for Prometheus' node exporter, replaced at each step."""
+
     kind: Literal["prometheus"] = "prometheus"
-    path: str | None = Field(None, description="Textfile to replace at each step; default metrics.prom in the run folder.")
+    path: PathText | None = Field(
+        default=None, description="Textfile to replace at each step; default metrics.prom in the run folder."
+    )
 
 
 class WandbSink(Section):
+    """Weights & Biases."""
+
     kind: Literal["wandb"] = "wandb"
     project: str = Field(description="Project in wandb.")
-    mode: Literal["online", "offline"] = Field("online", description="offline writes to the run folder only.")
+    mode: Literal["online", "offline"] = Field(default="online", description="offline writes to the run folder only.")
 
 
 SinkSection = Annotated[ConsoleSink | JsonlSink | TensorBoardSink | PrometheusSink | WandbSink, Field(discriminator="kind")]
 
 
 class MonitorSection(Section):
+    """What is shown, and where."""
+
     sinks: tuple[SinkSection, ...] = Field(
-        (ConsoleSink(), JsonlSink(), TensorBoardSink()), description="Where records go; metrics.jsonl is the source of all."
+        default=(ConsoleSink(), JsonlSink(), TensorBoardSink()),
+        description="Where records go; metrics.jsonl is the source of all.",
     )
-    device_seconds: PositiveFloat = Field(5.0, description="Seconds between readings of GPU (NVML) and host (psutil).")
+    device_seconds: PositiveFloat = Field(
+        default=5.0, description="Seconds between readings of GPU (NVML) and host (psutil)."
+    )
 
 
 class Config(Section):
