@@ -23,10 +23,10 @@ class ConfigError(MoeDistError):
     exit_code = 78
     retry = False
 
-    def __init__(self, faults: str | Sequence[str]) -> None:
+    def __init__(self, faults: str | Sequence[str], *, see: str | None = None) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         lines = self.faults if len(self.faults) == 1 else [f"{len(self.faults)} faults:", *self.faults]
-        super().__init__("\n  - ".join(lines))
+        super().__init__("\n  - ".join(lines) + (f"\nsee {see}" if see else ""))
 
 
 class PlacementError(MoeDistError):
@@ -55,3 +55,7 @@ class StoppedError(MoeDistError):
 
     exit_code = 75
     retry = True
+
+
+class CheckpointError(MoeDistError):
+    """A checkpoint could not be written; the last committed one still stands."""

@@ -1,8 +1,8 @@
 """The header of Megatron's indexed data (<prefix>.idx beside <prefix>.bin), read without torch or megatron.
 
-Layout of .idx, little endian, as megatron-core's `IndexedDatasetBuilder` writes it: 9 bytes magic, u64 version, u8 type code,
-u64 S sequences, u64 D entries of the document list (one more than there are documents), int32 [S] tokens a sequence, int64 [S]
-byte offsets into .bin, int64 [D] first sequence of each document and S at the end; in multimodal sets also int8 [S] modes.
+Layout of .idx, little endian, as megatron-core's `IndexedDatasetBuilder` writes it: 9 bytes magic, u64 version, u8 type
+code, u64 S sequences, u64 D entries of the document list (one more than there are documents), int32 [S] tokens a sequence,
+int64 [S] byte offsets into .bin, int64 [D] first sequence of each document, at last S; in multimodal sets int8 [S] modes.
 """
 
 import struct

@@ -21,7 +21,8 @@ class SplitSection(Section):
     tokens: PositiveInt = Field(description="Tokens in the index.")
     tokens_by_modality: dict[Name, Count] = Field(default_factory=dict, description="Tokens of each modality.")
     filler: str | None = Field(
-        None, description="Bits, one a token in file order, packed by numpy.packbits: 1 where an image cell is empty."
+        default=None,
+        description="Bits, one a token in file order, packed by numpy.packbits: 1 where an image cell is empty.",
     )
 
 
@@ -29,7 +30,7 @@ class SourceSection(Section):
     train: SplitSection
     valid: SplitSection | None = None
     licence: str = Field(description="Licence of the contents.")
-    attribution: str = Field("", description="Credit that the licence asks for.")
+    attribution: str = Field(default="", description="Credit that the licence asks for.")
 
 
 class ImageSection(Section):
@@ -38,7 +39,9 @@ class ImageSection(Section):
     grid: tuple[PositiveInt, PositiveInt] = Field(description="Rows and columns of codes.")
     begin_id: Count = Field(description="Token before the codes.")
     end_id: Count = Field(description="Token after the codes.")
-    codebook: str | None = Field(None, description=".npy of uint8 [codes, patch, patch, 3], relative to the manifest.")
+    codebook: str | None = Field(
+        default=None, description=".npy of uint8 [codes, patch, patch, 3], relative to the manifest."
+    )
 
 
 class Manifest(Section):
@@ -50,7 +53,7 @@ class Manifest(Section):
     )
     pad_id: Count = Field(description="Id that fills up a sequence; never a label.")
     eos_id: Count = Field(description="Id that ends a document.")
-    tokenizer: str | None = Field(None, description="tokenizers JSON file, relative to the manifest.")
+    tokenizer: str | None = Field(default=None, description="tokenizers JSON file, relative to the manifest.")
     image: ImageSection | None = None
     sources: dict[Name, SourceSection] = Field(min_length=1)
     baselines: dict[str, float] = Field(

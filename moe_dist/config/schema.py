@@ -332,7 +332,8 @@ class JsonlSink(Section):
 
     kind: Literal["jsonl"] = "jsonl"
     arrays_every: PositiveInt = Field(
-        1, description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line."
+        default=1,
+        description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line."
     )
 
 

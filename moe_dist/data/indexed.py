@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 
 from moe_dist.config.manifest import SplitSection
-from moe_dist.data.split_files import check_split, load_filler
+from moe_dist.config.split_files import check_split, load_filler
 from moe_dist.errors import DataError
 
 _UINT16_BELOW = 65500  # Megatron's own bound (DType.optimal_dtype)

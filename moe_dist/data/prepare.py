@@ -73,7 +73,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
 
 def _finished(out: Path, asked: dict) -> Manifest | None:
     """The manifest if `out` holds a whole data set of the same making, None if it is free."""
-    from moe_dist.data.split_files import check_split
+    from moe_dist.config.split_files import check_split
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None

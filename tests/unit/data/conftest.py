@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, write_manifest
+from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.corpus import PictureSource, Recipe
 from moe_dist.data.indexed import write_indexed
-from moe_dist.data.split_files import count_by_modality
 
 MODALITIES = {"text": ((0, 100), (200, 10_000)), "image": ((100, 200),)}
 Documents = Sequence[Sequence[int]]

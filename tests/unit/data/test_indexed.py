@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moe_dist.config.manifest import SplitSection
+from moe_dist.config.split_files import check_split, count_by_modality, load_filler
 from moe_dist.data.indexed import IndexedSplit, write_indexed
-from moe_dist.data.split_files import check_split, count_by_modality, load_filler
 from moe_dist.errors import DataError
 
 

@@ -1,0 +1,196 @@
+"""Reads values into a schema however faulty they are, so that one look shows every fault.
+
+What cannot be read is replaced (by its default, or by any value of its type) and remembered; the rest stays as written, and
+later checks can still judge it. A run never starts from a draft with faults.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from reprlib import Repr
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from moe_dist.config.keys import ITEM, NAME, NAME_RULE, Key, bare, children, find, nearest, tag_key, type_text, variants_of
+from moe_dist.config.schema import RELATIONS_LATER, Relation
+
+_ROUNDS = 20  # a replaced section shows its missing keys in the next round; schemas are not nested deeper
+Where = tuple[str | int, ...]
+S = TypeVar("S", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Draft(Generic[S]):
+    """Values as far as they could be read.
+
+    Attributes:
+        value: The section; None if nothing sensible could be made of it.
+        faults: Every fault of single keys, in words. Relations between keys are not judged here.
+        wrong: Dotted paths whose values were replaced: nothing must be concluded from them.
+    """
+
+    value: S | None
+    faults: tuple[str, ...]
+    wrong: frozenset[str] = frozenset()
+
+    def broken(self, relations: Sequence[Relation]) -> list[str]:
+        """The faults among `relations` that rest on keys which could be read."""
+        return [r.fault for r in relations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
+
+
+def draft(schema: type[S], values: dict[str, Any]) -> Draft[S]:
+    """Reads plain values (as JSON has them) into `schema`, replacing what is wrong until it fits."""
+    values = json.loads(json.dumps(values))
+    faults: dict[Where, str] = {}
+    wrong: set[str] = set()
+    for _ in range(_ROUNDS):
+        try:
+            value = schema.model_validate_json(json.dumps(values), context={RELATIONS_LATER: True})
+            return Draft(value, tuple(faults.values()), frozenset(wrong))
+        except ValidationError as error:
+            before = frozenset(wrong)  # what an earlier round put in place is no fault of the user's
+            # Misspelt keys first: their repair may fill a key that is reported missing.
+            for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
+                keys = _keys_along(schema, detail["loc"])
+                where = tuple(part for part, _ in keys)
+                if detail["type"] == "missing" and _get(values, where) is not None:
+                    continue
+                if not any(_overlap(dotted(where), known) for known in before):
+                    faults.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))
+                _repair(schema, values, keys, detail, wrong)
+    return Draft(None, tuple(faults.values()), frozenset(wrong))
+
+
+def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: ErrorDetails) -> str:
+    """One of pydantic's errors in our words: key, value, rule, way out."""
+    path, value, kind = dotted(where) or "the whole", detail["input"], detail["type"]
+    if kind == "extra_forbidden":
+        return f"{path}: {_unknown(schema, path)}"
+    if kind == "value_error" or key is None:
+        return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
+    if detail["loc"][-1] == "[key]":
+        return f"{path}: the name {value!r} must be {NAME_RULE}"
+    meaning = f" ({key.field.description})" if key.field and key.field.description else ""
+    rule = type_text(key.annotation, tuple(key.field.metadata) if key.field else ())
+    if kind == "missing":
+        return f"{path}: missing; give {rule}{meaning}"
+    if kind.startswith("union_tag"):
+        tag = tag_key(next(iter(key.sections.values()))) or ""
+        given = value.get(tag) if isinstance(value, dict) else None
+        shown = f"{path}.{tag}: missing" if kind == "union_tag_not_found" else f"{path}.{tag}={given!r}"
+        return f"{shown}; must be one of {', '.join(map(repr, key.sections))}{_guess(given, key.sections)}"
+    hint = ""
+    if kind == "string_type" and isinstance(value, (int, float)):
+        hint = "; put it in quotes"
+    elif get_origin(bare(key.annotation)) is Literal:
+        hint = _guess(value, get_args(bare(key.annotation)))
+    elif key.sections and not isinstance(value, dict):
+        hint = f" with the keys {', '.join(children(key.annotation))}"
+    return f"{path}={_shown(value)}: must be {rule}{hint}{meaning}"
+
+
+def dotted(where: Where) -> str:
+    """The path as it is written in an override."""
+    return ".".join(map(str, where))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted paths are equal or one lies inside the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _unknown(schema: type[BaseModel], path: str) -> str:
+    if elsewhere := [key.variant for key in find(schema, path)]:
+        return f"goes with {' or '.join(elsewhere)}, which is not what was chosen here"
+    if near := nearest(schema, path):
+        return f"unknown key; did you mean {near}?"
+    holder = path.rpartition(".")[0]
+    section = find(schema, holder)[0].annotation if holder else schema
+    return f"unknown key; {holder or 'the whole'} has the keys {', '.join(children(section))}"
+
+
+def _guess(value: Any, choices: Any) -> str:
+    close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    short = Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
+def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
+    """The keys on the way to one of pydantic's locations, which also name the variant of a section and mark keys."""
+    keys: list[tuple[str | int, Key]] = []
+    annotation: Any = schema
+    for part in loc:
+        variants = variants_of(annotation)
+        if part in variants:
+            annotation = variants[str(part)]
+            continue
+        if part == "[key]":
+            continue
+        below = children(annotation)
+        found = next((below[name] for name in (str(part), NAME, ITEM) if name in below), [Key(str(part), Any, None)])
+        annotation = found[0].annotation
+        keys.append((part, found[0]))
+    return keys
+
+
+def _repair(
+    schema: type[BaseModel], values: Any, keys: list[tuple[str | int, Key]], detail: ErrorDetails, wrong: set[str]
+) -> None:
+    """Changes `values` in place so that this fault does not hide others."""
+    where, kind = tuple(part for part, _ in keys), detail["type"]
+    if kind == "extra_forbidden":
+        holder = _get(values, where[:-1])
+        value = holder.pop(where[-1])
+        section, _, name = (nearest(schema, dotted(where)) or "").rpartition(".")
+        if section == dotted(where[:-1]) and name not in holder and not find(schema, dotted(where)):
+            holder[name] = value
+        return
+    if detail["loc"][-1:] == ("[key]",):
+        _get(values, where[:-1]).pop(where[-1], None)
+        wrong.add(dotted(where))
+        return
+    while kind != "missing" and keys and keys[-1][1].field is None:
+        keys = keys[:-1]  # an item of a list or mapping has no default of its own: replace the whole
+    where = tuple(part for part, _ in keys)
+    holder = _get(values, where[:-1])
+    if not keys or not isinstance(holder, (dict, list)):
+        return
+    wrong.add(dotted(where))
+    field = keys[-1][1].field
+    if isinstance(holder, dict) and field is not None and not field.is_required():
+        holder.pop(where[-1], None)
+    else:
+        holder[where[-1]] = _any_value(keys[-1][1].annotation)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _get(values: Any, where: Where) -> Any:
+    for part in where:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
+
+
+def _any_value(annotation: Any) -> Any:
+    """Some value of a type; a section comes empty, and its missing keys are filled in the next round."""
+    kind = bare(annotation)
+    origin, args = get_origin(kind), get_args(kind)
+    if variants := variants_of(kind):
+        tag, section = next(iter(variants.items()))
+        return {tag_key(section): tag} if tag else {}
+    if origin is dict:
+        return {"x": _any_value(args[1])}
+    if origin is tuple:
+        return [] if args[-1] is Ellipsis else [_any_value(arg) for arg in args]
+    if origin is Literal:
+        return args[0]
+    return {bool: False, int: 1, float: 1.0}.get(kind, "x")

@@ -1,0 +1,95 @@
+"""What a key means: type, default and meaning, from the schema alone."""
+
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moe_dist.config.keys import ITEM, NAME, Key, children, find, nearest, tag_key, type_text
+from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
+from moe_dist.errors import ConfigError
+
+
+def explain(key: str = "") -> RenderableType:
+    """Type, default and meaning of a key; for a section (or '' for the whole) those of each of its keys.
+
+    Raises:
+        ConfigError: there is no such key; the message has the nearest one.
+    """
+    if not key:
+        return _section(Key("", Config, None))
+    found = find(Config, key)
+    if not found:
+        near = nearest(Config, key)
+        raise ConfigError(f"{key}: unknown key" + (f"; did you mean {near}?" if near else "; without a key all are listed"))
+    resume = "may" if any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME) else "must not"
+    parts: list[RenderableType] = []
+    for each in found:
+        card = Table.grid(padding=(0, 2))
+        card.add_row("key", Text(each.path + (f"  ({each.variant})" if each.variant else ""), style="bold"))
+        for label, text in zip(("type", "default", "meaning"), _row(each), strict=True):
+            if text:
+                card.add_row(label, Text(text))
+        parts += [card, ""]
+    parts.append(f"It {resume} change when a run is resumed.")
+    return Group(*parts, *([] if not children(found[0].annotation) else ["", _section(found[0])]))
+
+
+def default_text(key: Key) -> str:
+    """The default as it would stand in a file; 'required' where there is none."""
+    if key.field is None:
+        return ""
+    if key.field.is_required():
+        return "required"
+    value = key.field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, BaseModel):
+        tag = tag_key(type(value))
+        return f"{tag}: {getattr(value, tag)}" if tag and len(key.sections) > 1 else "all defaults"
+    return _plain(value)
+
+
+def _section(key: Key) -> RenderableType:
+    """The keys below a section, a heading for each of its variants."""
+    below = children(key.annotation)
+    while set(below) in ({NAME}, {ITEM}) and children(inner := below.popitem()[1][0].annotation):
+        key, below = Key(f"{key.path}.{NAME}", inner, None), children(inner)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    for column in ("key", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold", header_style="bold")
+    if "" not in key.sections and key.sections:
+        for tag, section in key.sections.items():
+            name = tag_key(section)
+            table.add_row(Text(f"{name}: {tag}", style="bold"), "", "", Text(_doc(section)))
+            _add_rows(table, [each[0] for part, each in children(section).items() if part != name])
+    else:
+        _add_rows(table, [each for options in below.values() for each in options])
+    return table
+
+
+def _add_rows(table: Table, keys: list[Key]) -> None:
+    for key in keys:
+        table.add_row(Text(key.path), *(Text(text) for text in _row(key)))
+
+
+def _row(key: Key) -> tuple[str, str, str]:
+    meaning = key.field.description if key.field and key.field.description else ""
+    if not meaning and len(key.sections) == 1:
+        meaning = _doc(next(iter(key.sections.values())))
+    return type_text(key.annotation, tuple(key.field.metadata) if key.field else ()), default_text(key), meaning
+
+
+def _doc(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").strip()
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    if isinstance(value, BaseModel):
+        tag = tag_key(type(value))
+        return str(getattr(value, tag)) if tag else "all defaults"
+    return str(value)

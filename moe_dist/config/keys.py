@@ -1,0 +1,164 @@
+"""The keys of a schema as dotted paths: what each may hold, in words, and which right key a wrong one comes nearest to."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from moe_dist.config.schema import NAME_PATTERN, PATH_PATTERN
+
+NAME = "<name>"  # stands for any key of a mapping
+ITEM = "<index>"  # stands for any item of a list
+NAME_RULE = "text of 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+_PATTERNS = {NAME_PATTERN: NAME_RULE, PATH_PATTERN: "a path without control characters"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key, or section, of a schema.
+
+    Attributes:
+        path: Dotted path; '<name>' and '<index>' stand for any key of a mapping and any item of a list.
+        annotation: Its type.
+        field: Its field; None for an element of a mapping or list.
+        variant: Which variant of its section has it, as 'kind: wsd'; empty where there is but one.
+    """
+
+    path: str
+    annotation: Any
+    field: FieldInfo | None
+    variant: str = ""
+
+    @property
+    def sections(self) -> dict[str, type[BaseModel]]:
+        """The section that the key holds by tag ('' where it is of one kind only), if any."""
+        return variants_of(self.annotation)
+
+
+def bare(annotation: Any) -> Any:
+    """The type without Annotated and without None."""
+    if get_origin(annotation) is Annotated:
+        return bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        members = [a for a in get_args(annotation) if a is not NoneType]
+        if len(members) == 1:
+            return bare(members[0])
+    return annotation
+
+
+def tag_key(section: type[BaseModel]) -> str | None:
+    """The field that names a section's variant: the one that admits a single literal."""
+    for name, field in section.model_fields.items():
+        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
+            return name
+    return None
+
+
+def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The sections a value of this type can be, by tag; a plain section has the tag ''; nothing for other types."""
+    kind = bare(annotation)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {"": kind}
+    if get_origin(kind) in (Union, UnionType):
+        members = [bare(member) for member in get_args(kind)]
+        tags = [tag_key(member) for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        return {m.model_fields[t].default: m for m, t in zip(members, tags, strict=True) if t}
+    return {}
+
+
+def children(annotation: Any) -> dict[str, list[Key]]:
+    """Keys directly below a value of this type, by name; several where variants of a section share a name."""
+    kind, below = bare(annotation), {}
+    for tag, section in variants_of(kind).items():
+        for name, field in section.model_fields.items():
+            variant = f"{tag_key(section)}: {tag}" if tag else ""
+            below.setdefault(name, []).append(Key(name, field.annotation, field, variant))
+    if get_origin(kind) is dict:
+        below[NAME] = [Key(NAME, get_args(kind)[1], None)]
+    elif get_origin(kind) is tuple:
+        items = get_args(kind)
+        names = [ITEM] if items[-1] is Ellipsis else [str(index) for index in range(len(items))]
+        below.update({name: [Key(name, item, None)] for name, item in zip(names, items, strict=False)})
+    return below
+
+
+def walk(root: type[BaseModel]) -> Iterator[Key]:
+    """Every key and section of a schema, depth first."""
+
+    def below(annotation: Any, prefix: str, variant: str) -> Iterator[Key]:
+        for name, keys in children(annotation).items():
+            for key in keys:
+                here = Key(f"{prefix}{name}", key.annotation, key.field, key.variant or variant)
+                yield here
+                yield from below(key.annotation, f"{here.path}.", here.variant)
+
+    yield from below(root, "", "")
+
+
+def find(root: type[BaseModel], path: str) -> list[Key]:
+    """The keys a dotted path can mean: none if it is unknown, several if variants of a section share it."""
+    found = [Key("", root, None)]
+    for part in path.split("."):
+        found = [
+            Key(f"{key.path}.{name}" if key.path else name, child.annotation, child.field, child.variant or key.variant)
+            for key in found
+            for name, options in children(key.annotation).items()
+            if name in (part, NAME) or (name == ITEM and part.isdecimal())
+            for child in options
+        ]
+    return found
+
+
+def nearest(root: type[BaseModel], path: str) -> str | None:
+    """The known key that an unknown one comes nearest to: of the same section first, then the same name elsewhere."""
+    section, _, name = path.rpartition(".")
+    holders = find(root, section) if section else [Key("", root, None)]
+    siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}
+    known = sorted({key.path for key in walk(root)})
+    if close := difflib.get_close_matches(name, sorted(siblings), 1):
+        return f"{section}.{close[0]}" if section else close[0]
+    if same := [key for key in known if key.rpartition(".")[2] == name]:
+        return difflib.get_close_matches(path, same, 1, cutoff=0.0)[0]
+    others = [key for key in known if not path.startswith(f"{key}.")]
+    return next(iter(difflib.get_close_matches(path, others, 1)), None)
+
+
+def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+    """A type in words: 'whole number, 1 or more', \"one of 'ddp', 'fsdp2'\", 'list of ...'."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [m for extra in args[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
+        return type_text(args[0], (*metadata, *inner))
+    if origin in (Union, UnionType) and NoneType in args:
+        return " or ".join([*(type_text(a, metadata) for a in args if a is not NoneType), "null"])
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
+    if origin is tuple:
+        if len(args) == 2 and args[1] is Ellipsis:
+            return f"list of {type_text(args[0])}"
+        return f"list [{', '.join(type_text(a) for a in args)}]"
+    if origin is dict:
+        return f"mapping from names to {type_text(args[1])}"
+    if variants := variants_of(annotation):
+        tag = tag_key(next(iter(variants.values())))
+        return "section" if "" in variants else f"section with {tag}: {', '.join(variants)}"
+    if pattern := next((m.pattern for m in metadata if getattr(m, "pattern", None)), None):
+        return _PATTERNS.get(pattern, f"text that matches {pattern}")
+    words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    return words.get(annotation, str(annotation)) + _bounds(metadata, whole=annotation is int)
+
+
+def _bounds(metadata: tuple[Any, ...], *, whole: bool) -> str:
+    bounds = {
+        name: getattr(m, name) for m in metadata for name in ("gt", "ge", "lt", "le") if getattr(m, name, None) is not None
+    }
+    if whole and "gt" in bounds:
+        bounds["ge"] = bounds.pop("gt") + 1
+    if {"ge", "le"} <= bounds.keys():
+        return f" from {bounds['ge']:g} to {bounds['le']:g}"
+    words = {"gt": "above {:g}", "ge": "{:g} or more", "lt": "below {:g}", "le": "{:g} or less"}
+    return "".join(f", {words[name].format(bound)}" for name, bound in bounds.items())

@@ -1,0 +1,178 @@
+"""From a YAML file and dotted overrides to a Config; and from a Config back to YAML, and to what differs between two."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_dist.config.draft import Draft, draft
+from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
+from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config, Relation
+from moe_dist.config.yaml_text import dump_yaml, load_yaml
+from moe_dist.errors import ConfigError
+
+GUIDE = "docs/configuration.md"
+
+
+class Change(NamedTuple):
+    """A key whose value differs between two configurations; None also where one of them has no such key."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run's configuration.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` with a dotted key; the value is read as YAML. Later ones win.
+
+    Raises:
+        ConfigError: with every fault of the file and the overrides.
+    """
+    read = read_draft(path, overrides)
+    faults = [*read.faults, *(read.broken(model_relations(read.value)) if read.value else [])]
+    if faults or read.value is None:
+        raise ConfigError(faults, see=GUIDE)
+    return read.value
+
+
+def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft[Config]:
+    """As `load_config`, but hands back the faults with what could be read, for those who have more to check."""
+    values, faults = _read_file(Path(path))
+    if values is None:
+        return Draft(None, tuple(faults))
+    faults += apply_overrides(values, overrides)
+    read = draft(Config, values)
+    return Draft(read.value, (*faults, *read.faults), read.wrong)
+
+
+def model_relations(config: Config) -> list[Relation]:
+    """Every rule inside a section that does not hold, with full keys."""
+    holders = [("model", config.model), ("loss.balance", config.loss.balance)]
+    holders += [(f"model.moe.groups.{name}", group) for name, group in config.model.moe.groups.items()]
+    return [
+        Relation(tuple(f"{prefix}.{key}" for key in relation.keys), f"{prefix}: {relation.fault}")
+        for prefix, section in holders
+        for relation in section.broken_relations()
+    ]
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Sets `key=value` pairs in `values` and returns what could not be set.
+
+    Choosing another variant of a section (`placement.policy=pinned`) drops the keys that only the old one had.
+    """
+    faults: list[str] = []
+    pairs: list[tuple[str, Any]] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            faults.append(f"{override!r}: an override is key=value with a dotted key, as in train.steps=200")
+            continue
+        if not find(Config, key):
+            near = nearest(Config, key)
+            faults.append(f"{key}: unknown key" + (f"; did you mean {near}?" if near else ""))
+            continue
+        value, wrong = load_yaml(text)
+        faults += [f"{key}: {fault}" for fault in wrong]
+        pairs.append((key, _text_where_text_is_meant(key, text, value)))
+    for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
+        if fault := _set(values, key, value):
+            faults.append(fault)
+    return faults
+
+
+def resolved_yaml(config: Config) -> str:
+    """The whole configuration with all defaults, as YAML that loads back equal."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def difference(old: Config, new: Config) -> list[Change]:
+    """Dotted keys whose values differ, in the order of the schema. Lists are compared as a whole."""
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    return [
+        Change(key, before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if (key in before) != (key in after) or before.get(key) != after.get(key)
+    ]
+
+
+def changes_on_resume(old: Config, new: Config) -> list[Change]:
+    """The differences that a run must not have when it goes on."""
+
+    def may_change(key: str) -> bool:
+        return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
+
+    return [change for change in difference(old, new) if not may_change(change.key)]
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        there = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), there, 1)
+        hint = f"; did you mean {near[0]}?" if near else "; configs/README.md lists those that come with the project"
+        return None, [f"configuration {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}{hint}"]
+    values, faults = load_yaml(text)
+    faults = [f"{path}: {fault}" for fault in faults]
+    if values is None and not faults:
+        values = {}
+    if not isinstance(values, dict):
+        return None, faults or [
+            f"{path}: must be a mapping of sections (run, model, data, ...), got {type(values).__name__}"
+        ]
+    return values, faults
+
+
+def _text_where_text_is_meant(key: str, text: str, value: Any) -> Any:
+    """`run.name=2024` means the text 2024 although YAML reads a number."""
+    meant = find(Config, key)
+    texts = bool(meant) and all(bare(each.annotation) is str for each in meant)
+    optional = texts and any(type_text(each.annotation).endswith("null") for each in meant)
+    return text if texts and not isinstance(value, str) and not (optional and value is None) else value
+
+
+def _chooses_variant(key: str) -> bool:
+    section = find(Config, key.rpartition(".")[0]) if "." in key else []
+    variants = section[0].sections if section else {}
+    return "" not in variants and any(tag_key(v) == key.rpartition(".")[2] for v in variants.values())
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
+    *above, last = key.split(".")
+    holder: Any = values
+    for depth, part in enumerate(above):
+        if isinstance(holder, dict):
+            holder[part] = {} if holder.get(part) is None else holder[part]
+        step: Any = int(part) if isinstance(holder, list) and part.isdecimal() else part
+        try:
+            holder = holder[step]
+        except (IndexError, TypeError):
+            return f"{key}: {'.'.join(above[: depth + 1])} is not there: {'.'.join(above[:depth])} is {holder!r}"
+    if isinstance(holder, list) and last.isdecimal() and int(last) < len(holder):
+        holder[int(last)] = value
+    elif isinstance(holder, dict):
+        if _chooses_variant(key) and holder.get(last) != value:
+            _keep_keys_of(holder, find(Config, ".".join(above))[0].sections.get(value))
+        holder[last] = value
+    else:
+        return f"{key}: {'.'.join(above)} is {holder!r}, which has no {last!r}"
+    return None
+
+
+def _keep_keys_of(holder: dict[str, Any], variant: Any) -> None:
+    for name in [name for name in holder if variant is not None and name not in variant.model_fields]:
+        del holder[name]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        leaves += _leaves(value, f"{prefix}{name}.") if inner else [(f"{prefix}{name}", value)]
+    return leaves

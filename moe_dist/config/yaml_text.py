@@ -1,0 +1,83 @@
+"""YAML as configurations use it: safe, with YAML 1.2's plain scalars, and with repeated keys reported.
+
+PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are no strings and `1e-4` is no number. Here `true` and `false` are the
+only booleans, a number is what JSON would call one (and `.inf`), and all else is text. Dates, sets and binary are refused.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+_RESOLVERS = [
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
+    ("tag:yaml.org,2002:merge", r"<<", "<"),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loading with these resolvers; `repeated` collects keys that stand twice in one mapping."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.repeated: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
+            if key.value in seen and key.value != "<<":
+                self.repeated.append(f"{key.value!r} stands in line {seen[key.value]} and again in line {line}; keep one")
+            seen[key.value] = line
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"  # a name may look like a number
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what these resolvers would not read back as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _with_resolvers(*classes: Any) -> None:
+    for cls in classes:
+        cls.yaml_implicit_resolvers = {}
+        for tag, pattern, first in _RESOLVERS:
+            cls.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), ["" if c == "\0" else c for c in first])
+
+
+_with_resolvers(_Loader, _Dumper)
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("map", "seq", "str", "int", "float", "bool", "null")
+}
+
+
+def load_yaml(text: str) -> tuple[Any, list[str]]:
+    """One document and what is wrong with it: repeated keys, or the one place where it stops being YAML.
+
+    Returns:
+        The value (None if it cannot be read) and the faults.
+    """
+    try:
+        loader = _Loader(text)
+        return loader.get_single_data(), loader.repeated
+    except yaml.YAMLError as error:
+        return None, [" ".join(str(error).replace("<unicode string>", "the text").split())]
+
+
+def dump_yaml(value: Any) -> str:
+    """Text that `load_yaml` reads back equal; mappings keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,206 @@
+"""From a placement section to the map of experts: pinned, interleaved, explicit. A rank is a position in an EP group."""
+
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+
+from moe_dist.config.schema import ExplicitSection, InterleavedSection, MoESection, PinnedSection, PlacementSection
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+Slots = list[list[int]]
+
+
+def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
+    """The groups of a configuration as plain values, their experts numbered through."""
+    groups: list[ExpertGroup] = []
+    first = 0
+    for name, section in moe.groups.items():
+        groups.append(
+            ExpertGroup(
+                name=name,
+                num_experts=section.num_experts,
+                num_null=section.num_null,
+                top_k=section.top_k,
+                ffn_dim=section.ffn_dim,
+                first_expert=first,
+                modalities=section.modalities or (name,),
+            )
+        )
+        first += section.num_experts
+    return tuple(groups)
+
+
+def make_placement(
+    section: PlacementSection,
+    groups: Sequence[ExpertGroup],
+    *,
+    num_ranks: int,
+    token_mix: Mapping[str, int],
+) -> ExpertPlacement:
+    """Places every expert by the section's policy.
+
+    Args:
+        num_ranks: Ranks of an EP group.
+        token_mix: Training tokens of each modality, for pinned groups whose ranks are not given. Empty: all alike.
+
+    Raises:
+        ConfigError: with everything about the section that cannot be.
+    """
+    match section:
+        case InterleavedSection():
+            slots = interleaved_slots(groups, num_ranks)
+        case PinnedSection():
+            slots = _spread(groups, pinned_ranks(section, groups, num_ranks=num_ranks, token_mix=token_mix), num_ranks)
+        case ExplicitSection():
+            slots = _explicit_slots(section, groups, num_ranks)
+    return ExpertPlacement(tuple(groups), tuple(tuple(sorted(rank)) for rank in slots))
+
+
+def group_load(group: ExpertGroup, token_mix: Mapping[str, int]) -> float:
+    """Weighted rows of a group: tokens of its modalities x expected experts a token x ffn_dim. Without a mix, 1 token."""
+    tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
+    return tokens * group.expected_experts_per_token * group.ffn_dim
+
+
+def interleaved_slots(groups: Sequence[ExpertGroup], num_ranks: int) -> Slots:
+    """Every group over all ranks, as evenly as it goes; a group's odd experts begin where the last group's ended."""
+    slots: Slots = [[] for _ in range(num_ranks)]
+    offset = 0
+    for group in groups:
+        order = [(offset + i) % num_ranks for i in range(num_ranks)]
+        for rank, experts in zip(order, _even_runs(group.experts, num_ranks), strict=True):
+            slots[rank].extend(experts)
+        offset = (offset + group.num_experts) % num_ranks
+    return slots
+
+
+def pinned_ranks(
+    section: PinnedSection, groups: Sequence[ExpertGroup], *, num_ranks: int, token_mix: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """The ranks of each group: those given, and for the others a share of the free ranks in proportion to their load.
+
+    Raises:
+        ConfigError: with everything that cannot be.
+    """
+    given = {name: pinned.ranks for name, pinned in section.groups.items() if pinned.ranks}
+    faults = _pinned_faults(section, given, groups, num_ranks)
+    if faults:
+        raise ConfigError(faults)
+    taken = {rank for ranks in given.values() for rank in ranks}
+    free = [rank for rank in range(num_ranks) if rank not in taken]
+    open_groups = [group for group in groups if group.name not in given]
+    shares = _shares(open_groups, len(free), token_mix)
+    ranks: dict[str, tuple[int, ...]] = dict(given)
+    for group, share in zip(open_groups, shares, strict=True):
+        ranks[group.name], free = tuple(free[:share]), free[share:]
+    return ranks
+
+
+def _pinned_faults(
+    section: PinnedSection, given: Mapping[str, tuple[int, ...]], groups: Sequence[ExpertGroup], num_ranks: int
+) -> list[str]:
+    names = [group.name for group in groups]
+    faults = [f"placement.groups.{name}: no such group{_near(name, names)}" for name in section.groups if name not in names]
+    owner: dict[int, str] = {}
+    for name, ranks in given.items():
+        key = f"placement.groups.{name}.ranks={list(ranks)}"
+        if outside := sorted({rank for rank in ranks if rank >= num_ranks}):
+            faults.append(f"{key}: {outside} out of range; an EP group has the ranks 0 to {num_ranks - 1} (parallel.ep)")
+        if len(set(ranks)) != len(ranks):
+            faults.append(f"{key}: a rank stands twice; name each once")
+        if shared := sorted({rank for rank in ranks if owner.get(rank, name) != name}):
+            faults.append(
+                f"{key}: {shared} already hold group {owner[shared[0]]!r}; pinned groups live on ranks of their own: "
+                "give other ranks, or use placement.policy=explicit, or interleaved"
+            )
+        owner.update(dict.fromkeys(ranks, name))
+    without = [name for name in names if name not in given]
+    free = num_ranks - len([rank for rank in owner if rank < num_ranks])
+    if len(without) > free:
+        faults.append(
+            f"placement.policy=pinned: {free} of parallel.ep={num_ranks} ranks are free for {len(without)} groups "
+            f"({', '.join(without)}), each needs one of its own; raise parallel.ep or use placement.policy=interleaved"
+        )
+    return faults
+
+
+def _shares(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> list[int]:
+    """Ranks of each group: one each, then always one more to the group whose busiest rank has most to do.
+
+    That is the division with the least busiest rank. Ranks that no group can use, all having a rank for each expert, stay
+    free.
+    """
+    loads = [group_load(group, token_mix) for group in groups]
+    shares = [1] * len(groups)
+    for _ in range(num_ranks - len(groups)):
+        able = [i for i, group in enumerate(groups) if shares[i] < group.num_experts]
+        if not able:
+            break
+        busiest = max(able, key=lambda i: (_busiest(groups[i], loads[i], shares[i]), loads[i] / shares[i]))
+        shares[busiest] += 1
+    return shares
+
+
+def _busiest(group: ExpertGroup, load: float, num_ranks: int) -> float:
+    return load * -(-group.num_experts // num_ranks) / group.num_experts
+
+
+def _spread(groups: Sequence[ExpertGroup], ranks: Mapping[str, tuple[int, ...]], num_ranks: int) -> Slots:
+    slots: Slots = [[] for _ in range(num_ranks)]
+    for group in groups:
+        for rank, experts in zip(ranks[group.name], _even_runs(group.experts, len(ranks[group.name])), strict=True):
+            slots[rank].extend(experts)
+    return slots
+
+
+def _even_runs(experts: range, parts: int) -> list[range]:
+    """Cuts a range into runs whose lengths differ by at most one, the longer ones first."""
+    short, longer = divmod(len(experts), parts)
+    edges = [part * short + min(part, longer) for part in range(parts + 1)]
+    return [experts[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num_ranks: int) -> Slots:
+    faults: list[str] = []
+    if len(section.slots) != num_ranks:
+        faults.append(
+            f"placement.slots: lists {len(section.slots)} ranks, parallel.ep={num_ranks}; give one list a rank, [] for none"
+        )
+    by_name = {group.name: group for group in groups}
+    places: dict[int, list[int]] = {}
+    for rank, names in enumerate(section.slots):
+        for name in names:
+            expert = _expert_id(name, by_name)
+            if isinstance(expert, str):
+                faults.append(f"placement.slots.{rank}: {expert}")
+            else:
+                places.setdefault(expert, []).append(rank)
+    labels = {expert: f"{g.name}/{i}" for g in groups for i, expert in enumerate(g.experts)}
+    if missing := [label for expert, label in labels.items() if expert not in places]:
+        faults.append(f"placement.slots: no rank has {', '.join(missing)}; every expert needs one slot")
+    for expert, ranks in places.items():
+        if len(ranks) > 1:
+            faults.append(f"placement.slots: {labels[expert]} stands on ranks {ranks}; give it one slot")
+    if faults:
+        raise ConfigError(faults)
+    slots: Slots = [[] for _ in range(num_ranks)]
+    for expert, (rank, *_) in places.items():
+        slots[rank].append(expert)
+    return slots
+
+
+def _expert_id(name: str, groups: Mapping[str, ExpertGroup]) -> int | str:
+    """Logical id of 'group/index', or what is wrong with it."""
+    group_name, _, index = name.rpartition("/")
+    group = groups.get(group_name)
+    if group is None:
+        return f"{name!r}: write 'group/index'{_near(group_name or name, groups)}"
+    if not index.isdecimal() or int(index) >= group.num_experts:
+        return f"{name!r}: group {group_name!r} has the experts 0 to {group.num_experts - 1}"
+    return group.first_expert + int(index)
+
+
+def _near(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; the groups are {', '.join(names)}"
