@@ -333,7 +333,7 @@ class JsonlSink(Section):
     kind: Literal["jsonl"] = "jsonl"
     arrays_every: PositiveInt = Field(
         default=1,
-        description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line."
+        description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line.",
     )
 
 
