@@ -11,22 +11,27 @@ EXIT_FAILED = 1
 
 
 class MoeDistError(Exception):
-    """Base of all errors that a user can cause and mend. The message names field, value, rule and the way out."""
+    """Base of all errors that a user can cause and mend. Each fault names field, value, rule and the way out.
+
+    Args:
+        faults: One fault, or every one that was found, so that one look mends them all.
+        see: Page of the docs.
+    """
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # whether a launcher may start the same command again
-
-
-class ConfigError(MoeDistError):
-    """The configuration cannot run as written. Collects every fault found, so that one look mends them all."""
-
-    exit_code = 78
-    retry = False
 
     def __init__(self, faults: str | Sequence[str], *, see: str | None = None) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         lines = self.faults if len(self.faults) == 1 else [f"{len(self.faults)} faults:", *self.faults]
         super().__init__("\n  - ".join(lines) + (f"\nsee {see}" if see else ""))
+
+
+class ConfigError(MoeDistError):
+    """The configuration cannot run as written."""
+
+    exit_code = 78
+    retry = False
 
 
 class PlacementError(MoeDistError):

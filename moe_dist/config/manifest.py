@@ -1,12 +1,15 @@
 """The manifest of a prepared data set: what `manifest.json` beside the .bin/.idx files says. Imports no torch."""
 
 import json
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt
 
-from moe_dist.config.schema import Count, Name, Section
+from moe_dist.config.draft import draft
+from moe_dist.config.schema import Count, Name, Relation, Section
 from moe_dist.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
@@ -62,20 +65,53 @@ class Manifest(Section):
         "'image/left_bigram', 'image_no_filler/unigram', ...",
     )
 
-    @model_validator(mode="after")
-    def _ranges_cover(self) -> "Manifest":
-        ranges = sorted((first, end, name) for name, rs in self.modalities.items() for first, end in rs)
-        at = 0
-        for first, end, name in ranges:
-            if first != at or end <= first:
-                raise ValueError(
-                    f"modalities: range [{first}, {end}) of {name!r} must begin at {at} and not be empty: "
-                    f"the ranges must cover [0, vocab_size={self.vocab_size}) once"
+    def broken_relations(self) -> list[Relation]:
+        faults = [Relation(("modalities", "vocab_size"), fault) for fault in self._range_faults()]
+        marks = {"pad_id": self.pad_id, "eos_id": self.eos_id}
+        if self.image is not None:
+            marks |= {"image.begin_id": self.image.begin_id, "image.end_id": self.image.end_id}
+        for key, value in marks.items():
+            if value >= self.vocab_size:
+                fault = f"{key}={value} lies outside [0, vocab_size={self.vocab_size})"
+                faults.append(Relation((key, "vocab_size"), fault))
+        for key, split in self.splits():
+            counts = split.tokens_by_modality
+            if unknown := [name for name in counts if name not in self.modalities]:
+                fault = (
+                    f"{key}.tokens_by_modality: {', '.join(unknown)} not among the modalities {', '.join(self.modalities)}"
                 )
-            at = end
-        if at != self.vocab_size:
-            raise ValueError(f"modalities cover ids up to {at}, but vocab_size={self.vocab_size}")
-        return self
+                faults.append(Relation((key, "modalities"), fault))
+            elif counts and sum(counts.values()) != split.tokens:
+                fault = f"{key}: tokens={split.tokens}, but tokens_by_modality adds up to {sum(counts.values())}"
+                faults.append(Relation((key,), fault))
+        return faults
+
+    def splits(self) -> Iterator[tuple[str, SplitSection]]:
+        """Every split with its dotted key."""
+        for name, source in self.sources.items():
+            yield f"sources.{name}.train", source.train
+            if source.valid is not None:
+                yield f"sources.{name}.valid", source.valid
+
+    def _range_faults(self) -> list[str]:
+        """One fault for each gap, overlap and range outside the vocabulary."""
+        faults, at = [], 0
+        ranges = sorted((first, end, name) for name, every in self.modalities.items() for first, end in every)
+        for first, end, name in ranges:
+            where = f"modalities.{name}: [{first}, {end})"
+            if end <= first:
+                faults.append(f"{where} is empty; a range is [first, past the last)")
+            elif first != at:
+                what = "leaves a gap after" if first > at else "overlaps"
+                faults.append(f"{where} {what} what ends at {at}; each id belongs to one modality")
+            if end > self.vocab_size:
+                faults.append(f"{where} lies outside [0, vocab_size={self.vocab_size})")
+            at = max(at, end)
+        if at < self.vocab_size:
+            faults.append(
+                f"modalities cover ids below {at} only, but vocab_size={self.vocab_size}; each id needs a modality"
+            )
+        return faults
 
     def tokens_by_modality(self) -> dict[str, int]:
         """Training tokens of each modality over all sources."""
@@ -91,19 +127,25 @@ def load_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         ConfigError: there is no manifest (the message has the command that makes one).
-        DataError: it is not a valid manifest.
+        DataError: it is not a valid manifest; the message has every fault.
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         raise ConfigError(
             f"data.path={str(folder)!r}: no {MANIFEST_FILE} there; make the default data with "
-            f"`python -m tools.prepare_data --out {folder}`, or your own (docs/data.md)"
+            f"`python -m tools.prepare_data --out {shlex.quote(str(folder))}`, or your own (docs/data.md)"
         )
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors())
-        raise DataError(f"{path}: {faults}; see docs/data.md") from error
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: no JSON ({error}); see docs/data.md") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: must be an object with the keys {', '.join(Manifest.model_fields)}; see docs/data.md")
+    read = draft(Manifest, values)
+    faults = [*read.faults, *(read.broken(read.value.broken_relations()) if read.value else [])]
+    if faults or read.value is None:
+        raise DataError([f"{path}: {fault}" for fault in faults], see="docs/data.md")
+    return read.value
 
 
 def write_manifest(manifest: Manifest, folder: str | Path) -> None:

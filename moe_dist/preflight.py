@@ -1,0 +1,299 @@
+"""Joins configuration, data set and placement before anything starts, and shows every fault at once. Imports no torch.
+
+A run that passes here has keys, shapes, experts, ranks and data that fit each other. Costs a pass over the lists of lengths
+in the .idx files and over up to 256 MiB of ids of each split: a second or two.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.config.draft import Draft
+from moe_dist.config.index_header import largest_id
+from moe_dist.config.load import GUIDE, model_relations, read_draft
+from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
+from moe_dist.config.schema import Config, Relation
+from moe_dist.config.split_files import check_split, count_by_modality
+from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.planner import PlanComparison, compare
+from moe_dist.placement.policies import expert_groups, make_placement
+
+_LOOKED_AT = 256 << 20  # bytes of ids of each split
+_MIX_SCALE = 1_000_000  # a mix from weights is in tokens of a million
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run that fits together.
+
+    Attributes:
+        config: As loaded.
+        manifest: Of its data set.
+        groups: Its expert groups as plain values.
+        placement: Which expert lives on which rank.
+        num_micro_batches: Micro-batches of a rank and step.
+        token_mix: Training tokens of each modality, in the proportions that the run will see.
+        comparison: What pinned and interleaved placement would cost for that mix.
+    """
+
+    config: Config
+    manifest: Manifest
+    groups: tuple[ExpertGroup, ...]
+    placement: ExpertPlacement
+    num_micro_batches: int
+    token_mix: Mapping[str, int]
+    comparison: PlanComparison
+
+
+def check(config: Config, *, manifest: Manifest | None = None, world_size: int | None = None) -> Preflight:
+    """Checks a configuration against its data set and its ranks.
+
+    Args:
+        manifest: Of the data set; read from `data.path` if it is not given.
+        world_size: Ranks that were started, to be held against parallel.ep x parallel.edp.
+
+    Raises:
+        ConfigError: with every fault, those of the data among them, if any of them is the configuration's.
+        DataError: with every fault, if all of them are the data's.
+    """
+    return _check(Draft(config, ()), manifest, world_size)
+
+
+def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
+    """As `check`, from the file on: misspelt keys and wrong types are shown together with everything else.
+
+    Raises:
+        ConfigError, DataError: as `check`.
+    """
+    return _check(read_draft(path, overrides), None, world_size)
+
+
+def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | None) -> Preflight:
+    config = read.value
+    if config is None:
+        raise ConfigError(read.faults, see=GUIDE)
+    groups = expert_groups(config.model.moe)
+    relations = [*model_relations(config), *batch_relations(config), *group_relations(groups)]
+    data_faults: list[str] = []
+    if manifest is None:
+        manifest = _manifest_or_fault(config, relations, data_faults)
+    if manifest is not None:
+        relations += manifest_relations(config, groups, manifest)
+        data_faults += data_set_faults(config.data.path, manifest)
+    if world_size not in (None, config.parallel.ep * config.parallel.edp):
+        relations.append(_world_relation(config, world_size))
+    sound = manifest is not None and not data_faults
+    mix = token_mix(config, manifest) if sound and manifest else {}
+    placement = _placement_or_fault(config, groups, mix, relations)
+
+    faults = [*read.faults, *read.broken(relations)]
+    _raise_if_any(faults, [] if _distrusted(read, "data.path") else data_faults)
+    if placement is None or manifest is None:
+        raise AssertionError("a fault was found but not reported")
+    micro_batches = config.train.global_batch // (config.train.micro_batch * config.parallel.ep * config.parallel.edp)
+    comparison = compare(groups, config.parallel.ep, mix)
+    return Preflight(config, manifest, groups, placement, micro_batches, mix, comparison)
+
+
+def batch_relations(config: Config) -> list[Relation]:
+    """Sequence length and batch against the model and the ranks."""
+    broken = []
+    if config.data.seq_len > config.model.max_seq_len:
+        fault = (
+            f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={config.model.max_seq_len}; "
+            "shorten it, or make the model for longer sequences"
+        )
+        broken.append(Relation(("data.seq_len", "model.max_seq_len"), fault))
+    train, ranks = config.train, config.parallel.ep * config.parallel.edp
+    each = train.micro_batch * ranks
+    if train.global_batch % each:
+        below = train.global_batch // each * each
+        near = f"{below} or {below + each}" if below else str(each)
+        fault = (
+            f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch={train.micro_batch} x "
+            f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of ranks"
+        )
+        keys = ("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp")
+        broken.append(Relation(keys, fault))
+    return broken
+
+
+def group_relations(groups: Sequence[ExpertGroup]) -> list[Relation]:
+    """No modality belongs to two groups."""
+    owners: dict[str, list[str]] = {}
+    for group in groups:
+        for modality in group.modalities:
+            owners.setdefault(modality, []).append(group.name)
+    return [
+        Relation(
+            ("model.moe.groups",),
+            f"model.moe.groups: modality {modality!r} is routed to {' and '.join(names)}; leave it to one of them",
+        )
+        for modality, names in owners.items()
+        if len(names) > 1
+    ]
+
+
+def manifest_relations(config: Config, groups: Sequence[ExpertGroup], manifest: Manifest) -> list[Relation]:
+    """Vocabulary, modalities, sources and ranks against the data set."""
+    return [
+        *_vocabulary_relations(config, manifest),
+        *_modality_relations(groups, manifest),
+        *_source_relations(config, manifest),
+    ]
+
+
+def data_set_faults(folder: str | Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files of a data set: missing, cut short, other counts than the manifest's, ids outside it."""
+    faults: list[str] = []
+    for key, split in manifest.splits():
+        try:
+            check_split(folder, split)
+        except DataError as error:
+            faults += [f"data set {key}: {fault}" for fault in error.faults]
+        else:
+            faults += _id_faults(Path(folder), key, split, manifest)
+    named = {"tokenizer": manifest.tokenizer, "image.codebook": manifest.image and manifest.image.codebook}
+    faults += [
+        f"data set {key}: {Path(folder) / name} is missing; prepare the data again, or take it out of the manifest"
+        for key, name in named.items()
+        if name and not (Path(folder) / name).is_file()
+    ]
+    return faults
+
+
+def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
+    """Training tokens of each modality in the proportions of `data.weights`; without weights, all of them."""
+    totals = dict.fromkeys(manifest.modalities, 0.0)
+    names = [name for name in config.data.weights if name in manifest.sources] or list(manifest.sources)
+    for name in names:
+        split = manifest.sources[name].train
+        counts = split.tokens_by_modality or _counted(config.data.path, split, manifest)
+        weight = config.data.weights[name] * _MIX_SCALE / split.tokens if config.data.weights else 1.0
+        for modality, count in counts.items():
+            totals[modality] += count * weight
+    return {modality: round(total) for modality, total in totals.items()}
+
+
+def _vocabulary_relations(config: Config, manifest: Manifest) -> list[Relation]:
+    size = config.model.vocab_size
+    if size >= manifest.vocab_size:
+        return []
+    outside = [
+        f"{name} [{first}, {end})" for name, ranges in manifest.modalities.items() for first, end in ranges if end > size
+    ]
+    fault = (
+        f"model.vocab_size={size}: smaller than the data's {manifest.vocab_size} ids; outside lie those of "
+        f"{', '.join(outside)}; set model.vocab_size={manifest.vocab_size} or more"
+    )
+    return [Relation(("model.vocab_size", "data.path"), fault)]
+
+
+def _modality_relations(groups: Sequence[ExpertGroup], manifest: Manifest) -> list[Relation]:
+    keys = ("model.moe.groups", "data.path")
+    routed = {modality: group.name for group in groups for modality in group.modalities}
+    broken = [
+        Relation(keys, f"model.moe.groups: no group routes the data's modality {name!r}; add it to a group's modalities")
+        for name in manifest.modalities
+        if name not in routed
+    ]
+    for modality, group in routed.items():
+        if modality not in manifest.modalities:
+            fault = (
+                f"model.moe.groups.{group}: the data has no modality {modality!r}; "
+                f"it has {', '.join(manifest.modalities)}{_near(modality, manifest.modalities)}"
+            )
+            broken.append(Relation((f"model.moe.groups.{group}", "data.path"), fault))
+    return broken
+
+
+def _source_relations(config: Config, manifest: Manifest) -> list[Relation]:
+    sources, weights = manifest.sources, config.data.weights
+    broken = [
+        Relation(
+            ("data.weights", "data.path"),
+            f"data.weights.{name}: the data has no such source; it has {', '.join(sources)}{_near(name, sources)}",
+        )
+        for name in weights
+        if name not in sources
+    ]
+    used = [source for name, source in sources.items() if not weights or name in weights]
+    documents, ranks = sum(source.train.documents for source in used), config.parallel.ep * config.parallel.edp
+    if used and documents < ranks:
+        fault = (
+            f"parallel.ep x parallel.edp = {ranks} ranks, but the data has {documents} training documents, fewer than one "
+            "a rank; take fewer ranks, or cut the data into more documents"
+        )
+        broken.append(Relation(("parallel.ep", "parallel.edp", "data.path", "data.weights"), fault))
+    return broken
+
+
+def _world_relation(config: Config, world_size: int | None) -> Relation:
+    ep, edp = config.parallel.ep, config.parallel.edp
+    fault = (
+        f"{world_size} ranks were started, but parallel.ep={ep} x parallel.edp={edp} = {ep * edp}; start that many, or set "
+        f"parallel.edp to ranks / {ep}"
+    )
+    return Relation(("parallel.ep", "parallel.edp"), fault)
+
+
+def _id_faults(folder: Path, key: str, split: SplitSection, manifest: Manifest) -> list[str]:
+    prefix = folder / split.path
+    try:
+        largest = largest_id(prefix, max_bytes=_LOOKED_AT)
+    except DataError as error:
+        return [f"data set {key}: {fault}" for fault in error.faults]
+    if largest < manifest.vocab_size:
+        return []
+    return [
+        f"data set {key}: {prefix}.bin holds the id {largest}, but the manifest's vocab_size={manifest.vocab_size}; "
+        "prepare the data again, or correct vocab_size and modalities in the manifest"
+    ]
+
+
+def _counted(folder: str, split: SplitSection, manifest: Manifest) -> dict[str, int]:
+    if len(manifest.modalities) == 1:
+        return dict.fromkeys(manifest.modalities, split.tokens)
+    return count_by_modality(Path(folder) / split.path, manifest.modalities)
+
+
+def _manifest_or_fault(config: Config, relations: list[Relation], data_faults: list[str]) -> Manifest | None:
+    try:
+        return load_manifest(config.data.path)
+    except ConfigError as error:
+        relations += [Relation(("data.path",), fault) for fault in error.faults]
+    except DataError as error:
+        data_faults += error.faults
+    return None
+
+
+def _placement_or_fault(
+    config: Config, groups: Sequence[ExpertGroup], mix: Mapping[str, int], relations: list[Relation]
+) -> ExpertPlacement | None:
+    try:
+        return make_placement(config.placement, groups, num_ranks=config.parallel.ep, token_mix=mix)
+    except ConfigError as error:
+        keys = ("placement", "parallel.ep", "model.moe.groups")
+        relations += [Relation(keys, fault) for fault in error.faults]
+    return None
+
+
+def _distrusted(read: Draft[Config], key: str) -> bool:
+    return not read.broken([Relation((key,), key)])
+
+
+def _raise_if_any(faults: Sequence[str], data_faults: Sequence[str]) -> None:
+    error: MoeDistError | None = None
+    if faults:
+        error = ConfigError([*faults, *data_faults], see=GUIDE)
+    elif data_faults:
+        error = DataError(data_faults, see="docs/data.md")
+    if error is not None:
+        raise error
+
+
+def _near(name: str, names: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
