@@ -1,0 +1,264 @@
+"""Start ranks on this machine and see them through: forward a stop, end all when one fails, leave none behind.
+
+Ranks are children of the main thread with PDEATHSIG: however the launcher ends, the kernel ends them too. One thread a
+rank waits for its end, so that the order in which ranks end is known; the first to fail is the cause, the others follow.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from launchers.command import RankCommand
+from moe_dist.errors import EXIT_DONE, StoppedError
+from moe_dist.runtime.signals import STOP_SIGNALS, child_of
+
+CLEAN = (EXIT_DONE, StoppedError.exit_code)
+ABORTED = 128 + signal.SIGINT
+TICK_SECONDS = 0.1
+HELD_SECONDS = (
+    0.5  # standard error of rank 0 is shown so much later: by then it is known whether its end has a cause elsewhere
+)
+LINGER_SECONDS = 300.0  # from the first rank that ends well until those that still run are ended
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long ranks may take, in seconds.
+
+    Attributes:
+        stop: From a stop signal to the end.
+        peers: From a rank's failure until its peers are asked to end, so that they can say what they saw.
+        kill: From then until they are killed.
+    """
+
+    stop: float
+    peers: float = 2.0
+    kill: float = 6.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the ranks ended.
+
+    Attributes:
+        codes: Of each rank; negative is the signal that killed it.
+        first_failed: The rank that failed first; None where none failed by itself.
+        stop: The first stop signal that came, if any.
+        aborted: Ended at once by a second Ctrl-C.
+    """
+
+    codes: tuple[int, ...]
+    first_failed: int | None
+    stop: signal.Signals | None
+    aborted: bool
+
+    @property
+    def exit_code(self) -> int:
+        """For a shell: that of the first failure; without one, the worst of the ranks."""
+        if self.aborted:
+            return ABORTED
+        shell_codes = [128 - code if code < 0 else code for code in self.codes]
+        return max(shell_codes) if self.first_failed is None else shell_codes[self.first_failed]
+
+
+class StopSignals:
+    """Counts the stop signals that reach the launcher, inside a `with` block of the main thread."""
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self.interrupts = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # what signal.signal gave us
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or signal.Signals(number)
+        self.interrupts += number == signal.SIGINT
+
+
+class HeldStderr:
+    """Copies a rank's standard error into its log at once, and to the terminal a little later, or never."""
+
+    def __init__(self, source: IO[bytes], log: IO[bytes], terminal: IO[bytes]) -> None:
+        self._source, self._log, self._terminal = source, log, terminal
+        self._held: deque[tuple[float, bytes]] = deque()
+        # A progress bar may stand on the line where we write: clear it, the bar is drawn anew below.
+        self._clear = b"\r\x1b[K" if terminal.isatty() else b""
+        self._thread = threading.Thread(target=self._copy, name="stderr", daemon=True)
+        self._thread.start()
+
+    def show(self, *, at_least: float) -> None:
+        """Shows what is held for so many seconds."""
+        now = time.monotonic()
+        while self._held and now - self._held[0][0] >= at_least:
+            self._terminal.write(self._clear + self._held.popleft()[1])
+            self._terminal.flush()
+
+    def finish(self, *, show: bool) -> None:
+        """Reads what is left, and shows or drops all that is held. The rank has ended."""
+        self._thread.join(2.0)  # a grandchild may keep the pipe open
+        if show:
+            self.show(at_least=0.0)
+        self._held.clear()
+
+    def _copy(self) -> None:
+        while chunk := os.read(self._source.fileno(), 1 << 16):
+            self._log.write(chunk)
+            self._log.flush()
+            self._held.append((time.monotonic(), chunk))
+
+
+class Ranks:
+    """The ranks of a run on this machine, from start to end.
+
+    Args:
+        commands: One a rank.
+        logs: For each rank its log file, opened for appending.
+        patience: How long things may take.
+        base_env: Environment that the commands' variables go on top of.
+        terminal: Where standard error of rank 0 is shown.
+    """
+
+    def __init__(
+        self,
+        commands: Sequence[RankCommand],
+        logs: Sequence[IO[bytes]],
+        *,
+        patience: Patience,
+        base_env: Mapping[str, str] = os.environ,
+        terminal: IO[bytes] | None = None,
+    ) -> None:
+        self._patience = patience
+        self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._codes: dict[int, int] = {}
+        self._terminate_at = self._kill_at = float("inf")
+        self._first_failed: int | None = None
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        prepare = child_of(os.getpid(), ignore_stop=False)
+        try:
+            for command, log in zip(commands, logs, strict=True):
+                self._ranks.append(_start(command, log, base_env, prepare))
+        except BaseException:
+            self.kill()
+            raise
+        # Only now threads: none may exist while we fork.
+        stderr = self._ranks[0].stderr
+        assert stderr is not None
+        self._stderr = HeldStderr(stderr, logs[0], terminal or sys.stderr.buffer)
+        for rank, pid in enumerate(self.pids):
+            threading.Thread(target=self._wait_for, args=(rank, pid), name=f"rank{rank}", daemon=True).start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._ranks]
+
+    def see_through(self, signals: StopSignals) -> Outcome:
+        """Blocks until all ranks have ended."""
+        forwarded = aborted = False
+        try:
+            while len(self._codes) < len(self._ranks):
+                self._note_ends()
+                if signals.first is not None and not forwarded:
+                    forwarded = True
+                    self._send(signals.first)
+                    self._kill_at = min(self._kill_at, time.monotonic() + self._patience.stop)
+                if signals.interrupts > 1 and not aborted:
+                    aborted = True
+                    self._kill_at = time.monotonic()
+                self._end_the_late()
+                if self._first_failed is None:
+                    self._stderr.show(at_least=HELD_SECONDS)
+        finally:
+            self.kill()
+        self._stderr.finish(show=self._first_failed is None)
+        codes = tuple(self._codes.get(rank, -signal.SIGKILL) for rank in range(len(self._ranks)))
+        return Outcome(codes, self._first_failed, signals.first, aborted)
+
+    def kill(self) -> None:
+        """Kills, by process id, every rank that still runs."""
+        self._send(signal.SIGKILL)
+        for process in self._ranks:
+            process.wait()
+
+    def _wait_for(self, rank: int, pid: int) -> None:
+        # Leaves the reaping to the main thread, which also sends the signals: so none can go to a pid given out again.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        self._ends.put(rank)
+
+    def _note_ends(self) -> None:
+        try:
+            rank = self._ends.get(timeout=TICK_SECONDS)  # the main thread's handlers run during the wait
+        except queue.Empty:
+            return
+        code = self._codes[rank] = self._ranks[rank].wait()
+        now = time.monotonic()
+        if code not in CLEAN and self._first_failed is None and self._kill_at > now:
+            self._first_failed = rank
+            self._terminate_at = now + self._patience.peers
+            self._kill_at = min(self._kill_at, self._terminate_at + self._patience.kill)
+        elif code in CLEAN:
+            self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
+
+    def _end_the_late(self) -> None:
+        now = time.monotonic()
+        if now >= self._terminate_at:
+            self._terminate_at = float("inf")
+            self._send(signal.SIGTERM)
+        if now >= self._kill_at:
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._ranks:
+            process.send_signal(number)  # does nothing for one that has ended
+
+
+def _start(
+    command: RankCommand, log: IO[bytes], base_env: Mapping[str, str], prepare: Callable[[], None]
+) -> subprocess.Popen[bytes]:
+    """Rank 0 has the terminal as standard output, for its progress bar, and a pipe as standard error; the others have
+    their log as both."""
+    first = command.rank == 0
+    return subprocess.Popen(
+        command.argv,
+        env={**base_env, **command.env},
+        stdin=subprocess.DEVNULL,
+        stdout=None if first else log,
+        stderr=subprocess.PIPE if first else log,
+        preexec_fn=prepare,
+    )
+
+
+def last_words(log: Path, offset: int, *, most_lines: int = 200) -> str:
+    """What a rank said last: its last traceback with all that led to it, or its last 20 lines.
+
+    Args:
+        offset: Where this attempt begins in the log.
+    """
+    with log.open("rb") as stream:
+        stream.seek(offset)
+        lines = stream.read().decode(errors="replace").splitlines()
+    begins = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    first = begins.pop() if begins else max(0, len(lines) - 20)
+    chained = ("The above exception was the direct cause", "During handling of the above exception")
+    while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
+        first = begins.pop()
+    return "\n".join(lines[first:][-most_lines:])

@@ -1,0 +1,105 @@
+"""One start of a run on one rank. Every way out of it leaves a verdict: in status.json, and as the exit code.
+
+with Attempt(env) as attempt:
+    attempt.open(config)                      # rank 0: lease, configuration, status
+    attempt.last_step = lambda: progress.step
+    ...
+sys.exit(attempt.exit_code)
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+
+from moe_dist.config.schema import Config
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.lease import WAIT_SECONDS, Lease
+from moe_dist.runtime.run_folder import RunFolder
+
+
+def verdict_of(error: BaseException) -> tuple[int, str]:
+    """Exit code and reason of an exception that ends a run."""
+    if isinstance(error, MoeDistError):
+        return error.exit_code, str(error)
+    return EXIT_FAILED, f"{type(error).__name__}: {error}"
+
+
+class Attempt:
+    """Turns the end of the `with` body into a verdict.
+
+    The body may end by an exception, which is shown (users' errors as their message, ours with a traceback) and does not
+    leave the block: after it the process must end without another collective, for its peers may be gone. So a failed
+    rank ends right here, by `os._exit`, and its closed connections tell the peers.
+
+    Attributes:
+        last_step: Where the run stands; set it once that is known.
+        exit_code: The verdict, after the block.
+    """
+
+    def __init__(self, env: RankEnv) -> None:
+        self._env = env
+        self._folder: RunFolder | None = None
+        self._lease: Lease | None = None
+        self.last_step: Callable[[], int] | None = None
+        self.exit_code = EXIT_DONE
+
+    def open(self, config: Config, *, wait_seconds: float = WAIT_SECONDS) -> RunFolder:
+        """The folder of the run, opened for writing on rank 0. Before the process group is made, so that no rank gets
+        past the rendezvous in a folder that rank 0 may not have.
+
+        Raises:
+            ConfigError, LeaseError: as `RunFolder.open`.
+        """
+        folder = RunFolder.of(config)
+        if self._env.rank == 0:
+            self._lease = folder.open(config, self._env, wait_seconds=wait_seconds)
+        self._folder = folder
+        return folder
+
+    def check_lease(self) -> None:
+        """Call right before each commit; on ranks other than 0 it does nothing.
+
+        Raises:
+            LeaseError: another attempt writes to this run now.
+        """
+        if self._lease is not None:
+            self._lease.check()
+
+    def expire(self) -> None:
+        """For the grace timer of `StopRequest`: leaves the verdict of a run that did not stop in time."""
+        self._leave(EXIT_FAILED, "did not stop within the grace after a stop signal; what the last checkpoint has is safe")
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            if self._env.rank == 0:
+                self._leave(EXIT_DONE, "done")
+            return
+        self.exit_code, reason = verdict_of(error)
+        if isinstance(error, MoeDistError):
+            sys.stderr.write(f"{reason}\n")
+        else:
+            traceback.print_exception(error)
+        with contextlib.suppress(OSError):  # a full disk must not hide the error; the exit code still tells
+            self._leave(self.exit_code, reason)
+        logging.shutdown()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(self.exit_code)
+
+    def _leave(self, verdict: int, reason: str) -> None:
+        if self._folder is not None:
+            last = self.last_step() if self.last_step is not None else self._folder.last_step()
+            self._folder.write_status(
+                verdict=verdict, reason=reason, last_step=last, attempt_id=self._env.attempt_id, rank=self._env.rank
+            )
+        if self._lease is not None:
+            self._lease.release()

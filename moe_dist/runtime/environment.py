@@ -1,0 +1,112 @@
+"""What a process is told by whoever started it: its rank, how ranks find each other, and which attempt of a run it is."""
+
+import os
+import re
+import socket
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
+
+ALONE = "tcp://127.0.0.1:0"  # a world of one process finds itself on any free port
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """The place of one process.
+
+    Attributes:
+        rank, world_size: Over all nodes.
+        local_rank, local_world_size: On this node; local_rank is also the index of the GPU.
+        init_method: For `torch.distributed.init_process_group`.
+        attempt: How often a launcher has restarted this job; 0 is the first start.
+        attempt_id: Name of this start, the same on all its ranks and different from all other starts.
+        launched: Whether a launcher of ours started it: then standard error already goes into the rank's log file.
+        grace_seconds: Time from a stop signal until the process is ended.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    init_method: str
+    attempt: int
+    attempt_id: str
+    launched: bool = False
+    grace_seconds: float = DEFAULT_GRACE_SECONDS
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> "RankEnv":
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MOE_DIST_INIT_METHOD (or MASTER_ADDR and MASTER_PORT, as
+        torchrun sets them), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
+        MOE_DIST_GRACE_SECONDS. Without RANK and WORLD_SIZE the process is alone.
+
+        Raises:
+            ConfigError: variables are missing, are no numbers, or contradict each other; all faults at once.
+        """
+        faults: list[str] = []
+
+        def number(name: str, default: int | None = None) -> int:
+            text = env.get(name)
+            if text is None and default is not None:
+                return default
+            if text is None or not text.strip().isdecimal():
+                faults.append(f"environment variable {name}={text!r}: must be a whole number; start ranks with a launcher")
+                return 0
+            return int(text)
+
+        alone = "RANK" not in env and "WORLD_SIZE" not in env
+        rank, world_size = number("RANK", 0 if alone else None), number("WORLD_SIZE", 1 if alone else None)
+        local_rank = number("LOCAL_RANK", 0 if world_size == 1 else None)
+        local_world_size = number("LOCAL_WORLD_SIZE", 1 if world_size == 1 else None)
+        attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))
+        if not faults:
+            for name, value, size in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_world_size)):
+                if value >= size:
+                    faults.append(f"environment variable {name}={value}: must be below the number of ranks, {size}")
+            if local_world_size > world_size:
+                faults.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
+        init_method = _init_method(env, world_size)
+        if not init_method:
+            faults.append(
+                "the ranks cannot find each other: set MOE_DIST_INIT_METHOD (file:///a/shared/path or tcp://host:port), or "
+                "MASTER_ADDR and MASTER_PORT"
+            )
+        attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # it becomes part of file names
+            faults.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
+        if faults:
+            raise ConfigError(faults)
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=local_world_size,
+            init_method=init_method,
+            attempt=attempt,
+            attempt_id=attempt_id,
+            launched="MOE_DIST_ATTEMPT_ID" in env,
+            grace_seconds=_grace(env),
+        )
+
+
+def _init_method(env: Mapping[str, str], world_size: int) -> str:
+    """The rendezvous; empty where nothing names one."""
+    if env.get("MOE_DIST_INIT_METHOD"):
+        return env["MOE_DIST_INIT_METHOD"]
+    if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
+        return "env://"  # not tcp://: under torchrun the agent holds the store, and only env:// knows
+    return ALONE if world_size == 1 else ""
+
+
+def _grace(env: Mapping[str, str]) -> float:
+    text = env.get("MOE_DIST_GRACE_SECONDS", str(DEFAULT_GRACE_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < float("inf"):
+        raise ConfigError(f"environment variable MOE_DIST_GRACE_SECONDS={text!r}: must be a positive number of seconds")
+    return seconds

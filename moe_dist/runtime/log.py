@@ -1,0 +1,64 @@
+"""Logging of one rank, each line marked with rank and step.
+
+A launcher of ours sends standard error into log/rank_R.log already. So what goes where:
+
+    launched, rank 0     warnings to standard error (terminal and file), the rest to the file
+    launched, others     everything to standard error, which is the file
+    not launched         warnings to standard error, everything to the file
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
+
+
+class StepPrefix(logging.Filter):
+    """Adds `place`, as '3 @120' for rank 3 in step 120, to each record."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+        self._step: Callable[[], int] | None = None
+
+    def follow(self, step: Callable[[], int]) -> None:
+        """From now on lines show this step."""
+        self._step = step
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.place = f"{self._rank} @{self._step()}" if self._step is not None else str(self._rank)
+        return True
+
+
+def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO) -> StepPrefix:
+    """Sends the root logger's records to their places, instead of wherever an earlier call sent them.
+
+    Args:
+        folder: Its log folder is made if it is not there.
+        level: Lowest level that is written down.
+
+    Returns:
+        The prefix, which wants to be told where to read the step.
+    """
+    root, prefix = logging.getLogger(), StepPrefix(env.rank)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(level if env.launched and env.rank > 0 else logging.WARNING)
+    handlers: list[logging.Handler] = [console]
+    if not env.launched or env.rank == 0:
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder.log_of(env.rank), encoding="utf-8")
+        file.setLevel(level)
+        if env.launched:  # warnings are in the file by way of standard error
+            file.addFilter(lambda record: record.levelno < logging.WARNING)
+        handlers.append(file)
+    for handler in handlers:
+        handler.addFilter(prefix)
+        handler.setFormatter(logging.Formatter("%(asctime)s [%(place)s] %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(handler)
+    root.setLevel(level)
+    return prefix

@@ -1,0 +1,76 @@
+"""Which code ran: commit, what differs from it, and package versions, one entry an attempt."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import moe_dist
+
+_GIT_SECONDS = 20.0
+
+
+def record_provenance(folder: Path, attempt_id: str) -> None:
+    """Adds an entry to <folder>/provenance.json; the diff goes into diff_<hash>.patch beside it, once for equal diffs."""
+    path = folder / "provenance.json"
+    entries = json.loads(path.read_text()) if path.is_file() else []
+    commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
+    patch = None
+    if diff:
+        patch = f"diff_{hashlib.sha256(diff).hexdigest()[:12]}.patch"
+        (folder / patch).write_bytes(diff)
+    entries.append(
+        {
+            "attempt_id": attempt_id,
+            "time": time.time(),
+            "command": sys.argv,
+            "moe_dist": moe_dist.__version__,
+            "commit": commit,
+            "diff": patch,
+            "untracked": untracked,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {
+                d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name.lower())
+            },
+        }
+    )
+    new = folder / ".provenance.json"
+    new.write_text(json.dumps(entries, indent=1) + "\n")
+    os.replace(new, path)
+
+
+def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
+    """Commit, diff to it and untracked files of the clone that holds the folder `code`; (None, b"", []) where the code is
+    not tracked by git (an installed package), or there is no git."""
+    if _git(code, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, b"", []
+    commit = _git(code, "rev-parse", "HEAD")
+    diff = _git(code, "diff", "HEAD", "--no-ext-diff", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "--", ":/")
+    untracked = _git(code, "ls-files", "--others", "--exclude-standard", "--full-name", "--", ":/")
+    return (
+        commit.decode().strip() if commit else None,
+        diff or b"",
+        (untracked or b"").decode(errors="replace").splitlines(),
+    )
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    """Output of a git command; None where it failed. Takes no lock, asks nothing."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_GIT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

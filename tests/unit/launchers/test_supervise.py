@@ -1,0 +1,233 @@
+"""Ranks that fail, hang, refuse to end or are stopped; each in a small program of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from launchers.command import RankCommand
+from launchers.supervise import ABORTED, Outcome, Patience, Ranks, StopSignals, last_words
+
+PATIENT = Patience(stop=60.0, peers=0.3, kill=60.0)
+PRELUDE = """
+import os, signal, sys, time
+rank, here = int(os.environ["RANK"]), sys.argv[1]
+def mark(name, text=""):
+    with open(f"{here}/{name}.{rank}.new", "w") as file: file.write(text)
+    os.rename(f"{here}/{name}.{rank}.new", f"{here}/{name}.{rank}")
+def wait_for(name):
+    while not os.path.exists(f"{here}/{name}"): time.sleep(0.01)
+def wait_for_end(of):
+    wait_for(f"pid.{of}")
+    stat = "/proc/" + open(f"{here}/pid.{of}").read() + "/stat"
+    try:
+        while open(stat).read().rpartition(")")[2].split()[0] != "Z": time.sleep(0.01)
+    except FileNotFoundError: pass
+"""
+REFUSES = "for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2): signal.signal(s, signal.SIG_IGN)\n"
+STOPS = """
+asked = []
+for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2): signal.signal(s, lambda n, f: asked.append(n))
+mark("ready")
+while not asked: time.sleep(0.01)
+time.sleep(0.3)
+mark("asked", " ".join(str(int(n)) for n in asked)); sys.exit(75)
+"""
+
+
+class Run:
+    """A set of ranks that run one program; what they leave is in `folder`."""
+
+    def __init__(self, folder: Path, program: str, patience: Patience = PATIENT) -> None:
+        self.folder, self.patience = folder, patience
+        self.terminal = BytesIO()
+        (folder / "program.py").write_text(PRELUDE + textwrap.dedent(program))
+
+    def start(self, stack: ExitStack, num_ranks: int) -> Ranks:
+        argv = (sys.executable, str(self.folder / "program.py"), str(self.folder))
+        commands = [RankCommand(rank, 0, argv, {"RANK": str(rank)}) for rank in range(num_ranks)]
+        logs = [stack.enter_context(self.log(rank).open("ab")) for rank in range(num_ranks)]
+        return Ranks(commands, logs, patience=self.patience, terminal=self.terminal)
+
+    def to_the_end(self, num_ranks: int) -> Outcome:
+        with ExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            return self.start(stack, num_ranks).see_through(signals)
+
+    def log(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.log"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def test_all_done_is_0_and_each_rank_has_its_log(tmp_path: Path) -> None:
+    run = Run(tmp_path, "print('out', rank, flush=True); print('err', rank, file=sys.stderr)")
+    assert run.to_the_end(3) == Outcome((0, 0, 0), None, None, aborted=False)
+    assert run.log(0).read_text() == "err 0\n"  # its standard output is the terminal's
+    assert [run.log(rank).read_text() for rank in (1, 2)] == ["out 1\nerr 1\n", "out 2\nerr 2\n"]
+    assert run.terminal.getvalue() == b"err 0\n"
+
+
+def test_the_first_failure_is_the_cause_and_ends_all_even_those_that_refuse(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2): signal.signal(s, signal.SIG_IGN)
+        mark("pid", str(os.getpid()))
+        if rank == 2:
+            wait_for("pid.0"); wait_for("pid.1"); wait_for("pid.3")
+            raise ValueError("the cause")
+        if rank == 1:
+            wait_for_end(2)
+            raise ConnectionError("the consequence")
+        time.sleep(100)
+        """,
+        Patience(stop=60.0, peers=3.0, kill=0.5),
+    )
+    outcome = run.to_the_end(4)
+    assert outcome == Outcome((-9, 1, 1, -9), 2, None, aborted=False)
+    assert outcome.exit_code == 1
+    assert "ValueError: the cause" in last_words(run.log(2), 0)
+    assert not any(is_alive(int((tmp_path / f"pid.{rank}").read_text())) for rank in range(4))
+
+
+def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        if rank == 1:
+            wait_for("ready.0"); sys.exit(65)
+        mark("ready"); signal.signal(signal.SIGTERM, lambda n, f: sys.exit("the consequence")); time.sleep(100)
+        """,
+    )
+    outcome = run.to_the_end(2)
+    assert (outcome.codes, outcome.first_failed, outcome.exit_code) == ((1, 65), 1, 65)
+    assert run.terminal.getvalue() == b""
+    assert run.log(0).read_text() == "the consequence\n"
+
+
+def test_a_rank_that_was_killed_gives_the_code_of_a_shell(tmp_path: Path) -> None:
+    outcome = Run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)").to_the_end(1)
+    assert (outcome.codes, outcome.exit_code) == ((-9,), 137)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> None:
+    run = Run(tmp_path, STOPS)
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        ranks = run.start(stack, 2)
+        wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in range(2)), "ranks are ready")
+        os.kill(os.getpid(), number)
+        if number != signal.SIGINT:  # a second Ctrl-C has a meaning of its own
+            os.kill(os.getpid(), number)
+        outcome = ranks.see_through(signals)
+    assert outcome == Outcome((75, 75), None, number, aborted=False)
+    assert outcome.exit_code == 75
+    assert [(tmp_path / f"asked.{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)")
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        ranks = run.start(stack, 2)
+        wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in range(2)), "ranks are ready")
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        outcome = ranks.see_through(signals)
+    assert (outcome.codes, outcome.aborted, outcome.exit_code) == ((-9, -9), True, ABORTED)
+
+
+def test_ranks_that_do_not_stop_within_the_grace_are_killed(tmp_path: Path) -> None:
+    run = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)", Patience(stop=0.2))
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        ranks = run.start(stack, 1)
+        wait_until((tmp_path / "ready.0").exists, "rank is ready")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ranks.see_through(signals).codes == (-9,)
+
+
+def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(PRELUDE + REFUSES + "mark('pid', str(os.getpid())); time.sleep(100)")
+    launcher = f"""
+import sys
+from launchers.command import RankCommand
+from launchers.supervise import Patience, Ranks, StopSignals
+argv = (sys.executable, {str(tmp_path / "rank.py")!r}, {str(tmp_path)!r})
+logs = [open(f"{tmp_path}/log{{rank}}", "ab") for rank in range(2)]
+with StopSignals() as signals:
+    Ranks([RankCommand(r, 0, argv, {{"RANK": str(r)}}) for r in range(2)], logs, patience=Patience(9)).see_through(signals)
+"""
+    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=Path(__file__).parents[3])
+    try:
+        wait_until(lambda: all((tmp_path / f"pid.{rank}").exists() for rank in range(2)), "ranks have started")
+        pids = [int((tmp_path / f"pid.{rank}").read_text()) for rank in range(2)]
+        assert all(is_alive(pid) for pid in pids)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "ranks have ended")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([f"line {i}" for i in range(30)], [f"line {i}" for i in range(10, 30)]),
+        (
+            ["noise", "Traceback (most recent call last):", "  x", "E: 1"],
+            ["Traceback (most recent call last):", "  x", "E: 1"],
+        ),
+        (
+            [
+                "Traceback (most recent call last):",
+                "Old: handled and logged",
+                "noise",
+                "Traceback (most recent call last):",
+                "First: x",
+                "",
+                "The above exception was the direct cause of the following exception:",
+                "",
+                "Traceback (most recent call last):",
+                "Second: y",
+            ],
+            [
+                "Traceback (most recent call last):",
+                "First: x",
+                "",
+                "The above exception was the direct cause of the following exception:",
+                "",
+                "Traceback (most recent call last):",
+                "Second: y",
+            ],
+        ),
+    ],
+    ids=["no traceback", "traceback", "chain"],
+)
+def test_last_words(tmp_path: Path, said: Sequence[str], expected: Sequence[str]) -> None:
+    log = tmp_path / "log"
+    before = "Traceback (most recent call last):\nof an earlier attempt\n"
+    log.write_text(before + "\n".join(said) + "\n")
+    assert last_words(log, len(before)).splitlines() == list(expected)

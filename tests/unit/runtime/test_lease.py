@@ -1,0 +1,187 @@
+"""One writer: leases between two holders, in one process and in several."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from moe_dist.runtime.lease import Holder, Lease, LeaseError, read_holder
+
+ROOT = Path(__file__).parents[3]
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@contextmanager
+def another_process(path: Path, then: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lease at `path` with a very short beat, says so, and does what it is told."""
+    program = f"""
+        import os, sys, time
+        from pathlib import Path
+        from moe_dist.runtime.lease import Lease, LeaseError
+        lease = Lease(Path({str(path)!r}), "other", stale_seconds=0.6).acquire(0.0)
+        print("held", flush=True)
+        {then}
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def of_another_machine(path: Path) -> Holder:
+    """Leaves a lease whose holder is on a machine that we cannot look into."""
+    holder = Holder("old", "elsewhere", 1, "another boot and namespace", "77", "token")
+    path.write_bytes(b"000000000007\n" + json.dumps(asdict(holder)).encode())
+    return holder
+
+
+def test_a_lease_is_held_checked_and_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "lease.json"
+    lease = Lease(path, "first").acquire(0.0)
+    lease.check()
+    holder = read_holder(path)
+    assert holder is not None
+    assert (holder.attempt_id, holder.is_dead()) == ("first", False)
+    lease.release()
+    lease.release()
+    assert read_holder(path) is None
+    Lease(path, "second").acquire(0.0).release()
+
+
+def test_a_second_attempt_ends_naming_the_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    with another_process(path, "time.sleep(100)") as process:
+        with pytest.raises(LeaseError, match=rf"attempt other, process {process.pid} on .* did not leave within 1\.5 s"):
+            Lease(path, "me", stale_seconds=0.6).acquire(1.5)
+        holder = read_holder(path)
+        assert holder is not None
+        assert holder.pid == process.pid
+
+
+def test_a_second_attempt_waits_for_the_first_to_leave(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    with another_process(path, "sys.stdin.readline(); time.sleep(0.5); lease.release(); time.sleep(100)") as process:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        Lease(path, "me").acquire(30.0).check()
+
+
+def test_a_holder_killed_on_this_machine_is_replaced_without_waiting_for_staleness(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    with another_process(path, "time.sleep(100)") as process:
+        process.kill()
+        # Not reaped yet: a zombie is dead, too.
+        wait_until(lambda: (holder := read_holder(path)) is not None and holder.is_dead(), "holder is seen as dead")
+        Lease(path, "me", stale_seconds=1000.0).acquire(0.0).check()
+
+
+def test_a_silent_holder_elsewhere_is_replaced_only_when_stale(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    holder = of_another_machine(path)
+    with pytest.raises(LeaseError, match="process 1 on elsewhere"):
+        Lease(path, "me", stale_seconds=1000.0).acquire(0.3)
+    assert read_holder(path) == holder
+    Lease(path, "me", stale_seconds=0.3).acquire(10.0).check()
+
+
+def test_a_beat_keeps_a_lease_that_is_older_than_stale(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    of_another_machine(path)
+    beats = iter(range(100))
+
+    def beat() -> None:
+        with path.open("r+b") as stream:
+            stream.write(b"%012d" % next(beats))
+
+    waiting = Lease(path, "me", stale_seconds=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_dist.runtime.lease.time.sleep", lambda seconds: beat())
+        clock = iter(x * 0.4 for x in range(1000))
+        patch.setattr("moe_dist.runtime.lease.time.monotonic", lambda: next(clock))
+        with pytest.raises(LeaseError):
+            waiting.acquire(10.0)
+
+
+def test_a_writer_that_wakes_up_is_refused_and_its_beats_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    sleeper = Lease(path, "sleeper", stale_seconds=1000.0).acquire(0.0)  # its thread does not beat in this test's time
+    # Seen from another machine, where its pid says nothing:
+    record = path.read_bytes()
+    holder = read_holder(path)
+    assert holder is not None
+    path.write_bytes(record.replace(holder.machine.encode(), b"x" * len(holder.machine)))
+    after = Lease(path, "after", stale_seconds=0.2).acquire(10.0)
+    content = path.read_bytes().partition(b"\n")[2]
+    sleeper.renew()
+    with pytest.raises(LeaseError, match=r"lost the lease to attempt after"):
+        sleeper.check()
+    sleeper.release()
+    after.check()
+    assert path.read_bytes().partition(b"\n")[2] == content
+
+
+def test_a_lease_that_somebody_removed_is_lost(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease.json", "me").acquire(0.0)
+    lease.path.unlink()
+    with pytest.raises(LeaseError, match="somebody who removed it"):
+        lease.check()
+
+
+def test_of_many_that_find_it_stale_one_gets_it(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    of_another_machine(path)
+    program = f"""
+import sys, time
+from pathlib import Path
+from moe_dist.runtime.lease import Lease, LeaseError
+lease = Lease(Path({str(path)!r}), sys.argv[1], stale_seconds=0.5)
+try:
+    lease.acquire(3.0); print("got", flush=True)
+    sys.stdin.readline(); lease.check(); print("kept", flush=True)
+except LeaseError:
+    print("refused", flush=True)
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, f"p{i}"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(4)
+    ]
+    try:
+        first = []
+        for process in processes:
+            assert process.stdout is not None
+            first.append(process.stdout.readline().strip())
+        assert sorted(first) == ["got", "refused", "refused", "refused"]
+        winner = processes[first.index("got")]
+        assert winner.communicate("\n", timeout=30)[0] == "kept\n"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lease.json"]
