@@ -43,7 +43,7 @@ def main(
 
 def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
     """Builds everything in order, then fits. Runs on every rank."""
-    from moe_dist import build
+    from moe_dist import build, session
     from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
     from moe_dist.resume import Resumable
@@ -53,7 +53,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     config = plan.config
     folder = attempt.open(config)
     log = setup_logging(env, folder)
-    device = build.choose_device(config, env)
+    device = session.choose_device(config, env)
     timeout = config.parallel.timeout_seconds
     init_world(init_method=env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout)
@@ -71,8 +71,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     progress = resumable.restore()
     attempt.last_step = lambda: progress.step
     log.follow(lambda: progress.step)
-    sinks = build.build_sinks(plan, folder, resume_step=progress.step) if env.rank == 0 else []
-    with build.watched_devices(config, device, env) as devices:
+    sinks = session.build_sinks(plan, folder, resume_step=progress.step) if env.rank == 0 else []
+    with session.watched_devices(config, device, env) as devices:
         trainer = Trainer(
             build.build_plan(config),
             training.step,
@@ -89,7 +89,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         )
         finished = trainer.fit()
     if env.rank == 0:
-        build.conclude(finished, folder, plan, sinks)
+        session.conclude(finished, folder, plan, sinks)
     destroy_world()
 
 

@@ -24,6 +24,7 @@ from tests.support.worlds import RankContext
 
 SEQ_LEN = 12
 HIDDEN_DIM = 16
+LAYERS = 2
 SEQUENCES = 8  # of a micro-batch over all ranks
 MICRO_BATCHES = 2
 STEPS = 3
@@ -93,7 +94,7 @@ def config_of(layout: Layout) -> Config:
             "run": {"name": "layout"},
             "model": {
                 "hidden_dim": HIDDEN_DIM,
-                "num_layers": 2,
+                "num_layers": LAYERS,
                 "num_heads": 4,
                 "num_kv_heads": 2,
                 "vocab_size": IMAGE[1],
