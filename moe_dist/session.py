@@ -1,0 +1,96 @@
+"""What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+
+from moe_dist.config import schema
+from moe_dist.config.load import resolved_yaml
+from moe_dist.config.schema import Config
+from moe_dist.errors import PlacementError
+from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.hints import HintWatch
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.sinks.console import ConsoleSink, summary_table
+from moe_dist.monitor.sinks.jsonl import JsonlSink
+from moe_dist.monitor.sinks.prometheus import PrometheusSink
+from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.wandb import WandbSink
+from moe_dist.preflight import Preflight
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.trainer import Finished
+
+
+def choose_device(config: Config, env: RankEnv) -> torch.device:
+    """Where this rank computes: its own GPU, by local rank, or the CPU.
+
+    Raises:
+        PlacementError: the rank has no GPU of its own here.
+    """
+    wanted = config.parallel.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if env.local_rank >= torch.cuda.device_count():
+        raise PlacementError(
+            f"rank {env.rank} is number {env.local_rank} on its node, which shows {torch.cuda.device_count()} GPUs "
+            "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
+        )
+    device = torch.device("cuda", env.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
+    """Readings of rank 0's device on a background thread; the other ranks have none."""
+    if env.rank != 0:
+        yield None
+        return
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)
+    try:
+        yield monitor
+    finally:
+        monitor.stop()
+
+
+def build_sinks(plan: Preflight, folder: RunFolder, *, resume_step: int) -> list[Sink]:
+    """The sinks of rank 0, each with the configuration and the placement as a page of text."""
+    config, placement = plan.config, plan.placement
+    subject = Subject(placement.groups, placement, config.model.moe_layers, len(plan.manifest.modalities))
+    sinks: list[Sink] = []
+    for section in config.monitor.sinks:
+        options = {**section.model_dump(exclude={"kind"}), "resume_step": resume_step}
+        match section:
+            case schema.ConsoleSink():
+                hints = HintWatch(placement.groups, config.model.moe_layers)
+                sinks.append(ConsoleSink(total_steps=config.train.steps, hints=hints, **options))
+            case schema.JsonlSink():
+                sinks.append(JsonlSink(path=folder.metrics_jsonl, **options))
+            case schema.TensorBoardSink():
+                from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # seconds to import: on rank 0 only
+
+                modalities = tuple(plan.manifest.modalities)
+                sinks.append(TensorBoardSink(folder=folder.tensorboard, subject=subject, modalities=modalities, **options))
+            case schema.PrometheusSink():
+                options["path"] = section.path or folder.path / "metrics.prom"
+                sinks.append(PrometheusSink(run_name=config.run.name, **options))
+            case schema.WandbSink():
+                sinks.append(WandbSink(run_name=config.run.name, folder=folder.path, **options))
+    for sink in sinks:
+        sink.text("configuration", f"```yaml\n{resolved_yaml(config)}```")
+        sink.text("placement", f"```\n{plan.placement_text}\n```")
+    return sinks
+
+
+def conclude(finished: Finished, folder: RunFolder, plan: Preflight, sinks: Sequence[Sink]) -> None:
+    """Closes the sinks, then prints the summary and keeps it for whoever starts the finished run again."""
+    for sink in sinks:
+        sink.close()
+    console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
+    console.print(summary_table(finished.checks, title=f"Run {plan.config.run.name}, {finished.evaluation.step} steps"))
+    console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
+    folder.write_summary(console.export_text())
