@@ -1,0 +1,148 @@
+"""Parameters and FLOPs of the transformer, counted from plain sizes: the only such count of the project. Imports no torch.
+
+A multiplication and an addition are two FLOPs; matrix products are counted, norms, softmax, SwiGLU's product and the
+weighting of experts' outputs are not (together below 1 %). Attention's products count all positions of the sequence, as
+PaLM's model FLOPs do; kernels that skip what the mask of documents and causality hides do less.
+Shape letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_dist.placement.placement import ExpertGroup
+
+Recompute = Literal["none", "experts", "block"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a transformer with experts.
+
+    Attributes:
+        num_layers, num_moe_layers: All layers, and those that hold experts.
+        dense_ffn_dim: FFN width of the other layers.
+        shared_ffn_dim: Width of the shared expert of each MoE layer; 0 for none.
+        groups: Expert groups.
+    """
+
+    hidden_dim: int
+    num_layers: int
+    num_moe_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    dense_ffn_dim: int
+    shared_ffn_dim: int
+    qk_norm: bool
+    tie_embeddings: bool
+    groups: Sequence[ExpertGroup]
+
+    @property
+    def num_dense_layers(self) -> int:
+        return self.num_layers - self.num_moe_layers
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A count by part of the model, over all layers.
+
+    Attributes:
+        embedding, output: Embedding and output projection; tied, the first holds the parameters and the second the FLOPs.
+        attention: Projections and their norms, and in FLOPs the products over positions.
+        router, experts, shared, dense_ffn, norms: Likewise.
+    """
+
+    embedding: float = 0
+    attention: float = 0
+    router: float = 0
+    experts: float = 0
+    shared: float = 0
+    dense_ffn: float = 0
+    norms: float = 0
+    output: float = 0
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
+    """True experts a token of each group takes under a uniform router, k n / (n + m)."""
+    return {group.name: group.expected_experts_per_token for group in groups}
+
+
+def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None) -> Parts:
+    """Parameters by part, routers with their null rows.
+
+    Args:
+        experts_held: Experts of each group to count in each layer: by default all of them; a rank's own; or, weighted by
+            the groups' shares of the tokens, those that a token takes, for the active parameters.
+    """
+    s, dim = shape, shape.hidden_dim
+    held = experts_held if experts_held is not None else {group.name: group.num_experts for group in s.groups}
+    heads, kv_heads = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+    projections = dim * (2 * heads + 2 * kv_heads)
+    qk_norms = heads + kv_heads if s.qk_norm else 0
+    return Parts(
+        embedding=s.vocab_size * dim,
+        attention=s.num_layers * (projections + qk_norms),
+        router=s.num_moe_layers * dim * sum(g.num_experts + g.num_null for g in s.groups),
+        experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
+        shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,
+        dense_ffn=s.num_dense_layers * 3 * dim * s.dense_ffn_dim,
+        norms=dim * (2 * s.num_layers + 1),
+        output=0 if s.tie_embeddings else s.vocab_size * dim,
+    )
+
+
+def active_parameters(shape: Shape, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]) -> Parts:
+    """Parameters that a mean token meets: everything but the experts it does not take.
+
+    Args:
+        experts_per_token: Mean true experts of a token of each group.
+        token_share: Share of the tokens that each group routes.
+    """
+    taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
+    return parameters(shape, experts_held=taken)
+
+
+def forward_flops(
+    shape: Shape, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
+) -> Parts:
+    """FLOPs of a forward pass for a mean token, by part.
+
+    A product with a weight of n entries is 2 n FLOPs; attention adds 2 H d S for the scores and as much for the values.
+    Every token meets the router rows of all groups.
+
+    Args:
+        seq_len: S.
+        experts_per_token, token_share: As `active_parameters`.
+    """
+    s, dim = shape, shape.hidden_dim
+    weights = active_parameters(s, experts_per_token=experts_per_token, token_share=token_share)
+    heads = s.num_heads * s.head_dim
+    projections = dim * (2 * heads + 2 * s.num_kv_heads * s.head_dim)
+    return Parts(
+        attention=s.num_layers * (2 * projections + 4 * heads * seq_len),
+        router=2 * weights.router,
+        experts=2 * weights.experts,
+        shared=2 * weights.shared,
+        dense_ffn=2 * weights.dense_ffn,
+        output=2 * s.vocab_size * dim,
+    )
+
+
+def training_flops(forward: Parts, *, recompute: Recompute = "none") -> float:
+    """FLOPs a token of forward and backward, three times the forward pass, and what recompute repeats on top (at most:
+    the last product of a recomputed unit need not be repeated).
+
+    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) leaves the repeats out: ask with `recompute="none"`.
+    """
+    repeated = {
+        "none": 0.0,
+        "experts": forward.experts,
+        "block": forward.attention + forward.router + forward.experts + forward.shared,
+    }[recompute]
+    return 3 * forward.total + repeated
