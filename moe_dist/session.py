@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 
+from moe_dist.build import COMPUTE_DTYPES
 from moe_dist.config import schema
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
@@ -18,6 +19,7 @@ from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.prometheus import PrometheusSink
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
+from moe_dist.placement.planner import render
 from moe_dist.preflight import Preflight
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
@@ -82,8 +84,19 @@ def build_sinks(plan: Preflight, folder: RunFolder, *, resume_step: int) -> list
                 sinks.append(WandbSink(run_name=config.run.name, folder=folder.path, **options))
     for sink in sinks:
         sink.text("configuration", f"```yaml\n{resolved_yaml(config)}```")
-        sink.text("placement", f"```\n{plan.placement_text}\n```")
+        sink.text("placement", f"```\n{placement_text(plan)}```")
     return sinks
+
+
+def placement_text(plan: Preflight) -> str:
+    """The placement of a run beside what the policies would cost for its token mix, as plain text."""
+    return render(
+        plan.comparison,
+        plan.placement,
+        plan.token_mix,
+        policy=plan.config.placement.policy,
+        itemsize=COMPUTE_DTYPES[plan.config.parallel.precision].itemsize,
+    )
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight, sinks: Sequence[Sink]) -> None:

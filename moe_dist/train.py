@@ -12,7 +12,7 @@ import typer
 
 from moe_dist.config.load import load_config
 from moe_dist.errors import MoeDistError
-from moe_dist.preflight import Preflight, check
+from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder, Start
@@ -32,7 +32,7 @@ def main(
     env = RankEnv.from_environment(os.environ)
     attempt = Attempt(env)
     with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:  # handlers stand before torch is imported
-        plan = check(load_config(config, overrides or []))
+        plan = check_file(config, overrides or [], world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
             train(plan, env, attempt, stop)
@@ -71,6 +71,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     progress = resumable.restore()
     attempt.last_step = lambda: progress.step
     log.follow(lambda: progress.step)
+    if env.rank == 0:
+        print(session.placement_text(plan))
     sinks = session.build_sinks(plan, folder, resume_step=progress.step) if env.rank == 0 else []
     with session.watched_devices(config, device, env) as devices:
         trainer = Trainer(
