@@ -150,7 +150,7 @@ def _repair(
         holder = _get(values, where[:-1])
         value = holder.pop(where[-1])
         section, _, name = (nearest(schema, dotted(where)) or "").rpartition(".")
-        if section == dotted(where[:-1]) and name not in holder and not find(schema, dotted(where)):
+        if name and section == dotted(where[:-1]) and name not in holder and not find(schema, dotted(where)):
             holder[name] = value
         return
     if detail["loc"][-1:] == ("[key]",):
