@@ -103,24 +103,21 @@ def rank_commands(plan: Plan) -> tuple[RankCommand, ...]:
     )
 
 
-def fit_world_size(config: Config, num_ranks: int | None) -> tuple[int, tuple[str, ...]]:
-    """The number of ranks, and the override that makes the configuration fit it.
-
-    Args:
-        num_ranks: What was asked for; None takes what the configuration says, ep x edp.
+def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
+    """The overrides that make a configuration fit a number of ranks; none where it does already, or None is asked for.
 
     Raises:
         ConfigError: the number is no multiple of parallel.ep.
     """
     ep, edp = config.parallel.ep, config.parallel.edp
     if num_ranks is None or num_ranks == ep * edp:
-        return ep * edp, ()
+        return ()
     if num_ranks < 1 or num_ranks % ep:
         raise ConfigError(
             f"{num_ranks} ranks: must be a positive multiple of parallel.ep={ep}, since EP groups are whole; choose "
             "another number, or set parallel.ep"
         )
-    return num_ranks, (f"parallel.edp={num_ranks // ep}",)
+    return (f"parallel.edp={num_ranks // ep}",)
 
 
 def threads_per_rank(ranks: int, env: Mapping[str, str]) -> int | None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from moe_dist.preflight import check
 
 from launchers.command import TRAIN, Plan, RankCommand, file_rendezvous, fit_world_size, rank_commands, threads_per_rank
 from launchers.supervise import Outcome, Patience, Ranks, StopSignals, last_words
-from moe_dist.config.load import load_config
+from moe_dist.config.load import read_draft
 from moe_dist.errors import MoeDistError
+from moe_dist.preflight import check_file
 from moe_dist.runtime.run_folder import Ending, RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
@@ -46,10 +46,11 @@ def launch(
     Raises:
         MoeDistError: found before any process was started.
     """
-    world_size, fitting = fit_world_size(load_config(config_path, overrides), nproc)
-    overrides = (*overrides, *fitting)
-    config = load_config(config_path, overrides)
-    check(config)
+    read = read_draft(config_path, overrides)
+    if read.value is not None:  # else `check_file` tells what is wrong with it
+        overrides = (*overrides, *fit_world_size(read.value, nproc))
+    config = check_file(config_path, overrides).config
+    world_size = config.parallel.ep * config.parallel.edp
     folder = RunFolder.of(config)
     if overwrite and (old := folder.move_aside()) is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)
@@ -62,7 +63,7 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="moe_dist_") as meeting_place:
         plan = Plan(
             config=config_path,
-            overrides=overrides,
+            overrides=tuple(overrides),
             ranks_per_node=(world_size,),
             rendezvous=file_rendezvous(Path(meeting_place) / "store"),
             attempt=0,
@@ -100,7 +101,7 @@ def _conclude(folder: RunFolder, ending: Ending | None, outcome: Outcome, offset
     """Says why the run ended if it was not by its own will, and returns its verdict."""
     verdict = ending.verdict if ending is not None else None
     cause = outcome.first_failed
-    if cause is not None and verdict and ending is not None and ending.rank is not None:
+    if cause is not None and not outcome.sudden and verdict and ending is not None and ending.rank is not None:
         cause = ending.rank  # it wrote the verdict before it left, hence before any peer could fail of it
     if outcome.aborted:
         print("ended at once; what the last checkpoint has is safe", file=sys.stderr)

@@ -25,6 +25,8 @@ from moe_dist.runtime.signals import STOP_SIGNALS, child_of
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
+# A rank that dies of one of these has said nothing, and does not die of a peer's failure (of SIGABRT it may).
+SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 TICK_SECONDS = 0.1
 HELD_SECONDS = (
     0.5  # standard error of rank 0 is shown so much later: by then it is known whether its end has a cause elsewhere
@@ -53,7 +55,7 @@ class Outcome:
 
     Attributes:
         codes: Of each rank; negative is the signal that killed it.
-        first_failed: The rank that failed first; None where none failed by itself.
+        first_failed: The rank whose failure is the cause; None where none failed by itself.
         stop: The first stop signal that came, if any.
         aborted: Ended at once by a second Ctrl-C.
     """
@@ -62,6 +64,11 @@ class Outcome:
     first_failed: int | None
     stop: signal.Signals | None
     aborted: bool
+
+    @property
+    def sudden(self) -> bool:
+        """Whether the cause is a rank that was killed: then what its peers wrote down is only a consequence."""
+        return self.first_failed is not None and self.codes[self.first_failed] in SUDDEN
 
     @property
     def exit_code(self) -> int:
@@ -150,7 +157,7 @@ class Ranks:
         self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._codes: dict[int, int] = {}
         self._terminate_at = self._kill_at = float("inf")
-        self._first_failed: int | None = None
+        self._failed: list[int] = []  # in the order of their ends, before we ended any
         self._ranks: list[subprocess.Popen[bytes]] = []
         prepare = child_of(os.getpid(), ignore_stop=False)
         try:
@@ -184,13 +191,14 @@ class Ranks:
                     aborted = True
                     self._kill_at = time.monotonic()
                 self._end_the_late()
-                if self._first_failed is None:
+                if not self._failed:
                     self._stderr.show(at_least=HELD_SECONDS)
         finally:
             self.kill()
-        self._stderr.finish(show=self._first_failed is None)
-        codes = tuple(self._codes.get(rank, -signal.SIGKILL) for rank in range(len(self._ranks)))
-        return Outcome(codes, self._first_failed, signals.first, aborted)
+        self._stderr.finish(show=not self._failed)
+        codes = tuple(process.wait() for process in self._ranks)
+        cause = next((rank for rank in self._failed if codes[rank] in SUDDEN), self._failed[0] if self._failed else None)
+        return Outcome(codes, cause, signals.first, aborted)
 
     def kill(self) -> None:
         """Kills, by process id, every rank that still runs."""
@@ -211,12 +219,13 @@ class Ranks:
             return
         code = self._codes[rank] = self._ranks[rank].wait()
         now = time.monotonic()
-        if code not in CLEAN and self._first_failed is None and self._kill_at > now:
-            self._first_failed = rank
-            self._terminate_at = now + self._patience.peers
-            self._kill_at = min(self._kill_at, self._terminate_at + self._patience.kill)
-        elif code in CLEAN:
+        if code in CLEAN:
             self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
+        elif self._kill_at > now:
+            if not self._failed:
+                self._terminate_at = now + self._patience.peers
+                self._kill_at = min(self._kill_at, self._terminate_at + self._patience.kill)
+            self._failed.append(rank)
 
     def _end_the_late(self) -> None:
         now = time.monotonic()

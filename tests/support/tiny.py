@@ -13,6 +13,7 @@ import yaml
 
 from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.config.schema import Config
+from moe_dist.data.indexed import write_indexed
 
 PAD, EOS, BEGIN_IMAGE, END_IMAGE = 0, 1, 2, 3
 TEXT_IDS = (0, 48)
@@ -122,15 +123,8 @@ def _prose(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
 
 
 def _write_split(folder: Path, name: str, documents: Iterator[np.ndarray]) -> SplitSection:
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # takes seconds, so only where needed
-
-    builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
-    written: list[np.ndarray] = []
-    for document in documents:
-        builder.add_document(torch.from_numpy(document), [len(document)])
-        written.append(document)
-    builder.finalize(str(folder / f"{name}.idx"))
+    written = list(documents)
+    write_indexed(folder / name, written, vocab_size=IMAGE_IDS[1])
     tokens = np.concatenate(written)
     image = int((tokens >= IMAGE_IDS[0]).sum())
     np.packbits(tokens == FILLER_CODE).tofile(folder / f"{name}.filler")

@@ -99,7 +99,7 @@ def test_the_first_failure_is_the_cause_and_ends_all_even_those_that_refuse(tmp_
             wait_for("pid.0"); wait_for("pid.1"); wait_for("pid.3")
             raise ValueError("the cause")
         if rank == 1:
-            wait_for_end(2)
+            wait_for_end(2); time.sleep(1)
             raise ConnectionError("the consequence")
         time.sleep(100)
         """,
@@ -127,9 +127,19 @@ def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -
     assert run.log(0).read_text() == "the consequence\n"
 
 
-def test_a_rank_that_was_killed_gives_the_code_of_a_shell(tmp_path: Path) -> None:
-    outcome = Run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)").to_the_end(1)
-    assert (outcome.codes, outcome.exit_code) == ((-9,), 137)
+def test_a_rank_that_was_killed_is_the_cause_whatever_its_peers_say_and_gives_the_code_of_a_shell(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        mark("pid", str(os.getpid()))
+        if rank == 0:
+            wait_for("pid.1"); sys.exit(70)
+        wait_for_end(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    outcome = run.to_the_end(2)
+    assert (outcome.codes, outcome.first_failed, outcome.sudden, outcome.exit_code) == ((70, -9), 1, True, 137)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])

@@ -1,0 +1,91 @@
+"""Every way out of an attempt leaves a verdict; each in a process of its own, since a failed rank ends there."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = """
+import os, sys
+from moe_dist.config.load import load_config
+from moe_dist.errors import *
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RankEnv
+with Attempt(RankEnv.from_environment(os.environ)) as attempt:
+    attempt.open(load_config(sys.argv[1]))
+    attempt.last_step = lambda: 7
+    {body}
+sys.exit(attempt.exit_code)
+"""
+
+
+def run(tmp_path: Path, body: str, **env: str) -> tuple[subprocess.CompletedProcess[str], RunFolder]:
+    config = tiny_config(tmp_path / "data", tmp_path / "runs")
+    path = write_config(config, tmp_path / "x.yaml")
+    program = PROGRAM.format(body=textwrap.dedent(body))
+    given = {"MOE_DIST_ATTEMPT_ID": "this", **env}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        env={**os.environ, **given},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done, RunFolder.of(config)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "reason", "shown"),
+    [
+        ("pass", 0, "done", ""),
+        ("raise StoppedError('saved')", 75, "saved", "saved\n"),
+        ("raise DataError('damaged')", 65, "damaged", "damaged\n"),
+        ("raise DivergedError('nan')", 70, "nan", "nan\n"),
+        ("raise KeyError('ours')", 1, "KeyError: 'ours'", "Traceback"),
+        ("attempt.expire(); os._exit(1)", 1, "did not stop within the grace", ""),
+    ],
+)
+def test_verdicts(tmp_path: Path, body: str, code: int, reason: str, shown: str) -> None:
+    done, folder = run(tmp_path, body)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(shown)
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.attempt_id, latest.verdict, latest.last_step, latest.rank) == ("this", code, 7, 0)
+    assert latest.reason.startswith(reason)
+    assert latest.ended is not None
+    assert not folder.lease_json.exists()
+
+
+def test_a_rank_other_than_0_gives_the_verdict_under_the_lease_of_rank_0(tmp_path: Path) -> None:
+    body = """import subprocess; environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2", "MOE_DIST_INIT_METHOD": "file:///x", "INNER": "1"}
+    if "INNER" in os.environ: raise DataError('rank 1 saw it')
+    print(subprocess.run([sys.executable, "-c", os.environ["PROGRAM"], sys.argv[1]], env=environment).returncode)
+    raise ConnectionError('rank 0 saw rank 1 go')"""
+    done, folder = run(tmp_path, body, PROGRAM=PROGRAM.format(body=body))
+    assert (done.returncode, done.stdout) == (1, "65\n")
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.reason, latest.rank) == (65, "rank 1 saw it", 1)
+
+
+def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path: Path) -> None:
+    run(tmp_path, "raise StoppedError('saved')", MOE_DIST_ATTEMPT_ID="first")
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    folder.config_yaml.write_text(folder.config_yaml.read_text().replace("lr: 0.003", "lr: 0.004"))
+    done, _ = run(tmp_path, "pass")
+    assert done.returncode == 78
+    assert "optimizer.lr: 0.004 in the folder, 0.003 now" in done.stderr
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.attempt_id, latest.verdict) == ("first", 75)

@@ -1,0 +1,190 @@
+"""Every branch of a start in a run folder, and the verdicts in status.json."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.lease import Lease, LeaseError
+from moe_dist.runtime.run_folder import RunFolder, Start
+from tests.support.tiny import tiny_config
+
+ENV = RankEnv(0, 2, 0, 2, "file:///x", attempt=0, attempt_id="first")
+
+
+def config_with(tmp_path: Path, changes: dict[str, Any] | None = None) -> Config:
+    return tiny_config(tmp_path / "data", tmp_path / "runs", changes)
+
+
+def attempt(config: Config, env: RankEnv = ENV, *, verdict: int | None, last_step: int = 0) -> RunFolder:
+    """One whole attempt; without a verdict it died without a word."""
+    folder = RunFolder.of(config)
+    lease = folder.open(config, env, wait_seconds=0.0)
+    if verdict is not None:
+        assert folder.write_status(verdict=verdict, reason="r", last_step=last_step, attempt_id=env.attempt_id)
+    lease.release()
+    return folder
+
+
+def test_a_new_run_has_its_configuration_provenance_and_status(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    assert folder.inspect(config) is Start.NEW
+    assert not folder.path.exists()
+    lease = folder.open(config, ENV)
+    assert folder.path == tmp_path / "runs" / "tiny"
+    assert folder.read_config() == config
+    (entry,) = json.loads((folder.path / "provenance.json").read_text())
+    assert (entry["attempt_id"], entry["packages"]["pydantic"] > "") == ("first", True)
+    status = json.loads(folder.status_json.read_text())
+    assert (status["verdict"], status["last_step"], status["restarts"]) == (None, 0, 0)
+    assert (status["attempts"][0]["attempt_id"], status["attempts"][0]["pid"]) == ("first", os.getpid())
+    lease.release()
+
+
+@pytest.mark.parametrize("verdict", [None, 75, 1, 70])
+def test_the_same_configuration_goes_on_after_any_end_but_a_good_one(tmp_path: Path, verdict: int | None) -> None:
+    config = config_with(tmp_path)
+    folder = attempt(config, verdict=verdict, last_step=2)
+    assert folder.inspect(config) is Start.RESUME
+
+
+def test_a_finished_run_is_finished_until_more_steps_are_asked_for(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = attempt(config, verdict=0, last_step=4)
+    assert folder.inspect(config) is Start.FINISHED
+    assert folder.inspect(config_with(tmp_path, {"train.steps": 6})) is Start.RESUME
+    assert "done after step 4" in folder.read_summary()
+    folder.write_summary("all well\n")
+    assert folder.read_summary() == "all well\n"
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
+    folder = attempt(config_with(tmp_path), verdict=75)
+    other = config_with(tmp_path, {"optimizer.lr": 0.5, "model.moe.router": {"scale": 2.0}, "checkpoint.every": 9})
+    with pytest.raises(ConfigError) as caught:
+        folder.inspect(other)
+    text = str(caught.value)
+    assert caught.value.exit_code == 78
+    assert "optimizer.lr: 0.003 in the folder, 0.5 now" in text
+    assert "model.moe.router.scale: 1.0 in the folder, 2.0 now" in text
+    assert "checkpoint.every:" not in text
+    assert "--overwrite" in text
+    with pytest.raises(ConfigError):
+        folder.open(other, ENV, wait_seconds=0.0)
+    assert folder.read_config() == config_with(tmp_path)
+    Lease(folder.lease_json, "next").acquire(0.0)  # the refused one has given it back
+
+
+def test_what_ran_is_what_is_written_after_a_resume(tmp_path: Path) -> None:
+    attempt(config_with(tmp_path), verdict=75)
+    longer = config_with(tmp_path, {"train.steps": 9})
+    folder = attempt(longer, replace(ENV, attempt_id="second"), verdict=0, last_step=9)
+    assert folder.read_config() == longer
+
+
+def test_a_configuration_of_another_version_is_refused_in_words(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = attempt(config, verdict=75)
+    folder.config_yaml.write_text(folder.config_yaml.read_text() + "a_key_of_long_ago: 1\n")
+    with pytest.raises(ConfigError, match=r"cannot be read by this version(.|\n)*a_key_of_long_ago"):
+        folder.inspect(config)
+
+
+def test_overwrite_moves_aside_as_often_as_it_is_asked(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    for number in (1, 2):
+        attempt(config_with(tmp_path, {"optimizer.lr": 0.1 * number}), verdict=0)
+        assert folder.start(config, ENV, overwrite=True) is Start.NEW
+        assert not folder.path.exists()
+        old = RunFolder(tmp_path / "runs" / f"tiny.old-{number}")
+        assert old.read_config().optimizer.lr == 0.1 * number
+        assert not old.lease_json.exists()
+    assert folder.start(config, ENV, overwrite=True) is Start.NEW  # nothing to move
+
+
+def test_overwrite_is_ignored_in_a_restart_and_left_to_rank_0(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = attempt(config, verdict=75)
+    assert folder.start(config, replace(ENV, attempt=1), overwrite=True) is Start.RESUME
+    assert folder.start(config, replace(ENV, rank=1), overwrite=True) is Start.NEW
+    assert folder.config_yaml.is_file()
+
+
+def test_overwrite_does_not_touch_a_run_that_somebody_writes_to(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    lease = RunFolder.of(config).open(config, ENV)
+    with pytest.raises(LeaseError, match="attempt first"):
+        RunFolder.of(config).move_aside()
+    lease.check()
+    lease.release()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_neither_used_nor_moved(tmp_path: Path, overwrite: bool) -> None:
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    folder.path.mkdir(parents=True)
+    (folder.path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"is no run \(no config\.yaml, but thesis\.tex\)"):
+        folder.start(config, ENV, overwrite=overwrite)
+    assert (folder.path / "thesis.tex").exists()
+
+
+def test_what_a_launcher_and_a_crash_before_opening_leave_is_no_obstacle(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    folder.logs.mkdir(parents=True)
+    folder.log_of(0).write_text("x")
+    (folder.path / ".config.yaml.77").write_text("half")
+    assert attempt(config, verdict=75).inspect(config) is Start.RESUME
+
+
+def test_the_first_verdict_of_an_attempt_stays_whichever_rank_gives_it(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    lease = folder.open(config, ENV)
+    write = {"last_step": 3, "attempt_id": "first"}
+    assert folder.write_status(verdict=65, reason="damaged", rank=1, **write)
+    assert not folder.write_status(verdict=1, reason="connection closed", rank=0, **write)
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.reason, latest.rank, latest.last_step) == (65, "damaged", 1, 3)
+    lease.release()
+
+
+def test_history_is_kept_and_a_later_attempt_has_a_verdict_of_its_own(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    attempt(config, verdict=75, last_step=2)
+    attempt(config, replace(ENV, attempt_id="died", attempt=1), verdict=None)
+    folder = attempt(config, replace(ENV, attempt_id="third", attempt=2), verdict=0, last_step=4)
+    raw = json.loads(folder.status_json.read_text())
+    assert (raw["verdict"], raw["last_step"], raw["restarts"]) == (0, 4, 2)
+    assert [(a["attempt_id"], a["verdict"], a["last_step"]) for a in raw["attempts"]] == [
+        ("first", 75, 2),
+        ("died", None, 2),
+        ("third", 0, 4),
+    ]
+    assert not list(folder.path.glob(".verdict_first"))
+
+
+def test_an_attempt_that_lost_its_lease_writes_no_verdict(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    lost = folder.open(config, ENV)
+    folder.lease_json.unlink()
+    taken = folder.open(config, replace(ENV, attempt_id="second"))
+    assert not folder.write_status(verdict=1, reason="woke up", last_step=9, attempt_id="first")
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.attempt_id, latest.verdict) == ("second", None)
+    lost.release()
+    taken.check()
+    taken.release()
