@@ -1,6 +1,6 @@
 """The only place that turns configuration sections into objects."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from moe_dist.config.schema import Config, ModelSection, TopKRouterSection
 from moe_dist.data.loader import TrainLoader
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
+from moe_dist.model.flops import Shape, forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.dispatcher import Dispatcher
@@ -179,8 +180,27 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
     )
 
 
-def build_plan(config: Config) -> Plan:
+def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
+    """Sizes for the count of parameters and FLOPs."""
+    return Shape(
+        hidden_dim=section.hidden_dim,
+        num_layers=section.num_layers,
+        num_moe_layers=len(section.moe_layers),
+        num_heads=section.num_heads,
+        num_kv_heads=section.num_kv_heads,
+        head_dim=section.resolved_head_dim,
+        vocab_size=section.vocab_size,
+        dense_ffn_dim=section.dense_ffn_dim or 0,
+        shared_ffn_dim=section.moe.shared_ffn_dim,
+        qk_norm=section.qk_norm,
+        tie_embeddings=section.tie_embeddings,
+        groups=groups,
+    )
+
+
+def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
     """Steps, schedules and intervals of the loop."""
+    shape, peak = model_shape(config.model, groups), config.monitor.peak_tflops
     schedule, balance = config.optimizer.schedule.model_dump(), config.loss.balance
 
     def lr(step: int) -> float:
@@ -188,6 +208,10 @@ def build_plan(config: Config) -> Plan:
 
     def aux(step: int) -> AuxSettings:
         return AuxSettings(kind=balance.kind, balance=coefficient_at(balance.schedule, step), z=config.loss.z)
+
+    def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
+        forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
+        return training_flops(forward)  # model FLOPs: what recompute repeats is left out
 
     return Plan(
         steps=config.train.steps,
@@ -197,4 +221,6 @@ def build_plan(config: Config) -> Plan:
         evaluate_every=config.evaluation.every,
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
+        flops_per_token=flops_per_token,
+        peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
     )

@@ -76,7 +76,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     sinks = session.build_sinks(plan, folder, resume_step=progress.step) if env.rank == 0 else []
     with session.watched_devices(config, device, env) as devices:
         trainer = Trainer(
-            build.build_plan(config),
+            build.build_plan(config, plan.groups),
             training.step,
             loader,
             evaluator,

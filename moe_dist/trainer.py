@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -57,7 +57,8 @@ class Plan:
         aux: Auxiliary coefficients of a step (0-based).
         evaluate_every, save_every: In steps.
         max_skipped_in_a_row: Non-finite steps in a row that end the run.
-        flops_per_token: Forward and backward FLOPs at given mean true experts a token, by group; None where unknown.
+        flops_per_token: Forward and backward FLOPs a token, from the mean true experts a token and the share of the tokens
+            of each group.
         peak_flops: Of all devices together; None where unknown.
     """
 
@@ -68,7 +69,7 @@ class Plan:
     evaluate_every: int
     save_every: int
     max_skipped_in_a_row: int
-    flops_per_token: Callable[[Sequence[float]], float] | None = None
+    flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None = None
 
 
@@ -159,9 +160,11 @@ class Trainer:
         return result
 
     def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
-        groups = self._placement.groups
-        taken = [result.choices_LC[:, g.first_expert : g.first_expert + g.num_experts].sum() for g in groups]
-        means = [float(t / max(1, n)) for t, n in zip(taken, result.tokens_LG.sum(0), strict=True)]
+        experts, share = {}, {}
+        for group, tokens in zip(self._placement.groups, result.tokens_LG.sum(0), strict=True):
+            taken = result.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].sum()
+            experts[group.name] = float(taken / max(1, tokens))
+            share[group.name] = float(tokens / max(1, result.tokens_LG.sum()))
         return StepStatistics(
             step=self.progress.step,
             loss_sum=dict(zip(self._modalities, result.nll_M.tolist(), strict=True)),
@@ -184,7 +187,7 @@ class Trainer:
             comm_seconds=result.comm_seconds,
             step_seconds=seconds,
             epochs=self._loader.epochs(self.progress.position),
-            flops_per_token=self._plan.flops_per_token(means) if self._plan.flops_per_token else None,
+            flops_per_token=self._plan.flops_per_token(experts, share),
         )
 
     def _show(self, stats: StepStatistics) -> None:

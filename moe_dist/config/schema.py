@@ -374,6 +374,9 @@ class MonitorSection(Section):
     device_seconds: PositiveFloat = Field(
         default=5.0, description="Seconds between readings of GPU (NVML) and host (psutil)."
     )
+    peak_tflops: PositiveFloat | None = Field(
+        default=None, description="Peak TFLOP/s of one device at the compute type, for perf/mfu; null leaves it out."
+    )
 
 
 class Config(Section):
