@@ -1,0 +1,112 @@
+"""Held-out losses do not depend on the ranks, and measuring leaves no trace in the training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.data.batch import Batch
+from moe_dist.evaluation.balance import EvenRouter, balance_efficiency
+from moe_dist.evaluation.heldout import experts_ablated, heldout_losses
+from moe_dist.loss import AuxSettings
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import ABSENT
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.training_step import TrainingStep
+from tests.support.layouts import GROUPS, SEQUENCES, Layout, batch_of, build, logical, placement_of
+from tests.support.worlds import RankContext
+
+GROUP_OF_MODALITY = torch.tensor([0, 1])
+
+
+def with_filler(batch: Batch) -> Batch:
+    return Batch(**{**vars(batch), "filler_BS": (batch.labels_BS % 3 == 0) & (batch.label_modality_BS == 1)})
+
+
+def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    parallel = build(layout, mesh, Traffic())
+    each = SEQUENCES // rank.world_size
+    batches = [with_filler(batch_of(0, 0, rank.rank * each, each))]
+    options: dict[str, Any] = {
+        "modalities": ("text", "image"), "group_of_modality": GROUP_OF_MODALITY, "world": mesh.world,
+    }  # fmt: skip
+    loss, tokens = heldout_losses(parallel.model, batches, **options)
+    with experts_ablated(parallel.model):
+        ablated, _ = heldout_losses(parallel.model, batches, **options)
+    again, _ = heldout_losses(parallel.model, batches, **options)
+    assert again == loss
+    return dict(loss), dict(tokens), dict(ablated)
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), Layout(2, 2, "pinned", "fsdp2")], ids=str)
+def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
+    loss, tokens, ablated = run_in_world(1, evaluated, Layout())[0]
+    assert set(loss) == {"text", "image", "image_no_filler"}
+    batch = with_filler(batch_of(0, 0, 0, SEQUENCES))
+    scored = batch.labels_BS >= 0
+    assert tokens["text"] == int((scored & (batch.label_modality_BS == 0)).sum())
+    assert tokens["image_no_filler"] == int((scored & (batch.label_modality_BS == 1) & ~batch.filler_BS).sum())
+    assert all(abs(ablated[name] - loss[name]) > 1e-3 for name in loss)
+    for got, got_tokens, got_ablated in run_in_world(layout.world_size, evaluated, layout):
+        assert got_tokens == tokens
+        np.testing.assert_allclose([got[name] for name in loss], list(loss.values()), rtol=1e-9)
+        np.testing.assert_allclose([got_ablated[name] for name in loss], list(ablated.values()), rtol=1e-9)
+
+
+def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str, np.ndarray], list[float], float | None]:
+    """Two steps, with or without a measurement between them."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic()
+    parallel, placement = build(layout, mesh, traffic), placement_of(layout.placement, layout.ep)
+    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    losses, timed = [], None
+    before = torch.get_rng_state()
+    for number in range(2):
+        result = step([batch_of(number, 0, 4 * rank.rank, 4)], lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+        losses += [*result.nll_M.tolist(), result.grad_norm]
+        if measure:
+            heldout = [batch_of(7, 0, 4 * rank.rank, 4)]
+            timed = balance_efficiency(
+                parallel.model, heldout, group_of_modality=GROUP_OF_MODALITY, placement=placement, mesh=mesh
+            ).timed
+    assert torch.equal(before, torch.get_rng_state())
+    return logical(parallel, placement, mesh, gradient=False), losses, timed
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_measuring_balance_leaves_no_trace(run_in_world: Callable[..., list[Any]], data: str) -> None:
+    layout = Layout(2, 1, "pinned", data)
+    plain = run_in_world(2, trained, layout, False)
+    measured = run_in_world(2, trained, layout, True)
+    for (weights, losses, _), (weights_m, losses_m, timed) in zip(plain, measured, strict=True):
+        assert losses == losses_m
+        assert all(np.array_equal(weights[name], weights_m[name]) for name in weights)
+        assert timed is not None
+        assert timed > 0
+
+
+def test_even_routing_keeps_the_number_of_pairs_and_spreads_them() -> None:
+    torch.manual_seed(0)
+    router = TopKRouter(6, GROUPS)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    h_TD, group_T = torch.randn(64, 6), torch.randint(-1, 2, (64,))
+    real = router(h_TD, group_T).assignments
+    even = EvenRouter(router, GROUPS)(h_TD, group_T).assignments
+    assert torch.equal(even.expert_N != ABSENT, real.expert_N != ABSENT)
+    assert torch.equal(even.weight_N, real.weight_N)
+    taken = even.taken()
+    pairs = list(zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True))
+    assert len(pairs) == len(set(pairs))
+    for group in GROUPS:
+        loads = [int((taken.expert_N == expert).sum()) for expert in group.experts]
+        assert max(loads) - min(loads) <= 1
+        assert {int(group_T[t]) for t, e in pairs if e in group.experts} == {GROUPS.index(group)}
