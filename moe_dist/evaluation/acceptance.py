@@ -86,7 +86,7 @@ def routing_checks(
     num_experts = sum(group.num_experts for group in groups)
     dead = int((choices_LC[:, :num_experts] == 0).sum())
     total = choices_LC.shape[0] * num_experts
-    checks = [Check("no dead expert", f"{dead} of {total} unused in the last {window} steps", "0", dead == 0)]
+    checks = [Check("no dead expert", f"{dead} of {total} unused", f"0 in the last {window} steps", dead == 0)]
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:

@@ -6,6 +6,7 @@ ranks without a token and ranks of one modality.
 
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,22 @@ EXTRA = [Layout(4, 1, "uneven", "ddp", "block", row_budget=5), Layout(2, 2, "pin
 
 
 @pytest.fixture(scope="session")
-def one_rank(run_in_world: Callable[..., list[Any]]) -> Outcome:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the checkpoint that carries the oracle's initial weights to every layout."""
+    return tmp_path_factory.mktemp("start")
+
+
+@pytest.fixture(scope="session")
+def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
     """The oracle: one process, no recompute."""
-    return run_in_world(1, train, Layout())[0]
+    return run_in_world(1, train, Layout(), start)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS + ONE_RANK + EXTRA, ids=str)
-def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], one_rank: Outcome, layout: Layout) -> None:
-    outcomes = run_in_world(layout.world_size, train, layout)
+def test_layout_equals_one_rank(
+    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
+) -> None:
+    outcomes = run_in_world(layout.world_size, train, layout, start)
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, one_rank.steps, strict=True):
             np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moe_dist.build import build_model
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
@@ -165,8 +168,12 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
     return ParallelModel(model, mesh, layout.data)  # pyright: ignore[reportArgumentType]
 
 
-def train(rank: RankContext, layout: Layout) -> Outcome:
-    """Body of a standing world: trains the layout and returns what this rank saw."""
+def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> Outcome:
+    """Body of a standing world: trains the layout and returns what this rank saw.
+
+    Args:
+        checkpoint: Folder from which the initial weights come; one rank alone writes its own there first.
+    """
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
     traffic = Traffic(events=[])
     parallel = build(layout, mesh, traffic)
@@ -203,6 +210,27 @@ def train(rank: RankContext, layout: Layout) -> Outcome:
         logits=logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy(),
         smallest_gap=min(gaps),
     )
+
+
+def carry(
+    folder: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer, placement: ExpertPlacement, mesh: Mesh
+) -> None:
+    """Initial weights through a real checkpoint: written where there is none, else loaded over spoilt ones."""
+    state = capture(
+        parallel.model,
+        optimizer,
+        RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size),
+    )
+    manager = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.world)
+    newest = manager.latest()
+    if newest is None:
+        manager.save(0, state)
+        return
+    with torch.no_grad():
+        for info in parallel.parameters:
+            local = info.parameter.to_local() if isinstance(info.parameter, DTensor) else info.parameter
+            local.fill_(float("nan"))
+    manager.load(newest, state)
 
 
 @torch.no_grad()
