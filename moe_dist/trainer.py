@@ -14,7 +14,7 @@ from moe_dist.evaluation.acceptance import Check, run_checks
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
 from moe_dist.monitor.devices import DeviceMonitor
-from moe_dist.monitor.metrics import build_record, busiest_over_mean, evaluation_scalars, layer_mean, weighted_rows
+from moe_dist.monitor.metrics import build_record, evaluation_scalars, rows_by_rank
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.placement.placement import ExpertPlacement
@@ -181,7 +181,7 @@ class Trainer:
             choices_LC=result.choices_LC,
             tokens_LG=result.tokens_LG,
             entropy_sum_LG=result.entropy_LG,
-            rows_LR=self._rows_by_rank(result.choices_LC),
+            rows_LR=rows_by_rank(result.choices_LC, self._placement),
             dropped_LG=np.zeros_like(result.tokens_LG),
             ledger=result.ledger,
             comm_seconds=result.comm_seconds,
@@ -203,11 +203,7 @@ class Trainer:
             sink.step(record)
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
-        choices_LC = self._window_sum("choices_LC")
-        weighted_LR = weighted_rows(choices_LC, self._rows_by_rank(choices_LC), self._placement)
-        imbalance = layer_mean(busiest_over_mean(weighted_LR))
-        by_count = 1.0 / imbalance if imbalance else None
-        result = self._evaluator(self.progress.step, final=final, by_count=by_count)
+        result = self._evaluator(self.progress.step, final=final)
         scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
         for sink in self._sinks:
             sink.evaluation(result, scalars)
@@ -223,12 +219,6 @@ class Trainer:
             if must:
                 raise
             logger.error("%s; training goes on, the next try is in %d steps", error, self._plan.save_every)
-
-    def _rows_by_rank(self, choices_LC: np.ndarray) -> np.ndarray:
-        """(token, expert) pairs computed by each EP position, [L, R], from the choices and the placement."""
-        true_LE = choices_LC[:, : self._placement.num_experts]
-        rank_E = np.array(self._placement.rank_of_expert)
-        return np.stack([true_LE[:, rank_E == rank].sum(1) for rank in range(self._placement.num_ranks)], axis=1)
 
     def _window_sum(self, field: str) -> np.ndarray:
         if not self._recent:  # resumed at the very end: nothing was routed in this attempt

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.evaluation.balance import BalanceEfficiency, balance_efficiency
-from moe_dist.evaluation.heldout import experts_ablated, heldout_losses
+from moe_dist.evaluation.heldout import Heldout, experts_ablated, heldout_losses
 from moe_dist.model.transformer import Transformer
+from moe_dist.monitor.metrics import busiest_over_mean, layer_mean, rows_by_rank, weighted_rows
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
@@ -53,19 +55,18 @@ class Evaluator:
         self._measure_balance, self._ablate = measure_balance, ablate
         self._cached: tuple[int, list[Batch]] = (0, [])
 
-    def __call__(self, step: int, *, final: bool = False, by_count: float | None = None) -> EvaluationResult:
+    def __call__(self, step: int, *, final: bool = False) -> EvaluationResult:
         """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers as they were.
 
         Args:
             final: Use `final_sequences`, and measure the loss without experts.
-            by_count: What the counts of recent steps alone allow as balance efficiency.
         """
         batches = self._batches(self._final_sequences if final else self._sequences)
-        loss, tokens = self._losses(batches)
+        heldout = self._losses(batches)
         ablated: Mapping[str, float] = {}
         if final and self._ablate:
             with experts_ablated(self._model):
-                ablated, _ = self._losses(batches)
+                ablated = self._losses(batches).loss
         balance = BalanceEfficiency(None, "switched off")
         if self._measure_balance:
             balance = balance_efficiency(
@@ -77,15 +78,15 @@ class Evaluator:
             )
         return EvaluationResult(
             step=step,
-            loss=loss,
-            tokens=tokens,
+            loss=heldout.loss,
+            tokens=heldout.tokens,
             ablated_loss=ablated,
             balance_efficiency=balance.timed,
-            balance_efficiency_by_count=by_count,
+            balance_efficiency_by_count=self._by_count(heldout.choices_LC),
             balance_note=balance.note,
         )
 
-    def _losses(self, batches: Sequence[Batch]) -> tuple[Mapping[str, float], Mapping[str, int]]:
+    def _losses(self, batches: Sequence[Batch]) -> Heldout:
         return heldout_losses(
             self._model,
             batches,
@@ -93,6 +94,12 @@ class Evaluator:
             group_of_modality=self._group_of_modality,
             world=self._mesh.world,
         )
+
+    def _by_count(self, choices_LC: np.ndarray) -> float | None:
+        """Mean over max of the ranks' rows x FFN width, from the choices of this evaluation."""
+        rows_LR = rows_by_rank(choices_LC, self._placement)
+        imbalance = layer_mean(busiest_over_mean(weighted_rows(choices_LC, rows_LR, self._placement)))
+        return 1.0 / imbalance if imbalance else None
 
     def _batches(self, sequences: int) -> list[Batch]:
         """This rank's batches of all sources; those of the last size asked for are kept."""

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +13,23 @@ from moe_dist.comm.reduce import sum_over
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.loss import sums_by_modality, token_losses
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import LayerReport
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out sums over all ranks.
+
+    Attributes:
+        loss: Nats a token by the label's modality, and '<modality>_no_filler' where the data marks filler cells;
+            modalities without labels are left out.
+        tokens: Labels behind each loss.
+        choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`.
+    """
+
+    loss: Mapping[str, float]
+    tokens: Mapping[str, int]
+    choices_LC: np.ndarray
 
 
 @torch.no_grad()
@@ -21,10 +40,8 @@ def heldout_losses(
     modalities: Sequence[str],
     group_of_modality: Tensor,
     world: dist.ProcessGroup | None,
-) -> tuple[Mapping[str, float], Mapping[str, int]]:
-    """Nats a token and labels by the label's modality, and '<modality>_no_filler' where the data marks filler cells.
-
-    Collective: every rank must bring the same number of batches. Modalities without labels are left out.
+) -> Heldout:
+    """Losses by modality. Collective: every rank must bring the same number of batches.
 
     Args:
         model: The transformer itself, not its DDP wrapper.
@@ -32,13 +49,16 @@ def heldout_losses(
     """
     device = group_of_modality.device
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)
+    choices: list[Tensor] = []
     training = model.training
     model.eval()
     for batch in batches:
         on_device = batch.to(device)
-        losses_BS = forward_losses(model, on_device, group_of_modality)
-        sums_4M += _sums(losses_BS, on_device, len(modalities))
+        logits, reports = forward(model, on_device, group_of_modality)
+        sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
+        choices.append(torch.stack([report.sums.choices_C for report in reports]))
     model.train(training)
+    choices_LC = sum_over(torch.stack(choices).sum(0), world) if choices else torch.zeros(0, 0, dtype=torch.int64)
     nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):
@@ -48,14 +68,13 @@ def heldout_losses(
         for part, nll, count in parts:
             if count:
                 loss[part], tokens[part] = nll / count, round(count)
-    return loss, tokens
+    return Heldout(loss, tokens, choices_LC.cpu().numpy())
 
 
-def forward_losses(model: Transformer, batch: Batch, group_of_modality: Tensor) -> Tensor:
-    """Token losses [B, S] of one batch on its device."""
+def forward(model: Transformer, batch: Batch, group_of_modality: Tensor) -> tuple[Tensor, Sequence[LayerReport]]:
+    """Logits and reports of one batch on its device."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
-    logits, _ = model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
-    return token_losses(logits, batch.labels_BS)
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
 
 
 @contextmanager

@@ -187,6 +187,13 @@ def group_scalars(
     return {f"moe/{family}/mean": _mean_of_known(values) for family, values in by_family.items()}
 
 
+def rows_by_rank(choices_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
+    """(token, expert) pairs computed at each EP position, [L, R], summed over the EP groups."""
+    rank_E = np.array(placement.rank_of_expert)
+    true_LE = choices_LC[:, : placement.num_experts]
+    return np.stack([true_LE[:, rank_E == rank].sum(1) for rank in range(placement.num_ranks)], axis=1)
+
+
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
     """Work of each rank, float64 [L, R]: the rows it computed times the mean FFN width of its experts' choices."""
     width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)

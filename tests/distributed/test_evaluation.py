@@ -36,12 +36,11 @@ def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict
     options: dict[str, Any] = {
         "modalities": ("text", "image"), "group_of_modality": GROUP_OF_MODALITY, "world": mesh.world,
     }  # fmt: skip
-    loss, tokens = heldout_losses(parallel.model, batches, **options)
+    heldout = heldout_losses(parallel.model, batches, **options)
     with experts_ablated(parallel.model):
-        ablated, _ = heldout_losses(parallel.model, batches, **options)
-    again, _ = heldout_losses(parallel.model, batches, **options)
-    assert again == loss
-    return dict(loss), dict(tokens), dict(ablated)
+        ablated = heldout_losses(parallel.model, batches, **options).loss
+    assert heldout_losses(parallel.model, batches, **options).loss == heldout.loss
+    return dict(heldout.loss), dict(heldout.tokens), dict(ablated)
 
 
 @pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), Layout(2, 2, "pinned", "fsdp2")], ids=str)

@@ -1,0 +1,76 @@
+"""A rank that is killed, or asked to stop, at a chosen place: the run goes on from its last checkpoint to the same bits."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.local import launch
+from moe_dist.monitor.tags import reproducible_part
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.faults import PROGRAM, fault
+from tests.support.tiny import tiny_config, write_config
+
+STEPS = 6
+SETTINGS = {"train.steps": STEPS, "checkpoint.every": 2, "evaluation.every": 3, "evaluation.balance_efficiency": False}
+
+
+def records(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics_jsonl.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[int, RunFolder]]:
+    """Starts, or goes on with, the run of a name: (verdict, folder)."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def started(name: str) -> tuple[int, RunFolder]:
+        config = tiny_config(tiny_data, root, {**SETTINGS, "run.name": name})
+        path = write_config(config, root / f"{name}.yaml")
+        return launch(path, program=PROGRAM), RunFolder.of(config)
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str, Any]]:
+    code, run = start("undisturbed")
+    assert code == 0
+    return records(run)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("name", "broken", "verdict", "resumed_from"),
+    [
+        ("kill", fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2),
+        ("commit", fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2),
+        ("stop", fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4),
+    ],
+)
+def test_the_run_goes_on_to_the_same_bits(
+    start: Callable[[str], tuple[int, RunFolder]],
+    undisturbed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    broken: dict[str, str],
+    verdict: int,
+    resumed_from: int,
+) -> None:
+    for variable, value in broken.items():
+        monkeypatch.setenv(variable, value)
+    code, run = start(name)
+    assert code == verdict or (verdict == 1 and code not in (0, 75))
+    assert (run.checkpoints / "latest").read_text().strip() == f"step_{resumed_from}"
+    for variable in broken:
+        monkeypatch.delenv(variable)
+    code, run = start(name)
+    assert code == 0
+    seen = records(run)
+    steps = [line["step"] for line in seen if line["kind"] == "step"]
+    assert steps == list(range(1, STEPS + 1))
+    assert [reproducible_part(line) for line in seen] == [reproducible_part(line) for line in undisturbed]
+    shutil.rmtree(run.path)

@@ -1,0 +1,82 @@
+"""A rank that breaks at a chosen place: `python -m tests.support.faults CONFIG ...` trains as `moe_dist.train` does, until
+the rank, step and phase that MOE_DIST_TEST_FAULT names.
+
+    MOE_DIST_TEST_FAULT='{"rank": 1, "step": 3, "phase": "before_step", "kind": "kill"}'
+
+Phases: before_step, after_step (of optimizer step `step`, 1-based), before_commit (of the checkpoint of that step).
+Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself).
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+PROGRAM = ("-m", "tests.support.faults")
+VARIABLE = "MOE_DIST_TEST_FAULT"
+
+
+def fault(*, rank: int, step: int, phase: str, kind: str) -> dict[str, str]:
+    """Environment that makes one rank break."""
+    return {VARIABLE: json.dumps({"rank": rank, "step": step, "phase": phase, "kind": kind})}
+
+
+def strike(kind: str) -> None:
+    """Breaks this process."""
+    if kind == "raise":
+        raise RuntimeError("a fault that a test injected")
+    number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind]
+    os.kill(os.getpid(), number)
+
+
+def inject(spec: Mapping[str, Any]) -> None:
+    """Puts the fault in place on the rank it names."""
+    if int(os.environ.get("RANK", "0")) != spec["rank"]:
+        return
+    from moe_dist.checkpoint.manager import CheckpointManager
+    from moe_dist.trainer import Trainer
+    from moe_dist.training_step import TrainingStep
+
+    def around(owner: type, name: str, wrap: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, lambda self, *args, **kwargs: wrap(original, self, *args, **kwargs))
+
+    steps = {"taken": 0}
+
+    def step(original: Callable[..., Any], self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
+        due = steps["taken"] + 1 == spec["step"] - first["step"]
+        if due and spec["phase"] == "before_step":
+            strike(spec["kind"])
+        result = original(self, *args, **kwargs)
+        steps["taken"] += 1
+        if due and spec["phase"] == "after_step":
+            strike(spec["kind"])
+        return result
+
+    first = {"step": 0}
+
+    def fit(original: Callable[..., Any], self: Trainer) -> Any:
+        first["step"] = self.progress.step  # a resumed run counts on
+        return original(self)
+
+    def commit(
+        original: Callable[..., Any], self: CheckpointManager, temporary: Any, target: Any, number: int, *rest: Any
+    ) -> Any:
+        if spec["phase"] == "before_commit" and number == spec["step"]:
+            strike(spec["kind"])
+        return original(self, temporary, target, number, *rest)
+
+    around(TrainingStep, "__call__", step)
+    around(Trainer, "fit", fit)
+    around(CheckpointManager, "_commit", commit)
+
+
+if __name__ == "__main__":
+    import typer
+
+    from moe_dist.train import main
+
+    if VARIABLE in os.environ:
+        inject(json.loads(os.environ[VARIABLE]))
+    typer.run(main)
