@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a virtual environment in .venv, the packages of setup.py, the default data.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATA := .cache/data/openmoji
+CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
+# One thread a process: the tests run more processes than there are cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+export RUN ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check format data tensorboard clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
+	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
+
+test: $(INSTALLED)  ## Run all tests
+	@$(TEST) tests
+
+check: $(INSTALLED)  ## Lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+data: $(INSTALLED)  ## Prepare the default data
+	@test -f $(DATA)/manifest.json || $(BIN)/python -m tools.prepare_data --out $(DATA)
+
+tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006
+	$(BIN)/tensorboard --logdir runs
+
+clean:  ## Remove the environment and caches; runs stay
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache *.egg-info
+
+$(INSTALLED): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "moe_dist needs Python 3.11 or newer; $$($(PYTHON) --version) is $(PYTHON): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[data,test,check]'
+	@touch $@
