@@ -1,0 +1,215 @@
+"""All that resumes, as this rank holds it: tensors under logical names that know nothing of ranks, and plain values.
+
+    embedding.weight                                    dense and router parameters: their name in the model
+    layers.{i}.moe.experts.{group}.{index}.{tensor}     one expert each; index counts inside the group
+    optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments
+
+Every tensor here shares the memory of the parameter or moment it stands for, so that loading into it loads the model.
+"""
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from moe_dist.optim.adamw import MOMENTS, materialise_moments
+from moe_dist.optim.param_groups import is_empty_here
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+OPTIMIZER_PREFIX = "optimizer."
+
+_STACK = re.compile(r"(?P<experts>.+?\.experts)\.(?P<group>.+)\.(?P<tensor>[^.]+)")
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Which part of the whole this rank holds.
+
+    Attributes:
+        placement: Experts of each EP position.
+        rank, world_size: Place among all ranks, which hold copies of what is neither sharded nor an expert.
+        ep_rank: Position in the EP group.
+        edp_rank, edp_size: Place among the ranks that hold the same experts.
+    """
+
+    placement: ExpertPlacement
+    rank: int = 0
+    world_size: int = 1
+    ep_rank: int = 0
+    edp_rank: int = 0
+    edp_size: int = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a whole logical tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Held:
+    """A logical tensor, or a shard of it, on this rank.
+
+    Attributes:
+        tensor: Plain where it is whole, a DTensor where it is a shard.
+        copies, position: Number of ranks that hold this very piece, and this rank's place among them.
+    """
+
+    tensor: Tensor
+    copies: int
+    position: int
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint is written from and loaded into.
+
+    Attributes:
+        held: This rank's tensors by logical name.
+        specs: Every logical tensor there is, also those that only other ranks hold: the same on all ranks.
+        layout: This rank's place.
+        optimizer: Whose moments are among the tensors; None for a state without them.
+        values: Plain JSON values, the same on all ranks: progress, resolved configuration, controllers.
+        rank_values: Plain JSON values of this rank, such as RNG states; they resume only at the same number of ranks.
+    """
+
+    held: Mapping[str, Held]
+    specs: Mapping[str, TensorSpec]
+    layout: RankLayout
+    optimizer: Optimizer | None = None
+    values: Mapping[str, JsonValue] = field(default_factory=dict)
+    rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to load into: all that this rank holds."""
+        return {name: held.tensor for name, held in self.held.items()}
+
+    def written(self) -> dict[str, Tensor]:
+        """What this rank writes: each piece of a tensor is written by exactly one rank, chosen by its name alone."""
+        return {name: held.tensor for name, held in self.held.items() if _writes(name, held)}
+
+    def written_bytes(self) -> int:
+        """Bytes that this rank writes."""
+        return sum(_local(tensor).nbytes for tensor in self.written().values())
+
+
+def capture(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    layout: RankLayout,
+    *,
+    values: Mapping[str, JsonValue] | None = None,
+    rank_values: Mapping[str, JsonValue] | None = None,
+) -> CheckpointState:
+    """The state of this rank's model and optimizer; nothing is copied. Gives the optimizer its moments if it has none yet.
+
+    Args:
+        model: Not wrapped in DDP; FSDP2's parameters may be DTensors on a mesh over all ranks or, for experts, over edp,
+            cut by whole experts (dim 0) or inside each expert. Reshards what FSDP2 left gathered; no collective.
+        optimizer: Over the model's parameters; None to leave the moments out.
+    """
+    tensors = _distinct_tensors(model)
+    held, specs = _logical(tensors, tensors, layout)
+    if optimizer is not None:
+        materialise_moments(optimizer)
+        parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+        # A parameter that is empty on this rank has no moments here, but other ranks may hold some of it.
+        trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
+        for moment in MOMENTS:
+            known = {name: optimizer.state[p][moment] for name, p in trained.items() if p in optimizer.state}
+            moments, moment_specs = _logical(trained, known, layout)
+            prefix = f"{OPTIMIZER_PREFIX}{moment}."
+            held |= {prefix + name: each for name, each in moments.items()}
+            specs |= {prefix + name: spec for name, spec in moment_specs.items()}
+    return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
+
+
+def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; of tied ones the first name only."""
+    distinct: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: a module's extra state is not saved; make it a buffer or pass it in `values`")
+        distinct.setdefault(id(tensor), (name, tensor))
+    return dict(distinct.values())
+
+
+def _logical(
+    like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout
+) -> tuple[dict[str, Held], dict[str, TensorSpec]]:
+    """Logical pieces of `tensors`, and the specs of everything that `like` names, on any rank."""
+    held: dict[str, Held] = {}
+    specs: dict[str, TensorSpec] = {}
+    for name, parameter in like.items():
+        stack = _STACK.fullmatch(name)
+        tensor = tensors.get(name)
+        if stack is None:
+            specs[name] = TensorSpec(tuple(parameter.shape), parameter.dtype)
+            if tensor is not None:
+                held[name] = _hold(tensor.detach(), layout.world_size, layout.rank)
+            continue
+        group = next(group for group in layout.placement.groups if group.name == stack["group"])
+        spec = TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
+        names = {e: f"{stack['experts']}.{group.name}.{e - group.first_expert}.{stack['tensor']}" for e in group.experts}
+        specs |= dict.fromkeys(names.values(), spec)
+        if tensor is not None:
+            held |= {names[expert]: each for expert, each in _unstack(name, tensor.detach(), group, layout)}
+    return held, specs
+
+
+def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, Held]]:
+    """Logical id and piece of each expert in a stack [e, ...], as views."""
+    experts = layout.placement.local_experts(layout.ep_rank, group)
+    assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
+    if not isinstance(stack, DTensor):
+        for slot, expert in enumerate(experts):
+            yield expert, _hold(stack[slot], layout.edp_size, layout.edp_rank)
+        return
+    shape, offset = compute_local_shape_and_global_offset(stack.shape, stack.device_mesh, stack.placements)
+    local = stack.to_local()
+    if Shard(0) in stack.placements:  # whole experts, each on one rank of the mesh
+        assert sum(isinstance(p, Shard) for p in stack.placements) == 1, f"{name}: {stack.placements} cuts experts twice"
+        copies, position = _replicas(stack)
+        for slot in range(shape[0]):
+            yield experts[offset[0] + slot], Held(local[slot], copies, position)
+        return
+    placements = [Shard(p.dim - 1) if isinstance(p, Shard) else Replicate() for p in stack.placements]
+    whole = torch.empty(stack.shape[1:], device="meta")
+    for slot, expert in enumerate(experts):
+        piece = DTensor.from_local(
+            local[slot], stack.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        yield expert, Held(piece, *_replicas(piece))
+
+
+def _hold(tensor: Tensor, copies: int, position: int) -> Held:
+    return Held(tensor, *_replicas(tensor)) if isinstance(tensor, DTensor) else Held(tensor, copies, position)
+
+
+def _replicas(tensor: DTensor) -> tuple[int, int]:
+    """Number of ranks with the same shard, and this rank's place among them."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is outside the mesh of a tensor it holds"
+    copies, position = 1, 0
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            position = position * tensor.device_mesh.size(axis) + coordinate[axis]
+            copies *= tensor.device_mesh.size(axis)
+    return copies, position
+
+
+def _writes(name: str, held: Held) -> bool:
+    return _local(held.tensor).numel() > 0 and zlib.crc32(name.encode()) % held.copies == held.position
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,225 @@
+"""Checkpoints over ranks: every layout saved once and loaded by every other, and failures seen by all ranks.
+
+Initial weights come from (seed, logical name), by code that knows nothing of checkpoints. A model that was loaded from
+another layout must therefore equal one that was initialised where it stands, to the last bit.
+"""
+
+import pickle
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.comm.traffic import Traffic
+from moe_dist.errors import MoeDistError
+from moe_dist.optim.adamw import MOMENTS, make_optimizer, materialise_moments, set_step_count, step_count
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.initialise import initialise
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.parallel.parallelize import ParallelModel
+from tests.support.layouts import Layout, build, placement_of
+from tests.support.worlds import RankContext
+
+STEPS_TAKEN = 41
+LAYOUTS = [
+    Layout(),
+    Layout(2, 1, "pinned"),
+    Layout(2, 1, "interleaved", "fsdp2"),
+    Layout(1, 2),
+    Layout(1, 2, data="fsdp2"),  # 5 and 3 experts over edp 2: cut inside each expert
+    Layout(4, 1, "uneven"),  # a rank without experts
+    Layout(4, 1, "uneven", "fsdp2"),
+    Layout(2, 2, "interleaved"),
+    Layout(2, 2, "interleaved", "fsdp2"),  # some stacks by whole experts, some cut inside
+    Layout(2, 2, "pinned", "fsdp2"),
+    Layout(1, 4, data="fsdp2"),  # neither 5 and 3 experts nor 6 and 10 rows divide by 4: ranks with no piece of a stack
+]
+
+
+class Setup:
+    """A model of a layout on this rank, initialised from a seed, with moments that follow from its weights."""
+
+    def __init__(self, rank: RankContext, layout: Layout, seed: int) -> None:
+        self.layout = layout
+        self.mesh: Mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+        self.parallel: ParallelModel = build(layout, self.mesh, Traffic())
+        self.fill(seed)
+
+    def fill(self, seed: int) -> None:
+        placement = placement_of(self.layout.placement, self.layout.ep)
+        initialise(self.parallel.model, placement, ep_rank=self.mesh.ep_rank, device=self.mesh.device, seed=seed, std=0.3)
+        groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
+        self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+        materialise_moments(self.optimizer)
+        set_step_count(self.optimizer, seed)
+        with torch.no_grad():
+            for parameter, moments in self.optimizer.state.items():
+                for factor, moment in enumerate(MOMENTS, start=2):
+                    moments[moment].copy_(parameter).mul_(factor)
+
+    def capture(self, **values: Any) -> CheckpointState:
+        mesh = self.mesh
+        layout = RankLayout(
+            placement_of(self.layout.placement, self.layout.ep),
+            mesh.rank,
+            mesh.world_size,
+            mesh.ep_rank,
+            mesh.edp_rank,
+            mesh.edp_size,
+        )
+        return capture(
+            self.parallel.model, self.optimizer, layout, values=values, rank_values={"rank": mesh.rank, "state": [1, 2]}
+        )
+
+    def pieces(self) -> dict[str, torch.Tensor]:
+        """Copies of everything this rank holds, by the model's own names."""
+        named = {}
+        for name, parameter in self.parallel.model.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            for kind, tensor in {"": parameter.detach(), **{m: state[m] for m in MOMENTS if m in state}}.items():
+                named[f"{kind}/{name}"] = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
+        return named
+
+
+def manager(folder: Path, **settings: Any) -> CheckpointManager:
+    settings = {"keep": 2, "lease_check": lambda: None, **settings}
+    return CheckpointManager(folder, process_group=dist.group.WORLD, **settings)
+
+
+class NothingPickled:
+    """While it stands, this rank fails if anything is pickled by an object collective or unpickled from a file."""
+
+    collectives = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
+    places = (*((dist, name) for name in collectives), (pickle, "load"), (pickle, "loads"), (torch, "load"))
+
+    def __enter__(self) -> None:
+        self.before = [getattr(owner, name) for owner, name in self.places]
+        for owner, name in self.places:
+            setattr(owner, name, self.refuse)
+
+    def __exit__(self, *_: object) -> None:
+        for (owner, name), value in zip(self.places, self.before, strict=True):
+            setattr(owner, name, value)
+
+    @staticmethod
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an object was pickled or unpickled")
+
+
+def save_body(rank: RankContext, layout: Layout, folder: Path) -> int:
+    setup = Setup(rank, layout, STEPS_TAKEN)
+    with NothingPickled():
+        state = setup.capture(position=7)
+        manager(folder).save(5, state)
+    return state.written_bytes()
+
+
+def load_body(rank: RankContext, layout: Layout, folders: list[Path]) -> int:
+    setup = Setup(rank, layout, STEPS_TAKEN)
+    expected = setup.pieces()
+    for folder in folders:
+        setup.fill(seed=1)
+        before = setup.pieces()
+        with NothingPickled():
+            checkpoints = manager(folder)
+            latest = checkpoints.latest()
+            assert latest == folder / "step_5"
+            restored = checkpoints.load(latest, setup.capture())
+        assert (restored.step, restored.values) == (5, {"position": 7})
+        assert restored.rank_values in ({}, {"rank": rank.rank, "state": [1, 2]})
+        assert step_count(setup.optimizer) == STEPS_TAKEN
+        loaded = setup.pieces()
+        assert loaded.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(loaded[name], value), f"{name} from {folder.name}"
+        assert any(not torch.equal(before[name], value) for name, value in expected.items())
+    return len(expected)
+
+
+@pytest.fixture(scope="module")
+def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A checkpoint folder of every layout."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    totals = set()
+    for layout in LAYOUTS:
+        sizes = run_in_world(layout.world_size, save_body, layout, root / str(layout))
+        assert all(sizes), "some rank had nothing to write"
+        totals.add(sum(sizes))
+    assert len(totals) == 1, "some layout writes a tensor not exactly once"
+    return [root / str(layout) for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_loads_every_other(run_in_world: Callable[..., list[Any]], saved: list[Path], layout: Layout) -> None:
+    run_in_world(layout.world_size, load_body, layout, saved)
+
+
+class LostError(MoeDistError):
+    """As a lease raises it."""
+
+
+def kind_of_error(action: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        action()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def failing_body(rank: RankContext, folder: Path) -> dict[str, Any]:
+    """Failures on one rank each, between two good saves: what each rank is told, and where `latest` stands afterwards."""
+    setup = Setup(rank, Layout(2, 1, "pinned"), STEPS_TAKEN)
+    state, told = setup.capture(), {}
+    manager(folder).save(1, state)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))
+    told["write"] = kind_of_error(lambda: manager(folder).save(2, state))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told["write leaves"] = sorted(path.name for path in folder.iterdir())
+
+    def lost() -> None:
+        raise LostError("another attempt holds the lease")
+
+    told["lease"] = kind_of_error(lambda: manager(folder, lease_check=lost).save(2, state))
+    told["latest"] = str(manager(folder).latest())
+    dist.barrier()
+
+    file = folder / "step_1" / "shard_00001.safetensors"
+    whole = file.read_bytes()
+    dist.barrier()
+    if rank.rank == 0:
+        file.write_bytes(whole[:-1])
+    dist.barrier()
+    told["truncated"] = kind_of_error(lambda: manager(folder).load(folder / "step_1", state))
+    dist.barrier()
+    if rank.rank == 0:
+        file.write_bytes(whole)
+    dist.barrier()
+    told["mended"] = kind_of_error(lambda: manager(folder).load(folder / "step_1", state))
+    told["saved"] = kind_of_error(lambda: manager(folder).save(2, state))
+    told["end"] = sorted(path.name for path in folder.iterdir())
+    dist.barrier()
+    return told
+
+
+def test_a_failure_on_one_rank_is_told_to_all(run_in_world: Callable[..., list[Any]], tmp_path: Path) -> None:
+    first, second = run_in_world(2, failing_body, tmp_path)
+    assert (first["write"][0], second["write"][0]) == ("CheckpointError", "CheckpointError")
+    assert "failed on ranks [1]" in first["write"][1]
+    assert "cannot write on rank 1" in second["write"][1]
+    assert first["write leaves"] == ["latest", "step_1"]
+    assert (first["lease"][0], second["lease"][0]) == ("LostError", "MoeDistError")
+    assert first["latest"] == second["latest"] == str(tmp_path / "step_1")
+    assert {first["truncated"][0], second["truncated"][0]} == {"DataError"}
+    assert "shard_00001.safetensors" in second["truncated"][1]
+    assert first["mended"] == second["mended"] == first["saved"] == second["saved"] == ("none", "")
+    assert first["end"] == ["latest", "step_1", "step_2"]

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.checkpoint.index import Chunk, Entry, Index, check_fits, index_faults, read_index
+from moe_dist.checkpoint.state import TensorSpec
+from moe_dist.errors import ConfigError, DataError
+
+
+def entry(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]], dtype: str = "F32") -> Entry:
+    chunks = tuple(Chunk(shard=i, offsets=offsets, shape=size) for i, (offsets, size) in enumerate(boxes))
+    return Entry(dtype=dtype, shape=shape, chunks=chunks)
+
+
+def index(**tensors: Entry) -> Index:
+    return Index(save_id="a", step=1, num_shards=4, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        entry((4, 6), ((0, 0), (4, 6))),
+        entry((4, 6), ((3, 0), (1, 6)), ((0, 0), (3, 6))),
+        entry((4, 6), ((0, 2), (4, 4)), ((0, 0), (4, 2))),
+        entry((), ((), ())),
+        entry((0, 6)),
+    ],
+)
+def test_boxes_that_tile_a_tensor_pass(good: Entry) -> None:
+    assert index_faults(index(w=good)) == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        entry((4, 6)),  # nothing
+        entry((4, 6), ((0, 0), (3, 6))),  # end missing
+        entry((4, 6), ((1, 0), (3, 6))),  # begin missing
+        entry((4, 6), ((0, 0), (1, 6)), ((2, 0), (2, 6))),  # hole
+        entry((4, 6), ((0, 0), (3, 6)), ((2, 0), (2, 6))),  # overlap
+        entry((4, 6), ((0, 0), (4, 6)), ((0, 0), (4, 6))),  # twice
+        entry((4, 6), ((0, 0), (5, 6))),  # too long
+        entry((4, 6), ((0, 1), (4, 6))),  # shifted
+        entry((4, 6), ((0, 0), (2, 3)), ((2, 3), (2, 3))),  # two corners
+        entry((4, 6), ((0,), (4,))),  # another rank
+        entry(
+            (4, 6), *[((i, 0), (1, 6)) for i in range(4)], ((0, 0), (0, 6))
+        ),  # an empty box, in a shard that is not there
+        entry((4, 6), ((0, 0), (4, 6)), dtype="F8"),
+    ],
+)
+def test_boxes_that_do_not_are_named(bad: Entry) -> None:
+    faults = index_faults(index(good=entry((2,), ((0,), (2,))), bad=bad))
+    assert faults
+    assert all(fault.startswith("bad: ") for fault in faults)
+
+
+def test_a_missing_or_damaged_index_is_a_data_error(tmp_path: Path) -> None:
+    good = index(w=entry((2,), ((0,), (2,))))
+    with pytest.raises(DataError, match=r"index\.json"):
+        read_index(tmp_path)
+    path = tmp_path / "index.json"
+    path.write_text(good.model_dump_json())
+    assert read_index(tmp_path) == good
+    text = good.model_dump_json()
+    for damage in (text[:-9], text.replace('"F32"', "7"), text.replace("[2]", "[-2]"), text.replace("[2]", "[3]", 1)):
+        path.write_text(damage)
+        with pytest.raises(DataError, match=r"index\.json"):
+            read_index(tmp_path)
+
+
+def test_all_that_differs_from_the_model_is_listed() -> None:
+    stored = index(
+        same=entry((2,), ((0,), (2,))),
+        shape=entry((2,), ((0,), (2,))),
+        dtype=entry((2,), ((0,), (2,))),
+        surplus=entry((2,), ((0,), (2,))),
+        **{"optimizer.exp_avg.same": entry((2,), ((0,), (2,)))},
+    )
+    specs = {
+        "same": TensorSpec((2,), torch.float32),
+        "shape": TensorSpec((3,), torch.float32),
+        "dtype": TensorSpec((2,), torch.bfloat16),
+        "missing": TensorSpec((2,), torch.float32),
+        "empty": TensorSpec((0, 2), torch.float32),  # null experts of a group that has none
+    }
+    with pytest.raises(ConfigError) as raised:
+        check_fits(Path("step_1"), stored, specs, ignore_prefix="optimizer.")
+    lines = str(raised.value).split("\n  - ")
+    assert "4 tensors differ" in lines[0]
+    assert [line.partition(":")[0] for line in lines[1:]] == ["shape", "dtype", "missing", "surplus"]
+    assert "(3,)" in lines[1]
+    assert "(2,)" in lines[1]
+    with pytest.raises(ConfigError, match="5 tensors differ"):
+        check_fits(Path("step_1"), stored, specs)
+
+
+def test_a_long_list_is_cut() -> None:
+    specs = {f"w{i}": TensorSpec((1,), torch.float32) for i in range(100)}
+    with pytest.raises(ConfigError, match=r"100 tensors differ(.|\n)*and 80 more") as raised:
+        check_fits(Path("step_1"), index(), specs)
+    assert str(raised.value).count("\n") == 21

@@ -1,0 +1,121 @@
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from moe_dist.checkpoint.index import Index, shard_file
+from moe_dist.checkpoint.state import TensorSpec
+from moe_dist.checkpoint.storage import build_index, read_rank_values, read_tensors, write_shard
+from moe_dist.errors import DataError
+
+TENSORS = {
+    "bf16": torch.tensor([1.0, -2.5, 3e38]).bfloat16(),
+    "double": torch.tensor([[1e-300, 2.0], [float("inf"), -0.0]], dtype=torch.float64),
+    "long": torch.tensor([2**62, -1]),
+    "scalar": torch.tensor(3.5),
+    "view": torch.arange(24.0).view(2, 3, 4)[1],
+    "strided": torch.arange(6.0).view(2, 3).T,
+    "bytes": torch.tensor([0, 255], dtype=torch.uint8),
+}
+
+
+def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+def written(folder: Path, save_id: str = "a1", *, sign: int = 1) -> Index:
+    """Two shards: all of TENSORS in the first, and one tensor with the same name and shape in each."""
+    folder.mkdir(exist_ok=True)
+    write_shard(folder, 0, TENSORS, save_id=save_id, rank_values={"rng": [1, "x"]})
+    write_shard(folder, 1, {"other": sign * torch.ones(3)}, save_id=save_id, rank_values={})
+    specs = specs_of(TENSORS) | {"other": TensorSpec((3,), torch.float32)}
+    return build_index(folder, specs, step=1, save_id=save_id, num_shards=2)
+
+
+def blank() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()} | {"other": torch.zeros(3)}
+
+
+def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    index = written(tmp_path)
+    tensors = blank()
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    read_tensors(tmp_path, index, tensors)
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+        assert tensors[name].data_ptr() == places[name]
+    assert tensors["double"][1, 1].signbit()
+    assert tensors["other"].eq(1).all()
+    assert read_rank_values(tmp_path, index, 0) == {"rng": [1, "x"]}
+
+
+def test_a_rank_without_anything_writes_a_file_too(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, {}, save_id="a1", rank_values={"x": 1})
+    index = build_index(tmp_path, {}, step=1, save_id="a1", num_shards=1)
+    assert index.tensors == {}
+    assert read_rank_values(tmp_path, index, 0) == {"x": 1}
+
+
+def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:
+    written(tmp_path)
+    metadata = HuggingFaceStorageReader(str(tmp_path)).read_metadata()
+    assert set(metadata.state_dict_metadata) == {*TENSORS, "other"}
+    assert metadata.state_dict_metadata["double"].size == torch.Size([2, 2])  # type: ignore[union-attr]
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    index = written(tmp_path)
+    path = tmp_path / shard_file(0)
+    for size in (path.stat().st_size - 1, 100, 4, 0):
+        os.truncate(path, size)
+        with pytest.raises(DataError, match=shard_file(0)):
+            read_tensors(tmp_path, index, blank())
+    path.unlink()
+    with pytest.raises(DataError, match=shard_file(0)):
+        read_tensors(tmp_path, index, blank())
+
+
+def test_swapped_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    index = written(tmp_path / "own")
+    written(tmp_path / "foreign", "b2", sign=-1)  # same names, shapes and step
+    own = tmp_path / "own" / shard_file(1)
+    shutil.copy(tmp_path / "foreign" / shard_file(1), own)
+    with pytest.raises(DataError, match=rf"{shard_file(1)}.*another save"):
+        read_tensors(tmp_path / "own", index, blank())
+    shutil.copy(tmp_path / "own" / shard_file(0), own)
+    with pytest.raises(DataError, match=rf"{shard_file(1)}: other is missing"):
+        read_tensors(tmp_path / "own", index, blank())
+
+
+class Payload:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return os.system, (f"touch {self.target}",)
+
+
+def test_planted_pickles_run_nothing(tmp_path: Path) -> None:
+    folder, target = tmp_path / "step_1", tmp_path / "ran"
+    index = written(folder)
+    pickled = pickle.dumps(Payload(target))
+    pickle.loads(pickled)
+    assert target.exists(), "the payload itself must work"
+    target.unlink()
+    (folder / ".metadata").write_bytes(pickled)
+    (folder / "__0_0.distcp").write_bytes(pickled)
+    read_tensors(folder, index, blank())  # files that are no part of it are not looked at
+    torch.save(Payload(target), folder / shard_file(1))
+    with pytest.raises(DataError, match=shard_file(1)):
+        read_tensors(folder, index, blank())
+    (folder / shard_file(1)).write_bytes(pickled)
+    with pytest.raises(DataError, match=shard_file(1)):
+        read_tensors(folder, index, blank())
+    assert not target.exists()
