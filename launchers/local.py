@@ -84,10 +84,10 @@ def _run(
     folder.logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab")) for command in commands]
-        offsets = [log.seek(0, os.SEEK_END) for log in logs]
         for log in logs:
             log.write(f"--- attempt {attempt_id}, {time.strftime('%F %T %z')}\n".encode())
             log.flush()
+        offsets = [log.tell() for log in logs]
         signals = stack.enter_context(StopSignals())
         ranks = Ranks(commands, logs, patience=Patience(stop=grace_seconds + KILL_AFTER_GRACE_SECONDS))
         outcome = ranks.see_through(signals)

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.tiny import tiny_dataset
 from tests.support.worlds import Worlds
 
 
@@ -21,6 +23,14 @@ def worlds() -> Iterator[Worlds]:
 def run_in_world(worlds: Worlds) -> Callable[..., list[Any]]:
     """`run_in_world(world_size, function, *arguments, seconds=60)`: results of all ranks, see `tests.support.worlds`."""
     return worlds.run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny prepared data set; not to be written to."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    tiny_dataset(folder)
+    return folder
 
 
 def pytest_configure(config: pytest.Config) -> None:

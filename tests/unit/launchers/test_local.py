@@ -1,0 +1,201 @@
+"""The local launcher with small programs in place of the training: what it checks, shows, and ends with."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.local import launch
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).parents[3]
+PRELUDE = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from moe_dist.config.load import load_config
+from moe_dist.errors import *
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RankEnv
+env = RankEnv.from_environment(os.environ)
+rank = env.rank
+here = os.path.dirname(__file__)
+open(f"{{here}}/started.{{rank}}", "w").close()
+def wait_for(name):
+    while not os.path.exists(f"{{here}}/{{name}}"): time.sleep(0.01)
+"""
+ATTEMPT = """
+with Attempt(env) as attempt:
+    attempt.open(load_config(sys.argv[1], sys.argv[2:]))
+    open(f"{here}/opened.{rank}", "w").close()
+    wait_for("opened.0")
+"""
+
+
+class Site:
+    """A folder with a configuration, a program for the ranks, and the runs."""
+
+    def __init__(self, folder: Path, data: Path, changes: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.config = tiny_config(data, folder / "runs", changes)
+        self.yaml = write_config(self.config, folder / "x.yaml")
+        self.run = RunFolder.of(self.config)
+
+    def launch(self, program: str, *overrides: str, **options: Any) -> int:
+        path = self.folder / "program.py"
+        path.write_text(PRELUDE + textwrap.dedent(program))
+        return launch(self.yaml, overrides, program=(str(path),), **options)
+
+    def attempt(self, body: str, *overrides: str, **options: Any) -> int:
+        return self.launch(ATTEMPT + textwrap.indent(textwrap.dedent(body), "    "), *overrides, **options)
+
+    @property
+    def started(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("started.*"))
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_data: Path) -> Site:
+    return Site(tmp_path, tiny_data)
+
+
+def test_ranks_are_started_and_done_is_0(site: Site) -> None:
+    assert site.attempt("attempt.last_step = lambda: 4") == 0
+    assert site.started == ["started.0", "started.1"]
+    latest = site.run.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.last_step) == (0, 4)
+
+
+def test_nproc_stretches_edp_and_the_ranks_hear_of_it(site: Site) -> None:
+    assert site.attempt("pass", "train.micro_batch=1", nproc=4) == 0
+    assert len(site.started) == 4
+    assert site.run.read_config().parallel.edp == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        (["trian.steps=3"], {}, "did you mean"),
+        (["data.path=/nowhere"], {}, "prepare_data"),
+        (["train.global_batch=7"], {}, "global_batch=7"),
+        ([], {"nproc": 3}, "3 ranks"),
+        ([], {"nproc": 8}, "global_batch"),  # the data are checked against the ranks that would run
+    ],
+)
+def test_a_bad_configuration_costs_no_process_and_no_folder(
+    site: Site, overrides: list[str], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        site.launch("pass", *overrides, **options)
+    assert site.started == []
+    assert not site.run.path.exists()
+
+
+def test_a_finished_run_shows_its_summary_and_starts_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    site.attempt("attempt.last_step = lambda: 4")
+    site.run.write_summary("held-out loss: fine\n")
+    assert site.launch("sys.exit(9)") == 0
+    assert "held-out loss: fine" in capfd.readouterr().out
+    assert site.attempt("attempt.last_step = lambda: 6", "train.steps=6") == 0
+
+
+def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site: Site) -> None:
+    site.attempt("raise StoppedError('saved')")
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.003 in the folder, 0\.5 now"):
+        site.launch("pass", "optimizer.lr=0.5")
+    assert site.attempt("pass", "optimizer.lr=0.5", overwrite=True) == 0
+    assert RunFolder(f"{site.run.path}.old-1").read_config() == site.config
+    assert "attempt" in site.run.log_of(1).read_text()
+
+
+def test_the_verdict_is_that_of_the_first_failing_rank_and_its_words_come_first(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+    if rank == 1:
+        wait_for("opened.0"); raise DataError("shard 3 is damaged")
+    wait_for("never")
+    """
+    assert site.attempt(body) == 65
+    err = capfd.readouterr().err
+    assert "rank 1 failed first (exit code 65)" in err
+    assert err.index("shard 3 is damaged") < err.index("the other ranks ended after it: 0 (killed by SIGTERM)")
+
+
+def test_a_traceback_of_ours_is_shown_and_the_other_ranks_only_named(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    if rank == 1:
+        open(f"{here}/failing", "w").close(); raise ValueError("the cause")
+    wait_for("failing"); time.sleep(1); raise ConnectionError("the consequence")
+    """
+    assert site.attempt(body) == 1
+    err = capfd.readouterr().err
+    assert err.count("Traceback") == 1
+    assert "ValueError: the cause" in err
+    assert "the consequence" not in err
+    assert "ConnectionError: the consequence" in site.run.log_of(0).read_text()
+
+
+def test_a_rank_killed_from_outside_is_the_cause_though_a_peer_wrote_the_verdict(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+    if rank == 1: os.kill(os.getpid(), 9)
+    time.sleep(1); raise ConnectionError("the consequence")
+    """
+    assert site.attempt(body) == 1
+    assert "rank 1 failed first (killed by SIGKILL, out of memory?)" in capfd.readouterr().err
+
+
+def test_without_a_verdict_the_ranks_code_is_ours(site: Site) -> None:
+    assert site.launch("sys.exit(33 if rank == 1 else 0)") == 33
+
+
+def test_a_verdict_of_an_earlier_attempt_is_not_this_ones(site: Site) -> None:
+    site.attempt("raise StoppedError('saved')")
+    assert site.launch("sys.exit(33)") == 33
+
+
+def test_each_attempt_has_its_part_of_the_log(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    site.launch("raise ValueError('yesterday')")
+    capfd.readouterr()
+    site.launch("sys.exit('new')")
+    assert "yesterday" not in capfd.readouterr().err
+    log = site.run.log_of(1).read_text()
+    assert log.count("--- attempt local-") == 2
+    assert log.index("ValueError: yesterday") < log.index("\nnew\n")
+
+
+def test_a_stop_before_the_ranks_are_ready_says_so(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    def stop() -> None:
+        while len(site.started) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    code = site.launch("time.sleep(100)")
+    thread.join()
+    assert code == 128 + signal.SIGTERM
+    assert "SIGTERM came before the ranks were ready" in capfd.readouterr().err
+
+
+def test_command_line_shows_errors_as_text_and_never_imports_torch(site: Site) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('launchers.local', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, str(site.yaml), "train.steps=0", "modle.x=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "train.steps" in done.stderr
+    assert "modle.x" in done.stderr
+    assert "Traceback" not in done.stderr
