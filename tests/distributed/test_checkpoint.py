@@ -24,7 +24,7 @@ from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
-from tests.support.layouts import Layout, build, placement_of
+from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 
 STEPS_TAKEN = 41
@@ -115,6 +115,9 @@ class NothingPickled:
 
 def save_body(rank: RankContext, layout: Layout, folder: Path) -> int:
     setup = Setup(rank, layout, STEPS_TAKEN)
+    batch = batch_of(0, 0, rank.rank, 1)
+    with torch.no_grad():  # FSDP2 leaves the root's parameters gathered after a forward
+        setup.parallel.model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.modality_BS)
     with NothingPickled():
         state = setup.capture(position=7)
         manager(folder).save(5, state)
