@@ -6,7 +6,7 @@ in the .idx files and over up to 256 MiB of ids of each split: a second or two.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.config.draft import Draft
@@ -17,7 +17,7 @@ from moe_dist.config.schema import Config, Relation
 from moe_dist.config.split_files import check_split, count_by_modality
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.planner import PlanComparison, compare, render
+from moe_dist.placement.planner import PlanComparison, compare
 from moe_dist.placement.policies import expert_groups, make_placement
 
 _LOOKED_AT = 256 << 20  # bytes of ids of each split
@@ -46,13 +46,6 @@ class Preflight:
     token_mix: Mapping[str, int]
     comparison: PlanComparison
 
-    @property
-    def placement_text(self) -> str:
-        """The placement as a table, beside what pinned and interleaved would cost."""
-        itemsize = 2 if self.config.parallel.precision == "bf16" else 4
-        policy = self.config.placement.policy
-        return render(self.comparison, self.placement, self.token_mix, policy=policy, itemsize=itemsize)
-
 
 def check(config: Config, *, manifest: Manifest | None = None, world_size: int | None = None) -> Preflight:
     """Checks a configuration against its data set and its ranks.
@@ -68,62 +61,49 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
     return _check(Draft(config, ()), manifest, world_size)
 
 
-def check_file(
-    path: str | Path, overrides: Sequence[str] = (), *, nproc: int | None = None, world_size: int | None = None
-) -> Preflight:
+def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
     """As `check`, from the file on: misspelt keys and wrong types are shown together with everything else.
-
-    Args:
-        nproc: Number of ranks to fit parallel.edp to; None leaves it as configured.
 
     Raises:
         ConfigError, DataError: as `check`.
     """
-    read = read_draft(path, overrides)
-    if read.value is not None and nproc is not None:
-        try:
-            read = replace(read, value=fit_ranks(read.value, nproc))
-        except ConfigError as error:
-            read = replace(read, faults=(*read.faults, *error.faults))
-    return _check(read, None, world_size)
+    return _check(read_draft(path, overrides), None, world_size)
 
 
-def layout_without_data(config: Config) -> tuple[tuple[ExpertGroup, ...], ExpertPlacement, dict[str, int], bool]:
-    """Groups, placement and token mix of a configuration whose data need not be there, for a dry run.
+@dataclass(frozen=True)
+class Layout:
+    """Experts on ranks, for a configuration whose data need not be there.
 
-    Returns:
-        The groups, their placement, the mix, and whether it was measured; where there is no data set it is even.
+    Attributes:
+        groups, placement: As `Preflight`.
+        token_mix: Training tokens of each modality; empty (all alike) where the data are not there to be counted.
+    """
+
+    groups: tuple[ExpertGroup, ...]
+    placement: ExpertPlacement
+    token_mix: Mapping[str, int]
+
+
+def layout_without_data(config: Config) -> Layout:
+    """Checks what can be checked without data (for a dry run), and against the manifest where there is one.
 
     Raises:
-        ConfigError: with every fault of the configuration that can be seen without data.
+        ConfigError, DataError: as `check`.
     """
     groups = expert_groups(config.model.moe)
     relations = [*model_relations(config), *batch_relations(config), *group_relations(groups)]
-    manifest = _manifest_or_fault(config, [], [])
+    data_faults: list[str] = []
+    manifest = _manifest_or_fault(config, [], data_faults)
+    counted = False
     if manifest is not None:
         relations += manifest_relations(config, groups, manifest)
-    counted = manifest is not None and all(source.train.tokens_by_modality for source in manifest.sources.values())
+        counted = all(source.train.tokens_by_modality for source in manifest.sources.values())
     mix = token_mix(config, manifest) if manifest is not None and counted else {}
     placement = _placement_or_fault(config, groups, mix, relations)
-    _raise_if_any([relation.fault for relation in relations], [])
+    _raise_if_any([relation.fault for relation in relations], data_faults)
     if placement is None:
         raise AssertionError("a fault was found but not reported")
-    return groups, placement, mix, bool(mix)
-
-
-def fit_ranks(config: Config, num_ranks: int) -> Config:
-    """The configuration with as many EP groups as make `num_ranks` ranks.
-
-    Raises:
-        ConfigError: EP groups would not be whole.
-    """
-    ep = config.parallel.ep
-    if num_ranks < 1 or num_ranks % ep:
-        raise ConfigError(
-            f"{num_ranks} ranks: must be a positive multiple of parallel.ep={ep}, since EP groups are whole; choose "
-            "another number, or set parallel.ep"
-        )
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"edp": num_ranks // ep})})
+    return Layout(groups, placement, mix)
 
 
 def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | None) -> Preflight:

@@ -1,0 +1,140 @@
+"""What a training rank keeps in memory, estimated from plain sizes. Imports no torch.
+
+States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of what the rank holds. Activations are
+an estimate of the tensors that autograd keeps for one micro-batch, in elements of a bytes for each token:
+
+    attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
+    MoE         3 D + rows D + 4 F of the shared expert         rows at this rank for each own token
+                + pairs (D + 4 F), and 4 D bytes in fp32        pairs likewise; their outputs before they are weighted
+                + 12 C bytes in fp32                            router (C: all true and null experts)
+                + 4 D bytes in fp32 where a < 4                 the router's input
+    dense FFN   2 D + 4 F
+    output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
+
+`recompute: experts` does not keep what pairs need; `block` keeps the inputs of both halves of a layer and the rows that
+came back; both need the rest once, for one layer. RMSNorm keeps more on CPU. Allocator slack, kernels' scratch and
+libraries (1 to 2 GB on CUDA) come on top.
+"""
+
+from dataclasses import dataclass
+
+from moe_dist.model.flops import Recompute, Shape, parameters
+from moe_dist.placement.placement import ExpertPlacement
+
+FP32 = 4
+CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share the model, as plain values.
+
+    Attributes:
+        ep, edp: Ranks of an EP group, and EP groups.
+        sharded: Whether dense parameters are sharded over all ranks and experts over edp (FSDP2); routers never are.
+        itemsize: Bytes of an element of the compute type.
+        tokens: Tokens of a rank's micro-batch.
+        max_receive_rows: Bound of the rows received in one layer; None for none but the one that always holds.
+    """
+
+    ep: int
+    edp: int
+    sharded: bool
+    itemsize: int
+    recompute: Recompute
+    tokens: int
+    max_receive_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters, gradients, optimizer: fp32 states.
+        casts: Weights in the compute type while a micro-batch is computed: all of them under DDP (autograd keeps each
+            cast), two units under FSDP2; nothing in fp32 under DDP.
+        activations: Estimate for one micro-batch.
+        exchange_bound: Send and receive buffers of one layer if every token goes to one rank; part of no sum.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    casts: float
+    activations: float
+    exchange_bound: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.casts + self.activations
+
+
+def rank_memory(
+    shape: Shape, placement: ExpertPlacement, layout: Layout, *, rank: int, rows: float, pairs: float
+) -> RankMemory:
+    """Memory of EP position `rank`.
+
+    Args:
+        rows, pairs: Rows and (token, expert) pairs that the rank works on for each token of its own, as expected.
+    """
+    held = held_parameters(shape, placement, layout, rank=rank)
+    exchange_rows = 2 * (layout.ep - 1) * layout.tokens
+    if layout.max_receive_rows is not None:
+        exchange_rows = min(exchange_rows, (layout.ep - 1) * layout.tokens + layout.max_receive_rows)
+    return RankMemory(
+        parameters=held * FP32,
+        gradients=held * FP32,
+        optimizer=2 * held * FP32,
+        casts=_casts(shape, placement, layout, rank) * layout.itemsize,
+        activations=layout.tokens * _activation_bytes_per_token(shape, layout, rows, pairs),
+        exchange_bound=exchange_rows * shape.hidden_dim * layout.itemsize,
+    )
+
+
+def held_parameters(shape: Shape, placement: ExpertPlacement, layout: Layout, *, rank: int) -> float:
+    """Parameters whose master values EP position `rank` holds."""
+    parts = parameters(shape, experts_held=_local(shape, placement, rank))
+    dense = parts.total - parts.router - parts.experts
+    world = layout.ep * layout.edp
+    return parts.router + (dense / world + parts.experts / layout.edp if layout.sharded else dense + parts.experts)
+
+
+def _local(shape: Shape, placement: ExpertPlacement, rank: int) -> dict[str, float]:
+    return {group.name: len(placement.local_experts(rank, group)) for group in shape.groups}
+
+
+def _casts(shape: Shape, placement: ExpertPlacement, layout: Layout, rank: int) -> float:
+    parts = parameters(shape, experts_held=_local(shape, placement, rank))
+    if not layout.sharded:
+        return parts.total - parts.router if layout.itemsize < FP32 else 0.0
+    attention = parts.attention / shape.num_layers
+    moe = (parts.experts + parts.shared) / max(1, shape.num_moe_layers)
+    ffn = parts.dense_ffn / max(1, shape.num_dense_layers)
+    # The root unit (embedding, output) stays gathered; of the layers one is in use while the next is on its way.
+    return parts.embedding + parts.output + attention + max(moe, ffn)
+
+
+def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs: float) -> float:
+    s, dim, a = shape, shape.hidden_dim, layout.itemsize
+    copies = 4 if s.qk_norm else 3
+    attention = a * (2 * dim + copies * (s.num_heads + s.num_kv_heads) * s.head_dim)
+    columns = sum(group.num_experts + group.num_null for group in s.groups)
+    mean_ffn = _mean_ffn(shape)
+    inside = pairs * (a * (dim + 4 * mean_ffn) + FP32 * dim)
+    moe = a * (3 * dim + rows * dim + 4 * s.shared_ffn_dim) + FP32 * (3 * columns + (dim if a < FP32 else 0))
+    dense = a * (2 * dim + 4 * s.dense_ffn_dim)
+    output = a * dim + s.vocab_size * (a + 2 * FP32)
+    if layout.recompute == "block":
+        kept = a * dim * 2 + rows * a * dim
+        once = attention + moe + inside
+        return s.num_moe_layers * kept + s.num_dense_layers * (a * dim + dense) + once + output
+    moe += 0 if layout.recompute == "experts" else inside
+    once = inside if layout.recompute == "experts" else 0.0
+    return s.num_layers * attention + s.num_moe_layers * moe + s.num_dense_layers * dense + once + output
+
+
+def _mean_ffn(shape: Shape) -> float:
+    """FFN width of a mean pair under a uniform router and an even mix."""
+    pairs = [group.expected_experts_per_token for group in shape.groups]
+    return sum(p * group.ffn_dim for p, group in zip(pairs, shape.groups, strict=True)) / sum(pairs)

@@ -1,0 +1,142 @@
+"""The count of parameters and FLOPs, by hand, by published models, and by torch's own counter on the model that runs."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_dist.build import build_model, model_shape
+from moe_dist.config.schema import Config
+from moe_dist.model.flops import Shape, active_parameters, expected_experts, forward_flops, parameters, training_flops
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.policies import expert_groups, make_placement
+
+
+def shape(**changes: Any) -> Shape:
+    values: dict[str, Any] = {
+        "hidden_dim": 8,
+        "num_layers": 3,
+        "num_moe_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 2,
+        "vocab_size": 10,
+        "dense_ffn_dim": 20,
+        "shared_ffn_dim": 6,
+        "qk_norm": True,
+        "tie_embeddings": False,
+        "groups": (ExpertGroup("text", 3, 1, 2, 5, 0, ("text",)), ExpertGroup("image", 2, 0, 1, 7, 3, ("image",))),
+    }
+    return Shape(**{**values, **changes})
+
+
+def test_parameters_by_hand() -> None:
+    parts = parameters(shape())
+    assert parts.embedding == parts.output == 80
+    assert parts.attention == 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 8 + 4)  # q, k and v, o, both norms
+    assert parts.router == 2 * 8 * (3 + 1 + 2)
+    assert parts.experts == 2 * (3 * 3 * 8 * 5 + 2 * 3 * 8 * 7)
+    assert parts.shared == 2 * 3 * 8 * 6
+    assert parts.dense_ffn == 3 * 8 * 20
+    assert parts.norms == 8 * 7
+    assert parameters(shape(tie_embeddings=True)).output == 0
+
+
+def test_flops_by_hand() -> None:
+    share = {"text": 0.75, "image": 0.25}
+    forward = forward_flops(shape(), seq_len=16, experts_per_token={"text": 1.5, "image": 1.0}, token_share=share)
+    assert forward.attention == 3 * (2 * (8 * 8 + 2 * 8 * 4 + 8 * 8) + 2 * 2 * 4 * 2 * 16)
+    assert forward.router == 2 * 2 * 8 * 6
+    assert forward.experts == 2 * (0.75 * 1.5 * 6 * 8 * 5 + 0.25 * 1.0 * 6 * 8 * 7)
+    assert forward.shared == 2 * 6 * 8 * 6
+    assert forward.dense_ffn == 6 * 8 * 20
+    assert forward.output == 2 * 8 * 10
+    assert training_flops(forward) == 3 * forward.total
+    assert training_flops(forward, recompute="experts") == 3 * forward.total + forward.experts
+    block = forward.attention + forward.router + forward.experts + forward.shared
+    assert training_flops(forward, recompute="block") == 3 * forward.total + block
+
+
+def test_expected_experts_of_adamoe() -> None:
+    assert expected_experts([ExpertGroup("text", 8, 8, 3, 1, 0, ("text",))]) == {"text": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("published", "sizes", "group"),
+    [
+        # OLMoE (arXiv 2409.02060): 6.9B and 1.3B. Mixtral of Experts (arXiv 2401.04088): 47B and 13B.
+        ((6.9, 1.3), (2048, 16, 16, 16, 128, 50304), ExpertGroup("text", 64, 0, 8, 1024, 0, ("text",))),
+        ((46.7, 12.9), (4096, 32, 32, 8, 128, 32000), ExpertGroup("text", 8, 0, 2, 14336, 0, ("text",))),
+    ],
+)
+def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...], group: ExpertGroup) -> None:
+    dim, layers, heads, kv_heads, head_dim, vocab = sizes
+    model = Shape(dim, layers, layers, heads, kv_heads, head_dim, vocab, 0, 0, False, False, (group,))
+    active = active_parameters(model, experts_per_token=expected_experts(model.groups), token_share={"text": 1.0})
+    assert round(parameters(model).total / 1e9, 1) == published[0]
+    assert round(active.total / 1e9, 1) == published[1]
+
+
+def config(**parallel: Any) -> Config:
+    values = {
+        "run": {"name": "flops"},
+        "model": {
+            "hidden_dim": 32,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "vocab_size": 48,
+            "max_seq_len": 16,
+            "qk_norm": True,
+            "dense_ffn_dim": 40,
+            "moe": {
+                "first": 1,
+                "shared_ffn_dim": 24,
+                "groups": {"text": {"num_experts": 4, "num_null": 2, "top_k": 2, "ffn_dim": 16}},
+            },
+        },
+        "data": {"path": "none", "seq_len": 16},
+        "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
+        "optimizer": {"lr": 1e-3},
+        "evaluation": {"every": 1},
+        "parallel": parallel,
+    }
+    return Config.model_validate_json(json.dumps(values))
+
+
+def count_training(config: Config) -> tuple[int, float, int]:
+    """FLOPs of forward and backward as torch counts them, mean experts a token, and tokens."""
+    placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=1, token_mix={})
+    torch.manual_seed(0)
+    model = build_model(config, placement, ep_rank=0, ep_group=None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch, length = 4, config.data.seq_len
+    tokens = torch.randint(config.model.vocab_size, (batch, length))
+    zeros = torch.zeros(batch, length, dtype=torch.int64)
+    # The math kernel's products are ordinary matrix products, which the counter sees on CPU.
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros)
+        logits.sum().backward()
+    pairs = sum(report.pairs for report in reports)
+    return counter.get_total_flops(), pairs / len(reports) / tokens.numel(), tokens.numel()
+
+
+def test_agrees_with_torchs_counter() -> None:
+    cfg = config()
+    counted, experts, tokens = count_training(cfg)
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    assert counted == pytest.approx(training_flops(forward) * tokens, rel=1e-3)
+
+
+def test_recompute_repeats_no_more_than_counted() -> None:
+    plain, experts, tokens = count_training(config())
+    model = model_shape(config().model, expert_groups(config().model.moe))
+    forward = forward_flops(model, seq_len=16, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    for recompute in ("experts", "block"):
+        repeated = count_training(config(recompute=recompute))[0] - plain
+        bound = (training_flops(forward, recompute=recompute) - training_flops(forward)) * tokens
+        assert 0.5 * bound < repeated <= bound * 1.001, recompute
