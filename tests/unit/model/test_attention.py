@@ -22,6 +22,7 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # the slow form is what a CPU has
 @pytest.mark.parametrize("make_mask", [dense_mask, flex_mask])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads: int) -> None:

@@ -30,7 +30,9 @@ def gate_rows(router: TopKRouter, group: ExpertGroup) -> Tensor:
     return torch.cat([gate.true, gate.null]) if group.num_null else gate.true  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-@pytest.mark.parametrize(("groups", "normalise"), product([(TEXT, IMAGE), (PLAIN,)], ["true_chosen", "all_chosen", "none"]))
+@pytest.mark.parametrize(
+    ("groups", "normalise"), list(product([(TEXT, IMAGE), (PLAIN,)], ["true_chosen", "all_chosen", "none"]))
+)
 def test_pairs_and_weights_equal_the_oracle(groups: tuple[ExpertGroup, ...], normalise: str) -> None:
     router = make_router(*groups, normalise=normalise, scale=1.5)
     h_TD = torch.randn(40, D, dtype=torch.double, requires_grad=True)
