@@ -1,0 +1,156 @@
+"""The whole path on two ranks: start, finish, start again, extend, Ctrl-C on a terminal, go on."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import ConfigError, StoppedError
+from moe_dist.monitor.tags import reproducible_part
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).parents[2]
+CTRL_C = b"\x03"
+QUIET = {"evaluation.every": 1000, "evaluation.balance_efficiency": False, "evaluation.ablate_experts": False}
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "launchers.local", str(config), *arguments]
+
+
+def launched(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(config, *arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+class Terminal:
+    """The launcher on a terminal of its own, so that a key press does what it does for a user."""
+
+    def __init__(self, config: Path, *arguments: str) -> None:
+        self._keyboard, screen = pty.openpty()
+
+        def take_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            command(config, *arguments), cwd=ROOT, stdin=screen, stdout=screen, stderr=screen, preexec_fn=take_terminal
+        )
+        os.close(screen)
+        self._shown: list[bytes] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def shown(self) -> str:
+        return b"".join(self._shown).decode(errors="replace")
+
+    def press(self, key: bytes) -> None:
+        os.write(self._keyboard, key)
+
+    def close(self) -> int:
+        code = self.process.wait()
+        self._reader.join()
+        os.close(self._keyboard)
+        return code
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # Linux: EIO once the last process has closed the terminal
+            while chunk := os.read(self._keyboard, 1 << 16):
+                self._shown.append(chunk)
+
+
+def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    if not run.metrics_jsonl.exists():
+        return []
+    whole = run.metrics_jsonl.read_text().rpartition("\n")[0].splitlines()
+    return [line for line in map(json.loads, whole) if line["kind"] == kind]
+
+
+def wait_until(condition: Callable[[], bool], terminal: Terminal) -> None:
+    while not condition():
+        assert terminal.process.poll() is None, terminal.shown
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def first(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, str]:
+    """A run of 4 steps, its configuration file, and what its launcher printed."""
+    root = tmp_path_factory.mktemp("first")
+    config = tiny_config(tiny_data, root / "runs", {**QUIET, "run.name": "first"})
+    path = write_config(config, root / "x.yaml")
+    done = launched(path)
+    assert done.returncode == 0, done.stderr
+    return RunFolder.of(config), path, done.stdout
+
+
+@pytest.mark.timeout(240)
+def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> None:
+    run, _, printed = first
+    latest = run.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.last_step) == (0, 4)
+    assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4]
+    assert (run.checkpoints / "latest").read_text().strip() == "step_4"
+    assert run.read_summary().strip() in printed
+    assert not run.lease_json.exists()
+    assert "\x1b" not in printed  # no terminal, no bar
+
+
+@pytest.mark.timeout(240)
+def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_more_steps_extend_it(
+    first: tuple[RunFolder, Path, str],
+) -> None:
+    run, path, _ = first
+    again = launched(path)
+    assert (again.returncode, again.stdout.strip()) == (0, run.read_summary().strip())
+
+    other = launched(path, "optimizer.lr=0.5", "model.num_layers=3")
+    assert other.returncode == ConfigError.exit_code
+    assert "optimizer.lr: 0.003 in the folder, 0.5 now" in other.stderr
+    assert "model.num_layers: 2 in the folder, 3 now" in other.stderr
+    assert len(run.read_status().attempts) == 1
+
+    longer = launched(path, "train.steps=6")
+    assert longer.returncode == 0, longer.stderr
+    assert [line["step"] for line in lines(run, "step")] == [1, 2, 3, 4, 5, 6]
+    assert run.read_config().train.steps == 6
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_seed(
+    first: tuple[RunFolder, Path, str], tiny_data: Path, tmp_path: Path
+) -> None:
+    undisturbed = [reproducible_part(line) for line in lines(first[0], "step")[:4]]
+    settings = {**QUIET, "run.name": "second", "train.steps": 100_000, "checkpoint.every": 100_000}
+    config = tiny_config(tiny_data, tmp_path / "runs", settings)
+    path, run = write_config(config, tmp_path / "x.yaml"), RunFolder.of(config)
+
+    terminal = Terminal(path)
+    wait_until(lambda: len(lines(run, "step")) >= 5, terminal)
+    terminal.press(CTRL_C)
+    assert terminal.close() == StoppedError.exit_code, terminal.shown
+    stopped = run.read_status().latest
+    assert stopped is not None
+    assert (stopped.verdict, f"step_{stopped.last_step}") == (75, (run.checkpoints / "latest").read_text().strip())
+    assert "\x1b[?25l" in terminal.shown  # rank 0 saw the terminal, and drew its bar
+    assert terminal.shown.endswith("\x1b[?25h")
+    assert "Traceback" not in terminal.shown
+
+    steps = stopped.last_step + 2
+    gone_on = launched(path, f"train.steps={steps}")
+    assert gone_on.returncode == 0, gone_on.stderr
+    assert [line["step"] for line in lines(run, "step")] == list(range(1, steps + 1))
+    assert [reproducible_part(line) for line in lines(run, "step")[:4]] == undisturbed
+    assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(75, steps - 2), (0, steps)]
