@@ -37,7 +37,7 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
 
     Args:
         folder: Its log folder is made if it is not there.
-        level: Lowest level that is written down.
+        level: Lowest level of our own records that is written down; of libraries' it is WARNING.
 
     Returns:
         The prefix, which wants to be told where to read the step.
@@ -60,5 +60,6 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
         handler.addFilter(prefix)
         handler.setFormatter(logging.Formatter("%(asctime)s [%(place)s] %(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
-    root.setLevel(level)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("moe_dist").setLevel(level)
     return prefix

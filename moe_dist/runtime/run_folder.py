@@ -224,7 +224,7 @@ class RunFolder:
             return False
         claim = self.path / f".verdict_{attempt_id}"
         try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # decided by the file server, whatever is cached
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # the file server decides, not a cache
         except FileExistsError:
             return False
         ending = self.read_status().of(attempt_id)

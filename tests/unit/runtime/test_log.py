@@ -28,6 +28,7 @@ def _root_logger() -> Iterator[None]:
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(level)
+    logging.getLogger("moe_dist").setLevel(logging.NOTSET)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,7 @@ def test_places(
     logger.debug("whispered")
     logger.info("told")
     logger.warning("warned")
+    logging.getLogger("a_library").info("chatted")
     log = folder.log_of(rank)
     assert [line.rpartition(": ")[2] for line in stderr.getvalue().splitlines()] == on_stderr
     assert [line.rpartition(": ")[2] for line in (log.read_text().splitlines() if log.exists() else [])] == in_file
@@ -58,19 +60,19 @@ def test_places(
 def test_the_prefix_shows_rank_and_step(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     prefix = setup_logging(replace(ENV, rank=2), folder)
-    logging.getLogger("x").info("before")
+    logging.getLogger("moe_dist.x").info("before")
     step = 119
     prefix.follow(lambda: step)
     step = 120
-    logging.getLogger("x").info("after")
+    logging.getLogger("moe_dist.x").info("after")
     before, after = folder.log_of(2).read_text().splitlines()
-    assert "[2] INFO x: before" in before
-    assert "[2 @120] INFO x: after" in after
+    assert "[2] INFO moe_dist.x: before" in before
+    assert "[2 @120] INFO moe_dist.x: after" in after
 
 
 def test_a_second_set_up_replaces_the_first(tmp_path: Path) -> None:
     for name in ("a", "b"):
         setup_logging(ENV, RunFolder(tmp_path / name))
-    logging.getLogger("x").info("once")
+    logging.getLogger("moe_dist.x").info("once")
     assert (tmp_path / "a" / "log" / "rank_0.log").read_text() == ""
     assert (tmp_path / "b" / "log" / "rank_0.log").read_text().count("once") == 1
