@@ -1,20 +1,20 @@
 """TensorBoard: curves, heat maps of where every token went, histograms, and pages of text."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: made at import
+from torch.utils.tensorboard import FileWriter, summary
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject, Window, heat_maps, loads
+from moe_dist.monitor.sinks.event_files import drop_events_after
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import GROUP_FAMILIES, tag_plan
 
-logger = logging.getLogger(__name__)
-
 FLUSH_SECONDS = 10  # how old the page may be
+NUM_BINS = 40
 
 
 class TensorBoardSink:
@@ -25,7 +25,7 @@ class TensorBoardSink:
         subject: What the pictures are of.
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
-        resume_step: Last step that stays: TensorBoard is told to hide later ones of an earlier attempt.
+        resume_step: Last step that stays.
     """
 
     def __init__(
@@ -39,14 +39,12 @@ class TensorBoardSink:
     ) -> None:
         self._subject = subject
         self._pictures_every = pictures_every
-        # Steps of a first attempt that died before its first checkpoint are purged too, hence also at resume_step 0.
         self._first_step = resume_step + 1
         self._last_step = resume_step
         self._window = Window()
-        self._writer: SummaryWriter | None = SummaryWriter(
-            str(folder), purge_step=self._first_step, flush_secs=FLUSH_SECONDS
-        )
-        self._writer.add_custom_scalars(layout(subject, modalities))
+        drop_events_after(folder, resume_step)
+        self._writer: FileWriter | None = FileWriter(str(folder), flush_secs=FLUSH_SECONDS)
+        self._writer.add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
 
     def step(self, record: Record) -> None:
         self._add(record.scalars, record.step)
@@ -60,7 +58,7 @@ class TensorBoardSink:
 
     def text(self, tag: str, markdown: str) -> None:
         # At the attempt's first step: it changes with the attempt, and goes with its steps.
-        self._open.add_text(tag, markdown, self._first_step)
+        self._open.add_summary(summary.text(tag, markdown), self._first_step)
 
     def flush(self) -> None:
         self._open.flush()
@@ -74,24 +72,26 @@ class TensorBoardSink:
         self._writer = None
 
     @property
-    def _open(self) -> SummaryWriter:
+    def _open(self) -> FileWriter:
         if self._writer is None:
             raise RuntimeError("TensorBoardSink: used after close()")
         return self._writer
 
     def _add(self, scalars: Mapping[str, float | None], step: int) -> None:
-        for tag, value in scalars.items():
-            if value is not None:
-                self._open.add_scalar(tag, value, step)
+        known = [summary.scalar(tag, value).value[0] for tag, value in scalars.items() if value is not None]
+        self._open.add_summary(Summary(value=known), step)  # one event a step, not one a curve
 
     def _add_pictures(self) -> None:
         sums, steps = self._window.take()
         for tag, picture in heat_maps(sums, self._subject, steps):
-            self._open.add_image(tag, picture, self._last_step, dataformats="HWC")
+            self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
             known = load_Ln[~np.isnan(load_Ln)]
             if known.size:
-                self._open.add_histogram(f"moe/load_histogram/{group.name}", known, self._last_step)
+                # Fixed bins: numpy's automatic ones have no bound where one load is far from all others.
+                bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
+                histogram = summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins)
+                self._open.add_summary(histogram, self._last_step)
 
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:

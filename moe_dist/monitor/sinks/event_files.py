@@ -1,0 +1,57 @@
+"""TensorBoard's event files on resume: what is written again goes.
+
+TensorBoard has a mark for it (`purge_step`), which its fast server does not heed: a curve or picture of the earlier attempt
+would stay until one of the same tag is written at the same step or before.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]: made at import
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+
+def drop_events_after(folder: str | Path, step: int) -> None:
+    """Drops the events of steps after `step` from the event files in `folder`; each file is replaced in one rename.
+
+    From the newest file back to the first that has steps, none of which is to go: older attempts were cut when it began.
+    Reads one attempt's events: some ten seconds for 100,000 steps.
+    """
+    for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
+        if _cut(path, step):
+            return
+
+
+def _cut(path: Path, step: int) -> bool:
+    """Whether the file had steps, and all of them stay."""
+    kept_path = path.with_name("kept")  # without 'tfevents' in its name: no reader takes it for one of its files
+    kept_steps = dropped = False
+    with kept_path.open("wb") as file:
+        writer = RecordWriter(file)
+        for raw in _records(path):
+            event_step = Event.FromString(raw).step
+            if event_step > step:
+                dropped = True
+            else:
+                kept_steps |= event_step > 0  # the file's version stands at step 0
+                writer.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    if dropped:
+        os.replace(kept_path, path)
+    else:
+        kept_path.unlink()
+    return kept_steps and not dropped
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """Serialized events; ends quietly at a torn one, as all readers do."""
+    return RawEventFileLoader(str(path)).Load()
+
+
+def _began_at(path: Path) -> tuple[int, int]:
+    """Files are called events.out.tfevents.<seconds>.<host>.<pid>.<count>, the host perhaps with dots of its own."""
+    parts = path.name.split(".")
+    return int(parts[3]), int(parts[-1])

@@ -1,0 +1,132 @@
+"""A small model's groups and placement, and made-up statistics of its steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_dist.monitor.metrics import Record, build_record
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.statistics import StepStatistics
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+MODALITIES = ("text", "image")
+MakeStatistics = Callable[..., StepStatistics]
+MakeRecord = Callable[..., Record]
+
+
+def draw_groups(num_groups: int, num_experts: int, num_null: int, top_k: int) -> tuple[ExpertGroup, ...]:
+    names = ("text", "image", *(f"group{i}" for i in range(2, num_groups)))[:num_groups]
+    return tuple(
+        ExpertGroup(name, num_experts, num_null, top_k, 32 * (g + 1), g * num_experts, (name,))
+        for g, name in enumerate(names)
+    )
+
+
+def draw_placement(groups: tuple[ExpertGroup, ...], num_ranks: int) -> ExpertPlacement:
+    """Every num_ranks-th expert on a rank."""
+    total = sum(group.num_experts for group in groups)
+    return ExpertPlacement(groups, tuple(tuple(range(rank, total, num_ranks)) for rank in range(num_ranks)))
+
+
+def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, **changes: Any) -> StepStatistics:
+    """Random choices of a consistent step; `changes` replace fields."""
+    rng = np.random.default_rng(step)
+    groups = placement.groups
+    tokens_G = rng.integers(50, 100, len(groups))
+    true, null = [], []
+    for group, tokens in zip(groups, tokens_G, strict=True):
+        share = rng.dirichlet(np.ones(group.num_experts + group.num_null), num_layers)
+        choices = np.stack([rng.multinomial(tokens * group.top_k, row) for row in share])
+        true.append(choices[:, : group.num_experts])
+        null.append(choices[:, group.num_experts :])
+    choices_LC = np.concatenate(true + null, axis=1).astype(np.int64)
+    rank_E = np.array(placement.rank_of_expert)
+    true_LE = choices_LC[:, : placement.num_experts]
+    rows_LR = np.stack([true_LE[:, rank_E == rank].sum(1) for rank in range(placement.num_ranks)], axis=1)
+    tokens_LG = np.tile(tokens_G, (num_layers, 1))
+    names = [name for group in groups for name in group.modalities]
+    fields: dict[str, Any] = {
+        "step": step,
+        "loss_sum": {name: 100.0 + i for i, name in enumerate(names)},
+        "labels": {name: 40 + i for i, name in enumerate(names)},
+        "balance_loss": 0.02,
+        "z_loss": 0.001,
+        "balance_coefficient": 0.02,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "skipped": False,
+        "skipped_steps": 0,
+        "tokens": 1000 * step,
+        "step_tokens": 1000,
+        "choices_LC": choices_LC,
+        "tokens_LG": tokens_LG,
+        "entropy_sum_LG": tokens_LG * 0.7,
+        "rows_LR": rows_LR,
+        "dropped_LG": np.zeros_like(tokens_LG),
+        "ledger": {
+            "payload_bytes": 80 * 4 * 128,
+            "metadata_bytes": 640,
+            "rows_remote": 80,
+            "pairs": 200,
+            "pairs_remote": 100,
+            "rows_per_pair": 100,
+            "rows_topk": 240,
+            "rows_same_active": 120,
+            "rows_null_remapped": 180,
+        },
+        "comm_seconds": 0.01,
+        "step_seconds": 0.5,
+        "epochs": {name: 0.1 * step for name in names},
+        "flops_per_token": 2e6,
+    }
+    return StepStatistics(**{**fields, **changes})
+
+
+@pytest.fixture
+def groups() -> tuple[ExpertGroup, ...]:
+    return draw_groups(2, num_experts=4, num_null=2, top_k=2)
+
+
+@pytest.fixture
+def placement(groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
+    """Four ranks: text experts 0-1, text 2-3, image 0-1, image 2-3."""
+    return ExpertPlacement(groups, ((0, 1), (2, 3), (4, 5), (6, 7)))
+
+
+@pytest.fixture
+def subject(groups: tuple[ExpertGroup, ...], placement: ExpertPlacement) -> Subject:
+    return Subject(groups, placement, (1, 3, 5), len(MODALITIES))
+
+
+@pytest.fixture
+def make_statistics(placement: ExpertPlacement) -> MakeStatistics:
+    """Statistics of a step of 3 MoE layers; keywords replace fields."""
+    return lambda step=1, **changes: draw_statistics(placement, 3, step, **changes)
+
+
+@pytest.fixture
+def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> MakeRecord:
+    """The record of the same step."""
+
+    def make(step: int = 1, **changes: Any) -> Record:
+        stats = make_statistics(step, **changes)
+        return build_record(stats, groups=placement.groups, placement=placement, modalities=MODALITIES)
+
+    return make
+
+
+@pytest.fixture
+def wide_record() -> Callable[..., tuple[Record, Subject]]:
+    """The record and subject of a model with many layers, experts, groups."""
+
+    def make(num_groups: int, num_layers: int, num_experts: int) -> tuple[Record, Subject]:
+        groups = draw_groups(num_groups, num_experts, num_experts // 4, top_k=8)
+        placement = draw_placement(groups, num_ranks=8)
+        stats = draw_statistics(placement, num_layers)
+        modalities = [group.name for group in groups]
+        record = build_record(stats, groups=groups, placement=placement, modalities=modalities)
+        return record, Subject(groups, placement, tuple(range(num_layers)), len(modalities))
+
+    return make

@@ -1,0 +1,134 @@
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from moe_dist.monitor.hints import HintWatch
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.sinks.console import ConsoleSink, duration, summary_table
+from moe_dist.monitor.statistics import EvaluationResult
+
+MakeRecord = Callable[..., Record]
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    value: str
+    rule: str
+    passed: bool
+
+
+def plain() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False, width=80, highlight=False)
+
+
+def output(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def ticking(seconds: float) -> Callable[[], float]:
+    """A clock that each look moves on."""
+    times: Iterator[float] = iter(i * seconds for i in range(10**6))
+    return lambda: next(times)
+
+
+def test_plain_lines_come_every_few_steps_and_stay_one_line(make_record: MakeRecord) -> None:
+    console = plain()
+    sink = ConsoleSink(total_steps=25, every=10, console=console, clock=ticking(2.0))
+    for step in range(1, 26):
+        sink.step(make_record(step))
+    sink.close()
+    lines = output(console).splitlines()
+    assert [line.split("/")[0] for line in lines] == ["step 1", "step 10", "step 20", "step 25"]
+    scalars = make_record(10).scalars
+    assert lines[1] == (
+        f"step 10/25  loss {scalars['loss/total']:.3f} (text {scalars['loss/text']:.3f}, image {scalars['loss/image']:.3f})"
+        f"  2.0k tokens/s  experts/token text {scalars['moe/experts_per_token/text']:.2f},"
+        f" image {scalars['moe/experts_per_token/image']:.2f}  imbalance text {scalars['moe/load_imbalance/text']:.2f},"
+        f" image {scalars['moe/load_imbalance/image']:.2f}  0:30 left"
+    )
+
+
+def test_time_left_counts_from_where_the_attempt_began(make_record: MakeRecord) -> None:
+    console = plain()
+    sink = ConsoleSink(total_steps=1000, resume_step=900, console=console, clock=ticking(6.0))
+    sink.step(make_record(901))
+    assert output(console).rstrip().endswith("9:54 left")
+
+
+def test_evaluation_shows_what_changed(make_record: MakeRecord) -> None:
+    console = plain()
+    sink = ConsoleSink(total_steps=10, console=console)
+    sink.evaluation(EvaluationResult(5, {"text": 4.0, "image_no_filler": 3.0}, {}), {})
+    sink.evaluation(EvaluationResult(10, {"text": 3.5, "image_no_filler": 3.25}, {}, {}, 0.812, 0.9), {})
+    assert output(console).splitlines() == [
+        "evaluation after step 5: held-out text 4.000, image no filler 3.000",
+        "evaluation after step 10: held-out text 3.500 (-0.500), image no filler 3.250 (+0.250); balance efficiency 0.81; "
+        "by count 0.90",
+    ]
+
+
+def test_missing_numbers_are_dashes(make_record: MakeRecord) -> None:
+    console = plain()
+    ConsoleSink(total_steps=1, console=console).step(make_record(1, labels={"text": 40}, step_seconds=0.0))
+    assert "image -)" in output(console)
+    assert "- tokens/s" in output(console)
+
+
+def test_hints_are_printed_once(make_record: MakeRecord, subject: Subject) -> None:
+    console = plain()
+    sink = ConsoleSink(total_steps=99, every=50, console=console, hints=HintWatch(subject.groups, subject.moe_layers))
+    for step in (2, 3, 4):
+        sink.step(make_record(step, skipped=True, skipped_steps=step))
+    hints = [line for line in output(console).splitlines() if line.startswith("hint")]
+    assert len(hints) == 1
+    assert hints[0].startswith("hint (step 2): step 2 was skipped on all ranks")
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(80, r"experts \d\.\d\d/\d\.\d\d · imb"), (140, r"experts text \d\.\d\d, image")]
+)
+def test_a_bar_on_a_terminal(make_record: MakeRecord, width: int, shown: str) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, highlight=False)
+    sink = ConsoleSink(total_steps=200, console=console, clock=ticking(1.0))
+    for step in range(1, 101):
+        sink.step(make_record(step))
+    sink.evaluation(EvaluationResult(100, {"text": 4.0}, {}), {})
+    sink.close()
+    sink.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output(console))
+    last = text.rstrip().splitlines()[-1].split("\r")[-1]
+    assert "100/200" in last
+    assert re.search(shown, last)
+    assert f"loss {make_record(100).scalars['loss/total']:.3f}" in last
+    assert last.rstrip().endswith("1:40")
+    assert len(last) <= width
+    assert "evaluation after step 100: held-out text 4.000" in text
+    assert "step 10/200 " not in text, "no plain lines beside the bar"
+
+
+def test_summary_says_pass_or_fail() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    checks = [Check("held-out image", "2.51", "< 2.82 [left bigram]", True), Check("no dead expert", "2 dead", "0", False)]
+    console.print(summary_table(checks, title="demo"))
+    lines = output(console).splitlines()
+    assert lines[0].strip() == "demo"
+    (image,) = (line for line in lines if "held-out image" in line)
+    (dead,) = (line for line in lines if "no dead expert" in line)
+    assert "pass" in image
+    assert "< 2.82 [left bigram]" in image, "brackets are text, not markup"
+    assert "FAIL" in dead
+    assert lines[-1].strip() == "1 of 2 passed"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (11_040, "3h04m"), (183_600, "2d03h")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

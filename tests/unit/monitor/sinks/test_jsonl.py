@@ -1,0 +1,155 @@
+"""Each step exactly once after any number of resumes, whatever a crash left."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_dist.monitor.metrics import Record, evaluation_scalars
+from moe_dist.monitor.sinks.jsonl import JsonlSink, drop_lines_after, read_lines
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.tags import reproducible_part
+
+MakeRecord = Callable[..., Record]
+
+
+def evaluation(step: int) -> EvaluationResult:
+    return EvaluationResult(step, {"text": 3.0, "image": 2.0}, {"text": 5, "image": 6}, {"text": 4.0}, None, 0.8, "no")
+
+
+def write(path: Path, make_record: MakeRecord, steps: range, *, resume_step: int = 0, evaluate: int = 5) -> None:
+    """One attempt, killed after its last step: nothing is closed."""
+    sink = JsonlSink(path=path, resume_step=resume_step, clock=lambda: 1000.0)
+    for step in steps:
+        sink.step(make_record(step))
+        if step % evaluate == 0:
+            sink.evaluation(evaluation(step), evaluation_scalars(evaluation(step), ("text", "image"), 2))
+
+
+def steps_of(path: Path, kind: str = "step") -> list[int]:
+    return [line["step"] for line in read_lines(path) if line["kind"] == kind]
+
+
+def test_a_line_has_the_whole_record(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    write(path, make_record, range(5, 6))
+    step, evaluated = (json.loads(text) for text in path.read_text().splitlines())
+    record = make_record(5)
+    assert (step["step"], step["kind"], step["time"], step["skipped"]) == (5, "step", 1000.0, False)
+    assert step["scalars"] == record.scalars
+    assert step["arrays"]["choices_LC"] == record.arrays["choices_LC"].tolist()
+    assert step["ledger"]["metadata_bytes"] == 640
+    assert step["losses"] == record.losses
+    assert step["epochs"] == {"text": 0.5, "image": 0.5}
+    assert evaluated["kind"] == "evaluation"
+    assert evaluated["scalars"] == {"eval/text": 3.0, "eval/image": 2.0, "moe/balance_efficiency_by_count": 0.8}
+    assert evaluated["ablated_losses"] == {"text": 4.0}
+
+
+def test_the_line_is_there_before_the_next_step(tmp_path: Path, make_record: MakeRecord) -> None:
+    sink = JsonlSink(path=tmp_path / "m.jsonl")
+    sink.step(make_record(1))
+    assert steps_of(tmp_path / "m.jsonl") == [1]
+    sink.close()
+    sink.close()
+
+
+def test_resuming_drops_what_is_written_again(tmp_path: Path, make_record: MakeRecord) -> None:
+    path, once = tmp_path / "m.jsonl", tmp_path / "once.jsonl"
+    write(path, make_record, range(1, 14))
+    write(path, make_record, range(11, 18), resume_step=10)
+    write(path, make_record, range(11, 13), resume_step=10)
+    write(path, make_record, range(11, 21), resume_step=10)
+    assert steps_of(path) == list(range(1, 21))
+    assert steps_of(path, "evaluation") == [5, 10, 15, 20]
+    write(once, make_record, range(1, 21))
+    assert path.read_bytes() == once.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "once.jsonl"], "nothing is left beside them"
+
+
+def test_a_first_attempt_that_died_before_its_checkpoint_leaves_nothing(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, make_record, range(1, 4))
+    write(path, make_record, range(1, 6))
+    assert steps_of(path) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("keep", [1, 40, 400, -1])
+def test_a_torn_last_line_goes(tmp_path: Path, make_record: MakeRecord, keep: int) -> None:
+    """`keep` bytes of the last line are there; -1 is all of it but the end of line."""
+    path = tmp_path / "m.jsonl"
+    write(path, make_record, range(1, 5))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:keep])
+    assert steps_of(path) == [1, 2, 3]
+    drop_lines_after(path, 9)
+    assert path.read_bytes() == b"".join(lines[:-1])
+    write(path, make_record, range(4, 7), resume_step=3)
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_zeros_of_a_power_cut_go(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, make_record, range(1, 4))
+    with path.open("ab") as file:
+        file.write(b'{"step":2,' + b"\0" * 100 + b"}\n" + b"\0" * 50)
+    write(path, make_record, range(4, 6), resume_step=3)
+    assert steps_of(path) == [1, 2, 3, 4, 5]
+
+
+def test_a_crash_while_dropping_leaves_the_old_file(
+    tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, make_record, range(1, 8))
+    before = path.read_bytes()
+
+    def crash(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_dist.monitor.sinks.jsonl.os.replace", crash)
+        with pytest.raises(OSError, match="no space"):
+            JsonlSink(path=path, resume_step=3)
+    assert path.read_bytes() == before
+    write(path, make_record, range(4, 8), resume_step=3)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_line_inside_is_named(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, make_record, range(1, 4))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b'{"step":2,\n' + lines[2])
+    with pytest.raises(ValueError, match="line 2 is not a record"):
+        steps_of(path)
+
+
+def test_lines_are_strict_json_with_odd_numbers_named(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "m.jsonl"
+    JsonlSink(path=path).step(make_record(1, grad_norm=-math.inf, loss_sum={"text": math.nan, "image": 1.0}, skipped=True))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    line = json.loads(path.read_text(), parse_constant=refuse)
+    assert line["scalars"]["loss/total"] is None
+    assert line["non_finite"] == {"loss/total": "nan", "loss/text": "nan", "optim/grad_norm": "-inf"}
+
+
+def test_arrays_come_every_few_steps(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path=path, arrays_every=3)
+    for step in range(1, 8):
+        sink.step(make_record(step))
+    assert [line["step"] for line in read_lines(path) if "arrays" in line] == [3, 6]
+
+
+def test_two_runs_differ_in_times_only(tmp_path: Path, make_record: MakeRecord) -> None:
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    JsonlSink(path=a, clock=lambda: 1.0).step(make_record(1, step_seconds=0.5, comm_seconds=0.1))
+    JsonlSink(path=b, clock=lambda: 2.0).step(make_record(1, step_seconds=0.7, comm_seconds=0.2))
+    assert a.read_text() != b.read_text()
+    assert [reproducible_part(x) for x in read_lines(a)] == [reproducible_part(x) for x in read_lines(b)]

@@ -1,0 +1,87 @@
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.sinks.prometheus import PrometheusSink, exposition
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.tags import meaning
+
+MakeRecord = Callable[..., Record]
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def parse(text: str) -> Samples:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_every_scalar_is_a_sample(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "node" / "metrics.prom"
+    record = make_record(3)
+    PrometheusSink(path=path, run_name="demo").step(record)
+    samples = parse(path.read_text())
+    assert samples[("moe_dist_step", (("run", "demo"),))] == 3
+    assert samples[("moe_dist_loss", (("run", "demo"), ("term", "total")))] == record.scalars["loss/total"]
+    text = (("group", "text"), ("run", "demo"))
+    assert samples[("moe_dist_moe_null_fraction", text)] == record.scalars["moe/null_fraction/text"]
+    assert samples[("moe_dist_data_epochs", (("modality", "image"), ("run", "demo")))] == pytest.approx(0.3)
+    known = [tag for tag, value in record.scalars.items() if value is not None]
+    assert len(samples) == len(known) + 1
+
+
+def test_families_have_help_and_are_gauges(make_record: MakeRecord) -> None:
+    families = list(text_string_to_metric_families(exposition(make_record(1).scalars, step=1, run_name="r")))
+    assert len({family.name for family in families}) == len(families), "each family stands once"
+    assert {family.type for family in families} == {"gauge"}
+    by_name = {family.name: family.documentation for family in families}
+    assert by_name["moe_dist_moe_load_imbalance"] == meaning("moe/load_imbalance/text")
+
+
+def test_odd_numbers_and_odd_names() -> None:
+    scalars = {"loss/total": math.nan, "optim/grad_norm": math.inf, "optim/lr": -math.inf, "perf/mfu": None}
+    name = 'a"b\\c\nd'
+    samples = parse(exposition(scalars, step=0, run_name=name))
+    assert math.isnan(samples[("moe_dist_loss", (("run", name), ("term", "total")))])
+    assert samples[("moe_dist_optim_grad_norm", (("run", name),))] == math.inf
+    assert samples[("moe_dist_optim_lr", (("run", name),))] == -math.inf
+    assert not any(key[0] == "moe_dist_perf_mfu" for key in samples)
+
+
+def test_evaluations_stay_until_the_next(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "metrics.prom"
+    sink = PrometheusSink(path=path, run_name="r")
+    sink.step(make_record(1))
+    sink.evaluation(EvaluationResult(1, {"text": 3.0}, {"text": 4}), {"eval/text": 3.0})
+    assert ("moe_dist_optim_lr", (("run", "r"),)) in parse(path.read_text()), "the step's numbers stay beside it"
+    sink.step(make_record(2))
+    samples = parse(path.read_text())
+    assert samples[("moe_dist_eval", (("part", "text"), ("run", "r")))] == 3.0
+    assert samples[("moe_dist_step", (("run", "r"),))] == 2
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the moment of each rename the old file is whole, and so is the new one."""
+    path = tmp_path / "metrics.prom"
+    seen: list[tuple[Samples, Samples]] = []
+    replace = os.replace
+
+    def look(old: Path, new: Path) -> None:
+        assert not str(old).endswith(".prom"), "the collector would read the unfinished file"
+        seen.append((parse(Path(new).read_text()) if Path(new).exists() else {}, parse(Path(old).read_text())))
+        replace(old, new)
+
+    monkeypatch.setattr("moe_dist.monitor.sinks.prometheus.os.replace", look)
+    sink = PrometheusSink(path=path, run_name="r")
+    for step in (1, 2):
+        sink.step(make_record(step))
+    step_of = [tuple(samples.get(("moe_dist_step", (("run", "r"),))) for samples in pair) for pair in seen]
+    assert step_of == [(None, 1), (1, 2)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.prom"]

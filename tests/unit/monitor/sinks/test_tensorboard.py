@@ -1,0 +1,164 @@
+"""Read back as TensorBoard reads it."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from moe_dist.monitor.metrics import Record, evaluation_scalars
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.tags import MAX_SCALARS
+
+MakeRecord = Callable[..., Record]
+
+
+def read(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0})
+    return accumulator.Reload()
+
+
+def pages(accumulator: EventAccumulator) -> list[str]:
+    events = sorted(accumulator.Tensors("configuration/text_summary"), key=lambda event: event.step)
+    return [event.tensor_proto.string_val[0].decode() for event in events]
+
+
+def points(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    """Of all files together; attempts of the same second are read in the order of their names."""
+    return sorted((event.step, event.value) for event in accumulator.Scalars(tag))
+
+
+def write(folder: Path, subject: Subject, records: list[Record], *, resume_step: int = 0, pictures_every: int = 4) -> None:
+    sink = TensorBoardSink(
+        folder=folder,
+        subject=subject,
+        modalities=("text", "image"),
+        pictures_every=pictures_every,
+        resume_step=resume_step,
+    )
+    sink.text("configuration", f"resumed at {resume_step}")
+    for record in records:
+        sink.step(record)
+    sink.close()
+    sink.close()
+
+
+def test_scalars_come_back(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    records = [make_record(step) for step in (1, 2, 3)]
+    write(tmp_path, subject, records)
+    accumulator = read(tmp_path)
+    for tag, value in records[0].scalars.items():
+        if value is None:
+            assert tag not in accumulator.Tags()["scalars"]
+        else:
+            events = accumulator.Scalars(tag)
+            assert [event.step for event in events] == [1, 2, 3]
+            assert events[0].value == pytest.approx(value, rel=1e-6)
+
+
+def test_an_evaluation_goes_to_its_step(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    sink = TensorBoardSink(folder=tmp_path, subject=subject, modalities=("text", "image"))
+    result = EvaluationResult(2, {"text": 3.0}, {"text": 4}, {}, 0.5, None)
+    sink.step(make_record(2))
+    sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
+    sink.flush()
+    accumulator = read(tmp_path)
+    assert [(e.step, e.value) for e in accumulator.Scalars("eval/text")] == [(2, 3.0)]
+    assert [(e.step, e.value) for e in accumulator.Scalars("perf/balance_efficiency")] == [(2, 0.5)]
+
+
+def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    write(tmp_path, subject, [make_record(step, lr=1.0) for step in range(1, 11)])
+    write(tmp_path, subject, [make_record(step, lr=2.0) for step in range(7, 13)], resume_step=6)
+    accumulator = read(tmp_path)
+    assert points(accumulator, "optim/lr") == [(s, 1.0) for s in range(1, 7)] + [(s, 2.0) for s in range(7, 13)]
+    # Those after steps 8 and 10 of the first attempt are gone.
+    assert sorted(event.step for event in accumulator.Images("moe/load/text")) == [4, 8, 12]
+    assert pages(accumulator) == ["resumed at 0", "resumed at 6"]
+
+
+def test_a_first_attempt_without_a_checkpoint_leaves_nothing(
+    tmp_path: Path, subject: Subject, make_record: MakeRecord
+) -> None:
+    write(tmp_path, subject, [make_record(step) for step in (1, 2, 3)])
+    write(tmp_path, subject, [make_record(step) for step in (1, 2)])
+    accumulator = read(tmp_path)
+    assert [step for step, _ in points(accumulator, "optim/lr")] == [1, 2]
+    assert pages(accumulator) == ["resumed at 0"]
+
+
+def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
+    tmp_path: Path, subject: Subject, make_record: MakeRecord
+) -> None:
+    """And the last one was killed in the middle of a write."""
+    write(tmp_path, subject, [make_record(step, lr=1.0) for step in range(1, 5)])
+    write(tmp_path, subject, [make_record(step, lr=2.0) for step in range(5, 9)], resume_step=4)
+    write(tmp_path, subject, [make_record(step, lr=3.0) for step in range(9, 12)], resume_step=8)
+    newest = sorted(tmp_path.iterdir(), key=lambda path: int(path.name.rsplit(".", 1)[1]))[-1]
+    newest.write_bytes(newest.read_bytes()[:-5])
+    write(tmp_path, subject, [make_record(7, lr=4.0)], resume_step=6)
+    expected = [(step, 1.0) for step in range(1, 5)] + [(5, 2.0), (6, 2.0), (7, 4.0)]
+    assert points(read(tmp_path), "optim/lr") == expected
+    write(tmp_path, subject, [make_record(3, lr=5.0)], resume_step=2)
+    assert points(read(tmp_path), "optim/lr") == [(1, 1.0), (2, 1.0), (3, 5.0)]
+    assert not (tmp_path / "kept").exists()
+
+
+def test_events_that_stay_are_not_rewritten(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    write(tmp_path, subject, [make_record(step) for step in (1, 2)])
+    (before,) = tmp_path.iterdir()
+    inode = before.stat().st_ino
+    write(tmp_path, subject, [make_record(3)], resume_step=2)
+    assert before.stat().st_ino == inode
+
+
+def test_pictures_and_histograms(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    records = [make_record(step) for step in range(1, 7)]
+    write(tmp_path, subject, records)
+    accumulator = read(tmp_path)
+    tags = {"moe/load/text", "moe/load/image", "moe/rank_load", "moe/null_fraction", "moe/relative_entropy"}
+    assert set(accumulator.Tags()["images"]) == tags
+    assert not tags & set(accumulator.Tags()["scalars"]), "TensorBoard shows one kind under a tag"
+    for tag in tags:
+        events = accumulator.Images(tag)
+        assert [event.step for event in events] == [4, 6], "the last two steps are drawn at the end"
+        picture = Image.open(io.BytesIO(events[0].encoded_image_string))
+        assert picture.size == (events[0].width, events[0].height)
+        assert np.asarray(picture).std() > 10
+    histogram = accumulator.Histograms("moe/load_histogram/text")[0].histogram_value
+    loads = sum(record.arrays["choices_LC"][:, :4] for record in records[:4])
+    assert histogram.num == loads.size
+    assert histogram.max == pytest.approx((loads / loads.mean(1, keepdims=True)).max())
+
+
+def test_many_groups_turn_into_heat_maps(tmp_path: Path, wide_record: Callable[..., tuple[Record, Subject]]) -> None:
+    record, subject = wide_record(8, num_layers=4, num_experts=8)
+    write(tmp_path, subject, [record], pictures_every=1)
+    accumulator = read(tmp_path)
+    families = {"moe/experts_per_token", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"}
+    assert families <= set(accumulator.Tags()["images"])
+    assert len(accumulator.Tags()["scalars"]) <= MAX_SCALARS
+
+
+def test_the_custom_page_shows_curves_that_exist(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    write(tmp_path, subject, [make_record(1)])
+    accumulator = read(tmp_path)
+    layout = layout_pb2.Layout.FromString(accumulator.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    measured_elsewhere = {"eval/.*", "perf/balance_efficiency", "moe/balance_efficiency_by_count"}
+    assert measured_elsewhere < set(tags)
+    assert set(tags) - measured_elsewhere <= set(make_record(1).scalars)
+    assert "moe/load_imbalance/image" in tags
+
+
+def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    sink = TensorBoardSink(folder=tmp_path, subject=subject, modalities=("text", "image"))
+    sink.close()
+    with pytest.raises(RuntimeError, match="after close"):
+        sink.step(make_record(1))

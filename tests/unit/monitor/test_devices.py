@@ -1,0 +1,154 @@
+"""With a made-up NVML at the module's boundary, with one that fails, and without any."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from moe_dist.monitor.devices import DeviceMonitor
+
+
+class FakeNvml:
+    """Stands for the module pynvml; `power` may be an error."""
+
+    def __init__(self, power: int | Exception = 250_000) -> None:
+        self.power = power
+        self.utilisation = 73
+        self.asked: list[object] = []
+        self.threads: set[str] = set()
+        self.shut = 0
+
+    def module(self) -> Any:
+        return SimpleNamespace(
+            nvmlInit=lambda: None,
+            nvmlShutdown=self._shutdown,
+            nvmlDeviceGetHandleByIndex=lambda index: self.asked.append(index) or "handle",
+            nvmlDeviceGetHandleByUUID=lambda uuid: self.asked.append(uuid) or "handle",
+            nvmlDeviceGetUtilizationRates=self._utilisation,
+            nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3 * 2**30),
+            nvmlDeviceGetPowerUsage=self._power,
+        )
+
+    def _shutdown(self) -> None:
+        self.shut += 1
+
+    def _utilisation(self, handle: str) -> SimpleNamespace:
+        assert handle == "handle"
+        self.threads.add(threading.current_thread().name)
+        return SimpleNamespace(gpu=self.utilisation)
+
+    def _power(self, handle: str) -> int:
+        if isinstance(self.power, Exception):
+            raise self.power
+        return self.power
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeNvml], None]:
+    return lambda fake: monkeypatch.setitem(sys.modules, "pynvml", fake.module())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_readings_of_a_gpu(install: Callable[[FakeNvml], None]) -> None:
+    fake = FakeNvml()
+    install(fake)
+    monitor = DeviceMonitor(seconds=0.01, gpu=2)
+    first = monitor.read()
+    assert {key: first[key] for key in ("device/utilisation", "device/memory", "device/power")} == {
+        "device/utilisation": 73.0,
+        "device/memory": 3072.0,
+        "device/power": 250.0,
+    }
+    assert first["resident_mib"] == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
+    assert fake.asked == [2]
+    fake.utilisation = 12
+    wait_until(lambda: monitor.read()["device/utilisation"] == 12.0)
+    assert "devices" in fake.threads
+    monitor.stop()
+    monitor.stop()
+    assert fake.shut == 1
+    assert not any(thread.name == "devices" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("gpu", ["GPU-1234", "1234"])
+def test_a_uuid_with_or_without_its_prefix(install: Callable[[FakeNvml], None], gpu: str) -> None:
+    fake = FakeNvml()
+    install(fake)
+    DeviceMonitor(seconds=60, gpu=gpu).stop()
+    assert fake.asked == ["GPU-1234"]
+
+
+def test_one_reading_that_fails_is_said_once(install: Callable[[FakeNvml], None], caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeNvml(power=RuntimeError("Not Supported"))
+    install(fake)
+    with caplog.at_level(logging.WARNING):
+        monitor = DeviceMonitor(seconds=0.005, gpu=0)
+        wait_until(lambda: "devices" in fake.threads)
+        monitor.stop()
+    assert monitor.read()["device/power"] is None
+    assert monitor.read()["device/memory"] == 3072.0
+    assert [record.message for record in caplog.records] == ["no reading of device/power (NVML: Not Supported)"]
+
+
+@pytest.mark.parametrize("why", ["no package", "no driver"])
+def test_without_nvml_it_says_so_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    def no_driver() -> None:
+        raise RuntimeError("NVML Shared Library Not Found")
+
+    module = None if why == "no package" else SimpleNamespace(nvmlInit=no_driver)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    with caplog.at_level(logging.WARNING):
+        monitor = DeviceMonitor(seconds=0.005, gpu=0)
+        time.sleep(0.05)
+        readings = monitor.read()
+        monitor.stop()
+    assert len(caplog.records) == 1
+    assert "going on without" in caplog.text
+    assert [readings[f"device/{name}"] for name in ("utilisation", "memory", "power")] == [None, None, None]
+    assert readings["cpu_percent"] is not None
+
+
+def test_on_the_cpu_the_host_stands_in(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda: 42.0)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monitor = DeviceMonitor(seconds=60)
+    readings = monitor.read()
+    monitor.stop()
+    assert readings["device/utilisation"] == readings["cpu_percent"] == 42.0
+    assert readings["device/memory"] == readings["resident_mib"]
+    assert readings["device/power"] is None
+    assert not caplog.records, "NVML is nobody's business here"
+
+
+def test_reading_does_not_wait_for_the_driver(install: Callable[[FakeNvml], None]) -> None:
+    """The driver hangs in the background; what was read before is still there."""
+    fake, hang, release = FakeNvml(), threading.Event(), threading.Event()
+    install(fake)
+    module = sys.modules["pynvml"]
+
+    def stuck(handle: str) -> SimpleNamespace:
+        if threading.current_thread().name == "devices":
+            hang.set()
+            release.wait(30)
+        return SimpleNamespace(used=2**20)
+
+    module.nvmlDeviceGetMemoryInfo = stuck
+    monitor = DeviceMonitor(seconds=0.001, gpu=0)
+    assert hang.wait(30)
+    assert monitor.read()["device/memory"] == 1.0
+    release.set()
+    monitor.stop()

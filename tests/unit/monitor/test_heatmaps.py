@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from moe_dist.monitor.heatmaps import DIVERGING, NO_VALUE, SEQUENTIAL, Axis, colour, draw, linear_scale, ratio_scale
+
+
+def axis(name: str, count: int) -> Axis:
+    return Axis(name, [str(i) for i in range(count)])
+
+
+def contains(picture: np.ndarray, rgb: tuple[int, int, int]) -> int:
+    return int((picture == np.array(rgb, np.uint8)).all(-1).sum())
+
+
+def test_colours_of_ratios() -> None:
+    """Even is the middle, a factor is as far up as down, beyond four is as four, and zero has its own colour."""
+    scale = ratio_scale("load")
+    rgb = colour(np.array([1.0, 4.0, 0.25, 100.0, 0.01, 0.0, np.nan]), scale)
+    middle, top, bottom = DIVERGING[4], DIVERGING[-1], DIVERGING[0]
+    assert [tuple(int(x) for x in c) for c in rgb] == [middle, top, bottom, top, bottom, (0, 0, 0), NO_VALUE]
+    up, down = scale.to_unit(np.array([2.0, 0.5]))
+    assert up - 0.5 == pytest.approx(0.5 - down)
+
+
+def test_colours_of_shares() -> None:
+    scale = linear_scale("share", 2.0)
+    rgb = colour(np.array([[0.0, 2.0, 3.0]]), scale)
+    assert [tuple(int(x) for x in c) for c in rgb[0]] == [SEQUENTIAL[0], SEQUENTIAL[-1], SEQUENTIAL[-1]]
+    assert linear_scale("nothing yet", 0.0).ticks[-1] == 1.0
+
+
+def test_cells_stand_where_their_numbers_stand() -> None:
+    """One loaded cell in the last row and first column: its colour is in the picture's lower left."""
+    values = np.ones((3, 6))
+    values[2, 0] = 4.0
+    picture = draw(values, axis("layer", 3), axis("expert", 6), scale=ratio_scale("load"), title="t")
+    red = (picture == np.array(DIVERGING[-1], np.uint8)).all(-1)
+    body = red[:, : picture.shape[1] - 100]  # without the colour bar
+    rows, columns = np.nonzero(body)
+    assert rows.size > 500
+    assert rows.min() > picture.shape[0] / 2
+    assert columns.max() < picture.shape[1] / 3
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 8), (64, 128), (128, 2), (2, 256)])
+def test_every_size_gives_a_picture_one_can_open(rows: int, columns: int) -> None:
+    values = np.random.default_rng(0).gamma(2.0, 1.0, (rows, columns))
+    picture = draw(values, axis("layer", rows), axis("expert", columns), scale=ratio_scale("load"), title="Load")
+    assert picture.dtype == np.uint8
+    assert picture.ndim == 3
+    assert picture.shape[2] == 3
+    assert max(picture.shape) <= 2000
+
+
+def test_dead_and_unknown_cells_are_seen() -> None:
+    values = np.array([[0.0, 1.0], [np.nan, 1.0]])
+    picture = draw(values, axis("layer", 2), axis("expert", 2), scale=ratio_scale("load"), title="t")
+    assert contains(picture, (0, 0, 0)) > 500
+    assert contains(picture, NO_VALUE) > 500
+
+
+def test_names_of_few_columns_are_all_written() -> None:
+    """A longer name widens its column rather than drop out."""
+    short = draw(np.ones((2, 3)), axis("layer", 2), Axis("group", ["a", "b", "c"]), scale=ratio_scale(""), title="")
+    names = ["spectrograms", "spectrograms", "spectrograms"]
+    wide = draw(np.ones((2, 3)), axis("layer", 2), Axis("group", names), scale=ratio_scale(""), title="")
+    assert wide.shape[1] > short.shape[1] + 90

@@ -1,0 +1,164 @@
+"""Hand-made cases: what is wrong is said, and nothing is said where nothing is wrong."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from moe_dist.monitor.hints import (
+    Hint,
+    HintWatch,
+    busy_expert,
+    busy_rank,
+    dead_experts,
+    loss_trend,
+    null_collapse,
+    slower,
+)
+from moe_dist.monitor.metrics import Record
+from moe_dist.placement.placement import ExpertGroup
+
+MakeRecord = Callable[..., Record]
+LAYERS = (1, 3)
+
+
+def choices(text: list[int], image: list[int], text_null: int = 50, image_null: int = 50) -> np.ndarray:
+    """Two layers, the second as the first but for even image experts: columns text 4, image 4, null 2 + 2."""
+    nulls = [text_null, text_null, image_null, image_null]
+    return np.array([[*text, *image, *nulls], [*text, 25, 25, 25, 25, *nulls]])
+
+
+EVEN = [25, 25, 25, 25]
+
+
+def test_a_busy_expert_is_named_with_its_layer(groups: tuple[ExpertGroup, ...]) -> None:
+    (hint,) = busy_expert(choices(EVEN, [5, 5, 5, 85]), groups, LAYERS, 0.02)
+    assert hint.kind == "busy/image"
+    assert hint.text == (
+        "image expert 3 takes 85% of its group's true choices in layer 1 (even: 25.0%); see moe/load/image in TensorBoard; "
+        "try a larger coefficient in loss.balance.schedule (now 0.02)"
+    )
+    assert not list(busy_expert(choices(EVEN, [10, 10, 10, 70]), groups, LAYERS, 0.02))
+
+
+def test_one_expert_of_a_group_is_never_busy() -> None:
+    alone = (ExpertGroup("text", 1, 0, 1, 8, 0, ("text",)),)
+    assert not list(busy_expert(np.array([[9]]), alone, (0,), 0.1))
+    two = (ExpertGroup("text", 2, 0, 1, 8, 0, ("text",)),)
+    assert len(list(busy_expert(np.array([[95, 5]]), two, (0,), 0.1))) == 1, "three times the even share is out of reach"
+
+
+def test_dead_experts_are_counted_and_some_named(groups: tuple[ExpertGroup, ...]) -> None:
+    (hint,) = dead_experts(choices([0, 0, 0, 100], EVEN), groups, LAYERS, 50)
+    assert hint.kind == "dead/text"
+    assert hint.text.startswith(
+        "text experts 0 (layer 1), 1 (layer 1), 2 (layer 1), 0 (layer 3) and 2 more took no token in the last 50 steps; "
+    )
+    (hint,) = dead_experts(choices(EVEN, [0, 50, 25, 25]), groups, LAYERS, 50)
+    assert hint.text.startswith("image expert 0 (layer 1) took no token")
+
+
+def test_a_group_without_tokens_is_not_dead(groups: tuple[ExpertGroup, ...]) -> None:
+    assert not list(dead_experts(np.array([[25, 25, 25, 25, 0, 0, 0, 0, 5, 5, 0, 0]]), groups, (0,), 50))
+
+
+def test_null_choices_that_collapsed(groups: tuple[ExpertGroup, ...]) -> None:
+    (none,) = null_collapse(choices(EVEN, EVEN, text_null=0), groups)
+    assert none.text.startswith("almost none of the text group's choices are null (0.0%; even: 33%)")
+    (all_null,) = null_collapse(choices(EVEN, EVEN, image_null=9000), groups)
+    assert all_null.text.startswith("almost all of the image group's choices are null (99.4%; even: 33%)")
+    assert not list(null_collapse(choices(EVEN, EVEN), groups))
+
+
+def test_a_rank_the_others_wait_for() -> None:
+    (hint,) = busy_rank(np.array([[10.0, 10, 70, 10], [25, 25, 25, 25]]))
+    assert hint.text.startswith("rank 2 of the EP group computes 1.9 x the mean rank's rows")
+    assert not list(busy_rank(np.array([[25.0, 25, 35, 15]])))
+    assert not list(busy_rank(np.array([[9.0]])))
+    assert not list(busy_rank(np.zeros((1, 4))))
+
+
+def test_a_loss_that_rises_or_stays() -> None:
+    (rose,) = loss_trend([2.0] * 5 + [2.3] * 5, 5.0, 5)
+    assert rose.text.startswith("the loss rose from 2.000 to 2.300 (means of 5 steps)")
+    (stays,) = loss_trend([5.0] * 10, 5.0, 5)
+    assert stays.text.startswith("the loss does not fall: 5.000 now, 5.000 at first")
+    assert not list(loss_trend([4.0] * 5 + [3.9] * 5, 5.0, 5))
+    assert not list(loss_trend([5.0] * 9, 5.0, 5))
+    assert not list(loss_trend([2.0] * 10, None, 5))
+
+
+def test_a_run_that_slows_down() -> None:
+    (hint,) = slower([1000.0] * 30 + [400.0] * 10)
+    assert hint.text.startswith("tokens a second fell from 1,000 to 400")
+    assert not list(slower([1000.0] * 39 + [1.0])), "one slow step is no news"
+    assert not list(slower([1000.0] * 10 + [1.0] * 10))
+
+
+@pytest.fixture
+def healthy(make_record: MakeRecord) -> Callable[..., Record]:
+    """A step of a run in which nothing is wrong: even choices, even ranks, a falling loss."""
+
+    def make(step: int, **changes: object) -> Record:
+        rows_LR = np.full((3, 4), 50)
+        even: dict[str, object] = {
+            "choices_LC": np.array([[25] * 4 + [25] * 4 + [20] * 4] * 3),
+            "tokens_LG": np.full((3, 2), 70),
+            "rows_LR": rows_LR,
+            "loss_sum": {"text": 200.0 * 0.99**step, "image": 100.0 * 0.99**step},
+        }
+        return make_record(step, **{**even, **changes})
+
+    return make
+
+
+def kinds(hints: list[Hint]) -> list[str]:
+    return [hint.kind for hint in hints]
+
+
+def test_nothing_is_said_about_a_healthy_run(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
+    # Wider image experts: their ranks have twice the rows x width of the text ranks, 1.33 x the mean.
+    watch = HintWatch(groups, (1, 3, 5), window=10)
+    assert [hint for step in range(1, 80) for hint in watch.update(healthy(step))] == []
+
+
+def test_hints_wait_for_a_window_and_are_repeated_after_a_while(
+    healthy: MakeRecord, groups: tuple[ExpertGroup, ...]
+) -> None:
+    watch = HintWatch(groups, (1, 3, 5), window=10, quiet=25)
+    busy = np.array([[25] * 4 + [1, 1, 97, 1] + [20] * 4] * 3)
+    said = [(step, kind) for step in range(1, 61) for kind in kinds(watch.update(healthy(step, choices_LC=busy)))]
+    assert [step for step, kind in said if kind == "busy/image"] == [10, 35, 60]
+    assert {kind for _, kind in said} == {"busy/image"}
+
+
+def test_one_odd_batch_says_nothing(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
+    watch = HintWatch(groups, (1, 3, 5), window=20)
+    odd = np.array([[25] * 4 + [0, 0, 100, 0] + [20] * 4] * 3)
+    records = [healthy(step, choices_LC=odd) if step == 25 else healthy(step) for step in range(1, 40)]
+    assert not [hint for record in records for hint in watch.update(record)]
+
+
+def test_skipped_steps_are_said_at_once(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
+    (hint,) = HintWatch(groups, (1, 3, 5), window=10).update(healthy(1, skipped=True, skipped_steps=1))
+    assert hint.text == (
+        "step 1 was skipped on all ranks: its loss or gradient was not finite (1 so far); see optim/grad_norm; "
+        "try a lower optimizer.lr or optimizer.clip_norm"
+    )
+
+
+def test_losses_that_are_not_finite_do_not_hide_the_trend(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
+    watch = HintWatch(groups, (1, 3, 5), window=10)
+    said = []
+    for step in range(1, 60):
+        loss = float("nan") if step % 3 == 0 else 60.0 if step < 30 else 90.0
+        said += watch.update(healthy(step, loss_sum={"text": loss, "image": loss}))
+    assert kinds(said) == ["loss"]
+
+
+def test_a_flat_loss_late_in_a_run_is_no_news(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
+    flat = {"text": 60.0, "image": 60.0}
+    resumed = HintWatch(groups, (1, 3, 5), window=10)
+    assert not [h for step in range(5001, 5060) for h in resumed.update(healthy(step, loss_sum=flat))]
+    fresh = HintWatch(groups, (1, 3, 5), window=10)
+    assert [k for step in range(1, 60) for k in kinds(fresh.update(healthy(step, loss_sum=flat)))] == ["loss"]

@@ -1,0 +1,234 @@
+"""Values against slow loops, and against cases worked out by hand."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from moe_dist.monitor.metrics import Record, build_record, evaluation_scalars
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
+from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+MakeStatistics = Callable[..., StepStatistics]
+MakeRecord = Callable[..., Record]
+
+
+def columns_of(groups: tuple[ExpertGroup, ...], g: int) -> tuple[list[int], list[int]]:
+    """Columns of a group's true and null experts, counted one by one."""
+    true = [c for c in range(groups[g].first_expert, groups[g].first_expert + groups[g].num_experts)]
+    at = sum(group.num_experts for group in groups) + sum(group.num_null for group in groups[:g])
+    return true, list(range(at, at + groups[g].num_null))
+
+
+def slow_group_numbers(stats: StepStatistics, groups: tuple[ExpertGroup, ...], g: int) -> dict[str, float]:
+    """The four per-group numbers by loops over layers and experts."""
+    group = groups[g]
+    true, null = columns_of(groups, g)
+    taken = nulls = tokens = 0
+    imbalances, capacities = [], []
+    for layer in range(len(stats.choices_LC)):
+        loads = [int(stats.choices_LC[layer, c]) for c in true]
+        taken += sum(loads)
+        nulls += sum(int(stats.choices_LC[layer, c]) for c in null)
+        tokens += int(stats.tokens_LG[layer, g])
+        imbalances.append(max(loads) / (sum(loads) / len(loads)))
+        even = int(stats.tokens_LG[layer, g]) * group.top_k / (group.num_experts + group.num_null)
+        capacities.append(max(loads) / even)
+    return {
+        "experts_per_token": taken / tokens,
+        "null_fraction": nulls / (taken + nulls),
+        "load_imbalance": sum(imbalances) / len(imbalances),
+        "capacity_used": max(capacities),
+    }
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_group_numbers_equal_loops(
+    make_statistics: MakeStatistics, make_record: MakeRecord, groups: tuple[ExpertGroup, ...], step: int
+) -> None:
+    stats, record = make_statistics(step), make_record(step)
+    for g, group in enumerate(groups):
+        for name, value in slow_group_numbers(stats, groups, g).items():
+            assert record.scalars[f"moe/{name}/{group.name}"] == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_rank_imbalance_weighs_rows_by_width(
+    make_statistics: MakeStatistics, make_record: MakeRecord, placement: ExpertPlacement, step: int
+) -> None:
+    stats, record = make_statistics(step), make_record(step)
+    ratios = []
+    for layer in range(len(stats.choices_LC)):
+        loads = [0.0] * placement.num_ranks
+        for group in placement.groups:
+            for expert in group.experts:
+                loads[placement.rank_of_expert[expert]] += int(stats.choices_LC[layer, expert]) * group.ffn_dim
+        assert record.arrays["weighted_rows_LR"][layer].tolist() == pytest.approx(loads)
+        ratios.append(max(loads) / (sum(loads) / len(loads)))
+    assert record.scalars["moe/rank_imbalance"] == pytest.approx(sum(ratios) / len(ratios))
+
+
+def test_a_case_by_hand() -> None:
+    """One layer; text: n=2, m=1, k=2, 10 tokens; image: n=2, m=0, k=1, no token.
+
+    columns     text0 text1 | image0 image1 | text null
+    choices       12     0  |    0      0   |     8
+    """
+    groups = (ExpertGroup("text", 2, 1, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 0, 1, 8, 2, ("image",)))
+    placement = ExpertPlacement(groups, ((0, 1), (2, 3)))
+    stats = StepStatistics(
+        step=7,
+        loss_sum={"text": 30.0, "image": 0.0},
+        labels={"text": 10, "image": 0},
+        balance_loss=0.5,
+        z_loss=0.25,
+        balance_coefficient=0.02,
+        lr=0.1,
+        grad_norm=2.0,
+        skipped=False,
+        skipped_steps=1,
+        tokens=70,
+        step_tokens=10,
+        choices_LC=np.array([[12, 0, 0, 0, 8]]),
+        tokens_LG=np.array([[10, 0]]),
+        entropy_sum_LG=np.array([[6.0, 0.0]]),
+        rows_LR=np.array([[12, 0]]),
+        dropped_LG=np.array([[3, 0]]),
+        ledger={"payload_bytes": 4800, "rows_remote": 12, "rows_per_pair": 18, "rows_topk": 20, "rows_same_active": 13},
+        comm_seconds=0.125,
+        step_seconds=0.5,
+        epochs={"text": 0.5},
+        flops_per_token=1e3,
+    )
+    readings = {"device/utilisation": 50.0, "device/memory": 10.0, "device/power": None, "cpu_percent": 7.0}
+    record = build_record(
+        stats, groups=groups, placement=placement, modalities=("text", "image"), readings=readings, peak_flops=1e6
+    )
+    assert record.scalars == {
+        "loss/total": 3.75,
+        "loss/text": 3.0,
+        "loss/image": None,
+        "loss/balance": 0.5,
+        "loss/z": 0.25,
+        "optim/lr": 0.1,
+        "optim/grad_norm": 2.0,
+        "optim/skipped_steps": 1.0,
+        "optim/tokens": 70.0,
+        "moe/experts_per_token/text": 1.2,
+        "moe/experts_per_token/image": None,
+        "moe/null_fraction/text": 0.4,
+        "moe/null_fraction/image": None,
+        "moe/load_imbalance/text": 2.0,
+        "moe/load_imbalance/image": None,
+        "moe/capacity_used/text": pytest.approx(12 / (20 / 3)),
+        "moe/capacity_used/image": None,
+        "moe/rank_imbalance": 2.0,
+        "moe/dropped": 3.0,
+        "moe/dead_experts": 3.0,
+        "moe/router_entropy": 0.6,
+        "comm/bytes_sent": 4800.0,
+        "comm/bytes_saved_vs_topk": 8 * 400.0,
+        "comm/bytes_saved_vs_same_active": 400.0,
+        "comm/dedup_factor": 1.5,
+        "comm/seconds": 0.125,
+        "perf/tokens_per_second": 20.0,
+        "perf/step_seconds": 0.5,
+        "perf/mfu": pytest.approx(0.02),
+        "device/utilisation": 50.0,
+        "device/memory": 10.0,
+        "device/power": None,
+        "data/epochs/text": 0.5,
+        "data/epochs/image": 0.0,
+    }
+    assert record.host == {"cpu_percent": 7.0}
+    assert record.labels == {"text": 10, "image": 0}
+
+
+def test_nothing_sent(make_record: MakeRecord) -> None:
+    """One rank: others would send nothing either. All choices null on several ranks: a row's cost was not measured."""
+    ledger = {"payload_bytes": 0, "rows_remote": 0, "rows_per_pair": 0, "rows_topk": 0, "rows_same_active": 0}
+    alone = make_record(ledger=ledger).scalars
+    assert (alone["comm/bytes_saved_vs_topk"], alone["comm/dedup_factor"]) == (0.0, None)
+    all_null = make_record(ledger={**ledger, "rows_topk": 9}).scalars
+    assert (all_null["comm/bytes_saved_vs_topk"], all_null["comm/bytes_saved_vs_same_active"]) == (None, 0.0)
+
+
+def test_a_step_without_tokens_has_no_numbers_and_no_errors(
+    make_record: MakeRecord, recwarn: pytest.WarningsRecorder
+) -> None:
+    record = make_record(
+        choices_LC=np.zeros((3, 12), np.int64),
+        tokens_LG=np.zeros((3, 2), np.int64),
+        rows_LR=np.zeros((3, 4), np.int64),
+        entropy_sum_LG=np.zeros((3, 2)),
+        labels={},
+        loss_sum={},
+    )
+    assert record.scalars["loss/total"] is None
+    assert record.scalars["moe/load_imbalance/text"] is None
+    assert record.scalars["moe/rank_imbalance"] is None
+    assert record.scalars["moe/dead_experts"] == 24
+    assert not recwarn.list
+
+
+def test_numbers_that_are_not_finite_stay_visible(make_record: MakeRecord) -> None:
+    record = make_record(loss_sum={"text": math.nan, "image": 1.0}, grad_norm=math.inf, skipped=True)
+    assert math.isnan(record.scalars["loss/total"] or 0.0)
+    assert record.scalars["optim/grad_norm"] == math.inf
+    assert record.skipped
+
+
+def test_a_modality_named_like_a_loss_term_is_refused(make_statistics: MakeStatistics, placement: ExpertPlacement) -> None:
+    with pytest.raises(ValueError, match=r"\['z'\] are names of loss terms"):
+        build_record(make_statistics(), groups=placement.groups, placement=placement, modalities=("text", "z"))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 8, 30])
+def test_at_most_forty_scalars_whatever_the_model(
+    wide_record: Callable[..., tuple[Record, Subject]], num_groups: int
+) -> None:
+    record, subject = wide_record(num_groups, num_layers=64, num_experts=128)
+    modalities = [group.name for group in subject.groups]
+    losses = {name: 2.0 for name in [*modalities, "image_no_filler"]}
+    result = EvaluationResult(1, losses, dict.fromkeys(losses, 10), {}, 0.9, 0.8)
+    scalars = {**record.scalars, **evaluation_scalars(result, modalities, num_groups)}
+    assert len(scalars) <= MAX_SCALARS
+    families = {split_tag(tag)[0] for tag in scalars}
+    assert families == {family.split("/{")[0] for family in MEANING}, "every family is shown, split or not"
+    assert len(record.losses) == num_groups, "the record has what the scalars leave out"
+
+
+def test_two_groups_are_split_and_eight_are_means(wide_record: Callable[..., tuple[Record, Subject]]) -> None:
+    two, _ = wide_record(2, num_layers=64, num_experts=128)
+    assert {"moe/null_fraction/text", "moe/null_fraction/image", "loss/image", "data/epochs/text"} <= set(two.scalars)
+    eight, subject = wide_record(8, num_layers=4, num_experts=8)
+    assert [tag for tag in eight.scalars if tag.startswith("moe/null_fraction")] == ["moe/null_fraction/mean"]
+    choices, by_group = eight.arrays["choices_LC"], []
+    for g in range(8):
+        true, null = columns_of(subject.groups, g)
+        by_group.append(choices[:, null].sum() / (choices[:, true].sum() + choices[:, null].sum()))
+    assert eight.scalars["moe/null_fraction/mean"] == pytest.approx(np.mean(by_group))
+    assert eight.scalars["data/epochs/max"] == pytest.approx(0.1)
+
+
+def test_evaluation_scalars() -> None:
+    result = EvaluationResult(
+        4, {"text": 3.0, "image": 2.0, "image_no_filler": 2.5}, {"text": 1, "image": 3}, {"text": 9.0}
+    )
+    assert evaluation_scalars(result, ("text", "image"), 2) == {
+        "eval/text": 3.0,
+        "eval/image": 2.0,
+        "eval/image_no_filler": 2.5,
+    }
+    many = [f"m{i}" for i in range(8)]
+    losses = {name: float(i) for i, name in enumerate(many)}
+    tokens = {name: i for i, name in enumerate(many)}
+    result = EvaluationResult(4, losses, tokens, {}, 0.5, 0.75)
+    assert evaluation_scalars(result, many, 1) == {
+        "eval/mean": sum(i * i for i in range(8)) / sum(range(8)),
+        "moe/balance_efficiency_by_count": 0.75,
+        "perf/balance_efficiency": 0.5,
+    }
