@@ -13,7 +13,7 @@ from moe_dist.config.draft import Draft
 from moe_dist.config.index_header import largest_id
 from moe_dist.config.load import GUIDE, model_relations, read_draft
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
-from moe_dist.config.schema import Config, Relation
+from moe_dist.config.schema import RESERVED_GROUP_NAMES, Config, Relation
 from moe_dist.config.split_files import check_split, count_by_modality
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -157,12 +157,19 @@ def batch_relations(config: Config) -> list[Relation]:
 
 
 def group_relations(groups: Sequence[ExpertGroup]) -> list[Relation]:
-    """No modality belongs to two groups."""
+    """No group is named like a part of a torch module, and no modality belongs to two groups."""
+    reserved = [
+        Relation(
+            (f"model.moe.groups.{name}",), f"model.moe.groups: the name {name!r} is taken; call the group {name}_experts"
+        )
+        for name in (group.name for group in groups)
+        if name in RESERVED_GROUP_NAMES or name.startswith(("get_", "set_", "register_"))
+    ]
     owners: dict[str, list[str]] = {}
     for group in groups:
         for modality in group.modalities:
             owners.setdefault(modality, []).append(group.name)
-    return [
+    return reserved + [
         Relation(
             ("model.moe.groups",),
             f"model.moe.groups: modality {modality!r} is routed to {' and '.join(names)}; leave it to one of them",

@@ -14,8 +14,62 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+# A group's name is part of its parameters' names, so it has no dot, and is none that a torch module uses itself.
+GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
+RESERVED_GROUP_NAMES = frozenset(
+    [
+        "T_destination",
+        "add_module",
+        "apply",
+        "bfloat16",
+        "buffers",
+        "call_super_init",
+        "children",
+        "compile",
+        "cpu",
+        "cuda",
+        "double",
+        "dump_patches",
+        "eval",
+        "extra_repr",
+        "float",
+        "forward",
+        "half",
+        "ipu",
+        "load_state_dict",
+        "local",
+        "modules",
+        "mtia",
+        "named_buffers",
+        "named_children",
+        "named_modules",
+        "named_parameters",
+        "normalise",
+        "num_choices",
+        "num_experts",
+        "parameters",
+        "recompute",
+        "requires_grad_",
+        "reset_buffers",
+        "row_budget",
+        "scale",
+        "share_memory",
+        "state_dict",
+        "to",
+        "to_empty",
+        "top_k_G",
+        "train",
+        "training",
+        "type",
+        "xpu",
+        "zero_grad",
+        "group_of_column_C",
+        "groups",
+    ]
+)
 PATH_PATTERN = r"^[^\x00-\x1f\x7f]+$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 
 RELATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
@@ -91,7 +145,7 @@ RouterSection = TopKRouterSection  # a union with discriminator="kind" once ther
 class MoESection(Section):
     """Expert groups, their router, and which layers hold them."""
 
-    groups: dict[Name, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
+    groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
     every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")

@@ -1,0 +1,34 @@
+"""A group's name becomes the name of a submodule: those that a module uses itself are refused before anything is built."""
+
+import re
+
+import pytest
+
+from moe_dist.config.schema import GROUP_PATTERN
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.preflight import group_relations
+
+GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",))
+
+
+def names_in_use() -> set[str]:
+    modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,))]
+    return {name for module in modules for name in dir(module) if re.match(GROUP_PATTERN, name)} - {"text"}
+
+
+def test_every_name_in_use_is_refused_with_a_way_out() -> None:
+    names = names_in_use()
+    assert {"type", "train", "groups", "row_budget"} <= names
+    for name in names:
+        (relation,) = group_relations((ExpertGroup(name, 2, 1, 1, 4, 0, (name,)),))
+        assert f"call the group {name}_experts" in relation.fault
+
+
+@pytest.mark.parametrize("name", ["text", "image", "type_experts", "all", "speech-2"])
+def test_other_names_build(name: str) -> None:
+    group = ExpertGroup(name, 2, 1, 1, 4, 0, (name,))
+    assert group_relations((group,)) == []
+    Experts(4, (group,), (2,))
+    TopKRouter(4, (group,))
