@@ -16,57 +16,16 @@ Count = Annotated[int, Field(ge=0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 # A group's name is part of its parameters' names, so it has no dot, and is none that a torch module uses itself.
 GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
-RESERVED_GROUP_NAMES = frozenset(
-    [
-        "T_destination",
-        "add_module",
-        "apply",
-        "bfloat16",
-        "buffers",
-        "call_super_init",
-        "children",
-        "compile",
-        "cpu",
-        "cuda",
-        "double",
-        "dump_patches",
-        "eval",
-        "extra_repr",
-        "float",
-        "forward",
-        "half",
-        "ipu",
-        "load_state_dict",
-        "local",
-        "modules",
-        "mtia",
-        "named_buffers",
-        "named_children",
-        "named_modules",
-        "named_parameters",
-        "normalise",
-        "num_choices",
-        "num_experts",
-        "parameters",
-        "recompute",
-        "requires_grad_",
-        "reset_buffers",
-        "row_budget",
-        "scale",
-        "share_memory",
-        "state_dict",
-        "to",
-        "to_empty",
-        "top_k_G",
-        "train",
-        "training",
-        "type",
-        "xpu",
-        "zero_grad",
-        "group_of_column_C",
-        "groups",
-    ]
-)
+# fmt: off
+RESERVED_GROUP_NAMES = frozenset((
+    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "compile", "cpu",
+    "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "group_of_column_C", "groups",
+    "half", "ipu", "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children",
+    "named_modules", "named_parameters", "normalise", "num_choices", "num_experts", "parameters", "recompute",
+    "requires_grad_", "reset_buffers", "row_budget", "scale", "share_memory", "state_dict", "to", "to_empty",
+    "top_k_G", "train", "training", "type", "xpu", "zero_grad",
+))
+# fmt: on
 PATH_PATTERN = r"^[^\x00-\x1f\x7f]+$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
