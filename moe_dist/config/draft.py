@@ -14,7 +14,19 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from moe_dist.config.keys import ITEM, NAME, NAME_RULE, Key, bare, children, find, nearest, tag_key, type_text, variants_of
+from moe_dist.config.keys import (
+    ITEM,
+    NAME,
+    Key,
+    bare,
+    children,
+    find,
+    nearest,
+    pattern_text,
+    tag_key,
+    type_text,
+    variants_of,
+)
 from moe_dist.config.schema import RELATIONS_LATER, Relation
 
 _ROUNDS = 20  # a replaced section shows its missing keys in the next round; schemas are not nested deeper
@@ -72,7 +84,8 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
     if kind == "value_error" or key is None:
         return f"{path}: {detail['msg'].removeprefix('Value error, ')}"
     if detail["loc"][-1] == "[key]":
-        return f"{path}: the name {value!r} must be {NAME_RULE}"
+        rule = pattern_text(str(detail.get("ctx", {}).get("pattern", "")))
+        return f"{path}: the name {value!r} must be {rule}"
     meaning = f" ({key.field.description})" if key.field and key.field.description else ""
     rule = type_text(key.annotation, tuple(key.field.metadata) if key.field else ())
     if kind == "missing":
@@ -157,7 +170,7 @@ def _repair(
         _get(values, where[:-1]).pop(where[-1], None)
         wrong.add(dotted(where))
         return
-    while kind != "missing" and keys and keys[-1][1].field is None:
+    while keys and keys[-1][1].field is None:
         keys = keys[:-1]  # an item of a list or mapping has no default of its own: replace the whole
     where = tuple(part for part, _ in keys)
     holder = _get(values, where[:-1])

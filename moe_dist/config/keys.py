@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from moe_dist.config.schema import NAME_PATTERN, PATH_PATTERN
+from moe_dist.config.schema import GROUP_PATTERN, NAME_PATTERN, PATH_PATTERN
 
 NAME = "<name>"  # stands for any key of a mapping
 ITEM = "<index>"  # stands for any item of a list
-NAME_RULE = "text of 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
-_PATTERNS = {NAME_PATTERN: NAME_RULE, PATH_PATTERN: "a path without control characters"}
+_PATTERNS = {
+    NAME_PATTERN: "text of 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
+    GROUP_PATTERN: "text of 1 to 32 letters, digits, '_' or '-', the first a letter",
+    PATH_PATTERN: "a path without control characters",
+}
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,14 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         tag = tag_key(next(iter(variants.values())))
         return "section" if "" in variants else f"section with {tag}: {', '.join(variants)}"
     if pattern := next((m.pattern for m in metadata if getattr(m, "pattern", None)), None):
-        return _PATTERNS.get(pattern, f"text that matches {pattern}")
+        return pattern_text(pattern)
     words = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     return words.get(annotation, str(annotation)) + _bounds(metadata, whole=annotation is int)
+
+
+def pattern_text(pattern: str) -> str:
+    """What a pattern admits, in words."""
+    return _PATTERNS.get(pattern, f"text that matches {pattern}")
 
 
 def _bounds(metadata: tuple[Any, ...], *, whole: bool) -> str:

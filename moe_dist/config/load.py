@@ -78,7 +78,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             faults.append(f"{key}: unknown key" + (f"; did you mean {near}?" if near else ""))
             continue
         value, wrong = load_yaml(text)
-        faults += [f"{key}: {fault}" for fault in wrong]
+        if wrong:
+            faults += [f"{key}: {fault}" for fault in wrong]
+            continue
         pairs.append((key, _text_where_text_is_meant(key, text, value)))
     for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
         if fault := _set(values, key, value):

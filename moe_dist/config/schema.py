@@ -26,7 +26,7 @@ RESERVED_GROUP_NAMES = frozenset((
     "top_k_G", "train", "training", "type", "xpu", "zero_grad",
 ))
 # fmt: on
-PATH_PATTERN = r"^[^\x00-\x1f\x7f]+$"
+PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]

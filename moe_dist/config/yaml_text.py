@@ -4,6 +4,7 @@ PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are no strings and `1e-4` i
 only booleans, a number is what JSON would call one (and `.inf`), and all else is text. Dates, sets and binary are refused.
 """
 
+import json
 import re
 from typing import Any
 
@@ -73,11 +74,15 @@ def load_yaml(text: str) -> tuple[Any, list[str]]:
     """
     try:
         loader = _Loader(text)
-        return loader.get_single_data(), loader.repeated
+        value = loader.get_single_data()
+        json.dumps(value)
     except yaml.YAMLError as error:
         return None, [" ".join(str(error).replace("<unicode string>", "the text").split())]
+    except (ValueError, RecursionError):
+        return None, ["an anchor (&) contains its own alias (*), or values are nested too deeply"]
+    return value, loader.repeated
 
 
 def dump_yaml(value: Any) -> str:
     """Text that `load_yaml` reads back equal; mappings keep their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)

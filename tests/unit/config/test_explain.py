@@ -1,0 +1,88 @@
+"""Every key has a type and a meaning, and can be asked for."""
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from moe_dist.config.__main__ import app
+from moe_dist.config.explain import default_text, explain
+from moe_dist.config.keys import find, nearest, type_text, walk
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+
+
+def text_of(key: str) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(explain(key))
+    return console.export_text()
+
+
+def test_every_key_has_a_type_and_a_meaning() -> None:
+    for key in walk(Config):
+        assert "typing" not in type_text(key.annotation), key.path
+        assert explain(key.path) is not None
+        described = key.field is None or key.field.description or key.sections or key.path.endswith((".kind", ".policy"))
+        assert described, f"{key.path} has no description"
+
+
+@pytest.mark.parametrize(
+    ("key", "parts"),
+    [
+        ("optimizer.lr", ("number, above 0", "required", "Peak learning rate.", "must not change")),
+        ("train.steps", ("whole number, 1 or more", "may change")),
+        ("optimizer.betas", ("[0.9, 0.95]",)),
+        ("loss.z", ("default  0.0",)),
+        ("model.moe.every", ("default  1 ",)),
+        ("model.qk_norm", ("true or false", "false")),
+        ("model.head_dim", ("or null", "default  null")),
+        ("parallel.data", ("one of 'ddp', 'fsdp2'",)),
+        ("model.moe.groups.text.top_k", ("model.moe.groups.<name>.top_k", "Choices a token makes")),
+        ("model.moe.groups", ("num_experts", "ffn_dim", "Hidden width of each expert")),
+        ("placement", ("policy: pinned", "policy: explicit", "slots", "default  policy: interleaved")),
+        ("optimizer.schedule.min_ratio", ("kind: cosine", "kind: wsd", "0.1", "0.0")),
+        ("monitor.sinks.0.pictures_every", ("kind: tensorboard", "100")),
+        ("monitor.sinks", ("[console, jsonl, tensorboard]", "kind: wandb", "project")),
+        ("", ("run", "model", "optimizer", "all defaults")),
+    ],
+)
+def test_explains(key: str, parts: tuple[str, ...]) -> None:
+    text = text_of(key)
+    for part in parts:
+        assert part in text, text
+
+
+def test_defaults_of_sections_are_short() -> None:
+    assert [default_text(key) for key in find(Config, "loss")] == ["all defaults"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("optimiser.lr", "optimizer.lr"),
+        ("optimizer.Lr", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("top_k", "model.moe.groups.<name>.top_k"),
+        ("model.moe.groups.text.expert", "model.moe.groups.text.num_experts"),
+        ("paralel.ep", "parallel.ep"),
+        ("qqqqqq", None),
+    ],
+)
+def test_nearest(wrong: str, right: str | None) -> None:
+    assert nearest(Config, wrong) == right
+    with pytest.raises(ConfigError, match="unknown key"):
+        explain(wrong)
+
+
+def test_command_line(path) -> None:
+    run = CliRunner().invoke
+    result = run(app, ["explain", "optimizer.lr"])
+    assert result.exit_code == 0
+    assert "Peak learning rate." in result.stdout
+    result = run(app, ["explain", "optimizer.lrr"])
+    assert result.exit_code == 78
+    assert "did you mean optimizer.lr?" in result.stderr
+    result = run(app, ["show", str(path), "train.steps=7"])
+    assert result.exit_code == 0
+    assert "steps: 7" in result.stdout
+    assert "weight_decay: 0.1" in result.stdout
+    assert run(app, ["show", str(path), "train.stepz=7"]).exit_code == 78

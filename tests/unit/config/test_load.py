@@ -1,0 +1,284 @@
+"""Loading a configuration: overrides, every fault at once, and what may differ on resume."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config.load import (
+    Change,
+    apply_overrides,
+    changes_on_resume,
+    difference,
+    load_config,
+    read_draft,
+    resolved_yaml,
+)
+from moe_dist.config.schema import (
+    ConstantSchedule,
+    ExplicitSection,
+    InterleavedSection,
+    JsonlSink,
+    PinnedSection,
+    TensorBoardSink,
+    WsdSchedule,
+)
+from moe_dist.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def faults(path: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, overrides)
+    assert raised.value.exit_code == 78
+    return raised.value.faults
+
+
+@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda preset: preset.stem)
+def test_every_preset_loads(preset: Path) -> None:
+    config = load_config(preset)
+    assert re.fullmatch(r"[a-z0-9_]+_[a-z0-9]+_[a-z0-9]+", preset.stem)
+    assert config.run.name != ""
+
+
+def test_values_have_their_types(path: Path) -> None:
+    config = load_config(path)
+    assert config.optimizer.lr == 3e-3  # YAML 1.1 would read text
+    assert config.optimizer.schedule == WsdSchedule(warmup_steps=2, decay_steps=1)
+    assert config.placement == PinnedSection.model_validate({"groups": {"text": {"ranks": (0,)}}})
+    assert list(config.model.moe.groups) == ["text", "image"]
+
+
+def test_overrides(path: Path) -> None:
+    config = load_config(
+        path,
+        [
+            "train.steps=200",
+            "optimizer.lr=1e-4",
+            "optimizer.clip_norm=null",
+            "optimizer.betas=[0.8, 0.9]",
+            "model.moe.groups.text.top_k=3",
+            "model.moe.router.normalise=none",
+            "data.weights={prose: 1, captions: 2.5}",
+            "monitor.sinks=[{kind: jsonl}, {kind: tensorboard, pictures_every: 7}]",
+            "monitor.sinks.1.pictures_every=9",
+            "loss.balance.schedule=[[0, 0.02], [100, 1e-4]]",
+            "train.steps=300",
+        ],
+    )
+    assert config.train.steps == 300
+    assert config.optimizer.lr == 1e-4
+    assert config.optimizer.clip_norm is None
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.model.moe.groups["text"].top_k == 3
+    assert config.model.moe.router.normalise == "none"
+    assert config.data.weights == {"prose": 1.0, "captions": 2.5}
+    assert config.monitor.sinks == (JsonlSink(), TensorBoardSink(pictures_every=9))
+    assert config.loss.balance.schedule == ((0, 0.02), (100, 1e-4))
+
+
+def test_another_variant_drops_the_keys_of_the_old(path: Path) -> None:
+    config = load_config(path, ["placement.policy=interleaved", "optimizer.schedule.kind=constant"])
+    assert config.placement == InterleavedSection()
+    assert config.optimizer.schedule == ConstantSchedule(warmup_steps=2)
+    slots = "placement.slots=[[text/0, text/1], [text/2, image/0, image/1]]"
+    for order in (["placement.policy=explicit", slots], [slots, "placement.policy=explicit"]):
+        assert isinstance(load_config(path, order).placement, ExplicitSection)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("2024", "2024"), ("1e5", "1e5"), ("no", "no"), ("on", "on"), ("true", "true"), ("'7'", "7")]
+)
+def test_names_stay_text(path: Path, name: str, read: str) -> None:
+    assert load_config(path, [f"run.name={name}"]).run.name == read
+
+
+def test_a_number_as_name_in_a_file_must_be_quoted(path: Path) -> None:
+    path.write_text(path.read_text().replace("name: small", "name: 2024"))
+    assert any("run.name=2024" in fault and "put it in quotes" in fault for fault in faults(path))
+    path.write_text(path.read_text().replace("name: 2024", "name: no"))
+    assert load_config(path).run.name == "no"
+
+
+def test_an_absent_optional_text_stays_absent(path: Path) -> None:
+    config = load_config(path, ["monitor.sinks=[{kind: prometheus}]", "monitor.sinks.0.path=null"])
+    assert config.monitor.sinks[0].model_dump()["path"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["train.stpes=5"], "train.stpes: unknown key; did you mean train.steps?"),
+        (["trian.steps=5"], "trian.steps: unknown key; did you mean train.steps?"),
+        (["train.lr=5"], "train.lr: unknown key; did you mean optimizer.lr?"),
+        (["model.moe.groups.text.topk=1"], "did you mean model.moe.groups.text.top_k?"),
+        (["placement.slots=[[text/0]]"], "placement.slots: goes with policy: explicit"),
+        (
+            ["placement.policy=pined"],
+            "placement.policy='pined'; must be one of 'interleaved', 'pinned', 'explicit'; did you",
+        ),
+        (["train.steps=many"], "train.steps='many': must be whole number, 1 or more (Optimizer steps of the whole run.)"),
+        (["train.steps=2.5"], "train.steps=2.5: must be whole number"),
+        (["train.steps='4'"], "train.steps='4': must be whole number"),
+        (["train.steps=true"], "train.steps=True: must be whole number"),
+        (["train.steps=0"], "train.steps=0: must be whole number, 1 or more"),
+        (["model.qk_norm=yes"], "model.qk_norm='yes': must be true or false"),
+        (["optimizer.lr=.inf"], "optimizer.lr=inf: must be number, above 0"),
+        (["optimizer.betas=[0.9]"], "optimizer.betas.1: missing; give number from 0 to 1"),
+        (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas.1=1.5: must be number from 0 to 1"),
+        (["parallel.data=fsdp"], "parallel.data='fsdp': must be one of 'ddp', 'fsdp2'; did you mean 'fsdp2'?"),
+        (["train=5"], "train=5: must be section with the keys steps, global_batch"),
+        (["model.moe.groups={}"], "model.moe.groups={}: must be mapping from names"),
+        (["monitor.sinks=[{kind: consle}]"], "monitor.sinks.0.kind='consle'; must be one of"),
+        (["monitor.sinks=[{every: 1}]"], "monitor.sinks.0.kind: missing; must be one of"),
+        (["monitor.sinks.7.every=1"], "monitor.sinks.7.every: monitor.sinks.7 is not there"),
+        (["train.steps"], "'train.steps': an override is key=value"),
+        (["=5"], "'=5': an override is key=value"),
+        (["train.steps=[1"], "train.steps: while parsing a flow sequence"),
+        (["model.moe.groups.text.top_k=5"], "top_k=5 is larger than the group's 3 true + 1 null choices; lower top_k"),
+        (["model.num_kv_heads=3"], "model: num_heads=4 must be a multiple of num_kv_heads=3"),
+        (["model.hidden_dim=30"], "model: hidden_dim=30 must be a multiple of num_heads=4; or set head_dim"),
+        (["model.head_dim=7"], "model: head_dim=7 must be even"),
+        (["model.moe.every=2"], "model: dense_ffn_dim is needed"),
+        (["model.moe.first=2"], "model: moe.first=2 leaves no MoE layer"),
+        (["loss.balance.schedule=[[5, 0.1]]"], "loss.balance: schedule must start at step 0"),
+        (["data.path="], "data.path=''"),
+        (["model.moe.groups={a.b: {num_experts: 1, top_k: 1, ffn_dim: 2}}"], "the name 'a.b' must be text of 1 to 32"),
+        (["data.weights={a b: 1}"], "the name 'a b' must be text of 1 to 64"),
+    ],
+)
+def test_a_fault_is_named_with_its_way_out(path: Path, overrides: list[str], fault: str) -> None:
+    found = faults(path, *overrides)
+    assert len(found) == 1, found
+    assert fault in found[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["a; touch x", "../up", "a/b", '"a\\nb"', '"a\\n"', "-rf", ".", "", "a" * 65, "$(x)", "'a b'"]
+)
+def test_names_that_are_no_names(path: Path, name: str) -> None:
+    found = faults(path, f"run.name={name}")
+    assert len(found) == 1
+    assert "run.name" in found[0]
+    assert "letters, digits" in found[0]
+    assert "\n" not in found[0]
+
+
+def test_paths_without_control_characters(path: Path) -> None:
+    assert "without control characters" in faults(path, 'data.path="a\\nb"')[0]
+    assert load_config(path, ["data.path=/mnt/a b/ü"]).data.path == "/mnt/a b/ü"
+
+
+def test_all_faults_at_once(path: Path) -> None:
+    text = path.read_text()
+    text = text.replace("seq_len: 64}", "seq_len: 64, seqlen: 1}").replace("steps: 4", "steps: many, stpes: 4")
+    text = text.replace("top_k: 2, ffn_dim: 16", "top_k: 9, ffn_dim: 16").replace("num_heads: 4", "num_heads: 3")
+    path.write_text(text + "evaluaton: {every: 3}\n")
+    found = "\n".join(faults(path, "run.name=a; touch x", "parallel.ep=two", "optimizer.schedule.kind=wds"))
+    for part in (
+        "data.seqlen: unknown key; did you mean data.seq_len?",
+        "train.stpes: unknown key; did you mean train.steps?",
+        "train.steps='many'",
+        "evaluaton: unknown key; did you mean evaluation?",
+        "run.name='a; touch x'",
+        "parallel.ep='two'",
+        "optimizer.schedule.kind='wds'",
+        "model.moe.groups.text: top_k=9",
+        "model: num_heads=3 must be a multiple of num_kv_heads=2",
+    ):
+        assert part in found
+
+
+def test_a_misspelt_required_key_is_one_fault(path: Path) -> None:
+    path.write_text(path.read_text().replace("steps: 4,", "stpes: 4,"))
+    assert faults(path) == ("train.stpes: unknown key; did you mean train.steps?",)
+
+
+def test_a_missing_section_is_one_fault(path: Path) -> None:
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("evaluation")))
+    (fault,) = faults(path)
+    assert fault.startswith("evaluation: missing; give section")
+
+
+def test_what_cannot_be_read_is_not_judged(path: Path) -> None:
+    """num_heads is replaced by a stand-in, from which nothing must follow about its multiples."""
+    (fault,) = faults(path, "model.num_heads=four")
+    assert fault.startswith("model.num_heads='four'")
+
+
+def test_a_draft_keeps_what_can_be_read(path: Path) -> None:
+    draft = read_draft(path, ["train.steps=many"])
+    assert draft.wrong == {"train.steps"}
+    assert draft.value is not None
+    assert draft.value.train.global_batch == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("run: {name: a}\nrun: {name: b}\n", "'run' stands in line 1 and again in line 2"),
+        ("run: {name: a\n", "while parsing"),
+        ("- 1\n", "must be a mapping of sections"),
+        ("just text", "must be a mapping of sections"),
+        ("run: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        ("a: &a [*a]\n", "contains its own alias"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    assert any(fault in found for found in faults(path))
+
+
+def test_an_empty_file_lists_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("")
+    missing = {fault.partition(":")[0] for fault in faults(path)}
+    assert missing == {"run", "model", "data", "train", "optimizer", "evaluation"}
+
+
+def test_a_missing_file_shows_the_nearest(path: Path) -> None:
+    (fault,) = faults(path.with_name("smal.yaml"))
+    assert "cannot be read" in fault
+    assert str(path) in fault
+    (fault,) = faults(path.parent)  # a folder
+    assert "cannot be read" in fault
+    path.write_bytes(b"run: \xff")
+    assert "cannot be read" in faults(path)[0]
+
+
+def test_resolved_yaml_loads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_config(
+        path, ["run.name=1e5", "run.root=no", "optimizer.lr=1e-7", "monitor.sinks=[{kind: wandb, project: '1'}]"]
+    )
+    copy = tmp_path / "config.yaml"
+    copy.write_text(resolved_yaml(config))
+    assert load_config(copy) == config
+
+
+def test_difference(path: Path) -> None:
+    old = load_config(path)
+    new = load_config(
+        path, ["placement.policy=interleaved", "train.steps=9", "optimizer.lr=1", "model.moe.groups.text.top_k=1"]
+    )
+    assert difference(old, old) == []
+    assert difference(old, new) == [
+        Change("model.moe.groups.text.top_k", 2, 1),
+        Change("train.steps", 4, 9),
+        Change("optimizer.lr", 3e-3, 1.0),
+        Change("placement.policy", "pinned", "interleaved"),
+        Change("placement.groups.text.ranks", [0], None),
+    ]
+    assert [change.key for change in changes_on_resume(old, new)] == ["model.moe.groups.text.top_k", "optimizer.lr"]
+
+
+def test_the_root_may_change_on_resume_and_the_name_not(path: Path) -> None:
+    old, new = load_config(path), load_config(path, ["run.root=/elsewhere", "run.name=other", "parallel.ep=4"])
+    assert [change.key for change in changes_on_resume(old, new)] == ["run.name"]
+
+
+def test_overrides_make_sections_that_were_left_out() -> None:
+    values: dict = {"train": None}
+    assert apply_overrides(values, ["train.steps=5", "loss.balance.kind=vanilla"]) == []
+    assert values == {"train": {"steps": 5}, "loss": {"balance": {"kind": "vanilla"}}}

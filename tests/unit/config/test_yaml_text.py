@@ -1,0 +1,91 @@
+"""YAML's plain scalars as configurations mean them."""
+
+import math
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_dist.config.yaml_text import dump_yaml, load_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("1e-4", 1e-4),
+        ("3.0e-3", 3e-3),
+        ("1e6", 1e6),
+        ("1.", 1.0),
+        ("-.5", -0.5),
+        (".inf", math.inf),
+        ("12", 12),
+        ("-3", -3),
+        ("1_000_000", 1_000_000),
+        ("010", "010"),
+        ("0x10", "0x10"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("1e", "1e"),
+        ("'1e-4'", "1e-4"),
+        ("[a, 1, no]", ["a", 1, "no"]),
+    ],
+)
+def test_scalars(text: str, value: object) -> None:
+    read, faults = load_yaml(text)
+    assert (read, faults) == (value, [])
+    assert type(read) is type(value)
+
+
+def test_keys_are_text() -> None:
+    assert load_yaml("on: 1\n2: a\nnull: b\n1e5: c")[0] == {"on": 1, "2": "a", "null": "b", "1e5": "c"}
+
+
+def test_every_repeated_key_is_named() -> None:
+    _, faults = load_yaml("a: 1\nb: {c: 1, c: 2}\na: 3\n")
+    assert len(faults) == 2
+    assert any("'a' stands in line 1 and again in line 3" in fault for fault in faults)
+    assert any("'c' stands in line 2 and again in line 2" in fault for fault in faults)
+
+
+def test_anchors_and_merges_work() -> None:
+    assert load_yaml("a: &x {k: 1, j: 2}\nb: {<<: *x, k: 3}")[0]["b"] == {"k": 3, "j": 2}
+
+
+@pytest.mark.parametrize(
+    "text", ["!!python/name:os.system", "!!set {a}", "!!binary aGk=", "!!timestamp 2024-01-01", "? [a]\n: 1"]
+)
+def test_nothing_but_plain_values(text: str) -> None:
+    value, faults = load_yaml(text)
+    assert value is None
+    assert len(faults) == 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(VALUES)
+def test_what_is_written_is_read_back(value: object) -> None:
+    assert load_yaml(dump_yaml(value)) == (value, [])
+
+
+@given(st.sampled_from(["no", "1e5", "true", "null", "~", "", "010", "1_0", "<<", "- a", "a: b", "é\n", "=", ".5", "0x1"]))
+def test_text_is_quoted_where_it_must_be(text: str) -> None:
+    assert load_yaml(dump_yaml({"name": text}))[0] == {"name": text}
+
+
+def test_other_readers_read_it_too() -> None:
+    value = {"lr": 1e-5, "name": "run", "steps": 3, "on": [True, None]}
+    assert yaml.safe_load(dump_yaml(value)) == value or "on" in dump_yaml(value)
