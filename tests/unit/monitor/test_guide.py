@@ -1,0 +1,50 @@
+"""The guide and the code have the same tags, fields and keys."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from moe_dist.config.schema import MonitorSection
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.pictures import Subject, Window, heat_maps
+from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.tags import MEANING
+
+GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
+
+
+@pytest.mark.parametrize("family", MEANING)
+def test_every_tag_is_explained(family: str) -> None:
+    stem = family.split("/{")[0] + ("/<" if "{" in family else "")
+    assert f"`{stem}" in GUIDE
+
+
+def test_every_picture_is_explained(make_record: Callable[..., Record], subject: Subject) -> None:
+    window = Window()
+    window.add(make_record(1))
+    sums, words = window.take()
+    for tag, picture in heat_maps(sums, subject, words):
+        assert picture.dtype == np.uint8
+        assert f"`{re.sub('(text|image)$', '<group>', tag)}`" in GUIDE
+
+
+def test_every_field_of_a_line_is_explained(tmp_path: Path, make_record: Callable[..., Record]) -> None:
+    sink = JsonlSink(path=tmp_path / "m.jsonl")
+    sink.step(make_record(1, grad_norm=float("inf")))
+    sink.evaluation(EvaluationResult(1, {"text": 1.0}, {"text": 2}), {"eval/text": 1.0})
+    section = GUIDE[GUIDE.index("## metrics.jsonl") : GUIDE.index("## Prometheus")]
+    for line in read_lines(tmp_path / "m.jsonl"):
+        for name in [*line, *line.get("ledger", ()), *line.get("arrays", ())]:
+            assert f"`{name}`" in section, name
+
+
+def test_the_example_is_valid() -> None:
+    (example,) = re.findall(r"```yaml\n(monitor:.*?)```", GUIDE, re.DOTALL)
+    section = yaml.safe_load(example)["monitor"]
+    parsed = MonitorSection.model_validate(section | {"sinks": tuple(section["sinks"])})
+    assert [sink.kind for sink in parsed.sinks] == ["console", "jsonl", "tensorboard", "prometheus", "wandb"]
