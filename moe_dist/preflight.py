@@ -210,11 +210,11 @@ def data_set_faults(folder: str | Path, manifest: Manifest) -> list[str]:
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
     """Training tokens of each modality in the proportions of `data.weights`; without weights, all of them."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
-    names = [name for name in config.data.weights if name in manifest.sources] or list(manifest.sources)
-    for name in names:
+    weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
+    for name in weights or manifest.sources:
         split = manifest.sources[name].train
         counts = split.tokens_by_modality or _counted(config.data.path, split, manifest)
-        weight = config.data.weights[name] * _MIX_SCALE / split.tokens if config.data.weights else 1.0
+        weight = weights[name] * _MIX_SCALE / split.tokens if weights else 1.0
         for modality, count in counts.items():
             totals[modality] += count * weight
     return {modality: round(total) for modality, total in totals.items()}

@@ -77,11 +77,11 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             near = nearest(Config, key)
             faults.append(f"{key}: unknown key" + (f"; did you mean {near}?" if near else ""))
             continue
-        value, wrong = load_yaml(text)
+        value, wrong = _override_value(key, text)
         if wrong:
             faults += [f"{key}: {fault}" for fault in wrong]
-            continue
-        pairs.append((key, _text_where_text_is_meant(key, text, value)))
+        else:
+            pairs.append((key, value))
     for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
         if fault := _set(values, key, value):
             faults.append(fault)
@@ -131,12 +131,13 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return values, faults
 
 
-def _text_where_text_is_meant(key: str, text: str, value: Any) -> Any:
-    """`run.name=2024` means the text 2024 although YAML reads a number."""
+def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
+    """The value as YAML has it; where text is meant (`run.name=2024`) the text as it stands, unless it is quoted."""
     meant = find(Config, key)
-    texts = bool(meant) and all(bare(each.annotation) is str for each in meant)
-    optional = texts and any(type_text(each.annotation).endswith("null") for each in meant)
-    return text if texts and not isinstance(value, str) and not (optional and value is None) else value
+    if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
+        return load_yaml(text)
+    optional = all(type_text(each.annotation).endswith("null") for each in meant)
+    return (None if optional and text.strip() in ("null", "~", "") else text), []
 
 
 def _chooses_variant(key: str) -> bool:

@@ -167,7 +167,9 @@ def test_names_that_are_no_names(path: Path, name: str) -> None:
 
 def test_paths_without_control_characters(path: Path) -> None:
     assert "without control characters" in faults(path, 'data.path="a\\nb"')[0]
-    assert load_config(path, ["data.path=/mnt/a b/ü"]).data.path == "/mnt/a b/ü"
+    assert "without control characters" in faults(path, "data.path=a\nb")[0]
+    for text in ("/mnt/a b/ü", "a # b", "a: b", "[x", "~", "null"):
+        assert load_config(path, [f"data.path={text}"]).data.path == text
 
 
 def test_all_faults_at_once(path: Path) -> None:
