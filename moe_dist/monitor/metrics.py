@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_dist.config.manifest import RESERVED_MODALITIES
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
-from moe_dist.monitor.tags import GROUP_FAMILIES, RESERVED_MODALITIES, tag_plan
+from moe_dist.monitor.tags import GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 

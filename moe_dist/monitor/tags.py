@@ -16,9 +16,6 @@ TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
 
-# Names that a modality cannot have, since loss/<name> means something else.
-RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z")
-
 # family -> meaning; families with a label end in its name in braces.
 MEANING: dict[str, str] = {
     "loss/{term}": "Nats a token of the step: by modality, 'balance' and 'z' as they entered the loss, 'total' of all.",

@@ -60,6 +60,7 @@ def test_several_ranges_of_one_modality(tmp_path: Path) -> None:
         ({"vocab_size": "64", "pad_id": -1}, ["vocab_size='64'", "pad_id=-1"]),
         ({"format": 2}, ["format=2: must be whole number from 1 to 1"]),
         ({"sources": {}}, ["sources={}"]),
+        ({"modalities": {"z": [[0, 64]]}}, ["the name 'z'", "choose another"]),
     ],
 )
 def test_every_fault_is_named(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
