@@ -131,6 +131,19 @@ def test_the_verdict_is_that_of_the_first_failing_rank_and_its_words_come_first(
     assert err.index("shard 3 is damaged") < err.index("the other ranks ended after it: 0 (killed by SIGTERM)")
 
 
+def test_the_rank_that_wrote_the_verdict_is_the_cause_though_a_peer_ended_before_it(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+    if rank == 1:
+        attempt._leave(65, "shard 3 is damaged")
+        open(f"{here}/told", "w").close(); time.sleep(1); sys.exit("slow to leave")
+    wait_for("told"); sys.exit("the consequence")
+    """
+    assert site.attempt(body) == 65
+    assert "rank 1 failed first" in capfd.readouterr().err
+
+
 def test_a_traceback_of_ours_is_shown_and_the_other_ranks_only_named(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 1:

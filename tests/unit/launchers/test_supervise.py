@@ -118,7 +118,10 @@ def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -
         """
         if rank == 1:
             wait_for("ready.0"); sys.exit(65)
-        mark("ready"); signal.signal(signal.SIGTERM, lambda n, f: sys.exit("the consequence")); time.sleep(100)
+        def consequence(number, frame):
+            print("the consequence", file=sys.stderr, flush=True); time.sleep(1.5); sys.exit(1)
+        signal.signal(signal.SIGTERM, consequence)
+        mark("ready"); time.sleep(100)
         """,
     )
     outcome = run.to_the_end(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.runtime.lease import Holder, Lease, LeaseError, read_holder
+from moe_dist.runtime.lease import Holder, Lease, LeaseError, _read, read_holder
 
 ROOT = Path(__file__).parents[3]
 
@@ -143,6 +143,16 @@ def test_a_writer_that_wakes_up_is_refused_and_its_beats_do_no_harm(tmp_path: Pa
     sleeper.release()
     after.check()
     assert path.read_bytes().partition(b"\n")[2] == content
+
+
+def test_who_finds_it_stale_too_late_leaves_the_new_holder_alone(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    of_another_machine(path)
+    stale = _read(path)
+    winner = Lease(path, "winner", stale_seconds=0.2).acquire(10.0)
+    assert not Lease(path, "late")._take_over(stale)
+    winner.check()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lease.json"]
 
 
 def test_a_lease_that_somebody_removed_is_lost(tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ def fail_on_one(rank: RankContext) -> None:
     dist.barrier()
 
 
+def fail_on_both(rank: RankContext) -> None:
+    time.sleep(0.1 * (1 - rank.rank))
+    raise ValueError(f"of rank {rank.rank}")
+
+
 def die_on_one(rank: RankContext) -> None:
     if rank.rank == 1:
         os._exit(9)
@@ -78,6 +83,7 @@ def test_groups_do_not_leak_into_the_next_call(worlds: Worlds) -> None:
     ("body", "seconds", "expected"),
     [
         (fail_on_one, 60.0, ["rank 1 of 2 failed", "fail_on_one", "assert 3 == 4"]),
+        (fail_on_both, 60.0, ["rank 1 of 2 failed", "of rank 1"]),
         (die_on_one, 60.0, ["rank 1 of 2 died with exit code 9"]),
         (hang_on_one, 1.0, ["ranks [0, 1] of 2 did not answer within 1 s", "the_place_where_it_hangs"]),
     ],
