@@ -74,8 +74,8 @@ class PlanComparison:
             return "; ".join(f"{name} cannot be: {why}" for name, why in self.missing.items())
         compute, traffic = self.fastest_compute, self.least_traffic
         words = [
-            _gain("busiest rank", compute, [(p, max(p.load_R)) for p in self.plans], "work"),
-            _gain("exchange", traffic, [(p, p.remote_rows_per_token) for p in self.plans], "rows"),
+            _gain("busiest rank", compute, [(p, max(p.load_R)) for p in self.plans], "less work"),
+            _gain("exchange", traffic, [(p, p.remote_rows_per_token) for p in self.plans], "fewer rows"),
         ]
         winners = {plan.name for plan in (compute, traffic) if plan}
         if len(winners) == 1:
@@ -187,7 +187,7 @@ def _gain(what: str, winner: Plan | None, costs: Sequence[tuple[Plan, float]], u
         return f"{what}: both equal"
     worst = max(cost for _, cost in costs)
     best = min(cost for _, cost in costs)
-    return f"{what}: {winner.name} has {1 - best / worst:.1%} less {unit}" if worst else f"{what}: both equal"
+    return f"{what}: {winner.name} has {1 - best / worst:.1%} {unit}" if worst else f"{what}: both equal"
 
 
 def _trade(compute: Plan, traffic: Plan, itemsize: int) -> str:
