@@ -44,6 +44,7 @@ $(INSTALLED): setup.py pyproject.toml
 	  { echo "moe_dist needs Python 3.11 or newer; $$($(PYTHON) --version) is $(PYTHON): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install -qq --editable '.[data,test,check]'
+	@echo "installing into $(VENV): a minute or two, longer where torch is a CUDA build"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install -qq --editable '.[data,test,check]'
 	@touch $@

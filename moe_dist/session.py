@@ -1,6 +1,6 @@
 """What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -59,8 +59,22 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
         monitor.stop()
 
 
-def build_sinks(plan: Preflight, folder: RunFolder, *, resume_step: int) -> list[Sink]:
-    """The sinks of rank 0, each with the configuration and the placement as a page of text."""
+@contextmanager
+def open_sinks(plan: Preflight, folder: RunFolder, env: RankEnv, *, resume_step: int) -> Iterator[list[Sink]]:
+    """The sinks of rank 0, none on other ranks; closed however the run ends, so that no record waits in a buffer."""
+    sinks: list[Sink] = []
+    try:
+        if env.rank == 0:
+            print(placement_text(plan))
+            sinks += _build_sinks(plan, folder, resume_step)
+        yield sinks
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[Sink]:
+    """One sink for each section, each with the configuration and the placement as a page of text."""
     config, placement = plan.config, plan.placement
     subject = Subject(placement.groups, placement, config.model.moe_layers, len(plan.manifest.modalities))
     sinks: list[Sink] = []
@@ -99,10 +113,8 @@ def placement_text(plan: Preflight) -> str:
     )
 
 
-def conclude(finished: Finished, folder: RunFolder, plan: Preflight, sinks: Sequence[Sink]) -> None:
-    """Closes the sinks, then prints the summary and keeps it for whoever starts the finished run again."""
-    for sink in sinks:
-        sink.close()
+def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
+    """Prints the summary and keeps it for whoever starts the finished run again."""
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
     console.print(summary_table(finished.checks, title=f"Run {plan.config.run.name}, {finished.evaluation.step} steps"))
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")

@@ -5,13 +5,14 @@ configuration -> preflight -> rank -> process groups -> model on its mesh -> dat
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moe_dist.config.load import load_config
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import EXIT_DONE, MoeDistError
 from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
@@ -28,17 +29,22 @@ def main(
 ) -> None:
     """Trains, or goes on with, the run that CONFIG describes."""
     if dry_run:
-        sys.exit(_dry_run(config, overrides or [], tokens_per_second))
+        sys.exit(_shown(lambda: _dry_run(config, overrides or [], tokens_per_second)))
+    sys.exit(_shown(lambda: _attempt(config, overrides or [], overwrite)))
+
+
+def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
+    """One start of the run on this rank; returns its verdict."""
     env = RankEnv.from_environment(os.environ)
     attempt = Attempt(env)
     with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:  # handlers stand before torch is imported
-        plan = check_file(config, overrides or [], world_size=env.world_size)
+        plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
             train(plan, env, attempt, stop)
         elif env.rank == 0:
             print(RunFolder.of(plan.config).read_summary())
-    sys.exit(attempt.exit_code)
+    return attempt.exit_code
 
 
 def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
@@ -71,10 +77,10 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     progress = resumable.restore()
     attempt.last_step = lambda: progress.step
     log.follow(lambda: progress.step)
-    if env.rank == 0:
-        print(session.placement_text(plan))
-    sinks = session.build_sinks(plan, folder, resume_step=progress.step) if env.rank == 0 else []
-    with session.watched_devices(config, device, env) as devices:
+    with (
+        session.watched_devices(config, device, env) as devices,
+        session.open_sinks(plan, folder, env, resume_step=progress.step) as sinks,
+    ):
         trainer = Trainer(
             build.build_plan(config, plan.groups),
             training.step,
@@ -91,19 +97,24 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         )
         finished = trainer.fit()
     if env.rank == 0:
-        session.conclude(finished, folder, plan, sinks)
+        session.conclude(finished, folder, plan)
     destroy_world()
 
 
 def _dry_run(config: Path, overrides: list[str], tokens_per_second: float | None) -> int:
     from moe_dist.dry_run import dry_run
 
+    dry_run(load_config(config, overrides), tokens_per_second=tokens_per_second)
+    return EXIT_DONE
+
+
+def _shown(action: Callable[[], int]) -> int:
+    """The action's exit code; a user's error is shown as its message."""
     try:
-        dry_run(load_config(config, overrides), tokens_per_second=tokens_per_second)
+        return action()
     except MoeDistError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":
