@@ -91,7 +91,7 @@ def build_model(
                 section.hidden_dim,
                 placement.groups,
                 [len(placement.local_experts(ep_rank, group)) for group in placement.groups],
-                row_budget=config.parallel.expert_row_budget,
+                pair_budget=config.parallel.expert_pair_budget,
             ),
             dispatcher=dispatcher,
             shared=SwiGLU(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,

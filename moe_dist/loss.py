@@ -14,9 +14,8 @@ from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
 from moe_dist.data.batch import IGNORED
-from moe_dist.moe.aux_losses import balance_terms, z_terms
+from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import LayerReport
-from moe_dist.placement.placement import ExpertGroup
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def micro_loss(
     label_modality_BS: Tensor,
     *,
     num_modalities: int,
-    groups: Sequence[ExpertGroup],
+    tables: ColumnTables,
     aux: AuxSettings,
     labels_in_step: Tensor,
     share: Tensor,
@@ -96,6 +95,7 @@ def micro_loss(
         sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z)
 
     Args:
+        tables: Constants of the expert groups.
         labels_in_step: Scored labels of the whole step over all ranks and micro-batches.
         share: The micro-batch's part of them; the auxiliary statistic's unit is one micro-batch over all ranks.
         world: Group over which counts are summed.
@@ -104,7 +104,7 @@ def micro_loss(
     counts = global_counts(reports, world)
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
-    balance_LG = balance_terms(prob_LC, counts.choices_LC, counts.tokens_LG, groups, kind=aux.kind)
+    balance_LG = balance_terms(prob_LC, counts.choices_LC, counts.tokens_LG, tables, kind=aux.kind)
     balance = aux.balance * share * balance_LG.sum()
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
     return MicroLoss(

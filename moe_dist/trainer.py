@@ -34,6 +34,7 @@ class Progress:
         position: Sequences drawn from the global stream.
         tokens: Tokens seen, padding excluded.
         skipped_steps, skipped_in_a_row: Non-finite steps, in all and since the last good one.
+        evaluated: Step of the last evaluation; a stop request may leave one owed, which is taken on resume.
     """
 
     step: int = 0
@@ -41,6 +42,7 @@ class Progress:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    evaluated: int = 0
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -127,14 +129,16 @@ class Trainer:
         """
         plan, progress = self._plan, self.progress
         evaluation: EvaluationResult | None = None
+        if self._evaluation_owed() and progress.step < plan.steps:
+            evaluation = self._evaluate(final=False)
         while progress.step < plan.steps:
             result = self._step()
             last = progress.step == plan.steps
-            if last or progress.step % plan.evaluate_every == 0:
+            stop = result.stop_requested and not last
+            if last or (self._evaluation_owed() and not stop):  # a stop saves first: the grace may be short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
                 raise DivergedError(self._divergence())
-            stop = result.stop_requested and not last
             if last or stop or progress.step % plan.save_every == 0:
                 self._save(must=last or stop)
             if stop:
@@ -142,6 +146,10 @@ class Trainer:
         if evaluation is None:  # resumed at its very end
             evaluation = self._evaluate(final=True)
         return Finished(evaluation, self._checks(evaluation))
+
+    def _evaluation_owed(self) -> bool:
+        step = self.progress.step
+        return step > self.progress.evaluated and step % self._plan.evaluate_every == 0
 
     def _step(self) -> StepResult:
         begin = time.perf_counter()
@@ -204,6 +212,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self._evaluator(self.progress.step, final=final)
+        self.progress.evaluated = self.progress.step
         scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
         for sink in self._sinks:
             sink.evaluation(result, scalars)

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from moe_dist.comm.reduce import sum_over
 from moe_dist.comm.traffic import Traffic
 from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.evaluation.heldout import forward
 from moe_dist.loss import AuxSettings, MicroLoss, micro_loss
+from moe_dist.moe.aux_losses import ColumnTables
 from moe_dist.moe.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.routing import LayerReport
 from moe_dist.optim.adamw import set_lr
@@ -83,11 +85,16 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
         self.traffic = traffic
+        self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
 
     def __call__(
         self, batches: Sequence[Batch], *, lr: float, aux: AuxSettings, stop_requested: bool = False
     ) -> StepResult:
-        """One step over this rank's micro-batches. One host sync at the end, besides those of the dispatchers."""
+        """One step over this rank's micro-batches.
+
+        Syncs with the host at its end only, besides the dispatchers: for this rank's own counts, which the ledger is made
+        of, and for the summed vector and counts.
+        """
         mesh = self.parallel.mesh
         tokens = sum(batch.num_tokens for batch in batches)
         batches = [batch.to(mesh.device) for batch in batches]
@@ -100,14 +107,14 @@ class TrainingStep:
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
-                logits, reports = self._forward(batch)
+                logits, reports = forward(self.parallel, batch, self.group_of_modality)
                 loss = micro_loss(
                     logits,
                     reports,
                     batch.labels_BS,
                     batch.label_modality_BS,
                     num_modalities=len(self.group_of_modality),
-                    groups=self.placement.groups,
+                    tables=self._tables,
                     aux=aux,
                     labels_in_step=labels_in_step,
                     share=micro_labels[i] / labels_in_step,
@@ -115,16 +122,14 @@ class TrainingStep:
                 )
                 del logits
                 loss.total.backward()
-            losses.append(loss)
+            # Let go of the graph: its nodes hold the dispatch plans, which backward does not free.
+            losses.append(loss._replace(total=loss.total.detach()))
+            del loss
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
             own.add(reports)
         self.parallel.reduce_gradients()
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
         return self._vote_and_update(sum_over(local, mesh.world), losses, lr)
-
-    def _forward(self, batch: Batch) -> tuple[Tensor, Sequence[LayerReport]]:
-        group_BS = torch.where(batch.padding_BS, -1, self.group_of_modality[batch.modality_BS])
-        return self.parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
 
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
         """Scored labels of each micro-batch and modality on this rank, float64 [micro-batches, M]."""
@@ -188,7 +193,9 @@ class TrainingStep:
             self.optimizer.step()
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
-        counts = [torch.stack([loss.counts[i] for loss in losses]).sum(0).cpu().numpy() for i in range(3)]
+        summed_counts = torch.stack([torch.cat(loss.counts, dim=1) for loss in losses]).sum(0).cpu().numpy()
+        widths = [part.shape[1] for part in losses[0].counts]
+        choices_LC, tokens_LG, entropy_LG = np.split(summed_counts, np.cumsum(widths)[:-1], axis=1)
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
@@ -198,9 +205,9 @@ class TrainingStep:
             grad_norm=float(np.sqrt(squared)),
             skipped=not finite,
             tokens=int(tokens),
-            choices_LC=counts[0].astype(np.int64),
-            tokens_LG=counts[1].astype(np.int64),
-            entropy_LG=counts[2],
+            choices_LC=choices_LC.astype(np.int64),
+            tokens_LG=tokens_LG.astype(np.int64),
+            entropy_LG=entropy_LG,
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,

@@ -19,25 +19,25 @@ def max_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return tensor
 
 
-def any_over(flag: bool, group: dist.ProcessGroup | None, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank of `group`: a vote, one small all-reduce and one host sync."""
-    return bool(max_over(torch.tensor(int(flag), device=device), group).item())
-
-
 def sum_gradients(parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """Sums the gradients of `parameters` over `group` in one all-reduce of their concatenation.
+    """Sums the gradients of `parameters` over `group`, in place, one all-reduce each: for few large tensors."""
+    for gradient in _gradients(parameters):
+        sum_over(gradient, group)
 
-    Every parameter must have a gradient: a missing one would shift all the others, so it is an error.
-    """
-    if group is None or not parameters:
+
+def sum_small_gradients(parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    """The same in one all-reduce of a concatenated copy: for many small tensors."""
+    gradients = _gradients(parameters)
+    if group is None or not gradients:
         return
-    gradients = [parameter.grad for parameter in parameters]
-    if any(gradient is None for gradient in gradients):
-        raise AssertionError("sum_gradients: a parameter has no gradient; an expert without rows must get zeros")
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None])
-    dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group)
-    at = 0
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-            at += gradient.numel()
+    flat = sum_over(torch.cat([gradient.reshape(-1) for gradient in gradients]), group)
+    for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+    """All gradients; a missing one would make ranks disagree about what is summed, so it is an error."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if len(gradients) != len(parameters):
+        raise AssertionError("a parameter has no gradient; an expert without rows must get zeros")
+    return gradients

@@ -22,7 +22,7 @@ RESERVED_GROUP_NAMES = frozenset((
     "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "group_of_column_C", "groups",
     "half", "ipu", "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children",
     "named_modules", "named_parameters", "normalise", "num_choices", "num_experts", "parameters", "recompute",
-    "requires_grad_", "reset_buffers", "row_budget", "scale", "share_memory", "state_dict", "to", "to_empty",
+    "requires_grad_", "reset_buffers", "pair_budget", "scale", "share_memory", "state_dict", "to", "to_empty",
     "top_k_G", "train", "training", "type", "xpu", "zero_grad",
 ))
 # fmt: on
@@ -184,13 +184,13 @@ class ParallelSection(Section):
     recompute: Literal["none", "experts", "block"] = Field(
         default="none",
         description="Activations computed again in backward: none; experts (the FFN between the exchanges, which repeats "
-        "no exchange); block (whole layers, which repeats the dispatch exchange, never the routing).",
+        "no exchange); block (attention and MoE layers, which repeats the dispatch exchange, never the routing).",
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Compute type; master weights and sums stay fp32."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one.")
-    expert_row_budget: PositiveInt | None = Field(
+    expert_pair_budget: PositiveInt | None = Field(
         default=None,
         description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks.",
     )

@@ -71,7 +71,7 @@ class Evaluator:
         if self._measure_balance:
             balance = balance_efficiency(
                 self._model,
-                batches[:TIMED_BATCHES],
+                batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES],  # of every source
                 group_of_modality=self._group_of_modality,
                 placement=self._placement,
                 mesh=self._mesh,
@@ -95,8 +95,10 @@ class Evaluator:
             world=self._mesh.world,
         )
 
-    def _by_count(self, choices_LC: np.ndarray) -> float | None:
+    def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
         """Mean over max of the ranks' rows x FFN width, from the choices of this evaluation."""
+        if choices_LC is None:
+            return None
         rows_LR = rows_by_rank(choices_LC, self._placement)
         imbalance = layer_mean(busiest_over_mean(weighted_rows(choices_LC, rows_LR, self._placement)))
         return 1.0 / imbalance if imbalance else None

@@ -1,6 +1,6 @@
 """Held-out losses by modality: sums over all ranks, the same whatever the number of ranks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,12 +24,12 @@ class Heldout:
         loss: Nats a token by the label's modality, and '<modality>_no_filler' where the data marks filler cells;
             modalities without labels are left out.
         tokens: Labels behind each loss.
-        choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`.
+        choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`; None without batches.
     """
 
     loss: Mapping[str, float]
     tokens: Mapping[str, int]
-    choices_LC: np.ndarray
+    choices_LC: np.ndarray | None
 
 
 @torch.no_grad()
@@ -58,7 +58,9 @@ def heldout_losses(
         sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
         choices.append(torch.stack([report.sums.choices_C for report in reports]))
     model.train(training)
-    choices_LC = sum_over(torch.stack(choices).sum(0), world) if choices else torch.zeros(0, 0, dtype=torch.int64)
+    if not choices:  # nothing is held out; on no rank, since all have the same number of batches
+        return Heldout({}, {}, None)
+    choices_LC = sum_over(torch.stack(choices).sum(0), world)
     nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):
@@ -71,8 +73,10 @@ def heldout_losses(
     return Heldout(loss, tokens, choices_LC.cpu().numpy())
 
 
-def forward(model: Transformer, batch: Batch, group_of_modality: Tensor) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Logits and reports of one batch on its device."""
+def forward(
+    model: Callable[..., tuple[Tensor, Sequence[LayerReport]]], batch: Batch, group_of_modality: Tensor
+) -> tuple[Tensor, Sequence[LayerReport]]:
+    """Logits and reports of one batch on its device: a transformer, or its parallel wrapper, over a `Batch`."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
     return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
 

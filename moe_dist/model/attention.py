@@ -42,13 +42,14 @@ def dense_mask(documents_BS: Tensor) -> DenseMask:
 
 
 def flex_mask(documents_BS: Tensor) -> FlexMask:
-    """Causal and inside the document, as a block mask (CUDA: compiled, no S^2 memory)."""
+    """Causal and inside the document, as a block mask. Compiled on CUDA; run eagerly it builds the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
 
     batch, length = documents_BS.shape
-    return FlexMask(create_block_mask(visible, batch, None, length, length, device=documents_BS.device.type))
+    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask
+    return FlexMask(make(visible, batch, None, length, length, device=documents_BS.device.type))
 
 
 def make_mask(documents_BS: Tensor) -> AttentionMask:
@@ -57,15 +58,15 @@ def make_mask(documents_BS: Tensor) -> AttentionMask:
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Softmax attention [B, H, S, d]; k and v may have fewer heads (each serves H / H_kv query heads)."""
     if isinstance(mask, DenseMask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, enable_gqa=q.shape[1] != k.shape[1])
-    flex = _compiled_flex() if q.is_cuda else flex_attention
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention
     return flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -103,7 +104,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         if self.recompute and x_BSD.requires_grad:
-            return checkpoint(self._forward, x_BSD, rotary, mask, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            return checkpoint(  # pyright: ignore[reportReturnType]
+                self._forward, x_BSD, rotary, mask, use_reentrant=False, preserve_rng_state=False
+            )
         return self._forward(x_BSD, rotary, mask)
 
     def _forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:

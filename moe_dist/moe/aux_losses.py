@@ -4,6 +4,7 @@ Shape letters: L MoE layers, G groups, C choice columns (true experts by logical
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,17 +14,37 @@ from moe_dist.moe.routing import group_columns
 from moe_dist.placement.placement import ExpertGroup
 
 
-def group_of_column(groups: Sequence[ExpertGroup], device: torch.device) -> Tensor:
-    """int64 [C], each column's group."""
-    columns = group_columns(tuple(g.num_experts for g in groups), tuple(g.num_null for g in groups))
-    return torch.tensor(columns, device=device)
+@dataclass(frozen=True)
+class ColumnTables:
+    """Constants of the groups on one device, made once: to make them in each step would be a host sync on CUDA.
+
+    Attributes:
+        groups: All groups, in logical order.
+        group_C: int64, each column's group.
+        member_CG: Whether a column belongs to a group, as 0 and 1.
+        size_G: n + m of each group.
+    """
+
+    groups: tuple[ExpertGroup, ...]
+    group_C: Tensor
+    member_CG: Tensor
+    size_G: Tensor
+
+    @classmethod
+    def on(cls, groups: Sequence[ExpertGroup], device: torch.device) -> "ColumnTables":
+        """The tables of `groups` on `device`."""
+        columns = group_columns(tuple(g.num_experts for g in groups), tuple(g.num_null for g in groups))
+        group_C = torch.tensor(columns, device=device)
+        member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
+        sizes = [group.num_experts + group.num_null for group in groups]
+        return cls(tuple(groups), group_C, member_CG, torch.tensor(sizes, device=device))
 
 
 def balance_terms(
     prob_LC: Tensor,
     choices_LC: Tensor,
     tokens_LG: Tensor,
-    groups: Sequence[ExpertGroup],
+    tables: ColumnTables,
     *,
     kind: Literal["null_averaged", "vanilla"] = "null_averaged",
 ) -> Tensor:
@@ -38,16 +59,14 @@ def balance_terms(
         prob_LC: This rank's probability sums, with gradient.
         choices_LC: Picks of each column over all ranks.
         tokens_LG: Tokens of each group over all ranks; a group without tokens contributes 0.
+        tables: Of the groups, on the same device.
     """
-    group_C = group_of_column(groups, prob_LC.device)
     load_LC = choices_LC.to(prob_LC.dtype)
     if kind == "null_averaged":
-        load_LC = _average_nulls(load_LC, groups)
-    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, group_C]
+        load_LC = _average_nulls(load_LC, tables.groups)
+    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]
     products_LC = load_LC / tokens_LC * prob_LC / tokens_LC
-    sizes_G = torch.tensor([g.num_experts + g.num_null for g in groups], dtype=prob_LC.dtype, device=prob_LC.device)
-    member_CG = (group_C[:, None] == torch.arange(len(groups), device=prob_LC.device)).to(prob_LC.dtype)
-    return (products_LC @ member_CG) * sizes_G
+    return (products_LC @ tables.member_CG.to(prob_LC.dtype)) * tables.size_G.to(prob_LC.dtype)
 
 
 def _average_nulls(load_LC: Tensor, groups: Sequence[ExpertGroup]) -> Tensor:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import Splits, Wire, exchange_rows, split_sizes
 from moe_dist.errors import PlacementError
 from moe_dist.moe.routing import ABSENT, Assignments, accumulation_dtype
+from moe_dist.moe.rows import gather_rows
 from moe_dist.placement.placement import ExpertPlacement
 
 
@@ -52,11 +53,6 @@ class DispatchPlan:
     @property
     def num_remote_pairs(self) -> int:
         return sum(self.pairs.send)
-
-    @property
-    def num_rows(self) -> int:
-        """R: rows this rank's experts work on, own and received."""
-        return self.token_of_row_O.shape[0] + sum(self.rows.receive)
 
 
 @dataclass(frozen=True)
@@ -145,9 +141,12 @@ class Dispatcher:
         """Brings each row and its pairs' weights to the experts. One autograd node for the exchange."""
         weight_N = weight_N[plan.pair_N]
         weight_P, own_weight = weight_N[: plan.num_remote_pairs], weight_N[plan.num_remote_pairs :]
-        rows_RD, weight_Q = exchange_rows(h_TD[plan.token_of_row_S], weight_P, self.wire, plan.rows, plan.pairs)
+        num_remote, num_own = plan.token_of_row_S.shape[0], plan.token_of_row_O.shape[0]
+        both = gather_rows(h_TD, torch.cat([plan.token_of_row_S, plan.token_of_row_O]))
+        rows_SD, own_OD = both.split([num_remote, num_own])
+        received, weight_Q = exchange_rows(rows_SD, weight_P, self.wire, plan.rows, plan.pairs)
         return DispatchedRows(
-            rows_RD=torch.cat([h_TD[plan.token_of_row_O], rows_RD]),
+            rows_RD=torch.cat([own_OD, received]),
             weight_Q=torch.cat([own_weight, weight_Q])[plan.order_Q],
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatcher import DispatchedRows, DispatchPlan
-from moe_dist.moe.routing import accumulation_dtype
+from moe_dist.moe.rows import gather_rows, weighted_row_sum
 from moe_dist.placement.placement import ExpertGroup
 
 
@@ -30,6 +30,8 @@ class ExpertStack(nn.Module):
         A loop over experts. An expert without rows multiplies an empty matrix, so that its gradient is zero, not None.
         """
         if not counts:
+            # An empty stack gets no gradient: FSDP2's reduce-scatter refuses empty tensors, and skips a stack without one.
+            # Its edp peers hold the same experts, so they skip it too.
             return x_QD[:0]
         # unbind, not indexing: the backward of an index would fill a whole stack with zeros for each expert.
         stacks = [weight.to(x_QD.dtype).unbind() for weight in (self.gate, self.up, self.down)]
@@ -51,16 +53,16 @@ class Experts(nn.Module):
         hidden_dim: D.
         groups: All groups in logical order; the rank's slots are sorted the same way.
         num_local: For each group its number of experts on this rank.
-        row_budget: Pairs computed at once; beyond it the pairs run in recomputed chunks, so that one expert that takes
+        pair_budget: Pairs computed at once; beyond it the pairs run in recomputed chunks, so that one expert that takes
             everything costs time, not memory. None for no bound.
     """
 
     def __init__(
-        self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, row_budget: int | None = None
+        self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None
     ) -> None:
         super().__init__()
         self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
-        self.row_budget = row_budget
+        self.pair_budget = pair_budget
         self.recompute = False
         for group, count in zip(groups, num_local, strict=True):
             self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count))
@@ -68,8 +70,8 @@ class Experts(nn.Module):
     def forward(self, dispatched: DispatchedRows, plan: DispatchPlan) -> Tensor:
         """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
-        budget = self.row_budget or sum(plan.slot_counts)
-        out_RD = torch.zeros_like(rows_RD, dtype=accumulation_dtype(rows_RD.dtype))
+        budget = self.pair_budget or sum(plan.slot_counts)
+        out_RD: Tensor | None = None
         chunks = slot_chunks(plan.slot_counts, budget)
         recompute = self.recompute or len(chunks) > 1
         at = 0
@@ -77,24 +79,27 @@ class Experts(nn.Module):
             row_Q = plan.row_of_pair_Q[at : at + sum(counts)]
             weights = weight_Q[at : at + sum(counts)]
             if recompute:
-                part = checkpoint(self._weighted, rows_RD, weights, row_Q, counts, use_reentrant=False)
+                part_RD = checkpoint(
+                    self._weighted_sum, rows_RD, weights, row_Q, counts, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                part = self._weighted(rows_RD, weights, row_Q, counts)
-            out_RD = out_RD.index_add(0, row_Q, part)
+                part_RD = self._weighted_sum(rows_RD, weights, row_Q, counts)
+            # Adding whole tables keeps no tensor: what a chunk keeps does not grow with its pairs.
+            out_RD = part_RD if out_RD is None else out_RD + part_RD
             at += sum(counts)
+        assert out_RD is not None, "there is always one chunk"
         return out_RD.to(rows_RD.dtype)
 
-    def _weighted(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
-        """Each pair's expert output times its weight, [Q, D] in the accumulation dtype."""
-        x_QD = rows_RD[row_Q]
+    def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
+        """The experts over some pairs, weighted and summed by row: [R, D] in the weights' dtype."""
+        x_QD = gather_rows(rows_RD, row_Q)
         outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice ties a rank without experts into the graph
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
             rows = x_QD[at : at + sum(group_counts)]
             outputs.append(self.get_submodule(name)(rows, group_counts))
             at, slot = at + sum(group_counts), slot + num_local
-        y_QD = torch.cat(outputs)
-        return y_QD.to(weight_Q.dtype) * weight_Q[:, None]
+        return weighted_row_sum(torch.cat(outputs), weight_Q, row_Q, rows_RD.shape[0])
 
 
 def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:

@@ -58,7 +58,9 @@ class MoELayer(nn.Module):
         """
         tape = RoutingTape()
         if self.recompute == "block" and x_TD.requires_grad:
-            return checkpoint(self._forward, x_TD, group_T, tape, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            return checkpoint(  # pyright: ignore[reportReturnType]
+                self._forward, x_TD, group_T, tape, use_reentrant=False, preserve_rng_state=False
+            )
         return self._forward(x_TD, group_T, tape)
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:

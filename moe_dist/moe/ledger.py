@@ -1,4 +1,4 @@
-"""What the dispatch sent, and what others would have sent for the same routing. Counts of one rank, forward.
+"""What the dispatch sent, and what others would have sent for the same choices. Counts of one rank, forward.
 
 Measured from the plans: `rows_remote`, `pairs`, `pairs_remote`. The others are closed forms of this rank's own counts, with
 a choice spread evenly over its group's experts, so that a share 1 - own/n of them leaves the rank:

@@ -25,7 +25,7 @@ class Mesh:
         ep_rank, ep_size: Position in, and size of, this rank's EP group.
         edp_rank, edp_size: Position in, and size of, the ranks that hold the same experts.
         device: Where this rank computes.
-        world, ep, edp: The process groups.
+        world, ep, edp: The process groups; `ep` is None where an EP group is one rank, whose wire is the identity.
         world_mesh, edp_mesh: The same as 1-D device meshes, for FSDP2.
     """
 
@@ -37,7 +37,7 @@ class Mesh:
     edp_size: int
     device: torch.device
     world: dist.ProcessGroup
-    ep: dist.ProcessGroup
+    ep: dist.ProcessGroup | None
     edp: dist.ProcessGroup
     world_mesh: DeviceMesh
     edp_mesh: DeviceMesh
@@ -65,7 +65,7 @@ def make_mesh(*, ep: int, device: torch.device, timeout: float) -> Mesh:
         raise AssertionError(f"{world_size} ranks cannot be cut into EP groups of {ep}")
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
-    ep_group = _own_group(grid, edp_rank, timeout)
+    ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
     edp_group = _own_group(grid.T, ep_rank, timeout)
     return Mesh(
         rank=rank,

@@ -23,7 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, Shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_dist.comm.reduce import sum_gradients
+from moe_dist.comm.reduce import sum_gradients, sum_small_gradients
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.parallel.mesh import Mesh
 
@@ -83,7 +83,7 @@ class ParallelModel:
 
     def reduce_gradients(self) -> None:
         """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
-        sum_gradients([info.parameter for info in self.parameters if info.kind == "router"], self.mesh.world)
+        sum_small_gradients([info.parameter for info in self.parameters if info.kind == "router"], self.mesh.world)
         if self.data == "ddp" and self.mesh.edp_size > 1:
             experts = [info.parameter for info in self.parameters if info.kind == "expert"]
             sum_gradients([parameter for parameter in experts if parameter.numel()], self.mesh.edp)

@@ -191,9 +191,11 @@ class RunFolder:
         lease = Lease(self.lease_json, env.attempt_id).acquire(wait_seconds)
         try:
             self.inspect(config)  # again: the attempt we waited for may have changed the folder
+            # Before anything else: until it stands, a rank that looks at a folder with other things in it takes them for
+            # somebody's own.
+            write_atomically(self.config_yaml, resolved_yaml(config))
             for folder in (self.logs, self.checkpoints):
                 folder.mkdir(exist_ok=True)
-            write_atomically(self.config_yaml, resolved_yaml(config))
             record_provenance(self.path, env.attempt_id)
             self._begin(env)
         except BaseException:

@@ -194,22 +194,26 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
     }
 
 
-def overflow(rank: RankContext) -> str:
+def overflow(rank: RankContext) -> tuple[str, list[str]]:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
     case = Case(((0,), (1,)), (np.ones((5, 1), np.int64), np.ones((2, 1), np.int64)))
     chosen = torch.from_numpy(case.experts_TK[rank.rank])
     assignments = Assignments(torch.arange(len(chosen)), chosen.flatten(), torch.ones(len(chosen)))
-    dispatcher = Dispatcher(case.placement, Wire(mesh.ep, Traffic()), max_receive_rows=4)
-    if rank.rank == 0:  # receives nothing, and goes on to the next exchange alone: stop it before that
-        dispatcher.max_receive_rows = -1
+    traffic = Traffic(events=[])
+    # Rank 0 receives nothing and would go on to the next exchange alone: its bound stops it at the same place.
+    bound = 4 if rank.rank == 1 else -1
+    dispatcher = Dispatcher(case.placement, Wire(mesh.ep, traffic), max_receive_rows=bound)
     try:
         dispatcher.plan(assignments, len(chosen))
     except PlacementError as error:
-        return str(error)
-    return "no error"
+        return str(error), traffic.events or []
+    return "no error", traffic.events or []
 
 
-def test_more_rows_than_the_bound_are_an_error_before_the_buffer(run_in_world: Callable[..., list[Any]]) -> None:
-    message = run_in_world(2, overflow)[1]
+def test_more_rows_than_the_bound_are_an_error_before_any_row_is_exchanged(
+    run_in_world: Callable[..., list[Any]],
+) -> None:
+    message, events = run_in_world(2, overflow)[1]
     assert "would receive 5 rows" in message
     assert "parallel.max_receive_rows=4" in message
+    assert events == ["counts"]

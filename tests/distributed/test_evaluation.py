@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from moe_dist.comm.traffic import Traffic
+from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.data.batch import Batch
 from moe_dist.evaluation.balance import EvenRouter, balance_efficiency
+from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.evaluation.heldout import experts_ablated, heldout_losses
 from moe_dist.loss import AuxSettings
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -18,7 +20,7 @@ from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.training_step import TrainingStep
-from tests.support.layouts import GROUPS, SEQUENCES, Layout, batch_of, build, logical, placement_of
+from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, logical, placement_of
 from tests.support.worlds import RankContext
 
 GROUP_OF_MODALITY = torch.tensor([0, 1])
@@ -56,6 +58,30 @@ def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], la
         assert got_tokens == tokens
         np.testing.assert_allclose([got[name] for name in loss], list(loss.values()), rtol=1e-9)
         np.testing.assert_allclose([got_ablated[name] for name in loss], list(ablated.values()), rtol=1e-9)
+
+
+def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]:
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    parallel = build(Layout(2), mesh, Traffic())
+    manifest = Manifest(
+        name="no held-out side",
+        vocab_size=56,
+        modalities={"text": (TEXT,), "image": (IMAGE,)},
+        pad_id=0,
+        eos_id=1,
+        sources={"all": SourceSection(train=SplitSection(path="none", documents=1, tokens=1), licence="CC0-1.0")},
+    )
+    evaluate = Evaluator(
+        parallel.model, mesh, placement_of("interleaved", 2),
+        folder=rank.folder, manifest=manifest, seq_len=12, sequences=4, final_sequences=4, micro_batch=2,
+        group_of_modality=GROUP_OF_MODALITY, measure_balance=True, ablate=True,
+    )  # fmt: skip
+    result = evaluate(3, final=True)
+    return dict(result.loss), result.balance_efficiency_by_count
+
+
+def test_data_without_a_held_out_side_evaluates_to_nothing(run_in_world: Callable[..., list[Any]]) -> None:
+    assert run_in_world(2, nothing_held_out) == [({}, None)] * 2
 
 
 def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str, np.ndarray], list[float], float | None]:

@@ -15,7 +15,7 @@ from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 
 STEPS = 6
-SETTINGS = {"train.steps": STEPS, "checkpoint.every": 2, "evaluation.every": 3, "evaluation.balance_efficiency": False}
+SETTINGS = {"train.steps": STEPS, "checkpoint.every": 2, "evaluation.every": 2, "evaluation.balance_efficiency": False}
 
 
 def records(run: RunFolder) -> list[dict[str, Any]]:

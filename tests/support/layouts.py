@@ -49,14 +49,14 @@ class Layout:
     data: str = "ddp"
     recompute: str = "none"
     precision: str = "float64"
-    row_budget: int | None = None
+    pair_budget: int | None = None
 
     @property
     def world_size(self) -> int:
         return self.ep * self.edp
 
     def __str__(self) -> str:
-        budget = f"-budget{self.row_budget}" if self.row_budget else ""
+        budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         return f"ep{self.ep}-edp{self.edp}-{self.placement}-{self.data}-{self.recompute}-{self.precision}{budget}"
 
 
@@ -126,7 +126,7 @@ def config_of(layout: Layout) -> Config:
                 "data": layout.data,
                 "recompute": layout.recompute,
                 "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
-                "expert_row_budget": layout.row_budget,
+                "expert_pair_budget": layout.pair_budget,
             },
             "evaluation": {"every": 1},
         }
@@ -181,6 +181,8 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    if checkpoint is not None:
+        carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
     gaps: list[float] = []
     for layer in parallel.model.moe_modules():
@@ -236,7 +238,7 @@ def carry(
 @torch.no_grad()
 def smallest_gap(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> float:
     """Smallest difference between a token's k-th and next best logit inside its group."""
-    logits_TC = h_TD @ router._weight().to(h_TD.dtype).T
+    logits_TC = router._logits(h_TD)
     smallest = float("inf")
     for index, group in enumerate(GROUPS):
         best = logits_TC[group_T == index][:, router.group_of_column_C == index].sort(-1, descending=True).values
@@ -251,7 +253,7 @@ def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, 
     for info in parallel.parameters:
         tensor = info.parameter.grad if gradient else info.parameter.detach()
         if tensor is None and info.parameter.numel() == 0:
-            continue
+            continue  # an empty stack
         assert tensor is not None, f"{info.name} has no gradient"
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
         if info.kind == "expert":

@@ -79,7 +79,7 @@ class TopKRouter(nn.Module):
         """
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            logits_TC = F.linear(h_TD.to(dtype), self._weight().to(dtype))
+            logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
             inside_TC = self.group_of_column_C == group_T[:, None]
             # Padding keeps finite logits, so that no softmax sees a row of -inf; it is masked out of every sum.
@@ -98,18 +98,25 @@ class TopKRouter(nn.Module):
         )
         return Routing(assignments, sums)
 
-    def _weight(self) -> Tensor:
-        """All router rows [C, D]: true experts of all groups, then null experts."""
+    def _logits(self, h_TD: Tensor) -> Tensor:
+        """Logits of all columns [T, C]. Null rows go in slices of n, each a product of the true rows' shape: the bits of a
+        product depend on its shape, and a null row that copies a true one must tie with it exactly (methods of AdaMoE)."""
         gates = [self.get_submodule(group.name) for group in self.groups]
-        null = [gate.null for gate, group in zip(gates, self.groups, strict=True) if group.num_null]
-        return torch.cat([*(gate.true for gate in gates), *null])  # pyright: ignore[reportArgumentType]
+        true = [F.linear(h_TD, gate.true.to(h_TD.dtype)) for gate in gates]  # pyright: ignore
+        null = [
+            F.linear(h_TD, rows)
+            for gate, group in zip(gates, self.groups, strict=True)
+            if group.num_null
+            for rows in gate.null.to(h_TD.dtype).split(group.num_experts)  # pyright: ignore
+        ]
+        return torch.cat([*true, *null], dim=1)
 
     def _choose(self, masked_TC: Tensor, tape: RoutingTape | None) -> Tensor:
         """The K best columns of each token. A stable sort: torch.topk would not let ties go to true experts."""
         if tape is not None and tape.choice_TK is not None:
             return tape.choice_TK
         order_TC = torch.sort(masked_TC.detach(), dim=-1, descending=True, stable=True).indices
-        choice_TK = order_TC[:, : self.num_choices]
+        choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
         if tape is not None:
             tape.choice_TK = choice_TK
         return choice_TK

@@ -20,7 +20,7 @@ def names_in_use() -> set[str]:
 
 def test_every_name_in_use_is_refused_with_a_way_out() -> None:
     names = names_in_use()
-    assert {"type", "train", "groups", "row_budget"} <= names
+    assert {"type", "train", "groups", "pair_budget"} <= names
     for name in names:
         (relation,) = group_relations((ExpertGroup(name, 2, 1, 1, 4, 0, (name,)),))
         assert f"call the group {name}_experts" in relation.fault

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.moe.aux_losses import balance_terms, z_terms
+from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.reference import balance_loss
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
@@ -11,6 +11,7 @@ from moe_dist.placement.placement import ExpertGroup
 D = 5
 TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 2, 1, 8, 4, ("image",))
+TABLES = ColumnTables.on((TEXT, IMAGE), torch.device("cpu"))
 
 
 def make_router() -> TopKRouter:
@@ -30,7 +31,7 @@ def test_terms_of_two_ranks_add_up_to_the_oracle(kind: str) -> None:
     choices_LC = sum(sums.choices_C for sums in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
     tokens_LG = sum(sums.tokens_G for sums in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
     ours = sum(
-        balance_terms(sums.prob_C[None], choices_LC, tokens_LG, (TEXT, IMAGE), kind=kind)[0]  # pyright: ignore[reportArgumentType]
+        balance_terms(sums.prob_C[None], choices_LC, tokens_LG, TABLES, kind=kind)[0]  # pyright: ignore[reportArgumentType]
         for sums in halves
     )
     for index, group in enumerate((TEXT, IMAGE)):
@@ -48,10 +49,10 @@ def test_null_averaging_gives_every_null_the_same_pull() -> None:
     prob_LC = torch.rand(1, 11, dtype=torch.double, requires_grad=True)
     choices_LC = torch.tensor([[9, 1, 4, 6, 2, 2, 30, 0, 3, 7, 1]])
     tokens_LG = torch.tensor([[20, 12]])
-    (averaged,) = torch.autograd.grad(balance_terms(prob_LC, choices_LC, tokens_LG, (TEXT, IMAGE)).sum(), prob_LC)
+    (averaged,) = torch.autograd.grad(balance_terms(prob_LC, choices_LC, tokens_LG, TABLES).sum(), prob_LC)
     assert averaged[0, 6] == averaged[0, 7] == averaged[0, 8]
     assert averaged[0, 9] == averaged[0, 10]
-    vanilla_terms = balance_terms(prob_LC, choices_LC, tokens_LG, (TEXT, IMAGE), kind="vanilla")
+    vanilla_terms = balance_terms(prob_LC, choices_LC, tokens_LG, TABLES, kind="vanilla")
     (vanilla,) = torch.autograd.grad(vanilla_terms.sum(), prob_LC)
     assert vanilla[0, 6] > vanilla[0, 8] > vanilla[0, 7]
 
@@ -63,13 +64,13 @@ def test_a_uniform_router_costs_top_k() -> None:
     choices_LC = torch.cat(
         [torch.full((1, 4), 30 / 7), torch.full((1, 2), 3.0), torch.full((1, 3), 30 / 7), torch.full((1, 2), 3.0)], 1
     )
-    terms = balance_terms(prob_LC, choices_LC, torch.tensor([[10, 12]]), (TEXT, IMAGE))
+    terms = balance_terms(prob_LC, choices_LC, torch.tensor([[10, 12]]), TABLES)
     torch.testing.assert_close(terms, torch.tensor([[3.0, 1.0]]))
 
 
 def test_a_group_without_tokens_contributes_zero() -> None:
     prob_LC = torch.zeros(1, 11, requires_grad=True)
-    terms = balance_terms(prob_LC, torch.zeros(1, 11), torch.zeros(1, 2), (TEXT, IMAGE))
+    terms = balance_terms(prob_LC, torch.zeros(1, 11), torch.zeros(1, 2), TABLES)
     assert (terms == 0).all()
     terms.sum().backward()
     assert prob_LC.grad is not None

@@ -85,6 +85,24 @@ def test_ties_go_to_true_experts() -> None:
         assert experts[:2] == plain[token].tolist()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 33])
+@pytest.mark.parametrize(("n", "m", "dim"), [(5, 5, 128), (5, 5, 4096), (3, 6, 256), (3, 6, 4096), (8, 16, 96)])
+def test_twins_tie_in_floating_point(num_tokens: int, n: int, m: int, dim: int) -> None:
+    """The bits of a product depend on its shape: one over n + m rows would break the ties that the start relies on."""
+    torch.manual_seed(0)
+    group = ExpertGroup("text", n, m, m // n + 2, 8, 0, ("text",))
+    router = TopKRouter(dim, (group,))
+    gate = router.get_submodule("text")
+    with torch.no_grad():
+        gate.true.normal_()  # pyright: ignore[reportCallIssue]
+        gate.null.copy_(gate.true.repeat(m // n, 1))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    h_TD = torch.randn(num_tokens, dim)
+    taken = router(h_TD, torch.zeros(num_tokens, dtype=torch.int64)).assignments.taken()
+    plain = (h_TD @ gate.true.T).sort(dim=-1, descending=True, stable=True).indices[:, :2]  # pyright: ignore
+    assert taken.token_N.tolist() == torch.arange(num_tokens).repeat_interleave(2).tolist()
+    assert taken.expert_N.view(num_tokens, 2).tolist() == plain.tolist()
+
+
 def test_a_token_of_null_choices_alone_gets_nothing_and_finite_gradients() -> None:
     router = make_router(ExpertGroup("text", 2, 4, 2, 8, 0, ("text",)))
     with torch.no_grad():
