@@ -5,7 +5,7 @@ an estimate of the tensors that autograd keeps for one micro-batch, in elements 
 
     attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows at this rank for each own token
-                + pairs (D + 4 F), and 4 D bytes in fp32        pairs likewise; their outputs before they are weighted
+                + pairs (2 D + 4 F)                             pairs likewise; inputs, SwiGLU and outputs
                 + 12 C bytes in fp32                            router (C: all true and null experts)
                 + 4 D bytes in fp32 where a < 4                 the router's input
     dense FFN   2 D + 4 F
@@ -121,7 +121,7 @@ def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs
     attention = a * (2 * dim + copies * (s.num_heads + s.num_kv_heads) * s.head_dim)
     columns = sum(group.num_experts + group.num_null for group in s.groups)
     mean_ffn = _mean_ffn(shape)
-    inside = pairs * (a * (dim + 4 * mean_ffn) + FP32 * dim)
+    inside = pairs * a * (2 * dim + 4 * mean_ffn)
     moe = a * (3 * dim + rows * dim + 4 * s.shared_ffn_dim) + FP32 * (3 * columns + (dim if a < FP32 else 0))
     dense = a * (2 * dim + 4 * s.dense_ffn_dim)
     output = a * dim + s.vocab_size * (a + 2 * FP32)
