@@ -87,7 +87,7 @@ def test_chunks_drawn_by_hand() -> None:
 
 
 def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None) -> int:
-    """Bytes that autograd keeps of one bf16 forward over 64 rows with `row_of` pairs, parameters, inputs and plan left out."""
+    """Bytes that autograd keeps of one bf16 forward over 64 rows with `row_of` pairs; parameters, inputs and plan apart."""
     group = ExpertGroup("all", 4, 0, 4, 16, 0, ("text",))
     experts = Experts(32, (group,), (4,), pair_budget=pair_budget)
     experts.recompute = recompute
