@@ -1,6 +1,7 @@
 """FSDP2's gathers and reduces around the exchanges: none between the two of a pass, one a layer and pass, on all ranks;
 and the precision of the router's path through its borders."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +9,16 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
 from moe_dist.comm.traffic import Traffic
+from moe_dist.loss import AuxSettings
 from moe_dist.moe.routing import Routing
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.training_step import TrainingStep
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 
@@ -74,6 +80,50 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
     # A rank without experts, and its edp peers with it, have no expert gradients to reduce; all else is equal.
     others = [[event for event in events if not re.search(r"^reduce .*experts\d", event)] for events in all_events]
     assert all(events == others[0] for events in others)
+
+
+def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
+    """Every call of torch.distributed in two training steps: its name, and how many ranks took part."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic()
+    parallel = build(layout, mesh, traffic)
+    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement_of(layout.placement, layout.ep),
+        group_of_modality=[0, 1],
+        clip_norm=0.5,
+        traffic=traffic,
+    )
+    calls: list[str] = []
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(f"{name} over {dist.get_world_size(kwargs.get('group'))}")
+            return original(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+            stack.enter_context(mock.patch.object(dist, name, noted(name, getattr(dist, name))))
+        for number in range(2):
+            batches = [batch_of(number, micro, rank.rank, 1) for micro in range(2)]
+            step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3))
+    return calls
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), Layout(2, 2, "pinned", recompute="block")], ids=str)
+def test_every_rank_issues_the_same_collectives_in_the_same_order(
+    run_in_world: Callable[..., list[Any]], layout: Layout
+) -> None:
+    """Of four ranks one has no token, one no image and one no text; `uneven` leaves a rank without experts of a group."""
+    first, *others = run_in_world(layout.world_size, recorded_step, layout)
+    assert first.count(f"all_to_all_single over {layout.ep}") > 0
+    assert first.count(f"all_reduce over {layout.world_size}") > 0
+    assert all(calls == first for calls in others)
 
 
 def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
