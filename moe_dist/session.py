@@ -65,7 +65,8 @@ def open_sinks(plan: Preflight, folder: RunFolder, env: RankEnv, *, resume_step:
     sinks: list[Sink] = []
     try:
         if env.rank == 0:
-            print(placement_text(plan))
+            console = Console()
+            print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
             sinks += _build_sinks(plan, folder, resume_step)
         yield sinks
     finally:
@@ -102,13 +103,14 @@ def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[S
     return sinks
 
 
-def placement_text(plan: Preflight) -> str:
-    """The placement of a run beside what the policies would cost for its token mix, as plain text."""
+def placement_text(plan: Preflight, *, width: int = 120) -> str:
+    """The placement of a run beside what the policies would cost for its token mix, as plain text of `width` columns."""
     return render(
         plan.comparison,
         plan.placement,
         plan.token_mix,
         policy=plan.config.placement.policy,
+        width=width,
         itemsize=COMPUTE_DTYPES[plan.config.parallel.precision].itemsize,
     )
 

@@ -21,7 +21,7 @@ class WandbSink:
         resume_step: Last step of the earlier attempt.
 
     Raises:
-        ConfigError: wandb is not installed.
+        ConfigError: wandb is not installed, or knows no key to go online with.
     """
 
     def __init__(
@@ -43,7 +43,12 @@ class WandbSink:
             x_disable_stats=True,  # devices are in the records
         )
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._run: Any = wandb.init(project=project, group=run_name, name=name, dir=str(folder), settings=settings)
+        try:
+            self._run: Any = wandb.init(project=project, group=run_name, name=name, dir=str(folder), settings=settings)
+        except wandb.errors.UsageError as error:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ConfigError(
+                f"monitor.sinks: kind wandb, mode {mode!r}: {error}; or set WANDB_API_KEY, or take mode: offline"
+            ) from error
 
     def step(self, record: Record) -> None:
         # Not committed yet: an evaluation of this step belongs to the same row.

@@ -104,3 +104,12 @@ def test_without_the_package_the_message_has_the_way_out(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'"):
         WandbSink(project="moe", mode="offline", run_name="demo", folder=tmp_path)
+
+
+def test_going_online_without_a_key_says_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"WANDB_API_KEY, or take mode: offline"):
+        WandbSink(project="p", mode="online", run_name="r", folder=tmp_path)
