@@ -16,7 +16,7 @@ import typer
 from launchers.command import TRAIN, Plan, RankCommand, file_rendezvous, fit_world_size, rank_commands, threads_per_rank
 from launchers.supervise import Outcome, Patience, Ranks, StopSignals, last_words
 from moe_dist.config.load import read_draft
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import EXIT_FAILED, MoeDistError, StoppedError
 from moe_dist.preflight import check_file
 from moe_dist.runtime.run_folder import Ending, RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
@@ -106,7 +106,8 @@ def _conclude(folder: RunFolder, ending: Ending | None, outcome: Outcome, offset
     if outcome.aborted:
         print("ended at once; what the last checkpoint has is safe", file=sys.stderr)
     elif cause is not None and outcome.stop is not None and outcome.codes[cause] == -outcome.stop:
-        print(f"{outcome.stop.name} came before the ranks were ready; nothing was lost", file=sys.stderr)
+        print(f"{outcome.stop.name} came before the ranks were ready; nothing was lost, start me again", file=sys.stderr)
+        return StoppedError.exit_code
     elif cause is not None:
         _report(folder, cause, outcome, offsets[cause])
     return outcome.exit_code if verdict is None else verdict
@@ -143,6 +144,9 @@ def main(
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        print(f"{error}; the run folder is <run.root>/<run.name>: mend it, or choose another run.root", file=sys.stderr)
+        code = EXIT_FAILED
     raise typer.Exit(code)
 
 

@@ -117,6 +117,9 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
     """Prints the summary and keeps it for whoever starts the finished run again."""
+    if not finished.took_steps and folder.summary_txt.is_file():  # somebody else finished it while this attempt waited
+        print(folder.read_summary())
+        return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
     console.print(summary_table(finished.checks, title=f"Run {plan.config.run.name}, {finished.evaluation.step} steps"))
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")

@@ -24,7 +24,9 @@ def main(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, see configs/README.md.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.steps=200.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time; no GPU, no data.")] = False,
-    tokens_per_second: Annotated[float | None, typer.Option(help="Of all ranks, for the dry run's hours.")] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=1e-9, help="Of all ranks, for the dry run's hours.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an existing run of that name aside.")] = False,
 ) -> None:
     """Trains, or goes on with, the run that CONFIG describes."""

@@ -77,8 +77,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that reached its last step."""
+    """A run that reached its last step; `took_steps` tells whether this attempt took any."""
 
+    took_steps: bool
     evaluation: EvaluationResult
     checks: list[Check]
 
@@ -145,7 +146,7 @@ class Trainer:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
         if evaluation is None:  # resumed at its very end
             evaluation = self._evaluate(final=True)
-        return Finished(evaluation, self._checks(evaluation))
+        return Finished(bool(self._recent), evaluation, self._checks(evaluation))
 
     def _evaluation_owed(self) -> bool:
         step = self.progress.step
@@ -212,10 +213,11 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self._evaluator(self.progress.step, final=final)
+        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has shown it, and ended right after
+            scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
+            for sink in self._sinks:
+                sink.evaluation(result, scalars)
         self.progress.evaluated = self.progress.step
-        scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
-        for sink in self._sinks:
-            sink.evaluation(result, scalars)
         return result
 
     def _save(self, *, must: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
@@ -266,7 +267,7 @@ class OptimizerSection(Section):
         default="auto", description="auto takes NVIDIA Apex's FusedAdam where it is installed, else torch's fused AdamW."
     )
     lr: PositiveFloat = Field(description="Peak learning rate.")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the moments.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the moments.")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
     weight_decay: NonNegative = Field(
         default=0.1, description="Decoupled weight decay; norms, embeddings and routers get none."
