@@ -90,7 +90,10 @@ class GroupSection(Section):
 class TopKRouterSection(Section):
     """Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts."""
 
-    kind: Literal["top_k"] = "top_k"
+    kind: Literal["top_k"] = Field(
+        default="top_k",
+        description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
+    )
     normalise: Literal["true_chosen", "all_chosen", "none"] = Field(
         default="true_chosen",
         description="Routing weights are a softmax over the chosen true experts (AdaMoE), over all chosen experts, "
@@ -212,20 +215,27 @@ class PinnedGroupSection(Section):
 class InterleavedSection(Section):
     """Every group is spread over all ranks of an EP group."""
 
-    policy: Literal["interleaved"] = "interleaved"
+    policy: Literal["interleaved"] = Field(
+        default="interleaved", description="Every group is spread over all ranks of an EP group."
+    )
 
 
 class PinnedSection(Section):
     """Each group's experts live on ranks of their own; where `ranks` is not given, the planner divides them by load."""
 
-    policy: Literal["pinned"] = "pinned"
+    policy: Literal["pinned"] = Field(
+        default="pinned",
+        description="Each group's experts live on ranks of their own, divided by load where `groups` does not say which.",
+    )
     groups: dict[Name, PinnedGroupSection] = Field(default_factory=dict, description="Ranks of each group, by name.")
 
 
 class ExplicitSection(Section):
     """The experts of each rank written out: any number a rank, none as well."""
 
-    policy: Literal["explicit"] = "explicit"
+    policy: Literal["explicit"] = Field(
+        default="explicit", description="The experts of each rank written out: any number a rank, none as well."
+    )
     slots: tuple[tuple[str, ...], ...] = Field(description="For each rank of an EP group its experts, as 'group/index'.")
 
 
@@ -235,14 +245,16 @@ PlacementSection = Annotated[InterleavedSection | PinnedSection | ExplicitSectio
 class ConstantSchedule(Section):
     """Linear warm-up, then constant."""
 
-    kind: Literal["constant"] = "constant"
+    kind: Literal["constant"] = Field(default="constant", description="Linear warm-up, then constant.")
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
 
 
 class CosineSchedule(Section):
     """Linear warm-up, then half a cosine down to min_ratio at the last step."""
 
-    kind: Literal["cosine"] = "cosine"
+    kind: Literal["cosine"] = Field(
+        default="cosine", description="Linear warm-up, then half a cosine down to min_ratio at the last step."
+    )
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
     min_ratio: Fraction = Field(default=0.1, description="Last learning rate over the peak.")
 
@@ -250,7 +262,10 @@ class CosineSchedule(Section):
 class WsdSchedule(Section):
     """Warm-up, stable, decay: constant until the last decay_steps, then linear down to min_ratio."""
 
-    kind: Literal["wsd"] = "wsd"
+    kind: Literal["wsd"] = Field(
+        default="wsd",
+        description="Warm-up, stable, decay: constant until the last decay_steps, then linear down to min_ratio.",
+    )
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
     decay_steps: PositiveInt = Field(description="Steps of the final decay.")
     min_ratio: Fraction = Field(default=0.0, description="Last learning rate over the peak.")
@@ -262,7 +277,7 @@ ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Fie
 class OptimizerSection(Section):
     """AdamW, its schedule and the bound of the gradient norm."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw"] = Field(default="adamw", description="AdamW, its schedule and the bound of the gradient norm.")
     backend: Literal["auto", "torch", "apex"] = Field(
         default="auto", description="auto takes NVIDIA Apex's FusedAdam where it is installed, else torch's fused AdamW."
     )
@@ -337,14 +352,14 @@ class CheckpointSection(Section):
 class ConsoleSink(Section):
     """Progress bar on a terminal, plain lines elsewhere."""
 
-    kind: Literal["console"] = "console"
+    kind: Literal["console"] = Field(default="console", description="Progress bar on a terminal, plain lines elsewhere.")
     every: PositiveInt = Field(default=10, description="Steps between plain lines where there is no terminal.")
 
 
 class JsonlSink(Section):
     """metrics.jsonl in the run folder, one record a step."""
 
-    kind: Literal["jsonl"] = "jsonl"
+    kind: Literal["jsonl"] = Field(default="jsonl", description="metrics.jsonl in the run folder, one record a step.")
     arrays_every: PositiveInt = Field(
         default=1,
         description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line.",
@@ -354,14 +369,16 @@ class JsonlSink(Section):
 class TensorBoardSink(Section):
     """TensorBoard event files in the run folder."""
 
-    kind: Literal["tensorboard"] = "tensorboard"
+    kind: Literal["tensorboard"] = Field(default="tensorboard", description="TensorBoard event files in the run folder.")
     pictures_every: PositiveInt = Field(default=100, description="Steps between heat maps and histograms.")
 
 
 class PrometheusSink(Section):
     """A textfile for Prometheus' node exporter, replaced at each step."""
 
-    kind: Literal["prometheus"] = "prometheus"
+    kind: Literal["prometheus"] = Field(
+        default="prometheus", description="A textfile for Prometheus' node exporter, replaced at each step."
+    )
     path: PathText | None = Field(
         default=None, description="Textfile to replace at each step; default metrics.prom in the run folder."
     )
@@ -370,7 +387,7 @@ class PrometheusSink(Section):
 class WandbSink(Section):
     """Weights & Biases."""
 
-    kind: Literal["wandb"] = "wandb"
+    kind: Literal["wandb"] = Field(default="wandb", description="Weights & Biases.")
     project: str = Field(description="Project in wandb.")
     mode: Literal["online", "offline"] = Field(default="online", description="offline writes to the run folder only.")
 
