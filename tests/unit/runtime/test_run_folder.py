@@ -97,6 +97,27 @@ def test_a_configuration_of_another_version_is_refused_in_words(tmp_path: Path) 
         folder.inspect(config)
 
 
+def test_another_rank_may_look_at_any_moment_while_rank_0_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing synchronises the ranks here: a half-opened folder must not look like somebody's own."""
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    seen: list[Start] = []
+    for owner, name in ((Path, "mkdir"), (os, "replace")):
+        original = getattr(owner, name)
+
+        def look(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            seen.append(folder.inspect(config))
+            result = _original(*args, **kwargs)
+            seen.append(folder.inspect(config))
+            return result
+
+        monkeypatch.setattr(owner, name, look)
+    lease = folder.open(config, ENV)
+    monkeypatch.undo()
+    lease.release()
+    assert set(seen) == {Start.NEW, Start.RESUME}
+
+
 def test_overwrite_moves_aside_as_often_as_it_is_asked(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
