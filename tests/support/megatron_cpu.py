@@ -1,0 +1,218 @@
+"""A CUDA stand-in: megatron-core on CPU and gloo. For tests and measurements only; never part of the package.
+
+    with megatron_on_cpu(), model_parallel(ep=2):
+        ...                                       # megatron builds, computes and communicates on CPU tensors
+
+megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
+compares `Tensor.type()` with CUDA's names. Inside the context those names point at neutral stand-ins, and nowhere else:
+`replacements` is the exact list, each is put back on leaving. A stream does nothing, since on a CPU all is in order.
+It works with megatron-core 0.16.1 and 0.19.x. Numbers that it gives are right; times are those of a CPU.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """`owner.name` is `value` inside the context. `where` is its dotted name, for people."""
+
+    where: str
+    owner: Any
+    name: str
+    value: Any
+
+
+class IdleStream:
+    """Stands for a CUDA stream on a device that has one order of work."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or IdleEvent()
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "IdleStream":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class IdleEvent:
+    """Stands for a CUDA event that has always happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor constructor whose `device="cuda..."` means the CPU."""
+
+    def constructor(*arguments: Any, **options: Any) -> Any:
+        if "cuda" in str(options.get("device")):
+            options["device"] = CPU
+        return make(*arguments, **options)
+
+    return constructor
+
+
+def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type()` says torch.cuda.FloatTensor: megatron's optimizers compare with that name."""
+
+    def type_of(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        answer = original(self, *arguments, **options)
+        return answer if arguments or options else answer.replace("torch.", "torch.cuda.", 1)
+
+    return type_of
+
+
+def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Split sizes become numpy although they are on the CPU already (`maybe_move_tensor_to_cpu` leaves them tensors)."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def cuda_replacements() -> Sequence[Replacement]:
+    """What is replaced in torch."""
+    stream = IdleStream()
+    cuda: dict[str, Any] = {
+        "current_device": _returning(CPU),
+        "current_stream": _returning(stream),
+        "default_stream": _returning(stream),
+        "stream": _returning(contextlib.nullcontext()),
+        "set_stream": _returning(None),
+        "set_device": _returning(None),
+        "synchronize": _returning(None),
+        "empty_cache": _returning(None),
+        "is_current_stream_capturing": _returning(False),
+        "memory_allocated": _returning(0),
+        "max_memory_allocated": _returning(0),
+        "get_device_capability": _returning((0, 0)),
+        "get_device_properties": _returning(
+            SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1)
+        ),
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "Stream": IdleStream,
+        "Event": IdleEvent,
+    }
+    constructors = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "ones_like", "empty_like", "rand",
+                    "randn")  # fmt: skip
+    return [
+        *(Replacement(f"torch.cuda.{name}", torch.cuda, name, value) for name, value in cuda.items()),
+        *(
+            Replacement(f"torch.cuda.{name}", torch.cuda, name, getattr(torch, name))
+            for name in ("FloatTensor", "IntTensor", "LongTensor")
+        ),
+        *(Replacement(f"torch.{name}", torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
+        Replacement("torch.Stream", torch, "Stream", IdleStream),
+        Replacement("torch.Tensor.cuda", torch.Tensor, "cuda", lambda self, *_, **__: self),
+        Replacement("torch.Tensor.type", torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type)),
+        Replacement("torch.nn.Module.cuda", torch.nn.Module, "cuda", lambda self, *_, **__: self),
+    ]
+
+
+def megatron_replacements() -> Sequence[Replacement]:
+    """What is replaced in megatron-core itself; imports it, so torch's replacements must stand already."""
+    core = "megatron.core"
+    random = importlib.import_module(f"{core}.tensor_parallel.random")
+    dispatchers = importlib.import_module(f"{core}.transformer.moe.token_dispatcher")
+    moe = importlib.import_module(f"{core}.transformer.moe.moe_utils")
+    return [
+        Replacement(
+            f"{core}.tensor_parallel.random._get_cuda_rng_state",
+            random,
+            "_get_cuda_rng_state",
+            lambda *_, **__: torch.get_rng_state(),
+        ),
+        Replacement(
+            f"{core}.tensor_parallel.random._set_cuda_rng_state",
+            random,
+            "_set_cuda_rng_state",
+            lambda state, *_, **__: torch.set_rng_state(state),
+        ),
+        Replacement(
+            f"{core}.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+            dispatchers,
+            "maybe_move_tensor_to_cpu",
+            _stay,
+        ),
+        # 0.16.1 binds this name only where TransformerEngine is there, and reads it in every router.
+        Replacement(
+            f"{core}.transformer.moe.moe_utils.te_general_gemm",
+            moe,
+            "te_general_gemm",
+            getattr(moe, "te_general_gemm", None),
+        ),
+    ]
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
+    """megatron-core may be imported, built and run on the CPU inside; gives the list of what is replaced meanwhile."""
+    replaced: list[tuple[Replacement, Any]] = []
+
+    def put(each: Replacement) -> None:
+        replaced.append((each, each.owner.__dict__.get(each.name, _MISSING)))
+        setattr(each.owner, each.name, each.value)
+
+    try:
+        for each in cuda_replacements():
+            put(each)
+        for each in megatron_replacements():
+            put(each)
+        yield [each for each, _ in replaced]
+    finally:
+        for each, before in reversed(replaced):
+            if before is _MISSING:
+                delattr(each.owner, each.name)
+            else:
+                setattr(each.owner, each.name, before)
+
+
+@contextlib.contextmanager
+def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, seed: int = 1234) -> Iterator[None]:
+    """Megatron's process groups over the default group, and its random states; both are gone afterwards.
+
+    Expert tensor parallelism is 1 and experts are folded over TP x DP.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1,
+    )
+    try:
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
