@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.manifest import Manifest
-from moe_dist.config.schema import Config, ModelSection, TopKRouterSection
+from moe_dist.config.schema import Config, ModelSection, ParallelSection, TopKRouterSection
 from moe_dist.data.loader import TrainLoader
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
@@ -21,6 +22,7 @@ from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
@@ -40,6 +42,13 @@ def build_router(section: TopKRouterSection, hidden_dim: int, groups: Sequence[E
     kinds = {"top_k": TopKRouter}
     fields = section.model_dump(exclude={"kind"})
     return kinds[section.kind](hidden_dim, groups, **fields)
+
+
+def build_dispatcher(section: ParallelSection, placement: ExpertPlacement, wire: Wire) -> Dispatcher[Any]:
+    """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
+    kinds = {"per_rank": PerRankDispatcher}
+    fields = section.dispatch.model_dump(exclude={"kind"})
+    return kinds[section.dispatch.kind](placement, wire, max_receive_rows=section.max_receive_rows, **fields)
 
 
 def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_blocks: bool) -> ModelArgs:
@@ -81,9 +90,9 @@ def build_model(
     section, moe = config.model, config.model.moe
     wire = Wire(ep_group, traffic or Traffic())
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = Dispatcher(placement, wire, max_receive_rows=config.parallel.max_receive_rows)
+    dispatcher = build_dispatcher(config.parallel, placement, wire)
 
-    def make_moe(_layer: int) -> MoELayer:
+    def make_moe(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(section.hidden_dim, section.norm_eps),
             router=build_router(moe.router, section.hidden_dim, placement.groups),
@@ -96,6 +105,7 @@ def build_model(
             dispatcher=dispatcher,
             shared=SwiGLU(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
             recompute=config.parallel.recompute,
+            name=f"layers.{layer}",
         )
 
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]

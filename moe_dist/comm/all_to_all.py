@@ -1,8 +1,9 @@
-"""Uneven all-to-all over one process group, counted, differentiable as one autograd node.
+"""Uneven all-to-all over one process group: counted, in flight until it is waited for, and as one autograd node.
 
 Shape letters: S rows this rank sends, R rows it receives, P pairs sent, Q pairs received, D hidden size.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,51 @@ class Splits:
         return Splits(send=self.receive, receive=self.send)
 
 
+class Pending:
+    """An all-to-all that was issued. Until it has been waited for, its items must not change and its result is undefined.
+
+    Attributes:
+        layer, name: Which layer issued it, and what it carries.
+        splits: Its sizes.
+        issued_at: `time.monotonic()` at the call.
+    """
+
+    def __init__(self, *, layer: str, name: str, splits: Splits, received: Tensor, traffic: Traffic) -> None:
+        self.layer = layer
+        self.name = name
+        self.splits = splits
+        self.issued_at = time.monotonic()
+        self._received = received
+        self._traffic = traffic
+        self._work: dist.Work | None = None
+        self._items: Tensor | None = None  # the collective reads it until it has ended
+        self._waited = False
+
+    def issue(self, items: Tensor, group: dist.ProcessGroup) -> None:
+        """Starts the collective; the wire calls it once."""
+        self._items = items
+        with self._traffic.timed_call(items.device):
+            self._work = dist.all_to_all_single(
+                self._received, items, list(self.splits.receive), list(self.splits.send), group=group, async_op=True
+            )
+
+    def wait(self) -> Tensor:
+        """What arrived, [sum(receive), ...]. Blocks the stream, not the host (on gloo the host). Once a call."""
+        if self._waited:
+            raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
+        if self._work is not None:
+            self._traffic.event(f"wait {self.name}")
+            with self._traffic.timed(self._received.device):
+                self._work.wait()
+        self._waited, self._items = True, None
+        return self._received
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was waited for and the device is through with it too. Never blocks; any thread may ask."""
+        return self._waited and (self._work is None or self._work.is_completed())
+
+
 class Wire:
     """One process group as a wire. Without a group it is the identity wire of a single rank: the same calls, no traffic."""
 
@@ -34,50 +80,77 @@ class Wire:
         self.traffic = traffic
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        self._issued: tuple[Pending, ...] = ()
 
-    def exchange(self, items: Tensor, splits: Splits, *, name: str, payload: bool = False) -> Tensor:
-        """Sends consecutive slices of `items` [sum(send), ...] to the ranks in order and returns [sum(receive), ...].
+    @property
+    def in_flight(self) -> tuple[Pending, ...]:
+        """What was issued and is not finished, oldest first. Any thread may ask, a watchdog's too."""
+        return tuple(pending for pending in self._issued if not pending.finished)
 
-        Blocks the stream, not the host (on gloo the host too). All ranks of the group must call it, with whatever sizes,
-        zero included: nothing is skipped on empty splits, since a peer may have something to send.
+    def start(
+        self,
+        items: Tensor,
+        splits: Splits,
+        *,
+        name: str,
+        layer: str = "",
+        payload: bool = False,
+        out: Tensor | None = None,
+    ) -> Pending:
+        """Issues the exchange of consecutive slices of `items` [sum(send), ...] to the ranks in order, and returns at once.
+
+        Counted here, at the call. All ranks of the group must call it in the same order, with whatever sizes, zero
+        included: nothing is skipped on empty splits, since a peer may have something to send.
+
+        Args:
+            name, layer: What is carried, and for which layer: for records, and for a report of what hangs.
+            payload: Rows, in contrast to metadata.
+            out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
         """
-        received = items.new_empty((sum(splits.receive), *items.shape[1:]))
+        received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
+        pending = Pending(layer=layer, name=name, splits=splits, received=received, traffic=self.traffic)
         if self.group is None:
-            return received
+            return pending
         remote = sum(splits.send) - splits.send[self.rank]  # the own slice is a local copy
         row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
         self.traffic.count(name, remote * row_bytes, payload=payload)
-        with self.traffic.timed(items.device):
-            dist.all_to_all_single(received, items.contiguous(), list(splits.receive), list(splits.send), group=self.group)
-        return received
+        self._issued = (*self.in_flight, pending)
+        pending.issue(items.contiguous(), self.group)
+        return pending
+
+    def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False) -> Tensor:
+        """`start`, and wait for it: returns what arrived, [sum(receive), ...]."""
+        return self.start(items, splits, name=name, layer=layer, payload=payload).wait()
 
 
 class _ExchangeRows(torch.autograd.Function):
     """Rows and pair weights one way, their gradients the other, always both and always in this order."""
 
     @staticmethod
-    def forward(ctx: Any, rows_SD: Tensor, weights_P: Tensor, wire: Wire, rows: Splits, pairs: Splits) -> Any:
-        ctx.wire, ctx.rows, ctx.pairs = wire, rows, pairs
-        weights_Q = wire.exchange(weights_P, pairs, name="dispatch weights")
-        rows_RD = wire.exchange(rows_SD, rows, name="dispatch rows", payload=True)
+    def forward(ctx: Any, rows_SD: Tensor, weights_P: Tensor, wire: Wire, rows: Splits, pairs: Splits, layer: str) -> Any:
+        ctx.wire, ctx.rows, ctx.pairs, ctx.layer = wire, rows, pairs, layer
+        weights_Q = wire.exchange(weights_P, pairs, name="dispatch weights", layer=layer)
+        rows_RD = wire.exchange(rows_SD, rows, name="dispatch rows", layer=layer, payload=True)
         return rows_RD, weights_Q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_rows_RD, grad_weights_Q = grads
-        wire: Wire = ctx.wire
-        grad_weights_P = wire.exchange(grad_weights_Q, ctx.pairs.reversed(), name="dispatch weights backward")
-        grad_rows_SD = wire.exchange(grad_rows_RD, ctx.rows.reversed(), name="dispatch rows backward", payload=True)
-        return grad_rows_SD, grad_weights_P, None, None, None
+        wire, layer, rows, pairs = ctx.wire, ctx.layer, ctx.rows.reversed(), ctx.pairs.reversed()
+        grad_weights_P = wire.exchange(grad_weights_Q, pairs, name="dispatch weights backward", layer=layer)
+        grad_rows_SD = wire.exchange(grad_rows_RD, rows, name="dispatch rows backward", layer=layer, payload=True)
+        return grad_rows_SD, grad_weights_P, None, None, None, None
 
 
-def exchange_rows(rows_SD: Tensor, weights_P: Tensor, wire: Wire, rows: Splits, pairs: Splits) -> tuple[Tensor, Tensor]:
+def exchange_rows(
+    rows_SD: Tensor, weights_P: Tensor, wire: Wire, rows: Splits, pairs: Splits, *, layer: str = ""
+) -> tuple[Tensor, Tensor]:
     """Differentiable exchange of rows [S, D] and pair weights [P]: returns [R, D] and [Q].
 
     Two collectives forward and two backward, in one autograd node, so that every rank issues them in the same order.
     """
-    return _ExchangeRows.apply(rows_SD, weights_P, wire, rows, pairs)  # pyright: ignore[reportReturnType]
+    return _ExchangeRows.apply(rows_SD, weights_P, wire, rows, pairs, layer)  # pyright: ignore[reportReturnType]
 
 
 def split_sizes(counts: Sequence[int], own: int) -> tuple[int, ...]:

@@ -15,8 +15,10 @@ class Traffic:
     Attributes:
         payload_bytes: Bytes of hidden rows (and of their gradients) that left this rank.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
-        seconds: Time inside the collectives; on CUDA known only after `drain`.
-        events: Where a list is given, the name of each collective in the order of its call.
+        seconds: Time that the host spent in calling and waiting for collectives or, on CUDA, that the stream waited for
+            them (known only after `drain`): what computation hides is not in it.
+        events: Where a list is given, in order: a collective's name at its call, "wait <name>" where it is waited for,
+            "sync <name>" where the host waits for the device, and what `mark` names.
     """
 
     payload_bytes: int = 0
@@ -31,12 +33,40 @@ class Traffic:
             self.payload_bytes += num_bytes
         else:
             self.metadata_bytes += num_bytes
+        self.event(name)
+
+    def event(self, name: str) -> None:
+        """Records an event, where events are recorded."""
         if self.events is not None:
             self.events.append(name)
 
+    def mark(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Records `name` now, and "<name> backward" when the tensor's gradient has been computed; returns the tensor.
+
+        Costs nothing where no events are recorded: it proves what was computed while which exchange was in flight.
+        """
+        if self.events is not None:
+            self.event(name)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self.event(f"{name} backward"))
+        return tensor
+
+    def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
+        """The named host sync: integers [n] as a list. The host waits for all that the device was given before."""
+        self.event(f"sync {name}")
+        return counts.tolist()
+
+    @contextmanager
+    def timed_call(self, device: torch.device) -> Iterator[None]:
+        """Times the enclosed call of a collective; on CUDA, where the stream does not wait for it, nothing is counted."""
+        begin = time.perf_counter()
+        yield
+        if device.type != "cuda":
+            self.seconds += time.perf_counter() - begin
+
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Times the enclosed collective; on CUDA by events, so that nothing waits here."""
+        """Times the enclosed wait; on CUDA by events, so that the host does not wait here."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

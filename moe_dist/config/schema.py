@@ -177,6 +177,18 @@ class DataSection(Section):
     pack_window: PositiveInt = Field(default=512, description="Documents among which the packer looks for a best fit.")
 
 
+class PerRankDispatchSection(Section):
+    """One row for each (token, destination rank), whatever the number of experts it takes there."""
+
+    kind: Literal["per_rank"] = Field(
+        default="per_rank",
+        description="One row for each (token, destination rank), whatever the number of experts it takes there.",
+    )
+
+
+DispatchSection = PerRankDispatchSection  # a union with discriminator="kind" once there are two
+
+
 class ParallelSection(Section):
     """How ranks share the work, and in what precision."""
 
@@ -202,6 +214,9 @@ class ParallelSection(Section):
         default=None,
         description="Bound of the rows a rank may receive in one layer, an error before the buffer is made; "
         "null bounds it by (ep - 1) x the micro-batch's tokens alone.",
+    )
+    dispatch: DispatchSection = Field(
+        default_factory=PerRankDispatchSection, description="How rows travel to the ranks of their experts and back."
     )
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.moe.dispatcher import DispatchedRows, DispatchPlan
+from moe_dist.moe.dispatcher import DispatchedRows, PairLayout
 from moe_dist.moe.rows import gather_rows, weighted_row_sum
 from moe_dist.placement.placement import ExpertGroup
 
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         for group, count in zip(groups, num_local, strict=True):
             self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count))
 
-    def forward(self, dispatched: DispatchedRows, plan: DispatchPlan) -> Tensor:
+    def forward(self, dispatched: DispatchedRows, plan: PairLayout) -> Tensor:
         """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         budget = self.pair_budget or sum(plan.slot_counts)

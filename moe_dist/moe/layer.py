@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: norm, router, dispatch, experts, combine. Nothing is kept on the module or in globals."""
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +29,7 @@ class MoELayer(nn.Module):
         shared: An expert that sees every token, or None.
         recompute: `none`; `experts` recomputes the FFN between the exchanges (repeats no exchange); `block` recomputes the
             whole layer (repeats the dispatch exchange; the routing, its counts and ids are kept).
+        name: Name of the layer in reports of what hangs or was damaged.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class MoELayer(nn.Module):
         norm: nn.Module,
         router: nn.Module,
         experts: Experts,
-        dispatcher: Dispatcher,
+        dispatcher: Dispatcher[Any],
         shared: nn.Module | None = None,
         recompute: Recompute = "none",
+        name: str = "",
     ) -> None:
         super().__init__()
         self.norm = norm
@@ -48,6 +50,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
+        self.name = name
         self.ablated = False
         experts.recompute = recompute == "experts"
 
@@ -66,9 +69,8 @@ class MoELayer(nn.Module):
     def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums = self.router(h_TD, group_T, tape)
-        if tape.plan is None:
-            tape.plan = self.dispatcher.plan(assignments, h_TD.shape[0])
-        plan = tape.plan
+        plan = tape.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
+        tape.plan = plan
         # Before the exchange: nothing that saves a tensor may follow combine, or `block` would repeat that exchange too.
         shared_TD = None if self.shared is None else self.shared(h_TD)
         dispatched = self.dispatcher.dispatch(h_TD, assignments.weight_N, plan)
@@ -77,8 +79,8 @@ class MoELayer(nn.Module):
             y_TD = y_TD * 0.0
         report = LayerReport(
             sums=sums,
-            rows_remote=sum(plan.rows.send),
-            pairs=plan.pair_N.shape[0],
+            rows_remote=plan.num_remote_rows,
+            pairs=plan.num_pairs,
             pairs_remote=plan.num_remote_pairs,
         )
         return (y_TD if shared_TD is None else y_TD + shared_TD), report

@@ -11,7 +11,7 @@ import torch
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatcher import Dispatcher, DispatchPlan
+from moe_dist.moe.per_rank import SPLIT_SIZES, PerRankDispatcher, PerRankPlan
 from moe_dist.moe.reference import expected_traffic
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -69,7 +69,7 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int) -> None:
     weight_N = torch.rand(num_tokens * top_k, dtype=torch.double, generator=generator).requires_grad_()
     assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
     placement, traffic = case.placement, wire.traffic
-    dispatcher = Dispatcher(placement, wire)
+    dispatcher = PerRankDispatcher(placement, wire)
     traffic.take()
     assert traffic.events is not None
     traffic.events.clear()
@@ -97,10 +97,12 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int) -> None:
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     assert traffic.payload_bytes == 2 * forward_bytes
-    assert traffic.events == ([] if wire.group is None else FORWARD + BACKWARD)
+    one_by_one = [event for name in FORWARD + BACKWARD for event in (name, f"wait {name}")]
+    one_by_one.insert(2, f"sync {SPLIT_SIZES}")
+    assert traffic.events == ([f"sync {SPLIT_SIZES}"] if wire.group is None else one_by_one)
 
 
-def factors(placement: ExpertPlacement, rank: int, plan: DispatchPlan) -> torch.Tensor:
+def factors(placement: ExpertPlacement, rank: int, plan: PerRankPlan) -> torch.Tensor:
     """Expert id + 1 of each pair computed here, in slot order."""
     ids = torch.tensor(placement.slots[rank], dtype=torch.double) + 1
     return ids.repeat_interleave(torch.tensor(plan.slot_counts, dtype=torch.int64))
@@ -154,7 +156,7 @@ def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
     chosen = torch.from_numpy(HAND.experts_TK[rank.rank])
     weights = torch.ones(chosen.numel())
     assignments = Assignments(torch.arange(chosen.shape[0]).repeat_interleave(2), chosen.flatten(), weights)
-    plan = Dispatcher(HAND.placement, Wire(mesh.ep, Traffic())).plan(assignments, chosen.shape[0])
+    plan = PerRankDispatcher(HAND.placement, Wire(mesh.ep, Traffic())).plan(assignments, chosen.shape[0])
     run_case(rank.rank, HAND, Wire(mesh.ep, Traffic(events=[])), 0)
     return {
         "rows": (plan.rows.send, plan.rows.receive),
@@ -202,7 +204,7 @@ def overflow(rank: RankContext) -> tuple[str, list[str]]:
     traffic = Traffic(events=[])
     # Rank 0 receives nothing and would go on to the next exchange alone: its bound stops it at the same place.
     bound = 4 if rank.rank == 1 else -1
-    dispatcher = Dispatcher(case.placement, Wire(mesh.ep, traffic), max_receive_rows=bound)
+    dispatcher = PerRankDispatcher(case.placement, Wire(mesh.ep, traffic), max_receive_rows=bound)
     try:
         dispatcher.plan(assignments, len(chosen))
     except PlacementError as error:
@@ -216,4 +218,4 @@ def test_more_rows_than_the_bound_are_an_error_before_any_row_is_exchanged(
     message, events = run_in_world(2, overflow)[1]
     assert "would receive 5 rows" in message
     assert "parallel.max_receive_rows=4" in message
-    assert events == ["counts"]
+    assert events == ["counts", "wait counts", f"sync {SPLIT_SIZES}"]

@@ -5,9 +5,10 @@ import torch
 
 from moe_dist.comm.all_to_all import Splits, Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatcher import DispatchedRows, Dispatcher, DispatchPlan
+from moe_dist.moe.dispatcher import DispatchedRows
 from moe_dist.moe.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_rank import PerRankDispatcher, PerRankPlan
 from moe_dist.moe.reference import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -22,7 +23,7 @@ def make_layer(pair_budget: int | None, recompute: str) -> MoELayer:
         norm=torch.nn.Identity(),
         router=TopKRouter(D, GROUPS),
         experts=Experts(D, GROUPS, (4, 3), pair_budget=pair_budget),
-        dispatcher=Dispatcher(ExpertPlacement(GROUPS, (tuple(range(7)),)), Wire(None, Traffic())),
+        dispatcher=PerRankDispatcher(ExpertPlacement(GROUPS, (tuple(range(7)),)), Wire(None, Traffic())),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     for parameter in layer.parameters():
@@ -98,7 +99,7 @@ def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None
     counts = torch.full((4,), len(row_of) // 4).tolist()
     none = Splits((0,), (0,))
     empty = torch.zeros(0, dtype=torch.int64)
-    plan = DispatchPlan(64, none, none, empty, empty, torch.arange(64), torch.arange(len(row_of)), row_of, tuple(counts))
+    plan = PerRankPlan("", 64, none, none, empty, empty, torch.arange(64), torch.arange(len(row_of)), row_of, tuple(counts))
     known = {p.untyped_storage().data_ptr() for p in (rows_RD, weight_Q, row_of, *experts.parameters())}
     kept: dict[int, int] = {}
 
