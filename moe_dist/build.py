@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.watch import Watch
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config, ModelSection, ParallelSection, TopKRouterSection
 from moe_dist.data.loader import TrainLoader
@@ -78,6 +79,7 @@ def build_model(
     ep_rank: int,
     ep_group: dist.ProcessGroup | None,
     traffic: Traffic | None = None,
+    watch: Watch | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Transformer:
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
@@ -85,10 +87,11 @@ def build_model(
     Args:
         placement: Which expert lives on which rank; without an `ep_group` it must not need the wire.
         traffic: Counter of all layers' wires.
+        watch: Where the wires' collectives are noted.
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
     """
     section, moe = config.model, config.model.moe
-    wire = Wire(ep_group, traffic or Traffic())
+    wire = Wire(ep_group, traffic or Traffic(), watch)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(config.parallel, placement, wire)
 
@@ -126,7 +129,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     """Builds on the meta device, shards, gives memory and initial weights, wraps, and makes the optimizer."""
     traffic = Traffic()
     with torch.device("meta"):
-        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic)
+        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic, watch=mesh.watch)
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)

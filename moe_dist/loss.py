@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED
 from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import LayerReport
@@ -68,12 +69,15 @@ def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, 
     return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
 
 
-def global_counts(reports: Sequence[LayerReport], group: dist.ProcessGroup | None) -> GlobalCounts:
+def global_counts(
+    reports: Sequence[LayerReport], group: dist.ProcessGroup | None, watch: Watch | None = None
+) -> GlobalCounts:
     """Sums the layers' counts over all ranks: one all-reduce a micro-batch, outside any recomputation."""
     choices_LC = torch.stack([report.sums.choices_C for report in reports]).to(torch.float64)
     tokens_LG = torch.stack([report.sums.tokens_G for report in reports]).to(torch.float64)
     entropy_LG = torch.stack([report.sums.entropy_G for report in reports]).to(torch.float64)
-    packed = sum_over(torch.cat([choices_LC, tokens_LG, entropy_LG], dim=1), group)
+    packed = torch.cat([choices_LC, tokens_LG, entropy_LG], dim=1)
+    packed = sum_over(packed, group, name="routing counts", watch=watch)
     return GlobalCounts(*packed.split([choices_LC.shape[1], tokens_LG.shape[1], entropy_LG.shape[1]], dim=1))
 
 
@@ -89,6 +93,7 @@ def micro_loss(
     labels_in_step: Tensor,
     share: Tensor,
     world: dist.ProcessGroup | None,
+    watch: Watch | None = None,
 ) -> MicroLoss:
     """This rank's share of the step's loss for one micro-batch.
 
@@ -99,9 +104,10 @@ def micro_loss(
         labels_in_step: Scored labels of the whole step over all ranks and micro-batches.
         share: The micro-batch's part of them; the auxiliary statistic's unit is one micro-batch over all ranks.
         world: Group over which counts are summed.
+        watch: For the watchdog.
     """
     losses_BS = token_losses(logits_BSV, labels_BS)
-    counts = global_counts(reports, world)
+    counts = global_counts(reports, world, watch)
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
     balance_LG = balance_terms(prob_LC, counts.choices_LC, counts.tokens_LG, tables, kind=aux.kind)

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from moe_dist.build import COMPUTE_DTYPES
+from moe_dist.comm.watch import Watch
 from moe_dist.config import schema
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
@@ -21,8 +22,11 @@ from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
 from moe_dist.placement.planner import render
 from moe_dist.preflight import Preflight
+from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.trainer import Finished
 
 
@@ -43,6 +47,23 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
     device = torch.device("cuda", env.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def start_watchdog(config: Config, env: RankEnv, folder: RunFolder, watch: Watch, attempt: Attempt) -> Watchdog:
+    """Watches this rank's collectives from now on; a rank alone waits for nobody. Call it when the process group stands:
+    rank 0 has opened the run folder by then, and all ranks take the attempt's name from its lease."""
+    holder = read_holder(folder.lease_json)
+    watchdog = Watchdog(
+        watch,
+        rank=env.rank,
+        world_size=env.world_size,
+        attempt_id=holder.attempt_id if holder is not None else env.attempt_id,
+        seconds=config.parallel.resolved_watchdog_seconds,
+        logs=folder.logs,
+        step=lambda: attempt.last_step() if attempt.last_step is not None else folder.last_step(),
+        end=attempt.give_up,
+    )
+    return watchdog.start() if env.world_size > 1 else watchdog
 
 
 @contextmanager

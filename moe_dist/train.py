@@ -65,6 +65,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     timeout = config.parallel.timeout_seconds
     init_world(init_method=env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout)
+    watchdog = session.start_watchdog(config, env, folder, mesh.watch, attempt)
     training = build.build_training(config, plan.manifest, plan.placement, mesh)
     loader = build.build_loader(config, plan.manifest, mesh)
     evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
@@ -74,6 +75,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         lease_check=attempt.check_lease,
         process_group=mesh.world,
         device=device,
+        watch=mesh.watch,
     )
     resumable = Resumable(training, plan.placement, checkpoints, config)
     progress = resumable.restore()
@@ -100,6 +102,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         finished = trainer.fit()
     if env.rank == 0:
         session.conclude(finished, folder, plan)
+    watchdog.stop()
     destroy_world()
 
 

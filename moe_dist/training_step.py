@@ -99,7 +99,7 @@ class TrainingStep:
         tokens = sum(batch.num_tokens for batch in batches)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = self._count_labels(batches)
-        micro_labels = sum_over(labels_M.sum(1), mesh.world)
+        micro_labels = sum_over(labels_M.sum(1), mesh.world, name="label counts", watch=mesh.watch)
         labels_in_step = micro_labels.sum().clamp_min(1.0)
         self.traffic.take()
 
@@ -119,6 +119,7 @@ class TrainingStep:
                     labels_in_step=labels_in_step,
                     share=micro_labels[i] / labels_in_step,
                     world=mesh.world,
+                    watch=mesh.watch,
                 )
                 del logits
                 loss.total.backward()
@@ -129,7 +130,8 @@ class TrainingStep:
             own.add(reports)
         self.parallel.reduce_gradients()
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
-        return self._vote_and_update(sum_over(local, mesh.world), losses, lr)
+        summed = sum_over(local, mesh.world, name="norm, vote and statistics", watch=mesh.watch)
+        return self._vote_and_update(summed, losses, lr)
 
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
         """Scored labels of each micro-batch and modality on this rank, float64 [micro-batches, M]."""

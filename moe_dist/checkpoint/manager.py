@@ -34,6 +34,7 @@ from moe_dist.checkpoint.storage import (
     write_shard,
 )
 from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.watch import Watch
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.adamw import set_step_count
 
@@ -75,6 +76,7 @@ class CheckpointManager:
             write to the run any more.
         process_group: Of all ranks; None is one rank alone.
         device: Where the votes lie: a CUDA device for a group with NCCL only.
+        watch: For the watchdog.
     """
 
     def __init__(
@@ -85,9 +87,11 @@ class CheckpointManager:
         lease_check: Callable[[], None],
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._folder, self._keep, self._lease_check = folder, keep, lease_check
         self._group, self._device = process_group, device or torch.device("cpu")
+        self._watch = watch
         self._rank = dist.get_rank(process_group) if process_group else 0
         self._world_size = dist.get_world_size(process_group) if process_group else 1
 
@@ -129,7 +133,7 @@ class CheckpointManager:
         step: list[int] = []
         self._vote("find the latest", lambda: step.append(self._latest_step()), only_first=True, kind=DataError)
         found = torch.tensor(step or [0], dtype=torch.int64, device=self._device)
-        number = int(sum_over(found, self._group).item())
+        number = int(sum_over(found, self._group, name="checkpoint step", watch=self._watch).item())
         return None if number < 0 else self._folder / f"step_{number}"
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
@@ -156,7 +160,9 @@ class CheckpointManager:
         """Bytes of all ranks, rank 0's id for this save, and whether the step is committed already. One all-reduce."""
         first = self._rank == 0
         mine = [state.written_bytes(), secrets.randbits(48) if first else 0, int(first and self._is_latest(step))]
-        total, save_id, committed = sum_over(torch.tensor(mine, device=self._device), self._group).tolist()
+        announced = torch.tensor(mine, device=self._device)
+        announced = sum_over(announced, self._group, name="checkpoint announcement", watch=self._watch)
+        total, save_id, committed = announced.tolist()
         return total, f"{save_id:012x}", bool(committed)
 
     def _vote(
@@ -183,7 +189,7 @@ class CheckpointManager:
         reports = torch.zeros(self._world_size, dtype=torch.int64, device=self._device)
         if error is not None:
             reports[self._rank] = _report(error)
-        codes = sum_over(reports, self._group).tolist()
+        codes = sum_over(reports, self._group, name=f"checkpoint vote to {phase}", watch=self._watch).tolist()
         if error is not None:
             raise error
         if any(codes):

@@ -1,36 +1,58 @@
-"""Reductions over a process group; without a group (one rank) they return what they were given."""
+"""Reductions over a process group; without a group (one rank) they return what they were given.
+
+With a `watch` the watchdog knows of them, under their `name`.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.comm.watch import Watch, watched
 
-def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "sum", watch: Watch | None = None) -> Tensor:
     """Sum of `tensor` over the ranks of `group`, in place; the same bits on every rank."""
     if group is not None:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+        with watched(watch, name, device=tensor.device):
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
 
 
-def max_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def max_over(
+    tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "maximum", watch: Watch | None = None
+) -> Tensor:
     """Maximum of `tensor` over the ranks of `group`, in place."""
     if group is not None:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+        with watched(watch, name, device=tensor.device):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return tensor
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
+def sum_gradients(
+    parameters: list[torch.nn.Parameter],
+    group: dist.ProcessGroup | None,
+    *,
+    name: str = "gradients",
+    watch: Watch | None = None,
+) -> None:
     """Sums the gradients of `parameters` over `group`, in place, one all-reduce each: for few large tensors."""
     for gradient in _gradients(parameters):
-        sum_over(gradient, group)
+        sum_over(gradient, group, name=name, watch=watch)
 
 
-def sum_small_gradients(parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None) -> None:
+def sum_small_gradients(
+    parameters: list[torch.nn.Parameter],
+    group: dist.ProcessGroup | None,
+    *,
+    name: str = "gradients",
+    watch: Watch | None = None,
+) -> None:
     """The same in one all-reduce of a concatenated copy: for many small tensors."""
     gradients = _gradients(parameters)
     if group is None or not gradients:
         return
-    flat = sum_over(torch.cat([gradient.reshape(-1) for gradient in gradients]), group)
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = sum_over(flat, group, name=name, watch=watch)
     for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(summed.view_as(gradient))
 

@@ -32,6 +32,8 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 
+WATCHDOG_SHARE = 0.8  # of the process groups' timeout: the rest is for the ranks' reports
+
 RELATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
 
 
@@ -219,6 +221,24 @@ class ParallelSection(Section):
         default_factory=PerRankDispatchSection, description="How rows travel to the ranks of their experts and back."
     )
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
+    watchdog_seconds: PositiveFloat | None = Field(
+        default=None,
+        description="A collective that takes longer makes every rank write where it is, then ends the run, naming the rank "
+        "that the others wait for; at most, and by default, 0.8 x timeout_seconds.",
+    )
+
+    @property
+    def resolved_watchdog_seconds(self) -> float:
+        return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
+
+    def broken_relations(self) -> list[Relation]:
+        if self.resolved_watchdog_seconds <= WATCHDOG_SHARE * self.timeout_seconds:
+            return []
+        fault = (
+            f"watchdog_seconds={self.watchdog_seconds:g} must be at most {WATCHDOG_SHARE:g} x timeout_seconds="
+            f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
+        )
+        return [Relation(("watchdog_seconds", "timeout_seconds"), fault)]
 
 
 class PinnedGroupSection(Section):

@@ -112,7 +112,8 @@ def _timed(
         _synchronise(mesh.device)
         seconds = time.perf_counter() - begin
     model.train(training)
-    return float(max_over(torch.tensor(seconds, dtype=torch.float64, device=mesh.device), mesh.world).item())
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=mesh.device)
+    return float(max_over(slowest, mesh.world, name="seconds of the slowest rank", watch=mesh.watch).item())
 
 
 def _synchronise(device: torch.device) -> None:

@@ -87,13 +87,15 @@ class Evaluator:
         )
 
     def _losses(self, batches: Sequence[Batch]) -> Heldout:
-        return heldout_losses(
-            self._model,
-            batches,
-            modalities=tuple(self._manifest.modalities),
-            group_of_modality=self._group_of_modality,
-            world=self._mesh.world,
-        )
+        with self._mesh.watch.among("evaluation"):
+            return heldout_losses(
+                self._model,
+                batches,
+                modalities=tuple(self._manifest.modalities),
+                group_of_modality=self._group_of_modality,
+                world=self._mesh.world,
+                watch=self._mesh.watch,
+            )
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
         """Mean over max of the ranks' rows x FFN width, from the choices of this evaluation."""

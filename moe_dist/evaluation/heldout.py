@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.loss import sums_by_modality, token_losses
 from moe_dist.model.transformer import Transformer
@@ -40,6 +41,7 @@ def heldout_losses(
     modalities: Sequence[str],
     group_of_modality: Tensor,
     world: dist.ProcessGroup | None,
+    watch: Watch | None = None,
 ) -> Heldout:
     """Losses by modality. Collective: every rank must bring the same number of batches.
 
@@ -60,8 +62,8 @@ def heldout_losses(
     model.train(training)
     if not choices:  # nothing is held out; on no rank, since all have the same number of batches
         return Heldout({}, {}, None)
-    choices_LC = sum_over(torch.stack(choices).sum(0), world)
-    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world).tolist()
+    choices_LC = sum_over(torch.stack(choices).sum(0), world, name="evaluation counts", watch=watch)
+    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", watch=watch).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):
         parts = [(name, nll_M[i], labels_M[i])]

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_dist.comm.watch import Watch
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -27,6 +29,7 @@ class Mesh:
         device: Where this rank computes.
         world, ep, edp: The process groups; `ep` is None where an EP group is one rank, whose wire is the identity.
         world_mesh, edp_mesh: The same as 1-D device meshes, for FSDP2.
+        watch: Where every collective of this rank is noted, for the watchdog.
     """
 
     rank: int
@@ -41,6 +44,7 @@ class Mesh:
     edp: dist.ProcessGroup
     world_mesh: DeviceMesh
     edp_mesh: DeviceMesh
+    watch: Watch
 
 
 def init_world(*, init_method: str, rank: int, world_size: int, device: torch.device, timeout: float) -> None:
@@ -55,7 +59,7 @@ def init_world(*, init_method: str, rank: int, world_size: int, device: torch.de
     )
 
 
-def make_mesh(*, ep: int, device: torch.device, timeout: float) -> Mesh:
+def make_mesh(*, ep: int, device: torch.device, timeout: float, watch: Watch | None = None) -> Mesh:
     """Cuts the default process group into EP and edp groups. Collective: every rank calls it with the same `ep`.
 
     Every group is made with the given timeout: torch gives a new group its own default, not the world's.
@@ -80,6 +84,7 @@ def make_mesh(*, ep: int, device: torch.device, timeout: float) -> Mesh:
         edp=edp_group,
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
+        watch=watch or Watch(),
     )
 
 

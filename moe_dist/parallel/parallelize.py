@@ -78,15 +78,20 @@ class ParallelModel:
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch. DDP reduces in the last one only; FSDP2 in each, into shards."""
         skip = isinstance(self._module, DistributedDataParallel) and not last
-        with self._module.no_sync() if skip else nullcontext():  # pyright: ignore[reportCallIssue]
+        with (
+            self.mesh.watch.among(f"parameters and gradients under {self.data}"),
+            self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
+        ):
             yield
 
     def reduce_gradients(self) -> None:
         """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
-        sum_small_gradients([info.parameter for info in self.parameters if info.kind == "router"], self.mesh.world)
+        routers = [info.parameter for info in self.parameters if info.kind == "router"]
+        sum_small_gradients(routers, self.mesh.world, name="router gradients", watch=self.mesh.watch)
         if self.data == "ddp" and self.mesh.edp_size > 1:
             experts = [info.parameter for info in self.parameters if info.kind == "expert"]
-            sum_gradients([parameter for parameter in experts if parameter.numel()], self.mesh.edp)
+            experts = [parameter for parameter in experts if parameter.numel()]
+            sum_gradients(experts, self.mesh.edp, name="expert gradients", watch=self.mesh.watch)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:

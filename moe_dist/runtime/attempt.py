@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError
@@ -74,6 +75,13 @@ class Attempt:
         """For the grace timer of `StopRequest`: leaves the verdict of a run that did not stop in time."""
         self._leave(EXIT_FAILED, "did not stop within the grace after a stop signal; what the last checkpoint has is safe")
 
+    def give_up(self, reason: str) -> NoReturn:
+        """For the watchdog's thread: leaves the verdict of a run whose main thread hangs, and ends the process here."""
+        with contextlib.suppress(OSError):
+            self._leave(EXIT_FAILED, reason)
+        sys.stderr.write(f"{reason}\n")
+        self._end(EXIT_FAILED)
+
     def __enter__(self) -> "Attempt":
         return self
 
@@ -89,11 +97,15 @@ class Attempt:
             traceback.print_exception(error)
         with contextlib.suppress(OSError):  # a full disk must not hide the error; the exit code still tells
             self._leave(self.exit_code, reason)
+        self._end(self.exit_code)
+
+    @staticmethod
+    def _end(code: int) -> NoReturn:
         logging.shutdown()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(self.exit_code)
+        os._exit(code)
 
     def _leave(self, verdict: int, reason: str) -> None:
         if self._folder is not None:

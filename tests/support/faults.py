@@ -3,13 +3,16 @@ the rank, step and phase that MOE_DIST_TEST_FAULT names.
 
     MOE_DIST_TEST_FAULT='{"rank": 1, "step": 3, "phase": "before_step", "kind": "kill"}'
 
-Phases: before_step, after_step (of optimizer step `step`, 1-based), before_commit (of the checkpoint of that step).
-Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself).
+Phases: before_step, after_step (of optimizer step `step`, 1-based), before_layer_1 (before the second MoE layer's forward in
+that step), before_commit (of the checkpoint of that step).
+Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself), sleep
+(for ever, its threads alive).
 """
 
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +29,8 @@ def strike(kind: str) -> None:
     """Breaks this process."""
     if kind == "raise":
         raise RuntimeError("a fault that a test injected")
+    while kind == "sleep":
+        time.sleep(1.0)
     number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind]
     os.kill(os.getpid(), number)
 
@@ -35,6 +40,7 @@ def inject(spec: Mapping[str, Any]) -> None:
     if int(os.environ.get("RANK", "0")) != spec["rank"]:
         return
     from moe_dist.checkpoint.manager import CheckpointManager
+    from moe_dist.moe.layer import MoELayer
     from moe_dist.trainer import Trainer
     from moe_dist.training_step import TrainingStep
 
@@ -42,17 +48,24 @@ def inject(spec: Mapping[str, Any]) -> None:
         original = getattr(owner, name)
         setattr(owner, name, lambda self, *args, **kwargs: wrap(original, self, *args, **kwargs))
 
-    steps = {"taken": 0}
+    steps = {"taken": 0, "layers": 0}
 
     def step(original: Callable[..., Any], self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         due = steps["taken"] + 1 == spec["step"] - first["step"]
         if due and spec["phase"] == "before_step":
             strike(spec["kind"])
+        steps["layers"] = 0 if due else -(1 << 30)
         result = original(self, *args, **kwargs)
         steps["taken"] += 1
         if due and spec["phase"] == "after_step":
             strike(spec["kind"])
         return result
+
+    def layer(original: Callable[..., Any], self: MoELayer, *args: Any, **kwargs: Any) -> Any:
+        if spec["phase"] == "before_layer_1" and steps["layers"] == 1:
+            strike(spec["kind"])
+        steps["layers"] += 1
+        return original(self, *args, **kwargs)
 
     first = {"step": 0}
 
@@ -68,6 +81,7 @@ def inject(spec: Mapping[str, Any]) -> None:
         return original(self, temporary, target, number, *rest)
 
     around(TrainingStep, "__call__", step)
+    around(MoELayer, "forward", layer)
     around(Trainer, "fit", fit)
     around(CheckpointManager, "_commit", commit)
 

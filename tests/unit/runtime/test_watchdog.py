@@ -1,0 +1,110 @@
+"""Who keeps whom waiting where, and the thread that writes it down; whole ranks are stopped in tests/integration."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.comm.watch import Watch
+from moe_dist.runtime.watchdog import Report, Watchdog, judge, read_reports, report_folder
+
+WAITS = Report(
+    attempt="a",
+    rank=0,
+    step=5,
+    collective="dispatch rows",
+    layer="layers.1",
+    send=(0, 3),
+    receive=(0, 4),
+    seconds=21.0,
+    entered=40,
+    at="all_to_all.py:60 wait",
+)
+
+
+def test_a_rank_without_a_report_is_the_one() -> None:
+    hang = judge([WAITS], world_size=2, seconds=20.0)
+    assert (hang.culprits, hang.silent) == ((1,), (1,))
+    assert hang.reason == (
+        "collective 'dispatch rows' of layers.1 did not finish in 20 s at step 5; rank 1 did not enter it and wrote no "
+        "report: stopped, dead, or cut off from the run folder"
+    )
+
+
+def test_where_others_wait_for_the_waiting_the_first_collective_is_told() -> None:
+    later = replace(WAITS, collective="label counts", layer="", entered=60)
+    reports = [replace(later, rank=2), replace(later, rank=3), WAITS]
+    hang = judge(reports, world_size=4, seconds=20.0)
+    assert hang.culprits == (1,)
+    assert hang.waiting == WAITS
+
+
+def test_a_rank_in_no_collective_is_the_one() -> None:
+    busy = replace(WAITS, rank=1, collective=None, layer="", entered=39, at="loader.py:12 read")
+    hang = judge([WAITS, busy], world_size=2, seconds=20.0)
+    assert (hang.culprits, hang.silent) == ((1,), ())
+    assert "rank 1 did not enter it, in no collective, but loader.py:12 read instead" in hang.reason
+
+
+def test_a_rank_in_another_collective_is_the_one() -> None:
+    behind = replace(WAITS, rank=1, collective="checkpoint vote to write", layer="", entered=39)
+    hang = judge([WAITS, replace(WAITS, rank=2), behind], world_size=3, seconds=20.0)
+    assert hang.culprits == (1,)
+    assert hang.waiting == WAITS
+    assert "rank 1 did not enter it, in 'checkpoint vote to write' instead" in hang.reason
+
+
+def test_where_all_are_in_it_nobody_is_blamed() -> None:
+    hang = judge([WAITS, replace(WAITS, rank=1)], world_size=2, seconds=20.0)
+    assert hang.culprits == ()
+    assert "all ranks have entered it" in hang.reason
+
+
+def test_many_ranks_are_not_all_listed() -> None:
+    reason = judge([WAITS], world_size=64, seconds=20.0).reason
+    assert "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 55 more" in reason
+
+
+def dog(watch: Watch, logs: Path, rank: int, ends: list[str], done: threading.Event) -> Watchdog:
+    def end(reason: str) -> None:
+        ends.append(reason)
+        done.set()
+
+    return Watchdog(
+        watch, rank=rank, world_size=2, attempt_id="a", seconds=0.2, logs=logs, step=lambda: 7, end=end
+    ).start()  # fmt: skip
+
+
+def test_a_late_collective_is_written_down_and_ends_the_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watch, ends, done = Watch(), [], threading.Event()
+    with watch.inside("combine rows", device=torch.device("cpu"), layer="layers.0", send=[0, 2], receive=[0, 1]):
+        dog(watch, tmp_path, 0, ends, done)
+        assert done.wait(60.0)
+    (report,) = read_reports(report_folder(tmp_path, "a"))
+    assert (report.rank, report.step, report.collective, report.layer) == (0, 7, "combine rows", "layers.0")
+    assert (report.send, report.receive, report.entered) == ((0, 2), (0, 1), 1)
+    assert report.seconds > 0.2
+    assert "'combine rows' of layers.0" in ends[0]
+    assert "rank 1 did not enter it" in ends[0]
+    assert "sends [0, 2], receives [0, 1]" in caplog.text
+
+
+def test_a_rank_that_waits_for_nothing_reports_when_a_peer_does(tmp_path: Path) -> None:
+    ends, done = [], threading.Event()
+    folder = report_folder(tmp_path, "a")
+    folder.mkdir()
+    dog(Watch(), tmp_path, 1, ends, done)
+    assert done.wait(60.0)
+    (report,) = read_reports(folder)
+    assert (report.rank, report.collective) == (1, None)
+    assert "test_watchdog.py" in report.at or "threading" in report.at  # where the main thread is
+
+
+def test_nothing_is_written_while_all_goes_well(tmp_path: Path) -> None:
+    ends, done = [], threading.Event()
+    watchdog = dog(Watch(), tmp_path, 0, ends, done)
+    assert not done.wait(0.5)
+    watchdog.stop()
+    assert list(tmp_path.iterdir()) == []
