@@ -3,8 +3,8 @@
 Shape letters: S rows this rank sends, R rows it receives, P pairs sent, Q pairs received, D hidden size.
 """
 
-import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.watch import Watch, watched
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,17 @@ class Pending:
     Attributes:
         layer, name: Which layer issued it, and what it carries.
         splits: Its sizes.
-        issued_at: `time.monotonic()` at the call.
     """
 
-    def __init__(self, *, layer: str, name: str, splits: Splits, received: Tensor, traffic: Traffic) -> None:
+    def __init__(
+        self, *, layer: str, name: str, splits: Splits, received: Tensor, traffic: Traffic, watch: Watch | None = None
+    ) -> None:
         self.layer = layer
         self.name = name
         self.splits = splits
-        self.issued_at = time.monotonic()
         self._received = received
         self._traffic = traffic
+        self._watch = watch
         self._work: dist.Work | None = None
         self._items: Tensor | None = None  # the collective reads it until it has ended
         self._waited = False
@@ -50,7 +52,7 @@ class Pending:
     def issue(self, items: Tensor, group: dist.ProcessGroup) -> None:
         """Starts the collective; the wire calls it once."""
         self._items = items
-        with self._traffic.timed_call(items.device):
+        with self._traffic.timed_call(items.device), self._watched():
             self._work = dist.all_to_all_single(
                 self._received, items, list(self.splits.receive), list(self.splits.send), group=group, async_op=True
             )
@@ -61,31 +63,33 @@ class Pending:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
             self._traffic.event(f"wait {self.name}")
-            with self._traffic.timed(self._received.device):
+            with self._traffic.timed(self._received.device), self._watched():
                 self._work.wait()
         self._waited, self._items = True, None
         return self._received
 
-    @property
-    def finished(self) -> bool:
-        """Whether it was waited for and the device is through with it too. Never blocks; any thread may ask."""
-        return self._waited and (self._work is None or self._work.is_completed())
+    def _watched(self) -> AbstractContextManager[None]:
+        """For the watchdog: in the call too, since a first call may have to meet its peers. While only the device is at
+        work the rank itself is in no collective."""
+        return watched(
+            self._watch,
+            self.name,
+            device=self._received.device,
+            layer=self.layer,
+            send=self.splits.send,
+            receive=self.splits.receive,
+        )
 
 
 class Wire:
     """One process group as a wire. Without a group it is the identity wire of a single rank: the same calls, no traffic."""
 
-    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic, watch: Watch | None = None) -> None:
         self.group = group
         self.traffic = traffic
+        self.watch = watch
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
-        self._issued: tuple[Pending, ...] = ()
-
-    @property
-    def in_flight(self) -> tuple[Pending, ...]:
-        """What was issued and is not finished, oldest first. Any thread may ask, a watchdog's too."""
-        return tuple(pending for pending in self._issued if not pending.finished)
 
     def start(
         self,
@@ -108,13 +112,12 @@ class Wire:
             out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
         """
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
-        pending = Pending(layer=layer, name=name, splits=splits, received=received, traffic=self.traffic)
+        pending = Pending(layer=layer, name=name, splits=splits, received=received, traffic=self.traffic, watch=self.watch)
         if self.group is None:
             return pending
         remote = sum(splits.send) - splits.send[self.rank]  # the own slice is a local copy
         row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
         self.traffic.count(name, remote * row_bytes, payload=payload)
-        self._issued = (*self.in_flight, pending)
         pending.issue(items.contiguous(), self.group)
         return pending
 

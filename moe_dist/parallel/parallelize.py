@@ -79,7 +79,7 @@ class ParallelModel:
         """Around forward and backward of one micro-batch. DDP reduces in the last one only; FSDP2 in each, into shards."""
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
-            self.mesh.watch.among(f"parameters and gradients under {self.data}"),
+            self.mesh.watch.among(f"forward or backward with {self.data}"),
             self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
         ):
             yield

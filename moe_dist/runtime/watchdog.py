@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,13 +62,13 @@ class Report:
     def place(self) -> str:
         """The collective in words."""
         if self.collective is None:
-            return f"no collective, but {self.at}"
+            return "no collective"
         return f"'{self.collective}'" + (f" of {self.layer}" if self.layer else "")
 
     def line(self) -> str:
         """All of it in one line, for the rank's log."""
         if self.collective is None:
-            return f"rank {self.rank} is in {self.place} (step {self.step}, {self.entered} collectives entered)"
+            return f"rank {self.rank} is in no collective (step {self.step}, {self.entered} entered); at {self.at}"
         return (
             f"rank {self.rank} has been in {self.place} for {self.seconds:.1f} s (step {self.step}); sends "
             f"{list(self.send)}, receives {list(self.receive)}; its collective number {self.entered}; at {self.at}"
@@ -128,8 +127,8 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     if silent:
         why = f"{_ranks(silent)} did not enter it and wrote no report: stopped, dead, or cut off from the run folder"
     elif culprits:
-        places = Counter(report.place for report in reports if report.rank in culprits)
-        why = f"{_ranks(culprits)} did not enter it, in {places.most_common(1)[0][0]} instead"
+        first = next(report for report in reports if report.rank in culprits)
+        why = f"{_ranks(culprits)} did not enter it: {first.place}, at {first.at}"
     else:
         why = "all ranks have entered it: look at the network between them, and at their split sizes"
     return Hang(culprits, silent, waiting, f"{what}; {why}")

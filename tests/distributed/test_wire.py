@@ -16,20 +16,21 @@ def two_in_flight(rank: RankContext) -> dict[str, Any]:
     """Rank r sends r + 1 rows to its peer, twice; the second exchange goes into a part of a larger buffer."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
     traffic = Traffic(events=[])
-    wire = Wire(mesh.ep, traffic)
+    wire = Wire(mesh.ep, traffic, mesh.watch)
     sizes = [[0, 1], [2, 0]]
     splits = Splits(tuple(sizes[rank.rank]), tuple(sizes[peer][rank.rank] for peer in range(2)))
     items = torch.full((sum(splits.send), 3), float(rank.rank + 1))
     buffer = torch.zeros(1 + sum(splits.receive), 3)
     first = wire.start(items, splits, name="first", layer="layers.7", payload=True)
     second = wire.start(items * 10, splits, name="second", out=buffer[1:])
-    flying = [(pending.layer, pending.name, pending.splits == splits) for pending in wire.in_flight]
+    flying = [(pending.layer, pending.name, pending.splits == splits) for pending in (first, second)]
+    unwatched = mesh.watch.oldest()
     got_second, got_first = second.wait(), first.wait()
     with pytest.raises(AssertionError, match="has been waited for"):
         first.wait()
     return {
         "flying": flying,
-        "left": len(wire.in_flight),
+        "watched": (unwatched, mesh.watch.oldest(), mesh.watch.entered),
         "first": got_first.tolist(),
         "second": got_second.tolist(),
         "buffer": buffer.tolist(),
@@ -42,7 +43,7 @@ def test_two_exchanges_in_flight(run_in_world: Callable[..., list[Any]]) -> None
     for rank, seen in enumerate(run_in_world(2, two_in_flight)):
         rows, value = (2, 2.0) if rank == 0 else (1, 1.0)
         assert seen["flying"] == [("layers.7", "first", True), ("", "second", True)]
-        assert seen["left"] == 0
+        assert seen["watched"] == (None, None, 4)  # two calls and two waits, and the rank is in none of them now
         assert seen["first"] == [[value] * 3] * rows
         assert seen["second"] == [[value * 10] * 3] * rows
         assert seen["buffer"] == [[0.0] * 3] + [[value * 10] * 3] * rows

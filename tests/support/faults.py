@@ -3,10 +3,10 @@ the rank, step and phase that MOE_DIST_TEST_FAULT names.
 
     MOE_DIST_TEST_FAULT='{"rank": 1, "step": 3, "phase": "before_step", "kind": "kill"}'
 
-Phases: before_step, after_step (of optimizer step `step`, 1-based), before_layer_1 (before the second MoE layer's forward in
-that step), before_commit (of the checkpoint of that step).
-Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself), sleep
-(for ever, its threads alive).
+Phases: before_step, after_step (of optimizer step `step`, 1-based), before_layer_1 (the second MoE layer's forward in that
+step), before_commit (of the checkpoint of that step).
+Kinds: kill (SIGKILL to itself), raise (an exception), stop (SIGTERM to itself: a request), freeze (SIGSTOP to itself),
+sleep (for ever, its threads alive).
 """
 
 import json

@@ -45,7 +45,7 @@ def test_a_rank_in_no_collective_is_the_one() -> None:
     busy = replace(WAITS, rank=1, collective=None, layer="", entered=39, at="loader.py:12 read")
     hang = judge([WAITS, busy], world_size=2, seconds=20.0)
     assert (hang.culprits, hang.silent) == ((1,), ())
-    assert "rank 1 did not enter it, in no collective, but loader.py:12 read instead" in hang.reason
+    assert "rank 1 did not enter it: no collective, at loader.py:12 read" in hang.reason
 
 
 def test_a_rank_in_another_collective_is_the_one() -> None:
@@ -53,7 +53,7 @@ def test_a_rank_in_another_collective_is_the_one() -> None:
     hang = judge([WAITS, replace(WAITS, rank=2), behind], world_size=3, seconds=20.0)
     assert hang.culprits == (1,)
     assert hang.waiting == WAITS
-    assert "rank 1 did not enter it, in 'checkpoint vote to write' instead" in hang.reason
+    assert "rank 1 did not enter it: 'checkpoint vote to write', at all_to_all.py:60 wait" in hang.reason
 
 
 def test_where_all_are_in_it_nobody_is_blamed() -> None:
