@@ -18,6 +18,7 @@ from launchers.supervise import Outcome, Patience, Ranks, StopSignals, last_word
 from moe_dist.config.load import read_draft
 from moe_dist.errors import EXIT_FAILED, MoeDistError, StoppedError
 from moe_dist.preflight import check_file
+from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.run_folder import Ending, RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
@@ -151,4 +152,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -19,6 +19,7 @@ from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.planner import PlanComparison, compare
 from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.runtime.host import host_relations
 
 _LOOKED_AT = 256 << 20  # bytes of ids of each split
 _MIX_SCALE = 1_000_000  # a mix from weights is in tokens of a million
@@ -111,7 +112,7 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     if config is None:
         raise ConfigError(read.faults, see=GUIDE)
     groups = expert_groups(config.model.moe)
-    relations = [*model_relations(config), *batch_relations(config), *group_relations(groups)]
+    relations = [*model_relations(config), *batch_relations(config), *group_relations(groups), *host_relations(config)]
     data_faults: list[str] = []
     if manifest is None:
         manifest = _manifest_or_fault(config, relations, data_faults)

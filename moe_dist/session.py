@@ -144,4 +144,6 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
     console.print(summary_table(finished.checks, title=f"Run {plan.config.run.name}, {finished.evaluation.step} steps"))
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
+    if not finished.took_steps:
+        console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
     folder.write_summary(console.export_text())

@@ -15,6 +15,7 @@ from moe_dist.config.load import load_config
 from moe_dist.errors import EXIT_DONE, MoeDistError
 from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopRequest
@@ -123,4 +124,4 @@ def _shown(action: Callable[[], int]) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

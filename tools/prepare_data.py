@@ -17,6 +17,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.data.corpus import Recipe, Report
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.runtime.command_line import run_command
 
 DEFAULT_OUT = Path(".cache/data/openmoji")
 
@@ -90,4 +91,4 @@ def _show(manifest: Manifest) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic_core import to_jsonable_python
+
 from moe_dist.config.draft import Draft, draft
 from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config, Relation
@@ -151,7 +153,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
     holder: Any = values
     for depth, part in enumerate(above):
         if isinstance(holder, dict):
-            holder[part] = {} if holder.get(part) is None else holder[part]
+            holder[part] = _default_list(".".join(above[: depth + 1])) if holder.get(part) is None else holder[part]
         step: Any = int(part) if isinstance(holder, list) and part.isdecimal() else part
         try:
             holder = holder[step]
@@ -166,6 +168,14 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
     else:
         return f"{key}: {'.'.join(above)} is {holder!r}, which has no {last!r}"
     return None
+
+
+def _default_list(key: str) -> Any:
+    """What stands in place of a key that an override reaches into and the file leaves out: a list's default items; a
+    section begins empty, since its other keys have defaults of their own."""
+    field = next((found.field for found in find(Config, key) if found.field is not None), None)
+    default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
+    return to_jsonable_python(default) if isinstance(default, tuple) else {}
 
 
 def _keep_keys_of(holder: dict[str, Any], variant: Any) -> None:

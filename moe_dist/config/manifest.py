@@ -3,27 +3,39 @@
 import json
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from moe_dist.config.draft import draft
-from moe_dist.config.schema import Count, Name, Relation, Section
+from moe_dist.config.schema import Count, Name, PathText, Relation, Section
 from moe_dist.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
+
+
+def _inside(path: str) -> str:
+    """A manifest may come from elsewhere: it names files of its own folder, and no others."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError(
+            f"{path!r} leads out of the data set's folder; name a file in it (a symbolic link there may point anywhere)"
+        )
+    return path
+
+
+FilePath = Annotated[PathText, AfterValidator(_inside)]
 IdRange = tuple[Count, PositiveInt]  # [first, past the last)
 
 
 class SplitSection(Section):
     """One Megatron indexed data set: <path>.bin and <path>.idx, relative to the manifest."""
 
-    path: str = Field(description="Prefix of the .bin and .idx files, relative to the manifest.")
+    path: FilePath = Field(description="Prefix of the .bin and .idx files, relative to the manifest.")
     documents: PositiveInt = Field(description="Documents in the index.")
     tokens: PositiveInt = Field(description="Tokens in the index.")
     tokens_by_modality: dict[Name, Count] = Field(default_factory=dict, description="Tokens of each modality.")
-    filler: str | None = Field(
+    filler: FilePath | None = Field(
         default=None,
         description="Bits, one a token in file order, packed by numpy.packbits: 1 where an image cell is empty.",
     )
@@ -42,7 +54,7 @@ class ImageSection(Section):
     grid: tuple[PositiveInt, PositiveInt] = Field(description="Rows and columns of codes.")
     begin_id: Count = Field(description="Token before the codes.")
     end_id: Count = Field(description="Token after the codes.")
-    codebook: str | None = Field(
+    codebook: FilePath | None = Field(
         default=None, description=".npy of uint8 [codes, patch, patch, 3], relative to the manifest."
     )
 
@@ -60,7 +72,7 @@ class Manifest(Section):
     )
     pad_id: Count = Field(description="Id that fills up a sequence; never a label.")
     eos_id: Count = Field(description="Id that ends a document.")
-    tokenizer: str | None = Field(default=None, description="tokenizers JSON file, relative to the manifest.")
+    tokenizer: FilePath | None = Field(default=None, description="tokenizers JSON file, relative to the manifest.")
     image: ImageSection | None = None
     sources: dict[Name, SourceSection] = Field(min_length=1)
     baselines: dict[str, float] = Field(

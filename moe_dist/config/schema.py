@@ -27,6 +27,7 @@ RESERVED_GROUP_NAMES = frozenset((
     "top_k_G", "train", "training", "type", "xpu", "zero_grad",
 ))
 # fmt: on
+UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
@@ -64,6 +65,11 @@ class RunSection(Section):
     name: Name = Field(description="Name of the run; its folder is <root>/<name>. Letters, digits, '.', '_' and '-'.")
     root: PathText = Field(default="runs", description="Folder that holds all runs.")
     seed: Count = Field(default=0, description="Seed of initial weights, data order and every other random draw.")
+    group: Annotated[str, Field(pattern=UNIX_GROUP_PATTERN)] | None = Field(
+        default=None,
+        description="Unix group that is given the run folder, and by its setgid bit all that is made in it; null leaves "
+        "both as the system makes them. What its members may do is the umask's to say.",
+    )
 
 
 class GroupSection(Section):
@@ -472,4 +478,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "checkpoint",
     "monitor",
     "run.root",
+    "run.group",
 )

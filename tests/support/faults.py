@@ -87,10 +87,9 @@ def inject(spec: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import typer
-
+    from moe_dist.runtime.command_line import run_command
     from moe_dist.train import main
 
     if VARIABLE in os.environ:
         inject(json.loads(os.environ[VARIABLE]))
-    typer.run(main)
+    run_command(main)

@@ -198,6 +198,19 @@ def unpickling_faults(files: list[Source]) -> list[str]:
     return faults
 
 
+def command_line_faults(files: list[Source]) -> list[str]:
+    return [
+        f"{file.path}:{call.lineno}: {name} decorates tracebacks, which can print secrets; use runtime/command_line.py"
+        for file in files
+        for call, name in file.calls()
+        if name == "typer.run"
+        or (
+            name == "typer.Typer"
+            and {k.arg: ast.unparse(k.value) for k in call.keywords}.get("pretty_exceptions_enable") != "False"
+        )
+    ]
+
+
 def name_faults(files: list[Source]) -> list[str]:
     return [
         f"{file.path}: a file is named after what it holds"
@@ -242,6 +255,10 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
         planted("moe_dist/data/x.py", "np.load(path, allow_pickle=True)"),
         planted("moe_dist/config/x.py", "yaml.load(text)"),
         planted("moe_dist/config/x.py", "import dill"),
+    ),
+    command_line_faults: (
+        planted("tools/x.py", "typer.run(main)"),
+        planted("launchers/x.py", "app = typer.Typer(add_completion=False)"),
     ),
     name_faults: (planted("moe_dist/moe/utils.py", "pass"), planted("moe_dist/common/x.py", "pass")),
 }

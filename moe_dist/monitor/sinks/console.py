@@ -191,4 +191,6 @@ def _number(value: float | None, form: str) -> str:
 def _thousands(value: float | None) -> str:
     if value is None:
         return "-"
+    if value < 1000.0:
+        return f"{value:.3g}" if value < 99.5 else f"{value:.0f}"
     return f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"

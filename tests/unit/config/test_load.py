@@ -42,6 +42,15 @@ def test_every_preset_loads(preset: Path) -> None:
     assert config.run.name != ""
 
 
+def test_an_override_reaches_into_a_list_that_the_file_leaves_to_its_default(path: Path) -> None:
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("monitor:")))
+    config = load_config(path, ["monitor.sinks.0.every=5", "monitor.sinks.2.pictures_every=7"])
+    assert [sink.kind for sink in config.monitor.sinks] == ["console", "jsonl", "tensorboard"]
+    assert (config.monitor.sinks[0].model_dump()["every"], config.monitor.sinks[2].model_dump()["pictures_every"]) == (5, 7)
+    assert load_config(path, ["loss.balance.schedule.0=[0, 0.5]"]).loss.balance.schedule == ((0, 0.5),)
+    assert "monitor.sinks.3 is not there" in faults(path, "monitor.sinks.3.every=5")[0]
+
+
 def test_values_have_their_types(path: Path) -> None:
     config = load_config(path)
     assert config.optimizer.lr == 3e-3  # YAML 1.1 would read text

@@ -72,6 +72,26 @@ def test_every_fault_is_named(tmp_path: Path, changes: dict[str, Any], parts: li
     assert "docs/data.md" in str(raised.value)
 
 
+@pytest.mark.parametrize("path", ["../other/train", "/etc/shadow", "a/../../b", "..", "a\nb"])
+@pytest.mark.parametrize("key", ["path", "filler", "tokenizer", "codebook"])
+def test_a_file_outside_the_folder_is_refused(tmp_path: Path, key: str, path: str) -> None:
+    content = values()
+    holder = {
+        "path": content["sources"]["prose"]["train"],
+        "filler": content["sources"]["prose"]["train"],
+        "tokenizer": content,
+        "codebook": content["image"],
+    }[key]
+    holder[key] = path
+    with pytest.raises(DataError) as raised:
+        load_manifest(write(tmp_path, content))
+    (fault,) = raised.value.faults
+    assert key in fault
+    assert "leads out of the data set's folder" in fault or "without control characters" in fault
+    holder[key] = "part/a..b"
+    load_manifest(write(tmp_path, content))
+
+
 def test_counts_by_modality_must_add_up(tmp_path: Path) -> None:
     content = values()
     content["sources"]["prose"]["train"]["tokens_by_modality"] = {"text": 9}

@@ -9,7 +9,7 @@ from rich.console import Console
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.sinks.console import ConsoleSink, duration, summary_table
+from moe_dist.monitor.sinks.console import ConsoleSink, duration, line_numbers, summary_table
 from moe_dist.monitor.statistics import EvaluationResult
 
 MakeRecord = Callable[..., Record]
@@ -53,6 +53,23 @@ def test_plain_lines_come_every_few_steps_and_stay_one_line(make_record: MakeRec
         f" image {scalars['moe/experts_per_token/image']:.2f}  imbalance text {scalars['moe/load_imbalance/text']:.2f},"
         f" image {scalars['moe/load_imbalance/image']:.2f}  0:30 left"
     )
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [
+        (0.4, "0.4"),
+        (3.25, "3.25"),
+        (42.13, "42.1"),
+        (99.7, "100"),
+        (640.2, "640"),
+        (1e3, "1.0k"),
+        (12345.0, "12.3k"),
+        (3e6, "3.00M"),
+    ],
+)
+def test_small_rates_are_not_rounded_away(rate: float, shown: str) -> None:
+    assert f"  {shown} tokens/s" in line_numbers({"perf/tokens_per_second": rate})
 
 
 def test_time_left_counts_from_where_the_attempt_began(make_record: MakeRecord) -> None:

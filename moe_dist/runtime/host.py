@@ -1,0 +1,63 @@
+"""What a configuration asks of the machine itself, found out without torch: packages, and the group of `run.group`."""
+
+import grp
+import importlib.util
+import os
+from pathlib import Path
+
+from moe_dist.config.schema import Config, Relation
+
+
+def host_relations(config: Config) -> list[Relation]:
+    """What this machine cannot give."""
+    return [*apex_relations(config), *group_relations(config)]
+
+
+def apex_relations(config: Config) -> list[Relation]:
+    """Whether optimizer.backend=apex can be had: its kernels take whole parameters on CUDA, and Apex must be installed.
+
+    Looked for without importing it; not looked for where torch is missing too, since then the ranks run elsewhere.
+    """
+    if config.optimizer.backend != "apex":
+        return []
+    broken = []
+    if config.parallel.data == "fsdp2":
+        fault = (
+            "optimizer.backend=apex: its kernels cannot take the sharded parameters of parallel.data=fsdp2; set "
+            "parallel.data=ddp or optimizer.backend=torch"
+        )
+        broken.append(Relation(("optimizer.backend", "parallel.data"), fault))
+    if config.parallel.device == "cpu":
+        fault = (
+            "optimizer.backend=apex: its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or "
+            "another device"
+        )
+        broken.append(Relation(("optimizer.backend", "parallel.device"), fault))
+    if importlib.util.find_spec("torch") is not None and not _has_apex():
+        fault = (
+            "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package `apex` on "
+            "the Python index is another project); build it from NVIDIA's repository, or set optimizer.backend=torch"
+        )
+        broken.append(Relation(("optimizer.backend",), fault))
+    return broken
+
+
+def group_relations(config: Config) -> list[Relation]:
+    """Whether `run.group` exists and this user may give files to it."""
+    name = config.run.group
+    if name is None:
+        return []
+    try:
+        group = grp.getgrnam(name)
+    except KeyError:
+        return [Relation(("run.group",), f"run.group={name!r}: no group of that name here; `id -Gn` lists yours")]
+    if os.geteuid() == 0 or group.gr_gid in (os.getegid(), *os.getgroups()):
+        return []
+    fault = f"run.group={name!r}: you are not in that group, and cannot give it a folder; `id -Gn` lists yours"
+    return [Relation(("run.group",), fault)]
+
+
+def _has_apex() -> bool:
+    spec = importlib.util.find_spec("apex")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder) / "optimizers" / "fused_adam.py").is_file() for folder in folders or ())
