@@ -82,7 +82,7 @@ def _run(
     commands: Sequence[RankCommand], folder: RunFolder, attempt_id: str, grace_seconds: float
 ) -> tuple[Outcome, list[int]]:
     """The outcome, and where this attempt begins in each log."""
-    folder.logs.mkdir(parents=True, exist_ok=True)
+    folder.prepare()
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab")) for command in commands]
         for log in logs:

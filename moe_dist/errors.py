@@ -20,6 +20,7 @@ class MoeDistError(Exception):
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # whether a launcher may start the same command again
+    consequence: bool = False  # of an error on another rank, which gives the reason
 
     def __init__(self, faults: str | Sequence[str], *, see: str | None = None) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)

@@ -1,6 +1,6 @@
 """What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink, summary_table
 from moe_dist.monitor.sinks.jsonl import JsonlSink
+from moe_dist.monitor.sinks.lease_watch import LeaseWatch
 from moe_dist.monitor.sinks.prometheus import PrometheusSink
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
@@ -81,14 +82,20 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 
 
 @contextmanager
-def open_sinks(plan: Preflight, folder: RunFolder, env: RankEnv, *, resume_step: int) -> Iterator[list[Sink]]:
-    """The sinks of rank 0, none on other ranks; closed however the run ends, so that no record waits in a buffer."""
+def open_sinks(
+    plan: Preflight, folder: RunFolder, env: RankEnv, *, resume_step: int, lease_check: Callable[[], None]
+) -> Iterator[list[Sink]]:
+    """The sinks of rank 0, none on other ranks; closed however the run ends, so that no record waits in a buffer.
+
+    Before each record `lease_check` raises if another attempt writes to the run by now.
+    """
     sinks: list[Sink] = []
     try:
         if env.rank == 0:
             console = Console()
             print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
-            sinks += _build_sinks(plan, folder, resume_step)
+            lease_check()
+            sinks += [LeaseWatch(lease_check), *_build_sinks(plan, folder, resume_step)]
         yield sinks
     finally:
         for sink in sinks:

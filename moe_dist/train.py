@@ -60,7 +60,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.trainer import Trainer
 
     config = plan.config
-    folder = attempt.open(config)
+    folder = attempt.open(config, stopped=lambda: stop.requested)
     log = setup_logging(env, folder)
     device = session.choose_device(config, env)
     timeout = config.parallel.timeout_seconds
@@ -84,7 +84,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     log.follow(lambda: progress.step)
     with (
         session.watched_devices(config, device, env) as devices,
-        session.open_sinks(plan, folder, env, resume_step=progress.step) as sinks,
+        session.open_sinks(plan, folder, env, resume_step=progress.step, lease_check=attempt.check_lease) as sinks,
     ):
         trainer = Trainer(
             build.build_plan(config, plan.groups),

@@ -295,4 +295,6 @@ def _remote_error(what: str, codes: list[int]) -> MoeDistError:
         1000 + ConfigError.exit_code: ConfigError,
         1000 + DataError.exit_code: DataError,
     }
-    return kinds.get(code, MoeDistError)(message)
+    error = kinds.get(code, MoeDistError)(message)
+    error.consequence = True
+    return error

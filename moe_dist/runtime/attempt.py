@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
@@ -22,12 +23,19 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
 
+CAUSE_SECONDS = 1.5  # within which a rank that heard of a peer's error lets the peer give the reason
+
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
     """Exit code and reason of an exception that ends a run."""
     if isinstance(error, MoeDistError):
         return error.exit_code, str(error)
     return EXIT_FAILED, f"{type(error).__name__}: {error}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 class Attempt:
@@ -49,16 +57,22 @@ class Attempt:
         self.last_step: Callable[[], int] | None = None
         self.exit_code = EXIT_DONE
 
-    def open(self, config: Config, *, wait_seconds: float = WAIT_SECONDS) -> RunFolder:
+    def open(
+        self, config: Config, *, wait_seconds: float = WAIT_SECONDS, stopped: Callable[[], bool] | None = None
+    ) -> RunFolder:
         """The folder of the run, opened for writing on rank 0. Before the process group is made, so that no rank gets
         past the rendezvous in a folder that rank 0 may not have.
 
+        Args:
+            wait_seconds: How long rank 0 waits for another attempt to leave; it says so at once on standard error.
+            stopped: Whether a stop was asked for, which ends that wait.
+
         Raises:
-            ConfigError, LeaseError: as `RunFolder.open`.
+            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: as `RunFolder.open`.
         """
         folder = RunFolder.of(config)
         if self._env.rank == 0:
-            self._lease = folder.open(config, self._env, wait_seconds=wait_seconds)
+            self._lease = folder.open(config, self._env, wait_seconds=wait_seconds, on_wait=_say, stopped=stopped)
         self._folder = folder
         return folder
 
@@ -95,7 +109,8 @@ class Attempt:
             sys.stderr.write(f"{reason}\n")
         else:
             traceback.print_exception(error)
-        with contextlib.suppress(OSError):  # a full disk must not hide the error; the exit code still tells
+        with contextlib.suppress(OSError, MoeDistError):  # a full disk must not hide the error; the exit code still tells
+            self._let_the_cause_speak(error)
             self._leave(self.exit_code, reason)
         self._end(self.exit_code)
 
@@ -106,6 +121,14 @@ class Attempt:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+    def _let_the_cause_speak(self, error: BaseException) -> None:
+        """Ranks that voted learn of an error at the same moment as the rank that has it: that one writes the verdict."""
+        if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):
+            return
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while time.monotonic() < deadline and not self._folder.has_verdict(self._env.attempt_id):
+            time.sleep(0.02)
 
     def _leave(self, verdict: int, reason: str) -> None:
         if self._folder is not None:

@@ -13,10 +13,11 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import MoeDistError, StoppedError
 
 STALE_SECONDS = 30.0
 WAIT_SECONDS = 90.0
@@ -37,6 +38,7 @@ class Holder:
         machine: Identity of the kernel and process-id namespace; pids compare only where it is equal.
         born: Start time of the process in clock ticks, so that a reused pid is not taken for it.
         token: Unique to this acquisition.
+        since: When it was made, Unix seconds of that host's clock, for people.
     """
 
     attempt_id: str
@@ -45,18 +47,20 @@ class Holder:
     machine: str
     born: str
     token: str
+    since: float = 0.0
 
     @classmethod
     def this_process(cls, attempt_id: str) -> "Holder":
         pid = os.getpid()
-        return cls(attempt_id, socket.gethostname(), pid, _machine(), _born(pid), uuid.uuid4().hex)
+        return cls(attempt_id, socket.gethostname(), pid, _machine(), _born(pid), uuid.uuid4().hex, time.time())
 
     def is_dead(self) -> bool:
         """Whether it is known to have ended; False where that cannot be told from here."""
         return self.machine != "" and self.machine == _machine() and _born(self.pid) != self.born
 
     def __str__(self) -> str:
-        return f"attempt {self.attempt_id}, process {self.pid} on {self.host}"
+        since = f", since {time.strftime('%F %T %z', time.localtime(self.since))}" if self.since else ""
+        return f"attempt {self.attempt_id}, process {self.pid} on {self.host}{since}"
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -81,13 +85,25 @@ class Lease:
         self._ended = threading.Event()
         self._closing = threading.Lock()  # the thread must not write to a descriptor that was closed and given out again
 
-    def acquire(self, wait_seconds: float = WAIT_SECONDS) -> "Lease":
+    def acquire(
+        self,
+        wait_seconds: float = WAIT_SECONDS,
+        *,
+        on_wait: Callable[[str], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> "Lease":
         """Takes the lease, waiting for a holder to leave or to go stale; then keeps it warm from a thread.
+
+        Args:
+            on_wait: Told once, before the first wait, for whom and how long.
+            stopped: Looked at while waiting.
 
         Raises:
             LeaseError: somebody else still holds it after `wait_seconds`.
+            StoppedError: `stopped` said so.
         """
         deadline = time.monotonic() + wait_seconds
+        told = on_wait is None or wait_seconds <= 0.0
         seen, since = _read(self.path), time.monotonic()
         while not self._try_create():
             now = time.monotonic()
@@ -102,6 +118,16 @@ class Lease:
                     f"{self.path}: {holder or 'another attempt'} writes to this run and did not leave within "
                     f"{wait_seconds:g} s; stop it, or choose another run.name; if that process is surely gone, remove "
                     f"{self.path}*"
+                )
+            if stopped is not None and stopped():
+                raise StoppedError(
+                    f"stopped on request while {holder or 'another attempt'} writes to this run; start me again"
+                )
+            if not told and on_wait is not None:
+                told = True
+                on_wait(
+                    f"{self.path.parent}: {holder or 'another attempt'} writes to this run; waiting up to {wait_seconds:g} "
+                    f"s for it to end, or for {self._stale_seconds:g} s of silence"
                 )
             time.sleep(min(0.2, self._stale_seconds / 6))
         threading.Thread(target=self._keep_warm, name="lease", daemon=True).start()
@@ -162,15 +188,31 @@ class Lease:
         try:
             fd = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
-            return False  # somebody else is doing it
+            self._remove_if_dead(claim)
+            return False  # somebody else is doing it, or was
         if _read(self.path) != stale:
             os.close(fd)
             claim.unlink()
             return False
         os.pwrite(fd, self._content(), 0)
-        os.replace(claim, self.path)
+        try:
+            os.replace(claim, self.path)
+        except FileNotFoundError:  # taken for a dead one's
+            os.close(fd)
+            return False
         self._fd = fd
         return True
+
+    def _remove_if_dead(self, claim: Path) -> None:
+        """Removes the claim of a process that was killed before it came to the rename. Moved first: of several that see it
+        dead one gets it, and whoever has made a new one meanwhile finds it gone and tries again."""
+        claimer = read_holder(claim)
+        if claimer is None or not claimer.is_dead():
+            return
+        aside = claim.with_name(f"{claim.name}.{self._me.token}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(claim, aside)
+            aside.unlink()
 
 
 def _read(path: Path) -> tuple[Holder | None, bytes]:

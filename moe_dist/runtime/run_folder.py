@@ -7,21 +7,25 @@
 Rank 0 of an attempt opens the folder; the other ranks only look (`inspect`), before any process group is made.
 """
 
+import contextlib
 import itertools
-import json
 import os
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
 from moe_dist.config.load import changes_on_resume, load_config, resolved_yaml
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
-from moe_dist.errors import EXIT_DONE, ConfigError
+from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, read_holder
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, LeaseError, read_holder
+from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, refuse_planted_links
 from moe_dist.runtime.provenance import record_provenance
+from moe_dist.runtime.status import Ending, Status, read_status, write_status
 
 BEFORE_OPENING = frozenset({"log", "lease.json", "status.json"})  # what may lie in a folder that no attempt has opened yet
 
@@ -34,56 +38,16 @@ class Start(Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True)
-class Ending:
-    """One attempt in status.json.
-
-    Attributes:
-        attempt_id, restarts: Its name, and how often its launcher had restarted the job before.
-        host, pid: Of rank 0.
-        started, ended: Unix seconds; ended is None while it runs, or when it died without a word.
-        verdict: Exit code; None likewise.
-        reason: In words.
-        rank: The rank that gave the verdict.
-        last_step: Last step taken.
-    """
-
-    attempt_id: str
-    restarts: int
-    host: str
-    pid: int
-    started: float
-    ended: float | None = None
-    verdict: int | None = None
-    reason: str = ""
-    rank: int | None = None
-    last_step: int = 0
-
-
-@dataclass(frozen=True)
-class Status:
-    """All attempts of a run, the latest last."""
-
-    attempts: tuple[Ending, ...] = ()
-
-    @property
-    def latest(self) -> Ending | None:
-        return self.attempts[-1] if self.attempts else None
-
-    def of(self, attempt_id: str) -> Ending | None:
-        """The entry of one attempt."""
-        return next((ending for ending in self.attempts if ending.attempt_id == attempt_id), None)
-
-
 class RunFolder:
     """The folder of one run.
 
     Args:
         path: <run.root>/<run.name>.
+        group: Unix group that is given what is made; None leaves that to the system.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, group: str | None = None) -> None:
+        self.path, self._group = Path(path), group
         self.config_yaml = self.path / "config.yaml"
         self.metrics_jsonl = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -96,7 +60,7 @@ class RunFolder:
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
         """The folder that a configuration names; it need not exist."""
-        return cls(Path(config.run.root) / config.run.name)
+        return cls(Path(config.run.root) / config.run.name, config.run.group)
 
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
@@ -105,8 +69,26 @@ class RunFolder:
         """What a start with `config` would do here. Reads only, so every rank may ask.
 
         Raises:
-            ConfigError: the folder holds another configuration (with the difference), or something that is no run.
+            ConfigError: the folder holds another configuration (with the difference), or something that is no run; or it
+                belongs to another user, whose finished run can still be shown; or this user cannot read it.
+            DataError: its status.json is damaged.
+            RunFolderError: it cannot be read just now.
         """
+        with in_words(self.path):
+            owner = other_owner(self.path)
+            if owner is None:
+                start = self._inspect(config)
+                refuse_planted_links(self.path)
+                return start
+            with contextlib.suppress(OSError, MoeDistError):
+                if self._inspect(config) is Start.FINISHED:
+                    return Start.FINISHED
+        raise ConfigError(
+            f"run.name={config.run.name!r}: {self.path} belongs to {owner}; you may look at what you can read of it, but a "
+            "run is written by its owner alone: choose another run.name or run.root"
+        )
+
+    def _inspect(self, config: Config) -> Start:
         if not self.config_yaml.is_file():
             self._refuse_strangers()
             return Start.NEW
@@ -162,11 +144,17 @@ class RunFolder:
 
         Raises:
             LeaseError: an attempt writes to it at this moment.
-            ConfigError: it is no run.
+            ConfigError: it is no run, or another user's.
         """
+        with in_words(self.path):
+            return self._move_aside()
+
+    def _move_aside(self) -> Path | None:
         if not self.config_yaml.is_file():
             self._refuse_strangers()
             return None
+        if owner := other_owner(self.path):
+            raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
         lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
         try:
             taken = {entry.name for entry in self.path.parent.iterdir()}
@@ -177,42 +165,77 @@ class RunFolder:
             lease.release()
         return old
 
-    def open(self, config: Config, env: RankEnv, *, wait_seconds: float = WAIT_SECONDS) -> Lease:
+    def prepare(self) -> None:
+        """Makes the folder and its logs, and gives them to `run.group`. Who starts a run calls it after `inspect`.
+
+        Raises:
+            ConfigError, RunFolderError: this user may not make it, or cannot just now.
+        """
+        with in_words(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.logs, self.checkpoints, self.tensorboard):
+                if self._group is not None and folder.is_dir():
+                    give_to_group(folder, self._group)
+            self.logs.mkdir(exist_ok=True)  # after its parent has the setgid bit, which it takes on
+
+    def open(
+        self,
+        config: Config,
+        env: RankEnv,
+        *,
+        wait_seconds: float = WAIT_SECONDS,
+        on_wait: Callable[[str], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Lease:
         """On rank 0: takes the lease, writes configuration and provenance, and begins the attempt in status.json.
+
+        Args:
+            on_wait, stopped: As in `Lease.acquire`.
 
         Returns:
             The lease, to be checked before each commit and released at the end.
 
         Raises:
-            ConfigError: as `inspect`.
+            ConfigError, DataError, RunFolderError: as `inspect` and `prepare`.
             LeaseError: another attempt writes here and did not leave within `wait_seconds`.
+            StoppedError: asked to stop while waiting.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lease = Lease(self.lease_json, env.attempt_id).acquire(wait_seconds)
+        self.inspect(config)
+        with in_words(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lease = Lease(self.lease_json, env.attempt_id).acquire(wait_seconds, on_wait=on_wait, stopped=stopped)
         try:
             self.inspect(config)  # again: the attempt we waited for may have changed the folder
-            # Before anything else: until it stands, a rank that looks at a folder with other things in it takes them for
-            # somebody's own.
-            write_atomically(self.config_yaml, resolved_yaml(config))
-            for folder in (self.logs, self.checkpoints):
-                folder.mkdir(exist_ok=True)
-            record_provenance(self.path, env.attempt_id)
-            self._begin(env)
+            with in_words(self.path):
+                # Before anything else: until it stands, a rank that looks at a folder with other things in it takes them
+                # for somebody's own.
+                write_atomically(self.config_yaml, resolved_yaml(config))
+            self.prepare()
+            with in_words(self.path):
+                self.checkpoints.mkdir(exist_ok=True)
+                record_provenance(self.path, env.attempt_id)
+                self._begin(env, lease)
         except BaseException:
             lease.release()
             raise
         return lease
 
     def read_status(self) -> Status:
-        """All attempts; empty where none has begun."""
-        if not self.status_json.is_file():
-            return Status()
-        return Status(tuple(Ending(**entry) for entry in json.loads(self.status_json.read_text())["attempts"]))
+        """All attempts; empty where none has begun.
+
+        Raises:
+            DataError: status.json is damaged.
+        """
+        return read_status(self.status_json)
 
     def last_step(self) -> int:
         """Last step that an attempt reported; 0 before the first."""
         latest = self.read_status().latest
         return latest.last_step if latest is not None else 0
+
+    def has_verdict(self, attempt_id: str) -> bool:
+        """Whether a rank of this attempt has said how it ended."""
+        return self._claim(attempt_id).exists()
 
     def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:
         """Writes how an attempt ended. Any rank may: the first to do so gives the verdict, since a rank that fails writes
@@ -221,19 +244,28 @@ class RunFolder:
         Returns:
             Whether it was written; False where the attempt has its verdict already, or no longer holds the lease.
         """
-        holder = read_holder(self.lease_json)
-        if holder is None or holder.attempt_id != attempt_id:
+        if not self._is_held_by(attempt_id):
             return False
-        claim = self.path / f".verdict_{attempt_id}"
         try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # the file server decides, not a cache
-        except FileExistsError:
+            os.close(os.open(self._claim(attempt_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # the file server
+        except FileExistsError:  # decides, not a cache
             return False
         ending = self.read_status().of(attempt_id)
         if ending is None:
             return False
-        values = {"verdict": verdict, "reason": reason, "last_step": last_step, "rank": rank, "ended": time.time()}
-        self._write(Ending(**{**asdict(ending), **values}))
+
+        def check() -> None:
+            if not self._is_held_by(attempt_id):
+                raise LeaseError(f"{self.path}: another attempt writes here now")
+
+        try:
+            write_status(
+                self.status_json,
+                replace(ending, verdict=verdict, reason=reason, last_step=last_step, rank=rank, ended=time.time()),
+                before_rename=check,
+            )
+        except LeaseError:
+            return False
         return True
 
     def write_summary(self, text: str) -> None:
@@ -247,22 +279,19 @@ class RunFolder:
         latest = self.read_status().latest
         return f"{self.path}: {'no attempt has begun' if latest is None else f'done after step {latest.last_step}'}"
 
-    def _begin(self, env: RankEnv) -> None:
+    def _begin(self, env: RankEnv, lease: Lease) -> None:
         me = Holder.this_process(env.attempt_id)
         for claim in self.path.glob(".verdict_*"):
             claim.unlink(missing_ok=True)
-        self._write(Ending(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step()))
+        ending = Ending(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
+        write_status(self.status_json, ending, before_rename=lease.check)
 
-    def _write(self, ending: Ending) -> None:
-        attempts = [entry for entry in self.read_status().attempts if entry.attempt_id != ending.attempt_id]
-        summary = {
-            "verdict": ending.verdict,
-            "reason": ending.reason,
-            "last_step": ending.last_step,
-            "restarts": len(attempts),
-            "attempts": [asdict(entry) for entry in (*attempts, ending)],
-        }
-        write_atomically(self.status_json, json.dumps(summary, indent=1) + "\n")
+    def _claim(self, attempt_id: str) -> Path:
+        return self.path / f".verdict_{attempt_id}"
+
+    def _is_held_by(self, attempt_id: str) -> bool:
+        holder = read_holder(self.lease_json)
+        return holder is not None and holder.attempt_id == attempt_id
 
     def _refuse_strangers(self) -> None:
         """A folder that is not empty and no run is somebody's own: nothing is written into it and it is not moved."""
@@ -280,13 +309,3 @@ class RunFolder:
                 f"run.name={self.path.name!r}: {self.path} is no run (no config.yaml, but {', '.join(strangers[:5])}); "
                 "choose another run.name or run.root"
             )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file: a reader sees the old or the new text whole, also after a crash of the machine."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    with new.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(new, path)

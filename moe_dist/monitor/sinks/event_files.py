@@ -39,10 +39,7 @@ def _cut(path: Path, step: int) -> bool:
                 writer.write(raw)
         file.flush()
         os.fsync(file.fileno())
-    if dropped:
-        os.replace(kept_path, path)
-    else:
-        kept_path.unlink()
+    os.replace(kept_path, path)  # also where all stay: a writer that was only asleep goes on in a file without a name
     return kept_steps and not dropped
 
 

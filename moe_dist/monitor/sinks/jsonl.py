@@ -117,7 +117,8 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 def drop_lines_after(path: Path, step: int) -> None:
     """Drops lines of steps after `step`, and lines that are no record: the torn one that a crash leaves at the end.
 
-    The file is replaced in one rename, and only if something goes: a crash in here leaves the old file whole.
+    The file is replaced in one rename, also where nothing goes: a crash in here leaves the old file whole, and an earlier
+    writer that was only asleep goes on writing into a file without a name.
     Reads the file once without parsing the numbers, since the file of a long run has gigabytes.
     """
     if not path.exists():
@@ -135,11 +136,9 @@ def drop_lines_after(path: Path, step: int) -> None:
                 new.write(text)
         new.flush()
         os.fsync(new.fileno())
+    os.replace(kept_path, path)
     if unreadable or later:
-        os.replace(kept_path, path)
         logger.info("%s: dropped %d lines after step %d and %d unfinished ones", path, later, step, unreadable)
-    else:
-        kept_path.unlink()
 
 
 def _parse(text: str) -> dict[str, Any] | None:

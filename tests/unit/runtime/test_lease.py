@@ -1,6 +1,8 @@
 """One writer: leases between two holders, in one process and in several."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.errors import StoppedError
 from moe_dist.runtime.lease import Holder, Lease, LeaseError, _read, read_holder
 
 ROOT = Path(__file__).parents[3]
@@ -80,6 +83,54 @@ def test_a_second_attempt_ends_naming_the_holder(tmp_path: Path) -> None:
         holder = read_holder(path)
         assert holder is not None
         assert holder.pid == process.pid
+
+
+def test_who_waits_says_at_once_for_whom_since_when_and_how_long(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    said: list[str] = []
+    with another_process(path, "time.sleep(100)") as process, pytest.raises(LeaseError):
+        Lease(path, "me", stale_seconds=0.6).acquire(0.5, on_wait=said.append)
+    (text,) = said
+    assert f"attempt other, process {process.pid} on " in text
+    assert re.search(rf", since {time.strftime('%Y-')}\d\d-\d\d \d\d:\d\d:\d\d .*; waiting up to 0\.5 s", text)
+    said.clear()
+    Lease(tmp_path / "free.json", "me").acquire(0.5, on_wait=said.append).release()
+    assert not said
+
+
+def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    of_another_machine(path)
+    looks = iter([False, False, True])
+    with pytest.raises(StoppedError, match="attempt old"):
+        Lease(path, "me").acquire(1000.0, stopped=lambda: next(looks))
+
+
+def test_a_claim_of_a_process_that_was_killed_in_the_middle_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    holder = of_another_machine(path)
+    claim = path.with_name(f"lease.json.{holder.token}")
+    with another_process(claim, "time.sleep(100)") as process:  # its content is a claim's: who makes it, and a beat
+        process.kill()
+        wait_until(lambda: (claimer := read_holder(claim)) is not None and claimer.is_dead(), "claimer is seen as dead")
+        Lease(path, "me", stale_seconds=0.2).acquire(10.0).check()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lease.json"]
+
+
+def test_a_claim_that_is_taken_away_before_the_rename_gives_no_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lease.json"
+    holder = of_another_machine(path)
+    lease, real = Lease(path, "me"), os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        source.unlink()
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert not lease._take_over(_read(path))
+    assert read_holder(path) == holder
 
 
 def test_a_second_attempt_waits_for_the_first_to_leave(tmp_path: Path) -> None:

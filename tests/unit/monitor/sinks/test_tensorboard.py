@@ -110,12 +110,16 @@ def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
     assert not (tmp_path / "kept").exists()
 
 
-def test_events_that_stay_are_not_rewritten(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    write(tmp_path, subject, [make_record(step) for step in (1, 2)])
-    (before,) = tmp_path.iterdir()
-    inode = before.stat().st_ino
-    write(tmp_path, subject, [make_record(3)], resume_step=2)
-    assert before.stat().st_ino == inode
+def test_only_the_last_attempts_file_is_written_anew(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    """Also where all its events stay: whoever had it open, and was only asleep, goes on in a file without a name."""
+    inodes: list[dict[str, int]] = []
+    for step in (1, 2, 3):
+        write(tmp_path, subject, [make_record(step)], resume_step=step - 1)
+        inodes.append({path.name: path.stat().st_ino for path in tmp_path.iterdir()})
+    first, second = inodes[0].keys(), inodes[1].keys() - inodes[0].keys()
+    assert all(inodes[1][name] != inodes[0][name] and inodes[2][name] == inodes[1][name] for name in first)
+    assert all(inodes[2][name] != inodes[1][name] for name in second)
+    assert [step for step, _ in points(read(tmp_path), "optim/lr")] == [1, 2, 3]
 
 
 def test_pictures_and_histograms(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:

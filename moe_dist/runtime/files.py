@@ -1,0 +1,29 @@
+"""Writing a file whole or not at all."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str, *, before_rename: Callable[[], None] | None = None) -> None:
+    """Replaces a file: a reader sees the old or the new text whole, also after a crash of the machine. Permissions are as
+    the umask says.
+
+    Args:
+        before_rename: The last look before the new text takes its place (a lease's `check`); what it raises keeps the old.
+    """
+    # A name that nobody can have prepared, and O_EXCL: never through a link that somebody left there.
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if before_rename is not None:
+            before_rename()
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,260 @@
+"""A writer that is stopped, replaced and woken up: nothing of the run changes under the hands of the second one.
+
+The first writer stops itself (SIGSTOP) at a chosen place, among them the worst ones: after the last look at the lease.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
+from moe_dist.monitor.sinks.lease_watch import LeaseWatch
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.lease import Lease, LeaseError
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).parents[3]
+FIRST = """
+import os, signal, sys
+from pathlib import Path
+from moe_dist.config.load import load_config
+from moe_dist.runtime import lease as lease_module
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.run_folder import RunFolder
+STALE = 0.6
+lease_module.Lease.__init__.__kwdefaults__["stale_seconds"] = STALE
+config = load_config(sys.argv[1])
+folder = RunFolder.of(config)
+lease = folder.open(config, RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="sleeper"))
+def sleep_now():
+    print("asleep", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def state_of(process: subprocess.Popen[str]) -> str:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Sleeper:
+    """The first writer, in a process of its own, stopped somewhere inside `body`."""
+
+    def __init__(self, tmp_path: Path, body: str) -> None:
+        self.config = tiny_config(tmp_path / "data", tmp_path / "runs")
+        self.folder = RunFolder.of(self.config)
+        path = write_config(self.config, tmp_path / "x.yaml")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FIRST + textwrap.dedent(body), str(path)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line == "asleep\n", self.process.communicate()
+        wait_until(lambda: state_of(self.process) == "T")
+
+    def take_over(self) -> Lease:
+        """As a second attempt does: the stopped holder is alive, so its silence has to be waited for."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.6)
+            env = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="second")
+            return self.folder.open(self.config, env, wait_seconds=30.0)
+
+    def wake(self) -> tuple[int, str, str]:
+        self.process.send_signal(signal.SIGCONT)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path):
+    started: list[Sleeper] = []
+
+    def start(body: str) -> Sleeper:
+        started.append(Sleeper(tmp_path, body))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+SINKS = """
+    import numpy as np
+    from moe_dist.monitor.sinks.jsonl import JsonlSink
+    from moe_dist.monitor.sinks.lease_watch import LeaseWatch
+    from moe_dist.monitor.metrics import Record
+    from moe_dist.runtime.lease import LeaseError
+    def record(step):
+        return Record(step=step, skipped=False, scalars={"loss/total": -1.0}, losses={}, labels={}, epochs={},
+                      balance_coefficient=0.0, ledger={}, host={}, arrays={})
+    watch, sink = LeaseWatch(lease.check), JsonlSink(path=folder.metrics_jsonl)
+"""
+
+
+def record(step: int) -> Record:
+    return Record(
+        step=step,
+        skipped=False,
+        scalars={"loss/total": 1.0},
+        losses={},
+        labels={},
+        epochs={},
+        balance_coefficient=0.0,
+        ledger={},
+        host={},
+        arrays={},
+    )
+
+
+@pytest.mark.parametrize("place", ["before the look", "between the look and the write"])
+def test_records_of_a_writer_that_wakes_up_go_nowhere(sleeper: Callable[[str], Sleeper], place: str) -> None:
+    body = (
+        SINKS
+        + f"""
+    for step in (1, 2, 3):
+        if step == 3 and {place!r} == "before the look": sleep_now()
+        try: watch.step(record(step))
+        except LeaseError as error:
+            print("refused:", error); raise SystemExit(0)
+        if step == 3: sleep_now()
+        sink.step(record(step))
+    try: watch.step(record(4))
+    except LeaseError as error: print("refused:", error)
+    sink.close()
+    """
+    )
+    first = sleeper(body)
+    lease = first.take_over()
+    sink = JsonlSink(path=first.folder.metrics_jsonl, resume_step=2)
+    sink.step(record(3))
+    code, out, err = first.wake()
+    sink.step(record(4))
+    sink.close()
+    assert (code, err) == (0, "")
+    assert "lost the lease to attempt second" in out
+    lines = [(line["step"], line["scalars"]["loss/total"]) for line in read_lines(first.folder.metrics_jsonl)]
+    assert lines == [(1, -1.0), (2, -1.0), (3, 1.0), (4, 1.0)]
+    lease.check()
+    lease.release()
+
+
+def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(sleeper: Callable[[str], Sleeper]) -> None:
+    first = sleeper("""
+    sleep_now()
+    print(folder.write_status(verdict=1, reason="woke up", last_step=9, attempt_id="sleeper"))
+    """)
+    lease = first.take_over()
+    before = first.folder.status_json.read_bytes()
+    code, out, err = first.wake()
+    assert (code, out, err) == (0, "False\n", "")
+    assert first.folder.status_json.read_bytes() == before
+    assert [each["attempt_id"] for each in json.loads(before)["attempts"]] == ["sleeper", "second"]
+    lease.release()
+
+
+def test_a_writer_stopped_right_before_the_rename_of_its_verdict_keeps_out(sleeper: Callable[[str], Sleeper]) -> None:
+    """The look comes after the new text is on the disk: what slept in the fsync is refused."""
+    first = sleeper("""
+    original = os.fsync
+    def fsync(descriptor):
+        original(descriptor)
+        sleep_now()
+    os.fsync = fsync
+    print(folder.write_status(verdict=1, reason="woke up", last_step=9, attempt_id="sleeper"))
+    """)
+    lease = first.take_over()
+    before = first.folder.status_json.read_bytes()
+    assert first.wake()[:2] == (0, "False\n")
+    assert first.folder.status_json.read_bytes() == before
+    assert not list(first.folder.path.glob(".status*"))
+    lease.release()
+
+
+CHECKPOINTS = """
+    import torch
+    from torch import nn
+    from moe_dist.checkpoint.manager import CheckpointManager
+    from moe_dist.checkpoint.state import RankLayout, capture
+    from moe_dist.optim.adamw import make_optimizer
+    from moe_dist.optim.param_groups import split_parameters
+    from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+    placement = ExpertPlacement((ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)),), ((0, 1),))
+    model = nn.Linear(4, 4)
+    groups = split_parameters(model.named_parameters(), weight_decay=0.1)
+    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    def save(check, step):
+        manager = CheckpointManager(folder.checkpoints, keep=2, lease_check=check)
+        manager.save(step, capture(model, optimizer, RankLayout(placement), values={}, rank_values={}))
+"""
+
+
+@pytest.mark.parametrize("look", [1, 2, 3])
+def test_latest_of_a_writer_that_wakes_up_stays_where_the_second_one_put_it(
+    sleeper: Callable[[str], Sleeper], look: int
+) -> None:
+    """It slept right before its look before writing, before the rename of the folder, before the rename of `latest`."""
+    first = sleeper(
+        CHECKPOINTS
+        + f"""
+    save(lambda: None, 10)
+    looks = 0
+    def check():
+        global looks
+        looks += 1
+        if looks == {look}: sleep_now()
+        lease.check()
+    try: save(check, 30)
+    except lease_module.LeaseError as error: print("refused")
+    """
+    )
+    lease = first.take_over()
+    second = textwrap.dedent(CHECKPOINTS)
+    scope: dict[str, object] = {"folder": first.folder}
+    exec(second, scope)  # the same few lines, in this process
+    save = scope["save"]
+    assert callable(save)
+    save(lease.check, 20)
+    assert first.wake()[1] == "refused\n"
+    assert (first.folder.checkpoints / "latest").read_text() == "step_20\n"
+    names = {path.name for path in first.folder.checkpoints.iterdir()}
+    assert {"step_10", "step_20"} <= names
+    save(lease.check, 40)  # what the sleeper left is no obstacle
+    assert (first.folder.checkpoints / "latest").read_text() == "step_40\n"
+    lease.release()
+
+
+def test_the_watch_stands_before_every_record(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease.json", "me").acquire(0.0)
+    watch = LeaseWatch(lease.check)
+    watch.step(record(1))
+    lease.path.unlink()
+    for act in (lambda: watch.step(record(2)), lambda: watch.text("a", "b")):
+        with pytest.raises(LeaseError):
+            act()
+    watch.flush()
+    watch.close()
