@@ -255,7 +255,9 @@ class RunFolder:
             return False
 
         def check() -> None:
-            if not self._is_held_by(attempt_id):
+            # Rank 0 may have given the lease back meanwhile, since this rank has the claim; but nobody else may have come.
+            writer = read_holder(self.lease_json) or self.read_status().latest
+            if writer is None or writer.attempt_id != attempt_id:
                 raise LeaseError(f"{self.path}: another attempt writes here now")
 
         try:

@@ -181,6 +181,31 @@ def test_the_first_verdict_of_an_attempt_stays_whichever_rank_gives_it(tmp_path:
     lease.release()
 
 
+@pytest.mark.parametrize("then", ["nobody", "a holder", "one that has come and gone"])
+def test_rank_0_may_give_the_lease_back_while_another_rank_writes_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    config = config_with(tmp_path)
+    folder = RunFolder.of(config)
+    lease, fsync = folder.open(config, ENV), os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert not folder.write_status(verdict=75, reason="late", last_step=3, attempt_id="first")  # rank 0 is told so
+        lease.release()
+        if then != "nobody":
+            second = folder.open(config, replace(ENV, attempt_id="second"))
+            if then == "one that has come and gone":
+                second.release()
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    written = folder.write_status(verdict=75, reason="saved", last_step=3, attempt_id="first", rank=1)
+    assert written is (then == "nobody")
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.attempt_id, latest.verdict) == (("first", 75) if written else ("second", None))
+
+
 def test_history_is_kept_and_a_later_attempt_has_a_verdict_of_its_own(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     attempt(config, verdict=75, last_step=2)
