@@ -91,7 +91,7 @@ class Attempt:
 
     def give_up(self, reason: str) -> NoReturn:
         """For the watchdog's thread: leaves the verdict of a run whose main thread hangs, and ends the process here."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, MoeDistError):
             self._leave(EXIT_FAILED, reason)
         sys.stderr.write(f"{reason}\n")
         self._end(EXIT_FAILED)
