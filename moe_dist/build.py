@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.config.manifest import Manifest
@@ -49,6 +50,12 @@ def build_router(
     kinds = {"top_k": TopKRouter}
     fields = section.model_dump(exclude={"kind"})
     return kinds[section.kind](hidden_dim, groups, capacity=capacity, **fields)
+
+
+def build_wire(section: ParallelSection, group: dist.ProcessGroup | None, traffic: Traffic, watch: Watch | None) -> Wire:
+    """One process group as a wire, checked where the configuration says so."""
+    wire = Wire(group, traffic, watch)
+    return CheckedWire(wire) if section.check_exchanges else wire
 
 
 def build_dispatcher(section: ParallelSection, placement: ExpertPlacement, wire: Wire) -> Dispatcher[Any]:
@@ -97,7 +104,7 @@ def build_model(
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
     """
     section, moe = config.model, config.model.moe
-    wire = Wire(ep_group, traffic or Traffic(), watch)
+    wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(config.parallel, placement, wire)
 

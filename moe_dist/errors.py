@@ -65,3 +65,7 @@ class StoppedError(MoeDistError):
 
 class CheckpointError(MoeDistError):
     """A checkpoint could not be written; the last committed one still stands."""
+
+
+class IntegrityError(MoeDistError):
+    """What arrived in an exchange between ranks is not what was sent (`parallel.check_exchanges`)."""

@@ -270,6 +270,11 @@ class ParallelSection(Section):
         description="A collective that takes longer makes every rank write where it is, then ends the run, naming the rank "
         "that the others wait for; at most, and by default, 0.8 x timeout_seconds.",
     )
+    check_exchanges: bool = Field(
+        default=False,
+        description="Check every row of every exchange by checksum, naming layer, ranks and row where one was damaged; for "
+        "debugging, its cost is in docs/parallelism.md.",
+    )
 
     @property
     def resolved_watchdog_seconds(self) -> float:
