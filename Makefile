@@ -1,9 +1,12 @@
-# Every target sets up what it needs: a virtual environment in .venv, the packages of setup.py, the default data.
+# Every target sets up what it needs: a virtual environment in .venv, the packages of setup.py, the default data, and for
+# the tests a second megatron-core in .cache.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA := .cache/data/openmoji
+# The next megatron-core, for its tests: Python 3.11 gets no later one than 0.16, and it wants triton.
+NEXT_MEGATRON := .cache/megatron-0.19
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 # One thread a process: the tests run more processes than there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -18,7 +21,7 @@ help:  ## List the targets
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
 
-test: $(INSTALLED)  ## Run all tests
+test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests
 	@$(TEST) tests
 
 check: $(INSTALLED)  ## Lint and types
@@ -47,4 +50,11 @@ $(INSTALLED): setup.py pyproject.toml
 	@echo "installing into $(VENV): a minute or two, longer where torch is a CUDA build"
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install -qq --editable '.[data,test,check]'
+	@touch $@
+
+$(NEXT_MEGATRON)/.installed: | $(INSTALLED)
+	@echo "installing megatron-core 0.19 and triton (300 MB) for the tests into $(NEXT_MEGATRON)"
+	@rm -rf $(NEXT_MEGATRON)
+	@$(BIN)/python -m pip install -qq --no-deps --ignore-requires-python --target $(NEXT_MEGATRON) \
+	  'megatron-core>=0.19,<0.20' triton
 	@touch $@

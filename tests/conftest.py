@@ -10,6 +10,9 @@ import pytest
 from tests.support.tiny import tiny_dataset
 from tests.support.worlds import Worlds
 
+ROOT = Path(__file__).parents[1]
+NEXT_MEGATRON = ROOT / ".cache" / "megatron-0.19"
+
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
@@ -23,6 +26,23 @@ def worlds() -> Iterator[Worlds]:
 def run_in_world(worlds: Worlds) -> Callable[..., list[Any]]:
     """`run_in_world(world_size, function, *arguments, seconds=60)`: results of all ranks, see `tests.support.worlds`."""
     return worlds.run
+
+
+@pytest.fixture(scope="session")
+def worlds_of_next_megatron() -> Iterator[Worlds]:
+    """Standing worlds whose ranks import the next megatron-core, which Python 3.11 gets no other way."""
+    if not (NEXT_MEGATRON / ".installed").exists():
+        pytest.fail(f"{NEXT_MEGATRON} is missing; install it with: make {NEXT_MEGATRON.relative_to(ROOT)}/.installed")
+    standing = Worlds(first_on_path=NEXT_MEGATRON)
+    yield standing
+    standing.close()
+
+
+@pytest.fixture(params=["installed", "0.19"])
+def run_with_megatron(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """`run_in_world` with each of the two versions of megatron-core in turn."""
+    name = "worlds" if request.param == "installed" else "worlds_of_next_megatron"
+    return request.getfixturevalue(name).run
 
 
 @pytest.fixture(scope="session")

@@ -123,8 +123,12 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     return result
 
 
-def _serve(rank: int, world_size: int, parent_pid: int, stacks: str, connection: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, parent_pid: int, stacks: str, connection: Connection, first_on_path: str | None
+) -> None:
     child_of(parent_pid, ignore_stop=False)()
+    if first_on_path is not None:
+        sys.path.insert(0, first_on_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's; it ends us
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")  # before torch is imported
     stacks_file = open(stacks, "w")  # noqa: SIM115  # faulthandler keeps the descriptor
@@ -161,7 +165,7 @@ class _World:
     calls: int = 0
 
     @classmethod
-    def start(cls, world_size: int) -> "_World":
+    def start(cls, world_size: int, first_on_path: str | None = None) -> "_World":
         world = cls(Path(tempfile.mkdtemp(prefix="moe_dist_world_")))
         context = get_context("spawn")
         try:
@@ -170,7 +174,7 @@ class _World:
                 stacks = world.folder / f"stacks_{rank}"
                 process = context.Process(
                     target=_serve,
-                    args=(rank, world_size, os.getpid(), str(stacks), theirs),
+                    args=(rank, world_size, os.getpid(), str(stacks), theirs, first_on_path),
                     name=f"world{world_size}-rank{rank}",
                     daemon=True,
                 )
@@ -263,10 +267,15 @@ class _World:
 
 
 class Worlds:
-    """All standing worlds of a session, by size. The session fixture `worlds` holds the one of pytest."""
+    """All standing worlds of a session, by size. The session fixture `worlds` holds the one of pytest.
 
-    def __init__(self) -> None:
+    Args:
+        first_on_path: A folder whose packages stand before all others in the ranks: another version of one.
+    """
+
+    def __init__(self, first_on_path: Path | None = None) -> None:
         self._worlds: dict[int, _World] = {}
+        self._first_on_path = None if first_on_path is None else str(first_on_path)
 
     def run(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = CALL_SECONDS
@@ -284,7 +293,7 @@ class Worlds:
             WorldError: a rank raised, died or hung.
         """
         if world_size not in self._worlds:
-            self._worlds[world_size] = _World.start(world_size)
+            self._worlds[world_size] = _World.start(world_size, self._first_on_path)
         world = self._worlds[world_size]
         try:
             return world.call(function, arguments, seconds)

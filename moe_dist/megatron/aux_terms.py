@@ -1,0 +1,74 @@
+"""Balance and z terms inside Megatron: its scaler puts their gradients into backward, its tracker shows them.
+
+The statistic is one micro-batch over all ranks of the pipeline stage (TP x CP x DP), as in `moe_dist.loss`. One all-reduce
+of a few integers a layer carries it, and it is made where gradients are, so Megatron's full recompute does not repeat it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from moe_dist.comm.reduce import sum_over
+from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.routing import RouterSums
+from moe_dist.placement.placement import ExpertGroup
+
+# name, value (this rank's share), layer number, number of layers, group whose sum is the value
+Record = Callable[[str, Tensor, int, int, dist.ProcessGroup], None]
+
+
+@dataclass(frozen=True)
+class AuxTerms:
+    """The auxiliary terms of one layer.
+
+    Attributes:
+        groups: All expert groups, in logical order.
+        kind: Of the balance term, as in `moe_dist.moe.aux_losses`.
+        balance, z: Coefficients; 0 leaves a term out.
+        every_rank: Megatron's group of all ranks with tokens, TP x CP x DP of one pipeline stage.
+        data_parallel_size: DP without CP.
+        per_token_loss: Megatron divides gradients by the step's number of tokens, not by micro-batches and DP.
+        layer_number, num_layers: For the tracker; the first layer is 1.
+        record: The tracker.
+    """
+
+    groups: Sequence[ExpertGroup]
+    kind: Literal["null_averaged", "vanilla"]
+    balance: float
+    z: float
+    every_rank: dist.ProcessGroup
+    data_parallel_size: int
+    per_token_loss: bool
+    layer_number: int
+    num_layers: int
+    record: Record
+
+    def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
+        """`y` unchanged, with the terms' gradients tied to its backward. One all-reduce; none where both are left out."""
+        if not (self.balance or self.z) or not torch.is_grad_enabled():
+            return y
+        num_columns = sums.choices_C.shape[0]
+        counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), self.every_rank)[None]
+        choices_LC, tokens_LG = counts[:, :num_columns], counts[:, num_columns:]
+        tables = ColumnTables.on(self.groups, y.device)
+        balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
+        z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
+        scale = self._scale(tokens_LG)
+        for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
+            if coefficient:
+                self.record(name, term, self.layer_number, self.num_layers, self.every_rank)
+                y = MoEAuxLossAutoScaler.apply(y, coefficient * scale * term)
+        return y
+
+    def _scale(self, tokens_LG: Tensor) -> Tensor | float:
+        """Undoes what Megatron does to gradients afterwards, so that the shares of all ranks sum to the term.
+
+        It sums over TP, and either averages over DP x CP (its scaler holds CP / micro-batches), or sums and divides by the
+        step's tokens: then this micro-batch's tokens over all ranks are the factor.
+        """
+        return tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)

@@ -1,0 +1,101 @@
+"""A Megatron transformer layer whose experts are ours, and its spec.
+
+    python pretrain_gpt.py --spec moe_dist.megatron.decoder_layer decoder_layer ...     (docs/megatron.md)
+    GPTModel(config, transformer_layer_spec=decoder_layer_spec(settings), ...)
+
+Attention, norms and dense layers are those that Megatron's own specs choose for the configuration; which layers hold
+experts follows its moe_layer_freq.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import nn
+
+from moe_dist.megatron.expert_layer import ExpertLayer
+from moe_dist.megatron.requirements import check
+from moe_dist.megatron.settings import ExpertSettings, settings_from_environment
+
+
+class DecoderLayer(TransformerLayer):
+    """TransformerLayer with `ExpertLayer` in place of Megatron's MoE layer.
+
+    Args:
+        config, layer_number, pg_collection, vp_stage, options: As Megatron gives them to its own layer.
+        submodules: The layer's spec; None takes what Megatron's decoder spec has for this layer.
+        settings: Expert settings; None reads the file that MOE_DIST_EXPERTS names.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules | None = None,
+        layer_number: int = 1,
+        *,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        settings: ExpertSettings | None = None,
+        **options: Any,
+    ) -> None:
+        settings = settings or settings_from_environment()
+        check(config, settings)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
+        number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
+        parts = copy.copy(submodules or _megatrons_own(config, number))
+        holds_experts = _holds_experts(config, number)
+        stock = parts.mlp
+        if holds_experts:
+            parts.mlp = IdentityOp  # built below: Megatron hands its groups to its own MoE layer only
+        super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
+        if holds_experts:
+            self.recompute_mlp = False  # Megatron took the layer for a dense one; ours recomputes itself
+            self.mlp = ExpertLayer(
+                config,
+                settings,
+                pg_collection=groups,
+                layer_number=self.layer_number,
+                shared=_shared_expert(stock, config, groups),
+            )
+
+
+def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
+    """The spec of a decoder layer with these experts, for GPTModel's `transformer_layer_spec`."""
+    return ModuleSpec(module=DecoderLayer, params={"settings": settings})
+
+
+# For --spec, which looks a name up in a module and calls nothing: settings come from the environment when a layer is built.
+decoder_layer = ModuleSpec(module=DecoderLayer)
+
+
+def _holds_experts(config: TransformerConfig, number: int) -> bool:
+    frequency = config.moe_layer_freq
+    return (number - 1) % frequency == 0 if isinstance(frequency, int) else bool(frequency[number - 1])
+
+
+def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSubmodules:
+    """The submodules that Megatron's decoder spec has for a layer."""
+    use_te = config.transformer_impl == "transformer_engine"
+    specs: Any = get_gpt_decoder_layer_specs(config, use_transformer_engine=use_te, normalization=config.normalization)
+    return specs[number - 1].submodules
+
+
+def _shared_expert(stock: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module | None:
+    """Megatron's shared expert of its MoE layer's spec (a ModuleSpec, or in later versions a partial)."""
+    if config.moe_shared_expert_intermediate_size is None:
+        return None
+    submodules = stock.keywords["submodules"] if isinstance(stock, partial) else stock.submodules
+    options = {"config": config, "pg_collection": groups, "gate": config.moe_shared_expert_gate}
+    shared: Any = submodules.shared_experts
+    return shared(**options) if isinstance(shared, partial) else build_module(shared, **options)  # pyright: ignore

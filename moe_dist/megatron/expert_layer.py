@@ -1,0 +1,174 @@
+"""Our MoE layer as a Megatron module: same router, dispatcher and experts, Megatron's process groups.
+
+Shape letters: s positions on this rank, B sequences, T = s x B tokens, D hidden size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.errors import PlacementError
+from moe_dist.megatron.aux_terms import AuxTerms
+from moe_dist.megatron.initialise import initialise_layer
+from moe_dist.megatron.modality import PADDING, groups_of_rank
+from moe_dist.megatron.settings import GUIDE, ExpertSettings
+from moe_dist.megatron.sharding import sharded_layer_state
+from moe_dist.megatron.tracker import tracker
+from moe_dist.moe.dispatcher import Dispatcher
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer, Recompute
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.placement import ExpertPlacement
+
+
+class UntimedTraffic(Traffic):
+    """Counts bytes and takes no times: nobody drains CUDA events in Megatron's loop."""
+
+    @contextlib.contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        yield
+
+
+class ExpertLayer(MegatronModule):
+    """Takes the place of Megatron's MoELayer in a transformer layer; its output has no bias.
+
+    Args:
+        config: Megatron's configuration, already checked (`requirements.check`).
+        settings: Groups, router and placement.
+        pg_collection: Megatron's process groups; none is made here.
+        layer_number: Number of the layer in the whole model, from 1.
+        shared: Megatron's shared expert (tensor-parallel), or None.
+    """
+
+    group_of_modality_M: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        settings: ExpertSettings,
+        *,
+        pg_collection: ProcessGroupCollection,
+        layer_number: int,
+        shared: nn.Module | None = None,
+    ) -> None:
+        super().__init__(config)
+        _check_groups(pg_collection)
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.expert_data_parallel_group = pg_collection.expt_dp
+        ep_group = pg_collection.ep
+        self.ep_rank = ep_group.rank()
+        self.placement = settings.place(ep_group.size())
+        wire = Wire(ep_group if ep_group.size() > 1 else None, UntimedTraffic())
+        self.moe = _build(config, settings, self.placement, wire)
+        self.moe.shared = shared
+        group_of_modality = torch.tensor([*settings.group_of_modality(), PADDING], device=_device(config))
+        self.register_buffer("group_of_modality_M", group_of_modality, persistent=False)
+        self.aux_terms = AuxTerms(
+            groups=self.placement.groups,
+            kind=settings.balance,
+            balance=0.0 if config.moe_router_load_balancing_type == "none" else float(config.moe_aux_loss_coeff),  # pyright: ignore
+            z=config.moe_z_loss_coeff or 0.0,
+            every_rank=pg_collection.tp_dp_cp,
+            data_parallel_size=pg_collection.tp_dp_cp.size() // pg_collection.tp_cp.size(),
+            per_token_loss=config.calculate_per_token_loss,
+            layer_number=layer_number,
+            num_layers=config.num_layers,
+            record=tracker(),
+        )
+        initialise_layer(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
+        _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that this layer sent from this rank since `take` was last called."""
+        return self.moe.dispatcher.wire.traffic
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+        """hidden_states [s, B, D] and modality ids (see `modality`) -> the experts' sum [s, B, D], and no bias."""
+        length, batch, _ = hidden_states.shape
+        group_T = groups_of_rank(
+            padding_mask,
+            self.group_of_modality_M,
+            length=length,
+            batch=batch,
+            tp_rank=self.tp_group.rank(),
+            tp_size=self.tp_group.size(),
+        )
+        y_TD, report = self.moe(hidden_states.flatten(0, 1), group_T)
+        if self.training:
+            y_TD = self.aux_terms.attach(y_TD, report.sums)
+        return y_TD.view_as(hidden_states), None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One entry for each expert by its logical name, whatever rank holds it: loads at any EP size and placement."""
+        return sharded_layer_state(self, prefix, sharded_offsets, metadata)
+
+
+def _check_groups(groups: ProcessGroupCollection) -> None:
+    if groups.expt_tp.size() != 1:
+        raise PlacementError(
+            f"expert tensor parallel group of {groups.expt_tp.size()} ranks: an expert is whole on one rank; initialise "
+            "Megatron with expert_tensor_parallel_size=1 (its default is the tensor-parallel size)",
+            see=GUIDE,
+        )
+
+
+def _build(config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, wire: Wire) -> MoELayer:
+    """The layer without a shared expert, its parameters in memory but not yet set."""
+    with torch.device("meta"):
+        layer = MoELayer(
+            norm=nn.Identity(),  # Megatron's own pre_mlp_layernorm stands before the layer
+            router=TopKRouter(config.hidden_size, placement.groups, **settings.router.model_dump(exclude={"kind"})),
+            experts=Experts(
+                config.hidden_size,
+                placement.groups,
+                [len(placement.local_experts(wire.rank, group)) for group in placement.groups],
+                pair_budget=settings.expert_pair_budget,
+            ),
+            dispatcher=Dispatcher(placement, wire, max_receive_rows=settings.max_receive_rows),
+            recompute=_recompute(config),
+        )
+    layer.to(dtype=config.params_dtype).to_empty(device=_device(config))
+    with _device(config):
+        layer.router.reset_buffers()  # pyright: ignore[reportCallIssue]
+    return layer
+
+
+def _device(config: TransformerConfig) -> torch.device:
+    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
+
+
+def _recompute(config: TransformerConfig) -> Recompute:
+    """Megatron's selective recompute in our words; its full recompute wraps the layer from outside."""
+    modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
+    return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"
+
+
+def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
+    """Tells Megatron how each parameter is held.
+
+    Experts: reduced over the expert data parallel group (`allreduce`), and no copies of each other across TP ranks, so that
+    the gradient norm counts each of them. Routers: replicated, each TP rank having seen its part of the sequence, so their
+    gradients are summed over TP. An empty stack takes part in nothing.
+    """
+    for parameter in layer.experts.parameters():
+        parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+        tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        parameter.requires_grad_(parameter.numel() > 0)
+    for parameter in layer.router.parameters():
+        parameter.sequence_parallel = sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,76 @@
+"""Modalities of tokens inside Megatron: they travel as its `padding_mask`, a tensor argument of each micro-batch.
+
+Megatron hands that tensor from GPTModel.forward down to every MoE layer unread. It expects a boolean, true for padding;
+here it may hold modality ids instead. Shape letters: B sequences, S positions, s positions on this rank (S / TP under
+sequence parallelism), T = s x B tokens of this rank.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import ConfigError
+from moe_dist.megatron.settings import GUIDE
+
+PADDING = -1
+
+
+def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """Modality of each token by its id, int64 [B, S]: what to pass as `padding_mask`.
+
+    Args:
+        tokens_BS: Token ids.
+        ranges: For each modality, in the settings' order, its vocabulary ranges [first, end). An id in none is padding.
+    """
+    ids_BS = torch.full_like(tokens_BS, PADDING, dtype=torch.int64)
+    for modality, parts in enumerate(ranges):
+        for first, end in parts:
+            ids_BS = torch.where((tokens_BS >= first) & (tokens_BS < end), modality, ids_BS)
+    return ids_BS
+
+
+def groups_of_rank(
+    mask_BS: Tensor | None,
+    group_of_modality_M: Tensor,
+    *,
+    length: int,
+    batch: int,
+    tp_rank: int,
+    tp_size: int,
+) -> Tensor:
+    """Expert group of each of this rank's tokens, int64 [T] in the order of hidden states [s, B, D]; -1 for padding.
+
+    Megatron scatters the mask over the tensor-parallel ranks on the first pipeline stage only (and not where it is given
+    embeddings); on the others it arrives whole, and this rank's part is cut out here. Communicates nothing.
+
+    Args:
+        mask_BS: int modality ids (-1 for padding), or a boolean that is true for padding, or None for no padding.
+        group_of_modality_M: int64, with a last -1, which the id -1 reads.
+        length, batch: s and B.
+
+    Raises:
+        ConfigError: ids are missing although there are several groups, or do not fit the hidden states.
+    """
+    num_modalities = group_of_modality_M.shape[0] - 1
+    if mask_BS is None or mask_BS.dtype == torch.bool:
+        if num_modalities > 1:
+            given = "none" if mask_BS is None else "a boolean mask"
+            raise ConfigError(
+                f"padding_mask: got {given}, but there are {num_modalities} modalities; pass their ids as an int64 tensor "
+                "[batch, sequence] to the model's forward, on every pipeline stage",
+                see=GUIDE,
+            )
+        if mask_BS is None:
+            return group_of_modality_M[:1].expand(length * batch)
+        mask_BS = torch.where(mask_BS, PADDING, 0)
+    if mask_BS.shape == (batch, length * tp_size) and tp_size > 1:
+        mask_BS = mask_BS[:, tp_rank * length : (tp_rank + 1) * length]
+    if mask_BS.shape != (batch, length):
+        raise ConfigError(
+            f"padding_mask: shape {tuple(mask_BS.shape)} fits neither [batch={batch}, {length}] nor the whole sequence "
+            f"[batch={batch}, {length * tp_size}]; pass the ids of the micro-batch's tokens, cut as they are for context "
+            "parallelism",
+            see=GUIDE,
+        )
+    return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]

@@ -1,0 +1,98 @@
+"""What a Megatron configuration must hold for our MoE layer; everything that does not is found at once, before building."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moe_dist.errors import ConfigError
+from moe_dist.megatron.settings import GUIDE, ExpertSettings
+
+# Options of Megatron's own router, dispatcher and experts that ours does not read: field, the value it must have, way out.
+_OFF: tuple[tuple[str, Any, str], ...] = (
+    ("moe_router_score_function", "softmax", "weights are a softmax"),
+    ("moe_router_pre_softmax", False, "set router.normalise to none in the expert settings instead"),
+    ("moe_router_topk_scaling_factor", None, "set router.scale in the expert settings instead"),
+    ("moe_router_num_groups", None, "expert groups by modality come from the expert settings"),
+    ("moe_router_enable_expert_bias", False, "balance by moe_aux_loss_coeff"),
+    ("moe_router_force_load_balancing", False, "routing is never replaced"),
+    ("moe_input_jitter_eps", None, "routing has no noise"),
+    ("moe_expert_capacity_factor", None, "no token is dropped"),
+    ("moe_pad_expert_input_to_capacity", False, "nothing is padded"),
+    ("moe_router_padding_for_fp8", False, "nothing is padded"),
+    ("moe_router_padding_for_quantization", False, "nothing is padded"),
+    ("moe_apply_probs_on_input", False, "weights are applied to the experts' outputs"),
+    ("moe_shared_expert_overlap", False, "the overlap belongs to Megatron's dispatcher"),
+    ("moe_latent_size", None, "experts work at the hidden size"),
+    ("moe_enable_routing_replay", False, "routing is kept by the layer itself where it recomputes"),
+    ("overlap_moe_expert_parallel_comm", False, "the overlap belongs to Megatron's dispatcher"),
+    ("delay_wgrad_compute", False, "weight gradients come with backward"),
+    ("cuda_graph_impl", "none", "split sizes are known on the host"),
+    ("mtp_num_layers", None, "multi-token prediction layers are not covered"),
+    ("mlp_chunks_for_training", 1, "Megatron drops the mask of a chunk"),
+    ("activation_func_clamp_value", None, "experts are plain SwiGLU"),
+    ("fp8", None, "experts compute in the parameters' dtype"),
+    ("fp4", None, "experts compute in the parameters' dtype"),
+    ("add_bias_linear", False, "experts have no bias"),
+)
+_BALANCE_TYPES = ("global_aux_loss", "none")
+
+
+def check(config: TransformerConfig, settings: ExpertSettings) -> None:
+    """Holds Megatron's configuration against what the layer does.
+
+    Raises:
+        ConfigError: with every fault: field, value, rule and way out.
+    """
+    if faults := [*_parallel_faults(config), *_expert_faults(config, settings), *_option_faults(config)]:
+        raise ConfigError(faults, see=GUIDE)
+
+
+def _parallel_faults(config: TransformerConfig) -> list[str]:
+    faults = []
+    if (etp := config.expert_tensor_parallel_size) not in (None, 1):
+        faults.append(
+            f"expert_tensor_parallel_size={etp}: an expert is whole on one rank; set it to 1 (its default is the tensor-"
+            "parallel size), and raise expert_model_parallel_size: expert parallelism folds over TP x DP"
+        )
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        faults.append(
+            f"sequence_parallel={config.sequence_parallel} with tensor_model_parallel_size="
+            f"{config.tensor_model_parallel_size}: every rank would route the same tokens; set sequence_parallel"
+        )
+    return faults
+
+
+def _expert_faults(config: TransformerConfig, settings: ExpertSettings) -> list[str]:
+    faults = []
+    num_experts = sum(group.num_experts for group in settings.groups.values())
+    if config.num_moe_experts != num_experts:
+        faults.append(
+            f"num_moe_experts={config.num_moe_experts}: the groups of the expert settings have {num_experts} true experts; "
+            "make them equal (null experts do not count)"
+        )
+    if not config.gated_linear_unit or config.activation_func is not F.silu:
+        name = getattr(config.activation_func, "__name__", config.activation_func)
+        faults.append(
+            f"gated_linear_unit={config.gated_linear_unit}, activation_func={name}: experts are SwiGLU; set swiglu "
+            "(gated_linear_unit with silu)"
+        )
+    balance = config.moe_router_load_balancing_type
+    if balance not in _BALANCE_TYPES:
+        faults.append(
+            f"moe_router_load_balancing_type={balance}: the load-balance loss counts over all ranks of a micro-batch; "
+            f"set one of {', '.join(_BALANCE_TYPES)}"
+        )
+    elif balance != "none" and not isinstance(config.moe_aux_loss_coeff, int | float):
+        faults.append(f"moe_aux_loss_coeff={config.moe_aux_loss_coeff}: there is one load-balance loss; give one number")
+    return faults
+
+
+def _option_faults(config: TransformerConfig) -> list[str]:
+    faults = []
+    for field, off, reason in _OFF:
+        # Not every version has every field; None, False and 0 all mean off.
+        value = getattr(config, field, off)
+        if value != off and (value or off):
+            faults.append(f"{field}={value}: must be {off}; {reason}")
+    return faults

@@ -1,0 +1,124 @@
+"""What Megatron's own configuration has no words for: expert groups, null experts, their router and their placement.
+
+A YAML file of a few keys, given as an object or named by the environment variable MOE_DIST_EXPERTS. Sizes, precision,
+parallelism and loss coefficients stay where Megatron users set them. Imports neither torch nor megatron.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.draft import draft
+from moe_dist.config.schema import (
+    Count,
+    GroupName,
+    GroupSection,
+    InterleavedSection,
+    MoESection,
+    PlacementSection,
+    Relation,
+    RouterSection,
+    Section,
+    TopKRouterSection,
+)
+from moe_dist.config.yaml_text import load_yaml
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.preflight import group_relations
+
+GUIDE = "docs/megatron.md"
+VARIABLE = "MOE_DIST_EXPERTS"
+
+
+class ExpertSettings(Section):
+    """The experts of every MoE layer of a Megatron model."""
+
+    groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
+    router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
+    placement: PlacementSection = Field(
+        default_factory=InterleavedSection, description="Which expert lives on which rank of Megatron's EP group."
+    )
+    balance: Literal["null_averaged", "vanilla"] = Field(
+        default="null_averaged", description="Null experts share one averaged load (AdaMoE), or each has its own."
+    )
+    seed: Count = Field(default=0, description="Seed of the routers' and experts' initial weights.")
+    expert_pair_budget: PositiveInt | None = Field(
+        default=None,
+        description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks.",
+    )
+    max_receive_rows: PositiveInt | None = Field(
+        default=None, description="Bound of the rows a rank may receive in one layer, an error before the buffer is made."
+    )
+
+    def expert_groups(self) -> tuple[ExpertGroup, ...]:
+        """The groups as plain values, their experts numbered through."""
+        return expert_groups(MoESection(groups=self.groups))
+
+    def group_of_modality(self) -> tuple[int, ...]:
+        """For each modality, in the order in which the groups name them, the index of its group."""
+        return tuple(index for index, group in enumerate(self.expert_groups()) for _ in group.modalities)
+
+    def place(self, num_ranks: int) -> ExpertPlacement:
+        """The map of experts for an EP group of `num_ranks`.
+
+        Raises:
+            ConfigError: the placement cannot be.
+        """
+        return make_placement(self.placement, self.expert_groups(), num_ranks=num_ranks, token_mix={})
+
+    def broken_relations(self) -> list[Relation]:
+        return [
+            Relation(relation.keys, relation.fault.replace("model.moe.groups", "groups"))
+            for relation in group_relations(self.expert_groups())
+        ]
+
+
+def read_settings(path: str | Path) -> ExpertSettings:
+    """Reads the settings' YAML file.
+
+    Raises:
+        ConfigError: with every fault of the file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"expert settings {str(path)!r} cannot be read: {reason}", see=GUIDE) from error
+    values, faults = load_yaml(text)
+    if not isinstance(values, dict):
+        faults = faults or [f"must be a mapping with the key groups, got {type(values).__name__}"]
+        raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
+    read = draft(ExpertSettings, values)
+    broken = [] if read.value is None else read.broken(_relations(read.value))
+    if read.value is None or faults or read.faults or broken:
+        raise ConfigError([f"{path}: {fault}" for fault in (*faults, *read.faults, *broken)], see=GUIDE)
+    return read.value
+
+
+def settings_from_environment(environment: Mapping[str, str] = os.environ) -> ExpertSettings:
+    """The settings that MOE_DIST_EXPERTS names.
+
+    Raises:
+        ConfigError: the variable is not set, or its file is wrong.
+    """
+    path = environment.get(VARIABLE)
+    if not path:
+        raise ConfigError(
+            f"{VARIABLE} is not set; let it name the YAML file of the expert groups, on every rank, or build the spec with "
+            "decoder_layer_spec(settings)",
+            see=GUIDE,
+        )
+    return read_settings(path)
+
+
+def _relations(settings: ExpertSettings) -> list[Relation]:
+    inside = [
+        Relation(tuple(f"groups.{name}.{key}" for key in relation.keys), f"groups.{name}: {relation.fault}")
+        for name, group in settings.groups.items()
+        for relation in group.broken_relations()
+    ]
+    return inside + settings.broken_relations()

@@ -1,0 +1,65 @@
+"""Our layer in Megatron's distributed checkpoints: each expert under its logical name, whatever rank and slot holds it.
+
+    <prefix>experts.<group>.<index in the group>.<gate|up|down>      [F, D] or [D, F]
+    <prefix>router.<group>.<true|null>                                replicated over TP and DP
+
+`sharded_offsets` are Megatron's axes above the layer (all layers of a model are one tensor along a first axis), passed on.
+A stack of experts is one parameter, so a factory cuts it into its experts before saving and stacks them after loading; the
+optimizer's states of the stack go the same way.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_dist.megatron.expert_layer import ExpertLayer
+
+Offsets = tuple[tuple[int, int, int], ...]
+
+
+def sharded_layer_state(
+    layer: "ExpertLayer", prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The layer's state for `dist_checkpointing`, under the names of its state dict."""
+    state: dict[str, Any] = {}
+    for name in ("router", "shared"):
+        module = getattr(layer.moe, name)
+        if module is not None:
+            offsets: Any = sharded_offsets  # annotated upstream as exactly one
+            local = sharded_state_dict_default(module, f"{prefix}{name}.", offsets, metadata, tp_group=layer.tp_group)
+            state |= {f"{prefix}moe.{key.removeprefix(prefix)}": value for key, value in local.items()}
+    replica = (0, 0, layer.expert_data_parallel_group.rank())
+    for group in layer.placement.groups:
+        experts = layer.placement.local_experts(layer.ep_rank, group)
+        indices = [expert - group.first_expert for expert in experts]
+        for name, stack in layer.moe.experts.get_submodule(group.name).named_parameters():
+            key = f"{prefix}experts.{group.name}.{name}"
+            state[f"{prefix}moe.experts.{group.name}.{name}"] = (
+                _factory(key, stack, indices, sharded_offsets, replica) if indices else LocalNonpersistentObject(stack)
+            )
+    return state
+
+
+def _factory(
+    key: str, stack: Tensor, indices: list[int], offsets: Offsets, replica: tuple[int, int, int]
+) -> ShardedTensorFactory:
+    """A stack [e, ...] as its experts, one sharded tensor each."""
+
+    @torch.no_grad()
+    def cut(key: str, stack: Tensor, replica_id: Any, _flattened_range: Any) -> dict[str, ShardedTensor]:
+        stem, _, name = key.rpartition(".")
+        return {
+            str(index): ShardedTensor.from_rank_offsets(
+                f"{stem}.{index}.{name}", weight, *offsets, replica_id=replica_id, prepend_axis_num=len(offsets)
+            )
+            for index, weight in zip(indices, stack, strict=True)
+        }
+
+    def join(parts: dict[str, Tensor]) -> Tensor:
+        return torch.stack([parts[str(index)] for index in indices])
+
+    return ShardedTensorFactory(key, stack, cut, join, replica)

@@ -1,0 +1,203 @@
+"""Our layer in Megatron's GPTModel gives what our own model gives: logits, gradients, aux terms, bytes. On gloo.
+
+Four ranks; the oracle is our transformer on one rank over the whole batch. Megatron's groups, DDP and gradient reduction.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.megatron_cpu import megatron_on_cpu, model_parallel
+from tests.support.megatron_model import (
+    HIDDEN_DIM,
+    MOE_LAYERS,
+    ONE_GROUP,
+    SEQ_LEN,
+    Layout,
+    TokenBatch,
+    aux_values,
+    batch_of,
+    causal_mask,
+    decoder_spec,
+    gpt_model,
+    gradients_of,
+    largest_difference,
+    megatron_tensors,
+    our_loss,
+    our_model,
+    set_weights,
+    transformer_config,
+    with_layers_of,
+)
+from tests.support.worlds import RankContext
+
+SEQUENCES = 8  # over all data-parallel ranks
+
+
+@contextlib.contextmanager
+def megatron(layout: Layout) -> Iterator[Any]:
+    with megatron_on_cpu(), model_parallel(ep=layout.ep, tp=layout.tp, pp=layout.pp):
+        from megatron.core import parallel_state
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+        yield parallel_state
+
+
+def wrapped(model: Any, config: Any, **options: Any) -> Any:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, **options)
+    return DistributedDataParallel(config, settings, model)
+
+
+def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]:
+    """Megatron's model (in its DDP) and ours, with the same weights; this rank's batch and all ranks'."""
+    settings, config = layout.settings, transformer_config(layout)
+    ours = our_model(settings)
+    model = gpt_model(config, decoder_spec(layout, config))
+    set_weights(
+        model,
+        megatron_tensors(
+            dict(ours.named_parameters()),
+            settings.place(layout.ep),
+            ep_rank=state.get_expert_model_parallel_rank(),
+            tp_rank=state.get_tensor_model_parallel_rank(),
+            tp_size=layout.tp,
+        ),
+    )
+    whole = batch_of(SEQUENCES, settings)
+    each = SEQUENCES // state.get_data_parallel_world_size()
+    return wrapped(model, config), ours, whole.part(state.get_data_parallel_rank() * each, each), whole
+
+
+def expected_gradients(layout: Layout, ours: Any, state: Any) -> dict[str, torch.Tensor]:
+    return megatron_tensors(
+        {name: parameter.grad for name, parameter in ours.named_parameters()},
+        layout.settings.place(layout.ep),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=layout.tp,
+    )
+
+
+def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int:
+    """Distinct (token, other rank) pairs of this rank's tokens over all layers: by a loop, from our routers' choices."""
+    settings = layout.settings
+    placement = settings.place(layout.ep)
+    chosen: list[list[set[int]]] = []
+
+    def keep(_: Any, inputs: Any, routing: Any) -> None:
+        taken = routing.assignments.taken()
+        ranks: list[set[int]] = [set() for _ in range(inputs[0].shape[0])]
+        for token, expert in zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True):
+            ranks[token].add(placement.rank_of_expert[expert])
+        chosen.append(ranks)
+
+    handles = [layer.router.register_forward_hook(keep) for layer in ours.moe_modules()]
+    with torch.no_grad():
+        our_loss(ours, whole, settings, aux=False)
+    for handle in handles:
+        handle.remove()
+    own, tp, tp_rank = state.get_expert_model_parallel_rank(), layout.tp, state.get_tensor_model_parallel_rank()
+    each = SEQUENCES // state.get_data_parallel_world_size()
+    first, width = state.get_data_parallel_rank() * each, SEQ_LEN // tp
+    mine = [
+        sequence * SEQ_LEN + position
+        for sequence in range(first, first + each)
+        for position in range(tp_rank * width, (tp_rank + 1) * width)
+    ]
+    return sum(len(layer[token] - {own}) for layer in chosen for token in mine)
+
+
+def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
+    """Forward and backward on both sides; the differences, the bytes and the tracked aux terms."""
+    with megatron(layout) as state:
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+        model, ours, mine, whole = build(layout, state)
+        model.zero_grad_buffer()
+        with torch.no_grad():
+            model.eval()
+            logits = model(mine.tokens_BS, mine.positions, causal_mask(), padding_mask=mine.modality_BS)
+            logits = gather_from_tensor_model_parallel_region(logits)
+            model.train()
+        for layer in with_layers_of(model):
+            layer.traffic.take()
+        losses = model(mine.tokens_BS, mine.positions, causal_mask(), labels=mine.labels_BS, padding_mask=mine.modality_BS)
+        forward = sum(layer.traffic.payload_bytes for layer in with_layers_of(model))
+        losses.mean().backward()
+        both = sum(layer.traffic.payload_bytes for layer in with_layers_of(model))
+        finalize_model_grads([model], None)
+
+        loss, expected_logits = our_loss(ours, whole, layout.settings, aux=layout.aux)
+        loss.backward()
+        each = mine.tokens_BS.shape[0]
+        first = state.get_data_parallel_rank() * each
+        gradients = {name.removeprefix("module."): grad for name, grad in gradients_of(model).items()}
+        sums = torch.tensor([forward, both, remote_rows(ours, whole, layout, state)])
+        dist.all_reduce(sums)
+        return {
+            "logits": float((logits - expected_logits[first : first + each]).abs().max()),
+            "gradients": largest_difference(gradients, expected_gradients(layout, ours, state)),
+            "scale": max(float(grad.abs().max()) for grad in gradients.values()),
+            "bytes": sums.tolist(),
+            "tracked": tracked(),
+            "aux": aux_values(ours, whole, layout.settings),
+        }
+
+
+def tracked() -> dict[str, list[float]]:
+    """Megatron's tracker after its own reduction, by layer."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
+            destroy_moe_metrics_tracker,
+            get_moe_metrics_tracker,
+        )
+    except ImportError:
+        from megatron.core.transformer.moe import moe_utils
+
+        moe_utils.reduce_aux_losses_tracker_across_ranks()
+        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+        values = {name: entry["values"].tolist() for name, entry in tracker.items()}
+        tracker.clear()
+        return values
+    tracker = get_moe_metrics_tracker()
+    tracker._sync_metrics(list(tracker.metrics))
+    values = {name: entry.values.tolist() for name, entry in tracker.metrics.items()}
+    destroy_moe_metrics_tracker()
+    return values
+
+
+LAYOUTS = [
+    Layout(ep=1),
+    Layout(ep=2),
+    Layout(ep=4),
+    Layout(ep=2, uneven=True),
+    Layout(ep=4, uneven=True),
+    Layout(ep=4, values=ONE_GROUP),
+    Layout(ep=4, tp=2),
+    Layout(ep=2, tp=2, uneven=True),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_megatrons_model_with_our_layer_gives_what_ours_gives(
+    run_with_megatron: Callable[..., list[Any]], layout: Layout
+) -> None:
+    for outcome in run_with_megatron(4, parity, layout, seconds=100):
+        difference, where = outcome["gradients"]
+        assert outcome["logits"] <= 1e-5
+        assert outcome["scale"] > 1e-2  # the gradients are not small by themselves
+        assert difference <= 1e-5, where
+        forward, both, rows = outcome["bytes"]
+        assert forward == 2 * rows * HIDDEN_DIM * 4
+        assert both == 4 * rows * HIDDEN_DIM * 4
+        assert (rows > 0) == (layout.ep > 1)
+        for name, expected in outcome["aux"].items():
+            assert [outcome["tracked"][name][layer] for layer in MOE_LAYERS] == pytest.approx(expected, rel=1e-5)
