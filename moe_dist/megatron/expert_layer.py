@@ -23,9 +23,9 @@ from moe_dist.megatron.modality import PADDING, groups_of_rank
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.tracker import tracker
-from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, Recompute
+from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -68,8 +68,9 @@ class ExpertLayer(MegatronModule):
         ep_group = pg_collection.ep
         self.ep_rank = ep_group.rank()
         self.placement = settings.place(ep_group.size())
-        wire = Wire(ep_group if ep_group.size() > 1 else None, UntimedTraffic())
-        self.moe = _build(config, settings, self.placement, wire)
+        self.traffic = UntimedTraffic()  # what this layer sent from this rank since `take` was last called
+        wire = Wire(ep_group if ep_group.size() > 1 else None, self.traffic)
+        self.moe = _build(config, settings, self.placement, wire, name=f"layers.{layer_number - 1}")
         self.moe.shared = shared
         group_of_modality = torch.tensor([*settings.group_of_modality(), PADDING], device=_device(config))
         self.register_buffer("group_of_modality_M", group_of_modality, persistent=False)
@@ -87,11 +88,6 @@ class ExpertLayer(MegatronModule):
         )
         initialise_layer(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes that this layer sent from this rank since `take` was last called."""
-        return self.moe.dispatcher.wire.traffic
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """hidden_states [s, B, D] and modality ids (see `modality`) -> the experts' sum [s, B, D], and no bias."""
@@ -128,7 +124,9 @@ def _check_groups(groups: ProcessGroupCollection) -> None:
         )
 
 
-def _build(config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, wire: Wire) -> MoELayer:
+def _build(
+    config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, wire: Wire, *, name: str
+) -> MoELayer:
     """The layer without a shared expert, its parameters in memory but not yet set."""
     with torch.device("meta"):
         layer = MoELayer(
@@ -140,8 +138,9 @@ def _build(config: TransformerConfig, settings: ExpertSettings, placement: Exper
                 [len(placement.local_experts(wire.rank, group)) for group in placement.groups],
                 pair_budget=settings.expert_pair_budget,
             ),
-            dispatcher=Dispatcher(placement, wire, max_receive_rows=settings.max_receive_rows),
+            dispatcher=PerRankDispatcher(placement, wire, max_receive_rows=settings.max_receive_rows),
             recompute=_recompute(config),
+            name=name,
         )
     layer.to(dtype=config.params_dtype).to_empty(device=_device(config))
     with _device(config):

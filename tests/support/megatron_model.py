@@ -17,9 +17,9 @@ from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
-from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -179,7 +179,7 @@ def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
             norm=RMSNorm(HIDDEN_DIM, EPS),
             router=TopKRouter(HIDDEN_DIM, placement.groups),
             experts=Experts(HIDDEN_DIM, placement.groups, [group.num_experts for group in placement.groups]),
-            dispatcher=Dispatcher(placement, wire),
+            dispatcher=PerRankDispatcher(placement, wire),
             shared=SwiGLU(HIDDEN_DIM, SHARED_FFN_DIM),
         )
 
