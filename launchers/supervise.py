@@ -58,16 +58,24 @@ class Outcome:
         first_failed: The rank whose failure is the cause; None where none failed by itself.
         stop: The first stop signal that came, if any.
         aborted: Ended at once by a second Ctrl-C.
+        frozen: Ranks that stood stopped (SIGSTOP) when the first failed; where there are any, the first is the cause.
     """
 
     codes: tuple[int, ...]
     first_failed: int | None
     stop: signal.Signals | None
     aborted: bool
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def silent(self) -> bool:
+        """Whether the cause is a rank that could say nothing, being killed or frozen: what its peers wrote down is only a
+        consequence."""
+        return self.sudden or self.first_failed in self.frozen
 
     @property
     def sudden(self) -> bool:
-        """Whether the cause is a rank that was killed: then what its peers wrote down is only a consequence."""
+        """Whether the cause is a rank that was killed."""
         return self.first_failed is not None and self.codes[self.first_failed] in SUDDEN
 
     @property
@@ -128,9 +136,10 @@ class HeldStderr:
 
     def _copy(self) -> None:
         while chunk := os.read(self._source.fileno(), 1 << 16):
-            self._log.write(chunk)
-            self._log.flush()
             self._held.append((time.monotonic(), chunk))
+            # On a full disk the words still reach the terminal, and above all the pipe is read on: the rank never waits.
+            with contextlib.suppress(OSError):
+                self._log.write(chunk)
 
 
 class Ranks:
@@ -138,7 +147,7 @@ class Ranks:
 
     Args:
         commands: One a rank.
-        logs: For each rank its log file, opened for appending.
+        logs: For each rank its log file, opened for appending, without a buffer.
         patience: How long things may take.
         base_env: Environment that the commands' variables go on top of.
         terminal: Where standard error of rank 0 is shown.
@@ -158,6 +167,7 @@ class Ranks:
         self._codes: dict[int, int] = {}
         self._terminate_at = self._kill_at = float("inf")
         self._failed: list[int] = []  # in the order of their ends, before we ended any
+        self._frozen: tuple[int, ...] = ()
         self._ranks: list[subprocess.Popen[bytes]] = []
         prepare = child_of(os.getpid(), ignore_stop=False)
         try:
@@ -197,8 +207,9 @@ class Ranks:
             self.kill()
         self._stderr.finish(show=not self._failed)
         codes = tuple(process.wait() for process in self._ranks)
-        cause = next((rank for rank in self._failed if codes[rank] in SUDDEN), self._failed[0] if self._failed else None)
-        return Outcome(codes, cause, signals.first, aborted)
+        killed = [rank for rank in self._failed if codes[rank] in SUDDEN]
+        cause = next(iter([*killed, *self._frozen, *self._failed]), None)
+        return Outcome(codes, cause, signals.first, aborted, self._frozen)
 
     def kill(self) -> None:
         """Kills, by process id, every rank that still runs."""
@@ -223,6 +234,7 @@ class Ranks:
             self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
         elif self._kill_at > now:
             if not self._failed:
+                self._frozen = tuple(other for other, pid in enumerate(self.pids) if is_stopped(pid))
                 self._terminate_at = now + self._patience.peers
                 self._kill_at = min(self._kill_at, self._terminate_at + self._patience.kill)
             self._failed.append(rank)
@@ -254,6 +266,13 @@ def _start(
         stderr=subprocess.PIPE if first else log,
         preexec_fn=prepare,
     )
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still after SIGSTOP; False where that cannot be told."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def last_words(log: Path, offset: int, *, most_lines: int = 200) -> str:

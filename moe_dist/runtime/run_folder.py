@@ -270,6 +270,28 @@ class RunFolder:
             return False
         return True
 
+    def amend_status(self, attempt_id: str, *, verdict: int, reason: str, rank: int, last_step: int) -> bool:
+        """For a launcher, once every rank of the attempt has ended and it has seen why: what a peer of a killed or frozen
+        rank wrote down is a consequence, and where all were killed nobody wrote anything.
+
+        Returns:
+            Whether it was written; False where the attempt never began, or somebody else writes to the run by now.
+        """
+        try:
+            lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds=0.0)
+        except LeaseError:
+            return False
+        try:
+            ending = self.read_status().of(attempt_id)
+            if ending is None:
+                return False
+            ended = ending.ended or time.time()
+            amended = replace(ending, verdict=verdict, reason=reason, rank=rank, last_step=last_step, ended=ended)
+            write_status(self.status_json, amended, before_rename=lease.check)
+        finally:
+            lease.release()
+        return True
+
     def write_summary(self, text: str) -> None:
         """Keeps the summary, to be shown when a finished run is started again."""
         write_atomically(self.summary_txt, text)

@@ -14,6 +14,7 @@ import pytest
 
 from launchers.local import launch
 from moe_dist.errors import ConfigError
+from moe_dist.runtime.lease import Lease
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -167,6 +168,119 @@ def test_a_rank_killed_from_outside_is_the_cause_though_a_peer_wrote_the_verdict
     """
     assert site.attempt(body) == 1
     assert "rank 1 failed first (killed by SIGKILL, out of memory?)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("peer_speaks", [True, False])
+def test_the_reason_in_the_status_is_the_killed_rank_whatever_its_peers_wrote(site: Site, peer_speaks: bool) -> None:
+    body = f"""
+    attempt.last_step = lambda: 7
+    if rank == 1: os.kill(os.getpid(), 9)
+    if {peer_speaks}: time.sleep(0.5); raise ConnectionError("the consequence")
+    os.kill(os.getpid(), 9)
+    """
+    assert site.attempt(body) == 1
+    latest = site.run.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.last_step) == (1, 7 if peer_speaks else 0)
+    assert latest.reason.endswith(": killed by SIGKILL, out of memory?")
+    assert latest.ended is not None
+    if peer_speaks:
+        assert latest.rank == 1
+    assert not site.run.lease_json.exists()
+
+
+def test_a_frozen_rank_is_the_cause_of_the_failure_of_a_peer_that_waited_too_long(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+    if rank == 1:
+        open(f"{here}/freezing", "w").close(); os.kill(os.getpid(), 19)
+    wait_for("freezing"); time.sleep(0.5); raise TimeoutError("a collective took too long")
+    """
+    assert site.attempt(body) == 1
+    assert "rank 1 failed first (frozen by SIGSTOP" in capfd.readouterr().err
+    latest = site.run.read_status().latest
+    assert latest is not None
+    assert latest.rank == 1
+    assert latest.reason == (
+        "rank 1: frozen by SIGSTOP, and killed when a peer had waited too long; TimeoutError: a collective took too long"
+    )
+
+
+def starts_of(site: Site) -> list[list[str]]:
+    return [line.split() for line in (site.folder / "starts").read_text().splitlines()]
+
+
+def test_a_failure_is_followed_by_a_new_start_from_the_last_checkpoint(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+    if rank == 0:
+        open(f"{here}/starts", "a").write(f"{env.attempt} {env.attempt_id} {env.init_method}\\n")
+        attempt._folder.checkpoints.joinpath("latest").write_text(f"step_{2 * env.attempt + 2}")
+    attempt.last_step = lambda: 2 * env.attempt + 2
+    if env.attempt < 2 and rank == 1: os.kill(os.getpid(), 9)
+    if env.attempt < 2: time.sleep(100)
+    """
+    assert site.attempt(body, max_restarts=3, overwrite=True) == 0
+    numbers, names, meetings = zip(*starts_of(site), strict=True)
+    assert numbers == ("0", "1", "2")
+    assert len(set(names)) == len(set(meetings)) == 3
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("restart ")]
+    assert said == [
+        f"restart {number} of 3, from the checkpoint of step {2 * number}: rank 1: killed by SIGKILL, out of memory?"
+        for number in (1, 2)
+    ]
+    status = site.run.read_status()
+    assert [(each.restarts, each.verdict, each.rank) for each in status.attempts] == [(0, 1, 1), (1, 1, 1), (2, 0, 0)]
+
+
+@pytest.mark.parametrize("error", ["ConfigError", "DataError", "DivergedError", "StoppedError", "PlacementError"])
+def test_a_verdict_that_would_repeat_is_not_followed_by_a_start(site: Site, error: str) -> None:
+    site.attempt(f"raise {error}('x')", max_restarts=3)
+    assert len(site.run.read_status().attempts) == 1
+
+
+def test_a_job_that_gains_nothing_is_not_started_for_ever(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    assert site.attempt("raise ValueError('always')", max_restarts=5) == 1
+    assert len(site.run.read_status().attempts) == 2
+    assert "not restarted: 2 attempts in a row came no step further" in capfd.readouterr().err
+
+
+def test_ranks_that_die_before_they_open_the_run_count_as_attempts(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    assert site.launch("raise ImportError('libcuda')", max_restarts=5) == 1
+    err = capfd.readouterr().err
+    assert "restart 1 of 5, from the beginning: rank" in err
+    assert "exit code 1; ImportError: libcuda" in err
+    assert site.run.log_of(0).read_text().count("--- attempt") == 2
+
+
+def test_a_stop_is_no_failure_to_start_again_from(site: Site) -> None:
+    def stop() -> None:
+        while len(site.started) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert site.launch("signal_came = time.sleep(100)", max_restarts=3) == 75
+    thread.join()
+    assert site.run.log_of(0).read_text().count("--- attempt") == 1
+
+
+def test_a_run_that_somebody_else_writes_to_is_not_started_again(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    site.run.path.mkdir(parents=True)
+    lease = Lease(site.run.lease_json, "another").acquire(0.0)
+    try:
+        program = ATTEMPT.replace("sys.argv[2:])", "sys.argv[2:]), wait_seconds=0.1").replace(
+            'wait_for("opened.0")', "pass"
+        )
+        assert site.launch(program, max_restarts=3) == 1
+    finally:
+        lease.release()
+    err = capfd.readouterr().err
+    assert "not restarted: attempt another, process" in err
+    assert site.run.log_of(0).read_text().count("--- attempt") == 1
 
 
 def test_without_a_verdict_the_ranks_code_is_ours(site: Site) -> None:
