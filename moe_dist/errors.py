@@ -67,5 +67,5 @@ class CheckpointError(MoeDistError):
     """A checkpoint could not be written; the last committed one still stands."""
 
 
-class IntegrityError(MoeDistError):
-    """What arrived in an exchange between ranks is not what was sent (`parallel.check_exchanges`)."""
+class StorageError(MoeDistError):
+    """A file could not be read or written just now: its disk is full or broken, or its file system is gone."""

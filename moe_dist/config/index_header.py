@@ -45,6 +45,12 @@ def index_paths(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
 
 
+def list_offsets(sequences: int) -> tuple[int, int, int]:
+    """Where the lists begin in an .idx: int32 length of each sequence, int64 byte offset of each in .bin, and the int64
+    sequence at which each document begins, with the total at the end."""
+    return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
+
+
 def read_index_header(prefix: Path) -> IndexHeader:
     """Reads the .idx of `prefix` and holds it against the size of its .bin. Costs one pass over the list of lengths.
 

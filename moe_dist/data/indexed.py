@@ -1,6 +1,8 @@
-"""Megatron's indexed data sets: the only file that imports megatron.core.datasets.
+"""Megatron's indexed data sets: written by Megatron's builder, read here.
 
-The import takes seconds and pulls in Megatron's model code, so it happens at the first use and not before.
+Megatron's own readers are not used while training: its memory map ends the process with SIGBUS where the file is cut short
+or its disk fails, its plain reader returns whatever lay in memory there, and importing either takes each rank 3 s. Tests
+hold both directions to Megatron. Its builder is imported when something is written.
 """
 
 import warnings
@@ -10,8 +12,10 @@ from types import ModuleType
 
 import numpy as np
 
+from moe_dist.config.index_header import index_paths, list_offsets
 from moe_dist.config.manifest import SplitSection
-from moe_dist.config.split_files import check_split, load_filler
+from moe_dist.config.split_files import check_split
+from moe_dist.data.checked_file import CheckedFile
 from moe_dist.errors import DataError
 
 _UINT16_BELOW = 65500  # Megatron's own bound (DType.optimal_dtype)
@@ -42,34 +46,54 @@ class IndexedSplit:
 
     Raises:
         DataError: the files are damaged or disagree with the manifest.
+        StorageError: they cannot be read.
     """
 
     def __init__(self, folder: str | Path, split: SplitSection) -> None:
         self.header = check_split(folder, split)
-        self.prefix = str(Path(folder) / split.path)
-        self._dataset = _megatron().IndexedDataset(self.prefix)
-        ends = np.concatenate([[0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)])
-        marks = self._dataset.document_indices
-        if not np.array_equal(self._dataset.index.sequence_pointers, ends[:-1] * self.header.itemsize):
+        prefix = Path(folder) / split.path
+        self.prefix = str(prefix)
+        idx, bin_ = index_paths(prefix)
+        self._tokens = CheckedFile(bin_)
+        lengths_S, pointers_S, marks = self._lists(CheckedFile(idx))
+        ends = np.concatenate([[0], np.cumsum(lengths_S, dtype=np.int64)])
+        if not np.array_equal(pointers_S, ends[:-1] * self.header.itemsize):
             raise DataError(f"{self.prefix}.idx: the sequences do not follow one another without gaps; build it again")
         if marks[0] != 0 or (np.diff(marks) < 0).any():
             raise DataError(f"{self.prefix}.idx: the document marks do not rise from 0; build it again")
         self.starts_D = ends[marks[:-1]]
         self.lengths_D = np.diff(ends[marks])
-        self._filler = load_filler(folder, split)
+        self._filler = CheckedFile(Path(folder) / split.filler) if split.filler is not None else None
+        # An .npy has a header before the bits; bare bytes have none.
+        self._filler_begin = self._filler.size - -(-split.tokens // 8) if self._filler is not None else 0
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from token `start` of the file on, int64."""
-        dtype, offset = np.dtype(self.header.dtype).type, start * self.header.itemsize
-        return self._dataset.bin_reader.read(dtype=dtype, count=count, offset=offset).astype(np.int64)
+        """`count` tokens from token `start` of the file on, int64.
+
+        Raises:
+            DataError: the file was cut short since it was opened.
+            StorageError: it cannot be read any more.
+        """
+        size = self.header.itemsize
+        return np.frombuffer(self._tokens.read(start * size, count * size), self.header.dtype).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
-        """Filler bits of the same tokens, bool; all False where the split has none."""
+        """Filler bits of the same tokens, bool; all False where the split has none. Raises as `tokens`."""
         if self._filler is None:
             return np.zeros(count, bool)
         first = start // 8
-        bits = np.unpackbits(self._filler[first : -(-(start + count) // 8)])
-        return bits[start - 8 * first :][:count].astype(bool)
+        raw = self._filler.read(self._filler_begin + first, -(-(start + count) // 8) - first)
+        return np.unpackbits(np.frombuffer(raw, np.uint8))[start - 8 * first :][:count].astype(bool)
+
+    def _lists(self, idx: CheckedFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths and byte offsets of the sequences, and the sequence at which each document begins."""
+        sequences, entries = self.header.sequences, self.header.documents + 1
+        at_lengths, at_pointers, at_marks = list_offsets(sequences)
+        return (
+            np.frombuffer(idx.read(at_lengths, sequences * 4), np.int32),
+            np.frombuffer(idx.read(at_pointers, sequences * 8), np.int64),
+            np.frombuffer(idx.read(at_marks, entries * 8), np.int64),
+        )
 
 
 def _megatron() -> ModuleType:
