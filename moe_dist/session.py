@@ -1,6 +1,6 @@
 """What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink, summary_table
+from moe_dist.monitor.sinks.guarded import GuardedSinks
 from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.lease_watch import LeaseWatch
 from moe_dist.monitor.sinks.prometheus import PrometheusSink
@@ -83,23 +84,24 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 
 @contextmanager
 def open_sinks(
-    plan: Preflight, folder: RunFolder, env: RankEnv, *, resume_step: int, lease_check: Callable[[], None]
+    plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, resume_step: int
 ) -> Iterator[list[Sink]]:
-    """The sinks of rank 0, none on other ranks; closed however the run ends, so that no record waits in a buffer.
+    """The sinks of rank 0, as one; none on other ranks. Closed however the run ends, so that no record waits in a buffer.
 
-    Before each record `lease_check` raises if another attempt writes to the run by now.
+    Before each record the lease is looked at; before each commit the records must be on the disk.
     """
-    sinks: list[Sink] = []
+    if env.rank != 0:
+        yield []
+        return
+    console = Console()
+    print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
+    attempt.check_lease()
+    sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, resume_step)])
+    attempt.commit_needs = sinks.check_written
     try:
-        if env.rank == 0:
-            console = Console()
-            print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
-            lease_check()
-            sinks += [LeaseWatch(lease_check), *_build_sinks(plan, folder, resume_step)]
-        yield sinks
+        yield [sinks]
     finally:
-        for sink in sinks:
-            sink.close()
+        sinks.close()
 
 
 def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[Sink]:

@@ -73,7 +73,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     checkpoints = CheckpointManager(
         folder.checkpoints,
         keep=config.checkpoint.keep,
-        lease_check=attempt.check_lease,
+        lease_check=attempt.check_commit,
         process_group=mesh.world,
         device=device,
         watch=mesh.watch,
@@ -84,7 +84,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     log.follow(lambda: progress.step)
     with (
         session.watched_devices(config, device, env) as devices,
-        session.open_sinks(plan, folder, env, resume_step=progress.step, lease_check=attempt.check_lease) as sinks,
+        session.open_sinks(plan, folder, env, attempt, resume_step=progress.step) as sinks,
     ):
         trainer = Trainer(
             build.build_plan(config, plan.groups),

@@ -8,6 +8,7 @@ sys.exit(attempt.exit_code)
 """
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -24,12 +25,21 @@ from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
 
 CAUSE_SECONDS = 1.5  # within which a rank that heard of a peer's error lets the peer give the reason
+STORAGE_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
+)
 
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
     """Exit code and reason of an exception that ends a run."""
     if isinstance(error, MoeDistError):
         return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+        where = f"{error.filename}: " if error.filename else ""
+        return EXIT_FAILED, (
+            f"{where}{os.strerror(error.errno)}; mend that (room, permissions, the file system of the run folder), then "
+            "start again: the run goes on from its last checkpoint (docs/reliability.md)"
+        )
     return EXIT_FAILED, f"{type(error).__name__}: {error}"
 
 
@@ -47,6 +57,7 @@ class Attempt:
 
     Attributes:
         last_step: Where the run stands; set it once that is known.
+        commit_needs: Called before each commit; raises where something else has to be on the disk first.
         exit_code: The verdict, after the block.
     """
 
@@ -55,6 +66,7 @@ class Attempt:
         self._folder: RunFolder | None = None
         self._lease: Lease | None = None
         self.last_step: Callable[[], int] | None = None
+        self.commit_needs: Callable[[], None] = lambda: None
         self.exit_code = EXIT_DONE
 
     def open(
@@ -77,13 +89,23 @@ class Attempt:
         return folder
 
     def check_lease(self) -> None:
-        """Call right before each commit; on ranks other than 0 it does nothing.
+        """Call right before each write to the run; on ranks other than 0 it does nothing.
 
         Raises:
             LeaseError: another attempt writes to this run now.
         """
         if self._lease is not None:
             self._lease.check()
+
+    def check_commit(self) -> None:
+        """Call right before each commit; on ranks other than 0 it does nothing.
+
+        Raises:
+            LeaseError: as `check_lease`.
+            CheckpointError: what `commit_needs` waits for is not on the disk.
+        """
+        self.check_lease()
+        self.commit_needs()
 
     def expire(self) -> None:
         """For the grace timer of `StopRequest`: leaves the verdict of a run that did not stop in time."""

@@ -1,4 +1,8 @@
-"""metrics.jsonl: one line a step, the source of everything shown. A crash at any byte costs at most the line in flight."""
+"""metrics.jsonl: one line a step, the source of everything shown. A crash at any byte costs at most the line in flight.
+
+A disk that is full, or fails for a while, costs none: lines wait in memory and are written once it takes them again, the
+torn one first. No checkpoint is committed before the lines up to its step are on the disk (`flush`): a restart finds all.
+"""
 
 import json
 import logging
@@ -12,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.statistics import EvaluationResult
 
@@ -43,7 +48,10 @@ class JsonlSink:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()  # bytes that the disk has not taken yet
+        self._told = False
 
     def step(self, record: Record) -> None:
         line = {
@@ -81,16 +89,46 @@ class JsonlSink:
         """Nothing: configuration and placement are files beside this one."""
 
     def flush(self) -> None:
-        if not self._file.closed:
+        """As `Sink.flush`.
+
+        Raises:
+            CheckpointError: the disk does not take the lines; they wait, and a checkpoint of these steps has to as well.
+        """
+        if self._file.closed:
+            return
+        try:
+            self._drain()
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path}: its last lines cannot be written: {error.strerror or error}; without them no checkpoint is "
+                "saved: make room on that disk, or look at it",
+                see="docs/reliability.md",
+            ) from error
 
     def close(self) -> None:
-        self.flush()
+        if self._file.closed:
+            return
+        try:
+            self.flush()
+        except CheckpointError as error:
+            logger.error("%s", error)
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(encode(line) + "\n")
-        self._file.flush()  # to the operating system, not to the disk: a kill loses nothing, a power cut what flush() lacks
+        # To the operating system, not to the disk: a kill loses nothing, a power cut what flush() lacks.
+        self._waiting += encode(line).encode() + b"\n"
+        try:
+            self._drain()
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                logger.error("%s: %s; lines wait in memory until it can be written", self._path, error.strerror or error)
+            self._told = True
+
+    def _drain(self) -> None:
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
 
 
 def encode(line: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Every way out of an attempt leaves a verdict; each in a process of its own, since a failed rank ends there."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.runtime.attempt import verdict_of
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -89,3 +91,11 @@ def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path
     latest = folder.read_status().latest
     assert latest is not None
     assert (latest.attempt_id, latest.verdict) == ("first", 75)
+
+
+def test_a_full_or_lost_disk_is_told_with_the_file_and_the_way_out() -> None:
+    verdict, reason = verdict_of(OSError(errno.ENOSPC, "No space left on device", "runs/x/config.yaml"))
+    assert verdict == 1
+    assert reason.startswith("runs/x/config.yaml: No space left on device; mend that")
+    assert verdict_of(OSError(errno.EIO, "Input/output error"))[1].startswith("Input/output error; mend that")
+    assert verdict_of(ConnectionError("reset"))[1] == "ConnectionError: reset"

@@ -1,5 +1,7 @@
 """Each step exactly once after any number of resumes, whatever a crash left."""
 
+import errno
+import io
 import json
 import math
 from collections.abc import Callable
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.sinks.jsonl import JsonlSink, drop_lines_after, read_lines
 from moe_dist.monitor.statistics import EvaluationResult
@@ -153,3 +156,57 @@ def test_two_runs_differ_in_times_only(tmp_path: Path, make_record: MakeRecord) 
     JsonlSink(path=b, clock=lambda: 2.0).step(make_record(1, step_seconds=0.7, comm_seconds=0.2))
     assert a.read_text() != b.read_text()
     assert [reproducible_part(x) for x in read_lines(a)] == [reproducible_part(x) for x in read_lines(b)]
+
+
+class FailingFile:
+    """A file that takes `room` bytes and then no more."""
+
+    closed = False
+
+    def __init__(self, file: io.FileIO, room: int) -> None:
+        self._file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self._file.write(bytes(data[: self.room]))
+        self.room -= taken
+        return taken
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 100])
+def test_lines_wait_for_room_and_no_checkpoint_is_saved_meanwhile(
+    tmp_path: Path, make_record: MakeRecord, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    path, once = tmp_path / "m.jsonl", tmp_path / "once.jsonl"
+    write(once, make_record, range(1, 5))
+    sink = JsonlSink(path=path, clock=lambda: 1000.0)
+    sink.step(make_record(1))
+    sink._file = full = FailingFile(sink._file, room)  # pyright: ignore
+    sink.step(make_record(2))
+    sink.step(make_record(3))
+    assert caplog.text.count("No space left on device; lines wait in memory") == 1
+    with pytest.raises(CheckpointError, match=r"m\.jsonl: its last lines cannot be written: No space"):
+        sink.flush()
+    assert steps_of(path) == [1]  # a torn line is no line
+    full.room = 1 << 20
+    sink.step(make_record(4))
+    sink.flush()
+    assert path.read_bytes() == once.read_bytes()
+    sink.close()
+
+
+def test_a_disk_that_stays_full_does_not_keep_the_sink_from_closing(tmp_path: Path, make_record: MakeRecord) -> None:
+    sink = JsonlSink(path=tmp_path / "m.jsonl")
+    sink._file = FailingFile(sink._file, 10)  # pyright: ignore
+    sink.step(make_record(1))
+    sink.close()
+    assert drop_lines_after(tmp_path / "m.jsonl", 0) is None
+    assert (tmp_path / "m.jsonl").read_bytes() == b""

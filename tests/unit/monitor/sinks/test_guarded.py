@@ -1,0 +1,72 @@
+"""A sink whose disk fails costs its pictures, never the run; unless a restart needs what it holds."""
+
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import CheckpointError
+from moe_dist.monitor.sinks.guarded import GuardedSinks
+
+
+class Recorder:
+    """A sink that notes its calls, and raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: Any) -> None:
+            self.calls.append(name)
+            if self.error is not None:
+                raise self.error
+
+        return call
+
+
+def test_every_sink_hears_everything() -> None:
+    first, second = Recorder(), Recorder()
+    sinks: Any = GuardedSinks([first, second])
+    sinks.step(None)
+    sinks.evaluation(None, {})
+    sinks.text("a", "b")
+    sinks.flush()
+    sinks.check_written()
+    sinks.close()
+    assert first.calls == second.calls == ["step", "evaluation", "text", "flush", "close"]
+
+
+def test_a_sink_whose_disk_fails_is_reported_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    failing, healthy = Recorder(), Recorder()
+    sinks: Any = GuardedSinks([failing, healthy])
+    failing.error = OSError(28, "No space left on device")
+    for _ in range(3):
+        sinks.step(None)
+    sinks.flush()
+    sinks.check_written()
+    assert failing.calls == ["step"]
+    assert healthy.calls == ["step"] * 3 + ["flush"]
+    assert (
+        caplog.text.count("Recorder: [Errno 28] No space left on device; it shows nothing more until the next start") == 1
+    )
+
+
+def test_records_that_a_restart_needs_hold_back_the_checkpoint_until_they_are_written() -> None:
+    records, other = Recorder(), Recorder()
+    sinks: Any = GuardedSinks([records, other])
+    records.error = CheckpointError("m.jsonl: cannot be written")
+    sinks.flush()
+    with pytest.raises(CheckpointError, match=r"m\.jsonl"):
+        sinks.check_written()
+    assert other.calls == ["flush"]
+    records.error = None
+    sinks.flush()
+    sinks.check_written()
+    assert records.calls == ["flush", "flush"]
+
+
+def test_an_error_of_ours_is_not_hidden() -> None:
+    wrong = Recorder()
+    wrong.error = ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        GuardedSinks([wrong]).flush()  # pyright: ignore
