@@ -13,7 +13,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format data tensorboard clean
+.PHONY: help train test test-faults chaos check format data tensorboard clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,8 +21,15 @@ help:  ## List the targets
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
 
-test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests
-	@$(TEST) tests
+test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-faults
+	@$(TEST) --ignore=tests/faults tests
+
+test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
+	@$(TEST) tests/faults
+
+ROUNDS ?= 200
+chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted one goes on
+	@$(BIN)/python -m tests.support.chaos --rounds $(ROUNDS)
 
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .

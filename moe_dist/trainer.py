@@ -157,7 +157,7 @@ class Trainer:
         plan, progress = self._plan, self.progress
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
         batches = self._loader.batches(progress.position)
-        result = self._take_step(batches, lr=lr, aux=aux, stop_requested=self._stop_requested())
+        result = self._take_step(batches, lr=lr, aux=aux, stop_requested=self._stop_requested(), began=begin)
         progress.step += 1
         progress.position += plan.global_batch
         progress.tokens += result.tokens
@@ -197,6 +197,7 @@ class Trainer:
             step_seconds=seconds,
             epochs=self._loader.epochs(self.progress.position),
             flops_per_token=self._plan.flops_per_token(experts, share),
+            busy_seconds_W=result.busy_seconds_W,
         )
 
     def _show(self, stats: StepStatistics) -> None:

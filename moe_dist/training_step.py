@@ -4,8 +4,9 @@ Collectives of a step, besides those of the layers: the label counts before the 
 micro-batch, the gradients, and one packed vector that is norm, vote and statistics at once. Every rank issues the same.
 """
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from moe_dist.comm.reduce import sum_over
 from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.evaluation.heldout import forward
 from moe_dist.loss import AuxSettings, MicroLoss, micro_loss
@@ -40,6 +42,8 @@ class StepResult:
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.ledger.LEDGER_KEYS`.
         comm_seconds: Mean over ranks of the time inside the exchanges.
         stop_requested: At least one rank was asked to stop.
+        busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
+            empty in the first step.
     """
 
     nll_M: np.ndarray
@@ -55,6 +59,7 @@ class StepResult:
     ledger: Mapping[str, int]
     comm_seconds: float
     stop_requested: bool
+    busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class TrainingStep:
@@ -85,21 +90,32 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
         self.traffic = traffic
+        self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
+        self._times = self._no_times[:0]
         self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
 
     def __call__(
-        self, batches: Sequence[Batch], *, lr: float, aux: AuxSettings, stop_requested: bool = False
+        self,
+        batches: Sequence[Batch],
+        *,
+        lr: float,
+        aux: AuxSettings,
+        stop_requested: bool = False,
+        began: float | None = None,
     ) -> StepResult:
-        """One step over this rank's micro-batches.
+        """One step over this rank's micro-batches. `began` is when the rank turned to it (time.perf_counter), if earlier.
 
         Syncs with the host at its end only, besides the dispatchers: for this rank's own counts, which the ledger is made
         of, and for the summed vector and counts.
         """
         mesh = self.parallel.mesh
+        clock = _BusyClock(mesh.watch, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = self._count_labels(batches)
-        micro_labels = sum_over(labels_M.sum(1), mesh.world, name="label counts", watch=mesh.watch)
+        # The times of the step before ride along: sums of counts are exact in any order, so they change no bit.
+        counts = sum_over(torch.cat([labels_M.sum(1), self._times]), mesh.world, name="label counts", watch=mesh.watch)
+        micro_labels, times_W = counts.split([len(batches), len(self._times)])
         labels_in_step = micro_labels.sum().clamp_min(1.0)
         self.traffic.take()
 
@@ -129,9 +145,11 @@ class TrainingStep:
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
             own.add(reports)
         self.parallel.reduce_gradients()
+        self._times = self._no_times.clone()
+        self._times[mesh.rank] = clock.seconds(self.traffic.seconds)
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
         summed = sum_over(local, mesh.world, name="norm, vote and statistics", watch=mesh.watch)
-        return self._vote_and_update(summed, losses, lr)
+        return replace(self._vote_and_update(summed, losses, lr), busy_seconds_W=times_W.cpu().numpy())
 
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
         """Scored labels of each micro-batch and modality on this rank, float64 [micro-batches, M]."""
@@ -214,6 +232,19 @@ class TrainingStep:
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,
         )
+
+
+class _BusyClock:
+    """Times what a rank does in a step, without what it waits for: the host's time inside collectives, or on CUDA, where
+    the host does not wait in them, the device's time inside the exchanges (known only after `Traffic.drain`)."""
+
+    def __init__(self, watch: Watch | None, began: float) -> None:
+        self._watch, self._began = watch, began
+        self._waited = watch.waited if watch is not None else 0.0
+
+    def seconds(self, in_exchanges: float) -> float:
+        waited = self._watch.waited - self._waited if self._watch is not None else 0.0
+        return max(0.0, time.perf_counter() - self._began - max(waited, in_exchanges))
 
 
 class _OwnCounts:

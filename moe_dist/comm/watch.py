@@ -38,6 +38,7 @@ class Watch:
 
     Attributes:
         entered: Collectives entered so far.
+        waited: Seconds that the host has spent inside them so far. On CUDA it only starts them: hardly any.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class Watch:
         self._among: str | None = None
         self._moved = 0.0
         self.entered = 0
+        self.waited = 0.0
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
@@ -87,6 +89,7 @@ class Watch:
                 else:
                     del self._unfinished[entered]
                 self._moved = time.monotonic()
+                self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
         """The first collective that has not finished; None where the rank is in none, and in no work among such."""

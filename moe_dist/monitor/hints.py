@@ -11,7 +11,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from moe_dist.monitor.metrics import Record, group_choices
+from moe_dist.monitor.metrics import Record, group_choices, slowest_rank
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_EXPERT = 3.0  # times the even share
@@ -19,6 +19,8 @@ BUSY_RANK = 1.5  # times the mean rank
 NULL_EDGE = 0.02  # of 0 or 1
 LOSS_RISE = 1.05  # of the window before
 LOSS_FALL = 0.99  # of the first window
+SLOW_RANK = 1.5  # times the median of the others
+SLOW_SECONDS = 0.005  # that it takes longer at least: below, it is noise
 SPEED_DROP = 0.6  # of the median of the window before
 RECENT = 10  # steps whose median speed is compared
 NAMED = 4  # dead experts written out
@@ -81,6 +83,7 @@ class HintWatch:
         yield from busy_expert(choices_LC, self._groups, self._moe_layers, record.balance_coefficient)
         yield from dead_experts(choices_LC, self._groups, self._moe_layers, self._window)
         yield from null_collapse(choices_LC, self._groups)
+        yield from slow_rank([past.busy_seconds_W for past in self._records])
         yield from busy_rank(np.sum([past.arrays["weighted_rows_LR"] for past in self._records], axis=0))
 
 
@@ -151,6 +154,22 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
             "rank",
             f"rank {int(load_R.argmax())} of the EP group computes {ratio:.1f} x the mean rank's rows, and the others "
             "wait; see moe/rank_load in TensorBoard; try placement.policy=interleaved, or other ranks for the groups",
+        )
+
+
+def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
+    """The rank that takes longest for its own work, over a window of steps; its waiting for peers is left out."""
+    known = [each for each in busy_seconds if each.size > 1]
+    if len(known) < RECENT:
+        return
+    found = slowest_rank(np.median(known, axis=0))  # one odd step says nothing
+    slow, others = found["slowest_rank_seconds"], found["other_ranks_seconds"]
+    if slow >= SLOW_RANK * others and slow - others >= SLOW_SECONDS:
+        yield Hint(
+            "slow",
+            f"rank {int(found['slowest_rank'])} computes and reads data for {slow:.3f} s a step, the others for "
+            f"{others:.3f} s ({slow / max(others, 1e-9):.1f} x), and they wait for it; unless moe/rank_load shows that "
+            "it has more to compute, look at its machine: clock and temperature, other jobs, the disk its data come from",
         )
 
 

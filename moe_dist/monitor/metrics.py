@@ -30,7 +30,8 @@ class Record:
         arrays: choices_LC, tokens_LG, rows_LR and dropped_LG as counted (int64), entropy_LG in nats a token and
             weighted_rows_LR in rows x FFN width (float64).
         ledger: The dispatch ledger, see `StepStatistics`.
-        host: Readings of the host that are no scalars, by name.
+        host: Readings of the host that are no scalars, by name; the slowest rank and its seconds beside the others' median.
+        busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
     """
 
     step: int
@@ -43,6 +44,7 @@ class Record:
     arrays: Mapping[str, np.ndarray]
     ledger: Mapping[str, int]
     host: Mapping[str, float | None] = field(default_factory=dict)
+    busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def build_record(
@@ -105,7 +107,11 @@ def build_record(
             "weighted_rows_LR": weighted_LR,
         },
         ledger=dict(stats.ledger),
-        host={name: value for name, value in readings.items() if not name.startswith("device/")},
+        host={
+            **{name: value for name, value in readings.items() if not name.startswith("device/")},
+            **slowest_rank(stats.busy_seconds_W),
+        },
+        busy_seconds_W=stats.busy_seconds_W,
     )
 
 
@@ -126,6 +132,18 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
     if result.balance_efficiency is not None:
         scalars["perf/balance_efficiency"] = result.balance_efficiency
     return scalars
+
+
+def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
+    """The rank that computed longest, its seconds, and the median of the others; empty for one rank alone."""
+    if busy_seconds_W.size < 2:
+        return {}
+    rank = int(busy_seconds_W.argmax())
+    return {
+        "slowest_rank": rank,
+        "slowest_rank_seconds": float(busy_seconds_W[rank]),
+        "other_ranks_seconds": float(np.median(np.delete(busy_seconds_W, rank))),
+    }
 
 
 def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -37,6 +37,7 @@ class StepStatistics:
         step_seconds: Wall time of the step.
         epochs: Epochs seen of each modality.
         flops_per_token: Forward and backward FLOPs a token at the measured number of experts; None if unknown.
+        busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
     """
 
     step: int
@@ -61,6 +62,7 @@ class StepStatistics:
     step_seconds: float
     epochs: Mapping[str, float] = field(default_factory=dict)
     flops_per_token: float | None = None
+    busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)

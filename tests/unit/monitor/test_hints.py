@@ -13,6 +13,7 @@ from moe_dist.monitor.hints import (
     dead_experts,
     loss_trend,
     null_collapse,
+    slow_rank,
     slower,
 )
 from moe_dist.monitor.metrics import Record
@@ -162,3 +163,32 @@ def test_a_flat_loss_late_in_a_run_is_no_news(healthy: MakeRecord, groups: tuple
     assert not [h for step in range(5001, 5060) for h in resumed.update(healthy(step, loss_sum=flat))]
     fresh = HintWatch(groups, (1, 3, 5), window=10)
     assert [k for step in range(1, 60) for k in kinds(fresh.update(healthy(step, loss_sum=flat)))] == ["loss"]
+
+
+def busy(rank: int | None = None, *, others: float = 0.1, times: float = 1.0) -> np.ndarray:
+    seconds_W = np.full(4, others)
+    if rank is not None:
+        seconds_W[rank] *= times
+    return seconds_W
+
+
+def test_a_slow_rank_is_named_with_numbers() -> None:
+    (hint,) = slow_rank([busy(2, times=2.1)] * 20)
+    assert hint.kind == "slow"
+    assert "rank 2 computes and reads data for 0.210 s a step, the others for 0.100 s (2.1 x)" in hint.text
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        [busy()] * 20,
+        [busy(1, times=1.4)] * 20,
+        [busy(1, times=9.0)] * 5 + [busy()] * 15,  # a few odd steps
+        [busy(1, others=1e-4, times=9.0)] * 20,  # noise
+        [busy(1, times=9.0)] * 3,  # too few to tell
+        [np.zeros(0)] * 20,  # unknown
+        [np.ones(1)] * 20,  # alone
+    ],
+)
+def test_ranks_that_are_alike_or_noisy_are_not_called_slow(seconds: list[np.ndarray]) -> None:
+    assert list(slow_rank(seconds)) == []

@@ -1,0 +1,23 @@
+"""Tests that break whole runs take minutes: a time limit of their own; `make test-faults` runs them, not `make test`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.chaos import Site, open_site
+
+SECONDS = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SECONDS))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The place of a campaign, with a small disk where mounting is permitted."""
+    with open_site(tmp_path_factory.mktemp("site")) as place:
+        yield place

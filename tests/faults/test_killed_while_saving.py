@@ -1,0 +1,16 @@
+"""SIGKILL of all ranks at random moments of a save: what `latest` names always loads and verifies."""
+
+import os
+import random
+
+from tests.support.chaos import Site, killed_while_saving
+
+KILLS = 10
+
+
+def test_latest_verifies_after_each_kill(site: Site) -> None:
+    seed = int(os.environ.get("MOE_DIST_FAULT_SEED", random.SystemRandom().randrange(1_000_000)))
+    print(f"seed {seed}")
+    report = killed_while_saving(site, seed, KILLS)
+    print(report.faults, f"{report.seconds:.0f} s")
+    assert not report.problems, f"seed {seed}: " + "\n".join(report.problems)

@@ -1,0 +1,45 @@
+"""A run of 60 steps on 4 ranks with 20 random faults that cover every phase and every kind, and ends with the bits of the
+undisturbed run. The seed is printed: MOE_DIST_FAULT_SEED=<seed> draws the same faults again."""
+
+import os
+import random
+
+import pytest
+
+from tests.support.cells import EMPTY, FEASIBLE, KINDS, PHASES, Cell
+from tests.support.chaos import FAULTS, MOST_FROZEN, STEPS, Site, campaign, draw
+
+
+def test_a_run_with_twenty_faults_ends_with_the_bits_of_the_undisturbed_one(site: Site) -> None:
+    seed = int(os.environ.get("MOE_DIST_FAULT_SEED", random.SystemRandom().randrange(1_000_000)))
+    print(f"seed {seed}")
+    report = campaign(site, seed)
+    for fault in report.faults:
+        print(fault)
+    print(f"{report.starts} starts, {report.seconds:.0f} s")
+    assert not report.problems, f"seed {seed}: " + "\n".join(report.problems)
+    assert len(report.faults) == FAULTS
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_every_draw_covers_every_phase_and_every_kind(seed: int) -> None:
+    faults = draw(random.Random(seed))
+    assert len(faults) == FAULTS
+    assert {fault.phase for fault in faults} == set(PHASES)
+    assert {fault.kind for fault in faults} == set(KINDS)
+    assert faults[-1].phase != "import"
+    assert [fault.step for fault in faults] == sorted({fault.step for fault in faults})
+    assert all(1 < fault.step <= STEPS for fault in faults)
+    assert 0 < sum(fault.kind == "SIGSTOP" for fault in faults) <= MOST_FROZEN + 1
+    assert draw(random.Random(seed)) == faults
+
+
+def test_wanted_cells_come_first() -> None:
+    wanted = [cell for cell in FEASIBLE if cell.kind == "SIGKILL"]
+    faults = draw(random.Random(0), wanted)
+    assert {Cell(fault.phase, fault.kind) for fault in faults} >= set(wanted)
+
+
+def test_each_cell_is_feasible_or_has_a_reason() -> None:
+    assert set(EMPTY) | set(FEASIBLE) == {Cell(phase, kind) for phase in PHASES for kind in KINDS}
+    assert all(EMPTY.values())
