@@ -1,6 +1,7 @@
 """The vote before each step: a value that is not finite on one rank keeps all ranks from taking it."""
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ def poisoned_training(
                 lr=1e-2,
                 aux=AuxSettings("null_averaged", 0.02, 1e-3),
                 stop_requested=rank.rank == 1 and number == 2,
+                began=time.perf_counter() - 1000.0 * rank.rank,  # as if rank 1 had read data for so long
             )
         )
         parameters.append(logical(parallel, placement, mesh, gradient=False))
@@ -69,3 +71,7 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
         changed = [any((a[name] != b[name]).any() for name in a) for a, b in itertools.pairwise(parameters)]
         assert changed == [True, False, True]
         assert steps_taken == 2
+        assert [result.busy_seconds_W.size for result in results] == [0, 2, 2]  # told with the next step
+        for result in results[1:]:
+            quick, slow = result.busy_seconds_W
+            assert 0.0 <= quick < 1000.0 <= slow

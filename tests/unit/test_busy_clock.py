@@ -1,0 +1,31 @@
+"""What a rank does itself in a step, without what it waits for."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_dist.training_step import _BusyClock
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def test_time_inside_collectives_is_left_out(clock: Any) -> None:
+    watch: Any = SimpleNamespace(waited=7.0)
+    busy = _BusyClock(watch, began=98.0)  # two seconds of reading data before
+    clock.seconds, watch.waited = 110.0, 15.0
+    assert busy.seconds(0.0) == pytest.approx(4.0)
+
+
+def test_on_cuda_the_exchanges_are_left_out_where_the_host_did_not_wait(clock: Any) -> None:
+    watch: Any = SimpleNamespace(waited=0.0)
+    busy = _BusyClock(watch, began=100.0)
+    clock.seconds, watch.waited = 110.0, 0.5
+    assert busy.seconds(3.0) == pytest.approx(7.0)
+    assert _BusyClock(None, began=100.0).seconds(99.0) == 0.0
