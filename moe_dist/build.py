@@ -10,18 +10,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config, ModelSection, ParallelSection, TopKRouterSection
 from moe_dist.data.loader import TrainLoader
+from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
 from moe_dist.model.flops import Shape, forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatcher import Dispatcher
+from moe_dist.moe.expert_gemm import choose_gemm
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -38,11 +43,19 @@ from moe_dist.training_step import TrainingStep
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_router(section: TopKRouterSection, hidden_dim: int, groups: Sequence[ExpertGroup]) -> nn.Module:
+def build_router(
+    section: TopKRouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], *, capacity: Capacity | None = None
+) -> nn.Module:
     """The router of one layer; a section's fields are its constructor's keywords."""
     kinds = {"top_k": TopKRouter}
     fields = section.model_dump(exclude={"kind"})
-    return kinds[section.kind](hidden_dim, groups, **fields)
+    return kinds[section.kind](hidden_dim, groups, capacity=capacity, **fields)
+
+
+def build_wire(section: ParallelSection, group: dist.ProcessGroup | None, traffic: Traffic, watch: Watch | None) -> Wire:
+    """One process group as a wire, checked where the configuration says so."""
+    wire = Wire(group, traffic, watch)
+    return CheckedWire(wire) if section.check_exchanges else wire
 
 
 def build_dispatcher(section: ParallelSection, placement: ExpertPlacement, wire: Wire) -> Dispatcher[Any]:
@@ -91,22 +104,26 @@ def build_model(
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
     """
     section, moe = config.model, config.model.moe
-    wire = Wire(ep_group, traffic or Traffic(), watch)
+    wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(config.parallel, placement, wire)
+
+    capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
 
     def make_moe(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(section.hidden_dim, section.norm_eps),
-            router=build_router(moe.router, section.hidden_dim, placement.groups),
+            router=build_router(moe.router, section.hidden_dim, placement.groups, capacity=capacity),
             experts=Experts(
                 section.hidden_dim,
                 placement.groups,
                 [len(placement.local_experts(ep_rank, group)) for group in placement.groups],
                 pair_budget=config.parallel.expert_pair_budget,
+                gemm=config.parallel.expert_gemm,
             ),
             dispatcher=dispatcher,
             shared=SwiGLU(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
+            free=FreeExperts(section.hidden_dim, placement.groups) if has_free_experts(placement.groups) else None,
             recompute=config.parallel.recompute,
             name=f"layers.{layer}",
         )
@@ -128,6 +145,7 @@ class Training:
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
     """Builds on the meta device, shards, gives memory and initial weights, wraps, and makes the optimizer."""
     traffic = Traffic()
+    check_expert_gemm(config, mesh.device)
     with torch.device("meta"):
         model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic, watch=mesh.watch)
     if config.parallel.data == "fsdp2":
@@ -151,6 +169,23 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         traffic=traffic,
     )
     return Training(parallel, optimizer, step)
+
+
+def check_expert_gemm(config: Config, device: torch.device) -> None:
+    """Refuses `parallel.expert_gemm: grouped` where this device has no grouped product for these experts.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    dtype = COMPUTE_DTYPES[config.parallel.precision]
+    for group in config.model.moe.groups.values():
+        widths = (config.model.hidden_dim, group.ffn_dim)
+        try:
+            choose_gemm(
+                config.parallel.expert_gemm, dtype=dtype, device=device, widths=widths, num_experts=group.num_experts
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:

@@ -16,6 +16,7 @@ from torch import nn
 from moe_dist.build import COMPUTE_DTYPES, build_model, model_shape
 from moe_dist.config.schema import Config
 from moe_dist.model import flops, memory
+from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.planner import Plan, expected_plan, group_shares
 from moe_dist.preflight import Layout, layout_without_data
 
@@ -209,10 +210,15 @@ def _parts_text(parts: flops.Parts) -> str:
 def _experts_text(result: DryRun) -> str:
     groups = result.layout.groups
     return "; ".join(
-        f"{g.name}: {g.expected_experts_per_token:.3g} of {g.num_experts} experts"
-        + (f" (top {g.top_k} with {g.num_null} null)" if g.num_null else "")
-        for g in groups
+        f"{g.name}: {g.expected_experts_per_token:.3g} of {g.num_experts} experts" + _others_text(g) for g in groups
     )
+
+
+def _others_text(group: ExpertGroup) -> str:
+    """Null and free experts of a group, where it has any."""
+    counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
+    named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return f" (top {group.top_k} with {named})" if named else ""
 
 
 def _notes(result: DryRun) -> list[str]:

@@ -69,3 +69,7 @@ class CheckpointError(MoeDistError):
 
 class StorageError(MoeDistError):
     """A file could not be read or written just now: its disk is full or broken, or its file system is gone."""
+
+
+class IntegrityError(MoeDistError):
+    """What arrived in an exchange between ranks is not what was sent (`parallel.check_exchanges`)."""

@@ -1,6 +1,7 @@
 """Cross entropy and the auxiliary terms, over global counts: a rank's loss is its share, and the shares add up.
 
-Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, G groups, C choice columns.
+Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, G groups, C choice columns,
+E true experts.
 """
 
 from collections.abc import Sequence
@@ -29,11 +30,12 @@ class AuxSettings:
 
 
 class GlobalCounts(NamedTuple):
-    """Counts of one micro-batch over all ranks: choices [L, C], tokens [L, G], entropy [L, G]; float64."""
+    """Counts of one micro-batch over all ranks: choices [L, C], tokens and entropy [L, G], dropped ones [L, E]; float64."""
 
     choices_LC: Tensor
     tokens_LG: Tensor
     entropy_LG: Tensor
+    dropped_LE: Tensor
 
 
 class MicroLoss(NamedTuple):
@@ -73,12 +75,11 @@ def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, watch: Watch | None = None
 ) -> GlobalCounts:
     """Sums the layers' counts over all ranks: one all-reduce a micro-batch, outside any recomputation."""
-    choices_LC = torch.stack([report.sums.choices_C for report in reports]).to(torch.float64)
-    tokens_LG = torch.stack([report.sums.tokens_G for report in reports]).to(torch.float64)
-    entropy_LG = torch.stack([report.sums.entropy_G for report in reports]).to(torch.float64)
-    packed = torch.cat([choices_LC, tokens_LG, entropy_LG], dim=1)
-    packed = sum_over(packed, group, name="routing counts", watch=watch)
-    return GlobalCounts(*packed.split([choices_LC.shape[1], tokens_LG.shape[1], entropy_LG.shape[1]], dim=1))
+    sums = [report.sums for report in reports]
+    rows = [(each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E) for each in sums]
+    parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
+    packed = sum_over(torch.cat(parts, dim=1), group, name="routing counts", watch=watch)
+    return GlobalCounts(*packed.split([part.shape[1] for part in parts], dim=1))
 
 
 def micro_loss(

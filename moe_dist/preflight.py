@@ -22,6 +22,7 @@ from moe_dist.placement.policies import expert_groups, make_placement
 from moe_dist.runtime.host import host_relations
 
 _LOOKED_AT = 256 << 20  # bytes of ids of each split
+_GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements of 16 bytes, the stride that grouped GEMM needs
 _MIX_SCALE = 1_000_000  # a mix from weights is in tokens of a million
 
 
@@ -92,7 +93,7 @@ def layout_without_data(config: Config) -> Layout:
         ConfigError, DataError: as `check`.
     """
     groups = expert_groups(config.model.moe)
-    relations = [*model_relations(config), *batch_relations(config), *group_relations(groups)]
+    relations = _own_relations(config, groups)
     data_faults: list[str] = []
     manifest = _manifest_or_fault(config, [], data_faults)
     counted = False
@@ -112,7 +113,7 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     if config is None:
         raise ConfigError(read.faults, see=GUIDE)
     groups = expert_groups(config.model.moe)
-    relations = [*model_relations(config), *batch_relations(config), *group_relations(groups), *host_relations(config)]
+    relations = [*_own_relations(config, groups), *host_relations(config)]
     data_faults: list[str] = []
     if manifest is None:
         manifest = _manifest_or_fault(config, relations, data_faults)
@@ -132,6 +133,11 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     micro_batches = config.train.global_batch // (config.train.micro_batch * config.parallel.ep * config.parallel.edp)
     comparison = compare(groups, config.parallel.ep, mix)
     return Preflight(config, manifest, groups, placement, micro_batches, mix, comparison)
+
+
+def _own_relations(config: Config, groups: Sequence[ExpertGroup]) -> list[Relation]:
+    """What the configuration breaks by itself."""
+    return [*model_relations(config), *batch_relations(config), *gemm_relations(config), *group_relations(groups)]
 
 
 def batch_relations(config: Config) -> list[Relation]:
@@ -154,6 +160,30 @@ def batch_relations(config: Config) -> list[Relation]:
         )
         keys = ("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp")
         broken.append(Relation(keys, fault))
+    return broken
+
+
+def gemm_relations(config: Config) -> list[Relation]:
+    """`parallel.expert_gemm: grouped` against what is known of types and widths before any device is looked at."""
+    parallel, broken = config.parallel, []
+    if parallel.expert_gemm != "grouped":
+        return []
+    if parallel.device == "cuda" and parallel.precision != "bf16":
+        fault = (
+            f"parallel.expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 only, not for "
+            f"parallel.precision={parallel.precision}; take bf16, or parallel.expert_gemm=auto"
+        )
+        broken.append(Relation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), fault))
+    step = _GROUPED_STEP[parallel.precision]
+    widths = {"model.hidden_dim": config.model.hidden_dim}
+    widths |= {f"model.moe.groups.{name}.ffn_dim": group.ffn_dim for name, group in config.model.moe.groups.items()}
+    for key, width in widths.items():
+        if width % step:
+            fault = (
+                f"{key}={width}: must be a multiple of {step} for parallel.expert_gemm=grouped in {parallel.precision} "
+                f"(rows of 16 bytes); take {width + -width % step}, or parallel.expert_gemm=auto"
+            )
+            broken.append(Relation((key, "parallel.expert_gemm", "parallel.precision"), fault))
     return broken
 
 

@@ -170,8 +170,11 @@ class Trainer:
 
     def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
         experts, share = {}, {}
-        for group, tokens in zip(self._placement.groups, result.tokens_LG.sum(0), strict=True):
-            taken = result.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].sum()
+        taken_LE = result.choices_LC[:, : self._placement.num_experts] - result.dropped_LE
+        groups = self._placement.groups
+        dropped_LG = np.stack([result.dropped_LE[:, group.experts].sum(1) for group in groups], axis=1)
+        for group, tokens in zip(groups, result.tokens_LG.sum(0), strict=True):
+            taken = taken_LE[:, group.experts].sum()
             experts[group.name] = float(taken / max(1, tokens))
             share[group.name] = float(tokens / max(1, result.tokens_LG.sum()))
         return StepStatistics(
@@ -190,8 +193,8 @@ class Trainer:
             choices_LC=result.choices_LC,
             tokens_LG=result.tokens_LG,
             entropy_sum_LG=result.entropy_LG,
-            rows_LR=rows_by_rank(result.choices_LC, self._placement),
-            dropped_LG=np.zeros_like(result.tokens_LG),
+            rows_LR=rows_by_rank(taken_LE, self._placement),
+            dropped_LG=dropped_LG,
             ledger=result.ledger,
             comm_seconds=result.comm_seconds,
             step_seconds=seconds,
@@ -234,7 +237,7 @@ class Trainer:
 
     def _window_sum(self, field: str) -> np.ndarray:
         if not self._recent:  # resumed at the very end: nothing was routed in this attempt
-            columns = sum(group.num_experts + group.num_null for group in self._placement.groups)
+            columns = sum(group.num_columns for group in self._placement.groups)
             return np.zeros((1, columns if field == "choices_LC" else len(self._placement.groups)), np.int64)
         return np.sum([getattr(result, field) for result in self._recent], axis=0)
 

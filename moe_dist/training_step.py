@@ -39,6 +39,7 @@ class StepResult:
         skipped: No rank took the step, since the loss or a gradient was not finite.
         tokens: Input tokens without padding.
         choices_LC, tokens_LG, entropy_LG: Routing counts, see `moe_dist.monitor.statistics`.
+        dropped_LE: int64, choices of each true expert that a capacity dropped.
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.ledger.LEDGER_KEYS`.
         comm_seconds: Mean over ranks of the time inside the exchanges.
         stop_requested: At least one rank was asked to stop.
@@ -56,6 +57,7 @@ class StepResult:
     choices_LC: np.ndarray
     tokens_LG: np.ndarray
     entropy_LG: np.ndarray
+    dropped_LE: np.ndarray
     ledger: Mapping[str, int]
     comm_seconds: float
     stop_requested: bool
@@ -173,11 +175,12 @@ class TrainingStep:
         squared = local_norm_squared(((info.parameter, info.replicas) for info in self.parallel.parameters), device=device)
         payload, metadata, seconds = self.traffic.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
-        true_choices_G, tokens_G = own.totals()
+        true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
             self.placement,
             self.parallel.mesh.ep_rank,
             true_choices_G=true_choices_G,
+            null_choices_G=null_choices_G,
             tokens_G=tokens_G,
             rows_remote=rows_remote,
             pairs=pairs,
@@ -215,7 +218,7 @@ class TrainingStep:
         self.parallel.model.zero_grad(set_to_none=True)
         summed_counts = torch.stack([torch.cat(loss.counts, dim=1) for loss in losses]).sum(0).cpu().numpy()
         widths = [part.shape[1] for part in losses[0].counts]
-        choices_LC, tokens_LG, entropy_LG = np.split(summed_counts, np.cumsum(widths)[:-1], axis=1)
+        choices_LC, tokens_LG, entropy_LG, dropped_LE = np.split(summed_counts, np.cumsum(widths)[:-1], axis=1)
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
@@ -228,6 +231,7 @@ class TrainingStep:
             choices_LC=choices_LC.astype(np.int64),
             tokens_LG=tokens_LG.astype(np.int64),
             entropy_LG=entropy_LG,
+            dropped_LE=dropped_LE.astype(np.int64),
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,
@@ -248,18 +252,23 @@ class _BusyClock:
 
 
 class _OwnCounts:
-    """This rank's true choices and routed tokens by group, summed on the device until they are read."""
+    """This rank's taken true choices, null choices and tokens by group, summed on the device until they are read."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
         self._sums: list[Tensor] = []
 
     def add(self, reports: Sequence[LayerReport]) -> None:
+        experts = [group.num_experts for group in self._groups]
+        nulls = [group.num_null for group in self._groups]
         for report in reports:
-            true_G = [report.sums.choices_C[group.first_expert :][: group.num_experts].sum() for group in self._groups]
-            self._sums.append(torch.stack([torch.stack(true_G), report.sums.tokens_G]))
+            true_E = report.sums.choices_C[: sum(experts)] - report.sums.dropped_E
+            true_G = torch.stack([part.sum() for part in true_E.split(experts)])
+            null_C = report.sums.choices_C[sum(experts) :][: sum(nulls)]
+            null_G = torch.stack([part.sum() for part in null_C.split(nulls)])
+            self._sums.append(torch.stack([true_G, null_G, report.sums.tokens_G]))
 
-    def totals(self) -> tuple[list[int], list[int]]:
-        """True choices and tokens of each group. Syncs with the host."""
-        true_G, tokens_G = torch.stack(self._sums).sum(0).tolist()
-        return true_G, tokens_G
+    def totals(self) -> tuple[list[int], list[int], list[int]]:
+        """Taken true choices, null choices and tokens of each group. Syncs with the host."""
+        true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()
+        return true_G, null_G, tokens_G

@@ -19,12 +19,13 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
 # fmt: off
 RESERVED_GROUP_NAMES = frozenset((
-    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "compile", "cpu",
-    "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "group_of_column_C", "groups",
-    "half", "ipu", "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children",
-    "named_modules", "named_parameters", "normalise", "num_choices", "num_experts", "parameters", "recompute",
-    "requires_grad_", "reset_buffers", "pair_budget", "scale", "share_memory", "state_dict", "to", "to_empty",
-    "top_k_G", "train", "training", "type", "xpu", "zero_grad",
+    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "capacity", "children",
+    "choices_E", "columns_E", "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr",
+    "first_free", "float", "forward", "group_of_column_C", "group_of_expert_E", "groups", "half", "ipu",
+    "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children", "named_modules",
+    "named_parameters", "normalise", "num_choices", "num_experts", "num_free", "num_identity", "pair_budget",
+    "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
+    "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu", "zero_grad",
 ))
 # fmt: on
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
@@ -79,24 +80,31 @@ class GroupSection(Section):
     num_null: Count = Field(
         default=0, description="Null experts of the group (m): choices that cost nothing. 0 is plain top-k."
     )
-    top_k: PositiveInt = Field(description="Choices a token makes among the n + m experts of its group (k).")
+    num_identity: Count = Field(
+        default=0, description="Identity experts: they add the token's normed input times its weight, on its own rank."
+    )
+    num_constant: Count = Field(
+        default=0, description="Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."
+    )
+    top_k: PositiveInt = Field(description="Choices a token makes among all experts of its group, null ones included (k).")
     ffn_dim: PositiveInt = Field(description="Hidden width of each expert's SwiGLU (F).")
     modalities: tuple[Name, ...] = Field(
         default=(), description="Modalities routed to this group; empty means the one that has the group's name."
     )
 
     def broken_relations(self) -> list[Relation]:
-        if self.top_k <= self.num_experts + self.num_null:
+        free = self.num_identity + self.num_constant
+        if self.top_k <= self.num_experts + self.num_null + free:
             return []
         fault = (
-            f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null choices; "
-            "lower top_k, or raise num_experts or num_null"
+            f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null"
+            f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
         )
-        return [Relation(("top_k", "num_experts", "num_null"), fault)]
+        return [Relation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), fault)]
 
 
 class TopKRouterSection(Section):
-    """Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts."""
+    """Top-k over true, null and free experts (AdaMoE); plain top-k where a group has true ones alone."""
 
     kind: Literal["top_k"] = Field(
         default="top_k",
@@ -104,13 +112,32 @@ class TopKRouterSection(Section):
     )
     normalise: Literal["true_chosen", "all_chosen", "none"] = Field(
         default="true_chosen",
-        description="Routing weights are a softmax over the chosen true experts (AdaMoE), over all chosen experts, "
-        "or the plain softmax over the whole group.",
+        description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
+        "experts, or the plain softmax over the whole group.",
     )
     scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
+    selection_bias: bool = Field(
+        default=False,
+        description="Choose by softmax + bias; the bias starts at 0 and enters no weight (LongCat-Flash, Ernie 4.5).",
+    )
 
 
 RouterSection = TopKRouterSection  # a union with discriminator="kind" once there are two
+
+
+class CapacitySection(Section):
+    """A bound of the (token, expert) pairs that an expert takes while training; what lies beyond it is dropped."""
+
+    factor: PositiveFloat = Field(
+        description="An expert takes ceil(factor x k x T / columns) pairs of its group's T tokens; 1 is the even share."
+    )
+    drop: Literal["probability", "position"] = Field(
+        default="probability",
+        description="Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token.",
+    )
+    set: Literal["rank"] = Field(
+        default="rank", description="Tokens that compete for an expert's room: those of one rank's micro-batch."
+    )
 
 
 class MoESection(Section):
@@ -118,6 +145,9 @@ class MoESection(Section):
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
+    capacity: CapacitySection | None = Field(
+        default=None, description="Bound of the pairs an expert takes while training; null for none."
+    )
     every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
     shared_ffn_dim: Count = Field(
@@ -138,7 +168,10 @@ class ModelSection(Section):
     dense_ffn_dim: PositiveInt | None = Field(default=None, description="FFN width of layers without experts.")
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position frequencies.")
     norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
-    qk_norm: bool = Field(default=False, description="RMSNorm on queries and keys, over the whole projection, as in OLMoE.")
+    qk_norm: Literal["none", "head", "full"] = Field(
+        default="none",
+        description="RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE).",
+    )
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
     moe: MoESection
@@ -218,6 +251,11 @@ class ParallelSection(Section):
         default=None,
         description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks.",
     )
+    expert_gemm: Literal["auto", "grouped", "loop"] = Field(
+        default="auto",
+        description="The experts' products: torch's grouped GEMM or a loop over experts; auto takes grouped where "
+        "it is faster: on CUDA in bf16, on CPU from 16 experts of a group on a rank; where the widths allow it.",
+    )
     max_receive_rows: PositiveInt | None = Field(
         default=None,
         description="Bound of the rows a rank may receive in one layer, an error before the buffer is made; "
@@ -231,6 +269,11 @@ class ParallelSection(Section):
         default=None,
         description="A collective that takes longer makes every rank write where it is, then ends the run, naming the rank "
         "that the others wait for; at most, and by default, 0.8 x timeout_seconds.",
+    )
+    check_exchanges: bool = Field(
+        default=False,
+        description="Check every row of every exchange by checksum, naming layer, ranks and row where one was damaged; for "
+        "debugging, its cost is in docs/parallelism.md.",
     )
 
     @property

@@ -82,7 +82,7 @@ def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> li
 def routing_checks(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], window: int
 ) -> list[Check]:
-    """No expert of any layer unused over the window; each group's null share where balance puts it, m / (n + m)."""
+    """No expert of any layer unused over the window; each group's null share where balance puts it, m over its columns."""
     num_experts = sum(group.num_experts for group in groups)
     dead = int((choices_LC[:, :num_experts] == 0).sum())
     total = choices_LC.shape[0] * num_experts
@@ -90,8 +90,9 @@ def routing_checks(
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:
-            true = choices_LC[:, group.first_expert : group.first_expert + group.num_experts].sum()
-            share, expected = 1.0 - true / choices, group.num_null / (group.num_null + group.num_experts)
+            nulls = sum(other.num_null for other in groups[:index])
+            share = choices_LC[:, num_experts + nulls : num_experts + nulls + group.num_null].sum() / choices
+            expected = group.num_null / group.num_columns
             checks.append(
                 Check(
                     f"null fraction of {group.name}",

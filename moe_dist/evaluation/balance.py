@@ -42,7 +42,8 @@ class EvenRouter(nn.Module):
         self.groups = tuple(groups)
 
     def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
-        assignments, sums = self.router(h_TD, group_T, tape)
+        routing = self.router(h_TD, group_T, tape)
+        assignments = routing.assignments
         expert_N = assignments.expert_N
         group_N = group_T[assignments.token_N]
         even_N = torch.full_like(expert_N, ABSENT)
@@ -51,7 +52,7 @@ class EvenRouter(nn.Module):
             # The running number of the group's pairs, modulo n: a token's pairs are neighbours, hence distinct experts.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
             even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)
-        return Routing(assignments._replace(expert_N=even_N), sums)
+        return routing._replace(assignments=assignments._replace(expert_N=even_N))
 
 
 @torch.no_grad()

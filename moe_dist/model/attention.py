@@ -6,7 +6,7 @@ Shape letters: B sequences, S positions, H query heads, d head width, D hidden s
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class FlexMask:
 
 
 AttentionMask = DenseMask | FlexMask
+QKNorm = Literal["none", "head", "full"]
 
 
 def dense_mask(documents_BS: Tensor) -> DenseMask:
@@ -76,7 +77,7 @@ class Attention(nn.Module):
     Args:
         dim, num_heads, num_kv_heads, head_dim: D, H, key-value heads, d.
         norm_eps: Epsilon of all norms here.
-        qk_norm: RMSNorm over the whole query and key projections (OLMoE).
+        qk_norm: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projection (OLMoE).
         recompute: Compute the activations again in backward.
     """
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         norm_eps: float,
-        qk_norm: bool = False,
+        qk_norm: QKNorm = "none",
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -99,8 +100,10 @@ class Attention(nn.Module):
         self.k = Projection(dim, num_kv_heads * head_dim)
         self.v = Projection(dim, num_kv_heads * head_dim)
         self.o = Projection(num_heads * head_dim, dim)
-        self.q_norm = RMSNorm(num_heads * head_dim, norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(num_kv_heads * head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.qk_norm: QKNorm = qk_norm
+        q_dim, k_dim = (head_dim, head_dim) if qk_norm == "head" else (num_heads * head_dim, num_kv_heads * head_dim)
+        self.q_norm = nn.Identity() if qk_norm == "none" else RMSNorm(q_dim, norm_eps)
+        self.k_norm = nn.Identity() if qk_norm == "none" else RMSNorm(k_dim, norm_eps)
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         if self.recompute and x_BSD.requires_grad:
@@ -111,10 +114,13 @@ class Attention(nn.Module):
 
     def _forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         h = self.norm(x_BSD)
-        q = rotate(self._heads(self.q_norm(self.q(h))), rotary)
-        k = rotate(self._heads(self.k_norm(self.k(h))), rotary)
+        q = rotate(self._normed_heads(self.q(h), self.q_norm), rotary)
+        k = rotate(self._normed_heads(self.k(h), self.k_norm), rotary)
         v = self._heads(self.v(h))
         return self.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
+        return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))
 
     def _heads(self, x_BSE: Tensor) -> Tensor:
         return x_BSE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

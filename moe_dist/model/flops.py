@@ -35,7 +35,7 @@ class Shape:
     vocab_size: int
     dense_ffn_dim: int
     shared_ffn_dim: int
-    qk_norm: bool
+    qk_norm: Literal["none", "head", "full"]
     tie_embeddings: bool
     groups: Sequence[ExpertGroup]
 
@@ -51,13 +51,14 @@ class Parts:
     Attributes:
         embedding, output: Embedding and output projection; tied, the first holds the parameters and the second the FLOPs.
         attention: Projections and their norms, and in FLOPs the products over positions.
-        router, experts, shared, dense_ffn, norms: Likewise.
+        router, experts, free, shared, dense_ffn, norms: Likewise; free is the vectors and gates of constant experts.
     """
 
     embedding: float = 0
     attention: float = 0
     router: float = 0
     experts: float = 0
+    free: float = 0
     shared: float = 0
     dense_ffn: float = 0
     norms: float = 0
@@ -74,7 +75,7 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 
 
 def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Parameters by part, routers with their null rows.
+    """Parameters by part, routers with the rows of null and free experts.
 
     Args:
         experts_held: Experts of each group to count in each layer: by default all of them; a rank's own; or, weighted by
@@ -84,12 +85,13 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in s.groups}
     heads, kv_heads = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     projections = dim * (2 * heads + 2 * kv_heads)
-    qk_norms = heads + kv_heads if s.qk_norm else 0
+    qk_norms = {"none": 0, "head": 2 * s.head_dim, "full": heads + kv_heads}[s.qk_norm]
     return Parts(
         embedding=s.vocab_size * dim,
         attention=s.num_layers * (projections + qk_norms),
-        router=s.num_moe_layers * dim * sum(g.num_experts + g.num_null for g in s.groups),
+        router=s.num_moe_layers * dim * sum(g.num_columns for g in s.groups),
         experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
+        free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
         shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,
         dense_ffn=s.num_dense_layers * 3 * dim * s.dense_ffn_dim,
         norms=dim * (2 * s.num_layers + 1),
@@ -114,7 +116,7 @@ def forward_flops(
     """FLOPs of a forward pass for a mean token, by part.
 
     A product with a weight of n entries is 2 n FLOPs; attention adds 2 H d S for the scores and as much for the values.
-    Every token meets the router rows of all groups.
+    Every token meets the router rows and the constant experts of all groups.
 
     Args:
         seq_len: S.
@@ -128,6 +130,7 @@ def forward_flops(
         attention=s.num_layers * (2 * projections + 4 * heads * seq_len),
         router=2 * weights.router,
         experts=2 * weights.experts,
+        free=2 * weights.free,
         shared=2 * weights.shared,
         dense_ffn=2 * weights.dense_ffn,
         output=2 * s.vocab_size * dim,
@@ -143,6 +146,6 @@ def training_flops(forward: Parts, *, recompute: Recompute = "none") -> float:
     repeated = {
         "none": 0.0,
         "experts": forward.experts,
-        "block": forward.attention + forward.router + forward.experts + forward.shared,
+        "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared,
     }[recompute]
     return 3 * forward.total + repeated

@@ -6,8 +6,8 @@ an estimate of the tensors that autograd keeps for one micro-batch, in elements 
     attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows at this rank for each own token
                 + pairs (2 D + 4 F)                             pairs likewise; inputs, SwiGLU and outputs
-                + 12 C bytes in fp32                            router (C: all true and null experts)
-                + 4 D bytes in fp32 where a < 4                 the router's input
+                + 12 C bytes in fp32                            router (C: the columns of all kinds)
+                + 4 D bytes in fp32 where a < 4                 the router's input, and as much the free experts'
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
 
@@ -109,7 +109,7 @@ def _casts(shape: Shape, placement: ExpertPlacement, layout: Layout, rank: int) 
     if not layout.sharded:
         return parts.total - parts.router if layout.itemsize < FP32 else 0.0
     attention = parts.attention / shape.num_layers
-    moe = (parts.experts + parts.shared) / max(1, shape.num_moe_layers)
+    moe = (parts.experts + parts.free + parts.shared) / max(1, shape.num_moe_layers)
     ffn = parts.dense_ffn / max(1, shape.num_dense_layers)
     # The root unit (embedding, output) stays gathered; of the layers one is in use while the next is on its way.
     return parts.embedding + parts.output + attention + max(moe, ffn)
@@ -117,12 +117,13 @@ def _casts(shape: Shape, placement: ExpertPlacement, layout: Layout, rank: int) 
 
 def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs: float) -> float:
     s, dim, a = shape, shape.hidden_dim, layout.itemsize
-    copies = 4 if s.qk_norm else 3
+    copies = 3 if s.qk_norm == "none" else 4
     attention = a * (2 * dim + copies * (s.num_heads + s.num_kv_heads) * s.head_dim)
-    columns = sum(group.num_experts + group.num_null for group in s.groups)
+    free = any(group.num_identity or group.num_constant for group in s.groups)
+    columns = sum(group.num_columns for group in s.groups)
     mean_ffn = _mean_ffn(shape)
     inside = pairs * a * (2 * dim + 4 * mean_ffn)
-    moe = a * (3 * dim + rows * dim + 4 * s.shared_ffn_dim) + FP32 * (3 * columns + (dim if a < FP32 else 0))
+    moe = a * (3 * dim + rows * dim + 4 * s.shared_ffn_dim) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))
     dense = a * (2 * dim + 4 * s.dense_ffn_dim)
     output = a * dim + s.vocab_size * (a + 2 * FP32)
     if layout.recompute == "block":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.model.attention import Attention, make_mask
+from moe_dist.model.attention import Attention, QKNorm, make_mask
 from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import LayerReport
@@ -35,7 +35,7 @@ class ModelArgs:
     dense_ffn_dim: int | None = None
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
-    qk_norm: bool = False
+    qk_norm: QKNorm = "none"
     tie_embeddings: bool = False
     compute_dtype: torch.dtype = torch.float32
     recompute_blocks: bool = False

@@ -1,6 +1,7 @@
 """Balance and z terms from the layers' reports. Pure functions; the counts they take are already summed over all ranks.
 
-Shape letters: L MoE layers, G groups, C choice columns (true experts by logical id, then each group's null experts).
+Shape letters: L MoE layers, G groups, C choice columns (true experts by logical id, then the groups' null, identity and
+constant experts).
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class ColumnTables:
         groups: All groups, in logical order.
         group_C: int64, each column's group.
         member_CG: Whether a column belongs to a group, as 0 and 1.
-        size_G: n + m of each group.
+        size_G: Columns of each group; n + m without free experts.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -33,10 +34,9 @@ class ColumnTables:
     @classmethod
     def on(cls, groups: Sequence[ExpertGroup], device: torch.device) -> "ColumnTables":
         """The tables of `groups` on `device`."""
-        columns = group_columns(tuple(g.num_experts for g in groups), tuple(g.num_null for g in groups))
-        group_C = torch.tensor(columns, device=device)
+        group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
-        sizes = [group.num_experts + group.num_null for group in groups]
+        sizes = [group.num_columns for group in groups]
         return cls(tuple(groups), group_C, member_CG, torch.tensor(sizes, device=device))
 
 
@@ -52,8 +52,9 @@ def balance_terms(
 
         l = (n + m) sum_i f_i P_i,   f_i = picks_i / T,   P_i = sum of probabilities / T
 
-    `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): each null column carries the mean load of all the
-    group's null columns; `vanilla` is the same over n + m columns without that.
+    with n + m the group's columns of all kinds. `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): each null
+    column carries the mean load of all the group's null columns, and, as they too are copies of one another, each identity
+    column that of the identity columns; constant experts differ, and each has its own. `vanilla` averages nothing.
 
     Args:
         prob_LC: This rank's probability sums, with gradient.
@@ -63,21 +64,22 @@ def balance_terms(
     """
     load_LC = choices_LC.to(prob_LC.dtype)
     if kind == "null_averaged":
-        load_LC = _average_nulls(load_LC, tables.groups)
+        load_LC = _average_copies(load_LC, tables.groups)
     tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]
     products_LC = load_LC / tokens_LC * prob_LC / tokens_LC
     return (products_LC @ tables.member_CG.to(prob_LC.dtype)) * tables.size_G.to(prob_LC.dtype)
 
 
-def _average_nulls(load_LC: Tensor, groups: Sequence[ExpertGroup]) -> Tensor:
+def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup]) -> Tensor:
+    """The load with that of each group's null columns, and that of its identity columns, replaced by their mean."""
     at = sum(group.num_experts for group in groups)
     parts = [load_LC[:, :at]]
-    for group in groups:
-        if group.num_null:
-            nulls = load_LC[:, at : at + group.num_null]
-            parts.append(nulls.mean(dim=1, keepdim=True).expand_as(nulls))
-            at += group.num_null
-    return torch.cat(parts, dim=1)
+    for count in [group.num_null for group in groups] + [group.num_identity for group in groups]:
+        if count:
+            copies = load_LC[:, at : at + count]
+            parts.append(copies.mean(dim=1, keepdim=True).expand_as(copies))
+            at += count
+    return torch.cat([*parts, load_LC[:, at:]], dim=1)
 
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:

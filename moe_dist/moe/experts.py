@@ -6,20 +6,25 @@ Shape letters: Q pairs computed here, R rows, D hidden size, F hidden width of a
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatcher import DispatchedRows, PairLayout
+from moe_dist.moe.expert_gemm import ExpertGemm, choose_gemm
 from moe_dist.moe.rows import gather_rows, weighted_row_sum
 from moe_dist.placement.placement import ExpertGroup
 
 
 class ExpertStack(nn.Module):
-    """Experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F]."""
+    """Experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F].
 
-    def __init__(self, hidden_dim: int, ffn_dim: int, num_local: int) -> None:
+    `gemm` is how their products are computed, see `moe_dist.moe.expert_gemm`.
+    """
+
+    def __init__(self, hidden_dim: int, ffn_dim: int, num_local: int, *, gemm: ExpertGemm = "loop") -> None:
         super().__init__()
+        self.widths = (hidden_dim, ffn_dim)
+        self.gemm: ExpertGemm = gemm
         self.gate = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.up = nn.Parameter(torch.empty(num_local, ffn_dim, hidden_dim))
         self.down = nn.Parameter(torch.empty(num_local, hidden_dim, ffn_dim))
@@ -27,20 +32,15 @@ class ExpertStack(nn.Module):
     def forward(self, x_QD: Tensor, counts: Sequence[int]) -> Tensor:
         """SwiGLU of each expert over its run of rows: x [sum(counts), D] -> [sum(counts), D].
 
-        A loop over experts. An expert without rows multiplies an empty matrix, so that its gradient is zero, not None.
+        An expert without rows has a zero gradient, not None.
         """
         if not counts:
             # An empty stack gets no gradient: FSDP2's reduce-scatter refuses empty tensors, and skips a stack without one.
             # Its edp peers hold the same experts, so they skip it too.
             return x_QD[:0]
-        # unbind, not indexing: the backward of an index would fill a whole stack with zeros for each expert.
-        stacks = [weight.to(x_QD.dtype).unbind() for weight in (self.gate, self.up, self.down)]
-        runs = x_QD.split(list(counts))
-        outputs = [
-            F.linear(F.silu(F.linear(run, gate)) * F.linear(run, up), down)
-            for run, gate, up, down in zip(runs, *stacks, strict=True)
-        ]
-        return torch.cat(outputs)
+        swiglu = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=self.widths, num_experts=len(counts))
+        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))
+        return swiglu(x_QD, gate, up, down, counts)
 
 
 class Experts(nn.Module):
@@ -55,17 +55,24 @@ class Experts(nn.Module):
         num_local: For each group its number of experts on this rank.
         pair_budget: Pairs computed at once; beyond it the pairs run in recomputed chunks, so that one expert that takes
             everything costs time, not memory. None for no bound.
+        gemm: How the products are computed, see `moe_dist.moe.expert_gemm`.
     """
 
     def __init__(
-        self, hidden_dim: int, groups: Sequence[ExpertGroup], num_local: Sequence[int], *, pair_budget: int | None = None
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        num_local: Sequence[int],
+        *,
+        pair_budget: int | None = None,
+        gemm: ExpertGemm = "loop",
     ) -> None:
         super().__init__()
         self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
         self.pair_budget = pair_budget
         self.recompute = False
         for group, count in zip(groups, num_local, strict=True):
-            self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count))
+            self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count, gemm=gemm))
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout) -> Tensor:
         """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once."""

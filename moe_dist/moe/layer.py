@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.routing import LayerReport, Routing, RoutingTape
 
 Recompute = Literal["none", "experts", "block"]
@@ -19,7 +20,7 @@ class Router(Protocol):
 
 
 class MoELayer(nn.Module):
-    """y = experts(norm(x)) (+ shared expert); the caller adds the residual.
+    """y = experts(norm(x)) (+ free experts) (+ shared expert); the caller adds the residual.
 
     Args:
         norm: Applied before the router, or identity.
@@ -27,6 +28,7 @@ class MoELayer(nn.Module):
         experts: This rank's true experts.
         dispatcher: Brings rows to their experts' ranks and back.
         shared: An expert that sees every token, or None.
+        free: Identity and constant experts, where a group has any.
         recompute: `none`; `experts` recomputes the FFN between the exchanges (repeats no exchange); `block` recomputes the
             whole layer (repeats the dispatch exchange; the routing, its counts and ids are kept).
         name: Name of the layer in reports of what hangs or was damaged.
@@ -40,6 +42,7 @@ class MoELayer(nn.Module):
         experts: Experts,
         dispatcher: Dispatcher[Any],
         shared: nn.Module | None = None,
+        free: FreeExperts | None = None,
         recompute: Recompute = "none",
         name: str = "",
     ) -> None:
@@ -48,6 +51,7 @@ class MoELayer(nn.Module):
         self.router = router
         self.experts = experts
         self.shared = shared
+        self.free = free
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
         self.name = name
@@ -68,13 +72,16 @@ class MoELayer(nn.Module):
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums = self.router(h_TD, group_T, tape)
+        assignments, sums, free_weight_TF = self.router(h_TD, group_T, tape)
         plan = tape.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
         tape.plan = plan
         # Before the exchange: nothing that saves a tensor may follow combine, or `block` would repeat that exchange too.
         shared_TD = None if self.shared is None else self.shared(h_TD)
+        free_TD = None if self.free is None or free_weight_TF is None else self.free(h_TD, free_weight_TF)
         dispatched = self.dispatcher.dispatch(h_TD, assignments.weight_N, plan)
         y_TD = self.dispatcher.combine(self.experts(dispatched, plan), plan)
+        if free_TD is not None:
+            y_TD = y_TD + free_TD
         if self.ablated:
             y_TD = y_TD * 0.0
         report = LayerReport(

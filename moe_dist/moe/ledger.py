@@ -31,6 +31,7 @@ def compare(
     ep_rank: int,
     *,
     true_choices_G: Sequence[int],
+    null_choices_G: Sequence[int],
     tokens_G: Sequence[int],
     rows_remote: int,
     pairs: int,
@@ -39,16 +40,18 @@ def compare(
     """The ledger of one rank without its byte counts, from its local sums over layers and micro-batches.
 
     Args:
-        true_choices_G: True experts taken by this rank's tokens, by group.
+        true_choices_G: True experts taken by this rank's tokens, by group; without what a capacity dropped.
+        null_choices_G: Their null choices, by group.
         tokens_G: This rank's routed tokens, by group.
         rows_remote, pairs, pairs_remote: Sums of the layers' reports.
     """
     topk = same_active = nulls = 0.0
-    for group, taken, tokens in zip(placement.groups, true_choices_G, tokens_G, strict=True):
+    by_group = zip(placement.groups, true_choices_G, null_choices_G, tokens_G, strict=True)
+    for group, taken, null, tokens in by_group:
         remote_share = 1.0 - len(placement.local_experts(ep_rank, group)) / group.num_experts
         topk += remote_share * min(group.top_k, group.num_experts) * tokens
         same_active += remote_share * taken
-        nulls += remote_share * (group.top_k * tokens - taken)
+        nulls += remote_share * null
     return {
         "rows_remote": rows_remote,
         "pairs": pairs,

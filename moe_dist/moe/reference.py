@@ -3,6 +3,7 @@
 It shares no code with the router, the dispatcher or the experts; tests hold those to it, values and gradients.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,28 +15,73 @@ from moe_dist.placement.placement import ExpertGroup
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """One group's weights: `true` [n, D], `null` [m, D] (or None), `gate`, `up` [n, F, D], `down` [n, D, F]."""
+    """One group's weights: router rows `true` [n, D] and, where there are any, `null` [m, D], `identity`, `constant`;
+    experts `gate`, `up` [n, F, D], `down` [n, D, F]; of constant experts `vector` [c, D] and `mix` [c, 2, D]; the selection
+    `bias` of all columns."""
 
     true: Tensor
     null: Tensor | None
     gate: Tensor
     up: Tensor
     down: Tensor
+    identity: Tensor | None = None
+    constant: Tensor | None = None
+    vector: Tensor | None = None
+    mix: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """Router rows of all the group's columns: true, null, identity, constant."""
+        kinds = (self.true, self.null, self.identity, self.constant)
+        return torch.cat([rows for rows in kinds if rows is not None])
 
 
-def choose(logits: Sequence[float], num_true: int, top_k: int) -> list[int]:
+def choose(scores: Sequence[float], num_true: int, top_k: int) -> list[int]:
     """The top-k columns of one token, best first; ties go to true experts, then to the lower index."""
-    order = sorted(range(len(logits)), key=lambda column: (-logits[column], column >= num_true, column))
+    order = sorted(range(len(scores)), key=lambda column: (-scores[column], column >= num_true, column))
     return order[:top_k]
 
 
-def weights_of(logits_C: Tensor, chosen: Sequence[int], num_true: int, normalise: str) -> dict[int, Tensor]:
-    """Routing weight of each chosen true expert."""
-    true = [column for column in chosen if column < num_true]
+def weights_of(
+    logits_C: Tensor, chosen: Sequence[int], num_true: int, normalise: str, *, num_null: int | None = None
+) -> dict[int, Tensor]:
+    """Routing weight of each chosen column that is not null: columns [num_true, num_true + num_null) are; without a number,
+    all behind the true ones."""
+    first_free = len(logits_C) if num_null is None else num_true + num_null
+    kept = [column for column in chosen if column < num_true or column >= first_free]
     if normalise == "none":
-        return {column: logits_C.softmax(0)[column] for column in true}
-    among = true if normalise == "true_chosen" else list(chosen)
-    return {column: logits_C[column].exp() / logits_C[among].exp().sum() for column in true}
+        return {column: logits_C.softmax(0)[column] for column in kept}
+    among = kept if normalise == "true_chosen" else list(chosen)
+    return {column: logits_C[column].exp() / logits_C[among].exp().sum() for column in kept}
+
+
+def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, int], drop: str) -> set[tuple[int, int]]:
+    """The (token, expert) pairs that their experts have room for, of (token, expert, probability) in one choice set.
+
+    An expert serves its pairs one after the other until it is full: the most probable first, or the earliest token's.
+    """
+    kept: set[tuple[int, int]] = set()
+    for expert, room in capacity.items():
+        mine = [(token, probability) for token, of, probability in pairs if of == expert]
+        mine.sort(key=lambda pair: (-pair[1], pair[0]) if drop == "probability" else pair[0])
+        kept |= {(token, expert) for token, _ in mine[:room]}
+    return kept
+
+
+def expert_output(x_D: Tensor, column: int, group: ExpertGroup, w: ReferenceWeights) -> Tensor:
+    """What a true, identity or constant column of the group makes of one token."""
+    if column < group.num_experts:
+        hidden_F = torch.nn.functional.silu(w.gate[column] @ x_D) * (w.up[column] @ x_D)
+        return w.down[column] @ hidden_F
+    free = column - group.num_experts - group.num_null
+    if free < group.num_identity:
+        return x_D
+    assert w.vector is not None
+    assert w.mix is not None
+    constant = free - group.num_identity
+    shares = (w.mix[constant] @ x_D).softmax(0)
+    return shares[0] * x_D + shares[1] * w.vector[constant]
 
 
 def moe_forward(
@@ -46,28 +92,78 @@ def moe_forward(
     *,
     normalise: str = "true_chosen",
     scale: float = 1.0,
+    capacity: tuple[float, str] | None = None,
+    choice_sets: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """y_TD of the routed experts (no norm, no shared expert); zero for padding and for tokens that took no expert."""
-    rows = []
+    """y_TD of the routed and free experts (no norm, no shared expert); zero for padding and for tokens without an expert.
+
+    Args:
+        capacity: Factor and what is dropped (`probability`, `position`), or None.
+        choice_sets: The sets of tokens that compete for an expert's room; by default all tokens are one.
+    """
+    chosen: dict[int, dict[int, Tensor]] = {}
+    probability: dict[int, Tensor] = {}
     for token, group_index in enumerate(group_T):
-        y_D = torch.zeros_like(h_TD[token])
         if group_index >= 0:
             group, w = groups[group_index], weights[groups[group_index].name]
-            gate_rows = w.true if w.null is None else torch.cat([w.true, w.null])
-            logits_C = gate_rows @ h_TD[token]
-            chosen = choose(logits_C.tolist(), group.num_experts, group.top_k)
-            for expert, weight in weights_of(logits_C, chosen, group.num_experts, normalise).items():
-                hidden = torch.nn.functional.silu(w.gate[expert] @ h_TD[token]) * (w.up[expert] @ h_TD[token])
-                y_D = y_D + scale * weight * (w.down[expert] @ hidden)
+            logits_C = w.rows @ h_TD[token]
+            probability[token] = logits_C.softmax(0)
+            scores = logits_C if w.bias is None else probability[token] + w.bias
+            columns = choose(scores.tolist(), group.num_experts, group.top_k)
+            chosen[token] = weights_of(logits_C, columns, group.num_experts, normalise, num_null=group.num_null)
+    if capacity is not None:
+        for tokens in choice_sets or [range(len(group_T))]:
+            _drop(tokens, group_T, groups, chosen, probability, capacity)
+    rows = []
+    for token in range(len(group_T)):
+        y_D = torch.zeros_like(h_TD[token])
+        for column, weight in chosen.get(token, {}).items():
+            group = groups[group_T[token]]
+            y_D = y_D + scale * weight * expert_output(h_TD[token], column, group, weights[group.name])
         rows.append(y_D)
     return torch.stack(rows) if rows else h_TD * 0.0
 
 
-def balance_loss(logits_TC: Tensor, num_true: int, top_k: int, *, null_averaged: bool = True) -> Tensor:
+def _drop(
+    tokens: Sequence[int],
+    group_T: Sequence[int],
+    groups: Sequence[ExpertGroup],
+    chosen: dict[int, dict[int, Tensor]],
+    probability: Mapping[int, Tensor],
+    capacity: tuple[float, str],
+) -> None:
+    """Takes the choices without room out of `chosen`, for one choice set."""
+    factor, drop = capacity
+    for index, group in enumerate(groups):
+        members = [token for token in tokens if group_T[token] == index]
+        share = factor * group.top_k * len(members) / group.num_columns
+        room = dict.fromkeys(range(group.num_experts), math.ceil(share - 1e-9))
+        pairs = [
+            (token, column, float(probability[token][column]))
+            for token in members
+            for column in chosen[token]
+            if column < group.num_experts
+        ]
+        kept = kept_pairs(pairs, room, drop)
+        for token, column, _ in pairs:
+            if (token, column) not in kept:
+                del chosen[token][column]
+
+
+def balance_loss(
+    logits_TC: Tensor,
+    num_true: int,
+    top_k: int,
+    *,
+    null_averaged: bool = True,
+    num_null: int | None = None,
+    num_identity: int = 0,
+) -> Tensor:
     """Load-balance loss of one group in one layer, coefficient 1 (AdaMoE section 3.2; vanilla where not averaged).
 
     (n + m) sum_i f_i P_i with f_i the share of tokens that pick column i (so that the f_i sum to k) and P_i its mean
-    probability; averaged, every null column carries the mean load of all null columns.
+    probability; averaged, every null column carries the mean load of all null columns, every identity column that of the
+    identity columns. Without a number, all columns behind the true ones are null.
     """
     num_tokens, num_columns = logits_TC.shape
     picks = [0.0] * num_columns
@@ -75,9 +171,12 @@ def balance_loss(logits_TC: Tensor, num_true: int, top_k: int, *, null_averaged:
         for column in choose(row, num_true, top_k):
             picks[column] += 1.0
     load = [count / num_tokens for count in picks]
-    if null_averaged and num_columns > num_true:
-        mean = sum(load[num_true:]) / (num_columns - num_true)
-        load = load[:num_true] + [mean] * (num_columns - num_true)
+    if null_averaged:
+        first_identity = num_columns if num_null is None else num_true + num_null
+        for copies in (range(num_true, first_identity), range(first_identity, first_identity + num_identity)):
+            mean = sum(load[column] for column in copies) / max(1, len(copies))
+            for column in copies:
+                load[column] = mean
     prob_C = logits_TC.softmax(-1).mean(0)
     return num_columns * sum((f * p for f, p in zip(load, prob_C, strict=True)), start=logits_TC.new_zeros(()))
 

@@ -1,14 +1,18 @@
 """The types at the heart: what a router hands to the dispatcher, and what a layer reports.
 
 Shape letters: T tokens on this rank, D hidden size, E true experts (logical, over all groups), K choices a token,
-N (token, expert) pairs, G groups, C choice columns: the E true experts, then each group's null experts.
+N (token, expert) pairs, G groups, F free columns (identity and constant experts), C choice columns: the E true experts,
+then each group's null experts, each group's identity experts, each group's constant experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_dist.placement.placement import ExpertGroup
 
 if TYPE_CHECKING:
     from moe_dist.moe.dispatcher import DispatchPlan
@@ -42,11 +46,12 @@ class RouterSums(NamedTuple):
     """Local sums over this rank's routed tokens: what balance losses and monitoring are made of.
 
     Attributes:
-        choices_C: int64, how often each column was chosen.
+        choices_C: int64, how often each column was chosen, before any capacity.
         prob_C: Sum of the group's softmax probabilities, differentiable.
         tokens_G: int64, tokens routed in each group.
         log_z_squared_G: Sum of squared log-sum-exp of the group's logits, differentiable.
         entropy_G: Sum of the softmax's entropy in nats, without gradient.
+        dropped_E: int64, choices of each true expert that a capacity dropped.
     """
 
     choices_C: Tensor
@@ -54,13 +59,22 @@ class RouterSums(NamedTuple):
     tokens_G: Tensor
     log_z_squared_G: Tensor
     entropy_G: Tensor
+    dropped_E: Tensor
 
 
 class Routing(NamedTuple):
-    """What a router returns for T tokens."""
+    """What a router returns for T tokens.
+
+    Attributes:
+        assignments: The pairs, for the dispatcher.
+        sums: Local sums, for losses and monitoring.
+        free_weight_TF: Routing weight of each free expert, fp32 with gradient, 0 where it was not chosen: evaluated where
+            the token is, never a pair. None where no group has free experts.
+    """
 
     assignments: Assignments
     sums: RouterSums
+    free_weight_TF: Tensor | None = None
 
 
 class LayerReport(NamedTuple):
@@ -88,17 +102,23 @@ class RoutingTape:
     """
 
     choice_TK: Tensor | None = None
+    dropped_TK: Tensor | None = None
     plan: "DispatchPlan | None" = field(default=None)
 
 
-def group_columns(num_experts: tuple[int, ...], num_null: tuple[int, ...]) -> list[int]:
-    """For each choice column its group: all true experts first, in group order, then all null experts.
+def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
+    """For each choice column its group: all true experts, then all null, all identity and all constant ones, each in group
+    order.
 
     True columns come first so that a stable sort lets ties go to true experts.
     """
-    true = [group for group, count in enumerate(num_experts) for _ in range(count)]
-    null = [group for group, count in enumerate(num_null) for _ in range(count)]
-    return true + null
+    kinds = (
+        [group.num_experts for group in groups],
+        [group.num_null for group in groups],
+        [group.num_identity for group in groups],
+        [group.num_constant for group in groups],
+    )
+    return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

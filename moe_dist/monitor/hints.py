@@ -91,7 +91,7 @@ def busy_expert(
     choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], coefficient: float
 ) -> Iterator[Hint]:
     """For each group its busiest expert of any layer, if it takes several times its even share."""
-    for group, (true_Ln, _) in zip(groups, group_choices(choices_LC, groups), strict=True):
+    for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         share_Ln = true_Ln / np.maximum(true_Ln.sum(1, keepdims=True), 1)
         layer, expert = divmod(int(share_Ln.argmax()), group.num_experts)
         share, even = float(share_Ln[layer, expert]), 1 / group.num_experts
@@ -109,7 +109,7 @@ def dead_experts(
     choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], window: int
 ) -> Iterator[Hint]:
     """For each group the experts that no token chose in the whole window."""
-    for group, (true_Ln, _) in zip(groups, group_choices(choices_LC, groups), strict=True):
+    for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         # A layer without any choice had no tokens of the group, or only null choices: another hint's business.
         dead = np.argwhere((true_Ln == 0) & (true_Ln.sum(1, keepdims=True) > 0))
         if not len(dead):
@@ -126,12 +126,12 @@ def dead_experts(
 
 def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[Hint]:
     """For each group with null experts: the router stopped telling tokens apart, one way or the other."""
-    for group, (true_Ln, null_Lm) in zip(groups, group_choices(choices_LC, groups), strict=True):
-        total = int(true_Ln.sum() + null_Lm.sum())
+    for group, choices in zip(groups, group_choices(choices_LC, groups), strict=True):
+        total = int(choices.total.sum())
         if not group.num_null or not total:
             continue
-        fraction = float(null_Lm.sum()) / total
-        even = group.num_null / (group.num_experts + group.num_null)
+        fraction = float(choices.null_Lm.sum()) / total
+        even = group.num_null / group.num_columns
         if NULL_EDGE < fraction < 1 - NULL_EDGE:
             continue
         what = "almost all" if fraction > 0.5 else "almost none"

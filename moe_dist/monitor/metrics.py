@@ -1,11 +1,12 @@
 """From the statistics of a step to the one record that every sink shows: pure functions.
 
-Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then each group's null experts),
-E true experts of all groups, n true experts of one group, R ranks of an EP group.
+Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then null, identity and constant
+ones), E true experts of all groups, n true experts of one group, R ranks of an EP group.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def build_record(
         "optim/grad_norm": stats.grad_norm,
         "optim/skipped_steps": float(stats.skipped_steps),
         "optim/tokens": float(stats.tokens),
-        **group_scalars(stats.choices_LC, stats.tokens_LG, groups, per_group=plan.per_group),
+        **group_scalars(stats.choices_LC, stats.tokens_LG, groups, per_group=plan.per_group, dropped_LG=stats.dropped_LG),
         "moe/rank_imbalance": layer_mean(busiest_over_mean(weighted_LR)),
         "moe/dropped": float(stats.dropped_LG.sum()),
         "moe/dead_experts": float((stats.choices_LC[:, : placement.num_experts] == 0).sum()),
@@ -161,38 +162,63 @@ def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> d
     return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, "loss/z": stats.z_loss}
 
 
-def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """For each group its columns of `choices_LC`: true experts [L, n] and null experts [L, m]."""
-    null = sum(group.num_experts for group in groups)
-    for group in groups:
-        yield choices_LC[:, group.experts.start : group.experts.stop], choices_LC[:, null : null + group.num_null]
-        null += group.num_null
+class GroupChoices(NamedTuple):
+    """A group's columns of `choices_LC`: true, null, identity and constant experts."""
+
+    true_Ln: np.ndarray
+    null_Lm: np.ndarray
+    identity_Li: np.ndarray
+    constant_Lc: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """All of the group's choices in each layer, [L]."""
+        return np.sum([part.sum(1) for part in self], axis=0)
 
 
-def group_metrics(choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, np.ndarray]:
+def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> list[GroupChoices]:
+    """For each group its columns of `choices_LC`, in the order of `moe_dist.moe.routing.group_columns`."""
+    counts = [(g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups]
+    by_kind = [count for kind in zip(*counts, strict=True) for count in kind]
+    parts = np.split(choices_LC, np.cumsum(by_kind)[:-1], axis=1)
+    return [GroupChoices(*parts[index :: len(groups)]) for index in range(len(groups))]
+
+
+def group_metrics(
+    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], *, dropped_LG: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Each of `tags.GROUP_FAMILIES` as float64 [L, G]; nan where no token was routed.
 
-    capacity_used has the even share k T / (n + m) as denominator, which is the capacity of capacity factor 1.
+    experts_per_token counts true experts, without what a capacity dropped; the others are of all choices. capacity_used has
+    the even share k T / (columns of the group) as denominator, which is the capacity of capacity factor 1.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
-    for g, (group, (true_Ln, null_Lm)) in enumerate(zip(groups, group_choices(choices_LC, groups), strict=True)):
-        taken_L, null_L, tokens_L = true_Ln.sum(1), null_Lm.sum(1), tokens_LG[:, g]
-        metrics["experts_per_token"][:, g] = _divide(taken_L, tokens_L)
-        metrics["null_fraction"][:, g] = _divide(null_L, taken_L + null_L)
+    dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
+    for g, (group, choices) in enumerate(zip(groups, group_choices(choices_LC, groups), strict=True)):
+        true_Ln, tokens_L = choices.true_Ln, tokens_LG[:, g]
+        metrics["experts_per_token"][:, g] = _divide(true_Ln.sum(1) - dropped_LG[:, g], tokens_L)
+        metrics["null_fraction"][:, g] = _divide(choices.null_Lm.sum(1), choices.total)
         metrics["load_imbalance"][:, g] = busiest_over_mean(true_Ln)
-        even_L = tokens_L * group.top_k / (group.num_experts + group.num_null)
+        even_L = tokens_L * group.top_k / group.num_columns
         metrics["capacity_used"][:, g] = _divide(true_Ln.max(1), even_L)
     return metrics
 
 
 def group_scalars(
-    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], *, per_group: bool
+    choices_LC: np.ndarray,
+    tokens_LG: np.ndarray,
+    groups: Sequence[ExpertGroup],
+    *,
+    per_group: bool,
+    dropped_LG: np.ndarray | None = None,
 ) -> dict[str, float | None]:
     """moe/<family>/<group>, or moe/<family>/mean over the groups that had tokens.
 
     Over layers: shares are of the sums, load_imbalance is the mean, capacity_used the maximum.
     """
-    summed = group_metrics(choices_LC.sum(0, keepdims=True), tokens_LG.sum(0, keepdims=True), groups)
+    dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
+    over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
+    summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
     by_family: dict[str, list[float | None]] = {
         "experts_per_token": [layer_mean(summed["experts_per_token"][:, g]) for g in range(len(groups))],
@@ -206,15 +232,20 @@ def group_scalars(
     return {f"moe/{family}/mean": _mean_of_known(values) for family, values in by_family.items()}
 
 
-def rows_by_rank(choices_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """(token, expert) pairs computed at each EP position, [L, R], summed over the EP groups."""
+def rows_by_rank(taken_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
+    """(token, expert) pairs computed at each EP position, [L, R], summed over the EP groups.
+
+    Args:
+        taken_LC: Pairs of each true expert, without what a capacity dropped; columns behind them are not looked at.
+    """
     rank_E = np.array(placement.rank_of_expert)
-    true_LE = choices_LC[:, : placement.num_experts]
+    true_LE = taken_LC[:, : placement.num_experts]
     return np.stack([true_LE[:, rank_E == rank].sum(1) for rank in range(placement.num_ranks)], axis=1)
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Work of each rank, float64 [L, R]: the rows it computed times the mean FFN width of its experts' choices."""
+    """Work of each rank, float64 [L, R]: the rows it computed times the mean FFN width of its experts' choices (of all
+    choices, also those that a capacity dropped)."""
     width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)
     on_rank_ER = np.zeros((placement.num_experts, placement.num_ranks))
     on_rank_ER[np.arange(placement.num_experts), list(placement.rank_of_expert)] = 1.0

@@ -59,6 +59,7 @@ class Window:
         arrays = {
             "choices_LC": record.arrays["choices_LC"],
             "tokens_LG": tokens_LG,
+            "dropped_LG": record.arrays["dropped_LG"],
             "entropy_sum_LG": np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0),
             "weighted_rows_LR": record.arrays["weighted_rows_LR"],
         }
@@ -93,7 +94,8 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
         scale = ratio_scale(f"rows x FFN width over the mean rank's, {steps}")
         yield "moe/rank_load", draw(_over_mean(rows_LR), layers, ranks, scale=scale, title="Load of the ranks")
 
-    metrics = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)
+    metrics = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups, dropped_LG=sums["dropped_LG"])
+    metrics["free_fraction"] = free_fraction(sums["choices_LC"], groups)
     wanted = _per_group_maps(subject, metrics)
     for name, (title, caption, top) in wanted.items():
         scale = linear_scale(f"{caption}, {steps}", top)
@@ -105,13 +107,22 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
     """For each group the load of its true experts over the mean of the layer, float64 [L, n]."""
-    for group, (true_Ln, _) in zip(groups, group_choices(choices_LC, groups), strict=True):
+    for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         yield group, _over_mean(true_Ln)
 
 
+def free_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
+    """Share of each group's choices that went to identity and constant experts, float64 [L, G]; nan without choices."""
+    shares = []
+    for choices in group_choices(choices_LC, groups):
+        free_L = choices.identity_Li.sum(1) + choices.constant_Lc.sum(1)
+        shares.append(np.where(choices.total > 0, free_L / np.maximum(choices.total, 1), np.nan))
+    return np.stack(shares, axis=1)
+
+
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Mean entropy over ln(n + m), float64 [L, G]: 1 where all choices are equally likely; nan without tokens."""
-    most_G = np.array([math.log(max(group.num_experts + group.num_null, 2)) for group in groups])
+    """Mean entropy over an even choice's, float64 [L, G]: 1 where all columns are equally likely; nan without tokens."""
+    most_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(tokens_LG > 0, entropy_sum_LG / tokens_LG / most_G, np.nan)
 
@@ -121,6 +132,8 @@ def _per_group_maps(subject: Subject, metrics: Mapping[str, np.ndarray]) -> dict
     wanted: dict[str, tuple[str, str, float]] = {}
     if any(group.num_null for group in subject.groups):
         wanted["null_fraction"] = ("Null fraction", "share of choices that went to null experts", 1.0)
+    if any(group.num_identity or group.num_constant for group in subject.groups):
+        wanted["free_fraction"] = ("Free fraction", "share of choices that went to identity and constant experts", 1.0)
     if not tag_plan(len(subject.groups), subject.num_modalities).per_group:
         largest_k = float(max(group.top_k for group in subject.groups))
         wanted["experts_per_token"] = ("Experts a token", "true experts a token took", largest_k)

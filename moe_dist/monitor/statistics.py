@@ -1,8 +1,8 @@
 """What the training loop hands to monitoring once a step: global sums, as plain numbers and numpy arrays.
 
 Everything shown is computed from this record by pure functions (`metrics.py`), so that no sink reaches into the model.
-Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then each group's null experts),
-R ranks of an EP group.
+Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then the groups' null experts,
+their identity and their constant ones), R ranks of an EP group.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class StepStatistics:
         skipped_steps: Skipped steps so far.
         tokens: Tokens seen so far (padding excluded).
         step_tokens: Tokens of this step (padding excluded).
-        choices_LC: int64, how often each column was chosen.
+        choices_LC: int64, how often each column was chosen, before any capacity.
         tokens_LG: int64, tokens routed in each group.
         entropy_sum_LG: float64, sum over tokens of the entropy (nats) of the router's softmax.
         rows_LR: int64, (token, expert) pairs computed by each EP position, summed over the EP groups.

@@ -23,6 +23,8 @@ class ExpertGroup:
         ffn_dim: Hidden width of each expert (F).
         first_expert: Logical id of the group's expert 0.
         modalities: Modalities routed to the group.
+        num_identity, num_constant: Experts that are computed where the token is: its own row, and a learned vector mixed
+            with it; never placed either.
     """
 
     name: str
@@ -32,6 +34,8 @@ class ExpertGroup:
     ffn_dim: int
     first_expert: int
     modalities: tuple[str, ...]
+    num_identity: int = 0
+    num_constant: int = 0
 
     @property
     def experts(self) -> range:
@@ -39,9 +43,14 @@ class ExpertGroup:
         return range(self.first_expert, self.first_expert + self.num_experts)
 
     @property
+    def num_columns(self) -> int:
+        """Columns that a token of the group chooses among: true, null, identity and constant experts."""
+        return self.num_experts + self.num_null + self.num_identity + self.num_constant
+
+    @property
     def expected_experts_per_token(self) -> float:
-        """True experts a token takes under a uniform router: k n / (n + m)."""
-        return self.top_k * self.num_experts / (self.num_experts + self.num_null)
+        """True experts a token takes under a uniform router: k n over all columns, k n / (n + m) with nulls alone."""
+        return self.top_k * self.num_experts / self.num_columns
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
     for group, share in zip(placement.groups, group_shares(placement.groups, token_mix), strict=True):
-        choices = group.num_experts + group.num_null
+        choices = group.num_columns
         for rank in range(ranks):
             here = len(placement.local_experts(rank, group))
             load[rank] += share * group.top_k * here / choices * group.ffn_dim

@@ -25,6 +25,8 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
                 ffn_dim=section.ffn_dim,
                 first_expert=first,
                 modalities=section.modalities or (name,),
+                num_identity=section.num_identity,
+                num_constant=section.num_constant,
             )
         )
         first += section.num_experts

@@ -102,7 +102,7 @@ def config_of(layout: Layout) -> Config:
                 "num_kv_heads": 2,
                 "vocab_size": IMAGE[1],
                 "max_seq_len": SEQ_LEN,
-                "qk_norm": True,
+                "qk_norm": "full",
                 "init_std": 0.3,
                 "moe": {
                     "shared_ffn_dim": 4,

@@ -1,18 +1,20 @@
-"""Top-k over true and null experts, inside the group of each token (AdaMoE, arXiv 2406.13233; top-k where m = 0).
+"""Top-k over true, null and free experts, inside the group of each token (AdaMoE, arXiv 2406.13233; top-k where m = 0).
 
-    z = x W^T over the group's n + m experts,  T(x) = top-k of z,  A(x) = T(x) within the n true experts
+    z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); a token whose A is empty gets 0, and the residual carries it.
 
-Null choices end here: they are pairs marked absent, and nothing behind the router knows of them.
+Null choices end here: they are pairs marked absent, and nothing behind the router knows of them. So do pairs that a
+capacity drops. Free choices (identity, constant) leave as weights of their own, for the token's own rank.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.moe.capacity import Capacity, capacity_of, over_capacity
 from moe_dist.moe.routing import (
     ABSENT,
     Assignments,
@@ -25,16 +27,38 @@ from moe_dist.moe.routing import (
 from moe_dist.placement.placement import ExpertGroup
 
 Normalise = Literal["true_chosen", "all_chosen", "none"]
+KINDS = ("true", "null", "identity", "constant")  # the order of a group's own columns
+
+
+def column_counts(group: ExpertGroup) -> dict[str, int]:
+    """Columns of each kind."""
+    counts = (group.num_experts, group.num_null, group.num_identity, group.num_constant)
+    return dict(zip(KINDS, counts, strict=True))
 
 
 class GroupGate(nn.Module):
-    """Router rows of one group: `true` [n, D] and `null` [m, D]."""
+    """Router rows of one group: `true` [n, D] and, where it has any, `null`, `identity` and `constant`.
+
+    With a selection bias, `bias` holds a number for each column of the group, in the order of `KINDS`: a buffer, since no
+    gradient moves it.
+    """
+
+    bias: Tensor
 
     def __init__(self, hidden_dim: int, group: ExpertGroup) -> None:
         super().__init__()
-        self.true = nn.Parameter(torch.empty(group.num_experts, hidden_dim))
-        if group.num_null:
-            self.null = nn.Parameter(torch.empty(group.num_null, hidden_dim))
+        for kind, count in column_counts(group).items():
+            if count:
+                self.register_parameter(kind, nn.Parameter(torch.empty(count, hidden_dim)))
+
+
+class _Chosen(NamedTuple):
+    """A token's choices: the columns, which of the K places the token has, and which of them count as what."""
+
+    column_TK: Tensor
+    valid_TK: Tensor
+    true_TK: Tensor
+    null_TK: Tensor
 
 
 class TopKRouter(nn.Module):
@@ -43,34 +67,61 @@ class TopKRouter(nn.Module):
     Args:
         hidden_dim: D.
         groups: All groups, in logical order.
-        normalise: Weights are a softmax over the chosen true experts (AdaMoE's own), over all chosen experts with the
-            true ones kept, or the plain softmax over the group.
+        normalise: Weights are a softmax over the chosen experts that are not null (AdaMoE's own), over all chosen experts
+            with the null ones left out afterwards, or the plain softmax over the group.
         scale: Factor on every weight.
+        selection_bias: Choose by softmax + bias instead of by logits; weights never see the bias (DeepSeek-V3, arXiv
+            2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). It starts at 0.
+        capacity: Bound of the pairs an expert takes while training; None for none. In evaluation nothing is dropped.
     """
 
     group_of_column_C: Tensor
+    columns_E: Tensor  # columns of each true expert's group
+    choices_E: Tensor  # k of each true expert's group
+    group_of_expert_E: Tensor
     top_k_G: Tensor  # with a last 0, which padding's group -1 reads
 
     def __init__(
-        self, hidden_dim: int, groups: Sequence[ExpertGroup], *, normalise: Normalise = "true_chosen", scale: float = 1.0
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        normalise: Normalise = "true_chosen",
+        scale: float = 1.0,
+        selection_bias: bool = False,
+        capacity: Capacity | None = None,
     ) -> None:
         super().__init__()
         self.groups = tuple(groups)
         self.normalise: Normalise = normalise
         self.scale = scale
+        self.selection_bias = selection_bias
+        self.capacity = capacity
         self.num_choices = max(group.top_k for group in groups)
         self.num_experts = sum(group.num_experts for group in groups)
+        self.first_free = self.num_experts + sum(group.num_null for group in groups)
+        self.num_free = sum(group.num_columns for group in groups) - self.first_free
         for group in groups:
             self.add_module(group.name, GroupGate(hidden_dim, group))
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables on the default device; called again after a move from the meta device."""
-        columns = group_columns(
-            tuple(group.num_experts for group in self.groups), tuple(group.num_null for group in self.groups)
-        )
-        self.register_buffer("group_of_column_C", torch.tensor(columns), persistent=False)
-        self.register_buffer("top_k_G", torch.tensor([group.top_k for group in self.groups] + [0]), persistent=False)
+        """Makes the constant tables, and biases of 0, on the default device; called again after a move from the meta
+        device."""
+        groups = self.groups
+        by_expert = [group for group in groups for _ in group.experts]
+        tables = {
+            "group_of_column_C": group_columns(groups),
+            "columns_E": [group.num_columns for group in by_expert],
+            "choices_E": [group.top_k for group in by_expert],
+            "group_of_expert_E": [groups.index(group) for group in by_expert],
+            "top_k_G": [group.top_k for group in groups] + [0],
+        }
+        for name, values in tables.items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        if self.selection_bias:
+            for group in groups:
+                self.get_submodule(group.name).register_buffer("bias", torch.zeros(group.num_columns))
 
     def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
@@ -78,6 +129,7 @@ class TopKRouter(nn.Module):
         All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T alone: no host sync.
         """
         dtype = accumulation_dtype(h_TD.dtype)
+        tape = tape or RoutingTape()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
@@ -85,71 +137,116 @@ class TopKRouter(nn.Module):
             # Padding keeps finite logits, so that no softmax sees a row of -inf; it is masked out of every sum.
             masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
             probs_TC = masked_TC.softmax(dim=-1)
-            choice_TK = self._choose(masked_TC, tape)
-            valid_TK = torch.arange(self.num_choices, device=h_TD.device) < self.top_k_G[group_T][:, None]
-            true_TK = valid_TK & (choice_TK < self.num_experts)
-            weight_TK = self._weights(masked_TC, probs_TC, choice_TK, valid_TK, true_TK)
-            sums = self._sums(masked_TC, probs_TC, choice_TK, valid_TK, group_T)
+            chosen = self._choose(masked_TC, probs_TC, group_T, tape)
+            sums = self._sums(masked_TC, probs_TC, chosen, group_T)
+            weight_TK = self._weights(masked_TC, probs_TC, chosen)
+            taken_TK = chosen.true_TK
+            if self.capacity is not None and self.training:
+                dropped_TK = self._dropped(probs_TC, chosen, sums.tokens_G, tape)
+                taken_TK = taken_TK & ~dropped_TK
+                sums = sums._replace(dropped_E=self._count(chosen.column_TK, dropped_TK, self.num_experts))
+            free_TF = self._free_weights(weight_TK, chosen)
         token_T = torch.arange(h_TD.shape[0], device=h_TD.device)
         assignments = Assignments(
             token_N=token_T.repeat_interleave(self.num_choices),
-            expert_N=torch.where(true_TK, choice_TK, ABSENT).flatten(),
-            weight_N=weight_TK.flatten(),
+            expert_N=torch.where(taken_TK, chosen.column_TK, ABSENT).flatten(),
+            weight_N=torch.where(taken_TK, weight_TK, 0.0).flatten(),
         )
-        return Routing(assignments, sums)
+        return Routing(assignments, sums, free_TF)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Logits of all columns [T, C]. Null rows go in slices of n, each a product of the true rows' shape: the bits of a
-        product depend on its shape, and a null row that copies a true one must tie with it exactly (methods of AdaMoE)."""
-        gates = [self.get_submodule(group.name) for group in self.groups]
-        true = [F.linear(h_TD, gate.true.to(h_TD.dtype)) for gate in gates]  # pyright: ignore
-        null = [
-            F.linear(h_TD, rows)
-            for gate, group in zip(gates, self.groups, strict=True)
-            if group.num_null
-            for rows in gate.null.to(h_TD.dtype).split(group.num_experts)  # pyright: ignore
-        ]
-        return torch.cat([*true, *null], dim=1)
+        """Logits of all columns [T, C]. Rows that are not true go in slices of n, each a product of the true rows' shape:
+        the bits of a product depend on its shape, and a null row that copies a true one must tie with it exactly (methods
+        of AdaMoE)."""
+        return torch.cat(
+            [
+                F.linear(h_TD, rows)
+                for kind in KINDS
+                for group in self.groups
+                if column_counts(group)[kind]
+                for rows in self._gate(group, kind).to(h_TD.dtype).split(group.num_experts)
+            ],
+            dim=1,
+        )
 
-    def _choose(self, masked_TC: Tensor, tape: RoutingTape | None) -> Tensor:
+    def _gate(self, group: ExpertGroup, name: str) -> Tensor:
+        return getattr(self.get_submodule(group.name), name)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor:
+        """The selection bias of all columns [C]."""
+        parts = [self._gate(group, "bias").split(list(column_counts(group).values())) for group in self.groups]
+        return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
+
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, tape: RoutingTape) -> _Chosen:
         """The K best columns of each token. A stable sort: torch.topk would not let ties go to true experts."""
-        if tape is not None and tape.choice_TK is not None:
-            return tape.choice_TK
-        order_TC = torch.sort(masked_TC.detach(), dim=-1, descending=True, stable=True).indices
-        choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
-        if tape is not None:
-            tape.choice_TK = choice_TK
-        return choice_TK
+        if tape.choice_TK is None:
+            score_TC = masked_TC.detach()
+            if self.selection_bias:
+                outside_TC = score_TC == float("-inf")
+                score_TC = (probs_TC.detach() + self._bias(probs_TC.dtype)).masked_fill(outside_TC, float("-inf"))
+            order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
+            tape.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
+        column_TK = tape.choice_TK
+        valid_TK = torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
+        true_TK = valid_TK & (column_TK < self.num_experts)
+        null_TK = valid_TK & (column_TK >= self.num_experts) & (column_TK < self.first_free)
+        return _Chosen(column_TK, valid_TK, true_TK, null_TK)
 
-    def _weights(self, masked_TC: Tensor, probs_TC: Tensor, choice_TK: Tensor, valid_TK: Tensor, true_TK: Tensor) -> Tensor:
+    def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
+        """Weight of each choice [T, K]; 0 for null choices and for places that the token does not have."""
+        kept_TK = chosen.valid_TK & ~chosen.null_TK
         if self.normalise == "none":
-            weight_TK = probs_TC.gather(1, choice_TK)
+            weight_TK = probs_TC.gather(1, chosen.column_TK)
         else:
-            among_TK = true_TK if self.normalise == "true_chosen" else valid_TK
-            weight_TK = _softmax_among(masked_TC.gather(1, choice_TK), among_TK)
-        return self.scale * torch.where(true_TK, weight_TK, 0.0)
+            among_TK = kept_TK if self.normalise == "true_chosen" else chosen.valid_TK
+            weight_TK = _softmax_among(masked_TC.gather(1, chosen.column_TK), among_TK)
+        return self.scale * torch.where(kept_TK, weight_TK, 0.0)
 
-    def _sums(
-        self, masked_TC: Tensor, probs_TC: Tensor, choice_TK: Tensor, valid_TK: Tensor, group_T: Tensor
-    ) -> RouterSums:
-        num_columns, num_groups = masked_TC.shape[1], len(self.groups)
+    def _free_weights(self, weight_TK: Tensor, chosen: _Chosen) -> Tensor | None:
+        if not self.num_free:
+            return None
+        free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_free)
+        slot_TK = torch.where(free_TK, chosen.column_TK - self.first_free, self.num_free)
+        table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_free + 1)
+        return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_free]
+
+    def _dropped(self, probs_TC: Tensor, chosen: _Chosen, tokens_G: Tensor, tape: RoutingTape) -> Tensor:
+        """True choices beyond their expert's capacity, [T, K]; by the first forward under recompute."""
+        assert self.capacity is not None
+        if tape.dropped_TK is None:
+            choices_E = self.choices_E * tokens_G[self.group_of_expert_E]
+            over_N = over_capacity(
+                torch.where(chosen.true_TK, chosen.column_TK, ABSENT).flatten(),
+                probs_TC.detach().gather(1, chosen.column_TK).flatten(),
+                capacity_of(self.capacity.factor, choices_E, self.columns_E),
+                self.capacity.drop,
+            )
+            tape.dropped_TK = over_N.view_as(chosen.column_TK)
+        return tape.dropped_TK
+
+    @staticmethod
+    def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:
+        """How often each of the first `num_bins` columns is marked, int64; marked columns lie below `num_bins`."""
+        bins_N = torch.where(marked_TK, column_TK, num_bins).flatten()
+        counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=column_TK.device)
+        return counts.scatter_add_(0, bins_N, torch.ones_like(bins_N))[:num_bins]
+
+    def _sums(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen, group_T: Tensor) -> RouterSums:
         routed_T = group_T >= 0
-        bins_N = torch.where(valid_TK, choice_TK, num_columns).flatten()
-        choices_C = torch.zeros(num_columns + 1, dtype=torch.int64, device=group_T.device)
-        choices_C.scatter_add_(0, bins_N, torch.ones_like(bins_N))
         # One-hot of the group: sums by group are small matrix products, deterministic on every device.
-        member_TG = group_T[:, None] == torch.arange(num_groups, device=group_T.device)
+        member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
         log_z_T = masked_TC.logsumexp(dim=-1)
         member = member_TG.to(log_z_T.dtype)
         with torch.no_grad():
             # An impossible column adds nothing: p log p is 0 at p = 0.
             entropy_T = -torch.xlogy(probs_TC, probs_TC).sum(-1)
         return RouterSums(
-            choices_C=choices_C[:num_columns],
+            choices_C=self._count(chosen.column_TK, chosen.valid_TK, masked_TC.shape[1]),
             prob_C=(probs_TC * routed_T[:, None]).sum(0),
             tokens_G=member_TG.sum(0),
             log_z_squared_G=log_z_T.square() @ member,
             entropy_G=entropy_T @ member,
+            dropped_E=torch.zeros(self.num_experts, dtype=torch.int64, device=group_T.device),
         )
 
 

@@ -132,7 +132,7 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         (["train.steps='4'"], "train.steps='4': must be whole number"),
         (["train.steps=true"], "train.steps=True: must be whole number"),
         (["train.steps=0"], "train.steps=0: must be whole number, 1 or more"),
-        (["model.qk_norm=yes"], "model.qk_norm='yes': must be true or false"),
+        (["model.tie_embeddings=yes"], "model.tie_embeddings='yes': must be true or false"),
         (["optimizer.lr=.inf"], "optimizer.lr=inf: must be number, above 0"),
         (["optimizer.betas=[0.9]"], "optimizer.betas.1: missing; give number, 0 or more, below 1"),
         (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas.1=1.5: must be number, 0 or more, below 1"),

@@ -1,5 +1,7 @@
 """Attention: causal, inside documents only, grouped heads, and the two masks equal to a loop."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads:
     torch.testing.assert_close(got, by_loop(q, k, v, DOCUMENTS), rtol=1e-5, atol=1e-5)
 
 
-def make_attention(**options: bool) -> Attention:
+def make_attention(**options: Any) -> Attention:
     torch.manual_seed(0)
     module = Attention(dim=16, num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-5, **options)
     for parameter in module.parameters():
@@ -42,7 +44,7 @@ def make_attention(**options: bool) -> Attention:
 
 
 def test_a_later_token_or_another_document_changes_nothing() -> None:
-    module = make_attention(qk_norm=True)
+    module = make_attention(qk_norm="full")
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
     rotary, mask = rotary_table(positions, 4, 1e4), dense_mask(DOCUMENTS)
     x = torch.randn(2, 6, 16)

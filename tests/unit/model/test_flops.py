@@ -25,7 +25,7 @@ def shape(**changes: Any) -> Shape:
         "vocab_size": 10,
         "dense_ffn_dim": 20,
         "shared_ffn_dim": 6,
-        "qk_norm": True,
+        "qk_norm": "full",
         "tie_embeddings": False,
         "groups": (ExpertGroup("text", 3, 1, 2, 5, 0, ("text",)), ExpertGroup("image", 2, 0, 1, 7, 3, ("image",))),
     }
@@ -73,7 +73,7 @@ def test_expected_experts_of_adamoe() -> None:
 )
 def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...], group: ExpertGroup) -> None:
     dim, layers, heads, kv_heads, head_dim, vocab = sizes
-    model = Shape(dim, layers, layers, heads, kv_heads, head_dim, vocab, 0, 0, False, False, (group,))
+    model = Shape(dim, layers, layers, heads, kv_heads, head_dim, vocab, 0, 0, "none", False, (group,))
     active = active_parameters(model, experts_per_token=expected_experts(model.groups), token_share={"text": 1.0})
     assert round(parameters(model).total / 1e9, 1) == published[0]
     assert round(active.total / 1e9, 1) == published[1]
@@ -89,7 +89,7 @@ def config(**parallel: Any) -> Config:
             "num_kv_heads": 2,
             "vocab_size": 48,
             "max_seq_len": 16,
-            "qk_norm": True,
+            "qk_norm": "full",
             "dense_ffn_dim": 40,
             "moe": {
                 "first": 1,

@@ -6,15 +6,16 @@ import pytest
 
 from moe_dist.config.schema import GROUP_PATTERN
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.preflight import group_relations
 
-GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",))
+GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",), num_identity=1, num_constant=1)
 
 
 def names_in_use() -> set[str]:
-    modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,))]
+    modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,)), FreeExperts(4, (GROUP,))]
     return {name for module in modules for name in dir(module) if re.match(GROUP_PATTERN, name)} - {"text"}
 
 
@@ -32,3 +33,4 @@ def test_other_names_build(name: str) -> None:
     assert group_relations((group,)) == []
     Experts(4, (group,), (2,))
     TopKRouter(4, (group,))
+    FreeExperts(4, (group,))

@@ -15,7 +15,16 @@ def test_shares_of_choices_that_leave_the_rank() -> None:
 
     10 text tokens took 12 true experts of 30 choices, 4 image tokens 8 of 8.
     """
-    ledger = compare(PLACEMENT, 0, true_choices_G=[12, 8], tokens_G=[10, 4], rows_remote=9, pairs=20, pairs_remote=11)
+    ledger = compare(
+        PLACEMENT,
+        0,
+        true_choices_G=[12, 8],
+        null_choices_G=[18, 0],
+        tokens_G=[10, 4],
+        rows_remote=9,
+        pairs=20,
+        pairs_remote=11,
+    )
     assert ledger == {
         "rows_remote": 9,
         "pairs": 20,
@@ -30,12 +39,16 @@ def test_shares_of_choices_that_leave_the_rank() -> None:
 def test_top_k_cannot_choose_more_experts_than_there_are() -> None:
     group = ExpertGroup("text", 2, 6, 5, 8, 0, ("text",))
     placement = ExpertPlacement((group,), ((0,), (1,)))
-    ledger = compare(placement, 0, true_choices_G=[10], tokens_G=[10], rows_remote=5, pairs=10, pairs_remote=5)
+    ledger = compare(
+        placement, 0, true_choices_G=[10], null_choices_G=[15], tokens_G=[10], rows_remote=5, pairs=10, pairs_remote=5
+    )
     assert ledger["rows_topk"] == pytest.approx(10.0)
 
 
 def test_a_rank_without_experts_sends_every_choice() -> None:
     placement = ExpertPlacement((TEXT,), (tuple(range(4)), ()))
-    ledger = compare(placement, 1, true_choices_G=[7], tokens_G=[5], rows_remote=5, pairs=7, pairs_remote=7)
+    ledger = compare(
+        placement, 1, true_choices_G=[7], null_choices_G=[8], tokens_G=[5], rows_remote=5, pairs=7, pairs_remote=7
+    )
     assert ledger["rows_same_active"] == 7
     assert ledger["rows_topk"] == 15

@@ -65,6 +65,7 @@ def test_maps_without_a_subject_are_left_out(make_record: MakeRecord, groups: tu
     sums = {
         "choices_LC": record.arrays["choices_LC"][:, :8],
         "tokens_LG": record.arrays["tokens_LG"],
+        "dropped_LG": record.arrays["dropped_LG"],
         "entropy_sum_LG": record.arrays["tokens_LG"] * 0.5,
         "weighted_rows_LR": record.arrays["weighted_rows_LR"][:, :1],
     }

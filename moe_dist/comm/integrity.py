@@ -1,0 +1,167 @@
+"""A wire that checks each exchange: a debug switch that finds rows lost, doubled, swapped or changed on the way.
+
+Beside each exchange go two of metadata, in the same order on every rank:
+
+    before it   three integers a pair of ranks: how many rows come, of how many bytes, and in which call. What does not
+                agree with what the receiver is about to take is an error before the exchange, not a hang in it.
+    after it    one checksum a row. The receiver computes them again from what arrived.
+
+A row's checksum is an exact integer: the sum of its 32-bit words times odd weights of 15 bits, so that any changed word
+changes it, then, mod 2^61 - 1, a term of the row's position, source and destination. What is lost, doubled or swapped so
+shows as rows whose checksums are those of other positions. Shape letters: N rows, B bytes of a row, W words.
+
+The rank that finds a fault raises, and enters no other collective: its end closes the connections, and the launcher ends
+the peers. There is no vote, since after a damaged exchange no collective can be trusted either.
+"""
+
+import math
+import zlib
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import Pending, Splits, Wire
+from moe_dist.errors import IntegrityError
+
+MODULUS = (1 << 61) - 1
+# Large and odd; their products with positions and ranks stay below 2^63.
+POSITION, SOURCE, DESTINATION = 1_000_003, 1_000_000_007, 998_244_353
+WEIGHT_BITS = 15
+MAX_ROW_BYTES = 4 << 16  # words x 2^31 x 2^15 must stay below 2^63
+
+
+def content_sums(rows: Tensor) -> Tensor:
+    """A checksum of each row's bits, int64 [N]: exact, the same on every device. Rows of any shape and dtype.
+
+    Costs about two passes over the rows and 8 bytes a word of memory.
+    """
+    num_rows = rows.shape[0]
+    if rows.numel() == 0:
+        return torch.zeros(num_rows, dtype=torch.int64, device=rows.device)
+    bytes_NB = rows.detach().reshape(num_rows, -1).contiguous().view(torch.uint8)
+    if bytes_NB.shape[1] > MAX_ROW_BYTES:
+        raise AssertionError(f"rows of {bytes_NB.shape[1]} bytes are too long to sum exactly")
+    bytes_NB = F.pad(bytes_NB, (0, -bytes_NB.shape[1] % 4))
+    words_NW = bytes_NB.contiguous().view(torch.int32)
+    index_W = torch.arange(words_NW.shape[1], device=rows.device)
+    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1
+    return (words_NW * weight_W).sum(1)
+
+
+def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: torch.device) -> Tensor:
+    """For rows that lie in slices, one a peer, the term of each row's place, int64 [N]: its index in the slice, the rank it
+    comes from and the one it goes to."""
+    terms = []
+    for peer, count in enumerate(splits):
+        source, destination = (own, peer) if sending else (peer, own)
+        start = SOURCE * (source + 1) + DESTINATION * (destination + 1)
+        terms.append(torch.arange(count, device=device) * POSITION + start)
+    return torch.cat(terms)
+
+
+class CheckedWire(Wire):
+    """A wire with the same calls, on top of another that carries the rows.
+
+    Costs two more exchanges of metadata, two host syncs and some passes over the rows each; the exchange itself, its order
+    and its bits stay what they are.
+    """
+
+    def __init__(self, transport: Wire) -> None:
+        super().__init__(transport.group, transport.traffic, transport.watch)
+        self.transport = transport
+
+    def start(
+        self,
+        items: Tensor,
+        splits: Splits,
+        *,
+        name: str,
+        layer: str = "",
+        payload: bool = False,
+        out: Tensor | None = None,
+    ) -> Pending:
+        """As `Wire.start`.
+
+        Raises:
+            IntegrityError: the ranks do not agree about what is sent; nothing has been sent yet.
+        """
+        transport = self.transport
+        if self.group is None:
+            return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
+        place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
+        sums = (content_sums(items) % MODULUS + place) % MODULUS
+        self._announce(items, splits, name=name, layer=layer)
+        rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
+        checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)
+        return _Checked(self, rows, checks)
+
+    def _announce(self, items: Tensor, splits: Splits, *, name: str, layer: str) -> None:
+        """Holds the ranks' sizes and calls against each other. A host sync."""
+        tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
+        mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
+        one_each = Splits((1,) * self.size, (1,) * self.size)
+        theirs = self.transport.exchange(mine, one_each, name=f"announcement of {name}", layer=layer).tolist()
+        for source, (count, their_width, their_tag) in enumerate(theirs):
+            where = self._where(name, layer, source)
+            if their_tag != tag:
+                raise IntegrityError(
+                    f"{where}: that rank is in another exchange; the ranks do not call the same ones in the same order"
+                )
+            if (count, their_width) != (splits.receive[source], width):
+                raise IntegrityError(
+                    f"{where}: {count} rows of {their_width} bytes are sent, {splits.receive[source]} of {width} expected"
+                )
+
+    def verify(self, received: Tensor, checks: Tensor, rows: Pending) -> None:
+        """Holds what arrived against the checksums that came with it. A host sync.
+
+        Raises:
+            IntegrityError: names layer, ranks, and the first rows that differ.
+        """
+        place = position_terms(rows.splits.receive, own=self.rank, sending=False, device=received.device)
+        content = content_sums(received) % MODULUS
+        wrong = checks != (content + place) % MODULUS
+        if not wrong.any():  # the host sync
+            return
+        sent = (checks - place) % MODULUS
+        at = 0
+        for source, count in enumerate(rows.splits.receive):
+            part = slice(at, at + count)
+            at += count
+            if wrong[part].any():
+                fault = _fault(wrong[part], content[part], sent[part])
+                raise IntegrityError(f"{self._where(rows.name, rows.layer, source)}: {fault}")
+
+    def _where(self, name: str, layer: str, source: int) -> str:
+        ranks = dist.get_process_group_ranks(self.group)
+        of = f" of {layer}" if layer else ""
+        return f"'{name}'{of} from rank {ranks[source]} to rank {ranks[self.rank]}"
+
+
+class _Checked(Pending):
+    """An exchange in flight together with its rows' checksums."""
+
+    def __init__(self, wire: CheckedWire, rows: Pending, checks: Pending) -> None:
+        self.layer, self.name, self.splits = rows.layer, rows.name, rows.splits
+        self._wire, self._rows, self._checks = wire, rows, checks
+
+    def wait(self) -> Tensor:
+        received = self._rows.wait()
+        self._wire.verify(received, self._checks.wait(), self._rows)
+        return received
+
+
+def _fault(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
+    """What is wrong with the rows of one source, in words. `sent` and `content`: checksums without place, as they were sent
+    and as they arrived."""
+    rows = wrong.nonzero().flatten().tolist()
+    came_from = {value: index for index, value in enumerate(sent.tolist())}
+    arrived = content.tolist()
+    told = []
+    for row in rows[:4]:
+        origin = came_from.get(arrived[row])
+        told.append(f"row {row} " + ("was changed" if origin is None else f"holds what was sent as row {origin}"))
+    more = f"; {len(rows)} of {len(wrong)} rows differ" if len(rows) > 4 else ""
+    return ", ".join(told) + more

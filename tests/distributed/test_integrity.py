@@ -1,0 +1,204 @@
+"""Checked exchanges over real ranks: faults injected into the transport, below the check, are found and named; 1,000 clean
+routings are not blamed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Pending, Splits, Wire, exchange_rows
+from moe_dist.comm.integrity import CheckedWire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.errors import IntegrityError
+from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.worlds import RankContext
+
+KINDS = ("dropped", "duplicated", "swapped", "flipped")
+DTYPES = (torch.float32, torch.bfloat16, torch.int64)
+NAMES = ("dispatch rows", "dispatch rows backward")
+TRIALS = 240  # of each world size
+
+
+class FaultyWire(Wire):
+    """A transport that damages the result of one named exchange."""
+
+    damage: tuple[str, Callable[[torch.Tensor], None]] | None = None
+
+    def start(self, items: torch.Tensor, splits: Splits, *, name: str, **options: Any) -> Pending:
+        pending = super().start(items, splits, name=name, **options)
+        if self.damage is not None and self.damage[0] == name:
+            wait, damage = pending.wait, self.damage[1]
+
+            def damaged() -> torch.Tensor:
+                received = wait()
+                damage(received)
+                return received
+
+            pending.wait = damaged
+        return pending
+
+
+def break_rows(rows: torch.Tensor, kind: str, rng: np.random.Generator) -> None:
+    """Damages rows (of one source) in place. The rows are random, hence all different."""
+    count, before = len(rows), rows.clone()
+    at = int(rng.integers(0, count))
+    if kind == "dropped":
+        rows[at:-1] = before[at + 1 :]
+        rows[-1] = 0
+    elif kind == "duplicated":
+        at = int(rng.integers(0, count - 1))
+        rows[at + 1 :] = before[at:-1]
+    elif kind == "swapped":
+        one, two = rng.choice(count, 2, replace=False).tolist()
+        rows[one], rows[two] = before[two], before[one]
+    else:
+        bits = rows[at : at + 1].view(torch.uint8).flatten()  # rows are contiguous: a view of them
+        bits[int(rng.integers(0, len(bits)))] ^= 1 << int(rng.integers(0, 8))
+    assert not torch.equal(before.view(torch.uint8), rows.view(torch.uint8))
+
+
+def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
+    """Exchanges in each of which one rank's receipt from one peer is damaged: that rank must raise, the others must not.
+    Returns what was injected into this rank and what was found."""
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    transport = FaultyWire(mesh.ep, Traffic())
+    wire, found = CheckedWire(transport), []
+    for trial in range(count):
+        rng = np.random.default_rng([trial, rank.world_size])  # the same on all ranks
+        kind, dtype, name = KINDS[trial % 4], DTYPES[trial // 4 % 3], NAMES[trial // 12 % 2]
+        sizes = rng.integers(0, 9, (rank.world_size, rank.world_size)) * (1 - np.eye(rank.world_size, dtype=np.int64))
+        victim, source = rng.choice(rank.world_size, 2, replace=False).tolist()
+        sizes[source, victim] = max(2, sizes[source, victim])
+        splits = Splits(tuple(sizes[rank.rank].tolist()), tuple(sizes[:, rank.rank].tolist()))
+        begin = sum(splits.receive[:source])
+        part = slice(begin, begin + splits.receive[source])
+        transport.damage = None
+        if victim == rank.rank:
+            transport.damage = (name, lambda got, p=part, k=kind, r=rng: break_rows(got[p], k, r))
+        wanted = f"'{name}' of layers.5 from rank {source} to rank {victim}: row" if victim == rank.rank else ""
+        try:
+            _exchange(wire, splits, dtype, name, seed=trial * 10 + rank.rank)
+            found.append((wanted, ""))
+        except IntegrityError as error:
+            found.append((wanted, str(error)))
+    return found
+
+
+def _exchange(wire: Wire, splits: Splits, dtype: torch.dtype, name: str, *, seed: int) -> None:
+    """One exchange as dispatch makes it, in backward by autograd; integers by the wire itself."""
+    generator = torch.Generator().manual_seed(seed)
+    if not dtype.is_floating_point:
+        rows = torch.randint(-(1 << 62), 1 << 62, (sum(splits.send),), generator=generator)
+        wire.exchange(rows, splits, name=name, layer="layers.5")
+        return
+    rows = torch.randn(sum(splits.send), 5, generator=generator).to(dtype)
+    weights = torch.rand(sum(splits.send), generator=generator)
+    if name == "dispatch rows":
+        exchange_rows(rows, weights, wire, splits, splits, layer="layers.5")
+        return
+    rows, weights = rows.requires_grad_(), weights.requires_grad_()
+    back = splits.reversed()  # so that the gradients have the sizes of `splits`
+    shape = (sum(back.send), 5)
+    leaves = torch.zeros(shape, dtype=dtype).requires_grad_(), torch.zeros(shape[0]).requires_grad_()
+    got, got_weights = exchange_rows(*leaves, wire, back, back, layer="layers.5")
+    torch.autograd.backward([got, got_weights], [rows.detach(), weights.detach()])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_each_kind_of_damage_is_found_and_named(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
+    injected = 0
+    for findings in run_in_world(world_size, trials, TRIALS, seconds=100):
+        for wanted, found in findings:
+            injected += wanted != ""
+            assert (wanted == "") == (found == ""), f"injected {wanted!r}, found {found!r}"
+            assert found.startswith(wanted)
+    assert injected == TRIALS
+
+
+def pairs_of_disagreement(rank: RankContext, change: str) -> str:
+    """Both ranks start an exchange about which they do not agree; nothing of it may be sent, for it would hang."""
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    transport = Wire(mesh.ep, Traffic(events=[]))
+    odd = rank.rank == 1
+    count = change == "count"  # each of the two sends one more than the other expects
+    splits = Splits((4 if odd else 0, 0 if odd else 3), (3 + count if odd else 0, 0 if odd else 4 + count))
+    rows = torch.ones(sum(splits.send), 3 if odd and change == "width" else 2)
+    layer = "layers.1" if odd and change == "call" else "layers.0"
+    message = ""
+    try:
+        CheckedWire(transport).start(rows, splits, name="rows", layer=layer)
+    except IntegrityError as error:
+        message = str(error)
+    assert transport.traffic.events is not None
+    return message or f"sent {len(transport.traffic.events)}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("count", "from rank 1 to rank 0: 4 rows of 8 bytes are sent, 5 of 8 expected"),
+        ("width", "from rank 1 to rank 0: 4 rows of 12 bytes are sent, 4 of 8 expected"),
+        ("call", "from rank 1 to rank 0: that rank is in another exchange"),
+    ],
+)
+def test_ranks_that_disagree_are_told_before_the_exchange(
+    run_in_world: Callable[..., list[Any]], change: str, said: str
+) -> None:
+    first, second = run_in_world(2, pairs_of_disagreement, change)
+    assert said in first
+    assert "from rank 0 to rank 1" in second
+
+
+def clean_routings(rank: RankContext, seeds: range) -> int:
+    """Random routings through dispatch, combine and their backward, which give the bits that they give without checks;
+    returns how many exchanges were checked."""
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic(events=[])
+    unchecked = Wire(mesh.ep, Traffic())
+    wire = CheckedWire(Wire(mesh.ep, traffic))
+    for seed in seeds:
+        shared = np.random.default_rng([seed, 0])
+        num_experts, top_k = int(shared.integers(1, 9)), int(shared.integers(1, 4))
+        owner = shared.integers(0, rank.world_size, num_experts)
+        slots = tuple(tuple(np.flatnonzero(owner == each).tolist()) for each in range(rank.world_size))
+        placement = ExpertPlacement((ExpertGroup("all", num_experts, 0, 1, 4, 0, ("text",)),), slots)
+        own = np.random.default_rng([seed, 1, rank.rank])
+        tokens = int(own.integers(0, 12)) if own.random() < 0.8 else 0
+        chosen = np.array([own.permutation(num_experts)[:top_k] for _ in range(tokens)], np.int64)
+        chosen = chosen.reshape(tokens, min(top_k, num_experts))
+        chosen[own.random(chosen.shape) < own.random()] = ABSENT
+        given = torch.from_numpy(chosen), DTYPES[seed % 2], seed
+        checked = _clean_pass(PerRankDispatcher(placement, wire), *given)
+        if seed % 7 == 0:
+            assert torch.equal(checked, _clean_pass(PerRankDispatcher(placement, unchecked), *given))
+    assert traffic.events is not None
+    return sum(event.startswith("checksums of") for event in traffic.events)
+
+
+def _clean_pass(dispatcher: PerRankDispatcher, chosen: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Forward and backward; returns the gradient of the hidden states."""
+    num_tokens, generator = chosen.shape[0], torch.Generator().manual_seed(seed)
+    h_TD = torch.randn(num_tokens, 6, generator=generator).to(dtype).requires_grad_()
+    weight_N = torch.rand(chosen.numel(), generator=generator).requires_grad_()
+    token_N = torch.arange(num_tokens).repeat_interleave(chosen.shape[1] if num_tokens else 0)
+    plan = dispatcher.plan(Assignments(token_N, chosen.flatten(), weight_N), num_tokens)
+    dispatched = dispatcher.dispatch(h_TD, weight_N, plan)
+    rows = dispatched.rows_RD.index_add(
+        0, plan.row_of_pair_Q, dispatched.rows_RD[plan.row_of_pair_Q] * dispatched.weight_Q[:, None].to(dtype)
+    )
+    dispatcher.combine(rows, plan).float().square().sum().backward()
+    assert h_TD.grad is not None
+    return h_TD.grad
+
+
+@pytest.mark.parametrize(("world_size", "seeds"), [(2, range(350)), (2, range(350, 700)), (4, range(700, 1000))], ids=str)
+def test_a_thousand_clean_routings_are_not_blamed(
+    run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
+) -> None:
+    checked = run_in_world(world_size, clean_routings, seeds, seconds=115)
+    assert checked == [8 * len(seeds)] * world_size  # five exchanges forward, three backward

@@ -1,0 +1,68 @@
+"""Checksums of rows: every bit counts, the place counts, empty rows are fine. Exchanges are in tests/distributed."""
+
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Splits, Wire
+from moe_dist.comm.integrity import MAX_ROW_BYTES, CheckedWire, content_sums, position_terms
+from moe_dist.comm.traffic import Traffic
+
+
+def slow_sum(row: torch.Tensor) -> int:
+    """Word by word, in Python's integers."""
+    data = row.contiguous().view(torch.uint8).numpy().tobytes()
+    data += b"\0" * (-len(data) % 4)
+    words = [int.from_bytes(data[at : at + 4], "little", signed=True) for at in range(0, len(data), 4)]
+    return sum(word * (((index * 40_503) & 0x7FFF) | 1) for index, word in enumerate(words))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_the_sum_is_that_of_a_loop_over_words(dtype: torch.dtype, width: int) -> None:
+    torch.manual_seed(width)
+    rows = (torch.randn(5, width) * 1e6).to(dtype)
+    assert content_sums(rows).tolist() == [slow_sum(row) for row in rows]
+    assert content_sums(rows[:, 0]).tolist() == [slow_sum(row[:1]) for row in rows]  # one number a row
+
+
+def test_every_single_bit_changes_the_sum() -> None:
+    row = torch.randn(1, 6).to(torch.bfloat16)
+    before = content_sums(row).item()
+    for bit in range(6 * 16):
+        changed = row.clone()
+        changed.view(torch.uint8)[0, bit // 8] ^= 1 << bit % 8
+        assert content_sums(changed).item() != before
+
+
+def test_the_longest_row_is_summed_exactly() -> None:
+    """All words at their largest; a sum that overflowed would not be that of Python's integers."""
+    row = torch.full((1, MAX_ROW_BYTES // 4), -(1 << 31), dtype=torch.int32)
+    assert content_sums(row).tolist() == [slow_sum(row[0])]
+    with pytest.raises(AssertionError, match="too long"):
+        content_sums(torch.zeros(1, MAX_ROW_BYTES + 4, dtype=torch.uint8))
+
+
+def test_nan_and_minus_zero_are_bits_like_others() -> None:
+    rows = torch.tensor([[0.0], [-0.0], [float("nan")], [float("inf")]])
+    assert len(set(content_sums(rows).tolist())) == 4
+
+
+def test_empty_rows() -> None:
+    assert content_sums(torch.empty(0, 4)).shape == (0,)
+    assert content_sums(torch.empty(3, 0)).tolist() == [0, 0, 0]
+
+
+def test_every_place_has_a_term_of_its_own() -> None:
+    """Over all pairs of 8 ranks and 50 rows a pair; and both ends agree about them."""
+    ranks, rows, cpu = 8, 50, torch.device("cpu")
+    sent = torch.stack([position_terms((rows,) * ranks, own=own, sending=True, device=cpu) for own in range(ranks)])
+    assert sent.unique().numel() == ranks * ranks * rows
+    received = torch.stack([position_terms((rows,) * ranks, own=own, sending=False, device=cpu) for own in range(ranks)])
+    by_pair = sent.view(ranks, ranks, rows).transpose(0, 1)
+    assert torch.equal(by_pair, received.view(ranks, ranks, rows))
+
+
+def test_the_identity_wire_is_not_checked() -> None:
+    wire = CheckedWire(Wire(None, Traffic(events=[])))
+    assert wire.exchange(torch.ones(0, 4), Splits((0,), (0,)), name="rows").shape == (0, 4)
+    assert wire.traffic.events == []

@@ -1,0 +1,149 @@
+"""The layer with everything a group can have: null, identity and constant experts, a selection bias, a capacity; against
+the loops of the oracle, values and gradients, under every recompute policy."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.free_experts import FreeExperts, has_free_experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.reference import ReferenceWeights, moe_forward
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import RoutingTape
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+D = 6
+TEXT = ExpertGroup("text", 4, 2, 4, 5, 0, ("text",), num_identity=2, num_constant=3)
+IMAGE = ExpertGroup("image", 3, 1, 2, 7, 4, ("image",), num_constant=1)
+PLAIN = ExpertGroup("text", 4, 2, 3, 5, 0, ("text",))
+COPIES = ExpertGroup("image", 3, 0, 3, 7, 4, ("image",), num_identity=2)
+CASES = {"all kinds": (TEXT, IMAGE), "no constants": (PLAIN, COPIES)}
+
+
+def make_layer(groups: Sequence[ExpertGroup], *, recompute: str = "none", **router: Any) -> MoELayer:
+    torch.manual_seed(0)
+    num_experts = sum(group.num_experts for group in groups)
+    layer = MoELayer(
+        norm=torch.nn.Identity(),
+        router=TopKRouter(D, groups, **router),
+        experts=Experts(D, groups, [group.num_experts for group in groups]),
+        dispatcher=PerRankDispatcher(ExpertPlacement(tuple(groups), (tuple(range(num_experts)),)), Wire(None, Traffic())),
+        free=FreeExperts(D, groups) if has_free_experts(groups) else None,
+        recompute=recompute,  # pyright: ignore[reportArgumentType]
+    ).double()
+    for tensor in [*layer.parameters(), *(b for name, b in layer.named_buffers() if name.endswith("bias"))]:
+        torch.nn.init.normal_(tensor)
+    return layer
+
+
+def reference_weights(layer: MoELayer, groups: Sequence[ExpertGroup]) -> dict[str, ReferenceWeights]:
+    weights = {}
+    for group in groups:
+        gate, stack = layer.router.get_submodule(group.name), layer.experts.get_submodule(group.name)
+        constants = layer.free.get_submodule(group.name) if group.num_constant and layer.free is not None else None
+        rows = {kind: getattr(gate, kind, None) for kind in ("true", "null", "identity", "constant", "bias")}
+        stacks: dict[str, Any] = {name: getattr(stack, name) for name in ("gate", "up", "down")}
+        constant: dict[str, Any] = {"vector": constants.vector, "mix": constants.gate} if constants is not None else {}
+        weights[group.name] = ReferenceWeights(**rows, **stacks, **constant)  # pyright: ignore[reportArgumentType]
+    return weights
+
+
+def assert_equals_the_oracle(layer: MoELayer, h_TD: Tensor, group_T: Tensor, expected: Tensor) -> None:
+    y_TD, _ = layer(h_TD, group_T)
+    torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-10)
+    direction = torch.randn_like(y_TD)
+    inputs = [h_TD, *layer.parameters()]
+    ours = torch.autograd.grad((y_TD * direction).sum(), inputs)
+    theirs = torch.autograd.grad((expected * direction).sum(), inputs, allow_unused=True)
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if wanted is None else wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("case", "normalise"), list(product(CASES, ("true_chosen", "all_chosen", "none"))))
+@pytest.mark.parametrize("selection_bias", [False, True])
+def test_free_experts_and_bias(case: str, normalise: str, selection_bias: bool) -> None:
+    groups = CASES[case]
+    layer = make_layer(groups, normalise=normalise, selection_bias=selection_bias, scale=1.5)
+    h_TD, group_T = torch.randn(30, D, dtype=torch.double, requires_grad=True), torch.randint(-1, 2, (30,))
+    weights = reference_weights(layer, groups)
+    expected = moe_forward(h_TD, group_T.tolist(), groups, weights, normalise=normalise, scale=1.5)
+    assert_equals_the_oracle(layer, h_TD, group_T, expected)
+
+
+@pytest.mark.parametrize("recompute", ["none", "experts", "block"])
+@pytest.mark.parametrize(
+    ("factor", "drop"), [(0.5, "probability"), (0.5, "position"), (1.0, "probability"), (9.0, "position")]
+)
+def test_capacity(factor: float, drop: str, recompute: str) -> None:
+    groups = CASES["all kinds"]
+    layer = make_layer(groups, recompute=recompute, capacity=Capacity(factor, drop))  # pyright: ignore[reportArgumentType]
+    h_TD = torch.randn(40, D, dtype=torch.double)
+    h_TD[5:15] = h_TD[4]  # ties: the same token eleven times
+    h_TD.requires_grad_()
+    group_T = torch.randint(-1, 2, (40,))
+    weights = reference_weights(layer, groups)
+    expected = moe_forward(h_TD, group_T.tolist(), groups, weights, capacity=(factor, drop))
+    assert_equals_the_oracle(layer, h_TD, group_T, expected)
+    _, report = layer(h_TD, group_T)
+    dropped = int(report.sums.dropped_E.sum())
+    assert (dropped > 0) == (factor < 9)
+    assert report.pairs == int(report.sums.choices_C[:7].sum()) - dropped
+
+
+def test_evaluation_drops_nothing() -> None:
+    groups = CASES["all kinds"]
+    layer = make_layer(groups, capacity=Capacity(0.25)).eval()
+    h_TD, group_T = torch.randn(40, D, dtype=torch.double, requires_grad=True), torch.randint(-1, 2, (40,))
+    expected = moe_forward(h_TD, group_T.tolist(), groups, reference_weights(layer, groups))
+    assert_equals_the_oracle(layer, h_TD, group_T, expected)
+    assert (layer(h_TD, group_T)[1].sums.dropped_E == 0).all()
+
+
+def test_free_choices_are_no_pairs() -> None:
+    """Tokens whose free columns win take none of their experts: no pair, no row, no byte."""
+    group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=1, num_constant=1)
+    layer = make_layer((group,))
+    gate = layer.router.get_submodule("text")
+    with torch.no_grad():
+        for kind, value in (("true", -5.0), ("null", -5.0), ("identity", 5.0), ("constant", 5.0)):
+            getattr(gate, kind).fill_(value)
+    y_TD, report = layer(torch.ones(6, D, dtype=torch.double), torch.zeros(6, dtype=torch.int64))
+    assert report.pairs == report.rows_remote == 0
+    assert report.sums.choices_C.tolist() == [0, 0, 0, 0, 6, 6]
+    assert (y_TD != 0).all()
+
+
+def test_ablation_zeroes_free_experts_too() -> None:
+    layer = make_layer(CASES["all kinds"])
+    layer.ablated = True
+    y_TD, _ = layer(torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,)))
+    assert (y_TD == 0).all()
+
+
+def test_without_a_token_every_parameter_has_a_zero_gradient() -> None:
+    layer = make_layer(CASES["all kinds"], capacity=Capacity(1.0), selection_bias=True)
+    y_TD, report = layer(torch.randn(4, D, dtype=torch.double), torch.full((4,), -1))
+    (y_TD.sum() + report.sums.prob_C.sum() + report.sums.log_z_squared_G.sum()).backward()
+    assert (y_TD == 0).all()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in layer.parameters())
+
+
+def test_recompute_keeps_what_was_dropped() -> None:
+    """The decision is on the tape: a second forward on an input whose last bits differ drops the same pairs."""
+    groups = CASES["all kinds"]
+    router = make_layer(groups, capacity=Capacity(0.5)).router
+    h_TD, group_T = torch.randn(40, D, dtype=torch.double), torch.randint(0, 2, (40,))
+    tape = RoutingTape()
+    first = router(h_TD, group_T, tape)
+    second = router(h_TD.flip(0), group_T, tape)
+    assert torch.equal(first.assignments.expert_N, second.assignments.expert_N)
+    assert torch.equal(first.sums.dropped_E, second.sums.dropped_E)
