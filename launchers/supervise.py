@@ -46,7 +46,7 @@ class Patience:
 
     stop: float
     peers: float = 2.0
-    kill: float = 6.0
+    kill: float = 4.0
 
 
 @dataclass(frozen=True)
