@@ -32,7 +32,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import child_of
-from tests.support.cells import EMPTY, FEASIBLE, IN_STEP, KINDS, PHASES, SAVING, Cell
+from tests.support.cells import EMPTY, FEASIBLE, KINDS, PHASES, SAVING, Cell
 from tests.support.injection import PLAN, PROGRAM, Fault, FaultPlan, build_interposer, environment
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
@@ -207,7 +207,7 @@ def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS
             cells.append(cell)
     rng.shuffle(cells)
     if cells[-1].phase == "import":  # it strikes at the start after its predecessor: there must be one
-        other = next(at for at, cell in enumerate(cells) if cell.phase in IN_STEP)
+        other = next(at for at, cell in enumerate(cells) if cell.phase != "import")
         cells[-1], cells[other] = cells[other], cells[-1]
     steps = sorted(rng.sample(range(2, STEPS - 6), len(cells)))
     return tuple(

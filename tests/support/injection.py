@@ -340,7 +340,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _halve(folder: Path, number: int) -> None:
-    shard = sorted(folder.glob("shard_*.safetensors"))[number]
+    shard = folder / f"shard_{number:05d}.safetensors"
     os.truncate(shard, shard.stat().st_size // 2)
 
 
