@@ -1,0 +1,180 @@
+"""Weights of Hugging Face's mixture-of-experts families under our logical names, and their shapes as our configuration.
+
+A family's map is a list of rules. A rule turns one tensor of theirs into one or more of ours: they stack the experts and
+fuse gate and up; we name each expert. It applies to gradients as it does to weights. Only names and shapes are known here:
+nothing imports transformers.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.moe.routers.top_k import column_counts
+from moe_dist.parallel.initialise import logical_expert_names
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+Kind = Literal["same", "router", "bias", "gate_up", "down"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One name of theirs and what it becomes.
+
+    Attributes:
+        pattern: Regular expression of the whole name.
+        target: Our name, with groups of the pattern; of a router its group's gate, of experts their group's stack.
+        kind: How the tensor is cut: not at all; router rows by kind of column; a selection bias; gate and up of all experts
+            [E, 2 F, D]; down of all experts [E, D, F]. Rows of `gate_up` beyond the true experts are nobody's:
+            LongCat-Flash allots them to its identity experts and does not use them.
+        group: The expert group.
+    """
+
+    pattern: str
+    target: str
+    kind: Kind = "same"
+    group: str = "all"
+
+
+_LAYER = r"model\.layers\.(?P<i>\d+)\."
+
+DECODER: tuple[Rule, ...] = (
+    Rule(r"model\.embed_tokens\.weight", "embedding.weight"),
+    Rule(r"model\.norm\.weight", "norm.weight"),
+    Rule(r"lm_head\.weight", "output.weight"),
+    Rule(_LAYER + r"input_layernorm\.weight", r"layers.\g<i>.attention.norm.weight"),
+    Rule(_LAYER + r"self_attn\.(?P<part>[qkvo])_proj\.weight", r"layers.\g<i>.attention.\g<part>.weight"),
+    Rule(_LAYER + r"self_attn\.(?P<part>[qk])_norm\.weight", r"layers.\g<i>.attention.\g<part>_norm.weight"),
+    Rule(_LAYER + r"post_attention_layernorm\.weight", r"layers.\g<i>.moe.norm.weight"),
+    Rule(_LAYER + r"mlp\.gate\.weight", r"layers.\g<i>.moe.router.all", "router"),
+    Rule(_LAYER + r"mlp\.experts\.gate_up_proj", r"layers.\g<i>.moe.experts.all", "gate_up"),
+    Rule(_LAYER + r"mlp\.experts\.down_proj", r"layers.\g<i>.moe.experts.all", "down"),
+)
+"""Mixtral, OLMoE and Qwen3-MoE: one decoder with one group, which differ in options alone."""
+
+LONGCAT_BLOCK: tuple[Rule, ...] = (
+    Rule(r"router\.classifier\.weight", "router.all", "router"),
+    Rule(r"router\.e_score_correction_bias", "router.all", "bias"),
+    Rule(r"experts\.gate_up_proj", "experts.all", "gate_up"),
+    Rule(r"experts\.down_proj", "experts.all", "down"),
+)
+
+
+def _ernie(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return (
+        Rule(rf"{theirs}\.gate\.weight", f"router.{ours}", "router", ours),
+        Rule(rf"{theirs}\.gate\.moe_statics\.e_score_correction_bias", f"router.{ours}", "bias", ours),
+        Rule(rf"{theirs}\.experts\.gate_up_proj", f"experts.{ours}", "gate_up", ours),
+        Rule(rf"{theirs}\.experts\.down_proj", f"experts.{ours}", "down", ours),
+    )
+
+
+ERNIE_BLOCK: tuple[Rule, ...] = (
+    *_ernie("text_moe", "text"),
+    *_ernie("vision_moe", "image"),
+    Rule(r"shared_experts\.(?P<part>gate|up|down)_proj\.weight", r"shared.\g<part>.weight"),
+)
+
+
+def to_logical(named: Mapping[str, Tensor], rules: Sequence[Rule], groups: Sequence[ExpertGroup]) -> dict[str, Tensor]:
+    """Their tensors under our logical names; views, not copies.
+
+    Raises:
+        KeyError: a name that no rule knows.
+    """
+    by_name = {group.name: group for group in groups}
+    logical: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        rule, target = _rule_of(name, rules)
+        logical |= _cut(tensor, target, rule.kind, by_name[rule.group] if rule.kind != "same" else None)
+    return logical
+
+
+def _rule_of(name: str, rules: Sequence[Rule]) -> tuple[Rule, str]:
+    for rule in rules:
+        if match := re.fullmatch(rule.pattern, name):
+            return rule, match.expand(rule.target)
+    raise KeyError(f"{name}: no rule of this family knows it")
+
+
+def _cut(tensor: Tensor, target: str, kind: Kind, group: ExpertGroup | None) -> dict[str, Tensor]:
+    if group is None:
+        return {target: tensor}
+    if kind == "bias":
+        return {f"{target}.bias": tensor.flatten()}
+    if kind == "router":
+        counts = column_counts(group)
+        rows = tensor.split(list(counts.values()))
+        return {f"{target}.{column}": part for column, part in zip(counts, rows, strict=True) if len(part)}
+    logical: dict[str, Tensor] = {}
+    for expert, weight in enumerate(tensor[: group.num_experts]):
+        if kind == "down":
+            logical[f"{target}.{expert}.down"] = weight
+        else:
+            logical[f"{target}.{expert}.gate"], logical[f"{target}.{expert}.up"] = weight.chunk(2)
+    return logical
+
+
+@torch.no_grad()
+def load(module: nn.Module, logical: Mapping[str, Tensor], placement: ExpertPlacement, ep_rank: int) -> None:
+    """Fills every parameter and saved buffer of a model or MoE layer with this rank's part; all names must be there."""
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if "experts." in name:
+            names = logical_expert_names(name, placement, ep_rank)
+            for slot, each in enumerate(names):
+                tensor[slot].copy_(logical[each])
+        else:
+            tensor.copy_(logical[name])
+
+
+def gradients(module: nn.Module, placement: ExpertPlacement, ep_rank: int) -> dict[str, Tensor]:
+    """This rank's gradients under logical names, experts one by one."""
+    named: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.numel() == 0:
+            continue
+        assert parameter.grad is not None, f"{name} has no gradient"
+        if "experts." in name:
+            named |= zip(logical_expert_names(name, placement, ep_rank), parameter.grad, strict=True)
+        else:
+            named[name] = parameter.grad
+    return named
+
+
+def model_section(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Our `model` section for a Mixtral, OLMoE or Qwen3-MoE configuration (as a plain mapping).
+
+    Args:
+        theirs: `config.to_dict()`.
+    """
+    kind = theirs["model_type"]
+    normalised = kind == "mixtral" or theirs["norm_topk_prob"]
+    ffn_dim = theirs["moe_intermediate_size"] if kind == "qwen3_moe" else theirs["intermediate_size"]
+    num_experts = theirs.get("num_local_experts") or theirs["num_experts"]
+    return {
+        "hidden_dim": theirs["hidden_size"],
+        "num_layers": theirs["num_hidden_layers"],
+        "num_heads": theirs["num_attention_heads"],
+        "num_kv_heads": theirs["num_key_value_heads"],
+        "head_dim": theirs.get("head_dim"),
+        "vocab_size": theirs["vocab_size"],
+        "max_seq_len": theirs["max_position_embeddings"],
+        "rope_base": theirs["rope_parameters"]["rope_theta"],
+        "norm_eps": theirs["rms_norm_eps"],
+        "qk_norm": {"mixtral": "none", "olmoe": "full", "qwen3_moe": "head"}[kind],
+        "tie_embeddings": theirs["tie_word_embeddings"],
+        "moe": {
+            "groups": {
+                "all": {
+                    "num_experts": num_experts,
+                    "top_k": theirs["num_experts_per_tok"],
+                    "ffn_dim": ffn_dim,
+                    "modalities": ["text"],
+                }
+            },
+            "router": {"normalise": "true_chosen" if normalised else "none"},
+        },
+    }
