@@ -139,7 +139,7 @@ def _drop(
         share = factor * group.top_k * len(members) / group.num_columns
         room = dict.fromkeys(range(group.num_experts), math.ceil(share - 1e-9))
         pairs = [
-            (token, column, float(probability[token][column]))
+            (token, column, float(probability[token][column].detach()))
             for token in members
             for column in chosen[token]
             if column < group.num_experts

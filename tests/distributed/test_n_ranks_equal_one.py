@@ -78,6 +78,37 @@ def test_layout_equals_one_rank(
 
 
 @pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 2, "pinned", "ddp", "block", free=True),
+        Layout(4, 1, "uneven", "fsdp2", "experts", free=True),
+        Layout(2, 2, "interleaved", "fsdp2", "none", free=True),
+    ],
+    ids=str,
+)
+def test_free_experts_on_ranks_equal_one_rank(
+    run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
+) -> None:
+    """Identity and constant experts: replicated or sharded with the dense parameters, through a checkpoint."""
+    oracle: Outcome = run_in_world(1, train, Layout(free=True), tmp_path)[0]
+    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
+    free = sum(group.num_identity + group.num_constant for group in layout.groups)
+    assert (oracle.steps[0].choices_LC[:, -free:] > 0).any()
+    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
+        np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+        assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.choices_LC[:, :8].sum()
+        np.testing.assert_allclose(
+            [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
+        )
+    for field in ("gradients", "parameters"):
+        got, wanted = merged(outcomes, field), getattr(oracle, field)
+        assert got.keys() == wanted.keys()
+        assert {"layers.0.moe.free.text.vector", "layers.0.moe.free.image.gate"} <= got.keys()
+        for name, value in wanted.items():
+            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+
+
+@pytest.mark.parametrize(
     "layout", [Layout(4, 1, "uneven", precision="float32"), Layout(2, 2, "pinned", "fsdp2", "block", "float32")], ids=str
 )
 def test_fp32_equals_one_rank_within_rounding(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:

@@ -1,7 +1,7 @@
 """The same training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,21 @@ class Layout:
     recompute: str = "none"
     precision: str = "float64"
     pair_budget: int | None = None
+    free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
 
     @property
     def world_size(self) -> int:
         return self.ep * self.edp
 
+    @property
+    def groups(self) -> tuple[ExpertGroup, ...]:
+        if not self.free:
+            return GROUPS
+        return replace(GROUPS[0], num_identity=1, num_constant=2), replace(GROUPS[1], num_constant=1)
+
     def __str__(self) -> str:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
+        budget += "-free" if self.free else ""
         return f"ep{self.ep}-edp{self.edp}-{self.placement}-{self.data}-{self.recompute}-{self.precision}{budget}"
 
 
@@ -72,14 +80,14 @@ class Outcome:
     smallest_gap: float  # between a token's last choice and the next column, over all tokens, layers and steps
 
 
-def placement_of(name: str, ep: int) -> ExpertPlacement:
+def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -> ExpertPlacement:
     """interleaved; pinned (text experts on the first ranks, image experts on the rest); uneven (the last rank has none)."""
     slots: list[list[int]] = [[] for _ in range(ep)]
     if name == "interleaved" or ep == 1:
         for expert in range(E):
             slots[expert % ep].append(expert)
     elif name == "pinned":
-        for group, ranks in zip(GROUPS, (range(ep // 2), range(ep // 2, ep)), strict=True):
+        for group, ranks in zip(groups, (range(ep // 2), range(ep // 2, ep)), strict=True):
             for i, expert in enumerate(group.experts):
                 slots[ranks[i % len(ranks)]].append(expert)
     elif name == "uneven":
@@ -87,7 +95,7 @@ def placement_of(name: str, ep: int) -> ExpertPlacement:
             slots[0 if expert < 4 or ep == 2 else 1 + expert % (ep - 2)].append(expert)
     else:
         raise ValueError(f"unknown placement {name!r}")
-    return ExpertPlacement(GROUPS, tuple(tuple(sorted(each)) for each in slots))
+    return ExpertPlacement(groups, tuple(tuple(sorted(each)) for each in slots))
 
 
 def config_of(layout: Layout) -> Config:
@@ -110,11 +118,14 @@ def config_of(layout: Layout) -> Config:
                         g.name: {
                             "num_experts": g.num_experts,
                             "num_null": g.num_null,
+                            "num_identity": g.num_identity,
+                            "num_constant": g.num_constant,
                             "top_k": g.top_k,
                             "ffn_dim": g.ffn_dim,
                         }
-                        for g in GROUPS
+                        for g in layout.groups
                     },
+                    "router": {"selection_bias": layout.free},
                 },
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},
@@ -150,7 +161,7 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
 
 def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
     """The model of a layout, initialised, on its mesh."""
-    config, placement = config_of(layout), placement_of(layout.placement, layout.ep)
+    config, placement = config_of(layout), placement_of(layout.placement, layout.ep, layout.groups)
     dtype = getattr(torch, layout.precision)
     master = torch.float64 if layout.precision == "float64" else torch.float32
     before = torch.get_default_dtype()
@@ -177,7 +188,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
     traffic = Traffic(events=[])
     parallel = build(layout, mesh, traffic)
-    placement = placement_of(layout.placement, layout.ep)
+    placement = placement_of(layout.placement, layout.ep, layout.groups)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
@@ -240,7 +251,7 @@ def smallest_gap(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> floa
     """Smallest difference between a token's k-th and next best logit inside its group."""
     logits_TC = router._logits(h_TD)
     smallest = float("inf")
-    for index, group in enumerate(GROUPS):
+    for index, group in enumerate(router.groups):
         best = logits_TC[group_T == index][:, router.group_of_column_C == index].sort(-1, descending=True).values
         if len(best):
             smallest = min(smallest, float((best[:, group.top_k - 1] - best[:, group.top_k]).min()))
