@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_dist.comm.traffic import Traffic
+from moe_dist.evaluation.heldout import forward
 from moe_dist.loss import AuxSettings
 from moe_dist.optim.adamw import make_optimizer, step_count
 from moe_dist.optim.param_groups import split_parameters
@@ -75,3 +76,36 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
         for result in results[1:]:
             quick, slow = result.busy_seconds_W
             assert 0.0 <= quick < 1000.0 <= slow
+
+
+def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
+    """One step with a capacity, and the pairs that the first layer takes of the same batch in evaluation."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic()
+    parallel, placement = build(layout, mesh, traffic), placement_of(layout.placement, layout.ep)
+    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    batch = batch_of(0, 0, 2 + 2 * rank.rank, 2)
+    parallel.model.eval()
+    with torch.no_grad():
+        _, reports = forward(parallel.model, batch, step.group_of_modality)
+    parallel.model.train()
+    pairs = reports[0].pairs
+    return step([batch], lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3)), pairs
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
+    run_in_world: Callable[..., list[Any]], recompute: str
+) -> None:
+    layout = Layout(2, 1, "interleaved", recompute=recompute, capacity=0.75)
+    ranks = run_in_world(2, capped_step, layout)
+    for result, _ in ranks:
+        true = sum(group.num_experts for group in layout.groups)
+        dropped = result.dropped_LE.sum()
+        assert 0 < dropped < result.choices_LC[:, :true].sum()
+        assert (result.dropped_LE <= result.choices_LC[:, :true]).all()
+        assert result.ledger["pairs"] == result.choices_LC[:, :true].sum() - dropped
+        # The layer that sees the same input in both: every true choice is taken in evaluation.
+        assert sum(first for _, first in ranks) == result.choices_LC[0, :true].sum()

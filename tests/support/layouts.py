@@ -50,6 +50,7 @@ class Layout:
     recompute: str = "none"
     precision: str = "float64"
     pair_budget: int | None = None
+    capacity: float | None = None
     free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
 
     @property
@@ -126,6 +127,7 @@ def config_of(layout: Layout) -> Config:
                         for g in layout.groups
                     },
                     "router": {"selection_bias": layout.free},
+                    "capacity": None if layout.capacity is None else {"factor": layout.capacity},
                 },
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},

@@ -90,6 +90,15 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
+        (
+            ["parallel.expert_gemm=grouped", "parallel.precision=bf16", "model.moe.groups.image.ffn_dim=20"],
+            "model.moe.groups.image.ffn_dim=20: must be a multiple of 8 for parallel.expert_gemm=grouped in bf16 (rows of 16 "
+            "bytes); take 24, or parallel.expert_gemm=auto",
+        ),
+        (
+            ["parallel.expert_gemm=grouped", "parallel.device=cuda"],
+            "on CUDA torch has a grouped kernel for bf16 only, not for parallel.precision=fp32; take bf16",
+        ),
         (["train.stpes=3"], "train.stpes: unknown key; did you mean train.steps?"),
         (["train.steps=many"], "train.steps='many': must be whole number"),
         (["run.name=a; touch x"], "run.name='a; touch x'"),

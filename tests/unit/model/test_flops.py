@@ -59,6 +59,23 @@ def test_flops_by_hand() -> None:
     assert training_flops(forward, recompute="block") == 3 * forward.total + block
 
 
+def test_free_experts_by_hand() -> None:
+    """Router rows of every column; of constant experts a vector and two gate rows each, of identity ones nothing."""
+    group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=2, num_constant=4)
+    parts = parameters(shape(groups=(group,)))
+    assert parts.router == 2 * 8 * (3 + 1 + 2 + 4)
+    assert parts.free == 2 * 4 * (8 + 2 * 8)
+    forward = forward_flops(shape(groups=(group,)), seq_len=16, experts_per_token={"text": 0.6}, token_share={"text": 1.0})
+    assert forward.free == 2 * 4 * (2 * 2 * 8 + 2 * 8)
+    assert group.expected_experts_per_token == 2 * 3 / 10
+
+
+@pytest.mark.parametrize(("kind", "entries"), [("none", 0), ("head", 2 * 2), ("full", 8 + 4)])
+def test_norms_of_queries_and_keys_by_hand(kind: str, entries: int) -> None:
+    without = parameters(shape(qk_norm="none")).attention
+    assert parameters(shape(qk_norm=kind)).attention == without + 3 * entries
+
+
 def test_expected_experts_of_adamoe() -> None:
     assert expected_experts([ExpertGroup("text", 8, 8, 3, 1, 0, ("text",))]) == {"text": 1.5}
 
@@ -79,7 +96,8 @@ def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...],
     assert round(active.total / 1e9, 1) == published[1]
 
 
-def config(**parallel: Any) -> Config:
+def config(*, free: bool = False, **parallel: Any) -> Config:
+    others = {"num_identity": 1, "num_constant": 2} if free else {}
     values = {
         "run": {"name": "flops"},
         "model": {
@@ -94,7 +112,7 @@ def config(**parallel: Any) -> Config:
             "moe": {
                 "first": 1,
                 "shared_ffn_dim": 24,
-                "groups": {"text": {"num_experts": 4, "num_null": 2, "top_k": 2, "ffn_dim": 16}},
+                "groups": {"text": {"num_experts": 4, "num_null": 2, "top_k": 2, "ffn_dim": 16, **others}},
             },
         },
         "data": {"path": "none", "seq_len": 16},
@@ -124,8 +142,9 @@ def count_training(config: Config) -> tuple[int, float, int]:
     return counter.get_total_flops(), pairs / len(reports) / tokens.numel(), tokens.numel()
 
 
-def test_agrees_with_torchs_counter() -> None:
-    cfg = config()
+@pytest.mark.parametrize("free", [False, True])
+def test_agrees_with_torchs_counter(free: bool) -> None:
+    cfg = config(free=free)
     counted, experts, tokens = count_training(cfg)
     model = model_shape(cfg.model, expert_groups(cfg.model.moe))
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})

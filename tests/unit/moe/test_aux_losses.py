@@ -44,6 +44,27 @@ def test_terms_of_two_ranks_add_up_to_the_oracle(kind: str) -> None:
         torch.testing.assert_close(g1, g2)
 
 
+@pytest.mark.parametrize("kind", ["null_averaged", "vanilla"])
+def test_identity_columns_share_a_load_and_constant_ones_do_not(kind: str) -> None:
+    group = ExpertGroup("text", 3, 2, 4, 8, 0, ("text",), num_identity=3, num_constant=2)
+    torch.manual_seed(2)
+    router = TopKRouter(D, (group,)).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    h_TD = torch.randn(50, D, dtype=torch.double, requires_grad=True)
+    sums = router(h_TD, torch.zeros(50, dtype=torch.int64)).sums
+    tables = ColumnTables.on((group,), torch.device("cpu"))
+    ours = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables, kind=kind)[0, 0]  # pyright: ignore
+    gate = router.get_submodule("text")
+    logits = h_TD @ torch.cat([gate.true, gate.null, gate.identity, gate.constant]).T  # pyright: ignore
+    averaged = kind == "null_averaged"
+    expected = balance_loss(logits, 3, 4, null_averaged=averaged, num_null=2, num_identity=3)
+    torch.testing.assert_close(ours, expected)
+    (g1,) = torch.autograd.grad(ours, h_TD, retain_graph=True)
+    (g2,) = torch.autograd.grad(expected, h_TD)
+    torch.testing.assert_close(g1, g2)
+
+
 def test_null_averaging_gives_every_null_the_same_pull() -> None:
     """d loss / d P_i is equal for all nulls of a group, whatever their own loads (AdaMoE); vanilla's differ."""
     prob_LC = torch.rand(1, 11, dtype=torch.double, requires_grad=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe_dist.monitor.metrics import Record, build_record, evaluation_scalars
-from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.metrics import Record, build_record, evaluation_scalars, group_choices, group_metrics
+from moe_dist.monitor.pictures import Subject, free_fraction
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -145,6 +145,25 @@ def test_a_case_by_hand() -> None:
     }
     assert record.host == {"cpu_percent": 7.0}
     assert record.labels == {"text": 10, "image": 0}
+
+
+def test_columns_of_every_kind_by_hand() -> None:
+    """text: 2 true, 1 null, 2 identity; image: 1 true, 1 constant.
+
+    columns    true of both  | nulls of text | identity of text | constant of image
+    choices       3  1   4   |       2       |      5  1        |         6
+    """
+    text = ExpertGroup("text", 2, 1, 2, 8, 0, ("text",), num_identity=2)
+    image = ExpertGroup("image", 1, 0, 1, 8, 2, ("image",), num_constant=1)
+    choices_LC, tokens_LG = np.array([[3, 1, 4, 2, 5, 1, 6]]), np.array([[6, 10]])
+    of_text, of_image = group_choices(choices_LC, (text, image))
+    assert [part.tolist() for part in of_text] == [[[3, 1]], [[2]], [[5, 1]], [[]]]
+    assert [part.tolist() for part in of_image] == [[[4]], [[]], [[]], [[6]]]
+    metrics = group_metrics(choices_LC, tokens_LG, (text, image), dropped_LG=np.array([[1, 0]]))
+    np.testing.assert_allclose(metrics["experts_per_token"], [[3 / 6, 4 / 10]])
+    np.testing.assert_allclose(metrics["null_fraction"], [[2 / 12, 0.0]])
+    np.testing.assert_allclose(metrics["capacity_used"], [[3 / (12 / 5), 4 / (10 / 2)]])
+    np.testing.assert_allclose(free_fraction(choices_LC, (text, image)), [[6 / 12, 6 / 10]])
 
 
 def test_nothing_sent(make_record: MakeRecord) -> None:
