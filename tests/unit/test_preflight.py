@@ -92,8 +92,8 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
     [
         (
             ["parallel.expert_gemm=grouped", "parallel.precision=bf16", "model.moe.groups.image.ffn_dim=20"],
-            "model.moe.groups.image.ffn_dim=20: must be a multiple of 8 for parallel.expert_gemm=grouped in bf16 (rows of 16 "
-            "bytes); take 24, or parallel.expert_gemm=auto",
+            "model.moe.groups.image.ffn_dim=20: must be a multiple of 8 for parallel.expert_gemm=grouped in bf16 (rows of "
+            "16 bytes); take 24, or parallel.expert_gemm=auto",
         ),
         (
             ["parallel.expert_gemm=grouped", "parallel.device=cuda"],

@@ -72,8 +72,9 @@ def kept_by_autograd(cfg: Config) -> tuple[int, float, float]:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), min(1.0, pairs), pairs
 
 
-@pytest.mark.parametrize("model", [{}, {"qk_norm": "full"}, {"qk_norm": "head"}, {"moe": {"groups": {"text": {
-    "num_experts": 4, "top_k": 3, "ffn_dim": 96, "num_identity": 2, "num_constant": 2}}}}, {"moe": {"every": 2, "groups": {"text": {
+@pytest.mark.parametrize("model", [{}, {"qk_norm": "full"}, {"qk_norm": "head"},
+    {"moe": {"groups": {"text": {"num_experts": 4, "top_k": 3, "ffn_dim": 96, "num_identity": 2, "num_constant": 2}}}},
+    {"moe": {"every": 2, "groups": {"text": {
     "num_experts": 4, "top_k": 2, "ffn_dim": 256}}}}])  # fmt: skip
 def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     cfg = config(**model)
