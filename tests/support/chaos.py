@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 RANKS, STEPS, SAVE_EVERY, FAULTS = 4, 60, 5, 20
 DISK_MIB = 32
 END_SECONDS = 10.0  # from a rank's death to the end of all
-WATCHDOG_SECONDS, MEETING_SECONDS = 15.0, 90.0  # for a collective, and for ranks to meet: on a busy machine as well
+WATCHDOG_SECONDS, MEETING_SECONDS = 30.0, 180.0  # for a collective, and for ranks to meet: on a busy machine as well
 MOST_FROZEN = 2  # of a campaign: each costs the watchdog's time
 NOT_ENDING = ("ENOSPC", "EIO", "truncated file")  # while a checkpoint is saved: reported, tried again
 
