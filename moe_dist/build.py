@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, RankLayout, TensorSpec, capture
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
@@ -30,13 +31,14 @@ from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.adamw import MOMENTS, make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.optim.schedules import coefficient_at, lr_factor
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.policies import expert_groups
 from moe_dist.trainer import Plan
 from moe_dist.training_step import TrainingStep
 
@@ -131,6 +133,17 @@ def build_model(
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
     return Transformer(args, make_moe)
+
+
+def state_specs(config: Config) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint of the model that a configuration describes: parameters and moments, whatever the
+    layout. Nothing gets memory."""
+    groups = expert_groups(config.model.moe)
+    everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
+    with torch.device("meta"):
+        model = build_model(config, everything, ep_rank=0, ep_group=None)
+    specs = capture(model, None, RankLayout(everything)).specs
+    return {**specs, **{f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}}
 
 
 @dataclass(frozen=True)

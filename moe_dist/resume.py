@@ -1,10 +1,28 @@
-"""What a checkpoint of a run is made of, and how a run goes on from one."""
+"""What a checkpoint of a run is made of, and how a run goes on from one.
+
+parameters, moments, the optimizer's count    tensors and state.json, see `moe_dist.checkpoint.state`
+values["progress"]                            step (which the schedules follow), data position, counters
+values["config"], values["data"]              resolved configuration; digests of the data
+values["controllers"]                         states of balance controllers and the like, by name
+rank_values["generators"]                     random number generators of each rank
+placement, versions                           for the reader
+"""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import JsonValue
 
 from moe_dist.build import Training
-from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.checkpoint.generators import generator_states, restore_generators
+from moe_dist.checkpoint.manager import CheckpointManager, Restored
+from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
 from moe_dist.errors import DataError
 from moe_dist.placement.placement import ExpertPlacement
@@ -13,21 +31,49 @@ from moe_dist.trainer import Progress
 logger = logging.getLogger(__name__)
 
 
+class Controller(Protocol):
+    """Something besides tensors that changes during a run, the same on all ranks."""
+
+    def state(self) -> JsonValue:
+        """As JSON; a copy."""
+        ...
+
+    def restore(self, state: JsonValue) -> None:
+        """Takes a saved state back.
+
+        Raises:
+            DataError: it is none.
+        """
+        ...
+
+
 class Resumable:
-    """Saves and restores one rank's part of a run. Both are collective over the world.
+    """Saves and restores one rank's part of a run. All but `poll` is collective over the world.
 
     Args:
         training: Model and optimizer.
         placement: Which expert lives on which rank.
         checkpoints: Of the run.
-        config: Saved beside the weights, for the reader.
+        config, manifest: Of the run and its data.
+        controllers: What else resumes, by name.
     """
 
     def __init__(
-        self, training: Training, placement: ExpertPlacement, checkpoints: CheckpointManager, config: Config
+        self,
+        training: Training,
+        placement: ExpertPlacement,
+        checkpoints: CheckpointManager,
+        config: Config,
+        manifest: Manifest,
+        *,
+        controllers: Mapping[str, Controller] | None = None,
     ) -> None:
         mesh = training.parallel.mesh
-        self._training, self._checkpoints, self._config = training, checkpoints, config
+        self._training, self._checkpoints, self._config, self._manifest = training, checkpoints, config, manifest
+        self._controllers = dict(controllers or {})
+        self._saver = Saver(checkpoints, asynchronous=config.checkpoint.asynchronous, watch=mesh.watch)
+        self._device = mesh.device
+        self._data: dict[str, str] = {}
         self._layout = RankLayout(
             placement,
             rank=mesh.rank,
@@ -37,30 +83,112 @@ class Resumable:
             edp_size=mesh.edp_size,
         )
 
-    def save(self, progress: Progress) -> None:
-        """Commits a checkpoint of the present state.
+    def save(self, progress: Progress, *, durable: bool) -> None:
+        """Saves the present state, see `moe_dist.checkpoint.saver.Saver`.
 
         Raises:
-            CheckpointError: on all ranks, where one could not write; the last checkpoint stands.
+            CheckpointError: on all ranks, where a durable one could not be written; the last checkpoint stands.
         """
-        values = {"progress": progress.to_json(), "config": self._config.model_dump(mode="json")}
-        state = capture(self._training.parallel.model, self._training.optimizer, self._layout, values=values)
-        self._checkpoints.save(progress.step, state)
+        values: dict[str, JsonValue] = {
+            "progress": {**progress.to_json()},
+            "config": self._config.model_dump(mode="json"),
+            "data": {**self._data},
+            "controllers": {name: controller.state() for name, controller in self._controllers.items()},
+        }
+        rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
+        self._saver.save(progress.step, self._capture(values, rank_values), durable=durable)
+
+    def poll(self) -> None:
+        """Reports a save that failed meanwhile."""
+        self._saver.poll()
+
+    def wait(self) -> None:
+        """Returns when no save is in flight."""
+        self._saver.wait()
 
     def restore(self) -> Progress:
-        """Loads the newest checkpoint into model and optimizer, and returns where it stands; a new run starts at 0.
+        """Loads the newest checkpoint into model and optimizer, and returns where it stands. A new run starts at 0, with
+        the weights of `run.init_from` where that is set.
 
         Raises:
-            DataError: the checkpoint is damaged.
+            DataError: the checkpoint is damaged, or the data are not those that it was trained on.
             ConfigError: it is of another model.
         """
+        self._checkpoints.agree("look at the data", self._look_at_data)
         newest = self._checkpoints.latest()
         if newest is None:
+            if self._config.run.init_from is not None:
+                taken = self._checkpoints.load_fitting(Path(self._config.run.init_from), self._capture())
+                if self._checkpoints.rank == 0:
+                    print(f"run.init_from: {taken.report()}")
             return Progress()
-        state = capture(self._training.parallel.model, self._training.optimizer, self._layout)
-        values = self._checkpoints.load(newest, state).values
-        saved = values.get("progress")
-        if not isinstance(saved, dict) or set(saved) != set(Progress().to_json()):
-            raise DataError(f"{newest}: its state.json holds no progress of a run, but {saved!r}")
+        restored = self._checkpoints.load(newest, self._capture())
+        self._checkpoints.agree("go on", lambda: self._check_data(newest, restored))
+        progress = progress_of(restored, self._config, newest)
+        self._restore_controllers(restored, newest)
+        if restored.rank_values:
+            restore_generators(_mapping(restored.rank_values, "generators", newest), self._device)
         logger.info("going on from %s", newest)
-        return Progress(**{name: int(value) for name, value in saved.items()})  # pyright: ignore[reportArgumentType]
+        return progress
+
+    def _capture(
+        self, values: Mapping[str, JsonValue] | None = None, rank_values: Mapping[str, JsonValue] | None = None
+    ) -> CheckpointState:
+        training = self._training
+        return capture(training.parallel.model, training.optimizer, self._layout, values=values, rank_values=rank_values)
+
+    def _look_at_data(self) -> None:
+        self._data = data_digest(self._config.data.path, self._manifest)
+
+    def _check_data(self, folder: Path, restored: Restored) -> None:
+        faults = digest_faults(_mapping(restored.values, "data", folder), self._data)
+        if faults:
+            raise DataError(
+                [
+                    f"data.path={self._config.data.path!r}: these are not the data that {folder} was trained on; put those "
+                    "back, or start a new run with run.init_from to go on with other data",
+                    *faults,
+                ],
+                see="docs/checkpoints.md",
+            )
+
+    def _restore_controllers(self, restored: Restored, folder: Path) -> None:
+        saved = _mapping(restored.values, "controllers", folder)
+        if saved.keys() != self._controllers.keys():
+            raise DataError(f"{folder} has states of {sorted(saved)}, the run needs those of {sorted(self._controllers)}")
+        for name, controller in self._controllers.items():
+            controller.restore(saved[name])
+
+
+def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
+    """Where a checkpoint stands.
+
+    Raises:
+        DataError: its counters are none, or contradict each other or the configuration.
+    """
+    saved, names = _mapping(restored.values, "progress", folder), [field.name for field in fields(Progress)]
+    numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
+    if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
+        raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
+    progress = Progress(**numbers)
+    batch = config.train.global_batch
+    rules = {
+        f"step={progress.step} is the step {restored.step} of the checkpoint": progress.step == restored.step,
+        f"position={progress.position} is step x train.global_batch={batch}": progress.position == progress.step * batch,
+        f"tokens={progress.tokens} are at most position x data.seq_len": progress.tokens
+        <= progress.position * config.data.seq_len,
+        f"skipped_in_a_row={progress.skipped_in_a_row} <= skipped_steps={progress.skipped_steps} <= step": (
+            progress.skipped_in_a_row <= progress.skipped_steps <= progress.step
+        ),
+        f"evaluated={progress.evaluated} <= step": progress.evaluated <= progress.step,
+    }
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise DataError([f"{folder}: its counters contradict each other; it should hold that {rule}" for rule in broken])
+    return progress
+
+
+def _mapping(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
+    found = values.get(name)
+    if not isinstance(found, dict):
+        raise DataError(f"{folder}: it holds no {name!r} of a run, but {found!r:.80}")
+    return found

@@ -74,11 +74,10 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         folder.checkpoints,
         keep=config.checkpoint.keep,
         lease_check=attempt.check_commit,
-        process_group=mesh.world,
-        device=device,
+        process_group=mesh.checkpoint,
         watch=mesh.watch,
     )
-    resumable = Resumable(training, plan.placement, checkpoints, config)
+    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest)
     progress = resumable.restore()
     attempt.last_step = lambda: progress.step
     log.follow(lambda: progress.step)
@@ -94,7 +93,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             placement=plan.placement,
             sinks=sinks,
             devices=devices,
-            save=resumable.save,
+            saver=resumable,
             stop_requested=lambda: stop.requested,
             progress=progress,
             modalities=tuple(plan.manifest.modalities),

@@ -1,15 +1,15 @@
 """The only loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 
 from moe_dist.data.loader import TrainLoader
-from moe_dist.errors import CheckpointError, DivergedError, StoppedError
+from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.evaluation.acceptance import Check, run_checks
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
@@ -19,8 +19,6 @@ from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.training_step import StepResult, TrainingStep
-
-logger = logging.getLogger(__name__)
 
 WINDOW = 100  # steps over which the final routing checks count
 
@@ -46,6 +44,26 @@ class Progress:
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
+
+
+class Saver(Protocol):
+    """Makes the state durable; fails on all ranks or on none."""
+
+    def save(self, progress: Progress, *, durable: bool) -> None:
+        """Saves the present state; returns when it is durable if that is asked for, else it may be written later.
+
+        Raises:
+            CheckpointError: a durable one could not be written; the last checkpoint stands.
+        """
+        ...
+
+    def poll(self) -> None:
+        """Tells of a save that failed meanwhile: in the log, or raised where the run cannot go on. Costs nothing."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when no save is being written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,7 @@ class Trainer:
         step: Takes one optimizer step.
         loader: This rank's batches by position.
         evaluator: Held-out losses.
-        save: Makes the state durable; called on all ranks with the progress, and fails on all or none.
+        saver: Makes the state durable; used on all ranks alike.
         stop_requested: Whether this process was asked to stop; the ranks vote inside each step.
         progress: Where to begin.
         modalities: Of the data, in order.
@@ -108,7 +126,7 @@ class Trainer:
         placement: ExpertPlacement,
         sinks: Sequence[Sink],
         devices: DeviceMonitor | None,
-        save: Callable[[Progress], None],
+        saver: Saver,
         stop_requested: Callable[[], bool],
         progress: Progress,
         modalities: Sequence[str],
@@ -116,7 +134,7 @@ class Trainer:
     ) -> None:
         self._plan, self._take_step, self._loader, self._evaluator = plan, step, loader, evaluator
         self._placement, self._sinks, self._devices = placement, sinks, devices
-        self._save_state, self._stop_requested = save, stop_requested
+        self._saver, self._stop_requested = saver, stop_requested
         self.progress = progress
         self._modalities, self._baselines = tuple(modalities), baselines
         self._recent: deque[StepResult] = deque(maxlen=WINDOW)
@@ -134,11 +152,13 @@ class Trainer:
             evaluation = self._evaluate(final=False)
         while progress.step < plan.steps:
             result = self._step()
+            self._saver.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
             if last or (self._evaluation_owed() and not stop):  # a stop saves first: the grace may be short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
+                self._saver.wait()  # the last good state may still be on its way to the disk
                 raise DivergedError(self._divergence())
             if last or stop or progress.step % plan.save_every == 0:
                 self._save(must=last or stop)
@@ -225,15 +245,10 @@ class Trainer:
         return result
 
     def _save(self, *, must: bool) -> None:
-        """Saves; where it need not be now, a failure is reported and the next interval tries again."""
+        """Saves; where it need not be durable now, it may be written while the next steps are taken."""
         for sink in self._sinks:
             sink.flush()  # records up to the checkpoint's step are not written again on resume
-        try:
-            self._save_state(self.progress)
-        except CheckpointError as error:
-            if must:
-                raise
-            logger.error("%s; training goes on, the next try is in %d steps", error, self._plan.save_every)
+        self._saver.save(self.progress, durable=must)
 
     def _window_sum(self, field: str) -> np.ndarray:
         if not self._recent:  # resumed at the very end: nothing was routed in this attempt

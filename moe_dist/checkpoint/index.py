@@ -1,36 +1,32 @@
-"""The table of contents of a checkpoint: which file holds which part of each logical tensor. JSON, checked when read."""
+"""The table of contents of a checkpoint: which file holds which part of each logical tensor. JSON, checked when read.
 
-import math
-from collections.abc import Mapping
+Imports no torch: a checkpoint can be looked at where there is none.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_dist.checkpoint.state import TensorSpec
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import DataError
 
 INDEX_FILE = "index.json"
+FORMAT = 2  # 1 had no fingerprints
 MAX_FAULTS = 20  # listed in one message
+MAX_JSON_BYTES = 1 << 28  # an index of 64 layers x 128 experts has 16 MB; a larger file is none of ours
 
-# safetensors' names of the dtypes that checkpoints hold.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+# safetensors' names of the dtypes that checkpoints hold, with their bytes an element.
+ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 _Size = Annotated[int, Field(ge=0)]
 
 
 class StoredModel(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+M = TypeVar("M", bound=StoredModel)
 
 
 class Chunk(StoredModel):
@@ -42,11 +38,26 @@ class Chunk(StoredModel):
 
 
 class Entry(StoredModel):
-    """One logical tensor: its dtype (a key of DTYPES), whole shape, and the boxes it is made of."""
+    """One logical tensor.
+
+    Attributes:
+        dtype: A key of ITEMSIZE.
+        shape: Of the whole.
+        fingerprint: Of the whole, whatever pieces it was written in, see `moe_dist.checkpoint.fingerprint`; 16 hex digits.
+        chunks: The boxes it is made of.
+    """
 
     dtype: str
     shape: tuple[_Size, ...]
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     chunks: tuple[Chunk, ...]
+
+
+class ShardEntry(StoredModel):
+    """One shard file: its size, and the SHA-256 of its header. What follows the header is guarded by the fingerprints."""
+
+    size: _Size
+    header_sha256: str
 
 
 class Index(StoredModel):
@@ -54,19 +65,47 @@ class Index(StoredModel):
 
     Attributes:
         save_id: Drawn anew for each save; all files of a checkpoint carry it, so that mixed-up ones are told apart.
-        num_shards: Shard files, one for each rank that wrote.
+        shards: One for each rank that wrote.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     save_id: str
     step: _Size
-    num_shards: _Size
+    shards: tuple[ShardEntry, ...]
     tensors: dict[str, Entry]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
 
 
 def shard_file(number: int) -> str:
     """Name of a shard file. Made from a number, so that no index can point outside of its folder."""
     return f"shard_{number:05d}.safetensors"
+
+
+def read_stored(path: Path, model: type[M]) -> M:
+    """A JSON file of a checkpoint, held against its schema.
+
+    Raises:
+        DataError: it is missing, too large to be one, of another format or damaged; names it.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large to be one")
+        content = path.read_bytes()
+        return model.model_validate_json(content)
+    except OSError as error:
+        raise DataError(f"checkpoint file {path}: cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if where == "format":
+            raise DataError(
+                f"checkpoint file {path}: of format {first['input']!r}, this version reads {FORMAT}; go on with the "
+                "version of moe_dist in provenance.json"
+            ) from error
+        raise DataError(f"checkpoint file {path}: damaged: {where + ': ' if where else ''}{first['msg']}") from error
 
 
 def read_index(folder: Path) -> Index:
@@ -75,14 +114,10 @@ def read_index(folder: Path) -> Index:
     Raises:
         DataError: it is missing or damaged, or a tensor's boxes do not fill it exactly once.
     """
-    path = folder / INDEX_FILE
-    try:
-        index = Index.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise DataError(f"checkpoint {folder}: cannot read {INDEX_FILE}: {error}") from error
+    index = read_stored(folder / INDEX_FILE, Index)
     faults = index_faults(index)
     if faults:
-        raise DataError(_listed(f"checkpoint {folder}: {INDEX_FILE} is damaged", faults))
+        raise DataError(listed(f"checkpoint {folder}: {INDEX_FILE} is damaged", faults))
     return index
 
 
@@ -90,7 +125,7 @@ def index_faults(index: Index) -> list[str]:
     """Tensors that the boxes do not fill exactly once, or that name unknown dtypes or shards."""
     faults = []
     for name, entry in index.tensors.items():
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in ITEMSIZE:
             faults.append(f"{name}: unknown dtype {entry.dtype!r}")
         if any(chunk.shard >= index.num_shards for chunk in entry.chunks):
             faults.append(f"{name}: names a shard beyond the {index.num_shards} there are")
@@ -121,53 +156,8 @@ def _filled_once(entry: Entry) -> bool:
     return end == entry.shape[dim]
 
 
-def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> list[str]:
-    """What a checkpoint and a model do not share: missing, surplus, other shape, other dtype; one line a tensor."""
-    faults = []
-    for name, spec in specs.items():
-        entry = index.tensors.get(name)
-        if not math.prod(spec.shape):
-            continue  # nothing to keep, as the null experts of a group that has none
-        if entry is None:
-            faults.append(f"{name}: the model has it, the checkpoint does not")
-        elif entry.shape != spec.shape:
-            faults.append(f"{name}: shape {spec.shape} in the model, {entry.shape} in the checkpoint")
-        elif DTYPES.get(entry.dtype) != spec.dtype:
-            faults.append(f"{name}: {spec.dtype} in the model, {entry.dtype} in the checkpoint")
-    surplus = index.tensors.keys() - specs.keys()
-    faults += [
-        f"{name}: the checkpoint has it, the model does not"
-        for name in sorted(surplus)
-        if ignore_prefix is None or not name.startswith(ignore_prefix)
-    ]
-    return faults
-
-
-def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
-    """Refuses a checkpoint of another model.
-
-    Raises:
-        ConfigError: with all that differs.
-    """
-    faults = differences(index, specs, ignore_prefix=ignore_prefix)
-    if faults:
-        raise ConfigError(
-            _listed(
-                f"checkpoint {folder} is of another model ({len(faults)} tensors differ); resume with the configuration it "
-                "was written with (config.yaml of its run), or start a new run",
-                faults,
-            )
-        )
-
-
-def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Before a commit: every tensor of the model is in the index exactly once. A fault is a bug of ours."""
-    faults = index_faults(index) + differences(index, specs)
-    if faults:
-        raise AssertionError(_listed("the written shards are not the whole state", faults))
-
-
-def _listed(head: str, faults: list[str]) -> str:
-    shown = faults[:MAX_FAULTS]
+def listed(head: str, faults: Sequence[str]) -> str:
+    """A head line and the first MAX_FAULTS faults under it."""
+    shown = list(faults[:MAX_FAULTS])
     more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])

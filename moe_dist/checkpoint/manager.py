@@ -3,49 +3,40 @@
     <folder>/step_N/shard_R.safetensors   the pieces of rank R        (storage.py)
                     index.json            which file holds what       (index.py)
                     state.json            everything that is no tensor (state_file.py)
+                    SHA256SUMS            digests of the two           (seal.py)
     <folder>/latest                       name of the newest committed folder
 
 A checkpoint exists from the moment `latest` names it. Until then its files lie in `step_N.<id>.tmp`, under an id of its
 own, so that even a second writer that should not be there cannot mix its files in.
 """
 
-import logging
-import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from pydantic import JsonValue
-from safetensors import SafetensorError
 
-from moe_dist.checkpoint.index import INDEX_FILE, check_complete, check_fits, read_index
+from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
+from moe_dist.checkpoint.findings import DamagedError, Finding
+from moe_dist.checkpoint.fingerprint import hexadecimal, signed
+from moe_dist.checkpoint.fits import check_complete, check_fits
+from moe_dist.checkpoint.index import INDEX_FILE, shard_file
+from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
+from moe_dist.checkpoint.shelf import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
+from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout
-from moe_dist.checkpoint.state_file import STATE_FILE, read_state_file, state_file_of
-from moe_dist.checkpoint.storage import (
-    build_index,
-    read_rank_values,
-    read_tensors,
-    sync,
-    write_durably,
-    write_shard,
-)
-from moe_dist.comm.reduce import sum_over
+from moe_dist.checkpoint.state_file import STATE_FILE
+from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
+from moe_dist.checkpoint.takeover import Taken, fitting_names, taken_from
+from moe_dist.checkpoint.vote import Ballot
 from moe_dist.comm.watch import Watch
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.adamw import set_step_count
 
-logger = logging.getLogger(__name__)
-
-LATEST_FILE = "latest"
 SLACK = 1 << 20  # bytes for headers, index and state, beside 1 % of the tensors
-
-_COMMITTED = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"(step_\d+|latest)\.[0-9a-f]+\.(tmp|removed)")
-_UNWRITABLE = 2  # a rank's report in a vote: it could not write; other errors are 1000 + their exit code
 
 
 @dataclass(frozen=True)
@@ -65,18 +56,19 @@ class Restored:
 class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
-    `save`, `latest` and `load` are collective over `process_group`: every rank calls them, in the same order, and all get
-    the same outcome. They synchronise by small all-reduces of numbers (no object collectives): one before writing, and a
-    vote after each phase, which costs a host sync.
+    `save`, `write`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls them, in the
+    same order, and all get the same outcome. They synchronise by small all-reduces of numbers on the host (no object
+    collectives): one before writing, and a vote after each phase. `write` may run on a thread of its own while the ranks
+    train, if nothing else uses the group meanwhile.
 
     Args:
         folder: Where the checkpoints of the run lie, on a file system that all ranks share.
         keep: Committed checkpoints that stay; older ones are removed.
         lease_check: Called on rank 0 before anything is written, and before each rename; raises if this process may not
             write to the run any more.
-        process_group: Of all ranks; None is one rank alone.
-        device: Where the votes lie: a CUDA device for a group with NCCL only.
-        watch: For the watchdog.
+        process_group: Of all ranks, with gloo; None is one rank alone.
+        watch: For the watchdog. `write` is not noted in it: it has a thread of its own, so its place among the collectives
+            of the training is another on each rank.
     """
 
     def __init__(
@@ -86,16 +78,23 @@ class CheckpointManager:
         keep: int,
         lease_check: Callable[[], None],
         process_group: dist.ProcessGroup | None = None,
-        device: torch.device | None = None,
         watch: Watch | None = None,
     ) -> None:
         self._folder, self._keep, self._lease_check = folder, keep, lease_check
-        self._group, self._device = process_group, device or torch.device("cpu")
-        self._watch = watch
-        self._rank = dist.get_rank(process_group) if process_group else 0
-        self._world_size = dist.get_world_size(process_group) if process_group else 1
+        self._shelf = Shelf(folder)
+        self._ballot = Ballot(str(folder), process_group, watch)
+        self._unwatched = Ballot(str(folder), process_group)
+
+    @property
+    def rank(self) -> int:
+        return self._ballot.rank
 
     def save(self, step: int, state: CheckpointState) -> Path:
+        """`write` of the state as it is, without a copy: the caller does not change it meanwhile."""
+        self._check_layout(state.layout)
+        return self.write(take_snapshot(step, state))
+
+    def write(self, snapshot: Snapshot) -> Path:
         """Writes `step_<step>`, commits it, and removes what is beyond `keep`. Does nothing if `latest` names it already.
 
         Raises:
@@ -103,119 +102,144 @@ class CheckpointManager:
                 the partial files are removed, so that a later save may succeed.
             MoeDistError: as the lease check raised it on rank 0, of the same kind on the others.
         """
-        self._check_layout(state.layout)
-        target = self._folder / f"step_{step}"
-        needed, save_id, committed = self._announce(step, state)
+        self._check_layout(snapshot.layout)
+        target = self._shelf.path_of(snapshot.step)
+        needed, save_id, committed = self._announce(snapshot)
         if committed:
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
+        ballot = self._unwatched
         try:
-            self._vote("prepare", lambda: self._prepare(temporary, needed), only_first=True)
-            self._vote(
-                "write",
-                lambda: write_shard(temporary, self._rank, state.written(), save_id=save_id, rank_values=state.rank_values),
+            ballot.phase("prepare", lambda: self._prepare(temporary, needed), only_first=True)
+            ballot.phase("write", lambda: self._write_own(temporary, snapshot, save_id))
+            ballot.phase(
+                "commit", lambda: self._commit(temporary, target, snapshot.step, save_id, snapshot), only_first=True
             )
-            self._vote("commit", lambda: self._commit(temporary, target, step, save_id, state), only_first=True)
         except BaseException:
-            if self._rank == 0:
+            if ballot.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if self._rank == 0:
-            self._tidy(step)
+        if ballot.rank == 0:
+            self._shelf.remove_beyond(self._keep, snapshot.step)
         return target
 
     def latest(self) -> Path | None:
         """Folder of the newest committed checkpoint, as rank 0 sees it; None where there is none.
 
         Raises:
-            DataError: `latest` does not name a checkpoint that is there.
+            DataError: `latest` does not name a checkpoint that is there, or is missing though there are some.
         """
-        step: list[int] = []
-        self._vote("find the latest", lambda: step.append(self._latest_step()), only_first=True, kind=DataError)
-        found = torch.tensor(step or [0], dtype=torch.int64, device=self._device)
-        number = int(sum_over(found, self._group, name="checkpoint step", watch=self._watch).item())
-        return None if number < 0 else self._folder / f"step_{number}"
+        step = [0]
+
+        def find() -> None:
+            step[0] = self._shelf.latest_step()
+
+        self.agree("find the latest", find, kind=DataError)
+        (number,) = self._ballot.add(step)
+        return None if number < 0 else self._shelf.path_of(number)
+
+    def agree(self, what: str, action: Callable[[], None], *, kind: type[MoeDistError] = DataError) -> None:
+        """Runs something on rank 0; all ranks raise if it fails. Failures of the file system become `kind`."""
+        self._ballot.phase(what, action, only_first=True, kind=kind)
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
         """Loads a checkpoint, written at any layout, into the tensors of `state` and its optimizer's step count, in place.
 
-        A state without optimizer takes the parameters alone. After an error the tensors may be loaded in part.
+        What lies in memory afterwards is held against the fingerprints that were taken when it was saved, shards over all
+        ranks together: so damage is found, and a mistake in putting the pieces together as well. A state without optimizer
+        takes the parameters alone. After an error the tensors may be loaded in part.
 
         Raises:
             ConfigError: the checkpoint is of another model; lists what differs.
-            DataError: a file is missing, damaged or foreign; names it.
+            DataError: a file is missing, damaged or foreign; names it, and the other checkpoints that are there.
         """
         self._check_layout(state.layout)
-        restored: list[Restored] = []
-        self._vote("load", lambda: restored.append(_load(folder, state)), kind=DataError)
-        return restored[0]
+        opened: list[Contents] = []
+        try:
+            self._ballot.phase("load", lambda: opened.append(self._read(folder, state)), kind=DataError)
+            self._check_loaded(opened[0], state, state.specs.keys() & opened[0].index.tensors.keys())
+        except DataError as error:
+            raise self._with_way_out(error, folder) from error
+        contents = opened[0]
+        same_ranks = contents.index.num_shards == self._ballot.world_size
+        rank_values = open_shard(contents, self._ballot.rank).rank_values if same_ranks else {}
+        return Restored(contents.state.step, contents.state.values, rank_values)
+
+    def load_fitting(self, path: Path, state: CheckpointState) -> Taken:
+        """Loads the parameters whose names, shapes and dtypes are those of the checkpoint; all else stays as it is.
+
+        Args:
+            path: As `find_checkpoint` takes it.
+
+        Raises:
+            ConfigError: there is no checkpoint, or nothing of it fits.
+            DataError: as `load`.
+        """
+        self._check_layout(state.layout)
+        opened: list[Contents] = []
+
+        def read() -> None:
+            contents = open_checkpoint(find_checkpoint(path))
+            fitting = fitting_names(contents.index, state.specs)
+            if not fitting:
+                raise ConfigError(f"{path}: nothing of that checkpoint fits this model, neither a name nor a shape")
+            self._check_headers(contents)
+            read_tensors(contents, {name: tensor for name, tensor in state.tensors().items() if name in fitting})
+            opened.append(contents)
+
+        self._ballot.phase("load", read, kind=DataError)
+        self._check_loaded(opened[0], state, fitting_names(opened[0].index, state.specs))
+        return taken_from(opened[0].folder, opened[0].index, state.specs)
 
     def _check_layout(self, layout: RankLayout) -> None:
-        assert (layout.rank, layout.world_size) == (self._rank, self._world_size), (
-            f"the state is of rank {layout.rank} of {layout.world_size}, the process group's is {self._rank} of "
-            f"{self._world_size}"
+        rank, world_size = self._ballot.rank, self._ballot.world_size
+        assert (layout.rank, layout.world_size) == (rank, world_size), (
+            f"the state is of rank {layout.rank} of {layout.world_size}, the process group's is {rank} of {world_size}"
         )
 
-    def _announce(self, step: int, state: CheckpointState) -> tuple[int, str, bool]:
+    def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
         """Bytes of all ranks, rank 0's id for this save, and whether the step is committed already. One all-reduce."""
-        first = self._rank == 0
-        mine = [state.written_bytes(), secrets.randbits(48) if first else 0, int(first and self._is_latest(step))]
-        announced = torch.tensor(mine, device=self._device)
-        announced = sum_over(announced, self._group, name="checkpoint announcement", watch=self._watch)
-        total, save_id, committed = announced.tolist()
+        first = self._ballot.rank == 0
+        mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
+        total, save_id, committed = self._unwatched.add(mine)
         return total, f"{save_id:012x}", bool(committed)
-
-    def _vote(
-        self,
-        phase: str,
-        action: Callable[[], None],
-        *,
-        only_first: bool = False,
-        kind: type[MoeDistError] = CheckpointError,
-    ) -> None:
-        """Runs `action` (on rank 0 only, or on all) and raises on all ranks if it failed on any. One all-reduce.
-
-        Failures of the file system become `kind`; all others stay what they are on the rank where they happen.
-        """
-        error: Exception | None = None
-        try:
-            if self._rank == 0 or not only_first:
-                action()
-        except (OSError, SafetensorError) as cause:
-            error = kind(f"checkpoint in {self._folder}: cannot {phase} on rank {self._rank}: {cause}")
-            error.__cause__ = cause
-        except Exception as cause:
-            error = cause
-        reports = torch.zeros(self._world_size, dtype=torch.int64, device=self._device)
-        if error is not None:
-            reports[self._rank] = _report(error)
-        codes = sum_over(reports, self._group, name=f"checkpoint vote to {phase}", watch=self._watch).tolist()
-        if error is not None:
-            raise error
-        if any(codes):
-            raise _remote_error(f"checkpoint in {self._folder}: cannot {phase}", codes)
 
     def _prepare(self, temporary: Path, needed: int) -> None:
         self._lease_check()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
+        self._shelf.remove_leftovers()
         free, wanted = shutil.disk_usage(self._folder).free, needed + needed // 100 + SLACK
         if free < wanted:
             raise CheckpointError(
                 f"checkpoint in {self._folder}: needs {wanted:,} bytes and {free:,} are free; make room, or lower "
                 "checkpoint.keep"
             )
+        if not (self._folder / LATEST_FILE).exists() and not self._shelf.steps():
+            # So that a `latest` that is missing later was removed by somebody, and not by a crash in the first commit.
+            self._point(NONE_YET, "0")
         temporary.mkdir()
 
-    def _commit(self, temporary: Path, target: Path, step: int, save_id: str, state: CheckpointState) -> None:
+    def _write_own(self, temporary: Path, snapshot: Snapshot, save_id: str) -> None:
+        """On each rank: its own pieces."""
+        write_shard(
+            temporary,
+            self._ballot.rank,
+            snapshot.pieces,
+            save_id=save_id,
+            step=snapshot.step,
+            rank_values=snapshot.rank_values,
+        )
+
+    def _commit(self, temporary: Path, target: Path, step: int, save_id: str, snapshot: Snapshot) -> None:
         """On rank 0: index and state, then the renames, each after a look at the lease. All durable in this order."""
         try:
-            index = build_index(temporary, state.specs, step=step, save_id=save_id, num_shards=self._world_size)
+            index = build_index(temporary, snapshot.specs, step=step, save_id=save_id, num_shards=self._ballot.world_size)
         except DataError as error:
             raise CheckpointError(f"what was written cannot be read back: {error}") from error
-        check_complete(index, state.specs)
-        write_durably(temporary / INDEX_FILE, index.model_dump_json().encode())
-        write_durably(temporary / STATE_FILE, state_file_of(state, step=step, save_id=save_id).to_json())
+        check_complete(index, snapshot.specs)
+        files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: snapshot.state_file(save_id).to_json()}
+        for name, content in {**files, SEAL_FILE: seal_of(files, save_id)}.items():
+            write_durably(temporary / name, content)
         sync(temporary)
         self._lease_check()
         if target.exists():  # complete, but `latest` never came to name it
@@ -223,78 +247,68 @@ class CheckpointManager:
         temporary.rename(target)
         sync(self._folder)
         self._lease_check()
+        self._point(f"{target.name}\n".encode(), save_id)
+
+    def _point(self, content: bytes, save_id: str) -> None:
+        """Replaces `latest`, durably."""
         pointer = self._folder / f"{LATEST_FILE}.{save_id}.tmp"
-        write_durably(pointer, f"{target.name}\n".encode())
+        write_durably(pointer, content)
         pointer.rename(self._folder / LATEST_FILE)
         sync(self._folder)
 
-    def _latest_step(self) -> int:
-        """Step that `latest` names; -1 without that file."""
-        path = self._folder / LATEST_FILE
-        try:
-            name = path.read_bytes().decode(errors="replace").strip()
-        except FileNotFoundError:
-            return -1
-        match = _COMMITTED.fullmatch(name)
-        if match is None or not (self._folder / name / STATE_FILE).is_file():
-            raise DataError(f"{path} names {name!r}, which is no checkpoint in that folder; write the name of one into it")
-        return int(match[1])
-
     def _is_latest(self, step: int) -> bool:
         try:
-            return self._latest_step() == step
+            return self._shelf.latest_step() == step
         except (OSError, DataError):  # what `latest` holds is no checkpoint: the one to come replaces it
             return False
 
-    def _tidy(self, step: int) -> None:
-        """Removes old checkpoints. The save stands already: a failure here is only reported."""
-        try:
-            steps = sorted(int(m[1]) for p in self._folder.iterdir() if (m := _COMMITTED.fullmatch(p.name)))
-            for old in [each for each in steps if each <= step][: -self._keep]:
-                # Renamed first: what is half removed never looks like a checkpoint.
-                (self._folder / f"step_{old}").rename(self._folder / f"step_{old}.0.removed")
-            self._remove_leftovers()
-        except OSError as error:
-            logger.warning("cannot remove old checkpoints in %s: %s", self._folder, error)
+    def _read(self, folder: Path, state: CheckpointState) -> Contents:
+        contents = open_checkpoint(folder)
+        check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
+        self._check_headers(contents)
+        read_tensors(contents, state.tensors())
+        if state.optimizer is not None:
+            if contents.state.optimizer_steps is None:
+                raise DataError(f"checkpoint {folder}: {STATE_FILE} has no optimizer_steps, but there are moments")
+            set_step_count(state.optimizer, contents.state.optimizer_steps)
+        return contents
 
-    def _remove_leftovers(self) -> None:
-        """Removes what crashes and `_tidy` left behind. Only the holder of the lease may: others' files look the same."""
-        for path in self._folder.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _check_headers(self, contents: Contents) -> None:
+        """Each shard's header, also of one that no rank reads, is looked at by one rank at least."""
+        for number in range(self._ballot.rank, contents.index.num_shards, self._ballot.world_size):
+            open_shard(contents, number)
+
+    def _check_loaded(self, contents: Contents, state: CheckpointState, names: Collection[str]) -> None:
+        """Holds what lies in memory under `names` (the same on all ranks) against the fingerprints: whole tensors on each
+        rank that has them, shards by their sum over the ranks. One all-reduce of a number a tensor, and one vote."""
+        entries, written = contents.index.tensors, state.written().keys()
+        sums, wrong = dict.fromkeys(sorted(names), 0), []
+        held = {name: tensor for name, tensor in state.tensors().items() if name in sums}
+        for name, piece in pieces_of(held).items():
+            found = piece.fingerprint()
+            if name in written:  # by exactly one of the ranks that hold it
+                sums[name] = signed(found)
+            if tuple(piece.tensor.shape) == piece.shape and hexadecimal(found) != entries[name].fingerprint:
+                wrong.append(name)
+        totals = zip(sums, self._ballot.add(list(sums.values())), strict=True)
+        wrong += [name for name, total in totals if hexadecimal(total) != entries[name].fingerprint]
+
+        def tell() -> None:
+            if wrong:
+                raise DamagedError(
+                    f"checkpoint {contents.folder}: what was loaded is not what was saved",
+                    [_damaged(contents, name) for name in dict.fromkeys(wrong)],
+                )
+
+        self._ballot.phase("check what was loaded", tell, kind=DataError)
+
+    def _with_way_out(self, error: DataError, folder: Path) -> DataError:
+        way_out = self._shelf.way_out(folder)
+        if isinstance(error, DamagedError):
+            return DamagedError(error.head, error.findings, way_out=way_out)
+        return DataError([*error.faults, way_out], see="docs/checkpoints.md")
 
 
-def _load(folder: Path, state: CheckpointState) -> Restored:
-    stored, index = read_state_file(folder), read_index(folder)
-    if (index.save_id, index.step) != (stored.save_id, stored.step):
-        raise DataError(f"checkpoint {folder}: {STATE_FILE} and {INDEX_FILE} are of different saves")
-    check_fits(folder, index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
-    read_tensors(folder, index, state.tensors())
-    if state.optimizer is not None:
-        if stored.optimizer_steps is None:
-            raise DataError(f"checkpoint {folder}: {STATE_FILE} has no optimizer_steps, but there are moments")
-        set_step_count(state.optimizer, stored.optimizer_steps)
-    same_ranks = index.num_shards == state.layout.world_size
-    rank_values = read_rank_values(folder, index, state.layout.rank) if same_ranks else {}
-    return Restored(stored.step, stored.values, rank_values)
-
-
-def _report(error: Exception) -> int:
-    if isinstance(error, CheckpointError):
-        return _UNWRITABLE
-    return 1000 + (error.exit_code if isinstance(error, MoeDistError) else MoeDistError.exit_code)
-
-
-def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """The error of the other ranks: of the kind that the first failing rank raises itself."""
-    ranks = [rank for rank, code in enumerate(codes) if code]
-    message = f"{what}: it failed on ranks {ranks}; the log of rank {ranks[0]} says why"
-    code = codes[ranks[0]]
-    kinds: dict[int, type[MoeDistError]] = {
-        _UNWRITABLE: CheckpointError,
-        1000 + ConfigError.exit_code: ConfigError,
-        1000 + DataError.exit_code: DataError,
-    }
-    error = kinds.get(code, MoeDistError)(message)
-    error.consequence = True
-    return error
+def _damaged(contents: Contents, name: str) -> Finding:
+    files = dict.fromkeys(shard_file(chunk.shard) for chunk in contents.index.tensors[name].chunks)
+    return Finding("damaged", ", ".join(files), "its bits are not those that were saved", name)

@@ -5,10 +5,10 @@ and `load` are not used: between planning and writing they gather and scatter pi
 DCP's own header (`DCP_SHARDING_INFO`), so that its HuggingFaceStorageReader reads them too.
 """
 
-import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +25,65 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from moe_dist.checkpoint.index import DTYPES, INDEX_FILE, Chunk, Entry, Index, shard_file
+from moe_dist.checkpoint.contents import Contents, open_shard
+from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
+from moe_dist.checkpoint.fits import DTYPES
+from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, shard_file
+from moe_dist.checkpoint.shard_header import metadata_of, read_shard_header
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import DataError
 
-_SHARDING, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 _DIALECT: dict[str, bool] = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
-def write_shard(
-    folder: Path, number: int, tensors: Mapping[str, Tensor], *, save_id: str, rank_values: Mapping[str, Any]
-) -> None:
-    """Writes one rank's pieces (plain tensors, or the local shards of DTensors) into its file, durably.
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of a logical tensor: a plain tensor, and where it lies in the whole.
 
-    Copies everything to the host first, in the worst case (CUDA) as many bytes as the file has.
+    Attributes:
+        offsets: First element in each dim of the whole.
+        shape: Of the whole.
     """
+
+    tensor: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def fingerprint(self) -> int:
+        """Its share of the whole's fingerprint."""
+        return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
+
+
+def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """The non-empty pieces of plain tensors and of the local shards of DTensors; nothing is copied."""
     planner = DefaultSavePlanner(**_DIALECT)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
-    data: dict[str, Tensor] = {}
-    offsets: dict[str, dict[str, list[int]]] = {}
+    pieces: dict[str, Piece] = {}
     for item in planner.create_local_plan().items:
-        piece = planner.resolve_data(item)
-        assert isinstance(piece, Tensor)
+        tensor = planner.resolve_data(item)
+        assert isinstance(tensor, Tensor)
         assert item.tensor_data is not None
-        data[item.index.fqn] = piece.detach().cpu().contiguous()
-        offsets[item.index.fqn] = {_OFFSETS: list(item.tensor_data.chunk.offsets)}
-    header = {
-        "format": "pt",
-        _SHARDING: json.dumps(offsets),
-        "save_id": save_id,
-        "rank_values": json.dumps(dict(rank_values), allow_nan=False),
-    }
+        pieces[item.index.fqn] = Piece(tensor.detach(), tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.size))
+    return pieces
+
+
+def write_shard(
+    folder: Path, number: int, pieces: Mapping[str, Piece], *, save_id: str, step: int, rank_values: Mapping[str, Any]
+) -> None:
+    """Writes one rank's pieces and their fingerprints into its file, durably.
+
+    Pieces on a device are copied to the host first, as many bytes as the file has.
+    """
+    data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}
+    metadata = metadata_of(
+        {name: list(piece.offsets) for name, piece in pieces.items()},
+        {name: hexadecimal(piece.fingerprint()) for name, piece in pieces.items()},
+        save_id=save_id,
+        step=step,
+        rank_values=rank_values,
+    )
     path = folder / shard_file(number)
-    save_file(data, path, metadata=header)
+    save_file(data, path, metadata=metadata)
     sync(path)
 
 
@@ -76,76 +102,44 @@ def write_durably(path: Path, content: bytes) -> None:
     sync(path)
 
 
-class ShardFile:
-    """An open shard file whose header was checked. A context manager.
-
-    Attributes:
-        parts: Dtype (a key of `index.DTYPES`) and box of each tensor that has a part in this file.
-        rank_values: Of the rank that wrote it.
+def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
+    """The index of what the ranks have written, from the files' headers. Reads no tensor.
 
     Raises:
-        DataError: missing, truncated, no safetensors file, or not of this save; names the file.
+        DataError: a file is not what a rank of this save has just written.
     """
-
-    def __init__(self, folder: Path, number: int, save_id: str) -> None:
-        self.path = folder / shard_file(number)
-        try:
-            self._file = safe_open(self.path, framework="pt", device="cpu")
-            header = self._file.metadata()
-            offsets = json.loads(header[_SHARDING])
-            self.parts: dict[str, tuple[str, Chunk]] = {}
-            for name in self._file.keys():  # noqa: SIM118  # it is no dict
-                part = self._file.get_slice(name)
-                chunk = Chunk(shard=number, offsets=tuple(offsets[name][_OFFSETS]), shape=tuple(part.get_shape()))
-                self.parts[name] = (part.get_dtype(), chunk)
-            self.rank_values: dict[str, Any] = json.loads(header["rank_values"])
-            found = header["save_id"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"checkpoint file {self.path} is missing or damaged: {error!r}") from error
-        if found != save_id:
-            raise DataError(f"checkpoint file {self.path} belongs to another save ({found!r}, not {save_id!r})")
-
-    def __enter__(self) -> "ShardFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.__exit__(None, None, None)
-
-    def read(self, name: str, dtype: str, chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
-        """Elements of `box`, counted from the chunk's own origin, after holding the file against the index."""
-        if self.parts.get(name) != (dtype, chunk):
-            raise DataError(f"checkpoint file {self.path}: {name} is missing or not the part that {INDEX_FILE} names")
-        return self._file.get_slice(name)[box]
-
-
-def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
-    """The index of what the ranks have written, from the files' headers. Reads no tensor."""
     chunks: dict[str, list[Chunk]] = {name: [] for name, spec in specs.items() if 0 not in spec.shape}
+    sums = dict.fromkeys(chunks, 0)
     dtypes: dict[str, str] = {}
+    shards = []
     for number in range(num_shards):
-        with ShardFile(folder, number, save_id) as file:
-            for name, (dtype, chunk) in file.parts.items():
-                assert name in chunks, f"{file.path} holds {name}, which the model does not have"
-                dtypes[name] = dtype
-                chunks[name].append(chunk)
+        header = read_shard_header(folder, number)
+        if header.save_id != save_id:
+            raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
+        for name, (dtype, chunk) in header.parts.items():
+            assert name in chunks, f"{shard_file(number)} holds {name}, which the model does not have"
+            dtypes[name] = dtype
+            chunks[name].append(chunk)
+            sums[name] += header.fingerprints[name]
+        shards.append(ShardEntry(size=header.size, header_sha256=header.sha256))
     tensors = {
-        name: Entry(dtype=dtypes[name], shape=specs[name].shape, chunks=tuple(parts))
+        name: Entry(dtype=dtypes[name], shape=specs[name].shape, fingerprint=hexadecimal(sums[name]), chunks=tuple(parts))
         for name, parts in sorted(chunks.items())
         if parts
     }
-    return Index(save_id=save_id, step=step, num_shards=num_shards, tensors=tensors)
+    return Index(save_id=save_id, step=step, shards=tuple(shards), tensors=tensors)
 
 
-def read_tensors(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> None:
+def read_tensors(contents: Contents, tensors: Mapping[str, Tensor]) -> None:
     """Fills plain tensors and local shards of DTensors in place, reading only the parts they need.
 
     Args:
-        index: Checked (`read_index`) and fitting the tensors (`check_fits`): its boxes fill every tensor.
+        contents: Whose index fits the tensors (`check_fits`): its boxes fill every tensor.
 
     Raises:
-        DataError: a file is missing, damaged or foreign.
+        DataError: a file is missing, truncated, damaged, foreign or of another save.
     """
-    planner = DefaultLoadPlanner(**_DIALECT)
+    index, planner = contents.index, DefaultLoadPlanner(**_DIALECT)
     wanted = {name: tensor for name, tensor in tensors.items() if name in index.tensors}
     planner.set_up_planner(dict(wanted), _dcp_metadata({name: index.tensors[name] for name in wanted}))
     by_shard: dict[int, list[tuple[ReadItem, Chunk]]] = defaultdict(list)
@@ -154,18 +148,32 @@ def read_tensors(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> N
         chunk = next(part for part in parts if torch.Size(part.offsets) == item.storage_index.offset)
         by_shard[chunk.shard].append((item, chunk))
     for number, items in sorted(by_shard.items()):
-        with ShardFile(folder, number, index.save_id) as file:
-            for item, chunk in items:
-                name = item.storage_index.fqn
-                box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
-                part = file.read(name, index.tensors[name].dtype, chunk, box)
-                planner.resolve_tensor(item).detach().copy_(part)
+        header = open_shard(contents, number)
+        path = contents.folder / shard_file(number)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for item, chunk in items:
+                    name = item.storage_index.fqn
+                    if header.parts.get(name) != (index.tensors[name].dtype, chunk):
+                        raise DataError(f"checkpoint file {path}: {name} is missing or not the part that the index names")
+                    box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+                    planner.resolve_tensor(item).detach().copy_(file.get_slice(name)[box])
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"checkpoint file {path}: cannot be read: {error}") from error
 
 
-def read_rank_values(folder: Path, index: Index, rank: int) -> dict[str, Any]:
-    """The plain values that rank `rank` of the ranks that wrote the checkpoint left in its file."""
-    with ShardFile(folder, rank, index.save_id) as file:
-        return file.rank_values
+def part_sums(contents: Contents, number: int) -> Iterator[tuple[str, int, int, Tensor]]:
+    """(name, fingerprint as stored, fingerprint as read, tensor) of each part of a shard, one tensor in memory at a time.
+
+    Raises:
+        DataError: as `open_shard`.
+    """
+    header = open_shard(contents, number)
+    with safe_open(contents.folder / shard_file(number), framework="pt", device="cpu") as file:
+        for name, (_, chunk) in header.parts.items():
+            tensor = file.get_tensor(name)
+            found = fingerprint(tensor, offsets=chunk.offsets, shape=contents.index.tensors[name].shape)
+            yield name, header.fingerprints[name], found, tensor
 
 
 def _dcp_metadata(entries: Mapping[str, Entry]) -> Metadata:

@@ -71,6 +71,11 @@ class RunSection(Section):
         description="Unix group that is given the run folder, and by its setgid bit all that is made in it; null leaves "
         "both as the system makes them. What its members may do is the umask's to say.",
     )
+    init_from: PathText | None = Field(
+        default=None,
+        description="Checkpoint (or run folder) whose weights a new run begins with, as far as names and shapes fit; a run "
+        "that goes on does not look at it.",
+    )
 
 
 class GroupSection(Section):
@@ -431,6 +436,10 @@ class CheckpointSection(Section):
 
     every: PositiveInt = Field(default=500, description="Steps between checkpoints; there is always one at the end.")
     keep: PositiveInt = Field(default=2, description="Checkpoints kept; older ones are removed.")
+    asynchronous: bool = Field(
+        default=True,
+        description="Write checkpoints while the training goes on; takes host memory for what a rank writes.",
+    )
 
 
 class ConsoleSink(Section):

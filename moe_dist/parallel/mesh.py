@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.comm.watch import Watch
 
+CHECKPOINT_TIMEOUT = timedelta(hours=2)
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -28,6 +30,8 @@ class Mesh:
         edp_rank, edp_size: Position in, and size of, the ranks that hold the same experts.
         device: Where this rank computes.
         world, ep, edp: The process groups; `ep` is None where an EP group is one rank, whose wire is the identity.
+        checkpoint: All ranks once more, with gloo on the host: checkpoints are written by a thread that votes over it while
+            the other groups are busy with the training.
         world_mesh, edp_mesh: The same as 1-D device meshes, for FSDP2.
         watch: Where every collective of this rank is noted, for the watchdog.
     """
@@ -42,6 +46,7 @@ class Mesh:
     world: dist.ProcessGroup
     ep: dist.ProcessGroup | None
     edp: dist.ProcessGroup
+    checkpoint: dist.ProcessGroup
     world_mesh: DeviceMesh
     edp_mesh: DeviceMesh
     watch: Watch
@@ -82,6 +87,7 @@ def make_mesh(*, ep: int, device: torch.device, timeout: float, watch: Watch | N
         world=world,
         ep=ep_group,
         edp=edp_group,
+        checkpoint=_checkpoint_group(),
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
         watch=watch or Watch(),
@@ -94,6 +100,14 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
     group = groups[own]
     if not isinstance(group, dist.ProcessGroup):
         raise AssertionError("this rank is not in the group that was made for it")
+    return group
+
+
+def _checkpoint_group() -> dist.ProcessGroup:
+    """Its timeout is that of the slowest rank's write; a rank that dies is noticed at once, by its connection."""
+    group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT)
+    if not isinstance(group, dist.ProcessGroup):
+        raise AssertionError("this rank is not in the group of all ranks")
     return group
 
 

@@ -236,7 +236,7 @@ def carry(
         optimizer,
         RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size),
     )
-    manager = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.world)
+    manager = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
     newest = manager.latest()
     if newest is None:
         manager.save(0, state)

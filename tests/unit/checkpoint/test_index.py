@@ -3,18 +3,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.checkpoint.index import Chunk, Entry, Index, check_fits, index_faults, read_index
+from moe_dist.checkpoint.fits import check_fits
+from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, index_faults, read_index
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError, DataError
 
 
 def entry(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]], dtype: str = "F32") -> Entry:
     chunks = tuple(Chunk(shard=i, offsets=offsets, shape=size) for i, (offsets, size) in enumerate(boxes))
-    return Entry(dtype=dtype, shape=shape, chunks=chunks)
+    return Entry(dtype=dtype, shape=shape, fingerprint="0" * 16, chunks=chunks)
 
 
 def index(**tensors: Entry) -> Index:
-    return Index(save_id="a", step=1, num_shards=4, tensors=tensors)
+    return Index(save_id="a", step=1, shards=(ShardEntry(size=8, header_sha256=""),) * 4, tensors=tensors)
 
 
 @pytest.mark.parametrize(

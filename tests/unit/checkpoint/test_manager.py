@@ -3,61 +3,23 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from moe_dist.checkpoint import manager as manager_module
-from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.checkpoint.snapshot import take_snapshot
+from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
-from moe_dist.optim.adamw import make_optimizer, step_count
-from moe_dist.optim.param_groups import split_parameters
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-
-PLACEMENT = ExpertPlacement((ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)),), ((0, 1),))
+from moe_dist.optim.adamw import step_count
+from tests.support.small_run import PLACEMENT, SmallRun
 
 
 class LostError(MoeDistError):
     """As a lease raises it."""
-
-
-class Run:
-    """A small model in training, and the manager of its checkpoints."""
-
-    def __init__(self, folder: Path, *, keep: int = 2, width: int = 4, lease: Callable[[], None] = lambda: None) -> None:
-        self.folder = folder
-        torch.manual_seed(1)
-        self.model = nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 1))
-        groups = split_parameters(self.model.named_parameters(), weight_decay=0.1)
-        self.optimizer: Optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-        self.manager = CheckpointManager(folder, keep=keep, lease_check=lease)
-
-    def train(self, steps: int) -> "Run":
-        for _ in range(steps):
-            x = torch.ones(3, self.model[0].in_features)  # type: ignore[arg-type]
-            self.model(x).square().sum().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return self
-
-    def state(self, **values: Any) -> CheckpointState:
-        return capture(self.model, self.optimizer, RankLayout(PLACEMENT), values=values, rank_values={"rng": "00"})
-
-    def save(self, step: int, **values: Any) -> Path:
-        return self.manager.save(step, self.state(**values))
-
-    def weights(self) -> torch.Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
-
-    def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir())
 
 
 @contextmanager
@@ -72,12 +34,12 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 
 def test_a_run_goes_on_where_it_was_bit_for_bit(tmp_path: Path) -> None:
-    undisturbed = Run(tmp_path / "a").train(7)
-    first = Run(tmp_path / "b").train(4)
+    undisturbed = SmallRun(tmp_path / "a").train(7)
+    first = SmallRun(tmp_path / "b").train(4)
     assert first.manager.latest() is None
     folder = first.save(4, position=32, config={"lr": 0.1, "none": None})
     assert first.manager.latest() == folder == tmp_path / "b" / "step_4"
-    resumed = Run(tmp_path / "b").train(1)  # so that there is something to overwrite
+    resumed = SmallRun(tmp_path / "b").train(1)  # so that there is something to overwrite
     restored = resumed.manager.load(folder, resumed.state())
     assert (restored.step, restored.values) == (4, {"position": 32, "config": {"lr": 0.1, "none": None}})
     assert restored.rank_values == {"rng": "00"}
@@ -86,7 +48,7 @@ def test_a_run_goes_on_where_it_was_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_state_json_is_readable_without_torch(tmp_path: Path) -> None:
-    folder = Run(tmp_path).train(3).save(3, progress={"tokens": 10})
+    folder = SmallRun(tmp_path).train(3).save(3, progress={"tokens": 10})
     stored = json.loads((folder / "state.json").read_text())
     assert (stored["step"], stored["optimizer_steps"], stored["world_size"]) == (3, 3, 1)
     assert stored["values"] == {"progress": {"tokens": 10}}
@@ -95,14 +57,14 @@ def test_state_json_is_readable_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
-    run = Run(tmp_path, keep=2)
+    run = SmallRun(tmp_path, keep=2)
     for step in (2, 9, 10, 11):
         run.save(step)
     assert run.names() == ["latest", "step_10", "step_11"]
 
 
 def test_the_committed_step_is_not_written_again(tmp_path: Path) -> None:
-    run = Run(tmp_path).train(1)
+    run = SmallRun(tmp_path).train(1)
     index = run.save(1) / "index.json"
     before = index.read_bytes()
     run.save(1)
@@ -113,7 +75,7 @@ def test_the_committed_step_is_not_written_again(tmp_path: Path) -> None:
 def test_a_crash_before_the_pointer_moves_leaves_latest_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    run = Run(tmp_path).train(1)
+    run = SmallRun(tmp_path).train(1)
     first = run.save(1)
     weights = run.weights()
     run.train(1)
@@ -130,13 +92,13 @@ def test_a_crash_before_the_pointer_moves_leaves_latest_alone(
         with pytest.raises(KeyboardInterrupt):
             run.save(2)
     assert len(run.names()) > 2, "the crash should have left something behind"
-    resumed = Run(tmp_path)
+    resumed = SmallRun(tmp_path)
     assert resumed.manager.latest() == first
     resumed.manager.load(first, resumed.state())
     assert torch.equal(resumed.weights(), weights)
     resumed.train(1).save(2)
     assert resumed.names() == ["latest", "step_1", "step_2"]
-    other = Run(tmp_path)
+    other = SmallRun(tmp_path)
     other.manager.load(tmp_path / "step_2", other.state())
     assert torch.equal(other.weights(), resumed.weights())
 
@@ -150,7 +112,7 @@ def test_a_lost_lease_never_moves_latest(tmp_path: Path, calls: int) -> None:
         if left[0] < 0:
             raise LostError("another attempt holds the lease")
 
-    run = Run(tmp_path, lease=check).train(1)
+    run = SmallRun(tmp_path, lease=check).train(1)
     first = run.save(1)
     left[0] = calls
     with pytest.raises(LostError):
@@ -165,7 +127,7 @@ def test_everything_is_durable_before_it_is_renamed(tmp_path: Path, monkeypatch:
     real_sync, real_rename = os.fsync, Path.rename
 
     def fsync(descriptor: int) -> None:
-        name = re.sub(r"\.[0-9a-f]{12}", "", Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        name = re.sub(r"\.[0-9a-f]+(?=\.tmp)", "", Path(f"/proc/self/fd/{descriptor}").readlink().name)
         events.append(("sync", name))
         real_sync(descriptor)
 
@@ -173,14 +135,18 @@ def test_everything_is_durable_before_it_is_renamed(tmp_path: Path, monkeypatch:
         events.append(("rename", target.name))
         return real_rename(self, target)
 
-    run = Run(tmp_path / "checkpoints")
+    run = SmallRun(tmp_path / "checkpoints")
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
     run.save(1)
     assert events == [
+        ("sync", "latest.tmp"),  # "none": from now on a missing `latest` was removed by somebody
+        ("rename", "latest"),
+        ("sync", "checkpoints"),
         ("sync", "shard_00000.safetensors"),
         ("sync", "index.json"),
         ("sync", "state.json"),
+        ("sync", "SHA256SUMS"),
         ("sync", "step_1.tmp"),
         ("rename", "step_1"),
         ("sync", "checkpoints"),
@@ -191,7 +157,7 @@ def test_everything_is_durable_before_it_is_renamed(tmp_path: Path, monkeypatch:
 
 
 def test_a_failed_write_is_removed_and_can_be_tried_again(tmp_path: Path) -> None:
-    run = Run(tmp_path).train(1)
+    run = SmallRun(tmp_path).train(1)
     run.save(1)
     with no_file_beyond(512), pytest.raises(CheckpointError, match=r"cannot write on rank 0"):
         run.save(2)
@@ -201,8 +167,8 @@ def test_a_failed_write_is_removed_and_can_be_tried_again(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path).train(1)
-    needed = run.state().written_bytes()
+    run = SmallRun(tmp_path).train(1)
+    needed = take_snapshot(1, run.state()).nbytes
     assert needed == 3 * 4 * (4 * 8 + 8 + 8 + 1)
     monkeypatch.setattr(manager_module, "SLACK", 0)
     for free, enough in ((needed - 1, False), (needed + needed // 100, True)):
@@ -225,39 +191,39 @@ def test_leftovers_of_a_crash_make_room_first(tmp_path: Path, monkeypatch: pytes
         "disk_usage",
         lambda _: shutil._ntuple_diskusage(0, 0, 0 if leftover.exists() else free),  # type: ignore[attr-defined]
     )
-    Run(tmp_path).save(1)
+    SmallRun(tmp_path).save(1)
 
 
 def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
-    folder = Run(tmp_path).train(1).save(1)
-    wider = Run(tmp_path, width=5)
+    folder = SmallRun(tmp_path).train(1).save(1)
+    wider = SmallRun(tmp_path, width=5)
     before = wider.weights().clone()
     with pytest.raises(ConfigError, match=r"3 tensors differ") as raised:
         wider.manager.load(folder, wider.state())
     assert "0.weight: shape (8, 5) in the model, (8, 4) in the checkpoint" in str(raised.value)
     assert torch.equal(wider.weights(), before)
-    bare = Run(tmp_path)
+    bare = SmallRun(tmp_path)
     bare.model = bare.model[:1]  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"2\.weight: the checkpoint has it, the model does not"):
         bare.manager.load(folder, bare.state())
 
 
 def test_parameters_load_without_their_optimizer(tmp_path: Path) -> None:
-    run = Run(tmp_path).train(2)
+    run = SmallRun(tmp_path).train(2)
     folder = run.save(2)
-    other = Run(tmp_path).train(1)
+    other = SmallRun(tmp_path).train(1)
     other.manager.load(folder, capture(other.model, None, RankLayout(PLACEMENT)))
     assert torch.equal(other.weights(), run.weights())
     assert step_count(other.optimizer) == 1
-    bare = Run(tmp_path / "bare").train(1)
+    bare = SmallRun(tmp_path / "bare").train(1)
     without = bare.manager.save(1, capture(bare.model, None, RankLayout(PLACEMENT)))
     with pytest.raises(ConfigError, match=r"optimizer\.exp_avg\.0\.weight: the model has it"):
         bare.manager.load(without, bare.state())
 
 
-@pytest.mark.parametrize("file", ["state.json", "index.json", "shard_00000.safetensors"])
+@pytest.mark.parametrize("file", ["state.json", "index.json", "SHA256SUMS", "shard_00000.safetensors"])
 def test_a_damaged_or_mixed_up_file_is_a_data_error_that_names_it(tmp_path: Path, file: str) -> None:
-    run = Run(tmp_path).train(1)
+    run = SmallRun(tmp_path).train(1)
     folder, other = run.save(1), run.train(1).save(2)
     original = (folder / file).read_bytes()
     for content in (original[:-10], b"", None, (other / file).read_bytes()):
@@ -273,7 +239,7 @@ def test_a_damaged_or_mixed_up_file_is_a_data_error_that_names_it(tmp_path: Path
 
 @pytest.mark.parametrize("content", [b"step_7\n", b"../step_1", b"/etc", b"", b"\xff\xfe", b"step_1/../step_1"])
 def test_a_latest_that_names_no_checkpoint_is_a_data_error(tmp_path: Path, content: bytes) -> None:
-    run = Run(tmp_path)
+    run = SmallRun(tmp_path)
     run.save(1)
     (tmp_path / "latest").write_bytes(content)
     with pytest.raises(DataError, match="latest names"):
@@ -282,14 +248,84 @@ def test_a_latest_that_names_no_checkpoint_is_a_data_error(tmp_path: Path, conte
 
 
 def test_a_state_of_other_ranks_is_our_bug(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = SmallRun(tmp_path)
     state = capture(run.model, run.optimizer, RankLayout(PLACEMENT, rank=1, world_size=2))
     with pytest.raises(AssertionError, match="rank 1 of 2"):
         run.manager.save(1, state)
 
 
 def test_values_that_are_no_json_are_refused(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = SmallRun(tmp_path)
     with pytest.raises(ValueError, match="JSON"):
         run.save(1, loss=float("nan"))
     assert run.manager.latest() is None
+
+
+def test_a_latest_that_somebody_removed_is_not_a_new_run(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path)
+    assert run.manager.latest() is None
+    run.train(1).save(1)
+    run.train(1).save(2)
+    (tmp_path / "latest").unlink()
+    with pytest.raises(DataError, match=r"latest is missing(.|\n)*step_1, step_2(.|\n)*`echo step_2 > .*latest`"):
+        run.manager.latest()
+    (tmp_path / "latest").write_text("step_1")  # what echo writes, with or without its newline
+    assert run.manager.latest() == tmp_path / "step_1"
+
+
+def test_a_crash_in_the_first_commit_is_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, real = SmallRun(tmp_path).train(1), Path.rename
+
+    def crash(self: Path, target: Path) -> Path:
+        if target.name == "latest" and (tmp_path / "step_1").exists():
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(1)
+    assert "step_1" in run.names()
+    assert run.manager.latest() is None
+    run.save(1)
+    assert run.manager.latest() == tmp_path / "step_1"
+
+
+def test_damage_names_the_older_checkpoints(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        run.train(1).save(step)
+    shard = tmp_path / "step_3" / "shard_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"damaged: shard_00000.safetensors: \S+: its bits(.|\n)*step_1, step_2: .*echo step_2"
+    ):
+        run.manager.load(tmp_path / "step_3", run.state())
+
+
+def test_what_fits_is_taken_over(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path / "a").train(3)
+    run.save(3)
+    wider = SmallRun(tmp_path / "b", width=5)
+    before = wider.model[0].weight.detach().clone()
+    taken = wider.manager.load_fitting(tmp_path / "a", wider.state())  # the folder of checkpoints, by its `latest`
+    assert taken.taken == ("0.bias", "2.weight", "2.bias")
+    assert taken.kept == {"0.weight": "shape (8, 5) in the model, (8, 4) in the checkpoint"}
+    assert taken.left == ("0.weight",)
+    assert torch.equal(wider.model[0].weight, before)
+    for name in ("0.bias", "2.weight", "2.bias"):
+        assert torch.equal(wider.model.get_parameter(name), run.model.get_parameter(name))
+    assert step_count(wider.optimizer) == 0
+    assert all(not state["exp_avg"].any() for state in wider.optimizer.state.values())
+    report = taken.report()
+    assert "took 3 tensors, 17 numbers" in report
+    assert "kept 1 tensors of the model as initialised:" in report
+    assert "  0.weight (shape (8, 5) in the model, (8, 4) in the checkpoint)" in report
+    with pytest.raises(ConfigError, match="no checkpoint there"):
+        wider.manager.load_fitting(tmp_path / "nowhere", wider.state())
+    other = SmallRun(tmp_path / "c")
+    other.model = torch.nn.Sequential(torch.nn.Linear(3, 2))  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="nothing of that checkpoint fits"):
+        other.manager.load_fitting(tmp_path / "a", capture(other.model, None, RankLayout(PLACEMENT)))

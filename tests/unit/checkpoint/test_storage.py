@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from moe_dist.checkpoint.contents import Contents, open_shard
 from moe_dist.checkpoint.index import Index, shard_file
 from moe_dist.checkpoint.state import TensorSpec
-from moe_dist.checkpoint.storage import build_index, read_rank_values, read_tensors, write_shard
+from moe_dist.checkpoint.state_file import StateFile
+from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, write_shard
 from moe_dist.errors import DataError
 
 TENSORS = {
@@ -27,13 +29,20 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
-def written(folder: Path, save_id: str = "a1", *, sign: int = 1) -> Index:
+def written(folder: Path, save_id: str = "a1", *, sign: int = 1) -> Contents:
     """Two shards: all of TENSORS in the first, and one tensor with the same name and shape in each."""
     folder.mkdir(exist_ok=True)
-    write_shard(folder, 0, TENSORS, save_id=save_id, rank_values={"rng": [1, "x"]})
-    write_shard(folder, 1, {"other": sign * torch.ones(3)}, save_id=save_id, rank_values={})
+    write_shard(folder, 0, pieces_of(TENSORS), save_id=save_id, step=1, rank_values={"rng": [1, "x"]})
+    write_shard(folder, 1, pieces_of({"other": sign * torch.ones(3)}), save_id=save_id, step=1, rank_values={})
     specs = specs_of(TENSORS) | {"other": TensorSpec((3,), torch.float32)}
-    return build_index(folder, specs, step=1, save_id=save_id, num_shards=2)
+    return contents_of(folder, build_index(folder, specs, step=1, save_id=save_id, num_shards=2))
+
+
+def contents_of(folder: Path, index: Index) -> Contents:
+    state = StateFile(
+        save_id=index.save_id, step=1, world_size=2, optimizer_steps=None, placement={}, versions={}, values={}
+    )
+    return Contents(folder, index, state)
 
 
 def blank() -> dict[str, torch.Tensor]:
@@ -41,24 +50,24 @@ def blank() -> dict[str, torch.Tensor]:
 
 
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    index = written(tmp_path)
+    contents = written(tmp_path)
     tensors = blank()
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    read_tensors(tmp_path, index, tensors)
+    read_tensors(contents, tensors)
     for name, tensor in TENSORS.items():
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor)
         assert tensors[name].data_ptr() == places[name]
     assert tensors["double"][1, 1].signbit()
     assert tensors["other"].eq(1).all()
-    assert read_rank_values(tmp_path, index, 0) == {"rng": [1, "x"]}
+    assert open_shard(contents, 0).rank_values == {"rng": [1, "x"]}
 
 
 def test_a_rank_without_anything_writes_a_file_too(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, {}, save_id="a1", rank_values={"x": 1})
+    write_shard(tmp_path, 0, {}, save_id="a1", step=1, rank_values={"x": 1})
     index = build_index(tmp_path, {}, step=1, save_id="a1", num_shards=1)
     assert index.tensors == {}
-    assert read_rank_values(tmp_path, index, 0) == {"x": 1}
+    assert open_shard(contents_of(tmp_path, index), 0).rank_values == {"x": 1}
 
 
 def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:
@@ -69,27 +78,27 @@ def test_torchs_own_reader_understands_the_files(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
-    index = written(tmp_path)
+    contents = written(tmp_path)
     path = tmp_path / shard_file(0)
     for size in (path.stat().st_size - 1, 100, 4, 0):
         os.truncate(path, size)
         with pytest.raises(DataError, match=shard_file(0)):
-            read_tensors(tmp_path, index, blank())
+            read_tensors(contents, blank())
     path.unlink()
     with pytest.raises(DataError, match=shard_file(0)):
-        read_tensors(tmp_path, index, blank())
+        read_tensors(contents, blank())
 
 
 def test_swapped_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    index = written(tmp_path / "own")
+    contents = written(tmp_path / "own")
     written(tmp_path / "foreign", "b2", sign=-1)  # same names, shapes and step
     own = tmp_path / "own" / shard_file(1)
     shutil.copy(tmp_path / "foreign" / shard_file(1), own)
-    with pytest.raises(DataError, match=rf"{shard_file(1)}.*another save"):
-        read_tensors(tmp_path / "own", index, blank())
+    with pytest.raises(DataError, match=rf"mixed up: {shard_file(1)}: of save b2"):
+        read_tensors(contents, blank())
     shutil.copy(tmp_path / "own" / shard_file(0), own)
-    with pytest.raises(DataError, match=rf"{shard_file(1)}: other is missing"):
-        read_tensors(tmp_path / "own", index, blank())
+    with pytest.raises(DataError, match=rf"damaged: {shard_file(1)}"):
+        read_tensors(contents, blank())
 
 
 class Payload:
@@ -104,18 +113,18 @@ class Payload:
 
 def test_planted_pickles_run_nothing(tmp_path: Path) -> None:
     folder, target = tmp_path / "step_1", tmp_path / "ran"
-    index = written(folder)
+    contents = written(folder)
     pickled = pickle.dumps(Payload(target))
     pickle.loads(pickled)
     assert target.exists(), "the payload itself must work"
     target.unlink()
     (folder / ".metadata").write_bytes(pickled)
     (folder / "__0_0.distcp").write_bytes(pickled)
-    read_tensors(folder, index, blank())  # files that are no part of it are not looked at
+    read_tensors(contents, blank())  # files that are no part of it are not looked at
     torch.save(Payload(target), folder / shard_file(1))
     with pytest.raises(DataError, match=shard_file(1)):
-        read_tensors(folder, index, blank())
+        read_tensors(contents, blank())
     (folder / shard_file(1)).write_bytes(pickled)
     with pytest.raises(DataError, match=shard_file(1)):
-        read_tensors(folder, index, blank())
+        read_tensors(contents, blank())
     assert not target.exists()

@@ -1,0 +1,53 @@
+"""The random number generators of one rank as plain JSON values: torch's on the host and on the rank's device, numpy's and
+Python's global ones. Data order and initial weights need none of them: they follow from the seed."""
+
+import random
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import JsonValue
+
+from moe_dist.errors import DataError
+
+
+def generator_states(device: torch.device) -> dict[str, JsonValue]:
+    """The states as they are. Copies from the device."""
+    version, numbers, gauss = random.getstate()
+    name, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    states: dict[str, JsonValue] = {
+        "torch": _text(torch.get_rng_state()),
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, key.tolist(), *rest],
+    }
+    if device.type == "cuda":
+        states["cuda"] = _text(torch.cuda.get_rng_state(device))
+    return states
+
+
+def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
+    """Sets the generators to saved states; what was not saved (another device) stays as it is.
+
+    Raises:
+        DataError: a state is none.
+    """
+    try:
+        torch.set_rng_state(_bytes(states["torch"]))
+        version, numbers, gauss = states["python"]  # pyright: ignore
+        random.setstate((version, tuple(numbers), gauss))  # pyright: ignore
+        np.random.set_state(tuple(states["numpy"]))  # pyright: ignore
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(_bytes(states["cuda"]), device)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DataError(f"the states of the random number generators are none: {error!r}") from error
+
+
+def _text(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _bytes(text: JsonValue) -> torch.Tensor:
+    if not isinstance(text, str):
+        raise TypeError(f"not hexadecimal: {text!r:.40}")
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

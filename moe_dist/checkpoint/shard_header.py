@@ -1,0 +1,152 @@
+"""The header of a shard file: what is in it, read without torch and without its tensors.
+
+A safetensors file is a length (8 bytes, little endian), a JSON header of that length, and the tensors' bytes without gaps.
+`__metadata__` holds strings: DCP's own `DCP_SHARDING_INFO` (where each part lies in its tensor), and ours.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+
+from moe_dist.checkpoint.findings import DamagedError, Finding
+from moe_dist.checkpoint.index import ITEMSIZE, Chunk, StoredModel, shard_file
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(StoredModel):
+    dtype: str
+    shape: tuple[_Count, ...]
+    data_offsets: tuple[_Count, _Count]
+
+
+_METADATA = TypeAdapter(dict[str, str])
+_OFFSETS_OF = TypeAdapter(dict[str, dict[str, tuple[_Count, ...]]])
+_SUMS = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{16}$")]])
+_VALUES = TypeAdapter(dict[str, JsonValue])
+_HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard file says about itself.
+
+    Attributes:
+        save_id, step: Of the save that it belongs to.
+        parts: Dtype (a key of ITEMSIZE) and box of each tensor that has a part in this file.
+        fingerprints: Of each part.
+        ends: For each part the size that the file must have to hold it whole.
+        rank_values: Of the rank that wrote it.
+        size: Size that the file must have.
+        sha256: Of the header.
+    """
+
+    save_id: str
+    step: int
+    parts: dict[str, tuple[str, Chunk]]
+    fingerprints: dict[str, int]
+    ends: dict[str, int]
+    rank_values: dict[str, JsonValue]
+    size: int
+    sha256: str
+
+
+def metadata_of(
+    offsets: dict[str, list[int]], fingerprints: dict[str, str], *, save_id: str, step: int, rank_values: Any
+) -> dict[str, str]:
+    """`__metadata__` of a shard file. NaN and infinity in the values are refused (ValueError): they are no JSON."""
+    return {
+        "format": "pt",
+        SHARDING: json.dumps({name: {OFFSETS: each} for name, each in offsets.items()}),
+        "fingerprints": json.dumps(fingerprints),
+        "save_id": save_id,
+        "step": str(step),
+        "rank_values": json.dumps(dict(rank_values), allow_nan=False),
+    }
+
+
+def read_shard_header(folder: Path, number: int) -> ShardHeader:
+    """Reads and checks a header, and holds the file's size against it.
+
+    Raises:
+        DamagedError: with one finding: missing, truncated, foreign or damaged.
+    """
+    path = folder / shard_file(number)
+
+    def fault(kind: Any, detail: str) -> DamagedError:
+        return DamagedError(f"checkpoint {folder}: a file is not what was saved", [Finding(kind, path.name, detail)])
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
+    except FileNotFoundError as error:
+        raise fault("missing", "is not there") from error
+    except OSError as error:
+        raise fault("damaged", f"cannot be read: {error.strerror or error}") from error
+    if size <= 8 or (raw[:1] == b"{" and len(raw) < length):
+        raise fault("truncated", f"{size:,} bytes, cut short inside its header")
+    if raw[:1] != b"{":
+        raise fault("foreign", "no safetensors file (it begins neither with a header's length nor with a header)")
+    try:
+        shard = _parse(start, raw, number)
+    except (ValidationError, KeyError, ValueError) as error:
+        raise fault(*_unreadable(raw, error)) from error
+    if size < shard.size:
+        lost = [name for name, end in shard.ends.items() if end > size]
+        named = (
+            f"; lost are {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
+        )
+        raise fault("truncated", f"{size:,} bytes of {shard.size:,}{named}")
+    if size > shard.size:
+        raise fault("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
+    return shard
+
+
+def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
+    entries = _HEADER.validate_json(raw)
+    metadata = _METADATA.validate_python(entries.pop("__metadata__"))
+    parts = {name: _Part.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
+    offsets = _OFFSETS_OF.validate_json(metadata[SHARDING])
+    sums = _SUMS.validate_json(metadata["fingerprints"])
+    end = 0
+    for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
+        count = 1
+        for length in part.shape:
+            count *= length
+        if part.data_offsets[0] != end or part.data_offsets[1] - end != count * ITEMSIZE[part.dtype]:
+            raise ValueError(f"{name}: its bytes {part.data_offsets} are not those of {part.dtype} {part.shape}")
+        end = part.data_offsets[1]
+    before = len(start) + len(raw)
+    return ShardHeader(
+        save_id=metadata["save_id"],
+        step=int(metadata["step"]),
+        parts={
+            name: (part.dtype, Chunk(shard=number, offsets=offsets[name][OFFSETS], shape=part.shape))
+            for name, part in parts.items()
+        },
+        fingerprints={name: int(sums[name], 16) for name in parts},
+        ends={name: before + part.data_offsets[1] for name, part in parts.items()},
+        rank_values=_VALUES.validate_json(metadata["rank_values"]),
+        size=before + end,
+        sha256=hashlib.sha256(start + raw).hexdigest(),
+    )
+
+
+def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
+    """Kind and detail of a header that does not parse: ours with changed bits, or somebody else's."""
+    ours = b'"save_id"' in raw or b'"fingerprints"' in raw
+    detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+    if ours:
+        return "damaged", f"its header does not parse: {detail}"
+    return "foreign", "a safetensors file, but none of a checkpoint of moe_dist (no save_id in its header)"

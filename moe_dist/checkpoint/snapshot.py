@@ -1,0 +1,104 @@
+"""The state of one rank at one step, apart from the training that goes on: what a save writes.
+
+Memory: the buffers have as many bytes as this rank writes, once for the whole run (pinned where the state is on CUDA).
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from moe_dist import __version__
+from moe_dist.checkpoint.state import CheckpointState, RankLayout, TensorSpec
+from moe_dist.checkpoint.state_file import StateFile
+from moe_dist.checkpoint.storage import Piece, pieces_of
+from moe_dist.optim.adamw import step_count
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What this rank writes at `step`, and what rank 0 writes besides.
+
+    Attributes:
+        pieces: By logical name; each piece of a tensor is on exactly one rank.
+        specs: Every logical tensor there is: the same on all ranks.
+        optimizer_steps: Steps that the optimizer has taken; None without one.
+        values, rank_values: See `CheckpointState`; copies.
+    """
+
+    step: int
+    pieces: Mapping[str, Piece]
+    specs: Mapping[str, TensorSpec]
+    layout: RankLayout
+    optimizer_steps: int | None
+    values: dict[str, JsonValue]
+    rank_values: dict[str, JsonValue]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.tensor.nbytes for piece in self.pieces.values())
+
+    def state_file(self, save_id: str) -> StateFile:
+        """What to write as state.json."""
+        placement = self.layout.placement
+        groups_and_slots = {"groups": [asdict(group) for group in placement.groups], "slots": placement.slots}
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__), "moe_dist": __version__}
+        return StateFile(
+            save_id=save_id,
+            step=self.step,
+            world_size=self.layout.world_size,
+            optimizer_steps=self.optimizer_steps,
+            placement=json.loads(json.dumps(groups_and_slots)),
+            versions=versions,
+            values=self.values,
+        )
+
+
+class HostBuffers:
+    """Host memory of a rank's pieces, used again by every save: only one snapshot can be in use at a time."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+        """Copies of the pieces. Waits for the device once, at the end, where they lie on one."""
+        copies: dict[str, Piece] = {}
+        devices: set[torch.device] = set()
+        for name, piece in pieces.items():
+            buffer = self._buffer(name, piece.tensor)
+            buffer.copy_(piece.tensor, non_blocking=True)
+            devices.add(piece.tensor.device)
+            copies[name] = Piece(buffer, piece.offsets, piece.shape)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return copies
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        known = self._buffers.get(name)
+        if known is None or known.shape != like.shape or known.dtype != like.dtype:
+            known = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+            self._buffers[name] = known
+        return known
+
+
+def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
+    """The state as it is now. Reads the optimizer's step count, which syncs with the device.
+
+    Args:
+        buffers: Where to copy the tensors; None leaves them where they are, for a save that the training waits for.
+    """
+    pieces = pieces_of(state.written())
+    return Snapshot(
+        step=step,
+        pieces=buffers.copy(pieces) if buffers is not None else pieces,
+        specs=state.specs,
+        layout=state.layout,
+        optimizer_steps=step_count(state.optimizer) if state.optimizer is not None else None,
+        values=dict(state.values),
+        rank_values=dict(state.rank_values),
+    )

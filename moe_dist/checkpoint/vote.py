@@ -1,0 +1,83 @@
+"""What happens on one rank is told to all: a phase of a save or a load fails on every rank or on none."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.watch import Watch
+from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
+
+_UNWRITABLE = 2  # a rank's report in a vote: it could not write; other errors are 1000 + their exit code
+
+
+class Ballot:
+    """The ranks that save and load together, over a process group on the host (gloo); without one, one rank alone.
+
+    Args:
+        place: In words, for messages.
+        watch: For the watchdog.
+    """
+
+    def __init__(self, place: str, process_group: dist.ProcessGroup | None, watch: Watch | None = None) -> None:
+        self._place, self._group, self._watch = place, process_group, watch
+        self.rank = dist.get_rank(process_group) if process_group else 0
+        self.world_size = dist.get_world_size(process_group) if process_group else 1
+
+    def add(self, numbers: list[int], name: str = "checkpoint numbers") -> list[int]:
+        """Sums over all ranks, modulo 2^64 as int64. One all-reduce."""
+        summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, watch=self._watch)
+        return summed.tolist()
+
+    def phase(
+        self,
+        name: str,
+        action: Callable[[], None],
+        *,
+        only_first: bool = False,
+        kind: type[MoeDistError] = CheckpointError,
+    ) -> None:
+        """Runs `action` (on rank 0 only, or on all) and raises on all ranks if it failed on any. One all-reduce.
+
+        Failures of the file system become `kind`; all others stay what they are on the rank where they happen.
+        """
+        error: Exception | None = None
+        try:
+            if self.rank == 0 or not only_first:
+                action()
+        except (OSError, SafetensorError) as cause:
+            error = kind(f"checkpoint in {self._place}: cannot {name} on rank {self.rank}: {cause}")
+            error.__cause__ = cause
+        except Exception as cause:
+            error = cause
+        reports = [0] * self.world_size
+        if error is not None:
+            reports[self.rank] = _report(error)
+        codes = self.add(reports, f"checkpoint vote to {name}")
+        if error is not None:
+            raise error
+        if any(codes):
+            raise _remote_error(f"checkpoint in {self._place}: cannot {name}", codes)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, CheckpointError):
+        return _UNWRITABLE
+    return 1000 + (error.exit_code if isinstance(error, MoeDistError) else MoeDistError.exit_code)
+
+
+def _remote_error(what: str, codes: list[int]) -> MoeDistError:
+    """The error of the other ranks: of the kind that the first failing rank raises itself."""
+    ranks = [rank for rank, code in enumerate(codes) if code]
+    message = f"{what}: it failed on ranks {ranks}; the log of rank {ranks[0]} says why"
+    code = codes[ranks[0]]
+    kinds: dict[int, type[MoeDistError]] = {
+        _UNWRITABLE: CheckpointError,
+        1000 + ConfigError.exit_code: ConfigError,
+        1000 + DataError.exit_code: DataError,
+    }
+    error = kinds.get(code, MoeDistError)(message)
+    error.consequence = True
+    return error

@@ -1,0 +1,211 @@
+"""Random damage, from a printed seed: found before anything is trained on it, always as an error that says what is wrong."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from moe_dist.checkpoint.verify import verify
+
+from moe_dist.checkpoint.contents import examine
+from moe_dist.checkpoint.index import shard_file
+from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.manifest import load_manifest
+from moe_dist.errors import DataError, MoeDistError
+from moe_dist.preflight import data_set_faults
+from tests.support.damage import KINDS, damage
+from tests.support.fake_ranks import load_all, save_all
+from tests.support.small_run import SmallRun
+from tests.support.tiny import tiny_dataset
+
+SEED = 20_260_726
+CHECKPOINTS, DATA_SETS = 400, 100
+RANKS = 3
+
+
+class Replica(SmallRun):
+    """The small run as rank `rank` of three that hold the same."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        super().__init__(folder)
+        self.rank = rank
+
+    def state(self, **values: object) -> CheckpointState:
+        layout = RankLayout(super().state().layout.placement, rank=self.rank, world_size=RANKS)
+        rank_values = {"generators": {"torch": f"{self.rank:02x}"}}
+        return capture(self.model, self.optimizer, layout, values=values, rank_values=rank_values)  # type: ignore[arg-type]
+
+
+def states(folder: Path, steps: int, **values: object) -> list[CheckpointState]:
+    return [Replica(folder, rank).train(steps).state(**values) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of one run, of three ranks, under one folder."""
+    folder = tmp_path_factory.mktemp("good")
+    for step in (3, 4):
+        save_all(states(folder, step, progress={"position": 8 * step}, config={"a": [1.5, None]}), folder, step)
+    return folder
+
+
+FILES = ["index.json", "state.json", "SHA256SUMS", *(shard_file(number) for number in range(RANKS))]
+
+
+def test_the_undamaged_one_is_fine(good: Path) -> None:
+    assert verify(good / "step_4")[1] == []
+    restored = load_all(states(good, 1), good / "step_4")
+    assert [each.rank_values for each in restored] == [{"generators": {"torch": f"{rank:02x}"}} for rank in range(RANKS)]
+
+
+@pytest.mark.timeout(300)
+def test_damaged_checkpoints_are_found(good: Path, tmp_path: Path) -> None:
+    print(f"seed {SEED}")
+    kinds: Counter[str] = Counter()
+    model = states(tmp_path, 1)
+    for number in range(CHECKPOINTS):
+        draw = random.Random(SEED + number)
+        folder = tmp_path / "step_4"
+        shutil.copytree(good / "step_4", folder)
+        done = damage(folder, FILES, draw, other=good / "step_3")
+        kinds[done.kind] += 1
+        with pytest.raises(MoeDistError) as raised:
+            load_all(model, folder)
+        assert isinstance(raised.value, DataError), (number, done, raised.value)
+        _, findings = verify(folder)
+        assert findings, (number, done)
+        assert any(done.file in str(finding) for finding in findings), (number, done, findings)
+        shutil.rmtree(folder)
+    assert set(kinds) == set(KINDS)
+
+
+@pytest.mark.timeout(300)
+def test_damaged_data_sets_are_found_on_resume(tmp_path: Path) -> None:
+    print(f"seed {SEED}")
+    good, other, folder = tmp_path / "good", tmp_path / "other", tmp_path / "copy"
+    tiny_dataset(good, documents=24)
+    tiny_dataset(other, seed=1, documents=24)
+    saved = data_digest(good, load_manifest(good))
+    files = ["manifest.json", *(f"{source}_train.{end}" for source in ("captions", "prose") for end in ("idx", "bin"))]
+    for number in range(DATA_SETS):
+        draw = random.Random(SEED + number)
+        shutil.copytree(good, folder)
+        done = damage(folder, files, draw, other=other)
+        try:
+            manifest = load_manifest(folder)
+            found = data_set_faults(folder, manifest) or digest_faults(saved, data_digest(folder, manifest))
+        except MoeDistError as error:
+            found = list(error.faults)
+        assert found, (number, done)
+        shutil.rmtree(folder)
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+
+
+def kinds_of(folder: Path) -> set[tuple[str, str]]:
+    return {(finding.kind, finding.file) for finding in verify(folder)[1]}
+
+
+def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step_4"
+
+    def fresh() -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good / "step_4", folder)
+        return folder / shard_file(1)
+
+    shard = fresh()
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert kinds_of(folder) == {("truncated", shard.name)}
+    assert "lost are" in str(verify(folder)[1][0])
+    shard = fresh()
+    flip(shard, -1)
+    (finding,) = verify(folder)[1]
+    assert (finding.kind, finding.file) == ("damaged", shard.name)
+    header = examine(folder).headers[1]
+    assert finding.tensor == max(header.ends, key=lambda name: header.ends[name])
+    shard = fresh()
+    shutil.copy(good / "step_3" / shard.name, shard)
+    assert kinds_of(folder) == {("mixed up", shard.name)}
+    assert "at step 3" in str(verify(folder)[1][0])
+    fresh()
+    shutil.copy(good / "step_3" / "state.json", folder)
+    assert kinds_of(folder) == {("mixed up", "state.json")}
+    shard = fresh()
+    wider = SmallRun(tmp_path / "wider", width=9)
+    shutil.copy(wider.save(4) / shard_file(0), shard)
+    wider_kinds = kinds_of(folder)
+    assert wider_kinds <= {("mixed up", shard.name), ("foreign", shard.name)}
+    assert wider_kinds
+    shard = fresh()
+    torch.save({"w": torch.ones(2)}, shard)
+    assert kinds_of(folder) == {("foreign", shard.name)}
+    shard = fresh()
+    shard.unlink()
+    assert kinds_of(folder) == {("missing", shard.name)}
+    fresh()
+    shutil.copy(folder / shard_file(0), folder / shard_file(7))
+    assert kinds_of(folder) == {("foreign", shard_file(7))}
+
+
+def test_what_is_not_finite_was_saved_so(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path).train(1)
+    with torch.no_grad():
+        run.model[0].bias[2] = float("nan")
+    (finding,) = verify(run.save(1))[1]
+    assert (finding.kind, finding.tensor) == ("not finite", "0.bias")
+
+
+def test_a_moment_that_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good / "step_4", tmp_path / "step_4")
+    path = tmp_path / "step_4" / "index.json"
+    index = json.loads(path.read_text())
+    del index["tensors"]["optimizer.exp_avg_sq.0.bias"]
+    path.write_text(json.dumps(index))
+    found = {(finding.kind, finding.tensor) for finding in verify(tmp_path / "step_4")[1]}
+    assert ("incomplete", "optimizer.exp_avg_sq.0.bias") in found
+    assert ("damaged", "") in found, "its digest should tell as well"
+
+
+class Payload:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return os.system, (f"touch {self.target}",)
+
+
+PLACES = [*FILES, ".metadata", "__0_0.distcp", "optimizer.pt", "adapter_model.bin", "rng_state_0.pth"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_planted_pickles_run_nothing(good: Path, tmp_path: Path, place: str) -> None:
+    target, folder = tmp_path / "ran", tmp_path / "step_4"
+    pickled = pickle.dumps(Payload(target))
+    pickle.loads(pickled)
+    assert target.exists(), "the payload itself must work"
+    target.unlink()
+    shutil.copytree(good / "step_4", folder)
+    torch.save(Payload(target), tmp_path / "saved")
+    for content in (pickled, (tmp_path / "saved").read_bytes()):
+        (folder / place).write_bytes(content)
+        if place in FILES:
+            with pytest.raises(DataError):
+                load_all(states(tmp_path, 1), folder)
+            assert verify(folder)[1]
+        else:  # no part of it: not looked at
+            assert load_all(states(tmp_path, 1), folder)[0].step == 4
+            assert verify(folder)[1] == []
+    assert not target.exists()

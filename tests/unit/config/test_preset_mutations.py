@@ -1,0 +1,74 @@
+"""The presets with random mistakes in them: each still plans, or is refused with a message that names the field."""
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_dist.config.load import load_config
+from moe_dist.errors import MoeDistError
+from moe_dist.preflight import layout_without_data
+
+ROOT = Path(__file__).parents[3]
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+SEED, MUTATIONS = 4_711, 1_000
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, 2, 3, 7, -1, -5, 10**6, 10**30, 0.5, 1.5, -0.1, 1e-300, 1e300, float("nan"), float("inf"),
+    "", "x", "auto", "../../etc", "a\nb", "\x00", "0", "true", [], {}, [1], [0, 1], [[0, 0.1]], [None], {"kind": "top_k"}, {"a": 1},
+    "é" * 80, [[1, 2], [3]],
+)  # fmt: skip
+
+
+def leaves(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything in a configuration, sections as well."""
+    if path:
+        yield path
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield from leaves(value, (*path, key))
+
+
+def mutate(values: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any], str, tuple[Any, ...]]:
+    """A copy with one mistake: what was done, and where."""
+    changed = copy.deepcopy(values)
+    path = draw.choice(list(leaves(values)))
+    holder: Any = changed
+    for key in path[:-1]:
+        holder = holder[key]
+    kind = draw.choice(("value", "value", "value", "scaled", "removed", "renamed", "added"))
+    last = path[-1]
+    if kind == "scaled" and isinstance(holder[last], int | float) and not isinstance(holder[last], bool):
+        holder[last] = draw.choice((holder[last] * 2, holder[last] * 3, holder[last] + 1, holder[last] // 2, -holder[last]))
+    elif kind == "removed" and isinstance(holder, dict):
+        del holder[last]
+    elif kind == "renamed" and isinstance(holder, dict):
+        holder[f"{last}_"] = holder.pop(last)
+    elif kind == "added" and isinstance(holder, dict):
+        holder["surplus"] = draw.choice(VALUES)
+        return changed, kind, (*path[:-1], "surplus")
+    else:
+        holder[last] = draw.choice(VALUES)
+        kind = f"value {holder[last]!r:.40}"
+    return changed, kind, path
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_mistake_is_accepted_or_named(preset: Path, tmp_path: Path) -> None:
+    print(f"seed {SEED}")
+    values = yaml.safe_load(preset.read_text())
+    path, refused = tmp_path / "mutated.yaml", 0
+    for number in range(-(-MUTATIONS // len(PRESETS))):
+        changed, kind, where = mutate(values, random.Random(f"{SEED}/{preset.stem}/{number}"))
+        path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
+        try:
+            layout_without_data(load_config(path))
+        except MoeDistError as error:
+            refused += 1
+            named = [str(key) for key in where if isinstance(key, str)]
+            assert any(name in str(error) for name in (named[-1], named[0])), (number, kind, where, str(error))
+    assert refused > MUTATIONS // len(PRESETS) // 4, "the mistakes should be such"
