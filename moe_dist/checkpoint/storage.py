@@ -8,6 +8,7 @@ DCP's own header (`DCP_SHARDING_INFO`), so that its HuggingFaceStorageReader rea
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,31 +150,28 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor]) -> None:
         by_shard[chunk.shard].append((item, chunk))
     for number, items in sorted(by_shard.items()):
         header = open_shard(contents, number)
-        path = contents.folder / shard_file(number)
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for item, chunk in items:
-                    name = item.storage_index.fqn
-                    if header.parts.get(name) != (index.tensors[name].dtype, chunk):
-                        raise DataError(f"checkpoint file {path}: {name} is missing or not the part that the index names")
-                    box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
-                    planner.resolve_tensor(item).detach().copy_(file.get_slice(name)[box])
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"checkpoint file {path}: cannot be read: {error}") from error
+        with open_tensors(contents.folder, number) as file:
+            for item, chunk in items:
+                name = item.storage_index.fqn
+                if header.parts.get(name) != (index.tensors[name].dtype, chunk):
+                    raise DataError(f"checkpoint file {shard_file(number)}: {name} is not the part that the index names")
+                box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+                planner.resolve_tensor(item).detach().copy_(file.get_slice(name)[box])
 
 
-def part_sums(contents: Contents, number: int) -> Iterator[tuple[str, int, int, Tensor]]:
-    """(name, fingerprint as stored, fingerprint as read, tensor) of each part of a shard, one tensor in memory at a time.
+@contextmanager
+def open_tensors(folder: Path, number: int) -> Iterator[Any]:
+    """A shard's safetensors file, open for reading; look at its header first (`open_shard`).
 
     Raises:
-        DataError: as `open_shard`.
+        DataError: it cannot be read, at the beginning or at any later time.
     """
-    header = open_shard(contents, number)
-    with safe_open(contents.folder / shard_file(number), framework="pt", device="cpu") as file:
-        for name, (_, chunk) in header.parts.items():
-            tensor = file.get_tensor(name)
-            found = fingerprint(tensor, offsets=chunk.offsets, shape=contents.index.tensors[name].shape)
-            yield name, header.fingerprints[name], found, tensor
+    path = folder / shard_file(number)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"checkpoint file {path}: cannot be read: {error}") from error
 
 
 def _dcp_metadata(entries: Mapping[str, Entry]) -> Metadata:

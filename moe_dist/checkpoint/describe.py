@@ -1,0 +1,107 @@
+"""A checkpoint in words and numbers, from its JSON files and the headers of its shards. Imports no torch."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index, shard_file
+from moe_dist.checkpoint.state_file import StateFile
+
+_EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>\w+)")
+_ROUTER = re.compile(r"layers\.\d+\.moe\.router\.")
+_MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tensors of one kind.
+
+    Attributes:
+        name: dense, router, experts of a group, or their moments.
+        detail: Layers x experts x matrices where they are experts, else empty.
+    """
+
+    name: str
+    tensors: int
+    numbers: int
+    nbytes: int
+    detail: str
+
+
+def families(index: Index) -> list[Family]:
+    """The tensors of a checkpoint by kind, parameters first."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in index.tensors:
+        moment = _MOMENT.fullmatch(name)
+        kind = _kind(moment["parameter"] if moment else name)
+        members[f"{moment['moment']} of {kind}" if moment else kind].append(name)
+    order = sorted(members, key=lambda kind: (" of " in kind.replace("experts of ", ""), kind))
+    return [_family(kind, {name: index.tensors[name] for name in members[kind]}) for kind in order]
+
+
+def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
+    """What else there is to say: (what, how it is)."""
+    progress = state.values.get("progress")
+    counters = progress if isinstance(progress, dict) else {}
+    config = state.values.get("config")
+    run = config.get("run") if isinstance(config, dict) else None
+    return [
+        ("step", f"{index.step}" + (f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else "")),
+        ("run", str(run.get("name", "?")) if isinstance(run, dict) else "not told"),
+        ("save", index.save_id),
+        ("progress", ", ".join(f"{name} {value:,}" for name, value in counters.items() if isinstance(value, int)) or "none"),
+        ("written by", f"{state.world_size} ranks" + _layout(config)),
+        ("shards", f"{index.num_shards} of {min(s.size for s in index.shards):,} to {max(s.size for s in index.shards):,} bytes"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in state.versions.items())),
+        ("also saved", ", ".join(sorted(state.values)) or "nothing"),
+    ]
+
+
+def placement_lines(state: StateFile) -> list[str]:
+    """For each EP position its experts."""
+    groups, slots = state.placement.get("groups"), state.placement.get("slots")
+    if not isinstance(groups, list) or not isinstance(slots, list):
+        return ["not told"]
+    lines = []
+    for rank, experts in enumerate(slots):
+        held = [_expert_name(groups, expert) for expert in experts] if isinstance(experts, list) else []
+        lines.append(f"EP position {rank}: {' '.join(held) or 'no expert'}")
+    return lines
+
+
+def _kind(name: str) -> str:
+    if match := _EXPERT.fullmatch(name):
+        return f"experts of {match['group']}"
+    return "routers" if _ROUTER.match(name) else "dense"
+
+
+def _family(kind: str, entries: Mapping[str, Entry]) -> Family:
+    numbers = sum(math.prod(entry.shape) for entry in entries.values())
+    nbytes = sum(math.prod(entry.shape) * ITEMSIZE[entry.dtype] for entry in entries.values())
+    found = [match for name in entries if (match := _EXPERT.search(name))]
+    detail = ""
+    if found:
+        layers, experts = {m["layer"] for m in found}, {m["expert"] for m in found}
+        detail = f"{len(layers)} layers x {len(experts)} experts x {', '.join(sorted({m['tensor'] for m in found}))}"
+    return Family(kind, len(entries), numbers, nbytes, detail)
+
+
+def _layout(config: JsonValue) -> str:
+    parallel = config.get("parallel") if isinstance(config, dict) else None
+    placement = config.get("placement") if isinstance(config, dict) else None
+    if not isinstance(parallel, dict) or not isinstance(placement, dict):
+        return ""
+    return f": ep {parallel.get('ep')} x edp {parallel.get('edp')}, {parallel.get('data')}, {placement.get('policy')}"
+
+
+def _expert_name(groups: list[JsonValue], expert: JsonValue) -> str:
+    for group in groups:
+        if isinstance(group, dict) and isinstance(expert, int):
+            first, count = group.get("first_expert"), group.get("num_experts")
+            if isinstance(first, int) and isinstance(count, int) and first <= expert < first + count:
+                return f"{group.get('name')}/{expert - first}"
+    return f"?{expert}"

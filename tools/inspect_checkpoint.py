@@ -1,0 +1,58 @@
+"""What is in a checkpoint: step, layers x groups x experts, bytes, placement, versions. Needs no GPU, loads no tensor."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.checkpoint.contents import open_checkpoint, open_shard
+from moe_dist.checkpoint.describe import facts, families, placement_lines
+from moe_dist.checkpoint.index import shard_file
+from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.config.yaml_text import dump_yaml
+from moe_dist.errors import MoeDistError
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a folder of checkpoints, or a run: its newest.")],
+    config: Annotated[bool, typer.Option("--config", help="Print the configuration it was written with, as YAML.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its shards and fingerprint.")] = False,
+) -> None:
+    """Prints what a checkpoint holds, from its JSON files and the headers of its shards."""
+    try:
+        _show(find_checkpoint(path), config=config, tensors=tensors)
+    except MoeDistError as error:
+        print(f"inspect_checkpoint: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _show(folder: Path, *, config: bool, tensors: bool) -> None:
+    contents = open_checkpoint(folder)
+    if config:
+        saved = contents.state.values.get("config")
+        print(dump_yaml(saved) if isinstance(saved, dict) else "it was written without a configuration")
+        return
+    for number in range(contents.index.num_shards):
+        open_shard(contents, number)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    about = Table(title=str(folder), show_header=False)
+    for what, how in facts(contents.index, contents.state):
+        about.add_row(what, how)
+    for line in placement_lines(contents.state):
+        about.add_row("placement", line)
+    console.print(about)
+    table = Table("tensors", "", "numbers", "bytes", "")
+    for family in families(contents.index):
+        table.add_row(family.name, f"{family.tensors:,}", f"{family.numbers:,}", f"{family.nbytes:,}", family.detail)
+    console.print(table)
+    if tensors:
+        for name, entry in contents.index.tensors.items():
+            files = ", ".join(shard_file(chunk.shard) for chunk in entry.chunks)
+            print(f"{name}  {entry.dtype} {list(entry.shape)}  {entry.fingerprint}  {files}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

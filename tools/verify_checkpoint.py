@@ -1,0 +1,61 @@
+"""Whether a checkpoint is whole: every tensor there exactly once, of the right shape, finite, and the bits that were saved."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_dist.checkpoint.contents import examine_files
+from moe_dist.checkpoint.index import MAX_FAULTS
+from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.state import TensorSpec
+from moe_dist.errors import DataError, MoeDistError
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a folder of checkpoints, or a run: its newest.")],
+    every: Annotated[bool, typer.Option("--every", help="List every fault, not the first few.")] = False,
+) -> None:
+    """Reads every byte of a checkpoint and tells what is wrong: exit code 0 if nothing is, 65 if something is."""
+    from moe_dist.checkpoint.verify import verify
+
+    try:
+        folder = find_checkpoint(path)
+        specs, doubt = _expected(folder)
+        examined, findings = verify(folder, specs)
+    except MoeDistError as error:
+        print(f"verify_checkpoint: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    if findings:
+        for finding in findings if every else findings[:MAX_FAULTS]:
+            print(finding)
+        if not every and len(findings) > MAX_FAULTS:
+            print(f"and {len(findings) - MAX_FAULTS} more (--every)")
+        print(f"{folder}: {len(findings)} faults")
+        raise typer.Exit(DataError.exit_code)
+    assert examined.index is not None
+    print(f"{folder}: step {examined.index.step}, {len(examined.index.tensors)} tensors in {examined.index.num_shards} files")
+    print(f"each is there once, finite, and what was saved{doubt}")
+
+
+def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
+    """The tensors of the model that the checkpoint's configuration describes, and a remark where there is none to ask."""
+    from moe_dist.build import state_specs
+    from moe_dist.config.schema import Config
+
+    state = examine_files(folder).state
+    saved = state.values.get("config") if state is not None else None
+    try:
+        if not isinstance(saved, dict):
+            return None, "; it has no configuration to tell which tensors there should be"
+        import json
+
+        return state_specs(Config.model_validate_json(json.dumps(saved))), ""
+    except ValueError as error:
+        return None, f"; its configuration cannot be read by this version, so layers may be missing ({error!s:.80})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
