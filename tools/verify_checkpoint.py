@@ -1,5 +1,6 @@
-"""Whether a checkpoint is whole: every tensor there exactly once, of the right shape, finite, and the bits that were saved."""
+"""Whether a checkpoint is whole: every tensor there once, of the right shape, finite, and the bits that were saved."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,9 @@ def main(
         print(f"{folder}: {len(findings)} faults")
         raise typer.Exit(DataError.exit_code)
     assert examined.index is not None
-    print(f"{folder}: step {examined.index.step}, {len(examined.index.tensors)} tensors in {examined.index.num_shards} files")
+    print(
+        f"{folder}: step {examined.index.step}, {len(examined.index.tensors)} tensors in {examined.index.num_shards} files"
+    )
     print(f"each is there once, finite, and what was saved{doubt}")
 
 
@@ -50,8 +53,6 @@ def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
     try:
         if not isinstance(saved, dict):
             return None, "; it has no configuration to tell which tensors there should be"
-        import json
-
         return state_specs(Config.model_validate_json(json.dumps(saved))), ""
     except ValueError as error:
         return None, f"; its configuration cannot be read by this version, so layers may be missing ({error!s:.80})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index, shard_file
+from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index
 from moe_dist.checkpoint.state_file import StateFile
 
 _EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>\w+)")
@@ -50,12 +50,21 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
     config = state.values.get("config")
     run = config.get("run") if isinstance(config, dict) else None
     return [
-        ("step", f"{index.step}" + (f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else "")),
+        (
+            "step",
+            f"{index.step}" + (f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""),
+        ),
         ("run", str(run.get("name", "?")) if isinstance(run, dict) else "not told"),
         ("save", index.save_id),
-        ("progress", ", ".join(f"{name} {value:,}" for name, value in counters.items() if isinstance(value, int)) or "none"),
+        (
+            "progress",
+            ", ".join(f"{name} {value:,}" for name, value in counters.items() if isinstance(value, int)) or "none",
+        ),
         ("written by", f"{state.world_size} ranks" + _layout(config)),
-        ("shards", f"{index.num_shards} of {min(s.size for s in index.shards):,} to {max(s.size for s in index.shards):,} bytes"),
+        (
+            "shards",
+            f"{index.num_shards} of {min(s.size for s in index.shards):,} to {max(s.size for s in index.shards):,} bytes",
+        ),
         ("versions", ", ".join(f"{name} {version}" for name, version in state.versions.items())),
         ("also saved", ", ".join(sorted(state.values)) or "nothing"),
     ]

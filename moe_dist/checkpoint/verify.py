@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a checkpoint, all at once: files, digests, fingerprints, values, and what is missing."""
+"""Everything that can be wrong with a checkpoint, all at once: files, digests, fingerprints, values, what is missing."""
 
 import re
 from collections import defaultdict
@@ -22,7 +22,8 @@ _EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[Finding]]:
-    """What is wrong with a checkpoint; nothing if the list is empty. Reads every byte, holds one tensor in memory at a time.
+    """What is wrong with a checkpoint; nothing if the list is empty. Reads every byte, holds one tensor
+    in memory at a time.
 
     Args:
         specs: The tensors that should be there, where they are known. Without them it follows from the names and from the
@@ -103,11 +104,10 @@ def _missing_moments(index: Index) -> list[Finding]:
 def _missing_experts(index: Index, state: StateFile) -> list[Finding]:
     """Each expert of each group in each layer that has experts, with the same matrices."""
     groups = state.placement.get("groups")
-    expected = {
-        str(group["name"]): group["num_experts"]
-        for group in (groups if isinstance(groups, list) else [])
-        if isinstance(group, dict) and isinstance(group.get("num_experts"), int)
-    }
+    expected: dict[str, int] = {}
+    for group in groups if isinstance(groups, list) else []:
+        if isinstance(group, dict) and isinstance(count := group.get("num_experts"), int):
+            expected[str(group["name"])] = count
     seen: dict[tuple[str, str], set[tuple[int, str]]] = defaultdict(set)
     for name in index.tensors:
         if match := _EXPERT.fullmatch(name):
@@ -116,13 +116,13 @@ def _missing_experts(index: Index, state: StateFile) -> list[Finding]:
     findings = []
     for layer in sorted({layer for layer, _ in seen}):
         for group, count in expected.items():
-            for expert in range(int(count)):
+            for expert in range(count):
                 for tensor in sorted(tensors):
                     if (expert, tensor) not in seen[layer, group]:
                         name = f"{layer}.moe.experts.{group}.{expert}.{tensor}"
                         findings.append(Finding("incomplete", INDEX_FILE, "is not there", name))
     for (layer, group), each in sorted(seen.items()):
-        beyond = sorted({expert for expert, _ in each if expert >= int(expected.get(group, 0))})
+        beyond = sorted({expert for expert, _ in each if expert >= expected.get(group, 0)})
         if beyond:
             detail = f"{STATE_FILE} says that group {group} has {expected.get(group, 0)} experts"
             findings.append(Finding("foreign", INDEX_FILE, detail, f"{layer}.moe.experts.{group}.{beyond[0]}"))

@@ -1,4 +1,4 @@
-"""Where two runs part: the first line of their records that differs, in what a seed makes reproducible. Imports no torch."""
+"""Where two runs part: the first line of their records that differs, in what a seed makes reproducible. No torch."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ def first_difference(
 
     Args:
         first, second: Lines of two metrics.jsonl in order.
-        rtol: Numbers differ if they are further apart than this, relative to the larger; 0 compares all bits that JSON keeps.
+        rtol: Numbers differ if they are further apart than this, relative to the larger; 0 compares all bits.
         only: Dotted prefixes of the keys to look at, as `losses` or `scalars.loss/total`; empty for all.
     """
     same = 0
