@@ -306,7 +306,9 @@ class CheckpointManager:
         way_out = self._shelf.way_out(folder)
         if isinstance(error, DamagedError):
             return DamagedError(error.head, error.findings, way_out=way_out)
-        return DataError([*error.faults, way_out], see="docs/checkpoints.md")
+        told = DataError([*error.faults, way_out], see="docs/checkpoints.md")
+        told.consequence = error.consequence
+        return told
 
 
 def _damaged(contents: Contents, name: str) -> Finding:

@@ -157,7 +157,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         )
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second of a bomb of brackets
         raise DataError(f"{path}: no JSON ({error}); see docs/data.md") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: must be an object with the keys {', '.join(Manifest.model_fields)}; see docs/data.md")

@@ -13,6 +13,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
+# Placements and layers are written out one by one: what nobody has must not fill the memory.
+Experts = Annotated[int, Field(ge=1, le=1 << 20)]
+NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
+Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
+Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 # A group's name is part of its parameters' names, so it has no dot, and is none that a torch module uses itself.
@@ -81,8 +86,8 @@ class RunSection(Section):
 class GroupSection(Section):
     """One group of experts: a token is routed inside the group of its modality."""
 
-    num_experts: PositiveInt = Field(description="True experts of the group (n).")
-    num_null: Count = Field(
+    num_experts: Experts = Field(description="True experts of the group (n).")
+    num_null: NullExperts = Field(
         default=0, description="Null experts of the group (m): choices that cost nothing. 0 is plain top-k."
     )
     num_identity: Count = Field(
@@ -164,7 +169,7 @@ class ModelSection(Section):
     """The transformer's shape."""
 
     hidden_dim: PositiveInt = Field(description="Width of the residual stream (D).")
-    num_layers: PositiveInt = Field(description="Transformer layers.")
+    num_layers: Layers = Field(description="Transformer layers.")
     num_heads: PositiveInt = Field(description="Query heads.")
     num_kv_heads: PositiveInt = Field(description="Key-value heads; fewer than num_heads is grouped-query attention.")
     head_dim: PositiveInt | None = Field(default=None, description="Width of a head; default hidden_dim / num_heads.")
@@ -238,8 +243,8 @@ DispatchSection = PerRankDispatchSection  # a union with discriminator="kind" on
 class ParallelSection(Section):
     """How ranks share the work, and in what precision."""
 
-    ep: PositiveInt = Field(default=1, description="Ranks over which the experts are sharded (an EP group).")
-    edp: PositiveInt = Field(default=1, description="EP groups, each with a copy of all experts. World size is ep x edp.")
+    ep: Ranks = Field(default=1, description="Ranks over which the experts are sharded (an EP group).")
+    edp: Ranks = Field(default=1, description="EP groups, each with a copy of all experts. World size is ep x edp.")
     data: Literal["ddp", "fsdp2"] = Field(
         default="ddp", description="Replicate the dense parameters (ddp) or shard them (fsdp2)."
     )

@@ -1,10 +1,9 @@
-"""Checkpoints of many ranks in one process: each fake rank holds plain tensors of its own, as under DDP, and takes its turn."""
+"""Checkpoints of many ranks in one process: each fake rank is a thread with plain tensors of its own, as under DDP."""
 
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.state import CheckpointState
 from moe_dist.checkpoint.vote import Ballot
@@ -69,6 +68,3 @@ def save_all(states: Sequence[CheckpointState], folder: Path, step: int) -> Path
 def load_all(states: Sequence[CheckpointState], path: Path) -> list[Restored]:
     """Loads it on all fake ranks."""
     return on_all(states, path.parent, lambda manager, state: manager.load(path, state))
-
-
-assert manager_module

@@ -1,4 +1,4 @@
-"""Random damage, from a printed seed: found before anything is trained on it, always as an error that says what is wrong."""
+"""Random damage, from a printed seed: found before anything is trained on it, as an error that says what is wrong."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_dist.checkpoint.verify import verify
 
 from moe_dist.checkpoint.contents import examine
 from moe_dist.checkpoint.index import shard_file
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.checkpoint.verify import verify
 from moe_dist.config.data_digest import data_digest, digest_faults
 from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import DataError, MoeDistError

@@ -18,8 +18,8 @@ PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 SEED, MUTATIONS = 4_711, 1_000
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 3, 7, -1, -5, 10**6, 10**30, 0.5, 1.5, -0.1, 1e-300, 1e300, float("nan"), float("inf"),
-    "", "x", "auto", "../../etc", "a\nb", "\x00", "0", "true", [], {}, [1], [0, 1], [[0, 0.1]], [None], {"kind": "top_k"}, {"a": 1},
-    "é" * 80, [[1, 2], [3]],
+    "", "x", "auto", "../../etc", "a\nb", "\x00", "0", "true", [], {}, [1], [0, 1], [[0, 0.1]], [None], {"a": 1},
+    {"kind": "top_k"}, "é" * 80, [[1, 2], [3]],
 )  # fmt: skip
 
 
@@ -56,6 +56,15 @@ def mutate(values: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any],
     return changed, kind, path
 
 
+def refusal(path: Path) -> str | None:
+    """Why a configuration is refused; None where it plans."""
+    try:
+        layout_without_data(load_config(path))
+    except MoeDistError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_mistake_is_accepted_or_named(preset: Path, tmp_path: Path) -> None:
@@ -65,10 +74,9 @@ def test_a_mistake_is_accepted_or_named(preset: Path, tmp_path: Path) -> None:
     for number in range(-(-MUTATIONS // len(PRESETS))):
         changed, kind, where = mutate(values, random.Random(f"{SEED}/{preset.stem}/{number}"))
         path.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
-        try:
-            layout_without_data(load_config(path))
-        except MoeDistError as error:
+        message = refusal(path)
+        if message is not None:
             refused += 1
             named = [str(key) for key in where if isinstance(key, str)]
-            assert any(name in str(error) for name in (named[-1], named[0])), (number, kind, where, str(error))
+            assert named[-1] in message or named[0] in message, (number, kind, where, message)
     assert refused > MUTATIONS // len(PRESETS) // 4, "the mistakes should be such"
