@@ -9,6 +9,7 @@ import typer
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.monitor.compare import Parting, first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
+from moe_dist.runtime.command_line import run_command
 
 RECORD = "metrics.jsonl"
 SHOWN = 20
@@ -50,4 +51,4 @@ def _show(parting: Parting) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -14,6 +14,7 @@ from moe_dist.checkpoint.index import shard_file
 from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import MoeDistError
+from moe_dist.runtime.command_line import run_command
 
 
 def main(
@@ -55,4 +56,4 @@ def _show(folder: Path, *, config: bool, tensors: bool) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -13,6 +13,7 @@ from moe_dist.checkpoint.index import MAX_FAULTS
 from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import DataError, MoeDistError
+from moe_dist.runtime.command_line import run_command
 
 
 def main(
@@ -59,4 +60,4 @@ def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -34,6 +34,8 @@ LAYOUTS = [
     Layout(2, 1, "interleaved", "fsdp2"),
     Layout(1, 2),
     Layout(1, 2, data="fsdp2"),  # 5 and 3 experts over edp 2: cut inside each expert
+    Layout(3, 1, "pinned"),
+    Layout(3, 1, "uneven", "fsdp2"),
     Layout(4, 1, "uneven"),  # a rank without experts
     Layout(4, 1, "uneven", "fsdp2"),
     Layout(2, 2, "interleaved"),
@@ -162,6 +164,18 @@ def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_loads_every_other(run_in_world: Callable[..., list[Any]], saved: list[Path], layout: Layout) -> None:
     run_in_world(layout.world_size, load_body, layout, saved)
+
+
+@pytest.mark.timeout(400)
+def test_eight_ranks_load_them_all_and_are_loaded(
+    run_in_world: Callable[..., list[Any]], saved: list[Path], tmp_path: Path
+) -> None:
+    """Eight processes on a few cores are slow: one call each way. tests/unit/checkpoint/test_resharding.py has the rest."""
+    eight = Layout(4, 2, "uneven", "fsdp2")
+    run_in_world(8, load_body, eight, saved, seconds=180)
+    run_in_world(8, save_body, Layout(8, 1, "pinned"), tmp_path, seconds=180)
+    for layout in (Layout(), Layout(2, 2, "interleaved", "fsdp2")):
+        run_in_world(layout.world_size, load_body, layout, [tmp_path])
 
 
 class LostError(MoeDistError):

@@ -1,0 +1,163 @@
+"""Going on from a checkpoint, on the layout that wrote it (the same bits for 20 steps and more) and on others."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.checkpoint import manager as manager_module
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.comm.traffic import Traffic
+from moe_dist.loss import AuxSettings
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.training_step import TrainingStep
+from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, placement_of
+from tests.support.worlds import RankContext
+
+SAVED_AT, LAST, BESIDE = 5, 26, 4
+AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
+FP32 = "float32"
+LAYOUTS = [
+    Layout(1, 1, precision=FP32),
+    Layout(2, 1, "pinned", precision=FP32),
+    Layout(2, 1, "uneven", "fsdp2", precision=FP32),
+    Layout(1, 2, data="fsdp2", precision=FP32),
+    Layout(4, 1, "uneven", precision=FP32),
+    Layout(2, 2, "interleaved", "fsdp2", precision=FP32),
+]
+
+
+class Resumed:
+    """One rank of a training that saves while it goes on, and may begin at a checkpoint."""
+
+    def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
+        self.rank, mesh = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+        traffic = Traffic()
+        self.parallel = build(layout, mesh, traffic)
+        placement = placement_of(layout.placement, layout.ep)
+        groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
+        self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+        self.step = TrainingStep(
+            self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic
+        )
+        self.layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
+        self.manager = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
+
+    def state(self) -> Any:
+        return capture(self.parallel.model, self.optimizer, self.layout)
+
+    def train(self, first: int, last: int, after: Callable[[int], None] = lambda _: None) -> list[tuple[float, ...]]:
+        """Losses by modality and the gradient norm of each step."""
+        each, seen = SEQUENCES // self.rank.world_size, []
+        for number in range(first, last):
+            batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
+            result = self.step(batches, lr=1e-2, aux=AUX)
+            seen.append((*result.nll_M.tolist(), result.grad_norm))
+            after(number + 1)
+        return seen
+
+
+def undisturbed_body(rank: RankContext, layout: Layout, folder: Path) -> list[tuple[float, ...]]:
+    run = Resumed(rank, layout, folder)
+    saver = Saver(run.manager, asynchronous=True)
+
+    def after(step: int) -> None:
+        saver.poll()
+        if step == SAVED_AT:
+            saver.save(step, run.state(), durable=False)
+
+    seen = run.train(0, LAST, after)
+    saver.wait()
+    return seen
+
+
+def resumed_body(rank: RankContext, layout: Layout, folder: Path, last: int) -> list[tuple[float, ...]]:
+    run = Resumed(rank, layout, folder)
+    newest = run.manager.latest()
+    assert newest == folder / f"step_{SAVED_AT}"
+    assert run.manager.load(newest, run.state()).step == SAVED_AT
+    return run.train(SAVED_AT, last)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Layout, tuple[Path, list[tuple[float, ...]]]]:
+    """For each layout the folder of its checkpoint and the losses of its run."""
+    root, runs = tmp_path_factory.mktemp("resume"), {}
+    for layout in LAYOUTS:
+        results = run_in_world(layout.world_size, undisturbed_body, layout, root / str(layout))
+        assert all(each == results[0] for each in results)
+        runs[layout] = (root / str(layout), results[0])
+    return runs
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_same_layout_goes_on_to_the_same_bits(
+    run_in_world: Callable[..., list[Any]], undisturbed: dict[Layout, Any], layout: Layout
+) -> None:
+    folder, losses = undisturbed[layout]
+    assert LAST - SAVED_AT >= 20
+    resumed = run_in_world(layout.world_size, resumed_body, layout, folder, LAST)[0]
+    assert resumed == losses[SAVED_AT:]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_another_layout_goes_on_within_fp32_rounding(
+    run_in_world: Callable[..., list[Any]], undisturbed: dict[Layout, Any], layout: Layout
+) -> None:
+    writers = [other for other in LAYOUTS if other != layout]
+    for writer in writers:
+        folder, losses = undisturbed[writer]
+        resumed = run_in_world(layout.world_size, resumed_body, layout, folder, SAVED_AT + BESIDE)[0]
+        np.testing.assert_allclose(resumed, losses[SAVED_AT : SAVED_AT + BESIDE], rtol=2e-5, err_msg=f"from {writer}")
+
+
+def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
+    """Rank 1's write is held while all ranks take steps; a twin saves the same step and waits for it."""
+    layout = Layout(2, 1, "pinned", precision=FP32)
+    go, begun, real = threading.Event(), threading.Event(), manager_module.write_shard
+
+    def held(*args: Any, **kwargs: Any) -> None:
+        begun.set()
+        if rank.rank == 1:
+            assert go.wait(60)
+        real(*args, **kwargs)
+
+    twin = Resumed(rank, layout, folder / "twin")
+    expected = twin.train(0, 3)
+    twin.manager.save(3, twin.state())
+    expected += twin.train(3, 6)
+    run = Resumed(rank, layout, folder / "run")
+    seen = run.train(0, 3)
+    saver = Saver(run.manager, asynchronous=True)
+    manager_module.write_shard = held
+    try:
+        saver.save(3, run.state(), durable=False)
+        assert begun.wait(60)
+        seen += run.train(3, 6)  # collectives of the training, while the votes of the save wait for rank 1
+        told = {"in flight": saver.in_flight, "committed": (folder / "run" / "step_3").exists()}
+        go.set()
+        saver.wait()
+    finally:
+        manager_module.write_shard = real
+    return {**told, "same": seen == expected, "latest": str(run.manager.latest())}
+
+
+def test_training_goes_on_while_a_save_is_in_flight(run_in_world: Callable[..., list[Any]], tmp_path: Path) -> None:
+    from moe_dist.checkpoint.contents import open_checkpoint
+
+    for told in run_in_world(2, in_flight_body, tmp_path):
+        assert told == {"in flight": True, "committed": False, "same": True, "latest": str(tmp_path / "run" / "step_3")}
+    ours, theirs = (open_checkpoint(tmp_path / name / "step_3").index.tensors for name in ("run", "twin"))
+    assert ours == theirs
