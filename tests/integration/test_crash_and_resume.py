@@ -28,7 +28,7 @@ def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     root = tmp_path_factory.mktemp("runs")
 
     def started(name: str) -> tuple[int, RunFolder]:
-        config = tiny_config(tiny_data, root, {**SETTINGS, "run.name": name})
+        config = tiny_config(tiny_data, root, {**SETTINGS, "run.name": name, "checkpoint.asynchronous": name != "kill"})
         path = write_config(config, root / f"{name}.yaml")
         return launch(path, program=PROGRAM), RunFolder.of(config)
 
