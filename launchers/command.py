@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
+from moe_dist.runtime.environment import PUBLISHED
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
@@ -38,7 +39,8 @@ class Plan:
         config: Path of the YAML file, readable on every node.
         overrides: `key=value`.
         ranks_per_node: Ranks of each node; ranks are counted through node by node.
-        rendezvous: Variables by which the ranks find each other, see `file_rendezvous` and `tcp_rendezvous`.
+        rendezvous: Variables by which the ranks find each other, see `published_rendezvous`, `file_rendezvous` and
+            `tcp_rendezvous`.
         attempt: How often this job was restarted.
         attempt_id: Name of this start, never used before.
         grace_seconds: Time that a rank has to stop when asked to.
@@ -70,8 +72,14 @@ def file_rendezvous(path: Path) -> dict[str, str]:
     return {"MOE_DIST_INIT_METHOD": f"file://{path.absolute()}"}
 
 
+def published_rendezvous() -> dict[str, str]:
+    """Ranks meet at a port that the kernel gives rank 0, which publishes it in the run folder for them alone: for ranks on
+    several nodes that share the folder."""
+    return {"MOE_DIST_INIT_METHOD": PUBLISHED}
+
+
 def tcp_rendezvous(host: str, port: int) -> dict[str, str]:
-    """Ranks meet at a port of the node of rank 0."""
+    """Ranks meet at a port of the node of rank 0 that somebody has chosen and kept free."""
     return {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 

@@ -55,6 +55,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist import build, session
     from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
+    from moe_dist.parallel.rendezvous import published_store
     from moe_dist.resume import Resumable
     from moe_dist.runtime.log import setup_logging
     from moe_dist.trainer import Trainer
@@ -64,7 +65,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     log = setup_logging(env, folder)
     device = session.choose_device(config, env)
     timeout = config.parallel.timeout_seconds
-    init_world(init_method=env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
+    with published_store(env, folder.path, timeout=timeout) as store:
+        init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout)
     watchdog = session.start_watchdog(config, env, folder, mesh.watch, attempt)
     training = build.build_training(config, plan.manifest, plan.placement, mesh)

@@ -52,11 +52,25 @@ class Mesh:
     watch: Watch
 
 
-def init_world(*, init_method: str, rank: int, world_size: int, device: torch.device, timeout: float) -> None:
-    """Makes the default process group: NCCL on CUDA, gloo elsewhere. `timeout` in seconds, for every collective."""
+def init_world(
+    init_method: str,
+    store: dist.Store | None = None,  # pyright: ignore[reportPrivateImportUsage]
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    timeout: float,
+) -> None:
+    """Makes the default process group: NCCL on CUDA, gloo elsewhere.
+
+    Args:
+        store: Where the ranks meet, instead of by `init_method`.
+        timeout: Seconds, for every collective.
+    """
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=init_method,
+        init_method=init_method if store is None else None,
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),

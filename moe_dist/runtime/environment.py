@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
+PUBLISHED = "published"  # rank 0 says in the run folder where it listens (runtime/rendezvous.py)
 ALONE = "tcp://127.0.0.1:0"  # a world of one process finds itself on any free port
 
 
@@ -20,7 +21,7 @@ class RankEnv:
     Attributes:
         rank, world_size: Over all nodes.
         local_rank, local_world_size: On this node; local_rank is also the index of the GPU.
-        init_method: For `torch.distributed.init_process_group`.
+        init_method: For `torch.distributed.init_process_group`; or PUBLISHED.
         attempt: How often a launcher has restarted this job; 0 is the first start.
         attempt_id: Name of this start, the same on all its ranks and different from all other starts.
         launched: Whether a launcher of ours started it: then standard error already goes into the rank's log file.
@@ -71,8 +72,8 @@ class RankEnv:
         init_method = _init_method(env, world_size)
         if not init_method:
             faults.append(
-                "the ranks cannot find each other: set MOE_DIST_INIT_METHOD (file:///a/shared/path or tcp://host:port), or "
-                "MASTER_ADDR and MASTER_PORT"
+                "the ranks cannot find each other: set MOE_DIST_INIT_METHOD (published, file:///a/shared/path or "
+                "tcp://host:port), or MASTER_ADDR and MASTER_PORT"
             )
         attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # it becomes part of file names

@@ -1,0 +1,118 @@
+"""The address that rank 0 publishes: whose it is, who takes it, and what is never taken."""
+
+import json
+import os
+import socket
+import stat
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.runtime.environment import PUBLISHED, RankEnv
+from moe_dist.runtime.ownership import RunFolderError
+from moe_dist.runtime.rendezvous import address_file, find, listening_host, publish, withdraw
+
+FIRST = RankEnv(0, 4, 0, 2, PUBLISHED, attempt=1, attempt_id="job.1")
+OTHER = replace(FIRST, rank=3)
+
+
+def test_the_other_ranks_find_what_rank_0_published_for_them_alone(tmp_path: Path) -> None:
+    path = address_file(tmp_path)
+    before = os.umask(0)
+    try:
+        address, listener = publish(path, FIRST, "127.0.0.1")
+    finally:
+        os.umask(before)
+    with listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert find(path, OTHER, wait_seconds=0.0) == address
+        assert len(address.secret) == 32
+        with socket.create_connection((address.host, address.port), timeout=10):  # it listens already
+            pass
+    withdraw(path, address)
+    withdraw(path, address)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stale", [{"attempt_id": "job.0"}, {"attempt": 0}])
+def test_what_an_earlier_attempt_left_is_never_taken(tmp_path: Path, stale: dict[str, object]) -> None:
+    path = address_file(tmp_path)
+    address, listener = publish(path, replace(FIRST, **stale), "127.0.0.1")  # type: ignore[arg-type]
+    listener.close()
+    with pytest.raises(RunFolderError, match=rf"rank 3 waited 0\.3 s .*attempt job\.1.*is of attempt {address.attempt_id}"):
+        find(path, OTHER, wait_seconds=0.3)
+    found: list[object] = []
+    waiting = threading.Thread(target=lambda: found.append(find(path, OTHER, wait_seconds=60.0)))
+    waiting.start()
+    new, listener = publish(path, FIRST, "127.0.0.1")
+    waiting.join(60.0)
+    listener.close()
+    assert found == [new]
+    withdraw(path, address)  # a late one removes nothing of the new attempt
+    assert path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": "evil"}', "\0"])
+def test_half_a_file_is_waited_for(tmp_path: Path, content: str) -> None:
+    path = address_file(tmp_path)
+    path.write_text(content)
+    path.chmod(0o600)
+    with pytest.raises(RunFolderError, match="waited"):
+        find(path, OTHER, wait_seconds=0.0)
+
+
+def test_a_file_that_others_could_write_or_a_link_is_refused(tmp_path: Path) -> None:
+    path = address_file(tmp_path)
+    address, listener = publish(path, FIRST, "127.0.0.1")
+    listener.close()
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"mode 0640.*closed to all others"):
+        find(path, OTHER, wait_seconds=0.0)
+    path.unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text(json.dumps(asdict(address)))
+    elsewhere.chmod(0o600)
+    path.symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="plain file of this user"):
+        find(path, OTHER, wait_seconds=0.0)
+
+
+def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = address_file(tmp_path)
+    _, listener = publish(path, FIRST, "127.0.0.1")
+    listener.close()
+    # The folder is ours, the file is not: as seen by a user 4242 to whom the folder belongs.
+    real = Path.stat
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+
+    def owned_by_us(self: Path, **options: bool) -> os.stat_result:
+        values = list(real(self, **options))
+        values[4] = 4242 if self == tmp_path else values[4]
+        return os.stat_result(values)
+
+    monkeypatch.setattr(Path, "stat", owned_by_us)
+    with pytest.raises(ConfigError, match=r"rendezvous\.json: belongs to"):
+        find(path, OTHER, wait_seconds=0.0)
+
+
+def test_the_host_is_one_that_the_peers_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listening_host(replace(FIRST, local_world_size=4), {}) == "127.0.0.1"
+    assert listening_host(FIRST, {"GLOO_SOCKET_IFNAME": "lo"}) == "127.0.0.1"
+    assert listening_host(FIRST, {"MOE_DIST_RENDEZVOUS_HOST": "127.0.0.3", "GLOO_SOCKET_IFNAME": "lo"}) == "127.0.0.3"
+    monkeypatch.setattr(psutil, "net_if_addrs", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("10.1.2.3", 0))])
+    assert listening_host(FIRST, {"GLOO_SOCKET_IFNAME": "ib0"}) == "10.1.2.3"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("127.0.1.1", 0))])
+    with pytest.raises(ConfigError, match=r"stands for 127\.0\.1\.1; set MOE_DIST_RENDEZVOUS_HOST"):
+        listening_host(FIRST, {})
+
+
+def test_an_address_of_another_node_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(PlacementError, match=r"cannot listen at 203\.0\.113\.7.*MOE_DIST_RENDEZVOUS_HOST"):
+        publish(address_file(tmp_path), FIRST, "203.0.113.7")
+    with pytest.raises(ConfigError, match=r"MOE_DIST_RENDEZVOUS_HOST='no\.such\.host\.invalid'"):
+        listening_host(FIRST, {"MOE_DIST_RENDEZVOUS_HOST": "no.such.host.invalid"})
