@@ -127,6 +127,11 @@ class HeldStderr:
             self._terminal.write(self._clear + self._held.popleft()[1])
             self._terminal.flush()
 
+    def say(self, text: str) -> None:
+        """Shows a line of the launcher's own at once."""
+        self._terminal.write(self._clear + text.encode() + b"\n")
+        self._terminal.flush()
+
     def finish(self, *, show: bool) -> None:
         """Reads what is left, and shows or drops all that is held. The rank has ended."""
         self._thread.join(2.0)  # a grandchild may keep the pipe open
@@ -196,6 +201,8 @@ class Ranks:
                 if signals.first is not None and not forwarded:
                     forwarded = True
                     self._send(signals.first)
+                    again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
+                    self._stderr.say(f"{signals.first.name}: saving, then stopping{again}")
                     self._kill_at = min(self._kill_at, time.monotonic() + self._patience.stop)
                 if signals.interrupts > 1 and not aborted:
                     aborted = True

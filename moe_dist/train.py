@@ -19,6 +19,7 @@ from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopRequest
+from moe_dist.runtime.startup import Startup
 
 
 def main(
@@ -52,8 +53,11 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
 
 def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) -> None:
     """Builds everything in order, then fits. Runs on every rank."""
+    startup = Startup(enabled=env.rank == 0)
+    startup.now("importing torch")
     from moe_dist import build, session
     from moe_dist.checkpoint.manager import CheckpointManager
+    from moe_dist.parallel.determinism import make_deterministic
     from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
     from moe_dist.parallel.rendezvous import published_store
     from moe_dist.resume import Resumable
@@ -61,15 +65,20 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     from moe_dist.trainer import Trainer
 
     config = plan.config
+    if config.parallel.deterministic:
+        make_deterministic()
     folder = attempt.open(config, stopped=lambda: stop.requested)
     log = setup_logging(env, folder)
     device = session.choose_device(config, env)
     timeout = config.parallel.timeout_seconds
+    startup.now("waiting for the other ranks")
     with published_store(env, folder.path, timeout=timeout) as store:
         init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout)
     watchdog = session.start_watchdog(config, env, folder, mesh.watch, attempt)
+    startup.now("building the model")
     training = build.build_training(config, plan.manifest, plan.placement, mesh)
+    startup.now("reading data")
     loader = build.build_loader(config, plan.manifest, mesh)
     evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
     checkpoints = CheckpointManager(
@@ -80,7 +89,9 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         watch=mesh.watch,
     )
     resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest)
+    startup.now("looking for a checkpoint, and loading it")
     progress = resumable.restore()
+    startup.done()
     attempt.last_step = lambda: progress.step
     log.follow(lambda: progress.step)
     with (

@@ -274,6 +274,11 @@ class ParallelSection(Section):
     dispatch: DispatchSection = Field(
         default_factory=PerRankDispatchSection, description="How rows travel to the ranks of their experts and back."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Repeat a run bit for bit on the same layout: on CUDA slower kernels instead of atomic additions, and "
+        "an error at an operation that has no repeatable form. The CPU repeats without it.",
+    )
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = Field(
         default=None,

@@ -23,6 +23,7 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.secrets import without_secrets
 
 CAUSE_SECONDS = 1.5  # within which a rank that heard of a peer's error lets the peer give the reason
 STORAGE_ERRORS = frozenset(
@@ -127,10 +128,11 @@ class Attempt:
                 self._leave(EXIT_DONE, "done")
             return
         self.exit_code, reason = verdict_of(error)
+        reason = without_secrets(reason, os.environ)
         if isinstance(error, MoeDistError):
             sys.stderr.write(f"{reason}\n")
         else:
-            traceback.print_exception(error)
+            sys.stderr.write(without_secrets("".join(traceback.format_exception(error)), os.environ))
         with contextlib.suppress(OSError, MoeDistError):  # a full disk must not hide the error; the exit code still tells
             self._let_the_cause_speak(error)
             self._leave(self.exit_code, reason)

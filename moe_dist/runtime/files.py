@@ -6,19 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str, *, before_rename: Callable[[], None] | None = None) -> None:
-    """Replaces a file: a reader sees the old or the new text whole, also after a crash of the machine. Permissions are as
-    the umask says.
+def write_atomically(path: Path, content: str | bytes, *, before_rename: Callable[[], None] | None = None) -> None:
+    """Replaces a file: a reader sees the old or the new content whole, also after a crash of the machine. Permissions are
+    as the umask says.
 
     Args:
-        before_rename: The last look before the new text takes its place (a lease's `check`); what it raises keeps the old.
+        before_rename: The last look before the new content takes its place (a lease's `check`); what it raises keeps the
+            old.
     """
     # A name that nobody can have prepared, and O_EXCL: never through a link that somebody left there.
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(descriptor, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         if before_rename is not None:

@@ -3,14 +3,17 @@
 import grp
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moe_dist.config.schema import Config, Relation
+from moe_dist.runtime.secrets import secrets_of
 
 
 def host_relations(config: Config) -> list[Relation]:
     """What this machine cannot give."""
-    return [*apex_relations(config), *group_relations(config)]
+    return [*apex_relations(config), *group_relations(config), *secret_relations(config)]
 
 
 def apex_relations(config: Config) -> list[Relation]:
@@ -55,6 +58,33 @@ def group_relations(config: Config) -> list[Relation]:
         return []
     fault = f"run.group={name!r}: you are not in that group, and cannot give it a folder; `id -Gn` lists yours"
     return [Relation(("run.group",), fault)]
+
+
+def secret_relations(config: Config) -> list[Relation]:
+    """Values that are secrets of the environment: a configuration is written into the run folder and every checkpoint."""
+    found = secrets_of(os.environ)
+    return [
+        Relation(
+            (key,),
+            f"{key}: its value contains that of the environment variable {name}, and would be written down; no key of a "
+            "configuration takes a secret: leave it in the environment (docs/security.md)",
+        )
+        for key, text in _texts(config.model_dump(mode="json"))
+        for secret, name in found.items()
+        if secret in text
+    ]
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of a configuration with their dotted keys; names of mappings count as texts."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict | list):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        for name, value in pairs:
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+            if isinstance(values, dict):
+                yield key, str(name)
 
 
 def _has_apex() -> bool:

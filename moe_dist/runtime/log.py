@@ -8,11 +8,20 @@ A launcher of ours sends standard error into log/rank_R.log already. So what goe
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.secrets import without_secrets
+
+
+class WithoutSecrets(logging.Formatter):
+    """The lines of a log, tracebacks included, without the secrets of the environment."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record), os.environ)
 
 
 class StepPrefix(logging.Filter):
@@ -58,7 +67,7 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
         handlers.append(file)
     for handler in handlers:
         handler.addFilter(prefix)
-        handler.setFormatter(logging.Formatter("%(asctime)s [%(place)s] %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(WithoutSecrets("%(asctime)s [%(place)s] %(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger("moe_dist").setLevel(level)

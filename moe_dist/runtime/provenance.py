@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import moe_dist
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.secrets import without_secrets
 
 _GIT_SECONDS = 20.0
 
@@ -19,16 +21,18 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
     """Adds an entry to <folder>/provenance.json; the diff goes into diff_<hash>.patch beside it, once for equal diffs."""
     path = folder / "provenance.json"
     entries = json.loads(path.read_text()) if path.is_file() else []
-    commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
+    commit, raw, untracked = code_state(Path(moe_dist.__file__).parent)
+    # Bytes that are no UTF-8 stay as they are through latin-1; a secret in ASCII is found all the same.
+    diff = without_secrets(raw.decode("latin-1"), os.environ).encode("latin-1")
     patch = None
     if diff:
         patch = f"diff_{hashlib.sha256(diff).hexdigest()[:12]}.patch"
-        (folder / patch).write_bytes(diff)
+        write_atomically(folder / patch, diff)
     entries.append(
         {
             "attempt_id": attempt_id,
             "time": time.time(),
-            "command": sys.argv,
+            "command": [without_secrets(argument, os.environ) for argument in sys.argv],
             "moe_dist": moe_dist.__version__,
             "commit": commit,
             "diff": patch,
@@ -40,9 +44,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             },
         }
     )
-    new = folder / ".provenance.json"
-    new.write_text(json.dumps(entries, indent=1) + "\n")
-    os.replace(new, path)
+    write_atomically(path, json.dumps(entries, indent=1) + "\n")
 
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:

@@ -146,6 +146,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_see
     assert (stopped.verdict, f"step_{stopped.last_step}") == (75, (run.checkpoints / "latest").read_text().strip())
     assert "\x1b[?25l" in terminal.shown  # rank 0 saw the terminal, and drew its bar
     assert terminal.shown.endswith("\x1b[?25h")
+    assert "SIGINT: saving, then stopping; Ctrl-C again ends now" in terminal.shown
     assert "Traceback" not in terminal.shown
 
     steps = stopped.last_step + 2

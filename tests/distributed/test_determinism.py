@@ -1,0 +1,91 @@
+"""parallel.deterministic: two runs with the same bits, several threads a rank, and proof that the switch is in force."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.loss import AuxSettings
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.determinism import make_deterministic
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.training_step import TrainingStep
+from tests.support.layouts import Layout, batch_of, build, logical, placement_of
+from tests.support.worlds import RankContext
+
+STEPS = 5
+
+
+@contextmanager
+def switched_on(threads: int) -> Iterator[None]:
+    """The switch, and so many threads, for a while: the world stands for other tests as well."""
+    before, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_num_threads(threads)
+    make_deterministic()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def trained(rank: RankContext, layout: Layout, threads: int) -> str:
+    """A hash over losses, norms and parameters of every step on this rank."""
+    with switched_on(threads):
+        mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+        traffic = Traffic()
+        parallel = build(layout, mesh, traffic)
+        placement = placement_of(layout.placement, layout.ep)
+        optimizer = make_optimizer(
+            split_parameters(parallel.model.named_parameters(), weight_decay=0.1),
+            backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
+        )  # fmt: skip
+        step = TrainingStep(
+            parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic
+        )
+        digest = hashlib.sha256()
+        for number in range(STEPS):
+            batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2)]
+            result = step(batches, lr=1e-2, aux=AuxSettings("null_averaged", 0.02, 1e-3), stop_requested=False)
+            digest.update(result.nll_M.tobytes() + np.float64(result.grad_norm).tobytes())
+            for name, value in sorted(logical(parallel, placement, mesh, gradient=False).items()):
+                digest.update(name.encode() + value.tobytes())
+        return digest.hexdigest()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_two_runs_have_the_same_bits(run_in_world: Callable[..., list[Any]], data: str, threads: int) -> None:
+    layout = Layout(2, 1, "pinned", data, precision="float32")
+    first = run_in_world(2, trained, layout, threads)
+    assert run_in_world(2, trained, layout, threads) == first
+    assert first[0] != first[1]  # each rank has experts of its own
+
+
+def repeated_write(_rank: RankContext) -> tuple[str, bool]:
+    """Writes twice to one place, whose last value is a matter of luck; without the switch, and with it."""
+
+    def write() -> None:
+        torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
+
+    write()
+    with switched_on(1):
+        filled = bool(torch.utils.deterministic.fill_uninitialized_memory)
+        try:
+            write()
+        except RuntimeError as error:
+            return str(error), filled
+    return "", filled
+
+
+def test_an_operation_of_chance_raises(run_in_world: Callable[..., list[Any]]) -> None:
+    for message, filled in run_in_world(2, repeated_write):
+        assert "does not have a deterministic implementation" in message
+        assert not filled

@@ -1,0 +1,32 @@
+"""Lines of a slow start."""
+
+import io
+import time
+
+from moe_dist.runtime.startup import Startup
+
+
+def wait_for(stream: io.StringIO, text: str) -> None:
+    deadline = time.monotonic() + 30.0
+    while text not in stream.getvalue():
+        assert time.monotonic() < deadline, stream.getvalue()
+        time.sleep(0.01)
+
+
+def test_a_slow_start_says_what_it_does_until_it_is_done() -> None:
+    stream = io.StringIO()
+    startup = Startup(enabled=True, quiet_seconds=0.05, stream=stream)
+    startup.now("importing torch")
+    wait_for(stream, "still starting after 0 s: importing torch\n")
+    startup.now("reading data")
+    wait_for(stream, ": reading data\n")
+    startup.done()
+    startup.done()
+
+
+def test_a_quick_one_and_other_ranks_say_nothing() -> None:
+    stream = io.StringIO()
+    Startup(enabled=False, quiet_seconds=0.0, stream=stream).now("x")
+    quick = Startup(enabled=True, quiet_seconds=1000.0, stream=stream)
+    quick.done()
+    assert stream.getvalue() == ""
