@@ -126,3 +126,29 @@ def test_what_recompute_and_the_budget_keep_does_not_grow_with_pairs() -> None:
     # x and y in bf16, gate, up and two intermediates of SwiGLU in bf16, weight casts of bf16: never y in fp32.
     pairs, dim, ffn = len(many), 32, 16
     assert plain <= pairs * 2 * (2 * dim + 4 * ffn) + 4 * 3 * dim * ffn * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("pair_budget", "recompute"), [(None, "none"), (7, "none"), (None, "experts"), (5, "block")])
+def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budget: int | None, recompute: str) -> None:
+    """Through the layer: chunks that cut an expert's run, a group without rows, recomputation."""
+    groups = (ExpertGroup("text", 4, 2, 3, 16, 0, ("text",)), ExpertGroup("image", 3, 0, 2, 8, 4, ("image",)))
+    results = []
+    for gemm in ("loop", "grouped"):
+        torch.manual_seed(0)
+        layer = MoELayer(
+            norm=torch.nn.Identity(),
+            router=TopKRouter(16, groups),
+            experts=Experts(16, groups, (4, 3), pair_budget=pair_budget, gemm=gemm),  # pyright: ignore[reportArgumentType]
+            dispatcher=PerRankDispatcher(ExpertPlacement(groups, (tuple(range(7)),)), Wire(None, Traffic())),
+            recompute=recompute,  # pyright: ignore[reportArgumentType]
+        )
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        h_TD = torch.randn(30, 16).to(dtype).requires_grad_()
+        y_TD, _ = layer(h_TD, torch.randint(-1, 1, (30,)))  # no image token
+        (y_TD * torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD)).sum().backward()
+        results.append([y_TD.detach(), h_TD.grad, *(parameter.grad for parameter in layer.parameters())])
+    for loop, grouped in zip(*results, strict=True):
+        bound = 16 * torch.finfo(dtype).eps * float(loop.abs().max())
+        torch.testing.assert_close(grouped, loop, rtol=0, atol=bound)
