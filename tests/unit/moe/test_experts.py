@@ -8,7 +8,8 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.moe.dispatcher import DispatchedRows
 from moe_dist.moe.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_rank import PerRankDispatcher, PerRankPlan
+from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.planning import PerRankPlan
 from moe_dist.moe.reference import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -99,7 +100,9 @@ def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None
     counts = torch.full((4,), len(row_of) // 4).tolist()
     none = Splits((0,), (0,))
     empty = torch.zeros(0, dtype=torch.int64)
-    plan = PerRankPlan("", 64, none, none, empty, empty, torch.arange(64), torch.arange(len(row_of)), row_of, tuple(counts))
+    plan = PerRankPlan(
+        "", "", 64, none, none, empty, empty, torch.arange(64), torch.arange(len(row_of)), row_of, tuple(counts)
+    )
     known = {p.untyped_storage().data_ptr() for p in (rows_RD, weight_Q, row_of, *experts.parameters())}
     kept: dict[int, int] = {}
 
