@@ -30,6 +30,7 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.pipelined import PipelinedDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.optim.adamw import MOMENTS, make_optimizer
 from moe_dist.optim.param_groups import split_parameters
@@ -60,11 +61,22 @@ def build_wire(section: ParallelSection, group: dist.ProcessGroup | None, traffi
     return CheckedWire(wire) if section.check_exchanges else wire
 
 
-def build_dispatcher(section: ParallelSection, placement: ExpertPlacement, wire: Wire) -> Dispatcher[Any]:
+def build_dispatcher(
+    section: ParallelSection, placement: ExpertPlacement, wire: Wire
+) -> Dispatcher[Any] | PipelinedDispatcher:
     """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
-    kinds = {"per_rank": PerRankDispatcher}
+    kinds = {"per_rank": _per_rank}
     fields = section.dispatch.model_dump(exclude={"kind"})
     return kinds[section.dispatch.kind](placement, wire, max_receive_rows=section.max_receive_rows, **fields)
+
+
+def _per_rank(
+    placement: ExpertPlacement, wire: Wire, *, max_receive_rows: int | None, overlap: bool, chunks: int
+) -> PerRankDispatcher | PipelinedDispatcher:
+    """The plain dispatcher, unless a timetable is asked for."""
+    if not overlap and chunks == 1:
+        return PerRankDispatcher(placement, wire, max_receive_rows=max_receive_rows)
+    return PipelinedDispatcher(placement, wire, max_receive_rows=max_receive_rows, overlap=overlap, chunks=chunks)
 
 
 def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_blocks: bool) -> ModelArgs:

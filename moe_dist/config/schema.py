@@ -235,6 +235,15 @@ class PerRankDispatchSection(Section):
         default="per_rank",
         description="One row for each (token, destination rank), whatever the number of experts it takes there.",
     )
+    overlap: bool = Field(
+        default=False,
+        description="Compute own rows and the shared expert while remote rows are in flight, in backward too. It doubles "
+        "the number of expert GEMMs.",
+    )
+    chunks: PositiveInt = Field(
+        default=1,
+        description="Ranges of tokens that a layer runs in: one is dispatched while the one before it is computed.",
+    )
 
 
 DispatchSection = PerRankDispatchSection  # a union with discriminator="kind" once there are two

@@ -34,8 +34,10 @@ class PairLayout(Protocol):
     def slot_counts(self) -> tuple[int, ...]: ...
 
 
-class DispatchPlan(PairLayout, Protocol):
+class DispatchPlan(Protocol):
     """Who goes where, for one layer and micro-batch: without gradient, and kept under recompute.
+
+    Between `dispatch` and `combine` it is a PairLayout as well.
 
     Attributes:
         num_remote_rows: Rows that leave this rank in forward, as in the ledger.

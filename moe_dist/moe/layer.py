@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts
+from moe_dist.moe.pipelined import PipelinedDispatcher
 from moe_dist.moe.routing import LayerReport, Routing, RoutingTape
 
 Recompute = Literal["none", "experts", "block"]
@@ -40,7 +41,7 @@ class MoELayer(nn.Module):
         norm: nn.Module,
         router: nn.Module,
         experts: Experts,
-        dispatcher: Dispatcher[Any],
+        dispatcher: Dispatcher[Any] | PipelinedDispatcher,
         shared: nn.Module | None = None,
         free: FreeExperts | None = None,
         recompute: Recompute = "none",
@@ -73,13 +74,19 @@ class MoELayer(nn.Module):
     def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums, free_weight_TF = self.router(h_TD, group_T, tape)
-        plan = tape.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
+        repeated = tape.plan is not None
+        plan: Any = tape.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
         tape.plan = plan
-        # Before the exchange: nothing that saves a tensor may follow combine, or `block` would repeat that exchange too.
-        shared_TD = None if self.shared is None else self.shared(h_TD)
+        # Nothing that saves a tensor may follow the way home, or `block` would repeat that exchange too.
         free_TD = None if self.free is None or free_weight_TF is None else self.free(h_TD, free_weight_TF)
-        dispatched = self.dispatcher.dispatch(h_TD, assignments.weight_N, plan)
-        y_TD = self.dispatcher.combine(self.experts(dispatched, plan), plan)
+        if isinstance(self.dispatcher, PipelinedDispatcher):
+            y_TD, shared_TD = self.dispatcher.run(
+                h_TD, assignments.weight_N, plan, experts=self.experts, shared=self.shared, repeated=repeated
+            )
+        else:
+            shared_TD = None if self.shared is None else self.shared(h_TD)
+            dispatched = self.dispatcher.dispatch(h_TD, assignments.weight_N, plan)
+            y_TD = self.dispatcher.combine(self.experts(dispatched, plan), plan)
         if free_TD is not None:
             y_TD = y_TD + free_TD
         if self.ablated:

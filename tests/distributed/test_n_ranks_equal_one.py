@@ -27,6 +27,18 @@ ONE_RANK = [
     for data, recompute, budget in product(("ddp", "fsdp2"), ("none", "experts", "block"), (None, 7))
     if (data, recompute, budget) != ("ddp", "none", None)
 ]
+TIMETABLES = [
+    Layout(2, 1, "pinned", overlap=True),
+    Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True),
+    Layout(4, 1, "uneven", "ddp", "experts", overlap=True),
+    Layout(1, 1, overlap=True, chunks=2),
+    Layout(2, 2, "pinned", "fsdp2", "block", overlap=True, chunks=3),
+    Layout(2, 1, "interleaved", chunks=2),
+    Layout(2, 2, "interleaved", "fsdp2", chunks=3),
+    Layout(4, 1, "uneven", "fsdp2", "block", chunks=2),
+    Layout(4, 2, "pinned", "ddp", "experts", overlap=True, chunks=4),
+    Layout(4, 1, "uneven", "ddp", "block", pair_budget=5, overlap=True, chunks=2),
+]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5), Layout(2, 2, "pinned", "fsdp2", "none", pair_budget=3)]
 
 
@@ -42,7 +54,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
     return run_in_world(1, train, Layout(), start)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS + ONE_RANK + EXTRA, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS + ONE_RANK + TIMETABLES + EXTRA, ids=str)
 def test_layout_equals_one_rank(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
 ) -> None:

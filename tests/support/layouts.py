@@ -52,6 +52,8 @@ class Layout:
     pair_budget: int | None = None
     capacity: float | None = None
     free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
+    overlap: bool = False
+    chunks: int = 1
 
     @property
     def world_size(self) -> int:
@@ -66,7 +68,9 @@ class Layout:
     def __str__(self) -> str:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
-        return f"ep{self.ep}-edp{self.edp}-{self.placement}-{self.data}-{self.recompute}-{self.precision}{budget}"
+        timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
+        parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
+        return "-".join(parts) + budget + timetable
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def config_of(layout: Layout) -> Config:
                 "recompute": layout.recompute,
                 "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
                 "expert_pair_budget": layout.pair_budget,
+                "dispatch": {"overlap": layout.overlap, "chunks": layout.chunks},
             },
             "evaluation": {"every": 1},
         }
