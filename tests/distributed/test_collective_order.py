@@ -59,15 +59,22 @@ def _unit(name: str) -> str:
     Layout(2, 2, "pinned", "fsdp2", pair_budget=3),
     Layout(2, 2, "interleaved", "fsdp2", "block"),
     Layout(4, 2, "uneven", "fsdp2"),
+    Layout(2, 2, "pinned", "fsdp2", overlap=True),
+    Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=3),
+    Layout(4, 2, "uneven", "fsdp2", chunks=2),
 ], ids=str)  # fmt: skip
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)
+    first, last = (" 0", f" {layout.chunks - 1}") if layout.chunks > 1 else ("", "")
+    opening = (f"dispatch rows{first}", f"combine rows backward{last}")
+    closing = (f"wait combine rows{last}", f"wait dispatch rows backward{first}")
     for events in all_events:
         inside = None
+        assert set(opening + closing) <= set(events)
         for event in events:
-            if event in ("dispatch rows", "combine rows backward"):
+            if event in opening:
                 inside = event
-            elif event in ("combine rows", "dispatch rows backward"):
+            elif event in closing:
                 inside = None
             elif inside and event.startswith(("gather", "reduce")):
                 pytest.fail(f"{event!r} falls after {inside!r} and before its partner: {events}")

@@ -11,8 +11,10 @@ import torch
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.errors import PlacementError
+from moe_dist.moe.dispatcher import DispatchedRows, PairLayout
 from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.planning import SPLIT_SIZES, PerRankPlan
+from moe_dist.moe.pipelined import PipelinedDispatcher
+from moe_dist.moe.planning import SPLIT_SIZES
 from moe_dist.moe.reference import expected_traffic
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -21,7 +23,7 @@ from tests.support.worlds import RankContext
 
 D = 3
 FORWARD = ["counts", "pair rows", "dispatch weights", "dispatch rows", "combine rows"]
-BACKWARD = ["combine rows backward", "dispatch weights backward", "dispatch rows backward"]
+EXCHANGES = ("counts", "pair rows", "dispatch", "combine")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,41 @@ def random_case(seed: int, world_size: int) -> Case:
     return Case(slots, tuple(rows))
 
 
-def run_case(rank: int, case: Case, wire: Wire, seed: int) -> None:
+@dataclass(frozen=True)
+class Timetable:
+    """A mode of the per-rank dispatcher; the plain one has two calls, the others one for the whole way."""
+
+    overlap: bool = False
+    chunks: int = 1
+
+    def forward_events(self) -> list[str]:
+        """The exchanges of a forward in the order of their calls."""
+        if self == Timetable():
+            return FORWARD
+        depart = [["dispatch weights" + name, "dispatch rows" + name] for name in self.names()]
+        events = ["counts", "pair rows", *depart[0]]
+        for index, name in enumerate(self.names()):
+            events += [*(depart[index + 1] if index + 1 < self.chunks else []), "combine rows" + name]
+        return events
+
+    def backward_events(self) -> list[str]:
+        """Those of its backward: the last chunk first, each chunk's gradients sent on while the next one's are on the way."""
+        names = self.names()[::-1]
+        events = ["combine rows backward" + names[0]]
+        for index, name in enumerate(names):
+            if index + 1 < self.chunks:
+                events.append("combine rows backward" + names[index + 1])
+            events += ["dispatch weights backward" + name, "dispatch rows backward" + name]
+        return events
+
+    def names(self) -> list[str]:
+        return [f" {chunk}" for chunk in range(self.chunks)] if self.chunks > 1 else [""]
+
+
+PLAIN = Timetable()
+
+
+def run_case(rank: int, case: Case, wire: Wire, seed: int, timetable: Timetable = PLAIN) -> None:
     """Sends a case through dispatch and combine, with 'experts' that multiply a row by their id + 1."""
     chosen = torch.from_numpy(case.experts_TK[rank])
     num_tokens, top_k = chosen.shape
@@ -70,22 +106,32 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int) -> None:
     weight_N = torch.rand(num_tokens * top_k, dtype=torch.double, generator=generator).requires_grad_()
     assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
     placement, traffic = case.placement, wire.traffic
-    dispatcher = PerRankDispatcher(placement, wire)
     traffic.take()
     assert traffic.events is not None
     traffic.events.clear()
 
-    plan = dispatcher.plan(assignments, num_tokens)
-    dispatched = dispatcher.dispatch(h_TD, weight_N, plan)
-    factor_Q = factors(placement, rank, plan)
-    pairs_QD = dispatched.rows_RD[plan.row_of_pair_Q] * (dispatched.weight_Q * factor_Q)[:, None]
-    y_TD = dispatcher.combine(torch.zeros_like(dispatched.rows_RD).index_add(0, plan.row_of_pair_Q, pairs_QD), plan)
+    def experts(dispatched: DispatchedRows, layout: PairLayout) -> torch.Tensor:
+        factor_Q = factors(placement, rank, layout)
+        pairs_QD = dispatched.rows_RD[layout.row_of_pair_Q] * (dispatched.weight_Q * factor_Q)[:, None]
+        return torch.zeros_like(dispatched.rows_RD).index_add(0, layout.row_of_pair_Q, pairs_QD)
+
+    if timetable == PLAIN:
+        dispatcher = PerRankDispatcher(placement, wire)
+        plan = dispatcher.plan(assignments, num_tokens)
+        received = sum(plan.rows.receive)
+        y_TD = dispatcher.combine(experts(dispatcher.dispatch(h_TD, weight_N, plan), plan), plan)
+    else:
+        pipelined = PipelinedDispatcher(placement, wire, overlap=timetable.overlap, chunks=timetable.chunks)
+        plan = pipelined.plan(assignments, num_tokens)
+        received = sum(sum(chunk.rows.receive) for chunk in plan.chunks)
+        y_TD, _ = pipelined.run(h_TD, weight_N, plan, experts=experts, shared=None, repeated=False)
 
     taken = assignments.taken()
     rows, pairs = expected_traffic(taken.token_N.tolist(), taken.expert_N.tolist(), placement.rank_of_expert, rank)
-    assert sum(plan.rows.send) == rows
+    assert plan.num_remote_rows == rows
     assert plan.num_remote_pairs == pairs
-    forward_bytes = (rows + sum(plan.rows.receive)) * D * 8
+    assert plan.num_pairs == len(taken.token_N)
+    forward_bytes = (rows + received) * D * 8
     assert traffic.payload_bytes == forward_bytes
 
     scale_T = torch.zeros(num_tokens, dtype=torch.double)
@@ -98,26 +144,26 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int) -> None:
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     assert traffic.payload_bytes == 2 * forward_bytes
-    expected_events = [] if wire.group is None else FORWARD + BACKWARD
-    assert [event for event in traffic.events if not event.startswith(("wait", "sync"))] == expected_events
+    expected_events = [] if wire.group is None else timetable.forward_events() + timetable.backward_events()
+    assert [event for event in traffic.events if event.startswith(EXCHANGES)] == expected_events
     assert sorted(event for event in traffic.events if event.startswith("wait")) == sorted(
         f"wait {name}" for name in expected_events
     )
     assert [event for event in traffic.events if event.startswith("sync")] == [f"sync {SPLIT_SIZES}"]
 
 
-def factors(placement: ExpertPlacement, rank: int, plan: PerRankPlan) -> torch.Tensor:
+def factors(placement: ExpertPlacement, rank: int, plan: PairLayout) -> torch.Tensor:
     """Expert id + 1 of each pair computed here, in slot order."""
     ids = torch.tensor(placement.slots[rank], dtype=torch.double) + 1
     return ids.repeat_interleave(torch.tensor(plan.slot_counts, dtype=torch.int64))
 
 
-def run_cases(rank: RankContext, seeds: range) -> int:
+def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> int:
     """Body of a standing world: a run of random cases, and their total payload against 2 R D itemsize each way."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
     wire = Wire(mesh.ep if rank.world_size > 1 else None, Traffic(events=[]))
     for seed in seeds:
-        run_case(rank.rank, random_case(seed, rank.world_size), wire, seed)
+        run_case(rank.rank, random_case(seed, rank.world_size), wire, seed, timetable)
     return len(seeds)
 
 
@@ -132,6 +178,15 @@ def test_ledger_equals_the_closed_form_on_random_routings(
     if world_size > 1:
         assert any(() in case.slots for case in cases)
     assert run_in_world(world_size, run_cases, seeds, seconds=110) == [len(seeds)] * world_size
+
+
+@pytest.mark.parametrize("timetable", [Timetable(overlap=True), Timetable(chunks=2), Timetable(True, 3)], ids=str)
+@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(80)), (2, range(150)), (4, range(105))], ids=str)
+def test_so_it_does_on_every_timetable(
+    run_in_world: Callable[..., list[Any]], world_size: int, seeds: range, timetable: Timetable
+) -> None:
+    """1,005 routings in all: the same rows and bytes, values and gradients, and exchanges in one order on all ranks."""
+    assert run_in_world(world_size, run_cases, seeds, timetable, seconds=110) == [len(seeds)] * world_size
 
 
 #   rank 0 holds experts 0 1 3, rank 1 holds expert 2, rank 2 holds none; x marks a null choice
