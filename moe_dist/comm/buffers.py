@@ -34,6 +34,10 @@ class RowBuffers:
         storage = rows.untyped_storage()
         self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore
 
+    def clear(self) -> None:
+        """Forgets the storages that are free now."""
+        self._free.clear()
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the storages that are free now."""

@@ -10,10 +10,10 @@ rank issues all of them, in this order, whatever its sizes.
 
 Host syncs: one a layer, in `plan`, for the split sizes of rows, pairs and experts together.
 
-Memory in bytes, with item the size of one element: dispatch makes R x D x item, which lives as long as the experts need
-it, combine T x D x item (and T x D x 4 while it sums, below fp32); the exchanges of all layers share S x D x item, of the
-largest layer so far. Neither keeps a tensor for backward but the plan, of 8 bytes for each taken pair of this rank's
-tokens, each row in S and O and, twice, each of Q.
+Memory, with item the size of one element: (R + S + T) x D x item at most, in forward and in backward; S of these rows are a
+buffer that the exchanges of all layers share, R live until the experts have gathered their inputs, T are y. Below fp32 the
+sum of T x D x 4 bytes stands beside it. Nothing is kept for backward but the plan: 8 bytes for each taken pair of this
+rank's tokens, each row in S and O and, twice, each pair in Q.
 """
 
 from typing import Any

@@ -123,7 +123,8 @@ class _Counts:
     def slot_counts(self, chunk: int, *, with_own: bool) -> tuple[int, ...]:
         """Pairs of each of this rank's slots in a chunk."""
         holders = [r[chunk][1:] for rank, r in enumerate(self.received) if with_own or rank != self.own]
-        return tuple(sum(column) for column in zip(*holders, strict=True))
+        none = [0] * (len(self.received[self.own][chunk]) - 1)  # of a single rank whose own pairs are apart
+        return tuple(sum(column) for column in zip(none, *holders, strict=True))
 
     def _splits(self, sent: list[int], received: list[int]) -> Splits:
         return Splits(split_sizes(sent, self.own), split_sizes(received, self.own))

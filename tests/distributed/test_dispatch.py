@@ -81,7 +81,7 @@ class Timetable:
         return events
 
     def backward_events(self) -> list[str]:
-        """Those of its backward: the last chunk first, each chunk's gradients sent on while the next one's are on the way."""
+        """Those of its backward: the last chunk first, its gradients sent on while the next one's are on the way."""
         names = self.names()[::-1]
         events = ["combine rows backward" + names[0]]
         for index, name in enumerate(names):
