@@ -136,12 +136,27 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     return place
 
 
+class _OrderedBuckets(DistributedDataParallel):
+    """DDP whose buckets hold the parameters from the last to the first, about as their gradients come, from the first step.
+
+    Left alone it orders its buckets anew after the first backward. Where an element lies in its bucket decides in which
+    order a ring of three or more ranks adds it up, so the first step after a resume would differ in its last bits from the
+    same step of the undisturbed run.
+    """
+
+    def _build_params_for_reducer(self) -> Any:
+        parameters, sparse = super()._build_params_for_reducer()  # pyright: ignore
+        return parameters[::-1], sparse[::-1]
+
+
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     """DDP over the dense parameters alone, summing instead of averaging. Buffers are constants: nothing to broadcast."""
     ignored = [name for name, _ in model.named_parameters() if kind_of(name) != "dense"]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    wrapped = DistributedDataParallel(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
+    wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
+    wrapped.reducer._push_all_rebuilt_params()
+    wrapped.reducer._rebuild_buckets()
     wrapped.register_comm_hook(mesh.world, _sum_hook)
     return wrapped
 
