@@ -137,6 +137,7 @@ def _build(
                 placement.groups,
                 [len(placement.local_experts(wire.rank, group)) for group in placement.groups],
                 pair_budget=settings.expert_pair_budget,
+                gemm=settings.expert_gemm,
             ),
             dispatcher=PerRankDispatcher(placement, wire, max_receive_rows=settings.max_receive_rows),
             recompute=_recompute(config),

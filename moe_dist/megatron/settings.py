@@ -50,13 +50,17 @@ class ExpertSettings(Section):
         default=None,
         description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks.",
     )
+    expert_gemm: Literal["auto", "grouped", "loop"] = Field(
+        default="auto",
+        description="The experts' products: torch's grouped GEMM, a loop over experts, or whichever is faster.",
+    )
     max_receive_rows: PositiveInt | None = Field(
         default=None, description="Bound of the rows a rank may receive in one layer, an error before the buffer is made."
     )
 
     def expert_groups(self) -> tuple[ExpertGroup, ...]:
         """The groups as plain values, their experts numbered through."""
-        return expert_groups(MoESection(groups=self.groups))
+        return expert_groups(MoESection.model_construct(groups=self.groups))  # judged where they were read
 
     def group_of_modality(self) -> tuple[int, ...]:
         """For each modality, in the order in which the groups name them, the index of its group."""
@@ -71,10 +75,19 @@ class ExpertSettings(Section):
         return make_placement(self.placement, self.expert_groups(), num_ranks=num_ranks, token_mix={})
 
     def broken_relations(self) -> list[Relation]:
-        return [
+        broken = [
             Relation(relation.keys, relation.fault.replace("model.moe.groups", "groups"))
             for relation in group_relations(self.expert_groups())
         ]
+        for name, group in self.groups.items():
+            for key in ("num_identity", "num_constant"):
+                if count := getattr(group, key):
+                    fault = f"groups.{name}.{key}={count}: free experts are not covered inside Megatron; set 0"
+                    broken.append(Relation((f"groups.{name}.{key}",), fault))
+        if self.router.selection_bias:
+            fault = "router.selection_bias=true: not covered inside Megatron; set false, and balance by moe_aux_loss_coeff"
+            broken.append(Relation(("router.selection_bias",), fault))
+        return broken
 
 
 def read_settings(path: str | Path) -> ExpertSettings:

@@ -3,15 +3,13 @@
 Four ranks; the oracle is our transformer on one rank over the whole batch. Megatron's groups, DDP and gradient reduction.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.megatron_cpu import megatron_on_cpu, model_parallel
 from tests.support.megatron_model import (
     HIDDEN_DIM,
     MOE_LAYERS,
@@ -20,69 +18,14 @@ from tests.support.megatron_model import (
     Layout,
     TokenBatch,
     aux_values,
-    batch_of,
     causal_mask,
-    decoder_spec,
-    gpt_model,
     gradients_of,
     largest_difference,
-    megatron_tensors,
     our_loss,
-    our_model,
-    set_weights,
-    transformer_config,
     with_layers_of,
 )
+from tests.support.megatron_run import SEQUENCES, build, expected_gradients, megatron, tracked
 from tests.support.worlds import RankContext
-
-SEQUENCES = 8  # over all data-parallel ranks
-
-
-@contextlib.contextmanager
-def megatron(layout: Layout) -> Iterator[Any]:
-    with megatron_on_cpu(), model_parallel(ep=layout.ep, tp=layout.tp, pp=layout.pp):
-        from megatron.core import parallel_state
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-        yield parallel_state
-
-
-def wrapped(model: Any, config: Any, **options: Any) -> Any:
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, **options)
-    return DistributedDataParallel(config, settings, model)
-
-
-def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]:
-    """Megatron's model (in its DDP) and ours, with the same weights; this rank's batch and all ranks'."""
-    settings, config = layout.settings, transformer_config(layout)
-    ours = our_model(settings)
-    model = gpt_model(config, decoder_spec(layout, config))
-    set_weights(
-        model,
-        megatron_tensors(
-            dict(ours.named_parameters()),
-            settings.place(layout.ep),
-            ep_rank=state.get_expert_model_parallel_rank(),
-            tp_rank=state.get_tensor_model_parallel_rank(),
-            tp_size=layout.tp,
-        ),
-    )
-    whole = batch_of(SEQUENCES, settings)
-    each = SEQUENCES // state.get_data_parallel_world_size()
-    return wrapped(model, config), ours, whole.part(state.get_data_parallel_rank() * each, each), whole
-
-
-def expected_gradients(layout: Layout, ours: Any, state: Any) -> dict[str, torch.Tensor]:
-    return megatron_tensors(
-        {name: parameter.grad for name, parameter in ours.named_parameters()},
-        layout.settings.place(layout.ep),
-        ep_rank=state.get_expert_model_parallel_rank(),
-        tp_rank=state.get_tensor_model_parallel_rank(),
-        tp_size=layout.tp,
-    )
 
 
 def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int:
@@ -131,11 +74,13 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
             layer.traffic.take()
         losses = model(mine.tokens_BS, mine.positions, causal_mask(), labels=mine.labels_BS, padding_mask=mine.modality_BS)
         forward = sum(layer.traffic.payload_bytes for layer in with_layers_of(model))
-        losses.mean().backward()
+        per_token = model.config.calculate_per_token_loss
+        counted = mine.modality_BS >= 0
+        (losses[counted].sum() if per_token else losses.mean()).backward()
         both = sum(layer.traffic.payload_bytes for layer in with_layers_of(model))
-        finalize_model_grads([model], None)
+        finalize_model_grads([model], counted.sum() if per_token else None)
 
-        loss, expected_logits = our_loss(ours, whole, layout.settings, aux=layout.aux)
+        loss, expected_logits = our_loss(ours, whole, layout.settings, aux=layout.aux, masked=per_token)
         loss.backward()
         each = mine.tokens_BS.shape[0]
         first = state.get_data_parallel_rank() * each
@@ -152,28 +97,6 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
         }
 
 
-def tracked() -> dict[str, list[float]]:
-    """Megatron's tracker after its own reduction, by layer."""
-    try:
-        from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
-            destroy_moe_metrics_tracker,
-            get_moe_metrics_tracker,
-        )
-    except ImportError:
-        from megatron.core.transformer.moe import moe_utils
-
-        moe_utils.reduce_aux_losses_tracker_across_ranks()
-        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-        values = {name: entry["values"].tolist() for name, entry in tracker.items()}
-        tracker.clear()
-        return values
-    tracker = get_moe_metrics_tracker()
-    tracker._sync_metrics(list(tracker.metrics))
-    values = {name: entry.values.tolist() for name, entry in tracker.metrics.items()}
-    destroy_moe_metrics_tracker()
-    return values
-
-
 LAYOUTS = [
     Layout(ep=1),
     Layout(ep=2),
@@ -183,7 +106,13 @@ LAYOUTS = [
     Layout(ep=4, values=ONE_GROUP),
     Layout(ep=4, tp=2),
     Layout(ep=2, tp=2, uneven=True),
+    Layout(ep=2, options={"calculate_per_token_loss": True}),
+    Layout(ep=4, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    Layout(ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
 ]
+# Exchanges of rows in forward and backward: our recompute keeps the routing and does not repeat combine, Megatron's own
+# wraps the layer and repeats both.
+EXCHANGES = {"selective": 5, "full": 6}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -197,7 +126,7 @@ def test_megatrons_model_with_our_layer_gives_what_ours_gives(
         assert difference <= 1e-5, where
         forward, both, rows = outcome["bytes"]
         assert forward == 2 * rows * HIDDEN_DIM * 4
-        assert both == 4 * rows * HIDDEN_DIM * 4
+        assert both == EXCHANGES.get(layout.options.get("recompute_granularity"), 4) * rows * HIDDEN_DIM * 4
         assert (rows > 0) == (layout.ep > 1)
         for name, expected in outcome["aux"].items():
             assert [outcome["tracked"][name][layer] for layer in MOE_LAYERS] == pytest.approx(expected, rel=1e-5)

@@ -6,7 +6,8 @@
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
 compares `Tensor.type()` with CUDA's names. Inside the context those names point at neutral stand-ins, and nowhere else:
 `replacements` is the exact list, each is put back on leaving. A stream does nothing, since on a CPU all is in order.
-It works with megatron-core 0.16.1 and 0.19.x. Numbers that it gives are right; times are those of a CPU.
+Functions that megatron compiles stay as written. It works with megatron-core 0.16.1 and 0.19.x. Numbers that it gives are
+right; times are those of a CPU.
 """
 
 import contextlib
@@ -82,6 +83,11 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
     return constructor
 
 
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """A function as it stands; also as a decorator with options."""
+    return function or (lambda decorated: decorated)
+
+
 def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Tensor.type()` says torch.cuda.FloatTensor: megatron's optimizers compare with that name."""
 
@@ -131,6 +137,8 @@ def cuda_replacements() -> Sequence[Replacement]:
             for name in ("FloatTensor", "IntTensor", "LongTensor")
         ),
         *(Replacement(f"torch.{name}", torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
+        # At import megatron wraps its fused functions in it, which loads the whole compiler: 10 s a process.
+        Replacement("torch.compile", torch, "compile", _uncompiled),
         Replacement("torch.Stream", torch, "Stream", IdleStream),
         Replacement("torch.Tensor.cuda", torch.Tensor, "cuda", lambda self, *_, **__: self),
         Replacement("torch.Tensor.type", torch.Tensor, "type", _typed_as_cuda(torch.Tensor.type)),

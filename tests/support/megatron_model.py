@@ -244,11 +244,14 @@ def causal_mask() -> Tensor:
     return ~torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()[None, None]
 
 
-def our_loss(model: Transformer, batch: TokenBatch, settings: ExpertSettings, *, aux: bool) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy over all tokens plus the aux terms, and the logits: the oracle, on one rank."""
+def our_loss(
+    model: Transformer, batch: TokenBatch, settings: ExpertSettings, *, aux: bool, masked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The oracle: mean cross entropy over all tokens (masked: that are no padding) plus the aux terms, and the logits."""
     groups = torch.tensor([*settings.group_of_modality(), -1])[batch.modality_BS]
     logits, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
-    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten())
+    labels = batch.labels_BS.masked_fill(batch.modality_BS < 0, -100) if masked else batch.labels_BS
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     tables = ColumnTables.on(settings.expert_groups(), torch.device("cpu"))
     for report in reports if aux else ():
         sums = report.sums

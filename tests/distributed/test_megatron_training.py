@@ -1,0 +1,277 @@
+"""Megatron's own machinery around our layer: its stock MoE layer beside ours, pipeline stages, optimizer, checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.placement.placement import ExpertPlacement
+from tests.support.megatron_model import (
+    BALANCE,
+    MOE_LAYERS,
+    ONE_GROUP,
+    Layout,
+    TokenBatch,
+    batch_of,
+    causal_mask,
+    decoder_spec,
+    gpt_model,
+    gradients_of,
+    largest_difference,
+    megatron_tensors,
+    our_loss,
+    our_model,
+    set_weights,
+    stage_layers,
+    transformer_config,
+)
+from tests.support.megatron_run import (
+    SEQUENCES,
+    build,
+    checkpoint_writers,
+    expected_gradients,
+    megatron,
+    place_of,
+    wrapped,
+)
+from tests.support.worlds import RankContext
+
+LR, CLIP, STEPS = 1e-2, 0.3, 3
+ADAM_EPS = 1e-3  # not so small that Adam makes whole steps of the last bits of a gradient near zero
+
+
+# --- Megatron's own MoE layer
+
+
+def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep_rank: int) -> dict[str, torch.Tensor]:
+    """Parameters of a rank with our layer, as those with Megatron's: one expert a module, gate and up in one matrix."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if ".mlp.moe.experts." not in name:
+            name = name.replace("mlp.moe.router.all.true", "mlp.router.weight")
+            renamed[name.replace("mlp.moe.shared.", "mlp.shared_experts.")] = tensor
+    for layer in MOE_LAYERS:
+        prefix = f"decoder.layers.{layer}.mlp"
+        gate, up, down = (tensors[f"{prefix}.moe.experts.all.{name}"] for name in ("gate", "up", "down"))
+        for slot in range(len(placement.slots[ep_rank])):
+            expert = f"{prefix}.experts.local_experts.{slot}"
+            renamed[f"{expert}.linear_fc1.weight"] = torch.cat([gate[slot], up[slot]])
+            renamed[f"{expert}.linear_fc2.weight"] = down[slot]
+    return renamed
+
+
+def forward_and_gradients(model: Any, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    from megatron.core.distributed import finalize_model_grads
+
+    model.zero_grad_buffer()
+    with torch.no_grad():
+        logits = model.eval()(batch.tokens_BS, batch.positions, causal_mask())
+    losses = model.train()(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS)
+    losses.mean().backward()
+    finalize_model_grads([model], None)
+    return logits, {name.removeprefix("module."): gradient for name, gradient in gradients_of(model).items()}
+
+
+def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float, str], float]:
+    with megatron(layout) as state:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        model, ours, mine, _ = build(layout, state)
+        placement, ep_rank = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
+        # Megatron's loss is ours over top_k, and the average over data-parallel ranks takes a part of it.
+        coefficient = BALANCE * 2 * state.get_data_parallel_world_size()
+        config = transformer_config(Layout(ep=layout.ep, values=layout.values, options={"moe_aux_loss_coeff": coefficient}))
+        stock = gpt_model(config, get_gpt_decoder_block_spec(config, False, normalization="RMSNorm"))
+        tensors = megatron_tensors(dict(ours.named_parameters()), placement, **place_of(state))
+        set_weights(stock, stock_names(tensors, placement, ep_rank))
+        logits, gradients = forward_and_gradients(model, mine)
+        stock_logits, stock_gradients = forward_and_gradients(wrapped(stock, config), mine)
+        expected = stock_names(gradients, placement, ep_rank)
+        assert stock_gradients.keys() == expected.keys()
+        scale = max(float(gradient.abs().max()) for gradient in stock_gradients.values())
+        return float((logits - stock_logits).abs().max()), largest_difference(stock_gradients, expected), scale
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_megatrons_own_layer_gives_the_same_without_null_experts(
+    run_with_megatron: Callable[..., list[Any]], ep: int
+) -> None:
+    for logits, (gradients, where), scale in run_with_megatron(
+        4, beside_stock, Layout(ep=ep, values=ONE_GROUP), seconds=100
+    ):
+        assert logits <= 1e-5
+        assert gradients <= 1e-5, where
+        assert scale > 1e-2
+
+
+# --- pipeline stages
+
+
+def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[float, str]:
+    """Two stages under Megatron's 1F1B schedule; every stage gets the modality ids of the whole sequence."""
+    with megatron(layout) as state:
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        stage = state.get_pipeline_model_parallel_rank()
+        layers, settings, config = stage_layers(layout, stage), layout.settings, transformer_config(layout)
+        ours = our_model(settings)
+        first, last = state.is_pipeline_first_stage(), state.is_pipeline_last_stage()
+        model = gpt_model(config, decoder_spec(layout, config, stage=stage), pre_process=first, post_process=last)
+        weights = dict(ours.named_parameters())
+        set_weights(model, megatron_tensors(weights, settings.place(layout.ep), layers=layers, **place_of(state)))
+        model = wrapped(model, config)
+        config.finalize_model_grads_func = finalize_model_grads
+        batches = [batch_of(SEQUENCES, settings, seed=seed) for seed in range(micro_batches)]
+        each = SEQUENCES // state.get_data_parallel_world_size()
+        mine = [batch.part(state.get_data_parallel_rank() * each, each) for batch in batches]
+
+        def loss_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return losses.mean(), {}
+
+        def step(iterator: Any, stage_model: Any) -> tuple[torch.Tensor, Any]:
+            batch = next(iterator)
+            labels = batch.labels_BS if last else None
+            output = stage_model(
+                batch.tokens_BS, batch.positions, causal_mask(), labels=labels, padding_mask=batch.modality_BS
+            )
+            return output, loss_of
+
+        model.zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(mine),
+            model=[model],
+            num_microbatches=micro_batches,
+            seq_length=mine[0].tokens_BS.shape[1],
+            micro_batch_size=each,
+            forward_only=False,
+        )
+        for batch in batches:
+            loss, _ = our_loss(ours, batch, settings, aux=True)
+            (loss / micro_batches).backward()
+        gradients = {name.removeprefix("module."): gradient for name, gradient in gradients_of(model).items()}
+        return largest_difference(gradients, expected_gradients(layout, ours, state, layers))
+
+
+@pytest.mark.parametrize("layout", [Layout(ep=2, pp=2, uneven=True), Layout(ep=2, tp=2, pp=2)], ids=str)
+def test_modality_ids_reach_later_pipeline_stages(run_with_megatron: Callable[..., list[Any]], layout: Layout) -> None:
+    for difference, where in run_with_megatron(4, pipeline, layout, 2, seconds=100):
+        assert difference <= 1e-5, where
+
+
+# --- optimizer and checkpoints
+
+
+def optimizer_of(model: Any) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=LR,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=ADAM_EPS,
+        clip_grad=CLIP,
+        use_distributed_optimizer=False,
+        params_dtype=torch.float32,
+    )
+    return get_megatron_optimizer(config, [model])
+
+
+def take_step(model: Any, optimizer: Any, batch: TokenBatch) -> float:
+    """One step of Megatron; returns its gradient norm before clipping."""
+    from megatron.core.distributed import finalize_model_grads
+
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = model(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS, padding_mask=batch.modality_BS)
+    losses.mean().backward()
+    finalize_model_grads([model], None)
+    successful, norm, _ = optimizer.step()
+    assert successful
+    return float(norm)
+
+
+def our_steps(layout: Layout, steps: int) -> tuple[Any, list[float]]:
+    """The oracle: our model on one rank with torch's AdamW; the model, and each step's gradient norm."""
+    model = our_model(layout.settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0.0)
+    norms = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss, _ = our_loss(model, batch_of(SEQUENCES, layout.settings, seed=step), layout.settings, aux=True)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        optimizer.step()
+    return model, norms
+
+
+def batch_at(layout: Layout, step: int, state: Any) -> TokenBatch:
+    each = SEQUENCES // state.get_data_parallel_world_size()
+    return batch_of(SEQUENCES, layout.settings, seed=step).part(state.get_data_parallel_rank() * each, each)
+
+
+def parameter_difference(model: Any, ours: Any, layout: Layout, state: Any) -> tuple[float, str]:
+    expected = megatron_tensors(
+        {name: parameter.detach() for name, parameter in ours.named_parameters()},
+        layout.settings.place(layout.ep),
+        **place_of(state),
+    )
+    parameters = {name.removeprefix("module."): parameter.detach() for name, parameter in model.named_parameters()}
+    return largest_difference(parameters, expected)
+
+
+def saved_state(model: Any, optimizer: Any, *, is_loading: bool = False) -> dict[str, Any]:
+    state = {"model": model.module.sharded_state_dict()}
+    state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading)
+    return state
+
+
+def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -> dict[str, Any]:
+    """Three steps on one layout, saved; then a fourth on that one and on each other layout, from the checkpoint."""
+    folder = Path(rank.folder) / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    after_three, _ = our_steps(first, STEPS)
+    after_four, all_norms = our_steps(first, STEPS + 1)
+    outcome: dict[str, Any] = {"expected_norms": all_norms, "differences": []}
+    with megatron(first) as state:
+        from megatron.core import dist_checkpointing
+
+        model, _, _, _ = build(first, state)
+        optimizer = optimizer_of(model)
+        outcome["norms"] = [take_step(model, optimizer, batch_at(first, step, state)) for step in range(STEPS)]
+        outcome["differences"].append(parameter_difference(model, after_three, first, state))
+        with checkpoint_writers():
+            dist_checkpointing.save(saved_state(model, optimizer), str(folder))
+    for layout in then:
+        with megatron(layout) as state:
+            model, _, _, _ = build(layout, state)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(float("nan"))  # whatever is not loaded shows
+            optimizer = optimizer_of(model)
+            loaded = dist_checkpointing.load(saved_state(model, optimizer, is_loading=True), str(folder))
+            model.module.load_state_dict(loaded["model"])
+            optimizer.load_state_dict(loaded["optimizer"])
+            outcome["norms"].append(take_step(model, optimizer, batch_at(layout, STEPS, state)))
+            outcome["differences"].append(parameter_difference(model, after_four, layout, state))
+    return outcome
+
+
+UNEVEN, EVEN, FOLDED = Layout(ep=4, uneven=True), Layout(ep=2), Layout(ep=4, tp=2)
+
+
+@pytest.mark.parametrize(("first", "then"), [(UNEVEN, [UNEVEN, EVEN]), (FOLDED, [UNEVEN])], ids=["uneven", "folded"])
+def test_trains_and_goes_on_from_a_checkpoint_at_any_ep(
+    run_with_megatron: Callable[..., list[Any]], first: Layout, then: list[Layout]
+) -> None:
+    for outcome in run_with_megatron(4, train_save_and_go_on, first, then, seconds=60):
+        expected = outcome["expected_norms"][:STEPS] + outcome["expected_norms"][STEPS:] * len(then)
+        assert outcome["norms"] == pytest.approx(expected, rel=1e-5)
+        assert expected[0] > CLIP  # the bound acts
+        for difference, where in outcome["differences"]:
+            assert difference <= 1e-5, where

@@ -1,0 +1,50 @@
+"""Modality ids of tokens, and the part of them that belongs to a rank."""
+
+import pytest
+import torch
+
+from moe_dist.errors import ConfigError
+from moe_dist.megatron.modality import groups_of_rank, modality_of_tokens
+
+IDS_BS = torch.tensor([[0, 1, 2, -1], [2, 0, 0, 1]])
+GROUP_OF_MODALITY = torch.tensor([0, 1, 1, -1])
+# Hidden states are [s, B, D]: position 0 of both sequences, then position 1 of both, ...
+GROUPS = [0, 1, 1, 0, 1, 0, -1, 1]
+
+
+def test_modality_by_vocabulary_range() -> None:
+    tokens_BS = torch.tensor([[0, 9, 10, 19], [20, 29, 30, 31]])
+    ids_BS = modality_of_tokens(tokens_BS, [[(0, 10), (30, 31)], [(10, 20)], [(20, 30)]])
+    assert ids_BS.tolist() == [[0, 0, 1, 1], [2, 2, 0, -1]]
+
+
+def test_ids_in_the_order_of_hidden_states() -> None:
+    groups_T = groups_of_rank(IDS_BS, GROUP_OF_MODALITY, length=4, batch=2, tp_rank=0, tp_size=1)
+    assert groups_T.tolist() == GROUPS
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1])
+def test_a_rank_cuts_its_part_out_of_the_whole_and_takes_a_scattered_one_as_it_is(tp_rank: int) -> None:
+    expected = GROUPS[tp_rank * 4 : tp_rank * 4 + 4]
+    scattered = IDS_BS[:, tp_rank * 2 : tp_rank * 2 + 2]
+    for mask_BS in (IDS_BS, scattered):
+        groups_T = groups_of_rank(mask_BS, GROUP_OF_MODALITY, length=2, batch=2, tp_rank=tp_rank, tp_size=2)
+        assert groups_T.tolist() == expected
+
+
+def test_one_modality_takes_megatrons_boolean_mask_or_none() -> None:
+    one = torch.tensor([0, -1])
+    mask_BS = torch.tensor([[False, True], [True, False]])
+    assert groups_of_rank(mask_BS, one, length=2, batch=2, tp_rank=0, tp_size=1).tolist() == [0, -1, -1, 0]
+    assert groups_of_rank(None, one, length=2, batch=2, tp_rank=0, tp_size=1).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("mask_BS", [None, torch.zeros(2, 4, dtype=torch.bool)])
+def test_several_modalities_need_ids(mask_BS: torch.Tensor | None) -> None:
+    with pytest.raises(ConfigError, match=r"3 modalities; pass their ids as an int64 tensor"):
+        groups_of_rank(mask_BS, GROUP_OF_MODALITY, length=4, batch=2, tp_rank=0, tp_size=1)
+
+
+def test_ids_of_another_shape_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"shape \(2, 4\) fits neither \[batch=2, 3\]"):
+        groups_of_rank(IDS_BS, GROUP_OF_MODALITY, length=3, batch=2, tp_rank=0, tp_size=2)

@@ -1,0 +1,72 @@
+"""Expert settings: read as written, and every fault said at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dist.errors import ConfigError
+from moe_dist.megatron.settings import read_settings, settings_from_environment
+
+GOOD = """
+groups:
+  text: {num_experts: 5, num_null: 3, top_k: 3, ffn_dim: 6}
+  image: {num_experts: 3, top_k: 2, ffn_dim: 10, modalities: [image, video]}
+placement: {policy: explicit, slots: [[text/0, text/1, text/2, text/3, text/4], [image/0, image/1, image/2], []]}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "experts.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_reads_groups_modalities_and_placement(tmp_path: Path) -> None:
+    settings = read_settings(written(tmp_path, GOOD))
+    assert settings.group_of_modality() == (0, 1, 1)
+    placement = settings.place(3)
+    assert placement.slots == ((0, 1, 2, 3, 4), (5, 6, 7), ())
+    assert [group.num_null for group in placement.groups] == [3, 0]
+
+
+def test_says_every_fault_at_once(tmp_path: Path) -> None:
+    text = """
+groups:
+  text: {num_experts: 2, top_k: 3, ffn_dim: 6}
+  image: {num_experts: none, top_k: 2, ffn_dim: 10, modalities: [text], num_identity: 2}
+router: {selection_bias: true}
+placment: {policy: interleaved}
+"""
+    with pytest.raises(ConfigError) as caught:
+        read_settings(written(tmp_path, text))
+    said = str(caught.value)
+    assert "groups.image.num_identity=2: free experts are not covered" in said
+    assert "router.selection_bias=true: not covered" in said
+    for part in ("groups.text: top_k=3", "groups.image.num_experts", "modality 'text'", "placment", "docs/megatron.md"):
+        assert part in said
+
+
+@pytest.mark.parametrize(("text", "said"), [("[1]", "mapping"), ("groups: {a: [", "experts.yaml"), ("", "mapping")])
+def test_a_file_that_is_no_settings(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_settings(written(tmp_path, text))
+
+
+def test_the_environment_names_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD)
+    assert settings_from_environment({"MOE_DIST_EXPERTS": str(path)}) == read_settings(path)
+    with pytest.raises(ConfigError, match="MOE_DIST_EXPERTS is not set"):
+        settings_from_environment({})
+    with pytest.raises(ConfigError, match="cannot be read"):
+        settings_from_environment({"MOE_DIST_EXPERTS": str(tmp_path / "none.yaml")})
+
+
+def test_the_room_imports_megatron_only_when_asked() -> None:
+    code = (
+        "import sys, moe_dist.megatron as room; from moe_dist.megatron import read_settings;"
+        "assert 'megatron.core' not in sys.modules and 'torch' not in sys.modules, sorted(sys.modules);"
+        "assert not hasattr(room, 'no_such_name')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
