@@ -236,7 +236,7 @@ def test_a_failure_on_one_rank_is_told_to_all(run_in_world: Callable[..., list[A
     assert first["write leaves"] == ["latest", "step_1"]
     assert (first["lease"][0], second["lease"][0]) == ("LostError", "MoeDistError")
     assert first["latest"] == second["latest"] == str(tmp_path / "step_1")
-    assert (first["truncated"][0], second["truncated"][0]) == ("DataError", "DamagedError")
+    assert (first["truncated"][0], second["truncated"][0]) == ("DamagedError", "DamagedError")
     assert "shard_00001.safetensors" in second["truncated"][1]
     assert first["mended"] == second["mended"] == first["saved"] == second["saved"] == ("none", "")
     assert first["end"] == ["latest", "step_1", "step_2"]
