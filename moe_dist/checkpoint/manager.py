@@ -120,7 +120,7 @@ class CheckpointManager:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         if ballot.rank == 0:
-            self._shelf.remove_beyond(self._keep, snapshot.step)
+            self._tidy(snapshot.step)
         return target
 
     def latest(self) -> Path | None:
@@ -255,6 +255,14 @@ class CheckpointManager:
         write_durably(pointer, content)
         pointer.rename(self._folder / LATEST_FILE)
         sync(self._folder)
+
+    def _tidy(self, step: int) -> None:
+        """After a look of its own: another writer's files that are still being written look like leftovers."""
+        try:
+            self._lease_check()
+        except CheckpointError:  # something else has to be written first; the next save tidies
+            return
+        self._shelf.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
         try:

@@ -81,6 +81,34 @@ def test_a_rank_other_than_0_gives_the_verdict_under_the_lease_of_rank_0(tmp_pat
     assert (latest.verdict, latest.reason, latest.rank) == (65, "rank 1 saw it", 1)
 
 
+def test_a_rank_that_only_heard_of_an_error_lets_the_cause_give_the_reason(tmp_path: Path) -> None:
+    """As after a vote: rank 1 is the first to end, rank 0 has what happened."""
+    body = """import subprocess; environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2", "MOE_DIST_INIT_METHOD": "file:///x", "INNER": "1"}
+    if "INNER" in os.environ:
+        import moe_dist.runtime.attempt as module
+        module.CAUSE_SECONDS = 100.0
+        heard = DataError('it failed on ranks [0]')
+        heard.consequence = True
+        raise heard
+    inner = subprocess.Popen([sys.executable, "-c", os.environ["PROGRAM"], sys.argv[1]], env=environment, stderr=-1)
+    print(inner.stderr.readline().decode(), end="", flush=True)  # by now it would have written its verdict
+    raise DataError('latest names nothing')"""
+    done, folder = run(tmp_path, body, PROGRAM=PROGRAM.format(body=body))
+    assert (done.returncode, done.stdout) == (65, "it failed on ranks [0]\n")
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.reason, latest.rank) == (65, "latest names nothing", 0)
+
+
+def test_where_the_cause_stays_silent_the_consequence_is_the_reason(tmp_path: Path) -> None:
+    body = "error = DataError('it failed on ranks [3]'); error.consequence = True; raise error"
+    _, folder = run(tmp_path, body)
+    latest = folder.read_status().latest
+    assert latest is not None
+    assert (latest.verdict, latest.reason) == (65, "it failed on ranks [3]")
+
+
 def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path: Path) -> None:
     run(tmp_path, "raise StoppedError('saved')", MOE_DIST_ATTEMPT_ID="first")
     folder = RunFolder(tmp_path / "runs" / "tiny")

@@ -248,6 +248,31 @@ def test_latest_of_a_writer_that_wakes_up_stays_where_the_second_one_put_it(
     lease.release()
 
 
+def test_a_writer_that_wakes_up_after_its_commit_removes_nothing_of_the_second_one(
+    sleeper: Callable[[str], Sleeper],
+) -> None:
+    first = sleeper(
+        CHECKPOINTS
+        + """
+    looks = 0
+    def check():
+        global looks
+        looks += 1
+        if looks == 4: sleep_now()
+        lease.check()
+    try: save(check, 10)
+    except lease_module.LeaseError as error: print("refused")
+    """
+    )
+    lease = first.take_over()
+    writing = first.folder.checkpoints / "step_20.0123456789ab.tmp"
+    writing.mkdir()
+    assert first.wake()[1] == "refused\n"
+    assert writing.is_dir()
+    assert (first.folder.checkpoints / "latest").read_text() == "step_10\n"
+    lease.release()
+
+
 def test_the_watch_stands_before_every_record(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "lease.json", "me").acquire(0.0)
     watch = LeaseWatch(lease.check)
