@@ -1,0 +1,174 @@
+"""Eight token-imbalance workloads, W0 to W7: who goes where, made from (workload, seed, step) alone.
+
+The same logical workload appears under any dispatcher, layout and number of ranks: choices are drawn for all tokens of the
+step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names, and what each isolates, follow
+Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
+
+Shape letters: T tokens of the step over all ranks, E experts, K choices a token, W shards (the ranks that a contiguous layout
+puts the experts on), D hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+HEAT = 16.0  # how much likelier a hot expert is drawn than another
+BURST_PERIOD, BURST_STEPS = 8, (4, 5)  # W7: two hot steps in eight
+
+WORKLOADS: Mapping[str, str] = {
+    "W0": "balanced: every expert takes the same number of tokens (within one); the control",
+    "W1": "hot expert set: a few experts anywhere take most tokens; the heat of single experts",
+    "W2": "hot rank: as many hot experts, as hot, all on one shard; the placement",
+    "W3": "spread hot experts: as many, as hot, evenly over the shards; heat without placement",
+    "W4": "source ragged: balanced experts, ranks with different numbers of tokens; skew before dispatch",
+    "W5": "zero-expert rank: one shard's experts take no token; experts and ranks with no load",
+    "W6": "rotating hot spot: W2 on another shard at each step; a plan that goes stale",
+    "W7": "burst: W0 but for two hot steps in eight; a re-plan that steady-state numbers hide",
+}
+
+
+@dataclass(frozen=True)
+class WorkloadShape:
+    """Sizes of a workload.
+
+    Attributes:
+        num_tokens: T, over all source ranks.
+        num_experts: E.
+        top_k: K.
+        num_shards: W; shard w holds experts [w E / W, (w + 1) E / W).
+    """
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    num_shards: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_k <= self.num_experts - len(self.shard(0)) * (self.num_shards > 1):
+            raise ValueError(
+                f"top_k={self.top_k}: W5 leaves one of {self.num_shards} shards of {self.num_experts} experts without tokens "
+                "and gives each token top_k of the others; lower top_k, or raise num_experts or num_shards"
+            )
+
+    def shard(self, index: int) -> range:
+        """Experts of a shard in the contiguous layout."""
+        return range(
+            index * self.num_experts // self.num_shards,
+            (index + 1) * self.num_experts // self.num_shards,
+        )
+
+    @property
+    def num_hot(self) -> int:
+        """Hot experts of W1, W2, W3, W6 and W7: half a shard, one at least."""
+        return max(1, self.num_experts // (2 * self.num_shards))
+
+
+@dataclass(frozen=True)
+class WorkloadStep:
+    """One step of a workload.
+
+    Attributes:
+        expert_TK: int64, each token's experts, distinct in a row.
+        weight_TK: float64, routing weights: sixteenths in [1/16, 1], so that sums of few products are exact.
+        tokens_S: Tokens of each source rank; they take consecutive slices of the rows.
+    """
+
+    expert_TK: np.ndarray
+    weight_TK: np.ndarray
+    tokens_S: tuple[int, ...]
+
+    def rows_of(self, source: int) -> slice:
+        """Rows of one source rank."""
+        start = sum(self.tokens_S[:source])
+        return slice(start, start + self.tokens_S[source])
+
+
+def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) -> WorkloadStep:
+    """The choices of one step.
+
+    Raises:
+        KeyError: `workload` is none of `WORKLOADS`.
+    """
+    if workload not in WORKLOADS:
+        raise KeyError(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
+    index = list(WORKLOADS).index(workload)
+    fixed = np.random.default_rng([seed, index])  # what stays over the steps: which experts, which shard
+    rng = np.random.default_rng([seed, index, 1 + step])
+    hot = _hot_experts(workload, step, shape, fixed)
+    dead = shape.shard(int(fixed.integers(shape.num_shards))) if workload == "W5" and shape.num_shards > 1 else range(0)
+    if hot.size == 0:
+        alive = np.setdiff1d(np.arange(shape.num_experts), np.asarray(dead))
+        expert_TK = _balanced(shape, alive, rng)
+    else:
+        expert_TK = _weighted(shape, hot, rng)
+    return WorkloadStep(
+        expert_TK=expert_TK,
+        weight_TK=rng.integers(1, 17, expert_TK.shape) / 16.0,
+        tokens_S=_ragged(shape, fixed) if workload == "W4" else _even(shape),
+    )
+
+
+def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed: int) -> np.ndarray:
+    """Hidden rows [T, D], float64, from which a router whose weight is `router_weight` makes the step's choices.
+
+    The first E numbers of a row are its logits: at least 3 for chosen experts, no two of a row alike, at most 1 for the
+    others. A margin of 2 outlasts a few small optimizer steps. The rest is noise.
+
+    Raises:
+        ValueError: D is smaller than E.
+    """
+    if hidden_dim < num_experts:
+        raise ValueError(f"hidden_dim={hidden_dim}: the first num_experts={num_experts} of a row are its logits; raise it")
+    rng = np.random.default_rng([seed, len(step.expert_TK)])
+    h_TD = rng.uniform(-1.0, 1.0, (len(step.expert_TK), hidden_dim))
+    high_TK = 3.0 + np.argsort(rng.random(step.expert_TK.shape), axis=1) * 0.25 + rng.uniform(0.0, 0.1, step.expert_TK.shape)
+    np.put_along_axis(h_TD, step.expert_TK, high_TK, axis=1)
+    return h_TD
+
+
+def router_weight(num_experts: int, hidden_dim: int) -> np.ndarray:
+    """Router rows [E, D] that read the logits which `hidden_states` wrote."""
+    return np.eye(num_experts, hidden_dim)
+
+
+def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.random.Generator) -> np.ndarray:
+    """Hot experts of a step; none where the step is balanced."""
+    if workload == "W1":
+        return fixed.permutation(shape.num_experts)[: shape.num_hot]
+    if workload == "W3":
+        offset = int(fixed.integers(shape.num_experts))
+        return (offset + np.arange(shape.num_hot) * shape.num_experts // shape.num_hot) % shape.num_experts
+    if workload in ("W2", "W6") or (workload == "W7" and step % BURST_PERIOD in BURST_STEPS):
+        first = int(fixed.integers(shape.num_shards))
+        shard = shape.shard((first + step) % shape.num_shards if workload == "W6" else first)
+        return np.asarray(shard)[: shape.num_hot]
+    return np.zeros(0, np.int64)
+
+
+def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows of K consecutive experts of a shuffled ring, so that counts differ by one at most; rows shuffled."""
+    ring = rng.permutation(alive)
+    place_TK = np.arange(shape.num_tokens * shape.top_k).reshape(-1, shape.top_k) % len(ring)
+    return rng.permutation(ring[place_TK].astype(np.int64), axis=0)
+
+
+def _weighted(shape: WorkloadShape, hot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """K experts a token without replacement, hot ones HEAT times as likely: the K largest of log weight + Gumbel noise."""
+    weight_E = np.ones(shape.num_experts)
+    weight_E[hot] = HEAT
+    score_TE = np.log(weight_E) + rng.gumbel(size=(shape.num_tokens, shape.num_experts))
+    return np.argsort(-score_TE, axis=1, kind="stable")[:, : shape.top_k].astype(np.int64)
+
+
+def _even(shape: WorkloadShape) -> tuple[int, ...]:
+    edges = [source * shape.num_tokens // shape.num_shards for source in range(shape.num_shards + 1)]
+    return tuple(end - start for start, end in zip(edges, edges[1:], strict=False))
+
+
+def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:
+    """Each source has a third of the one before it, in a shuffled order; what rounding leaves goes to the largest."""
+    share_S = 3.0 ** -np.arange(shape.num_shards)
+    tokens_S = np.floor(share_S / share_S.sum() * shape.num_tokens).astype(np.int64)
+    tokens_S[0] += shape.num_tokens - tokens_S.sum()
+    return tuple(int(tokens) for tokens in tokens_S[fixed.permutation(shape.num_shards)])
