@@ -13,7 +13,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults chaos check format data tensorboard clean
+.PHONY: help train test test-faults chaos bench check format data tensorboard clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to 
 ROUNDS ?= 200
 chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted one goes on
 	@$(BIN)/python -m tests.support.chaos --rounds $(ROUNDS)
+
+bench: $(INSTALLED)  ## Measure dispatch against its floor and its peers (ARGS="--only tokens")
+	@$(BIN)/python -m tools.bench_dispatch $$ARGS
 
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .

@@ -1,0 +1,101 @@
+"""Rules of the judgement on made-up numbers, and the tables and the picture of a file."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tools.bench.judgement import judge
+from tools.bench.report import draw, markdown, text
+
+
+def interval(median: float, low: float | None = None, high: float | None = None) -> dict[str, float]:
+    return {"median": median, "low": low or median, "high": high or median, "n": 20}
+
+
+def row(ratios: dict[str, dict[str, float]], **point: Any) -> dict[str, Any]:
+    sent = {"rows": 10, "payload_bytes": 80, "other_bytes": 8, "calls": 4}
+    return {
+        "point": {"tokens": 4096, "hidden": 512, "top_k": 2, "null": 0.5, **point},
+        "milliseconds": {"ours": interval(3.0)},
+        "ratio": ratios,
+        "sent": {"ours": sent, "naive": sent},
+    }
+
+
+def not_met(rows: dict[str, Any]) -> list[str]:
+    return [finding.comparison for finding in judge(rows) if not finding.met]
+
+
+def test_a_row_is_lost_where_the_interval_lies_wholly_above() -> None:
+    capacity = "ours / megatron, capacity"
+    assert not_met({"tokens/4096": row({capacity: interval(1.2, 1.06, 1.4)})}) == [capacity]
+    assert not_met({"tokens/4096": row({capacity: interval(1.2, 1.04, 1.4)})}) == []
+    assert not_met({"tokens/256": row({capacity: interval(1.2, 1.06, 1.4)}, tokens=256)}) == [capacity]
+    assert not_met({"step/x": row({"ours / megatron": interval(1.2)})}) == ["ours / megatron"]
+
+
+def test_the_floor_counts_in_its_region_only() -> None:
+    ratios = {"ours at rank / floor": interval(1.3)}
+    assert not_met({"tokens/4096": row(ratios)}) == ["ours at rank / floor"]
+    assert not_met({"tokens/2048": row(ratios, tokens=2048)}) == []
+    assert not_met({"hidden/256": row(ratios, hidden=256)}) == []
+    assert not_met({"tokens/4096": row({"ours at rank / floor": interval(1.25)})}) == []
+
+
+def test_the_naive_sender_is_beaten_by_its_factor() -> None:
+    assert not_met({"a/b": row({"ours / naive": interval(0.5, 0.4, 0.55)})}) == []
+    assert not_met({"a/b": row({"ours / naive": interval(0.5, 0.4, 0.57)})}) == ["ours / naive"]
+    assert not_met({"a/b": row({"ours / naive": interval(0.9)}, null=0.0)}) == []
+    assert not_met({"a/b": row({"ours / naive": interval(0.9)}, top_k=1)}) == []
+
+
+def scaling(by: str, slope: float, ratio: float) -> dict[str, Any]:
+    return {
+        "by": by,
+        "milliseconds": {"8": interval(1.0), "128": interval(1.0)},
+        "rows": {"8": 5, "128": 5},
+        "nanoseconds a row": {"8": interval(2.0), "128": interval(2.0)},
+        "cost a row / the first's": {"8": interval(1.0), "128": interval(ratio)},
+        "log-log slope of time": slope,
+    }
+
+
+def test_scaling() -> None:
+    assert not_met({"scaling/tokens": scaling("tokens", 1.0, 5.0)}) == []
+    assert not_met({"scaling/tokens": scaling("tokens", 1.2, 1.0)}) == ["time over tokens"]
+    assert not_met({"scaling/experts": scaling("experts", 0.0, 1.08)}) == []
+    assert not_met({"scaling/experts": scaling("experts", 0.0, 1.15)}) == ["cost a row / the first's"]
+
+
+def test_what_is_lost_comes_first_with_a_reason() -> None:
+    results = {
+        "rows": {
+            "tokens/1024": row({"ours / megatron, capacity": interval(0.5)}, tokens=1024),
+            "tokens/4096": row({"ours / megatron, capacity": interval(1.5)}),
+            "scaling/experts": scaling("experts", 0.0, 1.0),
+        }
+    }
+    lines = text(results).splitlines()
+    assert lines[1].startswith("NOT MET")
+    assert "tokens/4096" in lines[1]
+    assert "not explained yet" in lines[1]
+    assert "holds" in lines[2]
+    tables = markdown(results)
+    assert "3 of 4 comparisons hold" in tables
+    assert "| 1024 | 3.00 | 0.50 [0.50, 0.50] |" in tables
+    assert "| 4096 | 10 | 10 | 8 |" in tables
+
+
+def test_the_picture_has_a_line_for_each_ratio(tmp_path: Path) -> None:
+    one = {"rows": {"a/b": row({"ours / naive": interval(0.5)})}}
+    two = {"rows": {"a/b": row({"ours / naive": interval(0.5), "ours / megatron": interval(9.0)})}}
+    sizes = []
+    for number, results in enumerate((one, two)):
+        path = tmp_path / f"{number}.png"
+        draw(results, path)
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
+            colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
+        assert ((190, 40, 40) in colours) == (number == 1)  # a ratio of 9 is lost, and drawn at the edge
+    assert sizes[1][1] > sizes[0][1]

@@ -1,0 +1,191 @@
+"""Who is measured. Each contender takes a case (a point's routing on this rank) and gives a function without arguments.
+
+To the rank of its experts and back, before rows are laid out by expert:
+
+    floor           two all_to_all_single of the very rows that ours sends, and one copy of them each way
+    floor, all      the same, and a copy each way of the rows whose experts are at home, which no dispatcher can leave out
+    ours at rank    plan, dispatch, combine
+
+To rows laid out by expert, and back to their tokens weighted and summed (the experts are the identity):
+
+    ours            plan, dispatch, one row a pair in the experts' order, weighted sum, combine
+    megatron, ...   see megatron_core.py
+    naive           one row a choice, null or not, own-rank rows on the wire too: what a few lines of torch do
+    per pair        the same with nulls left out
+    equal active    ours, on a top-k routing with as many true experts and no null choice
+
+Shape letters: T tokens, D hidden size, K choices a token, N rows of a rank's choices.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.rows import gather_rows, weighted_row_sum
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tools.bench.points import Point, draw, slots
+
+Run = Callable[[], Tensor]
+
+
+@dataclass
+class Case:
+    """One point on this rank.
+
+    Attributes:
+        h_TD: Rows of the tokens.
+        taken, equal_active: Routings as our dispatcher takes them.
+        drawn_TK, taken_TK, weight_TK: The choices, see `tools.bench.points.Choices`.
+    """
+
+    point: Point
+    mesh: Mesh
+    placement: ExpertPlacement
+    h_TD: Tensor
+    drawn_TK: Tensor
+    taken_TK: Tensor
+    weight_TK: Tensor
+    taken: Assignments
+    equal_active: Assignments
+    dispatcher: PerRankDispatcher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dispatcher = PerRankDispatcher(self.placement, Wire(self.mesh.ep, Traffic()))
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        assert self.mesh.ep is not None, "a wire needs two ranks"
+        return self.mesh.ep
+
+
+def make_case(point: Point, mesh: Mesh, *, seed: int) -> Case:
+    """Draws a point's routing and rows for this rank."""
+    choices = draw(point, rank=mesh.ep_rank, world_size=mesh.ep_size, seed=seed)
+    group = ExpertGroup("all", point.experts, 0, point.top_k, 1, 0, ("text",))
+    generator = torch.Generator().manual_seed(seed * 1000 + mesh.ep_rank)
+    drawn, taken, equal = (torch.from_numpy(each) for each in (choices.drawn_TK, choices.taken_TK, choices.equal_active_TK))
+    weight = torch.from_numpy(choices.weight_TK)
+    return Case(
+        point=point,
+        mesh=mesh,
+        placement=ExpertPlacement((group,), slots(point, mesh.ep_size)),
+        h_TD=torch.randn(len(drawn), point.hidden, generator=generator),
+        drawn_TK=drawn,
+        taken_TK=taken,
+        weight_TK=weight,
+        taken=assignments_of(taken, weight),
+        equal_active=assignments_of(equal, weight[:, : equal.shape[1]].contiguous()),
+    )
+
+
+def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
+    """Choices as the dispatcher takes them."""
+    tokens, top_k = expert_TK.shape
+    weight_TK = torch.where(expert_TK == ABSENT, 0.0, weight_TK)
+    return Assignments(torch.arange(tokens).repeat_interleave(top_k), expert_TK.flatten(), weight_TK.flatten())
+
+
+def floor(case: Case, *, own_rows: bool) -> Run:
+    """Buffers are made once: the floor neither allocates nor looks anything up."""
+    plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
+    send, receive = list(plan.rows.send), list(plan.rows.receive)
+    source, own = case.h_TD[: sum(send)], case.h_TD[: plan.token_of_row_O.shape[0] if own_rows else 0]
+    outgoing, back, own_out, own_back = (torch.empty_like(each) for each in (source, source, own, own))
+    incoming = case.h_TD.new_empty(sum(receive), case.point.hidden)
+    returning = torch.empty_like(incoming)
+
+    def run() -> Tensor:
+        outgoing.copy_(source)
+        own_out.copy_(own)
+        dist.all_to_all_single(incoming, outgoing, receive, send, group=case.group)
+        returning.copy_(incoming)
+        own_back.copy_(own_out)
+        dist.all_to_all_single(back, returning, send, receive, group=case.group)
+        return back
+
+    return run
+
+
+class OursAtRank:
+    """Plan, dispatch, combine; keeps the seconds of each."""
+
+    PARTS = ("plan", "dispatch", "combine")
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self.seconds: list[tuple[float, float, float]] = []
+
+    def __call__(self) -> Tensor:
+        case, begin = self._case, time.perf_counter()
+        plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
+        planned = time.perf_counter()
+        dispatched = case.dispatcher.dispatch(case.h_TD, case.taken.weight_N, plan)
+        there = time.perf_counter()
+        y_TD = case.dispatcher.combine(dispatched.rows_RD, plan)
+        self.seconds.append((planned - begin, there - planned, time.perf_counter() - there))
+        return y_TD
+
+
+def ours(case: Case, assignments: Assignments) -> Run:
+    """Rows laid out by expert, and back."""
+
+    def run() -> Tensor:
+        plan = case.dispatcher.plan(assignments, case.h_TD.shape[0])
+        dispatched = case.dispatcher.dispatch(case.h_TD, assignments.weight_N, plan)
+        pairs_QD = gather_rows(dispatched.rows_RD, plan.row_of_pair_Q)
+        rows_RD = weighted_row_sum(pairs_QD, dispatched.weight_Q, plan.row_of_pair_Q, dispatched.rows_RD.shape[0])
+        return case.dispatcher.combine(rows_RD.to(pairs_QD.dtype), plan)
+
+    return run
+
+
+def naive(case: Case, *, nulls: bool) -> Run:
+    """One row a choice through the wire. With `nulls` a null choice goes to the expert that was drawn, with weight 0."""
+    rank_E, slot_E = torch.tensor(case.placement.rank_of_expert), torch.tensor(case.placement.slot_of_expert)
+    size, top_k = case.mesh.ep_size, case.point.top_k
+
+    def run() -> Tensor:
+        choice_N = (case.drawn_TK if nulls else case.taken_TK).flatten()
+        weight_N = torch.where(case.taken_TK == ABSENT, 0.0, case.weight_TK).flatten()
+        token_N = torch.arange(case.h_TD.shape[0]).repeat_interleave(top_k)
+        if not nulls:
+            kept_N = choice_N != ABSENT
+            choice_N, weight_N, token_N = choice_N[kept_N], weight_N[kept_N], token_N[kept_N]
+        order_N = torch.argsort(rank_E[choice_N] * case.point.experts + slot_E[choice_N], stable=True)
+        send = torch.bincount(rank_E[choice_N], minlength=size)
+        receive = torch.empty_like(send)
+        dist.all_to_all_single(receive, send, group=case.group)
+        splits = receive.tolist(), send.tolist()
+        token_N = token_N[order_N]
+        rows = _swap(case.h_TD[token_N], *splits, case.group)
+        slot = _swap(slot_E[choice_N][order_N], *splits, case.group)
+        weight = _swap(weight_N[order_N], *splits, case.group)
+        by_expert = torch.argsort(slot, stable=True)
+        outputs = rows[by_expert] * weight[by_expert, None]
+        returning = torch.empty_like(outputs)
+        returning[by_expert] = outputs
+        back = _swap(returning, splits[1], splits[0], case.group)
+        return torch.zeros_like(case.h_TD).index_add_(0, token_N, back)
+
+    return run
+
+
+def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = items.new_empty((sum(receive), *items.shape[1:]))
+    dist.all_to_all_single(received, items, receive, send, group=group)
+    return received
+
+
+def expected(case: Case, assignments: Assignments) -> Tensor:
+    """What every contender that weights and sums must give: each token's row times the sum of its weights."""
+    scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
+    return case.h_TD * scale_T[:, None]

@@ -1,0 +1,89 @@
+"""One row of the dispatch benchmark: all contenders on the routing of a point, on this rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist.parallel.mesh import Mesh
+from tools.bench.contenders import Case, OursAtRank, Run, expected, floor, make_case, naive, ours
+from tools.bench.measure import Effort, count_sent, time_interleaved
+from tools.bench.megatron_core import megatron_dispatch
+from tools.bench.points import Point
+from tools.bench.statistics import log_log_slope, median_interval, paired_ratio
+
+
+@torch.no_grad()
+def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
+    """Times and counts of all contenders; the same on all ranks."""
+    case = make_case(point, mesh, seed=effort.seed)
+    at_rank = OursAtRank(case)
+    contenders: dict[str, Run] = {
+        "floor": floor(case, own_rows=False),
+        "floor, all": floor(case, own_rows=True),
+        "ours at rank": at_rank,
+        **_by_expert(case),
+    }
+    sent = {name: asdict(count_sent(run, mesh, hidden=point.hidden)) for name, run in contenders.items()}
+    for name, run in contenders.items():
+        if not name.startswith(("floor", "ours at rank")):
+            wanted = expected(case, case.equal_active if name == "equal active" else case.taken)
+            torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    at_rank.seconds.clear()
+    seconds = time_interleaved(contenders, mesh, effort)
+    parts = np.median(np.array(at_rank.seconds[effort.warmup :]), axis=0)
+    return {
+        "point": point.to_json(),
+        "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
+        "ratio": ratios(seconds),
+        "sent": sent,
+        "parts of ours at rank, ms": dict(zip(OursAtRank.PARTS, (parts * 1e3).tolist(), strict=True)),
+    }
+
+
+def _by_expert(case: Case) -> dict[str, Run]:
+    """Those that bring rows to their experts' order and back, weighted and summed."""
+    runs: dict[str, Run] = {
+        "ours": ours(case, case.taken),
+        "megatron, capacity": megatron_dispatch(case, capacity=True),
+        "naive": naive(case, nulls=True),
+    }
+    if case.point.null == 0.0:
+        runs["megatron"] = megatron_dispatch(case, capacity=False)
+    else:
+        runs["megatron, remapped"] = megatron_dispatch(case, capacity=False)
+        runs["per pair"] = naive(case, nulls=False)
+        runs["equal active"] = ours(case, case.equal_active)
+    return runs
+
+
+def ratios(seconds: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Paired ratios: ours over each other contender; above 1 ours is slower."""
+    by_expert = [name for name in seconds if name not in ("floor", "floor, all", "ours at rank", "ours")]
+    pairs = [("ours at rank", "floor"), ("ours at rank", "floor, all"), *(("ours", name) for name in by_expert)]
+    return {f"{mine} / {name}": paired_ratio(seconds[mine], seconds[name]).to_json() for mine, name in pairs}
+
+
+@torch.no_grad()
+def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str) -> dict[str, Any]:
+    """`ours at rank` over points that differ in one factor, all in the same rounds: its cost a row that leaves a rank.
+
+    Args:
+        by: Field of a point that differs.
+    """
+    runs = {label: OursAtRank(make_case(point, mesh, seed=effort.seed)) for label, point in points.items()}
+    rows = {label: count_sent(run, mesh, hidden=points[label].hidden).rows for label, run in runs.items()}
+    seconds = time_interleaved(runs, mesh, effort)
+    cost = {label: seconds[label] / max(1, rows[label]) for label in runs}
+    first = next(iter(cost))
+    sizes: Sequence[float] = [float(getattr(point, by)) for point in points.values()]
+    return {
+        "by": by,
+        "milliseconds": {label: median_interval(each * 1e3).to_json() for label, each in seconds.items()},
+        "rows": rows,
+        "nanoseconds a row": {label: median_interval(each * 1e9).to_json() for label, each in cost.items()},
+        "cost a row / the first's": {label: paired_ratio(each, cost[first]).to_json() for label, each in cost.items()},
+        "log-log slope of time": log_log_slope(sizes, [float(np.median(each)) for each in seconds.values()]),
+    }

@@ -1,0 +1,89 @@
+"""What the benchmark must show, judged by intervals: which rows are lost, and why.
+
+A row is lost where the 95 % interval of its paired ratio lies wholly above 1.05: ours is slower by more than that.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LOST_ABOVE = 1.05
+FLOOR_LIMIT, FLOOR_AIM = 1.25, 1.10
+NAIVE_FACTOR = 1.8
+MIN_TOKENS, MIN_HIDDEN = 4096, 512
+SLOPE = (0.9, 1.1)
+FLATNESS = (0.9, 1.1)
+RIVALS = ("ours / megatron", "ours / megatron, capacity")
+
+# Why a row is lost, and what was tried; by contender, then by sweep ("" for all).
+REASONS: Mapping[str, Mapping[str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judged comparison.
+
+    Attributes:
+        row: Its key, '<sweep>/<label>'.
+        comparison: As 'ours / megatron'.
+        rule: What was asked.
+        ratio, low, high: Median and interval, of ours over the other's time.
+        met: Whether the rule holds.
+        reason: Of a rule that does not hold.
+    """
+
+    row: str
+    comparison: str
+    rule: str
+    ratio: float
+    low: float
+    high: float
+    met: bool
+    reason: str = ""
+
+
+def judge(rows: Mapping[str, Any]) -> list[Finding]:
+    """All judged comparisons of a file, those that fail first."""
+    findings = [finding for key, row in rows.items() for finding in _judge_row(key, row)]
+    return sorted(findings, key=lambda finding: finding.met)
+
+
+def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[Finding]:
+    if key.startswith("scaling/"):
+        yield from _judge_scaling(key, row)
+        return
+    point = row["point"]
+    in_region = key.startswith(("layer/", "step/")) or (
+        point.get("tokens", 0) >= MIN_TOKENS and point.get("hidden", 0) >= MIN_HIDDEN
+    )
+    for comparison, ratio in row["ratio"].items():
+        low, high = ratio["low"], ratio["high"]
+        if comparison in RIVALS:
+            yield _finding(key, comparison, f"not lost (interval not wholly above {LOST_ABOVE})", ratio, low <= LOST_ABOVE)
+        elif comparison == "ours at rank / floor" and in_region:
+            rule = f"within {FLOOR_LIMIT - 1:.0%} of the floor (aim {FLOOR_AIM - 1:.0%})"
+            yield _finding(key, comparison, rule, ratio, ratio["median"] <= FLOOR_LIMIT)
+        elif comparison == "ours / naive" and in_region and point.get("null") == 0.5 and point.get("top_k", 0) >= 2:
+            rule = f"at least {NAIVE_FACTOR} times faster than the naive sender"
+            yield _finding(key, comparison, rule, ratio, high <= 1 / NAIVE_FACTOR)
+
+
+def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[Finding]:
+    if row["by"] == "tokens":
+        slope = row["log-log slope of time"]
+        met = SLOPE[0] <= slope <= SLOPE[1]
+        yield Finding(key, "time over tokens", f"log-log slope in {SLOPE}", slope, slope, slope, met, _reason("slope", key))
+        return
+    for label, ratio in row["cost a row / the first's"].items():
+        met = FLATNESS[0] <= ratio["median"] <= FLATNESS[1]
+        yield _finding(f"{key} {label}", "cost a row / the first's", f"within {FLATNESS}", ratio, met)
+
+
+def _finding(key: str, comparison: str, rule: str, ratio: Mapping[str, float], met: bool) -> Finding:
+    reason = "" if met else _reason(comparison, key)
+    return Finding(key, comparison, rule, ratio["median"], ratio["low"], ratio["high"], met, reason)
+
+
+def _reason(comparison: str, key: str) -> str:
+    known = REASONS.get(comparison, {})
+    return known.get(key.partition("/")[0], known.get("", "not explained yet"))

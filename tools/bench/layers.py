@@ -1,0 +1,222 @@
+"""Whole MoE layers, forward and backward, and whole training steps of the default model: ours against Megatron-Core's.
+
+Weights and routing are the same on both sides; outputs, gradients and losses are held against each other before the timing.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_dist.build import build_dispatcher, build_model
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.config.load import load_config
+from moe_dist.config.schema import Config
+from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.loss import AuxSettings
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.initialise import initialise
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.training_step import TrainingStep
+from tools.bench.measure import Effort, count_sent, time_interleaved
+from tools.bench.megatron_core import MegatronMoE, copy_experts
+from tools.bench.points import Point, slots
+from tools.bench.statistics import median_interval, paired_ratio
+
+DEFAULT_JOB = Path(__file__).parents[2] / "configs" / "adamoe_moma_tiny_cpu.yaml"
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """An MoE layer and its input.
+
+    Attributes:
+        null: Whether there are as many null experts as true ones, and twice as many choices: half of them are null.
+    """
+
+    tokens: int
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    null: bool
+
+
+LAYERS: Mapping[str, LayerSize] = {
+    "1024 x 512, FFN 512, top-2 of 8": LayerSize(1024, 512, 512, 8, 2, False),
+    "4096 x 512, FFN 256, top-2 of 16": LayerSize(4096, 512, 256, 16, 2, False),
+    "4096 x 512, FFN 256, top-4 of 16 + 16 null": LayerSize(4096, 512, 256, 16, 2, True),
+}
+QUICK_LAYERS: Mapping[str, LayerSize] = {
+    "quick": LayerSize(32, 16, 8, 8, 2, False),
+    "quick, null": LayerSize(32, 16, 8, 8, 2, True),
+}
+
+
+def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
+    """Forward and backward of one layer. Without nulls Megatron-Core runs as it is, with them in both of its branches."""
+    group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
+    placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
+    generator = torch.Generator().manual_seed(effort.seed)  # the same router on all ranks
+    ours = _our_layer(group, placement, size.hidden, mesh, generator)
+    rivals = {
+        name: MegatronMoE(
+            nn.Identity(), ours.router, placement, hidden=size.hidden, ep_rank=mesh.ep_rank, capacity=capacity
+        )
+        for name, capacity in (("megatron, capacity", True), ("megatron, remapped" if size.null else "megatron", False))
+    }
+    for rival in rivals.values():
+        copy_experts(ours.experts, rival.experts)
+    own = torch.Generator().manual_seed(effort.seed + 1 + mesh.rank)
+    x_TD, direction_TD = (torch.randn(size.tokens, size.hidden, generator=own) for _ in range(2))
+    x_TD.requires_grad_()
+    contenders = {name: _pass(module, x_TD, direction_TD) for name, module in {"ours": ours, **rivals}.items()}
+    results = {name: run() for name, run in contenders.items()}
+    for name, (y_TD, gradient_TD) in results.items():
+        torch.testing.assert_close(y_TD, results["ours"][0], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(gradient_TD, results["ours"][1], rtol=1e-3, atol=1e-4)
+    return _row(contenders, mesh, effort, hidden=size.hidden, point=asdict(size))
+
+
+def _our_layer(
+    group: ExpertGroup, placement: ExpertPlacement, hidden: int, mesh: Mesh, generator: torch.Generator
+) -> MoELayer:
+    section = load_config(DEFAULT_JOB, []).parallel
+    layer = MoELayer(
+        norm=nn.Identity(),
+        router=TopKRouter(hidden, placement.groups),
+        experts=Experts(hidden, placement.groups, [len(placement.local_experts(mesh.ep_rank, group))]),
+        dispatcher=build_dispatcher(section, placement, Wire(mesh.ep, Traffic())),
+    )
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0.0, hidden**-0.5, generator=generator)
+    return layer
+
+
+def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Forward and backward; gives output and input gradient."""
+    group_T = torch.zeros(x_TD.shape[0], dtype=torch.int64)
+
+    def run() -> tuple[Tensor, Tensor]:
+        x_TD.grad = None
+        module.zero_grad(set_to_none=True)
+        y_TD, _ = module(x_TD, group_T)
+        y_TD.backward(direction_TD)
+        assert x_TD.grad is not None
+        return y_TD.detach(), x_TD.grad
+
+    return run
+
+
+def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
+    """Training steps of the default job's model on random tokens, with its layers, and with Megatron-Core's in their place:
+    attention, router, loss, gradient reduction and optimizer are the same."""
+    config = _default_config(mesh.ep_size)
+    vocabulary = config.model.vocab_size
+    batches = _random_batches(config, mesh, vocabulary, effort.seed)
+    steps = {
+        "ours": _training_step(config, mesh, None),
+        "megatron, capacity": _training_step(config, mesh, True),
+        "megatron, remapped": _training_step(config, mesh, False),
+    }
+    aux = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
+    contenders = {name: (lambda step=step: step(batches, lr=LEARNING_RATE, aux=aux)) for name, step in steps.items()}
+    results = {name: run() for name, run in contenders.items()}
+    for name, result in results.items():
+        np.testing.assert_allclose(result.nll_M, results["ours"].nll_M, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(result.grad_norm, results["ours"].grad_norm, rtol=1e-3, err_msg=name)
+    shape = {"tokens of a rank": sum(batch.tokens_BS.numel() for batch in batches), "config": DEFAULT_JOB.name}
+    return _row(contenders, mesh, effort, hidden=config.model.hidden_dim, point=shape)
+
+
+def _default_config(ep: int) -> Config:
+    """The default job with its pinned groups on `ep` ranks."""
+    text, image = list(range(ep // 2)), list(range(ep // 2, ep))
+    overrides = [f"parallel.ep={ep}", f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"]
+    return load_config(DEFAULT_JOB, overrides)
+
+
+def _placement(config: Config) -> ExpertPlacement:
+    """Both groups have the same number of experts: text on the first half of the ranks, image on the second."""
+    groups, first = [], 0
+    for name, section in config.model.moe.groups.items():
+        groups.append(
+            ExpertGroup(name, section.num_experts, section.num_null, section.top_k, section.ffn_dim, first, (name,))
+        )
+        first += section.num_experts
+    return ExpertPlacement(tuple(groups), slots(Point(experts=first), config.parallel.ep))
+
+
+def _random_batches(config: Config, mesh: Mesh, vocabulary: int, seed: int) -> list[Batch]:
+    """This rank's micro-batches of one step: half the documents are text, half picture codes."""
+    boundary = vocabulary * 8 // 9
+    maker = BatchMaker(seq_len=config.data.seq_len, pad_id=0, modalities=[[(0, boundary)], [(boundary, vocabulary)]])
+    rng = np.random.default_rng([seed, mesh.rank])
+    count, size = config.train.global_batch // mesh.world_size, config.train.micro_batch
+    rows = []
+    for number in range(count):
+        low, high = (0, boundary) if number % 2 else (boundary, vocabulary)
+        tokens = rng.integers(low, high, config.data.seq_len - 1)
+        rows.append([Segment(tokens, np.zeros(len(tokens), bool), len(tokens))])
+    return [maker.make(rows[at : at + size]) for at in range(0, count, size)]
+
+
+def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
+    """A step over a model of its own; with `capacity` given its MoE layers are Megatron-Core's, in that branch or not."""
+    placement, traffic = _placement(config), Traffic()
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic)
+    initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
+    if capacity is not None:
+        for layer in model.layers:
+            moe: Any = layer.moe
+            theirs = MegatronMoE(
+                moe.norm, moe.router, placement, hidden=config.model.hidden_dim, ep_rank=mesh.ep_rank, capacity=capacity
+            )
+            copy_experts(moe.experts, theirs.experts)
+            layer.moe = theirs
+    optimizer = make_optimizer(
+        split_parameters(model.named_parameters(), weight_decay=0.1),
+        backend="torch",
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    return TrainingStep(
+        ParallelModel(model, mesh, "ddp"),
+        optimizer,
+        placement=placement,
+        group_of_modality=[0, 1],
+        clip_norm=1.0,
+        traffic=traffic,
+    )
+
+
+def _row(
+    contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort, *, hidden: int, point: Mapping[str, Any]
+) -> dict[str, Any]:
+    sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
+    seconds = time_interleaved(contenders, mesh, effort)
+    return {
+        "point": dict(point),
+        "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
+        "ratio": {
+            f"ours / {name}": paired_ratio(seconds["ours"], each).to_json()
+            for name, each in seconds.items()
+            if name != "ours"
+        },
+        "sent": sent,
+    }

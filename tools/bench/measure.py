@@ -1,0 +1,101 @@
+"""Interleaved timing on all ranks, and a count of what leaves each rank at the call of the collective."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        rounds: Timed rounds; in each every contender runs once.
+        warmup: Rounds before them.
+        seed: Of routings, rows and the order inside a round.
+    """
+
+    rounds: int = 20
+    warmup: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What left all ranks in one run of a contender: hidden rows and their bytes, other bytes, and calls of a rank."""
+
+    rows: int
+    payload_bytes: int
+    other_bytes: int
+    calls: int
+
+
+def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
+    """Seconds of each contender in each timed round, of the slowest rank.
+
+    Each round runs all contenders once, in an order drawn anew, the same on all ranks, with a barrier before each: so what
+    happens on the machine meanwhile falls on all of them. Python's collector does not run in between.
+    """
+    names = list(contenders)
+    rng = np.random.default_rng(effort.seed)
+    seconds = torch.zeros(effort.rounds, len(names), dtype=torch.float64)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-effort.warmup, effort.rounds):
+            for index in rng.permutation(len(names)).tolist():
+                dist.barrier(mesh.world)
+                begin = time.perf_counter()
+                result = contenders[names[index]]()
+                taken = time.perf_counter() - begin
+                del result
+                if number >= 0:
+                    seconds[number, index] = taken
+    finally:
+        gc.enable()
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)
+    return {name: seconds[:, index].numpy() for index, name in enumerate(names)}
+
+
+def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
+    """One run, counted at the calls of all_to_all_single; a rank's slice for itself does not leave it."""
+    counts = np.zeros(4, dtype=np.int64)
+    original = dist.all_to_all_single
+
+    def counted(
+        output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any
+    ) -> Any:
+        items, send = input, input_split_sizes
+        per_rank = [items.shape[0] // mesh.ep_size] * mesh.ep_size if send is None else [int(each) for each in send]
+        remote = sum(per_rank) - per_rank[mesh.ep_rank]
+        row_bytes = items.element_size() * (items.numel() // items.shape[0] if items.shape[0] else 0)
+        is_payload = items.dim() == 2 and items.shape[1] == hidden
+        counts[:] += [remote * is_payload, remote * row_bytes * is_payload, remote * row_bytes * (not is_payload), 1]
+        return original(output, input, output_split_sizes, input_split_sizes, **rest)
+
+    with _patched(dist, "all_to_all_single", counted):
+        run()
+    total = torch.from_numpy(counts.copy())
+    dist.all_reduce(total, group=mesh.world)
+    rows, payload, other, calls = total.tolist()
+    return Sent(rows, payload, other, calls // mesh.world_size)
+
+
+@contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,192 @@
+"""Megatron-Core's alltoall dispatcher, and its experts, on the same routing: through the CUDA stand-in of the tests, since
+megatron-core has no CPU path. What is replaced there are names of devices and streams; the dispatcher's code is its own.
+
+    default     sends T x K rows, always; where choices are null it can only run with them remapped to unused experts
+    capacity    with a capacity factor so large that nothing is dropped it counts its rows, and skips nulls too
+
+Shape letters: T tokens, D hidden size, E experts, K choices a token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.moe.layer import Router
+from moe_dist.moe.routing import ABSENT, LayerReport
+from moe_dist.placement.placement import ExpertPlacement
+from tests.support.megatron_cpu import megatron_on_cpu, model_parallel
+from tools.bench.contenders import Case, Run
+
+
+@contextmanager
+def megatron_world(ep: int) -> Iterator[None]:
+    """Megatron's process groups over the default group."""
+    with megatron_on_cpu(), model_parallel(ep=ep):
+        yield
+
+
+def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, capacity: bool, **options: Any) -> Any:
+    """A TransformerConfig with SwiGLU experts and no auxiliary loss."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=4,
+        num_moe_experts=experts,
+        moe_router_topk=top_k,
+        moe_ffn_hidden_size=ffn,
+        expert_model_parallel_size=ep,
+        moe_token_dispatcher_type="alltoall",
+        moe_expert_capacity_factor=float(experts) if capacity else None,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        use_cpu_initialization=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        moe_permute_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        **options,
+    )
+
+
+def column_of_expert(placement: ExpertPlacement) -> Tensor:
+    """Megatron numbers experts rank by rank, the same number on each: column of each logical expert, int64 [E]."""
+    order = [expert for rank_slots in placement.slots for expert in rank_slots]
+    if len({len(rank_slots) for rank_slots in placement.slots}) > 1:
+        raise ValueError("megatron-core needs the same number of experts on each rank")
+    column_E = torch.empty(len(order), dtype=torch.int64)
+    column_E[torch.tensor(order)] = torch.arange(len(order))
+    return column_E
+
+
+def dispatcher_of(config: Any, ep_rank: int) -> Any:
+    """Its alltoall dispatcher for this rank's contiguous experts."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    local = config.num_moe_experts // config.expert_model_parallel_size
+    indices = list(range(ep_rank * local, (ep_rank + 1) * local))
+    return MoEAlltoAllTokenDispatcher(local, indices, config=config, pg_collection=get_default_pg_collection())
+
+
+def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [T, E] and the boolean map of what is sent [T, E], as Megatron's router gives them. Differentiable."""
+    present_TK = expert_TK != ABSENT
+    column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
+    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # the last column takes what is absent
+    weights = weight_TK.new_zeros(shape).scatter(1, column_TK, weight_TK)
+    taken = torch.zeros(shape, dtype=torch.bool).scatter_(1, column_TK, present_TK)
+    return weights[:, :-1], taken[:, :-1].contiguous()
+
+
+def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
+    """Its dispatch to rows laid out by expert, and back. Without `capacity` nulls go to the experts that were drawn."""
+    point = case.point
+    config = configuration(
+        hidden=point.hidden,
+        experts=point.experts,
+        top_k=point.top_k,
+        ffn=point.hidden,
+        ep=case.mesh.ep_size,
+        capacity=capacity,
+    )
+    dispatcher = dispatcher_of(config, case.mesh.ep_rank)
+    weight_TK = torch.where(case.taken_TK == ABSENT, 0.0, case.weight_TK)
+    chosen_TK = case.taken_TK if capacity else case.drawn_TK
+    probs_TE, map_TE = routing_tables(chosen_TK, weight_TK, column_of_expert(case.placement))
+
+    def run() -> Tensor:
+        rows, probs = dispatcher.dispatch_preprocess(case.h_TD, map_TE, probs_TE)
+        rows, probs = dispatcher.token_dispatch(rows, probs)
+        rows, _, probs = dispatcher.dispatch_postprocess(rows, probs)
+        rows = rows.mul_(probs[:, None])  # its experts do this; in place, so that it costs one pass
+        rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
+        return dispatcher.combine_postprocess(rows)
+
+    return run
+
+
+class MegatronMoE(nn.Module):
+    """Our norm and router before Megatron-Core's dispatcher and experts: takes the place of an `MoELayer` of ours.
+
+    Args:
+        capacity: Its capacity branch; else nulls are remapped to experts that the token did not choose, with weight 0.
+    """
+
+    def __init__(
+        self, norm: nn.Module, router: nn.Module, placement: ExpertPlacement, *, hidden: int, ep_rank: int, capacity: bool
+    ) -> None:
+        super().__init__()
+        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+
+        groups = placement.groups
+        config = configuration(
+            hidden=hidden,
+            experts=placement.num_experts,
+            top_k=max(group.top_k for group in groups),
+            ffn=groups[0].ffn_dim,
+            ep=placement.num_ranks,
+            capacity=capacity,
+        )
+        # A ModuleSpec in 0.16, a functools.partial in 0.19.
+        spec: Any = get_moe_module_spec(use_te=False, num_experts=placement.num_experts, moe_grouped_gemm=False)
+        submodules = spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
+        layer: Any = MoELayer(config, submodules=submodules, layer_number=1)
+        self.norm, self.router, self.experts = norm, router, layer.experts
+        self.capacity = capacity
+        self._dispatcher = layer.token_dispatcher
+        self._column_E = column_of_expert(placement)
+        self._group_of_E = torch.tensor([i for i, group in enumerate(groups) for _ in range(group.num_experts)])
+
+    def forward(self, x_TD: Tensor, group_T: Tensor) -> tuple[Tensor, LayerReport]:
+        h_TD = self.norm(x_TD)
+        router: Router = self.router  # pyright: ignore[reportAssignmentType]
+        assignments, sums, _ = router(h_TD, group_T)
+        expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
+        weight_TK = assignments.weight_N.view_as(expert_TK)
+        pairs = int((expert_TK != ABSENT).sum())
+        if not self.capacity:
+            expert_TK = self._remapped(expert_TK, group_T)
+        probs_TE, map_TE = routing_tables(expert_TK, weight_TK, self._column_E)
+        y_TD = run_experts(self._dispatcher, self.experts, h_TD, probs_TE, map_TE)
+        return y_TD, LayerReport(sums=sums, rows_remote=0, pairs=pairs, pairs_remote=0)
+
+    def _remapped(self, expert_TK: Tensor, group_T: Tensor) -> Tensor:
+        """Each absent choice takes an expert of the token's group that the token did not choose: the lowest ones."""
+        used_TE = torch.zeros(expert_TK.shape[0], self._column_E.shape[0] + 1, dtype=torch.bool)
+        used_TE.scatter_(1, torch.where(expert_TK == ABSENT, self._column_E.shape[0], expert_TK), True)
+        used_TE = used_TE[:, :-1] | (self._group_of_E != group_T[:, None])
+        free_TE = torch.sort(used_TE.to(torch.int8), dim=1, stable=True).indices
+        nth_TK = ((expert_TK == ABSENT).cumsum(1) - 1).clamp_min(0)
+        return torch.where(expert_TK == ABSENT, free_TE.gather(1, nth_TK), expert_TK)
+
+
+def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, map_TE: Tensor) -> Tensor:
+    """Megatron's forward between router and output, in the order of its MoELayer."""
+    rows, probs = dispatcher.dispatch_preprocess(h_TD, map_TE, probs_TE)
+    rows, probs = dispatcher.token_dispatch(rows, probs)
+    rows, tokens_per_expert, probs = dispatcher.dispatch_postprocess(rows, probs)
+    outputs, _ = experts(rows, tokens_per_expert, probs)
+    return dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(outputs)))
+
+
+@torch.no_grad()
+def copy_experts(ours: nn.Module, theirs: Any) -> None:
+    """Weights of our stacks of one rank, in slot order, into Megatron's experts: fc1 is gate over up."""
+    stacks = [module for module in ours.children() if hasattr(module, "gate")]
+    gate, up, down = (torch.cat([getattr(stack, name) for stack in stacks]) for name in ("gate", "up", "down"))
+    for index, expert in enumerate(theirs.local_experts):
+        expert.linear_fc1.weight.copy_(torch.cat([gate[index], up[index]]))
+        expert.linear_fc2.weight.copy_(down[index])

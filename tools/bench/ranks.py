@@ -1,0 +1,144 @@
+"""Starts the ranks of a benchmark on this machine, one thread each; rank 0 writes what it measures as it goes."""
+
+import json
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from moe_dist.runtime.run_folder import write_atomically
+from moe_dist.runtime.signals import child_of
+
+TIMEOUT_SECONDS = 900.0
+SCALING_TOKENS = 2048  # below that fixed costs hide the slope
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks measure.
+
+    Attributes:
+        world_size: Ranks.
+        path: JSON file of the results; keys that it has are not measured again.
+        only: Sweeps to measure; empty for all.
+        quick: Points so small that only the code is tested.
+        rounds, seed: See `tools.bench.measure.Effort`.
+    """
+
+    world_size: int
+    path: Path
+    only: tuple[str, ...]
+    quick: bool
+    rounds: int
+    seed: int
+
+
+def measure(job: Job) -> None:
+    """Blocks until all ranks have ended; results are in `job.path`.
+
+    Raises:
+        RuntimeError: a rank failed; its traceback is on standard error.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")  # read when torch is imported, in the ranks
+    context = get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="moe_dist_bench_") as folder:
+        ranks = [
+            context.Process(target=_rank, args=(job, rank, folder, os.getpid()), name=f"bench-{rank}", daemon=True)
+            for rank in range(job.world_size)
+        ]
+        for process in ranks:
+            process.start()
+        failed = _wait(ranks)
+    if failed:
+        raise RuntimeError(f"ranks {failed} of {job.world_size} failed")
+
+
+def _wait(ranks: Sequence[BaseProcess]) -> list[int]:
+    """Ends all ranks when one fails; those that failed by themselves."""
+    while any(process.is_alive() for process in ranks):
+        failed = [index for index, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+        if failed:
+            time.sleep(1.0)  # for the tracebacks of the others
+            for process in ranks:
+                process.kill()
+            return failed
+        for process in ranks:
+            process.join(0.2)
+    return [index for index, process in enumerate(ranks) if process.exitcode]
+
+
+def _rank(job: Job, rank: int, folder: str, parent: int) -> None:
+    child_of(parent, ignore_stop=False)()
+    import torch
+
+    from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
+    from tools.bench.megatron_core import megatron_world
+
+    torch.set_num_threads(1)
+    try:
+        cpu = torch.device("cpu")
+        init_world(
+            init_method=f"file://{folder}/store", rank=rank, world_size=job.world_size, device=cpu, timeout=TIMEOUT_SECONDS
+        )
+        mesh = make_mesh(ep=job.world_size, device=cpu, timeout=TIMEOUT_SECONDS)
+        with megatron_world(job.world_size):
+            _measure_all(job, mesh)
+        destroy_world()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # without waiting for a peer
+
+
+def _measure_all(job: Job, mesh: Any) -> None:
+    """All rows that the file does not have. Every rank reads it before anything is written."""
+    from tools.bench.measure import Effort
+
+    results = read_results(job.path)
+    effort = Effort(rounds=job.rounds, warmup=1 if job.quick else 3, seed=job.seed)
+    todo = {key: measure for key, measure in _tasks(job, mesh, effort).items() if key not in results["rows"]}
+    for number, (key, task) in enumerate(todo.items()):
+        began = time.monotonic()
+        row = task()
+        if mesh.rank:
+            continue
+        seconds = time.monotonic() - began
+        results["rows"][key] = {**row, "seconds": seconds, "load": os.getloadavg()[0]}
+        results["settings"] = {**asdict(job), "path": job.path.name, "only": list(job.only)}
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.path, json.dumps(results, indent=1) + "\n")
+        print(f"{number + 1}/{len(todo)} {key}: {seconds:.1f} s", flush=True)
+
+
+def _tasks(job: Job, mesh: Any, effort: Any) -> Mapping[str, Callable[[], dict[str, Any]]]:
+    """Every row by key, '<sweep>/<label>', in the order of measurement."""
+    from tools.bench.dispatch_rows import measure_point, measure_scaling
+    from tools.bench.layers import LAYERS, QUICK_LAYERS, measure_layer, measure_step
+    from tools.bench.points import quick_sweeps, sweeps
+
+    chosen = quick_sweeps() if job.quick else sweeps()
+    tasks: dict[str, Callable[[], dict[str, Any]]] = {
+        f"{sweep}/{label}": partial(measure_point, point, mesh, effort)
+        for sweep, points in chosen.items()
+        for label, point in points
+    }
+    for by in ("tokens", "experts"):
+        smallest = SCALING_TOKENS if by == "tokens" and not job.quick else 0
+        points = {label: point for label, point in chosen.get(by, ()) if point.tokens >= smallest}
+        if points:
+            tasks[f"scaling/{by}"] = partial(measure_scaling, points, mesh, effort, by=by)
+    for name, size in (QUICK_LAYERS if job.quick else LAYERS).items():
+        tasks[f"layer/{name}"] = partial(measure_layer, size, mesh, effort)
+    tasks["step/default model"] = partial(measure_step, mesh, effort)
+    return {key: task for key, task in tasks.items() if not job.only or key.partition("/")[0] in job.only}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a file has; empty where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

@@ -1,0 +1,54 @@
+"""Medians, and intervals that assume nothing about the distribution of times."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and the interval that holds the true one with CONFIDENCE at least."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float]:
+        return {"median": self.median, "low": self.low, "high": self.high, "n": self.n}
+
+
+def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Median of independent values, with the interval between two of them by the sign test.
+
+    The true median lies below the l-th smallest value only if fewer than l of n values fall below it, which happens with
+    P(Binomial(n, 1/2) < l); the same holds above. The interval takes the largest l for which both together are at most
+    1 - CONFIDENCE; below 6 values none is, and the interval is that of all values.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    n = len(ordered)
+    if n == 0:
+        raise ValueError("no values: a median needs one at least")
+    outside, rank = 0.0, 0
+    while 2 * (outside + math.comb(n, rank) / 2**n) <= 1 - CONFIDENCE:
+        outside += math.comb(n, rank) / 2**n
+        rank += 1
+    low = max(rank, 1) - 1
+    return Interval(float(np.median(ordered)), float(ordered[low]), float(ordered[n - 1 - low]), n)
+
+
+def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
+    """Median of ours / theirs, each ratio taken inside one round, so that what slows a round slows both."""
+    ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    if ours_n.shape != theirs_n.shape:
+        raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
+    return median_interval(ours_n / theirs_n)
+
+
+def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Least squares slope of log y over log x: 1 where y is proportional to x."""
+    return float(np.polyfit(np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64)), 1)[0])
