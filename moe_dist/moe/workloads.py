@@ -1,15 +1,16 @@
 """Eight token-imbalance workloads, W0 to W7: who goes where, made from (workload, seed, step) alone.
 
 The same logical workload appears under any dispatcher, layout and number of ranks: choices are drawn for all tokens of the
-step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names, and what each isolates, follow
-Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
+step at once, and a rank takes its slice. Every token has exactly K distinct experts. The names, and what each isolates,
+follow Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
 
-Shape letters: T tokens of the step over all ranks, E experts, K choices a token, W shards (the ranks that a contiguous layout
-puts the experts on), D hidden size.
+Shape letters: T tokens of the step over all ranks, E experts, K choices a token, W shards (the ranks that a contiguous
+layout puts the experts on), D hidden size.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,8 +48,8 @@ class WorkloadShape:
     def __post_init__(self) -> None:
         if not 0 < self.top_k <= self.num_experts - len(self.shard(0)) * (self.num_shards > 1):
             raise ValueError(
-                f"top_k={self.top_k}: W5 leaves one of {self.num_shards} shards of {self.num_experts} experts without tokens "
-                "and gives each token top_k of the others; lower top_k, or raise num_experts or num_shards"
+                f"top_k={self.top_k}: W5 leaves one of {self.num_shards} shards of {self.num_experts} experts without "
+                "tokens and gives each token top_k of the others; lower top_k, or raise num_experts or num_shards"
             )
 
     def shard(self, index: int) -> range:
@@ -122,7 +123,9 @@ def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed
         raise ValueError(f"hidden_dim={hidden_dim}: the first num_experts={num_experts} of a row are its logits; raise it")
     rng = np.random.default_rng([seed, len(step.expert_TK)])
     h_TD = rng.uniform(-1.0, 1.0, (len(step.expert_TK), hidden_dim))
-    high_TK = 3.0 + np.argsort(rng.random(step.expert_TK.shape), axis=1) * 0.25 + rng.uniform(0.0, 0.1, step.expert_TK.shape)
+    high_TK = (
+        3.0 + np.argsort(rng.random(step.expert_TK.shape), axis=1) * 0.25 + rng.uniform(0.0, 0.1, step.expert_TK.shape)
+    )
     np.put_along_axis(h_TD, step.expert_TK, high_TK, axis=1)
     return h_TD
 
@@ -163,7 +166,7 @@ def _weighted(shape: WorkloadShape, hot: np.ndarray, rng: np.random.Generator) -
 
 def _even(shape: WorkloadShape) -> tuple[int, ...]:
     edges = [source * shape.num_tokens // shape.num_shards for source in range(shape.num_shards + 1)]
-    return tuple(end - start for start, end in zip(edges, edges[1:], strict=False))
+    return tuple(end - start for start, end in pairwise(edges))
 
 
 def _ragged(shape: WorkloadShape, fixed: np.random.Generator) -> tuple[int, ...]:

@@ -1,4 +1,8 @@
-"""Every process group has the configured timeout: torch gives a new group its own default, not the world's."""
+"""Every process group of the training has the configured timeout: torch gives a new group its own default, not the world's.
+
+The one exception is by choice: the group over which a thread in the background writes checkpoints, where ranks wait for the
+slowest disk. The training's own wait for it is a collective like others.
+"""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -7,25 +11,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.parallel.mesh import make_mesh
+from moe_dist.parallel.mesh import CHECKPOINT_TIMEOUT, make_mesh
 from tests.support.worlds import RankContext
 
 TIMEOUT = 47.0
 
 
 def timeouts(rank: RankContext) -> dict[str, timedelta]:
-    """Timeout of every group that a mesh makes, as its backend has it, by the group's number."""
+    """Timeout of every group that a mesh makes, as its backend has it, by what the group is for."""
     before = set(dist.distributed_c10d._world.pg_map)
-    make_mesh(ep=2, device=torch.device("cpu"), timeout=TIMEOUT)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=TIMEOUT)
     groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]
-    assert isinstance(dist.group.WORLD, dist.ProcessGroup)
     return {
-        f"{number} of {group.size()}": group._get_backend(torch.device("cpu")).options._timeout
+        "checkpoint" if group is mesh.checkpoint else f"{number} of {group.size()} ranks": _timeout(group)
         for number, group in enumerate(groups)
     }
 
 
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
 def test_groups_inherit_the_configured_timeout(run_in_world: Callable[..., list[Any]]) -> None:
     for seen in run_in_world(4, timeouts):
+        assert seen.pop("checkpoint") == CHECKPOINT_TIMEOUT
         assert len(seen) >= 2  # EP and edp
         assert set(seen.values()) == {timedelta(seconds=TIMEOUT)}, seen

@@ -1,4 +1,4 @@
-"""The eight workloads: distinct experts, the same from (workload, seed, step) alone, and each with the skew it is named for."""
+"""The eight workloads: distinct experts, all from (workload, seed, step) alone, and each with the skew it is named for."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,13 @@ from moe_dist.moe.workloads import WORKLOADS, WorkloadShape, hidden_states, rout
 from moe_dist.placement.placement import ExpertGroup
 
 SHAPE = WorkloadShape(num_tokens=640, num_experts=16, top_k=3, num_shards=4)
-SHAPES = [SHAPE, WorkloadShape(31, 7, 2, 3), WorkloadShape(5, 4, 2, 2), WorkloadShape(12, 6, 6, 1), WorkloadShape(0, 8, 2, 4)]
+SHAPES = [
+    SHAPE,
+    WorkloadShape(31, 7, 2, 3),
+    WorkloadShape(5, 4, 2, 2),
+    WorkloadShape(12, 6, 6, 1),
+    WorkloadShape(0, 8, 2, 4),
+]
 
 
 def load(workload: str, step: int = 0, seed: int = 0) -> np.ndarray:
