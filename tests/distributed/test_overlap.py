@@ -194,6 +194,7 @@ def held(rank: RankContext) -> list[dict[str, int]]:
 
         with Live() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             rows: DispatchedRows | None = dispatcher.dispatch(h_TD, weight_N, plan)
+            given_back = dispatcher.lane.buffers.num_bytes
             y_TD = dispatcher.combine(rows.rows_RD, plan)
             rows = None
         with Live() as backward:
@@ -207,6 +208,7 @@ def held(rank: RankContext) -> list[dict[str, int]]:
                 "R": num_own + received,
                 "S": sent,
                 "buffers": dispatcher.lane.buffers.num_bytes,
+                "given back": given_back,
                 "D": dim,
             }
         )
@@ -220,4 +222,4 @@ def test_memory_is_as_stated(run_in_world: Callable[..., list[Any]]) -> None:
         assert wide["forward"] - narrow["forward"] == (wide["R"] + wide["S"] + T) * added
         assert wide["backward"] - narrow["backward"] == (wide["R"] + wide["S"] + T) * added
         assert wide["kept"] == 0
-        assert wide["buffers"] == wide["S"] * wide["D"] * 4
+        assert wide["given back"] == wide["buffers"] == wide["S"] * wide["D"] * 4
