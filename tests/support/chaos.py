@@ -172,7 +172,8 @@ def differences(run: RunFolder, undisturbed: RunFolder) -> list[str]:
     if steps != list(range(1, len(steps) + 1)):
         faults.append(f"metrics.jsonl has the steps {steps}")
     if lines != wanted:
-        faults.append("metrics.jsonl differs")
+        first = next((a["step"] for a, b in zip(lines, wanted, strict=False) if a != b), len(wanted))
+        faults.append(f"metrics.jsonl differs from step {first} on")
     return faults
 
 
