@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, StorageError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -113,9 +113,20 @@ def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
 
 
 def _read_fixed_part(idx: Path) -> tuple[int, int, int]:
-    """Type code, sequences and entries of the document list."""
-    with idx.open("rb") as stream:
-        raw = stream.read(_HEADER.size)
+    """Type code, sequences and entries of the document list.
+
+    Raises:
+        DataError: as `read_index_header`.
+        StorageError: the file system does not answer.
+    """
+    try:
+        with idx.open("rb") as stream:
+            raw = stream.read(_HEADER.size)
+    except OSError as error:
+        raise StorageError(
+            f"{idx}: cannot be read: {error.strerror or error}; look at the disk or file system that holds it",
+            see="docs/reliability.md",
+        ) from error
     if raw[: len(MAGIC)] != MAGIC[: len(raw)]:
         raise DataError(f"{idx}: not a Megatron index (it must begin with {MAGIC!r})")
     if len(raw) < _HEADER.size:

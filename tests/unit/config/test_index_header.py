@@ -1,13 +1,14 @@
 """The torch-free reader of Megatron's .idx, held against files written out by hand."""
 
+import errno
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe_dist.config.index_header import largest_id, read_index_header
-from moe_dist.errors import DataError
+from moe_dist.config.index_header import index_paths, largest_id, read_index_header
+from moe_dist.errors import DataError, StorageError
 
 
 def write_pair(prefix: Path, documents: list[list[int]], dtype: str = "uint16", code: int = 8) -> Path:
@@ -77,3 +78,16 @@ def test_negative_and_float_ids_are_refused(tmp_path: Path) -> None:
         largest_id(write_pair(tmp_path / "n", [[1, -5]], "int32", 4))
     with pytest.raises(DataError, match="integers"):
         largest_id(write_pair(tmp_path / "f", [[1, 2]], "float32", 7))
+
+
+def test_a_disk_that_fails_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = tmp_path / "set"
+    for path in index_paths(prefix):
+        path.write_bytes(b"x")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(StorageError, match=r"set\.idx: cannot be read: Input/output error"):
+        read_index_header(prefix)
