@@ -24,11 +24,14 @@ from moe_dist.model.flops import Shape, forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.deep_ep import DeepEPDispatcher
 from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.expert_gemm import choose_gemm
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_node import PerNodeDispatcher
+from moe_dist.moe.per_pair import PerPairDispatcher, SyncFreeDispatcher, pairs_are_rows
 from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.pipelined import PipelinedDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -43,6 +46,7 @@ from moe_dist.placement.policies import expert_groups
 from moe_dist.trainer import Plan
 from moe_dist.training_step import TrainingStep
 
+NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside the node
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -55,19 +59,41 @@ def build_router(
     return kinds[section.kind](hidden_dim, groups, capacity=capacity, **fields)
 
 
-def build_wire(section: ParallelSection, group: dist.ProcessGroup | None, traffic: Traffic, watch: Watch | None) -> Wire:
+def build_wire(
+    section: ParallelSection,
+    group: dist.ProcessGroup | None,
+    traffic: Traffic,
+    watch: Watch | None,
+    *,
+    between_nodes: bool = False,
+) -> Wire:
     """One process group as a wire, checked where the configuration says so."""
-    wire = Wire(group, traffic, watch)
+    wire = Wire(group, traffic, watch, between_nodes=between_nodes)
     return CheckedWire(wire) if section.check_exchanges else wire
 
 
 def build_dispatcher(
-    section: ParallelSection, placement: ExpertPlacement, wire: Wire
+    config: Config, placement: ExpertPlacement, wire: Wire, node_groups: NodeGroups = (None, None)
 ) -> Dispatcher[Any] | PipelinedDispatcher:
     """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
-    kinds = {"per_rank": _per_rank}
-    fields = section.dispatch.model_dump(exclude={"kind"})
-    return kinds[section.dispatch.kind](placement, wire, max_receive_rows=section.max_receive_rows, **fields)
+    section, bound = config.parallel.dispatch, config.parallel.max_receive_rows
+    fields = section.model_dump(exclude={"kind"})
+    if section.kind == "per_node":
+        between, inside = (
+            build_wire(config.parallel, group, wire.traffic, wire.watch, between_nodes=i == 0)
+            for i, group in enumerate(node_groups)
+        )
+        return PerNodeDispatcher(placement, between, inside, max_receive_rows=bound, **fields)
+    if section.kind == "deep_ep":
+        top_k = max(group.top_k for group in placement.groups)
+        return DeepEPDispatcher(placement, wire, hidden_dim=config.model.hidden_dim, top_k=top_k, **fields)
+    pairs = PerPairDispatcher(placement, wire, max_receive_rows=bound)
+    if section.kind == "per_pair":
+        return pairs
+    per_rank = _per_rank(placement, wire, max_receive_rows=bound, **fields)
+    if isinstance(per_rank, PipelinedDispatcher) or not pairs_are_rows(placement):
+        return per_rank
+    return SyncFreeDispatcher(per_rank, pairs)
 
 
 def _per_rank(
@@ -105,6 +131,7 @@ def build_model(
     *,
     ep_rank: int,
     ep_group: dist.ProcessGroup | None,
+    node_groups: NodeGroups = (None, None),
     traffic: Traffic | None = None,
     watch: Watch | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -113,6 +140,7 @@ def build_model(
 
     Args:
         placement: Which expert lives on which rank; without an `ep_group` it must not need the wire.
+        node_groups: The EP group's cuts between and inside nodes, for a dispatcher that knows nodes.
         traffic: Counter of all layers' wires.
         watch: Where the wires' collectives are noted.
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
@@ -120,7 +148,7 @@ def build_model(
     section, moe = config.model, config.model.moe
     wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = build_dispatcher(config.parallel, placement, wire)
+    dispatcher = build_dispatcher(config, placement, wire, node_groups)
 
     capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
 
@@ -172,7 +200,15 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     traffic = Traffic()
     check_expert_gemm(config, mesh.device)
     with torch.device("meta"):
-        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic, watch=mesh.watch)
+        model = build_model(
+            config,
+            placement,
+            ep_rank=mesh.ep_rank,
+            ep_group=mesh.ep,
+            node_groups=(mesh.inter_node, mesh.intra_node),
+            traffic=traffic,
+            watch=mesh.watch,
+        )
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)

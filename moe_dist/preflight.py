@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_dist.config.dispatch_rules import dispatch_relations
 from moe_dist.config.draft import Draft
 from moe_dist.config.index_header import largest_id
 from moe_dist.config.load import GUIDE, model_relations, read_draft
@@ -137,7 +138,8 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
 
 def _own_relations(config: Config, groups: Sequence[ExpertGroup]) -> list[Relation]:
     """What the configuration breaks by itself."""
-    return [*model_relations(config), *batch_relations(config), *gemm_relations(config), *group_relations(groups)]
+    rules = [*model_relations(config), *batch_relations(config), *gemm_relations(config), *group_relations(groups)]
+    return [*rules, *dispatch_relations(config)]
 
 
 def batch_relations(config: Config) -> list[Relation]:

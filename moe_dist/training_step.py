@@ -173,6 +173,7 @@ class TrainingStep:
         """This rank's part of norm, vote and statistics as one float64 vector, so that they take one all-reduce."""
         device = self.parallel.mesh.device
         squared = local_norm_squared(((info.parameter, info.replicas) for info in self.parallel.parameters), device=device)
+        between_nodes = self.traffic.inter_node_bytes
         payload, metadata, seconds = self.traffic.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
         true_choices_G, null_choices_G, tokens_G = own.totals()
@@ -186,7 +187,12 @@ class TrainingStep:
             pairs=pairs,
             pairs_remote=pairs_remote,
         )
-        numbers = {**ledger, "payload_bytes": payload, "metadata_bytes": metadata}
+        numbers = {
+            **ledger,
+            "payload_bytes": payload,
+            "inter_node_bytes": between_nodes,
+            "metadata_bytes": metadata,
+        }
         host = [*(float(numbers[key]) for key in LEDGER_KEYS), seconds, *tokens_and_stop]
         return torch.cat(
             [

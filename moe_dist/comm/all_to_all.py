@@ -82,12 +82,25 @@ class Pending:
 
 
 class Wire:
-    """One process group as a wire. Without a group it is the identity wire of a single rank: the same calls, no traffic."""
+    """One process group as a wire. Without a group it is the identity wire of a single rank: the same calls, no traffic.
 
-    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic, watch: Watch | None = None) -> None:
+    Args:
+        watch: Where its collectives are noted, for the watchdog.
+        between_nodes: Its ranks are on different nodes; its payload is counted apart as well.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        traffic: Traffic,
+        watch: Watch | None = None,
+        *,
+        between_nodes: bool = False,
+    ) -> None:
         self.group = group
         self.traffic = traffic
         self.watch = watch
+        self.between_nodes = between_nodes
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
@@ -117,7 +130,7 @@ class Wire:
             return pending
         remote = sum(splits.send) - splits.send[self.rank]  # the own slice is a local copy
         row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
-        self.traffic.count(name, remote * row_bytes, payload=payload)
+        self.traffic.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
         pending.issue(items.contiguous(), self.group)
         return pending
 

@@ -14,6 +14,7 @@ class Traffic:
 
     Attributes:
         payload_bytes: Bytes of hidden rows (and of their gradients) that left this rank.
+        inter_node_bytes: Of the payload, what went between nodes, where the dispatcher knows nodes.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
         seconds: Time that the host spent in calling and waiting for collectives or, on CUDA, that the stream waited for
             them (known only after `drain`): what computation hides is not in it.
@@ -22,15 +23,17 @@ class Traffic:
     """
 
     payload_bytes: int = 0
+    inter_node_bytes: int = 0
     metadata_bytes: int = 0
     seconds: float = 0.0
     events: list[str] | None = None
     _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
-    def count(self, name: str, num_bytes: int, *, payload: bool) -> None:
+    def count(self, name: str, num_bytes: int, *, payload: bool, between_nodes: bool = False) -> None:
         """Adds one collective that sends `num_bytes` from this rank."""
         if payload:
             self.payload_bytes += num_bytes
+            self.inter_node_bytes += num_bytes * between_nodes
         else:
             self.metadata_bytes += num_bytes
         self.event(name)
@@ -90,4 +93,5 @@ class Traffic:
         self.drain()
         taken = (self.payload_bytes, self.metadata_bytes, self.seconds)
         self.payload_bytes, self.metadata_bytes, self.seconds = 0, 0, 0.0
+        self.inter_node_bytes = 0
         return taken

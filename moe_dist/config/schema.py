@@ -246,7 +246,35 @@ class PerRankDispatchSection(Section):
     )
 
 
-DispatchSection = PerRankDispatchSection  # a union with discriminator="kind" once there are two
+class PerNodeDispatchSection(Section):
+    """One row for each (token, destination node) between nodes, then one for each (token, rank) inside the node."""
+
+    kind: Literal["per_node"] = Field(
+        default="per_node",
+        description="One row for each (token, destination node) between nodes, then one for each (token, rank) inside it.",
+    )
+    ranks_per_node: PositiveInt = Field(description="Neighbouring ranks that make a node; divides parallel.ep.")
+
+
+class PerPairDispatchSection(Section):
+    """One row for each (token, expert), without a host sync; for routers whose counts are known beforehand."""
+
+    kind: Literal["per_pair"] = Field(
+        default="per_pair",
+        description="One row for each (token, expert), without a host sync; for routers whose counts are known beforehand.",
+    )
+
+
+class DeepEPDispatchSection(Section):
+    """DeepEP's kernels, where deep_ep is installed."""
+
+    kind: Literal["deep_ep"] = Field(default="deep_ep", description="DeepEP's kernels, where deep_ep is installed.")
+
+
+DispatchSection = Annotated[
+    PerRankDispatchSection | PerNodeDispatchSection | PerPairDispatchSection | DeepEPDispatchSection,
+    Field(discriminator="kind"),
+]
 
 
 class ParallelSection(Section):

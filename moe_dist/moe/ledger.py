@@ -7,9 +7,14 @@ a choice spread evenly over its group's experts, so that a share 1 - own/n of th
     rows_topk           top-k of the same k over true experts alone, one row a choice
     rows_same_active    top-k with as many true experts a token as were really taken, one row a choice
     rows_null_remapped  the taken pairs, and each null choice sent to some true expert with weight 0
+
+Bytes are counted at the call of each collective: `payload_bytes` of rows, of which `inter_node_bytes` between nodes where
+the dispatcher knows nodes (else 0), and `metadata_bytes` of all else. A dispatcher of two hops counts the rows of both in
+`rows_remote`.
 """
 
 from collections.abc import Mapping, Sequence
+from math import comb
 
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -22,6 +27,7 @@ LEDGER_KEYS = (
     "rows_same_active",
     "rows_null_remapped",
     "payload_bytes",
+    "inter_node_bytes",
     "metadata_bytes",
 )
 
@@ -61,3 +67,14 @@ def compare(
         "rows_same_active": same_active,
         "rows_null_remapped": pairs_remote + nulls,
     }
+
+
+def expected_copies(num_experts: int, top_k: int, parts: int, *, num_null: int = 0) -> float:
+    """Expected number of distinct parts (ranks or nodes, each with as many experts) that a token's true choices fall into.
+
+    Under uniform routing over n + m columns without replacement a part of n / P experts is missed with probability
+    C(n + m - n / P, k) / C(n + m, k), so P (1 - that). With m = 0 it is the hypergeometric form that HierMoE-style
+    deduplication is measured by: what one row for each rank or node saves over one row for each expert, before locality.
+    """
+    columns = num_experts + num_null
+    return parts * (1.0 - comb(columns - num_experts // parts, top_k) / comb(columns, top_k))

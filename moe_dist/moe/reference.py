@@ -187,3 +187,34 @@ def expected_traffic(
     """Remote rows and remote pairs of one rank for its taken pairs: the closed form of the dispatch contract."""
     remote = [(t, rank_of_expert[e]) for t, e in zip(tokens, experts, strict=True) if rank_of_expert[e] != own_rank]
     return len(set(remote)), len(remote)
+
+
+def expected_node_traffic(
+    tokens_W: Sequence[Sequence[int]],
+    experts_W: Sequence[Sequence[int]],
+    rank_of_expert: Sequence[int],
+    *,
+    ranks_per_node: int,
+    own_rank: int,
+) -> tuple[int, int]:
+    """Rows that one rank sends between nodes, and inside its node, when rows are distinct by node and then by rank.
+
+    Between nodes: its own tokens' distinct (token, other node). Inside the node: of all ranks with its position in their
+    nodes, itself among them, distinct (token, other rank of its node): it forwards what arrived.
+
+    Args:
+        tokens_W, experts_W: For each rank of the EP group its taken pairs.
+    """
+    node, local = divmod(own_rank, ranks_per_node)
+
+    def legs(rank: int) -> set[tuple[int, int]]:
+        return {(t, rank_of_expert[e]) for t, e in zip(tokens_W[rank], experts_W[rank], strict=True)}
+
+    crossing = {(t, to // ranks_per_node) for t, to in legs(own_rank) if to // ranks_per_node != node}
+    inside = [
+        (source, t, to)
+        for source in range(local, len(tokens_W), ranks_per_node)
+        for t, to in legs(source)
+        if to // ranks_per_node == node and to != own_rank
+    ]
+    return len(crossing), len(inside)

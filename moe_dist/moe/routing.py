@@ -30,11 +30,15 @@ class Assignments(NamedTuple):
         token_N: int64, the pair's token.
         expert_N: int64, the pair's logical expert, ABSENT where no pair is taken (a null choice, padding).
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 where absent.
+        counts_WE: Where they are known without reading the routing: for each rank of the EP group its pairs of each logical
+            expert. Then every pair is taken, and this rank's are sorted by expert: per-rank expert choice with a capacity
+            makes them so. Every rank gives the same numbers. None for token choice.
     """
 
     token_N: Tensor
     expert_N: Tensor
     weight_N: Tensor
+    counts_WE: tuple[tuple[int, ...], ...] | None = None
 
     def taken(self) -> "Assignments":
         """The compact list. Its length depends on the data (a host sync on CUDA): for tests and pictures only."""

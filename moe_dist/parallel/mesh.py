@@ -6,6 +6,8 @@
 - `ep`: one copy of all experts, sharded; neighbours in rank order, so that an EP group stays inside a node.
   Dispatch and combine run here.
 - `edp`: ranks with the same position in their EP groups; they hold the same experts and sum those gradients.
+- `intra_node`, `inter_node`: where ranks_per_node is given, an EP group as nodes of so many neighbours:
+  ep_rank = node * ranks_per_node + local. The first joins the ranks of one node, the second those with the same `local`.
 """
 
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ class Mesh:
             the other groups are busy with the training.
         world_mesh, edp_mesh: The same as 1-D device meshes, for FSDP2.
         watch: Where every collective of this rank is noted, for the watchdog.
+        intra_node, inter_node: Cuts of the EP group into nodes, in the order of EP positions; None where that is one rank,
+            or where no nodes were asked for.
     """
 
     rank: int
@@ -50,6 +54,8 @@ class Mesh:
     world_mesh: DeviceMesh
     edp_mesh: DeviceMesh
     watch: Watch
+    intra_node: dist.ProcessGroup | None = None
+    inter_node: dist.ProcessGroup | None = None
 
 
 def init_world(
@@ -78,10 +84,13 @@ def init_world(
     )
 
 
-def make_mesh(*, ep: int, device: torch.device, timeout: float, watch: Watch | None = None) -> Mesh:
-    """Cuts the default process group into EP and edp groups. Collective: every rank calls it with the same `ep`.
+def make_mesh(
+    *, ep: int, device: torch.device, timeout: float, ranks_per_node: int | None = None, watch: Watch | None = None
+) -> Mesh:
+    """Cuts the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
 
-    Every group is made with the given timeout: torch gives a new group its own default, not the world's.
+    With `ranks_per_node`, which must divide `ep`, each EP group is cut into nodes as well. Every group is made with the
+    given timeout: torch gives a new group its own default, not the world's.
     """
     world, rank, world_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     if world is None or world_size % ep:
@@ -90,6 +99,7 @@ def make_mesh(*, ep: int, device: torch.device, timeout: float, watch: Watch | N
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
     edp_group = _own_group(grid.T, ep_rank, timeout)
+    intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
         rank=rank,
         world_size=world_size,
@@ -105,7 +115,29 @@ def make_mesh(*, ep: int, device: torch.device, timeout: float, watch: Watch | N
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
         watch=watch or Watch(),
+        intra_node=intra_node,
+        inter_node=inter_node,
     )
+
+
+def _node_groups(
+    grid: torch.Tensor, rank: int, ranks_per_node: int | None, timeout: float
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """This rank's groups inside its node and between nodes, of EP groups that are the rows of `grid`."""
+    if ranks_per_node is None:
+        return None, None
+    ep = grid.shape[1]
+    if ep % ranks_per_node:
+        raise AssertionError(f"an EP group of {ep} ranks cannot be cut into nodes of {ranks_per_node}")
+    cube = grid.view(-1, ep // ranks_per_node, ranks_per_node)  # EP group, node, local
+    nodes, rails = cube.flatten(0, 1), cube.transpose(1, 2).flatten(0, 1)
+    intra = _own_group(nodes, _row_of(nodes, rank), timeout) if nodes.shape[1] > 1 else None
+    inter = _own_group(rails, _row_of(rails, rank), timeout) if rails.shape[1] > 1 else None
+    return intra, inter
+
+
+def _row_of(rows: torch.Tensor, rank: int) -> int:
+    return int((rows == rank).any(1).nonzero()[0])
 
 
 def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGroup:

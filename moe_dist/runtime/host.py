@@ -13,7 +13,8 @@ from moe_dist.runtime.secrets import secrets_of
 
 def host_relations(config: Config) -> list[Relation]:
     """What this machine cannot give."""
-    return [*apex_relations(config), *group_relations(config), *secret_relations(config)]
+    packages = [*apex_relations(config), *deep_ep_relations(config)]
+    return [*packages, *group_relations(config), *secret_relations(config)]
 
 
 def apex_relations(config: Config) -> list[Relation]:
@@ -43,6 +44,19 @@ def apex_relations(config: Config) -> list[Relation]:
         )
         broken.append(Relation(("optimizer.backend",), fault))
     return broken
+
+
+def deep_ep_relations(config: Config) -> list[Relation]:
+    """Whether DeepEP is installed where it dispatches; looked for, or not, as Apex is."""
+    if config.parallel.dispatch.kind != "deep_ep" or importlib.util.find_spec("torch") is None:
+        return []
+    if importlib.util.find_spec("deep_ep") is not None:
+        return []
+    fault = (
+        "parallel.dispatch.kind=deep_ep: the package deep_ep is not installed here; build DeepEP from its repository, or "
+        "take parallel.dispatch.kind=per_rank"
+    )
+    return [Relation(("parallel.dispatch.kind",), fault)]
 
 
 def group_relations(config: Config) -> list[Relation]:

@@ -25,7 +25,7 @@ from tests.support.worlds import RankContext
 
 def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
     """Events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they move."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
     events: list[str] = []
     parallel = build(layout, mesh, Traffic(events=events))
     gather, reduce = param_group.foreach_all_gather, param_group.foreach_reduce
@@ -62,12 +62,14 @@ def _unit(name: str) -> str:
     Layout(2, 2, "pinned", "fsdp2", overlap=True),
     Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=3),
     Layout(4, 2, "uneven", "fsdp2", chunks=2),
+    Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2),
 ], ids=str)  # fmt: skip
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)
     first, last = (" 0", f" {layout.chunks - 1}") if layout.chunks > 1 else ("", "")
-    opening = (f"dispatch rows{first}", f"combine rows backward{last}")
-    closing = (f"wait combine rows{last}", f"wait dispatch rows backward{first}")
+    hop = "inter-node " if layout.ranks_per_node else ""  # of two hops, the one that begins and ends a pass
+    opening = (f"{hop}dispatch rows{first}", f"{hop}combine rows backward{last}")
+    closing = (f"wait {hop}combine rows{last}", f"wait {hop}dispatch rows backward{first}")
     for events in all_events:
         inside = None
         assert set(opening + closing) <= set(events)
@@ -91,7 +93,7 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
 
 def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     """Every call of torch.distributed in two training steps: its name, and how many ranks took part."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
     traffic = Traffic()
     parallel = build(layout, mesh, traffic)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
@@ -122,13 +124,17 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), Layout(2, 2, "pinned", recompute="block")], ids=str)
+@pytest.mark.parametrize("layout", [
+    Layout(4, 1, "uneven"),
+    Layout(2, 2, "pinned", recompute="block"),
+    Layout(4, 1, "uneven", recompute="block", ranks_per_node=2),
+], ids=str)  # fmt: skip
 def test_every_rank_issues_the_same_collectives_in_the_same_order(
     run_in_world: Callable[..., list[Any]], layout: Layout
 ) -> None:
     """Of four ranks one has no token, one no image and one no text; `uneven` leaves a rank without experts of a group."""
     first, *others = run_in_world(layout.world_size, recorded_step, layout)
-    assert first.count(f"all_to_all_single over {layout.ep}") > 0
+    assert first.count(f"all_to_all_single over {layout.ranks_per_node or layout.ep}") > 0
     assert first.count(f"all_reduce over {layout.world_size}") > 0
     assert all(calls == first for calls in others)
 

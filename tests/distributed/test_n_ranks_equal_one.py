@@ -39,6 +39,12 @@ TIMETABLES = [
     Layout(4, 2, "pinned", "ddp", "experts", overlap=True, chunks=4),
     Layout(4, 1, "uneven", "ddp", "block", pair_budget=5, overlap=True, chunks=2),
 ]
+NODES = [
+    *(Layout(4, 1, "uneven", "ddp", recompute, ranks_per_node=2) for recompute in ("none", "experts", "block")),
+    Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2),
+    Layout(4, 1, "interleaved", "fsdp2", pair_budget=5, ranks_per_node=4),
+    Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
+]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5), Layout(2, 2, "pinned", "fsdp2", "none", pair_budget=3)]
 
 
@@ -54,7 +60,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
     return run_in_world(1, train, Layout(), start)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS + ONE_RANK + TIMETABLES + EXTRA, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS + ONE_RANK + TIMETABLES + EXTRA + NODES, ids=str)
 def test_layout_equals_one_rank(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
 ) -> None:
@@ -67,8 +73,11 @@ def test_layout_equals_one_rank(
             assert step.tokens == expected.tokens
             assert step.ledger["pairs"] == expected.ledger["pairs"]
             # Two exchanges forward and two backward; recompute of whole blocks repeats one, of experts none.
+            # Where there are nodes, an exchange has two hops, and `rows_remote` has the rows of both.
             crossings = 5 if layout.recompute == "block" else 4
             assert step.ledger["payload_bytes"] == crossings * step.ledger["rows_remote"] * HIDDEN_DIM * 8
+            between = step.ledger["inter_node_bytes"]
+            assert (0 < between < step.ledger["payload_bytes"]) == (len(hops_of(layout)) == 2)
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(step.entropy_LG, expected.entropy_LG, rtol=1e-9)
             np.testing.assert_allclose(
@@ -84,9 +93,19 @@ def test_layout_equals_one_rank(
     first = outcomes[0].events
     # Planned once a layer and micro-batch, whatever is recomputed; the last forward is the one for the logits.
     plans = LAYERS * (STEPS * MICRO_BATCHES + 1) if layout.ep > 1 else 0
-    assert first.count("counts") == first.count("pair rows") == plans
+    ids = "pair rows" if layout.ranks_per_node is None else "expert ids"
+    for hop in hops_of(layout):
+        assert first.count(f"{hop}counts") == first.count(f"{hop}{ids}") == plans
     for outcome in outcomes[1:]:
         assert outcome.events == first, "the recorded order of collectives differs between ranks"
+
+
+def hops_of(layout: Layout) -> list[str]:
+    """First words of the names of a layout's exchanges; a hop over one rank has none."""
+    if layout.ranks_per_node is None:
+        return [""]
+    sizes = {"inter-node ": layout.ep // layout.ranks_per_node, "intra-node ": layout.ranks_per_node}
+    return [hop for hop, size in sizes.items() if size > 1]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class Layout:
     free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
     overlap: bool = False
     chunks: int = 1
+    ranks_per_node: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -68,6 +69,7 @@ class Layout:
     def __str__(self) -> str:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
+        budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
         return "-".join(parts) + budget + timetable
@@ -105,6 +107,9 @@ def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -
 
 def config_of(layout: Layout) -> Config:
     """A configuration with the layout's keys; its data section is not used."""
+    dispatch: dict[str, Any] = {"kind": "per_rank", "overlap": layout.overlap, "chunks": layout.chunks}
+    if layout.ranks_per_node:
+        dispatch = {"kind": "per_node", "ranks_per_node": layout.ranks_per_node}
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -144,7 +149,7 @@ def config_of(layout: Layout) -> Config:
                 "recompute": layout.recompute,
                 "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
                 "expert_pair_budget": layout.pair_budget,
-                "dispatch": {"overlap": layout.overlap, "chunks": layout.chunks},
+                "dispatch": dispatch,
             },
             "evaluation": {"every": 1},
         }
@@ -176,7 +181,13 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
     try:
         with torch.device("meta"):
             model = build_model(
-                config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic, compute_dtype=dtype
+                config,
+                placement,
+                ep_rank=mesh.ep_rank,
+                ep_group=mesh.ep,
+                node_groups=(mesh.inter_node, mesh.intra_node),
+                traffic=traffic,
+                compute_dtype=dtype,
             )
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
@@ -192,7 +203,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     Args:
         checkpoint: Folder from which the initial weights come; one rank alone writes its own there first.
     """
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
     traffic = Traffic(events=[])
     parallel = build(layout, mesh, traffic)
     placement = placement_of(layout.placement, layout.ep, layout.groups)

@@ -263,3 +263,39 @@ def test_layout_for_a_dry_run_needs_no_data(site: Site) -> None:
     assert layout.placement.slots == ((0, 1, 2), (3, 4))
     with pytest.raises(ConfigError, match="longer than"):
         layout_without_data(load_config(site.config, ["data.seq_len=65"]))
+
+
+def test_nodes_must_divide_the_ep_group(site: Site) -> None:
+    text = site.faults("parallel.dispatch.kind=per_node", "parallel.dispatch.ranks_per_node=4")
+    assert "parallel.dispatch.ranks_per_node=4: an EP group of parallel.ep=2 ranks cannot be cut into nodes" in text
+    assert "take 1 or 2, or another parallel.ep" in text
+    site.check("parallel.dispatch.kind=per_node", "parallel.dispatch.ranks_per_node=1")
+    assert "ranks_per_node" in site.faults("parallel.dispatch.kind=per_node"), "it has no default"
+
+
+def test_one_row_a_pair_needs_known_counts(site: Site) -> None:
+    text = site.faults("parallel.dispatch.kind=per_pair")
+    assert "with model.moe.router.kind=top_k the tokens choose" in text
+    assert "take parallel.dispatch.kind=per_rank" in text
+
+
+def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = site.faults(
+        "parallel.dispatch.kind=deep_ep", "parallel.max_receive_rows=8", "parallel.ep=1", "parallel.check_exchanges=true"
+    )
+    for fault in (
+        "the package deep_ep is not installed here",
+        "no settings for parallel.ep=1 ranks; take 2, 4, 8",
+        "rows travel in bf16, but parallel.precision=fp32",
+        "its kernels need GPUs, but parallel.device=cpu",
+        "parallel.max_receive_rows=8 cannot be kept",
+        "parallel.check_exchanges cannot look into DeepEP's exchanges",
+    ):
+        assert fault in text
+    sound = ("parallel.dispatch.kind=deep_ep", "parallel.precision=bf16", "parallel.device=cuda")
+    assert site.faults(*sound).count("deep_ep") == site.faults(*sound).count("parallel.dispatch.kind=deep_ep") + 1
+    layout_without_data(load_config(site.config, sound))  # a dry run may be anywhere
+    (tmp_path / "deep_ep").mkdir()
+    (tmp_path / "deep_ep" / "__init__.py").write_text("raise ImportError('preflight must not import it')")
+    monkeypatch.syspath_prepend(tmp_path)
+    site.check(*sound)

@@ -1,0 +1,200 @@
+"""One row for each (token, expert) pair, with sizes known beforehand: no counts or ids are exchanged, and nothing syncs.
+
+It takes assignments that carry `counts_WE`: how many pairs each rank sends to each expert, known without reading the
+routing. Per-rank expert choice is of that kind, since every expert takes its capacity of each rank's tokens. Token choice
+is not. Where a rank holds at most one expert of a group, a pair is a distinct (token, rank), so that nothing is left to
+deduplicate: `SyncFreeDispatcher` then takes this way, whatever the dispatcher it stands before.
+
+Closed form: a rank sends the sum of `counts_WE` of its row over all experts of other ranks: that many rows of D forward, as
+many come home, and the same in backward. No row is padding. Shape letters: T tokens on this rank, D hidden size, N pairs
+(all taken, sorted by expert), R = Q pairs computed here.
+
+Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and their gradients; every rank issues all of them.
+Host syncs: none. The order of pairs is a constant of the counts, made on the host and copied once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import Splits, Wire, split_sizes
+from moe_dist.errors import PlacementError
+from moe_dist.moe.dispatcher import DispatchedRows, Dispatcher, DispatchPlan
+from moe_dist.moe.hop import Hop, combine_hop, dispatch_hop
+from moe_dist.moe.routing import Assignments
+from moe_dist.placement.placement import ExpertPlacement
+
+Counts = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class PerPairPlan:
+    """Who goes where, for one layer and micro-batch; all of it without gradient, and kept under recompute.
+
+    Attributes:
+        hop: The exchange; its rows are the pairs, its table the tokens.
+        pair_N: int64, pairs by (rank, expert), those of the own rank last.
+        row_of_pair_Q: int64, in slot order, the row of each pair in [own rows, received rows].
+        slot_counts: Pairs of each of this rank's slots.
+    """
+
+    hop: Hop
+    pair_N: Tensor
+    row_of_pair_Q: Tensor
+    slot_counts: tuple[int, ...]
+
+    @property
+    def num_remote_rows(self) -> int:
+        return sum(self.hop.rows.send)
+
+    @property
+    def num_pairs(self) -> int:
+        return self.pair_N.shape[0]
+
+    @property
+    def num_remote_pairs(self) -> int:
+        return self.num_remote_rows
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What follows from the counts alone: sizes, and as tensors the sending order and the experts' order."""
+
+    splits: Splits
+    expert_N: Tensor
+    pair_N: Tensor
+    order_Q: Tensor
+    slot_counts: tuple[int, ...]
+
+
+class PerPairDispatcher:
+    """Dispatch and combine over one EP group; without a group the same code on an identity wire.
+
+    Args:
+        placement: Which expert lives on which rank of the EP group.
+        wire: The EP group's wire.
+        max_receive_rows: Bound of the receive buffer in rows; None for none.
+    """
+
+    def __init__(self, placement: ExpertPlacement, wire: Wire, *, max_receive_rows: int | None = None) -> None:
+        self.placement = placement
+        self.wire = wire
+        self.max_receive_rows = max_receive_rows
+        self._orders: dict[tuple[Counts, torch.device], _Order] = {}
+
+    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PerPairPlan:
+        """Decides who goes where, without a collective or a host sync (but for the first plan of new counts).
+
+        Raises:
+            PlacementError: the assignments have no counts, or more rows would arrive than `max_receive_rows`.
+        """
+        counts = assignments.counts_WE
+        if counts is None:
+            raise PlacementError(
+                "parallel.dispatch.kind=per_pair needs the number of pairs of each rank and expert beforehand, which this "
+                "router's choices do not fix (token choice never does); take parallel.dispatch.kind=per_rank, or a router "
+                "whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
+            )
+        self._check(counts, assignments.token_N.shape[0])
+        device = assignments.token_N.device
+        if (counts, device) not in self._orders:
+            self._orders[counts, device] = self._order(counts, device)
+        order = self._orders[counts, device]
+        # A broken promise would bring rows to the wrong experts. Checked on the device: no sync, one comparison of N ids.
+        kept = (assignments.expert_N == order.expert_N).all()
+        torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
+        token_N = assignments.token_N[order.pair_N]
+        num_out = sum(order.splits.send)
+        hop = Hop("", layer, num_tokens, order.splits, order.splits, row_S=token_N[:num_out], row_O=token_N[num_out:])
+        return PerPairPlan(hop, order.pair_N, order.order_Q, order.slot_counts)
+
+    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: PerPairPlan) -> DispatchedRows:
+        """Brings each pair's row and weight to its expert. One autograd node."""
+        rows_RD, weight_R = dispatch_hop(h_TD, weight_N[plan.pair_N], self.wire, plan.hop)
+        return DispatchedRows(rows_RD=rows_RD, weight_Q=weight_R[plan.row_of_pair_Q])
+
+    def combine(self, rows_RD: Tensor, plan: PerPairPlan) -> Tensor:
+        """Brings the weighted rows [R, D] home and sums them: y_TD, zero for tokens without an expert. One autograd
+        node."""
+        return combine_hop(rows_RD, self.wire, plan.hop)
+
+    def _check(self, counts: Counts, num_pairs: int) -> None:
+        size, own = self.wire.size, self.wire.rank
+        if size != self.placement.num_ranks:
+            raise AssertionError(f"the wire joins {size} ranks, the placement has {self.placement.num_ranks}")
+        if [len(row) for row in counts] != [self.placement.num_experts] * size or sum(counts[own]) != num_pairs:
+            raise AssertionError(f"counts_WE: not {size} x {self.placement.num_experts}, or not {num_pairs} pairs here")
+        rows = sum(
+            counts[source][expert] for source in range(size) if source != own for expert in self.placement.slots[own]
+        )
+        if self.max_receive_rows is not None and rows > self.max_receive_rows:
+            raise PlacementError(
+                f"EP position {own} receives {rows} rows in each layer, more than "
+                f"parallel.max_receive_rows={self.max_receive_rows}; raise it if memory allows, or lower the experts' "
+                "capacity or train.micro_batch"
+            )
+
+    def _order(self, counts: Counts, device: torch.device) -> _Order:
+        """Sizes and orders, from the counts alone; two lists of integers go to the device."""
+        own, slots = self.wire.rank, self.placement.slots
+        starts = [sum(counts[own][:expert]) for expert in range(self.placement.num_experts)]
+        others = [rank for rank in range(self.wire.size) if rank != own]
+        pairs = [
+            pair
+            for rank in [*others, own]
+            for expert in slots[rank]
+            for pair in range(starts[expert], starts[expert] + counts[own][expert])
+        ]
+        rows = [counts[source] for source in (own, *others)]
+        slot_Q = [slot for row in rows for slot, expert in enumerate(slots[own]) for _ in range(row[expert])]
+        send = [sum(counts[own][expert] for expert in slots[rank]) for rank in range(self.wire.size)]
+        receive = [sum(counts[rank][expert] for expert in slots[own]) for rank in range(self.wire.size)]
+        expert_N = [expert for expert, count in enumerate(counts[own]) for _ in range(count)]
+        return _Order(
+            splits=Splits(split_sizes(send, own), split_sizes(receive, own)),
+            expert_N=torch.tensor(expert_N, dtype=torch.int64, device=device),
+            pair_N=torch.tensor(pairs, dtype=torch.int64, device=device),
+            order_Q=torch.tensor(sorted(range(len(slot_Q)), key=slot_Q.__getitem__), dtype=torch.int64, device=device),
+            slot_counts=tuple(sum(row[expert] for row in counts) for expert in slots[own]),
+        )
+
+
+class SyncFreeDispatcher:
+    """The way without a sync where there is one, else the dispatcher behind it.
+
+    It is taken where the counts are known and each rank holds at most one expert of a group: then pairs are rows, and the
+    bytes are those of `per_rank`. Every rank decides alike, since counts and placement are the same on all.
+
+    Args:
+        general: For all other assignments.
+        pairs: Over the same ranks.
+    """
+
+    def __init__(self, general: Dispatcher[Any], pairs: PerPairDispatcher) -> None:
+        self.general = general
+        self.pairs = pairs
+        self.distinct = pairs_are_rows(pairs.placement)
+
+    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DispatchPlan:
+        """The plan of either; see there for collectives, syncs and errors."""
+        way: Dispatcher[Any] = self.pairs if self.distinct and assignments.counts_WE is not None else self.general
+        return way.plan(assignments, num_tokens, layer=layer)
+
+    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> DispatchedRows:
+        """Brings each row, and its pairs' weights, to the experts."""
+        return self._way(plan).dispatch(h_TD, weight_N, plan)
+
+    def combine(self, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
+        """Brings the summed rows [R, D] home."""
+        return self._way(plan).combine(rows_RD, plan)
+
+    def _way(self, plan: DispatchPlan) -> Dispatcher[Any]:
+        return self.pairs if isinstance(plan, PerPairPlan) else self.general
+
+
+def pairs_are_rows(placement: ExpertPlacement) -> bool:
+    """Whether every rank holds at most one expert of each group: a token, routed in one group, then has one pair a rank."""
+    ranks = range(placement.num_ranks)
+    return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

@@ -1,0 +1,177 @@
+"""Rows distinct by node, then by rank: values, gradients, both hops' bytes equal to their closed form, one host sync."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.errors import PlacementError
+from moe_dist.moe.per_node import SPLIT_SIZES, PerNodeDispatcher
+from moe_dist.moe.reference import expected_node_traffic
+from moe_dist.moe.routing import ABSENT
+from moe_dist.parallel.mesh import make_mesh
+from tests.support.routings import Case, D, random_case, round_trip
+from tests.support.worlds import RankContext
+
+PLAN = ["inter-node counts", "intra-node counts", "sync split sizes of both hops", "inter-node expert ids",
+        "intra-node expert ids"]  # fmt: skip
+FORWARD = ["inter-node dispatch weights", "inter-node dispatch rows", "intra-node dispatch weights",
+           "intra-node dispatch rows", "intra-node combine rows", "inter-node combine rows"]  # fmt: skip
+BACKWARD = ["inter-node combine rows backward", "intra-node combine rows backward",
+            "intra-node dispatch weights backward", "intra-node dispatch rows backward",
+            "inter-node dispatch weights backward", "inter-node dispatch rows backward"]  # fmt: skip
+
+
+def make(world_size: int, per_node: int) -> tuple[Callable[[Case], PerNodeDispatcher], Traffic]:
+    mesh = make_mesh(ep=world_size, device=torch.device("cpu"), timeout=60.0, ranks_per_node=per_node)
+    traffic = Traffic(events=[])
+    inter, intra = Wire(mesh.inter_node, traffic), Wire(mesh.intra_node, traffic)
+    return lambda case: PerNodeDispatcher(case.placement, inter, intra, ranks_per_node=per_node), traffic
+
+
+def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
+    """Body of a standing world: random cases, each against the oracle and both hops' closed forms."""
+    dispatcher_of, traffic = make(rank.world_size, per_node)
+    for seed in seeds:
+        case = random_case(seed, rank.world_size)
+        num_tokens = len(case.experts_TK[rank.rank])
+        assignments = case.assignments(rank.rank, torch.empty(case.experts_TK[rank.rank].size))
+        trip = round_trip(
+            dispatcher_of(case), assignments, case.placement, rank.rank, num_tokens, traffic=traffic, seed=seed
+        )
+        taken = [case.taken(each) for each in range(rank.world_size)]
+        sent = [
+            expected_node_traffic(
+                [tokens for tokens, _ in taken],
+                [experts for _, experts in taken],
+                case.placement.rank_of_expert,
+                ranks_per_node=per_node,
+                own_rank=each,
+            )
+            for each in range(rank.world_size)
+        ]
+        plan, (crossing, inside) = trip.plan, sent[rank.rank]
+        assert (sum(plan.inter.rows.send), sum(plan.intra.rows.send)) == (crossing, inside)
+        received = sum(plan.inter.rows.receive) + sum(plan.intra.rows.receive)
+        assert trip.forward_bytes == (crossing + inside + received) * D * 8
+        assert trip.total_bytes == 2 * trip.forward_bytes
+        _, experts = taken[rank.rank]
+        assert plan.num_pairs == len(experts)
+        assert plan.num_remote_pairs == sum(case.placement.rank_of_expert[e] != rank.rank for e in experts)
+        assert traffic.events is not None
+        missing = {"inter-node": per_node == rank.world_size, "intra-node": per_node == 1}
+        wanted = [e for e in PLAN + FORWARD + BACKWARD if not missing.get(e.partition(" ")[0])]
+        assert [event for event in traffic.events if not event.startswith("wait ")] == wanted
+    return len(seeds)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "per_node", "seeds"),
+    [(1, 1, range(60)), (2, 1, range(120)), (2, 2, range(120)), (4, 2, range(250)), (4, 1, range(60)), (4, 4, range(60))],
+    ids=str,
+)
+def test_both_hops_equal_their_closed_forms_on_random_routings(
+    run_in_world: Callable[..., list[Any]], world_size: int, per_node: int, seeds: range
+) -> None:
+    """Ranks without tokens or experts, all-null batches, one expert that takes everything; a node of one rank, one node."""
+    cases = [random_case(seed, world_size) for seed in seeds]
+    assert any(all((c == ABSENT).all() for c in case.experts_TK) for case in cases)
+    assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
+    if world_size > 1:
+        assert any(() in case.slots for case in cases)
+    assert run_in_world(world_size, run_cases, per_node, seeds, seconds=110) == [len(seeds)] * world_size
+
+
+#   two nodes of two ranks; rank 0 holds experts 0 1, rank 1 holds 2, rank 2 holds 3, rank 3 holds 4 5
+#
+#   rank 0   token 0 -> 3 4 5    ONE row between nodes, to rank 2 (its place there); rank 2 keeps a row and passes one to 3
+#            token 1 -> 0 2      nothing between nodes; an own row, and a row to rank 1
+#   rank 1   token 0 -> 4        a row to rank 3, which keeps it
+#   rank 2   no token
+#   rank 3   token 0 -> 2 0      ONE row to rank 1, which keeps a row and passes one to rank 0
+HAND = Case(
+    slots=((0, 1), (2,), (3,), (4, 5)),
+    experts_TK=(
+        np.array([[3, 4, 5], [0, 2, ABSENT]]),
+        np.array([[4]]),
+        np.zeros((0, 1), np.int64),
+        np.array([[2, 0]]),
+    ),
+)
+
+
+def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
+    dispatcher_of, traffic = make(4, 2)
+    chosen = HAND.experts_TK[rank.rank]
+    plan = dispatcher_of(HAND).plan(HAND.assignments(rank.rank, torch.ones(chosen.size)), len(chosen))
+    assert traffic.events is not None
+    return {
+        "between": plan.inter.rows.send,
+        "inside": plan.intra.rows.send,
+        "stays": (plan.inter.row_O.tolist(), plan.intra.row_O.tolist()),
+        "rows by slot": plan.row_of_pair_Q.tolist(),
+        "slots": plan.slot_counts,
+        "syncs": [event for event in traffic.events if event.startswith("sync")],
+    }
+
+
+def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
+    seen = run_in_world(4, plan_of_hand_case)
+    assert [each.pop("syncs") for each in seen] == [[f"sync {SPLIT_SIZES}"]] * 4
+    # rank 0's middle table: token 1. It keeps that row for expert 0; rank 1 passes it rank 3's token.
+    assert seen == [
+        {"between": (0, 1), "inside": (0, 1), "stays": ([1], [0]), "rows by slot": [0, 1], "slots": (2, 0)},
+        {"between": (0, 1), "inside": (1, 0), "stays": ([], [0]), "rows by slot": [0, 1], "slots": (2,)},
+        {"between": (0, 0), "inside": (0, 1), "stays": ([], [0]), "rows by slot": [0], "slots": (1,)},
+        {"between": (1, 0), "inside": (0, 0), "stays": ([], [0]), "rows by slot": [0, 1, 1], "slots": (2, 1)},
+    ]
+
+
+def roundings(rank: RankContext, per_node: int) -> None:
+    """bf16 rows: sums are fp32, rounded once a hop: four equal terms are 4 h, though 3 h has no place in bf16."""
+    dispatcher_of, traffic = make(4, per_node)
+    every = np.tile(np.arange(8), (64, 1))
+    case = Case(((0, 1), (2, 3), (4, 5), (6, 7)), (every, every, every, every))
+    assignments = case.assignments(rank.rank, torch.empty(every.size))
+    dispatcher = dispatcher_of(case)
+    h_TD = torch.randn(64, D, generator=torch.Generator().manual_seed(rank.rank)).bfloat16()
+    weight_N = torch.rand(every.size, generator=torch.Generator().manual_seed(9 + rank.rank))
+    plan = dispatcher.plan(assignments, 64)
+    got = dispatcher.dispatch(h_TD, weight_N, plan)
+    assert got.rows_RD.dtype == torch.bfloat16
+    assert got.weight_Q.dtype == torch.float32
+    y_TD = dispatcher.combine(got.rows_RD, plan)  # each row once from each rank
+    assert y_TD.dtype == torch.bfloat16
+    torch.testing.assert_close(y_TD, 4 * h_TD, rtol=0, atol=0)
+    assert traffic.payload_bytes == (sum(plan.inter.rows.send) + sum(plan.inter.rows.receive)
+                                     + sum(plan.intra.rows.send) + sum(plan.intra.rows.receive)) * D * 2  # fmt: skip
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_rows_travel_in_bf16_and_weights_in_fp32(run_in_world: Callable[..., list[Any]], per_node: int) -> None:
+    run_in_world(4, roundings, per_node)
+
+
+def overflow(rank: RankContext, hop: str) -> str:
+    mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=60.0, ranks_per_node=2)
+    wires = Wire(mesh.inter_node, Traffic()), Wire(mesh.intra_node, Traffic())
+    target = {"inter-node": 2, "intra-node": 1}[hop]
+    chosen = np.full((5, 1), target)
+    case = Case(((0,), (1,), (2,), (3,)), (chosen, chosen[:2], chosen[:0], chosen[:0]))
+    bound = 4 if rank.rank == target else -1  # the others stop at the same place
+    dispatcher = PerNodeDispatcher(case.placement, *wires, ranks_per_node=2, max_receive_rows=bound)
+    try:
+        dispatcher.plan(case.assignments(rank.rank, torch.ones(len(case.experts_TK[rank.rank]))), 5)
+    except PlacementError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("hop", ["inter-node", "intra-node"])
+def test_more_rows_than_the_bound_are_an_error_that_names_the_hop(run_in_world: Callable[..., list[Any]], hop: str) -> None:
+    message = run_in_world(4, overflow, hop)[{"inter-node": 2, "intra-node": 1}[hop]]
+    assert f"would receive 5 rows in one layer's {hop} hop, more than parallel.max_receive_rows=4" in message

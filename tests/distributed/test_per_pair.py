@@ -1,0 +1,186 @@
+"""Assignments whose counts are known beforehand: one row a pair, no host sync; and the syncs of the other dispatchers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.errors import PlacementError
+from moe_dist.moe.per_node import PerNodeDispatcher
+from moe_dist.moe.per_pair import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
+from moe_dist.moe.per_rank import PerRankDispatcher, PerRankPlan
+from moe_dist.moe.routing import Assignments
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.routings import D, random_case, round_trip
+from tests.support.syncs import host_syncs
+from tests.support.worlds import RankContext
+
+FORWARD = ["dispatch weights", "dispatch rows", "combine rows"]
+BACKWARD = ["combine rows backward", "dispatch weights backward", "dispatch rows backward"]
+
+
+def expert_choice(seed: int, tokens_W: list[int], capacity_E: list[int], rank: int) -> Assignments:
+    """Each expert takes its capacity of each rank's tokens (all of them where there are fewer), chosen at random."""
+    counts = tuple(tuple(min(capacity, tokens) for capacity in capacity_E) for tokens in tokens_W)
+    rng = np.random.default_rng([seed, rank])
+    chosen = [np.sort(rng.permutation(tokens_W[rank])[:count]) for count in counts[rank]]
+    token_N = torch.from_numpy(np.concatenate([*chosen, np.zeros(0, np.int64)]).astype(np.int64))
+    expert_N = torch.arange(len(capacity_E)).repeat_interleave(torch.tensor(counts[rank]))
+    return Assignments(token_N, expert_N, torch.ones(len(token_N)), counts)
+
+
+def run_cases(rank: RankContext, seeds: range) -> int:
+    """Body of a standing world: random capacities and placements against the oracle, the bytes against the counts."""
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic(events=[])
+    wire = Wire(mesh.ep, traffic)
+    for seed in seeds:
+        rng = np.random.default_rng([seed, rank.world_size])
+        placement = random_case(seed, rank.world_size).placement
+        capacity_E = rng.integers(0, 5, placement.num_experts).tolist()
+        tokens_W = rng.integers(0, 9, rank.world_size).tolist()
+        assignments = expert_choice(seed, tokens_W, capacity_E, rank.rank)
+        dispatcher = PerPairDispatcher(placement, wire)
+        trip = round_trip(dispatcher, assignments, placement, rank.rank, tokens_W[rank.rank], traffic=traffic, seed=seed)
+        counts = assignments.counts_WE
+        assert counts is not None
+        mine, ranks = set(placement.slots[rank.rank]), range(rank.world_size)
+        sent = sum(count for expert, count in enumerate(counts[rank.rank]) if expert not in mine)
+        received = sum(counts[source][expert] for source in ranks if source != rank.rank for expert in mine)
+        assert (trip.plan.num_remote_rows, trip.plan.num_remote_pairs) == (sent, sent)
+        assert trip.forward_bytes == (sent + received) * D * 8
+        assert trip.total_bytes == 2 * trip.forward_bytes
+        events = [event for event in traffic.events or [] if not event.startswith("wait ")]
+        assert events == ([] if mesh.ep is None else FORWARD + BACKWARD)
+    return len(seeds)
+
+
+@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(40)), (2, range(150)), (4, range(120))], ids=str)
+def test_equals_the_oracle_and_its_closed_form(
+    run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
+) -> None:
+    """Experts without capacity, ranks without tokens or experts, ranks with different numbers of tokens."""
+    assert run_in_world(world_size, run_cases, seeds, seconds=110) == [len(seeds)] * world_size
+
+
+GROUPS = (ExpertGroup("text", 4, 0, 1, 4, 0, ("text",)), ExpertGroup("image", 4, 0, 1, 4, 4, ("image",)))
+ONE_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 4), (1, 5), (2, 6), (3, 7)))
+TWO_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 1), (2, 3), (4, 5), (6, 7)))
+
+
+def dispatchers(placement: ExpertPlacement, traffic: Traffic) -> dict[str, Any]:
+    mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=60.0, ranks_per_node=2)
+    wire = Wire(mesh.ep, traffic)
+    per_rank, per_pair = PerRankDispatcher(placement, wire), PerPairDispatcher(placement, wire)
+    nodes = PerNodeDispatcher(placement, Wire(mesh.inter_node, traffic), Wire(mesh.intra_node, traffic), ranks_per_node=2)
+    return {
+        "per_rank": per_rank,
+        "per_pair": per_pair,
+        "per_node": nodes,
+        "sync_free": SyncFreeDispatcher(per_rank, per_pair),
+    }
+
+
+def count_syncs(rank: RankContext, kind: str, placement: ExpertPlacement) -> dict[str, Any]:
+    """Every read of a tensor by the host in one forward and backward, after one that makes the constant tables."""
+    traffic = Traffic(events=[])
+    dispatcher = dispatchers(placement, traffic)[kind]
+    seen: list[list[str]] = []
+    for seed in (0, 1):
+        assignments = expert_choice(seed, [6, 6, 0, 5], [2] * 8, rank.rank)
+        num_tokens = [6, 6, 0, 5][rank.rank]
+        h_TD = torch.ones(num_tokens, D, requires_grad=True)
+        weight_N = assignments.weight_N.clone().requires_grad_()
+        with host_syncs() as syncs:
+            plan = dispatcher.plan(assignments, num_tokens)
+            got = dispatcher.dispatch(h_TD, weight_N, plan)
+            dispatcher.combine(got.rows_RD * got.weight_Q.sum(), plan).sum().backward()
+        seen.append(list(syncs))
+    named = [event for event in traffic.events or [] if event.startswith("sync ")]
+    return {"syncs": seen[1], "named": len(named), "plan": type(plan)}
+
+
+@pytest.mark.parametrize(("kind", "placement", "syncs", "plan"), [
+    ("per_pair", TWO_OF_A_GROUP, 0, PerPairPlan),
+    ("sync_free", ONE_OF_A_GROUP, 0, PerPairPlan),
+    ("sync_free", TWO_OF_A_GROUP, 1, PerRankPlan),
+    ("per_rank", ONE_OF_A_GROUP, 1, PerRankPlan),
+    ("per_node", ONE_OF_A_GROUP, 1, None),
+], ids=lambda each: each if isinstance(each, str) else "")  # fmt: skip
+def test_host_syncs_of_a_layer(
+    run_in_world: Callable[..., list[Any]], kind: str, placement: ExpertPlacement, syncs: int, plan: type | None
+) -> None:
+    for seen in run_in_world(4, count_syncs, kind, placement):
+        assert seen["syncs"] == ["tolist"] * syncs
+        assert seen["named"] == 2 * syncs, "each sync has a name in the record of events"
+        assert plan is None or seen["plan"] is plan
+
+
+def bytes_of(rank: RankContext, kind: str) -> int:
+    traffic = Traffic()
+    dispatcher = dispatchers(ONE_OF_A_GROUP, traffic)[kind]
+    tokens_W = [8, 3, 0, 5]
+    # Tokens of a group go to its experts alone: text to 0 1 2 3, image to 4 5 6 7.
+    counts = tuple((min(2, t),) * 4 + (min(1, t),) * 4 for t in tokens_W)
+    rng = np.random.default_rng(rank.rank)
+    text, image = range(tokens_W[rank.rank] // 2), range(tokens_W[rank.rank] // 2, tokens_W[rank.rank])
+    chosen = [rng.permutation(text if expert < 4 else image)[:count] for expert, count in enumerate(counts[rank.rank])]
+    counts = tuple(
+        tuple(min(count, (t // 2) if expert < 4 else t - t // 2) for expert, count in enumerate(row))
+        for row, t in zip(counts, tokens_W, strict=True)
+    )
+    token_N = torch.from_numpy(np.concatenate(chosen).astype(np.int64))
+    expert_N = torch.arange(8).repeat_interleave(torch.tensor(counts[rank.rank]))
+    assignments = Assignments(token_N, expert_N, torch.ones(len(token_N)), counts)
+    round_trip(dispatcher, assignments, ONE_OF_A_GROUP, rank.rank, tokens_W[rank.rank], traffic=traffic, seed=0)
+    return traffic.payload_bytes
+
+
+def test_with_one_expert_of_a_group_on_a_rank_nothing_is_left_to_deduplicate(
+    run_in_world: Callable[..., list[Any]],
+) -> None:
+    deduplicated, pairs = run_in_world(4, bytes_of, "per_rank"), run_in_world(4, bytes_of, "sync_free")
+    assert deduplicated == pairs
+    assert sum(pairs) > 0
+
+
+def test_token_choice_is_refused_with_the_way_out() -> None:
+    placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
+    dispatcher = PerPairDispatcher(placement, Wire(None, Traffic()), max_receive_rows=0)
+    assignments = Assignments(torch.arange(2), torch.tensor([0, 4]), torch.ones(2))
+    with pytest.raises(PlacementError, match="kind=per_pair needs the number of pairs"):
+        dispatcher.plan(assignments, 2)
+    with pytest.raises(AssertionError, match="counts_WE"):
+        dispatcher.plan(assignments._replace(counts_WE=((2, 0, 0, 0, 1, 0, 0, 0),)), 2)
+
+
+def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
+    placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
+    dispatcher = PerPairDispatcher(placement, Wire(None, Traffic()))
+    counts = ((1, 1, 0, 0, 0, 0, 0, 0),)
+    for expert_N in ([0, 4], [1, 0], [0, -1]):
+        assignments = Assignments(torch.arange(2), torch.tensor(expert_N), torch.ones(2), counts)
+        with pytest.raises(RuntimeError, match="counts_WE: pairs are not as promised"):
+            dispatcher.plan(assignments, 2)
+
+
+def overflow(rank: RankContext) -> str:
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
+    dispatcher = PerPairDispatcher(placement, Wire(mesh.ep, Traffic()), max_receive_rows=4)
+    try:
+        dispatcher.plan(expert_choice(0, [9, 9], [3, 5], rank.rank), 9)
+    except PlacementError as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_receive_buffer_is_known_beforehand(run_in_world: Callable[..., list[Any]]) -> None:
+    first, second = run_in_world(2, overflow)
+    assert first == "no error"
+    assert "EP position 1 receives 5 rows in each layer, more than parallel.max_receive_rows=4" in second

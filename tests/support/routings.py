@@ -1,0 +1,123 @@
+"""Random and hand-made routings for dispatchers, and the round trip by which any of them is held to the oracle.
+
+Between dispatch and combine stand 'experts' that multiply a row by their id + 1, so that the oracle is one line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+D = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One routing: experts on each rank, and on each rank's tokens the chosen experts (ABSENT for a null choice)."""
+
+    slots: tuple[tuple[int, ...], ...]
+    experts_TK: tuple[np.ndarray, ...]
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        num_experts = sum(len(slots) for slots in self.slots)
+        return ExpertPlacement((ExpertGroup("all", num_experts, 0, 1, 4, 0, ("text",)),), self.slots)
+
+    def assignments(self, rank: int, weight_N: torch.Tensor) -> Assignments:
+        """The routing of one rank; pairs are token-major, as token choice makes them."""
+        chosen = torch.from_numpy(self.experts_TK[rank])
+        return Assignments(torch.arange(chosen.shape[0]).repeat_interleave(chosen.shape[1]), chosen.flatten(), weight_N)
+
+    def taken(self, rank: int) -> tuple[list[int], list[int]]:
+        """Token and expert of each taken pair of one rank."""
+        chosen = self.experts_TK[rank]
+        tokens, columns = np.nonzero(chosen != ABSENT)
+        return tokens.tolist(), chosen[tokens, columns].tolist()
+
+
+def random_case(seed: int, world_size: int, *, equal_slots: bool = False) -> Case:
+    """Uneven placements (ranks without experts among them), uneven token counts (none among them), any share of nulls.
+
+    Args:
+        equal_slots: The same number of experts on every rank.
+    """
+    rng = np.random.default_rng([seed, world_size])
+    if equal_slots:
+        num_experts = world_size * int(rng.integers(1, 4))
+        rank_of = rng.permutation(np.arange(num_experts) % world_size)
+    else:
+        num_experts = int(rng.integers(1, 9))
+        rank_of = rng.integers(0, world_size, num_experts)
+    slots = tuple(tuple(np.flatnonzero(rank_of == rank).tolist()) for rank in range(world_size))
+    kind = ("any", "all null", "one expert", "first half")[int(rng.integers(0, 4)) if seed % 3 == 0 else 0]
+    rows = []
+    for _ in range(world_size):
+        tokens, top_k = int(rng.integers(0, 12)) if rng.random() < 0.8 else 0, int(rng.integers(1, num_experts + 1))
+        pool = num_experts // 2 + 1 if kind == "first half" else num_experts
+        chosen = np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens)], dtype=np.int64)
+        chosen = chosen.reshape(tokens, top_k)
+        chosen[(rng.random(chosen.shape) < rng.random()) | (chosen >= pool)] = ABSENT
+        if kind == "all null":
+            chosen[:] = ABSENT
+        elif kind == "one expert":
+            chosen[:] = ABSENT
+            chosen[:, :1] = 0
+        rows.append(chosen)
+    return Case(slots, tuple(rows))
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What a round trip left behind: its plan, the payload bytes of forward, and of forward and backward together."""
+
+    plan: Any
+    forward_bytes: int
+    total_bytes: int
+
+
+def round_trip(
+    dispatcher: Any, assignments: Assignments, placement: ExpertPlacement, rank: int, num_tokens: int, *,
+    traffic: Traffic, seed: int, dtype: torch.dtype = torch.double, tolerance: float = 1e-12,
+) -> RoundTrip:  # fmt: skip
+    """Sends assignments through dispatch and combine, and holds values and gradients to the oracle.
+
+    The assignments' weights are replaced by random ones (float64 for a float64 run, else fp32), zero where absent.
+    """
+    generator = torch.Generator().manual_seed(seed * 100 + rank)
+    weights_dtype = torch.promote_types(dtype, torch.float32)
+    h_TD = torch.randn(num_tokens, D, dtype=torch.double, generator=generator).to(dtype).requires_grad_()
+    weight_N = torch.rand(assignments.token_N.shape[0], dtype=torch.double, generator=generator).to(weights_dtype)
+    weight_N.requires_grad_()
+    traffic.take()
+    if traffic.events is not None:
+        traffic.events.clear()
+    plan = dispatcher.plan(assignments._replace(weight_N=weight_N), num_tokens)
+    dispatched = dispatcher.dispatch(h_TD, weight_N, plan)
+    ids = torch.tensor(placement.slots[rank], dtype=weights_dtype) + 1
+    factor_Q = ids.repeat_interleave(torch.tensor(plan.slot_counts, dtype=torch.int64))
+    pairs_QD = dispatched.rows_RD[plan.row_of_pair_Q].to(weights_dtype) * (dispatched.weight_Q * factor_Q)[:, None]
+    summed_RD = torch.zeros(dispatched.rows_RD.shape, dtype=weights_dtype).index_add(0, plan.row_of_pair_Q, pairs_QD)
+    y_TD = dispatcher.combine(summed_RD.to(dtype), plan)
+    forward_bytes = traffic.payload_bytes
+
+    taken = assignments._replace(weight_N=weight_N).taken()
+    scale_T = torch.zeros(num_tokens, dtype=weights_dtype)
+    scale_T = scale_T.index_add(0, taken.token_N, taken.weight_N * (taken.expert_N + 1))
+    expected = h_TD * scale_T[:, None]
+    torch.testing.assert_close(y_TD, expected.to(dtype), rtol=0, atol=tolerance)
+    direction = torch.randn(y_TD.shape, dtype=torch.double, generator=generator).to(dtype)
+    theirs = torch.autograd.grad((expected * direction).sum(), [h_TD, weight_N])
+    ours = torch.autograd.grad((y_TD * direction).sum(), [h_TD, weight_N])
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+    return RoundTrip(plan, forward_bytes, traffic.payload_bytes)
+
+
+def all_ranks(values: Callable[[int], Any], world_size: int) -> list[Any]:
+    return [values(rank) for rank in range(world_size)]
