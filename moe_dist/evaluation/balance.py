@@ -52,7 +52,7 @@ class EvenRouter(nn.Module):
             # The running number of the group's pairs, modulo n: a token's pairs are neighbours, hence distinct experts.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
             even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)
-        return routing._replace(assignments=assignments._replace(expert_N=even_N))
+        return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
 
 
 @torch.no_grad()

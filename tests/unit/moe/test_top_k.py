@@ -38,7 +38,7 @@ def test_pairs_and_weights_equal_the_oracle(groups: tuple[ExpertGroup, ...], nor
     h_TD = torch.randn(40, D, dtype=torch.double, requires_grad=True)
     group_T = torch.randint(-1, len(groups), (40,))
     taken = router(h_TD, group_T).assignments.taken()
-    got = {(int(t), int(e)): w for t, e, w in zip(*taken, strict=True)}
+    got = {(int(t), int(e)): w for t, e, w in zip(*taken[:3], strict=True)}
     expected: dict[tuple[int, int], Tensor] = {}
     for token, index in enumerate(group_T.tolist()):
         if index >= 0:
