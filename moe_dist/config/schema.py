@@ -5,9 +5,18 @@ ranks, vocabulary and data) are checked by `moe_dist.preflight`, which sees all 
 checks itself.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -340,6 +349,12 @@ class ParallelSection(Section):
             f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
         )
         return [Relation(("watchdog_seconds", "timeout_seconds"), fault)]
+
+    @field_validator("dispatch", mode="before")
+    @classmethod
+    def _per_rank_unless_said(cls, value: Any) -> Any:
+        """`parallel.dispatch.overlap=true` alone means the default kind, which has that key."""
+        return {"kind": "per_rank", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 class PinnedGroupSection(Section):

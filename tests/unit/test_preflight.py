@@ -299,3 +299,8 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "deep_ep" / "__init__.py").write_text("raise ImportError('preflight must not import it')")
     monkeypatch.syspath_prepend(tmp_path)
     site.check(*sound)
+
+
+def test_a_key_of_the_default_dispatcher_needs_no_kind(site: Site) -> None:
+    assert site.check("parallel.dispatch.chunks=2").config.parallel.dispatch.kind == "per_rank"
+    assert "parallel.dispatch" in site.faults("parallel.dispatch.ranks_per_node=2")
