@@ -73,20 +73,25 @@ def build_wire(
 
 
 def build_dispatcher(
-    config: Config, placement: ExpertPlacement, wire: Wire, node_groups: NodeGroups = (None, None)
+    parallel: ParallelSection,
+    placement: ExpertPlacement,
+    wire: Wire,
+    *,
+    hidden_dim: int,
+    node_groups: NodeGroups = (None, None),
 ) -> Dispatcher[Any] | PipelinedDispatcher:
     """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
-    section, bound = config.parallel.dispatch, config.parallel.max_receive_rows
+    section, bound = parallel.dispatch, parallel.max_receive_rows
     fields = section.model_dump(exclude={"kind"})
     if section.kind == "per_node":
         between, inside = (
-            build_wire(config.parallel, group, wire.traffic, wire.watch, between_nodes=i == 0)
+            build_wire(parallel, group, wire.traffic, wire.watch, between_nodes=i == 0)
             for i, group in enumerate(node_groups)
         )
         return PerNodeDispatcher(placement, between, inside, max_receive_rows=bound, **fields)
     if section.kind == "deep_ep":
         top_k = max(group.top_k for group in placement.groups)
-        return DeepEPDispatcher(placement, wire, hidden_dim=config.model.hidden_dim, top_k=top_k, **fields)
+        return DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k, **fields)
     pairs = PerPairDispatcher(placement, wire, max_receive_rows=bound)
     if section.kind == "per_pair":
         return pairs
@@ -148,7 +153,7 @@ def build_model(
     section, moe = config.model, config.model.moe
     wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = build_dispatcher(config, placement, wire, node_groups)
+    dispatcher = build_dispatcher(config.parallel, placement, wire, hidden_dim=section.hidden_dim, node_groups=node_groups)
 
     capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
 

@@ -98,7 +98,7 @@ def _our_layer(
         norm=nn.Identity(),
         router=TopKRouter(hidden, placement.groups),
         experts=Experts(hidden, placement.groups, [len(placement.local_experts(mesh.ep_rank, group))]),
-        dispatcher=build_dispatcher(section, placement, Wire(mesh.ep, Traffic())),
+        dispatcher=build_dispatcher(section, placement, Wire(mesh.ep, Traffic()), hidden_dim=hidden),
     )
     with torch.no_grad():
         for parameter in layer.parameters():
