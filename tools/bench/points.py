@@ -99,6 +99,7 @@ def quick_sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
         "tokens": [(f"{tokens}", replace(small, tokens=tokens)) for tokens in (32, 64)],
         "tokens, no nulls": [("64", replace(small, null=0.0))],
         "skew": [("95%:4", replace(small, hot=0.95))],
+        "top-k": [("1", replace(small, top_k=1))],
         "image share, interleaved": [("0.5", replace(small, image=0.5, policy="interleaved"))],
         "workload": [("W4", replace(small, null=0.0, workload="W4"))],
     }
