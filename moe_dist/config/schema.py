@@ -29,7 +29,8 @@ Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
 Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-# A group's name is part of its parameters' names, so it has no dot, and is none that a torch module uses itself.
+# A group's name is part of its parameters' names, so it has no dot, and is none that a torch module uses itself
+# (smart_apply is what transformers adds to it).
 GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
 # fmt: off
 RESERVED_GROUP_NAMES = frozenset((
@@ -39,7 +40,8 @@ RESERVED_GROUP_NAMES = frozenset((
     "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children", "named_modules",
     "named_parameters", "normalise", "num_choices", "num_experts", "num_free", "num_identity", "pair_budget",
     "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
-    "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu", "zero_grad",
+    "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
+    "zero_grad",
 ))
 # fmt: on
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.bench_dispatch", "--quick", "--rounds", "2", *arguments]
+def bench(*arguments: str, rounds: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.bench_dispatch", "--quick", "--rounds", str(rounds), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -23,7 +23,7 @@ def test_it_runs_and_goes_on(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     rows = json.loads(path.read_text())["rows"]
     assert list(rows) == ["tokens, no nulls/64", "skew/95%:4"]
-    assert {"ours / megatron", "ours / naive", "ours at rank / floor"} <= set(rows["tokens, no nulls/64"]["ratio"])
+    assert {"ours / megatron", "ours / naive", "dispatch, combine / floor"} <= set(rows["tokens, no nulls/64"]["ratio"])
     sent = rows["skew/95%:4"]["sent"]
     assert sent["floor"]["payload_bytes"] == sent["ours at rank"]["payload_bytes"] == sent["ours"]["payload_bytes"]
     assert sent["ours"]["rows"] <= sent["per pair"]["rows"] == sent["megatron, capacity"]["rows"] < sent["naive"]["rows"]
@@ -38,6 +38,17 @@ def test_it_runs_and_goes_on(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 0
     shown = bench("--json", str(path), "--markdown")
     assert "### Whole training step" in shown.stdout
+
+    other = bench("--json", str(path), rounds=3)
+    assert other.returncode == 78
+    assert "rounds=3: the rows of" in other.stderr
+    assert "--fresh" in other.stderr
+    assert json.loads(path.read_text())["rows"] == done, "rows were lost"
+    again = bench("--json", str(path), "--only", "skew", "--fresh")
+    assert again.returncode == 0, again.stderr
+    after = json.loads(path.read_text())["rows"]
+    assert after.pop("skew/95%:4") != done.pop("skew/95%:4")
+    assert after == done
 
 
 def test_more_ranks_than_cores_are_refused(tmp_path: Path) -> None:

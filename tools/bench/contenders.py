@@ -2,22 +2,22 @@
 
 To the rank of its experts and back, before rows are laid out by expert:
 
-    floor           two all_to_all_single of the very rows that ours sends, and one copy of them each way
-    floor, all      the same, and a copy each way of the rows whose experts are at home, which no dispatcher can leave out
-    ours at rank    plan, dispatch, combine
+    floor               two all_to_all_single of the very rows that ours sends, and one copy of them each way
+    floor, all          and a copy each way of the rows whose experts are at home
+    dispatch, combine   ours, on a plan that was made beforehand
+    ours at rank        plan, dispatch, combine
 
 To rows laid out by expert, and back to their tokens weighted and summed (the experts are the identity):
 
-    ours            plan, dispatch, one row a pair in the experts' order, weighted sum, combine
-    megatron, ...   see megatron_core.py
-    naive           one row a choice, null or not, own-rank rows on the wire too: what a few lines of torch do
-    per pair        the same with nulls left out
-    equal active    ours, on a top-k routing with as many true experts and no null choice
+    ours                plan, dispatch, one row a pair in the experts' order, weighted sum, combine
+    megatron, ...       see megatron_core.py
+    naive               one row a choice, null or not, own-rank rows on the wire too: what a few lines of torch do
+    per pair            the same with nulls left out
+    equal active        ours, on a top-k routing with as many true experts and no null choice
 
 Shape letters: T tokens, D hidden size, K choices a token, N rows of a rank's choices.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -98,7 +98,8 @@ def floor(case: Case, *, own_rows: bool) -> Run:
     """Buffers are made once: the floor neither allocates nor looks anything up."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
     send, receive = list(plan.rows.send), list(plan.rows.receive)
-    source, own = case.h_TD[: sum(send)], case.h_TD[: plan.token_of_row_O.shape[0] if own_rows else 0]
+    num_own = plan.token_of_row_O.shape[0] if own_rows else 0
+    source, own = (case.h_TD.new_zeros(rows, case.point.hidden) for rows in (sum(send), num_own))
     outgoing, back, own_out, own_back = (torch.empty_like(each) for each in (source, source, own, own))
     incoming = case.h_TD.new_empty(sum(receive), case.point.hidden)
     returning = torch.empty_like(incoming)
@@ -115,24 +116,15 @@ def floor(case: Case, *, own_rows: bool) -> Run:
     return run
 
 
-class OursAtRank:
-    """Plan, dispatch, combine; keeps the seconds of each."""
+def at_rank(case: Case, *, planned: bool) -> Run:
+    """Rows to the rank of their experts and back; `planned` leaves out the plan: two metadata exchanges and the sync."""
+    kept = case.dispatcher.plan(case.taken, case.h_TD.shape[0]) if planned else None
 
-    PARTS = ("plan", "dispatch", "combine")
+    def run() -> Tensor:
+        plan = kept or case.dispatcher.plan(case.taken, case.h_TD.shape[0])
+        return case.dispatcher.combine(case.dispatcher.dispatch(case.h_TD, case.taken.weight_N, plan).rows_RD, plan)
 
-    def __init__(self, case: Case) -> None:
-        self._case = case
-        self.seconds: list[tuple[float, float, float]] = []
-
-    def __call__(self) -> Tensor:
-        case, begin = self._case, time.perf_counter()
-        plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
-        planned = time.perf_counter()
-        dispatched = case.dispatcher.dispatch(case.h_TD, case.taken.weight_N, plan)
-        there = time.perf_counter()
-        y_TD = case.dispatcher.combine(dispatched.rows_RD, plan)
-        self.seconds.append((planned - begin, there - planned, time.perf_counter() - there))
-        return y_TD
+    return run
 
 
 def ours(case: Case, assignments: Assignments) -> Run:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from moe_dist.parallel.mesh import Mesh
-from tools.bench.contenders import Case, OursAtRank, Run, expected, floor, make_case, naive, ours
+from tools.bench.contenders import Case, Run, at_rank, expected, floor, make_case, naive, ours
 from tools.bench.measure import Effort, count_sent, time_interleaved
 from tools.bench.megatron_core import megatron_dispatch
 from tools.bench.points import Point
@@ -19,27 +19,26 @@ from tools.bench.statistics import log_log_slope, median_interval, paired_ratio
 def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
     """Times and counts of all contenders; the same on all ranks."""
     case = make_case(point, mesh, seed=effort.seed)
-    at_rank = OursAtRank(case)
-    contenders: dict[str, Run] = {
+    at_rank_alone: dict[str, Run] = {
         "floor": floor(case, own_rows=False),
         "floor, all": floor(case, own_rows=True),
-        "ours at rank": at_rank,
-        **_by_expert(case),
+        "dispatch, combine": at_rank(case, planned=True),
+        "ours at rank": at_rank(case, planned=False),
     }
+    by_expert = _by_expert(case)
+    contenders = {**at_rank_alone, **by_expert}
     sent = {name: asdict(count_sent(run, mesh, hidden=point.hidden)) for name, run in contenders.items()}
-    for name, run in contenders.items():
-        if not name.startswith(("floor", "ours at rank")):
-            wanted = expected(case, case.equal_active if name == "equal active" else case.taken)
-            torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-    at_rank.seconds.clear()
+    for name, run in by_expert.items():
+        wanted = expected(case, case.equal_active if name == "equal active" else case.taken)
+        torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
     seconds = time_interleaved(contenders, mesh, effort)
-    parts = np.median(np.array(at_rank.seconds[effort.warmup :]), axis=0)
+    pairs = [(mine, bound) for mine in ("dispatch, combine", "ours at rank") for bound in ("floor", "floor, all")]
+    pairs += [("ours", name) for name in by_expert if name != "ours"]
     return {
         "point": point.to_json(),
         "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
-        "ratio": ratios(seconds),
+        "ratio": {f"{mine} / {other}": paired_ratio(seconds[mine], seconds[other]).to_json() for mine, other in pairs},
         "sent": sent,
-        "parts of ours at rank, ms": dict(zip(OursAtRank.PARTS, (parts * 1e3).tolist(), strict=True)),
     }
 
 
@@ -59,13 +58,6 @@ def _by_expert(case: Case) -> dict[str, Run]:
     return runs
 
 
-def ratios(seconds: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Paired ratios: ours over each other contender; above 1 ours is slower."""
-    by_expert = [name for name in seconds if name not in ("floor", "floor, all", "ours at rank", "ours")]
-    pairs = [("ours at rank", "floor"), ("ours at rank", "floor, all"), *(("ours", name) for name in by_expert)]
-    return {f"{mine} / {name}": paired_ratio(seconds[mine], seconds[name]).to_json() for mine, name in pairs}
-
-
 @torch.no_grad()
 def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str) -> dict[str, Any]:
     """`ours at rank` over points that differ in one factor, all in the same rounds: its cost a row that leaves a rank.
@@ -73,7 +65,8 @@ def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, 
     Args:
         by: Field of a point that differs.
     """
-    runs = {label: OursAtRank(make_case(point, mesh, seed=effort.seed)) for label, point in points.items()}
+    cases = {label: make_case(point, mesh, seed=effort.seed) for label, point in points.items()}
+    runs = {label: at_rank(case, planned=False) for label, case in cases.items()}
     rows = {label: count_sent(run, mesh, hidden=points[label].hidden).rows for label, run in runs.items()}
     seconds = time_interleaved(runs, mesh, effort)
     cost = {label: seconds[label] / max(1, rows[label]) for label in runs}

@@ -6,16 +6,26 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from moe_dist.errors import ConfigError
 from moe_dist.runtime.run_folder import write_atomically
 from moe_dist.runtime.signals import child_of
 
+# glibc gives blocks of 32 MiB and more back to the system each time they are freed, and the next one pays for its pages
+# again: 10 ms for 32 MiB, which falls on whoever allocates. Kept instead, as CUDA's allocator does, for all contenders.
+RANK_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+}
 TIMEOUT_SECONDS = 900.0
 SCALING_TOKENS = 2048  # below that fixed costs hide the slope
 
@@ -30,6 +40,7 @@ class Job:
         only: Sweeps to measure; empty for all.
         quick: Points so small that only the code is tested.
         rounds, seed: See `tools.bench.measure.Effort`.
+        commit: Of the code that is measured; each row has it.
     """
 
     world_size: int
@@ -38,15 +49,43 @@ class Job:
     quick: bool
     rounds: int
     seed: int
+    commit: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all rows of a file share: rows that differ in it cannot be compared."""
+        versions = {package: version(package) for package in ("torch", "megatron-core")}
+        return {"world": self.world_size, "quick": self.quick, "rounds": self.rounds, "seed": self.seed, **versions}
+
+    def wants(self, key: str) -> bool:
+        """Whether a row, '<sweep>/<label>', is of the chosen sweeps."""
+        return not self.only or key.partition("/")[0] in self.only
 
 
-def measure(job: Job) -> None:
+def measure(job: Job, *, fresh: bool = False) -> None:
     """Blocks until all ranks have ended; results are in `job.path`.
 
+    Args:
+        fresh: Measure again what the file has; without `job.only` that is all of it.
+
     Raises:
+        ConfigError: the file has rows of other settings; nothing was measured.
         RuntimeError: a rank failed; its traceback is on standard error.
     """
-    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")  # read when torch is imported, in the ranks
+    results = read_results(job.path)
+    kept = {key: row for key, row in results["rows"].items() if not (fresh and job.wants(key))}
+    if kept and results["settings"] != job.settings:
+        raise ConfigError(
+            [
+                f"{name}={job.settings.get(name)!r}: the rows of {job.path} were measured with {name}={value!r} and cannot "
+                "stand beside others; measure all with --fresh, or name another file with --json"
+                for name, value in results["settings"].items()
+                if job.settings.get(name) != value
+            ]
+        )
+    if len(kept) < len(results["rows"]):
+        write_atomically(job.path, json.dumps({**results, "rows": kept}, indent=1) + "\n")
+    os.environ.update(RANK_ENV)  # read when a rank starts and when it imports torch
     context = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="moe_dist_bench_") as folder:
         ranks = [
@@ -109,8 +148,8 @@ def _measure_all(job: Job, mesh: Any) -> None:
         if mesh.rank:
             continue
         seconds = time.monotonic() - began
-        results["rows"][key] = {**row, "seconds": seconds, "load": os.getloadavg()[0]}
-        results["settings"] = {**asdict(job), "path": job.path.name, "only": list(job.only)}
+        results["rows"][key] = {**row, "seconds": seconds, "load": os.getloadavg()[0], "commit": job.commit}
+        results["settings"] = job.settings
         job.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(job.path, json.dumps(results, indent=1) + "\n")
         print(f"{number + 1}/{len(todo)} {key}: {seconds:.1f} s", flush=True)
@@ -136,7 +175,7 @@ def _tasks(job: Job, mesh: Any, effort: Any) -> Mapping[str, Callable[[], dict[s
     for name, size in (QUICK_LAYERS if job.quick else LAYERS).items():
         tasks[f"layer/{name}"] = partial(measure_layer, size, mesh, effort)
     tasks["step/default model"] = partial(measure_step, mesh, effort)
-    return {key: task for key, task in tasks.items() if not job.only or key.partition("/")[0] in job.only}
+    return {key: task for key, task in tasks.items() if job.wants(key)}
 
 
 def read_results(path: Path) -> dict[str, Any]:

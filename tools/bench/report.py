@@ -11,6 +11,8 @@ from tools.bench.judgement import LOST_ABOVE, Finding, judge
 
 Table = list[list[str]]
 SHOWN_RATIOS = (
+    "dispatch, combine / floor",
+    "dispatch, combine / floor, all",
     "ours at rank / floor",
     "ours at rank / floor, all",
     "ours / megatron",

@@ -35,12 +35,18 @@ def test_a_row_is_lost_where_the_interval_lies_wholly_above() -> None:
     assert not_met({"step/x": row({"ours / megatron": interval(1.2)})}) == ["ours / megatron"]
 
 
+def test_its_default_branch_with_nulls_remapped_is_a_rival_in_whole_layers_and_steps() -> None:
+    remapped = "ours / megatron, remapped"
+    assert not_met({"layer/x": row({remapped: interval(1.2)}), "step/x": row({remapped: interval(1.2)})}) == [remapped] * 2
+    assert judge({"tokens/4096": row({remapped: interval(1.2)})}) == []
+
+
 def test_the_floor_counts_in_its_region_only() -> None:
-    ratios = {"ours at rank / floor": interval(1.3)}
-    assert not_met({"tokens/4096": row(ratios)}) == ["ours at rank / floor"]
+    ratios = {"dispatch, combine / floor": interval(1.3), "dispatch, combine / floor, all": interval(1.1)}
+    assert not_met({"tokens/4096": row(ratios)}) == ["dispatch, combine / floor"]
     assert not_met({"tokens/2048": row(ratios, tokens=2048)}) == []
     assert not_met({"hidden/256": row(ratios, hidden=256)}) == []
-    assert not_met({"tokens/4096": row({"ours at rank / floor": interval(1.25)})}) == []
+    assert not_met({"tokens/4096": row({"dispatch, combine / floor, all": interval(1.25)})}) == []
 
 
 def test_the_naive_sender_is_beaten_by_its_factor() -> None:
