@@ -15,6 +15,10 @@ one backward the reverse. Every rank issues all of them, in this order, whatever
 
 Host syncs: one a layer, in `plan`. The sender counts for each node how many rows and pairs each of its ranks will get, so
 that the forwarding rank learns the sizes of the second hop from sums of counts on the device, before it has seen an id.
+
+Memory in rows of D, with S1 rows sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 + T),
+backward max(R + M + S2, M + S1 + T). Below fp32 a sum of M (with S2) or T (with S1) rows of 4 bytes an element stands
+beside them. Nothing is kept for backward but the plan.
 """
 
 from dataclasses import dataclass
