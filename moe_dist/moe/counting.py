@@ -14,9 +14,7 @@ def counting_order(key_N: Tensor, num_keys: int) -> Tensor:
     if num_keys > 1 << 15:
         return torch.sort(key_N, stable=True).indices
     short_N = key_N.to(torch.uint8 if num_keys <= 1 << 8 else torch.int16)
-    if key_N.device.type == "cpu":
-        return torch.from_numpy(np.argsort(short_N.numpy(), kind="stable"))
-    return torch.sort(short_N, stable=True).indices
+    return (_host_order if key_N.device.type == "cpu" else _device_order)(short_N)
 
 
 def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
@@ -31,3 +29,11 @@ def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
 def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
     """Each value as often as its length says, [total]; does not sync."""
     return torch.repeat_interleave(value_X, length_X, output_size=total)
+
+
+def _host_order(short_N: Tensor) -> Tensor:
+    return torch.from_numpy(np.argsort(short_N.numpy(), kind="stable"))
+
+
+def _device_order(short_N: Tensor) -> Tensor:
+    return torch.sort(short_N, stable=True).indices
