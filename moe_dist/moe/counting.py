@@ -9,10 +9,12 @@ def counting_order(key_N: Tensor, num_keys: int) -> Tensor:
     """int64 permutation that sorts int64 keys in [0, num_keys) and leaves equal keys in their order.
 
     One pass a byte of the key on every device: the host's by numpy, whose stable sort of short integers is a radix sort
-    (torch's is one from 32,768 items on only), CUDA's by torch. Does not sync.
+    (torch's is one from 32,768 items on only), CUDA's by torch. Longer keys are ordered by their low and then by their high
+    bits. Does not sync.
     """
     if num_keys > 1 << 15:
-        return torch.sort(key_N, stable=True).indices
+        low_N = counting_order(key_N & 0x7FFF, 1 << 15)
+        return low_N[counting_order((key_N >> 15)[low_N], (num_keys - 1 >> 15) + 1)]
     short_N = key_N.to(torch.uint8 if num_keys <= 1 << 8 else torch.int16)
     return (_host_order if key_N.device.type == "cpu" else _device_order)(short_N)
 

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.watch import watched
 from moe_dist.errors import PlacementError
+from moe_dist.moe.counting import counting_order
 from moe_dist.moe.dispatcher import DispatchedRows
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
@@ -258,7 +259,7 @@ class DeepEPDispatcher:
             )
         num_slots = len(self.placement.slots[self.wire.rank])
         slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)
-        pair_Q = torch.argsort(slot_N, stable=True)[: sum(counts)]
+        pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
         plan.arrive(_Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, slot_counts=tuple(counts[:num_slots])))
         return rows_RD
 
