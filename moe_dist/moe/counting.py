@@ -33,6 +33,13 @@ def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(value_X, length_X, output_size=total)
 
 
+def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
+    """`items[keep]` in order, with the length known beforehand, so that CUDA need not sync to learn it."""
+    kept = items_N.new_empty(num_kept + 1)
+    target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
+    return kept.scatter_(0, target_N, items_N)[:num_kept]
+
+
 def _host_order(short_N: Tensor) -> Tensor:
     return torch.from_numpy(np.argsort(short_N.numpy(), kind="stable"))
 

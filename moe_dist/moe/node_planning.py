@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import Splits, Wire, split_sizes
 from moe_dist.errors import PlacementError
-from moe_dist.moe.counting import counting_order
+from moe_dist.moe.counting import compact, counting_order
 from moe_dist.moe.hop import Hop
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
@@ -173,7 +173,7 @@ class NodePlanner:
         pair_N = pair_N[: num_out + sizes.inter.num_own_pairs]
         expert_P, token_P = expert_N[pair_N], token_N[pair_N]
         first_P = _changes(place_N[pair_N] * num_tokens + token_P)
-        token_of_row = _compact(token_P, first_P, sizes.inter.num_rows)
+        token_of_row = compact(token_P, first_P, sizes.inter.num_rows)
         inter = sizes.inter.hop(INTER, layer, num_tokens, token_of_row)
         code_A = self._exchange_codes(self.inter, inter, tables.node_slot_E[expert_P], first_P)
         return self._plan_inside(tables, inter, code_A, pair_N, sizes)
@@ -187,7 +187,7 @@ class NodePlanner:
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
         num_rows = inter.row_O.shape[0] + sum(inter.rows.receive)  # M
         first_A = _changes(place_A[order_A] * num_rows + row_A)
-        row_of_leg = _compact(row_A, first_A, sizes.intra.num_rows)
+        row_of_leg = compact(row_A, first_A, sizes.intra.num_rows)
         intra = sizes.intra.hop(INTRA, inter.layer, num_rows, row_of_leg)
         code_Q = self._exchange_codes(self.intra, intra, slot_A, first_A)
         order_Q = counting_order(code_Q // 2, len(sizes.slot_counts))
@@ -310,13 +310,6 @@ def _changes(key_N: Tensor) -> Tensor:
     first_N = torch.ones_like(key_N, dtype=torch.bool)
     first_N[1:] = key_N[1:] != key_N[:-1]
     return first_N
-
-
-def _compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
-    """`items_N[keep_N]` with the length known beforehand, so that CUDA need not sync to learn it."""
-    kept = items_N.new_empty(num_kept + 1)
-    target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
-    return kept.scatter_(0, target_N, items_N)[:num_kept]
 
 
 def _rows_and_pairs(counts: list[int], slots: list[int]) -> tuple[int, int]:
