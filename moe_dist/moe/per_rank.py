@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.moe.dispatcher import DispatchedRows
-from moe_dist.moe.planning import PerRankPlan, Planner
+from moe_dist.moe.per_rank_plan import PerRankPlan
+from moe_dist.moe.planning import Planner
 from moe_dist.moe.routing import Assignments
 from moe_dist.moe.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
 from moe_dist.placement.placement import ExpertPlacement

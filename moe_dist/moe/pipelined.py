@@ -36,7 +36,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.moe.dispatcher import DispatchedRows, PairLayout
-from moe_dist.moe.planning import OwnPairs, PerRankPlan, Planner
+from moe_dist.moe.per_rank_plan import OwnPairs, PerRankPlan
+from moe_dist.moe.planning import Planner
 from moe_dist.moe.routing import Assignments
 from moe_dist.moe.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
 from moe_dist.placement.placement import ExpertPlacement

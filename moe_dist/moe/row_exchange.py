@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import Pending, Wire
 from moe_dist.comm.buffers import RowBuffers
-from moe_dist.moe.planning import PerRankPlan
+from moe_dist.moe.per_rank_plan import PerRankPlan
 from moe_dist.moe.routing import accumulation_dtype
 from moe_dist.moe.rows import add_rows
 
