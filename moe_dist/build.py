@@ -29,6 +29,7 @@ from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.expert_gemm import choose_gemm
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts, has_free_experts
+from moe_dist.moe.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.per_node import PerNodeDispatcher
 from moe_dist.moe.per_pair import PerPairDispatcher, SyncFreeDispatcher, pairs_are_rows
@@ -92,6 +93,8 @@ def build_dispatcher(
     if section.kind == "deep_ep":
         top_k = max(group.top_k for group in placement.groups)
         return DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k, **fields)
+    if section.kind == "hybrid_ep":
+        return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim, **fields)
     pairs = PerPairDispatcher(placement, wire, max_receive_rows=bound)
     if section.kind == "per_pair":
         return pairs

@@ -1,6 +1,13 @@
 """What a dispatcher demands of the rest of a configuration. Imports no torch."""
 
-from moe_dist.config.schema import Config, DeepEPDispatchSection, PerNodeDispatchSection, PerPairDispatchSection, Relation
+from moe_dist.config.schema import (
+    Config,
+    DeepEPDispatchSection,
+    HybridEPDispatchSection,
+    PerNodeDispatchSection,
+    PerPairDispatchSection,
+    Relation,
+)
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # ranks for which DeepEP has settings of its kernels
 
@@ -19,7 +26,9 @@ def dispatch_relations(config: Config) -> list[Relation]:
     if isinstance(section, PerPairDispatchSection):
         return _pair_relations(config)
     if isinstance(section, DeepEPDispatchSection):
-        return _deep_ep_relations(config)
+        return [*_deep_ep_relations(config), *_kernel_relations(config, "DeepEP")]
+    if isinstance(section, HybridEPDispatchSection):
+        return [*_hybrid_ep_relations(config), *_kernel_relations(config, "HybridEP")]
     return []
 
 
@@ -44,12 +53,42 @@ def _pair_relations(config: Config) -> list[Relation]:
 
 
 def _deep_ep_relations(config: Config) -> list[Relation]:
-    parallel, name, way_out = config.parallel, "parallel.dispatch.kind=deep_ep", "or take parallel.dispatch.kind=per_rank"
+    ep = config.parallel.ep
+    if ep in SIZES:
+        return []
+    sizes = _either([str(size) for size in SIZES])
+    fault = (
+        f"parallel.dispatch.kind=deep_ep: DeepEP has no settings for parallel.ep={ep} ranks; take {sizes}, or take "
+        "parallel.dispatch.kind=per_rank"
+    )
+    return [Relation(("parallel.dispatch.kind", "parallel.ep"), fault)]
+
+
+def _hybrid_ep_relations(config: Config) -> list[Relation]:
+    """Sizes that HybridEP copies by TMA, in wholes of 16 bytes; and a group, since there is no identity wire here."""
+    ep, tokens, width = config.parallel.ep, config.train.micro_batch * config.data.seq_len, config.model.hidden_dim
+    name, way_out = "parallel.dispatch.kind=hybrid_ep", "or take parallel.dispatch.kind=per_rank"
     broken = []
-    if parallel.ep not in SIZES:
-        sizes = _either([str(size) for size in SIZES])
-        fault = f"{name}: DeepEP has no settings for parallel.ep={parallel.ep} ranks; take {sizes}, {way_out}"
+    if ep == 1:
+        fault = f"{name}: there is no other rank with parallel.ep=1; raise it, {way_out}"
         broken.append(Relation(("parallel.dispatch.kind", "parallel.ep"), fault))
+    if tokens % 4:
+        fault = (
+            f"{name}: a rank's tokens must be a multiple of 4, but train.micro_batch={config.train.micro_batch} times "
+            f"data.seq_len={config.data.seq_len} is {tokens}; change either, {way_out}"
+        )
+        broken.append(Relation(("parallel.dispatch.kind", "train.micro_batch", "data.seq_len"), fault))
+    if width % 16:
+        fault = f"{name}: rows must be a multiple of 16 wide, but model.hidden_dim={width}; change it, {way_out}"
+        broken.append(Relation(("parallel.dispatch.kind", "model.hidden_dim"), fault))
+    return broken
+
+
+def _kernel_relations(config: Config, kernels: str) -> list[Relation]:
+    """What every dispatcher by somebody else's kernels demands."""
+    parallel, way_out = config.parallel, "or take parallel.dispatch.kind=per_rank"
+    name = f"parallel.dispatch.kind={parallel.dispatch.kind}"
+    broken = []
     if parallel.precision != "bf16":
         fault = f"{name}: rows travel in bf16, but parallel.precision={parallel.precision}; set it to bf16, {way_out}"
         broken.append(Relation(("parallel.dispatch.kind", "parallel.precision"), fault))
@@ -57,11 +96,11 @@ def _deep_ep_relations(config: Config) -> list[Relation]:
         fault = f"{name}: its kernels need GPUs, but parallel.device=cpu; set it to cuda, {way_out}"
         broken.append(Relation(("parallel.dispatch.kind", "parallel.device"), fault))
     if parallel.check_exchanges:
-        fault = f"{name}: parallel.check_exchanges cannot look into DeepEP's exchanges; set it to false, {way_out}"
+        fault = f"{name}: parallel.check_exchanges cannot look into {kernels}'s exchanges; set it to false, {way_out}"
         broken.append(Relation(("parallel.dispatch.kind", "parallel.check_exchanges"), fault))
     if parallel.max_receive_rows is not None:
         fault = (
-            f"{name}: DeepEP makes the receive buffer itself, so that "
+            f"{name}: {kernels} makes the receive buffer itself, so that "
             f"parallel.max_receive_rows={parallel.max_receive_rows} cannot be kept; set it to null, {way_out}"
         )
         broken.append(Relation(("parallel.dispatch.kind", "parallel.max_receive_rows"), fault))

@@ -282,8 +282,20 @@ class DeepEPDispatchSection(Section):
     kind: Literal["deep_ep"] = Field(default="deep_ep", description="DeepEP's kernels, where deep_ep is installed.")
 
 
+class HybridEPDispatchSection(Section):
+    """HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."""
+
+    kind: Literal["hybrid_ep"] = Field(
+        default="hybrid_ep", description="HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."
+    )
+
+
 DispatchSection = Annotated[
-    PerRankDispatchSection | PerNodeDispatchSection | PerPairDispatchSection | DeepEPDispatchSection,
+    PerRankDispatchSection
+    | PerNodeDispatchSection
+    | PerPairDispatchSection
+    | DeepEPDispatchSection
+    | HybridEPDispatchSection,
     Field(discriminator="kind"),
 ]
 

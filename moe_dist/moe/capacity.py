@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_dist.moe.counting import counting_order
+
 Drop = Literal["probability", "position"]
 
 
@@ -45,11 +47,11 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     """
     num_experts = capacity_E.shape[0]
     bin_N = torch.where(expert_N < 0, num_experts, expert_N)
-    # Two stable sorts: pairs in the order in which they stay, then gathered by expert. Pairs are in token order.
+    # Two stable orders: pairs in the order in which they stay, then gathered by expert. Pairs are in token order.
     order_N = torch.arange(bin_N.shape[0], device=bin_N.device)
     if drop == "probability":
         order_N = torch.sort(score_N, descending=True, stable=True).indices
-    order_N = order_N[torch.sort(bin_N[order_N], stable=True).indices]
+    order_N = order_N[counting_order(bin_N[order_N], num_experts + 1)]
     sorted_N = bin_N[order_N]
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=bin_N.device)
     counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))

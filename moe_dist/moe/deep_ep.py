@@ -1,17 +1,18 @@
 """Dispatch and combine by DeepEP's kernels (`deep_ep.Buffer`, API of V1), for NVLink and RDMA.
 
 DeepEP takes for each token a row of K expert ids, -1 for no selection, and weights beside them. It knows nothing of logical
-experts: rank r holds ids [r E', (r + 1) E') with the same E' on every rank. Our slot s of rank r is its id r E' + s, with
-E' the largest number of slots of a rank; ids that no slot has are phantoms, never routed to and without rows. A null choice
-is -1, and a token of null choices alone goes nowhere.
+experts: its ids are the numbers of `slot_numbers`, as many on every rank. A null choice is -1, and a token of null choices
+alone goes nowhere.
 
 Contract and results are those of `per_rank`: one row for each (token, destination rank), weighted and summed there, and
 DeepEP's combine adds the ranks' rows without weights. What differs: rows for the own rank pass through DeepEP's buffer too;
 rows are bf16 and weights fp32; the receive buffer is DeepEP's, so that `max_receive_rows` cannot be checked before it.
 
 Host syncs: two a layer. DeepEP's dispatch waits on the host for the number of rows that arrive; and `plan` reads its
-layout, for the ledger. Shape letters: T tokens on this rank, D hidden size, K choices a token, N = T K pairs, R rows here
-(by source rank, then by token), Q pairs computed here.
+layout, for the ledger. Memory: R rows and y, and DeepEP's own buffer.
+
+Shape letters: T tokens on this rank, D hidden size, K choices a token, N = T K pairs, R rows here (by source rank, then by
+token), Q pairs computed here.
 """
 
 from dataclasses import dataclass, field
@@ -25,8 +26,10 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.watch import watched
 from moe_dist.errors import PlacementError
+from moe_dist.moe.counting import counting_order
 from moe_dist.moe.dispatcher import DispatchedRows
 from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.moe.slot_numbers import SlotNumbers
 from moe_dist.placement.placement import ExpertPlacement
 
 LAYOUT = "DeepEP layout for the ledger"  # the adaptor's host sync, as Traffic records it
@@ -41,26 +44,6 @@ class Buffer(Protocol):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Any]: ...
     def dispatch(self, x: Tensor, **kwargs: Any) -> tuple[Any, ...]: ...
     def combine(self, x: Tensor, handle: Any, **kwargs: Any) -> tuple[Any, ...]: ...
-
-
-@dataclass(frozen=True)
-class SlotNumbers:
-    """DeepEP's numbers for a placement.
-
-    Attributes:
-        slots_per_rank: E', the same on every rank; one at least, so that there is something to divide.
-        number_of_expert: For each logical expert its DeepEP id.
-    """
-
-    slots_per_rank: int
-    number_of_expert: tuple[int, ...]
-
-    @classmethod
-    def of(cls, placement: ExpertPlacement) -> "SlotNumbers":
-        """The numbering of a placement; ranks may hold different numbers of slots."""
-        slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
-        places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
-        return cls(slots_per_rank, tuple(rank * slots_per_rank + slot for rank, slot in places))
 
 
 def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of_expert_E: Tensor) -> Tensor:
@@ -81,18 +64,6 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
     torch._assert_async(in_order, "deep_ep: pairs are not in the order of tokens")  # pyright: ignore[reportPrivateImportUsage]
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
     return torch.where(assignments.expert_N == ABSENT, -1, number_N).view(num_tokens, top_k)
-
-
-def routing_map_of(topk_idx_TK: Tensor, topk_weights_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-    """HybridEP's format: a map [T, slots], bool, and its weights [T, slots], fp32; -1 leaves no mark.
-
-    HybridEP takes ids as well, but scatters them unmasked, so that it must not see a -1.
-    """
-    shape = (topk_idx_TK.shape[0], num_slots + 1)  # the last column takes what is not selected
-    target_TK = torch.where(topk_idx_TK < 0, num_slots, topk_idx_TK)
-    routing_map = torch.zeros(shape, dtype=torch.bool, device=topk_idx_TK.device).scatter(1, target_TK, True)
-    weights = torch.zeros(shape, dtype=torch.float32, device=topk_idx_TK.device)
-    return routing_map[:, :num_slots], weights.scatter(1, target_TK, topk_weights_TK.float())[:, :num_slots]
 
 
 def make_buffer(group: Any, hidden_dim: int) -> Buffer:
@@ -258,7 +229,7 @@ class DeepEPDispatcher:
             )
         num_slots = len(self.placement.slots[self.wire.rank])
         slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)
-        pair_Q = torch.argsort(slot_N, stable=True)[: sum(counts)]
+        pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
         plan.arrive(_Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, slot_counts=tuple(counts[:num_slots])))
         return rows_RD
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import Splits, Wire
 from moe_dist.moe.routing import accumulation_dtype
+from moe_dist.moe.rows import add_rows
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,8 @@ class _DispatchHop(torch.autograd.Function):
         ctx.wire, ctx.hop = wire, hop
         sent_P, own_P = weight_P.split([sum(hop.pairs.send), weight_P.shape[0] - sum(hop.pairs.send)])
         weights = wire.start(sent_P, hop.pairs, name=hop.call("dispatch weights"), layer=hop.layer)
-        rows = wire.start(table_MD[hop.row_S], hop.rows, name=hop.call("dispatch rows"), layer=hop.layer, payload=True)
-        own_OD = table_MD[hop.row_O]
-        weight_Q = torch.cat([own_P, weights.wait()])
-        return torch.cat([own_OD, rows.wait()]), weight_Q
+        rows_RD = _rows_out(table_MD, wire, hop, "dispatch rows")
+        return rows_RD, torch.cat([own_P, weights.wait()])
 
     @staticmethod
     @once_differentiable
@@ -99,15 +98,23 @@ class _CombineHop(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_MD,) = grads
         wire, hop = ctx.wire, ctx.hop
-        back = wire.exchange(
-            grad_MD[hop.row_S], hop.rows, name=hop.call("combine rows backward"), layer=hop.layer, payload=True
-        )
-        return torch.cat([grad_MD[hop.row_O], back]), None, None
+        return _rows_out(grad_MD, wire, hop, "combine rows backward"), None, None
+
+
+def _rows_out(table_MD: Tensor, wire: Wire, hop: Hop, what: str) -> Tensor:
+    """Rows [R, D] of the table, own and received, each put where it stays; own rows are copied while the others fly."""
+    own = hop.row_O.shape[0]
+    rows_RD = table_MD.new_empty(own + sum(hop.rows.receive), table_MD.shape[1])
+    send_SD = table_MD.index_select(0, hop.row_S)
+    rows = wire.start(send_SD, hop.rows, name=hop.call(what), layer=hop.layer, payload=True, out=rows_RD[own:])
+    torch.index_select(table_MD, 0, hop.row_O, out=rows_RD[:own])
+    rows.wait()
+    return rows_RD
 
 
 def _sum_back(own_OD: Tensor, back_SD: Tensor, hop: Hop) -> Tensor:
     """Sums rows into the table [M, D] in fp32, rounded once to their dtype."""
     table = own_OD.new_zeros((hop.table_rows, own_OD.shape[1]), dtype=accumulation_dtype(own_OD.dtype))
-    table.index_add_(0, hop.row_O, own_OD.to(table.dtype))
-    table.index_add_(0, hop.row_S, back_SD.to(table.dtype))
+    add_rows(table, hop.row_O, own_OD)
+    add_rows(table, hop.row_S, back_SD)
     return table.to(own_OD.dtype)

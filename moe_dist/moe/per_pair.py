@@ -11,6 +11,8 @@ many come home, and the same in backward. No row is padding. Shape letters: T to
 
 Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and their gradients; every rank issues all of them.
 Host syncs: none. The order of pairs is a constant of the counts, made on the host and copied once.
+
+Memory: the formula of `per_rank`, (R + S + T) x D, with S rows for the pairs sent.
 """
 
 from dataclasses import dataclass

@@ -12,8 +12,9 @@ Host syncs: one a layer, in `plan`, for the split sizes of rows, pairs and exper
 
 Memory, with item the size of one element: (R + S + T) x D x item at most, in forward and in backward; S of these rows are a
 buffer that the exchanges of all layers share, R live until the experts have gathered their inputs, T are y. Below fp32 the
-sum of T x D x 4 bytes stands beside it. Nothing is kept for backward but the plan: 8 bytes for each taken pair of this
-rank's tokens, each row in S and O and, twice, each pair in Q.
+sum of T x D x 4 bytes stands beside it; rows are added to it in slices (`rows.SLICE_BYTES`, the least that T x D x item
+counts for). Nothing is kept for backward but the plan: 8 bytes for each taken pair of this rank's tokens, for each row in S
+and O and, twice, for each pair in Q.
 """
 
 from typing import Any
@@ -24,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.moe.dispatcher import DispatchedRows
-from moe_dist.moe.planning import PerRankPlan, Planner
+from moe_dist.moe.per_rank_plan import PerRankPlan
+from moe_dist.moe.planning import Planner
 from moe_dist.moe.routing import Assignments
 from moe_dist.moe.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
 from moe_dist.placement.placement import ExpertPlacement

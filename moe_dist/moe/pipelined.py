@@ -10,8 +10,19 @@ issues the same collectives in the same order, whatever else autograd runs in be
                               issues     waits                issues     (o)                       waits      waits
 
 The nodes keep the plan and save no tensor. Where a whole block is recomputed, only the way out is repeated: what comes
-home is asked for by nobody. Memory: as the plain dispatcher's, with R of at most two chunks at once before their experts, S
-rows of a chunk for each exchange in flight (three at most), and y once more where it is put together from chunks.
+home is asked for by nobody.
+
+Memory in rows of D: of three chunks at most (n chunks, where there are fewer) the rows R' and the buffers S' are held at
+once; with `overlap` own rows are not copied (R is what was received), and their sums stand beside y:
+
+    overlap     forward     R + S + 2 T
+                backward    S + max(R + 2 T, 3 T)
+    chunks      forward     S' + max(R' + T, r + 2 T)       r rows of the largest chunk; y is put together from its chunks
+                backward    S' + max(R' + T, 2 T)
+    both        forward     S' + max(R' + 2 T, r + 2 T)
+                backward    S' + max(R' + 2 T, 3 T)
+
+Below fp32 the sum of one chunk, T / n rows of 4 bytes an element, stands beside R' (or R).
 Shape letters: T tokens, D hidden size, N assignments, S remote rows sent, R rows here, Q pairs computed here.
 """
 
@@ -25,7 +36,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.moe.dispatcher import DispatchedRows, PairLayout
-from moe_dist.moe.planning import OwnPairs, PerRankPlan, Planner
+from moe_dist.moe.per_rank_plan import OwnPairs, PerRankPlan
+from moe_dist.moe.planning import Planner
 from moe_dist.moe.routing import Assignments
 from moe_dist.moe.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
 from moe_dist.placement.placement import ExpertPlacement
@@ -119,10 +131,10 @@ class PipelinedDispatcher:
             rows = DispatchedRows(mark(f"pairs{flight.plan.chunk}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
             if index > 0:
-                token, y_TD = _Home.apply(token, bases[index - 1], flights[index - 1], parts[index - 1])
+                token, y_TD = _Home.apply(token, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
             token = _Return.apply(token, out_RD, flight)
-        token, y_TD = _Home.apply(token, bases[-1], flights[-1], parts[-1])
+        token, y_TD = _Home.apply(token, bases.pop(0), flights[-1], parts[-1])
         return torch.cat([*y_parts, y_TD]) if y_parts else y_TD, shared_TD
 
 

@@ -18,67 +18,11 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import Pending, Splits, Wire, split_sizes
 from moe_dist.errors import PlacementError
 from moe_dist.moe.counting import counting_order, runs_in_order, spread
+from moe_dist.moe.per_rank_plan import OwnPairs, PerRankPlan
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 SPLIT_SIZES = "split sizes"  # the one host sync of a layer, as Traffic records it
-
-
-@dataclass(frozen=True)
-class PerRankPlan:
-    """Who goes where, for one layer and range of tokens; all of it without gradient, and kept under recompute.
-
-    Attributes:
-        layer: Name of the layer, for records and reports.
-        chunk: Number of the range, as text behind the names of its collectives; empty where there is but one.
-        num_tokens: T of the range.
-        rows, pairs: Split sizes of remote rows and of remote pairs.
-        pair_P: int64, the taken assignments' indices: remote pairs by (rank, slot), then pairs of the own rank by slot.
-        token_of_row_S: int64, token of each remote row in sending order, by (rank, token); counted from the range's first.
-        token_of_row_O: int64, token of each own-rank row.
-        order_Q: int64, permutation that sorts the pairs computed here ([own, received]) by slot.
-        row_of_pair_Q: int64, in slot order, the row of each pair in [own rows, received rows].
-        slot_counts: Pairs of each of this rank's slots.
-    """
-
-    layer: str
-    chunk: str
-    num_tokens: int
-    rows: Splits
-    pairs: Splits
-    pair_P: Tensor
-    token_of_row_S: Tensor
-    token_of_row_O: Tensor
-    order_Q: Tensor
-    row_of_pair_Q: Tensor
-    slot_counts: tuple[int, ...]
-
-    @property
-    def num_remote_rows(self) -> int:
-        return sum(self.rows.send)
-
-    @property
-    def num_pairs(self) -> int:
-        return self.pair_P.shape[0]
-
-    @property
-    def num_remote_pairs(self) -> int:
-        return sum(self.pairs.send)
-
-
-@dataclass(frozen=True)
-class OwnPairs:
-    """The pairs of the own rank, where they are computed apart from the others: their rows are the tokens themselves.
-
-    Attributes:
-        pair_P: int64, the assignments' indices, by slot.
-        row_of_pair_Q: int64, their tokens.
-        slot_counts: Pairs of each of this rank's slots.
-    """
-
-    pair_P: Tensor
-    row_of_pair_Q: Tensor
-    slot_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -193,15 +137,11 @@ class Planner:
         index_P, token_P = cells.index_N[pair_P], assignments.token_N[pair_P]
         arriving = self._start_indices(index_P[:num_remote], counts, layer)
         tokens_of_rows = self._tokens_of_rows(token_P, cells.run_N[pair_P], index_P, cells.row_counts, counts, num_tokens)
-        arrived = _pieces(arriving.wait(), [[counts.pairs(c).receive[r] for c in range(self.chunks)] for r in self._ranks])
-        remote = pair_P[:num_remote].split([sum(counts.pairs(chunk).send) for chunk in range(self.chunks)])
-        own_sizes = [counts.own_pairs(chunk) for chunk in range(self.chunks)]
-        own, own_index = pair_P[num_remote:].split(own_sizes), index_P[num_remote:].split(own_sizes)
+        pairs, indices = self._by_chunk(pair_P, index_P, arriving.wait(), counts)
+        mine = slice(0, 0) if self.own_apart else slice(None)
         plans = []
         for chunk, length in enumerate(self.chunk_lengths(num_tokens)):
-            mine = slice(0, 0) if self.own_apart else slice(None)
-            index_Q = torch.cat([own_index[chunk][mine], *(pieces[chunk] for pieces in arrived)])
-            order_Q, row_Q = self._by_slot(index_Q.to(torch.int64), received_WCX[tables.holder_H, chunk])
+            order_Q, row_Q = self._by_slot(indices[chunk], received_WCX[tables.holder_H, chunk])
             plans.append(
                 PerRankPlan(
                     layer=layer,
@@ -209,7 +149,7 @@ class Planner:
                     num_tokens=length,
                     rows=counts.rows(chunk),
                     pairs=counts.pairs(chunk),
-                    pair_P=torch.cat([remote[chunk], own[chunk][mine]]),
+                    pair_P=pairs[chunk],
                     token_of_row_S=tokens_of_rows[chunk],
                     token_of_row_O=tokens_of_rows[self.chunks + chunk][mine],
                     order_Q=order_Q,
@@ -217,9 +157,7 @@ class Planner:
                     slot_counts=counts.slot_counts(chunk, with_own=not self.own_apart),
                 )
             )
-        apart = slice(num_remote, None) if self.own_apart else slice(0, 0)
-        own_slots = counts.sent[self.wire.rank][0][1:] if self.own_apart else []
-        return tuple(plans), OwnPairs(pair_P[apart], token_P[apart], tuple(own_slots))
+        return tuple(plans), self._own_pairs(pair_P[num_remote:], token_P[num_remote:], counts)
 
     @property
     def _ranks(self) -> range:
@@ -288,6 +226,24 @@ class Planner:
         )
         items = index_P if self.chunks == 1 else torch.cat([pieces[c][r] for r in self._ranks for c in range(self.chunks)])
         return self.wire.start(items, splits, name="pair rows", layer=layer)
+
+    def _by_chunk(
+        self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: _Counts
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each chunk the pairs, remote ones first, and the row indices of the pairs computed here, own ones first."""
+        chunks, mine = range(self.chunks), slice(0, 0) if self.own_apart else slice(None)
+        sizes = [sum(counts.pairs(c).send) for c in chunks] + [counts.own_pairs(c) for c in chunks]
+        pair, index = pair_P.split(sizes), index_P.split(sizes)
+        received = _pieces(arrived, [[counts.pairs(c).receive[r] for c in chunks] for r in self._ranks])
+        pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
+        indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
+        return pairs, [each.to(torch.int64) for each in indices]
+
+    def _own_pairs(self, pair_P: Tensor, token_P: Tensor, counts: _Counts) -> OwnPairs:
+        """The own rank's pairs where they are computed apart, else none."""
+        if not self.own_apart:
+            return OwnPairs(pair_P[:0], token_P[:0], ())
+        return OwnPairs(pair_P, token_P, tuple(counts.sent[self.wire.rank][0][1:]))
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int

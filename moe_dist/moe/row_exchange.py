@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import Pending, Wire
 from moe_dist.comm.buffers import RowBuffers
-from moe_dist.moe.planning import PerRankPlan
+from moe_dist.moe.per_rank_plan import PerRankPlan
 from moe_dist.moe.routing import accumulation_dtype
+from moe_dist.moe.rows import add_rows
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class RowsHome:
             y_TD = rows_RD.new_zeros((plan.num_tokens, rows_RD.shape[1]), dtype=dtype)
         else:
             y_TD = base_TD.to(dtype, copy=True)
-        y_TD.index_add_(0, plan.token_of_row_O, rows_RD[: plan.token_of_row_O.shape[0]].to(dtype))
-        y_TD.index_add_(0, plan.token_of_row_S, self.rows.wait().to(dtype))
+        add_rows(y_TD, plan.token_of_row_O, rows_RD[: plan.token_of_row_O.shape[0]])
+        add_rows(y_TD, plan.token_of_row_S, self.rows.wait())
         self.lane.buffers.give(self.back)
         return y_TD.to(rows_RD.dtype)
 
@@ -111,10 +112,10 @@ class GradientsHome:
         plan, grad_RD = self.plan, self.grad_RD
         dtype = accumulation_dtype(grad_RD.dtype)
         grad_TD = grad_RD.new_zeros((plan.num_tokens, grad_RD.shape[1]), dtype=dtype)
-        grad_TD.index_add_(0, plan.token_of_row_O, grad_RD[: plan.token_of_row_O.shape[0]].to(dtype))
+        add_rows(grad_TD, plan.token_of_row_O, grad_RD[: plan.token_of_row_O.shape[0]])
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
         grad_weight_N = weight_P.new_zeros(num_assignments).index_copy_(0, plan.pair_P, weight_P)
-        grad_TD.index_add_(0, plan.token_of_row_S, self.rows.wait().to(dtype))
+        add_rows(grad_TD, plan.token_of_row_S, self.rows.wait())
         self.lane.buffers.give(self.back)
         return grad_TD.to(grad_RD.dtype), grad_weight_N
 

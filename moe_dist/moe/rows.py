@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.routing import accumulation_dtype
 
+SLICE_BYTES = 16 << 20  # of rows that are converted at once: enough work for a kernel, little beside the rows
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -58,6 +60,18 @@ def weighted_row_sum(y_QD: Tensor, weight_Q: Tensor, row_Q: Tensor, num_rows: in
 def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
     """Sum of the rows of each index, [num_rows, D] in fp32 (float64 for float64 rows). Without gradient."""
     dtype = accumulation_dtype(rows_QD.dtype)
-    return torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device).index_add_(
-        0, index_Q, rows_QD.to(dtype)
-    )
+    return add_rows(torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device), index_Q, rows_QD)
+
+
+def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
+    """Adds each row to its index's sum, in place, in the sum's dtype. Without gradient.
+
+    Rows of another dtype are converted in slices of `SLICE_BYTES`, in order: the same bits as all at once, without a copy
+    of all rows at the sum's width.
+    """
+    if rows_QD.dtype == sum_TD.dtype:
+        return sum_TD.index_add_(0, index_Q, rows_QD)
+    length = max(1, SLICE_BYTES // (sum_TD.element_size() * max(1, sum_TD.shape[1])))
+    for index, rows in zip(index_Q.split(length), rows_QD.split(length), strict=True):
+        sum_TD.index_add_(0, index, rows.to(sum_TD.dtype))
+    return sum_TD

@@ -47,14 +47,19 @@ def apex_relations(config: Config) -> list[Relation]:
 
 
 def deep_ep_relations(config: Config) -> list[Relation]:
-    """Whether DeepEP is installed where it dispatches; looked for, or not, as Apex is."""
-    if config.parallel.dispatch.kind != "deep_ep" or importlib.util.find_spec("torch") is None:
+    """Whether DeepEP, or its branch HybridEP, is installed where it dispatches; looked for, or not, as Apex is."""
+    kind = config.parallel.dispatch.kind
+    # HybridEP's extension is a module of its own, which the main branch of DeepEP does not have.
+    modules = {"deep_ep": ("deep_ep",), "hybrid_ep": ("deep_ep", "hybrid_ep_cpp")}.get(kind, ())
+    if importlib.util.find_spec("torch") is None:
         return []
-    if importlib.util.find_spec("deep_ep") is not None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if not missing:
         return []
+    what = "DeepEP from its repository" if kind == "deep_ep" else "DeepEP from the branch hybrid-ep of its repository"
     fault = (
-        "parallel.dispatch.kind=deep_ep: the package deep_ep is not installed here; build DeepEP from its repository, or "
-        "take parallel.dispatch.kind=per_rank"
+        f"parallel.dispatch.kind={kind}: the package {' and '.join(missing)} is not installed here; build {what}, or take "
+        "parallel.dispatch.kind=per_rank"
     )
     return [Relation(("parallel.dispatch.kind",), fault)]
 

@@ -94,6 +94,7 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
             "bytes": sums.tolist(),
             "tracked": tracked(),
             "aux": aux_values(ours, whole, layout.settings),
+            "recompute": [layer.moe.recompute for layer in with_layers_of(model)],
         }
 
 
@@ -108,11 +109,23 @@ LAYOUTS = [
     Layout(ep=2, tp=2, uneven=True),
     Layout(ep=2, options={"calculate_per_token_loss": True}),
     Layout(ep=4, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    Layout(
+        ep=4, options={"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True}
+    ),
     Layout(ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
 ]
-# Exchanges of rows in forward and backward: our recompute keeps the routing and does not repeat combine, Megatron's own
-# wraps the layer and repeats both.
-EXCHANGES = {"selective": 5, "full": 6}
+
+
+def recompute_of(layout: Layout) -> tuple[str, int]:
+    """Our name for Megatron's recompute, and the exchanges of rows in forward and backward.
+
+    `moe` keeps the routing and does not repeat combine, `moe_act` lies between the exchanges, full wraps the layer and
+    repeats both.
+    """
+    if layout.options.get("recompute_granularity") == "full":
+        return "none", 6
+    modules = layout.options.get("recompute_modules", ())
+    return ("block", 5) if "moe" in modules else ("experts", 4) if "moe_act" in modules else ("none", 4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -126,7 +139,9 @@ def test_megatrons_model_with_our_layer_gives_what_ours_gives(
         assert difference <= 1e-5, where
         forward, both, rows = outcome["bytes"]
         assert forward == 2 * rows * HIDDEN_DIM * 4
-        assert both == EXCHANGES.get(layout.options.get("recompute_granularity"), 4) * rows * HIDDEN_DIM * 4
+        policy, exchanges = recompute_of(layout)
+        assert outcome["recompute"] == [policy] * len(MOE_LAYERS)
+        assert both == exchanges * rows * HIDDEN_DIM * 4
         assert (rows > 0) == (layout.ep > 1)
         for name, expected in outcome["aux"].items():
             assert [outcome["tracked"][name][layer] for layer in MOE_LAYERS] == pytest.approx(expected, rel=1e-5)

@@ -1,6 +1,5 @@
-"""What is computed while which rows are in flight, by the recorded order; and what the dispatcher syncs and holds."""
+"""What is computed while which rows are in flight, by the recorded order; and what the dispatcher syncs."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -11,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatcher import DispatchedRows
 from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.pipelined import PipelinedDispatcher
 from moe_dist.moe.routing import Assignments
@@ -146,80 +144,3 @@ def test_one_host_sync_a_layer(run_in_world: Callable[..., list[Any]], overlap: 
         assert named == ["sync split sizes"]
         assert lists == 1
         assert others == []
-
-
-class Live(TorchDispatchMode):
-    """Bytes of storages that were made inside and are still alive, now and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(each, torch.Tensor):
-                self._see(each.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        pointer, size = storage._cdata, storage.nbytes()
-        if pointer not in self._known:
-            self._known.add(pointer)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, pointer, size)
-
-    def _drop(self, pointer: int, size: int) -> None:
-        self._known.discard(pointer)
-        self.now -= size
-
-
-def held(rank: RankContext) -> list[dict[str, int]]:
-    """Bytes at two widths: at most in forward and in backward, kept by autograd, and the sizes of the formula."""
-    dispatcher = make(rank, overlap=False, chunks=1)
-    assert isinstance(dispatcher, PerRankDispatcher)
-    found = []
-    for dim in (64, 192):
-        assignments, weight_N = assignments_of(rank.rank)
-        h_TD, grad_TD = torch.ones(T, dim).requires_grad_(), torch.ones(T, dim)
-        plan = dispatcher.plan(assignments, T)
-        dispatcher.lane.buffers.clear()
-        kept: list[int] = []
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept.append(tensor.nbytes)  # noqa: B023
-            return tensor
-
-        with Live() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            rows: DispatchedRows | None = dispatcher.dispatch(h_TD, weight_N, plan)
-            given_back = dispatcher.lane.buffers.num_bytes
-            y_TD = dispatcher.combine(rows.rows_RD, plan)
-            rows = None
-        with Live() as backward:
-            y_TD.backward(grad_TD)
-        num_own, received, sent = len(plan.token_of_row_O), sum(plan.rows.receive), plan.num_remote_rows
-        found.append(
-            {
-                "forward": forward.peak,
-                "backward": backward.peak,
-                "kept": sum(kept),
-                "R": num_own + received,
-                "S": sent,
-                "buffers": dispatcher.lane.buffers.num_bytes,
-                "given back": given_back,
-                "D": dim,
-            }
-        )
-    return found
-
-
-def test_memory_is_as_stated(run_in_world: Callable[..., list[Any]]) -> None:
-    """What grows with D, exactly: R + S + T rows in each direction, S of them in the buffer that all exchanges share."""
-    for narrow, wide in run_in_world(2, held):
-        added = (wide["D"] - narrow["D"]) * 4
-        assert wide["forward"] - narrow["forward"] == (wide["R"] + wide["S"] + T) * added
-        assert wide["backward"] - narrow["backward"] == (wide["R"] + wide["S"] + T) * added
-        assert wide["kept"] == 0
-        assert wide["given back"] == wide["buffers"] == wide["S"] * wide["D"] * 4

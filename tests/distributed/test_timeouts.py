@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,11 +18,13 @@ from tests.support.worlds import RankContext
 TIMEOUT = 47.0
 
 
-def timeouts(rank: RankContext) -> dict[str, timedelta]:
+def timeouts(rank: RankContext, ep: int, ranks_per_node: int | None) -> dict[str, timedelta]:
     """Timeout of every group that a mesh makes, as its backend has it, by what the group is for."""
     before = set(dist.distributed_c10d._world.pg_map)
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=TIMEOUT)
+    mesh = make_mesh(ep=ep, device=torch.device("cpu"), timeout=TIMEOUT, ranks_per_node=ranks_per_node)
     groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]
+    if ranks_per_node:
+        assert {mesh.intra_node, mesh.inter_node} <= set(groups)
     return {
         "checkpoint" if group is mesh.checkpoint else f"{number} of {group.size()} ranks": _timeout(group)
         for number, group in enumerate(groups)
@@ -32,8 +35,11 @@ def _timeout(group: dist.ProcessGroup) -> timedelta:
     return group._get_backend(torch.device("cpu")).options._timeout
 
 
-def test_groups_inherit_the_configured_timeout(run_in_world: Callable[..., list[Any]]) -> None:
-    for seen in run_in_world(4, timeouts):
+@pytest.mark.parametrize(("ep", "ranks_per_node", "least"), [(2, None, 2), (4, 2, 4)], ids=["EP and edp", "nodes too"])
+def test_groups_inherit_the_configured_timeout(
+    run_in_world: Callable[..., list[Any]], ep: int, ranks_per_node: int | None, least: int
+) -> None:
+    for seen in run_in_world(4, timeouts, ep, ranks_per_node):
         assert seen.pop("checkpoint") == CHECKPOINT_TIMEOUT
-        assert len(seen) >= 2  # EP and edp
+        assert len(seen) >= least
         assert set(seen.values()) == {timedelta(seconds=TIMEOUT)}, seen

@@ -205,7 +205,7 @@ def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
 
 
 @contextlib.contextmanager
-def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, seed: int = 1234) -> Iterator[None]:
+def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> Iterator[None]:
     """Megatron's process groups over the default group, and its random states; both are gone afterwards.
 
     Expert tensor parallelism is 1 and experts are folded over TP x DP.
@@ -216,6 +216,7 @@ def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, seed: int = 1234) -
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
     )

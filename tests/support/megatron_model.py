@@ -62,13 +62,20 @@ class Layout:
     ep: int = 1
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     uneven: bool = False
     values: Mapping[str, Any] = field(default_factory=lambda: TWO_GROUPS)
     aux: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [f"ep{self.ep}", f"tp{self.tp}" * (self.tp > 1), f"pp{self.pp}" * (self.pp > 1), "uneven" * self.uneven]
+        parts = [
+            f"ep{self.ep}",
+            f"tp{self.tp}" * (self.tp > 1),
+            f"pp{self.pp}" * (self.pp > 1),
+            f"cp{self.cp}" * (self.cp > 1),
+            "uneven" * self.uneven,
+        ]
         return "-".join(part for part in [*parts, *(str(key) for key in self.options)] if part)
 
     @property
@@ -100,6 +107,7 @@ def transformer_config(layout: Layout) -> Any:
         "expert_tensor_parallel_size": 1,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
         "sequence_parallel": layout.tp > 1,
         "pipeline_dtype": torch.float32,
         "normalization": "RMSNorm",

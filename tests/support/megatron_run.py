@@ -29,7 +29,7 @@ SEQUENCES = 8  # of a micro-batch, over all data-parallel ranks
 @contextlib.contextmanager
 def megatron(layout: Layout) -> Iterator[Any]:
     """Megatron stands for a layout on all ranks of the world; gives its `parallel_state`."""
-    with megatron_on_cpu(), model_parallel(ep=layout.ep, tp=layout.tp, pp=layout.pp):
+    with megatron_on_cpu(), model_parallel(ep=layout.ep, tp=layout.tp, pp=layout.pp, cp=layout.cp):
         from megatron.core import parallel_state
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 

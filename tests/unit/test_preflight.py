@@ -301,6 +301,32 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
     site.check(*sound)
 
 
+def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kind = "parallel.dispatch.kind=hybrid_ep"
+    text = site.faults(
+        kind, "parallel.max_receive_rows=8", "parallel.ep=1", "parallel.check_exchanges=true", "train.micro_batch=1",
+        "data.seq_len=30", "model.hidden_dim=72", "model.num_heads=9",
+    )  # fmt: skip
+    for fault in (
+        "the package deep_ep and hybrid_ep_cpp is not installed here; build DeepEP from the branch hybrid-ep",
+        "there is no other rank with parallel.ep=1",
+        "a rank's tokens must be a multiple of 4, but train.micro_batch=1 times data.seq_len=30 is 30",
+        "rows must be a multiple of 16 wide, but model.hidden_dim=72",
+        "rows travel in bf16, but parallel.precision=fp32",
+        "its kernels need GPUs, but parallel.device=cpu",
+        "parallel.max_receive_rows=8 cannot be kept",
+        "parallel.check_exchanges cannot look into HybridEP's exchanges",
+    ):
+        assert fault in text
+    sound = (kind, "parallel.precision=bf16", "parallel.device=cuda")
+    assert "hybrid_ep_cpp is not installed" in site.faults(*sound)
+    for module in ("deep_ep", "hybrid_ep_cpp"):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text("raise ImportError('preflight must not import it')")
+    monkeypatch.syspath_prepend(tmp_path)
+    site.check(*sound)
+
+
 def test_a_key_of_the_default_dispatcher_needs_no_kind(site: Site) -> None:
     assert site.check("parallel.dispatch.chunks=2").config.parallel.dispatch.kind == "per_rank"
     assert "parallel.dispatch" in site.faults("parallel.dispatch.ranks_per_node=2")

@@ -1,11 +1,12 @@
-"""DeepEP's index format: global numbers of slots, -1 for no selection, and HybridEP's map of the same."""
+"""DeepEP's index format: global numbers of slots, -1 for no selection."""
 
 import pytest
 import torch
 
 from moe_dist.errors import PlacementError
-from moe_dist.moe.deep_ep import SlotNumbers, routing_map_of, topk_idx_of
+from moe_dist.moe.deep_ep import topk_idx_of
 from moe_dist.moe.routing import Assignments
+from moe_dist.moe.slot_numbers import SlotNumbers
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 TEXT, IMAGE = ExpertGroup("text", 3, 1, 2, 4, 0, ("text",)), ExpertGroup("image", 2, 1, 2, 4, 3, ("image",))
@@ -16,6 +17,9 @@ def test_ranks_with_different_numbers_of_slots_get_phantom_numbers() -> None:
     numbers = SlotNumbers.of(placement)
     assert numbers.slots_per_rank == 3
     assert numbers.number_of_expert == (0, 6, 1, 7, 2)  # of experts 0 to 4
+    wider = SlotNumbers.of(placement, multiple=4)
+    assert (wider.slots_per_rank, wider.number_of_expert) == (4, (0, 8, 1, 9, 2))
+    assert SlotNumbers.of(ExpertPlacement((TEXT, IMAGE), ((0, 1, 2, 3), (4,))), multiple=4).slots_per_rank == 4
 
 
 def test_topk_idx_is_int64_with_minus_one_for_no_selection() -> None:
@@ -36,11 +40,3 @@ def test_assignments_by_expert_are_refused() -> None:
     shuffled = Assignments(torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]), torch.ones(4))
     with pytest.raises(RuntimeError, match="not in the order of tokens"):
         topk_idx_of(shuffled, 2, 2, torch.arange(4))
-
-
-def test_hybrid_eps_map_leaves_no_mark_for_minus_one() -> None:
-    topk_idx = torch.tensor([[2, -1], [-1, -1], [0, 3]])
-    routing_map, weights = routing_map_of(topk_idx, torch.tensor([[0.5, 9.0], [9.0, 9.0], [0.25, 0.75]]), 4)
-    assert routing_map.dtype == torch.bool
-    assert routing_map.int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
-    assert weights.tolist() == [[0, 0, 0.5, 0], [0, 0, 0, 0], [0.25, 0, 0, 0.75]]

@@ -1,0 +1,106 @@
+"""The whole layer waits for the device once, where it says so: router, capacity, free experts, experts, way out and home.
+
+Orders by counting are made as on CUDA, so that what is read here is what would be waited for there.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe import counting
+from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.free_experts import FreeExperts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_node import PerNodeDispatcher
+from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.pipelined import PipelinedDispatcher
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.parallel.mesh import Mesh, make_mesh
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.syncs import host_syncs
+from tests.support.worlds import RankContext
+
+T, D = 20, 16
+GROUPS = (
+    ExpertGroup("text", 4, 2, 3, 8, 0, ("text",), num_identity=2, num_constant=2),
+    ExpertGroup("image", 2, 1, 2, 8, 4, ("image",)),
+)
+PLACEMENTS = {
+    1: ExpertPlacement(GROUPS, ((0, 1, 2, 3, 4, 5),)),
+    2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5))),
+}
+TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}, "both": {"overlap": True, "chunks": 2}}
+CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "per_node")))
+
+
+def layer_of(rank: RankContext, mesh: Mesh, traffic: Traffic, case: tuple[Any, ...]) -> MoELayer:
+    gemm, budget, recompute, way = case
+    placement, wire = PLACEMENTS[rank.world_size], Wire(mesh.ep, traffic)
+    if way == "per_node":
+        wires = Wire(mesh.inter_node, traffic), Wire(mesh.intra_node, traffic)
+        dispatcher: Any = PerNodeDispatcher(placement, *wires, ranks_per_node=rank.world_size)
+    elif way == "plain":
+        dispatcher = PerRankDispatcher(placement, wire)
+    else:
+        dispatcher = PipelinedDispatcher(placement, wire, **TIMETABLES[way])
+    local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
+    layer = MoELayer(
+        norm=torch.nn.RMSNorm(D),
+        router=TopKRouter(D, GROUPS, selection_bias=True, capacity=Capacity(0.7, "probability" if budget else "position")),
+        experts=Experts(D, GROUPS, local, gemm=gemm, pair_budget=budget),
+        dispatcher=dispatcher,
+        shared=torch.nn.Linear(D, D),
+        free=FreeExperts(D, GROUPS),
+        recompute=recompute,
+    )
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[str], list[str]]]:
+    """For each case the named syncs, and all reads, of one forward and backward."""
+    found = []
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0, ranks_per_node=rank.world_size)
+    for case in cases:
+        torch.manual_seed(rank.rank)
+        traffic = Traffic(events=[])
+        layer = layer_of(rank, mesh, traffic, case)
+        x_TD, group_T = torch.randn(T, D, requires_grad=True), torch.randint(-1, 2, (T,))
+        with mock.patch.object(counting, "_host_order", counting._device_order), host_syncs() as seen:
+            y_TD, _ = layer(x_TD, group_T)
+            y_TD.sum().backward()
+        found.append(([event for event in traffic.events or [] if event.startswith("sync")], seen))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_whole_layer_syncs_once_and_by_name(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
+    for found in run_in_world(world_size, syncs, CASES, seconds=110):
+        for case, (named, seen) in zip(CASES, found, strict=True):
+            assert named == ["sync split sizes of both hops" if "per_node" in case else "sync split sizes"], case
+            assert seen == ["tolist"], case
+
+
+def test_a_read_of_a_value_in_the_router_is_seen(run_in_world: Callable[..., list[Any]]) -> None:
+    [[(named, seen)]] = run_in_world(1, with_a_read)
+    assert named == ["sync split sizes"]
+    assert seen == ["__bool__", "tolist"]
+
+
+def with_a_read(rank: RankContext) -> list[tuple[list[str], list[str]]]:
+    forward = TopKRouter.forward
+
+    def reading(self: TopKRouter, h_TD: torch.Tensor, *rest: Any) -> Any:
+        bool((h_TD > 0).any())
+        return forward(self, h_TD, *rest)
+
+    with mock.patch.object(TopKRouter, "forward", reading):
+        return syncs(rank, [("loop", None, "none", "plain")])

@@ -1,0 +1,71 @@
+"""Balance and z terms inside Megatron: what its reductions make of their gradients, under TP, CP and DP of all sizes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from tests.support.megatron_model import BALANCE, HIDDEN_DIM, Layout, Z, transformer_config
+from tests.support.megatron_run import megatron, tracked
+from tests.support.worlds import RankContext
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows, in the order of ranks."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, int]:
+    """Largest difference of the reduced router gradients, their largest value, and the sizes of TP and of TP x CP."""
+    with megatron(layout) as state:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        from moe_dist.megatron.expert_layer import ExpertLayer
+
+        config = transformer_config(layout)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        layer = ExpertLayer(config, layout.settings, pg_collection=groups, layer_number=2)
+        generator = torch.Generator().manual_seed(rank.rank)
+        h_TD = torch.randn(24, HIDDEN_DIM, generator=generator)
+        group_T = torch.randint(-1, 2, (24,), generator=generator)
+        per_token, cp = config.calculate_per_token_loss, groups.cp.size()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 if per_token else float(cp)]))  # as its schedule does
+
+        def terms(h_TD: torch.Tensor, group_T: torch.Tensor) -> Any:
+            return layer.moe.router(h_TD, group_T).sums
+
+        parameters = list(layer.moe.router.parameters())
+        y = layer.aux_terms.attach(h_TD.clone().requires_grad_(), terms(h_TD, group_T))
+        ours = torch.autograd.grad(y.sum() * 0.0, parameters)
+        whole = terms(gathered(h_TD), gathered(group_T))
+        tables = ColumnTables.on(layer.placement.groups, torch.device("cpu"))
+        loss = BALANCE * balance_terms(whole.prob_C[None], whole.choices_C[None], whole.tokens_G[None], tables).sum()
+        loss = loss + Z * z_terms(whole.log_z_squared_G[None], whole.tokens_G[None]).sum()
+        expected = torch.autograd.grad(loss, parameters)
+
+        # Megatron sums over TP, and averages over DP x CP; or it sums over all and divides by the step's tokens.
+        divisor = int(whole.tokens_G.sum()) if per_token else state.get_data_parallel_world_size() * cp
+        worst = largest = 0.0
+        for got, wanted in zip(ours, expected, strict=True):
+            dist.all_reduce(got)
+            worst = max(worst, float((got / divisor - wanted).abs().max()))
+            largest = max(largest, float(wanted.abs().max()))
+        tracked()  # what was recorded goes with the layer
+        return worst, largest, groups.tp.size(), groups.tp_cp.size()
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["averaged", "by tokens"])
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
+def test_the_shares_of_all_ranks_sum_to_the_term(
+    run_in_world: Callable[..., list[Any]], tp: int, cp: int, per_token: bool
+) -> None:
+    layout = Layout(tp=tp, cp=cp, options={"calculate_per_token_loss": per_token})
+    for worst, largest, tp_size, tp_cp_size in run_in_world(4, differences, layout, seconds=100):
+        assert (tp_size, tp_cp_size) == (tp, tp * cp)
+        assert worst <= 1e-6 < 1e-4 < largest
