@@ -23,7 +23,7 @@ from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
 from moe_dist.checkpoint.findings import DamagedError, Finding
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import check_complete, check_fits
-from moe_dist.checkpoint.index import INDEX_FILE, shard_file
+from moe_dist.checkpoint.index import INDEX_FILE, read_index, shard_file
 from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
 from moe_dist.checkpoint.shelf import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
@@ -56,10 +56,10 @@ class Restored:
 class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
-    `save`, `write`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls them, in the
-    same order, and all get the same outcome. They synchronise by small all-reduces of numbers on the host (no object
-    collectives): one before writing, and a vote after each phase. `write` may run on a thread of its own while the ranks
-    train, if nothing else uses the group meanwhile.
+    `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
+    them, in the same order, and all get the same outcome. They synchronise by small all-reduces of numbers on the host (no
+    object collectives): one before writing, and a vote after each phase. `write` may run on a thread of its own while the
+    ranks train, if nothing else uses the group meanwhile.
 
     Args:
         folder: Where the checkpoints of the run lie, on a file system that all ranks share.
@@ -122,6 +122,22 @@ class CheckpointManager:
         if ballot.rank == 0:
             self._tidy(snapshot.step)
         return target
+
+    def clear(self) -> None:
+        """Removes what crashes and earlier writers left. A new holder of the lease calls it before it loads anything: what
+        an earlier one wrote before its last look at the lease is gone then, so no rename of it succeeds, however late.
+
+        Raises:
+            CheckpointError: something cannot be removed.
+            MoeDistError: as the lease check raised it on rank 0, of the same kind on the others.
+        """
+
+        def remove() -> None:
+            self._lease_check()
+            if self._folder.is_dir():
+                self._shelf.remove_leftovers()
+
+        self.agree("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
         """Folder of the newest committed checkpoint, as rank 0 sees it; None where there is none.
@@ -216,7 +232,7 @@ class CheckpointManager:
             )
         if not (self._folder / LATEST_FILE).exists() and not self._shelf.steps():
             # So that a `latest` that is missing later was removed by somebody, and not by a crash in the first commit.
-            self._point(NONE_YET, "0")
+            self._point(NONE_YET)
         temporary.mkdir()
 
     def _write_own(self, temporary: Path, snapshot: Snapshot, save_id: str) -> None:
@@ -231,7 +247,8 @@ class CheckpointManager:
         )
 
     def _commit(self, temporary: Path, target: Path, step: int, save_id: str, snapshot: Snapshot) -> None:
-        """On rank 0: index and state, then the renames, each after a look at the lease. All durable in this order."""
+        """On rank 0: index and state, then the renames, each right after a look at the lease and of what was written before
+        it, see `clear`. All durable in this order."""
         try:
             index = build_index(temporary, snapshot.specs, step=step, save_id=save_id, num_shards=self._ballot.world_size)
         except DataError as error:
@@ -246,14 +263,18 @@ class CheckpointManager:
             target.rename(self._folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)
         sync(self._folder)
-        self._lease_check()
-        self._point(f"{target.name}\n".encode(), save_id)
+        self._point(f"{target.name}\n".encode())
 
-    def _point(self, content: bytes, save_id: str) -> None:
-        """Replaces `latest`, durably."""
-        pointer = self._folder / f"{LATEST_FILE}.{save_id}.tmp"
-        write_durably(pointer, content)
-        pointer.rename(self._folder / LATEST_FILE)
+    def _point(self, content: bytes) -> None:
+        """Replaces `latest`, durably, after a look at the lease: right before the rename, since syncing may take long."""
+        pointer = self._folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
+        try:
+            write_durably(pointer, content)
+            self._lease_check()
+            pointer.rename(self._folder / LATEST_FILE)
+        except BaseException:
+            pointer.unlink(missing_ok=True)
+            raise
         sync(self._folder)
 
     def _tidy(self, step: int) -> None:
@@ -265,8 +286,9 @@ class CheckpointManager:
         self._shelf.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
+        """Whether `latest` names a checkpoint of this step, by its name and by what is in it. Reads its index if so."""
         try:
-            return self._shelf.latest_step() == step
+            return self._shelf.latest_step() == step == read_index(self._shelf.path_of(step)).step
         except (OSError, DataError):  # what `latest` holds is no checkpoint: the one to come replaces it
             return False
 

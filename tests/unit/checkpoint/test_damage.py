@@ -153,6 +153,10 @@ def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
     shard = fresh()
     shard.unlink()
     assert kinds_of(folder) == {("missing", shard.name)}
+    shutil.rmtree(folder)
+    shutil.copytree(good / "step_3", folder)
+    assert kinds_of(folder) == {("mixed up", "index.json")}
+    assert "is of step 3, its folder is named step_4" in str(verify(folder)[1][0])
     fresh()
     shutil.copy(folder / shard_file(0), folder / shard_file(7))
     assert kinds_of(folder) == {("foreign", shard_file(7))}
