@@ -7,7 +7,7 @@ import pytest
 
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.chaos import Site, settings, started
+from tests.support.site import Site, settings, started
 from tests.support.tiny import tiny_config, write_config
 
 
