@@ -25,6 +25,7 @@ from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import check_complete, check_fits
 from moe_dist.checkpoint.index import INDEX_FILE, read_index, shard_file
 from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
+from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.shelf import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout
@@ -170,15 +171,13 @@ class CheckpointManager:
             DataError: a file is missing, damaged or foreign; names it, and the other checkpoints that are there.
         """
         self._check_layout(state.layout)
-        opened: list[Contents] = []
+        opened: list[tuple[Contents, dict[str, JsonValue]]] = []
         try:
             self._ballot.phase("load", lambda: opened.append(self._read(folder, state)), kind=DataError)
-            self._check_loaded(opened[0], state, state.specs.keys() & opened[0].index.tensors.keys())
+            contents, rank_values = opened[0]
+            self._check_loaded(contents, state, state.specs.keys() & contents.index.tensors.keys())
         except DataError as error:
             raise self._with_way_out(error, folder) from error
-        contents = opened[0]
-        same_ranks = contents.index.num_shards == self._ballot.world_size
-        rank_values = open_shard(contents, self._ballot.rank).rank_values if same_ranks else {}
         return Restored(contents.state.step, contents.state.values, rank_values)
 
     def load_fitting(self, path: Path, state: CheckpointState) -> Taken:
@@ -292,21 +291,23 @@ class CheckpointManager:
         except (OSError, DataError):  # what `latest` holds is no checkpoint: the one to come replaces it
             return False
 
-    def _read(self, folder: Path, state: CheckpointState) -> Contents:
+    def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
+        """What was opened, and this rank's values where as many ranks wrote it."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
-        self._check_headers(contents)
+        headers = self._check_headers(contents)
         read_tensors(contents, state.tensors())
         if state.optimizer is not None:
             if contents.state.optimizer_steps is None:
                 raise DataError(f"checkpoint {folder}: {STATE_FILE} has no optimizer_steps, but there are moments")
             set_step_count(state.optimizer, contents.state.optimizer_steps)
-        return contents
+        same_ranks = contents.index.num_shards == self._ballot.world_size
+        return contents, headers[self._ballot.rank].rank_values if same_ranks else {}
 
-    def _check_headers(self, contents: Contents) -> None:
-        """Each shard's header, also of one that no rank reads, is looked at by one rank at least."""
-        for number in range(self._ballot.rank, contents.index.num_shards, self._ballot.world_size):
-            open_shard(contents, number)
+    def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
+        """Each shard's header, also of one that no rank reads, is looked at by one rank at least; those of this one."""
+        numbers = range(self._ballot.rank, contents.index.num_shards, self._ballot.world_size)
+        return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, names: Collection[str]) -> None:
         """Holds what lies in memory under `names` (the same on all ranks) against the fingerprints: whole tensors on each
