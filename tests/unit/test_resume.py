@@ -2,26 +2,22 @@
 
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from pydantic import JsonValue
 
-from moe_dist.build import build_training
 from moe_dist.checkpoint.generators import generator_states, restore_generators
-from moe_dist.checkpoint.manager import CheckpointManager, Restored
+from moe_dist.checkpoint.manager import Restored
 from moe_dist.errors import DataError
 from moe_dist.optim.adamw import step_count
-from moe_dist.parallel.mesh import destroy_world, make_mesh
-from moe_dist.preflight import check
-from moe_dist.resume import Controller, Resumable, progress_of
-from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.resume import progress_of
 from moe_dist.trainer import Progress
+from tests.support.one_rank import OneRank, world_of_one
 from tests.support.tiny import tiny_config, tiny_dataset
 
 GOOD = {"step": 4, "position": 32, "tokens": 1000, "skipped_steps": 2, "skipped_in_a_row": 1, "evaluated": 4}
@@ -97,43 +93,8 @@ def test_states_that_are_none_are_a_data_error(change: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
-    """This process as a world of its own."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    destroy_world()
-
-
-class Alone:
-    """A whole run on one rank, up to its resumption."""
-
-    def __init__(self, data: Path, root: Path, controllers: Mapping[str, Controller] | None = None, **changes: Any) -> None:
-        alone = {"parallel.ep": 1, "placement.policy": "interleaved"}
-        changes = {key.replace("__", "."): value for key, value in changes.items()}
-        config = tiny_config(data, root, {**alone, **changes})
-        plan, mesh = check(config), make_mesh(ep=1, device=torch.device("cpu"), timeout=60.0)
-        self.training = build_training(config, plan.manifest, plan.placement, mesh)
-        self.folder = RunFolder.of(config).checkpoints
-        manager = CheckpointManager(self.folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
-        self.resumable = Resumable(self.training, plan.placement, manager, config, plan.manifest, controllers=controllers)
-
-    def train_and_save(self) -> Progress:
-        """A new run of two steps on made-up gradients."""
-        assert self.resumable.restore() == Progress()
-        for _ in range(2):
-            for number, parameter in enumerate(self.training.parallel.model.parameters()):
-                parameter.grad = torch.full_like(parameter, 0.5 + number)
-            self.training.optimizer.step()
-        progress = Progress(step=2, position=16, tokens=100, skipped_steps=0, skipped_in_a_row=0, evaluated=2)
-        self.resumable.save(progress, durable=True)
-        return progress
-
-    def weights(self) -> torch.Tensor:
-        return torch.cat([each.detach().flatten() for each in self.training.parallel.model.parameters()])
-
-    def moments(self) -> torch.Tensor:
-        states = self.training.optimizer.state
-        parameters = self.training.parallel.model.parameters()
-        return torch.cat([states[each][name].flatten() for each in parameters for name in ("exp_avg", "exp_avg_sq")])
+    with world_of_one():
+        yield
 
 
 def drawn() -> tuple[Any, ...]:
@@ -142,10 +103,10 @@ def drawn() -> tuple[Any, ...]:
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_run_goes_on_with_its_tensors_counters_and_draws(tiny_data: Path, tmp_path: Path) -> None:
-    first = Alone(tiny_data, tmp_path)
+    first = OneRank(tiny_data, tmp_path)
     progress = first.train_and_save()
     next_draws = drawn()
-    resumed = Alone(tiny_data, tmp_path)
+    resumed = OneRank(tiny_data, tmp_path)
     assert not torch.equal(resumed.weights(), first.weights())
     assert resumed.resumable.restore() == progress
     assert drawn() == next_draws
@@ -156,19 +117,19 @@ def test_a_run_goes_on_with_its_tensors_counters_and_draws(tiny_data: Path, tmp_
 
 @pytest.mark.usefixtures("one_rank")
 def test_what_an_earlier_writer_left_is_gone_before_anything_is_loaded(tiny_data: Path, tmp_path: Path) -> None:
-    first = Alone(tiny_data, tmp_path)
+    first = OneRank(tiny_data, tmp_path)
     first.train_and_save()
     (first.folder / "step_4.0123456789ab.tmp").mkdir()
     (first.folder / "latest.0123456789ab.tmp").write_text("step_4\n")
-    Alone(tiny_data, tmp_path).resumable.restore()
+    OneRank(tiny_data, tmp_path).resumable.restore()
     assert sorted(path.name for path in first.folder.iterdir()) == ["latest", "step_2"]
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_the_checkpoint_of_another_run_is_refused_with_what_differs(tiny_data: Path, tmp_path: Path) -> None:
-    a = Alone(tiny_data, tmp_path, run__name="a")
+    a = OneRank(tiny_data, tmp_path, run__name="a")
     a.train_and_save()
-    b = Alone(tiny_data, tmp_path, run__name="b", run__seed=7, optimizer__lr=1e-2)
+    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, optimizer__lr=1e-2)
     shutil.copytree(a.folder, b.folder)
     with pytest.raises(DataError) as raised:
         b.resumable.restore()
@@ -183,16 +144,16 @@ def test_the_checkpoint_of_another_run_is_refused_with_what_differs(tiny_data: P
 
 @pytest.mark.usefixtures("one_rank")
 def test_what_may_change_on_resume_does_not_make_it_another_run(tiny_data: Path, tmp_path: Path) -> None:
-    a = Alone(tiny_data, tmp_path / "here", run__name="a")
+    a = OneRank(tiny_data, tmp_path / "here", run__name="a")
     progress = a.train_and_save()
-    b = Alone(tiny_data, tmp_path / "there", run__name="b", train__steps=90, checkpoint__every=7)
+    b = OneRank(tiny_data, tmp_path / "there", run__name="b", train__steps=90, checkpoint__every=7)
     shutil.copytree(a.folder, b.folder)
     assert b.resumable.restore() == progress
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_checkpoint_without_a_configuration_is_a_data_error(tiny_data: Path, tmp_path: Path) -> None:
-    run = Alone(tiny_data, tmp_path)
+    run = OneRank(tiny_data, tmp_path)
     run.train_and_save()
     for config in (None, {"run": {"nam": "x"}}):
         with pytest.raises(DataError, match="config"):
@@ -203,9 +164,9 @@ def test_a_checkpoint_without_a_configuration_is_a_data_error(tiny_data: Path, t
 def test_a_new_run_may_begin_with_the_weights_of_another(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a = Alone(tiny_data, tmp_path, run__name="a")
+    a = OneRank(tiny_data, tmp_path, run__name="a")
     a.train_and_save()
-    b = Alone(tiny_data, tmp_path, run__name="b", run__seed=7, run__init_from=str(tmp_path / "a"))
+    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, run__init_from=str(tmp_path / "a"))
     assert b.resumable.restore() == Progress()
     assert torch.equal(b.weights(), a.weights())
     assert step_count(b.training.optimizer) == 0
@@ -221,11 +182,11 @@ def test_a_new_run_may_begin_with_the_weights_of_another(
 def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
     data = tmp_path / "data"
     tiny_dataset(data)
-    Alone(data, tmp_path).train_and_save()
+    OneRank(data, tmp_path).train_and_save()
     shutil.rmtree(data)
     tiny_dataset(data, seed=1)
     with pytest.raises(DataError, match="not the data that") as raised:
-        Alone(data, tmp_path).resumable.restore()
+        OneRank(data, tmp_path).resumable.restore()
     assert raised.value.exit_code == 65
     assert "captions_train.bin: 4032 bytes, sha256" in str(raised.value)
 
@@ -247,9 +208,9 @@ class Counter:
 
 @pytest.mark.usefixtures("one_rank")
 def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
-    Alone(tiny_data, tmp_path, {"bias": Counter(5), "decay": Counter(6)}).train_and_save()
+    OneRank(tiny_data, tmp_path, {"bias": Counter(5), "decay": Counter(6)}).train_and_save()
     mine = {"bias": Counter(0), "decay": Counter(0)}
-    Alone(tiny_data, tmp_path, mine).resumable.restore()
+    OneRank(tiny_data, tmp_path, mine).resumable.restore()
     assert {name: counter.value for name, counter in mine.items()} == {"bias": 5, "decay": 6}
     with pytest.raises(DataError, match=r"has states of \['bias', 'decay'\], the run needs those of \['bias'\]"):
-        Alone(tiny_data, tmp_path, {"bias": Counter(0)}).resumable.restore()
+        OneRank(tiny_data, tmp_path, {"bias": Counter(0)}).resumable.restore()
