@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.cells import FEASIBLE, Cell
-from tests.support.injection import Fault, FaultPlan, environment
+from tests.support.fault_plan import Fault, FaultPlan, environment
 from tests.support.judgement import differences, left_over, look_back, unverified
 from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
 from tests.support.tiny import tiny_config, write_config

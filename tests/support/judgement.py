@@ -18,7 +18,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.cells import SAVING
-from tests.support.injection import PLAN, Fault, FaultPlan
+from tests.support.fault_plan import PLAN, Fault, FaultPlan
 from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECONDS
 
 START_SECONDS = 60.0  # that a rank may take until it waits for its peers, on a busy machine

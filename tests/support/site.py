@@ -20,7 +20,7 @@ from launchers.restart import committed_step
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import child_of
-from tests.support.injection import PROGRAM, build_interposer
+from tests.support.fault_plan import PROGRAM, build_interposer
 from tests.support.tiny import tiny_dataset
 
 ROOT = Path(__file__).parents[2]

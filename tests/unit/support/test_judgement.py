@@ -8,7 +8,7 @@ import pytest
 
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.injection import Fault, FaultPlan
+from tests.support.fault_plan import Fault, FaultPlan
 from tests.support.judgement import TRIED_AGAIN, in_flight, look_back, too_many_redone, unexpected
 from tests.support.tiny import tiny_config
 
