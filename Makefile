@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLING := .cache/installing
 DATA := .cache/data/openmoji
 # The next megatron-core, for its tests: Python 3.11 gets no later one than 0.16, and it wants triton.
 NEXT_MEGATRON := .cache/megatron-0.19
@@ -52,15 +53,19 @@ tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006
 clean:  ## Remove the environment and caches; runs stay
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache *.egg-info
 
+# What a killed installation left may look whole and is not (a package without its scripts): the next begins anew.
 $(INSTALLED): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "moe_dist needs Python 3.11 or newer; $$($(PYTHON) --version) is $(PYTHON): make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	@mkdir -p $(dir $(INSTALLING))
+	@{ test ! -e $(INSTALLING) && $(BIN)/python -m pip --version >/dev/null 2>&1; } || \
+	  { touch $(INSTALLING) && $(PYTHON) -m venv --clear $(VENV); } || \
 	  { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	@echo "installing into $(VENV): a minute or two, longer where torch is a CUDA build"
+	@touch $(INSTALLING)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install -qq --editable '.[data,test,check]'
-	@touch $@
+	@touch $@ && rm $(INSTALLING)
 
 $(NEXT_MEGATRON)/.installed: | $(INSTALLED)
 	@echo "installing megatron-core 0.19 and triton (300 MB) for the tests into $(NEXT_MEGATRON)"

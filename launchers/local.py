@@ -198,11 +198,13 @@ def main(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="New starts from the last checkpoint after failures that may pass.")
     ] = DEFAULT_MAX_RESTARTS,
+    init_from: Annotated[str | None, typer.Option(help="The same as run.init_from=PATH: begin with those weights.")] = None,
 ) -> None:
     """Run on this machine, one process a rank. Ctrl-C saves and stops; a second one ends at once."""
+    overrides = [*(overrides or []), *([f"run.init_from={init_from}"] if init_from is not None else [])]
     options = {"nproc": nproc, "overwrite": overwrite, "grace_seconds": grace, "max_restarts": max_restarts}
     try:
-        code = launch(config, overrides or (), **options)
+        code = launch(config, overrides, **options)
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code

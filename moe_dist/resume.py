@@ -8,13 +8,14 @@ rank_values["generators"]                     random number generators of each r
 placement, versions                           for the reader
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from moe_dist.build import Training
 from moe_dist.checkpoint.generators import generator_states, restore_generators
@@ -22,6 +23,7 @@ from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.load import changes_on_resume
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
 from moe_dist.errors import DataError
@@ -111,10 +113,11 @@ class Resumable:
         the weights of `run.init_from` where that is set.
 
         Raises:
-            DataError: the checkpoint is damaged, or the data are not those that it was trained on.
+            DataError: the checkpoint is damaged or another run's, or the data are not those that it was trained on.
             ConfigError: it is of another model.
         """
         self._checkpoints.agree("look at the data", self._look_at_data)
+        self._checkpoints.clear()
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
@@ -123,7 +126,7 @@ class Resumable:
                     print(f"run.init_from: {taken.report()}")
             return Progress()
         restored = self._checkpoints.load(newest, self._capture())
-        self._checkpoints.agree("go on", lambda: self._check_data(newest, restored))
+        self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
         progress = progress_of(restored, self._config, newest)
         self._restore_controllers(restored, newest)
         if restored.rank_values:
@@ -139,6 +142,20 @@ class Resumable:
 
     def _look_at_data(self) -> None:
         self._data = data_digest(self._config.data.path, self._manifest)
+
+    def _check_origin(self, folder: Path, restored: Restored) -> None:
+        """Whether it is this run that saved the checkpoint, and with these data."""
+        saved = _saved_config(restored, folder)
+        if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
+            raise DataError(
+                [
+                    f"{folder}: another run saved this checkpoint; put this run's own back, or start a new run with "
+                    f"run.init_from={folder} to go on from its weights",
+                    *(f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changes),
+                ],
+                see="docs/checkpoints.md",
+            )
+        self._check_data(folder, restored)
 
     def _check_data(self, folder: Path, restored: Restored) -> None:
         faults = digest_faults(_mapping(restored.values, "data", folder), self._data)
@@ -185,6 +202,16 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise DataError([f"{folder}: its counters contradict each other; it should hold that {rule}" for rule in broken])
     return progress
+
+
+def _saved_config(restored: Restored, folder: Path) -> Config:
+    try:
+        return Config.model_validate_json(json.dumps(_mapping(restored.values, "config", folder)))
+    except ValidationError as error:
+        raise DataError(
+            f"{folder}: the configuration in its state.json cannot be read by this version of moe_dist; go on with the "
+            f"version in provenance.json: {error!s:.200}"
+        ) from error
 
 
 def _mapping(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:

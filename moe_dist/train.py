@@ -31,11 +31,13 @@ def main(
         float | None, typer.Option(min=1e-9, help="Of all ranks, for the dry run's hours.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an existing run of that name aside.")] = False,
+    init_from: Annotated[str | None, typer.Option(help="The same as run.init_from=PATH: begin with those weights.")] = None,
 ) -> None:
     """Trains, or goes on with, the run that CONFIG describes."""
+    overrides = [*(overrides or []), *([f"run.init_from={init_from}"] if init_from is not None else [])]
     if dry_run:
-        sys.exit(_shown(lambda: _dry_run(config, overrides or [], tokens_per_second)))
-    sys.exit(_shown(lambda: _attempt(config, overrides or [], overwrite)))
+        sys.exit(_shown(lambda: _dry_run(config, overrides, tokens_per_second)))
+    sys.exit(_shown(lambda: _attempt(config, overrides, overwrite)))
 
 
 def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:

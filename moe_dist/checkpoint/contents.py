@@ -11,6 +11,7 @@ from moe_dist.checkpoint.findings import DamagedError, Finding
 from moe_dist.checkpoint.index import INDEX_FILE, Index, read_index, read_stored, shard_file
 from moe_dist.checkpoint.seal import SEAL_FILE, digest_of, read_seal
 from moe_dist.checkpoint.shard_header import ShardHeader, read_shard_header
+from moe_dist.checkpoint.shelf import step_of
 from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.errors import DataError
 
@@ -101,6 +102,10 @@ def examine_files(folder: Path) -> Examined:
     except DataError as error:
         findings.append(Finding("damaged", STATE_FILE, str(error)))
     _examine_saves(folder, examined, SEAL_FILE in present)
+    named = step_of(folder)
+    if examined.index and named is not None and named != examined.index.step:
+        detail = f"the checkpoint is of step {examined.index.step}, its folder is named step_{named}"
+        findings.append(Finding("mixed up", INDEX_FILE, detail))
     return examined
 
 

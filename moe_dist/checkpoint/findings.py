@@ -16,8 +16,8 @@ class Finding:
 
     Attributes:
         kind: missing (a file is not there), truncated (cut short), damaged (bits changed), mixed up (a file of another
-            save), foreign (no file of a checkpoint of ours, or of another model), incomplete (a tensor is not there, or
-            not once), not finite (a tensor holds nan or inf).
+            save, or a whole checkpoint under the name of another step), foreign (no file of a checkpoint of ours, or of
+            another model), incomplete (a tensor is not there, or not once), not finite (a tensor holds nan or inf).
         file: Name of the file in the checkpoint's folder; empty where the fault is of the whole.
         tensor: Logical name; empty where the fault is of a file.
     """

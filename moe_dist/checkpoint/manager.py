@@ -23,8 +23,9 @@ from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
 from moe_dist.checkpoint.findings import DamagedError, Finding
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import check_complete, check_fits
-from moe_dist.checkpoint.index import INDEX_FILE, shard_file
+from moe_dist.checkpoint.index import INDEX_FILE, read_index, shard_file
 from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
+from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.shelf import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout
@@ -56,10 +57,10 @@ class Restored:
 class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
-    `save`, `write`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls them, in the
-    same order, and all get the same outcome. They synchronise by small all-reduces of numbers on the host (no object
-    collectives): one before writing, and a vote after each phase. `write` may run on a thread of its own while the ranks
-    train, if nothing else uses the group meanwhile.
+    `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
+    them, in the same order, and all get the same outcome. They synchronise by small all-reduces of numbers on the host (no
+    object collectives): one before writing, and a vote after each phase. `write` may run on a thread of its own while the
+    ranks train, if nothing else uses the group meanwhile.
 
     Args:
         folder: Where the checkpoints of the run lie, on a file system that all ranks share.
@@ -123,6 +124,22 @@ class CheckpointManager:
             self._tidy(snapshot.step)
         return target
 
+    def clear(self) -> None:
+        """Removes what crashes and earlier writers left. A new holder of the lease calls it before it loads anything: what
+        an earlier one wrote before its last look at the lease is gone then, so no rename of it succeeds, however late.
+
+        Raises:
+            CheckpointError: something cannot be removed.
+            MoeDistError: as the lease check raised it on rank 0, of the same kind on the others.
+        """
+
+        def remove() -> None:
+            self._lease_check()
+            if self._folder.is_dir():
+                self._shelf.remove_leftovers()
+
+        self.agree("remove leftovers", remove, kind=CheckpointError)
+
     def latest(self) -> Path | None:
         """Folder of the newest committed checkpoint, as rank 0 sees it; None where there is none.
 
@@ -154,15 +171,13 @@ class CheckpointManager:
             DataError: a file is missing, damaged or foreign; names it, and the other checkpoints that are there.
         """
         self._check_layout(state.layout)
-        opened: list[Contents] = []
+        opened: list[tuple[Contents, dict[str, JsonValue]]] = []
         try:
             self._ballot.phase("load", lambda: opened.append(self._read(folder, state)), kind=DataError)
-            self._check_loaded(opened[0], state, state.specs.keys() & opened[0].index.tensors.keys())
+            contents, rank_values = opened[0]
+            self._check_loaded(contents, state, state.specs.keys() & contents.index.tensors.keys())
         except DataError as error:
             raise self._with_way_out(error, folder) from error
-        contents = opened[0]
-        same_ranks = contents.index.num_shards == self._ballot.world_size
-        rank_values = open_shard(contents, self._ballot.rank).rank_values if same_ranks else {}
         return Restored(contents.state.step, contents.state.values, rank_values)
 
     def load_fitting(self, path: Path, state: CheckpointState) -> Taken:
@@ -216,7 +231,7 @@ class CheckpointManager:
             )
         if not (self._folder / LATEST_FILE).exists() and not self._shelf.steps():
             # So that a `latest` that is missing later was removed by somebody, and not by a crash in the first commit.
-            self._point(NONE_YET, "0")
+            self._point(NONE_YET)
         temporary.mkdir()
 
     def _write_own(self, temporary: Path, snapshot: Snapshot, save_id: str) -> None:
@@ -231,7 +246,8 @@ class CheckpointManager:
         )
 
     def _commit(self, temporary: Path, target: Path, step: int, save_id: str, snapshot: Snapshot) -> None:
-        """On rank 0: index and state, then the renames, each after a look at the lease. All durable in this order."""
+        """On rank 0: index and state, then the renames, each right after a look at the lease and of what was written before
+        it, see `clear`. All durable in this order."""
         try:
             index = build_index(temporary, snapshot.specs, step=step, save_id=save_id, num_shards=self._ballot.world_size)
         except DataError as error:
@@ -246,14 +262,18 @@ class CheckpointManager:
             target.rename(self._folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)
         sync(self._folder)
-        self._lease_check()
-        self._point(f"{target.name}\n".encode(), save_id)
+        self._point(f"{target.name}\n".encode())
 
-    def _point(self, content: bytes, save_id: str) -> None:
-        """Replaces `latest`, durably."""
-        pointer = self._folder / f"{LATEST_FILE}.{save_id}.tmp"
-        write_durably(pointer, content)
-        pointer.rename(self._folder / LATEST_FILE)
+    def _point(self, content: bytes) -> None:
+        """Replaces `latest`, durably, after a look at the lease: right before the rename, since syncing may take long."""
+        pointer = self._folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
+        try:
+            write_durably(pointer, content)
+            self._lease_check()
+            pointer.rename(self._folder / LATEST_FILE)
+        except BaseException:
+            pointer.unlink(missing_ok=True)
+            raise
         sync(self._folder)
 
     def _tidy(self, step: int) -> None:
@@ -265,26 +285,29 @@ class CheckpointManager:
         self._shelf.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
+        """Whether `latest` names a checkpoint of this step, by its name and by what is in it. Reads its index if so."""
         try:
-            return self._shelf.latest_step() == step
+            return self._shelf.latest_step() == step == read_index(self._shelf.path_of(step)).step
         except (OSError, DataError):  # what `latest` holds is no checkpoint: the one to come replaces it
             return False
 
-    def _read(self, folder: Path, state: CheckpointState) -> Contents:
+    def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
+        """What was opened, and this rank's values where as many ranks wrote it."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
-        self._check_headers(contents)
+        headers = self._check_headers(contents)
         read_tensors(contents, state.tensors())
         if state.optimizer is not None:
             if contents.state.optimizer_steps is None:
                 raise DataError(f"checkpoint {folder}: {STATE_FILE} has no optimizer_steps, but there are moments")
             set_step_count(state.optimizer, contents.state.optimizer_steps)
-        return contents
+        same_ranks = contents.index.num_shards == self._ballot.world_size
+        return contents, headers[self._ballot.rank].rank_values if same_ranks else {}
 
-    def _check_headers(self, contents: Contents) -> None:
-        """Each shard's header, also of one that no rank reads, is looked at by one rank at least."""
-        for number in range(self._ballot.rank, contents.index.num_shards, self._ballot.world_size):
-            open_shard(contents, number)
+    def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
+        """Each shard's header, also of one that no rank reads, is looked at by one rank at least; those of this one."""
+        numbers = range(self._ballot.rank, contents.index.num_shards, self._ballot.world_size)
+        return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, names: Collection[str]) -> None:
         """Holds what lies in memory under `names` (the same on all ranks) against the fingerprints: whole tensors on each

@@ -1,5 +1,6 @@
 """The folder of a run's checkpoints: which there are, which one `latest` names, and what may go. Imports no torch."""
 
+import contextlib
 import logging
 import re
 import shutil
@@ -19,6 +20,12 @@ _POINTER = re.compile(rb"(step_\d{1,18})\n?")
 _LEFTOVER = re.compile(r"(step_\d+|latest)\.[0-9a-f]+\.(tmp|removed)")
 
 
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None where its name says nothing about it."""
+    match = _COMMITTED.fullmatch(folder.absolute().name)
+    return int(match[1]) if match else None
+
+
 class Shelf:
     """The checkpoints in a folder.
 
@@ -36,8 +43,8 @@ class Shelf:
         """Steps of all committed checkpoints, the oldest first."""
         if not self.folder.is_dir():
             return []
-        found = (_COMMITTED.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(match[1]) for match in found if match)
+        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())
+        return sorted(step for step in found if step is not None)
 
     def latest_step(self) -> int:
         """Step that `latest` names; -1 where nothing was saved yet.
@@ -86,7 +93,8 @@ class Shelf:
         """Removes what crashes and `remove_beyond` left. Only the holder of the lease may: others' files look the same."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                with contextlib.suppress(FileNotFoundError):  # a writer that lost the lease removes its own as well
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find_checkpoint(path: Path) -> Path:

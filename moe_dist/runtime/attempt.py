@@ -114,9 +114,10 @@ class Attempt:
 
     def give_up(self, reason: str) -> NoReturn:
         """For the watchdog's thread: leaves the verdict of a run whose main thread hangs, and ends the process here."""
-        with contextlib.suppress(OSError, MoeDistError):
+        with contextlib.suppress(Exception):  # nobody else ends this process
             self._leave(EXIT_FAILED, reason)
-        sys.stderr.write(f"{reason}\n")
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"{reason}\n")
         self._end(EXIT_FAILED)
 
     def __enter__(self) -> "Attempt":

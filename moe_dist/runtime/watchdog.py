@@ -179,28 +179,41 @@ class Watchdog:
     def _run(self) -> None:
         while not self._leave.wait(self._poll):
             try:
-                if self._late() or self._folder.exists():
-                    return self._conclude()
-            except OSError as error:  # a file system that fails for a moment must not end the watch
+                due = self._late() or self._folder.exists()
+            except Exception as error:  # a file system that fails for a moment must not end the watch
                 logger.warning("watchdog: %s", error)
+                continue
+            if due:
+                return self._conclude()
 
     def _late(self) -> bool:
         position = self._watch.oldest()
         return position is not None and time.monotonic() - position.since > self._seconds
 
     def _conclude(self) -> None:
-        report = self._report(self._watch.oldest())
-        logger.error("%s", report.line())
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(report)) + "\n")
-        time.sleep(self._poll * SETTLE_POLLS)
-        reports = read_reports(self._folder)
+        """Ends the process, whatever else fails on the way there."""
+        reason = f"a collective did not finish in {self._seconds:g} s, and the watchdog cannot say which"
+        try:
+            reason = self._reason()
+        except Exception:
+            logger.exception("watchdog")
+        self._end(reason)
+
+    def _reason(self) -> str:
+        own = self._report(self._watch.oldest())
+        logger.error("%s", own.line())
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
+            time.sleep(self._poll * SETTLE_POLLS)
+            reports = read_reports(self._folder)
+        except OSError as error:  # the peers' reports may not be there for the same reason: nobody is blamed
+            return f"{own.line()}; it cannot exchange reports with its peers: {error}"
         if not any(each.collective for each in reports):
-            self._end("a peer gave up waiting in a collective; its log says which")
-            return
+            return "a peer gave up waiting in a collective; its log says which"
         hang = judge(reports, self._world_size, self._seconds)
         logger.error("%s; the reports of all ranks are in %s", hang.reason, self._folder)
-        self._end(hang.reason)
+        return hang.reason
 
     def _report(self, position: Position | None) -> Report:
         return Report(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chaos import Site, open_site
+from tests.support.site import Site, open_site
 
 SECONDS = 900
 

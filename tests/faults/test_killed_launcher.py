@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.chaos import ROOT, differences, settings
+from tests.support.judgement import differences
+from tests.support.site import ROOT, settings
 from tests.support.tiny import tiny_config, write_config
 
 KILLS = 6

@@ -3,7 +3,8 @@
 import os
 import random
 
-from tests.support.chaos import Site, killed_while_saving
+from tests.support.campaign import killed_while_saving
+from tests.support.site import Site
 
 KILLS = 10
 

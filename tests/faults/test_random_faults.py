@@ -1,13 +1,15 @@
 """A run of 60 steps on 4 ranks with 20 random faults that cover every phase and every kind, and ends with the bits of the
-undisturbed run. The seed is printed: MOE_DIST_FAULT_SEED=<seed> draws the same faults again."""
+undisturbed run; it saves while it goes on, as is the default. The seed is printed: MOE_DIST_FAULT_SEED=<seed> draws the
+same faults again."""
 
 import os
 import random
 
 import pytest
 
+from tests.support.campaign import FAULTS, MOST_FROZEN, campaign, draw
 from tests.support.cells import EMPTY, FEASIBLE, KINDS, PHASES, Cell
-from tests.support.chaos import FAULTS, MOST_FROZEN, STEPS, Site, campaign, draw
+from tests.support.site import STEPS, Site
 
 
 def test_a_run_with_twenty_faults_ends_with_the_bits_of_the_undisturbed_one(site: Site) -> None:

@@ -1,4 +1,5 @@
-"""Damage to files on a disk, drawn from a seed: cut short, bits flipped, swapped, missing, foreign, of another save."""
+"""Damage to files on a disk, drawn from a seed: cut short, bits flipped, swapped, missing, foreign, of another save, all of
+another step."""
 
 import os
 import random
@@ -22,7 +23,7 @@ FOREIGN = (
     struct.pack("<Q", 100_000) + b"[" * 100_000,
     b"# save 0123\n" + b"0" * 64 + b"  index.json\n",
 )
-KINDS = ("truncated", "bit flipped", "missing", "swapped", "foreign", "other save", "emptied", "grown")
+KINDS = ("truncated", "bit flipped", "missing", "swapped", "foreign", "other save", "wrong step", "emptied", "grown")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ def damage(folder: Path, files: Sequence[str], draw: random.Random, *, other: Pa
     if kind == "other save" and (other / name).read_bytes() != content:
         shutil.copy(other / name, path)
         return Damage(kind, name, f"from {other}")
+    if kind == "wrong step":
+        for each in files:
+            shutil.copy(other / each, folder / each)
+        return Damage(kind, files[0], f"all files from {other}")
     if kind == "foreign":
         number = draw.randrange(len(FOREIGN))
         path.write_bytes(FOREIGN[number])

@@ -34,8 +34,9 @@ class GuardedSinks:
 
     def flush(self) -> None:
         """Does not raise: whether a checkpoint may follow is asked by `check_written`."""
-        self._unwritten = None
-        self._each(lambda sink: sink.flush())
+        # Set once all is known: the thread that writes a checkpoint may ask meanwhile, and must not be told of a success
+        # that is not there yet.
+        self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:
         """Whether the last `flush` made everything durable that a restart needs.
@@ -49,12 +50,15 @@ class GuardedSinks:
     def close(self) -> None:
         self._each(lambda sink: sink.close())
 
-    def _each(self, call: Callable[[Sink], None]) -> None:
+    def _each(self, call: Callable[[Sink], None]) -> CheckpointError | None:
+        """Returns the last failure of a sink that holds back checkpoints."""
+        unwritten = None
         for sink in list(self._sinks):
             try:
                 call(sink)
             except CheckpointError as error:
-                self._unwritten = error
+                unwritten = error
             except OSError as error:
                 logger.error("%s: %s; it shows nothing more until the next start", type(sink).__name__, error)
                 self._sinks.remove(sink)
+        return unwritten

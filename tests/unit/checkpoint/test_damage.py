@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.checkpoint.contents import examine
+from moe_dist.checkpoint import manager
+from moe_dist.checkpoint.contents import Contents, examine
 from moe_dist.checkpoint.index import shard_file
+from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.data_digest import data_digest, digest_faults
@@ -62,6 +64,23 @@ def test_the_undamaged_one_is_fine(good: Path) -> None:
     assert verify(good / "step_4")[1] == []
     restored = load_all(states(good, 1), good / "step_4")
     assert [each.rank_values for each in restored] == [{"generators": {"torch": f"{rank:02x}"}} for rank in range(RANKS)]
+
+
+def test_each_header_is_read_once_and_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails at a later read would end one rank, and leave the others waiting for it."""
+    read: Counter[int] = Counter()
+    real = manager.open_shard
+
+    def failing_later(contents: Contents, number: int) -> ShardHeader:
+        read[number] += 1
+        if read[number] > 1:
+            raise DataError(f"shard {number}: cannot be read")
+        return real(contents, number)
+
+    monkeypatch.setattr(manager, "open_shard", failing_later)
+    restored = load_all(states(tmp_path, 1), good / "step_4")
+    assert [each.rank_values["generators"] for each in restored] == [{"torch": f"{rank:02x}"} for rank in range(RANKS)]
+    assert read == dict.fromkeys(range(RANKS), 1)
 
 
 @pytest.mark.timeout(300)
@@ -153,6 +172,10 @@ def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
     shard = fresh()
     shard.unlink()
     assert kinds_of(folder) == {("missing", shard.name)}
+    shutil.rmtree(folder)
+    shutil.copytree(good / "step_3", folder)
+    assert kinds_of(folder) == {("mixed up", "index.json")}
+    assert "is of step 3, its folder is named step_4" in str(verify(folder)[1][0])
     fresh()
     shutil.copy(folder / shard_file(0), folder / shard_file(7))
     assert kinds_of(folder) == {("foreign", shard_file(7))}

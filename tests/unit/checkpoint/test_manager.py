@@ -247,6 +247,18 @@ def test_a_latest_that_names_no_checkpoint_is_a_data_error(tmp_path: Path, conte
     assert run.save(1) == run.manager.latest()
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_replaced(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path).train(2)
+    run.save(2).rename(tmp_path / "step_4")
+    (tmp_path / "latest").write_text("step_4\n")
+    with pytest.raises(DataError, match="is of step 2, its folder is named step_4"):
+        run.manager.load(tmp_path / "step_4", run.state())
+    folder = run.train(2).save(4)
+    other = SmallRun(tmp_path)
+    assert other.manager.load(folder, other.state()).step == 4
+    assert torch.equal(other.weights(), run.weights())
+
+
 def test_a_state_of_other_ranks_is_our_bug(tmp_path: Path) -> None:
     run = SmallRun(tmp_path)
     state = capture(run.model, run.optimizer, RankLayout(PLACEMENT, rank=1, world_size=2))

@@ -1,4 +1,4 @@
-"""Saving while the training goes on, on one rank. Several ranks: tests/distributed/test_checkpoint_saver.py."""
+"""Saving while the training goes on, on one rank. Several ranks: tests/distributed/test_resume.py."""
 
 import logging
 import threading

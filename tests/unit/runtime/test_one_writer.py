@@ -207,9 +207,10 @@ CHECKPOINTS = """
     model = nn.Linear(4, 4)
     groups = split_parameters(model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    def manager_of(check):
+        return CheckpointManager(folder.checkpoints, keep=2, lease_check=check)
     def save(check, step):
-        manager = CheckpointManager(folder.checkpoints, keep=2, lease_check=check)
-        manager.save(step, capture(model, optimizer, RankLayout(placement), values={}, rank_values={}))
+        manager_of(check).save(step, capture(model, optimizer, RankLayout(placement), values={}, rank_values={}))
 """
 
 
@@ -248,6 +249,43 @@ def test_latest_of_a_writer_that_wakes_up_stays_where_the_second_one_put_it(
     lease.release()
 
 
+@pytest.mark.parametrize("place", ["in the sync", "after the look"])
+def test_a_writer_stopped_right_before_it_moves_latest_moves_it_no_more(
+    sleeper: Callable[[str], Sleeper], place: str
+) -> None:
+    """What sleeps in the sync of the new pointer is refused by the look behind it; what sleeps even after that look finds
+    the pointer gone, since the second writer clears the folder before it reads `latest`."""
+    first = sleeper(
+        CHECKPOINTS
+        + f"""
+    save(lambda: None, 10)
+    sync, looks = os.fsync, 0
+    def fsync(descriptor):
+        sync(descriptor)
+        if {place!r} == "in the sync" and os.readlink(f"/proc/self/fd/{{descriptor}}").endswith(".tmp"):
+            if Path(os.readlink(f"/proc/self/fd/{{descriptor}}")).name.startswith("latest."): sleep_now()
+    os.fsync = fsync
+    def check():
+        global looks
+        looks += 1
+        lease.check()
+        if {place!r} == "after the look" and looks == 3: sleep_now()
+    try: save(check, 30)
+    except Exception as error: print(type(error).__name__)
+    """
+    )
+    lease = first.take_over()
+    scope: dict[str, object] = {"folder": first.folder}
+    exec(textwrap.dedent(CHECKPOINTS), scope)
+    manager_of = scope["manager_of"]
+    assert callable(manager_of)
+    manager_of(lease.check).clear()
+    assert first.wake()[1] == {"in the sync": "LeaseError\n", "after the look": "CheckpointError\n"}[place]
+    assert (first.folder.checkpoints / "latest").read_text() == "step_10\n"
+    assert not list(first.folder.checkpoints.glob("latest.*"))
+    lease.release()
+
+
 def test_a_writer_that_wakes_up_after_its_commit_removes_nothing_of_the_second_one(
     sleeper: Callable[[str], Sleeper],
 ) -> None:
@@ -258,7 +296,7 @@ def test_a_writer_that_wakes_up_after_its_commit_removes_nothing_of_the_second_o
     def check():
         global looks
         looks += 1
-        if looks == 4: sleep_now()
+        if looks == 5: sleep_now()
         lease.check()
     try: save(check, 10)
     except lease_module.LeaseError as error: print("refused")

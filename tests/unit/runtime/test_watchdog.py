@@ -1,6 +1,7 @@
 """Who keeps whom waiting where, and the thread that writes it down; whole ranks are stopped in tests/integration."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,13 +68,15 @@ def test_many_ranks_are_not_all_listed() -> None:
     assert "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 55 more" in reason
 
 
-def dog(watch: Watch, logs: Path, rank: int, ends: list[str], done: threading.Event) -> Watchdog:
+def dog(
+    watch: Watch, logs: Path, rank: int, ends: list[str], done: threading.Event, *, step: Callable[[], int] = lambda: 7
+) -> Watchdog:
     def end(reason: str) -> None:
         ends.append(reason)
         done.set()
 
     return Watchdog(
-        watch, rank=rank, world_size=2, attempt_id="a", seconds=0.2, logs=logs, step=lambda: 7, end=end
+        watch, rank=rank, world_size=2, attempt_id="a", seconds=0.2, logs=logs, step=step, end=end
     ).start()  # fmt: skip
 
 
@@ -100,6 +103,30 @@ def test_a_rank_that_waits_for_nothing_reports_when_a_peer_does(tmp_path: Path) 
     (report,) = read_reports(folder)
     assert (report.rank, report.collective) == (1, None)
     assert "test_watchdog.py" in report.at or "threading" in report.at  # where the main thread is
+
+
+def test_a_report_that_cannot_be_written_does_not_keep_the_process(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("no folder")
+    watch, ends, done = Watch(), [], threading.Event()
+    with watch.inside("combine rows", device=torch.device("cpu"), layer="layers.0"):
+        dog(watch, tmp_path / "logs", 0, ends, done)
+        assert done.wait(60.0)
+    assert "rank 0 has been in 'combine rows' of layers.0 for" in ends[0]
+    assert "cannot exchange reports with its peers" in ends[0]
+    assert "Not a directory" in ends[0]
+
+
+def test_whatever_fails_the_process_is_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watch, ends, done = Watch(), [], threading.Event()
+
+    def no_step() -> int:
+        raise ZeroDivisionError("no step")
+
+    with watch.inside("combine rows", device=torch.device("cpu")):
+        dog(watch, tmp_path, 0, ends, done, step=no_step)
+        assert done.wait(60.0)
+    assert ends == ["a collective did not finish in 0.2 s, and the watchdog cannot say which"]
+    assert "no step" in caplog.text
 
 
 def test_nothing_is_written_while_all_goes_well(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""Runs with planned faults, each to its end, and what came of them.
+
+A campaign is one run of 60 steps on 4 ranks with up to 20 faults; its ranks are started by the local launcher, which
+restarts them by itself where its rules say so; where they do not, somebody mends the data and starts it again, as a user
+would.
+"""
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.cells import FEASIBLE, Cell
+from tests.support.fault_plan import Fault, FaultPlan, environment
+from tests.support.judgement import differences, left_over, look_back, unverified
+from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
+from tests.support.tiny import tiny_config, write_config
+
+FAULTS = 20
+MOST_FROZEN = 2  # of a campaign: each costs the watchdog's time
+
+
+def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS) -> tuple[Fault, ...]:
+    """`count` faults at random ranks and steps, that cover every phase and every kind; `wanted` cells first."""
+    cells = list(wanted)[:count]
+    order = rng.sample(FEASIBLE, len(FEASIBLE))
+
+    def frozen() -> int:
+        return sum(cell.kind == "SIGSTOP" for cell in cells)
+
+    for cell in sorted(order, key=lambda cell: cell.kind == "SIGSTOP"):
+        phases, kinds = {each.phase for each in cells}, {each.kind for each in cells}
+        if len(cells) < count and (cell.phase not in phases or cell.kind not in kinds):
+            cells.append(cell)
+    while len(cells) < count:
+        cell = rng.choice(FEASIBLE)
+        if cell.kind != "SIGSTOP" or frozen() < MOST_FROZEN:
+            cells.append(cell)
+    rng.shuffle(cells)
+    if cells[-1].phase == "import":  # it strikes at the start after its predecessor: there must be one
+        other = next(at for at, cell in enumerate(cells) if cell.phase != "import")
+        cells[-1], cells[other] = cells[other], cells[-1]
+    steps = sorted(rng.sample(range(2, STEPS - 6), len(cells)))
+    return tuple(
+        Fault(
+            number=number,
+            rank=0 if cell.phase == "commit" or cell == Cell("import", "ENOSPC") else rng.randrange(RANKS),
+            step=step,
+            phase=cell.phase,
+            kind=cell.kind,
+        )
+        for number, (cell, step) in enumerate(zip(cells, steps, strict=True))
+    )
+
+
+@dataclass
+class Report:
+    """What came of a campaign.
+
+    Attributes:
+        seed: Of its faults.
+        asynchronous: Whether it saved while it went on.
+        faults: One entry each: cell, rank, step, and what was seen.
+        problems: What must not be; empty is a pass.
+        starts: How often the launcher was called.
+        seconds: Of all.
+    """
+
+    seed: int
+    asynchronous: bool
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    starts: int = 0
+    seconds: float = 0.0
+
+
+def undisturbed_run(site: Site) -> RunFolder:
+    """The run that all others must equal; made once for a site."""
+    config = tiny_config(site.folder / "pristine", site.folder / "runs", settings("undisturbed", ranks=RANKS))
+    run = RunFolder.of(config)
+    if not run.finished(config):
+        code = started(
+            write_config(config, site.folder / "undisturbed.yaml"), site.folder / "undisturbed.log", max_restarts=0
+        )
+        assert code == 0, f"the undisturbed run ended with {code}; see {site.folder / 'undisturbed.log'}"
+    return run
+
+
+def campaign(
+    site: Site, seed: int, wanted: Sequence[Cell] = (), *, asynchronous: bool = True, count: int = FAULTS
+) -> Report:
+    """One run with its faults, to its end."""
+    begin, name = time.monotonic(), f"seed-{seed}"
+    undisturbed = undisturbed_run(site)
+    plan = _planned(site, name, draw(random.Random(seed), wanted, count=count), site.disk)
+    config = tiny_config(site.data, site.runs, settings(name, ranks=RANKS, checkpoint__asynchronous=asynchronous))
+    path, run, log = write_config(config, site.folder / f"{name}.yaml"), RunFolder.of(config), site.folder / f"{name}.log"
+    report = Report(seed, asynchronous)
+    site.mend()
+    while report.starts <= 2 * len(plan.faults):
+        report.starts += 1
+        code = started(path, log, max_restarts=3, variables=environment(_plan_path(site, name), site.interposer))
+        report.problems += [f"process {pid} outlived the launcher" for pid in left_over(_plan_path(site, name))]
+        if code == 0:
+            break
+        site.mend()
+    else:
+        report.problems.append(f"the run did not end: see {log}")
+    report.faults, problems = look_back(plan, run, read_ends(log))
+    report.problems += problems or ([] if report.problems else differences(run, undisturbed))
+    report.seconds = time.monotonic() - begin
+    if not report.problems:
+        shutil.rmtree(run.path)
+    return report
+
+
+def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) -> Report:
+    """SIGKILL of all ranks at random moments of saves, one launch each; what `latest` names is verified after each."""
+    begin, rng, name = time.monotonic(), random.Random(seed), f"kills-{seed}"
+
+    def kill(number: int) -> Fault:
+        delay = rng.uniform(0.0, 0.3 if number % 2 else 0.02)  # writing takes 20 ms and more, all of it is over in 300
+        return Fault(number, rng.randrange(ranks), 2 + 2 * number, "checkpoint write", "SIGKILL all", delay)
+
+    plan = _planned(site, name, tuple(kill(number) for number in range(kills)), None)
+    changes = settings(name, ranks=ranks, train__steps=2 * kills + 4, checkpoint__every=1)
+    config = tiny_config(site.data, site.folder / "runs", changes)
+    path, run, log = write_config(config, site.folder / f"{name}.yaml"), RunFolder.of(config), site.folder / f"{name}.log"
+    report, torn = Report(seed, asynchronous=True), 0
+    while report.starts <= 2 * kills + 2:
+        report.starts += 1
+        code = started(path, log, max_restarts=0, variables=environment(_plan_path(site, name), site.interposer))
+        torn += any(run.checkpoints.glob("step_*.tmp"))  # of this start: each begins with clearing the folder
+        report.problems += [f"start {report.starts}: {each}" for each in unverified(run)]
+        if code == 0:
+            break
+    else:
+        report.problems.append(f"the run did not end: see {log}")
+    hit = sum(plan.struck(fault.number) is not None for fault in plan.faults)
+    if hit != kills:
+        report.problems.append(f"{hit} of {kills} kills struck")
+    if not torn:
+        report.problems.append(f"none of {kills} kills hit a write")
+    report.faults = [{"kills": hit, "left a partial folder": torn}]
+    report.seconds = time.monotonic() - begin
+    if not report.problems:
+        shutil.rmtree(run.path)
+    return report
+
+
+def _planned(site: Site, name: str, faults: tuple[Fault, ...], disk: Path | None) -> FaultPlan:
+    """Writes the plan of a run down for its ranks."""
+    struck = site.folder / f"{name}.struck"
+    struck.mkdir()
+    plan = FaultPlan(faults, struck, site.data / "captions_train", disk)
+    plan.write(_plan_path(site, name))
+    return plan
+
+
+def _plan_path(site: Site, name: str) -> Path:
+    return site.folder / f"{name}.plan"

@@ -1,0 +1,76 @@
+"""Which faults strike a run, as they are handed to its ranks."""
+
+import contextlib
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAM = ("-m", "tests.support.injection")
+PLAN, PRELOADED = "MOE_DIST_TEST_PLAN", "MOE_DIST_TEST_PRELOADED"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong once.
+
+    Attributes:
+        number: Place in the plan; a fault of phase `import` strikes at the first start after its predecessor.
+        rank: The rank that breaks.
+        step: Optimizer step (1-based) in which it breaks; for the phases of saving, the first save at that step or later.
+        kind, phase: See `tests.support.cells`; the kind 'SIGKILL all' takes every rank with it.
+        delay: Seconds from the beginning of the phase, for 'SIGKILL all'.
+    """
+
+    number: int
+    rank: int
+    step: int
+    phase: str
+    kind: str
+    delay: float = 0.0
+
+
+@dataclass(frozen=True)
+class FaultPlan:
+    """All faults of a run.
+
+    Attributes:
+        folder: Where each fault that struck leaves a file.
+        data: Prefix of the indexed files that truncation is for, with the run's own copy of the data.
+        disk: Folder on a small file system to fill for ENOSPC; None where there is none, then writes are interposed.
+    """
+
+    faults: tuple[Fault, ...]
+    folder: Path
+    data: Path
+    disk: Path | None
+
+    def write(self, path: Path) -> None:
+        values = {**asdict(self), "folder": str(self.folder), "data": str(self.data)}
+        path.write_text(json.dumps({**values, "disk": str(self.disk) if self.disk else None}))
+
+    @classmethod
+    def read(cls, path: Path) -> "FaultPlan":
+        values = json.loads(path.read_text())
+        disk = Path(values["disk"]) if values["disk"] else None
+        return cls(tuple(Fault(**each) for each in values["faults"]), Path(values["folder"]), Path(values["data"]), disk)
+
+    def struck(self, number: int) -> dict[str, Any] | None:
+        """What a fault that struck left: time, attempt, step taken last; None before."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / f"struck_{number}").read_text())
+        return None
+
+
+def build_interposer(folder: Path) -> Path:
+    """Compiles the library that makes system calls fail."""
+    library = folder / "libinterpose.so"
+    source = Path(__file__).with_name("interpose.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source)], check=True)
+    return library
+
+
+def environment(plan: Path, interposer: Path) -> dict[str, str]:
+    """Variables of a launcher whose ranks run `PROGRAM`."""
+    return {PLAN: str(plan), PRELOADED: str(interposer)}

@@ -1,0 +1,205 @@
+"""What a broken run must come to: the bits of the undisturbed one, and for each fault the end that it should have."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from launchers.restart import committed_step
+from moe_dist.monitor.sinks.jsonl import read_lines
+from moe_dist.monitor.tags import reproducible_part
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.cells import SAVING
+from tests.support.fault_plan import PLAN, Fault, FaultPlan
+from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECONDS
+
+START_SECONDS = 60.0  # that a rank may take until it waits for its peers, on a busy machine
+END_SECONDS = 10.0  # from a rank's death to the end of all
+SURVIVED = ("ENOSPC", "EIO", "truncated file")  # while a checkpoint is saved: reported, tried again
+TRIED_AGAIN = "training goes on, the next interval tries again"
+_BEGUN, _DURABLE = re.compile(r"checkpoint step_(\d+): training went on"), re.compile(r"checkpoint step_(\d+): durable")
+
+Seen = dict[str, Any]
+
+
+# --- the run
+
+
+def tensors(run: RunFolder) -> dict[tuple[str, str], np.ndarray]:
+    """Every piece of the newest checkpoint, parameters and moments, by name and place."""
+    folder = run.checkpoints / (run.checkpoints / "latest").read_text().strip()
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for path in sorted(folder.glob("shard_*.safetensors")):
+        with safe_open(path, framework="np") as shard:
+            places = json.loads(shard.metadata()["DCP_SHARDING_INFO"])
+            found |= {(name, str(places[name])): shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    return found
+
+
+def differences(run: RunFolder, undisturbed: RunFolder) -> list[str]:
+    """What is not the same to the last bit; and steps that are missing or there twice."""
+    faults = []
+    ours, theirs = tensors(run), tensors(undisturbed)
+    if ours.keys() != theirs.keys():
+        faults.append(f"other tensors: {sorted(ours.keys() ^ theirs.keys())[:3]}")
+    faults += [f"{name} differs" for name in ours.keys() & theirs.keys() if ours[name].tobytes() != theirs[name].tobytes()]
+    lines, wanted = ([reproducible_part(line) for line in read_lines(each.metrics_jsonl)] for each in (run, undisturbed))
+    steps = [line["step"] for line in lines if line["kind"] == "step"]
+    if steps != list(range(1, len(steps) + 1)):
+        faults.append(f"metrics.jsonl has the steps {steps}")
+    if lines != wanted:
+        first = next((a["step"] for a, b in zip(lines, wanted, strict=False) if a != b), len(wanted))
+        faults.append(f"metrics.jsonl differs from step {first} on")
+    return faults
+
+
+def unverified(run: RunFolder) -> list[str]:
+    """What is wrong with the checkpoint that `latest` names: by the tool that users have, and by reading every piece."""
+    if not committed_step(run.checkpoints):
+        return []
+    try:
+        odd = [name for name, piece in tensors(run).items() if not np.isfinite(piece).all()]
+    except Exception as error:  # whatever a torn file makes of it
+        return [f"latest cannot be read: {error!r}"]
+    if odd:
+        return [f"not finite: {odd[:3]}"]
+    command = [sys.executable, "-m", "tools.verify_checkpoint", str(run.path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return [] if done.returncode == 0 else [done.stdout[-1000:] + done.stderr[-2000:]]
+
+
+def left_over(plan: Path) -> list[int]:
+    """Processes that still run with the plan in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and f"{PLAN}={plan}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+# --- its faults
+
+
+def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]) -> tuple[list[Seen], list[str]]:
+    """What each fault did to its attempt, and what is not as it should be.
+
+    Args:
+        ends: Of the attempts, as `tests.support.site` notes them.
+    """
+    attempts = list(run.read_status().attempts)
+    ended = {each["attempt"]: each for each in ends}
+    records = {fault.number: plan.struck(fault.number) for fault in plan.faults}
+    faults, problems = [], []
+    for fault in plan.faults:
+        seen: Seen = {**asdict(fault)}
+        faults.append(seen)
+        record = records[fault.number]
+        if record is None:
+            problems.append(f"fault {fault} never struck")
+            continue
+        end = ended[record["attempt"]]
+        seen |= {"redone": redone(end), "to_end": round(end["time"] - record["time"], 2)}
+        at = next((n for n, each in enumerate(attempts) if each.attempt_id == record["attempt"]), None)
+        if at is not None:
+            ending, following = attempts[at], attempts[at + 1 :]
+            seen |= {"verdict": ending.verdict, "reason": ending.reason.partition("\n")[0][:200], "named": ending.rank}
+            seen["restarted"] = bool(following) and following[0].restarts > 0
+        others = [each for each in plan.faults if each != fault and _strikes(records[each.number], record["attempt"])]
+        if survives(fault):
+            # Reported at the latest when the next save waits for this one.
+            over = seen.get("verdict") == 0 or end["step"] > record["step"] + SAVE_EVERY
+            seen["reported"] = TRIED_AGAIN in log_of(run, fault.rank, record["attempt"]) if over else None
+            others = [each for each in others if not survives(each)]
+            faulty = [*unreported(seen), *([] if others else not_survived(seen))]
+        else:
+            faulty = [] if others else list(unexpected(fault, seen))
+        problems += [f"{fault}: {each}; {seen}" for each in faulty]
+    for end in ends:
+        missed = sum(survives(each) and _strikes(records[each.number], end["attempt"]) for each in plan.faults)
+        if end["trained"] and too_many_redone(end, missed, in_flight(log_of(run, 0, end["attempt"]))):
+            problems.append(f"{redone(end)} steps are taken again after attempt {end['attempt']}: {end}")
+    return faults, problems
+
+
+def survives(fault: Fault) -> bool:
+    """Whether the run should go on as if nothing had been."""
+    return fault.phase in SAVING and fault.kind in SURVIVED
+
+
+def not_survived(seen: Mapping[str, Any]) -> list[str]:
+    """Of a fault that a run survives, where nothing else ended its attempt."""
+    return [] if seen.get("verdict") == 0 else ["a save that failed ended the attempt"]
+
+
+def unreported(seen: Mapping[str, Any]) -> list[str]:
+    """Of a fault that a run survives."""
+    return ["the log does not say that the next interval tries again"] if seen["reported"] is False else []
+
+
+def unexpected(fault: Fault, seen: Mapping[str, Any]) -> Iterator[str]:
+    """What a fault that ends an attempt should have done and has not, where it was the only one of its attempt."""
+    verdict, reason = seen.get("verdict"), str(seen.get("reason", ""))
+    if fault.kind in ("exception", "SIGKILL") and seen["to_end"] > END_SECONDS:
+        yield f"the others ended {seen['to_end']} s after it"
+    # Before they meet, each peer waits from when it has started itself.
+    waited = MEETING_SECONDS + START_SECONDS if fault.phase == "import" else 1.2 * WATCHDOG_SECONDS
+    if fault.kind == "SIGSTOP" and seen["to_end"] > waited + END_SECONDS:
+        yield f"the others ended {seen['to_end']} s after it"
+    if verdict is None:
+        return  # it never opened the run
+    wanted = {"stop signals": 75, "non-finite gradient": 70, "truncated file": 65}.get(fault.kind, 1)
+    if verdict != wanted:
+        yield f"the verdict is not {wanted}"
+    if fault.kind in ("SIGKILL", "SIGSTOP") and seen["named"] != fault.rank:
+        yield "another rank is named"
+    if fault.kind == "SIGKILL" and "killed by SIGKILL" not in reason:
+        yield "the reason is not the kill"
+    if fault.kind == "SIGSTOP" and "frozen" not in reason:
+        yield "the reason is not the freeze"
+    if fault.kind == "exception" and fault.phase not in SAVING and "a fault that a test injected" not in reason:
+        yield "the reason is not the exception"
+
+
+# --- what was lost
+
+
+def redone(end: Mapping[str, Any]) -> int:
+    """Steps that the next attempt takes again."""
+    return max(0, int(end["step"]) - int(end["committed"]))
+
+
+def too_many_redone(end: Mapping[str, Any], missed: int, unfinished: int | None) -> bool:
+    """Whether more steps are lost than those since the last save that could be durable: one interval, one more for each
+    save that was made to fail, and those that were taken while a save was still being written.
+
+    Args:
+        missed: Saves of the attempt that a fault made fail.
+        unfinished: Step of the save that was in flight when the attempt ended.
+    """
+    saved = int(end["step"]) if unfinished is None or unfinished <= end["committed"] else unfinished
+    return saved - end["committed"] > SAVE_EVERY * (1 + missed) or end["step"] - saved > SAVE_EVERY
+
+
+def in_flight(log: str) -> int | None:
+    """Step of the save that rank 0 had begun and not finished, by its log of an attempt; None where there was none."""
+    begun, durable = ([int(step) for step in pattern.findall(log)] for pattern in (_BEGUN, _DURABLE))
+    return begun[-1] if begun and begun[-1] not in durable else None
+
+
+def log_of(run: RunFolder, rank: int, attempt_id: str) -> str:
+    """A rank's log of one attempt."""
+    text = run.log_of(rank).read_text(errors="replace")
+    return text.partition(f"--- attempt {attempt_id},")[2].partition("\n--- attempt ")[0]
+
+
+def _strikes(record: Mapping[str, Any] | None, attempt_id: str) -> bool:
+    return record is not None and record["attempt"] == attempt_id

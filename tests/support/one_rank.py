@@ -1,0 +1,61 @@
+"""A whole run on one rank in this process, up to its resumption: for tests of what it saves and goes on from."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.build import build_training
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.parallel.mesh import destroy_world, make_mesh
+from moe_dist.preflight import check
+from moe_dist.resume import Controller, Resumable
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.trainer import Progress
+from tests.support.tiny import tiny_config
+
+
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """This process as a world of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        destroy_world()
+
+
+class OneRank:
+    """A whole run on one rank, up to its resumption."""
+
+    def __init__(self, data: Path, root: Path, controllers: Mapping[str, Controller] | None = None, **changes: Any) -> None:
+        alone = {"parallel.ep": 1, "placement.policy": "interleaved"}
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        config = tiny_config(data, root, {**alone, **changes})
+        plan, mesh = check(config), make_mesh(ep=1, device=torch.device("cpu"), timeout=60.0)
+        self.training = build_training(config, plan.manifest, plan.placement, mesh)
+        self.folder = RunFolder.of(config).checkpoints
+        manager = CheckpointManager(self.folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
+        self.resumable = Resumable(self.training, plan.placement, manager, config, plan.manifest, controllers=controllers)
+
+    def train_and_save(self) -> Progress:
+        """A new run of two steps on made-up gradients."""
+        assert self.resumable.restore() == Progress()
+        for _ in range(2):
+            for number, parameter in enumerate(self.training.parallel.model.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.5 + number)
+            self.training.optimizer.step()
+        progress = Progress(step=2, position=16, tokens=100, skipped_steps=0, skipped_in_a_row=0, evaluated=2)
+        self.resumable.save(progress, durable=True)
+        return progress
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([each.detach().flatten() for each in self.training.parallel.model.parameters()])
+
+    def moments(self) -> torch.Tensor:
+        states = self.training.optimizer.state
+        parameters = self.training.parallel.model.parameters()
+        return torch.cat([states[each][name].flatten() for each in parameters for name in ("exp_avg", "exp_avg_sq")])

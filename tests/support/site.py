@@ -1,0 +1,152 @@
+"""The place of a run that breaks many times: its data, a small disk, its settings, and how it is started.
+
+python -m tests.support.site CONFIG --ends FILE --max-restarts 3      # one call of the local launcher, noted in FILE
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.restart import committed_step
+from moe_dist.monitor.sinks.jsonl import read_lines
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.signals import child_of
+from tests.support.fault_plan import PROGRAM, build_interposer
+from tests.support.tiny import tiny_dataset
+
+ROOT = Path(__file__).parents[2]
+RANKS, STEPS, SAVE_EVERY = 4, 60, 5
+DISK_MIB = 32
+WATCHDOG_SECONDS, MEETING_SECONDS = 30.0, 180.0  # for a collective, and for ranks to meet: on a busy machine as well
+
+
+@dataclass
+class Site:
+    """Folder of a campaign: its own copy of the data, a small disk for the run, and the undisturbed run to compare with.
+
+    Attributes:
+        folder: On an ordinary file system.
+        disk: A small tmpfs where mounting is permitted, else None: then a full disk is an interposed system call.
+    """
+
+    folder: Path
+    disk: Path | None
+    interposer: Path
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def runs(self) -> Path:
+        return (self.disk or self.folder) / "runs"
+
+    def mend(self) -> None:
+        """Puts the data back."""
+        for path in (self.folder / "pristine").iterdir():
+            shutil.copy2(path, self.data / path.name)
+
+
+@contextlib.contextmanager
+def open_site(folder: Path) -> Iterator[Site]:
+    """Makes the place of a campaign, and takes the small disk away at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "pristine").exists():
+        tiny_dataset(folder / "pristine")
+    shutil.copytree(folder / "pristine", folder / "data", dirs_exist_ok=True)
+    disk: Path | None = folder / "disk"
+    assert disk is not None
+    disk.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "none", disk], capture_output=True).returncode:
+        disk = None
+    try:
+        yield Site(folder, disk, build_interposer(folder))
+    finally:
+        if disk is not None:
+            subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def settings(name: str, *, ranks: int, **changes: Any) -> dict[str, Any]:
+    """What the runs have in common."""
+    values: dict[str, Any] = {
+        "run.name": name,
+        "train.steps": STEPS,
+        "train.global_batch": 2 * ranks,
+        "train.max_skipped_in_a_row": 1,  # a step that is skipped would change all that follow: the run goes back instead
+        "checkpoint.every": SAVE_EVERY,
+        "evaluation.every": 20,
+        "evaluation.balance_efficiency": False,
+        "evaluation.ablate_experts": False,
+        "parallel.ep": ranks,
+        "parallel.timeout_seconds": MEETING_SECONDS,
+        "parallel.watchdog_seconds": WATCHDOG_SECONDS,
+        "monitor.sinks": [{"kind": "console", "every": 20}, {"kind": "jsonl"}],
+    }
+    return {**values, **{key.replace("__", "."): value for key, value in changes.items()}}
+
+
+def started(config: Path, log: Path, *, max_restarts: int, variables: Mapping[str, str] | None = None) -> int:
+    """One call of the local launcher in a process of its own, which dies with us; its verdict. Its ends: `read_ends`."""
+    command = [sys.executable, "-m", "tests.support.site", str(config), "--ends", f"{log}.ends"]
+    with log.open("ab") as stream:
+        return subprocess.run(
+            [*command, "--max-restarts", str(max_restarts)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})},
+            stdout=stream,
+            stderr=stream,
+            preexec_fn=child_of(os.getpid(), ignore_stop=False),
+        ).returncode
+
+
+def read_ends(log: Path) -> list[dict[str, Any]]:
+    """How each attempt of a run ended, as `_launch_and_note` wrote it down."""
+    return [json.loads(line) for line in Path(f"{log}.ends").read_text().splitlines()]
+
+
+def _launch_and_note(config: Path, ends: Path, max_restarts: int) -> int:
+    """The local launcher with the ranks of `injection`; notes for each attempt when its last rank ended, the last step in
+    the records, whether it wrote any itself, and the last committed step."""
+    from launchers import local
+
+    run = local._run
+
+    def noted(commands: Any, folder: RunFolder, attempt_id: str, *rest: Any) -> Any:
+        before = _stamp(folder.metrics_jsonl)
+        outcome, offsets = run(commands, folder, attempt_id, *rest)
+        end = {"attempt": attempt_id, "time": time.time(), "codes": outcome.codes}
+        steps = [line["step"] for line in read_lines(folder.metrics_jsonl)] if folder.metrics_jsonl.exists() else []
+        end |= {"step": max(steps, default=0), "committed": committed_step(folder.checkpoints)}
+        end["trained"] = _stamp(folder.metrics_jsonl) != before
+        with ends.open("a") as stream:
+            stream.write(json.dumps(end) + "\n")
+        return outcome, offsets
+
+    local._run = noted  # pyright: ignore
+    return local.launch(config, program=PROGRAM, max_restarts=max_restarts)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Differs once a file was replaced or written to."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return ()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--ends", type=Path, required=True)
+    parser.add_argument("--max-restarts", type=int, default=0)
+    options = parser.parse_args()
+    sys.exit(_launch_and_note(options.config, options.ends, options.max_restarts))

@@ -1,0 +1,130 @@
+"""verify_checkpoint and inspect_checkpoint as users call them: what they print, and their exit codes."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from moe_dist.checkpoint.index import MAX_FAULTS, read_index
+from tests.support.one_rank import OneRank, world_of_one
+from tests.support.small_run import SmallRun
+from tests.support.tiny import tiny_config
+from tools import inspect_checkpoint, verify_checkpoint
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Those of a run of two steps; not to be written to."""
+    with world_of_one():
+        run = OneRank(tiny_data, tmp_path_factory.mktemp("runs"))
+        run.train_and_save()
+        yield run.folder
+
+
+def call(module: ModuleType, *arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(module.main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def flipped(folder: Path) -> Path:
+    """The last bit of the last tensor changed."""
+    shard = folder / "shard_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    return shard
+
+
+@pytest.mark.parametrize("way", ["step_2", ".", ".."])
+def test_a_whole_checkpoint_is_0_whatever_the_path_names(checkpoints: Path, way: str) -> None:
+    done = call(verify_checkpoint, (checkpoints / way).resolve())
+    tensors = len(read_index(checkpoints / "step_2").tensors)
+    assert done.exit_code == 0, done.output
+    assert f"{checkpoints / 'step_2'}: step 2, {tensors} tensors in 1 files" in done.stdout
+    assert done.stdout.endswith("each is there once, finite, and what was saved\n")
+
+
+def test_a_damaged_checkpoint_is_65_with_file_and_tensor(tmp_path: Path) -> None:
+    folder = SmallRun(tmp_path).train(1).save(1)
+    done = call(verify_checkpoint, tmp_path)
+    assert (done.exit_code, "it has no configuration to tell which tensors" in done.stdout) == (0, True)
+    flipped(folder)
+    done = call(verify_checkpoint, tmp_path)
+    assert done.exit_code == 65
+    assert done.stdout.splitlines() == [
+        "damaged: shard_00000.safetensors: optimizer.exp_avg_sq.2.weight: its bits are not those that were saved",
+        f"{folder}: 1 faults",
+    ]
+
+
+def test_what_the_configuration_calls_for_and_is_not_there_is_65(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path).model_dump(mode="json")
+    SmallRun(tmp_path).train(1).save(1, config=config)
+    done, every = call(verify_checkpoint, tmp_path), call(verify_checkpoint, tmp_path, "--every")
+    assert done.exit_code == every.exit_code == 65
+    assert "incomplete: index.json: layers.1.moe.experts.image.1.gate: is not there" in every.stdout
+    assert "foreign: index.json: 0.weight: its configuration knows no such tensor" in every.stdout
+    shown, told = done.stdout.splitlines(), every.stdout.splitlines()
+    assert shown[:MAX_FAULTS] == told[:MAX_FAULTS]
+    assert shown[MAX_FAULTS] == f"and {len(told) - 1 - MAX_FAULTS} more (--every)"
+
+
+@pytest.mark.parametrize("module", [verify_checkpoint, inspect_checkpoint], ids=["verify", "inspect"])
+def test_no_checkpoint_is_78(tmp_path: Path, module: ModuleType) -> None:
+    done = call(module, tmp_path / "none")
+    assert (done.exit_code, done.stdout) == (78, "")
+    assert f"{module.__name__.rpartition('.')[2]}: {tmp_path / 'none'}: no checkpoint there" in done.stderr
+
+
+def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
+    done = call(inspect_checkpoint, checkpoints.parent, "--tensors")
+    assert done.exit_code == 0, done.output
+    index = read_index(checkpoints / "step_2")
+    for wanted in (
+        "2, 2 of them by the optimizer",
+        "1 ranks: ep 1 x edp 1, ddp, interleaved",
+        "EP position 0: text/0 text/1 text/2 image/0 image/1",
+        "2 layers x 3 experts x down, gate, up",
+        f"layers.0.moe.experts.text.2.up  F32 [16, 32]  {index.tensors['layers.0.moe.experts.text.2.up'].fingerprint}",
+    ):
+        assert wanted in done.stdout, (wanted, done.stdout)
+    listed = [line.partition(" ")[0] for line in done.stdout.splitlines() if line.endswith("shard_00000.safetensors")]
+    assert listed == list(index.tensors)
+
+
+def test_the_configuration_is_shown_as_yaml(checkpoints: Path, tmp_path: Path) -> None:
+    done = call(inspect_checkpoint, checkpoints / "step_2", "--config")
+    assert done.exit_code == 0
+    assert yaml.safe_load(done.stdout)["parallel"]["ep"] == 1
+    bare = SmallRun(tmp_path).train(1).save(1)
+    assert call(inspect_checkpoint, bare, "--config").stdout == "it was written without a configuration\n"
+
+
+def test_a_checkpoint_cut_short_is_65_to_look_at(tmp_path: Path) -> None:
+    shard = flipped(SmallRun(tmp_path).train(1).save(1))
+    assert call(inspect_checkpoint, tmp_path).exit_code == 0, "it reads no tensor"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = call(inspect_checkpoint, tmp_path)
+    assert (done.exit_code, done.stdout) == (65, "")
+    assert "truncated: shard_00000.safetensors" in done.stderr
+
+
+def test_a_checkpoint_is_looked_at_without_torch(checkpoints: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from tools.inspect_checkpoint import main; "
+        "from moe_dist.runtime.command_line import run_command; run_command(main)"
+    )
+    command = [sys.executable, "-c", code, str(checkpoints)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "EP position 0" in done.stdout

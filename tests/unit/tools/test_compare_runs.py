@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from tools import compare_runs
+
+
+def line(step: int, loss: float) -> dict[str, Any]:
+    return {"step": step, "kind": "step", "time": 1.0, "scalars": {"loss/total": loss}, "losses": {"text": loss}}
+
+
+def record(folder: Path, losses: list[float]) -> Path:
+    """The folder of a run with these losses."""
+    folder.mkdir()
+    lines = [json.dumps(line(step, loss)) for step, loss in enumerate(losses, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(f"{each}\n" for each in lines))
+    return folder
+
+
+def call(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(compare_runs.main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_runs_that_agree_are_0(tmp_path: Path) -> None:
+    a, b = record(tmp_path / "a", [3.0, 2.0, 1.0]), record(tmp_path / "b", [3.0, 2.0])
+    done = call(a, b / "metrics.jsonl")
+    assert (done.exit_code, done.stdout) == (0, "2 lines, no difference\n")
+
+
+def test_the_first_difference_is_shown_and_1(tmp_path: Path) -> None:
+    a, b = record(tmp_path / "a", [3.0, 2.0, 1.0]), record(tmp_path / "b", [3.0, 2.5, 9.0])
+    done = call(a, b)
+    assert done.exit_code == 1
+    assert done.stdout.splitlines() == [
+        "first difference: step 2, step; the 1 lines before it are equal",
+        "  scalars.loss/total: 2.0 and 2.5",
+        "  losses.text: 2.0 and 2.5",
+    ]
+    assert call(a, b, "--rtol", "0.5").stdout.startswith("first difference: step 3")
+    assert "scalars" not in call(a, b, "--only", "losses").stdout
+    assert call(a, b, "--only", "ledger").exit_code == 0
+
+
+def test_no_record_is_78_and_a_damaged_one_65(tmp_path: Path) -> None:
+    a = record(tmp_path / "a", [3.0])
+    done = call(a, tmp_path)
+    assert (done.exit_code, done.stdout) == (78, "")
+    assert f"compare_runs: {tmp_path / 'metrics.jsonl'} is not there" in done.stderr
+    (record(tmp_path / "b", []) / "metrics.jsonl").write_text('{"step": 1,\n{"step": 2}\n')
+    done = call(a, tmp_path / "b")
+    assert (done.exit_code, done.stdout) == (65, "")
+    assert done.stderr.startswith("compare_runs: ")
