@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from launchers.attempts import begin_logs, until_it_ends
-from launchers.command import TRAIN, Plan, RankCommand, file_rendezvous, fit_world_size, rank_commands, threads_per_rank
+from launchers.command import (
+    TRAIN,
+    Plan,
+    RankCommand,
+    file_rendezvous,
+    fit_world_size,
+    one_node,
+    rank_commands,
+    threads_per_rank,
+)
 from launchers.ending import Outcome, Patience
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import Ranks, StopSignals
@@ -69,7 +78,7 @@ def launch(
         return Plan(
             config=config_path,
             overrides=tuple(overrides),
-            ranks_per_node=(world_size,),
+            job=one_node(world_size),
             rendezvous=file_rendezvous(Path(meeting_place) / "store"),
             attempt=restarts,
             attempt_id=attempt_id,
