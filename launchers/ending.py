@@ -104,7 +104,7 @@ class Course:
             self._lost[rank] = lost
         if code in CLEAN:
             self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
-        elif self._kill_at > now:
+        elif lost or self._kill_at > now:  # what was killed for being late is no failure of its own
             if not self._failed:
                 self._frozen = frozen()
                 self._terminate_at = now + self._patience.peers
