@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +17,7 @@ from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.status import Ending
 
 WIDTH = 120  # where the output is no terminal
+BAR = 60  # columns
 ATTEMPTS_SHOWN = 8
 _STYLES = {
     State.RUNNING: "green",
@@ -102,7 +102,7 @@ def one_run(run: Progress) -> RenderableType:
         facts.add_row(name, value)
     parts: list[RenderableType] = [Text.assemble((run.name, "bold"), "  ", _state(run), "  ", (str(run.folder), "dim"))]
     if run.total_steps:
-        parts.append(ProgressBar(total=run.total_steps, completed=min(run.step, run.total_steps), width=60))
+        parts += [_bar(run.step / run.total_steps, _STYLES.get(run.state, "red")), Text()]
     parts.append(facts)
     if run.attempts:
         parts += [Text(), _attempts(run)]
@@ -120,6 +120,11 @@ def duration(seconds: float | None) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _bar(share: float, style: str) -> Text:
+    filled = round(min(1.0, share) * BAR)
+    return Text.assemble(("━" * filled, style), ("╌" * (BAR - filled), "dim"), f" {min(1.0, share):.0%}")
 
 
 def _facts(run: Progress) -> list[tuple[str, RenderableType]]:
