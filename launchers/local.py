@@ -13,7 +13,16 @@ from typing import Annotated
 
 import typer
 
-from launchers.command import TRAIN, Plan, RankCommand, file_rendezvous, fit_world_size, rank_commands, threads_per_rank
+from launchers.command import (
+    TRAIN,
+    Plan,
+    RankCommand,
+    file_rendezvous,
+    fit_world_size,
+    one_node,
+    rank_commands,
+    threads_per_rank,
+)
 from launchers.restart import DEFAULT_MAX_RESTARTS, Ended, committed_step, is_final, refusal
 from launchers.supervise import Outcome, Patience, Ranks, StopSignals, last_words
 from moe_dist.config.load import read_draft
@@ -71,7 +80,7 @@ def launch(
         return Plan(
             config=config_path,
             overrides=tuple(overrides),
-            ranks_per_node=(world_size,),
+            job=one_node(world_size),
             rendezvous=file_rendezvous(Path(meeting_place) / "store"),
             attempt=restarts,
             attempt_id=attempt_id,
