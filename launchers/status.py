@@ -72,25 +72,24 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 
 
 def many_runs(runs: Sequence[Progress]) -> RenderableType:
-    """A table, one line a run."""
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    for column in ("run", "state"):
-        table.add_column(column, no_wrap=True)
-    for column in ("step", "tokens/s", "left", "checkpoint", "starts"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("last word", overflow="ellipsis", no_wrap=True, ratio=1)
-    for run in runs:
-        table.add_row(
-            _short_name(run),
-            _state(run),
-            _steps(run),
-            _rate(run) if run.state is State.RUNNING else "",
-            duration(run.remaining_seconds),
-            _checkpoint(run),
-            str(len(run.attempts)) if run.attempts else "-",
-            _first_line(run.why),
-        )
+    """A table, one line a run. All columns but the last word are as wide as they need to be."""
+    names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
+    rows = [_row(run) for run in runs]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, name in enumerate(names):
+        width = max(len(name), *(len(row[column]) for row in rows))
+        table.add_column(name, min_width=width, no_wrap=True, justify="left" if column < 2 else "right")
+    table.add_column("last word", overflow="ellipsis", no_wrap=True)
+    for run, row in zip(runs, rows, strict=True):
+        table.add_row(row[0], _state(run), *row[2:], _first_line(run.why))
     return table
+
+
+def _row(run: Progress) -> list[str]:
+    rate = _rate(run) if run.state is State.RUNNING else ""
+    starts = str(len(run.attempts)) if run.attempts else "-"
+    left = duration(run.remaining_seconds)
+    return [_short_name(run), run.state.value, _steps(run), rate, left, _checkpoint(run), starts]
 
 
 def one_run(run: Progress) -> RenderableType:
