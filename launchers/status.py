@@ -42,7 +42,7 @@ def main(
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
-    console.print(one_run(found[0]) if len(found) == 1 and runs else many_runs(found))
+    console.print(one_run(found[0]) if len(found) == 1 and runs else many_runs(found, width=console.width))
     raise typer.Exit(EXIT_DONE)
 
 
@@ -71,15 +71,16 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
     return found
 
 
-def many_runs(runs: Sequence[Progress]) -> RenderableType:
-    """A table, one line a run. All columns but the last word are as wide as they need to be."""
+def many_runs(runs: Sequence[Progress], *, width: int = WIDTH) -> RenderableType:
+    """A table, one line a run; the last word has what the other columns leave of `width`."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
     rows = [_row(run) for run in runs]
+    widths = [max(len(name), *(len(row[column]) for row in rows)) for column, name in enumerate(names)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, name in enumerate(names):
-        width = max(len(name), *(len(row[column]) for row in rows))
-        table.add_column(name, min_width=width, no_wrap=True, justify="left" if column < 2 else "right")
-    table.add_column("last word", overflow="ellipsis", no_wrap=True)
+        table.add_column(name, width=widths[column], no_wrap=True, justify="left" if column < 2 else "right")
+    left = max(len("last word"), width - sum(widths) - 2 * len(names))
+    table.add_column("last word", width=left, overflow="ellipsis", no_wrap=True)
     for run, row in zip(runs, rows, strict=True):
         table.add_row(row[0], _state(run), *row[2:], _first_line(run.why))
     return table

@@ -39,21 +39,22 @@ class Needs:
     data: str
 
 
-def check_nodes(nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None) -> list[Finding]:
+def check_nodes(
+    nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None, *, here: NodeFacts | None = None
+) -> list[Finding]:
     """One line a check over all nodes.
 
     Args:
         nodes: Their facts.
         heard: When each answered by one and the same clock, to hold their clocks against; None leaves that out.
+        here: What the node says from which the job is submitted: only its folders count.
     """
     if not nodes:
-        return []
+        return check_folders([here], needs) if here is not None else []
     return [
         _resolve(nodes),
         _ports(nodes),
-        _folder(nodes, needs),
-        _room(nodes, needs),
-        _data(nodes, needs),
+        *check_folders([*([here] if here is not None else []), *nodes], needs),
         *([_clocks(nodes, heard)] if heard is not None else []),
         _versions(nodes),
         _apex(nodes),
@@ -62,6 +63,11 @@ def check_nodes(nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float]
         _files(nodes, needs),
         *_locked_memory(nodes, needs),
     ]
+
+
+def check_folders(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
+    """What a login node can tell as well: folders, and the room in them."""
+    return [_folder(nodes, needs), _room(nodes, needs), _data(nodes, needs)]
 
 
 def _resolve(nodes: Sequence[NodeFacts]) -> Finding:
@@ -81,8 +87,10 @@ def _resolve(nodes: Sequence[NodeFacts]) -> Finding:
 def _ports(nodes: Sequence[NodeFacts]) -> Finding:
     # A name that does not resolve is `_resolve`'s line.
     cut_off = [n for n in nodes if n.unreachable and not n.unresolved]
+    if len(nodes) == 1:
+        return note("ports", "one node: its ranks meet on the loopback, or in a file")
     if not cut_off:
-        return ok("ports", f"{_all(nodes)} can be reached where it matters")
+        return ok("ports", f"a free port of rank 0's node can be reached from {_all(nodes)}")
     return error(
         "ports",
         f"{_named(cut_off)} cannot connect to a free port of rank 0's node: {cut_off[0].unreachable}",
@@ -117,10 +125,10 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
     least = min(known, key=lambda n: n.free_bytes or 0)
     free = least.free_bytes or 0
     if free >= needs.folder_bytes:
-        return ok("room", f"{_gib(free)} free in run.root, its checkpoints need {_gib(needs.folder_bytes)}")
+        return ok("room", f"{_bytes(free)} free in run.root, its checkpoints need {_bytes(needs.folder_bytes)}")
     return warning(
         "room",
-        f"run.root={needs.folder!r} has {_gib(free)} free on {least.node}, its checkpoints need {_gib(needs.folder_bytes)}",
+        f"run.root={needs.folder!r} has {_bytes(free)} free on {least.node}, its checkpoints need {_bytes(needs.folder_bytes)}",
         "make room, choose another run.root, or keep fewer (checkpoint.keep)",
     )
 
@@ -218,7 +226,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
         return ok("/dev/shm", f"large enough for {needs.ranks_per_node} ranks on {_all(nodes)}")
     return warning(
         "/dev/shm",
-        f"{_mib(small[0].shm_bytes or 0)} on {_named(small)}, {needs.ranks_per_node} ranks want {_mib(need)}",
+        f"{_bytes(small[0].shm_bytes or 0)} on {_named(small)}, {needs.ranks_per_node} ranks want {_bytes(need)}",
         "enlarge it: --shm-size of a container, or mount -o remount,size=...",
     )
 
@@ -242,7 +250,7 @@ def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
     low = [n for n in nodes if n.infiniband and n.locked_memory != NO_LIMIT]
     if not low:
         return []
-    text = f"the limit on {_named(low)} is {_mib(low[0].locked_memory)}; InfiniBand wants none"
+    text = f"the limit on {_named(low)} is {_bytes(low[0].locked_memory)}; InfiniBand wants none"
     return [
         warning("locked memory", text, "ulimit -l unlimited in the prelude, or in limits.conf and the scheduler's daemon")
     ]
@@ -263,9 +271,10 @@ def _all(nodes: Sequence[NodeFacts]) -> str:
     return nodes[0].node if len(nodes) == 1 else f"all {len(nodes)} nodes"
 
 
-def _gib(number: int) -> str:
-    return f"{number / 2**30:.3g} GiB"
-
-
-def _mib(number: int) -> str:
-    return f"{number / 2**20:.0f} MiB"
+def _bytes(number: float) -> str:
+    """With three digits and the unit that suits it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TiB"

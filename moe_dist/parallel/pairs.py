@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_dist.comm.tournament import Exchange, Pair, slow_pairs, tournament
 from moe_dist.parallel.mesh import group_of
 
+NAME_BYTES = 128
 REPEATS, SECONDS_A_PAIR = 10, 1.0  # the best of so many, or of those that fit into the time
 
 
@@ -46,6 +47,17 @@ def measure_pairs(ranks: Ranks, *, payload_bytes: int, device: torch.device, tim
         again = _round([pair], ranks, payload_bytes, device, timeout)
         measured[pair] = measured[pair].best(again[pair])
     return measured
+
+
+def names_of_nodes(own: str, ranks: Ranks, device: torch.device) -> list[str]:
+    """Names of the nodes in order. Collective over all ranks; as bytes, since nothing is unpickled."""
+    text = torch.zeros(NAME_BYTES, dtype=torch.uint8)
+    encoded = own.encode()[:NAME_BYTES]
+    text[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    everywhere = torch.zeros(ranks.nodes * ranks.per_node, NAME_BYTES, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(everywhere, text.to(device))
+    firsts = everywhere[:: ranks.per_node].cpu().tolist()
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in firsts]
 
 
 def _round(
