@@ -58,6 +58,11 @@ class Gang:
         self._group = placement_group([dict(bundle)] * job.world_size, bundle_label_selector=labels)
         self._bundle = bundle
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names of the nodes, in the order of the plan."""
+        return tuple(node.host for node in self._nodes)
+
     def gather(self, paths: Sequence[str]) -> None:
         """Starts the actors and waits until each has answered.
 

@@ -71,6 +71,7 @@ class RankActor:
         """Starts the rank.
 
         Args:
+            argv: An empty first word is this interpreter.
             env: Variables on top of this node's.
             log: File for its output.
             shown: Whether it is rank 0, whose output is shown and whose numbers become Ray's metrics.
@@ -91,7 +92,7 @@ class RankActor:
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ray kills the process group of a worker that ends
         )
-        self._tell(Order(argv, variables, log, shown).line())
+        self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown).line())
         self._pid = self._hear().get("pid")
         if self._pid is None:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")
