@@ -113,19 +113,9 @@ def test_a_killed_worker_and_a_lost_node_cost_steps_and_change_no_bit(
     assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, undisturbed[0]))
 
 
-def test_a_rank_that_fails_is_told_from_those_that_fail_of_it(cluster: RayCluster, root: Path) -> None:
-    job = driver(cluster, root, "failing", "--max-failures=1")
-    job.wait_for_step(4)
-    os.kill(job.ranks()[3], signal.SIGSEGV)
-    job.wait_until(lambda: "restart 1 of 1" in job.printed, "a restart")
-    assert "rank 3 failed first (killed by SIGSEGV)" in job.printed
-    job.process.send_signal(signal.SIGTERM)
-    assert job.wait() == 75, job.printed
-    stopped = job.run.read_status().latest
-    assert stopped is None or stopped.verdict in (1, 75)
-
-
-def test_nothing_outlives_a_killed_driver_and_its_command_goes_on(cluster: RayCluster, root: Path) -> None:
+def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_through_the_failure_of_a_rank(
+    cluster: RayCluster, root: Path
+) -> None:
     job = driver(cluster, root, "orphaned", module="tests.support.ray_launch")
     job.wait_for_step(4)
     assert len(ray_cluster.marked(job.mark)) > 4 * 2  # each rank has left a process in a session of its own
@@ -133,9 +123,13 @@ def test_nothing_outlives_a_killed_driver_and_its_command_goes_on(cluster: RayCl
     job.process.wait()
     job.wait_until(lambda: not ray_cluster.marked(job.mark), "processes of the run are left", alive=False)
 
-    again = driver(cluster, root, "orphaned", steps=6)
+    again = driver(cluster, root, "orphaned", "--max-failures=1", steps=9)
+    again.wait_for_step(7)
+    os.kill(again.ranks()[3], signal.SIGSEGV)
     assert again.wait() == 0, again.printed
-    assert [line["step"] for line in steps(again.run)] == list(range(1, 7))
+    assert "rank 3 failed first (killed by SIGSEGV)" in again.printed  # and not those that failed of it
+    assert [line["step"] for line in steps(again.run)] == list(range(1, 10))
+    assert [each.verdict for each in again.run.read_status().attempts] == [None, 1, 0]
 
 
 def test_a_plan_that_nobody_can_satisfy_names_rank_and_label_in_seconds(cluster: RayCluster, root: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -222,3 +223,45 @@ def end_all(folder: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
+
+
+class StartedRay:
+    """A Ray as `ray start` makes it: a head with the job API, and four nodes of one CPU.
+
+    Args:
+        folder: RAY_TMPDIR.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        gcs, dashboard = free_port(), free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        # 127.0.0.1 would be rewritten to the machine's outward address; all others of 127/8 are kept.
+        head = ["--head", "--node-ip-address=127.0.0.100", f"--port={gcs}", "--num-cpus=1", "--labels=role=head"]
+        self._start(*head, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}").communicate()
+        # A folder for each: those that start at once in one would take each other's sockets.
+        joining = [
+            self._start(
+                f"--address=127.0.0.100:{gcs}",
+                f"--node-ip-address=127.0.0.{slot + 2}",
+                "--num-cpus=1",
+                f"--labels=modality={modality},slot={slot}",
+                "--min-worker-port=0",
+                "--max-worker-port=0",
+                f"--temp-dir={folder}/n{slot}",
+            )
+            for slot, modality in enumerate(MODALITIES)
+        ]
+        for each in joining:
+            printed, _ = each.communicate()
+            assert each.returncode == 0, printed.decode()
+
+    @staticmethod
+    def _start(*options: str) -> subprocess.Popen[bytes]:
+        command = ["ray", "start", *options, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
