@@ -66,7 +66,8 @@ def carry_out(job: Job, arguments: Sequence[str], env: dict[str, str]) -> int:
     command = _step(job, snapshot, config, cluster, plan, allocation, program=_program(env))
     with StopSignals() as signals:
         code, ended = run_step(command)
-        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None)
+        ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
+        verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, ranks_of=ranks_of)
         if verdict == STOPPED:
             attempts = _attempts([*begins, committed_step(folder.checkpoints)])
             start_again(job, snapshot, exhausted(attempts, cluster.max_restarts))

@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, S
 from moe_dist.runtime.run_folder import RunFolder
 
 STOPPED = StoppedError.exit_code
-_ENDED = re.compile(r"srun: error: \S+: tasks? [\d,-]+: (?:Exited with exit code (\d+)|.+)")
+_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?:Exited with exit code (\d+)|.+)")
 
 
 @dataclass(frozen=True)
@@ -87,33 +87,36 @@ def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
     return (128 - code if code < 0 else code), ended
 
 
-def conclude(folder: RunFolder, job: Job, code: int, ended: Sequence[str], *, stopped: bool) -> int:
+def conclude(
+    folder: RunFolder, job: Job, code: int, ended: Sequence[str], *, stopped: bool, ranks_of: Mapping[str, Sequence[int]]
+) -> int:
     """The verdict of this attempt, with its reason on standard error: that in status.json, since srun returns other codes
     where tasks are killed. Puts one there where the ranks could not.
 
     Args:
         code, ended: As `run_step` returned them.
         stopped: Whether a stop signal has reached the batch script.
+        ranks_of: The ranks of each host.
     """
     ending = folder.read_status().of(job.attempt_id)
     killed = bool(ended) and "Exited" not in ended[0]  # by a signal: it could say nothing, and its peers are consequences
     if ending is not None and ending.verdict is not None and not (killed and ending.verdict == EXIT_FAILED):
         if ending.verdict not in (EXIT_DONE, STOPPED):
-            _show_cause(folder, job, ending.rank, ended)
+            _show_cause(folder, job, [] if ending.rank is None else [ending.rank], ended)
         _say(f"verdict {ending.verdict}: {ending.reason.partition(chr(10))[0]}")
         return ending.verdict
     if stopped:
         _say("a stop signal ended the ranks before they could save; what the last checkpoint has is safe")
         return STOPPED
-    own = [int(match[1]) for line in ended if (match := _ENDED.match(line)) and match[1]]
-    verdict = EXIT_FAILED if killed else next(iter(own), code)
+    ends = [match for line in ended if (match := _ENDED.match(line))]
+    verdict = EXIT_FAILED if killed else next((int(match[2]) for match in ends if match[2]), code)
     if verdict:
         reason = ended[0].removeprefix("srun: error: ") if ended else f"srun ended with {code}"
         if ending is not None:
             last = max(ending.last_step, committed_step(folder.checkpoints))
             with contextlib.suppress(OSError, MoeDistError):
                 folder.amend_status(job.attempt_id, verdict=verdict, reason=reason, rank=None, last_step=last)
-        _show_cause(folder, job, None, ended)
+        _show_cause(folder, job, ranks_of.get(ends[0][1], []) if ends else [], ended)
         _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")
     return verdict
 
@@ -142,13 +145,20 @@ def start_again(job: Job, snapshot: Snapshot, no: str | None) -> None:
             _say(f"Slurm refuses to requeue the job: {error}; go on with: {again}")
 
 
-def _show_cause(folder: RunFolder, job: Job, rank: int | None, ended: Sequence[str]) -> None:
-    """What the rank that failed first said last, then how all ended."""
-    if rank is not None:
-        log, words = folder.log_of(rank), "(its log cannot be read)"
+def _show_cause(folder: RunFolder, job: Job, suspects: Sequence[int], ended: Sequence[str]) -> None:
+    """What the rank that failed first said last, then how all ended.
+
+    Args:
+        suspects: That rank; or all of the node that srun named, of which the first with a traceback is taken.
+    """
+    said: dict[int, str] = {}
+    for rank in suspects:
         with contextlib.suppress(OSError):
-            words = last_words(log, max(0, log.read_bytes().rfind(f"--- attempt {job.attempt_id}".encode())))
-        _say(f"rank {rank} failed first; {log} ends with:\n\n{words}\n")
+            log = folder.log_of(rank)
+            said[rank] = last_words(log, max(0, log.read_bytes().rfind(f"--- attempt {job.attempt_id}".encode())))
+    if said:
+        rank = next((rank for rank, words in said.items() if words.startswith("Traceback")), next(iter(said)))
+        _say(f"rank {rank} failed first; {folder.log_of(rank)} ends with:\n\n{said[rank]}\n")
     if ended:
         _say("\n".join(["the tasks ended in this order:", *ended]))
 

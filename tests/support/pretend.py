@@ -23,7 +23,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.shared_folder import shared_with_rank_0
 from moe_dist.runtime.signals import StopRequest
 
-PROGRAM = "tests/support/pretend.py"
+PROGRAM = "-m tests.support.pretend"
 
 
 def main(config_path: Path, overrides: list[str]) -> int:
@@ -63,5 +63,4 @@ def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
     sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
