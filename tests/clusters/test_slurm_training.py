@@ -117,7 +117,8 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     runs.cluster.start_node("node2")
 
     first, second = run.read_status().attempts
-    assert (first.verdict, second.verdict, second.last_step) == (verdict, 0, steps)
+    assert (second.verdict, second.last_step) == (0, steps)
+    assert first.verdict == verdict or (verdict is None and first.verdict == 1), "a peer of a dead node may see it first"
     assert [line["step"] for line in records(run)] == list(range(1, steps + 1))
     assert records(run) == records(undisturbed[1])[:steps]
     if verdict == StoppedError.exit_code:
