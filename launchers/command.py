@@ -29,6 +29,7 @@ class NodePlan:
         ranks: That run on it, in the order of their local ranks; they need not be neighbours.
         feature, labels: What the node must have: under Slurm the feature, under Ray the labels.
         groups: Expert groups that live on it.
+        own: No rank of another group, and of no other job, goes there.
     """
 
     index: int
@@ -36,6 +37,7 @@ class NodePlan:
     feature: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
+    own: bool = False
 
     @property
     def ray_labels(self) -> Mapping[str, str]:
@@ -138,6 +140,7 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
             feature=demand.feature,
             labels=demand.labels,
             groups=tuple(name for name in names if any(name in of_rank[rank] for rank in ranks)),
+            own=bool(demand.owner),
         )
         for index, (demand, ranks) in enumerate(packed)
     )

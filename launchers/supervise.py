@@ -21,7 +21,7 @@ from typing import IO
 
 from launchers.command import RankCommand
 from moe_dist.errors import EXIT_DONE, StoppedError
-from moe_dist.runtime.signals import STOP_SIGNALS, child_of
+from moe_dist.runtime.signals import STOP_SIGNALS, child_of, unblock_stop_signals
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
@@ -98,6 +98,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        unblock_stop_signals()
         return self
 
     def __exit__(self, *error: object) -> None:
