@@ -94,13 +94,14 @@ class JobPlan:
             gpu=local if self.gpus_per_node else None,
         )
 
-    def table(self) -> str:
-        """A line for each node, for people."""
+    def table(self, hosts: Sequence[str] = ()) -> str:
+        """A line for each node, for people; `hosts` as in `place_of`."""
         rows = [("node", "ranks", "needs", "experts of")]
         for node in self.nodes:
             needs = [node.feature] if node.feature else []
             needs += [f"{name}={value}" for name, value in node.labels.items()]
-            rows.append((str(node.index), _runs(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
+            name = hosts[node.index] if hosts else str(node.index)
+            rows.append((name, _runs(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

@@ -108,8 +108,7 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
     else:
         RunFolder.of(job.config).prepare()
     job.snapshot.parent.mkdir(exist_ok=True)
-    take_snapshot(job.snapshot, job.config, job.cluster, sweep=job.sweep)
-    path = job.snapshot / "train.sbatch"
+    path = take_snapshot(job.snapshot, job.config, job.cluster, sweep=job.sweep).script
     path.write_text(job.text)
     array = [f"--array=0-{len(job.sweep) - 1}"] if job.sweep else []
     command = ["sbatch", "--parsable", *array, *options, str(path)]

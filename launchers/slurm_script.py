@@ -156,7 +156,8 @@ def rank_table(
         lines.append(f"{hosts[command.node]}/{local}) {_export(own)}; log={log} ;;")
     lines += ["*) misplaced ;;", "esac", "prelude() {", ":"]
     for line in cluster.prelude:
-        lines += [line, f"[ $? = 0 ] || {{ failed={shlex.quote(line)}; return 1; }}"]
+        # By eval: a line that is no whole shell command fails by itself.
+        lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(commands[0].argv)})", ""])
 

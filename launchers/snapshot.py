@@ -3,7 +3,7 @@ has become of the clone while it waited.
 
     <folder>/code/          the clone's files, those that git tracks with their changes, and new code beside them
     <folder>/config.yaml    resolved, with absolute paths
-    <folder>/cluster.yaml, sweep.txt
+    <folder>/cluster.yaml, sweep.txt, train.sbatch
 """
 
 import json
@@ -44,6 +44,11 @@ class Snapshot:
     @property
     def config_yaml(self) -> Path:
         return self.folder / "config.yaml"
+
+    @property
+    def script(self) -> Path:
+        """For sbatch: submits the same again."""
+        return self.folder / "train.sbatch"
 
     def cluster(self) -> Cluster:
         return load_cluster(str(self.folder / "cluster.yaml"), {})
