@@ -13,6 +13,7 @@ import typer
 
 from moe_dist.config.dispatch_rules import ranks_per_node
 from moe_dist.config.load import load_config
+from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import EXIT_DONE, MoeDistError
 from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
@@ -77,6 +78,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     startup.now("waiting for the other ranks")
     with shared_with_rank_0(folder.path, env):
         check_place(Place.from_environment(os.environ), Found.from_environment(os.environ))
+        check_at_start(config, env, folder.path)
         with published_store(env, folder.path, timeout=timeout) as store:
             init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout, ranks_per_node=ranks_per_node(config))

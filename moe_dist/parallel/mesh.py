@@ -149,6 +149,14 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
     return group
 
 
+def group_of(ranks: list[int], *, timeout: float) -> dist.ProcessGroup:
+    """A group of some ranks alone, which only they make: for measurements, not for training. End it after use."""
+    group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=True)
+    if not isinstance(group, dist.ProcessGroup):
+        raise AssertionError("this rank is not in the group that it makes")
+    return group
+
+
 def _checkpoint_group() -> dist.ProcessGroup:
     """Its timeout is that of the slowest rank's write; a rank that dies is noticed at once, by its connection."""
     group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT)

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from launchers.attempts import last_words
 from launchers.command import RankCommand
-from launchers.supervise import ABORTED, Outcome, Patience, Ranks, StopSignals, last_words
+from launchers.ending import ABORTED, Outcome, Patience
+from launchers.supervise import Ranks, StopSignals
 
 PATIENT = Patience(stop=60.0, peers=0.3, kill=60.0)
 PRELUDE = """
@@ -188,7 +190,8 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
     launcher = f"""
 import sys
 from launchers.command import RankCommand
-from launchers.supervise import Patience, Ranks, StopSignals
+from launchers.ending import Patience
+from launchers.supervise import Ranks, StopSignals
 argv = (sys.executable, {str(tmp_path / "rank.py")!r}, {str(tmp_path)!r})
 logs = [open(f"{tmp_path}/log{{rank}}", "ab") for rank in range(2)]
 with StopSignals() as signals:
