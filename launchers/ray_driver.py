@@ -1,6 +1,7 @@
 """The driver of a run on Ray: connects, warns of what is unsafe, and carries attempts out until one is the last."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -176,7 +177,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
     """
     shipped = {} if IN_A_JOB in env else {"working_dir": str(ROOT), "env_vars": {name: env[name] for name in forwarded}}
     try:
-        context = ray.init(address=env.get("RAY_ADDRESS", "auto"), runtime_env=shipped)
+        context = ray.init(address=env.get("RAY_ADDRESS", "auto"), runtime_env=shipped, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise PlacementError(
             f"no Ray cluster here ({str(error).splitlines()[0]}); start one with `ray start`, set RAY_ADDRESS, or submit "

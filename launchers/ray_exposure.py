@@ -32,9 +32,9 @@ def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str
         return ""
     line = "!" * 100
     return (
-        f"{line}\nWARNING: this Ray listens beyond the loopback ({', '.join(beyond)}) and asks for no token:\nwhoever reaches "
-        "it runs any code, as you, on every node. Start all of it with RAY_AUTH_MODE=token, or keep\nits ports inside a "
-        f"network of its own (docs/ray.md).\n{line}"
+        f"{line}\nWARNING: this Ray listens beyond the loopback ({', '.join(beyond)}) and asks for no token:\n"
+        "whoever reaches it runs any code, as you, on every node. Start all of it with RAY_AUTH_MODE=token,\n"
+        f"or keep its ports inside a network of its own (docs/ray.md).\n{line}"
     )
 
 

@@ -79,7 +79,7 @@ class Gang:
         size = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0)}
         for rank in range(self._job.world_size):
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
-            self._actors.append(actor.options(**size, max_concurrency=4, scheduling_strategy=place).remote())
+            self._actors.append(actor.options(**size, max_concurrency=4, scheduling_strategy=place).remote(rank))
         try:
             self.seats = ray.get([each.seat.remote(paths) for each in self._actors], timeout=ANSWER_SECONDS)
         except (RayActorError, GetTimeoutError) as error:

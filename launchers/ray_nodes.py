@@ -98,7 +98,7 @@ def _match(possible: Sequence[Sequence[int]]) -> list[int | None]:
     taken: dict[int, int] = {}
 
     def take(which: int, tried: set[int]) -> bool:
-        for node in possible[which]:
+        for node in sorted(possible[which], key=lambda node: node in taken):  # nobody moves without need
             if node not in tried:
                 tried.add(node)
                 if node not in taken or take(taken[node], tried):

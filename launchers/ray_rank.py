@@ -47,10 +47,14 @@ class Seat:
 class RankActor:
     """Methods but `wait` answer at any time; they run in threads, since `wait` lasts as long as the rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
         self._keeper: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
         self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __repr__(self) -> str:  # what Ray puts before the lines that it brings to the driver
+        return f"rank {self._rank}"
 
     def seat(self, paths: Sequence[str]) -> Seat:
         """Where this is. An actor that has answered is really there.

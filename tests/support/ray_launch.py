@@ -1,4 +1,6 @@
-"""The driver for Ray with the ranks of `tests.support.ray_rank`: python -m tests.support.ray_launch CONFIG [key=value ...] -- NAME ...
+"""The driver for Ray with the ranks of `tests.support.ray_rank`.
+
+    python -m tests.support.ray_launch CONFIG [key=value ...] -- NAME ...
 
 Arguments after `--` are names of variables that the ranks get as well.
 """
