@@ -29,6 +29,7 @@ class NodePlan:
         ranks: That run on it, in the order of their local ranks; they need not be neighbours.
         feature, labels: What the node must have: under Slurm the feature, under Ray the labels.
         groups: Expert groups that live on it.
+        own: No rank of another group, and of no other job, goes there.
     """
 
     index: int
@@ -36,6 +37,7 @@ class NodePlan:
     feature: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
+    own: bool = False
 
     @property
     def ray_labels(self) -> Mapping[str, str]:
@@ -92,13 +94,14 @@ class JobPlan:
             gpu=local if self.gpus_per_node else None,
         )
 
-    def table(self) -> str:
-        """A line for each node, for people."""
+    def table(self, hosts: Sequence[str] = ()) -> str:
+        """A line for each node, for people; `hosts` as in `place_of`."""
         rows = [("node", "ranks", "needs", "experts of")]
         for node in self.nodes:
             needs = [node.feature] if node.feature else []
             needs += [f"{name}={value}" for name, value in node.labels.items()]
-            rows.append((str(node.index), _runs(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
+            name = hosts[node.index] if hosts else str(node.index)
+            rows.append((name, _runs(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -138,6 +141,7 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
             feature=demand.feature,
             labels=demand.labels,
             groups=tuple(name for name in names if any(name in of_rank[rank] for rank in ranks)),
+            own=bool(demand.owner),
         )
         for index, (demand, ranks) in enumerate(packed)
     )

@@ -20,7 +20,7 @@ from typing import IO
 
 from launchers.command import RankCommand
 from launchers.ending import Course, Outcome, Patience
-from moe_dist.runtime.signals import STOP_SIGNALS, child_of
+from moe_dist.runtime.signals import STOP_SIGNALS, child_of, unblock_stop_signals
 
 TICK_SECONDS = 0.1
 HELD_SECONDS = (
@@ -39,6 +39,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        unblock_stop_signals()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -41,6 +41,11 @@ class Want:
     traits: frozenset[str] = frozenset()
     amounts: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def who(self) -> str:
+        """Subject and verb of a sentence."""
+        return f"ranks {self.ranks} want" if {",", "-"} & set(self.ranks) else f"rank {self.ranks} wants"
+
     def has_traits(self, offer: Offer) -> bool:
         return self.traits <= offer.traits
 
@@ -95,8 +100,7 @@ def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: s
             there = ", ".join(sorted({each for offer in offers for each in offer.traits})) or "none"
             return error(
                 CHECK,
-                f"ranks {want.ranks} want a node with the {trait_word} {trait!r}, and no node of {where} has it (it has: "
-                f"{there})",
+                f"{want.who} a node with the {trait_word} {trait!r}, and no node of {where} has it (it has: {there})",
                 "correct placement.groups.<group>.node, or choose another partition or cluster",
             )
     if not offers:
@@ -104,7 +108,7 @@ def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: s
     both = ", ".join(sorted(want.traits))
     return error(
         CHECK,
-        f"ranks {want.ranks} want one node with the {trait_word}s {both}, and no node of {where} has all of them",
+        f"{want.who} one node with the {trait_word}s {both}, and no node of {where} has all of them",
         "ask for less in placement.groups.<group>.node",
     )
 
@@ -116,8 +120,7 @@ def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str)
     kind = f" with the {trait_word} {', '.join(sorted(want.traits))}" if want.traits else ""
     return error(
         CHECK,
-        f"ranks {want.ranks} want {want.amounts[name]:g} {name} on one node, and no node of {where}{kind} has more than "
-        f"{most:g}",
+        f"{want.who} {want.amounts[name]:g} {name} on one node, and no node of {where}{kind} has more than {most:g}",
         "ask for fewer ranks a node (cluster file: gpus.per_node, ranks_per_node) or for less a rank (cpus_per_rank)",
     )
 

@@ -43,21 +43,22 @@ def measure_pairs(ranks: Ranks, *, payload_bytes: int, device: torch.device, tim
     measured: dict[Pair, Exchange] = {}
     for pairs in tournament(ranks.nodes):
         measured |= _round(pairs, ranks, payload_bytes, device, timeout)
+    # torch names a group after its ranks and the number of groups there are. Without one more a pair's second group would
+    # have the name of its first, find the addresses of that in the store, and wait for them forever.
+    spare = group_of([ranks.rank], timeout=timeout)
     for pair in slow_pairs(measured):
         again = _round([pair], ranks, payload_bytes, device, timeout)
         measured[pair] = measured[pair].best(again[pair])
+    dist.destroy_process_group(spare)
     return measured
 
 
 def names_of_nodes(own: str, ranks: Ranks, device: torch.device) -> list[str]:
     """Names of the nodes in order. Collective over all ranks; as bytes, since nothing is unpickled."""
-    text = torch.zeros(NAME_BYTES, dtype=torch.uint8)
-    encoded = own.encode()[:NAME_BYTES]
-    text[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    everywhere = torch.zeros(ranks.nodes * ranks.per_node, NAME_BYTES, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(everywhere, text.to(device))
-    firsts = everywhere[:: ranks.per_node].cpu().tolist()
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in firsts]
+    text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
+    everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
+    dist.all_gather(everywhere, text)
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everywhere[:: ranks.per_node]]
 
 
 def _round(
