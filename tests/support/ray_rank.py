@@ -1,6 +1,6 @@
 """A rank as `moe_dist.train` that first leaves a process in a session of its own, and may save slowly.
 
-    MOE_DIST_TEST_SAVE_SECONDS=30     each commit of a checkpoint takes so much longer
+MOE_DIST_TEST_SAVE_SECONDS=30     each commit of a checkpoint takes so much longer
 """
 
 import os
