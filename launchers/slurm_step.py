@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.attempts import last_words
 from launchers.restart import committed_step
 from launchers.slurm_allocation import SlurmError, ask
 from launchers.snapshot import Snapshot
-from launchers.supervise import last_words
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 
