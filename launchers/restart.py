@@ -58,10 +58,10 @@ def refusal(attempts: Sequence[Ended], max_restarts: int, *, option: str = "--ma
     """
     if is_final(attempts[-1].code):
         return "its verdict would only repeat"
-    return exhausted(attempts, max_restarts)
+    return exhausted(attempts, max_restarts, option=option)
 
 
-def exhausted(attempts: Sequence[Ended], max_restarts: int) -> str | None:
+def exhausted(attempts: Sequence[Ended], max_restarts: int, *, option: str) -> str | None:
     """Why attempts like these are enough, whatever their verdicts: too many, or without gain; None where they are not."""
     if len(attempts) > max_restarts:
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
