@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,18 +98,17 @@ def connect(address: str) -> "JobSubmissionClient":
 
 def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
     """Shows a job's log until it has ended; returns its verdict."""
-    shown = 0
+    shown = _Shown()
     while True:
+        broken: Exception | None = None
         try:
-            shown = asyncio.run(_show(client, job_id, shown))
-        except (RuntimeError, OSError) as error:  # the connection broke; what it was is known below
-            broken: Exception | None = error
-        else:
-            broken = None
+            asyncio.run(_show(client, job_id, shown))
+        except (RuntimeError, OSError) as error:  # the connection broke; what became of the job is asked below
+            broken = error
         details = client.get_job_info(job_id)
         if details.status.is_terminal():
             log = client.get_job_logs(job_id)
-            print(log[shown:], end="", flush=True)
+            print(log[shown.characters :], end="", flush=True)
             return verdict(details, log)
         if broken is not None:
             print(f"[following {job_id} again: {broken}]", file=sys.stderr)
@@ -131,13 +131,19 @@ def verdict(details: "JobDetails", log: str) -> int:
     return EXIT_FAILED
 
 
-async def _show(client: Any, job_id: str, shown: int) -> int:
-    """Prints the log from character `shown` on; returns how much of it has been shown."""
+@dataclass
+class _Shown:
+    """How much of a log was shown, over all connections."""
+
+    characters: int = 0
+
+
+async def _show(client: Any, job_id: str, shown: _Shown) -> None:
+    """Prints what of the log was not yet shown; each connection gets it from the beginning."""
     seen = 0
     async for text in client.tail_job_logs(job_id):
-        new = text[max(0, shown - seen) :]
+        new = text[max(0, shown.characters - seen) :]
         seen += len(text)
         if new:
             print(new, end="", flush=True)
-            shown = seen
-    return shown
+            shown.characters = seen

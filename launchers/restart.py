@@ -61,8 +61,12 @@ def refusal(attempts: Sequence[Ended], max_restarts: int, *, option: str = "--ma
     return exhausted(attempts, max_restarts, option=option)
 
 
-def exhausted(attempts: Sequence[Ended], max_restarts: int, *, option: str) -> str | None:
-    """Why attempts like these are enough, whatever their verdicts: too many, or without gain; None where they are not."""
+def exhausted(attempts: Sequence[Ended], max_restarts: int, *, option: str = "max_restarts") -> str | None:
+    """Why attempts like these are enough, whatever their verdicts: too many, or without gain; None where they are not.
+
+    Args:
+        option: As in `refusal`; by default the cluster file's key.
+    """
     if len(attempts) > max_restarts:
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]

@@ -121,7 +121,7 @@ def _begin(path: Path, step: int) -> list[int]:
 def _enough(steps: Sequence[int], cluster: Cluster) -> str | None:
     """Why the attempts between these steps are not followed by another; whether their verdicts allow one is not asked."""
     attempts = [Ended(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
-    return exhausted(attempts, cluster.max_restarts, option="max_restarts in the cluster file")
+    return exhausted(attempts, cluster.max_restarts)
 
 
 def _program(env: dict[str, str]) -> tuple[str, ...]:

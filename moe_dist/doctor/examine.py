@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,19 +10,17 @@ from pathlib import Path
 from launchers.command import JobPlan, one_node, plan_job
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
-from moe_dist.doctor.finding import Finding, error, note, ok
+from moe_dist.doctor.finding import Finding, Level, error, note, ok
 from moe_dist.doctor.node_checks import check_folders, check_nodes
-from moe_dist.doctor.node_facts import Questions, look
+from moe_dist.doctor.node_facts import NodeFacts, Questions, look
 from moe_dist.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
 from moe_dist.doctor.slurm_checks import check_slurm, judge_grace
 from moe_dist.doctor.slurm_nodes import run_on_nodes
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import MoeDistError, PlacementError
 from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
-
-SITES = ("local", "slurm", "ray")
 
 
 @dataclass(frozen=True)
@@ -73,18 +72,35 @@ def examine(
         yield from check_nodes([here], needs)
         yield judge_grace({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
         return
-    site = _site(on, plan, site_file, env)
+    try:
+        with _site(on, plan, site_file, env) as site:
+            yield from _on_cluster(site, config, plan, here, save_seconds, probe=probe, fabric=fabric)
+    except PlacementError as failed:
+        yield error("scheduler", str(failed.faults[0]), "")
+
+
+def _on_cluster(
+    site: Site,
+    config: Config,
+    plan: JobPlan,
+    here: NodeFacts,
+    save_seconds: float | None,
+    *,
+    probe: bool,
+    fabric: bool,
+) -> Iterator[Finding]:
     scheduled = site.check(save_seconds)
     yield from scheduled
-    if not probe:
-        yield from check_folders([here], needs)
-        yield note("nodes of the job", "not visited; --probe looks at each, as the job itself does when it starts")
-    elif any(finding.is_fault and finding.check in ("scheduler", "nodes") for finding in scheduled):
-        yield from check_folders([here], needs)
-        yield note("probe", "not started: it would wait for nodes that are not there")
+    if any(finding.level is Level.ERROR for finding in scheduled):
+        yield from check_folders([here], needs_of(config, plan))
+        if probe or fabric:
+            yield note("probe", "not started: it would wait for what is not there")
         return
-    else:
+    if probe:
         yield from probe_nodes(config, plan, site.run, here=here)
+    else:
+        yield from check_folders([here], needs_of(config, plan))
+        yield note("nodes of the job", "not visited; --probe looks at each, as the job itself does when it starts")
     if fabric:
         yield from measure_fabric(config, plan, site.run)
 
@@ -101,15 +117,25 @@ def _plan_text(plan: JobPlan) -> str:
     return f"{plan.world_size} ranks on {len(plan.nodes)} node{'s' * (len(plan.nodes) > 1)}{gpus}{wanted}"
 
 
-def _site(on: str, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]) -> Site:
+@contextmanager
+def _site(on: str, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]) -> Iterator[Site]:
+    """A connection to the scheduler.
+
+    Raises:
+        PlacementError: there is none.
+    """
     if on == "slurm":
 
         def run(module: str, argument: str, tasks_per_node: int, minutes: int) -> Iterator[tuple[float, str]]:
             return run_on_nodes(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes)
 
-        return Site(lambda save_seconds: check_slurm(plan, cluster, save_seconds), run)
-    from moe_dist.doctor import ray_site  # Ray is an extra, and takes seconds to import
+        yield Site(lambda save_seconds: check_slurm(plan, cluster, save_seconds), run)
+        return
+    from launchers.ray_driver import connected  # Ray is an extra, and takes seconds to import
+    from moe_dist.doctor import ray_site
 
-    return Site(
-        lambda save_seconds: ray_site.check_ray(plan, cluster, save_seconds, env), partial(ray_site.run_on_nodes, plan)
-    )
+    with connected(env) as parts:
+        yield Site(
+            lambda save_seconds: ray_site.check_ray(plan, cluster, parts, save_seconds, env),
+            partial(ray_site.run_on_nodes, plan, cluster),
+        )

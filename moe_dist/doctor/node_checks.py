@@ -128,7 +128,8 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
         return ok("room", f"{_bytes(free)} free in run.root, its checkpoints need {_bytes(needs.folder_bytes)}")
     return warning(
         "room",
-        f"run.root={needs.folder!r} has {_bytes(free)} free on {least.node}, its checkpoints need {_bytes(needs.folder_bytes)}",
+        f"run.root={needs.folder!r} has {_bytes(free)} free on {least.node}, and its checkpoints need "
+        f"{_bytes(needs.folder_bytes)}",
         "make room, choose another run.root, or keep fewer (checkpoint.keep)",
     )
 

@@ -1,17 +1,17 @@
 """Runs a module of ours on the nodes that a plan wants, by Slurm: one srun from the login node, and no file in between."""
 
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from launchers.command import JobPlan, NodePlan
-from moe_dist.config.cluster import Cluster
+from launchers.command import JobPlan
+from launchers.slurm_script import container_prefix, part_options, parts, site_options
+from moe_dist.config.cluster import Cluster, PyxisContainer
 from moe_dist.errors import PlacementError
 
 CLONE = Path(__file__).parents[2]
@@ -60,39 +60,36 @@ def run_on_nodes(
 def srun_command(
     plan: JobPlan, cluster: Cluster, module: str, argument: str, *, tasks_per_node: int, minutes: int
 ) -> list[str]:
-    """One srun; the nodes of each kind are a component of their own, in the order of the plan."""
-    kinds: dict[str | None, list[NodePlan]] = {}
-    for node in plan.nodes:
-        kinds.setdefault(node.feature, []).append(node)
+    """One srun; the nodes of each kind are a component of their own, as in the job itself."""
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node)]
+    site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
+    common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
+    if isinstance(cluster.container, PyxisContainer):
+        mounts = [f"{CLONE}:{CLONE}", *cluster.container.mounts]
+        common += [f"--container-image={cluster.container.image}", f"--container-mounts={','.join(mounts)}"]
     command = ["srun"]
-    for number, (feature, nodes) in enumerate(kinds.items()):
-        command += [":"] if number else []
-        command += [*_component(plan, cluster, feature, len(nodes), tasks_per_node), f"--time={minutes}", *task]
+    for number, part in enumerate(parts(plan)):
+        kind = [option for option in part_options(part, plan, cluster) if not option.startswith(("--n", "--cpus"))]
+        size = [f"--nodes={len(part.nodes)}", f"--ntasks={len(part.nodes) * tasks_per_node}"]
+        size.append(f"--ntasks-per-node={tasks_per_node}")
+        if cluster.cpus_per_rank is not None:
+            size.append(f"--cpus-per-task={cluster.cpus_per_rank * part.ranks_per_node // tasks_per_node}")
+        command += [*([":"] if number else []), *kind, *size, *common, *task]
     return command
 
 
-def _component(plan: JobPlan, cluster: Cluster, feature: str | None, nodes: int, tasks_per_node: int) -> list[str]:
-    site = {"account": cluster.account, "partition": cluster.partition, "qos": cluster.qos, "constraint": feature}
-    options = [f"--{name}={value}" for name, value in site.items() if value is not None]
-    options += [f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}"]
-    if cluster.cpus_per_rank is not None:
-        options.append(f"--cpus-per-task={cluster.cpus_per_rank * plan.ranks_per_node // tasks_per_node}")
-    if plan.gpus_per_node:
-        kind = f"{cluster.gpus.type}:" if cluster.gpus.type is not None else ""
-        gres = f"--gres=gpu:{kind}{plan.gpus_per_node}"
-        options.append(gres if cluster.gpus.syntax == "gres" else f"--gpus-per-node={kind}{plan.gpus_per_node}")
-    return [*options, "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
-
-
 def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int) -> str:
-    """What a task runs: the cluster file's prelude, then Python."""
-    python = cluster.python or (sys.executable if os.access(sys.executable, os.X_OK) else "python3")
-    lines: Sequence[str] = [
-        *cluster.prelude,
-        "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
-        f"export LOCAL_WORLD_SIZE={tasks_per_node} PYTHONUNBUFFERED=1",
-        *([f"export GLOO_SOCKET_IFNAME={cluster.interface}"] if cluster.interface else []),
-        f"exec {shlex.quote(python)} -m {module} {shlex.quote(argument)}",
-    ]
-    return "\n".join(lines)
+    """What a task runs: the site's variables and prelude, then Python, in the site's container."""
+    variables = {name: variable.value for name, variable in cluster.nccl.items()}
+    if cluster.interface is not None:
+        variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
+    command = [*container_prefix(cluster, [str(CLONE)], CLONE), cluster.python or sys.executable, "-m", module, argument]
+    return "\n".join(
+        [
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            *cluster.prelude,
+            "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
+            f"export LOCAL_WORLD_SIZE={tasks_per_node} PYTHONUNBUFFERED=1",
+            f"exec {shlex.join(command)}",
+        ]
+    )
