@@ -19,12 +19,15 @@ from tests.support.tiny import tiny_config, write_config
 
 @dataclass
 class Api:
-    """Ray's job API with one job: its log in pieces, the connection breaking after some of them, and its end."""
+    """Ray's job API with one job: its log in pieces, the connection breaking once after some of them; it has ended when it
+    was asked for more than `runs_for` times."""
 
     pieces: list[str]
     status: str = "SUCCEEDED"
     driver_exit_code: int | None = 0
     breaks_after: int | None = None
+    runs_for: int = 0
+    asked: int = 0
     submissions: list[dict[str, Any]] = field(default_factory=list)
 
     def submit_job(self, **request: Any) -> str:
@@ -47,7 +50,8 @@ class Api:
         return "".join(self.pieces)
 
     def get_job_info(self, job_id: str) -> Any:
-        over = self.breaks_after is None
+        self.asked += 1
+        over = self.asked > self.runs_for
 
         class Status(str):
             def is_terminal(self) -> bool:
@@ -146,7 +150,7 @@ def test_the_verdict_is_the_exit_code_or_the_last_line_of_a_stopped_job(
 def test_the_log_is_shown_once_though_the_connection_breaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api = answers(monkeypatch, Api(["one\n", "two\n", "three\n"], "FAILED", 78, breaks_after=2))
+    api = answers(monkeypatch, Api(["one\n", "two\n", "three\n"], "FAILED", 78, breaks_after=2, runs_for=1))
     assert follow_job(api, "raysubmit_x") == 78  # pyright: ignore
     shown = capsys.readouterr()
     assert shown.out == "one\ntwo\nthree\n"
