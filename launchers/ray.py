@@ -16,6 +16,7 @@ import typer
 
 from launchers import ray_submit
 from launchers.command import TRAIN, absolute_paths, plan_job
+from launchers.ray_nodes import islands
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from moe_dist.config.cluster import FOLDER as CLUSTERS
 from moe_dist.config.cluster import VARIABLE as CLUSTER_VARIABLE
@@ -86,6 +87,7 @@ def launch(
             wait_seconds=wait_seconds,
             program=program,
             forwarded=tuple(forwarded),
+            together=() if site.domain_nodes is None else tuple(islands(plan, preflight.config.parallel.ep)),
         )
     )
 

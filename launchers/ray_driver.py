@@ -51,6 +51,7 @@ class Job:
         wait_seconds: For nodes that the cluster does not have; None takes SETTLE_SECONDS at first, REPLACE_SECONDS later.
         program: What each rank's interpreter runs.
         forwarded: Variables of this process that the ranks get as well, outside of a job.
+        together: Nodes of the plan that must share a domain; empty where the site declares none.
     """
 
     config: Path
@@ -63,6 +64,7 @@ class Job:
     wait_seconds: float | None
     program: tuple[str, ...]
     forwarded: tuple[str, ...] = ()
+    together: tuple[tuple[int, ...], ...] = ()
 
 
 def drive(job: Job) -> int:
@@ -97,6 +99,7 @@ def _attempt(
         job.plan,
         bundle_of_rank(job.plan, job.cluster.cpus_per_rank),
         [str(path) for path in (job.config, job.folder.logs, job.data)],
+        together=job.together,
         wait_seconds=wait if job.wait_seconds is None else job.wait_seconds,
         signals=signals,
         say=lambda text: print(text, file=sys.stderr, flush=True),
