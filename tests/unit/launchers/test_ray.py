@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from launchers import ray_submit
-from launchers.ray import launch, seen_from_the_job, submitted
+from launchers.ray import launch, submitted
+from launchers.ray_job import ROOT, seen_from_the_job
 from launchers.ray_submit import follow_job, stop, verdict, verdict_line
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.run_folder import RunFolder
@@ -93,9 +94,9 @@ def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixtu
     assert "all is well" in capsys.readouterr().out
 
 
-def test_what_ray_ships_is_named_from_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert seen_from_the_job(tmp_path / "configs" / "x.yaml") == Path("configs/x.yaml")
+def test_what_ray_ships_is_named_from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "configs")
+    assert seen_from_the_job(Path("x.yaml")) == Path("configs/x.yaml")
     assert seen_from_the_job(Path("/elsewhere/x.yaml")) == Path("/elsewhere/x.yaml")
 
 
@@ -118,7 +119,7 @@ def test_a_submission_quotes_its_words_makes_paths_absolute_and_sets_the_grace(
     assert code == 0
     (request,) = api.submissions
     words = shlex.split(request["entrypoint"])
-    assert words[:5] == ["python", "-m", "launchers.ray", "x.yaml", "run.root=my runs"]
+    assert words[:5] == ["python", "-m", "launchers.ray", str(yaml), "run.root=my runs"]
     assert f"run.root={yaml.parent}/my runs" in words[5:]
     assert words[-2:] == ["--max-failures=2", "--cluster=cpu"]
     assert request["runtime_env"]["env_vars"] == {"MOE_DIST_TEST_KEY": "value", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
