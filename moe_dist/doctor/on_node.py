@@ -26,4 +26,4 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
 
 
 if __name__ == "__main__":
-    print(to_line(visit(questions_from(sys.argv[1]), first=os.environ.get("SLURM_PROCID", "0") == "0")), flush=True)
+    print(to_line(visit(questions_from(sys.argv[1]), first=os.environ.get("RANK", "0") == "0")), flush=True)
