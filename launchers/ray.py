@@ -10,48 +10,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from launchers import ray_submit
-from launchers.command import TRAIN, absolute_paths, plan_job
+from launchers.command import absolute_paths
+from launchers.ray_job import check_job, seen_from_the_job
 from launchers.restart import DEFAULT_MAX_RESTARTS
+from launchers.supervise import StopSignals
 from moe_dist.config.cluster import FOLDER as CLUSTERS
 from moe_dist.config.cluster import VARIABLE as CLUSTER_VARIABLE
 from moe_dist.config.cluster import cluster_file, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
-from moe_dist.preflight import check_file
 from moe_dist.runtime.command_line import run_command
-from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.shared_folder import relative_paths
 
 GUIDE = "docs/ray.md"
 DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
-def launch(
-    config_path: Path,
-    overrides: Sequence[str] = (),
-    *,
-    cluster: str | None = None,
-    overwrite: bool = False,
-    max_failures: int = DEFAULT_MAX_RESTARTS,
-    wait_seconds: float | None = None,
-    forwarded: Sequence[str] = (),
-    program: tuple[str, ...] = TRAIN,
-) -> int:
+def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
     """The driver: checks a run, starts its ranks on the cluster that this process belongs to, and sees them through. Call
     it in the main thread.
 
     Args:
-        cluster: Name or path of the cluster file.
-        overwrite: Move an old run of this name aside, once.
-        max_failures: How often a failure is followed by a new attempt, see `launchers.restart`.
-        wait_seconds: For nodes that the cluster does not have.
-        forwarded: Variables of this process that the ranks get as well; in a job they have all of the job's.
-        program: What each rank's interpreter runs.
+        options: As of `launchers.ray_job.check_job`.
 
     Returns:
         The verdict of the run.
@@ -59,41 +44,9 @@ def launch(
     Raises:
         MoeDistError: found before a rank was started, or while there is no node for it.
     """
-    site = load_cluster(cluster, os.environ)
-    preflight = check_file(config_path, overrides)
-    if faults := relative_paths(preflight.config):
-        way_out = f"as in {' '.join(absolute_paths(preflight.config, Path('/shared/folder')))}"
-        raise ConfigError([f"{fault}; {way_out}" for fault in faults], see=GUIDE)
-    plan = plan_job(preflight, site)
-    folder = RunFolder.of(preflight.config)
-    if overwrite and (old := folder.move_aside()) is not None:
-        print(f"{folder.path} moved to {old}", file=sys.stderr)
-    start = folder.inspect(preflight.config)
-    if start is Start.FINISHED:
-        print(folder.read_summary())
-        return EXIT_DONE
-    print(f"{plan.world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}\n{plan.table()}")
-    driver = _with_ray()
-    return driver.drive(
-        driver.Job(
-            config=seen_from_the_job(config_path),
-            overrides=tuple(overrides),
-            plan=plan,
-            cluster=site,
-            folder=folder,
-            data=Path(preflight.config.data.path),
-            max_failures=max_failures,
-            wait_seconds=wait_seconds,
-            program=program,
-            forwarded=tuple(forwarded),
-        )
-    )
-
-
-def seen_from_the_job(path: Path) -> Path:
-    """A path as every node has it: relative where it lies in the working directory, which Ray ships; else absolute."""
-    absolute = path.absolute()
-    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
+    with StopSignals() as signals:  # also while nothing runs yet
+        job = check_job(config_path, overrides, **options)
+        return EXIT_DONE if job is None else _with_ray().drive(job, signals)
 
 
 def submitted(
@@ -164,6 +117,7 @@ def main(
 ) -> None:
     """Run on a Ray cluster, one actor and one process a rank. Without --submit or --stop this is the driver itself: run it
     inside a job (`ray job submit`) or on a node of the cluster."""
+    drives = False
     options = [f"--max-failures={max_failures}", *(["--overwrite"] if overwrite else [])]
     options += [f"--wait-for-nodes={wait_for_nodes:g}"] if wait_for_nodes is not None else []
     try:
@@ -182,6 +136,7 @@ def main(
                 forwarded=env or (),
             )
         else:
+            drives = True
             code = launch(
                 config,
                 overrides or (),
@@ -197,6 +152,8 @@ def main(
     except OSError as error:
         print(f"{error}; the run folder is <run.root>/<run.name>: mend it, or choose another run.root", file=sys.stderr)
         code = EXIT_FAILED
+    if drives:
+        print(ray_submit.verdict_line(code), flush=True)
     raise typer.Exit(code)
 
 

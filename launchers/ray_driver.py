@@ -7,8 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import ray
 
@@ -17,15 +16,15 @@ from launchers.command import JobPlan, Plan, published_rendezvous, rank_commands
 from launchers.ending import Outcome, Patience
 from launchers.ray_exposure import asks_for_token, exposure_text, listening
 from launchers.ray_gang import gather_gang
+from launchers.ray_job import ROOT, Job
 from launchers.ray_nodes import bundle_of_rank
 from launchers.ray_rank import Seat
-from launchers.ray_submit import ROOT, STOP_WAIT, verdict_line
+from launchers.ray_submit import STOP_WAIT
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import PlacementError
 from moe_dist.runtime.place import LABELS
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
-from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
@@ -37,43 +36,16 @@ LAST_LINES_SECONDS = 1.0  # that Ray takes to bring what rank 0 has printed here
 REPLACE_SECONDS = 300.0  # after a failure: a node that was lost is being replaced
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run as the driver carries it out.
-
-    Attributes:
-        config: Path of the YAML file, the same on every node: absolute, or relative to the working directory of the job.
-        overrides: `key=value`.
-        plan: Nodes and their ranks.
-        cluster: The site.
-        folder, data: The run's folder and the data's, which all nodes share.
-        max_failures: Restarts.
-        wait_seconds: For nodes that the cluster does not have; None takes SETTLE_SECONDS at first, REPLACE_SECONDS later.
-        program: What each rank's interpreter runs.
-        forwarded: Variables of this process that the ranks get as well, outside of a job.
-    """
-
-    config: Path
-    overrides: tuple[str, ...]
-    plan: JobPlan
-    cluster: Cluster
-    folder: RunFolder
-    data: Path
-    max_failures: int
-    wait_seconds: float | None
-    program: tuple[str, ...]
-    forwarded: tuple[str, ...] = ()
-
-
-def drive(job: Job) -> int:
-    """Runs attempts until one is the last; returns its verdict, which also ends the log.
+def drive(job: Job, signals: StopSignals) -> int:
+    """Runs attempts until one is the last; returns its verdict.
 
     Raises:
         PlacementError: there is no cluster to connect to, or it does not have the nodes.
         ConfigError, StoppedError: as `gather_gang`.
     """
     grace = stop_grace(os.environ)
-    with connected(os.environ, job.forwarded) as parts, StopSignals() as signals:  # ray.init has handlers of its own
+    with connected(os.environ, job.forwarded) as parts:
+        signals.renew()
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
             print(text, file=sys.stderr, flush=True)
@@ -84,7 +56,6 @@ def drive(job: Job) -> int:
 
         code = until_it_ends(job.folder, run, signals, prefix="ray", max_restarts=job.max_failures, option="--max-failures")
         time.sleep(LAST_LINES_SECONDS)
-    print(verdict_line(code), flush=True)
     return code
 
 
@@ -97,6 +68,7 @@ def _attempt(
         job.plan,
         bundle_of_rank(job.plan, job.cluster.cpus_per_rank),
         [str(path) for path in (job.config, job.folder.logs, job.data)],
+        together=job.together,
         wait_seconds=wait if job.wait_seconds is None else job.wait_seconds,
         signals=signals,
         say=lambda text: print(text, file=sys.stderr, flush=True),

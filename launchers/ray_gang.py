@@ -182,6 +182,7 @@ def gather_gang(
     bundle: Mapping[str, float],
     paths: Sequence[str],
     *,
+    together: Sequence[tuple[int, ...]] = (),
     wait_seconds: float,
     signals: StopSignals,
     say: Callable[[str], None],
@@ -190,6 +191,7 @@ def gather_gang(
 
     Args:
         paths: What every rank must see.
+        together: Nodes of the plan that must share a domain.
         wait_seconds: How long nodes are waited for that the cluster does not have; those that others use are waited for
             without end.
         say: Told for what it waits, once.
@@ -209,7 +211,7 @@ def gather_gang(
     while True:
         if signals.first is not None:
             raise StoppedError(f"{signals.first.name} came while the job waited for its nodes; start me again")
-        assignment = assign(job, live_nodes(), bundle)
+        assignment = assign(job, live_nodes(), bundle, together)
         if assignment.faults:
             if time.monotonic() - began >= wait_seconds:
                 raise PlacementError(assignment.faults, see="docs/ray.md")

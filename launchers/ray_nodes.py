@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from launchers.command import JobPlan, NodePlan
 
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
+DOMAIN = "ray.io/gpu-domain"  # the label of nodes that share a fastest interconnect, as an NVLink rack
 _SHOWN = 8
 
 
@@ -66,23 +67,50 @@ def bundle_of_rank(job: JobPlan, cpus: int | None) -> dict[str, float]:
     return {"CPU": float(cpus or 1), **({"GPU": 1.0} if job.gpus_per_node else {})}
 
 
-def assign(job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> Assignment:
+def islands(job: JobPlan, ep: int) -> list[tuple[int, ...]]:
+    """Nodes of the plan that must share a domain, since an EP group lies on them: index by index, each node in one.
+
+    Args:
+        ep: Ranks of an EP group, which are neighbours.
+    """
+    found: list[set[int]] = []
+    for first in range(0, job.world_size, ep):
+        nodes = {job.node_of(rank).index for rank in range(first, first + ep)}
+        for other in [each for each in found if each & nodes]:
+            nodes |= other
+            found.remove(other)
+        found.append(nodes)
+    return [tuple(sorted(each)) for each in found]
+
+
+def assign(
+    job: JobPlan,
+    nodes: Sequence[RayNode],
+    bundle: Mapping[str, float],
+    together: Sequence[tuple[int, ...]] = (),
+) -> Assignment:
     """Chooses a node for each node of the plan: one that has its labels, and room for all its ranks.
 
     Args:
         nodes: The live ones; earlier ones are taken first where several will do.
         bundle: Resources of one rank.
+        together: Nodes of the plan that must share a domain; empty where the site declares none.
     """
-    possible = [[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes]
-    found = _match(possible)
+
+    def chosen(resources: str) -> list[int | None]:
+        possible = [
+            [n for n, node in enumerate(nodes) if _fits(each, node, getattr(node, resources), bundle)] for each in job.nodes
+        ]
+        return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else _match(possible)
+
+    found = chosen("total")
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
+        alone = _match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
+        if None not in alone:  # there would be nodes, but no domain has enough of them
+            return Assignment(faults=(_domain_fault(missing, nodes),))
         return Assignment(faults=tuple(_fault(each, job, nodes, bundle) for each in missing))
-    free = [
-        [n for n in able if _fits(each, nodes[n], nodes[n].free, bundle)]
-        for each, able in zip(job.nodes, possible, strict=True)
-    ]
-    found = _match(free)
+    found = chosen("free")
     if None in found:
         return Assignment(waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
     return Assignment(nodes=tuple(nodes[node] for node in found if node is not None))
@@ -110,6 +138,41 @@ def _match(possible: Sequence[Sequence[int]]) -> list[int | None]:
         take(which, set())
     node_of = {which: node for node, which in taken.items()}
     return [node_of.get(which) for which in range(len(possible))]
+
+
+def _match_domains(
+    possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
+) -> list[int | None]:
+    """As `_match`, with each island inside one domain: the largest first, each in the fullest domain that still takes it.
+    A node without the label is in no domain, and takes an island of one node at most."""
+    found: list[int | None] = [None] * len(possible)
+    left = set(range(len(nodes)))
+    for island in sorted(together, key=len, reverse=True):
+        domains: dict[str, set[int]] = {}
+        for n in left:
+            domain = nodes[n].labels.get(DOMAIN, f"{NODE_ID}={nodes[n].node_id}")
+            domains.setdefault(domain, set()).add(n)
+        for within in sorted(domains.values(), key=lambda each: (len(each), min(each))):
+            matched = _match([[n for n in possible[which] if n in within] for which in island])
+            if None not in matched:
+                for which, node in zip(island, matched, strict=True):
+                    found[which] = node
+                left -= set(matched)  # pyright: ignore[reportArgumentType]  # none of them is None
+                break
+    return found
+
+
+def _domain_fault(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> str:
+    ranks = sorted(rank for each in missing for rank in each.ranks)
+    sizes: dict[str, int] = {}
+    for node in nodes:
+        if DOMAIN in node.labels:
+            sizes[node.labels[DOMAIN]] = sizes.get(node.labels[DOMAIN], 0) + 1
+    there = ", ".join(f"{name}: {size} nodes" for name, size in sorted(sizes.items())) or "no node has the label"
+    return (
+        f"{_ranks(ranks)}: an EP group must stay inside one domain (domain_nodes in the cluster file), by the label "
+        f"{DOMAIN}; there are {there}; label the nodes, lower parallel.ep, or declare another domain"
+    )
 
 
 def _fault(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from launchers.keeper import Order
 from launchers.ray_metrics import serve_metrics
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
+
+SEEN_SECONDS = 30.0
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,19 @@ class RankActor:
         """Where this is. An actor that has answered is really there.
 
         Args:
-            paths: Files or folders that must be seen from here.
+            paths: Files or folders that must be seen from here; waited for, since the clients of a file server may remember
+                for a while that something was not there.
         """
+        deadline = time.monotonic() + SEEN_SECONDS
+        while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
         context = ray.get_runtime_context()
         return Seat(
             node_id=context.get_node_id(),
             host=ray.util.get_node_ip_address(),
             labels={key: str(value) for key, value in context.get_node_labels().items()},
             gpus=tuple(map(str, context.get_accelerator_ids().get("GPU", ()))),
-            missing=tuple(path for path in paths if not Path(path).exists()),
+            missing=tuple(missing),
         )
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: str, shown: bool) -> None:

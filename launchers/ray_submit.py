@@ -7,16 +7,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.ending import ABORTED
+from launchers.ray_job import ROOT
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, PlacementError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-ROOT = Path(__file__).parents[1]
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray kills the driver so many seconds after `ray job stop`
 POLL_SECONDS = 1.0
 _VERDICT = re.compile(r"^moe_dist ends with verdict (\d+)$", re.MULTILINE)

@@ -58,7 +58,7 @@ def carry_out(job: Job, arguments: Sequence[str], env: dict[str, str]) -> int:
     folder.prepare()
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan, folder, env)
     begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))
-    if job.restarts and (no := exhausted(_attempts(begins), cluster.max_restarts)):
+    if job.restarts and (no := _enough(begins, cluster)):
         print(f"job {job.id} does not go on: {no}", file=sys.stderr)
         return EXIT_FAILED
     hosts = hosts_of(plan, allocation)
@@ -69,8 +69,7 @@ def carry_out(job: Job, arguments: Sequence[str], env: dict[str, str]) -> int:
         ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
         verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, ranks_of=ranks_of)
         if verdict == STOPPED:
-            attempts = _attempts([*begins, committed_step(folder.checkpoints)])
-            start_again(job, snapshot, exhausted(attempts, cluster.max_restarts))
+            start_again(job, snapshot, _enough([*begins, committed_step(folder.checkpoints)], cluster))
     return verdict
 
 
@@ -119,9 +118,10 @@ def _begin(path: Path, step: int) -> list[int]:
     return [*steps, step]
 
 
-def _attempts(steps: Sequence[int]) -> list[Ended]:
-    """The attempts between these steps. Whether their verdicts allow another is not asked here."""
-    return [Ended(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
+def _enough(steps: Sequence[int], cluster: Cluster) -> str | None:
+    """Why the attempts between these steps are not followed by another; whether their verdicts allow one is not asked."""
+    attempts = [Ended(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
+    return exhausted(attempts, cluster.max_restarts)
 
 
 def _program(env: dict[str, str]) -> tuple[str, ...]:

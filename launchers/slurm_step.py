@@ -122,7 +122,8 @@ def conclude(
 
 
 def start_again(job: Job, snapshot: Snapshot, no: str | None) -> None:
-    """Requeues the job after 75, unless its attempts are enough, its user has cancelled it, or Slurm was faster.
+    """Requeues the job after 75, unless its attempts are enough, or Slurm ends it already: preempted jobs are requeued by
+    then, cancelled ones are to stay away.
 
     Args:
         no: Why its attempts are enough; None where they are not.
@@ -132,17 +133,14 @@ def start_again(job: Job, snapshot: Snapshot, no: str | None) -> None:
     if no is not None:
         _say(f"not requeued: {no}; to go on all the same: {again}")
         return
-    if job.state() == "CANCELLED":
-        _say(f"not requeued: the job was cancelled; to go on: {again}")
+    if (state := job.state()) not in ("RUNNING", ""):  # its fate is decided, and a requeue would undo a scancel
+        _say(f"Slurm takes the job away by itself ({state}): preempted it comes back, cancelled it goes on with: {again}")
         return
     try:
         ask("scontrol", "requeue", job.id)
         _say("requeued: the next attempt goes on from here")
     except SlurmError as error:
-        if (state := job.state()) in ("PENDING", "REQUEUED", "PREEMPTED", "COMPLETING"):
-            _say(f"Slurm has requeued the job already ({state})")
-        else:
-            _say(f"Slurm refuses to requeue the job: {error}; go on with: {again}")
+        _say(f"Slurm refuses to requeue the job: {error}; go on with: {again}")
 
 
 def _show_cause(folder: RunFolder, job: Job, suspects: Sequence[int], ended: Sequence[str]) -> None:

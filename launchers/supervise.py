@@ -42,6 +42,11 @@ class StopSignals:
         unblock_stop_signals()
         return self
 
+    def renew(self) -> None:
+        """Puts the handlers in place again, after what has handlers of its own (Ray's connection to a cluster)."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # what signal.signal gave us

@@ -26,7 +26,7 @@ SAVES = "checkpoint.every=3"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     with ray_cluster.environment() as folder:
-        standing = RayCluster()
+        standing = RayCluster(folder)
         try:
             yield standing
         finally:

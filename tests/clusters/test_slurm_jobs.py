@@ -97,7 +97,7 @@ def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
     job.cancel()
     job.wait_for(lambda: "verdict 75" in job.said, "concluded")
-    assert "not requeued: the job was cancelled" in job.said
+    assert "Slurm takes the job away by itself (COMPLETING): preempted it comes back, cancelled" in job.said
     assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "0")
     assert stage.verdicts() == [75]
 

@@ -124,6 +124,10 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     if verdict == StoppedError.exit_code:
         assert first.reason.startswith(f"stopped on request after step {first.last_step};")
         assert f"step {first.last_step + 1}/{steps}" in job.said, "the output is appended"
+        decided = (
+            "requeued: the next attempt" if disturb is lose_time else "Slurm takes the job away by itself (COMPLETING)"
+        )
+        assert decided in job.said
     else:
         assert (set(hosts(run)), set(hosts(run, attempt=1))) == ({"node1", "node2"}, {"node1", "node3"})
 

@@ -65,14 +65,20 @@ def environment() -> Iterator[Path]:
 
 
 class RayCluster:
-    """A head without CPUs and four nodes of one CPU, in this process."""
+    """A head without CPUs and four nodes of one CPU, in this process.
 
-    def __init__(self) -> None:
+    Args:
+        folder: RAY_TMPDIR. Each node has a folder of its own in it: in one they would unpack the job's code side by side.
+    """
+
+    def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
+
+        self._folder = folder
 
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.100"}
         self._cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": STORE_BYTES})
-        self.address: str = self._cluster.address
+        self.address: str = self._cluster.address  # pyright: ignore
         self._nodes: list[Any] = [self._add(slot) for slot in range(len(MODALITIES))]
         self._cluster.wait_for_nodes(timeout=120.0)
 
@@ -83,6 +89,8 @@ class RayCluster:
             labels={"modality": MODALITIES[slot], "slot": str(slot)},
             node_ip_address=f"127.0.0.{slot + 2}",
             object_store_memory=STORE_BYTES,
+            temp_dir=f"{self._folder}/n{slot}",
+            include_log_monitor=True,  # what rank 0 prints is brought to the driver
         )
 
     def kill(self, slot: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from launchers import ray_submit
-from launchers.ray import launch, seen_from_the_job, submitted
+from launchers.ray import launch, submitted
+from launchers.ray_job import ROOT, seen_from_the_job
 from launchers.ray_submit import follow_job, stop, verdict, verdict_line
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.run_folder import RunFolder
@@ -19,12 +20,15 @@ from tests.support.tiny import tiny_config, write_config
 
 @dataclass
 class Api:
-    """Ray's job API with one job: its log in pieces, the connection breaking after some of them, and its end."""
+    """Ray's job API with one job: its log in pieces, the connection breaking once after some of them; it has ended when it
+    was asked for more than `runs_for` times."""
 
     pieces: list[str]
     status: str = "SUCCEEDED"
     driver_exit_code: int | None = 0
     breaks_after: int | None = None
+    runs_for: int = 0
+    asked: int = 0
     submissions: list[dict[str, Any]] = field(default_factory=list)
 
     def submit_job(self, **request: Any) -> str:
@@ -47,7 +51,8 @@ class Api:
         return "".join(self.pieces)
 
     def get_job_info(self, job_id: str) -> Any:
-        over = self.breaks_after is None
+        self.asked += 1
+        over = self.asked > self.runs_for
 
         class Status(str):
             def is_terminal(self) -> bool:
@@ -89,9 +94,9 @@ def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixtu
     assert "all is well" in capsys.readouterr().out
 
 
-def test_what_ray_ships_is_named_from_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert seen_from_the_job(tmp_path / "configs" / "x.yaml") == Path("configs/x.yaml")
+def test_what_ray_ships_is_named_from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "configs")
+    assert seen_from_the_job(Path("x.yaml")) == Path("configs/x.yaml")
     assert seen_from_the_job(Path("/elsewhere/x.yaml")) == Path("/elsewhere/x.yaml")
 
 
@@ -114,7 +119,7 @@ def test_a_submission_quotes_its_words_makes_paths_absolute_and_sets_the_grace(
     assert code == 0
     (request,) = api.submissions
     words = shlex.split(request["entrypoint"])
-    assert words[:5] == ["python", "-m", "launchers.ray", "x.yaml", "run.root=my runs"]
+    assert words[:5] == ["python", "-m", "launchers.ray", str(yaml), "run.root=my runs"]
     assert f"run.root={yaml.parent}/my runs" in words[5:]
     assert words[-2:] == ["--max-failures=2", "--cluster=cpu"]
     assert request["runtime_env"]["env_vars"] == {"MOE_DIST_TEST_KEY": "value", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
@@ -146,7 +151,7 @@ def test_the_verdict_is_the_exit_code_or_the_last_line_of_a_stopped_job(
 def test_the_log_is_shown_once_though_the_connection_breaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api = answers(monkeypatch, Api(["one\n", "two\n", "three\n"], "FAILED", 78, breaks_after=2))
+    api = answers(monkeypatch, Api(["one\n", "two\n", "three\n"], "FAILED", 78, breaks_after=2, runs_for=1))
     assert follow_job(api, "raysubmit_x") == 78  # pyright: ignore
     shown = capsys.readouterr()
     assert shown.out == "one\ntwo\nthree\n"

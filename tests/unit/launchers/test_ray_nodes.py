@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.ray_nodes import RayNode, assign, bundle_of_rank
+from launchers.ray_nodes import DOMAIN, RayNode, assign, bundle_of_rank, islands
 
 TEXT, IMAGE = {"modality": "text"}, {"modality": "image"}
 
@@ -87,3 +87,28 @@ def test_what_no_node_can_give_is_named(job: JobPlan, nodes: list[RayNode], mess
 def test_a_rank_takes_a_gpu_where_the_plan_has_gpus() -> None:
     assert bundle_of_rank(plan({}), None) == {"CPU": 1.0}
     assert bundle_of_rank(JobPlan(plan({}).nodes, gpus_per_node=8), 6) == {"CPU": 6.0, "GPU": 1.0}
+
+
+def test_islands_are_the_nodes_that_ep_groups_tie_together() -> None:
+    four = plan({}, {}, {}, {}, ranks=2)
+    assert islands(four, 2) == [(0,), (1,), (2,), (3,)]
+    assert islands(four, 4) == [(0, 1), (2, 3)]
+    interleaved = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3)), NodePlan(2, (4, 5))))
+    assert islands(interleaved, 2) == [(0, 1), (2,)]
+
+
+def test_an_ep_group_on_several_nodes_stays_inside_a_domain_and_leaves_the_larger_one_whole() -> None:
+    racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abcde", "xyxyy", strict=True)]
+    found = assign(plan({}, {}), [*racks, node("f")], {"CPU": 1.0}, [(0, 1)])
+    assert [each.node_id for each in found.nodes] == ["a", "c"]
+    found = assign(plan({}, {}, {}), [*racks, node("f")], {"CPU": 1.0}, [(0,), (1, 2)])
+    assert [each.node_id for each in found.nodes] == ["f", "a", "c"]
+
+
+def test_domains_that_are_too_small_or_unknown_are_named() -> None:
+    racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abc", "xyy", strict=True)]
+    (fault,) = assign(plan({}, {}, {}), racks, {"CPU": 1.0}, [(0, 1, 2)]).faults
+    assert fault.startswith("ranks 0, 1, 2: an EP group must stay inside one domain")
+    assert "there are x: 1 nodes, y: 2 nodes" in fault
+    (fault,) = assign(plan({}, {}), [node("a"), node("b")], {"CPU": 1.0}, [(0, 1)]).faults
+    assert "no node has the label" in fault
