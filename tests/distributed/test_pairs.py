@@ -1,7 +1,7 @@
 """Every pair of nodes measured on real ranks, also those that are measured again."""
 
+import pytest
 import torch
-from pytest import MonkeyPatch
 
 from moe_dist.comm.tournament import Exchange
 from moe_dist.parallel import pairs
@@ -15,7 +15,7 @@ def measure(rank: RankContext, per_node: int, doubted: list[tuple[int, int]], sl
     """Measures, with pairs that look slow at first, and those that still do afterwards."""
     ranks = Ranks(rank.rank, rank.world_size // per_node, per_node)
     names = names_of_nodes(f"node{ranks.node}", ranks, CPU)
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "SECONDS", 0.02)
         patch.setattr(pairs, "suspects", lambda measured: doubted)
         patch.setattr(pairs, "_stays_slow", lambda pair, *others: pairs_stays_slow(pair, *others) or pair in slow)
