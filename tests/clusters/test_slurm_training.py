@@ -1,5 +1,8 @@
 """The default model on four nodes of a real Slurm: placed by kind of node, and the same bits whatever the cluster does."""
 
+import re
+import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
-from tests.support.slurm import SlurmCluster, SlurmJob, overrides
+from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, overrides
 
 pytestmark = pytest.mark.timeout(900)
 LONG, SHORT = (
@@ -185,3 +188,24 @@ def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature
     done = runs.cluster.run(".venv/bin/python", "-m", "launchers.slurm", DEFAULT, "run.name=nowhere", *overrides(values))
     assert done.returncode == PlacementError.exit_code, done.stderr
     assert "ranks 2, 3 (experts of image) need nodes with the feature 'holography', which no node has" in done.stderr
+
+
+def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
+    """The default job on one node, from the clone and by the default cluster file; saved and away once it trains."""
+    readme = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"^\$ (sbatch slurm/train\.sbatch .*)$", readme, re.MULTILINE)
+    assert "configs/adamoe_moma_tiny_cpu.yaml" in line
+    name = f"slurm-test-{uuid.uuid4().hex[:8]}"  # so that it is no run of somebody's
+    done = slurm.run("bash", "-c", f"{line} run.name={name}")
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.removeprefix("Submitted batch job ").strip()
+    job, run = SlurmJob(slurm, number, ROOT / f"slurm-{number}.out"), RunFolder(ROOT / "runs" / name)
+    try:
+        job.wait_for(lambda: steps_taken(run) >= 2, "at step 2")
+        job.cancel()
+        job.wait_for(lambda: "verdict 75" in job.said, "saved")
+        assert committed_step(run.checkpoints) >= 2
+    finally:
+        job.output.unlink(missing_ok=True)
+        (ROOT / ".moe_dist" / f"job_{number}").unlink(missing_ok=True)
+        shutil.rmtree(run.path, ignore_errors=True)
