@@ -60,8 +60,9 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
             if not heard:
                 return [error("probe", str(failed), "start one task a node there by hand, and see what it says")]
     found = [_enough(len(heard), len(plan.nodes))] if len(heard) < len(plan.nodes) else []
-    nodes = [facts for _, facts in heard.values()]
-    return [*found, *check_nodes(nodes, needs_of(config, plan), [when for when, _ in heard.values()], here=here)]
+    answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
+    nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
+    return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Finding]:
