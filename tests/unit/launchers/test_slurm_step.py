@@ -63,6 +63,15 @@ def test_a_peers_verdict_gives_way_to_the_task_that_was_killed_before(run: RunFo
     assert (latest.verdict, latest.reason, latest.rank) == (1, "n1: task 0: Out Of Memory", None)
 
 
+def test_a_node_that_failed_is_the_cause_although_slurm_ends_the_others_by_signals(run: RunFolder) -> None:
+    leave(run, verdict=1, reason="connection closed")
+    ended = ["srun: error: n1: tasks 0: Exited with exit code 1", "srun: error: Node failure on n2"]
+    assert conclude(run, JOB, 137, ended, stopped=True, ranks_of=HOSTS) == 1
+    latest = run.read_status().latest
+    assert latest is not None
+    assert latest.reason == "Node failure on n2"
+
+
 def test_without_a_verdict_the_first_task_that_ended_by_itself_gives_it(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
