@@ -1,6 +1,7 @@
 """The default model on four nodes of a real Slurm: placed by kind of node, and the same bits whatever the cluster does."""
 
 import re
+import shlex
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -9,19 +10,19 @@ from typing import Any
 
 import pytest
 
+from launchers.command import TRAIN
 from launchers.restart import committed_step
 from moe_dist.errors import ConfigError, PlacementError, StoppedError
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, NODES, QUICK
+from tests.support import slowed
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, overrides
 
 pytestmark = pytest.mark.timeout(900)
-LONG, SHORT = (
-    140,
-    30,
-)  # steps: of a run that is to see its time limit, which slurmctld looks at twice a minute; of the others
+# Steps. LONG takes most of a minute where it is slowed down: slurmctld looks at time limits twice in that.
+SHORT, LONG = 25, 45
 
 
 class Runs:
@@ -112,8 +113,11 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(f"gpus: {{syntax: none}}\nranks_per_node: {per_node}\ntime: '30'\nsignal_seconds: 60\n")
+    program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
     every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
-    job, run = runs.start(disturb.__name__, steps, f"--cluster={site}", **{"checkpoint.every": every})
+    job, run = runs.start(
+        disturb.__name__, steps, f"--cluster={site}", f"--program={program}", **{"checkpoint.every": every}
+    )
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     disturb(job)
     assert job.end() == 0, job.said
