@@ -81,7 +81,7 @@ def prepare(
     config = load_config(config_path, fixed)
     folder = Path(config.run.root) / config.run.name
     plan = plan_job(check(config), cluster)
-    tasks = _tasks(config_path, fixed, sweep, folder, plan, cluster)
+    tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan)
     name = time.strftime("%Y%m%dT%H%M%S-") + os.urandom(3).hex()
     snapshot = folder / "slurm" / name
     output = str(folder / "slurm" / ("slurm-%A_%a.out" if tasks else "slurm-%j.out"))
@@ -121,10 +121,11 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
 def _tasks(
     config_path: Path,
     overrides: Sequence[str],
+    cluster: Cluster,
+    *,
     sweep: Sequence[Sequence[str]],
     folder: Path,
     plan: JobPlan,
-    cluster: Cluster,
 ) -> tuple[tuple[str, ...], ...]:
     """The overrides of each task, with a run of its own; every task must fit the nodes that all of them get."""
     if not sweep:

@@ -24,10 +24,6 @@ class Exchange:
     all_reduce: float
     all_to_all: float
 
-    def best(self, other: "Exchange") -> "Exchange":
-        """The faster of two measurements, each for itself."""
-        return Exchange(min(self.all_reduce, other.all_reduce), min(self.all_to_all, other.all_to_all))
-
 
 def tournament(num_nodes: int) -> list[list[Pair]]:
     """Rounds of disjoint pairs in which every two nodes meet exactly once (the circle method: one stays, the others turn).
@@ -49,15 +45,20 @@ def usual(seconds: Iterable[float]) -> float:
     return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)
 
 
-def slow_pairs(measured: Mapping[Pair, Exchange]) -> list[Pair]:
-    """Pairs in which one of the collectives took more than SLOW times as long as in the usual pair. Three pairs are the
-    fewest that can tell."""
+def usual_pair(measured: Mapping[Pair, Exchange]) -> Pair:
+    """The pair whose all-to-all took the usual time."""
+    seconds = usual(each.all_to_all for each in measured.values())
+    return min(pair for pair, each in measured.items() if each.all_to_all == seconds)
+
+
+def is_slow(exchange: Exchange, *, than: Exchange) -> bool:
+    """Whether one of the collectives took more than SLOW times as long."""
+    return exchange.all_reduce > SLOW * than.all_reduce or exchange.all_to_all > SLOW * than.all_to_all
+
+
+def suspects(measured: Mapping[Pair, Exchange]) -> list[Pair]:
+    """Pairs that look slow beside the usual one. Three pairs are the fewest that can tell."""
     if len(measured) < 3:
         return []
-    usual_reduce = usual(each.all_reduce for each in measured.values())
-    usual_exchange = usual(each.all_to_all for each in measured.values())
-    return sorted(
-        pair
-        for pair, each in measured.items()
-        if each.all_reduce > SLOW * usual_reduce or each.all_to_all > SLOW * usual_exchange
-    )
+    reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))
+    return sorted(pair for pair, each in measured.items() if is_slow(each, than=Exchange(reduce, exchange)))

@@ -2,28 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 
-from moe_dist.comm.tournament import Exchange, Pair, slow_pairs, usual
+from moe_dist.comm.tournament import Exchange, Pair, usual
 from moe_dist.doctor.finding import Finding, names, note, ok, warning
 
 CHECK = "fabric"
 
 
-def judge(measured: Mapping[Pair, Exchange], nodes: Sequence[str], *, payload_bytes: int) -> list[Finding]:
+def judge(
+    measured: Mapping[Pair, Exchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
+) -> list[Finding]:
     """One line a cause: a node that is slow with every other, or else a pair.
 
     Args:
-        measured: The best of every pair, suspects having been measured twice.
+        measured: The best of every pair.
+        slow: The pairs that stay slow when they are measured again.
         nodes: Names by number.
         payload_bytes: What a node sends to the other in an all-to-all.
     """
     if len(nodes) < 2:
         return [note(CHECK, "one node: no pair to measure")]
-    pairs = slow_pairs(measured)
     rate = _rate(payload_bytes, usual(each.all_to_all for each in measured.values()))
-    if not pairs:
+    if not slow:
         few = "; too few pairs to compare" if len(measured) < 3 else ", none twice as slow as the usual one"
         return [ok(CHECK, f"{len(measured)} pairs of {len(nodes)} nodes{few}: {rate} each way in all-to-all")]
-    findings, left = [], list(pairs)
+    findings, left = [], list(slow)
     for node, name in enumerate(nodes):
         own = [pair for pair in left if node in pair]
         if len(own) == len(nodes) - 1 and len(nodes) > 2:

@@ -35,9 +35,9 @@ def main(folder: Path, device_type: str) -> None:
     ranks = Ranks(env.rank, env.world_size // per_node, per_node)
     payload = CUDA_BYTES if cuda else CPU_BYTES
     names = names_of_nodes(node_name(os.environ), ranks, device)
-    measured = measure_pairs(ranks, payload_bytes=payload, device=device, timeout=TIMEOUT_SECONDS)
+    measured, slow = measure_pairs(ranks, payload_bytes=payload, device=device, timeout=TIMEOUT_SECONDS)
     if env.rank == 0:
-        print(report_line(measured, names, payload), flush=True)
+        print(report_line(measured, slow, names, payload), flush=True)
     destroy_world()
 
 

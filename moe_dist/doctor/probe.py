@@ -4,13 +4,13 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from launchers.command import JobPlan
-from moe_dist.comm.tournament import Exchange
+from moe_dist.comm.tournament import Exchange, Pair
 from moe_dist.config.schema import Config
 from moe_dist.doctor import fabric
 from moe_dist.doctor.finding import Finding, error
@@ -60,14 +60,15 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
             if not heard:
                 return [error("probe", str(failed), "start one task a node there by hand, and see what it says")]
     found = [_enough(len(heard), len(plan.nodes))] if len(heard) < len(plan.nodes) else []
-    nodes = [facts for _, facts in heard.values()]
-    return [*found, *check_nodes(nodes, needs_of(config, plan), [when for when, _ in heard.values()], here=here)]
+    answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
+    nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
+    return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Finding]:
     """All-reduce and all-to-all over every pair of the plan's nodes; a task for each GPU, or one a node."""
     if len(plan.nodes) < 2:
-        return fabric.judge({}, ["here"], payload_bytes=0)
+        return fabric.judge({}, [], ["here"], payload_bytes=0)
     tasks = plan.gpus_per_node or 1
     with _token_folder(config) as (_, meeting):
         if meeting is None:
@@ -85,10 +86,10 @@ def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Findi
 MARK = "moe_dist fabric: "
 
 
-def report_line(measured: Mapping[tuple[int, int], Exchange], nodes: list[str], payload_bytes: int) -> str:
+def report_line(measured: Mapping[Pair, Exchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int) -> str:
     """What the first task of a measurement prints."""
     pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
-    return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs})
+    return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
 
 
 def read_report(line: str) -> list[Finding] | None:
@@ -98,7 +99,8 @@ def read_report(line: str) -> list[Finding] | None:
         return None
     values = json.loads(text)
     measured = {(first, second): Exchange(*seconds) for first, second, *seconds in values["pairs"]}
-    return fabric.judge(measured, values["nodes"], payload_bytes=values["payload_bytes"])
+    slow = [(first, second) for first, second in values["slow"]]
+    return fabric.judge(measured, slow, values["nodes"], payload_bytes=values["payload_bytes"])
 
 
 @contextmanager

@@ -4,17 +4,18 @@ Every rank calls `measure_pairs`; a pair is all ranks of both nodes, so that eac
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from moe_dist.comm.tournament import Exchange, Pair, slow_pairs, tournament
+from moe_dist.comm.tournament import Exchange, Pair, is_slow, suspects, tournament, usual_pair
 from moe_dist.parallel.mesh import group_of
 
 NAME_BYTES = 128
-REPEATS, SECONDS_A_PAIR = 10, 1.0  # the best of so many, or of those that fit into the time
+REPEATS, SECONDS = 100, 0.5  # the best of so many, or of those that fit into the time
+LOOKS = 3  # at a pair that looks slow
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,40 @@ class Ranks:
         return [node * self.per_node + local for node in pair for local in range(self.per_node)]
 
 
-def measure_pairs(ranks: Ranks, *, payload_bytes: int, device: torch.device, timeout: float) -> dict[Pair, Exchange]:
-    """The best of every pair, the same on every rank. What looks slow is measured once more, one pair after the other.
+def measure_pairs(
+    ranks: Ranks, *, payload_bytes: int, device: torch.device, timeout: float
+) -> tuple[dict[Pair, Exchange], list[Pair]]:
+    """What every pair took at its best, and the slow ones; the same on every rank.
+
+    What looks slow beside the usual pair is measured again in turns with that, with nothing else going on: what the nodes
+    do besides, and what comes and goes, then slows both.
 
     Args:
         payload_bytes: What a rank sends to the other node in an all-to-all, and the size of its all-reduce.
         timeout: Seconds, for every collective.
     """
+    task = Task(ranks, payload_bytes, device)
     measured: dict[Pair, Exchange] = {}
     for pairs in tournament(ranks.nodes):
-        measured |= _round(pairs, ranks, payload_bytes, device, timeout)
-    # torch names a group after its ranks and the number of groups there are. Without one more a pair's second group would
-    # have the name of its first, find the addresses of that in the store, and wait for them forever.
-    spare = group_of([ranks.rank], timeout=timeout)
-    for pair in slow_pairs(measured):
-        again = _round([pair], ranks, payload_bytes, device, timeout)
-        measured[pair] = measured[pair].best(again[pair])
-    dist.destroy_process_group(spare)
-    return measured
+        groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
+        measured |= task.measure(pairs, groups)
+        for group in groups.values():
+            dist.destroy_process_group(group)
+    doubted = suspects(measured)
+    if not doubted:
+        return measured, []
+    reference = usual_pair(measured)
+    # By all ranks and in one order: only then torch gives a pair's second group a name that its first had not.
+    groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
+    return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
+
+
+def _stays_slow(pair: Pair, reference: Pair, task: "Task", groups: Mapping[Pair, dist.ProcessGroup | None]) -> bool:
+    for _ in range(LOOKS):
+        own, usual = task.measure([pair], groups)[pair], task.measure([reference], groups)[reference]
+        if not is_slow(own, than=usual):
+            return False
+    return True
 
 
 def names_of_nodes(own: str, ranks: Ranks, device: torch.device) -> list[str]:
@@ -61,44 +78,56 @@ def names_of_nodes(own: str, ranks: Ranks, device: torch.device) -> list[str]:
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everywhere[:: ranks.per_node]]
 
 
-def _round(
-    pairs: list[Pair], ranks: Ranks, payload_bytes: int, device: torch.device, timeout: float
-) -> dict[Pair, Exchange]:
-    """Measures disjoint pairs at the same time. Collective over all ranks; syncs with the host."""
-    seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
-    for number, pair in enumerate(pairs):
-        if ranks.node in pair:
-            seconds[number] = torch.tensor(_pair(pair, ranks, payload_bytes, device, timeout), dtype=torch.float64)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)  # the slower of both ends; and nobody begins the next round before
-    return {pair: Exchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
+@dataclass(frozen=True)
+class Task:
+    """The collectives that are timed.
 
+    Attributes:
+        ranks: Who takes part.
+        payload_bytes: As in `measure_pairs`.
+        device: Where the tensors are.
+    """
 
-def _pair(pair: Pair, ranks: Ranks, payload_bytes: int, device: torch.device, timeout: float) -> tuple[float, float]:
-    """Seconds of an all-reduce and an all-to-all on this rank, each the best."""
-    members = ranks.of(pair)
-    group = group_of(members, timeout=timeout)
-    elements = -(-payload_bytes // 4 // ranks.per_node) * ranks.per_node
-    sent, received = torch.zeros(elements, device=device), torch.zeros(elements, device=device)
-    own = pair.index(ranks.node)
-    # To the ranks of the other node alone: what stays at home says nothing about the network.
-    splits = [0 if index // ranks.per_node == own else elements // ranks.per_node for index in range(len(members))]
+    ranks: Ranks
+    payload_bytes: int
+    device: torch.device
 
-    def all_reduce() -> None:
-        dist.all_reduce(received, group=group)
+    def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, Exchange]:
+        """Measures disjoint pairs at the same time. Collective over all ranks; syncs with the host.
 
-    def all_to_all() -> None:
-        dist.all_to_all_single(received, sent, splits, splits, group=group)
+        Args:
+            groups: Of the pairs that this rank belongs to.
+        """
+        seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
+        for number, pair in enumerate(pairs):
+            if self.ranks.node in pair:
+                group = groups[pair]
+                assert group is not None
+                seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # the slower of both ends; and nobody goes on before all are done
+        return {pair: Exchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
-    try:
-        return _best(all_reduce, group, device), _best(all_to_all, group, device)
-    finally:
-        dist.destroy_process_group(group)
+    def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
+        """Seconds of an all-reduce and an all-to-all on this rank, each the best."""
+        per_node, own = self.ranks.per_node, pair.index(self.ranks.node)
+        elements = -(-self.payload_bytes // 4 // per_node) * per_node
+        sent, received = torch.zeros(elements, device=self.device), torch.zeros(elements, device=self.device)
+        # To the ranks of the other node alone: what stays at home says nothing about the network.
+        splits = [0 if index // per_node == own else elements // per_node for index in range(2 * per_node)]
+
+        def all_reduce() -> None:
+            dist.all_reduce(received, group=group)
+
+        def all_to_all() -> None:
+            dist.all_to_all_single(received, sent, splits, splits, group=group)
+
+        return _best(all_reduce, group, self.device), _best(all_to_all, group, self.device)
 
 
 def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torch.device) -> float:
     collective()  # connections are made at the first use
     best = _seconds(collective, device)
-    repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS_A_PAIR / best)))], device=device)
+    repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
     dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # both ends must agree on it
     return min([best, *(_seconds(collective, device) for _ in range(int(repeats)))])
 

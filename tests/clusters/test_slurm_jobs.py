@@ -23,7 +23,8 @@ class Stage:
 
     def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
         self.cluster, self.folder = cluster, folder
-        changes = {"parallel.ep": 4, "run.name": "it"}
+        groups = {"text": {"ranks": [0, 1]}, "image": {"ranks": [2, 3]}}
+        changes = {"parallel.ep": 4, "run.name": "it", "placement.groups": groups}
         self.config = write_config(tiny_config(data, folder / "runs", changes), folder / "it.yaml")
         self.run = RunFolder(folder / "runs" / "it")
         self.site = folder / "site.yaml"
