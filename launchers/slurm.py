@@ -6,6 +6,7 @@ configuration, placement and cluster file -> plan -> script; code and configurat
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -115,6 +116,7 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
     try:
         return ask(*command, cwd=CLONE).strip().partition(";")[0]
     except SlurmError as error:
+        shutil.rmtree(job.snapshot, ignore_errors=True)
         raise _refusal(job, str(error)) from error
 
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -182,15 +183,16 @@ def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
     assert found[1].read_config().run.seed == 1
 
     refused = slurm.run(
-        ".venv/bin/python", "-m", "launchers.slurm", DEFAULT, *overrides(NODES), f"--array={sweep}", f"--cluster={site}"
+        sys.executable, "-m", "launchers.slurm", DEFAULT, *overrides(NODES), f"--array={sweep}", f"--cluster={site}"
     )
     assert refused.returncode == ConfigError.exit_code
     assert "Slurm has no arrays of heterogeneous jobs" in refused.stderr
 
 
-def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature(runs: Runs) -> None:
+def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature(runs: Runs, tmp_path: Path) -> None:
     values = {**NODES, "placement.groups.image.node.feature": "holography"}
-    done = runs.cluster.run(".venv/bin/python", "-m", "launchers.slurm", DEFAULT, "run.name=nowhere", *overrides(values))
+    values["run.root"] = str(tmp_path)
+    done = runs.cluster.run(sys.executable, "-m", "launchers.slurm", DEFAULT, *overrides(values))
     assert done.returncode == PlacementError.exit_code, done.stderr
     assert "ranks 2, 3 (experts of image) need nodes with the feature 'holography', which no node has" in done.stderr
 

@@ -288,7 +288,10 @@ def test_difference(path: Path) -> None:
 
 
 def test_the_root_may_change_on_resume_and_the_name_not(path: Path) -> None:
-    old, new = load_config(path), load_config(path, ["run.root=/elsewhere", "run.name=other", "parallel.ep=4"])
+    old, new = (
+        load_config(path),
+        load_config(path, ["run.root=/elsewhere", "data.path=/there", "run.name=b", "parallel.ep=4"]),
+    )
     assert [change.key for change in changes_on_resume(old, new)] == ["run.name"]
 
 

@@ -82,6 +82,7 @@ def test_a_feature_that_no_node_has_ends_with_69_and_names_ranks_and_feature(log
         "ranks 1 (experts of image) need nodes with the feature 'vision', which no node has; the nodes have" in done.stderr
     )
     assert "'text'" not in done.stderr
+    assert not list((login.run.path / "slurm").iterdir()), "no snapshot of what was refused"
 
 
 @pytest.mark.parametrize(
