@@ -134,13 +134,13 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_a_table_as_wide_as_the_terminal(tmp_path: Path) -> None:
-    Folder(tmp_path, "night-17").attempt(0, 1, "a reason that goes on and on " * 9).records(1e6)
+    Folder(tmp_path, "a-night").attempt(0, 1, "a reason that goes on and on " * 9).records(1e6)
     Folder(tmp_path, "new")
     Folder(tmp_path / "sweep", "3").attempt(0, 0, "done", step=100)
     runs = [read_progress(path) for path in sorted(find_runs([], tmp_path))]
     for width in (80, 120):
         lines = text(many_runs(runs, width=width), width=width).splitlines()
-        assert [line.split()[0] for line in lines] == ["run", "night-17", "new", "sweep/3"]
+        assert [line.split()[0] for line in lines] == ["run", "a-night", "new", "sweep/3"]
         assert max(map(len, lines)) <= width
     assert lines[1].split()[1:5] == ["failed", "1/100", "-", "1"]
     assert "not begun" in lines[2]
