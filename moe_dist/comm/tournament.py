@@ -28,9 +28,11 @@ class Exchange:
 def tournament(num_nodes: int) -> list[list[Pair]]:
     """Rounds of disjoint pairs in which every two nodes meet exactly once (the circle method: one stays, the others turn).
     With an odd number one node rests in each round."""
+    if num_nodes < 2:
+        return []
     seats = list(range(num_nodes + num_nodes % 2))  # the last seat may be empty
     rounds = []
-    for _ in range(max(0, len(seats) - 1)):
+    for _ in range(len(seats) - 1):
         half = len(seats) // 2
         pairs = zip(seats[:half], reversed(seats[half:]), strict=True)
         rounds.append(sorted((min(a, b), max(a, b)) for a, b in pairs if max(a, b) < num_nodes))

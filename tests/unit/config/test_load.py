@@ -280,6 +280,9 @@ def test_difference(path: Path) -> None:
         Change("optimizer.lr", 3e-3, 1.0),
         Change("placement.policy", "pinned", "interleaved"),
         Change("placement.groups.text.ranks", [0], None),
+        Change("placement.groups.text.node.feature", None, None),
+        Change("placement.groups.text.node.labels", {}, None),
+        Change("placement.groups.text.node.own", False, None),
     ]
     assert [change.key for change in changes_on_resume(old, new)] == ["model.moe.groups.text.top_k", "optimizer.lr"]
 
