@@ -16,7 +16,7 @@ import typer
 
 from launchers import ray_submit
 from launchers.command import absolute_paths
-from launchers.ray_job import check_job, seen_from_the_job
+from launchers.ray_job import check_job, require_variables, seen_from_the_job
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import FOLDER as CLUSTERS
@@ -77,8 +77,7 @@ def submitted(
     """
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)
-    if missing := [name for name in forwarded if name not in os.environ]:
-        raise ConfigError([f"--env {name}: there is no such variable here" for name in missing])
+    require_variables(forwarded, os.environ)
     asked = cluster or os.environ.get(CLUSTER_VARIABLE)
     file = cluster_file(cluster, os.environ)
     if asked and file is not None:

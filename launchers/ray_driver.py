@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API for what it starts
+CONNECT_SECONDS = 10.0  # for the head to take a connection
 STOP_WAIT_DEFAULT = 3.0  # seconds, Ray's own
 MARGIN = 0.1  # share of Ray's grace that is left for the driver when that of the ranks is over
 SETTLE_SECONDS = 5.0  # at the first start: a node that is not there by then will not come
@@ -148,12 +150,16 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
         PlacementError: there is no cluster.
     """
     shipped = {} if IN_A_JOB in env else {"working_dir": str(ROOT), "env_vars": {name: env[name] for name in forwarded}}
+    address = env.get("RAY_ADDRESS", "auto")
+    host, _, port = address.rpartition(":")
     try:
-        context = ray.init(address=env.get("RAY_ADDRESS", "auto"), runtime_env=shipped, logging_level=logging.WARNING)
-    except ConnectionError as error:
+        if port.isdecimal():  # Ray itself goes on trying for minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        context = ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
+    except OSError as error:
         raise PlacementError(
-            f"no Ray cluster here ({str(error).splitlines()[0]}); start one with `ray start`, set RAY_ADDRESS, or submit "
-            "to one with --submit ADDRESS",
+            f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one with `ray start`, set RAY_ADDRESS, or "
+            "submit to one with --submit ADDRESS",
             see="docs/ray.md",
         ) from error
     addresses = {"GCS": ray.get_runtime_context().gcs_address, "dashboard": context.dashboard_url}

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,7 @@ def check_job(
     Raises:
         MoeDistError: the run cannot be as it is written, or not at this site.
     """
+    require_variables(forwarded, os.environ)
     site = load_cluster(cluster, os.environ)
     preflight = check_file(config_path, overrides)
     config = preflight.config
@@ -95,6 +96,16 @@ def check_job(
         forwarded=tuple(forwarded),
         together=() if site.domain_nodes is None else tuple(islands(plan, config.parallel.ep)),
     )
+
+
+def require_variables(names: Sequence[str], env: Mapping[str, str]) -> None:
+    """For --env NAME.
+
+    Raises:
+        ConfigError: a variable is not there.
+    """
+    if missing := [name for name in names if name not in env]:
+        raise ConfigError([f"--env {name}: there is no such variable here" for name in missing])
 
 
 def seen_from_the_job(path: Path) -> Path:

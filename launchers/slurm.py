@@ -6,6 +6,7 @@ configuration, placement and cluster file -> plan -> script; code and configurat
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def prepare(
     config = load_config(config_path, fixed)
     folder = Path(config.run.root) / config.run.name
     plan = plan_job(check(config), cluster)
-    tasks = _tasks(config_path, fixed, sweep, folder, plan, cluster)
+    tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan)
     name = time.strftime("%Y%m%dT%H%M%S-") + os.urandom(3).hex()
     snapshot = folder / "slurm" / name
     output = str(folder / "slurm" / ("slurm-%A_%a.out" if tasks else "slurm-%j.out"))
@@ -115,16 +116,18 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
     try:
         return ask(*command, cwd=CLONE).strip().partition(";")[0]
     except SlurmError as error:
+        shutil.rmtree(job.snapshot, ignore_errors=True)
         raise _refusal(job, str(error)) from error
 
 
 def _tasks(
     config_path: Path,
     overrides: Sequence[str],
+    cluster: Cluster,
+    *,
     sweep: Sequence[Sequence[str]],
     folder: Path,
     plan: JobPlan,
-    cluster: Cluster,
 ) -> tuple[tuple[str, ...], ...]:
     """The overrides of each task, with a run of its own; every task must fit the nodes that all of them get."""
     if not sweep:

@@ -56,14 +56,14 @@ def carry_out(job: Job, arguments: Sequence[str], env: dict[str, str]) -> int:
         line = sbatch_line(plan, cluster, ["slurm/train.sbatch", *arguments])
         raise ConfigError([*faults, f"the line that asks for what the plan needs:\n    {line}"])
     folder.prepare()
-    snapshot = snapshot or _take_snapshot(job, config, cluster, plan, folder, env)
+    snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
     begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))
     if job.restarts and (no := _enough(begins, cluster)):
         print(f"job {job.id} does not go on: {no}", file=sys.stderr)
         return EXIT_FAILED
     hosts = hosts_of(plan, allocation)
     print(f"attempt {job.restarts} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
-    command = _step(job, snapshot, config, cluster, plan, allocation, program=_program(env))
+    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=_program(env))
     with StopSignals() as signals:
         code, ended = run_step(command)
         ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
@@ -91,11 +91,9 @@ def _read_clone(job: Job, arguments: Sequence[str], env: dict[str, str]) -> tupl
     return load_cluster(None, env), load_config(path, (*overrides, *absolute_paths(loaded, job.submitted)))
 
 
-def _take_snapshot(
-    job: Job, config: Config, cluster: Cluster, plan: JobPlan, folder: RunFolder, env: dict[str, str]
-) -> Snapshot:
+def _take_snapshot(job: Job, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> Snapshot:
     """What this attempt and all further ones run, and a pointer to it in the folder that the job was submitted from."""
-    place = folder.path / "slurm" / f"job_{job.id}_{os.urandom(3).hex()}"
+    place = RunFolder.of(config).path / "slurm" / f"job_{job.id}_{os.urandom(3).hex()}"
     place.parent.mkdir(exist_ok=True)
     snapshot = take_snapshot(place, config, cluster, clone=Path.cwd())
     exports = {"MOE_DIST_SNAPSHOT": str(place), "MOE_DIST_PYTHON": sys.executable}
@@ -133,9 +131,9 @@ def _step(
     snapshot: Snapshot,
     config: Config,
     cluster: Cluster,
+    *,
     plan: JobPlan,
     allocation: Allocation,
-    *,
     program: tuple[str, ...],
 ) -> list[str]:
     """Writes the table of this attempt's ranks, and returns the srun that reads it."""

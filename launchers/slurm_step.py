@@ -18,7 +18,7 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, S
 from moe_dist.runtime.run_folder import RunFolder
 
 STOPPED = StoppedError.exit_code
-_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?:Exited with exit code (\d+)|.+)")
+_ENDED = re.compile(r"srun: error: (?:(\S+): tasks? [\d,-]+: (?:Exited with exit code (\d+)|.+)|Node failure on \S+)")
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,26 @@ def conclude(
         ranks_of: The ranks of each host.
     """
     ending = folder.read_status().of(job.attempt_id)
-    killed = bool(ended) and "Exited" not in ended[0]  # by a signal: it could say nothing, and its peers are consequences
-    if ending is not None and ending.verdict is not None and not (killed and ending.verdict == EXIT_FAILED):
+    lost = next((line for line in ended if "Node failure on" in line), "")
+    # Who was killed, by a signal or with its node, could say nothing; what its peers say is a consequence.
+    silent = lost or next((line for line in ended[:1] if "Exited" not in line), "")
+    if ending is not None and ending.verdict is not None and not (silent and ending.verdict == EXIT_FAILED):
         if ending.verdict not in (EXIT_DONE, STOPPED):
             _show_cause(folder, job, [] if ending.rank is None else [ending.rank], ended)
         _say(f"verdict {ending.verdict}: {ending.reason.partition(chr(10))[0]}")
         return ending.verdict
-    if stopped:
+    if stopped and not lost:
         _say("a stop signal ended the ranks before they could save; what the last checkpoint has is safe")
         return STOPPED
     ends = [match for line in ended if (match := _ENDED.match(line))]
-    verdict = EXIT_FAILED if killed else next((int(match[2]) for match in ends if match[2]), code)
+    verdict = EXIT_FAILED if silent else next((int(match[2]) for match in ends if match[2]), code)
     if verdict:
-        reason = ended[0].removeprefix("srun: error: ") if ended else f"srun ended with {code}"
+        reason = (silent or ended[0]).removeprefix("srun: error: ") if ended else f"srun ended with {code}"
         if ending is not None:
             last = max(ending.last_step, committed_step(folder.checkpoints))
             with contextlib.suppress(OSError, MoeDistError):
                 folder.amend_status(job.attempt_id, verdict=verdict, reason=reason, rank=None, last_step=last)
-        _show_cause(folder, job, ranks_of.get(ends[0][1], []) if ends else [], ended)
+        _show_cause(folder, job, ranks_of.get(ends[0][1], []) if ends and not lost else [], ended)
         _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")
     return verdict
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.errors import ConfigError, StoppedError
+from moe_dist.errors import ConfigError, PlacementError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.pretend import PROGRAM
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob
@@ -23,7 +23,8 @@ class Stage:
 
     def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
         self.cluster, self.folder = cluster, folder
-        changes = {"parallel.ep": 4, "run.name": "it"}
+        groups = {"text": {"ranks": [0, 1]}, "image": {"ranks": [2, 3]}}
+        changes = {"parallel.ep": 4, "run.name": "it", "placement.groups": groups}
         self.config = write_config(tiny_config(data, folder / "runs", changes), folder / "it.yaml")
         self.run = RunFolder(folder / "runs" / "it")
         self.site = folder / "site.yaml"
@@ -162,6 +163,19 @@ def test_nodes_without_the_feature_end_with_78_and_the_heterogeneous_line_that_i
     wrong = stage.sbatch("done", *nodes, *plain(stage), *one)
     assert wrong.end() == ConfigError.exit_code
     assert "the plan needs nodes with the feature 'vision', which node1 has not" in wrong.said
+
+
+def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: Stage) -> None:
+    changed = '[ "$SLURMD_NODENAME" != node3 ] || export MOE_DIST_NODE_FEATURES=text'  # as if somebody had changed the node
+    stage.set_site(prelude=[changed])
+    asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
+    job = stage.launch("done", *asked)
+    assert job.end() == PlacementError.exit_code
+    assert (
+        "verdict 69: rank 2 (experts of image) is not where the plan puts it: its node must have the feature 'vision'; "
+        "node3 has text; "
+    ) in job.said
+    assert stage.verdicts() == [69]
 
 
 def test_a_dependency_waits_for_the_job_before_it(stage: Stage) -> None:

@@ -48,6 +48,7 @@ def environment() -> Iterator[Path]:
     changes = {
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",  # a node may take minutes to start on a busy machine
         "RAY_COLOR_PREFIX": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # this machine's own name need not be an address
         "OMP_NUM_THREADS": "1",

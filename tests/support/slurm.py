@@ -33,7 +33,9 @@ class SlurmCluster:
             raise AssertionError(f"Slurm is not installed: apt-get install --no-install-recommends {PACKAGES}")
         self.folder, self._nodes = folder, nodes
         settings = {"SLURM_CI_DIR": str(folder), "SLURM_CI_FEATURES": features, "SLURM_CI_GPUS": str(gpus)}
-        self._env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self._env = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MOE_"))
+        }
         self._env |= {**settings, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
     def __enter__(self) -> "SlurmCluster":

@@ -63,6 +63,10 @@ class Kept:
         self.process.stdin.close()
         self.process.stdin = None
 
+    def inner_pid(self) -> int:
+        """The keeper's second process, the rank's parent."""
+        return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
+
     def escaped_pid(self) -> int:
         wait_until(self.escaped.exists)
         return int(self.escaped.read_text())
@@ -119,13 +123,14 @@ def test_nothing_is_left_when_the_actor_dies(kept: Callable[..., Kept]) -> None:
 def test_the_rank_dies_with_its_keeper(kept: Callable[..., Kept]) -> None:
     keeper = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
     keeper.escaped_pid()
-    inner = int(Path(f"/proc/{keeper.pid}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(inner, signal.SIGKILL)
+    os.kill(keeper.inner_pid(), signal.SIGKILL)
     wait_until(lambda: not is_alive(keeper.pid))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_signals_reach_the_rank_and_not_the_keeper(kept: Callable[..., Kept], number: signal.Signals) -> None:
+def test_signals_are_passed_on_and_those_to_the_keeper_itself_do_nothing(
+    kept: Callable[..., Kept], number: signal.Signals
+) -> None:
     program = """
     import signal
     def stop(number, frame): sys.exit(75)
@@ -135,6 +140,7 @@ def test_signals_reach_the_rank_and_not_the_keeper(kept: Callable[..., Kept], nu
     """
     keeper = kept(program)
     keeper.escaped_pid()
+    os.kill(keeper.inner_pid(), number)
     keeper.say(f"{number.name}\n".encode())
     assert keeper.hear() == {"code": 75}
 

@@ -1,13 +1,15 @@
 """What the driver tells its ranks and its user; no cluster."""
 
 import json
+import socket
 
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.ray_driver import grace_text, seat_variables, seats_table, site_variables, stop_grace
+from launchers.ray_driver import connected, grace_text, seat_variables, seats_table, site_variables, stop_grace
 from launchers.ray_rank import Seat
 from moe_dist.config.cluster import Cluster
+from moe_dist.errors import PlacementError
 
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 PLAN = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3))), gpus_per_node=2, groups=(("text",), ("image",), (), ("image",)))
@@ -76,6 +78,14 @@ def test_a_grace_too_short_for_the_measured_saves_is_warned_of(
     text = grace_text(grace, save)
     assert said in text
     assert ("WARNING" in text) == warned
+
+
+def test_no_cluster_is_a_placement_error_that_says_the_way_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        address = "{}:{}".format(*gone.getsockname())
+    with pytest.raises(PlacementError, match=f"no Ray cluster at {address}") as error, connected({"RAY_ADDRESS": address}):
+        pass
+    assert "--submit ADDRESS" in str(error.value)
 
 
 def test_outside_of_a_job_there_is_no_grace_to_tell() -> None:
