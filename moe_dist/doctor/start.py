@@ -100,8 +100,9 @@ def _publish(folder: Path, env: RankEnv, facts: NodeFacts) -> None:
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
-    """Facts of the other nodes by their first rank, and when we saw them by our clock; complete once their ranks and ours are
-    all ranks."""
+    """Facts of the other nodes by their first rank, and when we saw them by our clock; complete once their ranks and ours
+    are all ranks.
+    """
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():
