@@ -85,12 +85,6 @@ def test_a_run_folder_that_one_node_can_only_read(doctor: Doctor, slurm: SlurmCl
     assert_only(said, 78, "^FAIL shared folder: run.root=.* cannot be written on node2: .*Read-only file system;")
 
 
-def test_a_run_folder_that_is_another_one_on_a_node(doctor: Doctor, slurm: SlurmCluster, site: Path) -> None:
-    with Node(slurm, "node4").showing(doctor.root, site.parent):
-        said = doctor.says("--probe")
-    assert_only(said, 78, "^FAIL shared folder: run.root=.* is another folder on node4: ")
-
-
 def test_another_version_of_torch_on_one_node(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
     with Node(slurm, "node3").other_version("torch", "2.11.0", tmp_path):
         said = doctor.says("--probe")
@@ -109,7 +103,7 @@ def test_the_package_that_is_called_apex_and_is_not_nvidias(doctor: Doctor, slur
 
 
 def test_a_slow_pair_of_nodes(doctor: Doctor, slurm: SlurmCluster) -> None:
-    with slow_pair(Node(slurm, "node2"), Node(slurm, "node4"), rate="50mbit"):
+    with slow_pair(Node(slurm, "node2"), Node(slurm, "node4"), rate="200mbit"):
         said = doctor.says("--probe", "--fabric")
     assert_only(
         said, 1, "^WARN fabric: node2 and node4 are slow with each other: [0-9.]+ MB/s in all-to-all, .* usual pair has"
