@@ -119,9 +119,9 @@ def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
 
 
 def _room(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
-    known = [n for n in nodes if n.free_bytes is not None]
+    known = [n for n in nodes if n.free_bytes is not None and not n.folder_fault]  # else that is `_folder`'s line
     if not known:
-        return note("room", f"run.root={needs.folder!r}: the file system does not say how much is free")
+        return note("room", f"run.root={needs.folder!r}: nobody says how much is free there")
     least = min(known, key=lambda n: n.free_bytes or 0)
     free = least.free_bytes or 0
     if free >= needs.folder_bytes:
