@@ -53,7 +53,7 @@ def check_at_start(
     """
     if env.local_rank > 0:
         return []
-    began, needs = time.monotonic(), _needs(config, env, variables)
+    began, needs = time.time(), _needs(config, env, variables)
     facts = look(_questions(config, variables), env=variables)
     folder = run_folder / f".nodes_{env.attempt_id}_{env.attempt}"
     if env.rank > 0:
@@ -62,13 +62,16 @@ def check_at_start(
         raise_errors(findings)
         return findings
     others = _gather(folder, env, wait_seconds) if env.local_world_size < env.world_size else {}
-    nodes = [facts, *(others[rank] for rank in sorted(others))]
-    findings = check_nodes(nodes, needs)
+    nodes, heard = [facts], [facts.clock]
+    for _, (seen, other) in sorted(others.items()):
+        nodes.append(other)
+        heard.append(min(max(other.clock, began), seen))  # it answered after we began, and before we saw it
+    findings = check_nodes(nodes, needs, heard)
     raise_errors(findings)
-    for finding in findings:
-        if finding.level is Level.WARNING:
-            logger.warning("%s", finding)
-    logger.info("%d nodes looked at in %.1f s: %s", len(nodes), time.monotonic() - began, findings[-1])
+    warnings = [finding for finding in findings if finding.level is Level.WARNING]
+    for finding in warnings:
+        logger.warning("%s", finding)
+    logger.info("%d nodes looked at in %.1f s, %d warnings", len(nodes), time.time() - began, len(warnings))
     return findings
 
 
@@ -96,14 +99,16 @@ def _publish(folder: Path, env: RankEnv, facts: NodeFacts) -> None:
     write_atomically(folder / f"{env.rank}.json", json.dumps(content))
 
 
-def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, NodeFacts]:
-    """Facts of the other nodes by their first rank; complete once their ranks and ours are all ranks."""
+def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
+    """Facts of the other nodes by their first rank, and when we saw them by our clock; complete once their ranks and ours
+    are all ranks.
+    """
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():
             if int(path.stem) not in found:
                 content = json.loads(path.read_text())
-                found[int(path.stem)] = NodeFacts(**content["facts"])
+                found[int(path.stem)] = (time.time(), NodeFacts(**content["facts"]))
                 ranks += content["local_world_size"]
         time.sleep(POLL_SECONDS)
     if ranks < env.world_size:

@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,17 @@ def test_warnings_are_logged_once_and_end_nothing(
     assert [record.getMessage().partition(" is not")[0] for record in caplog.records] == [
         "apex: the package `apex` on node1"
     ]
+
+
+@pytest.mark.parametrize("seconds", [-60.0, 60.0])
+def test_a_clock_that_is_off_is_told(
+    seconds: float, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    change_on("node1", {"clock": time.time() + seconds}, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert all(isinstance(each, list) for each in all_ranks(config))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("clocks: node1: off by ")
 
 
 def test_a_late_node_is_not_waited_for_long(config: Config, caplog: pytest.LogCaptureFixture) -> None:
