@@ -78,6 +78,7 @@ class RayCluster:
         self._folder = folder
 
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.100"}
+        head["dashboard_agent_listen_port"] = free_port()  # another Ray of this machine may have the default
         self._cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": STORE_BYTES})
         self.address: str = self._cluster.address  # pyright: ignore
         self._nodes: list[Any] = [self._add(slot) for slot in range(len(MODALITIES))]
@@ -266,7 +267,8 @@ class StartedRay:
 
     @staticmethod
     def _start(*options: str) -> subprocess.Popen[bytes]:
-        command = ["ray", "start", *options, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
+        own_port = f"--dashboard-agent-listen-port={free_port()}"  # else all nodes of this machine want the same one
+        command = ["ray", "start", *options, own_port, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
 
 
