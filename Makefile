@@ -14,19 +14,32 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults chaos bench check format data tensorboard clean
+.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data tensorboard clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
 
-test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-faults
-	@$(TEST) --ignore=tests/faults tests
+test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-faults and test-clusters
+	@$(TEST) --ignore=tests/faults --ignore=tests/clusters tests
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
 	@$(TEST) tests/faults
+
+test-clusters: $(INSTALLED) data cluster-packages  ## Start a real Slurm and a real Ray here, as root, and run jobs on them
+	@$(TEST) tests/clusters
+
+# Debian's own Slurm; modules for a prelude, network namespaces for the nodes.
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux
+cluster-packages:
+	@missing=$$(for package in $(CLUSTER_PACKAGES); do dpkg -s $$package >/dev/null 2>&1 || echo $$package; done); \
+	  test -z "$$missing" && exit 0; \
+	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "test-clusters needs root and Debian's packages: apt-get install --no-install-recommends" $$missing >&2; exit 1; fi; \
+	  echo "installing" $$missing; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
 
 ROUNDS ?= 200
 chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted one goes on

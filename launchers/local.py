@@ -2,25 +2,32 @@
 
 import contextlib
 import os
-import signal
 import sys
 import tempfile
-import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launchers.command import TRAIN, Plan, RankCommand, file_rendezvous, fit_world_size, rank_commands, threads_per_rank
-from launchers.restart import DEFAULT_MAX_RESTARTS, Ended, committed_step, is_final, refusal
-from launchers.supervise import Outcome, Patience, Ranks, StopSignals, last_words
+from launchers.attempts import begin_logs, until_it_ends
+from launchers.command import (
+    TRAIN,
+    Plan,
+    RankCommand,
+    file_rendezvous,
+    fit_world_size,
+    one_node,
+    rank_commands,
+    threads_per_rank,
+)
+from launchers.ending import Outcome, Patience
+from launchers.restart import DEFAULT_MAX_RESTARTS
+from launchers.supervise import Ranks, StopSignals
 from moe_dist.config.load import read_draft
-from moe_dist.errors import EXIT_FAILED, MoeDistError, StoppedError
+from moe_dist.errors import EXIT_FAILED, MoeDistError
 from moe_dist.preflight import check_file
 from moe_dist.runtime.command_line import run_command
-from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
@@ -71,7 +78,7 @@ def launch(
         return Plan(
             config=config_path,
             overrides=tuple(overrides),
-            ranks_per_node=(world_size,),
+            job=one_node(world_size),
             rendezvous=file_rendezvous(Path(meeting_place) / "store"),
             attempt=restarts,
             attempt_id=attempt_id,
@@ -87,36 +94,15 @@ def launch(
 def _until_it_ends(
     folder: RunFolder, plan: Callable[[int, str, str], Plan], *, grace_seconds: float, max_restarts: int
 ) -> int:
-    """One attempt after the other, each with a rendezvous of its own, until one is not followed by a restart."""
-    attempts: list[Ended] = []
+    """One attempt after the other, each with a rendezvous of its own."""
     with StopSignals() as signals:  # also while no rank runs
-        while True:
-            begin = committed_step(folder.checkpoints)
-            attempt_id = f"local-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
+
+        def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             with tempfile.TemporaryDirectory(prefix="moe_dist_") as meeting_place:
-                commands = rank_commands(plan(len(attempts), attempt_id, meeting_place))
-                outcome, offsets = _run(commands, folder, attempt_id, signals, grace_seconds)
-            code, reason = _conclude(folder, attempt_id, outcome, offsets)
-            attempts.append(Ended(code, begin, committed_step(folder.checkpoints)))
-            if signals.first is not None or is_final(code):
-                return code
-            no = refusal(attempts, max_restarts) or _taken(folder, attempt_id)
-            if no is not None:
-                if max_restarts:
-                    print(f"not restarted: {no}", file=sys.stderr)
-                return code
-            step = f"the checkpoint of step {attempts[-1].end}" if attempts[-1].end else "the beginning"
-            print(
-                f"restart {len(attempts)} of {max_restarts}, from {step}: {reason.partition(chr(10))[0]}", file=sys.stderr
-            )
+                commands = rank_commands(plan(restarts, attempt_id, meeting_place))
+                return _run(commands, folder, attempt_id, signals, grace_seconds)
 
-
-def _taken(folder: RunFolder, attempt_id: str) -> str | None:
-    """Whether somebody else writes to the run: then starting again only waits again."""
-    holder = read_holder(folder.lease_json)
-    if holder is None or holder.attempt_id == attempt_id or holder.is_dead():
-        return None
-    return f"{holder} writes to this run"
+        return until_it_ends(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
 
 
 def _run(
@@ -124,67 +110,15 @@ def _run(
 ) -> tuple[Outcome, list[int]]:
     """The outcome, and where this attempt begins in each log."""
     folder.prepare()
+    offsets = begin_logs(folder, len(commands), attempt_id)
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab", buffering=0)) for command in commands]
-        for log in logs:
-            with contextlib.suppress(OSError):  # a full disk: the ranks say so, if it matters to them
-                log.write(f"--- attempt {attempt_id}, {time.strftime('%F %T %z')}\n".encode())
-        offsets = [log.tell() for log in logs]
         ranks = Ranks(commands, logs, patience=Patience(stop=grace_seconds + KILL_AFTER_GRACE_SECONDS))
         outcome = ranks.see_through(signals)
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor; a killed one does not bring it back
         sys.stdout.flush()
     return outcome, offsets
-
-
-def _conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequence[int]) -> tuple[int, str]:
-    """Says why an attempt ended if it was not by its own will, puts that into status.json where the ranks could not, and
-    returns its verdict and the reason."""
-    ending = folder.read_status().of(attempt_id)
-    verdict = ending.verdict if ending is not None else None
-    reason = ending.reason if ending is not None else ""
-    cause = outcome.first_failed
-    if cause is not None and not outcome.silent and verdict and ending is not None and ending.rank is not None:
-        cause = ending.rank  # it wrote the verdict before it left, hence before any peer could fail of it
-    if outcome.aborted:
-        print("ended at once; what the last checkpoint has is safe", file=sys.stderr)
-    elif cause is not None and outcome.stop is not None and outcome.codes[cause] == -outcome.stop:
-        print(f"{outcome.stop.name} came before the ranks were ready; nothing was lost, start me again", file=sys.stderr)
-        return StoppedError.exit_code, reason
-    elif cause is not None:
-        if outcome.silent or verdict is None:
-            said = last_words(folder.log_of(cause), offsets[cause]).rpartition("\n")[2] if not outcome.silent else ""
-            if cause in outcome.frozen:
-                said = reason  # of the peer that waited: in which collective, and how long
-            reason = f"rank {cause}: {_how(outcome, cause)}" + (f"; {said}" if said else "")
-        if ending is not None and (outcome.silent or verdict is None):
-            verdict = EXIT_FAILED
-            last_step = max(ending.last_step, committed_step(folder.checkpoints))
-            with contextlib.suppress(OSError):  # a full disk: the exit code still tells
-                folder.amend_status(attempt_id, verdict=verdict, reason=reason, rank=cause, last_step=last_step)
-        _report(folder, cause, outcome, offsets[cause])
-    return (outcome.exit_code if verdict is None else verdict), reason
-
-
-def _report(folder: RunFolder, cause: int, outcome: Outcome, offset: int) -> None:
-    log = folder.log_of(cause)
-    lines = [f"rank {cause} failed first ({_how(outcome, cause)}); {log} ends with:", "", last_words(log, offset)]
-    others = [f"{rank} ({_how(outcome, rank)})" for rank in range(len(outcome.codes)) if rank != cause]
-    if others:
-        lines += ["", f"the other ranks ended after it: {', '.join(others)}"]
-    print("\n".join(lines), file=sys.stderr)
-
-
-def _how(outcome: Outcome, rank: int) -> str:
-    """How a rank ended, in words."""
-    code = outcome.codes[rank]
-    if rank in outcome.frozen:
-        return "frozen by SIGSTOP, and killed when a peer had waited too long"
-    if code >= 0:
-        return f"exit code {code}"
-    hint = ", out of memory?" if -code == signal.SIGKILL and rank == outcome.first_failed else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"
 
 
 def main(

@@ -50,12 +50,25 @@ def is_final(code: int) -> bool:
     return code in FINAL
 
 
-def refusal(attempts: Sequence[Ended], max_restarts: int) -> str | None:
-    """Why the job is not started again after the last of `attempts`, in words; None where it is."""
+def refusal(attempts: Sequence[Ended], max_restarts: int, *, option: str = "--max-restarts") -> str | None:
+    """Why the job is not started again after the last of `attempts`, in words; None where it is.
+
+    Args:
+        option: The command's name for `max_restarts`.
+    """
     if is_final(attempts[-1].code):
         return "its verdict would only repeat"
+    return exhausted(attempts, max_restarts, option=option)
+
+
+def exhausted(attempts: Sequence[Ended], max_restarts: int, *, option: str = "max_restarts") -> str | None:
+    """Why attempts like these are enough, whatever their verdicts: too many, or without gain; None where they are not.
+
+    Args:
+        option: As in `refusal`; by default the cluster file's key.
+    """
     if len(attempts) > max_restarts:
-        return f"it was restarted {max_restarts} times already (--max-restarts)" if max_restarts else "--max-restarts=0"
+        return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]
     if len(last) == WITHOUT_GAIN and all(each.end <= each.begin for each in last):
         return f"{WITHOUT_GAIN} attempts in a row came no step further than the checkpoint of step {last[-1].end}"

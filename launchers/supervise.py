@@ -14,77 +14,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from launchers.command import RankCommand
-from moe_dist.errors import EXIT_DONE, StoppedError
-from moe_dist.runtime.signals import STOP_SIGNALS, child_of
+from launchers.ending import Course, Outcome, Patience
+from moe_dist.runtime.signals import STOP_SIGNALS, child_of, unblock_stop_signals
 
-CLEAN = (EXIT_DONE, StoppedError.exit_code)
-ABORTED = 128 + signal.SIGINT
-# A rank that dies of one of these has said nothing, and does not die of a peer's failure (of SIGABRT it may).
-SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 TICK_SECONDS = 0.1
 HELD_SECONDS = (
     0.5  # standard error of rank 0 is shown so much later: by then it is known whether its end has a cause elsewhere
 )
-LINGER_SECONDS = 300.0  # from the first rank that ends well until those that still run are ended
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long ranks may take, in seconds.
-
-    Attributes:
-        stop: From a stop signal to the end.
-        peers: From a rank's failure until its peers are asked to end, so that they can say what they saw.
-        kill: From then until they are killed.
-    """
-
-    stop: float
-    peers: float = 2.0
-    kill: float = 4.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the ranks ended.
-
-    Attributes:
-        codes: Of each rank; negative is the signal that killed it.
-        first_failed: The rank whose failure is the cause; None where none failed by itself.
-        stop: The first stop signal that came, if any.
-        aborted: Ended at once by a second Ctrl-C.
-        frozen: Ranks that stood stopped (SIGSTOP) when the first failed; where there are any, the first is the cause.
-    """
-
-    codes: tuple[int, ...]
-    first_failed: int | None
-    stop: signal.Signals | None
-    aborted: bool
-    frozen: tuple[int, ...] = ()
-
-    @property
-    def silent(self) -> bool:
-        """Whether the cause is a rank that could say nothing, being killed or frozen: what its peers wrote down is only a
-        consequence."""
-        return self.sudden or self.first_failed in self.frozen
-
-    @property
-    def sudden(self) -> bool:
-        """Whether the cause is a rank that was killed."""
-        return self.first_failed is not None and self.codes[self.first_failed] in SUDDEN
-
-    @property
-    def exit_code(self) -> int:
-        """For a shell: that of the first failure; without one, the worst of the ranks."""
-        if self.aborted:
-            return ABORTED
-        shell_codes = [128 - code if code < 0 else code for code in self.codes]
-        return max(shell_codes) if self.first_failed is None else shell_codes[self.first_failed]
 
 
 class StopSignals:
@@ -98,7 +39,13 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        unblock_stop_signals()
         return self
+
+    def renew(self) -> None:
+        """Puts the handlers in place again, after what has handlers of its own (Ray's connection to a cluster)."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
@@ -167,12 +114,8 @@ class Ranks:
         base_env: Mapping[str, str] = os.environ,
         terminal: IO[bytes] | None = None,
     ) -> None:
-        self._patience = patience
+        self._course = Course(len(commands), patience)
         self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._codes: dict[int, int] = {}
-        self._terminate_at = self._kill_at = float("inf")
-        self._failed: list[int] = []  # in the order of their ends, before we ended any
-        self._frozen: tuple[int, ...] = ()
         self._ranks: list[subprocess.Popen[bytes]] = []
         prepare = child_of(os.getpid(), ignore_stop=False)
         try:
@@ -194,29 +137,25 @@ class Ranks:
 
     def see_through(self, signals: StopSignals) -> Outcome:
         """Blocks until all ranks have ended."""
-        forwarded = aborted = False
+        course, forwarded = self._course, False
         try:
-            while len(self._codes) < len(self._ranks):
+            while not course.over:
                 self._note_ends()
                 if signals.first is not None and not forwarded:
                     forwarded = True
                     self._send(signals.first)
                     again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
                     self._stderr.say(f"{signals.first.name}: saving, then stopping{again}")
-                    self._kill_at = min(self._kill_at, time.monotonic() + self._patience.stop)
-                if signals.interrupts > 1 and not aborted:
-                    aborted = True
-                    self._kill_at = time.monotonic()
+                    course.stop(time.monotonic())
+                if signals.interrupts > 1:
+                    course.abort(time.monotonic())
                 self._end_the_late()
-                if not self._failed:
+                if not course.failed:
                     self._stderr.show(at_least=HELD_SECONDS)
         finally:
             self.kill()
-        self._stderr.finish(show=not self._failed)
-        codes = tuple(process.wait() for process in self._ranks)
-        killed = [rank for rank in self._failed if codes[rank] in SUDDEN]
-        cause = next(iter([*killed, *self._frozen, *self._failed]), None)
-        return Outcome(codes, cause, signals.first, aborted, self._frozen)
+        self._stderr.finish(show=not course.failed)
+        return course.outcome(signals.first)
 
     def kill(self) -> None:
         """Kills, by process id, every rank that still runs."""
@@ -235,23 +174,16 @@ class Ranks:
             rank = self._ends.get(timeout=TICK_SECONDS)  # the main thread's handlers run during the wait
         except queue.Empty:
             return
-        code = self._codes[rank] = self._ranks[rank].wait()
-        now = time.monotonic()
-        if code in CLEAN:
-            self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
-        elif self._kill_at > now:
-            if not self._failed:
-                self._frozen = tuple(other for other, pid in enumerate(self.pids) if is_stopped(pid))
-                self._terminate_at = now + self._patience.peers
-                self._kill_at = min(self._kill_at, self._terminate_at + self._patience.kill)
-            self._failed.append(rank)
+        self._course.end(rank, self._ranks[rank].wait(), time.monotonic(), frozen=self._frozen)
+
+    def _frozen(self) -> tuple[int, ...]:
+        return tuple(rank for rank, pid in enumerate(self.pids) if is_stopped(pid))
 
     def _end_the_late(self) -> None:
         now = time.monotonic()
-        if now >= self._terminate_at:
-            self._terminate_at = float("inf")
+        if self._course.must_terminate(now):
             self._send(signal.SIGTERM)
-        if now >= self._kill_at:
+        if self._course.must_kill(now):
             self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
@@ -280,20 +212,3 @@ def is_stopped(pid: int) -> bool:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
-
-
-def last_words(log: Path, offset: int, *, most_lines: int = 200) -> str:
-    """What a rank said last: its last traceback with all that led to it, or its last 20 lines.
-
-    Args:
-        offset: Where this attempt begins in the log.
-    """
-    with log.open("rb") as stream:
-        stream.seek(offset)
-        lines = stream.read().decode(errors="replace").splitlines()
-    begins = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    first = begins.pop() if begins else max(0, len(lines) - 20)
-    chained = ("The above exception was the direct cause", "During handling of the above exception")
-    while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
-        first = begins.pop()
-    return "\n".join(lines[first:][-most_lines:])

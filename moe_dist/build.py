@@ -20,7 +20,7 @@ from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
-from moe_dist.model.flops import Shape, forward_flops, training_flops
+from moe_dist.model.flops import forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.capacity import Capacity
@@ -44,6 +44,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.policies import expert_groups
+from moe_dist.sizes import model_shape
 from moe_dist.trainer import Plan
 from moe_dist.training_step import TrainingStep
 
@@ -294,24 +295,6 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         group_of_modality=training.step.group_of_modality,
         measure_balance=config.evaluation.balance_efficiency,
         ablate=config.evaluation.ablate_experts,
-    )
-
-
-def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
-    """Sizes for the count of parameters and FLOPs."""
-    return Shape(
-        hidden_dim=section.hidden_dim,
-        num_layers=section.num_layers,
-        num_moe_layers=len(section.moe_layers),
-        num_heads=section.num_heads,
-        num_kv_heads=section.num_kv_heads,
-        head_dim=section.resolved_head_dim,
-        vocab_size=section.vocab_size,
-        dense_ffn_dim=section.dense_ffn_dim or 0,
-        shared_ffn_dim=section.moe.shared_ffn_dim,
-        qk_norm=section.qk_norm,
-        tie_embeddings=section.tie_embeddings,
-        groups=groups,
     )
 
 

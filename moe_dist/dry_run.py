@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moe_dist.build import COMPUTE_DTYPES, build_model, model_shape
+from moe_dist.build import COMPUTE_DTYPES, build_model
 from moe_dist.config.schema import Config
 from moe_dist.model import flops, memory
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.planner import Plan, expected_plan, group_shares
 from moe_dist.preflight import Layout, layout_without_data
+from moe_dist.sizes import model_shape
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,12 +21,13 @@ from moe_dist.monitor.sinks.guarded import GuardedSinks
 from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.lease_watch import LeaseWatch
 from moe_dist.monitor.sinks.prometheus import PrometheusSink
+from moe_dist.monitor.sinks.ray import RaySink
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
 from moe_dist.placement.planner import render
 from moe_dist.preflight import Preflight
 from moe_dist.runtime.attempt import Attempt
-from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.environment import RAY_METRICS, RankEnv
 from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
@@ -105,7 +107,7 @@ def open_sinks(
 
 
 def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[Sink]:
-    """One sink for each section, each with the configuration and the placement as a page of text."""
+    """One sink for each section, and one that the launcher asks for; each gets configuration and placement as text."""
     config, placement = plan.config, plan.placement
     subject = Subject(placement.groups, placement, config.model.moe_layers, len(plan.manifest.modalities))
     sinks: list[Sink] = []
@@ -127,6 +129,8 @@ def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[S
                 sinks.append(PrometheusSink(run_name=config.run.name, **options))
             case schema.WandbSink():
                 sinks.append(WandbSink(run_name=config.run.name, folder=folder.path, **options))
+    if path := os.environ.get(RAY_METRICS):
+        sinks.append(RaySink(socket_path=path, run_name=config.run.name, resume_step=resume_step))
     for sink in sinks:
         sink.text("configuration", f"```yaml\n{resolved_yaml(config)}```")
         sink.text("placement", f"```\n{placement_text(plan)}```")

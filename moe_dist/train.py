@@ -13,12 +13,15 @@ import typer
 
 from moe_dist.config.dispatch_rules import ranks_per_node
 from moe_dist.config.load import load_config
+from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import EXIT_DONE, MoeDistError
 from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.place import Found, Place, check_place
 from moe_dist.runtime.run_folder import RunFolder, Start
+from moe_dist.runtime.shared_folder import shared_with_rank_0
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.runtime.startup import Startup
 
@@ -75,8 +78,11 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     device = session.choose_device(config, env)
     timeout = config.parallel.timeout_seconds
     startup.now("waiting for the other ranks")
-    with published_store(env, folder.path, timeout=timeout) as store:
-        init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
+    with shared_with_rank_0(folder.path, env):
+        check_place(Place.from_environment(os.environ), Found.from_environment(os.environ))
+        check_at_start(config, env, folder.path)
+        with published_store(env, folder.path, timeout=timeout) as store:
+            init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout, ranks_per_node=ranks_per_node(config))
     watchdog = session.start_watchdog(config, env, folder, mesh.watch, attempt)
     startup.now("building the model")

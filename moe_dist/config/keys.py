@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from moe_dist.config.schema import GROUP_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
+from moe_dist.config.schema import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
 
 NAME = "<name>"  # stands for any key of a mapping
 ITEM = "<index>"  # stands for any item of a list
@@ -18,6 +18,7 @@ _PATTERNS = {
     GROUP_PATTERN: "text of 1 to 32 letters, digits, '_' or '-', the first a letter",
     UNIX_GROUP_PATTERN: "the name of a Unix group",
     PATH_PATTERN: "a path without control characters",
+    LABEL_PATTERN: "text of 1 to 63 letters, digits, '.', '_', '/' or '-', the first and last a letter or digit",
 }
 
 

@@ -46,9 +46,12 @@ RESERVED_GROUP_NAMES = frozenset((
 # fmt: on
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
+# A label of a node, as Ray has them: `modality`, `ray.io/accelerator-type`.
+LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
+Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
 WATCHDOG_SHARE = 0.8  # of the process groups' timeout: the rest is for the ranks' reports
 
@@ -371,10 +374,25 @@ class ParallelSection(Section):
         return {"kind": "per_rank", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
+class NodeSection(Section):
+    """The nodes that a group's ranks belong on."""
+
+    feature: Name | None = Field(
+        default=None,
+        description="Feature of the node under Slurm (--constraint); under Ray, where labels are empty, the label "
+        "`feature` with this value. null: any node.",
+    )
+    labels: dict[Label, Label] = Field(default_factory=dict, description="Labels of the node under Ray, name and value.")
+    own: bool = Field(default=False, description="Whole nodes of the group's own: no rank of another group goes there.")
+
+
 class PinnedGroupSection(Section):
     """Where one group lives."""
 
     ranks: tuple[Count, ...] = Field(default=(), description="Positions in the EP group that hold this group's experts.")
+    node: NodeSection = Field(
+        default_factory=NodeSection, description="The nodes that the group's ranks belong on; by default any."
+    )
 
 
 class InterleavedSection(Section):
@@ -607,4 +625,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
+    "data.path",  # the same data elsewhere: what is in them is held by digests (config/data_digest.py)
 )

@@ -149,6 +149,16 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
     return group
 
 
+def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
+    """A group of some ranks: for measurements, not for training. None on a rank that is not in it.
+
+    Args:
+        alone: Only its members call this; then it must be the first group of just these ranks.
+    """
+    group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
 def _checkpoint_group() -> dist.ProcessGroup:
     """Its timeout is that of the slowest rank's write; a rank that dies is noticed at once, by its connection."""
     group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT)

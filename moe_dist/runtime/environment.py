@@ -11,6 +11,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 PUBLISHED = "published"  # rank 0 says in the run folder where it listens (runtime/rendezvous.py)
+RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: the socket to which rank 0 sends its numbers (monitor/sinks/ray.py)
 ALONE = "tcp://127.0.0.1:0"  # a world of one process finds itself on any free port
 
 

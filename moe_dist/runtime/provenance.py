@@ -15,6 +15,7 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.secrets import without_secrets
 
 _GIT_SECONDS = 20.0
+SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_state` of the clone a snapshot was made of
 
 
 def record_provenance(folder: Path, attempt_id: str) -> None:
@@ -49,7 +50,10 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
     """Commit, diff to it and untracked files of the clone that holds the folder `code`; (None, b"", []) where the code is
-    not tracked by git (an installed package), or there is no git."""
+    not tracked by git (an installed package), or there is no git. A snapshot of a clone says what that was."""
+    if (code.parent / SNAPSHOT_JSON).is_file():
+        state = json.loads((code.parent / SNAPSHOT_JSON).read_text())
+        return state["commit"], (code.parent / SNAPSHOT_PATCH).read_bytes(), state["untracked"]
     if _git(code, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None, b"", []
     commit = _git(code, "rev-parse", "HEAD")

@@ -50,18 +50,28 @@ def address_file(run_folder: Path) -> Path:
 
 
 def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
-    """The address of this node that its peers reach, and the only one that rank 0 listens at.
+    """The address of this node that its peers reach, and the only one that rank 0 listens at: the loopback where all ranks
+    are on this node and MOE_DIST_RENDEZVOUS_HOST says nothing else, or `node_address`.
 
-    In this order: MOE_DIST_RENDEZVOUS_HOST (a name or address of this node); the loopback where all ranks are on this
-    node; the interface that GLOO_SOCKET_IFNAME names; what the host's own name stands for.
+    Raises:
+        ConfigError: as `node_address`.
+    """
+    if env.local_world_size == env.world_size and not variables.get(HOST_VARIABLE):
+        return "127.0.0.1"
+    return node_address(variables)
+
+
+def node_address(variables: Mapping[str, str]) -> str:
+    """The address of this node that other nodes reach.
+
+    In this order: MOE_DIST_RENDEZVOUS_HOST (a name or address of this node); the interface that GLOO_SOCKET_IFNAME names;
+    what the host's own name stands for.
 
     Raises:
         ConfigError: none of them is an address that other nodes could reach.
     """
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")
-    if env.local_world_size == env.world_size:
-        return "127.0.0.1"
     interface = variables.get("GLOO_SOCKET_IFNAME", "")
     for found in psutil.net_if_addrs().get(interface, []):
         if found.family == socket.AF_INET:

@@ -3,6 +3,7 @@
     config.yaml, provenance.json, diff_*.patch    resolved configuration; commit, dirty diff and packages of each attempt
     metrics.jsonl, tensorboard/, checkpoints/, log/rank_R.log, summary.txt
     status.json, lease.json                       verdict of each attempt; who writes here now
+    slurm/                                        code and configuration that each Slurm job runs (launchers/snapshot.py)
 
 Rank 0 of an attempt opens the folder; the other ranks only look (`inspect`), before any process group is made.
 """
@@ -27,7 +28,9 @@ from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, ref
 from moe_dist.runtime.provenance import record_provenance
 from moe_dist.runtime.status import Ending, Status, read_status, write_status
 
-BEFORE_OPENING = frozenset({"log", "lease.json", "status.json"})  # what may lie in a folder that no attempt has opened yet
+BEFORE_OPENING = frozenset(
+    {"log", "slurm", "lease.json", "status.json"}
+)  # what may lie in a folder that no attempt has opened yet
 
 
 class Start(Enum):
@@ -270,7 +273,7 @@ class RunFolder:
             return False
         return True
 
-    def amend_status(self, attempt_id: str, *, verdict: int, reason: str, rank: int, last_step: int) -> bool:
+    def amend_status(self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int) -> bool:
         """For a launcher, once every rank of the attempt has ended and it has seen why: what a peer of a killed or frozen
         rank wrote down is a consequence, and where all were killed nobody wrote anything.
 

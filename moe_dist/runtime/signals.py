@@ -67,6 +67,7 @@ class StopRequest:
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         threading.Thread(target=self._watch, args=(read_end,), name="stop-request", daemon=True).start()
+        unblock_stop_signals()
         return self
 
     def uninstall(self) -> None:
@@ -111,6 +112,12 @@ class StopRequest:
                 self.on_expire()
         finally:
             os._exit(EXIT_FAILED)  # the main thread may hang in a collective: no handler, no atexit, would ever run
+
+
+def unblock_stop_signals() -> None:
+    """Lets in what has waited: a launcher may start a process with the stop signals blocked, so that none is lost, or ends
+    it, before its handlers stand. Call it when they do."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _load_prctl() -> Callable[[int, int], int] | None:

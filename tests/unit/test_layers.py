@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Top down: a room imports from lower floors, and on its own floor only where no circle comes of it.
 FLOORS = (
     {"train", "dry_run", "tools"},
-    {"trainer", "build", "session", "resume", "training_step"},
+    {"trainer", "build", "session", "resume", "training_step", "sizes", "doctor"},
     {"router_tuning"},
     {"parallel", "megatron", "evaluation", "generation", "hf"},
     {"model", "monitor", "checkpoint", "loss"},
@@ -37,7 +37,10 @@ TORCH_FREE = (
     "moe_dist/checkpoint/shelf.py",
     "moe_dist/monitor/compare.py",
     "tools/compare_runs.py",
+    "tools/doctor.py",
     "tools/inspect_checkpoint.py",
+    "moe_dist/doctor",
+    "moe_dist/sizes.py",
     "moe_dist/model/flops.py",
     "moe_dist/model/memory.py",
     "launchers",

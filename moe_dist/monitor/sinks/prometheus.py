@@ -6,8 +6,9 @@ resumed run may go back in steps.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.statistics import EvaluationResult
@@ -57,26 +58,40 @@ class PrometheusSink:
         os.replace(scratch, self._path)
 
 
-def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:
-    """The text of a scrape: each family once, with help and type, its samples together."""
-    families: dict[str, list[str]] = {"step": [f"# HELP {PREFIX}step Steps taken.", f"# TYPE {PREFIX}step gauge"]}
-    families["step"].append(_sample("step", {"run": run_name}, step))
+class Sample(NamedTuple):
+    """One number as monitoring systems take it: metric, its meaning, its labels, its value."""
+
+    name: str
+    meaning: str
+    labels: dict[str, str]
+    value: float
+
+
+def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> Iterator[Sample]:
+    """The step and every scalar that has a value; tags with a label become one metric with a label."""
+    yield Sample(f"{PREFIX}step", "Steps taken.", {"run": run_name}, step)
     for tag, value in scalars.items():
         if value is None:
             continue
         family, label, label_value = split_tag(tag)
-        name = family.replace("/", "_")
-        if name not in families:
-            help_text = meaning(tag).replace("\\", r"\\")
-            families[name] = [f"# HELP {PREFIX}{name} {help_text}", f"# TYPE {PREFIX}{name} gauge"]
         labels = {"run": run_name} | ({label: label_value} if label and label_value else {})
-        families[name].append(_sample(name, labels, value))
+        yield Sample(PREFIX + family.replace("/", "_"), meaning(tag), labels, value)
+
+
+def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:
+    """The text of a scrape: each family once, with help and type, its samples together."""
+    families: dict[str, list[str]] = {}
+    for sample in samples(scalars, step=step, run_name=run_name):
+        if sample.name not in families:
+            help_text = sample.meaning.replace("\\", r"\\")
+            families[sample.name] = [f"# HELP {sample.name} {help_text}", f"# TYPE {sample.name} gauge"]
+        families[sample.name].append(_line(sample))
     return "".join(line + "\n" for lines in families.values() for line in lines)
 
 
-def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
-    pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
-    return f"{PREFIX}{name}{{{pairs}}} {_number(value)}"
+def _line(sample: Sample) -> str:
+    pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in sample.labels.items())
+    return f"{sample.name}{{{pairs}}} {_number(sample.value)}"
 
 
 def _number(value: float) -> str:

@@ -280,12 +280,18 @@ def test_difference(path: Path) -> None:
         Change("optimizer.lr", 3e-3, 1.0),
         Change("placement.policy", "pinned", "interleaved"),
         Change("placement.groups.text.ranks", [0], None),
+        Change("placement.groups.text.node.feature", None, None),
+        Change("placement.groups.text.node.labels", {}, None),
+        Change("placement.groups.text.node.own", False, None),
     ]
     assert [change.key for change in changes_on_resume(old, new)] == ["model.moe.groups.text.top_k", "optimizer.lr"]
 
 
 def test_the_root_may_change_on_resume_and_the_name_not(path: Path) -> None:
-    old, new = load_config(path), load_config(path, ["run.root=/elsewhere", "run.name=other", "parallel.ep=4"])
+    old, new = (
+        load_config(path),
+        load_config(path, ["run.root=/elsewhere", "data.path=/there", "run.name=b", "parallel.ep=4"]),
+    )
     assert [change.key for change in changes_on_resume(old, new)] == ["run.name"]
 
 

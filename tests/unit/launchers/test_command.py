@@ -4,9 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from launchers.command import Plan, file_rendezvous, fit_world_size, rank_commands, tcp_rendezvous, threads_per_rank
-from moe_dist.errors import ConfigError
+from launchers.command import (
+    JobPlan,
+    NodePlan,
+    Plan,
+    absolute_paths,
+    file_rendezvous,
+    fit_world_size,
+    plan_job,
+    rank_commands,
+    tcp_rendezvous,
+    threads_per_rank,
+)
+from moe_dist.config.cluster import Cluster
+from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.preflight import check
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.place import Place
 from tests.support.tiny import tiny_config
 
 
@@ -14,7 +28,7 @@ def plan(**changes: object) -> Plan:
     values: dict[str, object] = {
         "config": Path("configs/x.yaml"),
         "overrides": ("train.steps=3",),
-        "ranks_per_node": (2, 1),
+        "job": JobPlan((NodePlan(0, (0, 1)), NodePlan(1, (2,)))),
         "rendezvous": tcp_rendezvous("node1", 2345),
         "attempt": 4,
         "attempt_id": "job.4",
@@ -71,3 +85,104 @@ def test_threads_are_an_even_share_unless_somebody_decided(monkeypatch: pytest.M
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     assert [threads_per_rank(ranks, {}) for ranks in (1, 3, 8, 20)] == [8, 2, 1, 1]
     assert threads_per_rank(2, {"OMP_NUM_THREADS": "5"}) is None
+
+
+# --- which rank on which node
+
+
+def job(data: Path, cluster: dict[str, object], changes: dict[str, object]) -> JobPlan:
+    return plan_job(check(tiny_config(data, Path("/runs"), changes)), Cluster.model_validate(cluster))
+
+
+def ranks(plan: JobPlan) -> list[tuple[str | None, tuple[int, ...]]]:
+    return [(node.feature, node.ranks) for node in plan.nodes]
+
+
+def pinned(text_ranks: list[int], image_ranks: list[int], **nodes: object) -> dict[str, object]:
+    groups: dict[str, dict[str, object]] = {"text": {"ranks": text_ranks}, "image": {"ranks": image_ranks}}
+    for name, node in nodes.items():
+        groups[name]["node"] = node
+    return {"parallel.ep": len(text_ranks) + len(image_ranks), "placement.groups": groups}
+
+
+def test_without_demands_ranks_fill_nodes_in_order(tiny_data: Path) -> None:
+    plan = job(tiny_data, {"ranks_per_node": 3}, {"parallel.edp": 2})
+    assert ranks(plan) == [(None, (0, 1, 2)), (None, (3,))]
+    assert [node.groups for node in plan.nodes] == [("text", "image"), ("image",)]
+    assert (plan.world_size, plan.ranks_per_node, plan.gpus_per_node) == (4, 3, 0)
+
+
+def test_groups_live_on_nodes_of_their_kind_however_their_ranks_are_ordered(tiny_data: Path) -> None:
+    changes = pinned([0, 2], [1, 3], text={"feature": "text"}, image={"feature": "vision", "labels": {"modality": "image"}})
+    plan = job(tiny_data, {"ranks_per_node": 2}, changes)
+    assert ranks(plan) == [("text", (0, 2)), ("vision", (1, 3))]
+    assert plan.place_of(3, ("a", "b")) == Place(
+        3, 1, 1, groups=("image",), host="b", feature="vision", labels={"modality": "image"}
+    )
+    assert plan.place_of(0).labels == {"feature": "text"}, "without labels Ray goes by the feature"
+    assert plan.table().splitlines()[2] == "1     1, 3   vision, modality=image  image"
+
+
+def test_a_rank_that_needs_nothing_takes_room_beside_its_own_ep_group_unless_a_group_owns_the_node(tiny_data: Path) -> None:
+    shared = pinned([0, 2], [1], image={"feature": "vision"}) | {"parallel.edp": 2, "train.global_batch": 12}
+    assert ranks(job(tiny_data, {"ranks_per_node": 3, "domain_nodes": 1}, shared)) == [
+        ("vision", (0, 1, 2)),
+        ("vision", (3, 4, 5)),
+    ]
+    own = pinned([0, 2], [1], image={"feature": "vision", "own": True}) | {"parallel.edp": 2, "train.global_batch": 12}
+    assert ranks(job(tiny_data, {"ranks_per_node": 4}, own)) == [(None, (0, 2, 3, 5)), ("vision", (1, 4))]
+
+
+def test_ep_groups_stay_inside_the_domain(tiny_data: Path) -> None:
+    changes: dict[str, object] = {"parallel.ep": 2, "parallel.edp": 4, "train.global_batch": 16}
+    assert ranks(job(tiny_data, {"ranks_per_node": 3}, changes)) == [(None, (0, 1, 2)), (None, (3, 4, 5)), (None, (6, 7))]
+    inside = job(tiny_data, {"ranks_per_node": 3, "domain_nodes": 1}, changes)
+    assert ranks(inside) == [(None, (0, 1)), (None, (2, 3)), (None, (4, 5)), (None, (6, 7))]
+    wider = job(tiny_data, {"ranks_per_node": 3, "domain_nodes": 2}, changes)
+    assert ranks(wider) == [(None, (0, 1, 2)), (None, (3, 4, 5)), (None, (6, 7))], "three EP groups fill two nodes"
+
+
+def test_an_ep_group_larger_than_the_domain_is_refused(tiny_data: Path) -> None:
+    changes = pinned([0], [1], image={"feature": "vision"}, text={"feature": "text"})
+    with pytest.raises(ConfigError, match=r"parallel\.ep=2: an EP group needs 2 nodes of 4 ranks .*2 kinds of nodes.*is 1"):
+        job(tiny_data, {"domain_nodes": 1}, changes)
+
+
+def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
+    cluster: dict[str, object] = {"gpus": {"per_node": 2}, "ranks_per_node": 1}
+    assert job(tiny_data, cluster, {"parallel.device": "auto"}).gpus_per_node == 2
+    assert job(tiny_data, cluster, {"parallel.device": "auto"}).place_of(1).gpu == 1
+    assert len(job(tiny_data, cluster, {}).nodes) == 2, "on the CPU, ranks_per_node counts"
+    with pytest.raises(PlacementError, match=r"parallel\.device=cuda: the cluster file says that there are no GPUs"):
+        job(tiny_data, {"gpus": {"syntax": "none"}}, {"parallel.device": "cuda"})
+
+
+def test_the_dispatchers_nodes_are_the_plans(tiny_data: Path) -> None:
+    changes: dict[str, object] = {"parallel.dispatch": {"kind": "per_node", "ranks_per_node": 2}}
+    assert len(job(tiny_data, {"ranks_per_node": 2}, changes).nodes) == 1
+    with pytest.raises(ConfigError, match=r"ranks_per_node=2: the ranks 0 to 1 are to be one node, .* the nodes 0, 1"):
+        job(tiny_data, {"ranks_per_node": 1}, changes)
+
+
+def test_a_rank_is_told_its_place() -> None:
+    job_plan = JobPlan((NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,))), 8, (("text",), (), ("text",)))
+    commands = rank_commands(plan(job=job_plan, hosts=("node5", "node9")))
+    assert [Place.from_environment(command.env) for command in commands] == [
+        Place(0, 0, 0, ("text",), "node5", "text", {"feature": "text"}, 0),
+        Place(1, 1, 0, (), "node9", None, {}, 0),
+        Place(2, 0, 1, ("text",), "node5", "text", {"feature": "text"}, 1),
+    ]
+    assert [(c.node, c.env["LOCAL_RANK"], c.env["LOCAL_WORLD_SIZE"]) for c in commands] == [
+        (0, "0", "2"),
+        (1, "0", "1"),
+        (0, "1", "2"),
+    ]
+
+
+def test_paths_become_absolute() -> None:
+    config = tiny_config(Path("data/x"), Path("/runs"), {"run.init_from": "old/../older"})
+    assert absolute_paths(config, Path("/home/me")) == (
+        "run.root=/runs",
+        "data.path=/home/me/data/x",
+        "run.init_from=/home/me/older",
+    )

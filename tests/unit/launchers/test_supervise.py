@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from launchers.attempts import last_words
 from launchers.command import RankCommand
-from launchers.supervise import ABORTED, Outcome, Patience, Ranks, StopSignals, last_words
+from launchers.ending import ABORTED, Outcome, Patience
+from launchers.supervise import Ranks, StopSignals
+from moe_dist.runtime.signals import STOP_SIGNALS
 
 PATIENT = Patience(stop=60.0, peers=0.3, kill=60.0)
 PRELUDE = """
@@ -183,12 +186,23 @@ def test_ranks_that_do_not_stop_within_the_grace_are_killed(tmp_path: Path) -> N
         assert ranks.see_through(signals).codes == (-9,)
 
 
+def test_handlers_that_somebody_replaced_can_be_put_up_again_and_the_first_ones_come_back() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with StopSignals() as signals:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signals.renew()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: signals.first is signal.SIGTERM, "the signal was noted")
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
 def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(PRELUDE + REFUSES + "mark('pid', str(os.getpid())); time.sleep(100)")
     launcher = f"""
 import sys
 from launchers.command import RankCommand
-from launchers.supervise import Patience, Ranks, StopSignals
+from launchers.ending import Patience
+from launchers.supervise import Ranks, StopSignals
 argv = (sys.executable, {str(tmp_path / "rank.py")!r}, {str(tmp_path)!r})
 logs = [open(f"{tmp_path}/log{{rank}}", "ab") for rank in range(2)]
 with StopSignals() as signals:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_dist.build import build_model, model_shape
+from moe_dist.build import build_model
 from moe_dist.config.schema import Config
 from moe_dist.model.flops import Shape, active_parameters, expected_experts, forward_flops, parameters, training_flops
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.sizes import model_shape
 
 
 def shape(**changes: Any) -> Shape:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.build import build_model, model_shape
+from moe_dist.build import build_model
 from moe_dist.config.schema import Config
 from moe_dist.loss import token_losses
 from moe_dist.model.flops import parameters
 from moe_dist.model.memory import Layout, held_parameters, rank_memory
 from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.sizes import model_shape
 
 
 def config(*, ep: int = 1, recompute: str = "none", **model: Any) -> Config:

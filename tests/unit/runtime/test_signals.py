@@ -140,3 +140,17 @@ def test_a_child_whose_parent_is_gone_already_ends(tmp_path: Path) -> None:
     with program(text) as process:
         out, _ = process.communicate(timeout=30)
     assert (process.returncode, out) == (1, "")
+
+
+def test_signals_that_came_before_the_handlers_are_a_request_and_end_nothing() -> None:
+    code = (
+        "import os, signal\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from moe_dist.runtime.signals import StopRequest\n"
+        "stop = StopRequest()\n"
+        "print(stop.requested)\n"
+        "print(stop.install().requested, stop.reason)\n"
+    )
+    command = ["env", "--block-signal=TERM,USR2,INT", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "False\nTrue SIGTERM\n"), done.stderr

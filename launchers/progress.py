@@ -1,0 +1,200 @@
+"""A run seen from outside: how far it is, how fast, what is saved, how its attempts ended. From its folder alone.
+
+Reads the ends of the files, whatever their size, and writes nothing: anybody may look who may read the folder.
+"""
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from launchers.restart import committed_step
+from moe_dist.config.yaml_text import load_yaml
+from moe_dist.errors import ConfigError, DataError, DivergedError, PlacementError, StoppedError
+from moe_dist.runtime.lease import Holder, read_holder
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.save_time import measured_save_seconds
+from moe_dist.runtime.status import Ending
+from moe_dist.runtime.tail import lines_from_end
+
+RATE_STEPS = 20  # the median of so many steps is the throughput that is shown
+RECORDS_READ = 8 << 20  # bytes of the records' end
+SILENT_SECONDS = 90.0  # a lease is renewed every 5 s; the rest is for clocks that differ
+_STEP_LINE = b'"kind":"step"'
+
+
+class State(Enum):
+    """What a run is doing."""
+
+    NEW = "not begun"
+    RUNNING = "running"
+    SILENT = "silent"  # somebody holds the lease and does not renew it
+    DIED = "died"  # the latest attempt left no verdict
+    DONE = "done"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    DIVERGED = "diverged"
+    REFUSED = "refused"  # wrong configuration or data, or no place on the cluster
+    UNREADABLE = "unreadable"
+
+
+_STATES = {
+    0: State.DONE,
+    StoppedError.exit_code: State.STOPPED,
+    DivergedError.exit_code: State.DIVERGED,
+    ConfigError.exit_code: State.REFUSED,
+    DataError.exit_code: State.REFUSED,
+    PlacementError.exit_code: State.REFUSED,
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run at one moment.
+
+    Attributes:
+        name, folder: Of the run.
+        state: What it is doing.
+        why: In words: the latest attempt's reason, or what cannot be read.
+        step, total_steps: Last step on record, and the one it is to end at; None where no configuration says so.
+        tokens_per_second, step_seconds: Medians of the last steps; None before the first.
+        record_age, beat_age, checkpoint_age: Seconds since the last record, the last sign of its writer, the last commit.
+        checkpoint_step: Of the newest committed checkpoint; 0 where there is none.
+        save_seconds: The longest of the last saves; None where none was logged.
+        losses: Of the last step, by name.
+        attempts: All of them, the latest last.
+        holder: Who writes to it; None where nobody does.
+    """
+
+    name: str
+    folder: Path
+    state: State
+    why: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    record_age: float | None = None
+    beat_age: float | None = None
+    checkpoint_step: int = 0
+    checkpoint_age: float | None = None
+    save_seconds: float | None = None
+    losses: Mapping[str, float] | None = None
+    attempts: tuple[Ending, ...] = ()
+    holder: Holder | None = None
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started again."""
+        return max(0, len(self.attempts) - 1)
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Until the last step, at the present pace; None where it does not run or the pace is unknown."""
+        if self.state is not State.RUNNING or self.total_steps is None or self.step_seconds is None:
+            return None
+        return max(0, self.total_steps - self.step) * self.step_seconds
+
+
+def read_progress(path: Path, *, now: float | None = None) -> Progress:
+    """Looks at the run in `path`. What is damaged or not to be read makes it UNREADABLE, and is named in `why`.
+
+    Args:
+        now: Unix seconds; default this host's clock.
+    """
+    now = time.time() if now is None else now
+    folder = RunFolder(path)
+    try:
+        attempts, unreadable = folder.read_status().attempts, ""
+    except (DataError, OSError) as error:
+        attempts, unreadable = (), str(error)
+    records = _last_records(folder.metrics_jsonl)
+    latest = attempts[-1] if attempts else None
+    step = records[0]["step"] if records else 0
+    holder, beat_age = _holder(folder.lease_json), _age(folder.lease_json, now)
+    state = State.UNREADABLE if unreadable else _state(latest, holder, beat_age)
+    committed = committed_step(folder.checkpoints)
+    return Progress(
+        name=path.name,
+        folder=path,
+        state=state,
+        why=unreadable or (latest.reason if latest is not None else ""),
+        step=max(step, latest.last_step if latest is not None and latest.verdict is not None else 0),
+        total_steps=_total_steps(folder.config_yaml),
+        tokens_per_second=_median(records, "perf/tokens_per_second"),
+        step_seconds=_median(records, "perf/step_seconds"),
+        record_age=_age(folder.metrics_jsonl, now) if records else None,
+        beat_age=beat_age if holder is not None else None,
+        checkpoint_step=committed,
+        checkpoint_age=_age(folder.checkpoints / "latest", now) if committed else None,
+        save_seconds=measured_save_seconds(folder.logs),
+        losses=_losses(records[0]) if records else None,
+        attempts=attempts,
+        holder=holder,
+    )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (path / "config.yaml").is_file() or (path / "status.json").is_file()
+
+
+def _state(latest: Ending | None, holder: Holder | None, beat_age: float | None) -> State:
+    if holder is not None and not holder.is_dead():
+        return State.RUNNING if beat_age is not None and beat_age < SILENT_SECONDS else State.SILENT
+    if latest is None:
+        return State.NEW
+    return State.DIED if latest.verdict is None else _STATES.get(latest.verdict, State.FAILED)
+
+
+def _holder(path: Path) -> Holder | None:
+    try:
+        return read_holder(path)
+    except OSError:
+        return None
+
+
+def _last_records(path: Path) -> list[dict[str, Any]]:
+    """Up to RATE_STEPS records of steps, the last first; without lines that cannot be read."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError):
+        for line in lines_from_end(path, most_bytes=RECORDS_READ):
+            if _STEP_LINE not in line[:100]:
+                continue
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                found.append(record)
+            if len(found) == RATE_STEPS:
+                break
+    return found
+
+
+def _median(records: list[dict[str, Any]], tag: str) -> float | None:
+    values = [v for record in records if (v := record.get("scalars", {}).get(tag)) is not None]
+    return statistics.median(values) if values else None
+
+
+def _losses(record: dict[str, Any]) -> dict[str, float]:
+    scalars = record.get("scalars", {})
+    return {tag.partition("/")[2]: v for tag, v in scalars.items() if tag.startswith("loss/") and v is not None}
+
+
+def _total_steps(config_yaml: Path) -> int | None:
+    """train.steps of a run, also of one whose configuration this version cannot read as a whole."""
+    try:
+        values, _ = load_yaml(config_yaml.read_text(encoding="utf-8"))
+        return int(values["train"]["steps"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _age(path: Path, now: float) -> float | None:
+    try:
+        return max(0.0, now - path.stat().st_mtime)
+    except OSError:
+        return None

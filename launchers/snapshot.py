@@ -1,0 +1,124 @@
+"""Code, configuration and cluster file as they were when a job was submitted: every attempt of the job runs these, whatever
+has become of the clone while it waited.
+
+    <folder>/code/          the clone's files, those that git tracks with their changes, and new code beside them
+    <folder>/config.yaml    resolved, with absolute paths
+    <folder>/cluster.yaml, sweep.txt, train.sbatch
+"""
+
+import json
+import secrets
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.config.cluster import Cluster, load_cluster
+from moe_dist.config.load import resolved_yaml
+from moe_dist.config.schema import Config
+from moe_dist.config.yaml_text import dump_yaml
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.provenance import SNAPSHOT_JSON, SNAPSHOT_PATCH, code_state
+
+CLONE = Path(__file__).parents[1]
+_PARTS = ("moe_dist", "launchers", "slurm", "tools", "configs")  # of a clone without git
+_NEW_CODE = (".py", ".sh", ".sbatch", ".yaml")  # endings of untracked files that are taken
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a job runs.
+
+    Attributes:
+        folder: On a file system that all nodes share.
+    """
+
+    folder: Path
+
+    @property
+    def code(self) -> Path:
+        return self.folder / "code"
+
+    @property
+    def config_yaml(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def script(self) -> Path:
+        """For sbatch: submits the same again."""
+        return self.folder / "train.sbatch"
+
+    def cluster(self) -> Cluster:
+        return load_cluster(str(self.folder / "cluster.yaml"), {})
+
+    def overrides_of(self, task: int | None) -> tuple[str, ...]:
+        """The overrides of one task of an array: a run of its own in `<root>/<name>/<task>`. None: no array.
+
+        Raises:
+            ConfigError: the sweep has no such task.
+        """
+        if task is None:
+            return ()
+        sweep = read_sweep(self.folder / "sweep.txt")
+        if not 0 <= task < len(sweep):
+            raise ConfigError(f"array task {task}: the sweep file has the tasks 0 to {len(sweep) - 1}")
+        return sweep[task]
+
+
+def take_snapshot(
+    folder: Path, config: Config, cluster: Cluster, *, sweep: Sequence[Sequence[str]] = (), clone: Path = CLONE
+) -> Snapshot:
+    """Writes a snapshot, whole or not at all. Copies a few MB.
+
+    Raises:
+        OSError: there is no room, or no permission.
+    """
+    new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        for name in _code_files(clone):
+            target = new / "code" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(clone / name, target, follow_symlinks=False)
+        commit, diff, untracked = code_state(clone / "moe_dist")
+        (new / "code" / SNAPSHOT_JSON).write_text(json.dumps({"commit": commit, "untracked": untracked}))
+        (new / "code" / SNAPSHOT_PATCH).write_bytes(diff)
+        (new / "config.yaml").write_text(resolved_yaml(config))
+        (new / "cluster.yaml").write_text(dump_yaml(cluster.model_dump(mode="json")))
+        (new / "sweep.txt").write_text("".join(f"{shlex.join(overrides)}\n" for overrides in sweep))
+        new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return Snapshot(folder)
+
+
+def read_sweep(path: Path) -> list[tuple[str, ...]]:
+    """The overrides of each task of an array: one line a task, quoted as for a shell; `#` begins a comment.
+
+    Raises:
+        ConfigError: the file cannot be read, a line is not closed, or there is no line.
+    """
+    try:
+        lines = [shlex.split(line, comments=True) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"sweep file {path}: {error}; one line of key=value for each task") from error
+    if not (tasks := [tuple(line) for line in lines if line]):
+        raise ConfigError(f"sweep file {path}: has no task; one line of key=value for each")
+    return tasks
+
+
+def _code_files(clone: Path) -> list[str]:
+    """Relative paths of what a job may need."""
+
+    def listed(*options: str) -> list[str] | None:
+        command = ["git", "-C", str(clone), "ls-files", "-z", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return [name for name in done.stdout.split("\0") if name] if done.returncode == 0 else None
+
+    if (clone / ".git").exists() and (tracked := listed("--cached")) is not None:
+        untracked = [name for name in listed("--others", "--exclude-standard") or [] if name.endswith(_NEW_CODE)]
+        return [name for name in (*tracked, *untracked) if (clone / name).is_file()]
+    found = [path for part in _PARTS for path in (clone / part).rglob("*") if path.is_file()]
+    return [str(path.relative_to(clone)) for path in found if "__pycache__" not in path.parts]

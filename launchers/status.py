@@ -1,0 +1,245 @@
+"""What runs are doing: python -m launchers.status [RUN ...] [--root runs]. Reads run folders alone, and changes nothing."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from launchers.progress import Progress, State, is_run, read_progress
+from moe_dist.errors import EXIT_DONE, ConfigError
+from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.status import Ending
+
+WIDTH = 120  # where the output is no terminal
+BAR = 60  # columns
+ATTEMPTS_SHOWN = 8
+_STYLES = {
+    State.RUNNING: "green",
+    State.DONE: "bold green",
+    State.STOPPED: "yellow",
+    State.SILENT: "yellow",
+    State.NEW: "dim",
+}
+_VERDICTS = {0: "done", 75: "stopped, saved", 78: "configuration", 69: "placement", 65: "data", 70: "diverged"}
+
+
+def main(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Name or folder; default all.")] = None,
+    root: Annotated[Path, typer.Option(help="Folder that holds the runs, as run.root.")] = Path("runs"),
+) -> None:
+    """State, step, tokens/s, last checkpoint, restarts and their reasons: of one run in full, of several as a table."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    try:
+        found = [read_progress(path) for path in find_runs(runs or [], root)]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    console.print(one_run(found[0]) if len(found) == 1 and runs else many_runs(found, width=console.width))
+    raise typer.Exit(EXIT_DONE)
+
+
+def find_runs(names: Sequence[str], root: Path) -> list[Path]:
+    """The folders of the named runs, or of all below `root`: a run <root>/<name>, or a task of an array,
+    <root>/<name>/<task>. The one that was written to last comes first.
+
+    Raises:
+        ConfigError: there is none, or none of that name.
+    """
+    if not names:
+        folders = [path for path in root.glob("*") if path.is_dir()] if root.is_dir() else []
+        found = [run for path in folders for run in ([path] if is_run(path) else path.glob("*")) if is_run(run)]
+        if not found:
+            raise ConfigError(f"{root} holds no run; name a run's folder, or the folder of the runs with --root")
+        return sorted(found, key=_last_written, reverse=True)
+    found = []
+    for name in names:
+        path = next((path for path in (root / name, Path(name)) if path.is_dir()), None)
+        if path is None:
+            there = ", ".join(sorted(run.name for run in root.glob("*") if is_run(run))) or "no run"
+            raise ConfigError(
+                f"{name!r}: no run of that name in {root} (which holds {there}) and no such folder; see --root"
+            )
+        found += [path] if is_run(path) or not any(map(is_run, path.glob("*"))) else sorted(filter(is_run, path.glob("*")))
+    return found
+
+
+def many_runs(runs: Sequence[Progress], *, width: int = WIDTH) -> RenderableType:
+    """A table, one line a run; the last word has what the other columns leave of `width`."""
+    names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
+    rows = [_row(run) for run in runs]
+    widths = [max(len(name), *(len(row[column]) for row in rows)) for column, name in enumerate(names)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, name in enumerate(names):
+        table.add_column(name, width=widths[column], no_wrap=True, justify="left" if column < 2 else "right")
+    left = max(len("last word"), width - sum(widths) - 2 * len(names))
+    table.add_column("last word", width=left, overflow="ellipsis", no_wrap=True)
+    for run, row in zip(runs, rows, strict=True):
+        table.add_row(row[0], _state(run), *row[2:], _first_line(run.why))
+    return table
+
+
+def _row(run: Progress) -> list[str]:
+    rate = _rate(run) if run.state is State.RUNNING else ""
+    starts = str(len(run.attempts)) if run.attempts else "-"
+    left = duration(run.remaining_seconds)
+    return [_short_name(run), run.state.value, _steps(run), rate, left, _checkpoint(run), starts]
+
+
+def one_run(run: Progress) -> RenderableType:
+    """All that the folder says about a run."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(run):
+        facts.add_row(name, value)
+    parts: list[RenderableType] = [Text.assemble((run.name, "bold"), "  ", _state(run), "  ", (str(run.folder), "dim"))]
+    if run.total_steps:
+        parts += [_bar(run.step / run.total_steps, _STYLES.get(run.state, "red")), Text()]
+    parts.append(facts)
+    if run.attempts:
+        parts += [Text(), _attempts(run)]
+    return Group(*parts)
+
+
+def duration(seconds: float | None) -> str:
+    """In one or two units, as '3 h 05 min'; empty for None."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def _bar(share: float, style: str) -> Text:
+    filled = round(min(1.0, share) * BAR)
+    return Text.assemble(("━" * filled, style), ("╌" * (BAR - filled), "dim"), f" {min(1.0, share):.0%}")
+
+
+def _facts(run: Progress) -> list[tuple[str, RenderableType]]:
+    facts: list[tuple[str, RenderableType]] = [("step", _steps(run) + _record_age(run))]
+    if run.tokens_per_second is not None:
+        left = f", {duration(run.remaining_seconds)} left" if run.remaining_seconds is not None else ""
+        facts.append(("pace", f"{_rate(run)} tokens/s, {run.step_seconds or 0.0:.3g} s a step{left}"))
+    if run.losses:
+        facts.append(("loss", ", ".join(f"{name} {value:.3f}" for name, value in run.losses.items())))
+    saves = f"; the last saves took {run.save_seconds:.1f} s at most" if run.save_seconds is not None else ""
+    facts.append(("checkpoint", (f"step {_checkpoint(run)}" if run.checkpoint_step else "none yet") + saves))
+    if run.holder is not None:
+        beat = f", last sign of life {duration(run.beat_age)} ago" if run.beat_age is not None else ""
+        facts.append(("writer", f"process {run.holder.pid} on {run.holder.host}{beat}"))
+    if run.state is State.UNREADABLE:
+        facts.append(("fault", run.why))
+    advice = _advice(run)
+    if advice:
+        facts.append(("next", advice))
+    return facts
+
+
+def _advice(run: Progress) -> str:
+    match run.state:
+        case State.STOPPED | State.DIED | State.FAILED:
+            return "the same command goes on from the last checkpoint"
+        case State.SILENT:
+            return "its writer is suspended, or died with its node: a new attempt takes over after 30 s"
+        case State.REFUSED | State.DIVERGED:
+            return "mend what the last attempt names; starting it again as it is would only repeat it"
+        case _:
+            return ""
+
+
+def _attempts(run: Progress) -> Table:
+    """The attempts, the latest last; the first start and then the restarts, each with the reason of the one before."""
+    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
+    for column in ("start", "on", "began", "lasted", "to step"):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("start", "lasted", "to step") else "left")
+    table.add_column("ended", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    shown = run.attempts[-ATTEMPTS_SHOWN:]
+    hidden = len(run.attempts) - len(shown)
+    if hidden:
+        table.add_row("", "", f"{hidden} earlier", "", "", "", "in status.json", style="dim")
+    for number, ending in enumerate(shown, start=hidden + 1):
+        current = ending is run.attempts[-1]
+        table.add_row(
+            str(number),
+            ending.host,
+            time.strftime("%F %T", time.localtime(ending.started)),
+            duration(ending.ended - ending.started) if ending.ended is not None else "",
+            str(run.step if current and ending.verdict is None else ending.last_step),
+            _verdict(ending, run.state if current else None),
+            _reason(ending),
+        )
+    return table
+
+
+def _verdict(ending: Ending, current: State | None) -> Text:
+    if ending.verdict is None:
+        word = current.value if current in (State.RUNNING, State.SILENT) else "died"
+        return Text(word, style=_STYLES.get(current, "red") if current is not None else "red")
+    word = _VERDICTS.get(ending.verdict, "failed")
+    style = "green" if ending.verdict == 0 else "yellow" if ending.verdict == 75 else "red"
+    return Text(f"{word} ({ending.verdict})", style=style)
+
+
+def _reason(ending: Ending) -> str:
+    if ending.verdict is None:
+        return ""
+    by = f"rank {ending.rank}: " if ending.rank is not None and not ending.reason.startswith("rank ") else ""
+    return (by if ending.verdict not in (0, 75) else "") + _first_line(ending.reason)
+
+
+def _state(run: Progress) -> Text:
+    return Text(run.state.value, style=_STYLES.get(run.state, "bold red"))
+
+
+def _steps(run: Progress) -> str:
+    return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
+
+
+def _record_age(run: Progress) -> str:
+    return f", {duration(run.record_age)} ago" if run.record_age is not None else ""
+
+
+def _rate(run: Progress) -> str:
+    rate = run.tokens_per_second
+    if rate is None:
+        return ""
+    return f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k" if rate >= 1e3 else f"{rate:.0f}"
+
+
+def _checkpoint(run: Progress) -> str:
+    if not run.checkpoint_step:
+        return "-"
+    return f"{run.checkpoint_step}, {duration(run.checkpoint_age)} ago"
+
+
+def _short_name(run: Progress) -> str:
+    """The name; with its array's before it for a task of one."""
+    return f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
+
+
+def _last_written(run: Path) -> float:
+    times = [
+        path.stat().st_mtime for path in (run / "metrics.jsonl", run / "status.json", run / "config.yaml") if path.exists()
+    ]
+    return max(times, default=0.0)
+
+
+if __name__ == "__main__":
+    run_command(main)

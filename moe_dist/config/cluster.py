@@ -1,0 +1,153 @@
+"""The cluster file: what is particular to one site. Never part of a run's identity, so a run may go on at another site.
+
+    configs/clusters/<name>.yaml, by `--cluster`, or by $MOE_DIST_CLUSTER; without either, the defaults below.
+
+What stands in it becomes part of shell lines: names hold nothing that a shell reads, everything else is quoted where it is
+used, but `prelude`, which is shell. So a cluster file is as powerful as a script: read one before you use it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.draft import draft
+from moe_dist.config.schema import Count, Name, PathText, Section
+from moe_dist.config.yaml_text import load_yaml
+from moe_dist.errors import ConfigError
+
+FOLDER = Path(__file__).parents[2] / "configs" / "clusters"
+VARIABLE = "MOE_DIST_CLUSTER"
+GUIDE = "docs/scaling.md"
+
+# Account, partition, interface: what sites call things, still without a character that a shell reads.
+SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"
+VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
+TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
+LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
+SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
+VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
+Line = Annotated[str, Field(pattern=LINE_PATTERN)]
+
+
+class GpuSection(Section):
+    """The GPUs of a node, and how the site asks for them."""
+
+    syntax: Literal["gres", "gpus-per-node", "none"] = Field(
+        default="gres", description="--gres=gpu:8, --gpus-per-node=8, or no GPUs at this site."
+    )
+    type: Name | None = Field(default=None, description="Type in the request, as in gpu:h100:8; null asks for any.")
+    per_node: PositiveInt = Field(default=8, description="GPUs of a node, one rank each.")
+
+
+class NcclVariable(Section):
+    """One variable of NCCL with the reason why this site sets it."""
+
+    value: Line = Field(description="Its value.")
+    reason: Line = Field(description="Why; a variable that nobody can explain is one that nobody dares to remove.")
+
+
+class NoContainer(Section):
+    """Ranks run on the node as it is."""
+
+    kind: Literal["none"] = Field(default="none", description="Ranks run on the node as it is.")
+
+
+class PyxisContainer(Section):
+    """Ranks run in a container that Slurm's plugin pyxis starts."""
+
+    kind: Literal["pyxis"] = Field(
+        default="pyxis", description="Ranks run in a container that Slurm's plugin pyxis starts."
+    )
+    image: Line = Field(description="Image: a squashfs file, or registry#name:tag.")
+    mounts: tuple[Line, ...] = Field(default=(), description="What it sees of the node: SOURCE:TARGET[:FLAGS].")
+
+
+class ApptainerContainer(Section):
+    """Ranks run in a container that apptainer starts."""
+
+    kind: Literal["apptainer"] = Field(default="apptainer", description="Ranks run in a container that apptainer starts.")
+    image: Line = Field(description="Image: a .sif file, or docker://name:tag.")
+    mounts: tuple[Line, ...] = Field(default=(), description="What it sees of the node: SOURCE:TARGET[:FLAGS].")
+
+
+ContainerSection = Annotated[NoContainer | PyxisContainer | ApptainerContainer, Field(discriminator="kind")]
+
+
+class Cluster(Section):
+    """One site."""
+
+    account: SiteName | None = Field(default=None, description="Slurm account that pays.")
+    partition: SiteName | None = Field(default=None, description="Slurm partition; null is the site's default.")
+    qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
+    gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
+    ranks_per_node: PositiveInt = Field(default=4, description="Ranks of a node where they compute on the CPU.")
+    cpus_per_rank: PositiveInt | None = Field(
+        default=None, description="CPU cores a rank asks for; null leaves that to the site."
+    )
+    interface: SiteName | None = Field(
+        default=None, description="Network interface of the interconnect, for gloo and NCCL; null lets them choose."
+    )
+    nccl: dict[VariableName, NcclVariable] = Field(
+        default_factory=dict, description="Variables of NCCL, each with its value and reason."
+    )
+    prelude: tuple[Line, ...] = Field(
+        default=(), description="Shell lines before Python starts, as `module load cuda` or `conda activate x`."
+    )
+    python: PathText | None = Field(
+        default=None, description="Interpreter on the nodes; null is that of the clone's .venv, else python3."
+    )
+    container: ContainerSection = Field(default_factory=NoContainer, description="What the ranks run in.")
+    domain_nodes: PositiveInt | None = Field(
+        default=None,
+        description="Nodes of the fastest domain (1: NVLink inside a node), which an EP group must not leave; null: not "
+        "declared, an EP group may lie on any nodes.",
+    )
+    time: Annotated[str, Field(pattern=TIME_PATTERN)] = Field(
+        default="24:00:00", description="Time limit of one start of a job, as Slurm writes it."
+    )
+    signal_seconds: PositiveInt = Field(
+        default=300, description="Seconds before the time limit at which ranks are told to save and stop."
+    )
+    max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
+
+
+def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
+    """The cluster file that was asked for: the argument, else $MOE_DIST_CLUSTER, else the defaults.
+
+    Args:
+        name_or_path: A path, or the bare name of a file in configs/clusters.
+        env: The environment.
+
+    Raises:
+        ConfigError: it cannot be read, or with every fault in it.
+    """
+    path = cluster_file(name_or_path, env)
+    if path is None:
+        return Cluster()
+    try:
+        values, faults = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        there = ", ".join(sorted(each.stem for each in FOLDER.glob("*.yaml"))) or "none"
+        raise ConfigError(
+            f"cluster file {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}; give a path, or one "
+            f"of those in configs/clusters: {there}"
+        ) from error
+    if values is not None and not isinstance(values, dict):
+        faults = [*faults, f"must be a mapping of keys (account, partition, gpus, ...), got {type(values).__name__}"]
+    if faults:
+        raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
+    read = draft(Cluster, values or {})
+    if read.faults or read.value is None:
+        raise ConfigError([f"{path}: {fault}" for fault in read.faults], see=GUIDE)
+    return read.value
+
+
+def cluster_file(name_or_path: str | None, env: Mapping[str, str]) -> Path | None:
+    """Path of the cluster file that was asked for, as `load_cluster`; None for the defaults."""
+    asked = name_or_path or env.get(VARIABLE)
+    if not asked:
+        return None
+    bare = "/" not in asked and not asked.endswith((".yaml", ".yml"))
+    return FOLDER / f"{asked}.yaml" if bare else Path(asked)

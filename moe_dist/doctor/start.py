@@ -1,0 +1,121 @@
+"""The job's own repetition of the node checks, before its ranks meet: within seconds, on every node, without torch.
+
+    <run folder>/.nodes_<attempt>/<rank>.json     what the first rank of each node found, for rank 0 to compare
+
+What a node finds wrong with itself ends that rank. Rank 0 compares the nodes and names what differs: a wrong version of
+torch on one of 64 nodes would else be a hang in NCCL's bootstrap, or numbers that nobody can explain.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from moe_dist.config.schema import Config
+from moe_dist.doctor.finding import Finding, Level, raise_errors
+from moe_dist.doctor.node_checks import Needs, check_nodes
+from moe_dist.doctor.node_facts import NodeFacts, Questions, look
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.place import Place
+from moe_dist.sizes import folder_bytes
+
+logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 20.0  # for the facts of nodes that start later; the rendezvous waits for the ranks themselves
+POLL_SECONDS = 0.1
+
+
+def check_at_start(
+    config: Config,
+    env: RankEnv,
+    run_folder: Path,
+    *,
+    variables: Mapping[str, str] = os.environ,
+    wait_seconds: float = WAIT_SECONDS,
+) -> list[Finding]:
+    """Call on every rank, once rank 0 has opened the run folder and all see it. On all but the first rank of each node it
+    does nothing. Warnings are logged, each once in a job.
+
+    Args:
+        variables: The environment.
+        wait_seconds: How long rank 0 waits for the other nodes; those that are late are not compared.
+
+    Returns:
+        The findings of rank 0 over all nodes, of another node's first rank over its own.
+
+    Raises:
+        ConfigError, PlacementError: this node, or on rank 0 the nodes together, cannot do what the run needs.
+    """
+    if env.local_rank > 0:
+        return []
+    began, needs = time.time(), _needs(config, env, variables)
+    facts = look(_questions(config, variables), env=variables)
+    folder = run_folder / f".nodes_{env.attempt_id}_{env.attempt}"
+    if env.rank > 0:
+        _publish(folder, env, facts)
+        findings = check_nodes([facts], needs)
+        raise_errors(findings)
+        return findings
+    others = _gather(folder, env, wait_seconds) if env.local_world_size < env.world_size else {}
+    nodes, heard = [facts], [facts.clock]
+    for _, (seen, other) in sorted(others.items()):
+        nodes.append(other)
+        heard.append(min(max(other.clock, began), seen))  # it answered after we began, and before we saw it
+    findings = check_nodes(nodes, needs, heard)
+    raise_errors(findings)
+    warnings = [finding for finding in findings if finding.level is Level.WARNING]
+    for finding in warnings:
+        logger.warning("%s", finding)
+    logger.info("%d nodes looked at in %.1f s, %d warnings", len(nodes), time.time() - began, len(warnings))
+    return findings
+
+
+def _questions(config: Config, variables: Mapping[str, str]) -> Questions:
+    hosts = [host] if (host := variables.get("MASTER_ADDR")) else []
+    return Questions(folder=config.run.root, data=config.data.path, hosts=tuple(hosts))
+
+
+def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
+    place = Place.from_environment(variables)
+    return Needs(
+        world_size=env.world_size,
+        ranks_per_node=env.local_world_size,
+        gpus_per_node=env.local_world_size if place is not None and place.gpu is not None else 0,
+        num_nodes=1 if env.local_world_size == env.world_size else 2,
+        folder_bytes=folder_bytes(config),
+        folder=config.run.root,
+        data=config.data.path,
+    )
+
+
+def _publish(folder: Path, env: RankEnv, facts: NodeFacts) -> None:
+    folder.mkdir(exist_ok=True)
+    content = {"local_world_size": env.local_world_size, "facts": asdict(facts)}
+    write_atomically(folder / f"{env.rank}.json", json.dumps(content))
+
+
+def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
+    """Facts of the other nodes by their first rank, and when we saw them by our clock; complete once their ranks and ours
+    are all ranks.
+    """
+    deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
+    while ranks < env.world_size and time.monotonic() < deadline:
+        for path in folder.glob("*.json") if folder.is_dir() else ():
+            if int(path.stem) not in found:
+                content = json.loads(path.read_text())
+                found[int(path.stem)] = (time.time(), NodeFacts(**content["facts"]))
+                ranks += content["local_world_size"]
+        time.sleep(POLL_SECONDS)
+    if ranks < env.world_size:
+        logger.warning(
+            "the nodes of %d ranks have not said within %g s what they are, and are not compared with the others",
+            env.world_size - ranks,
+            wait_seconds,
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    return found

@@ -1,0 +1,117 @@
+"""Which rank goes on which node: by what its experts demand of the node, and by the fastest domain. Pure functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moe_dist.config.schema import NodeSection, PlacementSection
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertPlacement
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a rank needs of its node.
+
+    Attributes:
+        feature, labels: What the node must have.
+        owner: The group that wants the node for itself; '' for none.
+    """
+
+    feature: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    owner: str = ""
+
+    @property
+    def is_any(self) -> bool:
+        return self.feature is None and not self.labels and not self.owner
+
+
+ANY = Demand()
+
+
+def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
+    """Names of the groups with experts on a rank of any EP group."""
+    position = rank % placement.num_ranks
+    return tuple(group.name for group in placement.groups if placement.local_experts(position, group))
+
+
+def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
+    """The demand of each position of an EP group. Pinned groups share no rank, so none has two."""
+    asked: Mapping[str, NodeSection] = {
+        name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
+    }
+    found = []
+    for position in range(placement.num_ranks):
+        (name,) = [name for name in groups_of_rank(placement, position) if name in asked] or [""]
+        node = asked.get(name, NodeSection())
+        found.append(Demand(node.feature, node.labels, name if node.own else ""))
+    return tuple(found)
+
+
+def pack(
+    demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
+) -> list[tuple[Demand, tuple[int, ...]]]:
+    """Ranks on nodes. EP groups are packed in blocks that fill a domain; without a domain all of them are one block.
+
+    Args:
+        demand_of_position: For each position of an EP group.
+        edp: EP groups.
+        capacity: Ranks that a node takes.
+        domain_nodes: Nodes of the fastest domain; None where none is declared.
+
+    Returns:
+        For each node its demand and its ranks in order, which is that of their local ranks; nodes by their first rank
+        within each block.
+
+    Raises:
+        ConfigError: one EP group needs more nodes than a domain has.
+    """
+    ep = len(demand_of_position)
+    if domain_nodes is None:
+        return _pack_block(demand_of_position, range(edp), capacity)
+    needed = len(_pack_block(demand_of_position, range(1), capacity))
+    if needed > domain_nodes:
+        kinds = len({(d.feature, *sorted(d.labels.items()), d.owner) for d in demand_of_position})
+        raise ConfigError(
+            f"parallel.ep={ep}: an EP group needs {needed} nodes of {capacity} ranks (its ranks ask for {kinds} kinds of "
+            f"nodes), but the cluster's fastest domain is {domain_nodes} (domain_nodes in the cluster file); lower "
+            "parallel.ep, or ask less in placement.groups.<group>.node, or declare another domain"
+        )
+    together = 1
+    while together < edp and len(_pack_block(demand_of_position, range(together + 1), capacity)) <= domain_nodes:
+        together += 1
+    blocks = [range(first, min(first + together, edp)) for first in range(0, edp, together)]
+    return [node for block in blocks for node in _pack_block(demand_of_position, block, capacity)]
+
+
+def _pack_block(
+    demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
+) -> list[tuple[Demand, tuple[int, ...]]]:
+    """Ranks that demand something first, each kind on nodes of its own; the others fill those nodes' room, beside ranks of
+    their own EP group where they can, and then nodes of no kind."""
+    ep = len(demand_of_position)
+    nodes: list[tuple[Demand, list[int]]] = []
+    ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]
+    for rank, demand in ranks:
+        if not demand.is_any:
+            _place(rank, demand, [node for node in nodes if node[0] == demand], nodes, capacity)
+    for rank, demand in ranks:
+        if demand.is_any:
+            sharing = [node for node in nodes if not node[0].owner]
+            sharing.sort(key=lambda node: all(other // ep != rank // ep for other in node[1]))
+            _place(rank, demand, sharing, nodes, capacity)
+    return sorted(((demand, tuple(sorted(held))) for demand, held in nodes), key=lambda node: node[1])
+
+
+def _place(
+    rank: int,
+    demand: Demand,
+    allowed: Sequence[tuple[Demand, list[int]]],
+    nodes: list[tuple[Demand, list[int]]],
+    capacity: int,
+) -> None:
+    for _, held in allowed:
+        if len(held) < capacity:
+            held.append(rank)
+            return
+    nodes.append((demand, [rank]))

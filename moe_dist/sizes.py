@@ -1,0 +1,38 @@
+"""Sizes of a run from its configuration, without torch."""
+
+from collections.abc import Sequence
+
+from moe_dist.config.schema import Config, ModelSection
+from moe_dist.model.flops import Shape, parameters
+from moe_dist.model.memory import CHECKPOINT_BYTES
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.policies import expert_groups
+
+
+def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
+    """Sizes for the count of parameters and FLOPs."""
+    return Shape(
+        hidden_dim=section.hidden_dim,
+        num_layers=section.num_layers,
+        num_moe_layers=len(section.moe_layers),
+        num_heads=section.num_heads,
+        num_kv_heads=section.num_kv_heads,
+        head_dim=section.resolved_head_dim,
+        vocab_size=section.vocab_size,
+        dense_ffn_dim=section.dense_ffn_dim or 0,
+        shared_ffn_dim=section.moe.shared_ffn_dim,
+        qk_norm=section.qk_norm,
+        tie_embeddings=section.tie_embeddings,
+        groups=groups,
+    )
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Of one checkpoint, all ranks together: weights and moments in fp32."""
+    shape = model_shape(config.model, expert_groups(config.model.moe))
+    return round(parameters(shape).total * CHECKPOINT_BYTES)
+
+
+def folder_bytes(config: Config) -> int:
+    """Room that the checkpoints of a run take at most: those that are kept, and the one being written."""
+    return (config.checkpoint.keep + 1) * checkpoint_bytes(config)

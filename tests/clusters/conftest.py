@@ -1,0 +1,40 @@
+"""Real clusters, started once, and the default model as the jobs on them train it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.slurm import SlurmCluster
+
+SITE = "gpus: {syntax: none}\nranks_per_node: 1\ntime: '30'\nsignal_seconds: 60\n"
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Four nodes: node1 and node2 have the feature text, node3 and node4 vision."""
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=4, features="text text vision vision") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cluster file: one rank a node."""
+    path = tmp_path_factory.mktemp("site") / "site.yaml"
+    path.write_text(SITE)
+    return path
+
+
+# The default model, 0.3 s a step: fewer steps, evaluations and pictures, and a rate that does not depend on the last step.
+QUICK = {
+    "optimizer.schedule": "{kind: constant, warmup_steps: 5}",
+    "evaluation.every": 100_000,
+    "evaluation.final_sequences": 4,
+    "evaluation.balance_efficiency": "false",
+    "evaluation.ablate_experts": "false",
+    "checkpoint.every": 100_000,
+    "parallel.timeout_seconds": 300,
+    "monitor.sinks": "[{kind: console, every: 1}, {kind: jsonl}]",
+}
+DEFAULT = "configs/adamoe_moma_tiny_cpu.yaml"
+NODES = {"placement.groups.text.node.feature": "text", "placement.groups.image.node.feature": "vision"}

@@ -1,0 +1,91 @@
+"""The doctor on a real Ray of four labelled nodes: what no bundle fits, and every node visited."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ray_cluster
+from tests.support.ray_cluster import CONFIG, DATA, INTERLEAVED, ROOT, RayCluster
+
+pytestmark = pytest.mark.timeout(300)
+Says = Callable[..., tuple[int, list[str]]]
+# Ray's own store of the cluster's state listens at all addresses, and this test's asks for no token.
+EXPOSED = "WARN exposure: this Ray listens beyond the loopback and asks for no token"
+
+
+@pytest.fixture(scope="module")
+def says(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Says]:
+    """Exit code of the doctor, and its lines but those that praise."""
+    root = tmp_path_factory.mktemp("runs")
+    with ray_cluster.environment() as folder:
+        cluster = RayCluster(folder)
+
+        def run(*arguments: str) -> tuple[int, list[str]]:
+            fixed = [f"run.root={root}", f"data.path={DATA}", "--on=ray"]
+            done = subprocess.run(
+                [sys.executable, "-m", "tools.doctor", CONFIG, *fixed, *arguments],
+                cwd=ROOT,
+                env={**os.environ, "RAY_ADDRESS": cluster.address},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "Traceback" not in done.stderr, done.stderr
+            return done.returncode, [line for line in done.stdout.splitlines() if not line.startswith("--")]
+
+        try:
+            yield run
+        finally:
+            cluster.close()
+            ray_cluster.end_all(folder)
+
+
+def faults(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith(("WARN", "FAIL")) and not line.startswith(EXPOSED)]
+
+
+def test_every_node_is_visited_and_nothing_is_wrong_but_that_it_is_open(says: Says) -> None:
+    code, lines = says(INTERLEAVED, "--probe", "--fabric")
+    assert (code, faults(lines)) == (1, []), "\n".join(lines)
+    checks = [line[5:].partition(":")[0] for line in lines]
+    assert checks == [
+        *("configuration", "plan", "scheduler", "nodes", "exposure", "rendezvous host", "ports", "shared folder", "room"),
+        *("data", "clocks", "versions", "apex", "/dev/shm", "open files", "fabric"),
+    ]
+    assert "6 pairs of 4 nodes" in lines[-1]
+
+
+def test_a_bundle_that_is_too_large_for_any_node(says: Says, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus: {syntax: none}\nranks_per_node: 1\ncpus_per_rank: 16\n")
+    code, lines = says("--probe", f"--cluster={site}")
+    (line,) = faults(lines)
+    assert code == 69
+    assert line.startswith("FAIL nodes: rank 0 (experts of text): needs 16 CPU on a Ray node, and the largest has 1 CPU; ")
+
+
+def test_a_label_that_no_node_has(says: Says) -> None:
+    code, lines = says("placement.groups.image.node={labels: {modality: sound}}", "--probe")
+    (line,) = faults(lines)
+    assert code == 69
+    assert line.startswith(
+        "FAIL nodes: rank 2 (experts of image): needs a Ray node with the label modality=sound, and no live"
+    )
+
+
+def test_no_ray_at_all() -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.doctor", CONFIG, f"data.path={DATA}", "--on=ray"],
+        cwd=ROOT,
+        env={**env, "RAY_ADDRESS": "127.0.0.1:1", "RAY_gcs_rpc_server_reconnect_timeout_s": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 69, done.stdout + done.stderr
+    assert "FAIL scheduler: no Ray" in done.stdout

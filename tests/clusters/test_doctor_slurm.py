@@ -1,0 +1,119 @@
+"""The doctor on a real Slurm: no complaint where nothing is wrong, and of each planted fault exactly its own line."""
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.clusters.conftest import DEFAULT, NODES, QUICK, SITE
+from tests.support.planted import Node, slow_pair
+from tests.support.slurm import SlurmCluster, overrides
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Doctor:
+    """Examines the default run on the cluster.
+
+    Args:
+        root: Folder of the runs.
+    """
+
+    def __init__(self, cluster: SlurmCluster, site: Path, root: Path) -> None:
+        self.cluster, self.site, self.root = cluster, site, root
+
+    def says(self, *arguments: str, **variables: str) -> tuple[int, list[str]]:
+        """Exit code and lines."""
+        fixed = [f"run.root={self.root}", "--on=slurm", f"--cluster={self.site}"]
+        done = self.cluster.run(sys.executable, "-m", "tools.doctor", DEFAULT, *fixed, *arguments, **variables)
+        assert not done.stderr, done.stderr
+        return done.returncode, done.stdout.splitlines()
+
+
+@pytest.fixture
+def doctor(slurm: SlurmCluster, site: Path, tmp_path: Path) -> Doctor:
+    return Doctor(slurm, site, tmp_path)
+
+
+def faults(lines: Sequence[str]) -> list[str]:
+    return [line for line in lines if line.startswith(("WARN", "FAIL"))]
+
+
+def assert_only(said: tuple[int, list[str]], code: int, pattern: str) -> None:
+    """Exactly one line is no praise, and it is that one."""
+    found = faults(said[1])
+    assert len(found) == 1, "\n".join(said[1])
+    assert re.search(pattern, found[0]), found[0]
+    assert said[0] == code
+
+
+def test_a_healthy_cluster_gives_no_warning(doctor: Doctor) -> None:
+    code, lines = doctor.says(*overrides(NODES), "--probe", "--fabric")
+    assert (code, faults(lines)) == (0, []), "\n".join(lines)
+    checks = [line[5:].partition(":")[0] for line in lines]
+    assert checks == [
+        *("configuration", "plan", "scheduler", "nodes", "time limit", "stop grace", "rendezvous host", "ports"),
+        *("shared folder", "room", "data", "clocks", "versions", "apex", "/dev/shm", "open files", "fabric"),
+    ]
+    assert "6 pairs of 4 nodes" in lines[-1]
+    assert not list(doctor.root.iterdir()), "nothing is left in run.root"
+
+
+def test_a_host_that_does_not_resolve(doctor: Doctor, slurm: SlurmCluster) -> None:
+    with Node(slurm, "node3").unknown_host(slurm, "node1"):
+        said = doctor.says("--probe")
+    assert_only(said, 78, "^FAIL rendezvous host: 'node1' does not resolve on node3: .*; enter it in the DNS or /etc/hosts")
+
+
+def test_a_feature_that_no_node_has(doctor: Doctor) -> None:
+    said = doctor.says("placement.groups.image.node.feature=hearing", "--probe")
+    assert_only(said, 69, "^FAIL nodes: rank 2 wants a node with the feature 'hearing'.*it has: text, vision")
+
+
+def test_more_than_any_node_has(doctor: Doctor, tmp_path: Path) -> None:
+    doctor.site = tmp_path / "large.yaml"
+    doctor.site.write_text(SITE.replace("ranks_per_node: 1", "ranks_per_node: 2\ncpus_per_rank: 6"))
+    assert_only(doctor.says("--probe"), 69, "^FAIL nodes: ranks 0, 1 want 12 CPU on one node, and no node .* more than 8;")
+
+
+def test_a_run_folder_that_one_node_can_only_read(doctor: Doctor, slurm: SlurmCluster) -> None:
+    with Node(slurm, "node2").read_only(doctor.root):
+        said = doctor.says("--probe")
+    assert_only(said, 78, "^FAIL shared folder: run.root=.* cannot be written on node2: .*Read-only file system;")
+
+
+def test_another_version_of_torch_on_one_node(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
+    with Node(slurm, "node3").other_version("torch", "2.11.0", tmp_path):
+        said = doctor.says("--probe")
+    version = re.escape(importlib.metadata.version("torch"))
+    assert_only(said, 69, f"^FAIL versions: torch {version} on node1, node2 and node4, 2.11.0 on node3; give all nodes one")
+
+
+def test_the_package_that_is_called_apex_and_is_not_nvidias(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    (other / "apex").mkdir(parents=True)
+    (other / "apex" / "__init__.py").write_text("")
+    with Node(slurm, "node2").showing(empty, other):
+        said = doctor.says("--probe", PYTHONPATH=str(empty))
+    assert_only(said, 1, "^WARN apex: the package `apex` on node2 is not NVIDIA's but an unrelated one")
+
+
+def test_a_slow_pair_of_nodes(doctor: Doctor, slurm: SlurmCluster) -> None:
+    with slow_pair(Node(slurm, "node2"), Node(slurm, "node4"), rate="200mbit"):
+        said = doctor.says("--probe", "--fabric")
+    assert_only(
+        said, 1, "^WARN fabric: node2 and node4 are slow with each other: [0-9.]+ MB/s in all-to-all, .* usual pair has"
+    )
+
+
+def test_the_job_itself_names_what_differs_before_it_trains(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:
+    values = {**QUICK, "run.root": tmp_path, "run.name": "mixed", "train.steps": 2}
+    with Node(slurm, "node3").other_version("torch", "2.11.0", tmp_path):
+        job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}")
+        assert job.end() == 69, job.said
+    assert "2.11.0 on node3" in job.said
+    assert not (tmp_path / "mixed" / "metrics.jsonl").exists()

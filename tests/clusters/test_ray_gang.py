@@ -1,0 +1,146 @@
+"""Training of the default model over 4 ranks on a Ray cluster of 4 labelled nodes, of which some do not survive it."""
+
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from moe_dist.errors import PlacementError
+from moe_dist.monitor.tags import reproducible_part
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support import ray_cluster
+from tests.support.ray_cluster import INTERLEAVED, MODALITIES, Driver, RayCluster, overrides, steps
+
+pytestmark = pytest.mark.timeout(300)
+STEPS = 12
+SAVES = "checkpoint.every=3"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster.environment() as folder:
+        standing = RayCluster(folder)
+        try:
+            yield standing
+        finally:
+            standing.close()
+            ray_cluster.end_all(folder)
+
+
+def driver(
+    cluster: RayCluster, root: Path, name: str, *more: str, steps: int = STEPS, module: str = "launchers.ray"
+) -> Driver:
+    mark = ("--", ray_cluster.MARK) if module != "launchers.ray" else ("--env", ray_cluster.MARK)
+    arguments = overrides(root, name, steps, SAVES, INTERLEAVED, *more)
+    return Driver(module, cluster.address, RunFolder(root / name), *arguments, *mark, log=root / f"{name}.out")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: RayCluster, root: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    """The records of a run that nobody disturbs; what was seen of it while it ran; and what its driver printed."""
+    job = driver(cluster, root, "undisturbed")
+    job.wait_for_step(2)
+    ranks = job.ranks()
+    listens = [each.laddr.ip for each in psutil.Process(ranks[0]).net_connections("tcp") if each.status == "LISTEN"]
+    seen: dict[str, Any] = {"slots": {rank: cluster.slot_of(pid) for rank, pid in ranks.items()}, "listens": listens}
+    job.wait_until(lambda: "ray_moe_dist_loss" in scraped(cluster, seen["slots"][0]), "metrics reach Ray")
+    assert job.wait() == 0, job.printed
+    return steps(job.run), seen, job.printed
+
+
+def scraped(cluster: RayCluster, slot: int) -> str:
+    """What Prometheus would read of a node."""
+    return urllib.request.urlopen(f"http://{cluster.metrics_address(slot)}/metrics", timeout=10).read().decode()
+
+
+def test_ranks_are_where_an_interleaved_plan_wants_them_whatever_order_the_nodes_have(
+    undisturbed: tuple[list[dict[str, Any]], dict[str, Any], str],
+) -> None:
+    records, seen, printed = undisturbed
+    assert [line["step"] for line in records] == list(range(1, STEPS + 1))
+    slots = seen["slots"]
+    assert sorted(slots.values()) == [0, 1, 2, 3]  # one rank a node
+    assert [MODALITIES[slots[rank]] for rank in range(4)] == ["image", "text", "image", "text"]
+    for rank, experts in enumerate(("image/0-3", "text/0-3", "image/4-7", "text/4-7")):
+        assert re.search(rf"│ +{rank} │ {experts} ", printed)
+    # The ranks meet on the node of rank 0, and nowhere else.
+    assert f"127.0.0.{slots[0] + 2}" in seen["listens"]
+
+
+def test_an_open_ray_is_warned_of_and_the_verdict_ends_the_log(
+    undisturbed: tuple[list[dict[str, Any]], dict[str, Any], str],
+) -> None:
+    printed = undisturbed[2]
+    assert "WARNING: this Ray listens beyond the loopback (GCS at" in printed
+    assert printed.rstrip().endswith("moe_dist ends with verdict 0")
+
+
+def test_a_killed_worker_and_a_lost_node_cost_steps_and_change_no_bit(
+    cluster: RayCluster, root: Path, undisturbed: tuple[list[dict[str, Any]], dict[str, Any], str]
+) -> None:
+    job = driver(cluster, root, "disturbed", module="tests.support.ray_launch")
+    job.wait_for_step(4)
+    victim = job.ranks()[2]
+    os.kill(ray_cluster.actor_of(victim), signal.SIGKILL)
+    job.wait_until(lambda: len(job.run.read_status().attempts) == 2, "a second attempt")
+    job.wait_for_step(8)
+    first = set(ray_cluster.marked(job.mark))
+    slot = cluster.slot_of(job.ranks()[1])
+    cluster.kill(slot)
+    job.wait_until(lambda: "restart 2 of 3" in job.printed, "a second restart")
+    job.wait_until(lambda: not (first & set(ray_cluster.marked(job.mark))) - {job.process.pid}, "the old ranks are gone")
+    cluster.replace(slot)
+    assert job.wait() == 0, job.printed
+
+    attempts = job.run.read_status().attempts
+    assert [(each.verdict, each.restarts) for each in attempts] == [(1, 0), (1, 1), (0, 2)]
+    assert attempts[0].rank == 2
+    assert "its Ray worker died" in attempts[0].reason
+    assert attempts[1].rank == 1
+    assert f"it was lost with its node 127.0.0.{slot + 2}" in attempts[1].reason
+    assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, undisturbed[0]))
+
+
+def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_fails(
+    cluster: RayCluster, root: Path
+) -> None:
+    job = driver(cluster, root, "orphaned", module="tests.support.ray_launch")
+    job.wait_for_step(4)
+    assert len(ray_cluster.marked(job.mark)) > 4 * 2  # each rank has left a process in a session of its own
+    job.process.kill()
+    job.process.wait()
+    job.wait_until(lambda: not ray_cluster.marked(job.mark), "processes of the run are left", alive=False)
+
+    again = driver(cluster, root, "orphaned", "--max-failures=0", steps=1000)
+    again.wait_for_step(8)
+    os.kill(again.ranks()[3], signal.SIGSEGV)
+    assert again.wait() == 1, again.printed
+    assert "rank 3 failed first (killed by SIGSEGV)" in again.printed  # and not those that failed of it
+    last = again.run.read_status().latest
+    assert last is not None
+    assert (last.verdict, last.rank) == (1, 3)
+    assert [line["step"] for line in steps(again.run)] == list(range(1, steps(again.run)[-1]["step"] + 1))
+
+
+def test_a_plan_that_nobody_can_satisfy_names_rank_and_label_in_seconds(cluster: RayCluster, root: Path) -> None:
+    wish = "placement.groups.image.node.labels={modality: video}"
+    began = time.monotonic()
+    job = driver(cluster, root, "nowhere", wish)
+    assert job.wait() == PlacementError.exit_code, job.printed
+    assert time.monotonic() - began < 60.0  # "in seconds", on a busy machine
+    assert (
+        "rank 0 (experts of image): needs a Ray node with the label modality=video, and no live node has it" in job.printed
+    )
+    assert not job.run.status_json.exists()

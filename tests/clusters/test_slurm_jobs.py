@@ -1,0 +1,247 @@
+"""What becomes of jobs on a real Slurm, with ranks that end as the test wants it and import no torch."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dist.errors import ConfigError, PlacementError, StoppedError
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.pretend import PROGRAM
+from tests.support.slurm import ROOT, SlurmCluster, SlurmJob
+from tests.support.tiny import tiny_config, write_config
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Stage:
+    """A run of four pretended ranks on the cluster."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, data: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        groups = {"text": {"ranks": [0, 1]}, "image": {"ranks": [2, 3]}}
+        changes = {"parallel.ep": 4, "run.name": "it", "placement.groups": groups}
+        self.config = write_config(tiny_config(data, folder / "runs", changes), folder / "it.yaml")
+        self.run = RunFolder(folder / "runs" / "it")
+        self.site = folder / "site.yaml"
+        self.set_site()
+
+    def set_site(self, **keys: object) -> None:
+        values = {"gpus": "{syntax: none}", "ranks_per_node": 1, "time": "'30'", "signal_seconds": 60, **keys}
+        self.site.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+
+    def launch(self, ends: str, *arguments: str, **variables: str) -> SlurmJob:
+        options = (f"--cluster={self.site}", f"--program={PROGRAM}")
+        return self.cluster.launch(str(self.config), *options, *arguments, PRETEND=ends, **variables)
+
+    def sbatch(self, ends: str, *arguments: str, clone: Path = ROOT) -> SlurmJob:
+        """A plain sbatch of slurm/train.sbatch, which stands in `arguments` after its options."""
+        variables = {"MOE_DIST_CLUSTER": str(self.site), "MOE_DIST_PROGRAM": PROGRAM, "MOE_DIST_PYTHON": sys.executable}
+        return self.cluster.sbatch(*arguments, output=self.folder / "out.txt", cwd=clone, PRETEND=ends, **variables)
+
+    def verdicts(self) -> list[int | None]:
+        return [ending.verdict for ending in self.run.read_status().attempts]
+
+
+@pytest.fixture
+def stage(slurm: SlurmCluster, tmp_path: Path, tiny_data: Path) -> Stage:
+    return Stage(slurm, tmp_path, tiny_data)
+
+
+def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stage) -> None:
+    stage.set_site(max_restarts=1)
+    job = stage.launch("stop+5")
+    assert job.end() == StoppedError.exit_code
+    assert stage.verdicts() == [75, 75]
+    assert "requeued: the next attempt goes on from here" in job.said
+    assert "not requeued: it was restarted 1 times already" in job.said
+    again = re.search(r"to go on all the same: (sbatch .*train\.sbatch)", job.said)
+    assert again is not None
+
+    more = stage.cluster.sbatch(*shlex.split(again[1])[1:], output=stage.folder / "more.txt", PRETEND="done")
+    assert more.end() == 0, more.said
+    assert stage.verdicts() == [75, 75, 0], "the command that is printed works as printed"
+
+
+def test_two_attempts_that_gain_no_step_end_it(stage: Stage) -> None:
+    job = stage.launch("stop stop done")
+    assert job.end() == StoppedError.exit_code
+    assert stage.verdicts() == [75, 75]
+    assert "not requeued: 2 attempts in a row came no step further than the checkpoint of step 0" in job.said
+
+
+def test_a_failure_is_not_followed_by_a_requeue(stage: Stage) -> None:
+    job = stage.launch("fail")
+    assert job.end() == 1
+    assert (job.field("JobState"), job.field("Restarts")) == ("FAILED", "0")
+    (ending,) = stage.run.read_status().attempts
+    assert ending.verdict == 1
+    assert re.fullmatch(r"node\d: task \d: Exited with exit code 1", ending.reason)
+
+
+def test_a_rank_that_diverges_while_its_peers_are_killed_gives_the_code_and_speaks_first(stage: Stage) -> None:
+    job = stage.launch("diverge")
+    assert job.end() == 70
+    words = ["rank 2 failed first", "loss was nan for 10 steps in a row", "the tasks ended in this order", ": Killed"]
+    places = [job.said.find(each) for each in words]
+    assert -1 not in places
+    assert places == sorted(places), job.said
+    assert stage.verdicts() == [70]
+
+
+def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
+    job = stage.launch("wait+2")
+    job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+    job.cancel()
+    job.wait_for(lambda: "verdict 75" in job.said, "concluded")
+    assert "Slurm takes the job away by itself (COMPLETING): preempted it comes back, cancelled" in job.said
+    assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "0")
+    assert stage.verdicts() == [75]
+
+
+def logs(run: RunFolder) -> list[Path]:
+    found = [run.log_of(rank) for rank in range(4)]
+    return found if all(log.exists() for log in found) else [Path("/dev/null")]
+
+
+def test_where_requeueing_is_refused_the_command_is_printed(stage: Stage) -> None:
+    job = stage.sbatch("stop+2", "--no-requeue", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", *plain(stage))
+    assert job.end() == StoppedError.exit_code
+    assert "Slurm refuses to requeue the job: " in job.said
+    assert re.search(r"go on with: sbatch .*/it/slurm/job_\d+_\w+/train\.sbatch", job.said)
+
+
+def plain(stage: Stage) -> list[str]:
+    return ["slurm/train.sbatch", str(stage.config)]
+
+
+def test_the_first_attempts_code_and_configuration_run_whatever_becomes_of_the_clone(stage: Stage) -> None:
+    clone = stage.folder / "clone"
+    for part in ("moe_dist", "launchers", "slurm", "configs", "tests/support"):
+        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(clone), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    shutil.copy(stage.config, clone / "it.yaml")
+    options = ("--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "slurm/train.sbatch", "it.yaml", "optimizer.lr=0.125")
+    job = stage.sbatch("stop+2 done", *options, clone=clone)
+    job.wait_for_requeue()
+    for part in ("moe_dist", "launchers", "slurm", "tests"):
+        shutil.rmtree(clone / part)
+    (clone / "it.yaml").write_text("broken: [")
+    assert job.end() == 0, job.said
+    assert stage.verdicts() == [75, 0]
+    assert stage.run.read_config().optimizer.lr == 0.125
+
+
+def test_another_allocation_ends_with_78_and_the_line_that_is_right(stage: Stage) -> None:
+    job = stage.sbatch("done", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", *plain(stage))
+    assert job.end() == ConfigError.exit_code
+    assert "the plan needs 4 nodes, the job has 2 nodes" in job.said
+    (line,) = (line.strip() for line in job.said.splitlines() if line.strip().startswith("sbatch "))
+    assert not stage.run.path.exists(), "nothing was begun"
+    right = stage.sbatch("done", *shlex.split(line)[1:])
+    assert right.end() == 0, right.said
+
+
+def test_nodes_without_the_feature_end_with_78_and_the_heterogeneous_line_that_is_right(stage: Stage) -> None:
+    asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
+    job = stage.sbatch("done", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", *plain(stage), *asked)
+    assert job.end() == ConfigError.exit_code
+    assert "the plan needs 2 kinds of nodes, the job has 1 part" in job.said
+    (line,) = (line.strip() for line in job.said.splitlines() if line.strip().startswith("sbatch "))
+    right = stage.sbatch("done", *shlex.split(line)[1:])
+    assert right.end() == 0, right.said
+
+    one = ["placement.groups.text.node.feature=vision", "placement.groups.image.node.feature=vision", "run.name=other"]
+    stage.set_site(ranks_per_node=2)
+    nodes = ["--nodelist=node1,node3", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
+    wrong = stage.sbatch("done", *nodes, *plain(stage), *one)
+    assert wrong.end() == ConfigError.exit_code
+    assert "the plan needs nodes with the feature 'vision', which node1 has not" in wrong.said
+
+
+def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: Stage) -> None:
+    changed = '[ "$SLURMD_NODENAME" != node3 ] || export MOE_DIST_NODE_FEATURES=text'  # as if somebody had changed the node
+    stage.set_site(prelude=[changed])
+    asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
+    job = stage.launch("done", *asked)
+    assert job.end() == PlacementError.exit_code
+    assert (
+        "verdict 69: rank 2 (experts of image) is not where the plan puts it: its node must have the feature 'vision'; "
+        "node3 has text; "
+    ) in job.said
+    assert stage.verdicts() == [69]
+
+
+def test_a_dependency_waits_for_the_job_before_it(stage: Stage) -> None:
+    first = stage.launch("wait")
+    second = stage.launch("done", f"--dependency=afterany:{first.number}", "run.name=after")
+    first.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+    assert (second.field("JobState"), second.field("Reason")) == ("PENDING", "Dependency")
+    first.cancel()
+    assert second.end() == 0, second.said
+
+
+# --- preludes and containers: what the site wants around a rank
+
+
+def test_environment_modules_as_a_prelude(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "fabric").write_text("#%Module\nsetenv FABRIC_SPEED 400\nprepend-path PATH /opt/fabric/bin\n")
+    lines = ["source /usr/share/modules/init/bash", f"module use {tmp_path}/modules", "module load fabric"]
+    stage.set_site(prelude=lines)
+    show = "import os, sys; print('speed', os.environ['FABRIC_SPEED'], os.environ['PATH'].split(':')[0], file=sys.stderr)"
+    job = stage.cluster.launch(str(stage.config), f"--cluster={stage.site}", f"--program={shlex.join(['-c', show])}")
+    assert job.end() == 0, job.said
+    assert ["speed 400 /opt/fabric/bin" in log.read_text() for log in logs(stage.run)] == [True] * 4
+
+    stage.set_site(prelude=[*lines, "module load none-such"])
+    broken = stage.launch("done", "run.name=broken")
+    assert broken.end() == ConfigError.exit_code
+    assert "this line of the cluster file's prelude failed: module load none-such" in broken.said
+
+
+RUNTIMES = {
+    "apptainer": ("apptainer", 'while [ "${1##*.}" != sif ]; do shift; done; shift; IN_BOX=1 "$@"; exit $?'),
+    # pyxis is a plugin of srun: an srun that takes its options away
+    "pyxis": (
+        "srun",
+        'for word; do shift; case $word in --container-*) ;; *) set -- "$@" "$word" ;; esac; done; IN_BOX=1 exec REAL "$@"',
+    ),
+}
+ASKED = {
+    "apptainer": r"exec --bind=FOLDER:FOLDER .*--bind=/data:/data:ro --pwd=\S+/code /img/torch\.sif \S+ -c",
+    "pyxis": r"--container-image=/img/torch\.sif --container-mounts=FOLDER:FOLDER,\S+,/data:/data:ro env --block-signal",
+}
+
+
+@pytest.mark.parametrize("kind", RUNTIMES)
+def test_a_container_passes_on_environment_signals_and_exit_code(stage: Stage, tmp_path: Path, kind: str) -> None:
+    """By a stand-in runtime on the path, which says what it is asked for, then runs the command."""
+    name, body = RUNTIMES[kind]
+    runtime = tmp_path / "bin" / name
+    runtime.parent.mkdir()
+    runtime.write_text(f'#!/bin/bash\necho "asked: $*" >&2\n{body.replace("REAL", str(shutil.which("srun")))}\n')
+    runtime.chmod(0o755)
+    container = f"{{kind: {kind}, image: /img/torch.sif, mounts: ['/data:/data:ro']}}"
+    stage.set_site(container=container, python=sys.executable)
+    path = {"PATH": f"{runtime.parent}:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+    show = "import os, sys; print('box', os.environ['IN_BOX'], os.environ['RANK'], file=sys.stderr); sys.exit(7)"
+    options = (f"--cluster={stage.site}", f"--program={shlex.join(['-c', show])}", "run.name=shown")
+    job = stage.cluster.launch(str(stage.config), *options, **path)
+    assert job.end() == 7, job.said
+    shown = RunFolder(tmp_path / "runs" / "shown")
+    assert [f"box 1 {rank}" in shown.log_of(rank).read_text() for rank in range(4)] == [True] * 4
+    assert re.search(ASKED[kind].replace("FOLDER", str(shown.path)), job.said + shown.log_of(1).read_text())
+
+    waiting = stage.launch("wait+1 done", **path)
+    waiting.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
+    stage.cluster.run("scancel", "--signal=USR2", waiting.number)
+    assert waiting.end() == 0, waiting.said
+    assert stage.verdicts() == [75, 0]

@@ -1,0 +1,218 @@
+"""The default model on four nodes of a real Slurm: placed by kind of node, and the same bits whatever the cluster does."""
+
+import re
+import shlex
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.command import TRAIN
+from launchers.restart import committed_step
+from moe_dist.errors import ConfigError, PlacementError, StoppedError
+from moe_dist.monitor.sinks.jsonl import read_lines
+from moe_dist.monitor.tags import reproducible_part
+from moe_dist.runtime.run_folder import RunFolder
+from tests.clusters.conftest import DEFAULT, NODES, QUICK
+from tests.support import slowed
+from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, overrides
+
+pytestmark = pytest.mark.timeout(900)
+# Steps. LONG takes most of a minute where it is slowed down: slurmctld looks at time limits twice in that.
+SHORT, LONG = 25, 45
+
+
+class Runs:
+    """Starts runs of the default model on the cluster, each in a folder of its own."""
+
+    def __init__(self, cluster: SlurmCluster, site: Path, root: Path) -> None:
+        self.cluster, self._site, self._root = cluster, site, root
+
+    def start(self, name: str, steps: int, *arguments: str, **changes: Any) -> tuple[SlurmJob, RunFolder]:
+        values = {**QUICK, "run.root": self._root, "run.name": name, "train.steps": steps, **changes}
+        job = self.cluster.launch(DEFAULT, *overrides(values), f"--cluster={self._site}", *arguments)
+        return job, RunFolder(self._root / name)
+
+
+@pytest.fixture(scope="module")
+def runs(slurm: SlurmCluster, site: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(slurm, site, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs) -> tuple[SlurmJob, RunFolder]:
+    """A heterogeneous job: text experts on text nodes, image experts on vision nodes, and one world of them all."""
+    job, run = runs.start("undisturbed", LONG, **NODES)
+    assert job.end() == 0, job.said
+    return job, run
+
+
+def records(run: RunFolder) -> list[Mapping[str, Any]]:
+    """The steps as any run of the seed has them."""
+    return [reproducible_part(line) for line in read_lines(run.metrics_jsonl) if line["kind"] == "step"]
+
+
+def steps_taken(run: RunFolder) -> int:
+    return len(records(run)) if run.metrics_jsonl.exists() else 0
+
+
+def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
+    """Where each rank ran, by its own log."""
+    logs = [run.log_of(rank).read_text().splitlines() for rank in range(4)]
+    return [[line for line in log if line.startswith("--- attempt")][attempt].rpartition(", ")[2] for log in logs]
+
+
+def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, RunFolder], slurm: SlurmCluster) -> None:
+    job, run = undisturbed
+    kinds = {name: slurm.scontrol("show", "node", name).partition("ActiveFeatures=")[2].split()[0] for name in hosts(run)}
+    assert [kinds[name] for name in hosts(run)] == ["text", "text", "vision", "vision"]
+    assert len(kinds) == 4
+    assert "node1  0      text    text" in job.said, "the plan stands in the job's output"
+    assert job.field("HetJobId") == job.number
+    assert [(each.verdict, each.last_step) for each in run.read_status().attempts] == [(0, LONG)]
+
+
+def lose_time(job: SlurmJob) -> None:
+    """The time limit comes a minute before its signal: at slurmctld's next look."""
+    job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=1")
+    job.wait_for_requeue()
+    job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
+
+
+def preempt(job: SlurmJob) -> None:
+    """Somebody with a higher priority takes a node for a moment."""
+    done = job.cluster.run(
+        "sbatch", "--partition=debug", "--exclusive", "--nodelist=node2", "--wrap=true", "-o", "/dev/null"
+    )
+    assert done.returncode == 0, done.stderr
+    job.wait_for_requeue()
+
+
+def lose_a_node(job: SlurmJob) -> None:
+    """Its second node, not that of the batch script, loses its power."""
+    job.cluster.kill_node("node2")
+    job.wait_for_requeue()
+
+
+@pytest.mark.parametrize(
+    ("disturb", "verdict", "steps", "per_node"),
+    [(lose_time, 75, LONG, 1), (preempt, 75, SHORT, 1), (lose_a_node, 1, SHORT, 2)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
+    runs: Runs,
+    undisturbed: tuple[SlurmJob, RunFolder],
+    tmp_path: Path,
+    disturb: Callable[[SlurmJob], None],
+    verdict: int,
+    steps: int,
+    per_node: int,
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(f"gpus: {{syntax: none}}\nranks_per_node: {per_node}\ntime: '30'\nsignal_seconds: 60\n")
+    program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
+    every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
+    job, run = runs.start(
+        disturb.__name__, steps, f"--cluster={site}", f"--program={program}", **{"checkpoint.every": every}
+    )
+    job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
+    disturb(job)
+    assert job.end() == 0, job.said
+    runs.cluster.start_node("node2")
+
+    first, second = run.read_status().attempts
+    assert (first.verdict, second.verdict, second.last_step) == (verdict, 0, steps)
+    assert [line["step"] for line in records(run)] == list(range(1, steps + 1))
+    assert records(run) == records(undisturbed[1])[:steps]
+    if verdict == StoppedError.exit_code:
+        assert first.reason.startswith(f"stopped on request after step {first.last_step};")
+        assert f"step {first.last_step + 1}/{steps}" in job.said, "the output is appended"
+        decided = (
+            "requeued: the next attempt" if disturb is lose_time else "Slurm takes the job away by itself (COMPLETING)"
+        )
+        assert decided in job.said
+    else:
+        assert first.reason == "Node failure on node2", "whatever its peers have seen"
+        assert "node2" in hosts(run)
+        assert "node2" not in hosts(run, attempt=1)
+
+
+@pytest.mark.parametrize("when", ["training", "importing"])
+def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs, when: str) -> None:
+    job, run = runs.start(f"burst_{when}", SHORT)
+    if when == "training":
+        job.wait_for(lambda: steps_taken(run) >= 5, "at step 5")
+    else:
+        job.wait_for(lambda: any(imports_torch(pid) for pid in job.processes()), "importing torch")
+        assert not run.status_json.exists()
+    assert job.burst() >= 5, "a batch script and four ranks"
+    job.wait_for_requeue()
+    job.cancel()
+    (ending,) = run.read_status().attempts
+    assert (ending.verdict, ending.reason.partition(";")[0]) == (75, f"stopped on request after step {ending.last_step}")
+    assert committed_step(run.checkpoints) == ending.last_step
+    assert [path.name for path in run.checkpoints.glob("step_*")] == [f"step_{ending.last_step}"]
+    assert "Traceback" not in "".join(run.log_of(rank).read_text() for rank in range(4)) + job.said
+
+
+def imports_torch(pid: int) -> bool:
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
+    slurm: SlurmCluster, tmp_path: Path, undisturbed: tuple[SlurmJob, RunFolder]
+) -> None:
+    sweep, site = tmp_path / "sweep.txt", tmp_path / "site.yaml"
+    sweep.write_text("run.seed=0  # as the undisturbed run\nrun.seed=1 optimizer.lr=1e-3\n")
+    site.write_text("gpus: {syntax: none}\nranks_per_node: 4\ntime: '30'\n")
+    values = {**QUICK, "run.root": tmp_path, "run.name": "sweep", "train.steps": 3}
+    job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", f"--array={sweep}")
+    found = [RunFolder(tmp_path / "sweep" / str(task)) for task in range(2)]
+    for task in range(2):
+        each = SlurmJob(slurm, f"{job.number}_{task}", tmp_path / "sweep" / "slurm" / f"slurm-{job.number}_{task}.out")
+        assert each.end() == 0, each.said
+    assert records(found[0]) == records(undisturbed[1])[:3]
+    assert records(found[1]) != records(found[0])
+    assert found[1].read_config().run.seed == 1
+
+    refused = slurm.run(
+        sys.executable, "-m", "launchers.slurm", DEFAULT, *overrides(NODES), f"--array={sweep}", f"--cluster={site}"
+    )
+    assert refused.returncode == ConfigError.exit_code
+    assert "Slurm has no arrays of heterogeneous jobs" in refused.stderr
+
+
+def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature(runs: Runs, tmp_path: Path) -> None:
+    values = {**NODES, "placement.groups.image.node.feature": "holography"}
+    values["run.root"] = str(tmp_path)
+    done = runs.cluster.run(sys.executable, "-m", "launchers.slurm", DEFAULT, *overrides(values))
+    assert done.returncode == PlacementError.exit_code, done.stderr
+    assert "ranks 2, 3 (experts of image) need nodes with the feature 'holography', which no node has" in done.stderr
+
+
+def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
+    """The default job on one node, from the clone and by the default cluster file; saved and away once it trains."""
+    readme = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"^\$ (sbatch slurm/train\.sbatch .*)$", readme, re.MULTILINE)
+    assert "configs/adamoe_moma_tiny_cpu.yaml" in line
+    name = f"slurm-test-{uuid.uuid4().hex[:8]}"  # so that it is no run of somebody's
+    done = slurm.run("bash", "-c", f"{line} run.name={name}")
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.removeprefix("Submitted batch job ").strip()
+    job, run = SlurmJob(slurm, number, ROOT / f"slurm-{number}.out"), RunFolder(ROOT / "runs" / name)
+    try:
+        job.wait_for(lambda: steps_taken(run) >= 2, "at step 2")
+        job.cancel()
+        job.wait_for(lambda: "verdict 75" in job.said, "saved")
+        assert committed_step(run.checkpoints) >= 2
+    finally:
+        job.output.unlink(missing_ok=True)
+        (ROOT / ".moe_dist" / f"job_{number}").unlink(missing_ok=True)
+        shutil.rmtree(run.path, ignore_errors=True)

@@ -1,0 +1,66 @@
+"""A rank that does what the training does around its steps, without torch: opens the run, stands in its place, gains steps,
+ends as it is told. For tests of what clusters and launchers make of that.
+
+PRETEND says how each attempt ends, the last one all further ones: `stop+5 done` is 5 steps and 75, then 0. One of
+
+    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed)
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from launchers.restart import committed_step
+from moe_dist.config.load import load_config
+from moe_dist.errors import DivergedError, StoppedError
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.place import Found, Place, check_place
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.shared_folder import shared_with_rank_0
+from moe_dist.runtime.signals import StopRequest
+
+PROGRAM = "-m tests.support.pretend"
+
+
+def main(config_path: Path, overrides: list[str]) -> int:
+    env = RankEnv.from_environment(os.environ)
+    attempt = Attempt(env)
+    told = os.environ["PRETEND"].split()
+    how, _, gained = told[min(env.attempt, len(told) - 1)].partition("+")
+    with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:
+        config = load_config(config_path, overrides)
+        folder = attempt.open(config)
+        with shared_with_rank_0(folder.path, env):
+            check_place(Place.from_environment(os.environ), Found.from_environment(os.environ))
+            print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
+            time.sleep(1.0)  # for the slowest to come
+        step = committed_step(folder.checkpoints) + int(gained or 0)
+        attempt.last_step = lambda: config.train.steps if how == "done" else step
+        if env.rank == 0 and gained:
+            (folder.checkpoints / "latest").write_text(f"step_{step}")
+        end(how, env, folder, stop, step)
+    return attempt.exit_code
+
+
+def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int) -> None:
+    while how == "wait" and not stop.requested:
+        time.sleep(0.02)
+    if how in ("stop", "wait"):
+        raise StoppedError(f"stopped on request after step {step}")
+    if how == "fail":
+        os._exit(1)
+    if how == "diverge" and env.rank == 2:
+        raise DivergedError("loss was nan for 10 steps in a row")
+    while how == "diverge":
+        time.sleep(0.02)
+        with contextlib.suppress(OSError):
+            if folder.has_verdict(env.attempt_id):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,278 @@
+"""A real Ray on this machine: a head and labelled nodes, each at a loopback address of its own, and drivers that run there.
+
+Ray keeps everything below RAY_TMPDIR, whose path must be short (Unix sockets lie in it).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.signals import child_of
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/adamoe_moma_tiny_cpu.yaml"  # the default model
+DATA = ROOT / ".cache" / "data" / "openmoji"
+MODALITIES = ("text", "text", "image", "image")  # of the nodes 0 to 3
+STORE_BYTES = 80_000_000
+MARK = "MOE_DIST_TEST_MARK"  # in the environment of all that a run starts
+# Ranks 0 and 2 hold images, 1 and 3 text; each on a node of that label.
+INTERLEAVED = (
+    "placement.groups={text: {ranks: [1, 3], node: {labels: {modality: text}}}, "
+    "image: {ranks: [0, 2], node: {labels: {modality: image}}}}"
+)
+QUICK = (
+    "evaluation.every=1000",
+    "evaluation.final_sequences=8",
+    "evaluation.balance_efficiency=false",
+    "evaluation.ablate_experts=false",
+)
+
+
+@contextlib.contextmanager
+def environment() -> Iterator[Path]:
+    """What all processes of a test cluster have in their environment; yields its RAY_TMPDIR, removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    site = folder / "cluster.yaml"
+    site.write_text("gpus: {syntax: none}\nranks_per_node: 1\n")
+    changes = {
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",  # a node may take minutes to start on a busy machine
+        "RAY_COLOR_PREFIX": "0",
+        "GLOO_SOCKET_IFNAME": "lo",  # this machine's own name need not be an address
+        "OMP_NUM_THREADS": "1",
+        "MOE_DIST_CLUSTER": str(site),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # as in an activated environment
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield folder
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RayCluster:
+    """A head without CPUs and four nodes of one CPU, in this process.
+
+    Args:
+        folder: RAY_TMPDIR. Each node has a folder of its own in it: in one they would unpack the job's code side by side.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._folder = folder
+
+        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.100"}
+        head["dashboard_agent_listen_port"] = free_port()  # another Ray of this machine may have the default
+        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": STORE_BYTES})
+        self.address: str = self._cluster.address  # pyright: ignore
+        self._nodes: list[Any] = [self._add(slot) for slot in range(len(MODALITIES))]
+        self._cluster.wait_for_nodes(timeout=120.0)
+
+    def _add(self, slot: int) -> Any:
+        return self._cluster.add_node(
+            wait=False,
+            num_cpus=1,
+            labels={"modality": MODALITIES[slot], "slot": str(slot)},
+            node_ip_address=f"127.0.0.{slot + 2}",
+            object_store_memory=STORE_BYTES,
+            temp_dir=f"{self._folder}/n{slot}",
+            include_log_monitor=True,  # what rank 0 prints is brought to the driver
+        )
+
+    def kill(self, slot: int) -> None:
+        """Kills every process of Ray on a node."""
+        self._cluster.remove_node(self._nodes[slot], allow_graceful=False)
+
+    def replace(self, slot: int) -> None:
+        """A new node with the labels of one that was killed."""
+        self._nodes[slot] = self._add(slot)
+
+    def slot_of(self, pid: int) -> int:
+        """The node that a process descends from, by its ancestors."""
+        raylets = {node.all_processes["raylet"][0].process.pid: slot for slot, node in enumerate(self._nodes)}
+        while pid not in raylets:
+            pid = parent(pid)
+            assert pid > 1, "it descends from no node"
+        return raylets[pid]
+
+    def metrics_address(self, slot: int) -> str:
+        """Where a node's metrics are read."""
+        node = self._nodes[slot]
+        return f"{node.node_ip_address}:{node.metrics_export_port}"
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+class Driver:
+    """A driver in a process of its own, and the run that it carries out.
+
+    Args:
+        module: What is run.
+        address: Of the cluster.
+        run: The run's folder.
+        arguments: Overrides, and options of the module.
+        log: What it prints is added to this file.
+    """
+
+    def __init__(self, module: str, address: str, run: RunFolder, *arguments: str, log: Path, **variables: str) -> None:
+        self.run, self.mark, self._log = run, f"{run.path.name}-{time.time()}", log
+        variables = {**variables, MARK: self.mark, "RAY_ADDRESS": address}
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, CONFIG, *arguments],
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                stdout=stream,
+                stderr=stream,
+                preexec_fn=child_of(os.getpid(), ignore_stop=False),
+            )
+
+    @property
+    def printed(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Its exit code; nothing of the run may be left."""
+        code = self.process.wait()
+        self.wait_until(lambda: not marked(self.mark), "processes of the run are left", alive=False)
+        return code
+
+    def wait_until(self, condition: Callable[[], bool], what: str, *, alive: bool = True) -> None:
+        while not condition():
+            assert not alive or self.process.poll() is None, f"{what}: the driver ended\n{self.printed}"
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: any(line["step"] >= step for line in steps(self.run)), f"step {step}")
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank."""
+        found = {}
+        for pid in marked(self.mark):
+            with contextlib.suppress(OSError, KeyError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                if CONFIG in command and "launchers.keeper" not in command and pid != self.process.pid:
+                    found[int(variables_of(pid)["RANK"])] = pid
+        return found
+
+
+def overrides(root: Path, name: str, steps: int, *more: str) -> list[str]:
+    """A short run of the default model."""
+    return [f"run.root={root}", f"run.name={name}", f"data.path={DATA}", f"train.steps={steps}", *QUICK, *more]
+
+
+def steps(run: RunFolder) -> list[dict[str, Any]]:
+    """The step records that are whole."""
+    if not run.metrics_jsonl.exists():
+        return []
+    lines = run.metrics_jsonl.read_text().rpartition("\n")[0].splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "step"]
+
+
+def marked(mark: str) -> list[int]:
+    """Processes with a mark in their environment, whatever session or parent they have; zombies do not count."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def variables_of(pid: int) -> Mapping[str, str]:
+    """The environment that a process was started with."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def actor_of(rank_pid: int) -> int:
+    """The worker of Ray that a rank's process descends from."""
+    pid = parent(rank_pid)
+    while "launchers.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
+        pid = parent(pid)
+    return pid
+
+
+def end_all(folder: Path) -> None:
+    """Kills what carries this RAY_TMPDIR: `ray stop` would end every Ray of the machine."""
+    ours = f"RAY_TMPDIR={folder}".encode()
+    for _ in range(20):
+        left = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                    words = (entry / "environ").read_bytes().split(b"\0")
+                    command = (entry / "cmdline").read_bytes()
+                    if ours in words and b"ray" in command and b"pytest" not in command:
+                        left.append(int(entry.name))
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+
+
+class StartedRay:
+    """A Ray as `ray start` makes it: a head with the job API, and four nodes of one CPU.
+
+    Args:
+        folder: RAY_TMPDIR.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        gcs, dashboard = free_port(), free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        # 127.0.0.1 would be rewritten to the machine's outward address; all others of 127/8 are kept.
+        head = ["--head", "--node-ip-address=127.0.0.100", f"--port={gcs}", "--num-cpus=1", "--labels=role=head"]
+        self._start(*head, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}").communicate()
+        # A folder for each: those that start at once in one would take each other's sockets.
+        joining = [
+            self._start(
+                f"--address=127.0.0.100:{gcs}",
+                f"--node-ip-address=127.0.0.{slot + 2}",
+                "--num-cpus=1",
+                f"--labels=modality={modality},slot={slot}",
+                "--min-worker-port=0",
+                "--max-worker-port=0",
+                f"--temp-dir={folder}/n{slot}",
+            )
+            for slot, modality in enumerate(MODALITIES)
+        ]
+        for each in joining:
+            printed, _ = each.communicate()
+            assert each.returncode == 0, printed.decode()
+
+    @staticmethod
+    def _start(*options: str) -> subprocess.Popen[bytes]:
+        own_port = f"--dashboard-agent-listen-port={free_port()}"  # else all nodes of this machine want the same one
+        command = ["ray", "start", *options, own_port, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,26 @@
+"""The driver for Ray with the ranks of `tests.support.ray_rank`.
+
+    python -m tests.support.ray_launch CONFIG [key=value ...] -- NAME ...
+
+Arguments after `--` are names of variables that the ranks get as well.
+"""
+
+import sys
+from pathlib import Path
+
+from launchers.ray import launch
+from moe_dist.errors import MoeDistError
+from tests.support.ray_rank import PROGRAM
+
+
+def run(config: str, arguments: list[str]) -> int:
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    try:
+        return launch(Path(config), arguments[:at], forwarded=arguments[at + 1 :], program=PROGRAM)
+    except MoeDistError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,42 @@
+"""A rank as `moe_dist.train` that first leaves a process in a session of its own, and may save slowly.
+
+MOE_DIST_TEST_SAVE_SECONDS=30     each commit of a checkpoint takes so much longer
+"""
+
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+PROGRAM = ("-m", "tests.support.ray_rank")
+SAVE_SECONDS = "MOE_DIST_TEST_SAVE_SECONDS"
+
+
+def leave_a_process() -> None:
+    """One that neither its parent's end nor a signal to the process group reaches."""
+    sleeper = f"import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep({60 * 60})"
+    subprocess.run([sys.executable, "-S", "-c", sleeper], check=True)
+
+
+def save_slowly(seconds: float) -> None:
+    """Makes each commit take longer."""
+    from moe_dist.checkpoint.manager import CheckpointManager
+
+    commit = CheckpointManager._commit
+
+    def slow(self: CheckpointManager, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return commit(self, *args, **kwargs)
+
+    CheckpointManager._commit = slow
+
+
+if __name__ == "__main__":
+    from moe_dist.runtime.command_line import run_command
+    from moe_dist.train import main
+
+    leave_a_process()
+    if SAVE_SECONDS in os.environ:
+        save_slowly(float(os.environ[SAVE_SECONDS]))
+    run_command(main)

@@ -1,0 +1,28 @@
+"""The training with a pause at each step of a job's first start: time for what is slow on any machine, as Slurm's look at
+time limits is, without the work of more steps. The others wait for rank 0, which pauses before it writes a record."""
+
+import os
+import time
+
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.command_line import run_command
+from moe_dist.train import main
+
+PROGRAM = "-m tests.support.slowed"
+PAUSE_SECONDS = 1.2
+
+
+def slow_down() -> None:
+    check_lease = Attempt.check_lease
+
+    def paused(attempt: Attempt) -> None:
+        time.sleep(PAUSE_SECONDS)
+        check_lease(attempt)
+
+    Attempt.check_lease = paused
+
+
+if __name__ == "__main__":
+    if os.environ["MOE_DIST_ATTEMPT"] == "0" and os.environ["RANK"] == "0":
+        slow_down()
+    run_command(main)

@@ -1,0 +1,168 @@
+"""A real Slurm of a few nodes on this machine (slurm_cluster.sh), and the jobs of a test on it."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
+PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
+BUSY_SECONDS = 240.0  # for anything that four ranks do on a machine where others compute as well
+
+
+class SlurmCluster:
+    """Nodes node1 .. nodeN, each with its own network, host name and process tree.
+
+    Args:
+        folder: For its state; short, since paths of sockets are.
+        nodes: How many.
+        features: Of each node; the last repeats.
+        gpus: Fake ones of each node.
+    """
+
+    def __init__(self, folder: Path, *, nodes: int, features: str = "", gpus: int = 0) -> None:
+        if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+            raise AssertionError(f"Slurm is not installed: apt-get install --no-install-recommends {PACKAGES}")
+        self.folder, self._nodes = folder, nodes
+        settings = {"SLURM_CI_DIR": str(folder), "SLURM_CI_FEATURES": features, "SLURM_CI_GPUS": str(gpus)}
+        self._env = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MOE_"))
+        }
+        self._env |= {**settings, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+
+    def __enter__(self) -> "SlurmCluster":
+        self._script("start", str(self._nodes))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._script("stop")
+
+    def kill_node(self, name: str) -> None:
+        """The node is gone at once, and every process on it; Slurm is told."""
+        self._script("kill-node", name, "now")
+
+    def start_node(self, name: str) -> None:
+        self._script("start-node", name)
+
+    def logs(self) -> str:
+        return self._script("logs", "30")
+
+    def run(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A command as a user of the cluster types it."""
+        env = {**self._env, **variables}
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+
+    def launch(self, *arguments: str, **variables: str) -> "SlurmJob":
+        """`python -m launchers.slurm ...`, which must succeed."""
+        done = self.run(sys.executable, "-m", "launchers.slurm", *arguments, **variables)
+        assert done.returncode == 0, done.stderr
+        printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:4])
+        return SlurmJob(self, printed["job"], Path(printed["output"]))
+
+    def sbatch(self, *arguments: str, output: Path, cwd: Path = ROOT, **variables: str) -> "SlurmJob":
+        """`sbatch ...`, which must succeed; its output goes to `output`."""
+        done = self.run("sbatch", "--parsable", f"--output={output}", *arguments, cwd=cwd, **variables)
+        assert done.returncode == 0, done.stderr
+        return SlurmJob(self, done.stdout.strip(), output)
+
+    def scontrol(self, *arguments: str) -> str:
+        done = self.run("scontrol", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def _script(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [str(SCRIPT), *arguments], env=self._env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+class SlurmJob:
+    """One job.
+
+    Args:
+        number: Slurm's, with `_task` for a task of an array.
+        output: File of its output.
+    """
+
+    def __init__(self, cluster: SlurmCluster, number: str, output: Path) -> None:
+        self.cluster, self.number, self.output = cluster, number, output
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def field(self, name: str) -> str:
+        """A field of `scontrol show job`, as JobState or Restarts; of the first part of a heterogeneous job."""
+        match = re.search(rf"\b{name}=(\S+)", self.cluster.scontrol("--oneliner", "show", "job", self.number))
+        assert match is not None, name
+        return match[1]
+
+    @property
+    def code(self) -> int:
+        return int(self.field("ExitCode").partition(":")[0])
+
+    def wait_for(self, condition: Callable[[], bool], what: str, *, seconds: float = BUSY_SECONDS) -> None:
+        """Waits until `condition` holds, and shows everything where it does not."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(
+                    f"job {self.number} ({self.field('JobState')}): not {what} within {seconds:g} s\n{self.said}\n"
+                    f"{self.cluster.run('squeue', '-t', 'all').stdout}\n{self.cluster.logs()}"
+                )
+            time.sleep(0.1)
+
+    def end(self) -> int:
+        """Waits for its end; its exit code."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        self.wait_for(lambda: self.field("JobState") in over, "ended")
+        return self.code
+
+    def wait_for_requeue(self, restarts: int = 1) -> None:
+        self.wait_for(lambda: int(self.field("Restarts")) >= restarts, f"requeued {restarts} times")
+
+    def cancel(self) -> None:
+        self.cluster.run("scancel", self.number)
+        self.end()
+
+    def processes(self) -> list[int]:
+        """Every process of the job on every node, but Slurm's own: its daemon of each step, and srun.
+
+        srun is left out, because it answers TERM by killing all tasks unless slurmctld has told it of the end before, as
+        slurmctld does whenever it is the one that sends the signals.
+        """
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                mine = f"SLURM_JOB_ID={self.number}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                conf = f"SLURM_CONF={self.cluster.folder}".encode() in (entry / "environ").read_bytes()
+                if mine and conf and (entry / "comm").read_text().strip() not in ("srun", "slurmstepd"):
+                    found.append(int(entry.name))
+        return found
+
+    def burst(self) -> int:
+        """USR2, TERM and TERM to every process of the job within 10 ms; returns how many there were."""
+        pids = self.processes()
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(0.003)
+        return len(pids)
+
+
+def overrides(values: Mapping[str, Any]) -> Sequence[str]:
+    """As they stand on a command line."""
+    return [f"{key}={value}" for key, value in values.items()]

@@ -1,0 +1,60 @@
+"""The cluster file: where it comes from, what it holds, what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config.cluster import FOLDER, Cluster, PyxisContainer, load_cluster
+from moe_dist.errors import ConfigError
+
+
+def test_without_a_file_the_defaults_hold() -> None:
+    assert load_cluster(None, {}) == Cluster()
+
+
+def test_the_argument_goes_before_the_environment(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"account: {name}\n")
+    env = {"MOE_DIST_CLUSTER": str(tmp_path / "b.yaml")}
+    assert load_cluster(str(tmp_path / "a.yaml"), env).account == "a"
+    assert load_cluster(None, env).account == "b"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_those_of_the_project_load_by_name(path: Path) -> None:
+    assert load_cluster(path.stem, {}) == load_cluster(str(path), {})
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        "account: proj-7\n"
+        "gpus: {syntax: gpus-per-node, type: h100, per_node: 4}\n"
+        "interface: ib0\n"
+        "nccl:\n  NCCL_IB_HCA: {value: 'mlx5_0,mlx5_1', reason: the others are for storage}\n"
+        "prelude: [module load cuda/12.4, 'eval \"$(conda shell.bash hook)\"']\n"
+        "container: {kind: pyxis, image: /images/torch.sqsh, mounts: ['/data:/data:ro']}\n"
+        "domain_nodes: 1\n"
+    )
+    cluster = load_cluster(str(path), {})
+    assert cluster.gpus.per_node == 4
+    assert cluster.nccl["NCCL_IB_HCA"].reason == "the others are for storage"
+    assert cluster.container == PyxisContainer(image="/images/torch.sqsh", mounts=("/data:/data:ro",))
+
+
+def test_all_faults_are_shown_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("acount: x\npartition: 'gpu; rm -rf /'\nnccl: {NCCL_DEBUG: {value: INFO}}\nprelude: [\"a\\nb\"]\n")
+    with pytest.raises(ConfigError) as raised:
+        load_cluster(str(path), {})
+    text = str(raised.value)
+    assert all(fault.startswith(f"{path}: ") for fault in raised.value.faults)
+    assert "acount: unknown key; did you mean account?" in text
+    assert "partition='gpu; rm -rf /': must be" in text
+    assert "nccl.NCCL_DEBUG.reason: missing" in text
+    assert "prelude.0" in text
+
+
+def test_a_file_that_is_not_there_names_those_that_are() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml' cannot be read: No such file.*one of those in configs/clusters"):
+        load_cluster("nowhere", {})

@@ -1,0 +1,43 @@
+"""Findings: their lines, and the exit code that says the worst."""
+
+import pytest
+
+from moe_dist.doctor.finding import Finding, error, exit_code, names, note, ok, raise_errors, warning
+from moe_dist.errors import ConfigError, DataError, PlacementError
+
+CONFIG = error("a", "x", "y", kind=ConfigError)
+DATA = error("a", "x", "y", kind=DataError)
+PLACE = error("a", "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("findings", "code"),
+    [
+        ([], 0),
+        ([ok("a", "x"), note("a", "x")], 0),
+        ([ok("a", "x"), warning("a", "x", "y")], 1),
+        ([warning("a", "x", "y"), PLACE], 69),
+        ([PLACE, DATA], 65),
+        ([PLACE, DATA, CONFIG], 78),
+    ],
+)
+def test_the_exit_code_says_the_worst(findings: list[Finding], code: int) -> None:
+    assert exit_code(findings) == code
+
+
+def test_a_line_has_the_way_out() -> None:
+    assert str(warning("room", "1 GiB left", "make room")) == "room: 1 GiB left; make room"
+    assert str(ok("room", "enough")) == "room: enough"
+
+
+def test_errors_end_a_run_together_with_the_worst_verdict() -> None:
+    raise_errors([ok("a", "x"), warning("a", "x", "y")])
+    with pytest.raises(ConfigError, match=r"(?s)2 faults.*folder: no; mend.*nodes: none; wait"):
+        raise_errors([error("folder", "no", "mend", kind=ConfigError), error("nodes", "none", "wait")])
+    with pytest.raises(PlacementError, match="nodes: none; wait"):
+        raise_errors([error("nodes", "none", "wait")])
+
+
+def test_nodes_in_a_sentence() -> None:
+    assert [names(["a"]), names(["a", "b"]), names(["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+    assert names([f"n{i}" for i in range(64)], most=2) == "n0, n1, ... (64 nodes)"

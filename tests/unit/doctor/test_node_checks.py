@@ -1,0 +1,103 @@
+"""What nodes say, judged: a line for each fault that names the nodes, and none where all is well."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from moe_dist.doctor.finding import Finding, Level
+from moe_dist.doctor.node_checks import Needs, check_nodes
+from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
+
+GIB = 1 << 30
+GOOD = NodeFacts(
+    node="",
+    clock=1000.0,
+    versions={"python": "3.11.7", "torch": "2.13.0", "moe_dist": "0.1.0", "nccl": "2.28.9"},
+    apex="none",
+    gpus=8,
+    driver="590.1",
+    shm_bytes=64 * GIB,
+    open_files=65536,
+    locked_memory=NO_LIMIT,
+    infiniband=True,
+    folder_fault="",
+    free_bytes=900 * GIB,
+    sees_token=True,
+    sees_data=True,
+)
+NEEDS = Needs(
+    world_size=24, ranks_per_node=8, gpus_per_node=8, num_nodes=3, folder_bytes=GIB, folder="/runs", data="/data/x"
+)
+HEARD = [1000.0] * 3
+
+
+def examine(on_second: dict[str, Any], *, needs: Needs = NEEDS, heard: list[float] | None = HEARD) -> list[Finding]:
+    """Three nodes, of which the second is different."""
+    nodes = [replace(GOOD, node=f"n{index}", **(on_second if index == 1 else {})) for index in range(3)]
+    return check_nodes(nodes, needs, heard)
+
+
+def test_three_good_nodes() -> None:
+    found = examine({})
+    assert [finding.check for finding in found] == [
+        *("rendezvous host", "ports", "shared folder", "room", "data", "clocks", "versions", "apex", "GPUs", "/dev/shm"),
+        "open files",
+    ]
+    assert {finding.level for finding in found} == {Level.OK}
+    assert "python 3.11.7, torch 2.13.0, nccl 2.28.9, moe_dist 0.1.0 on all 3 nodes" in found[6].text
+
+
+@pytest.mark.parametrize(
+    ("different", "verdict", "line"),
+    [
+        ({"unresolved": {"n0": "Unknown"}}, 78, "rendezvous host: 'n0' does not resolve on n1: Unknown; enter it"),
+        ({"unreachable": "timed out"}, 69, "ports: n1 cannot connect to a free port of rank 0's node: timed out; open"),
+        ({"folder_fault": "/runs: Read-only"}, 78, "shared folder: run.root='/runs' cannot be written on n1: /runs: Read"),
+        ({"sees_token": False}, 78, "shared folder: run.root='/runs' is another folder on n1"),
+        ({"free_bytes": 1 << 20}, 0, "room: run.root='/runs' has 1 MiB free on n1, and its checkpoints need 1 GiB; make"),
+        ({"sees_data": False}, 78, "data: data.path='/data/x' is not there on n1; put"),
+        ({"clock": 990.0}, 0, "clocks: n1: off by -10 s (n1); set its clock"),
+        ({"versions": {**GOOD.versions, "torch": "2.11.0"}}, 69, "versions: torch 2.13.0 on n0 and n2, 2.11.0 on n1; give"),
+        ({"versions": {**GOOD.versions, "nccl": None}}, 69, "versions: nccl 2.28.9 on n0 and n2, none on n1; give"),
+        ({"apex": "other"}, 0, "apex: the package `apex` on n1 is not NVIDIA's but an unrelated one of that name; pip"),
+        ({"apex": "nvidia"}, 0, "apex: NVIDIA Apex is installed on n1, and not on n0 and n2; install"),
+        ({"gpus": 6}, 69, "GPUs: n1 shows 6 GPUs, the plan puts 8 ranks there; ask"),
+        ({"gpus": None, "driver": "no NVML"}, 0, "GPUs: NVML does not answer on n1: no NVML; install"),
+        ({"driver": "570.0"}, 0, "GPUs: drivers differ: 590.1 on n0 and n2, 570.0 on n1; bring"),
+        ({"shm_bytes": 64 << 20}, 0, "/dev/shm: 64 MiB on n1, 8 ranks want 512 MiB; enlarge"),
+        ({"open_files": 256}, 0, "open files: 256 on n1, a rank among 24 may open 448; ulimit -n 448"),
+        ({"locked_memory": 8 << 20}, 0, "locked memory: the limit on n1 is 8 MiB; InfiniBand wants none; ulimit -l"),
+    ],
+)
+def test_each_fault_is_exactly_its_own_line(different: dict[str, Any], verdict: int, line: str) -> None:
+    faults = [finding for finding in examine(different) if finding.is_fault]
+    assert len(faults) == 1
+    assert str(faults[0]).startswith(line)
+    assert faults[0].verdict == verdict
+    assert faults[0].way_out
+
+
+def test_a_name_that_does_not_resolve_is_not_told_again_as_a_closed_port() -> None:
+    faults = [f for f in examine({"unresolved": {"n0": "Unknown"}, "unreachable": "refused"}) if f.is_fault]
+    assert [finding.check for finding in faults] == ["rendezvous host"]
+
+
+def test_what_no_run_on_the_cpu_needs_is_not_asked_for() -> None:
+    needs = replace(NEEDS, gpus_per_node=0, ranks_per_node=1)
+    odd = {"gpus": None, "shm_bytes": 1 << 20, "locked_memory": 1 << 16}
+    assert not [finding for finding in examine(odd, needs=needs) if finding.is_fault]
+
+
+def test_torch_that_is_nowhere() -> None:
+    bare = replace(GOOD, node="n0", versions={**GOOD.versions, "torch": None})
+    faults = [f for f in check_nodes([bare, replace(bare, node="n1")], NEEDS) if f.is_fault]
+    assert [str(f).partition(";")[0] for f in faults] == ["versions: torch is not installed on all 2 nodes"]
+
+
+def test_here_only_folders_count() -> None:
+    here = replace(GOOD, node="login", versions={}, gpus=None, apex="other", folder_fault="/runs: Permission denied")
+    nodes = [replace(GOOD, node=f"n{index}") for index in range(2)]
+    faults = [finding for finding in check_nodes(nodes, NEEDS, here=here) if finding.is_fault]
+    assert len(faults) == 1
+    assert "cannot be written on login" in faults[0].text

@@ -1,0 +1,177 @@
+"""What runs are doing, from folders alone."""
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from launchers.progress import State, read_progress
+from launchers.status import duration, find_runs, main, many_runs, one_run
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.lease import Holder, Lease
+from moe_dist.runtime.status import Ending, write_status
+
+NOW = 1_800_000_000.0
+
+
+class Folder:
+    """A run folder with what a test puts there."""
+
+    def __init__(self, root: Path, name: str = "night", steps: int = 100) -> None:
+        self.path = root / name
+        (self.path / "log").mkdir(parents=True)
+        (self.path / "config.yaml").write_text(f"train: {{steps: {steps}}}\n")
+
+    def attempt(self, number: int, verdict: int | None, reason: str = "", step: int = 0) -> "Folder":
+        ended = NOW - 100 if verdict is not None else None
+        ending = Ending(f"a{number}", number, "node1", 1, NOW - 1000, ended, verdict, reason, 2, step)
+        write_status(self.path / "status.json", ending)
+        return self
+
+    def records(self, *rates: float, kind: str = "step") -> "Folder":
+        with (self.path / "metrics.jsonl").open("a") as file:
+            for rate in rates:
+                step = sum(1 for _ in (self.path / "metrics.jsonl").open()) + 1
+                scalars = {"perf/tokens_per_second": rate, "perf/step_seconds": 0.5, "loss/total": 2.25}
+                line: dict[str, Any] = {"step": step, "kind": kind, "time": NOW, "scalars": scalars, "arrays": [0] * 30_000}
+                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+                file.flush()
+        return self
+
+    def checkpoint(self, step: int) -> "Folder":
+        (self.path / "checkpoints").mkdir()
+        (self.path / "checkpoints" / "latest").write_text(f"step_{step}\n")
+        return self
+
+
+def text(renderable: Any, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_a_run_that_runs(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).attempt(0, None).records(100.0, 1000.0, 5000.0).checkpoint(2)
+    (folder.path / "log" / "rank_0.log").write_text("checkpoint step_2: durable after 1.500 s (1 MB)\n")
+    lease = Lease(folder.path / "lease.json", "a0").acquire(0.0)
+    try:
+        run = read_progress(folder.path)
+    finally:
+        lease.release()
+    assert run.state is State.RUNNING
+    assert (run.step, run.total_steps, run.tokens_per_second, run.remaining_seconds) == (3, 100, 1000.0, 48.5)
+    assert (run.checkpoint_step, run.save_seconds, run.losses) == (2, 1.5, {"total": 2.25})
+    shown = text(one_run(run))
+    for words in ("night  running", "3/100", "1.0k tokens/s, 0.5 s a step, 48 s left", "total 2.250", "took 1.5 s at most"):
+        assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("verdict", "state"),
+    [
+        (0, State.DONE),
+        (75, State.STOPPED),
+        (78, State.REFUSED),
+        (69, State.REFUSED),
+        (65, State.REFUSED),
+        (70, State.DIVERGED),
+        (1, State.FAILED),
+        (None, State.DIED),
+    ],
+)
+def test_how_the_latest_attempt_ended(verdict: int | None, state: State, tmp_path: Path) -> None:
+    assert read_progress(Folder(tmp_path).attempt(0, 1).attempt(1, verdict).path).state is state
+
+
+def test_a_writer_that_is_silent_and_one_that_is_dead(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).attempt(0, None)
+    me = Holder.this_process("a0")
+    elsewhere = {**me.__dict__, "machine": "another", "host": "node7"}
+    (folder.path / "lease.json").write_text(f"0\n{json.dumps(elsewhere)}\n")
+    assert read_progress(folder.path).state is State.RUNNING
+    later = read_progress(folder.path, now=time.time() + 600)
+    assert later.state is State.SILENT
+    assert "process" in text(one_run(later))
+    assert "on node7, last sign of life 10 min ago" in text(one_run(later))
+    (folder.path / "lease.json").write_text(f"0\n{json.dumps({**me.__dict__, 'pid': 2**22 - 1})}\n")
+    assert read_progress(folder.path).state is State.DIED
+
+
+def test_restarts_are_shown_with_their_reasons(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for number in range(10):
+        folder.attempt(number, 1, f"reason {number}\nmore", step=number)
+    folder.attempt(10, 75, "stopped on request after step 11", step=11)
+    shown = text(one_run(read_progress(folder.path)))
+    assert "3 earlier" in shown
+    assert "reason 2" not in shown
+    assert "failed (1)           rank 2: reason 9" in shown
+    assert "stopped, saved (75)  stopped on request after step 11" in shown
+    assert "more" not in shown
+    assert "the same command goes on from the last checkpoint" in shown
+
+
+def test_evaluations_and_a_torn_line_are_no_steps(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).records(100.0, 100.0).records(7.0, kind="evaluation")
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step":9,"kind":"step"')
+    assert read_progress(folder.path).step == 2
+
+
+def test_what_is_damaged_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).records(100.0)
+    (folder.path / "status.json").write_text("{")
+    (folder.path / "config.yaml").write_text(": : :")
+    run = read_progress(folder.path)
+    assert (run.state, run.step, run.total_steps) == (State.UNREADABLE, 1, None)
+    assert "status.json: damaged" in text(one_run(run)).replace("\n", "")
+
+
+def test_several_runs_are_a_table_as_wide_as_the_terminal(tmp_path: Path) -> None:
+    Folder(tmp_path, "a-night").attempt(0, 1, "a reason that goes on and on " * 9).records(1e6)
+    Folder(tmp_path, "new")
+    Folder(tmp_path / "sweep", "3").attempt(0, 0, "done", step=100)
+    runs = [read_progress(path) for path in sorted(find_runs([], tmp_path))]
+    for width in (80, 120):
+        lines = text(many_runs(runs, width=width), width=width).splitlines()
+        assert [line.split()[0] for line in lines] == ["run", "a-night", "new", "sweep/3"]
+        assert max(map(len, lines)) <= width
+    assert lines[1].split()[1:5] == ["failed", "1/100", "-", "1"]
+    assert "not begun" in lines[2]
+
+
+def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    night, other = Folder(tmp_path).path, Folder(tmp_path / "x", "other").path
+    assert find_runs(["night", str(other)], tmp_path) == [night, other]
+    assert find_runs(["x"], tmp_path) == [other], "the tasks of an array"
+    with pytest.raises(ConfigError, match=r"'nigth': no run of that name in .* \(which holds night\)"):
+        find_runs(["nigth"], tmp_path)
+    with pytest.raises(ConfigError, match="holds no run"):
+        find_runs([], tmp_path / "empty")
+
+
+def test_the_command_changes_nothing(tmp_path: Path) -> None:
+    folder = Folder(tmp_path).attempt(0, 75, "stopped").records(10.0)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.path.rglob("*"))}
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    for arguments in ([], ["night"]):
+        result = CliRunner().invoke(app, [*arguments, f"--root={tmp_path}"])
+        assert result.exit_code == 0
+        assert "stopped" in result.output
+    assert CliRunner().invoke(app, ["none", f"--root={tmp_path}"]).exit_code == 78
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.path.rglob("*"))} == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(None, ""), (0.4, "0 s"), (59, "59 s"), (3599, "59 min"), (3700, "1 h 01 min"), (200_000, "2 d 7 h")],
+)
+def test_durations(seconds: float | None, words: str) -> None:
+    assert duration(seconds) == words

@@ -1,0 +1,49 @@
+"""A rank holds its place in the plan against what it finds."""
+
+import pytest
+
+from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.runtime.place import Found, Place, check_place
+
+PLACE = Place(3, 1, 1, ("image",), "node2", "vision", {"modality": "image"}, 1)
+RIGHT = Found("node2", 1, frozenset({"vision", "h100"}), {"modality": "image", "x": "y"}, ("0", "1"))
+
+
+def test_a_place_survives_the_environment() -> None:
+    assert Place.from_environment({"MOE_DIST_PLACE": PLACE.to_json()}) == PLACE
+    assert Place.from_environment({}) is None
+    with pytest.raises(ConfigError, match="MOE_DIST_PLACE"):
+        Place.from_environment({"MOE_DIST_PLACE": '{"rank": 3}'})
+
+
+def test_the_right_place_passes_and_so_does_one_that_nobody_can_judge() -> None:
+    check_place(PLACE, RIGHT)
+    check_place(PLACE, Found("node2"))
+    check_place(None, RIGHT)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Found("node1"), "it belongs on node2 and runs on node1"),
+        (Found("node2", 0), "it is to be number 1 on its node and is number 0"),
+        (Found("node2", features=frozenset({"text"})), "its node must have the feature 'vision'; node2 has text"),
+        (Found("node2", features=frozenset()), "'vision'; node2 has none"),
+        (Found("node2", labels={"modality": "text"}), "the label modality='image'; node2 has modality='text'"),
+        (Found("node2", gpus=("4",)), r"it is to compute on GPU 1 of node2, which shows it 4 \(CUDA_VISIBLE_DEVICES\)"),
+    ],
+)
+def test_a_wrong_place_ends_with_69_in_words(found: Found, words: str) -> None:
+    with pytest.raises(PlacementError, match=words) as raised:
+        check_place(PLACE, found)
+    assert raised.value.exit_code == 69
+    assert str(raised.value).startswith("rank 3 (experts of image) is not where the plan puts it")
+
+
+def test_what_is_there_is_read_from_the_environment() -> None:
+    slurm = {"SLURMD_NODENAME": "node2", "SLURM_LOCALID": "1"}
+    ours = {**slurm, "MOE_DIST_NODE_FEATURES": "h100,vision", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert Found.from_environment(ours) == Found("node2", 1, frozenset({"vision", "h100"}), None, ("0", "1"))
+    other = Found.from_environment({**slurm, "MOE_DIST_NODE_LABELS": '{"modality": "image"}'})
+    assert other.host != "node2", "ranks of the local launcher inherit a job's variables, which say nothing about them"
+    assert (other.local_rank, other.labels) == (None, {"modality": "image"})

@@ -1,0 +1,56 @@
+"""Ranks on several nodes prove that they see rank 0's folder."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.shared_folder import relative_paths, shared_with_rank_0
+from tests.support.tiny import tiny_config
+
+RANK_0 = RankEnv(0, 2, 0, 1, "published", 0, "job-7")
+RANK_1 = replace(RANK_0, rank=1)
+
+
+def test_a_rank_that_sees_the_file_goes_on_and_nothing_is_left(tmp_path: Path) -> None:
+    seen = threading.Event()
+
+    def rank_1() -> None:
+        with shared_with_rank_0(tmp_path, RANK_1, wait_seconds=30):
+            seen.set()
+
+    other = threading.Thread(target=rank_1)
+    other.start()
+    with shared_with_rank_0(tmp_path, RANK_0):
+        assert seen.wait(30)
+    other.join()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("attempt_id", "folder", "words"),
+    [("job-6", ".", "another folder, or rank 0 has not come"), ("job-7", "elsewhere", "not there")],
+)
+def test_another_folder_ends_with_78(tmp_path: Path, attempt_id: str, folder: str, words: str) -> None:
+    stranger = replace(RANK_1, attempt_id=attempt_id)
+    with (
+        shared_with_rank_0(tmp_path, RANK_0),
+        pytest.raises(ConfigError, match=f"rank 1 waited .*{words}; run.root must be") as raised,
+        shared_with_rank_0(tmp_path / folder, stranger, wait_seconds=0.2),
+    ):
+        pass
+    assert raised.value.exit_code == 78
+
+
+def test_ranks_of_one_node_have_nothing_to_prove(tmp_path: Path) -> None:
+    with shared_with_rank_0(tmp_path / "none", replace(RANK_1, local_world_size=2), wait_seconds=0.0):
+        assert not list(tmp_path.iterdir())
+
+
+def test_relative_paths_are_named() -> None:
+    assert relative_paths(tiny_config(Path("/data"), Path("/runs"))) == []
+    faults = relative_paths(tiny_config(Path("data"), Path("runs")))
+    assert [fault.partition(":")[0] for fault in faults] == ["run.root='runs'", "data.path='data'"]

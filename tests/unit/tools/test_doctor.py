@@ -1,0 +1,74 @@
+"""The command, on this machine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tests.support.tiny import tiny_config, write_config
+from tools.doctor import main
+
+
+def says(*arguments: str | Path) -> tuple[int, list[str]]:
+    """Exit code and lines."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output.splitlines()
+
+
+@pytest.fixture
+def config(tiny_data: Path, tmp_path: Path) -> Path:
+    return write_config(tiny_config(tiny_data, tmp_path / "runs"), tmp_path / "x.yaml")
+
+
+def faults(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith(("WARN", "FAIL"))]
+
+
+def test_a_good_machine(config: Path, tmp_path: Path) -> None:
+    code, lines = says(config)
+    assert (code, faults(lines)) == (0, [])
+    assert len({line[5:].partition(":")[0] for line in lines}) == len(lines), "one line a check"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"], "nothing is made"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["train.stpes=3"], 78, "FAIL configuration: train.stpes: unknown key; did you mean train.steps?"),
+        (["data.path=/none"], 78, "FAIL configuration: data.path='/none': "),
+        (["run.root=/proc/runs"], 78, "FAIL shared folder: run.root='/proc/runs' cannot be written on "),
+        (["--cluster=none"], 78, "FAIL configuration: cluster file "),
+    ],
+)
+def test_each_fault_is_its_own_line(arguments: list[str], code: int, line: str, config: Path) -> None:
+    found, lines = says(config, *arguments)
+    assert found == code
+    assert len(faults(lines)) == 1, lines
+    assert faults(lines)[0].startswith(line)
+
+
+def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) -> None:
+    log = tmp_path / "runs" / "tiny" / "log" / "rank_0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("checkpoint step_2: durable after 400.000 s (1 MB of it from rank 0)\n")
+    code, lines = says(config)
+    assert code == 1
+    (line,) = faults(lines)
+    assert line.startswith("WARN stop grace: 300 s until the launcher kills (--grace), the last saves took up to 400.0 s")
+
+
+def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(command: Any, **options: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", command[0])
+
+    monkeypatch.setattr("moe_dist.doctor.slurm_checks.subprocess.run", missing)
+    code, lines = says(config, "--on=slurm", "--probe")
+    assert code == 69
+    assert [line.partition(";")[0] for line in faults(lines)] == [
+        "FAIL scheduler: Slurm: [Errno 2] No such file or directory: 'sinfo'"
+    ]
+    assert lines[-1] == "--   probe: not started: it would wait for what is not there"

@@ -1,0 +1,50 @@
+"""Whether a run can run where it is to: python -m tools.doctor CONFIG [key=value ...] [--on slurm|ray|local] [--probe]"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from moe_dist.doctor.examine import examine
+from moe_dist.doctor.finding import Finding, Level, exit_code
+from moe_dist.errors import MoeDistError
+from moe_dist.runtime.command_line import run_command
+
+_MARKS = {
+    Level.OK: ("ok", "green"),
+    Level.NOTE: ("--", "dim"),
+    Level.WARNING: ("WARN", "yellow"),
+    Level.ERROR: ("FAIL", "bold red"),
+}
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.steps=200.")] = None,
+    on: Annotated[Literal["local", "slurm", "ray"], typer.Option(help="Where the run is to run.")] = "local",
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster file, or the name of one in configs/clusters; else $MOE_DIST_CLUSTER.")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Visit each node by a job of at most two minutes.")] = False,
+    fabric: Annotated[bool, typer.Option("--fabric", help="Measure every pair of nodes, and name the slow one.")] = False,
+) -> None:
+    """One line a check, with the way out. Ends with the worst: 0 all is well; 1 warnings; 78, 69 or 65 the verdict that the
+    run would end with."""
+    console = Console(highlight=False, soft_wrap=True)
+    found: list[Finding] = []
+    try:
+        for finding in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):
+            found.append(finding)
+            mark, style = _MARKS[finding.level]
+            console.print(Text.assemble((f"{mark:<4}", style), " ", str(finding)))
+    except MoeDistError as failed:
+        print(failed, file=sys.stderr)
+        raise typer.Exit(failed.exit_code) from failed
+    raise typer.Exit(exit_code(found))
+
+
+if __name__ == "__main__":
+    run_command(main)
