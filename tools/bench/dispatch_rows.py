@@ -59,14 +59,15 @@ def _by_expert(case: Case) -> dict[str, Run]:
 
 
 @torch.no_grad()
-def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str) -> dict[str, Any]:
-    """`ours at rank` over points that differ in one factor, all in the same rounds: its cost a row that leaves a rank.
+def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str, planned: bool) -> dict[str, Any]:
+    """Dispatch and combine over points that differ in one factor, all in the same rounds: cost a row sent.
 
     Args:
         by: Field of a point that differs.
+        planned: The plan was made beforehand; else it is part of the cost.
     """
     cases = {label: make_case(point, mesh, seed=effort.seed) for label, point in points.items()}
-    runs = {label: at_rank(case, planned=False) for label, case in cases.items()}
+    runs = {label: at_rank(case, planned=planned) for label, case in cases.items()}
     rows = {label: count_sent(run, mesh, hidden=points[label].hidden).rows for label, run in runs.items()}
     seconds = time_interleaved(runs, mesh, effort)
     cost = {label: seconds[label] / max(1, rows[label]) for label in runs}

@@ -171,7 +171,8 @@ def _tasks(job: Job, mesh: Any, effort: Any) -> Mapping[str, Callable[[], dict[s
         smallest = SCALING_TOKENS if by == "tokens" and not job.quick else 0
         points = {label: point for label, point in chosen.get(by, ()) if point.tokens >= smallest}
         if points:
-            tasks[f"scaling/{by}"] = partial(measure_scaling, points, mesh, effort, by=by)
+            tasks[f"scaling/{by}"] = partial(measure_scaling, points, mesh, effort, by=by, planned=True)
+            tasks[f"scaling/{by}, with the plan"] = partial(measure_scaling, points, mesh, effort, by=by, planned=False)
     for name, size in (QUICK_LAYERS if job.quick else LAYERS).items():
         tasks[f"layer/{name}"] = partial(measure_layer, size, mesh, effort)
     tasks["step/default model"] = partial(measure_step, mesh, effort)
