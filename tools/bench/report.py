@@ -25,8 +25,9 @@ SHOWN_RATIOS = (
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """Everything for a terminal: the judgement with the rows that are lost first, then all rows."""
-    parts = [_plain(_findings_table(judge(results["rows"]))), ""]
+    """Everything for a terminal: what is lost first, with why, then what holds, then all rows."""
+    findings = judge(results["rows"])
+    parts = [*_failures(findings), _plain(_findings_table([finding for finding in findings if finding.met])), ""]
     for title, table in tables(results):
         parts += [title, _plain(table), ""]
     return "\n".join(parts)
@@ -35,13 +36,30 @@ def text(results: Mapping[str, Any]) -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables of docs/benchmarks.md."""
     findings = judge(results["rows"])
-    failed = [finding for finding in findings if not finding.met]
-    parts = ["### Judgement", ""]
-    parts += [f"{len(findings) - len(failed)} of {len(findings)} comparisons hold. Those that do not:", ""]
-    parts += [_pipes(_findings_table(failed)) if failed else "none", ""]
+    holds = sum(finding.met for finding in findings)
+    parts = ["### Judgement", "", f"{holds} of {len(findings)} comparisons hold. Those that do not:", ""]
+    parts += [f"- {line}" for line in _failures(findings)] or ["none"]
     for title, table in tables(results):
-        parts += [f"### {title}", "", _pipes(table), ""]
-    return "\n".join(parts).rstrip() + "\n"
+        parts += ["", f"### {title}", "", _pipes(table)]
+    return "\n".join(parts) + "\n"
+
+
+def _failures(findings: Sequence[Finding]) -> list[str]:
+    """One paragraph for each rule that is not met for one reason, with all its rows."""
+    alike: dict[tuple[str, str, str], list[Finding]] = {}
+    for each in findings:
+        if not each.met:
+            alike.setdefault((each.comparison, each.rule, each.reason), []).append(each)
+    return [
+        f"NOT MET: {comparison}, {rule}, at {', '.join(f'{each.row} {_range(each)}' for each in failed)}. Why: {reason}."
+        for (comparison, rule, reason), failed in alike.items()
+    ]
+
+
+def _range(finding: Finding) -> str:
+    if finding.low == finding.high:
+        return f"{finding.ratio:.2f}"
+    return f"{finding.ratio:.2f} [{finding.low:.2f}, {finding.high:.2f}]"
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
@@ -93,11 +111,8 @@ def _scaling_table(row: Mapping[str, Any]) -> Table:
 
 
 def _findings_table(findings: Sequence[Finding]) -> Table:
-    table = [["", "row", "comparison", "rule", "ratio", "reason"]]
-    for each in findings:
-        interval = f"{each.ratio:.2f} [{each.low:.2f}, {each.high:.2f}]"
-        table.append(["holds" if each.met else "NOT MET", each.row, each.comparison, each.rule, interval, each.reason])
-    return table
+    table = [["", "row", "comparison", "rule", "ratio"]]
+    return table + [["holds", each.row, each.comparison, each.rule, _range(each)] for each in findings]
 
 
 def _ratio(ratio: Mapping[str, float] | None) -> str:
@@ -115,39 +130,61 @@ def _pipes(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-# --- the picture: every paired ratio as a dot with its interval, on a log axis
+# --- the picture: a line for each row, a dot with its interval for each rival, on a log axis
 
-ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH, MARGIN = 18, 420, 620, 30
-RANGE = (0.05, 4.0)
-TICKS = (0.1, 0.25, 0.5, 1.0, 2.0)
-GREEN, RED, GREY, BLACK = (40, 120, 60), (190, 40, 40), (205, 205, 205), (20, 20, 20)
+ROW_HEIGHT, LABEL_WIDTH, PLOT_WIDTH, MARGIN, LEGEND = 16, 250, 420, 24, 40
+COLUMNS = 2
+RANGE = (0.12, 2.5)
+TICKS = (0.125, 0.25, 0.5, 1.0, 2.0)
+GREY, BLACK = (215, 215, 215), (20, 20, 20)
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "dispatch, combine / floor, all": (20, 20, 20),
+    "ours / megatron": (31, 119, 180),
+    "ours / megatron, capacity": (23, 158, 160),
+    "ours / megatron, remapped": (148, 103, 189),
+    "ours / naive": (214, 100, 40),
+    "ours / per pair": (170, 140, 40),
+    "ours / equal active": (150, 150, 150),
+}
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. Left of 1 ours is faster; red are rows that are lost."""
-    lines = [
-        (f"{key}  {name}", ratio)
-        for key, row in results["rows"].items()
-        for name, ratio in row.get("ratio", {}).items()
-        if name in SHOWN_RATIOS
-    ]
-    height = MARGIN * 2 + ROW_HEIGHT * (len(lines) + 1)
-    picture = Image.new("RGB", (LABEL_WIDTH + PLOT_WIDTH + MARGIN, height), "white")
+    """Writes a PNG: left of 1 ours is faster, and behind the dotted line at LOST_ABOVE a row is lost."""
+    rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
+    length = -(-len(rows) // COLUMNS)
+    width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length
+    picture = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
-    for tick in TICKS:
-        x = _x(tick)
-        canvas.line([(x, MARGIN), (x, height - MARGIN)], fill=BLACK if tick == 1.0 else GREY)
-        canvas.text((x - 8, 10), f"{tick:g}", fill=BLACK, font=font)
-    canvas.text((8, 10), "time of ours / time of the other, median and 95 % interval", fill=BLACK, font=font)
-    for number, (label, ratio) in enumerate(lines):
-        y = MARGIN + ROW_HEIGHT * number + ROW_HEIGHT // 2
-        colour = RED if ratio["low"] > LOST_ABOVE else GREEN if ratio["high"] < 1.0 else BLACK
-        canvas.text((8, y - 7), label, fill=BLACK, font=font)
-        canvas.line([(_x(ratio["low"]), y), (_x(ratio["high"]), y)], fill=colour, width=2)
-        middle = _x(ratio["median"])
-        canvas.ellipse([(middle - 3, y - 3), (middle + 3, y + 3)], fill=colour)
+    x = 8.0
+    for name, colour in COLOURS.items():
+        canvas.ellipse([(x, 12), (x + 7, 19)], fill=colour)
+        canvas.text((x + 12, 8), name, fill=BLACK, font=font)
+        x += 30 + font.getlength(name)
+    canvas.text((8, 26), "time of ours / time of the other, median and 95 % interval", fill=BLACK, font=font)
+    for column in range(COLUMNS):
+        left = column * (LABEL_WIDTH + PLOT_WIDTH + MARGIN)
+        for tick in TICKS:
+            at = left + _x(tick)
+            canvas.line([(at, LEGEND + MARGIN), (at, height - MARGIN)], fill=BLACK if tick == 1.0 else GREY)
+            canvas.text((at - 8, LEGEND + 6), f"{tick:g}", fill=BLACK, font=font)
+        for y in range(LEGEND + MARGIN, height - MARGIN, 4):
+            canvas.point([(left + _x(LOST_ABOVE), y)], fill=BLACK)
+        for number, (key, ratios) in enumerate(rows[column * length : (column + 1) * length]):
+            _draw_row(canvas, font, left, LEGEND + MARGIN + ROW_HEIGHT * number, key, ratios)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
+
+
+def _draw_row(
+    canvas: ImageDraw.ImageDraw, font: Any, left: float, top: float, key: str, ratios: Mapping[str, Mapping[str, float]]
+) -> None:
+    canvas.text((left + 8, top + 1), key, fill=BLACK, font=font)
+    shown = [name for name in COLOURS if name in ratios]
+    for index, name in enumerate(shown):
+        y = top + 3 + index * (ROW_HEIGHT - 4) / len(shown)  # intervals of one row lie beside each other
+        low, middle, high = (left + _x(ratios[name][each]) for each in ("low", "median", "high"))
+        canvas.line([(low, y), (high, y)], fill=COLOURS[name])
+        canvas.ellipse([(middle - 2, y - 2), (middle + 2, y + 2)], fill=COLOURS[name])
 
 
 def _x(ratio: float) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from tools.bench.judgement import judge
-from tools.bench.report import draw, markdown, text
+from tools.bench.report import COLOURS, LABEL_WIDTH, LEGEND, MARGIN, PLOT_WIDTH, ROW_HEIGHT, draw, markdown, text
 
 
 def interval(median: float, low: float | None = None, high: float | None = None) -> dict[str, float]:
@@ -83,25 +83,31 @@ def test_what_is_lost_comes_first_with_a_reason() -> None:
         }
     }
     lines = text(results).splitlines()
-    assert lines[1].startswith("NOT MET")
-    assert "tokens/4096" in lines[1]
-    assert "not explained yet" in lines[1]
-    assert "holds" in lines[2]
+    assert lines[0].startswith("NOT MET: ours / megatron, capacity, not lost")
+    assert "at tokens/4096 1.50. Why: not explained yet." in lines[0]
+    assert lines[1].split()[:2] == ["row", "comparison"]
+    assert [line.split()[1] for line in lines[2:5]] == ["tokens/1024", "scaling/experts", "scaling/experts"]
     tables = markdown(results)
     assert "3 of 4 comparisons hold" in tables
     assert "| 1024 | 3.00 | 0.50 [0.50, 0.50] |" in tables
     assert "| 4096 | 10 | 10 | 8 |" in tables
 
 
-def test_the_picture_has_a_line_for_each_ratio(tmp_path: Path) -> None:
-    one = {"rows": {"a/b": row({"ours / naive": interval(0.5)})}}
-    two = {"rows": {"a/b": row({"ours / naive": interval(0.5), "ours / megatron": interval(9.0)})}}
+def test_rows_that_fail_for_one_reason_stand_together() -> None:
+    lost = {f"tokens/{tokens}": row({"ours / megatron": interval(1.5, 1.4, 1.6)}) for tokens in (4096, 8192)}
+    (line,) = [line for line in markdown({"rows": lost}).splitlines() if "NOT MET" in line]
+    assert "tokens/4096 1.50 [1.40, 1.60], tokens/8192 1.50 [1.40, 1.60]. Why" in line
+
+
+def test_the_picture_has_a_line_for_each_row_and_a_dot_for_each_rival(tmp_path: Path) -> None:
+    one = {"rows": {"a/b": row({"ours / naive": interval(0.5)}), "a/c": row({}), "scaling/x": scaling("tokens", 1.0, 1.0)}}
+    more = {"rows": {f"a/{number}": row({"ours / naive": interval(9.0)}) for number in range(5)}}
+    path = tmp_path / "x.png"
     sizes = []
-    for number, results in enumerate((one, two)):
-        path = tmp_path / f"{number}.png"
+    for results in (one, more):
         draw(results, path)
         with Image.open(path) as picture:
             sizes.append(picture.size)
-            colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
-        assert ((190, 40, 40) in colours) == (number == 1)  # a ratio of 9 is lost, and drawn at the edge
-    assert sizes[1][1] > sizes[0][1]
+            dot = picture.getpixel((int(LABEL_WIDTH + PLOT_WIDTH), LEGEND + MARGIN + 3)) == COLOURS["ours / naive"]
+        assert dot == (results is more), "a ratio of 9 is drawn at the edge"
+    assert sizes[1][1] - sizes[0][1] == 2 * ROW_HEIGHT, "5 rows in two columns"
