@@ -146,6 +146,13 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
     )
 
 
+def answered_at(clock: float, *, asked: float, seen: float) -> float:
+    """When a node answered, by our clock: the moment nearest to what its own said, after it was asked and before its answer
+    was seen. What lies between, a slow start or a busy machine, is no fault of its clock; one that is behind by less than
+    that goes unnoticed."""
+    return min(max(clock, asked), seen)
+
+
 def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> Finding:
     off = {n.node: n.clock - at for n, at in zip(nodes, heard, strict=True)}
     wrong = {node: seconds for node, seconds in off.items() if abs(seconds) > CLOCK_SECONDS}

@@ -4,6 +4,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from moe_dist.comm.tournament import Exchange, Pair
 from moe_dist.config.schema import Config
 from moe_dist.doctor import fabric
 from moe_dist.doctor.finding import Finding, error
-from moe_dist.doctor.node_checks import Needs, check_nodes
+from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, from_line, nearest
 from moe_dist.errors import MoeDistError
 from moe_dist.sizes import folder_bytes
@@ -44,6 +45,7 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
         here: What this node said; its folder is judged together with the others'.
     """
     heard: dict[str, tuple[float, NodeFacts]] = {}
+    asked = time.time()
     with _token_folder(config) as (token_file, meeting):
         questions = Questions(
             folder=config.run.root,
@@ -53,9 +55,9 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
             num_nodes=len(plan.nodes),
         )
         try:
-            for when, line in run("moe_dist.doctor.on_node", json.dumps(asdict(questions)), 1, PROBE_MINUTES):
+            for seen, line in run("moe_dist.doctor.on_node", json.dumps(asdict(questions)), 1, PROBE_MINUTES):
                 if (facts := from_line(line)) is not None:
-                    heard[facts.node] = (when, facts)
+                    heard[facts.node] = (answered_at(facts.clock, asked=asked, seen=seen), facts)
         except MoeDistError as failed:
             if not heard:
                 return [error("probe", str(failed), "start one task a node there by hand, and see what it says")]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moe_dist.config.schema import Config
 from moe_dist.doctor.finding import Finding, Level, raise_errors
-from moe_dist.doctor.node_checks import Needs, check_nodes
+from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
@@ -65,7 +65,7 @@ def check_at_start(
     nodes, heard = [facts], [facts.clock]
     for _, (seen, other) in sorted(others.items()):
         nodes.append(other)
-        heard.append(min(max(other.clock, began), seen))  # it answered after we began, and before we saw it
+        heard.append(answered_at(other.clock, asked=began, seen=seen))
     findings = check_nodes(nodes, needs, heard)
     raise_errors(findings)
     warnings = [finding for finding in findings if finding.level is Level.WARNING]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moe_dist.doctor.finding import Finding, Level
-from moe_dist.doctor.node_checks import Needs, check_nodes
+from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
 
 GIB = 1 << 30
@@ -76,6 +76,11 @@ def test_each_fault_is_exactly_its_own_line(different: dict[str, Any], verdict: 
     assert str(faults[0]).startswith(line)
     assert faults[0].verdict == verdict
     assert faults[0].way_out
+
+
+@pytest.mark.parametrize(("clock", "off"), [(1005.0, 0.0), (1012.0, 2.0), (990.0, -10.0), (1000.0, 0.0)])
+def test_a_late_answer_is_no_wrong_clock(clock: float, off: float) -> None:
+    assert clock - answered_at(clock, asked=1000.0, seen=1010.0) == off
 
 
 def test_a_name_that_does_not_resolve_is_not_told_again_as_a_closed_port() -> None:
