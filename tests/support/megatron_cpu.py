@@ -206,7 +206,8 @@ def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
 
 @contextlib.contextmanager
 def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> Iterator[None]:
-    """Megatron's process groups over the default group, and its random states; both are gone afterwards.
+    """Megatron's process groups over the default group, and its random states; both are gone afterwards, and so is what its
+    tracker of MoE losses, a global of its module, has added up.
 
     Expert tensor parallelism is 1 and experts are folded over TP x DP.
     """
@@ -225,3 +226,15 @@ def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: 
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        _forget_losses()
+
+
+def _forget_losses() -> None:
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:  # before 0.17 or later, see moe_dist.megatron.tracker
+        from megatron.core.transformer.moe import moe_utils
+
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()
