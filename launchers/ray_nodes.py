@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launchers.command import JobPlan, NodePlan
+from moe_dist.placement.matching import match
 
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 DOMAIN = "ray.io/gpu-domain"  # the label of nodes that share a fastest interconnect, as an NVLink rack
@@ -101,12 +102,12 @@ def assign(
         possible = [
             [n for n, node in enumerate(nodes) if _fits(each, node, getattr(node, resources), bundle)] for each in job.nodes
         ]
-        return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else _match(possible)
+        return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
     found = chosen("total")
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
-        alone = _match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
+        alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
         if None not in alone:  # there would be nodes, but no domain has enough of them
             return Assignment(faults=(_domain_fault(missing, nodes),))
         return Assignment(faults=tuple(_fault(each, job, nodes, bundle) for each in missing))
@@ -121,29 +122,10 @@ def _fits(each: NodePlan, node: RayNode, resources: Mapping[str, float], bundle:
     return node.has(each.ray_labels) and all(resources.get(name, 0.0) >= ranks * amount for name, amount in bundle.items())
 
 
-def _match(possible: Sequence[Sequence[int]]) -> list[int | None]:
-    """A node for as many as there can be, none twice (augmenting paths)."""
-    taken: dict[int, int] = {}
-
-    def take(which: int, tried: set[int]) -> bool:
-        for node in sorted(possible[which], key=lambda node: node in taken):  # nobody moves without need
-            if node not in tried:
-                tried.add(node)
-                if node not in taken or take(taken[node], tried):
-                    taken[node] = which
-                    return True
-        return False
-
-    for which in range(len(possible)):
-        take(which, set())
-    node_of = {which: node for node, which in taken.items()}
-    return [node_of.get(which) for which in range(len(possible))]
-
-
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """As `_match`, with each island inside one domain: the largest first, each in the fullest domain that still takes it.
+    """As `match`, with each island inside one domain: the largest first, each in the fullest domain that still takes it.
     A node without the label is in no domain, and takes an island of one node at most."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
@@ -153,7 +135,7 @@ def _match_domains(
             domain = nodes[n].labels.get(DOMAIN, f"{NODE_ID}={nodes[n].node_id}")
             domains.setdefault(domain, set()).add(n)
         for within in sorted(domains.values(), key=lambda each: (len(each), min(each))):
-            matched = _match([[n for n in possible[which] if n in within] for which in island])
+            matched = match([[n for n in possible[which] if n in within] for which in island])
             if None not in matched:
                 for which, node in zip(island, matched, strict=True):
                     found[which] = node

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_dist.doctor.finding import Finding, error, names, ok
+from moe_dist.placement.matching import match
 
 CHECK = "nodes"
 
@@ -67,31 +68,12 @@ def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str
         if not any(want.fits(offer) for offer in offers):
             return _too_large(want, [offer for offer in offers if want.has_traits(offer)], trait_word, where)
     up = [offer for offer in offers if offer.up]
-    matched = match(wants, up)
-    if len(matched) < len(wants):
-        return _too_few(wants, offers, matched, trait_word, where)
+    matched = match([[number for number, offer in enumerate(up) if want.fits(offer)] for want in wants])
+    if None in matched:
+        return _too_few(wants, offers, wants[matched.index(None)], trait_word, where)
     down = [offer for offer in offers if not offer.up]
     less = f"; {names([each.name for each in down])} cannot be used ({down[0].state}), and need not be" if down else ""
     return ok(CHECK, f"{len(wants)} of the {len(up)} nodes of {where} can take the plan{less}")
-
-
-def match(wants: Sequence[Want], offers: Sequence[Offer]) -> dict[int, int]:
-    """As many wants as possible with an offer of their own, by index (augmenting paths)."""
-    taken: dict[int, int] = {}  # offer -> want
-
-    def place(want: int, tried: set[int]) -> bool:
-        for number, offer in enumerate(offers):
-            if number in tried or not wants[want].fits(offer):
-                continue
-            tried.add(number)
-            if number not in taken or place(taken[number], tried):
-                taken[number] = want
-                return True
-        return False
-
-    for want in range(len(wants)):
-        place(want, set())
-    return {want: number for number, want in taken.items()}
 
 
 def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: str) -> Finding:
@@ -125,10 +107,7 @@ def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str)
     )
 
 
-def _too_few(
-    wants: Sequence[Want], offers: Sequence[Offer], matched: Mapping[int, int], trait_word: str, where: str
-) -> Finding:
-    left = next(want for number, want in enumerate(wants) if number not in matched)
+def _too_few(wants: Sequence[Want], offers: Sequence[Offer], left: Want, trait_word: str, where: str) -> Finding:
     alike = sum(want.traits == left.traits for want in wants)
     fitting = [offer for offer in offers if left.fits(offer)]
     up = sum(offer.up for offer in fitting)

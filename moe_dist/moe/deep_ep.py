@@ -104,9 +104,10 @@ class DeepEPPlan:
     """Who goes where, for one layer and micro-batch, without gradient; what DeepEP decides arrives with the first dispatch.
 
     Attributes:
-        layer: Name of the layer. topk_idx_TK: DeepEP's ids. layout: Of `get_dispatch_layout`: tokens to each rank, to each
-        RDMA rank, to each expert, and whether a token goes to a
-            rank.
+        layer: Name of the layer.
+        topk_idx_TK: DeepEP's ids, int64, -1 for no selection.
+        layout: Of `get_dispatch_layout`: tokens to each rank, to each RDMA rank, to each expert, whether a token goes to
+            a rank.
         own_rows: Rows of this rank's tokens to itself.
         num_remote_rows, num_pairs, num_remote_pairs: As in every plan.
     """

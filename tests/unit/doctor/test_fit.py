@@ -1,7 +1,8 @@
 """Whether nodes can take a plan: one line, the first that is true."""
 
 from moe_dist.doctor.finding import Finding, Level
-from moe_dist.doctor.fit import Offer, Want, check_fit, match
+from moe_dist.doctor.fit import Offer, Want, check_fit
+from moe_dist.placement.matching import match
 
 TEXT, VISION = frozenset(["text"]), frozenset(["vision"])
 
@@ -64,4 +65,5 @@ def test_an_empty_partition() -> None:
 def test_the_choosy_get_their_node_whatever_the_order() -> None:
     wants = [Want("0"), Want("1", TEXT), Want("2", TEXT | VISION)]
     offers = [offer("a", TEXT | VISION), offer("b", TEXT), offer("c")]
-    assert match(wants, offers) == {0: 2, 1: 1, 2: 0}
+    fitting = [[number for number, offer in enumerate(offers) if want.fits(offer)] for want in wants]
+    assert match(fitting) == [2, 1, 0]
