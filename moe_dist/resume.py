@@ -28,6 +28,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
 from moe_dist.errors import DataError
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.starting_weights import begin_with_weights
 from moe_dist.trainer import Progress
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,9 @@ class Resumable:
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
-                taken = self._checkpoints.load_fitting(Path(self._config.run.init_from), self._capture())
+                report = begin_with_weights(self._config, self._checkpoints, self._capture(), self._training.parallel.model)
                 if self._checkpoints.rank == 0:
-                    print(f"run.init_from: {taken.report()}")
+                    print(f"run.init_from: {report}")
             return Progress()
         restored = self._checkpoints.load(newest, self._capture())
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))

@@ -24,6 +24,7 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         qk_norm=section.qk_norm,
         tie_embeddings=section.tie_embeddings,
         groups=groups,
+        single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
     )
 
 

@@ -20,6 +20,7 @@ from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.evaluation.heldout import forward
 from moe_dist.loss import AuxSettings, MicroLoss, micro_loss
 from moe_dist.moe.aux_losses import ColumnTables
+from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.routing import LayerReport
 from moe_dist.optim.adamw import set_lr
@@ -74,6 +75,7 @@ class TrainingStep:
         group_of_modality: Expert group of each modality, in the data's order of modalities.
         clip_norm: Bound of the global gradient norm, or None.
         traffic: Counter of the model's wires.
+        balance: Moves the selection biases after each step that was taken; None where nothing does.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class TrainingStep:
         group_of_modality: Sequence[int],
         clip_norm: float | None,
         traffic: Traffic,
+        balance: BiasController | None = None,
     ) -> None:
         self.parallel = parallel
         self.optimizer = optimizer
@@ -92,6 +95,7 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
         self.traffic = traffic
+        self.balance = balance
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
         self._times = self._no_times[:0]
         self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
@@ -220,11 +224,15 @@ class TrainingStep:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+        counts = [torch.stack(part).sum(0) for part in zip(*(loss.counts for loss in losses), strict=True)]
+        if finite and self.balance is not None:
+            self.balance.update(counts[0], counts[1])
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
-        summed_counts = torch.stack([torch.cat(loss.counts, dim=1) for loss in losses]).sum(0).cpu().numpy()
-        widths = [part.shape[1] for part in losses[0].counts]
-        choices_LC, tokens_LG, entropy_LG, dropped_LE = np.split(summed_counts, np.cumsum(widths)[:-1], axis=1)
+        widths = [part.shape[1] for part in counts]
+        choices_LC, tokens_LG, entropy_LG, dropped_LE = np.split(
+            torch.cat(counts, dim=1).cpu().numpy(), np.cumsum(widths)[:-1], axis=1
+        )
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,

@@ -24,6 +24,7 @@ class Shape:
         dense_ffn_dim: FFN width of the other layers.
         shared_ffn_dim: Width of the shared expert of each MoE layer; 0 for none.
         groups: Expert groups.
+        single_null_row: Whether the null experts of a group share one router row.
     """
 
     hidden_dim: int
@@ -38,6 +39,13 @@ class Shape:
     qk_norm: Literal["none", "head", "full"]
     tie_embeddings: bool
     groups: Sequence[ExpertGroup]
+    single_null_row: bool = False
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of a layer's router, over all groups."""
+        shared = sum(max(0, group.num_null - 1) for group in self.groups) if self.single_null_row else 0
+        return sum(group.num_columns for group in self.groups) - shared
 
     @property
     def num_dense_layers(self) -> int:
@@ -89,7 +97,7 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     return Parts(
         embedding=s.vocab_size * dim,
         attention=s.num_layers * (projections + qk_norms),
-        router=s.num_moe_layers * dim * sum(g.num_columns for g in s.groups),
+        router=s.num_moe_layers * dim * s.router_rows,
         experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
         free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
         shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,
