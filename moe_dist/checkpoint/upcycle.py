@@ -48,15 +48,13 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             source = _source_of(expert, index, there[layer], here[layer][group])
             if source is None:
                 faults[f"{layer}.moe.experts.{group}: {_nothing(len(here[layer][group]), group, there[layer])}"] = None
-            elif source != name:
+            else:
                 sources[name] = source
-    for name, source in sources.items():
-        entry, spec = index.tensors[source], specs[name]
-        if entry.shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
-            faults[f"{name}: {spec.dtype} {spec.shape} in the model, {source} is {entry.dtype} {entry.shape}"] = None
+    faults |= {fault: None for name, source in sources.items() if (fault := _misfit(name, source, index, specs))}
     if faults:
         head = f"run.init_rules: upcycle cannot make all experts from {folder}; give the model its widths and groups"
         raise ConfigError(listed(head, list(faults)))
+    sources = {name: source for name, source in sources.items() if source != name}
     if not sources:
         raise ConfigError(
             f"run.init_rules: upcycle finds nothing to copy in {folder}: each of its groups has as many experts as the "
@@ -87,6 +85,14 @@ def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str
     if len(groups) == 1 and len(next(iter(groups.values()))) == 1:
         return f"{layer}.moe.experts.{next(iter(groups))}.0.{tensor}"
     return None
+
+
+def _misfit(name: str, source: str, index: Index, specs: Mapping[str, TensorSpec]) -> str:
+    """Why a tensor cannot be a copy of another; empty where it can."""
+    entry, spec = index.tensors[source], specs[name]
+    if entry.shape != spec.shape:
+        return f"{name}: shape {spec.shape} in the model, {entry.shape} in {source}"
+    return "" if DTYPES.get(entry.dtype) == spec.dtype else f"{name}: {spec.dtype} in the model, {entry.dtype} in {source}"
 
 
 def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
-from moe_dist.moe.reference import balance_loss
+from moe_dist.moe.reference import balance_loss, picks_of, split_loss
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
 
@@ -107,3 +107,83 @@ def test_z_is_the_mean_squared_log_sum_exp() -> None:
         gate = router.get_submodule((TEXT, IMAGE)[index].name)
         expected.append((torch.cat([gate.true, gate.null]) @ h_TD[token]).logsumexp(0) ** 2)  # pyright: ignore
     torch.testing.assert_close(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None])[0], torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 1.0), (2.5, 0.4)])
+def test_the_split_alone_equals_the_loops(weights: tuple[float, float] | None) -> None:
+    router = make_router()
+    h_TD = torch.randn(60, D, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, 2, (60,))
+    halves = [router(h_TD[half], group_T[half]).sums for half in (slice(0, 22), slice(22, 60))]
+    choices_LC = torch.stack([sums.choices_C for sums in halves]).sum(0)[None]
+    tokens_LG = torch.stack([sums.tokens_G for sums in halves]).sum(0)[None]
+    ours = sum(
+        balance_terms(sums.prob_C[None], choices_LC, tokens_LG, TABLES, kind="null_split", null_weight_G=weights)[0]
+        for sums in halves
+    )
+    for index, group in enumerate((TEXT, IMAGE)):
+        gate = router.get_submodule(group.name)
+        logits = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T  # pyright: ignore
+        weight = 1.0 if weights is None else weights[index]
+        expected = split_loss(logits, group.num_experts, group.top_k, null_weight=weight)
+        torch.testing.assert_close(ours[index], expected)  # pyright: ignore[reportIndexIssue]
+        (g1,) = torch.autograd.grad(ours[index], h_TD, retain_graph=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        (g2,) = torch.autograd.grad(expected, h_TD, retain_graph=True)
+        torch.testing.assert_close(g1, g2)
+
+
+def test_the_split_pulls_all_true_columns_alike_and_none_where_there_is_no_other() -> None:
+    prob_LC = torch.rand(1, 11, dtype=torch.double, requires_grad=True)
+    choices_LC = torch.tensor([[9, 1, 4, 6, 2, 2, 30, 0, 3, 7, 1]])
+    terms = balance_terms(prob_LC, choices_LC, torch.tensor([[20, 12]]), TABLES, kind="null_split")
+    (pull,) = torch.autograd.grad(terms.sum(), prob_LC)
+    assert pull[0, :4].unique().numel() == pull[0, 6:9].unique().numel() == 1
+    assert pull[0, 6] > pull[0, 0], "nulls carry more than their share here"
+    plain = ExpertGroup("text", 4, 0, 2, 8, 0, ("text",))
+    tables = ColumnTables.on((plain,), torch.device("cpu"))
+    even = torch.full((1, 4), 2.5, dtype=torch.double)
+    value = balance_terms(even, torch.tensor([[9, 1, 4, 6]]), torch.tensor([[10]]), tables, kind="null_split")
+    torch.testing.assert_close(value, torch.ones(1, 1, dtype=torch.double))
+
+
+@pytest.mark.parametrize("kind", ["null_averaged", "null_split"])
+def test_a_null_weight_makes_another_load_even(kind: str) -> None:
+    """n = 4, m = 2, k = 3, w = 3: even is k n / (n + m w) = 1.2 true experts a token; there all are pulled alike."""
+    group = ExpertGroup("text", 4, 2, 3, 8, 0, ("text",))
+    tables = ColumnTables.on((group,), torch.device("cpu"))
+    share = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 3.0]], dtype=torch.double) / 10
+    prob_LC = (share * 100).requires_grad_()
+    terms = balance_terms(prob_LC, share * 300, torch.tensor([[100]]), tables, kind=kind, null_weight_G=(3.0,))  # pyright: ignore
+    torch.testing.assert_close(terms, torch.full((1, 1), 3.0 if kind == "null_averaged" else 1.0, dtype=torch.double))
+    (pull,) = torch.autograd.grad(terms.sum(), prob_LC)
+    torch.testing.assert_close(pull, pull[:, :1].expand_as(pull))
+    logits = torch.randn(30, 7, dtype=torch.double) @ torch.randn(7, 7, dtype=torch.double)
+    sums_prob, picks = logits.softmax(-1).sum(0)[None], torch.tensor([picks_of(logits, 4, 3)])
+    if kind == "null_averaged":
+        both = ColumnTables.on((TEXT,), torch.device("cpu"))
+        ours = balance_terms(sums_prob, picks, torch.tensor([[30]]), both, kind=kind, null_weight_G=(2.5,))  # pyright: ignore
+        torch.testing.assert_close(ours[0, 0], balance_loss(logits, 4, 3, num_null=3, null_weight=2.5))
+
+
+def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:
+    """All m null columns have one probability, so that how their picks divide among them does not matter (Kilian et al.);
+    values and the gradients of all rows."""
+    torch.manual_seed(3)
+    router = TopKRouter(D, (TEXT, IMAGE), null_logit="single").double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    h_TD, group_T = torch.randn(60, D, dtype=torch.double), torch.randint(0, 2, (60,))
+    found = []
+    for kind in ("vanilla", "null_averaged"):
+        sums = router(h_TD, group_T).sums
+        terms = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], TABLES, kind=kind)  # pyright: ignore
+        found.append([terms.detach(), *torch.autograd.grad(terms.sum(), list(router.parameters()))])
+    for vanilla, averaged in zip(*found, strict=True):
+        torch.testing.assert_close(vanilla, averaged)
+    each = make_router()
+    sums = each(h_TD, group_T).sums
+    vanilla, averaged = (
+        balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], TABLES, kind=kind)  # pyright: ignore
+        for kind in ("vanilla", "null_averaged")
+    )
+    assert not torch.allclose(vanilla, averaged), "rows of their own make a difference"

@@ -51,7 +51,11 @@ def loads(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=st.lists(loads(), min_size=1, max_size=4), per=st.sampled_from(["group", "expert"]), decay=st.sampled_from([None, 3]))
+@given(
+    steps=st.lists(loads(), min_size=1, max_size=4),
+    per=st.sampled_from(["group", "expert"]),
+    decay=st.sampled_from([None, 3]),
+)
 def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: int | None) -> None:
     target = {"text": 1.5, "image": 0.7}
     moved, gates = controller(LoadTarget(target, rate=0.3, decay_steps=decay, per=per), LossFree(rate=1e-2))
@@ -153,11 +157,11 @@ def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple
 @pytest.mark.parametrize("per", ["group", "expert"])
 @pytest.mark.parametrize("target", [0.5, 1.25, 3.0])
 def test_the_mean_load_converges_to_its_target(target: float, per: Any) -> None:
-    loads, _ = closed_loop([LoadTarget({"text": target}, rate=0.3, decay_steps=60, per=per)], steps=400)
+    loads, _ = closed_loop([LoadTarget({"text": target}, rate=1.0, decay_steps=60, per=per)], steps=400)
     assert abs(loads[0] - target) > 0.2
     last = loads[-150:]
     assert abs(sum(last) / 150 - target) <= 0.01 * target
-    assert max(abs(load - target) for load in last) < 0.15
+    assert max(abs(load - target) for load in last) < 0.3
 
 
 def test_together_they_hold_the_load_and_even_out_the_experts() -> None:

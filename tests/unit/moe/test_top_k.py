@@ -31,7 +31,7 @@ def gate_rows(router: TopKRouter, group: ExpertGroup) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("groups", "normalise"), list(product([(TEXT, IMAGE), (PLAIN,)], ["true_chosen", "all_chosen", "none"]))
+    ("groups", "normalise"), list(product([(TEXT, IMAGE), (PLAIN,)], ["true_chosen", "all_chosen", "true_all", "none"]))
 )
 def test_pairs_and_weights_equal_the_oracle(groups: tuple[ExpertGroup, ...], normalise: str) -> None:
     router = make_router(*groups, normalise=normalise, scale=1.5)
@@ -198,3 +198,78 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
     assert routing.sums.prob_C.dtype == torch.float32
     logits = h_TD.float() @ torch.cat([router.get_submodule("text").true, router.get_submodule("text").null]).T  # pyright: ignore
     torch.testing.assert_close(routing.sums.prob_C[[0, 1, 2, 3, 4, 5, 6]], logits.softmax(-1).sum(0))
+
+
+def test_weights_of_all_true_experts_know_no_null_one() -> None:
+    """`none` gives null columns a part of the softmax; `true_all` is what a model without them would have, to the bit."""
+    torch.manual_seed(0)
+    with_nulls, without = (ExpertGroup("text", 5, m, k, 8, 0, ("text",)) for m, k in ((5, 4), (0, 2)))
+    router, plain = TopKRouter(16, (with_nulls,), normalise="true_all"), TopKRouter(16, (without,), normalise="none")
+    gate, old = router.get_submodule("text"), plain.get_submodule("text")
+    with torch.no_grad():
+        old.true.normal_()  # pyright: ignore[reportCallIssue]
+        gate.true.copy_(old.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gate.null.copy_(old.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    h_TD, group_T = torch.randn(33, 16), torch.zeros(33, dtype=torch.int64)
+    ours, expected = (each(h_TD, group_T).assignments.taken() for each in (router, plain))
+    assert torch.equal(ours.expert_N, expected.expert_N)
+    assert torch.equal(ours.weight_N, expected.weight_N)
+    half = TopKRouter(16, (with_nulls,), normalise="none")
+    half.load_state_dict(router.state_dict())
+    torch.testing.assert_close(half(h_TD, group_T).assignments.taken().weight_N, expected.weight_N / 2)
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 5, 8])
+def test_weights_do_not_depend_on_null_choices_between(top_k: int) -> None:
+    """A sum over K adds up in an order of its own for each K: the zeros of null choices must not move it."""
+    torch.manual_seed(top_k)
+    with_nulls, without = (ExpertGroup("text", 8, m, k, 8, 0, ("text",)) for m, k in ((16, 3 * top_k), (0, top_k)))
+    router, plain = TopKRouter(96, (with_nulls,)), TopKRouter(96, (without,))
+    gate, old = router.get_submodule("text"), plain.get_submodule("text")
+    with torch.no_grad():
+        old.true.normal_()  # pyright: ignore[reportCallIssue]
+        gate.true.copy_(old.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gate.null.copy_(old.true.repeat(2, 1))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    h_TD, group_T = torch.randn(257, 96), torch.zeros(257, dtype=torch.int64)
+    ours, expected = (each(h_TD, group_T).assignments.taken() for each in (router, plain))
+    assert torch.equal(ours.expert_N, expected.expert_N)
+    assert torch.equal(ours.weight_N, expected.weight_N)
+
+
+def test_a_single_null_logit_stands_in_every_null_column() -> None:
+    router, each = make_router(TEXT, IMAGE, null_logit="single"), make_router(TEXT, IMAGE)
+    with torch.no_grad():
+        for group in (TEXT, IMAGE):
+            gate, wide = router.get_submodule(group.name), each.get_submodule(group.name)
+            assert gate.null.shape == (1, D)
+            wide.true.copy_(gate.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            wide.null.copy_(gate.null.expand(group.num_null, D))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    h_TD, group_T = torch.randn(40, D, dtype=torch.double), torch.randint(0, 2, (40,))
+    ours, theirs = router(h_TD, group_T), each(h_TD, group_T)
+    assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
+    torch.testing.assert_close(ours.assignments.weight_N, theirs.assignments.weight_N, rtol=0, atol=1e-15)
+    for got, expected in zip(ours.sums, theirs.sums, strict=True):
+        torch.testing.assert_close(got, expected)
+    # A token takes each of the m null places in a row or none: the logit is a threshold.
+    ours.sums.prob_C.square().sum().backward()
+    theirs.sums.prob_C.square().sum().backward()
+    for group in (TEXT, IMAGE):
+        shared, spread = (r.get_submodule(group.name).null.grad for r in (router, each))
+        torch.testing.assert_close(shared[0], spread.sum(0))  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+
+
+def test_biases_of_zero_choose_by_logits_alone() -> None:
+    """Where a softmax rounds two logits to one probability, their order must not be lost."""
+    group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
+    router = TopKRouter(1, (group, IMAGE), selection_bias=True)
+    gate = router.get_submodule("text")
+    with torch.no_grad():
+        gate.true.copy_(torch.tensor([[-200.0], [-190.0], [0.0]]))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        gate.null.fill_(-300.0)  # pyright: ignore[reportCallIssue]
+        router.get_submodule("image").true.zero_()  # pyright: ignore[reportCallIssue]
+        router.get_submodule("image").null.zero_()  # pyright: ignore[reportCallIssue]
+    h_TD, group_T = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+    assert (router(h_TD, group_T).sums.prob_C[:2] == 0.0).all()
+    assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 1]
+    gate.bias[0] = 0.5  # pyright: ignore[reportIndexIssue]
+    assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 0]

@@ -1,0 +1,260 @@
+"""Beginning with another model's weights, as a whole run does: a trained top-k model with copied null rows is itself, to
+the last bit, and a dense one is itself when its experts are copies; whatever else is refused before a step is taken."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.build import build_loader, build_training
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.data.batch import Batch
+from moe_dist.errors import ConfigError
+from moe_dist.loss import AuxSettings
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.preflight import check
+from moe_dist.resume import Resumable
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.starting_weights import begin_with_weights
+from moe_dist.trainer import Progress
+from tests.support.tiny import tiny_config
+from tests.support.worlds import RankContext
+
+AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
+GROUPS = "model.moe.groups"
+
+
+def groups(text: tuple[int, int, int], image: tuple[int, int, int]) -> dict[str, Any]:
+    """True experts, null experts and choices of both groups."""
+    names = ("num_experts", "num_null", "top_k")
+    return {
+        f"{GROUPS}.{group}.{name}": value
+        for group, values in (("text", text), ("image", image))
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+class Run:
+    """One rank of a run, up to its first step."""
+
+    def __init__(self, rank: RankContext, data: Path, root: Path, name: str, changes: dict[str, Any]) -> None:
+        layout = {"run.name": name, "parallel.ep": rank.world_size, "placement.policy": "interleaved"}
+        self.config = tiny_config(data, root, {**layout, **changes})
+        plan = check(self.config)
+        mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+        self.training = build_training(self.config, plan.manifest, plan.placement, mesh)
+        self.manager = CheckpointManager(
+            RunFolder.of(self.config).checkpoints, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint
+        )
+        self.resumable = Resumable(self.training, plan.placement, self.manager, self.config, plan.manifest)
+        self.loader = build_loader(self.config, plan.manifest, mesh)
+
+    def train_and_save(self) -> None:
+        for number in range(3):
+            self.training.step(self.loader.batches(8 * number), lr=1e-2, aux=AUX)
+        self.resumable.restore()  # looks at the data
+        self.resumable.save(Progress(step=3, position=24, tokens=100, evaluated=2), durable=True)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> tuple[Tensor, list[float]]:
+        """Of a batch, and the true experts a token took in each layer, by group."""
+        group = torch.where(batch.padding_BS, -1, self.training.step.group_of_modality[batch.modality_BS])
+        logits, reports = self.training.parallel.model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
+        placement = self.training.step.placement
+        loads = [
+            float(report.sums.choices_C[each.experts].sum() / report.sums.tokens_G[index])
+            for report in reports
+            for index, each in enumerate(placement.groups)
+        ]
+        return logits[~batch.padding_BS], loads  # experts leave padding out, a dense FFN does not
+
+    def begin(self) -> str:
+        """As `Resumable.restore` does on a new run; the report."""
+        return begin_with_weights(self.config, self.manager, self.resumable._capture(), self.training.parallel.model)
+
+
+def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Trains one run, begins another with its weights, and compares what they compute."""
+    first = Run(rank, data, root, "trained", trained)
+    first.train_and_save()
+    batch = first.loader.batches(0)[0]  # of the second run's seed it would be another
+    expected, before = first.logits(batch)
+    start = {"run.init_from": str(root / "trained"), "run.seed": 5}
+    second = Run(rank, data, root, "begun", {**start, **changes})
+    told: dict[str, Any] = {"fresh": bool(torch.equal(second.logits(batch)[0], expected))}
+    try:
+        told["report"] = second.begin()
+    except ConfigError as error:
+        return {**told, "error": str(error)}
+    got, after = second.logits(batch)
+    told |= {
+        "equal": bool(torch.equal(got, expected)),
+        "gap": float((got - expected).abs().max() / expected.abs().max()),
+        "loads": (before, after),
+        "parameters": {name: p.detach().clone() for name, p in second.training.parallel.model.named_parameters()}
+        if rank.world_size == 1
+        else {},
+    }
+    result = second.training.step(second.loader.batches(0), lr=1e-3, aux=AUX)
+    told["trains"] = not result.skipped
+    return told
+
+
+COPY = {"run.init_rules": ["copy_nulls"]}
+COPIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "top-2 and top-1": (groups((3, 0, 2), (2, 0, 1)), {**COPY, **groups((3, 3, 3), (2, 4, 3))}),
+    "top-3 of 5": (groups((5, 0, 3), (2, 0, 2)), {**COPY, **groups((5, 10, 9), (2, 2, 4))}),
+    "weights over all experts": (
+        {**groups((4, 0, 3), (2, 0, 1)), "model.moe.router.normalise": "none"},
+        {**COPY, **groups((4, 4, 5), (2, 2, 2)), "model.moe.router.normalise": "true_all"},
+    ),
+    "under a load controller": (
+        {**groups((3, 0, 2), (2, 0, 1)), "model.moe.router.scale": 1.5},
+        {
+            **COPY,
+            **groups((3, 6, 5), (2, 2, 1)),
+            "model.moe.router.scale": 1.5,
+            "model.moe.router.selection_bias": True,
+            "model.moe.balance": [{"kind": "load_target", "target": {"text": 1.5}, "rate": 0.1}],
+        },
+    ),
+    "sharded, with a shared expert": (
+        {**groups((4, 0, 2), (2, 0, 1)), "parallel.data": "fsdp2", "model.moe.shared_ffn_dim": 8},
+        {**COPY, **groups((4, 4, 4), (2, 2, 2)), "parallel.data": "fsdp2", "model.moe.shared_ffn_dim": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize(("world_size", "case"), [(1, "top-3 of 5"), *((2, case) for case in COPIES)])
+def test_a_trained_top_k_model_begins_as_it_is_to_the_last_bit(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
+) -> None:
+    trained, changes = COPIES[case]
+    for told in run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes):
+        assert not told["fresh"]
+        assert "error" not in told, told
+        assert told["equal"], told["gap"]
+        before, after = told["loads"]
+        assert before == after
+        assert "the same as the checkpoint's, to the last bit" in told["report"]
+        assert told["trains"]
+
+
+def test_outside_of_the_range_it_would_not_and_is_refused(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
+) -> None:
+    """k = 3 with m = 2 n nulls: one true expert a token. What is refused does differ."""
+    changes = {**COPY, **groups((3, 6, 3), (2, 2, 1))}
+    (told,) = run_in_world(1, begun, tiny_data, tmp_path, groups((3, 0, 2), (2, 0, 1)), changes)
+    assert (
+        "model.moe.groups.text.top_k=3: with num_null=6 copies of 3 true rows, a token takes the checkpoint's 2"
+        in told["error"]
+    )
+    assert "top_k from 4 to 6" in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
+        ({"model.vocab_size": 80}, "embedding.weight stays as initialised (shape (80, 32) in the model, (64, 32) in"),
+        ({"model.num_layers": 1}, "layers.1.attention.k.weight of the checkpoint has no place"),
+    ],
+)
+def test_copied_nulls_in_another_model_are_refused(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any], fault: str
+) -> None:
+    changes = {**COPY, **groups((3, 3, 3), (2, 2, 2)), **changes}
+    (told,) = run_in_world(1, begun, tiny_data, tmp_path, groups((3, 0, 2), (2, 0, 1)), changes)
+    assert fault in told["error"]
+
+
+UPCYCLE = {"run.init_rules": ["upcycle"]}
+SEED = groups((1, 0, 1), (1, 0, 1))
+ONE_GROUP = {
+    GROUPS: {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}},
+}
+SAME_WIDTH = {f"{GROUPS}.image.ffn_dim": 16}
+UPCYCLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one expert a group": (SEED, {**UPCYCLE, **groups((4, 0, 2), (3, 0, 1))}),
+    "one group for all": (ONE_GROUP, {**UPCYCLE, **groups((4, 0, 3), (2, 0, 2)), **SAME_WIDTH}),
+    "a dense layer": (
+        {**SEED, **SAME_WIDTH, "model.moe.first": 1, "model.dense_ffn_dim": 16},
+        {**UPCYCLE, **groups((4, 0, 2), (3, 0, 2)), **SAME_WIDTH},
+    ),
+    "with null experts": (SEED, {"run.init_rules": ["upcycle", "copy_nulls"], **groups((4, 4, 4), (2, 4, 3))}),
+    "with fewer null experts than choices": (SEED, {**UPCYCLE, **groups((4, 1, 2), (2, 2, 3))}),
+    "sharded": (
+        {**SEED, "parallel.data": "fsdp2"},
+        {**UPCYCLE, **groups((4, 0, 2), (2, 0, 2)), "parallel.data": "fsdp2"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("world_size", "case"), [(1, "one expert a group"), *((2, case) for case in UPCYCLED)])
+def test_an_upcycled_model_computes_what_it_was_made_of(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
+) -> None:
+    trained, changes = UPCYCLED[case]
+    for told in run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes):
+        assert not told["fresh"]
+        assert "error" not in told, told
+        assert told["gap"] < 2e-6
+        assert "the same as the checkpoint's" in told["report"]
+        assert told["trains"]
+        if world_size == 1 and case == "one expert a group":
+            stack = told["parameters"]["layers.0.moe.experts.text.gate"]
+            assert stack.shape[0] == 4
+            assert all(torch.equal(stack[0], each) for each in stack[1:])
+            router = told["parameters"]["layers.0.moe.router.text.true"]
+            assert not torch.equal(router[0], router[1]), "new experts need rows that differ"
+            report = told["report"]
+            assert "layers.*.moe.experts.text.*.gate of layers.*.moe.experts.text.*.gate x 6" in report  # 3 more, 2 layers
+            assert "layers.*.moe.router.text.true x 2 (shape (4, 32) in the model, (1, 32) in the checkpoint)" in report
+
+
+@pytest.mark.parametrize(
+    ("trained", "changes", "fault"),
+    [
+        (SEED, {**groups((4, 0, 2), (2, 0, 1)), f"{GROUPS}.text.ffn_dim": 20},
+         "layers.0.moe.experts.text.0.gate: shape (20, 32) in the model, (16, 32) in layers.0.moe.experts.text.0.gate"),
+        (groups((2, 0, 2), (1, 0, 1)), groups((4, 0, 2), (2, 0, 1)),
+         "layers.0.moe.experts.text: 4 experts in the model, 2 in the checkpoint; only one expert can become several"),
+        (SEED, SEED, "upcycle finds nothing to copy"),
+        (SEED, {GROUPS: {"all": {"num_experts": 2, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}},
+         "the checkpoint has no such group in this layer, but image, text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_upcycled_is_refused(
+    run_in_world: Callable[..., list[Any]],
+    tiny_data: Path,
+    tmp_path: Path,
+    trained: dict[str, Any],
+    changes: dict[str, Any],
+    fault: str,
+) -> None:
+    (told,) = run_in_world(1, begun, tiny_data, tmp_path, trained, {**UPCYCLE, **changes})
+    assert fault in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {**groups((4, 0, 2), (2, 0, 1)), "model.moe.router.normalise": "none"},
+            "a token's weights need not",
+        ),
+        ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.router.scale": 2.0}, "scale=2, the experts were scaled by 1.0"),
+        (groups((4, 2, 2), (2, 0, 1)), "group text may choose null experts alone (top_k=2, num_null=2)"),
+        ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
+    ],
+)
+def test_an_upcycled_model_that_computes_something_else_says_why(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    (told,) = run_in_world(1, begun, tiny_data, tmp_path, SEED, {**UPCYCLE, **changes})
+    assert told["gap"] > 1e-4
+    assert reason in told["report"].splitlines()[-1]

@@ -1,0 +1,117 @@
+"""The choices at which copied null rows leave a model as it was: the formula against brute force, and what is refused."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config.init_rules import identity_choices, init_relations, source_faults
+from moe_dist.moe.reference import choose
+from tests.support.tiny import tiny_config
+
+TRAINED: dict[str, Any] = {
+    "router": {"kind": "top_k", "normalise": "true_chosen", "scale": 1.0, "selection_bias": False},
+    "groups": {
+        "text": {"num_experts": 3, "num_null": 0, "num_identity": 0, "num_constant": 0, "top_k": 2},
+        "image": {"num_experts": 2, "num_null": 0, "num_identity": 0, "num_constant": 0, "top_k": 1},
+    },
+}
+HERE = {
+    "run.init_from": "runs/trained",
+    "run.init_rules": ["copy_nulls"],
+    "model.moe.groups.text.num_null": 3,
+    "model.moe.groups.text.top_k": 4,
+    "model.moe.groups.image.num_null": 4,
+    "model.moe.groups.image.top_k": 3,
+}
+
+
+@pytest.mark.parametrize(("n", "t", "k0"), list(itertools.product(range(1, 5), range(4), range(1, 5))))
+def test_the_range_is_what_brute_force_finds(n: int, t: int, k0: int) -> None:
+    """Over every order of the true experts' logits, and every k: exactly the best k0 true experts are taken."""
+    if k0 > n:
+        return
+    good = []
+    for k in range(1, n * (t + 1) + 1):
+        taken = (
+            {column for column in choose([*order] * (t + 1), n, k) if column < n}
+            == {column for column in choose(list(order), n, k0)}
+            for order in itertools.permutations([float(i) for i in range(n)])
+        )
+        if all(taken):
+            good.append(k)
+    assert good == list(identity_choices(n, t * n, k0))
+
+
+def test_for_top_2_it_is_the_published_one() -> None:
+    for n, m in ((8, 8), (8, 16), (8, 32), (8, 40), (4, 12)):
+        assert list(identity_choices(n, m, 2)) == list(range(m // n + 2, 2 * m // n + 3))
+    for m, k in ((8, 3), (16, 4), (32, 6), (40, 8)):  # those of AdaMoE's tables that begin as Mixtral
+        assert k in identity_choices(8, m, 2)
+    assert 4 not in identity_choices(8, 32, 2)
+    assert 5 not in identity_choices(8, 32, 2)
+
+
+def config(tmp_path: Path, **changes: Any) -> Any:
+    return tiny_config(tmp_path, tmp_path, {**HERE, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+def source(**changes: Any) -> dict[str, Any]:
+    moe = json.loads(json.dumps(TRAINED))
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        holder = moe
+        for part in path:
+            holder = holder[part]
+        holder[last] = value
+    return {"model": {"moe": moe}}
+
+
+def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
+    assert init_relations(config(tmp_path)) == []
+    assert source_faults(config(tmp_path), source()) == []
+    assert source_faults(config(tmp_path), source(router__normalise="all_chosen")) == []
+    plain = config(tmp_path, model__moe__router={"normalise": "true_all"})
+    assert source_faults(plain, source(router__normalise="none")) == []
+
+
+@pytest.mark.parametrize(
+    ("here", "trained", "fault"),
+    [
+        ({}, {"router__kind": "sigmoid_top_k"}, "with a router of kind sigmoid_top_k copies of true rows do not leave"),
+        ({}, {"router__kind": "group_limited"}, "choices limited to groups of experts"),
+        ({}, {"router__selection_bias": True}, "chooses by softmax + bias"),
+        ({}, {"router__normalise": "none"}, "model.moe.router.normalise=true_chosen: the checkpoint's none gives its "
+         "weights from true experts alone, since it has no null ones; take true_all"),
+        ({}, {"router__scale": 2.5}, "model.moe.router.scale=1: the checkpoint's is 2.5; take that"),
+        ({}, {"groups__text__top_k": 1}, "model.moe.groups.text.top_k=4: with num_null=3 copies of 3 true rows, a token "
+         "takes the checkpoint's 1 true experts only for top_k from 1 to 2; take one of these, or another num_null"),
+        ({"model__moe__groups__image__top_k": 4}, {}, "image.top_k=4: with num_null=4 copies of 2 true rows"),
+        ({}, {"groups__text__num_experts": 4}, "model.moe.groups.text.num_experts=3: the checkpoint has 4"),
+        ({}, {"groups__text__num_null": 3}, "has null or free experts already"),
+        ({}, {"groups": {"all": {}}}, "the checkpoint has no such group; it has all"),
+        ({}, {"router": None}, "does not say by which router it was trained"),
+    ],
+)  # fmt: skip
+def test_what_would_not_begin_as_it_was_is_refused(
+    tmp_path: Path, here: dict[str, Any], trained: dict[str, Any], fault: str
+) -> None:
+    assert any(fault in each for each in source_faults(config(tmp_path, **here), source(**trained)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"run__init_from": None}, "set run.init_from"),
+        ({"run__init_rules": ["upcycle", "upcycle"]}, "stands there twice"),
+        ({"model__moe__groups__text__num_null": 4}, "num_null=4 is no multiple of num_experts=3"),
+        ({"model__moe__router": {"null_logit": "single"}}, "null_logit=single has one null row"),
+        ({"model__moe__groups__text__num_identity": 1}, "num_identity=1"),
+        ({"model__moe__groups__text__num_null": 0, "model__moe__groups__text__top_k": 2,
+          "model__moe__groups__image__num_null": 0, "model__moe__groups__image__top_k": 1}, "no group has null experts"),
+    ],
+)  # fmt: skip
+def test_rules_of_the_configuration_alone(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+    assert any(fault in relation.fault for relation in init_relations(config(tmp_path, **changes)))
