@@ -14,7 +14,7 @@ from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
-from moe_dist.config.balance_rules import load_targets
+from moe_dist.config.balance_rules import even_loads, load_targets
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config, ModelSection, MoESection, ParallelSection, TopKRouterSection
 from moe_dist.data.loader import TrainLoader
@@ -342,5 +342,6 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=flops_per_token,
         load_target=load_targets(config.model.moe),
+        even_load=even_loads(config),
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
     )

@@ -81,6 +81,7 @@ class Plan:
             of each group.
         peak_flops: Of all devices together; None where unknown.
         load_target: True experts a token that a controller holds each group at, by group.
+        even_load: Those that controllers and balance loss lead to, where it is not k n over all columns, by group.
     """
 
     steps: int
@@ -93,6 +94,7 @@ class Plan:
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None = None
     load_target: Mapping[str, float] = field(default_factory=dict)
+    even_load: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,7 @@ class Trainer:
             groups=self._placement.groups,
             skipped_steps=self.progress.skipped_steps,
             window=len(self._recent),
+            even_load=self._plan.even_load,
         )
 
     def _divergence(self) -> str:

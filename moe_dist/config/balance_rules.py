@@ -36,6 +36,22 @@ def load_targets(section: MoESection) -> dict[str, float]:
     return {name: target for each in section.balance if each.kind == "load_target" for name, target in each.target.items()}
 
 
+def even_loads(config: Config) -> dict[str, float]:
+    """True experts a token that a run is led to, by group: the controller's target, else where a weighted loss is even,
+    k n / (n + m w). Groups of which neither speaks are not named."""
+    groups, found = config.model.moe.groups, {}
+    for name, weight in config.loss.balance.null_weight.items():
+        group = groups[name]
+        weighted = group.num_null + (_free(group) if config.loss.balance.kind == "null_split" else 0)
+        rest = _free(group) if config.loss.balance.kind == "null_averaged" else 0
+        found[name] = group.top_k * group.num_experts / (group.num_experts + weighted * weight + rest)
+    return found | load_targets(config.model.moe)
+
+
+def _free(group: GroupSection) -> int:
+    return group.num_identity + group.num_constant
+
+
 def _target_relations(section: LoadTargetSection, key: str, groups: dict[str, GroupSection]) -> list[Relation]:
     broken = []
     for name, target in section.target.items():
@@ -48,7 +64,7 @@ def _target_relations(section: LoadTargetSection, key: str, groups: dict[str, Gr
 
 def _unreachable(target: float, group: GroupSection) -> str:
     """Why a token cannot take so many true experts on average, and what to do; empty where it can."""
-    others = group.num_null + group.num_identity + group.num_constant
+    others = group.num_null + _free(group)
     least, most = max(0, group.top_k - others), min(group.top_k, group.num_experts)
     if not others:
         return (

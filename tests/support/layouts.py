@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_dist.build import build_model
+from moe_dist.build import build_balance, build_model
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
@@ -52,6 +52,7 @@ class Layout:
     pair_budget: int | None = None
     capacity: float | None = None
     free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
+    balance: bool = False  # load controllers on the selection bias
     overlap: bool = False
     chunks: int = 1
     ranks_per_node: int | None = None
@@ -69,10 +70,17 @@ class Layout:
     def __str__(self) -> str:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
+        budget += "-balance" if self.balance else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
         return "-".join(parts) + budget + timetable
+
+
+CONTROLLERS = (
+    {"kind": "load_target", "target": {"text": 1.2, "image": 0.9}, "rate": 0.5, "decay_steps": 2, "per": "expert"},
+    {"kind": "loss_free", "rate": 0.01},
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class Outcome:
     parameters: dict[str, np.ndarray]
     events: list[str]
     logits: np.ndarray
+    biases: dict[str, np.ndarray]  # of all layers and groups, empty without a selection bias
     smallest_gap: float  # between a token's last choice and the next column, over all tokens, layers and steps
 
 
@@ -135,7 +144,8 @@ def config_of(layout: Layout) -> Config:
                         }
                         for g in layout.groups
                     },
-                    "router": {"selection_bias": layout.free},
+                    "router": {"selection_bias": layout.free or layout.balance},
+                    "balance": CONTROLLERS if layout.balance else (),
                     "capacity": None if layout.capacity is None else {"factor": layout.capacity},
                 },
             },
@@ -209,7 +219,15 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     placement = placement_of(layout.placement, layout.ep, layout.groups)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=[0, 1],
+        clip_norm=0.5,
+        traffic=traffic,
+        balance=build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
+    )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
@@ -239,6 +257,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         parameters=parameters,
         events=traffic.events or [],
         logits=logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy(),
+        biases={name: each.numpy().copy() for name, each in parallel.model.named_buffers() if name.endswith(".bias")},
         smallest_gap=min(gaps),
     )
 

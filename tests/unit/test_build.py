@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.build import check_expert_gemm
+from moe_dist.build import check_expert_gemm, state_specs
+from moe_dist.config.balance_rules import even_loads
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 
@@ -46,3 +47,27 @@ def test_what_can_be_had_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     check_expert_gemm(config("grouped"), torch.device("cuda"))
     check_expert_gemm(config("grouped", "fp32"), torch.device("cpu"))
+
+
+def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
+    """4 true and 4 null experts, k = 2: even is 1; a null weight of 3 makes it 2 x 4 / (4 + 12), a controller its target."""
+    values = config("loop").model_dump(mode="json")
+    values["model"]["moe"]["groups"]["text"]["num_null"] = 4
+
+    def even(**balance: Any) -> dict[str, float]:
+        return even_loads(Config.model_validate_json(json.dumps({**values, **balance})))
+
+    assert even() == {}
+    assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 0.5}
+    assert even(loss={"balance": {"kind": "null_split", "null_weight": {"text": 3.0}}}) == {"text": 0.5}
+    values["model"]["moe"]["balance"] = [{"kind": "load_target", "target": {"text": 1.25}, "rate": 0.1}]
+    assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 1.25}
+
+
+def test_a_bias_is_part_of_a_checkpoint_and_has_no_moments() -> None:
+    values = config("loop").model_dump(mode="json")
+    values["model"]["moe"]["router"]["selection_bias"] = True
+    specs = state_specs(Config.model_validate_json(json.dumps(values)))
+    biases = [name for name in specs if name.endswith(".bias")]
+    assert biases == ["layers.0.moe.router.text.bias"]
+    assert "optimizer.exp_avg.layers.0.moe.router.text.true" in specs

@@ -15,6 +15,8 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.preflight import Preflight, check, check_file, layout_without_data, token_mix
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
+BALANCE = "model.moe.balance=[{kind: load_target, target: "
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -128,6 +130,47 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         (["model.moe.groups.text.modalities=[text, image]"], "modality 'image' is routed to text and image"),
         (["model.moe.groups.image.modalities=[picture]"], "no group routes the data's modality 'image'"),
         (["data.path=/nowhere"], "python -m tools.prepare_data --out /nowhere"),
+        (
+            ["model.moe.balance=[{kind: loss_free}]"],
+            "controllers move the bias that the router chooses by, and model.moe.router has none; set "
+            "model.moe.router.selection_bias=true",
+        ),
+        (
+            [f"{BALANCE}{{txt: 1.0}}, rate: 0.1}}]"],
+            "balance.0.target.txt: no such group; there are text, image; did you mean",
+        ),
+        (
+            [f"{BALANCE}{{text: 2.5}}, rate: 0.1}}]"],
+            "target.text=2.5: a token takes at most 2 true experts (top_k=2, num_exp",
+        ),
+        (
+            [f"{BALANCE}{{text: 0.5}}, rate: 0.1}}]"],
+            "target.text=0.5: a token takes at least 1 true experts, since 1 of its",
+        ),
+        ([f"{BALANCE}{{text: 0.0}}, rate: 0.1}}]"], "must be mapping from names to number, above 0"),
+        ([f"{BALANCE}{{text: 1.0}}}}]"], "model.moe.balance.0.rate: missing"),
+        (
+            [f"{BALANCE}{{image: 2.0}}, rate: 0.1}}]", "model.moe.groups.image.num_null=0"],
+            "target.image=2: the group has neither null nor free experts, so that each token takes top_k=2 true ones",
+        ),
+        (
+            ["model.moe.balance=[{kind: loss_free}, {kind: loss_free}]", "model.moe.router.selection_bias=true"],
+            "2 controllers of kind loss_free; leave one",
+        ),
+        (["loss.balance.null_weight={txt: 2.0}"], "loss.balance.null_weight.txt: no such group"),
+        (
+            ["loss.balance.kind=vanilla", "loss.balance.null_weight={text: 2.0}"],
+            "kind=vanilla gives every null expert its own",
+        ),
+        (
+            ["run.init_rules=[upcycle]"],
+            "run.init_rules=['upcycle']: there are no weights to make anything of; set run.init_from",
+        ),
+        (
+            ["run.init_rules=[copy_nulls]", "run.init_from=x"],
+            "copy_nulls: model.moe.groups.text.num_null=1 is no multiple of num_experts=3, so that some true rows would have "
+            "more copies than others; take 3",
+        ),
     ],
 )
 def test_bad_configurations(site: Site, overrides: list[str], fault: str) -> None:
@@ -330,3 +373,10 @@ def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPat
 def test_a_key_of_the_default_dispatcher_needs_no_kind(site: Site) -> None:
     assert site.check("parallel.dispatch.chunks=2").config.parallel.dispatch.kind == "per_rank"
     assert "parallel.dispatch" in site.faults("parallel.dispatch.ranks_per_node=2")
+
+
+def test_a_target_that_can_be_reached_passes(site: Site) -> None:
+    bias = "model.moe.router.selection_bias=true"
+    for text in (1.0, 1.3, 2.0):  # 3 true, 1 null, k = 2: from 1 to 2
+        plan = site.check(f"{BALANCE}{{text: {text}, image: 0.1}}, rate: 0.1}}, {{kind: loss_free}}]", bias)
+        assert [section.kind for section in plan.config.model.moe.balance] == ["load_target", "loss_free"]

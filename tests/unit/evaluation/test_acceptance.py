@@ -59,3 +59,21 @@ def test_a_data_set_without_baselines_is_measured_by_its_routing_alone() -> None
     result = EvaluationResult(1, GOOD, {})
     checks = run_checks(result, {}, choices_LC=CHOICES, tokens_LG=TOKENS, groups=GROUPS, skipped_steps=0, window=100)
     assert [check.name for check in checks] == ["no dead expert", "null fraction of text", "no step skipped"]
+
+
+def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
+    """text: k = 2; 1.4 true experts a token leave 0.3 of the choices to nulls, 1.0 (even) half of them."""
+    result = EvaluationResult(1, GOOD, {})
+    for nulls, load, good in (([3, 3], 1.4, True), ([3, 3], 1.0, False), ([5, 5], 1.4, False)):
+        true = (20 - sum(nulls)) // 2
+        checks = run_checks(
+            result,
+            {},
+            choices_LC=np.array([[true, true, 7, *nulls]]),
+            tokens_LG=TOKENS,
+            groups=GROUPS,
+            skipped_steps=0,
+            window=100,
+            even_load={"text": load},
+        )
+        assert {check.name: check.passed for check in checks}["null fraction of text"] is good

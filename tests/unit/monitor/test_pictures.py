@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,3 +77,41 @@ def test_maps_without_a_subject_are_left_out(make_record: MakeRecord, groups: tu
 def test_the_expert_axis_names_the_rank(subject: Subject) -> None:
     assert list(subject.expert_axis(subject.groups[1]).sublabels) == ["rank 2", "rank 2", "rank 3", "rank 3"]
     assert list(subject.layer_axis.labels) == ["1", "3", "5"]
+
+
+def test_the_load_over_its_target_by_hand(
+    groups: tuple[ExpertGroup, ...], subject: Subject, make_record: MakeRecord
+) -> None:
+    """A map of layers x groups and a curve, only where a controller holds a group."""
+    held = replace(subject, load_target={"image": 1.25})
+    record = make_record(3, load_target={"image": 1.25})
+    window = Window()
+    window.add(make_record(2, load_target={"image": 1.25}))
+    window.add(record)
+    curves = window.load_curves()
+    assert curves is not None
+    assert curves.dtype == np.uint8
+    assert curves.shape[2] == 3
+    sums, words = window.take()
+    assert window.load_curves() is None
+    pictures = dict(heat_maps(sums, held, words))
+    assert "moe/load_over_target" in pictures
+    assert "moe/load_over_target" not in dict(heat_maps(sums, subject, words))
+    true_L = record.arrays["choices_LC"][:, 4:8].sum(1) / record.arrays["tokens_LG"][:, 1]
+    assert record.load == {
+        "image": {"target": 1.25, "achieved": true_L.mean(), "lowest": true_L.min(), "highest": true_L.max()}
+    }
+    window.add(make_record(4))
+    assert window.load_curves() is None
+    assert make_record(4).load == {}
+
+
+def test_a_curve_has_a_gap_where_there_was_no_token(make_record: MakeRecord) -> None:
+    window = Window()
+    empty = np.zeros((3, 2), np.int64)
+    record = make_record(1, load_target={"text": 1.0}, tokens_LG=empty, choices_LC=np.zeros((3, 12), np.int64))
+    assert record.load["text"] == {"target": 1.0, "achieved": None, "lowest": None, "highest": None}
+    window.add(record)
+    assert window.load_curves() is not None
+    window.add(make_record(2, load_target={"text": 1.0}))
+    assert window.load_curves() is not None

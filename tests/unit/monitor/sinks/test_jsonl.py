@@ -210,3 +210,18 @@ def test_a_disk_that_stays_full_does_not_keep_the_sink_from_closing(tmp_path: Pa
     sink.close()
     assert drop_lines_after(tmp_path / "m.jsonl", 0) is None
     assert (tmp_path / "m.jsonl").read_bytes() == b""
+
+
+def test_a_held_load_is_in_the_line_with_its_target(tmp_path: Path, make_record: MakeRecord) -> None:
+    sink = JsonlSink(path=tmp_path / "metrics.jsonl")
+    held = make_record(1, load_target={"text": 1.5})
+    sink.step(held)
+    sink.step(make_record(2))
+    sink.close()
+    first, second = read_lines(tmp_path / "metrics.jsonl")
+    assert first["load"] == {"text": dict(held.load["text"])}
+    assert (
+        first["load"]["text"]["achieved"] == first["scalars"]["moe/experts_per_token/text"]
+        or len(held.arrays["tokens_LG"]) > 1
+    )
+    assert "load" not in second

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,12 @@ def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_reco
     sink.close()
     with pytest.raises(RuntimeError, match="after close"):
         sink.step(make_record(1))
+
+
+def test_a_held_load_is_a_picture_beside_its_target(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    held = replace(subject, load_target={"text": 1.5})
+    records = [make_record(step, load_target={"text": 1.5}) for step in (1, 2, 3)]
+    write(tmp_path, held, records)
+    tags = read(tmp_path).Tags()
+    assert {"moe/load_against_target", "moe/load_over_target"} <= set(tags["images"])
+    assert len(tags["scalars"]) <= MAX_SCALARS

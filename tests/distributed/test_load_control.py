@@ -1,0 +1,212 @@
+"""Load controllers over ranks: the same biases to the last bit on every layout, under recompute, and through a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.build import build_balance
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.comm.traffic import Traffic
+from moe_dist.loss import AuxSettings
+from moe_dist.moe.reference import bias_steps
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.training_step import StepResult, TrainingStep
+from tests.support.layouts import (
+    CONTROLLERS,
+    GROUPS,
+    LAYERS,
+    MICRO_BATCHES,
+    SEQUENCES,
+    STEPS,
+    E,
+    Layout,
+    Outcome,
+    batch_of,
+    build,
+    config_of,
+    merged,
+    placement_of,
+    train,
+)
+from tests.support.worlds import RankContext
+
+AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
+ALONE = Layout(balance=True)
+LAYOUTS = [
+    Layout(recompute="block", balance=True),
+    Layout(1, 2, balance=True),
+    Layout(2, 1, "pinned", balance=True),
+    Layout(2, 1, "interleaved", "fsdp2", "block", balance=True),
+    Layout(4, 1, "uneven", "ddp", "experts", balance=True),
+    Layout(2, 2, "pinned", "fsdp2", balance=True),
+    Layout(4, 1, "uneven", balance=True, overlap=True, chunks=2),
+]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("start")
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
+    return run_in_world(1, train, ALONE, start)[0]
+
+
+def test_one_rank_equals_the_loops(one_rank: Outcome) -> None:
+    """The biases after three steps, from the steps' counts by the slow reference."""
+    assert len(one_rank.biases) == LAYERS * len(GROUPS)
+    target: Any = CONTROLLERS[0]["target"]
+    for layer in range(LAYERS):
+        for index, group in enumerate(GROUPS):
+            bias = [0.0] * group.num_experts
+            for number, step in enumerate(one_rank.steps):
+                bias = bias_steps(
+                    bias,
+                    step.choices_LC[layer, group.experts].tolist(),
+                    int(step.tokens_LG[layer, index]),
+                    top_k=group.top_k,
+                    target=target[group.name],
+                    rate=0.5 / (1 + number / 2),
+                    per_expert=True,
+                    sign_rate=0.01,
+                )
+            got = one_rank.biases[f"layers.{layer}.moe.router.{group.name}.bias"]
+            np.testing.assert_allclose(got[: group.num_experts], bias, rtol=0, atol=1e-12)
+            assert not got[group.num_experts :].any()
+    first, last = (step.choices_LC[:, :E] for step in (one_rank.steps[0], one_rank.steps[-1]))
+    assert (first != last).any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_equals_one_rank(
+    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
+) -> None:
+    outcomes: list[Outcome] = run_in_world(layout.world_size, train, layout, start)
+    for outcome in outcomes:
+        assert outcome.biases.keys() == one_rank.biases.keys()
+        for name, bias in one_rank.biases.items():
+            np.testing.assert_array_equal(outcome.biases[name], bias, err_msg=name)
+        for step, expected in zip(outcome.steps, one_rank.steps, strict=True):
+            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+            np.testing.assert_allclose(
+                [step.grad_norm, step.balance, *step.nll_M],
+                [expected.grad_norm, expected.balance, *expected.nll_M],
+                rtol=1e-9,
+            )
+        assert outcome.events == outcomes[0].events
+    for name, value in merged(outcomes, "parameters").items():
+        np.testing.assert_allclose(value, one_rank.parameters[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+SAVED_AT, LAST = 3, 7
+
+
+class Controlled:
+    """One rank of a training under controllers, which saves and goes on."""
+
+    def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
+        self.rank, mesh, traffic = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0), Traffic()
+        self.parallel, placement = build(layout, mesh, traffic), placement_of(layout.placement, layout.ep)
+        groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
+        self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+        balance = build_balance(config_of(layout).model.moe, self.parallel.model, placement.groups)
+        assert balance is not None
+        self.balance = balance
+        self.step = TrainingStep(
+            self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic,
+            balance=balance,
+        )  # fmt: skip
+        self.layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
+        self.manager = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
+
+    def save(self) -> None:
+        values = {"controllers": {"balance": self.balance.state()}}
+        self.manager.save(SAVED_AT, capture(self.parallel.model, self.optimizer, self.layout, values=values))
+
+    def load(self) -> None:
+        newest = self.manager.latest()
+        assert newest is not None
+        restored = self.manager.load(newest, capture(self.parallel.model, self.optimizer, self.layout))
+        states: Any = restored.values["controllers"]
+        self.balance.restore(states["balance"])
+
+    def train(self, first: int, last: int) -> list[tuple[list[float], np.ndarray, dict[str, np.ndarray]]]:
+        """Losses and norm, choices, and biases after each step."""
+        each, seen = SEQUENCES // self.rank.world_size, []
+        for number in range(first, last):
+            batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
+            result: StepResult = self.step(batches, lr=1e-2, aux=AUX)
+            biases = {n: b.numpy().copy() for n, b in self.parallel.model.named_buffers() if n.endswith(".bias")}
+            seen.append(([*result.nll_M.tolist(), result.grad_norm], result.choices_LC, biases))
+        return seen
+
+
+def undisturbed(rank: RankContext, layout: Layout, folder: Path) -> list[Any]:
+    run = Controlled(rank, layout, folder)
+    before = run.train(0, SAVED_AT)
+    run.save()
+    return before + run.train(SAVED_AT, LAST)
+
+
+def resumed(rank: RankContext, layout: Layout, folder: Path) -> list[Any]:
+    run = Controlled(rank, layout, folder)
+    run.load()
+    return run.train(SAVED_AT, LAST)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        (Layout(2, 1, "pinned", "fsdp2", balance=True), Layout(2, 1, "pinned", "fsdp2", balance=True)),
+        (Layout(2, 1, "pinned", "fsdp2", balance=True), Layout(4, 1, "uneven", balance=True)),
+        (Layout(2, 2, "interleaved", balance=True), Layout(1, 1, balance=True)),
+    ],
+    ids=str,
+)
+def test_biases_and_step_go_on_through_a_checkpoint(
+    run_in_world: Callable[..., list[Any]], tmp_path: Path, writer: Layout, reader: Layout
+) -> None:
+    whole = run_in_world(writer.world_size, undisturbed, writer, tmp_path)[0][SAVED_AT:]
+    for seen in run_in_world(reader.world_size, resumed, reader, tmp_path):
+        for (losses, choices, biases), (losses_, choices_, biases_) in zip(seen, whole, strict=True):
+            np.testing.assert_array_equal(choices, choices_)
+            for name, bias in biases_.items():
+                np.testing.assert_array_equal(biases[name], bias, err_msg=name)
+            if writer == reader:
+                assert losses == losses_
+            np.testing.assert_allclose(losses, losses_, rtol=1e-9)
+
+
+def skipped_step(rank: RankContext) -> tuple[bool, float, Any]:
+    """A step whose loss is not finite on one rank."""
+    layout = Layout(2, 1, "pinned", balance=True)
+    run = Controlled(rank, layout, Path("unused"))
+    if rank.rank == 1:
+        with torch.no_grad():
+            run.parallel.parameters[0].parameter.fill_(float("nan"))
+    each = SEQUENCES // 2
+    result = run.step([batch_of(0, 0, rank.rank * each, each)], lr=1e-2, aux=AUX)
+    biases = [b.abs().max().item() for n, b in run.parallel.model.named_buffers() if n.endswith(".bias")]
+    return result.skipped, max(biases), run.balance.state()
+
+
+def test_a_skipped_step_moves_no_bias(run_in_world: Callable[..., list[Any]]) -> None:
+    assert run_in_world(2, skipped_step) == [(True, 0.0, {"step": 0})] * 2
+
+
+def test_the_rest_of_the_run_is_as_without(run_in_world: Callable[..., list[Any]]) -> None:
+    """The first step's gradients do not know of a controller; it acts after the optimizer."""
+    with_one: Outcome = run_in_world(1, train, ALONE)[0]
+    without: Outcome = run_in_world(1, train, Layout())[0]
+    for name, gradient in without.gradients.items():
+        np.testing.assert_array_equal(with_one.gradients[name], gradient, err_msg=name)
+    assert without.biases == {}
+    assert STEPS == 3
