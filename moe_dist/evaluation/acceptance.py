@@ -41,7 +41,7 @@ def run_checks(
         baselines: Held-out nats a token of count models, from the data set's manifest.
         choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
         skipped_steps: Of the whole run.
-        even_load: True experts a token where a controller or a null weight puts another number than k n / columns, by group.
+        even_load: True experts a token by group, where a controller or a null weight leads to others than k n / columns.
     """
     checks = loss_checks(evaluation.loss, baselines)
     checks += [

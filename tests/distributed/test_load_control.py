@@ -1,4 +1,4 @@
-"""Load controllers over ranks: the same biases to the last bit on every layout, under recompute, and through a checkpoint."""
+"""Load controllers over ranks: the same biases to the last bit on every layout, recomputed, and through a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.build import build_balance
+from moe_dist.build import build_balance, build_loader, build_training
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
@@ -17,6 +17,7 @@ from moe_dist.moe.reference import bias_steps
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.preflight import check
 from moe_dist.training_step import StepResult, TrainingStep
 from tests.support.layouts import (
     CONTROLLERS,
@@ -35,6 +36,7 @@ from tests.support.layouts import (
     placement_of,
     train,
 )
+from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
@@ -210,3 +212,49 @@ def test_the_rest_of_the_run_is_as_without(run_in_world: Callable[..., list[Any]
         np.testing.assert_array_equal(with_one.gradients[name], gradient, err_msg=name)
     assert without.biases == {}
     assert STEPS == 3
+
+
+TARGETS = {"text": 1.4, "image": 0.8}
+LONG = 160
+
+
+def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[float]], list[float]]:
+    """A real training of a tiny model under a controller: the load of each group, and the loss, in each step."""
+    changes: dict[str, Any] = {
+        f"model.moe.groups.{group}.{key}": value
+        for group, sizes in (("text", (3, 3, 3)), ("image", (2, 4, 3)))
+        for key, value in zip(("num_experts", "num_null", "top_k"), sizes, strict=True)
+    }
+    changes["model.moe.router"] = {"selection_bias": True}
+    changes["model.moe.balance"] = [
+        {"kind": "load_target", "target": TARGETS, "rate": 0.6, "decay_steps": 30},
+        {"kind": "loss_free", "rate": 1e-3},
+    ]
+    config = tiny_config(data, root, {**changes, "parallel.ep": rank.world_size, "placement.policy": "interleaved"})
+    plan = check(config)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    training, loader = (
+        build_training(config, plan.manifest, plan.placement, mesh),
+        build_loader(config, plan.manifest, mesh),
+    )
+    loads: dict[str, list[float]] = {group.name: [] for group in plan.groups}
+    losses = []
+    for number in range(LONG):
+        result = training.step(loader.batches(config.train.global_batch * number), lr=3e-3, aux=AUX)
+        losses.append(float(result.nll_M.sum() / result.labels_M.sum()))
+        for index, group in enumerate(plan.groups):
+            chosen = result.choices_LC[:, group.experts].sum()
+            loads[group.name].append(float(chosen / result.tokens_LG[:, index].sum()))
+    return loads, losses
+
+
+@pytest.mark.timeout(240)
+def test_a_training_holds_the_mean_load_of_each_modality_within_a_hundredth(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
+) -> None:
+    loads, losses = run_in_world(2, held, tiny_data, tmp_path, seconds=200)[0]
+    assert losses[-1] < 0.7 * losses[0]
+    for name, target in TARGETS.items():
+        last = loads[name][-LONG // 5 :]
+        assert abs(loads[name][0] - target) > 0.1, "it did not begin there"
+        assert abs(sum(last) / len(last) - target) <= 0.01 * target
