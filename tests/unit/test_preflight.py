@@ -147,7 +147,7 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
             [f"{BALANCE}{{text: 0.5}}, rate: 0.1}}]"],
             "target.text=0.5: a token takes at least 1 true experts, since 1",
         ),
-        ([f"{BALANCE}{{text: 0.0}}, rate: 0.1}}]"], "must be mapping from names to number, above 0"),
+        ([f"{BALANCE}{{text: 0.0}}, rate: 0.1}}]"], "balance.0.target.text=0.0: must be number, above 0"),
         ([f"{BALANCE}{{text: 1.0}}}}]"], "model.moe.balance.0.rate: missing"),
         (
             [f"{BALANCE}{{image: 2.0}}, rate: 0.1}}]", "model.moe.groups.image.num_null=0"],

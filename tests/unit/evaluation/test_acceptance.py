@@ -76,4 +76,4 @@ def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
             window=100,
             even_load={"text": load},
         )
-        assert {check.name: check.passed for check in checks}["null fraction of text"] is good
+        assert {check.name: check.passed for check in checks}["null fraction of text"] == good
