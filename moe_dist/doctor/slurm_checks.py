@@ -26,7 +26,8 @@ def ask(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} does not answer within {ASK_SECONDS:g} s") from error
     if done.returncode:
-        raise OSError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        words = " / ".join(filter(None, map(str.strip, done.stderr.splitlines())))  # one line, as all that the doctor says
+        raise OSError(f"{command[0]}: {words or f'exit code {done.returncode}'}")
     return done.stdout
 
 

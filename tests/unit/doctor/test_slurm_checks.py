@@ -7,7 +7,7 @@ import pytest
 from launchers.command import JobPlan, NodePlan
 from moe_dist.config.cluster import Cluster
 from moe_dist.doctor.finding import Finding, Level
-from moe_dist.doctor.slurm_checks import check_slurm, gpus_of, judge_grace, read_offers, seconds_of
+from moe_dist.doctor.slurm_checks import ask, check_slurm, gpus_of, judge_grace, read_offers, seconds_of
 
 NODES = """\
 n1|idle|vision|96|gpu:h100:8(S:0-1)|gpu*
@@ -60,6 +60,11 @@ def test_a_slurm_that_does_not_answer_is_one_line() -> None:
 
     (found,) = check_slurm(PLAN, Cluster(), None, ask=broken)
     assert (found.check, found.verdict) == ("scheduler", 69)
+
+
+def test_what_a_command_of_slurm_complains_of_is_one_line() -> None:
+    with pytest.raises(OSError, match=r"^bash: error: one / fatal: two$"):
+        ask(["bash", "-c", "printf 'error: one\\nfatal: two\\n' >&2; exit 1"])
 
 
 def test_a_time_that_the_partition_does_not_allow() -> None:

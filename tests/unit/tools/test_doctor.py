@@ -41,6 +41,7 @@ def test_a_good_machine(config: Path, tmp_path: Path) -> None:
         (["train.stpes=3"], 78, "FAIL configuration: train.stpes: unknown key; did you mean train.steps?"),
         (["data.path=/none"], 78, "FAIL configuration: data.path='/none': "),
         (["run.root=/proc/runs"], 78, "FAIL shared folder: run.root='/proc/runs' cannot be written on "),
+        (["run.root=/etc/passwd/x"], 78, "FAIL shared folder: run.root='/etc/passwd/x' cannot be written on "),
         (["--cluster=none"], 78, "FAIL configuration: cluster file "),
     ],
 )
