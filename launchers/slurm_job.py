@@ -20,7 +20,7 @@ import typer
 from launchers.command import TRAIN, JobPlan, Plan, absolute_paths, plan_job, published_rendezvous, rank_commands
 from launchers.restart import Ended, committed_step, exhausted
 from launchers.slurm_allocation import Allocation, differences, hosts_of
-from launchers.slurm_script import PROGRAM, rank_table, sbatch_line, script, srun_command
+from launchers.slurm_script import PROGRAM, interpreter, rank_table, sbatch_line, script, srun_command
 from launchers.slurm_step import STOPPED, Job, conclude, run_step, start_again
 from launchers.snapshot import Snapshot, take_snapshot
 from launchers.supervise import StopSignals
@@ -126,6 +126,12 @@ def _program(env: dict[str, str]) -> tuple[str, ...]:
     return tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
 
 
+def visible_folders(config: Config, snapshot: Snapshot) -> list[str]:
+    """What a container must see under its own name. Weights to begin with may be gone by the time a run goes on."""
+    begin = [config.run.init_from] if config.run.init_from is not None and Path(config.run.init_from).exists() else []
+    return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
+
+
 def _step(
     job: Job,
     snapshot: Snapshot,
@@ -147,11 +153,11 @@ def _step(
         attempt=job.restarts,
         attempt_id=job.attempt_id,
         grace_seconds=cluster.signal_seconds,
-        python=cluster.python or (sys.executable if cluster.container.kind == "none" else "python3"),
+        python=interpreter(cluster),
         program=program,
         hosts=hosts,
     )
-    visible = list(dict.fromkeys([str(folder.path), str(snapshot.folder), config.data.path]))
+    visible = visible_folders(config, snapshot)
     text = rank_table(
         rank_commands(rank_plan),
         cluster,

@@ -3,6 +3,7 @@ the table from which each task learns its rank. Pure functions of the plan and t
 """
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +112,7 @@ def srun_command(job: JobPlan, cluster: Cluster, *, table: Path, node_env: Path,
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")
     else:
         command += [option for option in part_options(first, job, cluster) if option.startswith(("--n", "--cpus"))]
-    if isinstance(cluster.container, PyxisContainer):
-        mounts = [*(f"{folder}:{folder}" for folder in visible), *cluster.container.mounts]
-        command += [f"--container-image={cluster.container.image}", f"--container-mounts={','.join(mounts)}"]
-    return [*command, *HOLD_SIGNALS, "bash", str(node_env), str(table)]
+    return [*command, *pyxis_options(cluster, visible), *HOLD_SIGNALS, "bash", str(node_env), str(table)]
 
 
 def rank_table(
@@ -160,6 +158,24 @@ def rank_table(
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(commands[0].argv)})", ""])
+
+
+def interpreter(cluster: Cluster) -> str:
+    """Python on the nodes: the cluster file's, else the one that runs this; a container has its own."""
+    return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
+
+
+def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
+    """Options of srun for pyxis; none for other containers.
+
+    Args:
+        visible: Folders that the container must see under their own names.
+    """
+    container = cluster.container
+    if not isinstance(container, PyxisContainer):
+        return []
+    mounts = [*(f"{folder}:{folder}" for folder in visible), *container.mounts]
+    return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
 
 
 def container_prefix(cluster: Cluster, visible: Sequence[str], code: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The command, on this machine."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from typer.testing import CliRunner
 
 from tests.support.tiny import tiny_config, write_config
 from tools.doctor import main
+
+ROOT = Path(__file__).parents[3]
 
 
 def says(*arguments: str | Path) -> tuple[int, list[str]]:
@@ -73,3 +76,24 @@ def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "FAIL scheduler: Slurm: [Errno 2] No such file or directory: 'sinfo'"
     ]
     assert lines[-1] == "--   probe: not started: it would wait for what is not there"
+
+
+def test_the_probe_shows_a_container_the_folders_of_the_run(
+    config: Path, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus: {syntax: none}\ncontainer: {kind: pyxis, image: /img/torch.sqsh}\n")
+    commands = {
+        "sinfo": "case $* in *--Node*) echo 'n1|idle|(null)|8|(null)|all*' ;; *) echo 'all*|infinite' ;; esac",
+        "scontrol": "echo",
+        "srun": f'echo "$*" >{tmp_path}/asked; exit 1',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    code, _ = says(config, "--on=slurm", "--probe", f"--cluster={site}")
+    assert code == 69
+    mounts = f"--container-mounts={ROOT}:{ROOT},{tmp_path}:{tmp_path},{tiny_data}:{tiny_data}"  # run.root is yet to be made
+    assert mounts in (tmp_path / "asked").read_text().split()
