@@ -16,10 +16,11 @@ from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
 from moe_dist.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
 from moe_dist.doctor.slurm_checks import check_slurm, judge_grace
 from moe_dist.doctor.slurm_nodes import run_on_nodes
-from moe_dist.errors import MoeDistError, PlacementError
+from moe_dist.errors import ConfigError, MoeDistError, PlacementError
 from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
+from moe_dist.runtime.shared_folder import relative_paths
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 
@@ -66,11 +67,16 @@ def examine(
         for fault in failed.faults:
             yield error("configuration", fault, "", kind=type(failed))
         return
+    if on == "ray" and (faults := relative_paths(config)):
+        yield from (error("configuration", fault, "--submit makes it so by itself", kind=ConfigError) for fault in faults)
+        return
     needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)
     if on == "local":
         yield from check_nodes([here], needs)
         yield judge_grace({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
+        if probe or fabric:
+            yield note("probe", "one node, which was looked at; --probe and --fabric go with --on slurm or --on ray")
         return
     try:
         with _site(on, config, plan, site_file, env) as site:

@@ -24,5 +24,6 @@ def test_a_container_sees_run_snapshot_data_and_the_weights_to_begin_with(tmp_pa
 @pytest.mark.parametrize("kind", ["none", "pyxis", "apptainer"])
 def test_a_container_has_a_python_of_its_own(kind: str) -> None:
     container = {"kind": kind} if kind == "none" else {"kind": kind, "image": "x"}
-    assert interpreter(Cluster.model_validate({"container": container})) == (sys.executable if kind == "none" else "python3")
+    brought = interpreter(Cluster.model_validate({"container": container}))
+    assert brought == (sys.executable if kind == "none" else "python3")
     assert interpreter(Cluster.model_validate({"container": container, "python": "/opt/python"})) == "/opt/python"

@@ -65,6 +65,18 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
     assert line.startswith("WARN stop grace: 300 s until the launcher kills (--grace), the last saves took up to 400.0 s")
 
 
+def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
+    """As `launchers.ray` says: found here without a Ray, and nothing else is asked."""
+    code, lines = says(config, "run.root=runs", "--on=ray", "--probe")
+    assert code == 78
+    assert [line.partition(": must")[0] for line in lines[2:]] == ["FAIL configuration: run.root='runs'"]
+
+
+def test_there_is_nothing_to_visit_on_one_machine(config: Path) -> None:
+    code, lines = says(config, "--fabric")
+    assert (code, lines[-1][:11]) == (0, "--   probe:")
+
+
 def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(command: Any, **options: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory", command[0])
