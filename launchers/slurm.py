@@ -189,6 +189,12 @@ def main(
         options = _options(limit, dependency)
         if limit is not None:
             site = site.model_copy(update={"time": limit})
+            if broken := site.broken_relations():
+                raise ConfigError([f"--time={limit}: {relation.fault}" for relation in broken])
+        if array is not None and overwrite:
+            raise ConfigError(
+                "--overwrite: goes with one run, not with --array; move the sweep's folder aside by hand"
+            )
         sweep = read_sweep(array) if array is not None else []
         job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))
         if dry_run:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from moe_dist.config.draft import draft
-from moe_dist.config.schema import Count, Name, PathText, Section
+from moe_dist.config.schema import Count, Name, PathText, Relation, Section
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 
@@ -112,6 +112,34 @@ class Cluster(Section):
     )
     max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
 
+    def broken_relations(self) -> list[Relation]:
+        """A signal that comes at once would stop every start of a job as soon as it trains."""
+        limit = seconds_of(self.time)
+        if not 0.0 < limit <= self.signal_seconds:  # a limit of 0 is none
+            return []
+        return [
+            Relation(
+                ("time", "signal_seconds"),
+                f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to "
+                "save and stop as soon as they have begun; lower it, or ask for more time",
+            )
+        ]
+
+
+def seconds_of(time: str) -> float:
+    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    if time.lower() in ("infinite", "unlimited", "n/a"):
+        return float("inf")
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
     """The cluster file that was asked for: the argument, else $MOE_DIST_CLUSTER, else the defaults.
@@ -139,8 +167,9 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
     read = draft(Cluster, values or {})
-    if read.faults or read.value is None:
-        raise ConfigError([f"{path}: {fault}" for fault in read.faults], see=GUIDE)
+    faults = [*read.faults, *(read.broken(read.value.broken_relations()) if read.value is not None else [])]
+    if faults or read.value is None:
+        raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
     return read.value
 
 

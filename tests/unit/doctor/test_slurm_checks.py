@@ -7,7 +7,7 @@ import pytest
 from launchers.command import JobPlan, NodePlan
 from moe_dist.config.cluster import Cluster
 from moe_dist.doctor.finding import Finding, Level
-from moe_dist.doctor.slurm_checks import ask, check_slurm, gpus_of, judge_grace, read_offers, seconds_of
+from moe_dist.doctor.slurm_checks import ask, check_slurm, gpus_of, judge_grace, read_offers
 
 NODES = """\
 n1|idle|vision|96|gpu:h100:8(S:0-1)|gpu*
@@ -98,11 +98,3 @@ def test_the_grace_needs_a_measured_save() -> None:
 )
 def test_gpus_in_a_list_of_resources(gres: str, gpus: int) -> None:
     assert gpus_of(gres) == gpus
-
-
-@pytest.mark.parametrize(
-    ("time", "seconds"),
-    [("30", 1800), ("1:30", 90), ("1:00:00", 3600), ("2-12", 216000), ("1-00:00:01", 86401), ("infinite", float("inf"))],
-)
-def test_times_as_slurm_writes_them(time: str, seconds: float) -> None:
-    assert seconds_of(time) == seconds

@@ -102,9 +102,13 @@ def test_other_refusals_are_told_apart(login: Login, words: str, code: int, said
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [("--time=soon", "--time='soon': must be"), ("--dependency=after;rm", "--dependency='after;rm': must")],
+    [
+        ("--time=soon", "--time='soon': must be"),
+        ("--time=5", "--time=5: signal_seconds=300: must be shorter than time='5'"),
+        ("--dependency=after;rm", "--dependency='after;rm': must"),
+    ],
 )
-def test_options_that_a_shell_would_read_are_refused(login: Login, option: str, words: str) -> None:
+def test_options_that_no_job_can_live_with_are_refused(login: Login, option: str, words: str) -> None:
     done = login.launch(option)
     assert done.returncode == ConfigError.exit_code
     assert words in done.stderr
@@ -153,3 +157,9 @@ def test_a_finished_run_shows_its_summary_instead(login: Login) -> None:
     done = login.launch()
     assert (done.returncode, done.stdout) == (0, f"{login.run.path}: done after step 4\n")
     assert not (login.folder / "asked").exists()
+
+
+def test_an_array_overwrites_nothing(login: Login) -> None:
+    done = login.launch("--array=sweep.txt", "--overwrite")
+    assert done.returncode == ConfigError.exit_code
+    assert done.stderr.startswith("--overwrite: goes with one run, not with --array;")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launchers.command import JobPlan, NodePlan, Plan, published_rendezvous, rank_commands
-from launchers.slurm_script import part_options, parts, rank_table, sbatch_line, script, srun_command
+from launchers.slurm_script import TRAIN_SBATCH, part_options, parts, rank_table, sbatch_line, script, srun_command
 from moe_dist.config.cluster import Cluster
 
 ROOT = Path(__file__).parents[3]
@@ -76,6 +76,13 @@ def test_the_script_states_everything_and_quotes_what_a_shell_reads() -> None:
     ).stdout
     assert shown == "/runs/my run/$x\n"
     assert "exec env --block-signal=TERM,USR2,INT" in second
+
+
+def test_the_script_outside_of_a_job_says_how_to_submit_it() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "submit it: sbatch slurm/train.sbatch CONFIG" in done.stderr
 
 
 def test_the_right_sbatch_line_can_be_pasted() -> None:
