@@ -20,8 +20,8 @@ import typer
 from launchers.command import TRAIN, JobPlan, Plan, absolute_paths, plan_job, published_rendezvous, rank_commands
 from launchers.restart import Ended, committed_step, exhausted
 from launchers.slurm_allocation import Allocation, differences, hosts_of
-from launchers.slurm_script import PROGRAM, interpreter, rank_table, sbatch_line, script, srun_command
-from launchers.slurm_step import STOPPED, Job, conclude, run_step, start_again
+from launchers.slurm_script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
+from launchers.slurm_step import STOPPED, Job, conclude, held, run_step, start_again
 from launchers.snapshot import Snapshot, take_snapshot
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -98,7 +98,7 @@ def _take_snapshot(job: Job, config: Config, cluster: Cluster, *, plan: JobPlan,
     snapshot = take_snapshot(place, config, cluster, clone=Path.cwd())
     exports = {"MOE_DIST_SNAPSHOT": str(place), "MOE_DIST_PYTHON": sys.executable}
     exports |= {PROGRAM: env[PROGRAM]} if PROGRAM in env else {}
-    output = str(place.parent / "slurm-%j.out")
+    output = output_pattern(place.parent)
     snapshot.script.write_text(script(plan, cluster, name=config.run.name, output=output, exports=exports))
     pointer = job.submitted / ".moe_dist" / f"job_{job.id}"
     try:
@@ -169,7 +169,8 @@ def _step(
     )
     table = snapshot.folder / f"job_{job.id}_{job.restarts}.sh"
     write_atomically(table, text)
-    return srun_command(plan, cluster, table=table, node_env=snapshot.code / "slurm" / "node_env.sh", visible=visible)
+    node_env = snapshot.code / "slurm" / "node_env.sh"
+    return srun_command(plan, cluster, table=table, node_env=node_env, visible=visible, hold=held(cluster))
 
 
 def main(

@@ -69,7 +69,7 @@ def site_options(cluster: Cluster) -> list[str]:
     """Options of sbatch that come from the site; every part of a heterogeneous job repeats them."""
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
     options = [f"{option}={value}" for option, value in named.items() if value is not None]
-    return [*options, f"--signal={STOP_SIGNAL}@{cluster.signal_seconds}"]
+    return [*options, f"--signal={STOP_SIGNAL}@{cluster.signal_seconds}", *cluster.options]
 
 
 def sbatch_line(job: JobPlan, cluster: Cluster, arguments: Sequence[str]) -> str:
@@ -98,10 +98,24 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
     return "\n".join(["#!/bin/bash", "\n#SBATCH hetjob\n".join(headers), _export(exports), *body, ""])
 
 
-def srun_command(job: JobPlan, cluster: Cluster, *, table: Path, node_env: Path, visible: Sequence[str]) -> list[str]:
+def output_pattern(folder: Path, *, array: bool = False) -> str:
+    """Path of a job's output, with what Slurm replaces in it; a % of the folder's own stays one."""
+    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
+
+
+def srun_command(
+    job: JobPlan,
+    cluster: Cluster,
+    *,
+    table: Path,
+    node_env: Path,
+    visible: Sequence[str],
+    hold: Sequence[str] = HOLD_SIGNALS,
+) -> list[str]:
     """The step that starts one task for each rank.
 
     Args:
+        hold: Words before a command that begin it with its stop signals blocked.
         table: As `rank_table` wrote it.
         node_env: slurm/node_env.sh of the snapshot.
         visible: Folders that a container must see under their own names.
@@ -112,7 +126,7 @@ def srun_command(job: JobPlan, cluster: Cluster, *, table: Path, node_env: Path,
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")
     else:
         command += [option for option in part_options(first, job, cluster) if option.startswith(("--n", "--cpus"))]
-    return [*command, *pyxis_options(cluster, visible), *HOLD_SIGNALS, "bash", str(node_env), str(table)]
+    return [*command, *pyxis_options(cluster, visible), *hold, "bash", str(node_env), str(table)]
 
 
 def rank_table(

@@ -25,9 +25,19 @@ GUIDE = "docs/scaling.md"
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
+OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
 LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
+Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
+# What the launcher says by itself, from the plan, the run and the other keys of the cluster file.
+LAUNCHERS_OPTIONS = frozenset(
+    (
+        *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "export", "gpus", "gres"),
+        *("gpus-per-node", "hetjob", "input", "job-name", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode"),
+        *("output", "parsable", "partition", "qos", "requeue", "signal", "test-only", "time", "wait", "wrap"),
+    )
+)
 Line = Annotated[str, Field(pattern=LINE_PATTERN)]
 
 
@@ -81,6 +91,10 @@ class Cluster(Section):
     account: SiteName | None = Field(default=None, description="Slurm account that pays.")
     partition: SiteName | None = Field(default=None, description="Slurm partition; null is the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
+    options: tuple[Option, ...] = Field(
+        default=(),
+        description="Further options of sbatch, for every part of a job, as --mem=0, --exclude=node7, --reservation=x.",
+    )
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks of a node where they compute on the CPU.")
     cpus_per_rank: PositiveInt | None = Field(
@@ -113,17 +127,20 @@ class Cluster(Section):
     max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
 
     def broken_relations(self) -> list[Relation]:
-        """A signal that comes at once would stop every start of a job as soon as it trains."""
-        limit = seconds_of(self.time)
-        if not 0.0 < limit <= self.signal_seconds:  # a limit of 0 is none
-            return []
-        return [
-            Relation(
-                ("time", "signal_seconds"),
-                f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to "
-                "save and stop as soon as they have begun; lower it, or ask for more time",
+        """A signal that comes at once would stop every start of a job as soon as it trains; an option that stands twice
+        would win over the plan, or lose against it."""
+        broken, limit = [], seconds_of(self.time)
+        if 0.0 < limit <= self.signal_seconds:  # a limit of 0 is none
+            fault = (
+                f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to save "
+                "and stop as soon as they have begun; lower it, or ask for more time"
             )
-        ]
+            broken.append(Relation(("time", "signal_seconds"), fault))
+        ours = [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]
+        if ours:
+            fault = f"options: {', '.join(ours)}: the launcher says that; use the other keys of the cluster file"
+            broken.append(Relation(("options",), fault))
+        return broken
 
 
 def seconds_of(time: str) -> float:

@@ -1,5 +1,6 @@
 """The cluster file: where it comes from, what it holds, what is wrong with it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,21 @@ def test_the_signal_comes_before_the_limit_and_not_at_once(tmp_path: Path, time:
 )
 def test_times_as_slurm_writes_them(time: str, seconds: float) -> None:
     assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--nodes=3", "options: --nodes=3: the launcher says that; use the other keys"),
+        ("--gres", "options: --gres: the launcher says that"),
+        ("-N3", "options.0='-N3': must be text that matches"),
+        ("--mem = 0", "options.0='--mem = 0': must be"),
+    ],
+)
+def test_options_that_the_plan_decides_are_refused(tmp_path: Path, option: str, words: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("options: [--mem=0, --exclusive]\n")
+    assert load_cluster(str(path), {}).options == ("--mem=0", "--exclusive")
+    path.write_text(f"options: ['{option}']\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {words}")):
+        load_cluster(str(path), {})
