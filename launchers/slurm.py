@@ -209,14 +209,20 @@ def main(
 
 def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None:
     """Submits and says what was submitted; a finished run shows its summary instead."""
-    folder = RunFolder.of(job.config)
+    folder, old = RunFolder.of(job.config), None
     if not job.sweep:
-        if overwrite and (old := folder.move_aside()) is not None:
-            print(f"{folder.path} moved to {old}", file=sys.stderr)
+        old = folder.move_aside() if overwrite else None
         if folder.inspect(job.config) is Start.FINISHED:
             print(folder.read_summary())
             return
-    number = submit(job, options)
+    try:
+        number = submit(job, options)
+    except MoeDistError:
+        if old is not None:
+            folder.put_back(old)
+        raise
+    if old is not None:
+        print(f"{folder.path} moved to {old}", file=sys.stderr)
     print(f"job {number}")
     output = f"slurm-{number}_<task>.out" if job.sweep else f"slurm-{number}.out"
     print(f"output    {job.folder / 'slurm' / output}")

@@ -124,6 +124,8 @@ def srun_command(
     command = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER_SECONDS}", "--input=none", "--export=ALL"]
     if others:
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")
+        # Since 22.05 srun does not take it from the job.
+        command += [] if cluster.cpus_per_rank is None else [f"--cpus-per-task={cluster.cpus_per_rank}"]
     else:
         command += [option for option in part_options(first, job, cluster) if option.startswith(("--n", "--cpus"))]
     return [*command, *pyxis_options(cluster, visible), *hold, "bash", str(node_env), str(table)]

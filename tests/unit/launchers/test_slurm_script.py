@@ -142,7 +142,7 @@ def test_the_right_sbatch_line_can_be_pasted() -> None:
 def test_one_step_starts_the_tasks_of_all_parts_with_their_signals_held() -> None:
     places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
     held = ["env", "--block-signal=TERM,USR2,INT", "bash", "/node_env.sh", "/t.sh"]
-    assert "--het-group=0,1" in srun_command(TWO_KINDS, Cluster(), **places)
+    assert {"--het-group=0,1", "--cpus-per-task=3"} <= set(srun_command(TWO_KINDS, Cluster(cpus_per_rank=3), **places))
     one = srun_command(ONE_KIND, Cluster(cpus_per_rank=3), **places)
     assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(one)
     assert one[-5:] == held
