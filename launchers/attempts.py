@@ -75,12 +75,13 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         return StoppedError.exit_code, reason
     elif cause is not None:
         if outcome.silent or verdict is None:
-            said = last_words(folder.log_of(cause), offsets[cause]).rpartition("\n")[2] if not outcome.silent else ""
+            said = _last_fault(last_words(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
                 said = reason  # of the peer that waited: in which collective, and how long
             reason = f"rank {cause}: {_how(outcome, cause)}" + (f"; {said}" if said else "")
         if ending is not None and (outcome.silent or verdict is None):
-            verdict = EXIT_FAILED
+            # A rank that refuses its start knows its verdict, and has none to write: the run is not open yet.
+            verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
             last_step = max(ending.last_step, committed_step(folder.checkpoints))
             with contextlib.suppress(OSError):  # a full disk: the exit code still tells
                 folder.amend_status(attempt_id, verdict=verdict, reason=reason, rank=cause, last_step=last_step)
@@ -103,6 +104,12 @@ def last_words(log: Path, offset: int, *, most_lines: int = 200) -> str:
     while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
         first = begins.pop()
     return "\n".join(lines[first:][-most_lines:])
+
+
+def _last_fault(words: str) -> str:
+    """The last line; not that which only names the page of the docs."""
+    lines = [line for line in words.splitlines() if line.strip() and not line.startswith("see docs/")]
+    return lines[-1].strip().removeprefix("- ") if lines else ""
 
 
 def _taken(folder: RunFolder, attempt_id: str) -> str | None:

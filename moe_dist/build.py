@@ -14,8 +14,16 @@ from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
+from moe_dist.config.balance_rules import load_targets
 from moe_dist.config.manifest import Manifest
-from moe_dist.config.schema import Config, ExpertChoiceRouterSection, ModelSection, ParallelSection, RouterSection
+from moe_dist.config.schema import (
+    Config,
+    ExpertChoiceRouterSection,
+    ModelSection,
+    MoESection,
+    ParallelSection,
+    RouterSection,
+)
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
@@ -23,6 +31,9 @@ from moe_dist.loss import AuxSettings
 from moe_dist.model.flops import forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.load_target import LoadTarget
+from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice_sets import ChoiceSet
 from moe_dist.moe.deep_ep import DeepEPDispatcher
@@ -99,6 +110,16 @@ def build_choice_set(section: RouterSection, where: ChoiceRanks, wire: Wire) -> 
         traffic=wire.traffic,
         watch=wire.watch,
     )
+
+
+def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
+    """The controller of the model's selection biases; None where there are no rules. A rule's fields are its keywords."""
+    kinds = {"load_target": LoadTarget, "loss_free": LossFree}
+    rules = [kinds[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
+    if not rules:
+        return None
+    gates_LG = [[moe.router.get_submodule(group.name) for group in groups] for moe in model.moe_modules()]
+    return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 
 def build_wire(
@@ -297,6 +318,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         traffic=traffic,
         thresholds=threshold_keeper(model) if config.train.only is None else None,
         needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection),
+        balance=build_balance(config.model.moe, model, placement.groups),
     )
     return Training(parallel, optimizer, step)
 
@@ -374,12 +396,14 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
     """Steps, schedules and intervals of the loop."""
     shape, peak = model_shape(config.model, groups), config.monitor.peak_tflops
     schedule, balance = config.optimizer.schedule.model_dump(), config.loss.balance
+    weights = tuple(balance.null_weight.get(group.name, 1.0) for group in groups) if balance.null_weight else None
 
     def lr(step: int) -> float:
         return config.optimizer.lr * lr_factor(step, total_steps=config.train.steps, **schedule)
 
     def aux(step: int) -> AuxSettings:
-        return AuxSettings(kind=balance.kind, balance=coefficient_at(balance.schedule, step), z=config.loss.z)
+        coefficient = coefficient_at(balance.schedule, step)
+        return AuxSettings(kind=balance.kind, balance=coefficient, z=config.loss.z, null_weight_G=weights)
 
     def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
         forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
@@ -394,5 +418,6 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=flops_per_token,
+        load_target=load_targets(config.model.moe),
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
     )

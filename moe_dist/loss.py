@@ -6,7 +6,7 @@ E true experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,17 +16,18 @@ from torch import Tensor
 from moe_dist.comm.reduce import sum_over
 from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED
-from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.aux_losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import LayerReport
 
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """Coefficients of the auxiliary terms in one step."""
+    """Coefficients of the auxiliary terms in one step; `null_weight_G` as in `moe_dist.moe.aux_losses.balance_terms`."""
 
-    kind: Literal["null_averaged", "vanilla"]
+    kind: BalanceKind
     balance: float
     z: float
+    null_weight_G: tuple[float, ...] | None = None
 
 
 class GlobalCounts(NamedTuple):
@@ -136,7 +137,9 @@ def micro_loss(
     counts = global_counts(reports, world, watch)
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
-    balance_LG = balance_terms(prob_LC, counts.choices_LC, counts.tokens_LG, tables, kind=aux.kind)
+    balance_LG = balance_terms(
+        prob_LC, counts.choices_LC, counts.tokens_LG, tables, kind=aux.kind, null_weight_G=aux.null_weight_G
+    )
     balance = aux.balance * share * balance_LG.sum()
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
     auxiliary = share * auxiliary_terms(reports, counts.tokens_LG, tables).sum()

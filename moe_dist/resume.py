@@ -22,6 +22,7 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_faults
 from moe_dist.config.load import changes_on_resume, difference
@@ -29,6 +30,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.starting_weights import begin_with_weights
 from moe_dist.trainer import Progress
 
 logger = logging.getLogger(__name__)
@@ -122,11 +124,11 @@ class Resumable:
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
-                taken = self._checkpoints.load_fitting(Path(self._config.run.init_from), self._capture())
+                report = begin_with_weights(self._config, self._checkpoints, self._capture(), self._training.parallel.model)
                 if self._checkpoints.rank == 0:
-                    print(f"run.init_from: {taken.report()}")
+                    print(f"run.init_from: {report}")
                 if self._config.run.keep_position:
-                    return self._at_position_of(taken.folder)
+                    return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
         restored = self._checkpoints.load(newest, self._capture())
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
@@ -160,7 +162,7 @@ class Resumable:
             )
         self._check_data(folder, restored)
 
-    def _at_position_of(self, folder: Path) -> Progress:
+    def _at_kept_position(self, init_from: Path) -> Progress:
         """A new run's counters, at the place in the data where another's checkpoint stands.
 
         Raises:
@@ -169,7 +171,7 @@ class Resumable:
         found = [0]
 
         def look() -> None:
-            found[0] = kept_position(folder, self._config, self._data)
+            found[0] = kept_position(find_checkpoint(init_from), self._config, self._data)
 
         self._checkpoints.agree("keep the position", look)
         (position,) = self._checkpoints.of_first(found)

@@ -26,6 +26,7 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         groups=groups,
         auxiliary_routers=isinstance(section.moe.router, ExpertChoiceRouterSection)
         and section.moe.router.causal == "auxiliary",
+        single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
     )
 
 

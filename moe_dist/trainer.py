@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -82,6 +82,7 @@ class Plan:
         flops_per_token: Forward and backward FLOPs a token, from the mean true experts a token and the share of the tokens
             of each group.
         peak_flops: Of all devices together; None where unknown.
+        load_target: True experts a token that a controller holds each group at, by group.
     """
 
     steps: int
@@ -93,6 +94,7 @@ class Plan:
     max_skipped_in_a_row: int
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None = None
+    load_target: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ class Trainer:
             epochs=self._loader.epochs(self.progress.position),
             flops_per_token=self._plan.flops_per_token(experts, share),
             busy_seconds_W=result.busy_seconds_W,
+            load_target=self._plan.load_target,
         )
 
     def _show(self, stats: StepStatistics) -> None:

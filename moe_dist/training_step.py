@@ -20,6 +20,7 @@ from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.evaluation.heldout import forward
 from moe_dist.loss import AuxSettings, GlobalCounts, MicroLoss, micro_loss
 from moe_dist.moe.aux_losses import ColumnTables
+from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.routing import LayerReport
 from moe_dist.moe.thresholds import ThresholdKeeper
@@ -82,6 +83,7 @@ class TrainingStep:
         group_of_modality: Expert group of each modality, in the data's order of modalities.
         clip_norm: Bound of the global gradient norm, or None.
         traffic: Counter of the model's wires.
+        balance: Moves the selection biases after each step that was taken; None where nothing does.
         thresholds: Follows each step that was taken, where experts choose their tokens and the router is trained.
         needs_facts: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
             costs a host sync at the step's beginning.
@@ -96,6 +98,7 @@ class TrainingStep:
         group_of_modality: Sequence[int],
         clip_norm: float | None,
         traffic: Traffic,
+        balance: BiasController | None = None,
         thresholds: ThresholdKeeper | None = None,
         needs_facts: bool = False,
     ) -> None:
@@ -105,6 +108,7 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
         self.traffic = traffic
+        self.balance = balance
         self.thresholds = thresholds
         self.needs_facts = needs_facts
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
@@ -245,6 +249,8 @@ class TrainingStep:
             if self.thresholds is not None:
                 num_experts = self.placement.num_experts
                 self.thresholds(counts.cut_LE, counts.above_LE, counts.choices_LC[:, :num_experts], counts.tokens_LG)
+            if self.balance is not None:
+                self.balance.update(counts.choices_LC, counts.tokens_LG)
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
         widths = [part.shape[1] for part in counts]

@@ -25,6 +25,7 @@ class Shape:
         shared_ffn_dim: Width of the shared expert of each MoE layer; 0 for none.
         groups: Expert groups.
         auxiliary_routers: Each group has an auxiliary router of two layers, D to D / 2 to n.
+        single_null_row: Whether the null experts of a group share one router row.
     """
 
     hidden_dim: int
@@ -40,6 +41,13 @@ class Shape:
     tie_embeddings: bool
     groups: Sequence[ExpertGroup]
     auxiliary_routers: bool = False
+    single_null_row: bool = False
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of a layer's router, over all groups."""
+        shared = sum(max(0, group.num_null - 1) for group in self.groups) if self.single_null_row else 0
+        return sum(group.num_columns for group in self.groups) - shared
 
     @property
     def num_dense_layers(self) -> int:
@@ -92,7 +100,7 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     return Parts(
         embedding=s.vocab_size * dim,
         attention=s.num_layers * (projections + qk_norms),
-        router=s.num_moe_layers * (dim * sum(g.num_columns for g in s.groups) + auxiliary),
+        router=s.num_moe_layers * (dim * s.router_rows + auxiliary),
         experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
         free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
         shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,

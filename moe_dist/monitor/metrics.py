@@ -33,6 +33,8 @@ class Record:
         ledger: The dispatch ledger, see `StepStatistics`.
         host: Readings of the host that are no scalars, by name; the slowest rank and its seconds beside the others' median.
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
+        load: For each group that a controller holds, its `target` and the `achieved` true experts a token (choices, before
+            any capacity), mean over layers, `lowest` and `highest` of them; None where the step had no token of it.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Record:
     ledger: Mapping[str, int]
     host: Mapping[str, float | None] = field(default_factory=dict)
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def build_record(
@@ -114,7 +117,25 @@ def build_record(
             **slowest_rank(stats.busy_seconds_W),
         },
         busy_seconds_W=stats.busy_seconds_W,
+        load=load_against_target(stats.choices_LC, stats.tokens_LG, groups, stats.load_target),
     )
+
+
+def load_against_target(
+    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], target: Mapping[str, float]
+) -> dict[str, dict[str, float | None]]:
+    """`Record.load`: what a load controller holds, and at what."""
+    chosen_LG = group_metrics(choices_LC, tokens_LG, groups)["experts_per_token"]
+    found: dict[str, dict[str, float | None]] = {}
+    for index, group in enumerate(groups):
+        if group.name in target:
+            known_L = chosen_LG[:, index][~np.isnan(chosen_LG[:, index])]
+            loads = (known_L.mean(), known_L.min(), known_L.max()) if known_L.size else (None, None, None)
+            achieved, lowest, highest = (None if load is None else float(load) for load in loads)
+            found[group.name] = {
+                "target": target[group.name], "achieved": achieved, "lowest": lowest, "highest": highest
+            }  # fmt: skip
+    return found
 
 
 def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:

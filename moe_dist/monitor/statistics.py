@@ -41,6 +41,7 @@ class StepStatistics:
         epochs: Epochs seen of each modality.
         flops_per_token: Forward and backward FLOPs a token at the measured number of experts; None if unknown.
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
+        load_target: True experts a token that a controller holds a group at, by group.
     """
 
     step: int
@@ -69,6 +70,7 @@ class StepStatistics:
     above_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     idle_LG: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     auxiliary_loss: float = 0.0
+    load_target: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

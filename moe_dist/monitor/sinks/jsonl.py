@@ -66,6 +66,7 @@ class JsonlSink:
             "balance_coefficient": record.balance_coefficient,
             "ledger": record.ledger,
             "host": record.host,
+            **({"load": record.load} if record.load else {}),
         }
         if record.step % self._arrays_every == 0:
             line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}

@@ -283,6 +283,22 @@ def test_a_run_that_somebody_else_writes_to_is_not_started_again(site: Site, cap
     assert site.run.log_of(0).read_text().count("--- attempt") == 1
 
 
+def test_a_rank_that_refuses_its_start_gives_its_verdict_though_a_peer_has_opened_the_run(site: Site) -> None:
+    """As where a file is damaged after rank 0 has read it: seen in a campaign of faults, with the verdict 1."""
+    program = """
+    if rank == 1:
+        wait_for("opened.0")
+        print(DataError("a.idx: cut short", see="docs/data.md"), file=sys.stderr); sys.exit(65)
+    with Attempt(env) as attempt:
+        attempt.open(load_config(sys.argv[1], sys.argv[2:]))
+        open(f"{here}/opened.0", "w").close(); wait_for("never")
+    """
+    assert site.launch(program, max_restarts=3) == 65
+    attempts = site.run.read_status().attempts
+    assert [(each.verdict, each.rank) for each in attempts] == [(65, 1)]
+    assert attempts[0].reason == "rank 1: exit code 65; a.idx: cut short"
+
+
 def test_without_a_verdict_the_ranks_code_is_ours(site: Site) -> None:
     assert site.launch("sys.exit(33 if rank == 1 else 0)") == 33
 
