@@ -44,6 +44,17 @@ class ExpertsChoice(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ChoiceRanks:
+    """The ranks over which experts may choose, as seen from one of them: process groups and places in the world."""
+
+    world: dist.ProcessGroup | None = None
+    world_size: int = 1
+    rank: int = 0
+    ep: dist.ProcessGroup | None = None
+    ep_ranks: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
 class ChoiceSet:
     """Over which ranks experts choose, as plain values.
 
@@ -62,6 +73,21 @@ class ChoiceSet:
     ep_ranks: tuple[int, ...] = (0,)
     traffic: Traffic | None = None
     watch: Watch | None = None
+
+    @classmethod
+    def over(cls, kind: SetKind, where: ChoiceRanks, *, traffic: Traffic | None, watch: Watch | None) -> "ChoiceSet":
+        """The set of a kind; without a group where it has but one rank."""
+        ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
+        group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
+        return cls(
+            kind=kind,
+            group=group if len(ranks) > 1 else None,
+            ranks=ranks,
+            own=ranks.index(where.rank),
+            ep_ranks=where.ep_ranks,
+            traffic=traffic,
+            watch=watch,
+        )
 
     def lengths(self, num_tokens: int, facts: BatchFacts | None) -> list[int]:
         """T of each rank of the set. Without facts (evaluation) all bring as many as this one."""
