@@ -7,7 +7,7 @@ With q the mean of a step (sets weighted by their tokens) and w the weight of on
     c = m + d               d moves only when thresholds are calibrated
 
 A mean of quantiles is not the quantile: where the tokens of a set are alike, m lets through another share of the tokens
-than the experts took, and it lags where scores drift. `moe_dist.evaluation.calibration` sets d so that the shares are alike.
+than the experts took, and it lags where scores drift. `moe_dist.evaluation.calibration` sets d so that shares are alike.
 
 Noise is left out of all scores here, as there is none in evaluation. All ranks update alike, from sums over all ranks.
 Shape letters: L MoE layers, E experts of all groups, G groups.

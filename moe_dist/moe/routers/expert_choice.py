@@ -159,7 +159,7 @@ class ExpertChoiceRouter(nn.Module):
         tape = tape or RoutingTape()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             h_TD = h_TD.to(dtype)
-            logits_TE = torch.cat([F.linear(h_TD, gate.get_parameter("true").to(dtype)) for gate in self.gates()], dim=1)
+            logits_TE = self._logits(h_TD)
             member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
             inside_TE = member_TG[:, self.group_of_expert_E]
             noisy_TE = self._with_noise(logits_TE, tape.facts)
@@ -173,6 +173,10 @@ class ExpertChoiceRouter(nn.Module):
             if self.training and self.causal == "auxiliary":
                 sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, tape.choice.taken_TE, inside_TE))
         return Routing(self._pairs(tape.choice, weight_TE, group_T, tape.facts if by_choice else None), sums)
+
+    def _logits(self, h_TD: Tensor) -> Tensor:
+        """Logits of all experts [T, E], whatever the tokens' groups."""
+        return torch.cat([F.linear(h_TD, gate.get_parameter("true").to(h_TD.dtype)) for gate in self.gates()], dim=1)
 
     @torch.no_grad()
     def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
