@@ -183,9 +183,7 @@ class ExpertChoiceRouter(nn.Module):
         """Scores [T, E] without noise; 0 for experts that are not of the token's group."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            logits_TE = torch.cat(
-                [F.linear(h_TD.to(dtype), gate.get_parameter("true").to(dtype)) for gate in self.gates()], dim=1
-            )
+            logits_TE = self._logits(h_TD.to(dtype))
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
     def _with_noise(self, logits_TE: Tensor, facts: BatchFacts | None) -> Tensor:
