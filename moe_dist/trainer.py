@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moe_dist.data.batch import Batch
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.evaluation.acceptance import Check, run_checks
@@ -33,6 +34,7 @@ class Progress:
         tokens: Tokens seen, padding excluded.
         skipped_steps, skipped_in_a_row: Non-finite steps, in all and since the last good one.
         evaluated: Step of the last evaluation; a stop request may leave one owed, which is taken on resume.
+        first_position: Where in the global stream the run began: beyond 0 where it keeps the position of another's weights.
     """
 
     step: int = 0
@@ -41,6 +43,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     evaluated: int = 0
+    first_position: int = 0
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -181,7 +184,9 @@ class Trainer:
         plan, progress = self._plan, self.progress
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
         batches = self._loader.batches(progress.position)
-        result = self._take_step(batches, lr=lr, aux=aux, stop_requested=self._stop_requested(), began=begin)
+        result = self._take_step(
+            batches, lr=lr, aux=aux, stop_requested=self._stop_requested(), began=begin, number=progress.step
+        )
         progress.step += 1
         progress.position += plan.global_batch
         progress.tokens += result.tokens
@@ -207,6 +212,7 @@ class Trainer:
             labels=dict(zip(self._modalities, result.labels_M.tolist(), strict=True)),
             balance_loss=result.balance,
             z_loss=result.z,
+            auxiliary_loss=result.auxiliary,
             balance_coefficient=aux.balance,
             lr=lr,
             grad_norm=result.grad_norm,
@@ -219,6 +225,8 @@ class Trainer:
             entropy_sum_LG=result.entropy_LG,
             rows_LR=rows_by_rank(taken_LE, self._placement),
             dropped_LG=dropped_LG,
+            above_LE=result.above_LE,
+            idle_LG=result.idle_LG,
             ledger=result.ledger,
             comm_seconds=result.comm_seconds,
             step_seconds=seconds,
@@ -241,13 +249,21 @@ class Trainer:
             sink.step(record)
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
-        result = self._evaluator(self.progress.step, final=final)
+        result = self._evaluator(self.progress.step, final=final, trained=self._last_batches(self._evaluator.calibration))
         if self.progress.evaluated < self.progress.step:  # else an earlier attempt has shown it, and ended right after
             scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
             for sink in self._sinks:
                 sink.evaluation(result, scalars)
         self.progress.evaluated = self.progress.step
         return result
+
+    def _last_batches(self, count: int) -> list[Batch]:
+        """The last micro-batches that this rank was trained on: at most `count`, the newest first."""
+        position, batches = self.progress.position - self._plan.global_batch, []
+        while len(batches) < count and position >= self.progress.first_position:
+            batches += self._loader.batches(position)
+            position -= self._plan.global_batch
+        return batches[:count]
 
     def _save(self, *, must: bool) -> None:
         """Saves; where it need not be durable now, it may be written while the next steps are taken."""

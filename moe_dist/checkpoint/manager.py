@@ -160,6 +160,10 @@ class CheckpointManager:
         """Runs something on rank 0; all ranks raise if it fails. Failures of the file system become `kind`."""
         self._ballot.phase(what, action, only_first=True, kind=kind)
 
+    def of_first(self, numbers: list[int]) -> list[int]:
+        """Rank 0's numbers on all ranks; the others bring as many of any value."""
+        return self._ballot.add(numbers if self._ballot.rank == 0 else [0] * len(numbers))
+
     def load(self, folder: Path, state: CheckpointState) -> Restored:
         """Loads a checkpoint, written at any layout, into the tensors of `state` and its optimizer's step count, in place.
 

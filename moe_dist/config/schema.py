@@ -101,6 +101,20 @@ class RunSection(Section):
         "true one, so that a trained top-k model begins as it is (AdaMoE); upcycle copies a dense FFN, or a group's one "
         "expert, into every expert of the group.",
     )
+    keep_position: bool = Field(
+        default=False,
+        description="With init_from, go on in the data where that checkpoint stands instead of at its beginning; needs the "
+        "same data, data section and seed. Steps and learning rate begin anew.",
+    )
+
+    def broken_relations(self) -> list[Relation]:
+        if self.init_from is not None or not self.keep_position:
+            return []
+        fault = (
+            "keep_position=true: there is no init_from whose position could be kept; name a checkpoint in init_from, or "
+            "set keep_position to false"
+        )
+        return [Relation(("keep_position", "init_from"), fault)]
 
 
 class GroupSection(Section):
@@ -116,7 +130,10 @@ class GroupSection(Section):
     num_constant: Count = Field(
         default=0, description="Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."
     )
-    top_k: PositiveInt = Field(description="Choices a token makes among all experts of its group, null ones included (k).")
+    top_k: PositiveInt = Field(
+        description="Choices a token makes among all experts of its group, null ones included (k). With "
+        "router.kind=expert_choice the number of experts that take a token on average, unless router.capacity says so."
+    )
     ffn_dim: PositiveInt = Field(description="Hidden width of each expert's SwiGLU (F).")
     modalities: tuple[Name, ...] = Field(
         default=(), description="Modalities routed to this group; empty means the one that has the group's name."
@@ -156,7 +173,39 @@ class TopKRouterSection(Section):
     )
 
 
-RouterSection = TopKRouterSection  # a union with discriminator="kind" once there are two
+class ExpertChoiceRouterSection(Section):
+    """Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself."""
+
+    kind: Literal["expert_choice"] = Field(
+        default="expert_choice",
+        description="Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself.",
+    )
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None,
+        description="Share of its group's tokens in the choice set that each expert takes (c); null is top_k / num_experts "
+        "of the group, so that a token is taken by top_k experts on average.",
+    )
+    set: Literal["rank", "ep_group", "world"] = Field(
+        default="rank",
+        description="Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all "
+        "ranks'. The latter two exchange the router's logits in each layer.",
+    )
+    noise: NonNegative = Field(
+        default=0.0,
+        description="Scale of Gumbel-sigmoid noise on the logits in training, sigmoid(x + noise (G' - G'')); MoMa takes 1 "
+        "after upcycling.",
+    )
+    causal: Literal["threshold", "auxiliary"] | None = Field(
+        default=None,
+        description="How evaluation routes a token without looking at later ones: by thresholds that follow the k-th "
+        "largest score, or by auxiliary routers, trained in a second stage (train.only). Evaluation needs one of them.",
+    )
+    threshold_decay: Decay = Field(
+        default=0.99, description="Decay a step of the running means behind the thresholds; their memory is 1 / (1 - it)."
+    )
+
+
+RouterSection = Annotated[TopKRouterSection | ExpertChoiceRouterSection, Field(discriminator="kind")]
 
 
 class CapacitySection(Section):
@@ -225,6 +274,12 @@ class MoESection(Section):
     shared_ffn_dim: Count = Field(
         default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
     )
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _top_k_unless_said(cls, value: Any) -> Any:
+        """`router: {normalise: none}` means the default kind, which has that key."""
+        return {"kind": "top_k", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 class ModelSection(Section):
@@ -565,6 +620,11 @@ class TrainSection(Section):
     global_batch: PositiveInt = Field(description="Sequences a step, over all ranks and micro-batches.")
     micro_batch: PositiveInt = Field(description="Sequences a rank computes at once.")
     max_skipped_in_a_row: PositiveInt = Field(default=10, description="Non-finite steps in a row that end the run with 70.")
+    only: Literal["auxiliary_routers"] | None = Field(
+        default=None,
+        description="Train these parameters alone and freeze all others: auxiliary_routers is the second stage of expert "
+        "choice, begun with run.init_from. null trains all.",
+    )
 
 
 class EvaluationSection(Section):
@@ -574,6 +634,12 @@ class EvaluationSection(Section):
     sequences: PositiveInt = Field(default=128, description="Held-out sequences of each source in one evaluation.")
     final_sequences: PositiveInt = Field(
         default=512, description="Held-out sequences of each source in the last evaluation."
+    )
+    calibration: Count = Field(
+        default=4,
+        description="Of router.causal=threshold: before each evaluation, thresholds are set so that the last training "
+        "micro-batches of each rank, so many, give each expert as many tokens as it takes of them in training; 0 leaves "
+        "the running means as they are.",
     )
     balance_efficiency: bool = Field(
         default=True, description="Measure throughput with real against evenly spread routing."

@@ -29,7 +29,7 @@ class Record:
         epochs: Epochs seen of each modality.
         balance_coefficient: Coefficient of the balance loss.
         arrays: choices_LC, tokens_LG, rows_LR and dropped_LG as counted (int64), entropy_LG in nats a token and
-            weighted_rows_LR in rows x FFN width (float64).
+            weighted_rows_LR in rows x FFN width (float64); where experts choose also above_LE and idle_LG.
         ledger: The dispatch ledger, see `StepStatistics`.
         host: Readings of the host that are no scalars, by name; the slowest rank and its seconds beside the others' median.
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
@@ -109,6 +109,7 @@ def build_record(
             "dropped_LG": stats.dropped_LG,
             "entropy_LG": _divide(stats.entropy_sum_LG, stats.tokens_LG),
             "weighted_rows_LR": weighted_LR,
+            **_choice_arrays(stats),
         },
         ledger=dict(stats.ledger),
         host={
@@ -156,6 +157,11 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
     return scalars
 
 
+def _choice_arrays(stats: StepStatistics) -> dict[str, np.ndarray]:
+    """What there is to count where experts choose their tokens."""
+    return {"above_LE": stats.above_LE, "idle_LG": stats.idle_LG} if stats.idle_LG.size else {}
+
+
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
     """The rank that computed longest, its seconds, and the median of the others; empty for one rank alone."""
     if busy_seconds_W.size < 2:
@@ -169,7 +175,8 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 
 def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> dict[str, float | None]:
-    """loss/total = nats of all modalities / labels of all + balance and z terms; and the parts.
+    """loss/total = nats of all modalities / labels of all + balance, z and auxiliary terms; and the parts, loss/auxiliary
+    where auxiliary routers are trained.
 
     Raises:
         ValueError: a modality has the name of a loss term.
@@ -178,9 +185,11 @@ def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> d
     if taken:
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = _ratio(sum(stats.loss_sum.values()), sum(stats.labels.values()))
-    total = None if nats is None else nats + stats.balance_loss + stats.z_loss
+    total = None if nats is None else nats + stats.balance_loss + stats.z_loss + stats.auxiliary_loss
+    # Auxiliary routers are trained without a z-loss: their term takes its place among the scalars.
+    third = {"loss/auxiliary": stats.auxiliary_loss} if stats.auxiliary_loss else {"loss/z": stats.z_loss}
     by_modality = {f"loss/{name}": value for name, value in losses.items()}
-    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, "loss/z": stats.z_loss}
+    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, **third}
 
 
 class GroupChoices(NamedTuple):
@@ -211,7 +220,8 @@ def group_metrics(
     """Each of `tags.GROUP_FAMILIES` as float64 [L, G]; nan where no token was routed.
 
     experts_per_token counts true experts, without what a capacity dropped; the others are of all choices. capacity_used has
-    the even share k T / (columns of the group) as denominator, which is the capacity of capacity factor 1.
+    the even share k T / (columns of the group) as denominator, which is the capacity of capacity factor 1; c T where the
+    experts choose.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
@@ -220,7 +230,7 @@ def group_metrics(
         metrics["experts_per_token"][:, g] = _divide(true_Ln.sum(1) - dropped_LG[:, g], tokens_L)
         metrics["null_fraction"][:, g] = _divide(choices.null_Lm.sum(1), choices.total)
         metrics["load_imbalance"][:, g] = busiest_over_mean(true_Ln)
-        even_L = tokens_L * group.top_k / group.num_columns
+        even_L = tokens_L * group.expected_experts_per_token / group.num_experts
         metrics["capacity_used"][:, g] = _divide(true_Ln.max(1), even_L)
     return metrics
 

@@ -66,6 +66,7 @@ class Window:
             "dropped_LG": record.arrays["dropped_LG"],
             "entropy_sum_LG": np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0),
             "weighted_rows_LR": record.arrays["weighted_rows_LR"],
+            **{name: record.arrays[name] for name in ("idle_LG",) if name in record.arrays},
         }
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
@@ -111,6 +112,10 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     metrics = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups, dropped_LG=sums["dropped_LG"])
     metrics["free_fraction"] = free_fraction(sums["choices_LC"], groups)
     wanted = _per_group_maps(subject, metrics)
+    if "idle_LG" in sums:
+        tokens_LG = sums["tokens_LG"]
+        metrics["idle_fraction"] = np.where(tokens_LG > 0, sums["idle_LG"] / np.maximum(tokens_LG, 1), np.nan)
+        wanted["idle_fraction"] = ("Tokens without an expert", "share of tokens that no expert took", 1.0)
     for name, (title, caption, top) in wanted.items():
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(metrics[name], layers, subject.group_axis, scale=scale, title=title)

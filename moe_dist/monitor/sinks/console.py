@@ -82,6 +82,8 @@ class ConsoleSink:
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._print(evaluation_line(result, self._previous), style="bold")
+        for line in choice_lines(result):
+            self._print(line)
         self._previous = result.loss
 
     def text(self, tag: str, markdown: str) -> None:
@@ -150,6 +152,20 @@ def evaluation_line(result: EvaluationResult, previous: Mapping[str, float]) -> 
     return line
 
 
+def choice_lines(result: EvaluationResult) -> list[str]:
+    """Where experts choose their tokens: held-out losses and load as evaluated, and with the choice of training."""
+    losses = [
+        f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, with the choice of training, which sees later tokens, "
+        f"{seen:.3f} ({seen - result.loss[name]:+.3f})"
+        for name, seen in result.choice_loss.items()
+    ]
+    loads = [
+        f"experts a token of {name} {result.experts_per_token[name]:.3f}, with the choice of training {seen:.3f}"
+        for name, seen in result.choice_experts_per_token.items()
+    ]
+    return losses + loads
+
+
 def summary_table(checks: Sequence[CheckLine], *, title: str = "Summary") -> Table:
     """A finished run against what it should reach: one line a check, pass or fail."""
     passed = sum(check.passed for check in checks)
@@ -181,7 +197,7 @@ def _by_group(scalars: Mapping[str, float | None], family: str, named: bool) -> 
 
 
 def _is_modality_loss(tag: str) -> bool:
-    return tag.startswith("loss/") and tag not in ("loss/total", "loss/balance", "loss/z")
+    return tag.startswith("loss/") and tag not in ("loss/total", "loss/balance", "loss/z", "loss/auxiliary")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -82,6 +82,9 @@ class JsonlSink:
                 "losses": result.loss,
                 "tokens": result.tokens,
                 "ablated_losses": result.ablated_loss,
+                "choice_losses": result.choice_loss,
+                "experts_per_token": result.experts_per_token,
+                "choice_experts_per_token": result.choice_experts_per_token,
                 "balance_note": result.balance_note,
             }
         )
