@@ -1,0 +1,109 @@
+"""What a trained router is worth when its choices are changed afterwards. Hooks on the router; the model stays as it is.
+
+    threshold    a token keeps its second expert only where that one's weight is above a bound: the plain way to lower the
+                 load of a top-2 model, against which learned loads are measured
+    flip         p % of the taken pairs of each expert are given up, and as many tokens that it had not taken get it instead:
+                 how much a choice that is wrong now and then costs
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import ABSENT, Assignments, Routing
+
+Change = Callable[[int, nn.Module, tuple[Any, ...], Routing], Routing]
+
+
+@contextmanager
+def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
+    """Inside, what each router returns is changed; `change` is told the place of the layer."""
+
+    def hook_of(place: int) -> Callable[..., Routing]:
+        return lambda module, arguments, routing: change(place, module, arguments, routing)
+
+    handles = [module.register_forward_hook(hook_of(place), prepend=True) for place, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def routers(model: Transformer) -> list[nn.Module]:
+    """The routers, in order."""
+    return [layer.router for layer in model.moe_modules()]
+
+
+def second_weights(routing: Routing, num_tokens: int) -> Tensor:
+    """Weight of the lesser of two experts of each token [T]; 0 where there is none.
+
+    For routers by token choice whose weights of two experts add up to 1.
+    """
+    weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N, 0.0).view(num_tokens, -1)
+    return weight_TK.sort(dim=1, descending=True).values[:, 1]
+
+
+def threshold(bound: float) -> Change:
+    """Second experts with a weight up to `bound` are dropped, and the first one's weight becomes 1."""
+
+    def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
+        del place, module
+        num_tokens = arguments[0].shape[0]
+        a = routing.assignments
+        weight_TK, expert_TK = a.weight_N.view(num_tokens, -1), a.expert_N.view(num_tokens, -1)
+        kept_TK = (expert_TK != ABSENT) & ((weight_TK > bound) | (weight_TK == weight_TK.amax(1, keepdim=True)))
+        kept_weight_TK = torch.where(kept_TK, weight_TK, 0.0)
+        kept_weight_TK = kept_weight_TK / kept_weight_TK.sum(1, keepdim=True).clamp_min(1e-9)
+        pairs = Assignments(a.token_N, torch.where(kept_TK, expert_TK, ABSENT).flatten(), kept_weight_TK.flatten())
+        return routing._replace(assignments=pairs)
+
+    return change
+
+
+def bound_for_load(second_N: Tensor, load: float) -> float:
+    """The bound that leaves a mean of `load` experts a token, of 1 to 2, given all tokens' second weights."""
+    if not 1.0 <= load <= 2.0:
+        raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
+    dropped = round((2.0 - load) * len(second_N))
+    return float(second_N.sort().values[dropped - 1]) if dropped else -1.0
+
+
+def flip(percent: float, *, seed: int) -> Change:
+    """Swaps `percent` % of each expert's taken tokens with tokens of its group that it has not taken, drawn at random.
+
+    A token that gets an expert it had not chosen has it with the weight of the router itself: the sigmoid of its logit.
+    """
+
+    def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
+        h_TD, group_T = arguments[0], arguments[1]
+        generator = torch.Generator().manual_seed(hash((seed, place, h_TD.shape[0], int(group_T.sum()))) & 0x7FFFFFFF)
+        taken_TE, weight_TE, inside_TE = _table(module, h_TD, group_T, routing)
+        for expert in range(taken_TE.shape[1]):
+            taken_T = taken_TE[:, expert].clone()
+            inside, outside = (each.nonzero().flatten() for each in (taken_T, inside_TE[:, expert] & ~taken_T))
+            # The number is drawn too, so that its mean is right where an expert has few tokens.
+            wanted = int(torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator))
+            count = min(wanted, len(inside), len(outside))
+            taken_TE[inside[torch.randperm(len(inside), generator=generator)[:count]], expert] = False
+            taken_TE[outside[torch.randperm(len(outside), generator=generator)[:count]], expert] = True
+        token_N, expert_N = taken_TE.nonzero(as_tuple=True)
+        return routing._replace(assignments=Assignments(token_N, expert_N, weight_TE[token_N, expert_N]))
+
+    return change
+
+
+def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """Taken pairs, the weight that each pair has or would have, and which pairs lie inside a group: [T, E] each."""
+    gates = [module.get_submodule(group.name) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
+    logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
+    groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore
+    inside_TE = group_T[:, None] == torch.tensor(groups)
+    taken_TE = torch.zeros_like(inside_TE)
+    pairs = routing.assignments.taken()
+    taken_TE[pairs.token_N, pairs.expert_N] = True
+    return taken_TE, logits_TE.sigmoid(), inside_TE
