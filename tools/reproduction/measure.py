@@ -40,19 +40,21 @@ class Measurement:
     Args:
         folder: Of the run.
         section: What is measured.
+        before: What was spent before the run began, and counts as its own.
     """
 
-    def __init__(self, folder: Path, section: MeasureSection) -> None:
+    def __init__(self, folder: Path, section: MeasureSection, before: Spent) -> None:
         self._folder, self._section = RunFolder(folder), section
         self._config: Config = self._folder.read_config()
         self._manifest: Manifest = load_manifest(self._config.data.path)
         self._run = TrainedRun(folder, self._config)
+        self._before = before
         self._groups = torch.tensor(group_of_modality(self._manifest, self._run.placement))
 
     def record(self, wanted: Sequence[str]) -> dict[str, Any]:
         """Everything that is kept of the run; `wanted` names the probes."""
         last = self._run.steps()[-1]
-        spent = spent_by_step(self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups))
+        spent = spent_by_step(self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before)
         section, batches = self._section, self._batches(self._section.sequences)
         curve = [] if section.curve is None else self._curve(section.curve, spent)
         model = self._run.load(self._averaged(last))
@@ -156,11 +158,12 @@ def main(
     study: Annotated[Path, typer.Argument(help="The experiment's file.")],
     folder: Annotated[Path, typer.Argument(help="Of the run.")],
     wanted: Annotated[str, typer.Argument(help="Probes, with commas between them; may be empty.")] = "",
+    before: Annotated[str, typer.Argument(help="JSON: tokens, flops, seconds spent before it.")] = "{}",
 ) -> None:
     """Measure one finished run."""
     torch.set_num_threads(1)
     try:
-        measurement = Measurement(folder, load_study(study).measure)
+        measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)))
         record = measurement.record([name for name in wanted.split(",") if name])
     except MoeDistError as error:
         print(error, file=sys.stderr)

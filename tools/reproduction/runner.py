@@ -21,6 +21,7 @@ from tools.reproduction.study import Job, Study, overrides_of, run_folder
 from tools.reproduction.verdicts import Record
 
 MEASURED = "measured.json"
+SPENT = ("tokens", "flops", "seconds")
 TICK_SECONDS = 0.2
 STOP_SECONDS = 300.0  # a stopped run saves first
 # What one process takes of the machine: the runs are small, and two of them side by side fill two cores.
@@ -81,7 +82,7 @@ class Runner:
             while not self._stop_requested():
                 self._reap()
                 waiting = self._waiting(jobs)
-                self._start(waiting, jobs)
+                self._start(waiting)
                 if not self._running:
                     if waiting:
                         self._explain(waiting)
@@ -96,8 +97,7 @@ class Runner:
         busy = {(each.job.label, each.job.seed) for each in self._running}
         return [job for job in jobs if (job.label, job.seed) not in records.keys() | busy]
 
-    def _start(self, waiting: Sequence[Job], jobs: Sequence[Job]) -> None:
-        del jobs
+    def _start(self, waiting: Sequence[Job]) -> None:
         records = read_records(self._path)
         for job in waiting:
             if len(self._running) >= self._side_by_side:
@@ -115,7 +115,9 @@ class Runner:
 
     def _measure(self, job: Job) -> None:
         command = [sys.executable, "-m", "tools.reproduction.measure", str(self._study_path), str(self._folder(job))]
-        self._launch(job, [*command, ",".join(job.arm.probes)], training=False)
+        before = read_records(self._path)[job.after, job.seed] if job.arm.carry and job.after else {}
+        spent = json.dumps({key: before[key] for key in SPENT if key in before})
+        self._launch(job, [*command, ",".join(job.arm.probes), spent], training=False)
 
     def _launch(self, job: Job, command: Sequence[str], *, training: bool) -> None:
         folder = self._folder(job)

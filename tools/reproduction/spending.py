@@ -10,7 +10,7 @@ from moe_dist.trainer import Plan
 
 @dataclass(frozen=True)
 class Spent:
-    """Up to a step, of this run alone: what it began with is not in it.
+    """Up to a step.
 
     Attributes:
         tokens: Padding excluded.
@@ -18,24 +18,24 @@ class Spent:
         seconds: Of the steps; evaluations, checkpoints and starts are left out.
     """
 
-    tokens: int
-    flops: float
-    seconds: float
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
 
 
-def spent_by_step(metrics: Path, plan: Plan) -> dict[int, Spent]:
-    """What had been spent after each step."""
-    spent, sums = {}, Spent(0, 0.0, 0.0)
+def spent_by_step(metrics: Path, plan: Plan, before: Spent) -> dict[int, Spent]:
+    """What had been spent after each step, with what had been spent `before` the run."""
+    spent, sums = {}, before
     for line in metrics.read_text().splitlines():
         record = json.loads(line)
         if record["kind"] != "step":
             continue
         scalars = record["scalars"]
         experts, share = _routed(scalars, record["arrays"])
-        tokens = int(scalars["optim/tokens"]) - sums.tokens
+        tokens = before.tokens + int(scalars["optim/tokens"]) - sums.tokens
         flops = sums.flops + tokens * plan.flops_per_token(experts, share)
         sums = Spent(sums.tokens + tokens, flops, sums.seconds + scalars["perf/step_seconds"])
         spent[record["step"]] = sums

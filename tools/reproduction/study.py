@@ -105,6 +105,7 @@ class Arm(Part):
     about: str
     set: Settings = Field(default_factory=dict)
     after: ArmName | None = None
+    carry: bool = False  # what the arm before it spent counts as this one's
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip"], ...] = ()
