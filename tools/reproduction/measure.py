@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from torch import nn
 
 from moe_dist.build import build_plan, group_of_modality
 from moe_dist.config.manifest import Manifest, load_manifest
@@ -29,7 +30,7 @@ from tools.reproduction import probes
 from tools.reproduction.runner import MEASURED
 from tools.reproduction.spending import Spent, spent_by_step
 from tools.reproduction.study import CurveSection, MeasureSection, load_study
-from tools.reproduction.tokens import Tokens, binned, evaluate, loads, losses, watched_routers
+from tools.reproduction.tokens import Tokens, binned, depth_routers, evaluate, loads, losses, watched_routers
 from tools.reproduction.trained import TrainedRun
 from tools.reproduction.wire import WireCount, rank_of_tokens, spread
 
@@ -122,8 +123,7 @@ class Measurement:
                 forward(self._run.model, batch, self._groups)
                 ranks = rank_of_tokens(*batch.tokens_BS.shape, self._section.wire.ep)
                 for each in seen:
-                    own_T = ranks if each.num_tokens == len(ranks) else np.arange(each.num_tokens) % self._section.wire.ep
-                    count.add(each.routing, each.num_tokens, own_T)
+                    count.add(each.routing, ranks[each.index_T.numpy()])
         return count.per_token()
 
     @torch.no_grad()
@@ -136,20 +136,25 @@ class Measurement:
                 seen.clear()
                 forward(self._run.model, batch, self._groups)
                 real_T = ~batch.padding_BS.flatten()
-                second += [probes.second_weights(each.routing, each.num_tokens)[real_T] for each in seen]
+                second += [probes.second_weights(each.routing, len(each.index_T))[real_T] for each in seen]
         points = []
         for load in self._section.threshold_loads:
             bound = probes.bound_for_load(torch.cat(second), load)
-            points.append(self._changed(batches, probes.threshold(bound), at=load) | {"bound": bound})
+            points.append(self._changed(batches, probes.routers(self._run.model), probes.threshold(bound), at=load) | {"bound": bound})
         return points
 
     def _probe_flip(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
         """The loss when some of the chosen and the unchosen change places."""
         del tokens
-        return [self._changed(batches, probes.flip(percent, seed=0), at=percent) for percent in self._section.flips]
+        modules, flip = depth_routers(self._run.model), probes.flip_depths
+        if not modules:
+            modules, flip = probes.routers(self._run.model), probes.flip
+        return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
-    def _changed(self, batches: Sequence[Batch], change: probes.Change, *, at: float) -> dict[str, Any]:
-        with probes.changed_routing(probes.routers(self._run.model), change):
+    def _changed(
+        self, batches: Sequence[Batch], modules: Sequence[nn.Module], change: probes.Change, *, at: float
+    ) -> dict[str, Any]:
+        with probes.changed_routing(modules, change):
             tokens = evaluate(self._run.model, batches, self._groups)
         return {"at": at, "loss": losses(tokens), "load": loads(tokens)["all"]}
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import ABSENT, Assignments, Routing
 
-Change = Callable[[int, nn.Module, tuple[Any, ...], Routing], Routing]
+Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]
 
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
     """Inside, what each router returns is changed; `change` is told the place of the layer."""
 
-    def hook_of(place: int) -> Callable[..., Routing]:
+    def hook_of(place: int) -> Callable[..., Any]:
         return lambda module, arguments, routing: change(place, module, arguments, routing)
 
     handles = [module.register_forward_hook(hook_of(place), prepend=True) for place, module in enumerate(modules)]
@@ -80,21 +80,50 @@ def flip(percent: float, *, seed: int) -> Change:
     """
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
-        h_TD, group_T = arguments[0], arguments[1]
-        generator = torch.Generator().manual_seed(hash((seed, place, h_TD.shape[0], int(group_T.sum()))) & 0x7FFFFFFF)
-        taken_TE, weight_TE, inside_TE = _table(module, h_TD, group_T, routing)
-        for expert in range(taken_TE.shape[1]):
-            taken_T = taken_TE[:, expert].clone()
-            inside, outside = (each.nonzero().flatten() for each in (taken_T, inside_TE[:, expert] & ~taken_T))
-            # The number is drawn too, so that its mean is right where an expert has few tokens.
-            wanted = int(torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator))
-            count = min(wanted, len(inside), len(outside))
-            taken_TE[inside[torch.randperm(len(inside), generator=generator)[:count]], expert] = False
-            taken_TE[outside[torch.randperm(len(outside), generator=generator)[:count]], expert] = True
-        token_N, expert_N = taken_TE.nonzero(as_tuple=True)
+        taken_TE, weight_TE, inside_TE = _table(module, arguments[0], arguments[1], routing)
+        generator = _generator(seed, place, taken_TE)
+        flipped = [
+            swapped(taken_T, may_T, percent, generator)
+            for taken_T, may_T in zip(taken_TE.T, inside_TE.T, strict=True)
+        ]
+        token_N, expert_N = torch.stack(flipped, dim=1).nonzero(as_tuple=True)
         return routing._replace(assignments=Assignments(token_N, expert_N, weight_TE[token_N, expert_N]))
 
     return change
+
+
+def flip_depths(percent: float, *, seed: int) -> Change:
+    """The same for the tokens that a layer of a mixture of depths computes."""
+
+    def change(place: int, module: nn.Module, arguments: tuple[Any, ...], chosen: Any) -> Any:
+        x_TD, real_T = arguments
+        taken_T = torch.zeros_like(real_T)
+        taken_T[chosen.index_C[chosen.full_C]] = True
+        flipped_T = swapped(taken_T, real_T, percent, _generator(seed, place, taken_T))
+        index_C = flipped_T.nonzero().flatten()
+        if not len(index_C):
+            return chosen
+        weight_T = module.takes(x_TD)[1]  # pyright: ignore[reportCallIssue]
+        return chosen._replace(index_C=index_C, full_C=torch.ones_like(index_C, dtype=torch.bool), weight_C=weight_T[index_C])
+
+    return change
+
+
+def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
+    """`taken_T` with about `percent` % of it exchanged for as many others of `may_T`."""
+    inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
+    # The number is drawn too, so that its mean is right where few are taken.
+    drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
+    count = min(int(drawn), len(inside), len(outside))
+    result_T = taken_T.clone()
+    result_T[inside[torch.randperm(len(inside), generator=generator)[:count]]] = False
+    result_T[outside[torch.randperm(len(outside), generator=generator)[:count]]] = True
+    return result_T
+
+
+def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
+    """Draws of a layer and batch: the same whenever the same choices come again, for another percentage as well."""
+    return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:

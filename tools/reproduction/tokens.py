@@ -16,7 +16,7 @@ from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.evaluation.heldout import forward
 from moe_dist.loss import token_losses
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import ABSENT, Routing
+from moe_dist.moe.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Tokens:
         input_N: Ids of the tokens themselves, which the experts see; label_N those that follow.
         input_filler_N, label_filler_N: Which of them are empty cells of a picture.
         input_image_N, label_image_N: Which of them are codes.
-        routed_L: Tokens that each layer routed, scored or not; taken_L their true experts.
     """
 
     loss_N: np.ndarray
@@ -42,31 +41,46 @@ class Tokens:
     label_image_N: np.ndarray
 
 
-@dataclass
-class _Seen:
-    """The routing of one layer's forward; `kept_T` says which tokens of the batch the layer computed."""
+@dataclass(frozen=True)
+class Seen:
+    """The routing of one layer's forward.
+
+    Attributes:
+        index_T: Which token of the batch each token of the router is: a layer of a mixture of depths computes a part.
+    """
 
     routing: Routing
-    num_tokens: int
-    kept_T: Tensor | None = None
+    index_T: Tensor
 
 
 @contextmanager
-def watched_routers(model: Transformer) -> Iterator[list[_Seen]]:
-    """Inside, each forward of a router adds what it decided."""
-    seen: list[_Seen] = []
+def watched_routers(model: Transformer) -> Iterator[list[Seen]]:
+    """Inside, each forward of a router adds what it decided, layer by layer."""
+    seen: list[Seen] = []
+    chosen: list[Tensor] = []  # of the layer that is running, where it chooses its tokens
+
+    def note_tokens(module: nn.Module, arguments: tuple[Any, ...], found: Any) -> None:
+        del module, arguments
+        chosen.append(found.index_C)
 
     def note(module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> None:
         del module
-        seen.append(_Seen(routing, arguments[0].shape[0]))
+        index_T = chosen.pop() if chosen else torch.arange(arguments[0].shape[0])
+        seen.append(Seen(routing, index_T))
 
     # Behind all other hooks, so that what a probe has changed is what is seen.
     handles = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
+    handles += [router.register_forward_hook(note_tokens) for router in depth_routers(model)]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def depth_routers(model: Transformer) -> list[nn.Module]:
+    """The routers of layers that compute a share of the tokens, in order."""
+    return [router for layer in model.layers if (router := getattr(layer, "depths", None)) is not None]
 
 
 @torch.no_grad()
@@ -101,16 +115,11 @@ def input_filler(batch: Batch) -> Tensor:
     return before
 
 
-def _load(seen: _Seen, num_tokens: int) -> Tensor:
-    """True experts of each token of the batch [T], float."""
-    assignments = seen.routing.assignments
-    taken_N = (assignments.expert_N != ABSENT).to(torch.float64)
-    load = torch.zeros(seen.num_tokens, dtype=torch.float64).index_add_(0, assignments.token_N, taken_N)
-    if seen.num_tokens == num_tokens:
-        return load
-    # A layer of a mixture of depths routes a part of the tokens. Which ones is not told by the router; its own mean over
-    # all tokens stands for each.
-    return torch.full((num_tokens,), float(load.sum()) / num_tokens, dtype=torch.float64)
+def _load(seen: Seen, num_tokens: int) -> Tensor:
+    """True experts of each token of the batch [T], float64; 0 for those that the layer passes by."""
+    pairs = seen.routing.assignments.taken()
+    ones = torch.ones(len(pairs.token_N), dtype=torch.float64)
+    return torch.zeros(num_tokens, dtype=torch.float64).index_add_(0, seen.index_T[pairs.token_N], ones)
 
 
 def losses(tokens: Tokens) -> dict[str, float]:

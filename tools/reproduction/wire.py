@@ -36,15 +36,15 @@ class WireCount:
         self._sums = dict.fromkeys(ROWS, 0.0)
         self._tokens = 0
 
-    def add(self, routing: Routing, num_tokens: int, rank_T: np.ndarray) -> None:
-        """One layer's routing of `num_tokens` tokens, of which token t is rank_T[t]'s."""
-        pairs = routing.assignments.taken()
+    def add(self, routing: Routing, rank_T: np.ndarray) -> None:
+        """One layer's routing of T tokens, of which token t is rank_T[t]'s."""
+        pairs, num_tokens = routing.assignments.taken(), len(rank_T)
         ranks, own_T = self._placement.num_ranks, torch.from_numpy(rank_T)
         goes_TR = torch.zeros(num_tokens, ranks, dtype=torch.bool)
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
         goes_TR[torch.arange(num_tokens), own_T] = False
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # A rank's part of the null choices and tokens: in proportion to its tokens, as they are dealt out in turn.
+        # Which token made a null choice is not kept: each rank has its share of them, and of the tokens of each group.
         sums, groups = routing.sums, self._placement.groups
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]
