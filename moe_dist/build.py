@@ -9,13 +9,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, RankLayout, TensorSpec, capture
+from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
+from moe_dist.config.balance_rules import load_targets
 from moe_dist.config.manifest import Manifest
-from moe_dist.config.schema import Config, ModelSection, ParallelSection, TopKRouterSection
+from moe_dist.config.schema import (
+    Config,
+    ExpertChoiceRouterSection,
+    ModelSection,
+    MoESection,
+    ParallelSection,
+    RouterSection,
+)
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
@@ -23,7 +31,11 @@ from moe_dist.loss import AuxSettings
 from moe_dist.model.flops import forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.load_target import LoadTarget
+from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.choice_sets import ChoiceSet
 from moe_dist.moe.deep_ep import DeepEPDispatcher
 from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.expert_gemm import choose_gemm
@@ -35,13 +47,15 @@ from moe_dist.moe.per_node import PerNodeDispatcher
 from moe_dist.moe.per_pair import PerPairDispatcher, SyncFreeDispatcher, pairs_are_rows
 from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.pipelined import PipelinedDispatcher
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.optim.adamw import MOMENTS, make_optimizer
+from moe_dist.moe.thresholds import ThresholdKeeper
+from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.optim.schedules import coefficient_at, lr_factor
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.parallelize import ParallelModel, shard
+from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.policies import expert_groups
 from moe_dist.sizes import model_shape
@@ -53,12 +67,59 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_router(
-    section: TopKRouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], *, capacity: Capacity | None = None
+    section: RouterSection,
+    hidden_dim: int,
+    groups: Sequence[ExpertGroup],
+    *,
+    capacity: Capacity | None = None,
+    **choice: Any,
 ) -> nn.Module:
-    """The router of one layer; a section's fields are its constructor's keywords."""
-    kinds = {"top_k": TopKRouter}
-    fields = section.model_dump(exclude={"kind"})
-    return kinds[section.kind](hidden_dim, groups, capacity=capacity, **fields)
+    """The router of one layer; a section's fields are its constructor's keywords (the choice set's kind is part of one).
+
+    Args:
+        capacity: Of routers by token choice.
+        choice: `choice_set`, `seed`, `layer` and `known_counts` of routers by expert choice.
+    """
+    if isinstance(section, ExpertChoiceRouterSection):
+        return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "set"}), **choice)
+    return TopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}))
+
+
+@dataclass(frozen=True)
+class ChoiceRanks:
+    """Over which ranks experts may choose: process groups of the world and its ranks, as `Mesh` has them."""
+
+    world: dist.ProcessGroup | None = None
+    world_size: int = 1
+    rank: int = 0
+    ep: dist.ProcessGroup | None = None
+    ep_ranks: tuple[int, ...] = (0,)
+
+
+def build_choice_set(section: RouterSection, where: ChoiceRanks, wire: Wire) -> ChoiceSet:
+    """The ranks among whose tokens experts choose, by `model.moe.router.set`."""
+    kind = section.set if isinstance(section, ExpertChoiceRouterSection) else "rank"
+    ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
+    group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
+    return ChoiceSet(
+        kind=kind,
+        group=group if len(ranks) > 1 else None,
+        ranks=ranks,
+        own=ranks.index(where.rank),
+        ep_ranks=where.ep_ranks,
+        traffic=wire.traffic,
+        watch=wire.watch,
+    )
+
+
+def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
+    """The controller of the model's selection biases; None where there are no rules. A rule's fields are its keywords."""
+    kinds = {"load_target": LoadTarget, "loss_free": LossFree}
+    rules = [kinds[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
+    if not rules:
+        return None
+    gates_LG = [[moe.router.get_submodule(group.name) for group in groups] for moe in model.moe_modules()]
+    return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 
 def build_wire(
@@ -97,8 +158,8 @@ def build_dispatcher(
     if section.kind == "hybrid_ep":
         return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim, **fields)
     pairs = PerPairDispatcher(placement, wire, max_receive_rows=bound)
-    if section.kind == "per_pair":
-        return pairs
+    if section.kind == "per_pair":  # evaluation routes each token by itself: then the counts are not known
+        return SyncFreeDispatcher(PerRankDispatcher(placement, wire, max_receive_rows=bound), pairs, always=True)
     per_rank = _per_rank(placement, wire, max_receive_rows=bound, **fields)
     if isinstance(per_rank, PipelinedDispatcher) or not pairs_are_rows(placement):
         return per_rank
@@ -144,6 +205,7 @@ def build_model(
     traffic: Traffic | None = None,
     watch: Watch | None = None,
     compute_dtype: torch.dtype | None = None,
+    choice_ranks: ChoiceRanks | None = None,
 ) -> Transformer:
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
 
@@ -153,18 +215,30 @@ def build_model(
         traffic: Counter of all layers' wires.
         watch: Where the wires' collectives are noted.
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
+        choice_ranks: Over which ranks experts may choose their tokens; by default this rank alone.
     """
     section, moe = config.model, config.model.moe
     wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(config.parallel, placement, wire, hidden_dim=section.hidden_dim, node_groups=node_groups)
 
+    choice_set = build_choice_set(moe.router, choice_ranks or ChoiceRanks(), wire)
+    known_counts = isinstance(dispatcher, SyncFreeDispatcher) and dispatcher.distinct and choice_set.kind == "rank"
     capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
 
     def make_moe(layer: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(section.hidden_dim, section.norm_eps),
-            router=build_router(moe.router, section.hidden_dim, placement.groups, capacity=capacity),
+            router=build_router(
+                moe.router,
+                section.hidden_dim,
+                placement.groups,
+                capacity=capacity,
+                choice_set=choice_set,
+                seed=config.run.seed,
+                layer=layer,
+                known_counts=known_counts,
+            ),
             experts=Experts(
                 section.hidden_dim,
                 placement.groups,
@@ -185,14 +259,16 @@ def build_model(
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint of the model that a configuration describes: parameters and moments, whatever the
-    layout. Nothing gets memory."""
+    """Every tensor of a checkpoint of the model that a configuration describes: parameters, buffers, and the moments of
+    what is trained, whatever the layout. Nothing gets memory."""
     groups = expert_groups(config.model.moe)
     everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
     with torch.device("meta"):
         model = build_model(config, everything, ep_rank=0, ep_group=None)
-    specs = capture(model, None, RankLayout(everything)).specs
-    return {**specs, **{f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}}
+    if config.train.only == "auxiliary_routers":
+        freeze_all_but(model, "auxiliary")
+    layout = RankLayout(everything)
+    return {**capture(model, None, layout).specs, **moment_specs(model, layout)}
 
 
 @dataclass(frozen=True)
@@ -217,10 +293,13 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             node_groups=(mesh.inter_node, mesh.intra_node),
             traffic=traffic,
             watch=mesh.watch,
+            choice_ranks=choice_ranks_of(mesh),
         )
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
+    if config.train.only == "auxiliary_routers":
+        freeze_all_but(model, "auxiliary")
     parallel = ParallelModel(model, mesh, config.parallel.data)
     section = config.optimizer
     optimizer = make_optimizer(
@@ -237,8 +316,23 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         group_of_modality=group_of_modality(manifest, placement),
         clip_norm=section.clip_norm,
         traffic=traffic,
+        thresholds=threshold_keeper(model) if config.train.only is None else None,
+        needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection),
+        balance=build_balance(config.model.moe, model, placement.groups),
     )
     return Training(parallel, optimizer, step)
+
+
+def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
+    """Over which ranks experts may choose, from the mesh."""
+    return ChoiceRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
+
+
+def threshold_keeper(model: Transformer) -> ThresholdKeeper | None:
+    """What follows the experts' choices after each step; None where tokens choose."""
+    routers = [layer.router for layer in model.moe_modules()]
+    choosing = [router for router in routers if isinstance(router, ExpertChoiceRouter)]
+    return ThresholdKeeper(choosing) if choosing else None
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
@@ -302,12 +396,14 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
     """Steps, schedules and intervals of the loop."""
     shape, peak = model_shape(config.model, groups), config.monitor.peak_tflops
     schedule, balance = config.optimizer.schedule.model_dump(), config.loss.balance
+    weights = tuple(balance.null_weight.get(group.name, 1.0) for group in groups) if balance.null_weight else None
 
     def lr(step: int) -> float:
         return config.optimizer.lr * lr_factor(step, total_steps=config.train.steps, **schedule)
 
     def aux(step: int) -> AuxSettings:
-        return AuxSettings(kind=balance.kind, balance=coefficient_at(balance.schedule, step), z=config.loss.z)
+        coefficient = coefficient_at(balance.schedule, step)
+        return AuxSettings(kind=balance.kind, balance=coefficient, z=config.loss.z, null_weight_G=weights)
 
     def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
         forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
@@ -322,5 +418,6 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=flops_per_token,
+        load_target=load_targets(config.model.moe),
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
     )

@@ -6,7 +6,7 @@ E true experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,26 +16,33 @@ from torch import Tensor
 from moe_dist.comm.reduce import sum_over
 from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED
-from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.aux_losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import LayerReport
 
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """Coefficients of the auxiliary terms in one step."""
+    """Coefficients of the auxiliary terms in one step; `null_weight_G` as in `moe_dist.moe.aux_losses.balance_terms`."""
 
-    kind: Literal["null_averaged", "vanilla"]
+    kind: BalanceKind
     balance: float
     z: float
+    null_weight_G: tuple[float, ...] | None = None
 
 
 class GlobalCounts(NamedTuple):
-    """Counts of one micro-batch over all ranks: choices [L, C], tokens and entropy [L, G], dropped ones [L, E]; float64."""
+    """Counts of one micro-batch over all ranks: choices [L, C], tokens and entropy [L, G], dropped ones [L, E]; float64.
+
+    Where experts choose their tokens also `cut_LE`, `above_LE` and `idle_LG`, see `ChoiceSums`; else these have no columns.
+    """
 
     choices_LC: Tensor
     tokens_LG: Tensor
     entropy_LG: Tensor
     dropped_LE: Tensor
+    cut_LE: Tensor
+    above_LE: Tensor
+    idle_LG: Tensor
 
 
 class MicroLoss(NamedTuple):
@@ -44,7 +51,7 @@ class MicroLoss(NamedTuple):
     Attributes:
         total: This rank's share of the step's loss, to call backward on.
         nll_M: Summed token losses by the label's modality, nats; float64, no gradient.
-        balance, z: This rank's shares of the terms as they entered `total`; float64, no gradient.
+        balance, z, auxiliary: This rank's shares of the terms as they entered `total`; float64, no gradient.
         counts: Routing counts over all ranks.
     """
 
@@ -52,6 +59,7 @@ class MicroLoss(NamedTuple):
     nll_M: Tensor
     balance: Tensor
     z: Tensor
+    auxiliary: Tensor
     counts: GlobalCounts
 
 
@@ -76,10 +84,27 @@ def global_counts(
 ) -> GlobalCounts:
     """Sums the layers' counts over all ranks: one all-reduce a micro-batch, outside any recomputation."""
     sums = [report.sums for report in reports]
-    rows = [(each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E) for each in sums]
+    rows = [
+        (each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E, *(each.choice or [each.tokens_G[:0]] * 3))
+        for each in sums
+    ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
     packed = sum_over(torch.cat(parts, dim=1), group, name="routing counts", watch=watch)
     return GlobalCounts(*packed.split([part.shape[1] for part in parts], dim=1))
+
+
+def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
+    """This rank's share of the auxiliary routers' loss of each layer and group, [L, G] (none: no rows): the mean binary
+    cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
+
+    Args:
+        tokens_LG: Over all ranks; a group without tokens contributes 0.
+    """
+    sums = [report.sums.auxiliary_G for report in reports]
+    known = [each for each in sums if each is not None]
+    if not known:
+        return tokens_LG.new_zeros((0, tokens_LG.shape[1]))
+    return torch.stack(known) / (tokens_LG.clamp_min(1.0) * tables.size_G).to(known[0].dtype)
 
 
 def micro_loss(
@@ -98,7 +123,8 @@ def micro_loss(
 ) -> MicroLoss:
     """This rank's share of the step's loss for one micro-batch.
 
-        sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z)
+        sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z
+                                                              + sum_layers,groups auxiliary)
 
     Args:
         tables: Constants of the expert groups.
@@ -111,13 +137,17 @@ def micro_loss(
     counts = global_counts(reports, world, watch)
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
-    balance_LG = balance_terms(prob_LC, counts.choices_LC, counts.tokens_LG, tables, kind=aux.kind)
+    balance_LG = balance_terms(
+        prob_LC, counts.choices_LC, counts.tokens_LG, tables, kind=aux.kind, null_weight_G=aux.null_weight_G
+    )
     balance = aux.balance * share * balance_LG.sum()
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
+    auxiliary = share * auxiliary_terms(reports, counts.tokens_LG, tables).sum()
     return MicroLoss(
-        total=losses_BS.sum() / labels_in_step + balance + z,
+        total=losses_BS.sum() / labels_in_step + balance + z + auxiliary,
         nll_M=sums_by_modality(losses_BS, labels_BS, label_modality_BS, num_modalities),
         balance=balance.detach().to(torch.float64),
         z=z.detach().to(torch.float64),
+        auxiliary=auxiliary.detach().to(torch.float64),
         counts=counts,
     )

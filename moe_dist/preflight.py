@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_dist.config.balance_rules import balance_relations
 from moe_dist.config.dispatch_rules import dispatch_relations
 from moe_dist.config.draft import Draft
 from moe_dist.config.index_header import largest_id
+from moe_dist.config.init_rules import init_relations
 from moe_dist.config.load import GUIDE, model_relations, read_draft
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
+from moe_dist.config.router_rules import router_relations
 from moe_dist.config.schema import RESERVED_GROUP_NAMES, Config, Relation
 from moe_dist.config.split_files import check_split, count_by_modality
 from moe_dist.errors import ConfigError, DataError, MoeDistError
@@ -139,7 +142,8 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
 def _own_relations(config: Config, groups: Sequence[ExpertGroup]) -> list[Relation]:
     """What the configuration breaks by itself."""
     rules = [*model_relations(config), *batch_relations(config), *gemm_relations(config), *group_relations(groups)]
-    return [*rules, *dispatch_relations(config)]
+    rules += [*dispatch_relations(config), *balance_relations(config)]
+    return [*rules, *router_relations(config), *init_relations(config)]
 
 
 def batch_relations(config: Config) -> list[Relation]:

@@ -18,16 +18,19 @@ from typing import Protocol
 from pydantic import JsonValue, ValidationError
 
 from moe_dist.build import Training
+from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_faults
-from moe_dist.config.load import changes_on_resume
+from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
-from moe_dist.errors import DataError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.starting_weights import begin_with_weights
 from moe_dist.trainer import Progress
 
 logger = logging.getLogger(__name__)
@@ -121,9 +124,11 @@ class Resumable:
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
-                taken = self._checkpoints.load_fitting(Path(self._config.run.init_from), self._capture())
+                report = begin_with_weights(self._config, self._checkpoints, self._capture(), self._training.parallel.model)
                 if self._checkpoints.rank == 0:
-                    print(f"run.init_from: {taken.report()}")
+                    print(f"run.init_from: {report}")
+                if self._config.run.keep_position:
+                    return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
         restored = self._checkpoints.load(newest, self._capture())
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
@@ -157,6 +162,23 @@ class Resumable:
             )
         self._check_data(folder, restored)
 
+    def _at_kept_position(self, init_from: Path) -> Progress:
+        """A new run's counters, at the place in the data where another's checkpoint stands.
+
+        Raises:
+            ConfigError: the place means something else in this run's data.
+        """
+        found = [0]
+
+        def look() -> None:
+            found[0] = kept_position(find_checkpoint(init_from), self._config, self._data)
+
+        self._checkpoints.agree("keep the position", look)
+        (position,) = self._checkpoints.of_first(found)
+        if self._checkpoints.rank == 0:
+            print(f"run.keep_position: the data go on at sequence {position:,}")
+        return Progress(position=position, first_position=position)
+
     def _check_data(self, folder: Path, restored: Restored) -> None:
         faults = digest_faults(_mapping(restored.values, "data", folder), self._data)
         if faults:
@@ -184,16 +206,19 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
         DataError: its counters are none, or contradict each other or the configuration.
     """
     saved, names = _mapping(restored.values, "progress", folder), [field.name for field in fields(Progress)]
+    saved = {"first_position": 0, **saved}  # checkpoints of before it could be another
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
     progress = Progress(**numbers)
-    batch = config.train.global_batch
+    batch, first = config.train.global_batch, progress.first_position
     rules = {
         f"step={progress.step} is the step {restored.step} of the checkpoint": progress.step == restored.step,
-        f"position={progress.position} is step x train.global_batch={batch}": progress.position == progress.step * batch,
-        f"tokens={progress.tokens} are at most position x data.seq_len": progress.tokens
-        <= progress.position * config.data.seq_len,
+        f"position={progress.position} is step x train.global_batch={batch} behind first_position={first}": (
+            progress.position - first == progress.step * batch
+        ),
+        f"tokens={progress.tokens} are at most those of the positions since, x data.seq_len": progress.tokens
+        <= (progress.position - first) * config.data.seq_len,
         f"skipped_in_a_row={progress.skipped_in_a_row} <= skipped_steps={progress.skipped_steps} <= step": (
             progress.skipped_in_a_row <= progress.skipped_steps <= progress.step
         ),
@@ -202,6 +227,33 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise DataError([f"{folder}: its counters contradict each other; it should hold that {rule}" for rule in broken])
     return progress
+
+
+def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
+    """Place in the global stream where a checkpoint stands, for a run that goes on there.
+
+    The stream is a function of the data, of the section `data` and of the seed: it must be the same one.
+
+    Raises:
+        ConfigError: it is another.
+        DataError: the checkpoint is not of a run.
+    """
+    state = open_checkpoint(folder).state
+    restored = Restored(state.step, state.values, {})
+    saved = _saved_config(restored, folder)
+    faults = [
+        f"run.keep_position=true: {key} is {old!r} in {folder} and {new!r} here, so that its position is of another "
+        f"stream; set it to {old!r}, or run.keep_position=false"
+        for key, old, new in difference(saved, config)
+        if key == "run.seed" or (key.startswith("data.") and key != "data.path")
+    ]
+    faults += [
+        f"run.keep_position=true: {fault}; take the data of {folder}, or run.keep_position=false"
+        for fault in digest_faults(_mapping(restored.values, "data", folder), data)
+    ]
+    if faults:
+        raise ConfigError(faults, see="docs/checkpoints.md")
+    return progress_of(restored, saved, folder).position
 
 
 def _saved_config(restored: Restored, folder: Path) -> Config:

@@ -10,6 +10,7 @@ from rich.console import Console
 from moe_dist.build import COMPUTE_DTYPES
 from moe_dist.comm.watch import Watch
 from moe_dist.config import schema
+from moe_dist.config.balance_rules import load_targets
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import PlacementError
@@ -109,7 +110,13 @@ def open_sinks(
 def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[Sink]:
     """One sink for each section, and one that the launcher asks for; each gets configuration and placement as text."""
     config, placement = plan.config, plan.placement
-    subject = Subject(placement.groups, placement, config.model.moe_layers, len(plan.manifest.modalities))
+    subject = Subject(
+        placement.groups,
+        placement,
+        config.model.moe_layers,
+        len(plan.manifest.modalities),
+        load_targets(config.model.moe),
+    )
     sinks: list[Sink] = []
     for section in config.monitor.sinks:
         options = {**section.model_dump(exclude={"kind"}), "resume_step": resume_step}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moe_dist.config.schema import Config, ModelSection
+from moe_dist.config.schema import Config, ExpertChoiceRouterSection, ModelSection
 from moe_dist.model.flops import Shape, parameters
 from moe_dist.model.memory import CHECKPOINT_BYTES
 from moe_dist.placement.placement import ExpertGroup
@@ -24,6 +24,9 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         qk_norm=section.qk_norm,
         tie_embeddings=section.tie_embeddings,
         groups=groups,
+        auxiliary_routers=isinstance(section.moe.router, ExpertChoiceRouterSection)
+        and section.moe.router.causal == "auxiliary",
+        single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
     )
 
 

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +33,7 @@ class Progress:
         tokens: Tokens seen, padding excluded.
         skipped_steps, skipped_in_a_row: Non-finite steps, in all and since the last good one.
         evaluated: Step of the last evaluation; a stop request may leave one owed, which is taken on resume.
+        first_position: Where in the global stream the run began: beyond 0 where it keeps the position of another's weights.
     """
 
     step: int = 0
@@ -41,6 +42,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     evaluated: int = 0
+    first_position: int = 0
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -80,6 +82,7 @@ class Plan:
         flops_per_token: Forward and backward FLOPs a token, from the mean true experts a token and the share of the tokens
             of each group.
         peak_flops: Of all devices together; None where unknown.
+        load_target: True experts a token that a controller holds each group at, by group.
     """
 
     steps: int
@@ -91,6 +94,7 @@ class Plan:
     max_skipped_in_a_row: int
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None = None
+    load_target: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,9 @@ class Trainer:
         plan, progress = self._plan, self.progress
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
         batches = self._loader.batches(progress.position)
-        result = self._take_step(batches, lr=lr, aux=aux, stop_requested=self._stop_requested(), began=begin)
+        result = self._take_step(
+            batches, lr=lr, aux=aux, stop_requested=self._stop_requested(), began=begin, number=progress.step
+        )
         progress.step += 1
         progress.position += plan.global_batch
         progress.tokens += result.tokens
@@ -203,6 +209,7 @@ class Trainer:
             labels=dict(zip(self._modalities, result.labels_M.tolist(), strict=True)),
             balance_loss=result.balance,
             z_loss=result.z,
+            auxiliary_loss=result.auxiliary,
             balance_coefficient=aux.balance,
             lr=lr,
             grad_norm=result.grad_norm,
@@ -215,12 +222,15 @@ class Trainer:
             entropy_sum_LG=result.entropy_LG,
             rows_LR=rows_by_rank(taken_LE, self._placement),
             dropped_LG=dropped_LG,
+            above_LE=result.above_LE,
+            idle_LG=result.idle_LG,
             ledger=result.ledger,
             comm_seconds=result.comm_seconds,
             step_seconds=seconds,
             epochs=self._loader.epochs(self.progress.position),
             flops_per_token=self._plan.flops_per_token(experts, share),
             busy_seconds_W=result.busy_seconds_W,
+            load_target=self._plan.load_target,
         )
 
     def _show(self, stats: StepStatistics) -> None:

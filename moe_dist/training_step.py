@@ -18,12 +18,15 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.evaluation.heldout import forward
-from moe_dist.loss import AuxSettings, MicroLoss, micro_loss
+from moe_dist.loss import AuxSettings, GlobalCounts, MicroLoss, micro_loss
 from moe_dist.moe.aux_losses import ColumnTables
+from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.routing import LayerReport
+from moe_dist.moe.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import set_lr
 from moe_dist.optim.grad_norm import clip_by_norm, local_norm_squared
+from moe_dist.parallel.batch_facts import count_members, facts_of
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -34,12 +37,15 @@ class StepResult:
 
     Attributes:
         nll_M, labels_M: Token losses (nats) and scored labels by the label's modality.
-        balance, z: The auxiliary terms as they entered the loss.
+        balance, z: The balance terms as they entered the loss.
+        auxiliary: The auxiliary routers' term as it entered the loss; 0 where they are not trained.
         grad_norm: Global norm before clipping, not finite where the step was skipped.
         skipped: No rank took the step, since the loss or a gradient was not finite.
         tokens: Input tokens without padding.
         choices_LC, tokens_LG, entropy_LG: Routing counts, see `moe_dist.monitor.statistics`.
         dropped_LE: int64, choices of each true expert that a capacity dropped.
+        above_LE, idle_LG: int64, where experts choose: tokens above each expert's threshold, and tokens that none took.
+            Else without columns.
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.ledger.LEDGER_KEYS`.
         comm_seconds: Mean over ranks of the time inside the exchanges.
         stop_requested: At least one rank was asked to stop.
@@ -51,6 +57,7 @@ class StepResult:
     labels_M: np.ndarray
     balance: float
     z: float
+    auxiliary: float
     grad_norm: float
     skipped: bool
     tokens: int
@@ -58,6 +65,8 @@ class StepResult:
     tokens_LG: np.ndarray
     entropy_LG: np.ndarray
     dropped_LE: np.ndarray
+    above_LE: np.ndarray
+    idle_LG: np.ndarray
     ledger: Mapping[str, int]
     comm_seconds: float
     stop_requested: bool
@@ -74,6 +83,10 @@ class TrainingStep:
         group_of_modality: Expert group of each modality, in the data's order of modalities.
         clip_norm: Bound of the global gradient norm, or None.
         traffic: Counter of the model's wires.
+        balance: Moves the selection biases after each step that was taken; None where nothing does.
+        thresholds: Follows each step that was taken, where experts choose their tokens and the router is trained.
+        needs_facts: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
+            costs a host sync at the step's beginning.
     """
 
     def __init__(
@@ -85,6 +98,9 @@ class TrainingStep:
         group_of_modality: Sequence[int],
         clip_norm: float | None,
         traffic: Traffic,
+        balance: BiasController | None = None,
+        thresholds: ThresholdKeeper | None = None,
+        needs_facts: bool = False,
     ) -> None:
         self.parallel = parallel
         self.optimizer = optimizer
@@ -92,6 +108,9 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
         self.traffic = traffic
+        self.balance = balance
+        self.thresholds = thresholds
+        self.needs_facts = needs_facts
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
         self._times = self._no_times[:0]
         self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
@@ -104,8 +123,10 @@ class TrainingStep:
         aux: AuxSettings,
         stop_requested: bool = False,
         began: float | None = None,
+        number: int = 0,
     ) -> StepResult:
-        """One step over this rank's micro-batches. `began` is when the rank turned to it (time.perf_counter), if earlier.
+        """One step over this rank's micro-batches. `began` is when the rank turned to it (time.perf_counter), if earlier;
+        `number` is the step's (0-based) and names its random draws.
 
         Syncs with the host at its end only, besides the dispatchers: for this rank's own counts, which the ledger is made
         of, and for the summed vector and counts.
@@ -116,16 +137,19 @@ class TrainingStep:
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = self._count_labels(batches)
         # The times of the step before ride along: sums of counts are exact in any order, so they change no bit.
-        counts = sum_over(torch.cat([labels_M.sum(1), self._times]), mesh.world, name="label counts", watch=mesh.watch)
-        micro_labels, times_W = counts.split([len(batches), len(self._times)])
+        members = count_members(batches, self.group_of_modality, mesh, len(self.placement.groups), asked=self.needs_facts)
+        counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
+        counts = sum_over(counts, mesh.world, name="label counts", watch=mesh.watch)
+        micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
         labels_in_step = micro_labels.sum().clamp_min(1.0)
+        facts = facts_of(batches, flat.view_as(members), mesh, number, self.traffic)
         self.traffic.take()
 
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
-                logits, reports = forward(self.parallel, batch, self.group_of_modality)
+                logits, reports = forward(self.parallel, batch, self.group_of_modality, facts[i])
                 loss = micro_loss(
                     logits,
                     reports,
@@ -199,6 +223,7 @@ class TrainingStep:
                 squared.view(1),
                 torch.stack([loss.balance for loss in losses]).sum().view(1),
                 torch.stack([loss.z for loss in losses]).sum().view(1),
+                torch.stack([loss.auxiliary for loss in losses]).sum().view(1),
                 torch.stack([loss.nll_M for loss in losses]).sum(0),
                 labels_M,
                 torch.tensor(host, dtype=torch.float64, device=device),
@@ -209,35 +234,43 @@ class TrainingStep:
         """All ranks see the same sums, so all take the step or none does; a NaN anywhere reaches every rank in them."""
         num_modalities = len(self.group_of_modality)
         values = summed.tolist()  # host sync: norm, vote and statistics
-        squared, balance, z = values[:3]
-        nll_M = np.array(values[3 : 3 + num_modalities])
-        labels_M = np.array(values[3 + num_modalities : 3 + 2 * num_modalities])
-        host = values[3 + 2 * num_modalities :]
-        finite = bool(np.isfinite([squared, balance, z, *nll_M]).all())
+        squared, balance, z, auxiliary = values[:4]
+        nll_M = np.array(values[4 : 4 + num_modalities])
+        labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
+        host = values[4 + 2 * num_modalities :]
+        finite = bool(np.isfinite([squared, balance, z, auxiliary, *nll_M]).all())
+        counts = GlobalCounts(*(torch.stack(part).sum(0) for part in zip(*(loss.counts for loss in losses), strict=True)))
         if finite:
             norm = summed[0].sqrt()
             if self.clip_norm is not None:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+            if self.thresholds is not None:
+                num_experts = self.placement.num_experts
+                self.thresholds(counts.cut_LE, counts.above_LE, counts.choices_LC[:, :num_experts], counts.tokens_LG)
+            if self.balance is not None:
+                self.balance.update(counts.choices_LC, counts.tokens_LG)
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
-        summed_counts = torch.stack([torch.cat(loss.counts, dim=1) for loss in losses]).sum(0).cpu().numpy()
-        widths = [part.shape[1] for part in losses[0].counts]
-        choices_LC, tokens_LG, entropy_LG, dropped_LE = np.split(summed_counts, np.cumsum(widths)[:-1], axis=1)
+        widths = [part.shape[1] for part in counts]
+        shown = GlobalCounts(*np.split(torch.cat(counts, dim=1).cpu().numpy(), np.cumsum(widths)[:-1], axis=1))
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
             labels_M=labels_M.astype(np.int64),
             balance=balance,
             z=z,
+            auxiliary=auxiliary,
             grad_norm=float(np.sqrt(squared)),
             skipped=not finite,
             tokens=int(tokens),
-            choices_LC=choices_LC.astype(np.int64),
-            tokens_LG=tokens_LG.astype(np.int64),
-            entropy_LG=entropy_LG,
-            dropped_LE=dropped_LE.astype(np.int64),
+            choices_LC=shown.choices_LC.astype(np.int64),
+            tokens_LG=shown.tokens_LG.astype(np.int64),
+            entropy_LG=shown.entropy_LG,
+            dropped_LE=shown.dropped_LE.astype(np.int64),
+            above_LE=shown.above_LE.astype(np.int64),
+            idle_LG=shown.idle_LG.astype(np.int64),
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,

@@ -12,7 +12,7 @@ own, so that even a second writer that should not be there cannot mix its files 
 
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLay
 from moe_dist.checkpoint.state_file import STATE_FILE
 from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
 from moe_dist.checkpoint.takeover import Taken, fitting_names, taken_from
+from moe_dist.checkpoint.upcycle import upcycled
 from moe_dist.checkpoint.vote import Ballot
 from moe_dist.comm.watch import Watch
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
@@ -159,6 +160,10 @@ class CheckpointManager:
         """Runs something on rank 0; all ranks raise if it fails. Failures of the file system become `kind`."""
         self._ballot.phase(what, action, only_first=True, kind=kind)
 
+    def of_first(self, numbers: list[int]) -> list[int]:
+        """Rank 0's numbers on all ranks; the others bring as many of any value."""
+        return self._ballot.add(numbers if self._ballot.rank == 0 else [0] * len(numbers))
+
     def load(self, folder: Path, state: CheckpointState) -> Restored:
         """Loads a checkpoint, written at any layout, into the tensors of `state` and its optimizer's step count, in place.
 
@@ -175,36 +180,51 @@ class CheckpointManager:
         try:
             self._ballot.phase("load", lambda: opened.append(self._read(folder, state)), kind=DataError)
             contents, rank_values = opened[0]
-            self._check_loaded(contents, state, state.specs.keys() & contents.index.tensors.keys())
+            shared = state.specs.keys() & contents.index.tensors.keys()
+            self._check_loaded(contents, state, {name: name for name in shared})
         except DataError as error:
             raise self._with_way_out(error, folder) from error
         return Restored(contents.state.step, contents.state.values, rank_values)
 
-    def load_fitting(self, path: Path, state: CheckpointState) -> Taken:
+    def load_fitting(
+        self,
+        path: Path,
+        state: CheckpointState,
+        *,
+        upcycle: bool = False,
+        check: Callable[[Mapping[str, JsonValue]], None] | None = None,
+    ) -> Taken:
         """Loads the parameters whose names, shapes and dtypes are those of the checkpoint; all else stays as it is.
 
         Args:
             path: As `find_checkpoint` takes it.
+            upcycle: Make experts of a dense FFN or of a group's only expert, see `moe_dist.checkpoint.upcycle`.
+            check: Called with the checkpoint's values (`CheckpointState.values`) before a tensor is read; may raise.
 
         Raises:
-            ConfigError: there is no checkpoint, or nothing of it fits.
+            ConfigError: there is no checkpoint, or nothing of it fits, or not all experts can be upcycled; or as `check`.
             DataError: as `load`.
         """
         self._check_layout(state.layout)
-        opened: list[Contents] = []
+        opened: list[tuple[Contents, dict[str, str]]] = []
 
         def read() -> None:
             contents = open_checkpoint(find_checkpoint(path))
-            fitting = fitting_names(contents.index, state.specs)
-            if not fitting:
+            if check is not None:
+                check(contents.state.values)
+            sources = {name: name for name in fitting_names(contents.index, state.specs)}
+            if upcycle:
+                sources |= upcycled(contents.folder, contents.index, state.specs)
+            if not sources:
                 raise ConfigError(f"{path}: nothing of that checkpoint fits this model, neither a name nor a shape")
             self._check_headers(contents)
-            read_tensors(contents, {name: tensor for name, tensor in state.tensors().items() if name in fitting})
-            opened.append(contents)
+            read_tensors(contents, {name: held for name, held in state.tensors().items() if name in sources}, sources)
+            opened.append((contents, sources))
 
         self._ballot.phase("load", read, kind=DataError)
-        self._check_loaded(opened[0], state, fitting_names(opened[0].index, state.specs))
-        return taken_from(opened[0].folder, opened[0].index, state.specs)
+        contents, sources = opened[0]
+        self._check_loaded(contents, state, sources)
+        return taken_from(contents, state.specs, sources)
 
     def _check_layout(self, layout: RankLayout) -> None:
         rank, world_size = self._ballot.rank, self._ballot.world_size
@@ -309,11 +329,12 @@ class CheckpointManager:
         numbers = range(self._ballot.rank, contents.index.num_shards, self._ballot.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
-    def _check_loaded(self, contents: Contents, state: CheckpointState, names: Collection[str]) -> None:
-        """Holds what lies in memory under `names` (the same on all ranks) against the fingerprints: whole tensors on each
-        rank that has them, shards by their sum over the ranks. One all-reduce of a number a tensor, and one vote."""
-        entries, written = contents.index.tensors, state.written().keys()
-        sums, wrong = dict.fromkeys(sorted(names), 0), []
+    def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
+        """Holds what lies in memory under the names of `sources` (the same on all ranks) against the fingerprints of what
+        each was read from: whole tensors on each rank that has them, shards by their sum over the ranks. One all-reduce of
+        a number a tensor, and one vote."""
+        entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
+        sums, wrong = dict.fromkeys(sorted(sources), 0), []
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}
         for name, piece in pieces_of(held).items():
             found = piece.fingerprint()
@@ -328,7 +349,7 @@ class CheckpointManager:
             if wrong:
                 raise DamagedError(
                     f"checkpoint {contents.folder}: what was loaded is not what was saved",
-                    [_damaged(contents, name) for name in dict.fromkeys(wrong)],
+                    [_damaged(contents, sources[name]) for name in dict.fromkeys(wrong)],
                 )
 
         self._ballot.phase("check what was loaded", tell, kind=DataError)

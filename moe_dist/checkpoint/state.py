@@ -133,6 +133,13 @@ def capture(
     return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
 
 
+def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
+    """The moments that an optimizer over the model's trained parameters has."""
+    parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
+    _, specs = _logical(parameters, {}, layout)
+    return {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}
+
+
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; of tied ones the first name only."""
     distinct: dict[int, tuple[str, Tensor]] = {}

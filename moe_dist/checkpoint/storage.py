@@ -131,28 +131,30 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     return Index(save_id=save_id, step=step, shards=tuple(shards), tensors=tensors)
 
 
-def read_tensors(contents: Contents, tensors: Mapping[str, Tensor]) -> None:
+def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Mapping[str, str] | None = None) -> None:
     """Fills plain tensors and local shards of DTensors in place, reading only the parts they need.
 
     Args:
         contents: Whose index fits the tensors (`check_fits`): its boxes fill every tensor.
+        sources: Names in the checkpoint of tensors that have another one there; several may have the same.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
     """
     index, planner = contents.index, DefaultLoadPlanner(**_DIALECT)
-    wanted = {name: tensor for name, tensor in tensors.items() if name in index.tensors}
-    planner.set_up_planner(dict(wanted), _dcp_metadata({name: index.tensors[name] for name in wanted}))
+    there = {name: (sources or {}).get(name, name) for name in tensors}
+    wanted = {name: tensor for name, tensor in tensors.items() if there[name] in index.tensors}
+    planner.set_up_planner(dict(wanted), _dcp_metadata({name: index.tensors[there[name]] for name in wanted}))
     by_shard: dict[int, list[tuple[ReadItem, Chunk]]] = defaultdict(list)
     for item in planner.create_local_plan().items:
-        parts = index.tensors[item.storage_index.fqn].chunks
+        parts = index.tensors[there[item.storage_index.fqn]].chunks
         chunk = next(part for part in parts if torch.Size(part.offsets) == item.storage_index.offset)
         by_shard[chunk.shard].append((item, chunk))
     for number, items in sorted(by_shard.items()):
         header = open_shard(contents, number)
         with open_tensors(contents.folder, number) as file:
             for item, chunk in items:
-                name = item.storage_index.fqn
+                name = there[item.storage_index.fqn]
                 if header.parts.get(name) != (index.tensors[name].dtype, chunk):
                     raise DataError(f"checkpoint file {shard_file(number)}: {name} is not the part that the index names")
                 box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))

@@ -4,9 +4,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.fits import differences
 from moe_dist.checkpoint.index import Index
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
@@ -24,6 +25,7 @@ class Taken:
         elements: How many numbers that are.
         kept: Parameters of the model that stay as they were initialised, with the reason.
         left: Parameters of the checkpoint that were not used.
+        made_of: Those of `taken` that have another name in the checkpoint, with it.
     """
 
     folder: Path
@@ -31,12 +33,15 @@ class Taken:
     elements: int
     kept: Mapping[str, str]
     left: tuple[str, ...]
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
     def report(self) -> str:
         """What was taken and what was not; names that differ in layer or expert alone share a line."""
         reasons = sorted({reason for reason in self.kept.values()})
         lines = [f"weights from {self.folder}; optimizer, step and position in the data are new"]
-        lines += [f"took {len(self.taken)} tensors, {self.elements:,} numbers:", *_families(self.taken)]
+        lines.append(f"took {len(self.taken)} tensors, {self.elements:,} numbers:")
+        lines += _families(name for name in self.taken if name not in self.made_of)
+        lines += _families(f"{name} of {self.made_of[name]}" for name in self.taken if name in self.made_of)
         lines.append(f"kept {len(self.kept)} tensors of the model as initialised{':' if self.kept else ''}")
         for reason in reasons:
             lines += _families((name for name, why in self.kept.items() if why == reason), f" ({reason})")
@@ -51,16 +56,18 @@ def fitting_names(index: Index, specs: Mapping[str, TensorSpec]) -> set[str]:
     return {name for name in parameters if name in index.tensors and name not in differ}
 
 
-def taken_from(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> Taken:
-    """What `fitting_names` takes of a checkpoint."""
-    parameters, taken = _parameters(specs), fitting_names(index, specs)
+def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:
+    """What was taken of a checkpoint, given where each parameter that was loaded came from."""
+    index, parameters = contents.index, _parameters(specs)
     reasons = dict(line.split(": ", 1) for line in differences(index, parameters))
+    used = set(sources.values())
     return Taken(
-        folder=folder,
-        taken=tuple(name for name in parameters if name in taken),
-        elements=sum(math.prod(parameters[name].shape) for name in taken),
-        kept={name: reasons[name] for name in parameters if name in reasons},
-        left=tuple(name for name in index.tensors if name not in taken and not name.startswith(OPTIMIZER_PREFIX)),
+        folder=contents.folder,
+        taken=tuple(name for name in parameters if name in sources),
+        elements=sum(math.prod(parameters[name].shape) for name in sources),
+        kept={name: reasons[name] for name in parameters if name in reasons and name not in sources},
+        left=tuple(name for name in index.tensors if name not in used and not name.startswith(OPTIMIZER_PREFIX)),
+        made_of={name: there for name, there in sources.items() if there != name},
     )
 
 

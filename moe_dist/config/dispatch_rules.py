@@ -7,6 +7,7 @@ from moe_dist.config.schema import (
     PerNodeDispatchSection,
     PerPairDispatchSection,
     Relation,
+    TopKRouterSection,
 )
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # ranks for which DeepEP has settings of its kernels
@@ -26,7 +27,7 @@ def dispatch_relations(config: Config) -> list[Relation]:
     if isinstance(section, PerPairDispatchSection):
         return _pair_relations(config)
     if isinstance(section, DeepEPDispatchSection):
-        return [*_deep_ep_relations(config), *_kernel_relations(config, "DeepEP")]
+        return [*_deep_ep_relations(config), *_kernel_relations(config, "DeepEP"), *_choice_relations(config)]
     if isinstance(section, HybridEPDispatchSection):
         return [*_hybrid_ep_relations(config), *_kernel_relations(config, "HybridEP")]
     return []
@@ -44,12 +45,19 @@ def _node_relations(section: PerNodeDispatchSection, ep: int) -> list[Relation]:
 
 
 def _pair_relations(config: Config) -> list[Relation]:
-    kind = config.model.moe.router.kind
-    fault = (
-        f"parallel.dispatch.kind=per_pair: needs the number of pairs of each rank and expert beforehand, and with "
-        f"model.moe.router.kind={kind} the tokens choose, so that it is not known; take parallel.dispatch.kind=per_rank"
-    )
-    return [Relation(("parallel.dispatch.kind", "model.moe.router.kind"), fault)] if kind == "top_k" else []
+    router = config.model.moe.router
+    name = "parallel.dispatch.kind=per_pair: needs the number of pairs of each rank and expert beforehand, and with"
+    way_out = "take parallel.dispatch.kind=per_rank"
+    if isinstance(router, TopKRouterSection):
+        fault = f"{name} model.moe.router.kind={router.kind} the tokens choose, so that it is not known; {way_out}"
+        return [Relation(("parallel.dispatch.kind", "model.moe.router.kind"), fault)]
+    if router.set != "rank":
+        fault = (
+            f"{name} model.moe.router.set={router.set} it depends on the other ranks' scores; {way_out}, or "
+            "model.moe.router.set=rank"
+        )
+        return [Relation(("parallel.dispatch.kind", "model.moe.router.set"), fault)]
+    return []
 
 
 def _deep_ep_relations(config: Config) -> list[Relation]:
@@ -62,6 +70,16 @@ def _deep_ep_relations(config: Config) -> list[Relation]:
         "parallel.dispatch.kind=per_rank"
     )
     return [Relation(("parallel.dispatch.kind", "parallel.ep"), fault)]
+
+
+def _choice_relations(config: Config) -> list[Relation]:
+    """DeepEP takes as many choices of every token; an expert's choice leaves some tokens with more than others."""
+    kind = config.model.moe.router.kind
+    fault = (
+        f"parallel.dispatch.kind=deep_ep: takes top_k choices of each token, and with model.moe.router.kind={kind} a token "
+        "may be taken by any number of experts; take parallel.dispatch.kind=per_rank"
+    )
+    return [Relation(("parallel.dispatch.kind", "model.moe.router.kind"), fault)] if kind == "expert_choice" else []
 
 
 def _hybrid_ep_relations(config: Config) -> list[Relation]:

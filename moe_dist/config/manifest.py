@@ -60,7 +60,7 @@ class ImageSection(Section):
 
 
 # Losses are shown as loss/<modality> beside these, and as eval/<modality>_no_filler.
-RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z")
+RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z", "auxiliary")
 
 
 class Manifest(Section):

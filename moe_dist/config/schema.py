@@ -38,7 +38,7 @@ RESERVED_GROUP_NAMES = frozenset((
     "choices_E", "columns_E", "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr",
     "first_free", "float", "forward", "group_of_column_C", "group_of_expert_E", "groups", "half", "ipu",
     "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children", "named_modules",
-    "named_parameters", "normalise", "num_choices", "num_experts", "num_free", "num_identity", "pair_budget",
+    "named_parameters", "normalise", "null_logit", "num_choices", "num_experts", "num_free", "num_identity", "pair_budget",
     "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
     "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
     "zero_grad",
@@ -95,6 +95,26 @@ class RunSection(Section):
         description="Checkpoint (or run folder) whose weights a new run begins with, as far as names and shapes fit; a run "
         "that goes on does not look at it.",
     )
+    init_rules: tuple[Literal["copy_nulls", "upcycle"], ...] = Field(
+        default=(),
+        description="What else is made of the weights of init_from: copy_nulls gives each null expert the router row of a "
+        "true one, so that a trained top-k model begins as it is (AdaMoE); upcycle copies a dense FFN, or a group's one "
+        "expert, into every expert of the group.",
+    )
+    keep_position: bool = Field(
+        default=False,
+        description="With init_from, go on in the data where that checkpoint stands instead of at its beginning; needs the "
+        "same data, data section and seed. Steps and learning rate begin anew.",
+    )
+
+    def broken_relations(self) -> list[Relation]:
+        if self.init_from is not None or not self.keep_position:
+            return []
+        fault = (
+            "keep_position=true: there is no init_from whose position could be kept; name a checkpoint in init_from, or "
+            "set keep_position to false"
+        )
+        return [Relation(("keep_position", "init_from"), fault)]
 
 
 class GroupSection(Section):
@@ -110,7 +130,10 @@ class GroupSection(Section):
     num_constant: Count = Field(
         default=0, description="Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."
     )
-    top_k: PositiveInt = Field(description="Choices a token makes among all experts of its group, null ones included (k).")
+    top_k: PositiveInt = Field(
+        description="Choices a token makes among all experts of its group, null ones included (k). With "
+        "router.kind=expert_choice the number of experts that take a token on average, unless router.capacity says so."
+    )
     ffn_dim: PositiveInt = Field(description="Hidden width of each expert's SwiGLU (F).")
     modalities: tuple[Name, ...] = Field(
         default=(), description="Modalities routed to this group; empty means the one that has the group's name."
@@ -134,19 +157,55 @@ class TopKRouterSection(Section):
         default="top_k",
         description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
     )
-    normalise: Literal["true_chosen", "all_chosen", "none"] = Field(
+    normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = Field(
         default="true_chosen",
         description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
-        "experts, or the plain softmax over the whole group.",
+        "experts, over all experts that are not null, chosen or not, or the plain softmax over the whole group.",
     )
     scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
+    null_logit: Literal["each", "single"] = Field(
+        default="each",
+        description="Null experts have a router row each, or a single one whose logit stands in all of them.",
+    )
     selection_bias: bool = Field(
         default=False,
         description="Choose by softmax + bias; the bias starts at 0 and enters no weight (LongCat-Flash, Ernie 4.5).",
     )
 
 
-RouterSection = TopKRouterSection  # a union with discriminator="kind" once there are two
+class ExpertChoiceRouterSection(Section):
+    """Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself."""
+
+    kind: Literal["expert_choice"] = Field(
+        default="expert_choice",
+        description="Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself.",
+    )
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None,
+        description="Share of its group's tokens in the choice set that each expert takes (c); null is top_k / num_experts "
+        "of the group, so that a token is taken by top_k experts on average.",
+    )
+    set: Literal["rank", "ep_group", "world"] = Field(
+        default="rank",
+        description="Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all "
+        "ranks'. The latter two exchange the router's logits in each layer.",
+    )
+    noise: NonNegative = Field(
+        default=0.0,
+        description="Scale of Gumbel-sigmoid noise on the logits in training, sigmoid(x + noise (G' - G'')); MoMa takes 1 "
+        "after upcycling.",
+    )
+    causal: Literal["threshold", "auxiliary"] | None = Field(
+        default=None,
+        description="How evaluation routes a token without looking at later ones: by thresholds that follow the k-th "
+        "largest score, or by auxiliary routers, trained in a second stage (train.only). Evaluation needs one of them.",
+    )
+    threshold_decay: Decay = Field(
+        default=0.99, description="Decay a step of the running means behind the thresholds; their memory is 1 / (1 - it)."
+    )
+
+
+RouterSection = Annotated[TopKRouterSection | ExpertChoiceRouterSection, Field(discriminator="kind")]
 
 
 class CapacitySection(Section):
@@ -164,6 +223,41 @@ class CapacitySection(Section):
     )
 
 
+class LoadTargetSection(Section):
+    """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
+
+    kind: Literal["load_target"] = Field(
+        default="load_target",
+        description="Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash).",
+    )
+    target: dict[GroupName, PositiveFloat] = Field(
+        min_length=1, description="True experts a token, by group; groups that are not named are left alone."
+    )
+    rate: PositiveFloat = Field(
+        description="Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."
+    )
+    decay_steps: PositiveInt | None = Field(
+        default=None, description="Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."
+    )
+    per: Literal["group", "expert"] = Field(
+        default="group",
+        description="The true experts of a group move together, or each by its own load, which evens them out as well.",
+    )
+
+
+class LossFreeSection(Section):
+    """Balance a group's true experts by the sign of each one's distance from the mean load (DeepSeek-V3)."""
+
+    kind: Literal["loss_free"] = Field(
+        default="loss_free",
+        description="Balance a group's true experts by the sign of each one's distance from the mean load (DeepSeek-V3).",
+    )
+    rate: PositiveFloat = Field(default=1e-3, description="By how much a bias moves in a step.")
+
+
+ControllerSection = Annotated[LoadTargetSection | LossFreeSection, Field(discriminator="kind")]
+
+
 class MoESection(Section):
     """Expert groups, their router, and which layers hold them."""
 
@@ -172,11 +266,20 @@ class MoESection(Section):
     capacity: CapacitySection | None = Field(
         default=None, description="Bound of the pairs an expert takes while training; null for none."
     )
+    balance: tuple[ControllerSection, ...] = Field(
+        default=(), description="Controllers of the router's selection bias, one of a kind; what they say is added up."
+    )
     every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
     shared_ffn_dim: Count = Field(
         default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
     )
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _top_k_unless_said(cls, value: Any) -> Any:
+        """`router: {normalise: none}` means the default kind, which has that key."""
+        return {"kind": "top_k", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 class ModelSection(Section):
@@ -477,18 +580,28 @@ class OptimizerSection(Section):
 class BalanceSection(Section):
     """Load-balance loss."""
 
-    kind: Literal["null_averaged", "vanilla"] = Field(
-        default="null_averaged", description="Null experts share one averaged load (AdaMoE), or each has its own."
+    kind: Literal["null_averaged", "vanilla", "null_split"] = Field(
+        default="null_averaged",
+        description="Null experts share one averaged load (AdaMoE), or each has its own; or nothing but the split between "
+        "true experts and all others is regulated (ZEDA).",
+    )
+    null_weight: dict[GroupName, PositiveFloat] = Field(
+        default_factory=dict,
+        description="By group, the load that a null expert is to carry over that of a true one; 1 where it is not named. "
+        "Even is then k n / (n + m w) true experts a token.",
     )
     schedule: tuple[tuple[Count, NonNegative], ...] = Field(
         default=((0, 0.02),), description="[first step, coefficient] pairs; each holds until the next one's first step."
     )
 
     def broken_relations(self) -> list[Relation]:
-        starts = [start for start, _ in self.schedule]
-        if starts and starts[0] == 0 and starts == sorted(set(starts)):
-            return []
-        return [Relation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}")]
+        starts, broken = [start for start, _ in self.schedule], []
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            broken.append(Relation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}"))
+        if self.null_weight and self.kind == "vanilla":
+            fault = "null_weight: kind=vanilla gives every null expert its own load; take null_averaged or null_split"
+            broken.append(Relation(("null_weight", "kind"), fault))
+        return broken
 
 
 class LossSection(Section):
@@ -507,6 +620,11 @@ class TrainSection(Section):
     global_batch: PositiveInt = Field(description="Sequences a step, over all ranks and micro-batches.")
     micro_batch: PositiveInt = Field(description="Sequences a rank computes at once.")
     max_skipped_in_a_row: PositiveInt = Field(default=10, description="Non-finite steps in a row that end the run with 70.")
+    only: Literal["auxiliary_routers"] | None = Field(
+        default=None,
+        description="Train these parameters alone and freeze all others: auxiliary_routers is the second stage of expert "
+        "choice, begun with run.init_from. null trains all.",
+    )
 
 
 class EvaluationSection(Section):

@@ -12,6 +12,7 @@ from moe_dist.data.loader import heldout_batches
 from moe_dist.evaluation.balance import BalanceEfficiency, balance_efficiency
 from moe_dist.evaluation.heldout import Heldout, experts_ablated, heldout_losses
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
 from moe_dist.monitor.metrics import busiest_over_mean, layer_mean, rows_by_rank, weighted_rows
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.mesh import Mesh
@@ -59,7 +60,8 @@ class Evaluator:
         """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers as they were.
 
         Args:
-            final: Use `final_sequences`, and measure the loss without experts.
+            final: Use `final_sequences`, and measure the loss without experts, and with the choice of training where
+                experts choose.
         """
         batches = self._batches(self._final_sequences if final else self._sequences)
         heldout = self._losses(batches)
@@ -67,6 +69,10 @@ class Evaluator:
         if final and self._ablate:
             with experts_ablated(self._model):
                 ablated = self._losses(batches).loss
+        seen = Heldout({}, {}, None)
+        if final and any(isinstance(layer.router, ExpertChoiceRouter) for layer in self._model.moe_modules()):
+            with choice_of_training([layer.router for layer in self._model.moe_modules()]):
+                seen = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
         if self._measure_balance:
             balance = balance_efficiency(
@@ -81,6 +87,9 @@ class Evaluator:
             loss=heldout.loss,
             tokens=heldout.tokens,
             ablated_loss=ablated,
+            choice_loss=seen.loss,
+            experts_per_token=self._experts_per_token(heldout),
+            choice_experts_per_token=self._experts_per_token(seen),
             balance_efficiency=balance.timed,
             balance_efficiency_by_count=self._by_count(heldout.choices_LC),
             balance_note=balance.note,
@@ -96,6 +105,17 @@ class Evaluator:
                 world=self._mesh.world,
                 watch=self._mesh.watch,
             )
+
+    def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
+        """True experts a token of each group takes, mean over the layers; groups without tokens are left out."""
+        if heldout.choices_LC is None or heldout.tokens_LG is None:
+            return {}
+        tokens_G = heldout.tokens_LG.sum(0)
+        return {
+            group.name: float(heldout.choices_LC[:, group.experts].sum() / tokens_G[index])
+            for index, group in enumerate(self._placement.groups)
+            if tokens_G[index]
+        }
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
         """Mean over max of the ranks' rows x FFN width, from the choices of this evaluation."""

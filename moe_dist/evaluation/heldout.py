@@ -14,7 +14,7 @@ from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.loss import sums_by_modality, token_losses
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import LayerReport
+from moe_dist.moe.routing import BatchFacts, LayerReport
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class Heldout:
             modalities without labels are left out.
         tokens: Labels behind each loss.
         choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`; None without batches.
+        tokens_LG: int64, tokens routed in each group; None without batches.
     """
 
     loss: Mapping[str, float]
     tokens: Mapping[str, int]
     choices_LC: np.ndarray | None
+    tokens_LG: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -58,11 +60,12 @@ def heldout_losses(
         on_device = batch.to(device)
         logits, reports = forward(model, on_device, group_of_modality)
         sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
-        choices.append(torch.stack([report.sums.choices_C for report in reports]))
+        choices.append(torch.stack([torch.cat([r.sums.choices_C, r.sums.tokens_G]) for r in reports]))
     model.train(training)
     if not choices:  # nothing is held out; on no rank, since all have the same number of batches
         return Heldout({}, {}, None)
-    choices_LC = sum_over(torch.stack(choices).sum(0), world, name="evaluation counts", watch=watch)
+    counts_LX = sum_over(torch.stack(choices).sum(0), world, name="evaluation counts", watch=watch).cpu().numpy()
+    num_groups = len(reports[0].sums.tokens_G)
     nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", watch=watch).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):
@@ -72,15 +75,18 @@ def heldout_losses(
         for part, nll, count in parts:
             if count:
                 loss[part], tokens[part] = nll / count, round(count)
-    return Heldout(loss, tokens, choices_LC.cpu().numpy())
+    return Heldout(loss, tokens, counts_LX[:, :-num_groups], counts_LX[:, -num_groups:])
 
 
 def forward(
-    model: Callable[..., tuple[Tensor, Sequence[LayerReport]]], batch: Batch, group_of_modality: Tensor
+    model: Callable[..., tuple[Tensor, Sequence[LayerReport]]],
+    batch: Batch,
+    group_of_modality: Tensor,
+    facts: BatchFacts | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Logits and reports of one batch on its device: a transformer, or its parallel wrapper, over a `Batch`."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
-    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS)
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, facts)
 
 
 @contextmanager

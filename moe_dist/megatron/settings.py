@@ -20,7 +20,6 @@ from moe_dist.config.schema import (
     MoESection,
     PlacementSection,
     Relation,
-    RouterSection,
     Section,
     TopKRouterSection,
 )
@@ -38,7 +37,7 @@ class ExpertSettings(Section):
     """The experts of every MoE layer of a Megatron model."""
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
-    router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
+    router: TopKRouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
     placement: PlacementSection = Field(
         default_factory=InterleavedSection, description="Which expert lives on which rank of Megatron's EP group."
     )

@@ -24,6 +24,8 @@ class Shape:
         dense_ffn_dim: FFN width of the other layers.
         shared_ffn_dim: Width of the shared expert of each MoE layer; 0 for none.
         groups: Expert groups.
+        auxiliary_routers: Each group has an auxiliary router of two layers, D to D / 2 to n.
+        single_null_row: Whether the null experts of a group share one router row.
     """
 
     hidden_dim: int
@@ -38,6 +40,14 @@ class Shape:
     qk_norm: Literal["none", "head", "full"]
     tie_embeddings: bool
     groups: Sequence[ExpertGroup]
+    auxiliary_routers: bool = False
+    single_null_row: bool = False
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of a layer's router, over all groups."""
+        shared = sum(max(0, group.num_null - 1) for group in self.groups) if self.single_null_row else 0
+        return sum(group.num_columns for group in self.groups) - shared
 
     @property
     def num_dense_layers(self) -> int:
@@ -85,11 +95,12 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in s.groups}
     heads, kv_heads = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     projections = dim * (2 * heads + 2 * kv_heads)
+    auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in s.groups) if s.auxiliary_routers else 0
     qk_norms = {"none": 0, "head": 2 * s.head_dim, "full": heads + kv_heads}[s.qk_norm]
     return Parts(
         embedding=s.vocab_size * dim,
         attention=s.num_layers * (projections + qk_norms),
-        router=s.num_moe_layers * dim * sum(g.num_columns for g in s.groups),
+        router=s.num_moe_layers * (dim * s.router_rows + auxiliary),
         experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
         free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
         shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_dist.model.attention import Attention, QKNorm, make_mask
 from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routing import LayerReport
+from moe_dist.moe.routing import BatchFacts, LayerReport
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,12 @@ class Transformer(nn.Module):
             self.output = Projection(args.hidden_dim, args.vocab_size)
 
     def forward(
-        self, tokens_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        documents_BS: Tensor,
+        group_BS: Tensor,
+        facts: BatchFacts | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Logits [B, S, V] in the compute dtype, and one report for each MoE layer.
 
@@ -102,6 +107,7 @@ class Transformer(nn.Module):
             positions_BS: int64 position inside the document.
             documents_BS: Document of each token; tokens see earlier tokens of their own document only.
             group_BS: int64 expert group of each token, -1 for padding.
+            facts: What is known of a training micro-batch beforehand, for routers that ask for it.
         """
         mask = make_mask(documents_BS)
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -110,7 +116,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask)  # pyright: ignore[reportCallIssue]
             if layer.has_experts:
-                y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten())  # pyright: ignore[reportCallIssue]
+                y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts)  # pyright: ignore[reportCallIssue]
                 x_BSD = x_BSD + y_TD.view_as(x_BSD)
                 reports.append(report)
             else:

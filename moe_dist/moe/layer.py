@@ -9,7 +9,7 @@ from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.pipelined import PipelinedDispatcher
-from moe_dist.moe.routing import LayerReport, Routing, RoutingTape
+from moe_dist.moe.routing import BatchFacts, LayerReport, Routing, RoutingTape
 
 Recompute = Literal["none", "experts", "block"]
 
@@ -59,12 +59,13 @@ class MoELayer(nn.Module):
         self.ablated = False
         experts.recompute = recompute == "experts"
 
-    def forward(self, x_TD: Tensor, group_T: Tensor) -> tuple[Tensor, LayerReport]:
+    def forward(self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
-        With `ablated` set the experts' output is zero while everything else, collectives included, goes on.
+        What is known of the micro-batch beforehand, `facts`, is for routers that ask for it. With `ablated` set
+        the experts' output is zero while everything else, collectives included, goes on.
         """
-        tape = RoutingTape()
+        tape = RoutingTape(facts=facts)
         if self.recompute == "block" and x_TD.requires_grad:
             return checkpoint(  # pyright: ignore[reportReturnType]
                 self._forward, x_TD, group_T, tape, use_reentrant=False, preserve_rng_state=False

@@ -10,7 +10,8 @@ many come home, and the same in backward. No row is padding. Shape letters: T to
 (all taken, sorted by expert), R = Q pairs computed here.
 
 Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and their gradients; every rank issues all of them.
-Host syncs: none. The order of pairs is a constant of the counts, made on the host and copied once.
+Host syncs: none. The order of pairs is a function of the counts, made on the host and copied once for all layers of a
+micro-batch; the last few are kept.
 
 Memory: the formula of `per_rank`, (R + S + T) x D, with S rows for the pairs sent.
 """
@@ -18,6 +19,7 @@ Memory: the formula of `per_rank`, (R + S + T) x D, with S rows for the pairs se
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]
+KEPT_ORDERS = 16  # counts differ between micro-batches; recomputation and all layers of one ask for the same
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,10 @@ class PerPairDispatcher:
             )
         self._check(counts, assignments.token_N.shape[0])
         device = assignments.token_N.device
-        if (counts, device) not in self._orders:
-            self._orders[counts, device] = self._order(counts, device)
-        order = self._orders[counts, device]
+        order = self._orders.pop((counts, device), None) or self._order(counts, device)
+        self._orders[counts, device] = order  # the last used stands last
+        while len(self._orders) > KEPT_ORDERS:
+            del self._orders[next(iter(self._orders))]
         # A broken promise would bring rows to the wrong experts. Checked on the device: no sync, one comparison of N ids.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
@@ -139,28 +143,34 @@ class PerPairDispatcher:
             )
 
     def _order(self, counts: Counts, device: torch.device) -> _Order:
-        """Sizes and orders, from the counts alone; two lists of integers go to the device."""
-        own, slots = self.wire.rank, self.placement.slots
-        starts = [sum(counts[own][:expert]) for expert in range(self.placement.num_experts)]
+        """Sizes and orders, from the counts alone; three lists of integers go to the device."""
+        own, slots = self.wire.rank, [np.array(each, dtype=np.int64) for each in self.placement.slots]
+        counts_WE = np.array(counts, dtype=np.int64).reshape(len(counts), -1)
+        mine_E = counts_WE[own]
         others = [rank for rank in range(self.wire.size) if rank != own]
-        pairs = [
-            pair
-            for rank in [*others, own]
-            for expert in slots[rank]
-            for pair in range(starts[expert], starts[expert] + counts[own][expert])
-        ]
-        rows = [counts[source] for source in (own, *others)]
-        slot_Q = [slot for row in rows for slot, expert in enumerate(slots[own]) for _ in range(row[expert])]
-        send = [sum(counts[own][expert] for expert in slots[rank]) for rank in range(self.wire.size)]
-        receive = [sum(counts[rank][expert] for expert in slots[own]) for rank in range(self.wire.size)]
-        expert_N = [expert for expert, count in enumerate(counts[own]) for _ in range(count)]
+        sent = np.concatenate([slots[rank] for rank in [*others, own]])
+        arriving = counts_WE[[own, *others]][:, slots[own]]  # by (rank, slot)
+        first = (np.cumsum(arriving) - arriving.ravel()).reshape(arriving.shape)
+        send = [int(mine_E[slots[rank]].sum()) for rank in range(self.wire.size)]
         return _Order(
-            splits=Splits(split_sizes(send, own), split_sizes(receive, own)),
-            expert_N=torch.tensor(expert_N, dtype=torch.int64, device=device),
-            pair_N=torch.tensor(pairs, dtype=torch.int64, device=device),
-            order_Q=torch.tensor(sorted(range(len(slot_Q)), key=slot_Q.__getitem__), dtype=torch.int64, device=device),
-            slot_counts=tuple(sum(row[expert] for row in counts) for expert in slots[own]),
+            splits=Splits(split_sizes(send, own), split_sizes(counts_WE[:, slots[own]].sum(1).tolist(), own)),
+            expert_N=_on_device(np.repeat(np.arange(len(mine_E)), mine_E), device),
+            pair_N=_on_device(_runs((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), device),
+            order_Q=_on_device(_runs(first.T.ravel(), arriving.T.ravel()), device),
+            slot_counts=tuple(arriving.sum(0).tolist()),
         )
+
+
+def _runs(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., start + length - 1 of each run, one after the other."""
+    shift_X = start_X - (np.cumsum(length_X) - length_X)
+    return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """As int64 on the device; to CUDA from pinned memory, so that the host does not wait for the copy."""
+    tensor = torch.from_numpy(values.astype(np.int64))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class SyncFreeDispatcher:
@@ -172,12 +182,14 @@ class SyncFreeDispatcher:
     Args:
         general: For all other assignments.
         pairs: Over the same ranks.
+        always: Take it wherever the counts are known, also where a rank has several experts of a group and a row travels
+            once for each.
     """
 
-    def __init__(self, general: Dispatcher[Any], pairs: PerPairDispatcher) -> None:
+    def __init__(self, general: Dispatcher[Any], pairs: PerPairDispatcher, *, always: bool = False) -> None:
         self.general = general
         self.pairs = pairs
-        self.distinct = pairs_are_rows(pairs.placement)
+        self.distinct = always or pairs_are_rows(pairs.placement)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DispatchPlan:
         """The plan of either; see there for collectives, syncs and errors."""

@@ -52,6 +52,9 @@ def weights_of(
     kept = [column for column in chosen if column < num_true or column >= first_free]
     if normalise == "none":
         return {column: logits_C.softmax(0)[column] for column in kept}
+    if normalise == "true_all":
+        not_null = [column for column in range(len(logits_C)) if column < num_true or column >= first_free]
+        return {column: logits_C[column].exp() / logits_C[not_null].exp().sum() for column in kept}
     among = kept if normalise == "true_chosen" else list(chosen)
     return {column: logits_C[column].exp() / logits_C[among].exp().sum() for column in kept}
 
@@ -108,7 +111,7 @@ def moe_forward(
             group, w = groups[group_index], weights[groups[group_index].name]
             logits_C = w.rows @ h_TD[token]
             probability[token] = logits_C.softmax(0)
-            scores = logits_C if w.bias is None else probability[token] + w.bias
+            scores = logits_C if w.bias is None or not w.bias.any() else probability[token] + w.bias
             columns = choose(scores.tolist(), group.num_experts, group.top_k)
             chosen[token] = weights_of(logits_C, columns, group.num_experts, normalise, num_null=group.num_null)
     if capacity is not None:
@@ -158,27 +161,80 @@ def balance_loss(
     null_averaged: bool = True,
     num_null: int | None = None,
     num_identity: int = 0,
+    null_weight: float = 1.0,
 ) -> Tensor:
     """Load-balance loss of one group in one layer, coefficient 1 (AdaMoE section 3.2; vanilla where not averaged).
 
     (n + m) sum_i f_i P_i with f_i the share of tokens that pick column i (so that the f_i sum to k) and P_i its mean
     probability; averaged, every null column carries the mean load of all null columns, every identity column that of the
-    identity columns. Without a number, all columns behind the true ones are null.
+    identity columns. Without a number, all columns behind the true ones are null. With a null weight w, a null column is to
+    carry w times a true one's load: it counts as w columns, and its load is divided by w.
     """
     num_tokens, num_columns = logits_TC.shape
-    picks = [0.0] * num_columns
-    for row in logits_TC.tolist():
-        for column in choose(row, num_true, top_k):
-            picks[column] += 1.0
-    load = [count / num_tokens for count in picks]
+    load = [count / num_tokens for count in picks_of(logits_TC, num_true, top_k)]
+    size: float = num_columns
     if null_averaged:
         first_identity = num_columns if num_null is None else num_true + num_null
         for copies in (range(num_true, first_identity), range(first_identity, first_identity + num_identity)):
             mean = sum(load[column] for column in copies) / max(1, len(copies))
             for column in copies:
                 load[column] = mean
+        for column in range(num_true, first_identity):
+            load[column] /= null_weight
+        size += (first_identity - num_true) * (null_weight - 1.0)
     prob_C = logits_TC.softmax(-1).mean(0)
-    return num_columns * sum((f * p for f, p in zip(load, prob_C, strict=True)), start=logits_TC.new_zeros(()))
+    return size * sum((f * p for f, p in zip(load, prob_C, strict=True)), start=logits_TC.new_zeros(()))
+
+
+def picks_of(logits_TC: Tensor, num_true: int, top_k: int) -> list[float]:
+    """How often each column is among its token's top-k."""
+    picks = [0.0] * logits_TC.shape[1]
+    for row in logits_TC.tolist():
+        for column in choose(row, num_true, top_k):
+            picks[column] += 1.0
+    return picks
+
+
+def split_loss(logits_TC: Tensor, num_true: int, top_k: int, *, null_weight: float = 1.0) -> Tensor:
+    """ZEDA's L_GA (arXiv 2605.18643) of one group in one layer, coefficient 1: only how choices divide between true columns
+    and the others, (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w)), with the sums of f and P over either side."""
+    num_tokens, num_columns = logits_TC.shape
+    load = [count / num_tokens for count in picks_of(logits_TC, num_true, top_k)]
+    prob_C = logits_TC.softmax(-1).mean(0)
+    total = sum(load[:num_true]) * prob_C[:num_true].sum() / num_true
+    zero = (num_columns - num_true) * null_weight
+    if zero:
+        total = total + sum(load[num_true:]) * prob_C[num_true:].sum() / zero
+    return (num_true + zero) / top_k * total
+
+
+def bias_steps(
+    bias_n: Sequence[float],
+    choices_n: Sequence[int],
+    tokens: int,
+    *,
+    top_k: int,
+    target: float | None = None,
+    rate: float = 0.0,
+    per_expert: bool = False,
+    sign_rate: float = 0.0,
+    others: bool = True,
+) -> list[float]:
+    """The biases of one group's true experts in one layer after one step of its controllers.
+
+    LongCat-Flash's rule with a target (per expert as published, or its mean over the experts), then the sign rule of
+    DeepSeek-V3, without its mean where the group has `others`, columns that are not true. Unchanged without tokens.
+    """
+    n, moved = len(bias_n), list(bias_n)
+    if tokens == 0:
+        return moved
+    errors = [0.0 if target is None else target / (top_k * n) - count / (top_k * tokens) for count in choices_n]
+    if not per_expert:
+        errors = [sum(errors) / n] * n
+    mean = sum(choices_n) / n
+    signs = [(mean > count) - (mean < count) for count in choices_n]
+    common = sum(signs) / n if others else 0.0
+    return [b + rate * e + sign_rate * (s - common) for b, e, s in zip(moved, errors, signs, strict=True)]
 
 
 def expected_traffic(

@@ -1,8 +1,8 @@
 """The types at the heart: what a router hands to the dispatcher, and what a layer reports.
 
 Shape letters: T tokens on this rank, D hidden size, E true experts (logical, over all groups), K choices a token,
-N (token, expert) pairs, G groups, F free columns (identity and constant experts), C choice columns: the E true experts,
-then each group's null experts, each group's identity experts, each group's constant experts.
+N (token, expert) pairs, G groups, W ranks, F free columns (identity and constant experts), C choice columns: the E true
+experts, then each group's null experts, each group's identity experts, each group's constant experts.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_dist.placement.placement import ExpertGroup
 
 if TYPE_CHECKING:
+    from moe_dist.moe.choice_sets import ExpertsChoice
     from moe_dist.moe.dispatcher import DispatchPlan
 
 ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
@@ -46,6 +47,20 @@ class Assignments(NamedTuple):
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
 
+class ChoiceSums(NamedTuple):
+    """What expert choice counts on top, without gradient: local sums of one layer, float64.
+
+    Attributes:
+        cut_E: The k-th largest score of each expert in its choice set, times this rank's tokens of its group.
+        above_E: This rank's tokens whose score lies above the expert's threshold.
+        idle_G: Tokens that no expert takes.
+    """
+
+    cut_E: Tensor
+    above_E: Tensor
+    idle_G: Tensor
+
+
 class RouterSums(NamedTuple):
     """Local sums over this rank's routed tokens: what balance losses and monitoring are made of.
 
@@ -56,6 +71,9 @@ class RouterSums(NamedTuple):
         log_z_squared_G: Sum of squared log-sum-exp of the group's logits, differentiable.
         entropy_G: Sum of the softmax's entropy in nats, without gradient.
         dropped_E: int64, choices of each true expert that a capacity dropped.
+        choice: Of routers whose experts choose their tokens.
+        auxiliary_G: Sum over tokens and experts of the auxiliary routers' cross entropy, differentiable, while they are
+            trained.
     """
 
     choices_C: Tensor
@@ -64,6 +82,8 @@ class RouterSums(NamedTuple):
     log_z_squared_G: Tensor
     entropy_G: Tensor
     dropped_E: Tensor
+    choice: ChoiceSums | None = None
+    auxiliary_G: Tensor | None = None
 
 
 class Routing(NamedTuple):
@@ -97,9 +117,32 @@ class LayerReport(NamedTuple):
     pairs_remote: int
 
 
+@dataclass(frozen=True)
+class BatchFacts:
+    """What is known of a training micro-batch on all ranks before any layer runs: plain numbers, known on the host.
+
+    Attributes:
+        step: Optimizer step, 0-based; names the step's random draws.
+        first_token: Number of the micro-batch's first token among all tokens of the step.
+        rank: This rank's place in the world.
+        tokens_W: For each rank of the world its T.
+        members_WG: For each rank of the world its tokens of each group, padding left out.
+    """
+
+    step: int
+    first_token: int
+    rank: int
+    tokens_W: tuple[int, ...]
+    members_WG: tuple[tuple[int, ...], ...]
+
+    def first_token_of(self, rank: int) -> int:
+        """Number of a rank's first token among all tokens of the step: the same however they are spread over ranks."""
+        return self.first_token + sum(self.tokens_W[:rank])
+
+
 @dataclass
 class RoutingTape:
-    """The discrete decisions of one layer's forward, kept for its recomputation.
+    """The discrete decisions of one layer's forward, kept for its recomputation, and what was known before it.
 
     Under recompute the routing is saved, never recomputed: bits of a second forward may differ, and another choice would
     change split sizes on one rank alone. Filled by the first forward, read by the second.
@@ -107,6 +150,8 @@ class RoutingTape:
 
     choice_TK: Tensor | None = None
     dropped_TK: Tensor | None = None
+    facts: BatchFacts | None = None
+    choice: "ExpertsChoice | None" = None
     plan: "DispatchPlan | None" = field(default=None)
 
 

@@ -29,10 +29,12 @@ class Record:
         epochs: Epochs seen of each modality.
         balance_coefficient: Coefficient of the balance loss.
         arrays: choices_LC, tokens_LG, rows_LR and dropped_LG as counted (int64), entropy_LG in nats a token and
-            weighted_rows_LR in rows x FFN width (float64).
+            weighted_rows_LR in rows x FFN width (float64); where experts choose also above_LE and idle_LG.
         ledger: The dispatch ledger, see `StepStatistics`.
         host: Readings of the host that are no scalars, by name; the slowest rank and its seconds beside the others' median.
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
+        load: For each group that a controller holds, its `target` and the `achieved` true experts a token (choices, before
+            any capacity), mean over layers, `lowest` and `highest` of them; None where the step had no token of it.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Record:
     ledger: Mapping[str, int]
     host: Mapping[str, float | None] = field(default_factory=dict)
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def build_record(
@@ -106,6 +109,7 @@ def build_record(
             "dropped_LG": stats.dropped_LG,
             "entropy_LG": _divide(stats.entropy_sum_LG, stats.tokens_LG),
             "weighted_rows_LR": weighted_LR,
+            **_choice_arrays(stats),
         },
         ledger=dict(stats.ledger),
         host={
@@ -113,7 +117,25 @@ def build_record(
             **slowest_rank(stats.busy_seconds_W),
         },
         busy_seconds_W=stats.busy_seconds_W,
+        load=load_against_target(stats.choices_LC, stats.tokens_LG, groups, stats.load_target),
     )
+
+
+def load_against_target(
+    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], target: Mapping[str, float]
+) -> dict[str, dict[str, float | None]]:
+    """`Record.load`: what a load controller holds, and at what."""
+    chosen_LG = group_metrics(choices_LC, tokens_LG, groups)["experts_per_token"]
+    found: dict[str, dict[str, float | None]] = {}
+    for index, group in enumerate(groups):
+        if group.name in target:
+            known_L = chosen_LG[:, index][~np.isnan(chosen_LG[:, index])]
+            loads = (known_L.mean(), known_L.min(), known_L.max()) if known_L.size else (None, None, None)
+            achieved, lowest, highest = (None if load is None else float(load) for load in loads)
+            found[group.name] = {
+                "target": target[group.name], "achieved": achieved, "lowest": lowest, "highest": highest
+            }  # fmt: skip
+    return found
 
 
 def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
@@ -135,6 +157,11 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
     return scalars
 
 
+def _choice_arrays(stats: StepStatistics) -> dict[str, np.ndarray]:
+    """What there is to count where experts choose their tokens."""
+    return {"above_LE": stats.above_LE, "idle_LG": stats.idle_LG} if stats.idle_LG.size else {}
+
+
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
     """The rank that computed longest, its seconds, and the median of the others; empty for one rank alone."""
     if busy_seconds_W.size < 2:
@@ -148,7 +175,8 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 
 def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> dict[str, float | None]:
-    """loss/total = nats of all modalities / labels of all + balance and z terms; and the parts.
+    """loss/total = nats of all modalities / labels of all + balance, z and auxiliary terms; and the parts, loss/auxiliary
+    where auxiliary routers are trained.
 
     Raises:
         ValueError: a modality has the name of a loss term.
@@ -157,9 +185,10 @@ def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> d
     if taken:
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = _ratio(sum(stats.loss_sum.values()), sum(stats.labels.values()))
-    total = None if nats is None else nats + stats.balance_loss + stats.z_loss
+    total = None if nats is None else nats + stats.balance_loss + stats.z_loss + stats.auxiliary_loss
+    auxiliary = {"loss/auxiliary": stats.auxiliary_loss} if stats.auxiliary_loss else {}
     by_modality = {f"loss/{name}": value for name, value in losses.items()}
-    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, "loss/z": stats.z_loss}
+    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, "loss/z": stats.z_loss, **auxiliary}
 
 
 class GroupChoices(NamedTuple):
@@ -190,7 +219,8 @@ def group_metrics(
     """Each of `tags.GROUP_FAMILIES` as float64 [L, G]; nan where no token was routed.
 
     experts_per_token counts true experts, without what a capacity dropped; the others are of all choices. capacity_used has
-    the even share k T / (columns of the group) as denominator, which is the capacity of capacity factor 1.
+    the even share k T / (columns of the group) as denominator, which is the capacity of capacity factor 1; c T where the
+    experts choose.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
@@ -199,7 +229,7 @@ def group_metrics(
         metrics["experts_per_token"][:, g] = _divide(true_Ln.sum(1) - dropped_LG[:, g], tokens_L)
         metrics["null_fraction"][:, g] = _divide(choices.null_Lm.sum(1), choices.total)
         metrics["load_imbalance"][:, g] = busiest_over_mean(true_Ln)
-        even_L = tokens_L * group.top_k / group.num_columns
+        even_L = tokens_L * group.expected_experts_per_token / group.num_experts
         metrics["capacity_used"][:, g] = _divide(true_Ln.max(1), even_L)
     return metrics
 

@@ -5,10 +5,11 @@ Shape letters as in `metrics.py`.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_dist.monitor.curves import draw_against_targets
 from moe_dist.monitor.heatmaps import Axis, draw, linear_scale, ratio_scale
 from moe_dist.monitor.metrics import Record, group_choices, group_metrics
 from moe_dist.monitor.tags import tag_plan
@@ -24,12 +25,14 @@ class Subject:
         placement: Which rank holds which expert.
         moe_layers: Index in the model of each MoE layer.
         num_modalities: Modalities of the data; it decides with the groups which tags are split.
+        load_target: True experts a token that a controller holds a group at, by group.
     """
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
     moe_layers: tuple[int, ...]
     num_modalities: int
+    load_target: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def layer_axis(self) -> Axis:
@@ -53,6 +56,7 @@ class Window:
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._steps: list[int] = []
+        self._load: list[Mapping[str, Mapping[str, float | None]]] = []
 
     def add(self, record: Record) -> None:
         tokens_LG = record.arrays["tokens_LG"]
@@ -62,15 +66,26 @@ class Window:
             "dropped_LG": record.arrays["dropped_LG"],
             "entropy_sum_LG": np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0),
             "weighted_rows_LR": record.arrays["weighted_rows_LR"],
+            **{name: record.arrays[name] for name in ("idle_LG",) if name in record.arrays},
         }
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
+        self._load.append(record.load)
+
+    def load_curves(self) -> np.ndarray | None:
+        """Achieved true experts a token over the window's steps against what a controller holds; None where none does."""
+        targets = {name: each["target"] or 0.0 for name, each in self._load[-1].items()} if self._load else {}
+        if not targets:
+            return None
+        values = {name: [_number(load.get(name, {}).get("achieved")) for load in self._load] for name in targets}
+        caption = "mean over layers, each step; dashed: the target of the load controller"
+        return draw_against_targets(self._steps, values, targets, title="True experts a token", caption=caption)
 
     def take(self) -> tuple[dict[str, np.ndarray], str]:
         """The sums and the steps they are of, in words; the window starts again empty."""
         first, last = self._steps[0], self._steps[-1]
         taken = self._sums, f"step {first}" if first == last else f"steps {first} to {last}"
-        self._sums, self._steps = {}, []
+        self._sums, self._steps, self._load = {}, [], []
         return taken
 
     def __bool__(self) -> bool:
@@ -97,9 +112,19 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     metrics = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups, dropped_LG=sums["dropped_LG"])
     metrics["free_fraction"] = free_fraction(sums["choices_LC"], groups)
     wanted = _per_group_maps(subject, metrics)
+    if "idle_LG" in sums:
+        tokens_LG = sums["tokens_LG"]
+        metrics["idle_fraction"] = np.where(tokens_LG > 0, sums["idle_LG"] / np.maximum(tokens_LG, 1), np.nan)
+        wanted["idle_fraction"] = ("Tokens without an expert", "share of tokens that no expert took", 1.0)
     for name, (title, caption, top) in wanted.items():
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(metrics[name], layers, subject.group_axis, scale=scale, title=title)
+    if subject.load_target:
+        target_G = np.array([subject.load_target.get(group.name, np.nan) for group in groups])
+        chosen_LG = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)["experts_per_token"]
+        scale = ratio_scale(f"true experts a token over the target, {steps}")
+        title = "Load over its target"
+        yield "moe/load_over_target", draw(chosen_LG / target_G, layers, subject.group_axis, scale=scale, title=title)
     scale = linear_scale(f"over that of an even choice, {steps}", 1.0)
     entropy_LG = relative_entropy(sums["entropy_sum_LG"], sums["tokens_LG"], groups)
     yield "moe/relative_entropy", draw(entropy_LG, layers, subject.group_axis, scale=scale, title="Entropy of the router")
@@ -141,6 +166,10 @@ def _per_group_maps(subject: Subject, metrics: Mapping[str, np.ndarray]) -> dict
         wanted["load_imbalance"] = ("Load imbalance", "busiest over mean expert", tops["load_imbalance"])
         wanted["capacity_used"] = ("Capacity used", "busiest expert over an even share", tops["capacity_used"])
     return wanted
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _over_mean(load_LX: np.ndarray) -> np.ndarray:

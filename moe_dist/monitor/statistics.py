@@ -32,12 +32,16 @@ class StepStatistics:
         entropy_sum_LG: float64, sum over tokens of the entropy (nats) of the router's softmax.
         rows_LR: int64, (token, expert) pairs computed by each EP position, summed over the EP groups.
         dropped_LG: int64, pairs dropped by a capacity; zeros where there is none.
+        above_LE, idle_LG: int64, where experts choose their tokens: tokens above each expert's threshold, and tokens that
+            no expert took; without columns where tokens choose.
+        auxiliary_loss: The auxiliary routers' term as it entered the loss; 0 where they are not trained.
         ledger: Sums over ranks and layers of the dispatch ledger, see `moe_dist.moe.ledger`. Bytes and rows.
         comm_seconds: Mean over ranks of the time inside dispatch and combine collectives.
         step_seconds: Wall time of the step.
         epochs: Epochs seen of each modality.
         flops_per_token: Forward and backward FLOPs a token at the measured number of experts; None if unknown.
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
+        load_target: True experts a token that a controller holds a group at, by group.
     """
 
     step: int
@@ -63,6 +67,10 @@ class StepStatistics:
     epochs: Mapping[str, float] = field(default_factory=dict)
     flops_per_token: float | None = None
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    above_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    idle_LG: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    auxiliary_loss: float = 0.0
+    load_target: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,9 @@ class EvaluationResult:
         balance_efficiency: Throughput with real over evenly spread routing; None where the timing means nothing.
         balance_efficiency_by_count: Mean over max of the ranks' weighted rows: what the counts alone allow.
         balance_note: Why the timing is None, or how it was taken.
+        choice_loss: `loss` where experts choose as in training, looking at later tokens; empty where not measured.
+        experts_per_token, choice_experts_per_token: True experts a token takes, by group: as evaluated, and with the choice
+            of training.
     """
 
     step: int
@@ -86,3 +97,6 @@ class EvaluationResult:
     balance_efficiency: float | None = None
     balance_efficiency_by_count: float | None = None
     balance_note: str = ""
+    choice_loss: Mapping[str, float] = field(default_factory=dict)
+    experts_per_token: Mapping[str, float] = field(default_factory=dict)
+    choice_experts_per_token: Mapping[str, float] = field(default_factory=dict)

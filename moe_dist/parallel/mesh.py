@@ -57,6 +57,11 @@ class Mesh:
     intra_node: dist.ProcessGroup | None = None
     inter_node: dist.ProcessGroup | None = None
 
+    @property
+    def ep_ranks(self) -> tuple[int, ...]:
+        """Ranks of the world that make this rank's EP group, in the order of EP positions."""
+        return tuple(range(self.edp_rank * self.ep_size, (self.edp_rank + 1) * self.ep_size))
+
 
 def init_world(
     init_method: str,

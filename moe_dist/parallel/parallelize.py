@@ -65,7 +65,9 @@ class ParallelModel:
         self.model = model
         self.mesh = mesh
         self.data: Literal["ddp", "fsdp2"] = data
-        self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" else model
+        dense = [p for name, p in model.named_parameters() if kind_of(name) == "dense" and p.requires_grad]
+        # DDP refuses a model without a parameter for it: one whose dense parameters are all frozen.
+        self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
         self.parameters = tuple(
             ParameterInfo(name, parameter, kind_of(name), _replicas(kind_of(name), parameter, mesh))
             for name, parameter in model.named_parameters()
@@ -86,12 +88,19 @@ class ParallelModel:
 
     def reduce_gradients(self) -> None:
         """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
-        routers = [info.parameter for info in self.parameters if info.kind == "router"]
+        routers = [info.parameter for info in self.parameters if info.kind == "router" and info.parameter.requires_grad]
         sum_small_gradients(routers, self.mesh.world, name="router gradients", watch=self.mesh.watch)
         if self.data == "ddp" and self.mesh.edp_size > 1:
             experts = [info.parameter for info in self.parameters if info.kind == "expert"]
-            experts = [parameter for parameter in experts if parameter.numel()]
+            experts = [parameter for parameter in experts if parameter.numel() and parameter.requires_grad]
             sum_gradients(experts, self.mesh.edp, name="expert gradients", watch=self.mesh.watch)
+
+
+def freeze_all_but(model: nn.Module, part: str) -> None:
+    """Leaves gradients to the parameters that have `part` in their path alone: the others get neither gradients nor
+    moments. Called after sharding and before wrapping."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name.split("."))
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:

@@ -25,6 +25,8 @@ class ExpertGroup:
         modalities: Modalities routed to the group.
         num_identity, num_constant: Experts that are computed where the token is: its own row, and a learned vector mixed
             with it; never placed either.
+        capacity: Where the experts choose their tokens, the share of the group's tokens that each takes (c); None where
+            the tokens choose.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ExpertGroup:
     modalities: tuple[str, ...]
     num_identity: int = 0
     num_constant: int = 0
+    capacity: float | None = None
 
     @property
     def experts(self) -> range:
@@ -49,7 +52,10 @@ class ExpertGroup:
 
     @property
     def expected_experts_per_token(self) -> float:
-        """True experts a token takes under a uniform router: k n over all columns, k n / (n + m) with nulls alone."""
+        """True experts a token takes under a uniform router: k n over all columns, k n / (n + m) with nulls alone; c n
+        where the experts choose."""
+        if self.capacity is not None:
+            return min(1.0, self.capacity) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
 
 

@@ -89,18 +89,25 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
     """Expected load and traffic of a placement.
 
     A token of a group with k of n + m choices reaches a rank with e of its experts with probability
-    1 - C(n + m - e, k) / C(n + m, k); it comes from elsewhere with probability (R - 1) / R.
+    1 - C(n + m - e, k) / C(n + m, k), or 1 - (1 - c)^e where each expert takes a share c of the tokens; it comes from
+    elsewhere with probability (R - 1) / R.
     """
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
     for group, share in zip(placement.groups, group_shares(placement.groups, token_mix), strict=True):
-        choices = group.num_columns
         for rank in range(ranks):
             here = len(placement.local_experts(rank, group))
-            load[rank] += share * group.top_k * here / choices * group.ffn_dim
-            reached = 1 - comb(choices - here, group.top_k) / comb(choices, group.top_k)
-            remote[rank] += share * reached * (ranks - 1) / ranks
+            load[rank] += share * group.expected_experts_per_token * here / group.num_experts * group.ffn_dim
+            remote[rank] += share * _reached(group, here) * (ranks - 1) / ranks
     return Plan(name, placement, tuple(load), tuple(remote))
+
+
+def _reached(group: ExpertGroup, here: int) -> float:
+    """Probability that a token of the group has one of `here` experts among those that it is computed by."""
+    if group.capacity is not None:
+        return 1 - (1 - min(1.0, group.capacity)) ** here
+    choices = group.num_columns
+    return 1 - comb(choices - here, group.top_k) / comb(choices, group.top_k)
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:

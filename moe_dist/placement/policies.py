@@ -4,7 +4,15 @@ import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 
-from moe_dist.config.schema import ExplicitSection, InterleavedSection, MoESection, PinnedSection, PlacementSection
+from moe_dist.config.schema import (
+    ExpertChoiceRouterSection,
+    ExplicitSection,
+    GroupSection,
+    InterleavedSection,
+    MoESection,
+    PinnedSection,
+    PlacementSection,
+)
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -27,10 +35,18 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
                 modalities=section.modalities or (name,),
                 num_identity=section.num_identity,
                 num_constant=section.num_constant,
+                capacity=_capacity(moe, section),
             )
         )
         first += section.num_experts
     return tuple(groups)
+
+
+def _capacity(moe: MoESection, group: GroupSection) -> float | None:
+    """Share of the group's tokens that each expert takes, where the experts choose; else None."""
+    if not isinstance(moe.router, ExpertChoiceRouterSection):
+        return None
+    return moe.router.capacity or group.top_k / group.num_experts
 
 
 def make_placement(

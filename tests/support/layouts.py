@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_dist.build import build_model
+from moe_dist.build import build_model, choice_ranks_of, threshold_keeper
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
@@ -55,6 +55,10 @@ class Layout:
     overlap: bool = False
     chunks: int = 1
     ranks_per_node: int | None = None
+    choice: str | None = None  # experts choose among the tokens of: rank, ep_group, world
+    noise: float = 0.0
+    parts: int = 1  # micro-batches that each micro-batch of a rank is cut into
+    per_pair: bool = False
 
     @property
     def world_size(self) -> int:
@@ -62,6 +66,8 @@ class Layout:
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
+        if self.choice:
+            return tuple(replace(group, num_null=0, top_k=top_k) for group, top_k in zip(GROUPS, (2, 1), strict=True))  # pyright: ignore
         if not self.free:
             return GROUPS
         return replace(GROUPS[0], num_identity=1, num_constant=2), replace(GROUPS[1], num_constant=1)
@@ -70,6 +76,8 @@ class Layout:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
+        budget += f"-{self.choice}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
+        budget += "-per_pair" if self.per_pair else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
         return "-".join(parts) + budget + timetable
@@ -84,6 +92,7 @@ class Outcome:
     parameters: dict[str, np.ndarray]
     events: list[str]
     logits: np.ndarray
+    buffers: dict[str, np.ndarray]
     smallest_gap: float  # between a token's last choice and the next column, over all tokens, layers and steps
 
 
@@ -108,8 +117,14 @@ def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -
 def config_of(layout: Layout) -> Config:
     """A configuration with the layout's keys; its data section is not used."""
     dispatch: dict[str, Any] = {"kind": "per_rank", "overlap": layout.overlap, "chunks": layout.chunks}
+    if layout.per_pair:
+        dispatch = {"kind": "per_pair"}
     if layout.ranks_per_node:
         dispatch = {"kind": "per_node", "ranks_per_node": layout.ranks_per_node}
+    router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free}
+    if layout.choice:
+        router = {"kind": "expert_choice", "set": layout.choice, "noise": layout.noise, "causal": "threshold"}
+        router["threshold_decay"] = 0.5
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -135,7 +150,7 @@ def config_of(layout: Layout) -> Config:
                         }
                         for g in layout.groups
                     },
-                    "router": {"selection_bias": layout.free},
+                    "router": router,
                     "capacity": None if layout.capacity is None else {"factor": layout.capacity},
                 },
             },
@@ -188,6 +203,7 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
                 node_groups=(mesh.inter_node, mesh.intra_node),
                 traffic=traffic,
                 compute_dtype=dtype,
+                choice_ranks=choice_ranks_of(mesh),
             )
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
@@ -209,13 +225,23 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     placement = placement_of(layout.placement, layout.ep, layout.groups)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=[0, 1],
+        clip_norm=0.5,
+        traffic=traffic,
+        thresholds=threshold_keeper(parallel.model),
+        needs_facts=layout.choice is not None,
+    )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
     gaps: list[float] = []
-    for layer in parallel.model.moe_modules():
-        layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(smallest_gap(router, *inputs[:2])))
+    if not layout.choice:
+        for layer in parallel.model.moe_modules():
+            layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(smallest_gap(router, *inputs[:2])))
 
     def keep_gradients(*_: Any) -> None:
         if not gradients:
@@ -223,11 +249,15 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
 
     optimizer.register_step_pre_hook(keep_gradients)
     each = SEQUENCES // rank.world_size
-    aux = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
+    aux = AuxSettings(kind="null_averaged", balance=0.0 if layout.choice else 0.02, z=0.0 if layout.choice else 1e-3)
     results = []
     for number in range(STEPS):
-        batches = [batch_of(number, micro, rank.rank * each, each) for micro in range(MICRO_BATCHES)]
-        results.append(step(batches, lr=1e-2, aux=aux))
+        length = each // layout.parts
+        starts = [rank.rank * each + part * length for part in range(layout.parts)]
+        batches = [batch_of(number, micro, start, length) for micro in range(MICRO_BATCHES) for start in starts]
+        results.append(step(batches, lr=1e-2, aux=aux, number=number))
+    if layout.choice:
+        parallel.model.eval()
     with torch.no_grad():
         last = batch_of(9, 0, rank.rank * each, each)
         group = torch.where(last.padding_BS, -1, last.modality_BS)
@@ -239,7 +269,8 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         parameters=parameters,
         events=traffic.events or [],
         logits=logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy(),
-        smallest_gap=min(gaps),
+        buffers={name: buffer.numpy().copy() for name, buffer in parallel.model.named_buffers() if "router" in name},
+        smallest_gap=min(gaps, default=float("nan")),
     )
 
 

@@ -8,6 +8,7 @@ capacity drops. Free choices (identity, constant) leave as weights of their own,
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ from moe_dist.moe.routing import (
 )
 from moe_dist.placement.placement import ExpertGroup
 
-Normalise = Literal["true_chosen", "all_chosen", "none"]
+Normalise = Literal["true_chosen", "all_chosen", "true_all", "none"]
+NullLogit = Literal["each", "single"]
 KINDS = ("true", "null", "identity", "constant")  # the order of a group's own columns
 
 
@@ -39,17 +41,18 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 class GroupGate(nn.Module):
     """Router rows of one group: `true` [n, D] and, where it has any, `null`, `identity` and `constant`.
 
-    With a selection bias, `bias` holds a number for each column of the group, in the order of `KINDS`: a buffer, since no
-    gradient moves it.
+    With a single null logit `null` is one row, whatever the number of null columns. With a selection bias, `bias` holds a
+    number for each column of the group, in the order of `KINDS`: a buffer, since no gradient moves it.
     """
 
     bias: Tensor
 
-    def __init__(self, hidden_dim: int, group: ExpertGroup) -> None:
+    def __init__(self, hidden_dim: int, group: ExpertGroup, *, null_logit: NullLogit = "each") -> None:
         super().__init__()
         for kind, count in column_counts(group).items():
             if count:
-                self.register_parameter(kind, nn.Parameter(torch.empty(count, hidden_dim)))
+                num_rows = 1 if (kind, null_logit) == ("null", "single") else count
+                self.register_parameter(kind, nn.Parameter(torch.empty(num_rows, hidden_dim)))
 
 
 class _Chosen(NamedTuple):
@@ -68,10 +71,14 @@ class TopKRouter(nn.Module):
         hidden_dim: D.
         groups: All groups, in logical order.
         normalise: Weights are a softmax over the chosen experts that are not null (AdaMoE's own), over all chosen experts
-            with the null ones left out afterwards, or the plain softmax over the group.
+            with the null ones left out afterwards, over all true experts, chosen or not (free experts, where there are
+            any, among them), or the plain softmax over the group.
         scale: Factor on every weight.
+        null_logit: The null columns have a row `each`, or share a `single` row, so that one logit stands in all of them
+            (Kilian et al., arXiv 2601.15370): a threshold that each token learns.
         selection_bias: Choose by softmax + bias instead of by logits; weights never see the bias (DeepSeek-V3, arXiv
-            2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). It starts at 0.
+            2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). It starts at 0, and a group whose
+            biases are all 0 is chosen by its logits: the same order, without the rounding of a softmax.
         capacity: Bound of the pairs an expert takes while training; None for none. In evaluation nothing is dropped.
     """
 
@@ -88,6 +95,7 @@ class TopKRouter(nn.Module):
         *,
         normalise: Normalise = "true_chosen",
         scale: float = 1.0,
+        null_logit: NullLogit = "each",
         selection_bias: bool = False,
         capacity: Capacity | None = None,
     ) -> None:
@@ -95,6 +103,7 @@ class TopKRouter(nn.Module):
         self.groups = tuple(groups)
         self.normalise: Normalise = normalise
         self.scale = scale
+        self.null_logit: NullLogit = null_logit
         self.selection_bias = selection_bias
         self.capacity = capacity
         self.num_choices = max(group.top_k for group in groups)
@@ -102,7 +111,7 @@ class TopKRouter(nn.Module):
         self.first_free = self.num_experts + sum(group.num_null for group in groups)
         self.num_free = sum(group.num_columns for group in groups) - self.first_free
         for group in groups:
-            self.add_module(group.name, GroupGate(hidden_dim, group))
+            self.add_module(group.name, GroupGate(hidden_dim, group, null_logit=null_logit))
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -158,16 +167,16 @@ class TopKRouter(nn.Module):
         """Logits of all columns [T, C]. Rows that are not true go in slices of n, each a product of the true rows' shape:
         the bits of a product depend on its shape, and a null row that copies a true one must tie with it exactly (methods
         of AdaMoE)."""
-        return torch.cat(
-            [
-                F.linear(h_TD, rows)
-                for kind in KINDS
-                for group in self.groups
-                if column_counts(group)[kind]
-                for rows in self._gate(group, kind).to(h_TD.dtype).split(group.num_experts)
-            ],
-            dim=1,
-        )
+        parts = []
+        for kind in KINDS:
+            for group in self.groups:
+                count = column_counts(group)[kind]
+                if count:
+                    rows = self._gate(group, kind).to(h_TD.dtype)
+                    products = [F.linear(h_TD, slice_nD) for slice_nD in rows.split(group.num_experts)]
+                    single = (kind, self.null_logit) == ("null", "single")
+                    parts += [products[0].expand(-1, count)] if single else products
+        return torch.cat(parts, dim=1)
 
     def _gate(self, group: ExpertGroup, name: str) -> Tensor:
         return getattr(self.get_submodule(group.name), name)
@@ -182,8 +191,10 @@ class TopKRouter(nn.Module):
         if tape.choice_TK is None:
             score_TC = masked_TC.detach()
             if self.selection_bias:
-                outside_TC = score_TC == float("-inf")
-                score_TC = (probs_TC.detach() + self._bias(probs_TC.dtype)).masked_fill(outside_TC, float("-inf"))
+                biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
+                biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
+                biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])
+                score_TC = torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
             tape.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
         column_TK = tape.choice_TK
@@ -197,10 +208,20 @@ class TopKRouter(nn.Module):
         kept_TK = chosen.valid_TK & ~chosen.null_TK
         if self.normalise == "none":
             weight_TK = probs_TC.gather(1, chosen.column_TK)
+        elif self.normalise == "true_all":
+            weight_TK = self._true_probs(masked_TC).gather(1, chosen.column_TK)
         else:
             among_TK = kept_TK if self.normalise == "true_chosen" else chosen.valid_TK
             weight_TK = _softmax_among(masked_TC.gather(1, chosen.column_TK), among_TK)
         return self.scale * torch.where(kept_TK, weight_TK, 0.0)
+
+    def _true_probs(self, masked_TC: Tensor) -> Tensor:
+        """Softmax over the group's columns that are not null, [T, C]; 0 for null ones. Without null columns, the bits of
+        the softmax over all: the same kernel over as many columns."""
+        true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_free), dim=1)
+        # Contiguous, so that the bits cannot depend on how wide the row was that the true columns were cut from.
+        kept = torch.cat([true_TE, free_TF], dim=1).softmax(-1)
+        return torch.cat([kept[:, : self.num_experts], torch.zeros_like(null_TN), kept[:, self.num_experts :]], dim=1)
 
     def _free_weights(self, weight_TK: Tensor, chosen: _Chosen) -> Tensor | None:
         if not self.num_free:
@@ -256,5 +277,8 @@ def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
+    # One after the other: a sum over K has an order of its own for each K, and entries that are 0 must change no bit, so
+    # that a token's weights do not depend on how many null choices stand between its true ones.
+    total_T1 = reduce(torch.add, exp_TK.split(1, dim=-1))
     # The largest exponential is 1, so the sum is at least 1 wherever anything is marked.
-    return exp_TK / exp_TK.sum(-1, keepdim=True).clamp_min(0.5)
+    return exp_TK / total_T1.clamp_min(0.5)

@@ -143,6 +143,15 @@ def evaluation_line(result: EvaluationResult, previous: Mapping[str, float]) -> 
         change = f" ({loss - previous[name]:+.3f})" if name in previous else ""
         parts.append(f"{name.replace('_', ' ')} {loss:.3f}{change}")
     line = f"evaluation after step {result.step}: held-out " + ", ".join(parts)
+    if result.choice_loss:
+        seen = ", ".join(f"{name.replace('_', ' ')} {loss:.3f}" for name, loss in result.choice_loss.items())
+        line += f"; with the choice of training, which sees later tokens, {seen}"
+    if result.choice_experts_per_token:
+        taken = ", ".join(
+            f"{name} {each:.3f} of {result.choice_experts_per_token.get(name, float('nan')):.3f}"
+            for name, each in result.experts_per_token.items()
+        )
+        line += f"; experts a token {taken}"
     if result.balance_efficiency is not None:
         line += f"; balance efficiency {result.balance_efficiency:.2f}"
     if result.balance_efficiency_by_count is not None:
@@ -181,7 +190,7 @@ def _by_group(scalars: Mapping[str, float | None], family: str, named: bool) -> 
 
 
 def _is_modality_loss(tag: str) -> bool:
-    return tag.startswith("loss/") and tag not in ("loss/total", "loss/balance", "loss/z")
+    return tag.startswith("loss/") and tag not in ("loss/total", "loss/balance", "loss/z", "loss/auxiliary")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -66,6 +66,7 @@ class JsonlSink:
             "balance_coefficient": record.balance_coefficient,
             "ledger": record.ledger,
             "host": record.host,
+            **({"load": record.load} if record.load else {}),
         }
         if record.step % self._arrays_every == 0:
             line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}
@@ -81,6 +82,9 @@ class JsonlSink:
                 "losses": result.loss,
                 "tokens": result.tokens,
                 "ablated_losses": result.ablated_loss,
+                "choice_losses": result.choice_loss,
+                "experts_per_token": result.experts_per_token,
+                "choice_experts_per_token": result.choice_experts_per_token,
                 "balance_note": result.balance_note,
             }
         )

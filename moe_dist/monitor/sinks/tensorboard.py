@@ -82,6 +82,9 @@ class TensorBoardSink:
         self._open.add_summary(Summary(value=known), step)  # one event a step, not one a curve
 
     def _add_pictures(self) -> None:
+        curves = self._window.load_curves()
+        if curves is not None:
+            self._open.add_summary(summary.image("moe/load_against_target", curves, dataformats="HWC"), self._last_step)
         sums, steps = self._window.take()
         for tag, picture in heat_maps(sums, self._subject, steps):
             self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)

@@ -1,0 +1,97 @@
+"""Which tensor of a dense checkpoint each expert of a mixture begins as: names and shapes alone (sparse upcycling,
+Komatsuzaki et al., arXiv 2212.05055; MoMa's seed of one expert for each modality, arXiv 2407.21770).
+
+In each layer the experts of a group are copies of the first of these that the checkpoint has:
+
+1. the only expert of its group of that name,
+2. the layer's dense FFN (whose norm becomes the MoE layer's),
+3. the only expert of its only group, whatever its name.
+
+A group that has as many experts there as here is no copy of anything: it is taken by name. Router rows are none of this:
+new experts need a router that tells them apart.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_dist.checkpoint.fits import DTYPES
+from moe_dist.checkpoint.index import Index, listed
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
+from moe_dist.errors import ConfigError
+
+_EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
+_NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
+
+
+def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """For each parameter that is a copy of one of another name, that name; the same on all ranks.
+
+    Args:
+        folder: Of the checkpoint, for messages.
+        specs: Of the model, see `CheckpointState`.
+
+    Raises:
+        ConfigError: an expert has nothing to be a copy of, or what there is has another shape; or nothing is copied at all.
+    """
+    there, here = _experts_by_layer(index.tensors), _experts_by_layer(specs)
+    sources: dict[str, str] = {}
+    faults: dict[str, None] = {}  # in order, each once
+    for name in specs:
+        if norm := _NORM.fullmatch(name):
+            source = f"{norm['layer']}.ffn.norm.weight"
+            if name not in index.tensors and source in index.tensors:
+                sources[name] = source
+        elif expert := _EXPERT.fullmatch(name):
+            layer, group = expert["layer"], expert["group"]
+            source = _source_of(expert, index, there[layer], here[layer][group])
+            if source is None:
+                faults[f"{layer}.moe.experts.{group}: {_nothing(len(here[layer][group]), group, there[layer])}"] = None
+            elif source != name:
+                sources[name] = source
+    for name, source in sources.items():
+        entry, spec = index.tensors[source], specs[name]
+        if entry.shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
+            faults[f"{name}: {spec.dtype} {spec.shape} in the model, {source} is {entry.dtype} {entry.shape}"] = None
+    if faults:
+        head = f"run.init_rules: upcycle cannot make all experts from {folder}; give the model its widths and groups"
+        raise ConfigError(listed(head, list(faults)))
+    if not sources:
+        raise ConfigError(
+            f"run.init_rules: upcycle finds nothing to copy in {folder}: each of its groups has as many experts as the "
+            "model's; leave the rule out"
+        )
+    return sources
+
+
+def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str]]]:
+    """Experts of each layer and group, by the names of their tensors."""
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if not name.startswith(OPTIMIZER_PREFIX) and (match := _EXPERT.fullmatch(name)):
+            found[match["layer"]][match["group"]].add(match["expert"])
+    return found
+
+
+def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
+    """Name of the tensor that an expert's tensor begins as, its own where the group is the same; None for none."""
+    layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
+    if group in groups:
+        if groups[group] == experts:
+            return expert[0]
+        return f"{layer}.moe.experts.{group}.0.{tensor}" if len(groups[group]) == 1 else None
+    dense = f"{layer}.ffn.{tensor}.weight"
+    if dense in index.tensors:
+        return dense
+    if len(groups) == 1 and len(next(iter(groups.values()))) == 1:
+        return f"{layer}.moe.experts.{next(iter(groups))}.0.{tensor}"
+    return None
+
+
+def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
+    if group in groups:
+        return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only one expert can become several"
+    if groups:
+        return f"the checkpoint has no such group in this layer, but {', '.join(sorted(groups))}"
+    return "the checkpoint has neither experts nor a dense FFN in this layer"

@@ -1,0 +1,134 @@
+"""What `run.init_rules` demand of a configuration; the checkpoint they work on is looked at when it is loaded. No torch."""
+
+from collections.abc import Mapping
+
+from moe_dist.config.schema import Config, GroupSection, Relation
+
+
+def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
+    """The top_k with which null rows that copy the n true ones, each m / n times, leave the choice of a top-`true_choices`.
+
+    Ordered by logit, ties true first, a token's columns are its best true expert, that one's m / n twins, its second best,
+    and so on in blocks of m / n + 1. So k choices hold ceil(k / (m / n + 1)) true experts, the best ones; that is k0 for
+
+        (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
+
+    which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. Two true experts with
+    the very same logit are no part of it: at the k0-th place both would be taken where k is not the least of the range.
+    """
+    block = num_null // num_experts + 1
+    return range((true_choices - 1) * block + 1, true_choices * block + 1)
+
+
+def init_relations(config: Config) -> list[Relation]:
+    """Rules of `run.init_rules` that do not hold, whatever the checkpoint."""
+    rules, key = config.run.init_rules, "run.init_rules"
+    broken = []
+    if rules and config.run.init_from is None:
+        fault = f"{key}={list(rules)}: there are no weights to make anything of; set run.init_from, or leave the rules out"
+        broken.append(Relation((key, "run.init_from"), fault))
+    if len(set(rules)) < len(rules):
+        broken.append(Relation((key,), f"{key}={list(rules)}: a rule stands there twice; once is enough"))
+    if "copy_nulls" in rules:
+        broken += _copy_relations(config)
+    return broken
+
+
+def _copy_relations(config: Config) -> list[Relation]:
+    moe, key = config.model.moe, "run.init_rules"
+    name, way_out = f"{key}: copy_nulls", "or leave copy_nulls out: null rows then begin as new ones"
+    if moe.router.kind != "top_k":
+        fault = f"{name}: {no_identity(moe.router.kind)}; take model.moe.router.kind=top_k, {way_out}"
+        return [Relation((key, "model.moe.router.kind"), fault)]
+    broken = []
+    if getattr(moe.router, "null_logit", "each") == "single":
+        fault = (
+            f"{name}: model.moe.router.null_logit=single has one null row, which cannot copy several; take each, {way_out}"
+        )
+        broken.append(Relation((key, "model.moe.router.null_logit"), fault))
+    if not any(group.num_null for group in moe.groups.values()):
+        broken.append(Relation((key, "model.moe.groups"), f"{name}: no group has null experts; give one num_null"))
+    for group_name, group in moe.groups.items():
+        if group.num_null % group.num_experts:
+            near = -(-group.num_null // group.num_experts) * group.num_experts
+            fault = (
+                f"{name}: model.moe.groups.{group_name}.num_null={group.num_null} is no multiple of num_experts="
+                f"{group.num_experts}, so that some true rows would have more copies than others; take {near}, {way_out}"
+            )
+            broken.append(Relation((key, f"model.moe.groups.{group_name}"), fault))
+        if group.num_identity or group.num_constant:
+            fault = (
+                f"{name}: model.moe.groups.{group_name} has num_identity={group.num_identity} and num_constant="
+                f"{group.num_constant} free experts, which would be chosen before some copies; set both to 0, {way_out}"
+            )
+            broken.append(Relation((key, f"model.moe.groups.{group_name}"), fault))
+    return broken
+
+
+def no_identity(kind: object) -> str:
+    """Why a router of another kind than top_k does not begin as it was with copied null rows."""
+    return (
+        f"with a router of kind {kind} copies of true rows do not leave the choice as it was: that follows from a plain "
+        "top-k of one softmax, where a twin stands right behind its original; scores that are sigmoids, and choices "
+        "limited to groups of experts or made by the experts, weigh or count a twin otherwise"
+    )
+
+
+def source_faults(config: Config, source: Mapping[str, object]) -> list[str]:
+    """Why the trained top-k model that `source` (the configuration in its checkpoint) describes would not begin as it is
+    with the null rows of `config` copied from its true ones; empty where it does.
+
+    Bits are kept as far as the forward pass goes; a capacity and the auxiliary terms belong to the training.
+    """
+    here = config.model.moe
+    model = source.get("model")
+    moe = model.get("moe") if isinstance(model, Mapping) else None
+    router, groups = (moe.get("router"), moe.get("groups")) if isinstance(moe, Mapping) else (None, None)
+    if not isinstance(router, Mapping) or not isinstance(groups, Mapping):
+        return ["the checkpoint does not say by which router it was trained (model.moe in its state.json)"]
+    if router.get("kind") != "top_k":
+        return [no_identity(router.get("kind"))]
+    faults = []
+    if router.get("selection_bias"):
+        faults.append(
+            "the checkpoint's router chooses by softmax + bias: with m / n copies of each row every probability is 1 / "
+            "(1 + m / n) of what it was and the bias is not, so that the choice would be another; leave copy_nulls out"
+        )
+    wanted = "true_all" if router.get("normalise") in ("none", "true_all") else "true_chosen"
+    if here.router.normalise != wanted:
+        faults.append(
+            f"model.moe.router.normalise={here.router.normalise}: the checkpoint's {router.get('normalise')} gives its "
+            f"weights from true experts alone, since it has no null ones; take {wanted}"
+        )
+    if router.get("scale", 1.0) != here.router.scale:
+        faults.append(f"model.moe.router.scale={here.router.scale:g}: the checkpoint's is {router.get('scale')}; take that")
+    for name, group in here.groups.items():
+        old = groups.get(name)
+        if not isinstance(old, Mapping):
+            faults.append(
+                f"model.moe.groups.{name}: the checkpoint has no such group; it has {', '.join(map(str, groups))}"
+            )
+            continue
+        faults += _group_faults(name, group, old)
+    return faults
+
+
+def _group_faults(name: str, group: GroupSection, old: Mapping[str, object]) -> list[str]:
+    key = f"model.moe.groups.{name}"
+    before = {field: value for field, value in old.items() if isinstance(value, int)}
+    if before.get("num_null") or before.get("num_identity") or before.get("num_constant"):
+        return [
+            f"{key}: the checkpoint's group has null or free experts already; its null rows are taken as they are where "
+            "num_null agrees, without copy_nulls"
+        ]
+    if before.get("num_experts") != group.num_experts:
+        return [f"{key}.num_experts={group.num_experts}: the checkpoint has {before.get('num_experts')}; take as many"]
+    fitting = identity_choices(group.num_experts, group.num_null, before.get("top_k", 0))
+    if group.top_k in fitting:
+        return []
+    least, most = fitting[0], fitting[-1]
+    return [
+        f"{key}.top_k={group.top_k}: with num_null={group.num_null} copies of {group.num_experts} true rows, a "
+        f"token takes the checkpoint's {before.get('top_k')} true experts only for top_k from {least} to {most}; take one "
+        "of these, or another num_null"
+    ]

@@ -1,0 +1,85 @@
+"""Selection biases that follow the load: after each optimizer step, by rules that see the step's counts over all ranks.
+
+A bias moves choices only: no weight, no logit and no gradient sees it. Only those of true experts move; null and free
+columns stay where they are, so that a common shift of the true ones changes how many of them a token takes.
+Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from moe_dist.errors import DataError
+from moe_dist.placement.placement import ExpertGroup
+
+
+class Gate(Protocol):
+    """A group's part of a router: its biases, by column, true experts first."""
+
+    bias: Tensor
+
+
+class Rule(Protocol):
+    """How one step's load moves the biases of a group's true experts."""
+
+    def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
+        """What to add to the biases, float64 [L, n]; None where the rule has nothing to say about the group.
+
+        Args:
+            true_Ln: float64, choices of each true expert in the step, over all ranks, before any capacity.
+            tokens_L1: float64, the group's tokens, at least 1 each: layers without tokens are left out by the caller.
+            step: Updates before this one.
+        """
+        ...
+
+
+class BiasController:
+    """Applies rules to the biases of all layers and groups. The same on all ranks: it sees nothing but global counts.
+
+    Args:
+        gates_LG: Of each layer and group; their `bias` is looked up at each update, since a model may replace its buffers.
+        groups: All groups, in logical order.
+        rules: Each sees the same counts; what they say is added up.
+    """
+
+    def __init__(self, gates_LG: Sequence[Sequence[Gate]], groups: Sequence[ExpertGroup], rules: Sequence[Rule]) -> None:
+        self._gates_LG, self._groups, self._rules = gates_LG, tuple(groups), tuple(rules)
+        self.step = 0
+
+    @torch.no_grad()
+    def update(self, choices_LC: Tensor, tokens_LG: Tensor) -> None:
+        """Moves the biases; call it after the optimizer step, never between forward and backward. No collective, no sync.
+
+        Args:
+            choices_LC, tokens_LG: Of the whole step, summed over micro-batches and ranks; a layer of a group that had no
+                token stays as it is.
+        """
+        for index, group in enumerate(self._groups):
+            true_Ln = choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
+            tokens_L1 = tokens_LG[:, index, None].to(torch.float64)
+            for rule in self._rules:
+                delta_Ln = rule.delta(group, true_Ln, tokens_L1.clamp_min(1.0), self.step)
+                if delta_Ln is not None:
+                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)
+                    for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
+                        bias = gates_G[index].bias
+                        bias[: group.num_experts] += delta_n.to(bias.dtype)
+        self.step += 1
+
+    def state(self) -> JsonValue:
+        """What resumes beside the biases, which are buffers of the model: the number of updates."""
+        return {"step": self.step}
+
+    def restore(self, state: JsonValue) -> None:
+        """Takes a saved state back.
+
+        Raises:
+            DataError: it is none.
+        """
+        step = state.get("step") if isinstance(state, dict) else None
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise DataError(f"state of the load controller: {state!r:.80} is not a number of updates")
+        self.step = step

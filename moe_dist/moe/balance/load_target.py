@@ -1,0 +1,53 @@
+"""Holds the mean number of true experts a token takes at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
+
+Called PID there, it is an integral controller: the bias is the sum of all errors. With k choices among n true experts and
+others, the load c_i / T of true expert i, and its sum c / T over the n:
+
+    per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
+    per group                   b_i += mu (target - c / T) / (k n)       the mean of the above, the same for all i
+
+Below the target the biases rise, true experts win choices from null ones, and the load rises. Both move the mean bias
+alike; the first also evens out the true experts, the second leaves their order to the router.
+
+mu = rate / (1 + step / decay_steps): its sum has no bound and that of its squares has one, so that the load converges to
+the target although each step's count is noisy (Robbins and Monro, 1951), and still follows a router that learns.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from moe_dist.placement.placement import ExpertGroup
+
+
+class LoadTarget:
+    """The rule.
+
+    Args:
+        target: True experts a token, by name of the group; groups that are not named are left alone.
+        rate: mu of the first step.
+        decay_steps: Updates after which mu is half the rate; None keeps it.
+        per: Whether the true experts of a group move together or each by its own load.
+    """
+
+    def __init__(
+        self,
+        target: Mapping[str, float],
+        *,
+        rate: float,
+        decay_steps: int | None = None,
+        per: Literal["group", "expert"] = "group",
+    ) -> None:
+        self.target, self.rate, self.decay_steps, self.per = dict(target), rate, decay_steps, per
+
+    def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
+        """As `moe_dist.moe.balance.controller.Rule`."""
+        target = self.target.get(group.name)
+        if target is None:
+            return None
+        mu = self.rate / (1.0 + (step / self.decay_steps if self.decay_steps is not None else 0.0))
+        share_Ln = true_Ln / tokens_L1
+        if self.per == "group":
+            share_Ln = share_Ln.mean(dim=1, keepdim=True).expand_as(share_Ln)
+        return mu / group.top_k * (target / group.num_experts - share_Ln)

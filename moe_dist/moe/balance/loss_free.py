@@ -1,0 +1,32 @@
+"""Balances the true experts of a group without a loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
+
+    b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
+
+Where a group has null or free columns, the mean of the signs is taken off: the rule then says nothing about how many true
+experts a token takes, which is another controller's part. Without such columns a common shift changes no choice, and the
+published rule is kept as it is.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_dist.placement.placement import ExpertGroup
+
+
+class LossFree:
+    """The rule.
+
+    Args:
+        rate: By how much a bias moves in a step.
+    """
+
+    def __init__(self, *, rate: float) -> None:
+        self.rate = rate
+
+    def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
+        """As `moe_dist.moe.balance.controller.Rule`."""
+        # Counts are whole numbers, so n c_i is held against their sum exactly: no sign hangs on a rounded mean.
+        sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
+        if group.num_columns > group.num_experts:
+            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)
+        return self.rate * sign_Ln

@@ -1,0 +1,40 @@
+"""Random numbers that depend on names alone: the same on any layout of ranks, in any order, and when asked for again.
+
+A counter-based generator: the number of (seed, step, layer; token, expert) is a hash of them, so that nothing has a state,
+nothing is saved, and recomputation draws what the first forward drew.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Standard logistic noise [T, E]: the difference of two independent Gumbel(0, 1), as Gumbel-sigmoid adds it.
+
+    Args:
+        name: What the draw is for, as (seed, step, layer).
+        row_T, columns: int64, the numbers of the tokens and of the experts; each pair has a draw of its own.
+    """
+    digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
+    low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
+    mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
+    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])
+    # 24 bits and a half: never 0 or 1, and exact in fp32, so that every device and dtype sees the same uniform number.
+    uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
+    return torch.logit(uniform_TE).to(dtype)
+
+
+def _mix(word: Tensor) -> Tensor:
+    """32 bits to 32 bits, each of which depends on all (the finaliser `lowbias32` of C. Wellons), in int64."""
+    word = _times(word ^ (word >> 16), 0x7FEB352D)
+    word = _times(word ^ (word >> 15), 0x846CA68B)
+    return word ^ (word >> 16)
+
+
+def _times(word: Tensor, factor: int) -> Tensor:
+    """Product modulo 2^32 in two halves, so that no product leaves int64."""
+    return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

@@ -1,0 +1,279 @@
+"""Experts choose their tokens, inside the group of each modality (MoMa, arXiv 2407.21770, section 2.2).
+
+    s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
+    y = sum over the experts j that take the token of s_j E_j(x); a token that none takes gets 0
+
+The choice looks at all tokens of its set, later ones among them, so it is for training only. In evaluation each token is
+routed by itself (causally):
+
+    threshold   expert j takes it where s_j > c_j, c_j the running k-th largest score (Expert Threshold, arXiv 2603.11535)
+    auxiliary   expert j takes it where sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, section 2.4), W_1, W_2 trained afterwards
+
+Weights are s_j always. Shape letters: T tokens, D hidden size, E experts of all groups, n experts of one group, G groups,
+K experts of the largest group.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.moe.choice_sets import (
+    OUTSIDE,
+    ChoiceSet,
+    ExpertsChoice,
+    choose,
+    counted_pairs,
+    token_pairs,
+)
+from moe_dist.moe.draws import logistic
+from moe_dist.moe.routers.top_k import GroupGate
+from moe_dist.moe.routing import (
+    ABSENT,
+    Assignments,
+    BatchFacts,
+    ChoiceSums,
+    RouterSums,
+    Routing,
+    RoutingTape,
+    accumulation_dtype,
+)
+from moe_dist.placement.placement import ExpertGroup
+
+Causal = Literal["threshold", "auxiliary"]
+STATISTICS = 4  # rows of `ChoiceGate.statistics`: running means of cut, score and share spreads; steps seen
+
+
+class AuxiliaryRouter(nn.Module):
+    """Two layers for the experts of one group: `inner` [D/2, D] and `outer` [n, D/2], without bias."""
+
+    def __init__(self, hidden_dim: int, num_experts: int) -> None:
+        super().__init__()
+        inner_dim = max(1, hidden_dim // 2)
+        self.inner = nn.Parameter(torch.empty(inner_dim, hidden_dim))
+        self.outer = nn.Parameter(torch.empty(num_experts, inner_dim))
+
+    def forward(self, h_TD: Tensor) -> Tensor:
+        """Logits [T, n]: above 0 the expert takes the token."""
+        return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
+
+
+class ChoiceGate(GroupGate):
+    """Router rows of one group, `true` [n, D], and what is learned of its choices.
+
+    `threshold` [n] and `statistics` [4, n] (see `moe_dist.moe.thresholds`) are buffers, since no gradient moves them; they
+    are the same on all ranks and saved with the weights. `auxiliary` is there where evaluation is by auxiliary routers.
+    """
+
+    threshold: Tensor
+    statistics: Tensor
+
+    def __init__(self, hidden_dim: int, group: ExpertGroup, *, auxiliary: bool) -> None:
+        super().__init__(hidden_dim, group)
+        if auxiliary:
+            self.auxiliary = AuxiliaryRouter(hidden_dim, group.num_experts)
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Routes T tokens, each inside its group.
+
+    Args:
+        hidden_dim: D.
+        groups: All groups, in logical order, without null or free experts.
+        capacity: c, the share of its group's tokens that each expert takes; None for each group's own (`ExpertGroup`).
+        noise: Scale of the noise on the logits in training, as Gumbel-sigmoid adds it; 1 is MoMa's, 0 none.
+        causal: How tokens are routed in evaluation; None refuses to.
+        threshold_decay: Of the running means behind the thresholds.
+        choice_set: Whose tokens compete.
+        seed, layer: Name the noise, with the step, token and expert.
+        known_counts: Hand out the number of pairs of all ranks, where it is known beforehand, for dispatch without a host
+            sync: while training, with a choice set of one rank.
+    """
+
+    group_of_expert_E: Tensor
+    capacity_E: Tensor
+    columns_GK: Tensor  # the experts of each group; a last row of ABSENT, which padding's group -1 reads
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        capacity: float | None = None,
+        noise: float = 0.0,
+        causal: Causal | None = None,
+        threshold_decay: float = 0.99,
+        choice_set: ChoiceSet | None = None,
+        seed: int = 0,
+        layer: int = 0,
+        known_counts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        self.noise = noise
+        self.causal: Causal | None = causal
+        self.threshold_decay = threshold_decay
+        self.choice_set = choice_set or ChoiceSet()
+        self.seed = seed
+        self.layer = layer
+        self.known_counts = known_counts
+        self.hindsight = False
+        self.num_experts = sum(group.num_experts for group in groups)
+        self.share_of_group = tuple(capacity or capacity_of_group(group) for group in groups)
+        for group in groups:
+            self.add_module(group.name, ChoiceGate(hidden_dim, group, auxiliary=causal == "auxiliary"))
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Makes the constant tables, and thresholds of 0 (which let everything through), on the default device; called
+        again after a move from the meta device."""
+        most = max(group.num_experts for group in self.groups)
+        rows = [[*group.experts, *[ABSENT] * (most - group.num_experts)] for group in self.groups]
+        self.group_of_E = [index for index, group in enumerate(self.groups) for _ in group.experts]
+        self.register_buffer("group_of_expert_E", torch.tensor(self.group_of_E), persistent=False)
+        shares = torch.tensor([self.share_of_group[index] for index in self.group_of_E], dtype=torch.float64)
+        self.register_buffer("capacity_E", shares, persistent=False)
+        self.register_buffer("columns_GK", torch.tensor([*rows, [ABSENT] * most]), persistent=False)
+        for gate, group in zip(self.gates(), self.groups, strict=True):
+            gate.register_buffer("threshold", torch.zeros(group.num_experts))
+            gate.register_buffer("statistics", torch.zeros(STATISTICS, group.num_experts))
+
+    def gates(self) -> list[ChoiceGate]:
+        """The gates, in the order of the groups."""
+        return [self.get_submodule(group.name) for group in self.groups]  # pyright: ignore[reportReturnType]
+
+    def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
+        """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
+
+        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T, and with `known_counts` on the tape's
+        facts, alone: no host sync. One collective where the choice set has several ranks, see `choice_sets`.
+
+        Raises:
+            AssertionError: in evaluation without a causal way, and with noise without facts.
+        """
+        dtype = accumulation_dtype(h_TD.dtype)
+        tape = tape or RoutingTape()
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):
+            h_TD = h_TD.to(dtype)
+            logits_TE = torch.cat([F.linear(h_TD, gate.true.to(dtype)) for gate in self.gates()], dim=1)
+            member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
+            inside_TE = member_TG[:, self.group_of_expert_E]
+            noisy_TE = self._with_noise(logits_TE, tape.facts)
+            weight_TE = noisy_TE.sigmoid()
+            by_choice = self.training or self.hindsight
+            if tape.choice is None:
+                with torch.no_grad():
+                    made = self._experts_choose if by_choice else self._tokens_pass
+                    tape.choice = made(h_TD, logits_TE, inside_TE, tape.facts)
+            sums = self._sums(logits_TE, tape.choice, inside_TE, member_TG)
+            if self.training and self.causal == "auxiliary":
+                sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, tape.choice.taken_TE, inside_TE))
+        counted = self.training and self.known_counts and tape.facts is not None
+        return Routing(self._pairs(tape.choice, weight_TE, group_T, tape.facts if counted else None), sums)
+
+    def _with_noise(self, logits_TE: Tensor, facts: BatchFacts | None) -> Tensor:
+        """Of this rank's tokens; the same tensor where there is no noise."""
+        if not (self.training and self.noise):
+            return logits_TE
+        assert facts is not None, "noise needs the step and the tokens' numbers, which come with the micro-batch"
+        token_T = torch.arange(logits_TE.shape[0], device=logits_TE.device) + facts.first_token_of(facts.rank)
+        return logits_TE + self._draw(token_T, facts, logits_TE.dtype)
+
+    def _draw(self, token_T: Tensor, facts: BatchFacts, dtype: torch.dtype) -> Tensor:
+        expert_E = torch.arange(self.num_experts, device=token_T.device)
+        return self.noise * logistic((self.seed, facts.step, self.layer), token_T, expert_E, dtype)
+
+    def _experts_choose(
+        self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, facts: BatchFacts | None
+    ) -> ExpertsChoice:
+        """The choice of training. Every rank of the set draws the noise of all its tokens: only logits travel."""
+        where, device = self.choice_set, logits_TE.device
+        lengths = where.lengths(logits_TE.shape[0], facts)
+        assert lengths[where.own] == logits_TE.shape[0], f"{logits_TE.shape[0]} tokens here, {lengths} were announced"
+        masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
+        logits_UE = noisy_UE = where.gather(masked_TE, lengths, layer=f"layers.{self.layer}")
+        if self.training and self.noise:
+            assert facts is not None
+            ranks = [facts.rank] if where.kind == "rank" else where.ranks
+            starts = [facts.first_token_of(rank) for rank in ranks]
+            tokens = [torch.arange(n, device=device) + start for n, start in zip(lengths, starts, strict=True)]
+            noisy_UE = logits_UE + self._draw(torch.cat(tokens), facts, logits_UE.dtype)
+        first = sum(lengths[: where.own])
+        mine = slice(first, first + lengths[where.own])
+        return choose(logits_UE, noisy_UE, self.capacity_E, mine, keep_order=len(lengths) == 1)
+
+    def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, facts: BatchFacts | None) -> ExpertsChoice:
+        """The choice of evaluation: of each token by itself."""
+        del facts
+        if self.causal == "threshold":
+            passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)
+        elif self.causal == "auxiliary":
+            passes_TE = self._auxiliary_logits(h_TD) > 0.0
+        else:
+            raise AssertionError("model.moe.router.causal is null: the choice of training looks at later tokens")
+        return ExpertsChoice(passes_TE & inside_TE, None, logits_TE.new_zeros(self.num_experts))
+
+    def _thresholds(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([gate.threshold for gate in self.gates()]).to(dtype)
+
+    def _auxiliary_logits(self, h_TD: Tensor) -> Tensor:
+        return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
+
+    def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
+        """Binary cross entropy against the choice, summed over the tokens and experts of each group."""
+        logits_TE = self._auxiliary_logits(h_TD.detach())
+        losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
+        by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
+        return torch.stack([by_expert_E[list(group.experts)].sum() for group in self.groups])
+
+    def _pairs(self, choice: ExpertsChoice, weight_TE: Tensor, group_T: Tensor, facts: BatchFacts | None) -> Assignments:
+        if facts is None or choice.order_TE is None:
+            return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
+        shares = [self.share_of_group[index] for index in self.group_of_E]
+        return counted_pairs(choice, weight_TE, shares, self.group_of_E, facts, self.choice_set.ep_ranks)
+
+    @torch.no_grad()
+    def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, inside_TE: Tensor, member_TG: Tensor) -> RouterSums:
+        score_TE = torch.where(inside_TE, logits_TE.sigmoid(), 0.0)
+        member = member_TG.to(score_TE.dtype)
+        tokens_G = member_TG.sum(0)
+        # Entropy of the scores as shares of their sum, so that it compares with a softmax's.
+        shares_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
+        entropy_T = -torch.xlogy(shares_TE, shares_TE).sum(-1)
+        idle_T = ~choice.taken_TE.any(-1)
+        above_TE = inside_TE & (score_TE > self._thresholds(score_TE.dtype))
+        return RouterSums(
+            choices_C=choice.taken_TE.sum(0),
+            prob_C=score_TE.sum(0),
+            tokens_G=tokens_G,
+            log_z_squared_G=score_TE.new_zeros(len(self.groups)),
+            entropy_G=entropy_T @ member,
+            dropped_E=torch.zeros_like(self.group_of_expert_E),
+            choice=ChoiceSums(
+                cut_E=choice.cut_E.to(torch.float64) * tokens_G[self.group_of_expert_E],
+                above_E=above_TE.sum(0).to(torch.float64),
+                idle_G=(member_TG & idle_T[:, None]).sum(0).to(torch.float64),
+            ),
+        )
+
+
+def capacity_of_group(group: ExpertGroup) -> float:
+    """c of a group that names none: so that a token is taken by `top_k` experts on average; 1 / n for one."""
+    return group.capacity if group.capacity is not None else group.top_k / group.num_experts
+
+
+@contextmanager
+def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, expert choice routers choose in evaluation as they do in training, looking at later tokens, without noise:
+    to measure what that is worth. Others stay as they are."""
+    mine = [router for router in routers if isinstance(router, ExpertChoiceRouter)]
+    for router in mine:
+        router.hindsight = True
+    try:
+        yield
+    finally:
+        for router in mine:
+            router.hindsight = False

@@ -1,0 +1,111 @@
+"""How a new run begins with the weights of another's checkpoint (`run.init_from`): what fits, and `run.init_rules`.
+
+by name and shape   what fits is taken, what does not stays as it was initialised
+upcycle             experts that are copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
+copy_nulls          null rows that are copies of true ones, so that a trained top-k model begins as it is (AdaMoE)
+
+All of it is refused, or done, before a step is taken; the report says what was taken and whether the function is the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import CheckpointState
+from moe_dist.checkpoint.takeover import Taken
+from moe_dist.config.init_rules import source_faults
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.null_rows import copy_true_rows
+from moe_dist.moe.routers.top_k import GroupGate
+
+# Keys of `model` that are no part of its function; a vocabulary shows by its tensors' shapes.
+_NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
+
+
+def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: CheckpointState, model: Transformer) -> str:
+    """Loads what `run.init_from` has into the model, and returns what was done, in words. Collective over the world.
+
+    Raises:
+        ConfigError: there is no checkpoint, nothing of it fits, or a rule cannot be kept; says why, and the way out.
+        DataError: it is damaged.
+    """
+    assert config.run.init_from is not None
+    path, rules = Path(config.run.init_from), config.run.init_rules
+    upcycle, copy = "upcycle" in rules, "copy_nulls" in rules
+    source: dict[str, JsonValue] = {}
+
+    def check(values: Mapping[str, JsonValue]) -> None:
+        found = values.get("config")
+        source.update(found if isinstance(found, dict) else {})
+        # Upcycled experts are alike, so that it does not matter which of them a token takes.
+        if copy and not upcycle and (faults := source_faults(config, source)):
+            raise ConfigError([f"run.init_rules: copy_nulls: {path}: {fault}" for fault in faults], see="docs/routing.md")
+
+    taken = checkpoints.load_fitting(path, state, upcycle=upcycle, check=check)
+    lines = [taken.report()]
+    if copy:
+        rows = sum(copy_true_rows(gate) for gate in _gates(model, config))
+        lines.append(f"copied {rows} null rows from true ones")
+    if rules:
+        changes = _changes(config, source, taken)
+        same = "the same as the checkpoint's" + ("" if upcycle else ", to the last bit")
+        lines.append(f"function of the model before its first step: {'; '.join(changes) if changes else same}")
+        if changes and copy and not upcycle:
+            raise ConfigError(
+                [f"run.init_rules: copy_nulls: {path}: {change}" for change in changes], see="docs/routing.md"
+            )
+    return "\n".join(lines)
+
+
+def _gates(model: Transformer, config: Config) -> list[GroupGate]:
+    """The gates of all layers and groups; routers are whole on every rank."""
+    gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in config.model.moe.groups]
+    return [gate for gate in gates if isinstance(gate, GroupGate)]
+
+
+def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+    """Why the model does not compute what the checkpoint's did; empty where it does (upcycled, up to rounding)."""
+    upcycle = "upcycle" in config.run.init_rules
+    new = (".moe.router.",) if upcycle else (".null", ".bias")
+    kept = [name for name in taken.kept if not any(part in name for part in new)]
+    changes = [f"{name} stays as initialised ({taken.kept[name]})" for name in kept[:1]]
+    changes += [f"{name} of the checkpoint has no place" for name in taken.left if ".moe.router." not in name][:1]
+    before = source.get("model")
+    if isinstance(before, dict):
+        here = config.model.model_dump(mode="json", exclude=_NO_PART)
+        changes += [
+            f"model.{key}={value!r}, the checkpoint's is {before[key]!r}"
+            for key, value in here.items()
+            if key in before and before[key] != value
+        ]
+    return changes + (_upcycled_changes(config, before, taken) if upcycle else [])
+
+
+def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
+    """As `_changes`, for experts that are alike: their weighted sum is their common output where the weights sum to 1."""
+    moe, router = config.model.moe, config.model.moe.router
+    if router.kind != "top_k":
+        return [f"with model.moe.router.kind={router.kind} a token's weights need not sum to 1"]
+    changes = []
+    if router.normalise != "true_chosen":
+        changes.append(f"with model.moe.router.normalise={router.normalise} a token's weights need not sum to 1")
+    scale = 1.0
+    if isinstance(before, dict) and any(".moe.experts." in there for there in taken.made_of.values()):
+        old = before.get("moe")
+        old_router = old.get("router") if isinstance(old, dict) else None
+        scale = old_router.get("scale", 1.0) if isinstance(old_router, dict) else 1.0
+    if router.scale != scale:
+        changes.append(f"model.moe.router.scale={router.scale:g}, the experts were scaled by {scale}")
+    for name, group in moe.groups.items():
+        free = group.num_identity + group.num_constant
+        if free:
+            changes.append(f"free experts of group {name} add something of their own")
+        elif group.top_k <= group.num_null and "copy_nulls" not in config.run.init_rules:
+            changes.append(
+                f"a token of group {name} may choose null experts alone (top_k={group.top_k}, num_null={group.num_null})"
+            )
+    return changes

@@ -1,0 +1,209 @@
+"""Expert choice on ranks: three optimizer steps equal those of one process that chooses over the same sets.
+
+One rank whose micro-batches are the sets of the many ranks is that process: there is no balance loss, so that micro-batches
+of one step differ from ranks in nothing but the sets. The batches hold a rank without a token and ranks of one modality.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.choice_sets import ChoiceSet
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_pair import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
+from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routing import BatchFacts, RoutingTape
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
+from tests.support.syncs import host_syncs
+from tests.support.worlds import RankContext
+
+LAYOUTS = [
+    Layout(4, 1, "uneven", "fsdp2", "block", choice="rank"),
+    Layout(2, 2, "interleaved", "ddp", "block", choice="rank", noise=1.0, per_pair=True),
+    Layout(4, 2, "pinned", "fsdp2", "experts", choice="rank", per_pair=True),
+    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", noise=1.0, overlap=True, chunks=2),
+    Layout(4, 1, "uneven", choice="rank", ranks_per_node=2),
+    Layout(2, 1, "pinned", "fsdp2", "block", choice="ep_group", noise=1.0),
+    Layout(2, 2, "interleaved", "ddp", "block", choice="ep_group", noise=1.0),
+    Layout(4, 2, "pinned", "fsdp2", "experts", choice="ep_group"),
+    Layout(4, 1, "uneven", "ddp", "block", choice="world", noise=1.0),
+    Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
+]
+
+
+def sets_of(layout: Layout) -> int:
+    """Choice sets of one micro-batch."""
+    return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.choice or "world"]
+
+
+@pytest.fixture(scope="session")
+def one_process(
+    run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Layout], tuple[Path, Outcome]]:
+    """For a layout the folder of the initial weights and the oracle over the same sets; made once a number of sets."""
+    folder = tmp_path_factory.mktemp("choice")
+    made: dict[Layout, Outcome] = {}
+
+    def of(layout: Layout) -> tuple[Path, Outcome]:
+        oracle = Layout(choice="rank", noise=layout.noise, parts=sets_of(layout))
+        if oracle not in made:
+            made[oracle] = run_in_world(1, train, oracle, folder)[0]
+        return folder, made[oracle]
+
+    return of
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ranks_equal_one_process_over_the_same_sets(
+    run_in_world: Callable[..., list[Any]], one_process: Callable[[Layout], tuple[Path, Outcome]], layout: Layout
+) -> None:
+    folder, oracle = one_process(layout)
+    outcomes = run_in_world(layout.world_size, train, layout, folder)
+    for outcome in outcomes:
+        for step, expected in zip(outcome.steps, oracle.steps, strict=True):
+            for counts in ("choices_LC", "tokens_LG", "above_LE", "idle_LG"):
+                np.testing.assert_array_equal(getattr(step, counts), getattr(expected, counts), err_msg=counts)
+            assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.choices_LC.sum()
+            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
+            np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-9)
+            np.testing.assert_allclose(step.entropy_LG, expected.entropy_LG, rtol=1e-9)
+            crossings = 5 if layout.recompute == "block" else 4
+            assert step.ledger["payload_bytes"] == crossings * step.ledger["rows_remote"] * HIDDEN_DIM * 8
+        assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
+        for name, buffer in oracle.buffers.items():
+            np.testing.assert_allclose(outcome.buffers[name], buffer, rtol=0, atol=1e-9, err_msg=name)
+            np.testing.assert_array_equal(outcome.buffers[name], outcomes[0].buffers[name])
+    for field in ("gradients", "parameters"):
+        got, expected = merged(outcomes, field), getattr(oracle, field)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+    # In evaluation, by thresholds; the oracle's last batch is cut otherwise, which must not matter.
+    logits = np.concatenate([outcome.logits for outcome in outcomes])
+    np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
+    exchanged = LAYERS * STEPS * MICRO_BATCHES if layout.choice != "rank" else 0
+    assert outcomes[0].events.count("choice logits") == exchanged, "once a layer and micro-batch, also under recompute"
+    # Pairs whose number is known beforehand exchange no counts; the evaluation at the end, by thresholds, does.
+    planned = LAYERS * (1 if layout.per_pair else 1 + STEPS * MICRO_BATCHES)
+    hop = "inter-node " if layout.ranks_per_node else ""
+    assert outcomes[0].events.count(f"{hop}counts") == planned
+    assert oracle.steps[0].choices_LC.any()
+    assert oracle.steps[0].idle_LG.any()
+
+
+def test_recompute_changes_no_bit(
+    run_in_world: Callable[..., list[Any]], one_process: Callable[[Layout], tuple[Path, Outcome]]
+) -> None:
+    """Choice, noise and weights of a recomputed layer are those of its first forward."""
+    for choice in ("rank", "world"):
+        runs = []
+        for recompute in ("none", "experts", "block"):
+            layout = Layout(2, 1, "interleaved", "ddp", recompute, "float32", choice=choice, noise=1.0)
+            runs.append(run_in_world(2, train, layout))
+        for run in runs[1:]:
+            for outcome, plain in zip(run, runs[0], strict=True):
+                assert all(np.array_equal(outcome.gradients[name], value) for name, value in plain.gradients.items())
+                assert all(np.array_equal(outcome.parameters[name], value) for name, value in plain.parameters.items())
+                assert all(np.array_equal(outcome.buffers[name], value) for name, value in plain.buffers.items())
+
+
+T, D = 20, 8
+GROUPS = (ExpertGroup("text", 4, 0, 1, 8, 0, ("text",)), ExpertGroup("image", 4, 0, 1, 8, 4, ("image",)))
+PLACEMENTS = {
+    1: ExpertPlacement(GROUPS, (tuple(range(8)),)),
+    4: ExpertPlacement(GROUPS, ((0, 4), (1, 5), (2, 6), (3, 7))),
+}
+
+
+def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type]:
+    """Reads and named syncs of a layer's forward and backward, and which way it took."""
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    traffic, placement = Traffic(events=[]), PLACEMENTS[rank.world_size]
+    wire = Wire(mesh.ep, traffic)
+    pairs = PerPairDispatcher(placement, wire)
+    ranks = tuple(range(rank.world_size))
+    router = ExpertChoiceRouter(
+        D, GROUPS, noise=1.0, causal="threshold", known_counts=True,
+        choice_set=ChoiceSet(ranks=(rank.rank,), ep_ranks=ranks),
+    )  # fmt: skip
+    local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
+    layer = MoELayer(
+        norm=torch.nn.RMSNorm(D),
+        router=router,
+        experts=Experts(D, GROUPS, local),
+        dispatcher=SyncFreeDispatcher(PerRankDispatcher(placement, wire), pairs, always=True),
+        recompute=recompute,  # pyright: ignore[reportArgumentType]
+    )
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    # Every rank's groups, so that each can tell the others' counts; rank 1 has padding alone.
+    groups = [torch.randint(-1, 2, (T,), generator=torch.Generator().manual_seed(r)) for r in ranks]
+    if rank.world_size > 1:
+        groups[1] = torch.full((T,), -1)
+    members = tuple(tuple(int((group_T == index).sum()) for index in range(2)) for group_T in groups)
+    facts = BatchFacts(3, 0, rank.rank, (T,) * rank.world_size, members)
+    x_TD = torch.randn(T, D, requires_grad=True)
+    plans: list[Any] = []
+    plan = layer.dispatcher.plan
+    layer.dispatcher.plan = lambda *args, **options: plans.append(plan(*args, **options)) or plans[-1]  # type: ignore
+    for _ in range(2):
+        with host_syncs() as seen:
+            y_TD, _ = layer(x_TD, groups[rank.rank], facts)
+            y_TD.sum().backward()
+    assert len(plans) == 2
+    return list(seen), [event for event in traffic.events or [] if event.startswith("sync")], type(plans[0])
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_layer_whose_counts_are_known_waits_for_nothing(
+    run_in_world: Callable[..., list[Any]], world_size: int, recompute: str
+) -> None:
+    for seen, named, plan in run_in_world(world_size, syncs, recompute):
+        assert (seen, named, plan) == ([], [], PerPairPlan)
+
+
+def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
+    """Ranks with different numbers of tokens, none among them, choose in the world's set."""
+    lengths = (5, 0, 9, 2)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    generator = torch.Generator().manual_seed(5)
+    h_TD = torch.randint(-2, 3, (sum(lengths), D), generator=generator).double()  # exact products: ties
+    group_T = torch.randint(-1, 2, (sum(lengths),), generator=generator)
+    options: dict[str, Any] = {"capacity": 0.3, "causal": "threshold"}
+    traffic = Traffic(events=[])
+    where = ChoiceSet("world", mesh.world, (0, 1, 2, 3), rank.rank, mesh.ep_ranks, traffic)
+    routers = [ExpertChoiceRouter(D, GROUPS, choice_set=each, **options).double() for each in (where, None)]
+    for router in routers:
+        for parameter in router.parameters():
+            torch.nn.init.constant_(parameter, 1.0)
+            parameter.data += torch.arange(parameter.numel()).view_as(parameter) % 3
+    first = sum(lengths[: rank.rank])
+    mine = slice(first, first + lengths[rank.rank])
+    members = tuple(
+        tuple(int((part == index).sum()) for index in range(2)) for part in group_T.split(lengths)
+    )  # fmt: skip
+    facts = BatchFacts(0, 0, rank.rank, lengths, members)
+    taken = []
+    for router, h, group, given in ((routers[0], h_TD[mine], group_T[mine], facts), (routers[1], h_TD, group_T, None)):
+        tape = RoutingTape(facts=given)
+        router(h, group, tape)
+        assert tape.choice is not None
+        taken.append(tape.choice.taken_TE.tolist())
+    assert (traffic.events, traffic.metadata_bytes) == (["choice logits"], 3 * max(lengths) * 8 * 8)
+    return taken[0], taken[1][mine]
+
+
+def test_ranks_of_different_lengths_choose_alike(run_in_world: Callable[..., list[Any]]) -> None:
+    for got, expected in run_in_world(4, uneven):
+        assert got == expected

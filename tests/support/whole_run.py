@@ -1,0 +1,108 @@
+"""A whole run inside a standing world, from its configuration to its last evaluation: all of `moe_dist.train` but the run
+folder, the lease and the sinks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist import build
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.config.schema import Config
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.parallel.initialise import logical_expert_names
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.preflight import check
+from moe_dist.resume import Resumable
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.trainer import Progress, Trainer
+from moe_dist.training_step import StepResult
+from tests.support.tiny import tiny_config
+from tests.support.worlds import RankContext
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """What one rank saw of a run.
+
+    Attributes:
+        begun, ended: Where it began, in this attempt, and where it ended.
+        tensors: Parameters and persistent buffers by logical name, this rank's experts among them.
+        at_start: The same after the weights were loaded, before the first step.
+        trained: Names of the parameters that have moments in the optimizer.
+        steps: Every step's result.
+    """
+
+    begun: Progress
+    ended: Progress
+    tensors: dict[str, np.ndarray]
+    at_start: dict[str, np.ndarray]
+    trained: set[str]
+    evaluation: EvaluationResult
+    steps: list[StepResult]
+
+
+def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, Any]) -> WholeRun:
+    """Body of a standing world: starts the run, or goes on with it."""
+    config = tiny_config(data, root, {"evaluation.balance_efficiency": False, **changes})
+    plan = check(config, world_size=rank.world_size)
+    mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=60.0)
+    training = build.build_training(config, plan.manifest, plan.placement, mesh)
+    evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
+    folder = RunFolder.of(config).checkpoints
+    checkpoints = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
+    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest)
+    progress = resumable.restore()
+    begun = Progress(**progress.to_json())
+    at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)
+    steps: list[StepResult] = []
+    trainer = Trainer(
+        build.build_plan(config, plan.groups),
+        _Recorded(training.step, steps),  # pyright: ignore[reportArgumentType]
+        build.build_loader(config, plan.manifest, mesh),
+        evaluator,
+        placement=plan.placement,
+        sinks=[],
+        devices=None,
+        saver=resumable,
+        stop_requested=lambda: False,
+        progress=progress,
+        modalities=tuple(plan.manifest.modalities),
+        baselines=plan.manifest.baselines,
+    )
+    finished = trainer.fit()
+    resumable.wait()
+    named = {parameter: name for name, parameter in training.parallel.model.named_parameters()}
+    return WholeRun(
+        begun=begun,
+        ended=trainer.progress,
+        tensors=tensors_of(config, training, plan.placement, mesh.ep_rank),
+        at_start=at_start,
+        trained={named[parameter] for parameter in training.optimizer.state},
+        evaluation=finished.evaluation,
+        steps=steps,
+    )
+
+
+class _Recorded:
+    def __init__(self, step: Any, results: list[StepResult]) -> None:
+        self._step, self._results = step, results
+
+    def __call__(self, *args: Any, **options: Any) -> StepResult:
+        self._results.append(self._step(*args, **options))
+        return self._results[-1]
+
+
+def tensors_of(config: Config, training: build.Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
+    """Whole tensors by logical name; collective under FSDP2."""
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in training.parallel.model.state_dict().items():
+        whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
+        if ".moe.experts." in name:
+            found.update(zip(logical_expert_names(name, placement, ep_rank), whole, strict=True))
+        else:
+            found[name] = whole
+    return found

@@ -1,0 +1,141 @@
+"""What expert choice demands of the rest of a configuration: field, value, rule and way out, all faults at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config.router_rules import router_relations
+from moe_dist.config.schema import Config, ExpertChoiceRouterSection, TopKRouterSection
+from moe_dist.errors import ConfigError
+from moe_dist.placement.planner import expected_plan
+from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.preflight import check
+from tests.support.tiny import tiny_config
+
+GROUPS = {
+    "text": {"num_experts": 4, "top_k": 1, "ffn_dim": 16},
+    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
+}
+SOUND: dict[str, Any] = {
+    "model.moe.groups": GROUPS,
+    "model.moe.router": {"kind": "expert_choice", "causal": "threshold"},
+    "loss.balance.schedule": [[0, 0.0]],
+}
+SECOND = {
+    **SOUND,
+    "model.moe.router": {"kind": "expert_choice", "causal": "auxiliary"},
+    "train.only": "auxiliary_routers",
+    "run.init_from": "runs/first",
+}
+
+
+def config(changes: dict[str, Any]) -> Config:
+    return tiny_config(Path("none"), Path("runs"), changes)
+
+
+@pytest.mark.parametrize("changes", [SOUND, SECOND, {}], ids=["threshold", "second stage", "token choice"])
+def test_what_fits_passes(changes: dict[str, Any]) -> None:
+    assert router_relations(config(changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "way_out"),
+    [
+        (
+            {"loss.balance.schedule": [[0, 0.02]]},
+            "loss.balance.schedule=[[0, 0.02]]: model.moe.router.kind=expert_choice with token-choice losses",
+            "set loss.balance.schedule=[[0, 0]]",
+        ),
+        ({"loss.z": 1e-3}, "loss.z=0.001: model.moe.router.kind=expert_choice with token-choice losses", "set loss.z=0"),
+        (
+            {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
+            "model.moe.groups.text.num_null=2: with model.moe.router.kind=expert_choice true experts alone choose",
+            "set it to 0, or model.moe.router.kind=top_k",
+        ),
+        (
+            {"model.moe.groups": {**GROUPS, "text": {"num_experts": 2, "num_identity": 1, "top_k": 3, "ffn_dim": 16}}},
+            "model.moe.groups.text.top_k=3: with model.moe.router.kind=expert_choice each of 2 experts would take more",
+            "lower it to at most 2",
+        ),
+        (
+            {"model.moe.capacity": {"factor": 1.0}},
+            "model.moe.capacity: with model.moe.router.kind=expert_choice",
+            "to null",
+        ),
+        (
+            {"model.moe.router": {"kind": "expert_choice"}},
+            "model.moe.router.causal=null: held-out evaluation would choose among tokens by later ones",
+            "set model.moe.router.causal=threshold",
+        ),
+        (
+            {"model.moe.router": {"kind": "expert_choice", "causal": "auxiliary"}},
+            "model.moe.router.causal=auxiliary: auxiliary routers are trained in a second stage",
+            "start a run with train.only=auxiliary_routers and run.init_from",
+        ),
+        (
+            {"train.only": "auxiliary_routers", "run.init_from": "x"},
+            "train.only=auxiliary_routers: model.moe.router.causal=threshold has no auxiliary routers",
+            "set model.moe.router.causal=auxiliary",
+        ),
+        ({**SECOND, "run.init_from": None}, "run.init_from=null leaves it untrained", "to the run of the first stage"),
+        (
+            {**SECOND, "model.moe.router": {"kind": "expert_choice", "causal": "auxiliary", "noise": 1.0}},
+            "model.moe.router.noise=1: the auxiliary routers",
+            "set model.moe.router.noise=0",
+        ),
+        (
+            {"model.moe.router": {"kind": "top_k"}, "train.only": "auxiliary_routers"},
+            "train.only=auxiliary_routers: model.moe.router.kind=top_k has no auxiliary routers",
+            "or model.moe.router.kind=expert_choice",
+        ),
+    ],
+    ids=lambda each: "" if isinstance(each, dict) else None,
+)
+def test_what_does_not_is_named_with_the_way_out(changes: dict[str, Any], text: str, way_out: str) -> None:
+    faults = [relation.fault for relation in router_relations(config({**SOUND, **changes}))]
+    assert any(text in fault and way_out in fault for fault in faults), faults
+
+
+def test_evaluation_without_a_causal_way_is_refused_before_anything_starts(tiny_data: Path, tmp_path: Path) -> None:
+    broken = tiny_config(tiny_data, tmp_path, {**SOUND, "model.moe.router": {"kind": "expert_choice"}, "loss.z": 0.1})
+    with pytest.raises(ConfigError) as raised:
+        check(broken)
+    assert raised.value.exit_code == 78
+    assert "model.moe.router.causal=null" in str(raised.value)
+    assert "loss.z=0.1" in str(raised.value)
+    check(tiny_config(tiny_data, tmp_path, SOUND))
+
+
+def test_dispatchers_that_cannot_take_it_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    for router_set, dispatch, fault in (
+        ("rank", "deep_ep", "a token may be taken by any number of experts"),
+        ("world", "per_pair", "model.moe.router.set=world it depends on the other ranks' scores"),
+    ):
+        router = {"kind": "expert_choice", "causal": "threshold", "set": router_set}
+        changes = {**SOUND, "model.moe.router": router, "parallel.dispatch": {"kind": dispatch}}
+        with pytest.raises(ConfigError, match=fault):
+            check(tiny_config(tiny_data, tmp_path, changes))
+    check(tiny_config(tiny_data, tmp_path, {**SOUND, "parallel.dispatch": {"kind": "per_pair"}}))
+
+
+def test_a_position_is_kept_of_something() -> None:
+    with pytest.raises(ValueError, match="keep_position=true: there is no init_from"):
+        config({**SOUND, "run.keep_position": True})
+
+
+def test_a_router_without_a_kind_is_token_choice() -> None:
+    assert config({"model.moe.router": {"normalise": "none"}}).model.moe.router == TopKRouterSection(normalise="none")
+    assert isinstance(config(SOUND).model.moe.router, ExpertChoiceRouterSection)
+
+
+def test_sizes_follow_the_share_that_an_expert_takes() -> None:
+    for capacity, text, image in ((None, 1.0, 1.0), (0.375, 1.5, 0.75), (1.0, 4.0, 2.0)):
+        router = {"kind": "expert_choice", "causal": "threshold", "capacity": capacity}
+        moe = config({**SOUND, "model.moe.router": router}).model.moe
+        groups = expert_groups(moe)
+        assert [group.expected_experts_per_token for group in groups] == pytest.approx([text, image])
+    # Text experts on one rank, image experts on the other; c = 1: every token goes to all experts of its group.
+    plan = expected_plan(make_placement(config(SOUND).placement, groups, num_ranks=2, token_mix={}), {}, name="full")
+    assert sum(plan.load_R) == pytest.approx(0.5 * 4 * 16 + 0.5 * 2 * 24)
+    assert plan.remote_rows_per_token == pytest.approx(0.5)

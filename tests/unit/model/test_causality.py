@@ -1,0 +1,96 @@
+"""In evaluation no output and no set of experts depends on a later token, whatever the router; the test would see one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.build import build_model
+from moe_dist.config.schema import Config
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
+from moe_dist.moe.routing import ABSENT
+from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.policies import expert_groups
+from tests.support.layouts import IMAGE, SEQ_LEN, Layout, config_of
+
+ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "top_k with nulls": (Layout(), {}),
+    "top_k, free experts, capacity": (Layout(free=True, capacity=0.5), {}),
+    "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
+    "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),
+}
+EXACT = 1e-5
+
+
+def model_of(name: str) -> Transformer:
+    layout, router = ROUTERS[name]
+    config = config_of(layout)
+    values = config.model_dump(mode="json")
+    values["model"]["moe"]["router"] |= router
+    config = Config.model_validate(values, strict=False)
+    groups = expert_groups(config.model.moe)
+    placement = ExpertPlacement(groups, (tuple(range(8)),))
+    model = build_model(config, placement, ep_rank=0, ep_group=None)
+    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.3)
+    for layer in model.moe_modules():
+        if isinstance(layer.router, ExpertChoiceRouter):
+            for gate in layer.router.gates():
+                gate.threshold.fill_(0.55)
+    return model.eval()
+
+
+@torch.no_grad()
+def seen(model: Transformer, tokens_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, list[set[tuple[int, int]]]]:
+    """Logits [B, S, V], and in each layer the (token, expert) pairs."""
+    pairs: list[set[tuple[int, int]]] = []
+
+    def note(_module: Any, _inputs: Any, routing: Any) -> None:
+        taken = routing.assignments
+        kept = taken.expert_N != ABSENT
+        pairs.append(set(zip(taken.token_N[kept].tolist(), taken.expert_N[kept].tolist(), strict=True)))
+
+    hooks = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
+    positions = torch.arange(SEQ_LEN).expand_as(tokens_BS)
+    logits, _ = model(tokens_BS, positions, torch.zeros_like(tokens_BS, dtype=torch.int32), group_BS)
+    for hook in hooks:
+        hook.remove()
+    return logits, pairs
+
+
+def leak(model: Transformer) -> tuple[float, int]:
+    """Largest change of an earlier output, and number of earlier pairs that changed, over changes of each later part."""
+    generator = torch.Generator().manual_seed(0)
+    worst, changed = 0.0, 0
+    tokens_BS = torch.randint(0, IMAGE[1], (2, SEQ_LEN), generator=generator)
+    group_BS = (tokens_BS >= IMAGE[0]).long()
+    logits, pairs = seen(model, tokens_BS, group_BS)
+    assert all(any(layer) for layer in pairs)
+    for first in range(1, SEQ_LEN):
+        later_BS = tokens_BS.clone()
+        later_BS[:, first:] = torch.randint(0, IMAGE[1], (2, SEQ_LEN - first), generator=generator)
+        groups_BS = (later_BS >= IMAGE[0]).long()  # modalities of the later tokens change as well
+        groups_BS[:, -1] = -1  # and the last one is padding
+        other_logits, other_pairs = seen(model, later_BS, groups_BS)
+        worst = max(worst, float((logits - other_logits)[:, :first].abs().max()))
+        for ours, theirs in zip(pairs, other_pairs, strict=True):
+            earlier = [{pair for pair in each if pair[0] % SEQ_LEN < first} for each in (ours, theirs)]
+            changed += len(earlier[0] ^ earlier[1])
+    return worst, changed
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_later_tokens_change_nothing_earlier(name: str) -> None:
+    worst, changed = leak(model_of(name))
+    assert worst <= EXACT
+    assert changed == 0
+
+
+def test_the_choice_of_training_is_seen_to_look_ahead() -> None:
+    model = model_of("threshold")
+    with choice_of_training([layer.router for layer in model.moe_modules()]):
+        worst, changed = leak(model)
+    assert worst > 1e-2
+    assert changed > 0
