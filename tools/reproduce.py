@@ -12,6 +12,7 @@ import typer
 from filelock import FileLock, Timeout
 
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.preflight import check
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.signals import StopRequest
 from tools.reproduction.progress import status_text
@@ -23,7 +24,9 @@ from tools.reproduction.study import FOLDER, Job, Study, config_of, jobs_of, loa
 
 def main(
     name: Annotated[str, typer.Argument(help="Of configs/reproduce/NAME.yaml.")],
-    pilot: Annotated[bool, typer.Option("--pilot", help="The pilot on its own seeds; its records are never reported.")] = False,
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="The pilot on its own seeds; its records are never reported.")
+    ] = False,
     only: Annotated[list[str], typer.Option(help="An arm; may be repeated. What it needs must be there.")] = [],  # noqa: B006
     status: Annotated[bool, typer.Option("--status", help="What is done and what is left; starts nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write tables, plots and verdicts; starts nothing.")] = False,
@@ -55,7 +58,7 @@ def _chosen(study: Study, jobs: list[Job], only: list[str]) -> list[Job]:
 
 def _run(path: Path, study: Study, jobs: list[Job], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
-        config_of(study, job, pilot=pilot)  # a fault of the last arm is told before the first one runs
+        check(config_of(study, job, pilot=pilot), world_size=1)  # a fault of the last arm is told before the first runs
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Measures a finished run on one process: python -m tools.reproduction.measure STUDY.yaml RUN_FOLDER PROBES
 
-Writes measured.json into the run's folder: held-out losses, loads, rows on the wire, the curve of loss over FLOPs and seconds,
-and the probes that the arm asks for. Then the checkpoints that only the curve needed are removed.
+Writes measured.json into the run's folder: held-out losses, loads, rows on the wire, the curve of loss over FLOPs and
+seconds, and the probes that the arm asks for. Then the checkpoints that only the curve needed are removed.
 """
 
 import json
@@ -55,7 +55,9 @@ class Measurement:
     def record(self, wanted: Sequence[str]) -> dict[str, Any]:
         """Everything that is kept of the run; `wanted` names the probes."""
         last = self._run.steps()[-1]
-        spent = spent_by_step(self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before)
+        spent = spent_by_step(
+            self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before
+        )
         section, batches = self._section, self._batches(self._section.sequences)
         curve = [] if section.curve is None else self._curve(section.curve, spent)
         model = self._run.load(self._averaged(last))
@@ -140,7 +142,9 @@ class Measurement:
         points = []
         for load in self._section.threshold_loads:
             bound = probes.bound_for_load(torch.cat(second), load)
-            points.append(self._changed(batches, probes.routers(self._run.model), probes.threshold(bound), at=load) | {"bound": bound})
+            points.append(
+                self._changed(batches, probes.routers(self._run.model), probes.threshold(bound), at=load) | {"bound": bound}
+            )
         return points
 
     def _probe_flip(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:

@@ -20,8 +20,12 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     """Writes the pictures that these records have something for."""
     made = []
     if any(arm in study.arms for arm, _ in records):
-        made.append(_figure(folder / f"{study.name}_loss_over_load.png", lambda axes: _loss_over_load(axes, study, records)))
-        made.append(_figure(folder / f"{study.name}_load_over_loss.png", lambda axes: _load_over_loss(axes, study, records)))
+        made.append(
+            _figure(folder / f"{study.name}_loss_over_load.png", lambda axes: _loss_over_load(axes, study, records))
+        )
+        made.append(
+            _figure(folder / f"{study.name}_load_over_loss.png", lambda axes: _load_over_loss(axes, study, records))
+        )
     if any(record.get("curve") for record in records.values()):
         for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
             path = folder / f"{study.name}_loss_over_{cost}.png"
@@ -67,10 +71,7 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
         if not tables:
             continue
         places = min(len(table) for table in tables)
-        y = [
-            _mean(_total(table[place]) for table in tables)
-            for place in range(places)
-        ]
+        y = [_mean(_total(table[place]) for table in tables) for place in range(places)]
         axes.plot(np.arange(1, places + 1), y, "o-", markersize=3, label=name)
     axes.set_xlabel("tenth of the held-out tokens, by their loss")
     axes.set_ylabel("true experts a token")

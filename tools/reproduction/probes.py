@@ -1,9 +1,9 @@
 """What a trained router is worth when its choices are changed afterwards. Hooks on the router; the model stays as it is.
 
-    threshold    a token keeps its second expert only where that one's weight is above a bound: the plain way to lower the
-                 load of a top-2 model, against which learned loads are measured
-    flip         p % of the taken pairs of each expert are given up, and as many tokens that it had not taken get it instead:
-                 how much a choice that is wrong now and then costs
+threshold    a token keeps its second expert only where that one's weight is above a bound: the plain way to lower the
+             load of a top-2 model, against which learned loads are measured
+flip         p % of the taken pairs of each expert are given up, and as many tokens that it had not taken get it instead:
+             how much a choice that is wrong now and then costs
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -83,8 +83,7 @@ def flip(percent: float, *, seed: int) -> Change:
         taken_TE, weight_TE, inside_TE = _table(module, arguments[0], arguments[1], routing)
         generator = _generator(seed, place, taken_TE)
         flipped = [
-            swapped(taken_T, may_T, percent, generator)
-            for taken_T, may_T in zip(taken_TE.T, inside_TE.T, strict=True)
+            swapped(taken_T, may_T, percent, generator) for taken_T, may_T in zip(taken_TE.T, inside_TE.T, strict=True)
         ]
         token_N, expert_N = torch.stack(flipped, dim=1).nonzero(as_tuple=True)
         return routing._replace(assignments=Assignments(token_N, expert_N, weight_TE[token_N, expert_N]))
@@ -104,7 +103,9 @@ def flip_depths(percent: float, *, seed: int) -> Change:
         if not len(index_C):
             return chosen
         weight_T = module.takes(x_TD)[1]  # pyright: ignore[reportCallIssue]
-        return chosen._replace(index_C=index_C, full_C=torch.ones_like(index_C, dtype=torch.bool), weight_C=weight_T[index_C])
+        return chosen._replace(
+            index_C=index_C, full_C=torch.ones_like(index_C, dtype=torch.bool), weight_C=weight_T[index_C]
+        )
 
     return change
 

@@ -1,7 +1,7 @@
 """Writes what an experiment found into docs/reproductions.md, whatever it says: verdicts, tables, plots.
 
-The section of one experiment by one set of rules stands between two comments and is written anew each time. Results by other
-rules (an earlier attempt) have a section of their own, which stays.
+The section of one experiment by one set of rules stands between two comments and is written anew each time. Results by
+other rules (an earlier attempt) have a section of their own, which stays.
 """
 
 import re
@@ -13,8 +13,7 @@ from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 from tools.reproduction.plots import draw
 from tools.reproduction.results import read_header, read_records, results_path
-from tools.reproduction.statistics import differences, paired
-from tools.reproduction.study import RESULTS, Study, jobs_of
+from tools.reproduction.study import Study, jobs_of
 from tools.reproduction.verdicts import Records, Verdict, judge, number_at
 
 PAGE = Path("docs/reproductions.md")
@@ -138,7 +137,10 @@ def _loads(study: Study, records: Records) -> list[str]:
         ]
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
         rows.append([f"`{name}`", layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
-    heads = [*(f"{kind.replace('_', ' ')} (token)" for kind in kinds), *(f"{kind.replace('_', ' ')} (next)" for kind in kinds)]
+    heads = [
+        *(f"{kind.replace('_', ' ')} (token)" for kind in kinds),
+        *(f"{kind.replace('_', ' ')} (next)" for kind in kinds),
+    ]
     return _table(["arm", "by layer", "no expert", *heads], rows)
 
 
@@ -146,7 +148,9 @@ def _probes(study: Study, records: Records) -> list[str]:
     rows = []
     for name in study.arms:
         mine = _of(records, name)
-        points = {(kind, point["at"]) for each in mine.values() for kind, found in each["probes"].items() for point in found}
+        points = {
+            (kind, point["at"]) for each in mine.values() for kind, found in each["probes"].items() for point in found
+        }
         for kind, at in sorted(points):
             rises, loads = {}, []
             for seed, each in mine.items():
@@ -157,13 +161,6 @@ def _probes(study: Study, records: Records) -> list[str]:
             text = f"{_mean(rises.values()):+.4f}"
             rows.append([f"`{name}`", kind, f"{at:g}", f"{_mean(loads):.3f}", text])
     return _table(["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"], rows)
-
-
-def difference_text(records: Records, arm: str, than: str, metric: str = "loss.all") -> str:
-    """Mean paired difference of two arms with its one-sided bounds."""
-    left, right = ({s: v for s, r in _of(records, n).items() if (v := number_at(r, metric)) is not None} for n in (arm, than))
-    found = paired(list(differences(left, right).values()))
-    return f"{found.mean:+.4f} [{found.lower:+.4f}, {found.upper:+.4f}]"
 
 
 def _of(records: Records, arm: str) -> dict[int, Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """Runs the arms: two processes side by side, each one thread and one rank, from where an earlier call stopped.
 
-A job is a training by launchers.local and then its measurement. A finished job has a record and is not run again; a half one
-goes on from its last checkpoint, as every run does. Children end with this process, however it ends.
+A job is a training by launchers.local and then its measurement. A finished job has a record and is not run again; a half
+one goes on from its last checkpoint, as every run does. Children end with this process, however it ends.
 """
 
 import json
@@ -106,9 +106,7 @@ class Runner:
                 self._train(job, records)
 
     def _train(self, job: Job, records: Mapping[tuple[str, int], Record]) -> None:
-        measured = {
-            key: _reach(records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()
-        }
+        measured = {key: _reach(records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()}
         overrides = overrides_of(self._study, job, measured, pilot=self._pilot)
         command = [sys.executable, "-m", "launchers.local", self._study.base, *overrides]
         self._launch(job, command, training=True)

@@ -11,6 +11,7 @@ bound below MARGIN nats, "better" for one below 0.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -
     """
     ordered = sorted(points)
     xs = [each[0] for each in ordered]
-    if len(ordered) < 2 or any(a == b for a, b in zip(xs, xs[1:], strict=False)):
+    if len(ordered) < 2 or any(a == b for a, b in pairwise(xs)):
         return None
     if not xs[0] - reach <= x <= xs[-1] + reach:
         return None

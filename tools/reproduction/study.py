@@ -126,8 +126,8 @@ class PilotSection(Part):
 
 
 class CurveSection(Part):
-    """Held-out loss during a run, at each checkpoint, on the mean of the weights of the checkpoints in the last `average` of
-    the steps taken so far."""
+    """Held-out loss during a run, at each checkpoint, on the mean of the weights of the checkpoints in the last `average`
+    of the steps taken so far."""
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64

@@ -48,9 +48,7 @@ def _judge(study: Study, rule: Rule, records: Records) -> Verdict:
     missing = sorted({f"{arm} seed {seed}" for arm in arms for seed in seeds if (arm, seed) not in records})
     if missing:
         return Verdict(rule, "not testable here", None, {}, f"no record yet of {', '.join(missing)}")
-    lower, higher = (
-        {seed: value_of(value, records, seed) for seed in seeds} for value in (rule.lower, rule.higher)
-    )
+    lower, higher = ({seed: value_of(value, records, seed) for seed in seeds} for value in (rule.lower, rule.higher))
     lost = sorted(seed for seed in seeds if lower[seed] is None or higher[seed] is None)
     if lost:
         return Verdict(rule, "not testable here", None, {}, f"no value for seed {', '.join(map(str, lost))}: {_why(rule)}")

@@ -86,7 +86,7 @@ def test_rules_changed_after_the_first_results_are_refused_even_if_committed(
     with Path(changed).open("a") as stream:
         stream.write("# more\n")
     git("commit", "-qam", "other rules")
-    with pytest.raises(ConfigError, match="has changed\\s+since"):
+    with pytest.raises(ConfigError, match=r"has changed since"):
         check_rules(results, path, rules)
 
 
@@ -103,7 +103,11 @@ def test_records_come_back_and_a_second_of_the_same_run_takes_its_place(study: t
 
 
 def test_numbers_are_written_to_six_digits_and_never_as_nan() -> None:
-    assert rounded({"x": [1.23456789, 2], "y": "1.23456789", "z": True}) == {"x": [1.23457, 2], "y": "1.23456789", "z": True}
+    assert rounded({"x": [1.23456789, 2], "y": "1.23456789", "z": True}) == {
+        "x": [1.23457, 2],
+        "y": "1.23456789",
+        "z": True,
+    }
     with pytest.raises(ValueError, match="Out of range"):
         json.dumps(rounded({"x": float("nan")}), allow_nan=False)
 
@@ -150,7 +154,8 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     once = page.read_text()
     write_report(rules, page=page, results=results)
     assert page.read_text() == once, "written anew, not twice"
-    assert once.startswith("# Reproductions\n\nText.\n") and "**fail**" in once
+    assert once.startswith("# Reproductions\n\nText.\n")
+    assert "**fail**" in once
     assert Path("planted_loss_over_load.png").stat().st_size > 1000
     results.rename("old.jsonl")
     add_record(results, {**header, "fingerprint": "other"}, record("a", 1, 1.0))

@@ -76,8 +76,15 @@ NOT_WORSE = {"claim": "", "lower": {"arm": "a", "metric": "loss.all"}, "higher":
 
 @pytest.mark.parametrize(
     ("shift", "margin", "outcome"),
-    [(0.0, 0.02, "pass"), (0.0199, 0.02, "pass"), (0.02, 0.02, "fail"), (0.1, 0.02, "fail"), (-0.01, 0.0, "pass"), (0.0, 0.0, "fail")],
-)  # fmt: skip
+    [
+        (0.0, 0.02, "pass"),
+        (0.0199, 0.02, "pass"),
+        (0.02, 0.02, "fail"),
+        (0.1, 0.02, "fail"),
+        (-0.01, 0.0, "pass"),
+        (0.0, 0.0, "fail"),
+    ],
+)
 def test_planted_differences_pass_below_the_margin_alone(shift: float, margin: float, outcome: str) -> None:
     """Equal differences have their mean as bound: at the margin itself the rule does not hold."""
     base = [1.0, 2.0, 0.5, 4.0, 8.0]
@@ -95,7 +102,8 @@ def test_a_mean_below_the_margin_fails_where_seeds_scatter() -> None:
         study_of([{**NOT_WORSE, "margin": 0.02}, {**NOT_WORSE, "margin": 0.02, "by": "mean"}]), records
     )
     assert by_bound.outcome == "fail"
-    assert by_bound.paired is not None and by_bound.paired.mean == pytest.approx(0.0)
+    assert by_bound.paired is not None
+    assert by_bound.paired.mean == pytest.approx(0.0)
     # s^2 = 2 (0.0081 + 0.0025) / 4 = 0.0053
     assert by_bound.paired.upper == pytest.approx(T_095_4 * math.sqrt(0.0053 / 5), rel=1e-6)
     assert by_mean.outcome == "pass"
@@ -118,7 +126,8 @@ def test_a_load_out_of_reach_is_not_testable() -> None:
     }
     verdict = judge(study_of([rule]), records)[0]
     assert verdict.outcome == "pass"
-    assert verdict.paired is not None and verdict.paired.mean == pytest.approx(1.0 - (1.2 - 0.1 * 0.1 / 0.25))
+    assert verdict.paired is not None
+    assert verdict.paired.mean == pytest.approx(1.0 - (1.2 - 0.1 * 0.1 / 0.25))
     records["a", 3]["load"]["all"] = 1.2
     verdict = judge(study_of([rule]), records)[0]
     assert verdict.outcome == "not testable here"
