@@ -42,6 +42,7 @@ RESERVED_GROUP_NAMES = frozenset((
     "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
     "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
     "zero_grad",
+    "fraction_G", "load_G", "place", "seed", "whole_G",
 ))
 # fmt: on
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
@@ -214,8 +215,8 @@ class FixedLoadRouterSection(Section):
 
     kind: Literal["fixed_load"] = Field(
         default="fixed_load",
-        description="Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are compared "
-        "with.",
+        description="Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are "
+        "compared with.",
     )
     loads: dict[GroupName, LayerLoads] = Field(
         min_length=1,

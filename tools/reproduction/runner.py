@@ -69,6 +69,7 @@ class Runner:
         self._path, self._header, self._side_by_side = path, header, side_by_side
         self._stop_requested, self._say = stop_requested, say
         self._running: list[_Running] = []
+        self._records = read_records(path)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Runs what has no record yet.
@@ -93,27 +94,27 @@ class Runner:
         raise StoppedError("stopped on request; the same command goes on")
 
     def _waiting(self, jobs: Sequence[Job]) -> list[Job]:
-        records = read_records(self._path)
         busy = {(each.job.label, each.job.seed) for each in self._running}
-        return [job for job in jobs if (job.label, job.seed) not in records.keys() | busy]
+        return [job for job in jobs if (job.label, job.seed) not in self._records.keys() | busy]
 
     def _start(self, waiting: Sequence[Job]) -> None:
-        records = read_records(self._path)
         for job in waiting:
             if len(self._running) >= self._side_by_side:
                 return
-            if all((name, job.seed) in records for name in job.needs):
-                self._train(job, records)
+            if all((name, job.seed) in self._records for name in job.needs):
+                self._train(job)
 
-    def _train(self, job: Job, records: Mapping[tuple[str, int], Record]) -> None:
-        measured = {key: _reach(records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()}
+    def _train(self, job: Job) -> None:
+        measured = {
+            key: _reach(self._records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()
+        }
         overrides = overrides_of(self._study, job, measured, pilot=self._pilot)
         command = [sys.executable, "-m", "launchers.local", self._study.base, *overrides]
         self._launch(job, command, training=True)
 
     def _measure(self, job: Job) -> None:
         command = [sys.executable, "-m", "tools.reproduction.measure", str(self._study_path), str(self._folder(job))]
-        before = read_records(self._path)[job.after, job.seed] if job.arm.carry and job.after else {}
+        before = self._records[job.after, job.seed] if job.arm.carry and job.after else {}
         spent = json.dumps({key: before[key] for key in SPENT if key in before})
         self._launch(job, [*command, ",".join(job.arm.probes), spent], training=False)
 
@@ -150,6 +151,7 @@ class Runner:
         measured = json.loads((self._folder(job) / MEASURED).read_text())
         record = {"arm": job.label, "seed": job.seed, "code": code_of_now(), **measured}
         add_record(self._path, self._header, record)
+        self._records[job.label, job.seed] = record
         self._say(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats")
 
     def _stop(self) -> None:
@@ -174,9 +176,8 @@ class Runner:
         )
 
     def _explain(self, waiting: Sequence[Job]) -> None:
-        records = read_records(self._path)
         lacking = [
-            f"{job.label} seed {job.seed} needs {', '.join(n for n in job.needs if (n, job.seed) not in records)}"
+            f"{job.label} seed {job.seed} needs {', '.join(n for n in job.needs if (n, job.seed) not in self._records)}"
             for job in waiting
         ]
         raise ConfigError([*lacking, "--only leaves out what these need: run it first, or without --only"])
