@@ -21,7 +21,7 @@ STUDY: dict[str, Any] = {
     "question": "does it go on?",
     "base": "base.yaml",
     "seeds": {"decisive": [1, 2], "other": [1, 2]},
-    "pilot": {"seeds": [9], "arms": ["dropped"]},
+    "pilot": {"seeds": [9], "found": "lr", "arms": ["dropped"]},
     "measure": {
         "sequences": 8,
         "wire": {"ep": 2},
@@ -91,7 +91,8 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     while killed.poll() is None and not latest.exists():
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    output, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, output
     done = [path.name for path in (run / "checkpoints").glob("step_*")]
     assert done, "killed after its first checkpoint"
     assert "base  " in (status := ended(folder, "--pilot", "--status"))

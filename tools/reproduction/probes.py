@@ -44,7 +44,8 @@ def second_weights(routing: Routing, num_tokens: int) -> Tensor:
 
     For routers by token choice whose weights of two experts add up to 1.
     """
-    weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N, 0.0).view(num_tokens, -1)
+    weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N.detach(), 0.0)
+    weight_TK = weight_TK.view(num_tokens, -1)
     return weight_TK.sort(dim=1, descending=True).values[:, 1]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from moe_dist.runtime.run_folder import RunFolder
 from tools.reproduction.results import read_records, results_path
 from tools.reproduction.study import Job, Study, config_of, run_folder
+from tools.reproduction.verdicts import Records
 
 
 def status_text(study: Study, jobs: Sequence[Job], *, pilot: bool) -> str:
@@ -19,9 +20,10 @@ def status_text(study: Study, jobs: Sequence[Job], *, pilot: bool) -> str:
     return "\n".join([f"{study.name}{' (pilot)' if pilot else ''}: {done} of {len(jobs)} runs done", *lines])
 
 
-def _state(study: Study, job: Job, records: dict, *, pilot: bool) -> str:
+def _state(study: Study, job: Job, records: Records, *, pilot: bool) -> str:
     if (job.label, job.seed) in records:
-        return "done"
+        record = records[job.label, job.seed]
+        return f"done, {record['loss']['all']:.4f} nats at load {record['load']['all']:.3f} in {record['seconds']:.0f} s"
     folder = RunFolder(run_folder(study, job.label, job.seed, pilot=pilot))
     if not folder.path.is_dir():
         return "waits"

@@ -46,8 +46,14 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
     """The commit of the rules, where earlier results were made by the same ones.
 
     Raises:
-        ConfigError: the rules are not committed, or are others than those of the results that are there.
+        ConfigError: the rules are not committed, or are others than those of the results that are there; or no pilot has
+            fixed what a pilot fixes.
     """
+    if not study.pilot.found:
+        raise ConfigError(
+            f"{study_path}: pilot.found is empty: run --pilot, write there what it fixed (learning rate, steps, coefficients), "
+            "set it in the arms, and commit the file"
+        )
     commit = committed_rules(study_path, study)
     header = read_header(path)
     if header is not None and header.get("fingerprint") != fingerprint(study_path, study):

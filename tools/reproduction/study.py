@@ -22,6 +22,7 @@ FOLDER = Path("configs/reproduce")
 ROOT = Path("runs/reproduce")
 RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
+SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # what the number of layers with experts follows from
 VARIANT = "~"  # between an arm and its variant in a pilot; no arm's name has it
 
 ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -305,18 +306,22 @@ def overrides_of(study: Study, job: Job, measured: Mapping[str, Any], *, pilot: 
     if job.after is not None:
         settings["run.init_from"] = str(run_folder(study, job.after, job.seed, pilot=pilot))
     settings |= {**job.settings, **measured}
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    return [_override(key, value) for key, value in settings.items()]
 
 
 def config_of(study: Study, job: Job, *, pilot: bool = False) -> Config:
-    """The configuration of a run, with 1.5 where a measured load is still to come.
+    """The configuration of a run, with a load of 1.5 where a measured one is still to come.
 
     Raises:
         ConfigError: the arm's settings are none of a configuration.
     """
-    stand_in = {key: _stand_in(value) for key, value in job.arm.measured.items()}
+    shape = {key: value for key, value in job.settings.items() if key in SHAPE}
+    layers = len(load_config(study.base, [_override(*each) for each in shape.items()]).model.moe_layers)
+    stand_in = {
+        key: [1.5] * layers if value.metric.endswith("by_layer") else 1.5 for key, value in job.arm.measured.items()
+    }
     return load_config(study.base, overrides_of(study, job, stand_in, pilot=pilot))
 
 
-def _stand_in(value: MeasuredSetting) -> Any:
-    return [1.5] * 4 if value.metric.endswith("by_layer") else 1.5
+def _override(key: str, value: Any) -> str:
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"

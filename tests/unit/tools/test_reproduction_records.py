@@ -17,7 +17,7 @@ name: planted
 question: Is a below b?
 base: base.yaml
 seeds: {decisive: [1, 2], other: [1, 2]}
-pilot: {seeds: [9], arms: [b], variants: {a: {fast: {optimizer.lr: 0.01}}}}
+pilot: {seeds: [9], found: lr 0.1, arms: [b], variants: {a: {fast: {optimizer.lr: 0.01}}}}
 arms:
   a: {about: first}
   b: {about: second, after: a}
@@ -57,6 +57,13 @@ def record(arm: str, seed: int, loss: float) -> dict:
 def test_rules_that_are_committed_may_run(study: tuple[Path, Study]) -> None:
     path, rules = study
     assert len(check_rules(Path("r.jsonl"), path, rules)) == 40
+
+
+def test_rules_without_a_pilot_are_refused(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("found: lr 0.1, ", ""))
+    with pytest.raises(ConfigError, match=r"pilot\.found is empty: run --pilot"):
+        check_rules(Path("r.jsonl"), path, load_study(path))
 
 
 def test_rules_that_are_not_committed_are_refused(study: tuple[Path, Study]) -> None:
