@@ -51,8 +51,8 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
     """
     if not study.pilot.found:
         raise ConfigError(
-            f"{study_path}: pilot.found is empty: run --pilot, write there what it fixed (learning rate, steps, coefficients), "
-            "set it in the arms, and commit the file"
+            f"{study_path}: pilot.found is empty: run --pilot, write there what it fixed (learning rate, steps, "
+            "coefficients), set it in the arms, and commit the file"
         )
     commit = committed_rules(study_path, study)
     header = read_header(path)
