@@ -23,6 +23,7 @@ from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import heldout_batches
 from moe_dist.errors import MoeDistError
 from moe_dist.evaluation.heldout import forward
+from moe_dist.moe.routers.expert_choice import choice_of_training
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
@@ -155,12 +156,23 @@ class Measurement:
             modules, flip = probes.routers(self._run.model), probes.flip
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
+    def _probe_hindsight(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
+        """The loss when experts choose as in training, looking at later tokens: what that choice leaks."""
+        del tokens
+        with choice_of_training(probes.routers(self._run.model)):
+            return [self._changed(batches, [], _as_it_is, at=0.0)]
+
     def _changed(
         self, batches: Sequence[Batch], modules: Sequence[nn.Module], change: probes.Change, *, at: float
     ) -> dict[str, Any]:
         with probes.changed_routing(modules, change):
             tokens = evaluate(self._run.model, batches, self._groups)
         return {"at": at, "loss": losses(tokens), "load": loads(tokens)["all"]}
+
+
+def _as_it_is(place: int, module: nn.Module, arguments: tuple[Any, ...], found: Any) -> Any:
+    del place, module, arguments
+    return found
 
 
 def main(

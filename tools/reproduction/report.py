@@ -4,6 +4,7 @@ The section of one experiment by one set of rules stands between two comments an
 other rules (an earlier attempt) have a section of their own, which stays.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 from tools.reproduction.plots import draw
 from tools.reproduction.results import read_header, read_records, results_path
-from tools.reproduction.study import Study, jobs_of
-from tools.reproduction.verdicts import Records, Verdict, judge, number_at
+from tools.reproduction.study import EtaValue, Study, jobs_of
+from tools.reproduction.verdicts import Records, Verdict, judge, number_at, value_of
 
 PAGE = Path("docs/reproductions.md")
 LOSSES = ("all", "text", "image", "image_no_filler")
@@ -71,6 +72,14 @@ def _section(
     lines += ["### Rows on the wire", "", *_wire(study, records), "", "### Load", "", *_loads(study, records), ""]
     if any(record.get("probes") for record in records.values()):
         lines += ["### Changed afterwards", "", *_probes(study, records), ""]
+    if study.measure.curve is not None and study.measure.curve.of is not None:
+        lines += ["### eta", "", *_etas(study, records, study.measure.curve.of), ""]
+    for key, what in (
+        ("load_by_loss", "their loss"),
+        ("load_by_frequency", "how often their id stands in the training data"),
+    ):
+        if rows := _bins(study, records, key):
+            lines += [f"### Load of text / image tokens, by {what}", "", *rows, ""]
     return [*lines, *(f"![{name}](reproductions/{name})" for name in pictures)]
 
 
@@ -161,6 +170,52 @@ def _probes(study: Study, records: Records) -> list[str]:
             text = f"{_mean(rises.values()):+.4f}"
             rows.append([f"`{name}`", kind, f"{at:g}", f"{_mean(loads):.3f}", text])
     return _table(["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"], rows)
+
+
+def _etas(study: Study, records: Records, dense: str) -> list[str]:
+    """Geometric mean over seeds of eta against an arm, and the least and largest; overall and for each modality."""
+    rows = []
+    for name in study.arms:
+        cells = []
+        for cost in ("flops", "seconds"):
+            for part in ("all", "text", "image"):
+                value = EtaValue(eta=name, of=dense, part=part, cost=cost)
+                seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
+                logs = [log for seed in seeds if (log := value_of(value, records, seed)) is not None]
+                cells.append(_eta(logs))
+        if name != dense and any(cell != "-" for cell in cells):
+            rows.append([f"`{name}`", *cells])
+    heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
+    return [f"Against `{dense}`; in brackets the least and the largest of the seeds.", "", *_table(["arm", *heads], rows)]
+
+
+def _eta(logs: Sequence[float]) -> str:
+    if not logs:
+        return "-"
+    return f"{math.exp(_mean(logs)):.2f} [{math.exp(min(logs)):.2f}, {math.exp(max(logs)):.2f}]"
+
+
+def _bins(study: Study, records: Records, key: str) -> list[str]:
+    """Mean loads of arms whose load is not the same for all tokens, bin by bin."""
+    rows, most = [], 0
+    for name in study.arms:
+        tables = [each[key] for each in _of(records, name).values() if each.get(key) and each["load"]["all"] % 1]
+        if not tables:
+            continue
+        cells = []
+        for place in range(min(len(table) for table in tables)):
+            both = []
+            for modality in ("text", "image"):
+                found = [table[place][modality]["load"] for table in tables if table[place][modality]["tokens"]]
+                both.append(f"{_mean(found):.2f}" if found else "-")
+            cells.append(" / ".join(both))
+        most = max(most, len(cells))
+        rows.append([f"`{name}`", *cells])
+    if not rows:
+        return []
+    return _table(
+        ["arm", *(f"bin {place + 1}" for place in range(most))], [[*row, *["-"] * (most + 1 - len(row))] for row in rows]
+    )
 
 
 def _of(records: Records, arm: str) -> dict[int, Mapping[str, Any]]:

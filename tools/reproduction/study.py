@@ -109,7 +109,7 @@ class Arm(Part):
     carry: bool = False  # what the arm before it spent counts as this one's
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
-    probes: tuple[Literal["threshold", "flip"], ...] = ()
+    probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
 
 
 class Seeds(Part):
@@ -132,6 +132,7 @@ class CurveSection(Part):
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
+    of: ArmName | None = None  # the arm that eta is told against
 
 
 class WireSection(Part):
@@ -170,6 +171,7 @@ class Study(Part):
         wanted |= {each.arm for arm in self.arms.values() for each in arm.measured.values()}
         wanted |= {name for rule in self.rules for value in (rule.lower, rule.higher) for name in arms_of(value)}
         wanted |= set(self.pilot.arms) | set(self.pilot.variants)
+        wanted |= {self.measure.curve.of} - {None} if self.measure.curve else set()
         if unknown := sorted(wanted - set(self.arms)):
             raise ValueError(f"arms names {', '.join(self.arms)}; {', '.join(unknown)} are named and not among them")
         seen: set[str] = set()
