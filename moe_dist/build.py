@@ -36,7 +36,7 @@ from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.load_target import LoadTarget
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.capacity import Capacity
-from moe_dist.moe.choice_sets import ChoiceSet
+from moe_dist.moe.choice_sets import ChoiceRanks, ChoiceSet
 from moe_dist.moe.deep_ep import DeepEPDispatcher
 from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.expert_gemm import choose_gemm
@@ -90,33 +90,6 @@ def build_router(
     if isinstance(section, ExpertChoiceRouterSection):
         return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "set"}), **choice)
     return TopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}))
-
-
-@dataclass(frozen=True)
-class ChoiceRanks:
-    """Over which ranks experts may choose: process groups of the world and its ranks, as `Mesh` has them."""
-
-    world: dist.ProcessGroup | None = None
-    world_size: int = 1
-    rank: int = 0
-    ep: dist.ProcessGroup | None = None
-    ep_ranks: tuple[int, ...] = (0,)
-
-
-def build_choice_set(section: RouterSection, where: ChoiceRanks, wire: Wire) -> ChoiceSet:
-    """The ranks among whose tokens experts choose, by `model.moe.router.set`."""
-    kind = section.set if isinstance(section, ExpertChoiceRouterSection) else "rank"
-    ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
-    group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
-    return ChoiceSet(
-        kind=kind,
-        group=group if len(ranks) > 1 else None,
-        ranks=ranks,
-        own=ranks.index(where.rank),
-        ep_ranks=where.ep_ranks,
-        traffic=wire.traffic,
-        watch=wire.watch,
-    )
 
 
 def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
@@ -229,7 +202,8 @@ def build_model(
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(config.parallel, placement, wire, hidden_dim=section.hidden_dim, node_groups=node_groups)
 
-    choice_set = build_choice_set(moe.router, choice_ranks or ChoiceRanks(), wire)
+    kind = moe.router.set if isinstance(moe.router, ExpertChoiceRouterSection) else "rank"
+    choice_set = ChoiceSet.over(kind, choice_ranks or ChoiceRanks(), traffic=wire.traffic, watch=watch)
     known_counts = isinstance(dispatcher, SyncFreeDispatcher) and dispatcher.distinct and choice_set.kind == "rank"
     capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
 
@@ -324,7 +298,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         group_of_modality=group_of_modality(manifest, placement),
         clip_norm=section.clip_norm,
         traffic=traffic,
-        thresholds=threshold_keeper(model) if config.train.only is None else None,
+        thresholds=ThresholdKeeper.of(model.moe_modules()) if config.train.only is None else None,
         needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection),
         balance=build_balance(config.model.moe, model, placement.groups),
     )
@@ -334,13 +308,6 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
 def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
     """Over which ranks experts may choose, from the mesh."""
     return ChoiceRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
-
-
-def threshold_keeper(model: Transformer) -> ThresholdKeeper | None:
-    """What follows the experts' choices after each step; None where tokens choose."""
-    routers = [layer.router for layer in model.moe_modules()]
-    choosing = [router for router in routers if isinstance(router, ExpertChoiceRouter)]
-    return ThresholdKeeper(choosing) if choosing else None
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from moe_dist.errors import PlacementError
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.sinks.console import ConsoleSink, summary_table
+from moe_dist.monitor.sinks.console import ConsoleSink, choice_lines, summary_table
 from moe_dist.monitor.sinks.guarded import GuardedSinks
 from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.lease_watch import LeaseWatch
@@ -163,6 +163,8 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
     console.print(summary_table(finished.checks, title=f"Run {plan.config.run.name}, {finished.evaluation.step} steps"))
+    for line in choice_lines(finished.evaluation):
+        console.print(line)
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
     if not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")

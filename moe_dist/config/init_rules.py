@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moe_dist.config.schema import Config, GroupSection, Relation
+from moe_dist.config.schema import Config, GroupSection, Relation, TopKRouterSection
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
@@ -86,8 +86,8 @@ def source_faults(config: Config, source: Mapping[str, object]) -> list[str]:
     router, groups = (moe.get("router"), moe.get("groups")) if isinstance(moe, Mapping) else (None, None)
     if not isinstance(router, Mapping) or not isinstance(groups, Mapping):
         return ["the checkpoint does not say by which router it was trained (model.moe in its state.json)"]
-    if router.get("kind") != "top_k":
-        return [no_identity(router.get("kind"))]
+    if router.get("kind") != "top_k" or not isinstance(here.router, TopKRouterSection):
+        return [no_identity(router.get("kind") if router.get("kind") != "top_k" else here.router.kind)]
     faults = []
     if router.get("selection_bias"):
         faults.append(

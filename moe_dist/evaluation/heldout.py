@@ -54,18 +54,19 @@ def heldout_losses(
     device = group_of_modality.device
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)
     choices: list[Tensor] = []
+    num_groups = 0
     training = model.training
     model.eval()
     for batch in batches:
         on_device = batch.to(device)
         logits, reports = forward(model, on_device, group_of_modality)
         sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
+        num_groups = reports[0].sums.tokens_G.shape[0]
         choices.append(torch.stack([torch.cat([r.sums.choices_C, r.sums.tokens_G]) for r in reports]))
     model.train(training)
     if not choices:  # nothing is held out; on no rank, since all have the same number of batches
         return Heldout({}, {}, None)
     counts_LX = sum_over(torch.stack(choices).sum(0), world, name="evaluation counts", watch=watch).cpu().numpy()
-    num_groups = len(reports[0].sums.tokens_G)
     nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", watch=watch).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch, watched
+from moe_dist.moe.counting import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments, BatchFacts
 
 SetKind = Literal["rank", "ep_group", "world"]
@@ -44,6 +45,17 @@ class ExpertsChoice(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ChoiceRanks:
+    """The ranks over which experts may choose, as seen from one of them: process groups and places in the world."""
+
+    world: dist.ProcessGroup | None = None
+    world_size: int = 1
+    rank: int = 0
+    ep: dist.ProcessGroup | None = None
+    ep_ranks: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
 class ChoiceSet:
     """Over which ranks experts choose, as plain values.
 
@@ -62,6 +74,21 @@ class ChoiceSet:
     ep_ranks: tuple[int, ...] = (0,)
     traffic: Traffic | None = None
     watch: Watch | None = None
+
+    @classmethod
+    def over(cls, kind: SetKind, where: ChoiceRanks, *, traffic: Traffic | None, watch: Watch | None) -> "ChoiceSet":
+        """The set of a kind; without a group where it has but one rank."""
+        ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
+        group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
+        return cls(
+            kind=kind,
+            group=group if len(ranks) > 1 else None,
+            ranks=ranks,
+            own=ranks.index(where.rank),
+            ep_ranks=where.ep_ranks,
+            traffic=traffic,
+            watch=watch,
+        )
 
     def lengths(self, num_tokens: int, facts: BatchFacts | None) -> list[int]:
         """T of each rank of the set. Without facts (evaluation) all bring as many as this one."""
@@ -123,8 +150,8 @@ def _cut(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor, capacity_E:
         return logits_UE.new_zeros(logits_UE.shape[1])
     last_1E = (room_E - 1).clamp_min(0)[None]
     if order_UE is None:
-        order_UE = logits_UE.sort(dim=0, descending=True).indices
-    cut_E = logits_UE.gather(0, order_UE.gather(0, last_1E))[0].sigmoid()
+        order_UE = torch.sort(logits_UE, dim=0, descending=True).indices
+    cut_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
     return torch.where((room_E > 0) & (capacity_E < 1.0), cut_E, 0.0)
 
 
@@ -149,10 +176,17 @@ def counted_pairs(
     return Assignments(token_N, expert_N, weight_TE[token_N, expert_N], counts_WE)
 
 
+def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
+    """The same pairs in the order of tokens, for dispatchers that find the counts themselves."""
+    order_N = counting_order(pairs.token_N, num_tokens)
+    return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N[order_N])
+
+
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
     """The pairs by token, K places each: the experts of the token's group, ABSENT where one does not take it.
 
-    N is T x K, K the experts of the largest group: a threshold bounds nobody's load.
+    N is T x K, K the experts of the largest group: a threshold bounds nobody's load, and a set of several ranks bounds that
+    of none of them by much.
 
     Args:
         columns_TK: int64, the experts of each token's group, ABSENT beyond them and for padding.

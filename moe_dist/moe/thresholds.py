@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.expert_choice import STATISTICS, ExpertChoiceRouter
 
 
@@ -32,6 +33,12 @@ class ThresholdKeeper:
 
     def __init__(self, routers: Sequence[ExpertChoiceRouter]) -> None:
         self._routers = list(routers)
+
+    @classmethod
+    def of(cls, layers: Sequence[MoELayer]) -> "ThresholdKeeper | None":
+        """For a model's MoE layers; None where tokens choose."""
+        routers = [layer.router for layer in layers if isinstance(layer.router, ExpertChoiceRouter)]
+        return cls(routers) if routers else None
 
     @torch.no_grad()
     def __call__(self, cut_LE: Tensor, above_LE: Tensor, taken_LE: Tensor, tokens_LG: Tensor) -> None:

@@ -186,9 +186,10 @@ def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> d
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = _ratio(sum(stats.loss_sum.values()), sum(stats.labels.values()))
     total = None if nats is None else nats + stats.balance_loss + stats.z_loss + stats.auxiliary_loss
-    auxiliary = {"loss/auxiliary": stats.auxiliary_loss} if stats.auxiliary_loss else {}
+    # Auxiliary routers are trained without a z-loss: their term takes its place among the scalars.
+    third = {"loss/auxiliary": stats.auxiliary_loss} if stats.auxiliary_loss else {"loss/z": stats.z_loss}
     by_modality = {f"loss/{name}": value for name, value in losses.items()}
-    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, "loss/z": stats.z_loss, **auxiliary}
+    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, **third}
 
 
 class GroupChoices(NamedTuple):

@@ -154,14 +154,16 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
     facts = BatchFacts(3, 0, rank.rank, (T,) * rank.world_size, members)
     x_TD = torch.randn(T, D, requires_grad=True)
     plans: list[Any] = []
+    reads: list[str] = []
     plan = layer.dispatcher.plan
     layer.dispatcher.plan = lambda *args, **options: plans.append(plan(*args, **options)) or plans[-1]  # type: ignore
     for _ in range(2):
         with host_syncs() as seen:
             y_TD, _ = layer(x_TD, groups[rank.rank], facts)
             y_TD.sum().backward()
+        reads += seen
     assert len(plans) == 2
-    return list(seen), [event for event in traffic.events or [] if event.startswith("sync")], type(plans[0])
+    return reads, [event for event in traffic.events or [] if event.startswith("sync")], type(plans[0])
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_dist.build import build_model, choice_ranks_of, threshold_keeper
+from moe_dist.build import build_model, choice_ranks_of
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.loss import AuxSettings
+from moe_dist.moe.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.initialise import initialise, logical_expert_names
@@ -232,7 +233,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         group_of_modality=[0, 1],
         clip_norm=0.5,
         traffic=traffic,
-        thresholds=threshold_keeper(parallel.model),
+        thresholds=ThresholdKeeper.of(parallel.model.moe_modules()),
         needs_facts=layout.choice is not None,
     )
     if checkpoint is not None:

@@ -25,6 +25,7 @@ from moe_dist.moe.choice_sets import (
     OUTSIDE,
     ChoiceSet,
     ExpertsChoice,
+    by_token,
     choose,
     counted_pairs,
     token_pairs,
@@ -148,8 +149,8 @@ class ExpertChoiceRouter(nn.Module):
     def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
-        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T, and with `known_counts` on the tape's
-        facts, alone: no host sync. One collective where the choice set has several ranks, see `choice_sets`.
+        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and the tape's facts alone: no host sync.
+        One collective where the choice set has several ranks, see `choice_sets`.
 
         Raises:
             AssertionError: in evaluation without a causal way, and with noise without facts.
@@ -171,8 +172,7 @@ class ExpertChoiceRouter(nn.Module):
             sums = self._sums(logits_TE, tape.choice, inside_TE, member_TG)
             if self.training and self.causal == "auxiliary":
                 sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, tape.choice.taken_TE, inside_TE))
-        counted = self.training and self.known_counts and tape.facts is not None
-        return Routing(self._pairs(tape.choice, weight_TE, group_T, tape.facts if counted else None), sums)
+        return Routing(self._pairs(tape.choice, weight_TE, group_T, tape.facts if by_choice else None), sums)
 
     def _with_noise(self, logits_TE: Tensor, facts: BatchFacts | None) -> Tensor:
         """Of this rank's tokens; the same tensor where there is no noise."""
@@ -233,7 +233,8 @@ class ExpertChoiceRouter(nn.Module):
         if facts is None or choice.order_TE is None:
             return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
         shares = [self.share_of_group[index] for index in self.group_of_E]
-        return counted_pairs(choice, weight_TE, shares, self.group_of_E, facts, self.choice_set.ep_ranks)
+        pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, facts, self.choice_set.ep_ranks)
+        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])
 
     @torch.no_grad()
     def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, inside_TE: Tensor, member_TG: Tensor) -> RouterSums:

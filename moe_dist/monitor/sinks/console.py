@@ -82,6 +82,8 @@ class ConsoleSink:
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._print(evaluation_line(result, self._previous), style="bold")
+        for line in choice_lines(result):
+            self._print(line)
         self._previous = result.loss
 
     def text(self, tag: str, markdown: str) -> None:
@@ -143,20 +145,25 @@ def evaluation_line(result: EvaluationResult, previous: Mapping[str, float]) -> 
         change = f" ({loss - previous[name]:+.3f})" if name in previous else ""
         parts.append(f"{name.replace('_', ' ')} {loss:.3f}{change}")
     line = f"evaluation after step {result.step}: held-out " + ", ".join(parts)
-    if result.choice_loss:
-        seen = ", ".join(f"{name.replace('_', ' ')} {loss:.3f}" for name, loss in result.choice_loss.items())
-        line += f"; with the choice of training, which sees later tokens, {seen}"
-    if result.choice_experts_per_token:
-        taken = ", ".join(
-            f"{name} {each:.3f} of {result.choice_experts_per_token.get(name, float('nan')):.3f}"
-            for name, each in result.experts_per_token.items()
-        )
-        line += f"; experts a token {taken}"
     if result.balance_efficiency is not None:
         line += f"; balance efficiency {result.balance_efficiency:.2f}"
     if result.balance_efficiency_by_count is not None:
         line += f"; by count {result.balance_efficiency_by_count:.2f}"
     return line
+
+
+def choice_lines(result: EvaluationResult) -> list[str]:
+    """Where experts choose their tokens: held-out losses and load as evaluated, and with the choice of training."""
+    losses = [
+        f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, with the choice of training, which sees later tokens, "
+        f"{seen:.3f} ({seen - result.loss[name]:+.3f})"
+        for name, seen in result.choice_loss.items()
+    ]
+    loads = [
+        f"experts a token of {name} {result.experts_per_token[name]:.3f}, with the choice of training {seen:.3f}"
+        for name, seen in result.choice_experts_per_token.items()
+    ]
+    return losses + loads
 
 
 def summary_table(checks: Sequence[CheckLine], *, title: str = "Summary") -> Table:

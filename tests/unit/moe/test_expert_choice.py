@@ -112,11 +112,11 @@ def test_the_choice_equals_the_oracle(
         scores = [1 / (1 + 2.718281828459045 ** -logits[t][expert]) for t in range(tokens) if group_T[t] == index]
         cut = cut_of(scores, shares[index]) * len(scores)
         assert sums.choice.cut_E[expert].item() == pytest.approx(cut, abs=1e-9)
-    if counted:
-        counts = routing.assignments.counts_WE
-        assert counts == (tuple(sums.choices_C.tolist()),)
-        assert routing.assignments.token_N.shape[0] == sum(counts[0]), "N is the sum of capacities"
-        assert not (routing.assignments.expert_N == ABSENT).any()
+    assert routing.assignments.token_N.shape[0] == len(expected), "N is the sum of capacities"
+    assert not (routing.assignments.expert_N == ABSENT).any()
+    assert routing.assignments.counts_WE == ((tuple(sums.choices_C.tolist()),) if counted else None)
+    ordered = routing.assignments.expert_N if counted else routing.assignments.token_N
+    assert ordered.tolist() == sorted(ordered.tolist())
 
 
 def test_capacities_are_the_reference_s_on_host_and_device() -> None:
@@ -243,3 +243,37 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
     logits = h_TD.float() @ router.gates()[0].true.T  # pyright: ignore[reportCallIssue, reportArgumentType]
     taken = routing.assignments.taken()
     torch.testing.assert_close(taken.weight_N, logits.sigmoid()[taken.token_N, taken.expert_N])
+
+
+def test_a_choice_drawn_by_hand() -> None:
+    """Rows that pick single coordinates, so that the table is the logits. Text experts 0 to 3 take ceil(5 / 4) = 2 of five
+    text tokens, image experts 4 and 5 one of one; token 3 is padding.
+
+        token  group    0     1     2     3     4     5
+        0      text     3     1    -1    -5                 expert 0: tokens 0 and, of the equal 1 and 2, the earlier 1
+        1      text     2     1     0    -5                 expert 1: all equal: the earliest, 0 and 1
+        2      text     2     1     4    -5                 expert 2: 2 and 4
+        3      -        9     9     9     9     9     9     expert 3: all low and equal: 0 and 1 all the same
+        4      text    -3     1     2    -5
+        5      text    -4     1    -2    -5                 token 5: nobody
+        6      image                            7    -7     experts 4 and 5: token 6, also with a low score
+    """
+    table = torch.tensor([
+        [3, 1, -1, -5, 0, 0], [2, 1, 0, -5, 0, 0], [2, 1, 4, -5, 0, 0], [9, 9, 9, 9, 9, 9],
+        [-3, 1, 2, -5, 0, 0], [-4, 1, -2, -5, 0, 0], [0, 0, 0, 0, 7, -7],
+    ]).double()  # fmt: skip
+    router = ExpertChoiceRouter(E, GROUPS, causal="threshold").double()
+    for gate, rows in zip(router.gates(), torch.eye(E).double().split([4, 2]), strict=True):
+        gate.true.data.copy_(rows)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    group_T = torch.tensor([0, 0, 0, -1, 0, 0, 1])
+    expected = {(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (4, 2), (0, 3), (1, 3), (6, 4), (6, 5)}
+    assert pairs_of(router, table, group_T) == expected
+    sums = router(table, group_T).sums
+    assert sums.choice is not None
+    assert sums.choice.idle_G.tolist() == [1.0, 0.0]
+    cuts = torch.tensor([2.0, 1, 2, -5, 7, -7]).double().sigmoid() * torch.tensor([5, 5, 5, 5, 1, 1])
+    torch.testing.assert_close(sums.choice.cut_E, cuts)
+    router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).sigmoid())
+    router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
+    above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}  # strictly above: 2 is not above 2
+    assert pairs_of(router.eval(), table, group_T) == above

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.metrics import Record, build_record, evaluation_scalars, group_choices, group_metrics
-from moe_dist.monitor.pictures import Subject, free_fraction
+from moe_dist.monitor.pictures import Subject, Window, free_fraction, heat_maps
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -251,3 +251,19 @@ def test_evaluation_scalars() -> None:
         "moe/balance_efficiency_by_count": 0.75,
         "perf/balance_efficiency": 0.5,
     }
+
+
+def test_tokens_that_no_expert_takes_are_in_the_record_and_in_a_map(
+    make_statistics: MakeStatistics, make_record: MakeRecord, subject: Subject
+) -> None:
+    """Where experts choose; the records of token choice have neither."""
+    assert not {"idle_LG", "above_LE"} & make_record(1).arrays.keys()
+    idle_LG = make_statistics(1).tokens_LG // 2
+    record = make_record(1, idle_LG=idle_LG, above_LE=np.ones((3, 8), np.int64), auxiliary_loss=0.25, z_loss=0.0)
+    np.testing.assert_array_equal(record.arrays["idle_LG"], idle_LG)
+    assert record.scalars["loss/auxiliary"] == 0.25
+    assert len(record.scalars) == len(make_record(1).scalars), "in place of the z-loss, which it never stands beside"
+    window = Window()
+    window.add(record)
+    sums, steps = window.take()
+    assert "moe/idle_fraction" in dict(heat_maps(sums, subject, steps))

@@ -149,3 +149,22 @@ def test_summary_says_pass_or_fail() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_last_evaluation_tells_what_the_choice_of_training_is_worth() -> None:
+    console = plain()
+    sink = ConsoleSink(total_steps=10, console=console)
+    result = EvaluationResult(
+        10,
+        {"text": 3.5},
+        {},
+        choice_loss={"text": 3.25},
+        experts_per_token={"text": 0.96},
+        choice_experts_per_token={"text": 1.01},
+    )
+    sink.evaluation(result, {})
+    assert output(console).splitlines() == [
+        "evaluation after step 10: held-out text 3.500",
+        "held-out text 3.500, with the choice of training, which sees later tokens, 3.250 (-0.250)",
+        "experts a token of text 0.960, with the choice of training 1.010",
+    ]
