@@ -124,7 +124,7 @@ class Measurement:
             for batch in batches:
                 seen.clear()
                 forward(self._run.model, batch, self._groups)
-                ranks = rank_of_tokens(*batch.tokens_BS.shape, self._section.wire.ep)
+                ranks = rank_of_tokens(len(batch.tokens_BS), batch.tokens_BS.shape[1], self._section.wire.ep)
                 for each in seen:
                     count.add(each.routing, ranks[each.index_T.numpy()])
         return count.per_token()

@@ -171,7 +171,8 @@ class Study(Part):
         wanted |= {each.arm for arm in self.arms.values() for each in arm.measured.values()}
         wanted |= {name for rule in self.rules for value in (rule.lower, rule.higher) for name in arms_of(value)}
         wanted |= set(self.pilot.arms) | set(self.pilot.variants)
-        wanted |= {self.measure.curve.of} - {None} if self.measure.curve else set()
+        if self.measure.curve is not None and self.measure.curve.of is not None:
+            wanted.add(self.measure.curve.of)
         if unknown := sorted(wanted - set(self.arms)):
             raise ValueError(f"arms names {', '.join(self.arms)}; {', '.join(unknown)} are named and not among them")
         seen: set[str] = set()
@@ -292,8 +293,9 @@ def _with_needs(study: Study, name: str, into: set[str]) -> None:
 
 
 def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> Job:
-    needs = tuple(dict.fromkeys([*([arm.after] if arm.after else []), *(each.arm for each in arm.measured.values())]))
-    return Job(label, arm, seed, {**study.set, **arm.set, **extra}, arm.after, needs)
+    needs: list[str] = [arm.after] if arm.after else []
+    needs += [each.arm for each in arm.measured.values()]
+    return Job(label, arm, seed, {**study.set, **arm.set, **extra}, arm.after, tuple(dict.fromkeys(needs)))
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
