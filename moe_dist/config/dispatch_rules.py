@@ -1,9 +1,9 @@
 """What a dispatcher demands of the rest of a configuration. Imports no torch."""
 
 from moe_dist.config.schema import (
-    FixedLoadRouterSection,
     Config,
     DeepEPDispatchSection,
+    FixedLoadRouterSection,
     HybridEPDispatchSection,
     PerNodeDispatchSection,
     PerPairDispatchSection,
