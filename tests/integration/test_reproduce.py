@@ -113,7 +113,7 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     assert base["wire"]["rows_remote"] <= base["wire"]["rows_per_pair"] <= base["wire"]["rows_topk"] * 1.5
     assert [point["step"] for point in base["curve"]] == list(range(2, 41, 2))
     assert [point["load"] for point in base["probes"]["threshold"]] == [pytest.approx(1.5, abs=0.05)]
-    assert base["probes"]["flip"][0]["load"] == pytest.approx(2.0, abs=1e-9)
+    assert base["probes"]["flip"][0]["load"] == pytest.approx(2.0, abs=0.05), "of scored tokens; in all it stays"
     assert dropped["flops"] > base["flops"], "what it began with counts"
     assert dropped["curve"][0]["tokens"] > base["tokens"]
     assert len(list((run / "checkpoints").glob("step_*"))) == 1, "the curve's checkpoints are gone"
