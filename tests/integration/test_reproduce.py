@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_dist.checkpoint.shelf import Shelf
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -87,14 +88,13 @@ def ended(folder: Path, *arguments: str, code: int = 0) -> str:
 def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     run = folder / "runs" / "reproduce" / "tiny-pilot" / "base" / "seed-9"
     killed = started(folder, "--pilot")
-    latest = run / "checkpoints" / "latest"
-    while killed.poll() is None and not latest.exists():
+    shelf = Shelf(run / "checkpoints")
+    while killed.poll() is None and not shelf.steps():
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     output, _ = killed.communicate()
     assert killed.returncode == -signal.SIGKILL, output
-    done = [path.name for path in (run / "checkpoints").glob("step_*")]
-    assert done, "killed after its first checkpoint"
+    assert 0 < shelf.steps()[-1] < 40, "killed in the middle"
     assert "base  " in (status := ended(folder, "--pilot", "--status"))
     assert "0 of 2 runs done" in status
 
