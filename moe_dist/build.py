@@ -364,6 +364,7 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         group_of_modality=training.step.group_of_modality,
         measure_balance=config.evaluation.balance_efficiency,
         ablate=config.evaluation.ablate_experts,
+        calibration=config.evaluation.calibration,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moe_dist.data.batch import Batch
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.evaluation.acceptance import Check, run_checks
@@ -246,13 +247,21 @@ class Trainer:
             sink.step(record)
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
-        result = self._evaluator(self.progress.step, final=final)
+        result = self._evaluator(self.progress.step, final=final, trained=self._last_batches(self._evaluator.calibration))
         if self.progress.evaluated < self.progress.step:  # else an earlier attempt has shown it, and ended right after
             scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
             for sink in self._sinks:
                 sink.evaluation(result, scalars)
         self.progress.evaluated = self.progress.step
         return result
+
+    def _last_batches(self, count: int) -> list[Batch]:
+        """The last micro-batches that this rank was trained on: at most `count`, the newest first."""
+        position, batches = self.progress.position - self._plan.global_batch, []
+        while len(batches) < count and position >= self.progress.first_position:
+            batches += self._loader.batches(position)
+            position -= self._plan.global_batch
+        return batches[:count]
 
     def _save(self, *, must: bool) -> None:
         """Saves; where it need not be durable now, it may be written while the next steps are taken."""

@@ -247,14 +247,14 @@ class TrainingStep:
             set_lr(self.optimizer, lr)
             self.optimizer.step()
             if self.thresholds is not None:
-                num_experts = self.placement.num_experts
-                self.thresholds(counts.cut_LE, counts.above_LE, counts.choices_LC[:, :num_experts], counts.tokens_LG)
+                self.thresholds(counts.cut_LE, counts.tokens_LG)
             if self.balance is not None:
                 self.balance.update(counts.choices_LC, counts.tokens_LG)
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
         widths = [part.shape[1] for part in counts]
-        shown = GlobalCounts(*np.split(torch.cat(counts, dim=1).cpu().numpy(), np.cumsum(widths)[:-1], axis=1))
+        shown = np.split(torch.cat(counts, dim=1).cpu().numpy(), np.cumsum(widths)[:-1], axis=1)
+        choices_LC, tokens_LG, entropy_LG, dropped_LE, _, above_LE, idle_LG = shown
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
@@ -265,12 +265,12 @@ class TrainingStep:
             grad_norm=float(np.sqrt(squared)),
             skipped=not finite,
             tokens=int(tokens),
-            choices_LC=shown.choices_LC.astype(np.int64),
-            tokens_LG=shown.tokens_LG.astype(np.int64),
-            entropy_LG=shown.entropy_LG,
-            dropped_LE=shown.dropped_LE.astype(np.int64),
-            above_LE=shown.above_LE.astype(np.int64),
-            idle_LG=shown.idle_LG.astype(np.int64),
+            choices_LC=choices_LC.astype(np.int64),
+            tokens_LG=tokens_LG.astype(np.int64),
+            entropy_LG=entropy_LG,
+            dropped_LE=dropped_LE.astype(np.int64),
+            above_LE=above_LE.astype(np.int64),
+            idle_LG=idle_LG.astype(np.int64),
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,

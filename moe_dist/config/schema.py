@@ -661,6 +661,12 @@ class EvaluationSection(Section):
     final_sequences: PositiveInt = Field(
         default=512, description="Held-out sequences of each source in the last evaluation."
     )
+    calibration: Count = Field(
+        default=4,
+        description="Of router.causal=threshold: before each evaluation, thresholds are set so that the last training "
+        "micro-batches of each rank, so many, give each expert as many tokens as it takes of them in training; 0 leaves "
+        "the running means as they are.",
+    )
     balance_efficiency: bool = Field(
         default=True, description="Measure throughput with real against evenly spread routing."
     )

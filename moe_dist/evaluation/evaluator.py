@@ -10,6 +10,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.evaluation.balance import BalanceEfficiency, balance_efficiency
+from moe_dist.evaluation.calibration import by_threshold, calibrate
 from moe_dist.evaluation.heldout import Heldout, experts_ablated, heldout_losses
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
@@ -29,6 +30,7 @@ class Evaluator:
         sequences, final_sequences: Held-out sequences of each source during the run and at its end.
         micro_batch: Sequences a rank computes at once.
         group_of_modality: int64 [M] on the model's device.
+        calibration: Training micro-batches over which thresholds are set before each evaluation, where there are any.
         measure_balance, ablate: Whether to time the balance efficiency, and to measure the final loss without experts.
     """
 
@@ -47,6 +49,7 @@ class Evaluator:
         group_of_modality: Tensor,
         measure_balance: bool,
         ablate: bool,
+        calibration: int = 0,
     ) -> None:
         self._model, self._mesh, self._placement = model, mesh, placement
         self._folder, self._manifest = folder, manifest
@@ -54,15 +57,26 @@ class Evaluator:
         self._sequences, self._final_sequences = sequences, final_sequences
         self._group_of_modality = group_of_modality
         self._measure_balance, self._ablate = measure_balance, ablate
+        self.calibration = calibration if by_threshold(model) else 0
         self._cached: tuple[int, list[Batch]] = (0, [])
 
-    def __call__(self, step: int, *, final: bool = False) -> EvaluationResult:
-        """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers as they were.
+    def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
+        """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers as they were, but for the
+        thresholds that it calibrates.
 
         Args:
             final: Use `final_sequences`, and measure the loss without experts, and with the choice of training where
                 experts choose.
+            trained: This rank's last `calibration` training micro-batches, or as many as there are.
         """
+        with self._mesh.watch.among("calibration"):
+            calibrate(
+                self._model,
+                trained,
+                group_of_modality=self._group_of_modality,
+                world=self._mesh.world,
+                watch=self._mesh.watch,
+            )
         batches = self._batches(self._final_sequences if final else self._sequences)
         heldout = self._losses(batches)
         ablated: Mapping[str, float] = {}

@@ -14,6 +14,7 @@ import torch
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
+from moe_dist.evaluation.calibration import calibrate
 from moe_dist.moe.choice_sets import ChoiceSet
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -23,7 +24,19 @@ from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routing import BatchFacts, RoutingTape
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
+from tests.support.layouts import (
+    HIDDEN_DIM,
+    LAYERS,
+    MICRO_BATCHES,
+    SEQUENCES,
+    STEPS,
+    Layout,
+    Outcome,
+    batch_of,
+    build,
+    merged,
+    train,
+)
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
@@ -209,3 +222,22 @@ def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
 def test_ranks_of_different_lengths_choose_alike(run_in_world: Callable[..., list[Any]]) -> None:
     for got, expected in run_in_world(4, uneven):
         assert got == expected
+
+
+def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
+    """Thresholds that one rank has after a calibration on its part of two micro-batches."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    model, each = build(layout, mesh, Traffic()).model, SEQUENCES // rank.world_size
+    batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]
+    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=mesh.world)
+    return {name: buffer.numpy().copy() for name, buffer in model.named_buffers() if name.endswith("threshold")}
+
+
+def test_calibration_is_over_all_ranks(run_in_world: Callable[..., list[Any]]) -> None:
+    (alone,) = run_in_world(1, calibrated, Layout(choice="world"))
+    assert len(alone) == 2 * LAYERS
+    assert all((value > 0).all() for value in alone.values())
+    for data in ("ddp", "fsdp2"):
+        for thresholds in run_in_world(4, calibrated, Layout(2, 2, "pinned", data, choice="world")):
+            for name, value in alone.items():
+                np.testing.assert_allclose(thresholds[name], value, rtol=0, atol=1e-8)

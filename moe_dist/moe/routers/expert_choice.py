@@ -45,7 +45,7 @@ from moe_dist.moe.routing import (
 from moe_dist.placement.placement import ExpertGroup
 
 Causal = Literal["threshold", "auxiliary"]
-STATISTICS = 4  # rows of `ChoiceGate.statistics`: running means of cut, score and share spreads; steps seen
+STATISTICS = 2  # rows of `ChoiceGate.statistics`: running mean of the k-th largest score, steps seen
 
 
 class AuxiliaryRouter(nn.Module):
@@ -65,7 +65,7 @@ class AuxiliaryRouter(nn.Module):
 class ChoiceGate(GroupGate):
     """Router rows of one group, `true` [n, D], and what is learned of its choices.
 
-    `threshold` [n] and `statistics` [4, n] (see `moe_dist.moe.thresholds`) are buffers, since no gradient moves them; they
+    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.thresholds`) are buffers, since no gradient moves them; they
     are the same on all ranks and saved with the weights. `auxiliary` is there where evaluation is by auxiliary routers.
     """
 
@@ -159,7 +159,7 @@ class ExpertChoiceRouter(nn.Module):
         tape = tape or RoutingTape()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             h_TD = h_TD.to(dtype)
-            logits_TE = torch.cat([F.linear(h_TD, gate.true.to(dtype)) for gate in self.gates()], dim=1)
+            logits_TE = self._logits(h_TD)
             member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
             inside_TE = member_TG[:, self.group_of_expert_E]
             noisy_TE = self._with_noise(logits_TE, tape.facts)
@@ -173,6 +173,18 @@ class ExpertChoiceRouter(nn.Module):
             if self.training and self.causal == "auxiliary":
                 sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, tape.choice.taken_TE, inside_TE))
         return Routing(self._pairs(tape.choice, weight_TE, group_T, tape.facts if by_choice else None), sums)
+
+    def _logits(self, h_TD: Tensor) -> Tensor:
+        """Logits of all experts [T, E], whatever the tokens' groups."""
+        return torch.cat([F.linear(h_TD, gate.get_parameter("true").to(h_TD.dtype)) for gate in self.gates()], dim=1)
+
+    @torch.no_grad()
+    def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
+        """Scores [T, E] without noise; 0 for experts that are not of the token's group."""
+        dtype = accumulation_dtype(h_TD.dtype)
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):
+            logits_TE = self._logits(h_TD.to(dtype))
+        return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
     def _with_noise(self, logits_TE: Tensor, facts: BatchFacts | None) -> Tensor:
         """Of this rank's tokens; the same tensor where there is no noise."""

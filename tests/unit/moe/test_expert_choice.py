@@ -273,7 +273,7 @@ def test_a_choice_drawn_by_hand() -> None:
     assert sums.choice.idle_G.tolist() == [1.0, 0.0]
     cuts = torch.tensor([2.0, 1, 2, -5, 7, -7]).double().sigmoid() * torch.tensor([5, 5, 5, 5, 1, 1])
     torch.testing.assert_close(sums.choice.cut_E, cuts)
-    router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).sigmoid())
+    router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).double().sigmoid())
     router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
     above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}  # strictly above: 2 is not above 2
     assert pairs_of(router.eval(), table, group_T) == above
