@@ -14,10 +14,12 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data tensorboard clean
+.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data tensorboard clean \
+  reproduce-data reproduce-adamoe reproduce-moma reproduce-nulls-by-modality
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "make reproduce-NAME adamoe, moma, nulls-by-modality: run an experiment, about two hours each (docs/reproductions.md)"
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
@@ -60,6 +62,16 @@ format: $(INSTALLED)  ## Format the code
 data: $(INSTALLED)  ## Prepare the default data
 	@test -f $(DATA)/manifest.json || $(BIN)/python -m tools.prepare_data --out $(DATA)
 
+# 20 renders a picture: an experiment's longest run sees no render more than twice. The small vocabulary leaves the experts a
+# third of the FLOPs.
+REPRODUCE_DATA := .cache/data/reproduce
+reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
+	@test -f $(REPRODUCE_DATA)/manifest.json || \
+	  $(BIN)/python -m tools.prepare_data --out $(REPRODUCE_DATA) --vocab-size 2048 --renders 20
+
+reproduce-adamoe reproduce-moma reproduce-nulls-by-modality: reproduce-%: $(INSTALLED) reproduce-data
+	@$(BIN)/python -m tools.reproduce $* $$ARGS
+
 tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs
 
@@ -77,7 +89,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@echo "installing into $(VENV): a minute or two, longer where torch is a CUDA build"
 	@touch $(INSTALLING)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install -qq --editable '.[data,test,check]'
+	@$(BIN)/python -m pip install -qq --editable '.[data,test,check,reproduce]'
 	@touch $@ && rm $(INSTALLING)
 
 $(NEXT_MEGATRON)/.installed: | $(INSTALLED)

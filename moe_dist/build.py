@@ -19,6 +19,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import (
     Config,
     ExpertChoiceRouterSection,
+    FixedLoadRouterSection,
     ModelSection,
     MoESection,
     ParallelSection,
@@ -48,6 +49,7 @@ from moe_dist.moe.per_pair import PerPairDispatcher, SyncFreeDispatcher, pairs_a
 from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.pipelined import PipelinedDispatcher
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.fixed_load import FixedLoadRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import make_optimizer
@@ -78,8 +80,13 @@ def build_router(
 
     Args:
         capacity: Of routers by token choice.
-        choice: `choice_set`, `seed`, `layer` and `known_counts` of routers by expert choice.
+        choice: `choice_set`, `seed`, `layer` and `known_counts` of routers by expert choice; `seed` and `place` (among the
+            MoE layers) of those with a fixed load.
     """
+    if isinstance(section, FixedLoadRouterSection):
+        own = {key: choice[key] for key in ("seed", "place") if key in choice}
+        return FixedLoadRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}), **own)
+    choice.pop("place", None)
     if isinstance(section, ExpertChoiceRouterSection):
         return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "set"}), **choice)
     return TopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}))
@@ -211,6 +218,7 @@ def build_model(
                 choice_set=choice_set,
                 seed=config.run.seed,
                 layer=layer,
+                place=section.moe_layers.index(layer),
                 known_counts=known_counts,
             ),
             experts=Experts(
@@ -291,7 +299,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         clip_norm=section.clip_norm,
         traffic=traffic,
         thresholds=ThresholdKeeper.of(model.moe_modules()) if config.train.only is None else None,
-        needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection),
+        needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection),
         balance=build_balance(config.model.moe, model, placement.groups),
     )
     return Training(parallel, optimizer, step)

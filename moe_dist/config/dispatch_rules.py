@@ -3,6 +3,7 @@
 from moe_dist.config.schema import (
     Config,
     DeepEPDispatchSection,
+    FixedLoadRouterSection,
     HybridEPDispatchSection,
     PerNodeDispatchSection,
     PerPairDispatchSection,
@@ -48,7 +49,7 @@ def _pair_relations(config: Config) -> list[Relation]:
     router = config.model.moe.router
     name = "parallel.dispatch.kind=per_pair: needs the number of pairs of each rank and expert beforehand, and with"
     way_out = "take parallel.dispatch.kind=per_rank"
-    if isinstance(router, TopKRouterSection):
+    if isinstance(router, TopKRouterSection | FixedLoadRouterSection):
         fault = f"{name} model.moe.router.kind={router.kind} the tokens choose, so that it is not known; {way_out}"
         return [Relation(("parallel.dispatch.kind", "model.moe.router.kind"), fault)]
     if router.set != "rank":

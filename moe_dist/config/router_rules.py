@@ -1,6 +1,6 @@
 """What a router demands of the rest of a configuration. Imports no torch."""
 
-from moe_dist.config.schema import Config, ExpertChoiceRouterSection, Relation
+from moe_dist.config.schema import Config, ExpertChoiceRouterSection, FixedLoadRouterSection, GroupSection, Relation
 
 ROUTER = "model.moe.router"
 
@@ -15,13 +15,44 @@ def router_relations(config: Config) -> list[Relation]:
             *_causal_relations(config, section),
             *_stage_relations(config),
         ]
+    broken = _load_relations(config, section) if isinstance(section, FixedLoadRouterSection) else []
     if config.train.only is None:
-        return []
+        return broken
     fault = (
         f"train.only={config.train.only}: model.moe.router.kind={section.kind} has no auxiliary routers; set train.only to "
         "null, or model.moe.router.kind=expert_choice"
     )
-    return [Relation(("train.only", f"{ROUTER}.kind"), fault)]
+    return [*broken, Relation(("train.only", f"{ROUTER}.kind"), fault)]
+
+
+def _load_relations(config: Config, section: FixedLoadRouterSection) -> list[Relation]:
+    """Each group has a load for each layer, of true experts that it has."""
+    layers, groups, key = len(config.model.moe_layers), config.model.moe.groups, f"{ROUTER}.loads"
+    broken = []
+    if set(section.loads) != set(groups):
+        fault = f"{key} names {', '.join(section.loads)}; model.moe.groups are {', '.join(groups)}: name each of them"
+        broken.append(Relation((key, "model.moe.groups"), fault))
+    for name, loads in section.loads.items():
+        if len(loads) != layers:
+            fault = f"{key}.{name} has {len(loads)} numbers for {layers} MoE layers: give one for each"
+            broken.append(Relation((f"{key}.{name}", "model.num_layers"), fault))
+        if name in groups and max(loads, default=0.0) > groups[name].top_k:
+            top_k = groups[name].top_k
+            fault = (
+                f"{key}.{name} has {max(loads):g}, above model.moe.groups.{name}.top_k={top_k}: lower it, or raise top_k"
+            )
+            broken.append(Relation((f"{key}.{name}", f"model.moe.groups.{name}.top_k"), fault))
+        if name in groups and _has_others(groups[name]):
+            fault = (
+                f"model.moe.groups.{name} has null or free experts: {ROUTER}.kind=fixed_load takes true ones alone; set "
+                f"num_null, num_identity and num_constant to 0, or {ROUTER}.kind=top_k"
+            )
+            broken.append(Relation((f"model.moe.groups.{name}", f"{ROUTER}.kind"), fault))
+    return broken
+
+
+def _has_others(group: GroupSection) -> bool:
+    return bool(group.num_null or group.num_identity or group.num_constant)
 
 
 def _loss_relations(config: Config) -> list[Relation]:

@@ -42,6 +42,7 @@ RESERVED_GROUP_NAMES = frozenset((
     "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
     "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
     "zero_grad",
+    "fraction_G", "load_G", "place", "seed", "whole_G",
 ))
 # fmt: on
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
@@ -205,7 +206,32 @@ class ExpertChoiceRouterSection(Section):
     )
 
 
-RouterSection = Annotated[TopKRouterSection | ExpertChoiceRouterSection, Field(discriminator="kind")]
+# The router's kind is filled in before it is validated, and what is read by then is Python: a list, never a tuple.
+LayerLoads = Annotated[tuple[NonNegative, ...], Field(strict=False)]
+
+
+class FixedLoadRouterSection(Section):
+    """Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are compared with."""
+
+    kind: Literal["fixed_load"] = Field(
+        default="fixed_load",
+        description="Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are "
+        "compared with.",
+    )
+    loads: dict[GroupName, LayerLoads] = Field(
+        min_length=1,
+        description="By group, true experts a token in each MoE layer, at most the group's top_k: its floor for every "
+        "token, the best ones, and one more for a random part of them. Whole numbers are a k by layer.",
+    )
+    normalise: Literal["true_chosen", "none"] = Field(
+        default="true_chosen", description="As in router.kind=top_k: a softmax over the chosen experts, or over the group."
+    )
+    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
+
+
+RouterSection = Annotated[
+    TopKRouterSection | ExpertChoiceRouterSection | FixedLoadRouterSection, Field(discriminator="kind")
+]
 
 
 class CapacitySection(Section):

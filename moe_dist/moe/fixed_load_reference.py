@@ -1,0 +1,25 @@
+"""The slow oracle of `moe_dist.moe.routers.fixed_load`: a loop over tokens, with the uniform numbers given."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def fixed_load_weights(logits_TE: Tensor, load: float, uniform: Sequence[float]) -> Tensor:
+    """Weights [T, E] of one group: each token's softmax over its best floor(load) experts, and one more where its uniform
+    number is below what is left of the load; 0 elsewhere. Ties go to the expert of lower number. Differentiable."""
+    rows = []
+    for logits_E, u in zip(logits_TE, uniform, strict=True):
+        count = math.floor(load) + (u < load - math.floor(load))
+        best = sorted(range(len(logits_E)), key=lambda expert, row=logits_E: (-float(row[expert]), expert))[:count]
+        row = torch.zeros_like(logits_E)
+        if best:
+            exponentials = [logits_E[expert].exp() for expert in best]
+            total = torch.stack(exponentials).sum()
+            row = torch.stack(
+                [exponentials[best.index(e)] / total if e in best else logits_E[e] * 0 for e in range(len(logits_E))]
+            )
+        rows.append(row)
+    return torch.stack(rows)

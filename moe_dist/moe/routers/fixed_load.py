@@ -1,0 +1,80 @@
+"""Top-k whose number of experts is fixed in each layer: what adaptive routers are compared with.
+
+At a load L of its layer and group a token takes its floor(L) best experts, and the next best with probability L - floor(L),
+drawn for each token alone: no token is thought more of than another. Whole loads are a k by layer, without any draw.
+
+    T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
+    y    = sum over T of w_i E_i(x)
+
+The draw is in force in evaluation as well: a model that was trained at a load is judged at it. There tokens are numbered
+inside their batch, under no step. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.draws import logistic
+from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
+from moe_dist.moe.routing import BatchFacts, RoutingTape
+from moe_dist.placement.placement import ExpertGroup
+
+HELD_OUT = -1  # the step under which evaluation draws
+
+
+class FixedLoadRouter(TopKRouter):
+    """Routes T tokens, each inside its group, by the load of this layer.
+
+    Args:
+        hidden_dim, groups, normalise, scale, capacity: As `TopKRouter`; without null or free experts.
+        loads: For each group, by name, true experts a token in each MoE layer; at most the group's top_k.
+        place: This layer's place among the MoE layers.
+        seed: Names the draws, with the step, layer and token.
+    """
+
+    load_G: tuple[float, ...] = ()
+    whole_G: Tensor  # both with a last 0, which padding's group -1 reads
+    fraction_G: Tensor
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        groups: Sequence[ExpertGroup],
+        *,
+        loads: Mapping[str, Sequence[float]],
+        place: int = 0,
+        seed: int = 0,
+        normalise: Normalise = "true_chosen",
+        scale: float = 1.0,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
+        self.place, self.seed = place, seed
+        self.load_G = tuple(float(loads[group.name][place]) for group in groups)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """As `TopKRouter`, and the loads."""
+        super().reset_buffers()
+        wholes = [math.floor(load) for load in self.load_G]
+        fractions = [load - whole for load, whole in zip(self.load_G, wholes, strict=True)]
+        self.register_buffer("whole_G", torch.tensor([*wholes, 0]), persistent=False)
+        self.register_buffer("fraction_G", torch.tensor([*fractions, 0.0], dtype=torch.float64), persistent=False)
+
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, tape: RoutingTape) -> _Chosen:
+        chosen = super()._choose(masked_TC, probs_TC, group_T, tape)
+        kept_TK = chosen.valid_TK & self._kept(group_T, tape.facts)
+        return chosen._replace(valid_TK=kept_TK, true_TK=chosen.true_TK & kept_TK, null_TK=chosen.null_TK & kept_TK)
+
+    def _kept(self, group_T: Tensor, facts: BatchFacts | None) -> Tensor:
+        """Which of the K places a token has [T, K]. The draws have no state: a recomputed forward has the same."""
+        step, first = (HELD_OUT, 0) if facts is None else (facts.step, facts.first_token_of(facts.rank))
+        token_T = torch.arange(group_T.shape[0], device=group_T.device) + first
+        column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
+        uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]
+        more_T = (uniform_T < self.fraction_G[group_T]).to(torch.int64)
+        place_K = torch.arange(self.num_choices, device=group_T.device)
+        return place_K < (self.whole_G[group_T] + more_T)[:, None]

@@ -1,0 +1,71 @@
+"""Fixed loads on ranks: the same draws, hence the same choices and losses, on any layout and after a resume."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.whole_run import WholeRun, whole_run
+
+LOADS = {
+    "model.moe.groups": {
+        "text": {"num_experts": 3, "top_k": 2, "ffn_dim": 16},
+        "image": {"num_experts": 2, "top_k": 2, "ffn_dim": 24},
+    },
+    "model.moe.router": {"kind": "fixed_load", "loads": {"text": [1.5, 2.0], "image": [0.5, 1.0]}},
+    "placement.policy": "interleaved",
+    "train.steps": 4,
+    "evaluation.every": 100,
+    "evaluation.final_sequences": 4,
+    "checkpoint.every": 2,
+}
+Run = Callable[..., list[WholeRun]]
+
+
+@pytest.fixture(scope="module")
+def run(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`run(name, ranks, ep, changes)`: a run whose micro-batch over all ranks is the whole step."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def started(name: str, ranks: int, ep: int, changes: dict[str, Any] | None = None) -> list[WholeRun]:
+        layout = {"run.name": name, "parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
+        return run_in_world(ranks, whole_run, tiny_data, root, {**LOADS, **layout, **(changes or {})})
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def alone(run: Run) -> WholeRun:
+    return run("alone", 1, 1)[0]
+
+
+def test_loads_are_what_they_should_be(alone: WholeRun) -> None:
+    tokens_LG = sum(step.tokens_LG for step in alone.steps)
+    choices_LE = sum(step.choices_LC for step in alone.steps)
+    text_L, image_L = choices_LE[:, :3].sum(1) / tokens_LG[:, 0], choices_LE[:, 3:5].sum(1) / tokens_LG[:, 1]
+    assert (text_L[1], image_L[1]) == (2.0, 1.0)
+    for load, fraction, count in ((text_L[0] - 1, 0.5, tokens_LG[0, 0]), (image_L[0], 0.5, tokens_LG[0, 1])):
+        assert abs(load - fraction) < 4 * (0.25 / count) ** 0.5
+
+
+@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (4, 2), (4, 4)])
+def test_ranks_equal_one_rank(run: Run, alone: WholeRun, ranks: int, ep: int) -> None:
+    outcomes = run(f"ranks-{ranks}-{ep}", ranks, ep, {"parallel.recompute": "block"} if ep == 4 else {})
+    for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):
+        np.testing.assert_array_equal(ours.choices_LC, theirs.choices_LC)
+        np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+    merged = {name: value for outcome in outcomes for name, value in outcome.tensors.items()}
+    assert merged.keys() == alone.tensors.keys()
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, alone.tensors[name], rtol=1e-3, atol=2e-5, err_msg=name)
+
+
+def test_a_resumed_run_draws_as_if_it_had_not_stopped(run: Run, alone: WholeRun) -> None:
+    run("stopped", 1, 1, {"train.steps": 2})
+    on = run("stopped", 1, 1)[0]
+    assert on.begun.step == 2
+    assert all(np.array_equal(value, alone.tensors[name]) for name, value in on.tensors.items())
+    assert on.evaluation.loss == alone.evaluation.loss

@@ -1,0 +1,130 @@
+"""An experiment from the command line: killed in the middle, gone on with, measured, and not run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_dist.checkpoint.shelf import Shelf
+from tests.support.tiny import tiny_config, tiny_dataset, write_config
+
+REPOSITORY = Path(__file__).parents[2]
+ARM = {"about": "", "seeds": "decisive"}
+STUDY: dict[str, Any] = {
+    "name": "tiny",
+    "question": "does it go on?",
+    "base": "base.yaml",
+    "seeds": {"decisive": [1, 2], "other": [1, 2]},
+    "pilot": {"seeds": [9], "found": "lr", "arms": ["dropped"]},
+    "measure": {
+        "sequences": 8,
+        "wire": {"ep": 2},
+        "threshold_loads": [1.5],
+        "flips": [5.0],
+        "curve": {"average": 0.5, "sequences": 4},
+    },
+    "arms": {
+        "base": {**ARM, "set": {"train.steps": 40}, "probes": ["threshold", "flip"]},
+        "dropped": {
+            **ARM,
+            "after": "base",
+            "carry": True,
+            "set": {"train.steps": 4, "model.moe.router.kind": "fixed_load"},
+            "measured": {"model.moe.router.loads.all": {"arm": "base", "metric": "load.by_layer"}},
+        },
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with a study, its base and its data."""
+    tiny_dataset(tmp_path / "data")
+    group = {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}
+    changes = {
+        "model.moe.groups": {"all": group},
+        "checkpoint.every": 2,
+        "checkpoint.keep": 50,
+        "evaluation.every": 1000,
+        "evaluation.ablate_experts": False,
+        "evaluation.balance_efficiency": False,
+        "parallel.ep": 1,
+        "parallel.edp": 1,
+        "placement.policy": "interleaved",
+    }
+    write_config(tiny_config(tmp_path / "data", tmp_path / "runs", changes), tmp_path / "base.yaml")
+    (tmp_path / "configs" / "reproduce").mkdir(parents=True)
+    (tmp_path / "configs" / "reproduce" / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
+    return tmp_path
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools.reproduce", "tiny", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(folder: Path, *arguments: str, code: int = 0) -> str:
+    process = started(folder, *arguments)
+    output, _ = process.communicate()
+    logs = "".join(path.read_text()[-2000:] for path in folder.rglob("*.out"))
+    assert process.returncode == code, f"{output}\n{logs}"
+    return output
+
+
+@pytest.mark.timeout(400)
+def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
+    run = folder / "runs" / "reproduce" / "tiny-pilot" / "base" / "seed-9"
+    killed = started(folder, "--pilot")
+    shelf = Shelf(run / "checkpoints")
+    while killed.poll() is None and not shelf.steps():
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    output, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, output
+    assert 0 < shelf.steps()[-1] < 40, "killed in the middle"
+    assert "base  " in (status := ended(folder, "--pilot", "--status"))
+    assert "0 of 2 runs done" in status
+
+    assert "done dropped seed 9" in ended(folder, "--pilot")
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["kind"] == "step"] == list(range(1, 41)), "each step once"
+    attempts = json.loads((run / "status.json").read_text())["attempts"]
+    assert len(attempts) >= 2, "the second call went on with the run of the first"
+
+    results = folder / "runs" / "reproduce" / "tiny-pilot" / "results.jsonl"
+    header, base, dropped = (json.loads(line) for line in results.read_text().splitlines())
+    assert header["study"] == "tiny"
+    assert header["rules"] is None
+    assert (base["arm"], dropped["arm"]) == ("base", "dropped")
+    assert base["load"]["all"] == 2.0
+    assert base["wire"]["rows_remote"] <= base["wire"]["rows_per_pair"] <= base["wire"]["rows_topk"] * 1.5
+    assert [point["step"] for point in base["curve"]] == list(range(2, 41, 2))
+    assert [point["load"] for point in base["probes"]["threshold"]] == [pytest.approx(1.5, abs=0.05)]
+    assert base["probes"]["flip"][0]["load"] == pytest.approx(2.0, abs=0.05), "of scored tokens; in all it stays"
+    assert dropped["flops"] > base["flops"], "what it began with counts"
+    assert dropped["curve"][0]["tokens"] > base["tokens"]
+    assert len(list((run / "checkpoints").glob("step_*"))) == 1, "the curve's checkpoints are gone"
+
+    before = results.read_bytes()
+    assert "train" not in ended(folder, "--pilot")
+    assert results.read_bytes() == before
+
+
+def test_runs_that_count_ask_for_committed_rules(folder: Path) -> None:
+    assert "must be committed before runs that count" in ended(folder, code=78)
+    assert not (folder / "runs" / "reproduce" / "tiny").exists()
+    assert "unknown" not in ended(folder, "--status")
+    assert "--only nobody: tiny has the arms base, dropped" in ended(folder, "--only", "nobody", code=78)

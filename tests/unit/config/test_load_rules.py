@@ -1,0 +1,50 @@
+"""What fixed loads demand of the rest of a configuration: field, value, rule and way out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.errors import ConfigError
+from moe_dist.preflight import check
+from tests.support.tiny import tiny_config
+
+GROUPS = {
+    "text": {"num_experts": 4, "top_k": 2, "ffn_dim": 16},
+    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
+}
+SOUND: dict[str, Any] = {
+    "model.moe.groups": GROUPS,
+    "model.moe.router": {"kind": "fixed_load", "loads": {"text": [1.5, 2.0], "image": [1.0, 0.5]}},
+}
+
+
+def loads(**by_group: list[float]) -> dict[str, Any]:
+    return {"model.moe.router": {"kind": "fixed_load", "loads": by_group}}
+
+
+def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
+    assert check(tiny_config(tiny_data, tmp_path, SOUND)).config.model.moe.router.kind == "fixed_load"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (loads(text=[1.0, 1.0]), "loads names text; model.moe.groups are text, image: name each of them"),
+        (loads(text=[1.0], image=[1.0, 1.0]), "loads.text has 1 numbers for 2 MoE layers: give one for each"),
+        (loads(text=[1.0, 2.5], image=[1.0, 1.0]), "loads.text has 2.5, above model.moe.groups.text.top_k=2: lower it"),
+        (
+            {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
+            "model.moe.groups.text has null or free experts: model.moe.router.kind=fixed_load takes true ones alone",
+        ),
+        ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=fixed_load has no auxiliary routers"),
+        (
+            {"parallel.dispatch": {"kind": "per_pair"}},
+            "with model.moe.router.kind=fixed_load the tokens choose, so that it is not known",
+        ),
+    ],
+)
+def test_what_does_not_is_refused(tiny_data: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(tiny_config(tiny_data, tmp_path, {**SOUND, **changes}))
+    assert fault in str(raised.value)

@@ -1,0 +1,171 @@
+"""The rules come before the results: what the tool refuses, and what its files hold."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moe_dist.errors import ConfigError, DataError
+from tools.reproduction.report import write_report
+from tools.reproduction.results import add_record, check_rules, make_header, read_records, rounded
+from tools.reproduction.study import Study, jobs_of, load_study
+
+STUDY = """
+name: planted
+question: Is a below b?
+base: base.yaml
+seeds: {decisive: [1, 2], other: [1, 2]}
+pilot: {seeds: [9], found: lr 0.1, arms: [b], variants: {a: {fast: {optimizer.lr: 0.01}}}}
+arms:
+  a: {about: first}
+  b: {about: second, after: a}
+rules:
+  - {claim: b is below a, lower: {arm: b, metric: loss.all}, higher: {arm: a, metric: loss.all}}
+"""
+
+
+def git(*arguments: str) -> None:
+    identity = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["git", *arguments], check=True, capture_output=True, env={**os.environ, **identity})
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Study]:
+    """A study in a repository of its own, committed, with the working directory there."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("planted.yaml")
+    path.write_text(STUDY)
+    Path("base.yaml").write_text("run: {name: x}\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "rules")
+    return path, load_study(path)
+
+
+def record(arm: str, seed: int, loss: float) -> dict:
+    part = {name: {"tokens": 1, "load": 2.0} for name in ("text", "image")}
+    return {
+        "arm": arm, "seed": seed, "code": {"commit": "c0ffee", "changed": False}, "tokens": 10, "seconds": 2.0,
+        "flops": 1e12, "loss": {"all": loss}, "load": {"all": 1.5, "by_layer": [1.0, 2.0], "idle": 0.0},
+        "load_by_loss": [{"from": 0.0, "to": 1.0, **part}], "curve": [], "probes": {},
+        "wire": dict.fromkeys(("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_null_remapped"), 1.0),
+    }  # fmt: skip
+
+
+def test_rules_that_are_committed_may_run(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    assert len(check_rules(Path("r.jsonl"), path, rules)) == 40
+
+
+def test_rules_without_a_pilot_are_refused(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("found: lr 0.1, ", ""))
+    with pytest.raises(ConfigError, match=r"pilot\.found is empty: run --pilot"):
+        check_rules(Path("r.jsonl"), path, load_study(path))
+
+
+def test_rules_that_are_not_committed_are_refused(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    git("rm", "-q", "--cached", str(path))
+    with pytest.raises(ConfigError, match="must be committed before"):
+        check_rules(Path("r.jsonl"), path, rules)
+
+
+@pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
+def test_rules_that_differ_from_the_commit_are_refused(study: tuple[Path, Study], changed: str) -> None:
+    path, rules = study
+    with Path(changed).open("a") as stream:
+        stream.write("# more\n")
+    with pytest.raises(ConfigError, match="differs from what is committed"):
+        check_rules(Path("r.jsonl"), path, rules)
+
+
+@pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
+def test_rules_changed_after_the_first_results_are_refused_even_if_committed(
+    study: tuple[Path, Study], changed: str
+) -> None:
+    path, rules = study
+    results = Path("r.jsonl")
+    add_record(results, make_header(path, rules, check_rules(results, path, rules)), record("a", 1, 1.0))
+    assert check_rules(results, path, rules)
+    with Path(changed).open("a") as stream:
+        stream.write("# more\n")
+    git("commit", "-qam", "other rules")
+    with pytest.raises(ConfigError, match=r"has changed since"):
+        check_rules(results, path, rules)
+
+
+def test_records_come_back_and_a_second_of_the_same_run_takes_its_place(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, header = Path("deep/r.jsonl"), make_header(path, rules, "abc")
+    for loss in (1.0, 2.0):
+        add_record(results, header, record("a", 1, loss))
+    add_record(results, header, record("b", 1, 3.0))
+    assert {key: each["loss"]["all"] for key, each in read_records(results).items()} == {("a", 1): 2.0, ("b", 1): 3.0}
+    results.write_text(results.read_text() + "{torn\n")
+    with pytest.raises(DataError, match="line 4"):
+        read_records(results)
+
+
+def test_numbers_are_written_to_six_digits_and_never_as_nan() -> None:
+    assert rounded({"x": [1.23456789, 2], "y": "1.23456789", "z": True}) == {
+        "x": [1.23457, 2],
+        "y": "1.23456789",
+        "z": True,
+    }
+    with pytest.raises(ValueError, match="Out of range"):
+        json.dumps(rounded({"x": float("nan")}), allow_nan=False)
+
+
+def test_pilot_has_its_arms_with_what_they_need_and_variants(study: tuple[Path, Study]) -> None:
+    _, rules = study
+    assert [(job.label, job.seed) for job in jobs_of(rules, pilot=True)] == [("a", 9), ("a~fast", 9), ("b", 9)]
+    assert [(job.label, job.seed) for job in jobs_of(rules)] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("  b: {about: second, after: c}", "c are named and not among them"),
+        ("  b: {about: second, after: b}", "which must stand before it"),
+        ("  b: {about: second, seeds: decisive, after: a}", "has seeds that a lacks"),
+        ("  b: {about: second, later: a}", "Extra inputs"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(study: tuple[Path, Study], line: str, fault: str) -> None:
+    path, _ = study
+    text = STUDY.replace("decisive: [1, 2]", "decisive: [1, 2, 3]").replace("  b: {about: second, after: a}", line)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=fault):
+        load_study(path)
+
+
+def test_a_pilot_on_a_seed_that_counts_is_refused(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("pilot: {seeds: [9]", "pilot: {seeds: [2]"))
+    with pytest.raises(ConfigError, match="a pilot runs on other seeds"):
+        load_study(path)
+
+
+def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    page.write_text("# Reproductions\n\nText.\n")
+    header = make_header(path, rules, "a" * 40)
+    for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
+        for seed, loss in enumerate(losses, 1):
+            add_record(results, header, record(arm, seed, loss))
+    assert write_report(rules, page=page, results=results).startswith("fail: b is below a +0.2000")
+    once = page.read_text()
+    write_report(rules, page=page, results=results)
+    assert page.read_text() == once, "written anew, not twice"
+    assert once.startswith("# Reproductions\n\nText.\n")
+    assert "**fail**" in once
+    assert Path("planted_loss_over_load.png").stat().st_size > 1000
+    results.rename("old.jsonl")
+    add_record(results, {**header, "fingerprint": "other"}, record("a", 1, 1.0))
+    text = write_report(rules, page=page, results=results)
+    assert text.startswith("not testable here: b is below a (no record yet of")
+    assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"

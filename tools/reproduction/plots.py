@@ -1,0 +1,109 @@
+"""The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tools.reproduction.study import Study
+from tools.reproduction.verdicts import Records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INCHES = (7.0, 4.2)
+DOTS = 110
+
+
+def draw(study: Study, records: Records, folder: Path) -> list[Path]:
+    """Writes the pictures that these records have something for."""
+    made = []
+    if any(arm in study.arms for arm, _ in records):
+        made.append(
+            _figure(folder / f"{study.name}_loss_over_load.png", lambda axes: _loss_over_load(axes, study, records))
+        )
+        made.append(
+            _figure(folder / f"{study.name}_load_over_loss.png", lambda axes: _load_over_loss(axes, study, records))
+        )
+    if any(record.get("curve") for record in records.values()):
+        for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
+            path = folder / f"{study.name}_loss_over_{cost}.png"
+            made.append(_figure(path, lambda axes, c=cost, x=label: _curves(axes, study, records, c, x)))
+    return made
+
+
+def _figure(path: Path, fill: Any) -> Path:
+    from matplotlib.figure import Figure  # seconds to import; no window system is asked for
+
+    figure = Figure(figsize=INCHES, dpi=DOTS, layout="constrained")
+    axes = figure.subplots()
+    fill(axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the version and the time, equal records give equal files.
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
+    for name in study.arms:
+        mine = _of(records, name)
+        if not mine:
+            continue
+        load, loss = ([each[part]["all"] for each in mine] for part in ("load", "loss"))
+        points = axes.plot(load, loss, "o", markersize=4, label=name)
+        probed = [point for each in mine for point in each["probes"].get("threshold", [])]
+        ats = sorted({point["at"] for point in probed})
+        if ats:
+            chosen = [[point for point in probed if point["at"] == at] for at in ats]
+            x = [_mean(point["load"] for point in here) for here in chosen] + [_mean(load)]
+            y = [_mean(point["loss"]["all"] for point in here) for here in chosen] + [_mean(loss)]
+            axes.plot(x, y, "--", color=points[0].get_color(), label=f"{name}, second experts dropped afterwards")
+    axes.set_xlabel("true experts a token")
+    axes.set_ylabel("held-out nats a token")
+    axes.legend(fontsize=7)
+
+
+def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
+    for name in study.arms:
+        mine = [each for each in _of(records, name) if each["load"]["all"] % 1]
+        tables = [each["load_by_loss"] for each in mine if each.get("load_by_loss")]
+        if not tables:
+            continue
+        places = min(len(table) for table in tables)
+        y = [_mean(_total(table[place]) for table in tables) for place in range(places)]
+        axes.plot(np.arange(1, places + 1), y, "o-", markersize=3, label=name)
+    axes.set_xlabel("tenth of the held-out tokens, by their loss")
+    axes.set_ylabel("true experts a token")
+    if axes.lines:
+        axes.legend(fontsize=7)
+
+
+def _curves(axes: "Axes", study: Study, records: Records, cost: str, label: str) -> None:
+    for name in study.arms:
+        curves = [each["curve"] for each in _of(records, name) if each.get("curve")]
+        if not curves:
+            continue
+        points = min(len(curve) for curve in curves)
+        x = [_mean(curve[place][cost] for curve in curves) for place in range(points)]
+        y = [_mean(curve[place]["loss"]["all"] for curve in curves) for place in range(points)]
+        axes.plot(x, y, "o-", markersize=3, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.set_ylabel("held-out nats a token")
+    axes.legend(fontsize=7)
+
+
+def _total(row: dict[str, Any]) -> float:
+    """Mean load of a bin over both modalities."""
+    parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
+    tokens = sum(part["tokens"] for part in parts)
+    return sum(part["load"] * part["tokens"] for part in parts) / tokens if tokens else float("nan")
+
+
+def _of(records: Records, arm: str) -> Sequence[dict[str, Any]]:
+    return [dict(record) for (name, _), record in sorted(records.items()) if name == arm]
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))

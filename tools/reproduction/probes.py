@@ -1,0 +1,140 @@
+"""What a trained router is worth when its choices are changed afterwards. Hooks on the router; the model stays as it is.
+
+threshold    a token keeps its second expert only where that one's weight is above a bound: the plain way to lower the
+             load of a top-2 model, against which learned loads are measured
+flip         p % of the taken pairs of each expert are given up, and as many tokens that it had not taken get it instead:
+             how much a choice that is wrong now and then costs
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import ABSENT, Assignments, Routing
+
+Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]
+
+
+@contextmanager
+def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
+    """Inside, what each router returns is changed; `change` is told the place of the layer."""
+
+    def hook_of(place: int) -> Callable[..., Any]:
+        return lambda module, arguments, routing: change(place, module, arguments, routing)
+
+    handles = [module.register_forward_hook(hook_of(place), prepend=True) for place, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def routers(model: Transformer) -> list[nn.Module]:
+    """The routers, in order."""
+    return [layer.router for layer in model.moe_modules()]
+
+
+def second_weights(routing: Routing, num_tokens: int) -> Tensor:
+    """Weight of the lesser of two experts of each token [T]; 0 where there is none.
+
+    For routers by token choice whose weights of two experts add up to 1.
+    """
+    weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N.detach(), 0.0)
+    weight_TK = weight_TK.view(num_tokens, -1)
+    return weight_TK.sort(dim=1, descending=True).values[:, 1]
+
+
+def threshold(bound: float) -> Change:
+    """Second experts with a weight up to `bound` are dropped, and the first one's weight becomes 1."""
+
+    def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
+        del place, module
+        num_tokens = arguments[0].shape[0]
+        a = routing.assignments
+        weight_TK, expert_TK = a.weight_N.view(num_tokens, -1), a.expert_N.view(num_tokens, -1)
+        kept_TK = (expert_TK != ABSENT) & ((weight_TK > bound) | (weight_TK == weight_TK.amax(1, keepdim=True)))
+        kept_weight_TK = torch.where(kept_TK, weight_TK, 0.0)
+        kept_weight_TK = kept_weight_TK / kept_weight_TK.sum(1, keepdim=True).clamp_min(1e-9)
+        pairs = Assignments(a.token_N, torch.where(kept_TK, expert_TK, ABSENT).flatten(), kept_weight_TK.flatten())
+        return routing._replace(assignments=pairs)
+
+    return change
+
+
+def bound_for_load(second_N: Tensor, load: float) -> float:
+    """The bound that leaves a mean of `load` experts a token, of 1 to 2, given all tokens' second weights."""
+    if not 1.0 <= load <= 2.0:
+        raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
+    dropped = round((2.0 - load) * len(second_N))
+    return float(second_N.sort().values[dropped - 1]) if dropped else -1.0
+
+
+def flip(percent: float, *, seed: int) -> Change:
+    """Swaps `percent` % of each expert's taken tokens with tokens of its group that it has not taken, drawn at random.
+
+    A token that gets an expert it had not chosen has it with the weight of the router itself: the sigmoid of its logit.
+    """
+
+    def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
+        taken_TE, weight_TE, inside_TE = _table(module, arguments[0], arguments[1], routing)
+        generator = _generator(seed, place, taken_TE)
+        flipped = [
+            swapped(taken_T, may_T, percent, generator) for taken_T, may_T in zip(taken_TE.T, inside_TE.T, strict=True)
+        ]
+        token_N, expert_N = torch.stack(flipped, dim=1).nonzero(as_tuple=True)
+        return routing._replace(assignments=Assignments(token_N, expert_N, weight_TE[token_N, expert_N]))
+
+    return change
+
+
+def flip_depths(percent: float, *, seed: int) -> Change:
+    """The same for the tokens that a layer of a mixture of depths computes."""
+
+    def change(place: int, module: nn.Module, arguments: tuple[Any, ...], chosen: Any) -> Any:
+        x_TD, real_T = arguments
+        taken_T = torch.zeros_like(real_T)
+        taken_T[chosen.index_C[chosen.full_C]] = True
+        flipped_T = swapped(taken_T, real_T, percent, _generator(seed, place, taken_T))
+        index_C = flipped_T.nonzero().flatten()
+        if not len(index_C):
+            return chosen
+        weight_T = module.takes(x_TD)[1]  # pyright: ignore[reportCallIssue]
+        return chosen._replace(
+            index_C=index_C, full_C=torch.ones_like(index_C, dtype=torch.bool), weight_C=weight_T[index_C]
+        )
+
+    return change
+
+
+def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
+    """`taken_T` with about `percent` % of it exchanged for as many others of `may_T`."""
+    inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
+    # The number is drawn too, so that its mean is right where few are taken.
+    drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
+    count = min(int(drawn), len(inside), len(outside))
+    result_T = taken_T.clone()
+    result_T[inside[torch.randperm(len(inside), generator=generator)[:count]]] = False
+    result_T[outside[torch.randperm(len(outside), generator=generator)[:count]]] = True
+    return result_T
+
+
+def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
+    """Draws of a layer and batch: the same whenever the same choices come again, for another percentage as well."""
+    return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
+
+
+def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """Taken pairs, the weight that each pair has or would have, and which pairs lie inside a group: [T, E] each."""
+    gates = [module.get_submodule(group.name) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
+    logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
+    groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore
+    inside_TE = group_T[:, None] == torch.tensor(groups)
+    taken_TE = torch.zeros_like(inside_TE)
+    pairs = routing.assignments.taken()
+    taken_TE[pairs.token_N, pairs.expert_N] = True
+    return taken_TE, logits_TE.sigmoid(), inside_TE
