@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.model.attention import Attention, QKNorm, make_mask
+from moe_dist.model.cache import KeyValueCache, LayerCache
 from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import LayerReport
@@ -109,15 +110,63 @@ class Transformer(nn.Module):
         reports = []
         for layer in self.layers:
             x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask)  # pyright: ignore[reportCallIssue]
-            if layer.has_experts:
-                y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten())  # pyright: ignore[reportCallIssue]
-                x_BSD = x_BSD + y_TD.view_as(x_BSD)
+            y_BSD, report = self._feed_forward(layer, x_BSD, group_BS)  # pyright: ignore[reportArgumentType]
+            x_BSD = x_BSD + y_BSD
+            if report is not None:
                 reports.append(report)
-            else:
-                x_BSD = x_BSD + layer.ffn(x_BSD)  # pyright: ignore[reportCallIssue]
+        return self._logits(x_BSD), reports
+
+    def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [B, N, V] of N new tokens of each sequence, one document each, whose earlier tokens are in the cache.
+
+        The same logits as `forward` over the whole sequences, up to rounding. Call it in evaluation mode.
+
+        Args:
+            tokens_BN, group_BN: As in `forward`; group -1 marks padding, which leaves no entry and whose logits mean
+                nothing. Real tokens of a sequence come in order; padding may stand anywhere.
+            positions_BN: int64, each token's position in its sequence.
+            cache: Of `make_cache`; gets the new tokens' entries.
+        """
+        rotary = rotary_table(positions_BN, self.args.head_dim, self.args.rope_base)
+        real_BN = group_BN >= 0
+        x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
+        for layer, entries in zip(self.layers, cache.layers, strict=True):
+            x_BND = x_BND + layer.attention.with_cache(x_BND, rotary, positions_BN, real_BN, entries)  # pyright: ignore
+            x_BND = x_BND + self._feed_forward(layer, x_BND, group_BN)[0]  # pyright: ignore[reportArgumentType]
+        return self._logits(x_BND)
+
+    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens, padding included.
+
+        Bytes: 2 x layers x batch x capacity x num_kv_heads x head_dim x itemsize.
+        """
+        args = self.args
+        return KeyValueCache(
+            tuple(
+                LayerCache(
+                    batch=batch,
+                    heads=args.num_kv_heads,
+                    width=args.head_dim,
+                    capacity=capacity,
+                    dtype=args.compute_dtype,
+                    device=self.embedding.weight.device,
+                )
+                for _ in self.layers
+            )
+        )
+
+    @staticmethod
+    def _feed_forward(layer: Layer, x_BSD: Tensor, group_BS: Tensor) -> tuple[Tensor, LayerReport | None]:
+        """What a layer's experts, or its dense FFN, add; and the report of its experts."""
+        if not layer.has_experts:
+            return layer.ffn(x_BSD), None
+        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten())
+        return y_TD.view_as(x_BSD), report
+
+    def _logits(self, x_BSD: Tensor) -> Tensor:
         x_BSD = self.norm(x_BSD)
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
-        return F.linear(x_BSD, output.to(x_BSD.dtype)), reports
+        return F.linear(x_BSD, output.to(x_BSD.dtype))
 
     def moe_modules(self) -> list[MoELayer]:
         """The MoE layers, in order."""
