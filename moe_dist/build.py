@@ -22,6 +22,7 @@ from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
 from moe_dist.model.flops import forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
+from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet, DepthThresholds
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.deep_ep import DeepEPDispatcher
@@ -124,6 +125,7 @@ def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_b
         num_kv_heads=section.num_kv_heads,
         head_dim=section.resolved_head_dim,
         moe_layers=section.moe_layers,
+        depth_layers=section.depth_layers,
         dense_ffn_dim=section.dense_ffn_dim,
         rope_base=section.rope_base,
         norm_eps=section.norm_eps,
@@ -144,6 +146,7 @@ def build_model(
     traffic: Traffic | None = None,
     watch: Watch | None = None,
     compute_dtype: torch.dtype | None = None,
+    depth_set: DepthSet | None = None,
 ) -> Transformer:
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
 
@@ -153,6 +156,7 @@ def build_model(
         traffic: Counter of all layers' wires.
         watch: Where the wires' collectives are noted.
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
+        depth_set: The ranks among whose tokens layers choose (mixture of depths); by default this one.
     """
     section, moe = config.model, config.model.moe
     wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
@@ -179,9 +183,26 @@ def build_model(
             name=f"layers.{layer}",
         )
 
+    def make_depths(layer: int) -> DepthRouter:
+        assert section.depths is not None
+        fields = section.depths.model_dump(exclude={"every", "first", "set"})
+        return DepthRouter(section.hidden_dim, choice_set=depth_set, name=f"layers.{layer}", **fields)
+
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
-    return Transformer(args, make_moe)
+    return Transformer(args, make_moe, make_depths)
+
+
+def build_depth_set(config: Config, mesh: Mesh, traffic: Traffic) -> DepthSet | None:
+    """The ranks among whose tokens layers choose, by `model.depths.set`."""
+    if config.model.depths is None:
+        return None
+    group, own, size = {
+        "rank": (None, 0, 1),
+        "ep_group": (mesh.ep, mesh.ep_rank, mesh.ep_size),
+        "world": (mesh.world if mesh.world_size > 1 else None, mesh.rank, mesh.world_size),
+    }[config.model.depths.set]
+    return DepthSet(group, own, size, traffic, mesh.watch)
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
@@ -192,7 +213,9 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
     with torch.device("meta"):
         model = build_model(config, everything, ep_rank=0, ep_group=None)
     specs = capture(model, None, RankLayout(everything)).specs
-    return {**specs, **{f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}}
+    buffers = {name for name, _ in model.named_buffers()}
+    trained = {name: spec for name, spec in specs.items() if name not in buffers}
+    return {**specs, **{f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in trained.items()}}
 
 
 @dataclass(frozen=True)
@@ -217,6 +240,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             node_groups=(mesh.inter_node, mesh.intra_node),
             traffic=traffic,
             watch=mesh.watch,
+            depth_set=build_depth_set(config, mesh, traffic),
         )
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
@@ -237,8 +261,15 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         group_of_modality=group_of_modality(manifest, placement),
         clip_norm=section.clip_norm,
         traffic=traffic,
+        depths=depth_thresholds(model),
     )
     return Training(parallel, optimizer, step)
+
+
+def depth_thresholds(model: Transformer) -> DepthThresholds | None:
+    """What follows the depth routers' choices after each step; None where none has a threshold."""
+    routers = [router for router in model.depth_routers() if router.causal == "threshold"]
+    return DepthThresholds(routers) if routers else None
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:

@@ -24,6 +24,9 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         qk_norm=section.qk_norm,
         tie_embeddings=section.tie_embeddings,
         groups=groups,
+        num_depth_layers=len(section.depth_layers),
+        depth_capacity=1.0 if section.depths is None else section.depths.capacity,
+        depth_auxiliary=section.depths is not None and section.depths.causal == "auxiliary",
     )
 
 

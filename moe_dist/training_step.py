@@ -18,7 +18,8 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.evaluation.heldout import forward
-from moe_dist.loss import AuxSettings, MicroLoss, micro_loss
+from moe_dist.loss import AuxSettings, DepthCounts, MicroLoss, micro_loss
+from moe_dist.model.mixture_of_depths import DepthThresholds
 from moe_dist.moe.aux_losses import ColumnTables
 from moe_dist.moe.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.routing import LayerReport
@@ -43,6 +44,8 @@ class StepResult:
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.ledger.LEDGER_KEYS`.
         comm_seconds: Mean over ranks of the time inside the exchanges.
         stop_requested: At least one rank was asked to stop.
+        depth_3L: int64, of each layer that computes a share of the tokens: tokens, those taken, and those on which the
+            causal decision of evaluation agrees with the choice. Without such layers it has no columns.
         busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
             empty in the first step.
     """
@@ -61,6 +64,7 @@ class StepResult:
     ledger: Mapping[str, int]
     comm_seconds: float
     stop_requested: bool
+    depth_3L: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
@@ -74,6 +78,7 @@ class TrainingStep:
         group_of_modality: Expert group of each modality, in the data's order of modalities.
         clip_norm: Bound of the global gradient norm, or None.
         traffic: Counter of the model's wires.
+        depths: Moves the thresholds of depth routers after each step that was taken, where the model has some.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class TrainingStep:
         group_of_modality: Sequence[int],
         clip_norm: float | None,
         traffic: Traffic,
+        depths: DepthThresholds | None = None,
     ) -> None:
         self.parallel = parallel
         self.optimizer = optimizer
@@ -92,6 +98,7 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
         self.traffic = traffic
+        self.depths = depths
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
         self._times = self._no_times[:0]
         self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
@@ -220,6 +227,9 @@ class TrainingStep:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+        depths = _sum_depths(losses)
+        if finite and self.depths is not None and depths is not None:
+            self.depths(depths.cut_L, depths.tokens_L)
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
         summed_counts = torch.stack([torch.cat(loss.counts, dim=1) for loss in losses]).sum(0).cpu().numpy()
@@ -241,7 +251,16 @@ class TrainingStep:
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,
+            depth_3L=np.zeros((3, 0), np.int64)
+            if depths is None
+            else torch.stack(depths[:3]).cpu().numpy().astype(np.int64),
         )
+
+
+def _sum_depths(losses: Sequence[MicroLoss]) -> DepthCounts | None:
+    """Over the step's micro-batches."""
+    parts = [loss.depths for loss in losses if loss.depths is not None]
+    return DepthCounts(*(torch.stack(each).sum(0) for each in zip(*parts, strict=True))) if parts else None
 
 
 class _BusyClock:

@@ -31,9 +31,9 @@ def allocate(model: Transformer, device: torch.device) -> None:
     """Gives a model on the meta device its memory on `device`, with constant tables filled and parameters not."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
-    for moe in model.moe_modules():
+    for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
         with device:
-            moe.router.reset_buffers()  # pyright: ignore[reportCallIssue]
+            module.reset_buffers()  # pyright: ignore[reportCallIssue]
 
 
 def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_dist.build import build_model
+from moe_dist.build import build_depth_set, build_model, depth_thresholds
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
@@ -23,6 +23,7 @@ from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.training_step import StepResult, TrainingStep
+from tests.support.parted_set import PartedSet
 from tests.support.worlds import RankContext
 
 SEQ_LEN = 12
@@ -55,6 +56,9 @@ class Layout:
     overlap: bool = False
     chunks: int = 1
     ranks_per_node: int | None = None
+    depths: str | None = None  # the choice set of layer 0, which computes 0.3 of the tokens
+    depth_causal: str = "threshold"
+    depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are choice sets of their own
 
     @property
     def world_size(self) -> int:
@@ -69,6 +73,7 @@ class Layout:
     def __str__(self) -> str:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
+        budget += f"-depths-{self.depths}-{self.depth_causal}" if self.depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
@@ -77,7 +82,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw: each step's result, first gradients and final parameters by logical name, the events."""
+    """What one rank saw: each step's result, first gradients and final parameters (and thresholds) by logical name, the
+    events."""
 
     steps: list[StepResult]
     gradients: dict[str, np.ndarray]
@@ -122,6 +128,9 @@ def config_of(layout: Layout) -> Config:
                 "max_seq_len": SEQ_LEN,
                 "qk_norm": "full",
                 "init_std": 0.3,
+                "depths": None
+                if layout.depths is None
+                else {"capacity": 0.3, "set": layout.depths, "causal": layout.depth_causal, "threshold_decay": 0.5},
                 "moe": {
                     "shared_ffn_dim": 4,
                     "groups": {
@@ -188,7 +197,11 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
                 node_groups=(mesh.inter_node, mesh.intra_node),
                 traffic=traffic,
                 compute_dtype=dtype,
+                depth_set=build_depth_set(config, mesh, traffic),
             )
+        if layout.depth_parts > 1:
+            for router in model.depth_routers():
+                router.choice_set = PartedSet(layout.depth_parts)
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
         initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
@@ -209,7 +222,15 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     placement = placement_of(layout.placement, layout.ep, layout.groups)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=[0, 1],
+        clip_norm=0.5,
+        traffic=traffic,
+        depths=depth_thresholds(parallel.model),
+    )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
@@ -233,6 +254,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         group = torch.where(last.padding_BS, -1, last.modality_BS)
         logits, _ = parallel.model(last.tokens_BS, last.positions_BS, last.documents_BS, group)
     parameters = logical(parallel, placement, mesh, gradient=False)
+    parameters |= {name: each.numpy() for name, each in parallel.model.named_buffers() if name.endswith(".threshold")}
     return Outcome(
         steps=results,
         gradients=gradients,
