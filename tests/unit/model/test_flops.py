@@ -156,7 +156,7 @@ def test_agrees_with_torchs_counter(free: bool) -> None:
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 def test_depths_agree_with_torchs_counter(causal: str) -> None:
     """One sequence, since slots of several sequences stand in one row, whose products the CPU's dense mask computes all.
-    Not seen by the counter: scores, which are sums of products, and the auxiliary routers' backward, whose loss is not here.
+    Not seen by the counter: scores (sums of products), and the auxiliary routers' backward, whose loss is not here.
     """
     cfg = config(depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
     counted, experts, tokens = count_training(cfg, batch=1)
