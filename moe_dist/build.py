@@ -31,6 +31,7 @@ from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
 from moe_dist.model.flops import forward_flops, training_flops
 from moe_dist.model.layers import RMSNorm, SwiGLU
+from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet, DepthThresholds
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.load_target import LoadTarget
@@ -165,6 +166,7 @@ def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_b
         num_kv_heads=section.num_kv_heads,
         head_dim=section.resolved_head_dim,
         moe_layers=section.moe_layers,
+        depth_layers=section.depth_layers,
         dense_ffn_dim=section.dense_ffn_dim,
         rope_base=section.rope_base,
         norm_eps=section.norm_eps,
@@ -186,6 +188,7 @@ def build_model(
     watch: Watch | None = None,
     compute_dtype: torch.dtype | None = None,
     choice_ranks: ChoiceRanks | None = None,
+    depth_set: DepthSet | None = None,
 ) -> Transformer:
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
 
@@ -196,6 +199,7 @@ def build_model(
         watch: Where the wires' collectives are noted.
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
         choice_ranks: Over which ranks experts may choose their tokens; by default this rank alone.
+        depth_set: The ranks among whose tokens layers choose (mixture of depths); by default this one.
     """
     section, moe = config.model, config.model.moe
     wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
@@ -235,9 +239,26 @@ def build_model(
             name=f"layers.{layer}",
         )
 
+    def make_depths(layer: int) -> DepthRouter:
+        assert section.depths is not None
+        fields = section.depths.model_dump(exclude={"every", "first", "set"})
+        return DepthRouter(section.hidden_dim, choice_set=depth_set, name=f"layers.{layer}", **fields)
+
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
-    return Transformer(args, make_moe)
+    return Transformer(args, make_moe, make_depths)
+
+
+def build_depth_set(config: Config, mesh: Mesh, traffic: Traffic) -> DepthSet | None:
+    """The ranks among whose tokens layers choose, by `model.depths.set`."""
+    if config.model.depths is None:
+        return None
+    group, own, size = {
+        "rank": (None, 0, 1),
+        "ep_group": (mesh.ep, mesh.ep_rank, mesh.ep_size),
+        "world": (mesh.world if mesh.world_size > 1 else None, mesh.rank, mesh.world_size),
+    }[config.model.depths.set]
+    return DepthSet(group, own, size, traffic, mesh.watch)
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
@@ -276,6 +297,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             traffic=traffic,
             watch=mesh.watch,
             choice_ranks=choice_ranks_of(mesh),
+            depth_set=build_depth_set(config, mesh, traffic),
         )
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
@@ -301,6 +323,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         thresholds=ThresholdKeeper.of(model.moe_modules()) if config.train.only is None else None,
         needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection),
         balance=build_balance(config.model.moe, model, placement.groups),
+        depths=depth_thresholds(model),
     )
     return Training(parallel, optimizer, step)
 
@@ -308,6 +331,12 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
 def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
     """Over which ranks experts may choose, from the mesh."""
     return ChoiceRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
+
+
+def depth_thresholds(model: Transformer) -> DepthThresholds | None:
+    """What follows the depth routers' choices after each step; None where none has a threshold."""
+    routers = [router for router in model.depth_routers() if router.causal == "threshold"]
+    return DepthThresholds(routers) if routers else None
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:

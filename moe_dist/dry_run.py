@@ -104,7 +104,10 @@ def estimate(config: Config) -> DryRun:
         plan=plan,
         rank=rank,
         rank_memory=memories[rank],
-        exchange_bytes=exchanges * plan.remote_rows_per_token * shape.hidden_dim * itemsize * shape.num_moe_layers,
+        exchange_bytes=exchanges
+        * plan.remote_rows_per_token
+        * (shape.num_moe_layers - shape.layers_passed_by)
+        * (shape.hidden_dim * itemsize),
         checkpoint_bytes=parts.total * memory.CHECKPOINT_BYTES,
         tokens=config.train.steps * config.train.global_batch * config.data.seq_len,
     )

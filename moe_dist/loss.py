@@ -45,6 +45,15 @@ class GlobalCounts(NamedTuple):
     idle_LG: Tensor
 
 
+class DepthCounts(NamedTuple):
+    """Sums of `DepthSums` over all ranks, by layer that computes a share of the tokens: float64 [L]."""
+
+    tokens_L: Tensor
+    taken_L: Tensor
+    agreed_L: Tensor
+    cut_L: Tensor
+
+
 class MicroLoss(NamedTuple):
     """One micro-batch on this rank.
 
@@ -53,6 +62,7 @@ class MicroLoss(NamedTuple):
         nll_M: Summed token losses by the label's modality, nats; float64, no gradient.
         balance, z, auxiliary: This rank's shares of the terms as they entered `total`; float64, no gradient.
         counts: Routing counts over all ranks.
+        depths: Those of layers that compute a share of the tokens; None without any.
     """
 
     total: Tensor
@@ -61,6 +71,7 @@ class MicroLoss(NamedTuple):
     z: Tensor
     auxiliary: Tensor
     counts: GlobalCounts
+    depths: DepthCounts | None = None
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -107,6 +118,26 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
     return torch.stack(known) / (tokens_LG.clamp_min(1.0) * tables.size_G).to(known[0].dtype)
 
 
+def depth_counts(
+    reports: Sequence[LayerReport], group: dist.ProcessGroup | None, watch: Watch | None = None
+) -> DepthCounts | None:
+    """Sums the depth layers' counts over all ranks: one more all-reduce a micro-batch where there are such layers."""
+    depths = [report.depth for report in reports if report.depth is not None]
+    if not depths:
+        return None
+    rows = [torch.stack([part.to(torch.float64) for part in (d.tokens, d.taken, d.agreed, d.cut)]) for d in depths]
+    return DepthCounts(*sum_over(torch.stack(rows, dim=1), group, name="depth counts", watch=watch).unbind())
+
+
+def depth_auxiliary(reports: Sequence[LayerReport], tokens_L: Tensor) -> Tensor:
+    """This rank's share of the auxiliary depth routers' loss: the mean binary cross entropy over all tokens, summed over
+    the layers. Its gradient reaches these routers alone."""
+    depths = [report.depth for report in reports if report.depth is not None]
+    terms = [depth.auxiliary / tokens for depth, tokens in zip(depths, tokens_L.clamp_min(1.0), strict=True)
+             if depth.auxiliary is not None]  # fmt: skip
+    return torch.stack(terms).sum() if terms else tokens_L.new_zeros(())
+
+
 def micro_loss(
     logits_BSV: Tensor,
     reports: Sequence[LayerReport],
@@ -143,11 +174,16 @@ def micro_loss(
     balance = aux.balance * share * balance_LG.sum()
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
     auxiliary = share * auxiliary_terms(reports, counts.tokens_LG, tables).sum()
+    total = losses_BS.sum() / labels_in_step + balance + z + auxiliary
+    depths = depth_counts(reports, world, watch)
+    if depths is not None:
+        total = total + share * depth_auxiliary(reports, depths.tokens_L)
     return MicroLoss(
-        total=losses_BS.sum() / labels_in_step + balance + z + auxiliary,
+        total=total,
         nll_M=sums_by_modality(losses_BS, labels_BS, label_modality_BS, num_modalities),
         balance=balance.detach().to(torch.float64),
         z=z.detach().to(torch.float64),
         auxiliary=auxiliary.detach().to(torch.float64),
         counts=counts,
+        depths=depths,
     )

@@ -135,7 +135,7 @@ class Resumable:
         progress = progress_of(restored, self._config, newest)
         self._restore_controllers(restored, newest)
         if restored.rank_values:
-            restore_generators(_mapping(restored.rank_values, "generators", newest), self._device)
+            restore_generators(mapping_of(restored.rank_values, "generators", newest), self._device)
         logger.info("going on from %s", newest)
         return progress
 
@@ -150,7 +150,7 @@ class Resumable:
 
     def _check_origin(self, folder: Path, restored: Restored) -> None:
         """Whether it is this run that saved the checkpoint, and with these data."""
-        saved = _saved_config(restored, folder)
+        saved = saved_config(restored.values, folder)
         if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
             raise DataError(
                 [
@@ -180,7 +180,7 @@ class Resumable:
         return Progress(position=position, first_position=position)
 
     def _check_data(self, folder: Path, restored: Restored) -> None:
-        faults = digest_faults(_mapping(restored.values, "data", folder), self._data)
+        faults = digest_faults(mapping_of(restored.values, "data", folder), self._data)
         if faults:
             raise DataError(
                 [
@@ -192,7 +192,7 @@ class Resumable:
             )
 
     def _restore_controllers(self, restored: Restored, folder: Path) -> None:
-        saved = _mapping(restored.values, "controllers", folder)
+        saved = mapping_of(restored.values, "controllers", folder)
         if saved.keys() != self._controllers.keys():
             raise DataError(f"{folder} has states of {sorted(saved)}, the run needs those of {sorted(self._controllers)}")
         for name, controller in self._controllers.items():
@@ -205,7 +205,7 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
     Raises:
         DataError: its counters are none, or contradict each other or the configuration.
     """
-    saved, names = _mapping(restored.values, "progress", folder), [field.name for field in fields(Progress)]
+    saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
     saved = {"first_position": 0, **saved}  # checkpoints of before it could be another
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
@@ -240,7 +240,7 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
     """
     state = open_checkpoint(folder).state
     restored = Restored(state.step, state.values, {})
-    saved = _saved_config(restored, folder)
+    saved = saved_config(state.values, folder)
     faults = [
         f"run.keep_position=true: {key} is {old!r} in {folder} and {new!r} here, so that its position is of another "
         f"stream; set it to {old!r}, or run.keep_position=false"
@@ -249,16 +249,21 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
     ]
     faults += [
         f"run.keep_position=true: {fault}; take the data of {folder}, or run.keep_position=false"
-        for fault in digest_faults(_mapping(restored.values, "data", folder), data)
+        for fault in digest_faults(mapping_of(restored.values, "data", folder), data)
     ]
     if faults:
         raise ConfigError(faults, see="docs/checkpoints.md")
     return progress_of(restored, saved, folder).position
 
 
-def _saved_config(restored: Restored, folder: Path) -> Config:
+def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        DataError: this version cannot read it.
+    """
     try:
-        return Config.model_validate_json(json.dumps(_mapping(restored.values, "config", folder)))
+        return Config.model_validate_json(json.dumps(mapping_of(values, "config", folder)))
     except ValidationError as error:
         raise DataError(
             f"{folder}: the configuration in its state.json cannot be read by this version of moe_dist; go on with the "
@@ -266,7 +271,12 @@ def _saved_config(restored: Restored, folder: Path) -> Config:
         ) from error
 
 
-def _mapping(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
+def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
+    """The mapping that a checkpoint's values hold under a name.
+
+    Raises:
+        DataError: they hold none.
+    """
     found = values.get(name)
     if not isinstance(found, dict):
         raise DataError(f"{folder}: it holds no {name!r} of a run, but {found!r:.80}")

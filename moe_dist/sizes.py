@@ -27,6 +27,9 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         auxiliary_routers=isinstance(section.moe.router, ExpertChoiceRouterSection)
         and section.moe.router.causal == "auxiliary",
         single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
+        num_depth_layers=len(section.depth_layers),
+        depth_capacity=1.0 if section.depths is None else section.depths.capacity,
+        depth_auxiliary=section.depths is not None and section.depths.causal == "auxiliary",
     )
 
 

@@ -18,7 +18,8 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.evaluation.heldout import forward
-from moe_dist.loss import AuxSettings, GlobalCounts, MicroLoss, micro_loss
+from moe_dist.loss import AuxSettings, DepthCounts, GlobalCounts, MicroLoss, micro_loss
+from moe_dist.model.mixture_of_depths import DepthThresholds
 from moe_dist.moe.aux_losses import ColumnTables
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.ledger import LEDGER_KEYS, compare
@@ -49,6 +50,8 @@ class StepResult:
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.ledger.LEDGER_KEYS`.
         comm_seconds: Mean over ranks of the time inside the exchanges.
         stop_requested: At least one rank was asked to stop.
+        depth_3L: int64, of each layer that computes a share of the tokens: tokens, those taken, and those on which the
+            causal decision of evaluation agrees with the choice. Without such layers it has no columns.
         busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
             empty in the first step.
     """
@@ -70,6 +73,7 @@ class StepResult:
     ledger: Mapping[str, int]
     comm_seconds: float
     stop_requested: bool
+    depth_3L: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
@@ -87,6 +91,7 @@ class TrainingStep:
         thresholds: Follows each step that was taken, where experts choose their tokens and the router is trained.
         needs_facts: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
             costs a host sync at the step's beginning.
+        depths: Moves the thresholds of depth routers after each step that was taken, where the model has some.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class TrainingStep:
         balance: BiasController | None = None,
         thresholds: ThresholdKeeper | None = None,
         needs_facts: bool = False,
+        depths: DepthThresholds | None = None,
     ) -> None:
         self.parallel = parallel
         self.optimizer = optimizer
@@ -111,6 +117,7 @@ class TrainingStep:
         self.balance = balance
         self.thresholds = thresholds
         self.needs_facts = needs_facts
+        self.depths = depths
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
         self._times = self._no_times[:0]
         self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
@@ -250,6 +257,9 @@ class TrainingStep:
                 self.thresholds(counts.cut_LE, counts.tokens_LG)
             if self.balance is not None:
                 self.balance.update(counts.choices_LC, counts.tokens_LG)
+        depths = _sum_depths(losses)
+        if finite and self.depths is not None and depths is not None:
+            self.depths(depths.cut_L, depths.tokens_L)
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
         widths = [part.shape[1] for part in counts]
@@ -274,7 +284,16 @@ class TrainingStep:
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,
+            depth_3L=np.zeros((3, 0), np.int64)
+            if depths is None
+            else torch.stack(depths[:3]).cpu().numpy().astype(np.int64),
         )
+
+
+def _sum_depths(losses: Sequence[MicroLoss]) -> DepthCounts | None:
+    """Over the step's micro-batches."""
+    parts = [loss.depths for loss in losses if loss.depths is not None]
+    return DepthCounts(*(torch.stack(each).sum(0) for each in zip(*parts, strict=True))) if parts else None
 
 
 class _BusyClock:

@@ -12,7 +12,7 @@ from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index
 from moe_dist.checkpoint.state_file import StateFile
 
 _EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>\w+)")
-_ROUTER = re.compile(r"layers\.\d+\.moe\.router\.")
+_ROUTER = re.compile(r"layers\.\d+\.(moe\.router|depths)\.")
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
 

@@ -23,6 +23,12 @@ def ranks_per_node(config: Config) -> int | None:
 def dispatch_relations(config: Config) -> list[Relation]:
     """Rules of `parallel.dispatch` that do not hold."""
     section = config.parallel.dispatch
+    if isinstance(section, DeepEPDispatchSection | HybridEPDispatchSection) and config.model.depths is not None:
+        fault = (
+            f"parallel.dispatch.kind={section.kind}: its buffers are made for one number of tokens, and with model.depths "
+            "layers differ in it; take parallel.dispatch.kind=per_rank, or set model.depths to null"
+        )
+        return [Relation(("parallel.dispatch.kind", "model.depths"), fault)]
     if isinstance(section, PerNodeDispatchSection):
         return _node_relations(section, config.parallel.ep)
     if isinstance(section, PerPairDispatchSection):

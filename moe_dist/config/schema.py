@@ -308,6 +308,29 @@ class MoESection(Section):
         return {"kind": "top_k", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
+class DepthsSection(Section):
+    """Mixture of depths: some layers compute a share of the tokens alone, and the others pass them by the residual."""
+
+    every: PositiveInt = Field(default=2, description="Every how many layers a layer chooses its tokens.")
+    first: Count = Field(default=0, description="Index of the first layer that does.")
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.25, description="Share of the choice set's tokens that such a layer computes (c); MoMa takes 0.25."
+    )
+    set: Literal["rank", "ep_group", "world"] = Field(
+        default="rank",
+        description="Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all "
+        "ranks'. The latter two exchange a score for each token in each such layer.",
+    )
+    causal: Literal["threshold", "auxiliary"] = Field(
+        default="auxiliary",
+        description="How evaluation and generation judge a token without looking at later ones: by a threshold that "
+        "follows the score of the last token taken, or by an auxiliary router, trained beside the model.",
+    )
+    threshold_decay: Decay = Field(
+        default=0.99, description="Decay a step of the running mean behind the threshold; its memory is 1 / (1 - it)."
+    )
+
+
 class ModelSection(Section):
     """The transformer's shape."""
 
@@ -328,6 +351,9 @@ class ModelSection(Section):
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
     moe: MoESection
+    depths: DepthsSection | None = Field(
+        default=None, description="Layers that compute a share of the tokens alone (mixture of depths); null for none."
+    )
 
     @property
     def resolved_head_dim(self) -> int:
@@ -337,6 +363,11 @@ class ModelSection(Section):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that hold experts."""
         return tuple(range(self.moe.first, self.num_layers, self.moe.every))
+
+    @property
+    def depth_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that choose their tokens."""
+        return () if self.depths is None else tuple(range(self.depths.first, self.num_layers, self.depths.every))
 
     def broken_relations(self) -> list[Relation]:
         heads, kv_heads, broken = self.num_heads, self.num_kv_heads, []
@@ -356,7 +387,22 @@ class ModelSection(Section):
         elif len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
             fault = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
             broken.append(Relation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), fault))
-        return broken
+        return [*broken, *self._depth_relations()]
+
+    def _depth_relations(self) -> list[Relation]:
+        if self.depths is None:
+            return []
+        if not self.depth_layers:
+            fault = f"depths.first={self.depths.first} leaves no layer that chooses among num_layers={self.num_layers}"
+            return [Relation(("depths.first", "num_layers"), f"{fault}; lower it, or set depths to null")]
+        dense = sorted(set(self.depth_layers) - set(self.moe_layers))
+        if not dense:
+            return []
+        fault = (
+            f"depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first={self.moe.first}, "
+            f"moe.every={self.moe.every}); set depths.first={self.moe.first} and depths.every to a multiple of moe.every"
+        )
+        return [Relation(("depths.first", "depths.every", "moe.first", "moe.every"), fault)]
 
 
 class DataSection(Section):

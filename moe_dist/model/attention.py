@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from moe_dist.model.cache import LayerCache
 from moe_dist.model.layers import Projection, RMSNorm, rotate
 
 
@@ -112,12 +113,26 @@ class Attention(nn.Module):
             )
         return self._forward(x_BSD, rotary, mask)
 
+    def with_cache(
+        self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
+    ) -> Tensor:
+        """The same for N new tokens of sequences whose earlier ones are in the cache, which gets an entry for each token
+        that is marked. Rows of the other tokens are finite and mean nothing."""
+        q, k, v = self._project(x_BND, rotary)
+        cache.append(k, v, positions_BN, taken_BN)
+        k, v, visible = cache.entries(positions_BN, taken_BN)
+        return self.o(attend(q, k, v, DenseMask(visible)).transpose(1, 2).flatten(2))
+
     def _forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
+        q, k, v = self._project(x_BSD, rotary)
+        return self.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def _project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated, and values, each [B, heads, S, d]."""
         h = self.norm(x_BSD)
         q = rotate(self._normed_heads(self.q(h), self.q_norm), rotary)
         k = rotate(self._normed_heads(self.k(h), self.k_norm), rotary)
-        v = self._heads(self.v(h))
-        return self.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return q, k, self._heads(self.v(h))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))

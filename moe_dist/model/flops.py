@@ -7,7 +7,7 @@ Shape letters: S sequence length, D hidden size, H query heads, d head width, F 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_dist.placement.placement import ExpertGroup
@@ -26,6 +26,8 @@ class Shape:
         groups: Expert groups.
         auxiliary_routers: Each group has an auxiliary router of two layers, D to D / 2 to n.
         single_null_row: Whether the null experts of a group share one router row.
+        num_depth_layers, depth_capacity: Layers with experts that compute a share of the tokens alone, and the share.
+        depth_auxiliary: Whether each of them has an auxiliary router of two layers, D to D / 2 to 1.
     """
 
     hidden_dim: int
@@ -42,6 +44,9 @@ class Shape:
     groups: Sequence[ExpertGroup]
     auxiliary_routers: bool = False
     single_null_row: bool = False
+    num_depth_layers: int = 0
+    depth_capacity: float = 1.0
+    depth_auxiliary: bool = False
 
     @property
     def router_rows(self) -> int:
@@ -52,6 +57,17 @@ class Shape:
     @property
     def num_dense_layers(self) -> int:
         return self.num_layers - self.num_moe_layers
+
+    @property
+    def layers_passed_by(self) -> float:
+        """Layers with experts that a mean token does not meet."""
+        return self.num_depth_layers * (1.0 - self.depth_capacity)
+
+    @property
+    def depth_router(self) -> int:
+        """Parameters of the routers of all such layers, which every token meets."""
+        auxiliary = max(1, self.hidden_dim // 2) * (self.hidden_dim + 1) if self.depth_auxiliary else 0
+        return self.num_depth_layers * (self.hidden_dim + auxiliary)
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     return Parts(
         embedding=s.vocab_size * dim,
         attention=s.num_layers * (projections + qk_norms),
-        router=s.num_moe_layers * (dim * s.router_rows + auxiliary),
+        router=s.num_moe_layers * (dim * s.router_rows + auxiliary) + s.depth_router,
         experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
         free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
         shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,
@@ -111,14 +127,27 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
 
 
 def active_parameters(shape: Shape, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]) -> Parts:
-    """Parameters that a mean token meets: everything but the experts it does not take.
+    """Parameters that a mean token meets: everything but the experts it does not take, and the layers it passes by.
 
     Args:
         experts_per_token: Mean true experts of a token of each group.
         token_share: Share of the tokens that each group routes.
     """
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
-    return parameters(shape, experts_held=taken)
+    met = parameters(shape, experts_held=taken)
+    if not shape.num_depth_layers:
+        return met
+    layers = 1 - shape.layers_passed_by / shape.num_layers
+    moe = 1 - shape.layers_passed_by / shape.num_moe_layers
+    return replace(
+        met,
+        attention=layers * met.attention,
+        router=moe * (met.router - shape.depth_router) + shape.depth_router,
+        experts=moe * met.experts,
+        free=moe * met.free,
+        shared=moe * met.shared,
+        norms=met.norms - 2 * shape.hidden_dim * shape.layers_passed_by,
+    )
 
 
 def forward_flops(
@@ -137,8 +166,10 @@ def forward_flops(
     weights = active_parameters(s, experts_per_token=experts_per_token, token_share=token_share)
     heads = s.num_heads * s.head_dim
     projections = dim * (2 * heads + 2 * s.num_kv_heads * s.head_dim)
+    # Where a share c of the tokens is taken, that many attend, each to as large a share of the positions.
+    attending = s.num_layers - s.num_depth_layers * (1 - s.depth_capacity**2)
     return Parts(
-        attention=s.num_layers * (2 * projections + 4 * heads * seq_len),
+        attention=(s.num_layers - s.layers_passed_by) * 2 * projections + attending * 4 * heads * seq_len,
         router=2 * weights.router,
         experts=2 * weights.experts,
         free=2 * weights.free,

@@ -132,7 +132,9 @@ def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs
         return s.num_moe_layers * kept + s.num_dense_layers * (a * dim + dense) + once + output
     moe += 0 if layout.recompute == "experts" else inside
     once = inside if layout.recompute == "experts" else 0.0
-    return s.num_layers * attention + s.num_moe_layers * moe + s.num_dense_layers * dense + once + output
+    passed_by = s.layers_passed_by
+    layers, moe_layers = s.num_layers - passed_by, s.num_moe_layers - passed_by
+    return layers * attention + moe_layers * moe + s.num_dense_layers * dense + once + output
 
 
 def _mean_ffn(shape: Shape) -> float:

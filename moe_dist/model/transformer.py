@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.model.attention import Attention, QKNorm, make_mask
+from moe_dist.model.cache import KeyValueCache, LayerCache
 from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
+from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routing import BatchFacts, LayerReport
 
@@ -22,6 +24,7 @@ class ModelArgs:
 
     Attributes:
         moe_layers: Indices of the layers that hold experts; the others are dense with `dense_ffn_dim`.
+        depth_layers: Indices of the layers that compute a share of the tokens alone (mixture of depths).
         compute_dtype: Dtype of activations; weights are cast to it where they are used.
     """
 
@@ -32,6 +35,7 @@ class ModelArgs:
     num_kv_heads: int
     head_dim: int
     moe_layers: tuple[int, ...]
+    depth_layers: tuple[int, ...] = ()
     dense_ffn_dim: int | None = None
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
@@ -53,9 +57,9 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """x + attention(x), then x + moe(x) or x + ffn(x)."""
+    """x + attention(x), then x + moe(x) or x + ffn(x); with `depths`, for the tokens that it chooses."""
 
-    def __init__(self, args: ModelArgs, moe: MoELayer | None) -> None:
+    def __init__(self, args: ModelArgs, moe: MoELayer | None, depths: DepthRouter | None = None) -> None:
         super().__init__()
         self.attention = Attention(
             dim=args.hidden_dim,
@@ -71,6 +75,7 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
+        self.depths = depths
 
 
 class Transformer(nn.Module):
@@ -79,14 +84,25 @@ class Transformer(nn.Module):
     Args:
         args: Sizes.
         make_moe: Called with a layer's index for each layer in `args.moe_layers`; returns its MoE layer.
+        make_depths: The same for each layer in `args.depth_layers`, which must hold experts.
     """
 
-    def __init__(self, args: ModelArgs, make_moe: Callable[[int], MoELayer]) -> None:
+    def __init__(
+        self,
+        args: ModelArgs,
+        make_moe: Callable[[int], MoELayer],
+        make_depths: Callable[[int], DepthRouter] | None = None,
+    ) -> None:
         super().__init__()
         self.args = args
         self.embedding = nn.Embedding(args.vocab_size, args.hidden_dim)
         self.layers = nn.ModuleList(
-            Layer(args, make_moe(i) if i in args.moe_layers else None) for i in range(args.num_layers)
+            Layer(
+                args,
+                make_moe(i) if i in args.moe_layers else None,
+                make_depths(i) if make_depths is not None and i in args.depth_layers else None,
+            )
+            for i in range(args.num_layers)
         )
         self.norm = RMSNorm(args.hidden_dim, args.norm_eps)
         if not args.tie_embeddings:
@@ -107,23 +123,111 @@ class Transformer(nn.Module):
             positions_BS: int64 position inside the document.
             documents_BS: Document of each token; tokens see earlier tokens of their own document only.
             group_BS: int64 expert group of each token, -1 for padding.
-            facts: What is known of a training micro-batch beforehand, for routers that ask for it.
+            facts: What is known of a training micro-batch beforehand, for routers that ask for it; those of a layer that
+                computes a share of the tokens get none, since it is not known which.
         """
         mask = make_mask(documents_BS)
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
         for layer in self.layers:
-            x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask)  # pyright: ignore[reportCallIssue]
-            if layer.has_experts:
-                y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts)  # pyright: ignore[reportCallIssue]
-                x_BSD = x_BSD + y_TD.view_as(x_BSD)
-                reports.append(report)
+            if layer.depths is not None:
+                x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS)  # pyright: ignore
             else:
-                x_BSD = x_BSD + layer.ffn(x_BSD)  # pyright: ignore[reportCallIssue]
+                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask)  # pyright: ignore[reportCallIssue]
+                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, facts)  # pyright: ignore[reportArgumentType]
+                x_BSD = x_BSD + y_BSD
+            if report is not None:
+                reports.append(report)
+        return self._logits(x_BSD), reports
+
+    def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [B, N, V] of N new tokens of each sequence, one document each, whose earlier tokens are in the cache.
+
+        The same logits as `forward` over the whole sequences, up to rounding. Call it in evaluation mode.
+
+        Args:
+            tokens_BN, group_BN: As in `forward`; group -1 marks padding, which leaves no entry and whose logits mean
+                nothing. Real tokens of a sequence come in order; padding may stand anywhere.
+            positions_BN: int64, each token's position in its sequence.
+            cache: Of `make_cache`; gets the new tokens' entries.
+        """
+        rotary = rotary_table(positions_BN, self.args.head_dim, self.args.rope_base)
+        real_BN = group_BN >= 0
+        x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
+        for layer, entries in zip(self.layers, cache.layers, strict=True):
+            taken_BN, taken_group_BN, weight_BN = real_BN, group_BN, None
+            if layer.depths is not None:
+                taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
+                taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
+                taken_group_BN = torch.where(taken_BN, group_BN, -1)
+                if not taken_BN.any():  # host sync; one token a sequence is often passed by in all of them
+                    continue
+            a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
+            y_BND, _ = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
+            if weight_BN is None:
+                x_BND = x_BND + a_BND + y_BND
+            else:
+                weight_BN = torch.where(taken_BN, weight_BN, 0.0)
+                x_BND = x_BND + (weight_BN[..., None] * (a_BND + y_BND)).to(x_BND.dtype)
+        return self._logits(x_BND)
+
+    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for `batch` sequences of at most `capacity` tokens, padding included.
+
+        Bytes: 2 x layers x batch x capacity x num_kv_heads x head_dim x itemsize.
+        """
+        args = self.args
+        return KeyValueCache(
+            tuple(
+                LayerCache(
+                    batch=batch,
+                    heads=args.num_kv_heads,
+                    width=args.head_dim,
+                    capacity=capacity,
+                    dtype=args.compute_dtype,
+                    device=self.embedding.weight.device,
+                )
+                for _ in self.layers
+            )
+        )
+
+    def _shallow(
+        self, layer: Layer, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor
+    ) -> tuple[Tensor, LayerReport | None]:
+        """A layer for the tokens that it chooses, among themselves: C of them in one row, by their own positions and
+        documents. The others stay as they are."""
+        assert layer.depths is not None
+        x_TD, group_T = x_BSD.flatten(0, 1), group_BS.flatten()
+        chosen = layer.depths(x_TD, group_T >= 0)
+        x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
+        group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
+        rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)
+        a_1CD = layer.attention(x_1CD, rotary, make_mask(slot_documents(documents_BS, chosen)))
+        y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C)
+        added_CD = (chosen.weight_C[:, None] * (a_1CD + y_1CD)[0]).to(x_TD.dtype)
+        # Full slots hold distinct tokens, empty ones add zeros to token 0: the order of additions changes no bit.
+        x_TD = x_TD.index_add(0, chosen.index_C, added_CD)
+        return x_TD.view_as(x_BSD), None if report is None else report._replace(depth=chosen.sums)
+
+    def depth_routers(self) -> list[DepthRouter]:
+        """The routers of the layers that compute a share of the tokens, in order."""
+        return [module for module in self.modules() if isinstance(module, DepthRouter)]
+
+    @staticmethod
+    def _feed_forward(
+        layer: Layer, x_BSD: Tensor, group_BS: Tensor, facts: BatchFacts | None = None
+    ) -> tuple[Tensor, LayerReport | None]:
+        """What a layer's experts, or its dense FFN, add; and the report of its experts."""
+        if not layer.has_experts:
+            return layer.ffn(x_BSD), None
+        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts)
+        return y_TD.view_as(x_BSD), report
+
+    def _logits(self, x_BSD: Tensor) -> Tensor:
         x_BSD = self.norm(x_BSD)
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
-        return F.linear(x_BSD, output.to(x_BSD.dtype)), reports
+        return F.linear(x_BSD, output.to(x_BSD.dtype))
 
     def moe_modules(self) -> list[MoELayer]:
         """The MoE layers, in order."""

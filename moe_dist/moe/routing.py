@@ -101,6 +101,24 @@ class Routing(NamedTuple):
     free_weight_TF: Tensor | None = None
 
 
+class DepthSums(NamedTuple):
+    """Local sums of a block that computes a share of the tokens (`moe_dist.model.mixture_of_depths`).
+
+    Attributes:
+        tokens: int64, tokens of this rank that are not padding.
+        taken: int64, those that the block computes.
+        agreed: int64, those on which the causal decision of evaluation and the choice agree.
+        cut: float64, score of the last token that the choice set takes, times `tokens`.
+        auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without one.
+    """
+
+    tokens: Tensor
+    taken: Tensor
+    agreed: Tensor
+    cut: Tensor
+    auxiliary: Tensor | None
+
+
 class LayerReport(NamedTuple):
     """What an MoE layer returns beside its output, by value; a NamedTuple, so that FSDP2's hooks see its tensors.
 
@@ -109,12 +127,14 @@ class LayerReport(NamedTuple):
         rows_remote: Distinct (token, other rank) rows this rank sent forward.
         pairs: (token, expert) pairs this rank's tokens took.
         pairs_remote: Those whose expert lives on another rank.
+        depth: Of the whole block, where it computes a share of the tokens alone.
     """
 
     sums: RouterSums
     rows_remote: int
     pairs: int
     pairs_remote: int
+    depth: DepthSums | None = None
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-_NO_DECAY_PARTS = frozenset({"embedding", "router", "free"})
+_NO_DECAY_PARTS = frozenset({"embedding", "router", "free", "depths"})
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to vectors, embeddings, routers and free experts (judged by name)."""
+    """Whether weight decay applies: not to vectors, embeddings, routers (of depths too) and free
+    experts (judged by name)."""
     path, _, _ = name.partition(".experts.")  # what follows is named by the user: a group may be called router
     return parameter.ndim >= 2 and not _NO_DECAY_PARTS & set(path.split("."))
 

@@ -20,15 +20,20 @@ def initialise(
     Norms start at 1; all else is normal with `std`, projections into the residual stream (attention.o, every down) with
     std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)
-    for moe in model.moe_modules():
-        with device:
-            moe.router.reset_buffers()  # pyright: ignore[reportCallIssue]
+    allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
     for name, parameter in model.named_parameters():
         scale = residual if name.endswith((".o.weight", ".down.weight", ".down")) else std
         _set(parameter, _draw(name, parameter, placement, ep_rank, seed, scale))
+
+
+def allocate(model: Transformer, device: torch.device) -> None:
+    """Gives a model on the meta device its memory on `device`, with constant tables filled and parameters not."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+    for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
+        with device:
+            module.reset_buffers()  # pyright: ignore[reportCallIssue]
 
 
 def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) -> list[str]:

@@ -50,7 +50,7 @@ def kind_of(name: str) -> Kind:
     """Kind of a parameter by its name in the state dict."""
     if ".moe.experts." in name:
         return "expert"
-    return "router" if ".moe.router." in name else "dense"
+    return "router" if ".moe.router." in name or ".depths." in name else "dense"
 
 
 class ParallelModel:

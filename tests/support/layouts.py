@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_dist.build import build_balance, build_model, choice_ranks_of
+from moe_dist.build import build_balance, build_depth_set, build_model, choice_ranks_of, depth_thresholds
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
@@ -24,6 +24,7 @@ from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.training_step import StepResult, TrainingStep
+from tests.support.parted_set import PartedSet
 from tests.support.worlds import RankContext
 
 SEQ_LEN = 12
@@ -61,6 +62,9 @@ class Layout:
     noise: float = 0.0
     parts: int = 1  # micro-batches that each micro-batch of a rank is cut into
     per_pair: bool = False
+    depths: str | None = None  # the choice set of layer 0, which computes 0.3 of the tokens
+    depth_causal: str = "threshold"
+    depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are choice sets of their own
 
     @property
     def world_size(self) -> int:
@@ -78,6 +82,7 @@ class Layout:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
         budget += "-balance" if self.balance else ""
+        budget += f"-depths-{self.depths}-{self.depth_causal}" if self.depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
@@ -94,7 +99,8 @@ CONTROLLERS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw: each step's result, first gradients and final parameters by logical name, the events."""
+    """What one rank saw: each step's result, first gradients and final parameters (and thresholds) by logical name, the
+    events."""
 
     steps: list[StepResult]
     gradients: dict[str, np.ndarray]
@@ -147,6 +153,9 @@ def config_of(layout: Layout) -> Config:
                 "max_seq_len": SEQ_LEN,
                 "qk_norm": "full",
                 "init_std": 0.3,
+                "depths": None
+                if layout.depths is None
+                else {"capacity": 0.3, "set": layout.depths, "causal": layout.depth_causal, "threshold_decay": 0.5},
                 "moe": {
                     "shared_ffn_dim": 4,
                     "groups": {
@@ -215,7 +224,11 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
                 traffic=traffic,
                 compute_dtype=dtype,
                 choice_ranks=choice_ranks_of(mesh),
+                depth_set=build_depth_set(config, mesh, traffic),
             )
+        if layout.depth_parts > 1:
+            for router in model.depth_routers():
+                router.choice_set = PartedSet(layout.depth_parts)
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
         initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
@@ -246,6 +259,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         balance=build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
         thresholds=ThresholdKeeper.of(parallel.model.moe_modules()),
         needs_facts=layout.choice is not None,
+        depths=depth_thresholds(parallel.model),
     )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)
@@ -275,6 +289,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         group = torch.where(last.padding_BS, -1, last.modality_BS)
         logits, _ = parallel.model(last.tokens_BS, last.positions_BS, last.documents_BS, group)
     parameters = logical(parallel, placement, mesh, gradient=False)
+    parameters |= {name: each.numpy() for name, each in parallel.model.named_buffers() if name.endswith(".threshold")}
     return Outcome(
         steps=results,
         gradients=gradients,

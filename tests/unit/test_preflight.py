@@ -110,6 +110,14 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         (["placement.groups={text: {ranks: [0]}, image: {ranks: [2]}}"], "[2] out of range"),
         (["placement.groups={text: {ranks: [0]}, image: {ranks: [0]}}"], "live on ranks of their own"),
         (["placement.groups={txt: {ranks: [0]}}"], "placement.groups.txt: no such group; did you mean 'text'?"),
+        (["model.depths={first: 2}"], "depths.first=2 leaves no layer that chooses among num_layers=2; lower it"),
+        (["model.depths={capacity: 0}"], "model.depths.capacity=0"),
+        (
+            ["model.depths={every: 1}", "model.moe.first=1", "model.dense_ffn_dim=8"],
+            "depths: layer 0 would choose its tokens",
+        ),
+        (["model.depths={set: node}"], "model.depths.set='node'"),
+        (["model.depths={}", "parallel.dispatch.kind=deep_ep"], "parallel.dispatch.kind=deep_ep: its buffers are made for"),
         (["parallel.ep=1"], "1 of parallel.ep=1 ranks are free for 2 groups"),
         (["placement.policy=explicit", "placement.slots=[[text/0, text/1, text/2, image/0], []]"], "no rank has image/1"),
         (

@@ -97,7 +97,7 @@ def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...],
     assert round(active.total / 1e9, 1) == published[1]
 
 
-def config(*, free: bool = False, **parallel: Any) -> Config:
+def config(*, free: bool = False, depths: dict[str, Any] | None = None, **parallel: Any) -> Config:
     others = {"num_identity": 1, "num_constant": 2} if free else {}
     values = {
         "run": {"name": "flops"},
@@ -110,6 +110,7 @@ def config(*, free: bool = False, **parallel: Any) -> Config:
             "max_seq_len": 16,
             "qk_norm": "full",
             "dense_ffn_dim": 40,
+            "depths": depths,
             "moe": {
                 "first": 1,
                 "shared_ffn_dim": 24,
@@ -125,14 +126,14 @@ def config(*, free: bool = False, **parallel: Any) -> Config:
     return Config.model_validate_json(json.dumps(values))
 
 
-def count_training(config: Config) -> tuple[int, float, int]:
+def count_training(config: Config, batch: int = 4) -> tuple[int, float, int]:
     """FLOPs of forward and backward as torch counts them, mean experts a token, and tokens."""
     placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=1, token_mix={})
     torch.manual_seed(0)
     model = build_model(config, placement, ep_rank=0, ep_group=None)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    batch, length = 4, config.data.seq_len
+    length = config.data.seq_len
     tokens = torch.randint(config.model.vocab_size, (batch, length))
     zeros = torch.zeros(batch, length, dtype=torch.int64)
     # The math kernel's products are ordinary matrix products, which the counter sees on CPU.
@@ -150,6 +151,38 @@ def test_agrees_with_torchs_counter(free: bool) -> None:
     model = model_shape(cfg.model, expert_groups(cfg.model.moe))
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
     assert counted == pytest.approx(training_flops(forward) * tokens, rel=1e-3)
+
+
+@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
+def test_depths_agree_with_torchs_counter(causal: str) -> None:
+    """One sequence, since slots of several sequences stand in one row, whose products the CPU's dense mask computes all.
+    Not seen by the counter: scores (sums of products), and the auxiliary routers' backward, whose loss is not here.
+    """
+    cfg = config(depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
+    counted, experts, tokens = count_training(cfg, batch=1)
+    assert experts < 0.6  # of all tokens, while those that are taken have 4 / 3
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    assert model.num_depth_layers == 2
+    sizes = {"experts_per_token": {"text": experts / 0.25}, "token_share": {"text": 1.0}}
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, **sizes)
+    scores = 2 * cfg.model.hidden_dim
+    unseen = 6 * scores + 4 * (model.depth_router - scores)
+    assert counted == pytest.approx((training_flops(forward) - unseen) * tokens, rel=1e-3)
+    plain = model_shape(config().model, expert_groups(cfg.model.moe))
+    assert forward.attention < 0.5 * forward_flops(plain, seq_len=16, **sizes).attention
+
+
+def test_depths_by_hand() -> None:
+    share, experts = {"text": 0.75, "image": 0.25}, {"text": 1.5, "image": 1.0}
+    plain = forward_flops(shape(), seq_len=16, experts_per_token=experts, token_share=share)
+    some = shape(num_depth_layers=2, depth_capacity=0.25, depth_auxiliary=True)
+    forward = forward_flops(some, seq_len=16, experts_per_token=experts, token_share=share)
+    projections, products = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8), 2 * 2 * 4 * 2 * 16
+    assert forward.attention == 1.5 * projections + (1 + 2 / 16) * products
+    assert forward.experts == plain.experts / 4
+    assert forward.router == plain.router / 4 + 2 * 2 * (8 + 4 * 8 + 4)
+    assert forward.output == plain.output
+    assert parameters(some).total == parameters(shape()).total + 2 * (8 + 4 * 8 + 4)
 
 
 def test_recompute_repeats_no_more_than_counted() -> None:

@@ -1,0 +1,122 @@
+"""What may follow what: a picture is its mark, a fixed number of codes, and its end mark; all else is text.
+
+The data are made so (`moe_dist/data/picture_coding.py`), and a picture of one code too few cannot be decoded: sampling is
+held to it. Each sequence stands in one of four states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from moe_dist.config.manifest import Manifest
+from moe_dist.errors import ConfigError
+
+IMAGE = "image"
+
+
+class State(IntEnum):
+    """What the next token of a sequence may be."""
+
+    TEXT = 0  # text, the end of the document, or the mark of a picture
+    TEXT_ONLY = 1  # the same, where no picture has room any more
+    CODE = 2
+    END_OF_PICTURE = 3
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The tokens' meaning.
+
+    Attributes:
+        modality_of_id: int64 [V], an index into `modalities`.
+        modalities: Names, in the data's order.
+        eos_id: Ends a document.
+        begin_id, end_id: Marks of a picture; None where the data have none.
+        cells: Codes of a picture; 0 without pictures.
+        allowed_SV: bool [4, V], which ids each state allows.
+    """
+
+    modality_of_id: np.ndarray
+    modalities: tuple[str, ...]
+    eos_id: int
+    begin_id: int | None
+    end_id: int | None
+    cells: int
+    allowed_SV: np.ndarray
+
+    @property
+    def picture_tokens(self) -> int:
+        """Tokens of a picture with both marks."""
+        return self.cells + 2
+
+    def state(self, tokens: Sequence[int], room: int) -> State:
+        """The state behind `tokens`, with `room` more tokens to come at most."""
+        if self.begin_id is not None and self.begin_id in tokens:
+            since = len(tokens) - 1 - _last(tokens, self.begin_id)
+            if since < self.cells:
+                return State.CODE
+            if since == self.cells:
+                return State.END_OF_PICTURE
+        return State.TEXT if self.cells and room >= self.picture_tokens else State.TEXT_ONLY
+
+    def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
+        """Codes of each whole picture among the tokens, int64 [cells], counted from the codebook's first."""
+        first = int(np.flatnonzero(self.allowed_SV[State.CODE])[0]) if self.cells else 0
+        found = []
+        for place, token in enumerate(tokens):
+            inside = np.array(tokens[place + 1 : place + 1 + self.cells], np.int64)
+            if token == self.begin_id and len(inside) == self.cells and self.allowed_SV[State.CODE][inside].all():
+                found.append(inside - first)
+        return found
+
+    def text(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens that are text, without pictures, their marks and the end of the document."""
+        return [t for t in tokens if self.allowed_SV[State.TEXT_ONLY][t] and t != self.eos_id]
+
+
+def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()) -> Grammar:
+    """The grammar of a data set.
+
+    Args:
+        vocab_size: The model's, which may be larger than the data's: ids beyond are never drawn.
+        never: Ids that no document holds behind its first token, such as its begin mark.
+
+    Raises:
+        ConfigError: the manifest describes pictures, but no modality is called `image`.
+    """
+    image, modalities = manifest.image, tuple(manifest.modalities)
+    if image is not None and IMAGE not in modalities:
+        raise ConfigError(
+            f"the data's modalities are {', '.join(modalities)}: pictures are those of {IMAGE!r}; rename it so"
+        )
+    modality_of_id = np.full(vocab_size, -1, np.int64)
+    for index, ranges in enumerate(manifest.modalities.values()):
+        for first, end in ranges:
+            modality_of_id[first:end] = index
+    is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
+    text = (modality_of_id >= 0) & ~is_code
+    text[[manifest.pad_id, *never]] = False
+    text[manifest.eos_id] = True  # hand-made data may pad with it
+    allowed = np.zeros((len(State), vocab_size), bool)
+    if image is not None:
+        text[[image.begin_id, image.end_id]] = False
+        allowed[State.CODE] = is_code
+        allowed[State.END_OF_PICTURE, image.end_id] = True
+    allowed[[State.TEXT, State.TEXT_ONLY]] = text
+    if image is not None:
+        allowed[State.TEXT, image.begin_id] = True
+    return Grammar(
+        modality_of_id=modality_of_id,
+        modalities=modalities,
+        eos_id=manifest.eos_id,
+        begin_id=None if image is None else image.begin_id,
+        end_id=None if image is None else image.end_id,
+        cells=0 if image is None else image.grid[0] * image.grid[1],
+        allowed_SV=allowed,
+    )
+
+
+def _last(tokens: Sequence[int], wanted: int) -> int:
+    return max(place for place, token in enumerate(tokens) if token == wanted)

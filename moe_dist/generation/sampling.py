@@ -1,0 +1,86 @@
+"""From logits to the next token: temperature, nucleus, and one uniform number a sequence. Pure functions.
+
+Shape letters: B sequences, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Only the fewest most likely tokens whose probabilities, at that temperature, reach this sum may be drawn (the
+            nucleus of Holtzman et al., arXiv 1904.09751, section 3.1); 1 leaves all.
+
+    Raises:
+        ConfigError: one of them is out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"temperature={self.temperature}: must be 0 (the most likely token) or more; 1 is the model's own"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p}: must lie above 0 and be at most 1, which leaves all tokens")
+
+
+def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
+    """What each token is drawn with, float64 [B, V]: 0 for tokens that are not allowed or outside the nucleus.
+
+    Every row must allow a token. Of equally likely tokens the lower id comes first into the nucleus, and is the one taken
+    at temperature 0.
+    """
+    scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
+    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)
+    if sampling.temperature == 0.0:
+        return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
+    # The largest first becomes 0: a small temperature overflows otherwise.
+    scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / sampling.temperature
+    sorted_BV = scores_BV.softmax(-1).gather(1, order_BV)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    sorted_BV = torch.where(before_BV < sampling.top_p, sorted_BV, 0.0)
+    sorted_BV = sorted_BV / sorted_BV.sum(-1, keepdim=True)
+    return torch.zeros_like(scores_BV).scatter_(1, order_BV, sorted_BV)
+
+
+def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the running sum of probabilities, in order of ids, passes a number in [0, 1): int64 [B]."""
+    cumulative_BV = probabilities_BV.cumsum(-1)
+    # Rounding may leave the whole sum just below 1: the number is stretched to it, so that the token always has a share.
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    return (cumulative_BV <= target_B1).sum(-1).clamp_max(probabilities_BV.shape[-1] - 1)
+
+
+def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
+    """plain + guidance x (logits - plain): 1 is the model's own, more follows the caption more closely.
+
+    Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, equation 6, with w = guidance - 1) on log-probabilities;
+    `plain` are the logits of the same sequence without its caption.
+    """
+    conditional, plain = logits_BV.to(torch.float64).log_softmax(-1), plain_BV.to(torch.float64).log_softmax(-1)
+    return plain + guidance * (conditional - plain)
+
+
+class UniformDraws:
+    """A stream of uniform numbers for each sequence, from (seed, number of the sequence): a sample does not depend on how
+    many others are drawn beside it, nor on when they end."""
+
+    def __init__(self, seed: int, numbers: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed((seed << 20) + number) for number in numbers]
+
+    def __call__(self) -> Tensor:
+        """The next number of each sequence, float64 [B]."""
+        return torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in self._generators])

@@ -1,0 +1,35 @@
+"""A sheet of pictures with their captions, to be looked at as a whole."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+_SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # pixels; lines of a caption at most
+_WIDTH = 16  # characters of a line
+
+
+def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
+    """A PNG: each entry's pictures side by side with its caption below, `columns` entries in a row.
+
+    Args:
+        rows: Caption and pictures; as many pictures for each. Captions in Latin letters: the font has no others.
+    """
+    each = len(rows[0][1])
+    width, height = each * _SIDE + (each - 1) * 2 + _GAP, _SIDE + _LINES * _LINE + _GAP
+    lines = -(-len(rows) // columns)
+    canvas = Image.new("RGB", (columns * width + _GAP, lines * height + _GAP), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for number, (caption, pictures) in enumerate(rows):
+        row, column = divmod(number, columns)
+        x, y = _GAP + column * width, _GAP + row * height
+        for place, picture in enumerate(pictures):
+            enlarged = picture.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (x + place * (_SIDE + 2), y))
+        wrapped = textwrap.wrap(caption, _WIDTH * each, max_lines=_LINES, placeholder=" ...")
+        pen.text((x, y + _SIDE + 2), "\n".join(wrapped), fill="black", font=font, spacing=1)
+    buffer = io.BytesIO()
+    # Few colours, few bytes: the codebook's patches have many shades that nobody can tell apart.
+    canvas.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,68 @@
+"""Keys and values that attention has seen, so that a new token costs its own row and not the whole sequence again.
+
+Entries are appended for each sequence on its own: a token that is padding, or that skips a block under mixture of depths,
+leaves no entry there. Keys are kept after rotation, and each entry knows its position, so that its place in the buffer says
+nothing. Nothing here syncs with the host.
+
+Shape letters: B sequences, N new tokens of each, H key-value heads, d head width, C entries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NEVER = torch.iinfo(torch.int64).max  # position of an entry that is not there: later than any query
+
+
+class LayerCache:
+    """Entries of one layer.
+
+    Args:
+        batch, heads, width: B, H, d.
+        capacity: Most entries of a sequence.
+        dtype, device: Of keys and values.
+    """
+
+    def __init__(
+        self, *, batch: int, heads: int, width: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        # One place more than entries: what is not taken is written there, and never seen. Zeros: a masked NaN stays NaN.
+        shape = (batch, heads, capacity + 1, width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = torch.full((batch, capacity + 1), _NEVER, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.capacity = capacity
+        self._seen = 0  # tokens offered so far: no sequence has more entries
+
+    def append(self, key_BHNd: Tensor, value_BHNd: Tensor, positions_BN: Tensor, taken_BN: Tensor) -> None:
+        """Adds the entries of the tokens that are marked.
+
+        Raises:
+            ValueError: more tokens than the capacity were offered.
+        """
+        self._seen += taken_BN.shape[1]
+        if self._seen > self.capacity:
+            raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.capacity}")
+        place_BN = self.lengths[:, None] + taken_BN.cumsum(1) - 1
+        place_BN = torch.where(taken_BN, place_BN, self.capacity)
+        at = place_BN[:, None, :, None].expand_as(key_BHNd)
+        self.keys.scatter_(2, at, key_BHNd)
+        self.values.scatter_(2, at, value_BHNd)
+        self.positions.scatter_(1, place_BN, torch.where(taken_BN, positions_BN, _NEVER))
+        self.lengths += taken_BN.sum(1)
+
+    def entries(self, positions_BN: Tensor, taken_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, H, C, d] so far, and which of them a query may see, bool [B, 1, N, C]: those of its own
+        position and before. A query that is not taken sees anything, so that its row, which nobody reads, stays finite."""
+        queries_BN = torch.where(taken_BN, positions_BN, _NEVER)
+        visible = self.positions[:, None, None, : self._seen] <= queries_BN[:, None, :, None]
+        return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """One `LayerCache` for each layer of a transformer."""
+
+    layers: tuple[LayerCache, ...]

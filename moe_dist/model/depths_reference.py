@@ -1,0 +1,54 @@
+"""The slow oracle of mixture of depths: lists and loops on one device, document by document, obviously right.
+
+It shares no code with the router, the slots or their mask; the layer's own attention and experts are called as they are, on
+one document at a time.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Block = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
+
+def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, sets: Sequence[Sequence[int]]) -> set[int]:
+    """The tokens that are taken: of each set the best ceil(c n) of its n real tokens, earlier ones first among equals."""
+    taken: set[int] = set()
+    for members in sets:
+        competing = [token for token in members if real[token]]
+        wanted = 0
+        while wanted < capacity * len(competing) - 1e-9:
+            wanted += 1
+        competing.sort(key=lambda token: (-scores[token], token))
+        taken |= set(competing[:wanted])
+    return taken
+
+
+def depth_forward(
+    x_TD: Tensor,
+    router_D: Tensor,
+    taken: set[int],
+    document_T: Sequence[object],
+    position_T: Sequence[int],
+    block: Block,
+) -> Tensor:
+    """x + sigmoid(s) block(x) for the tokens that are taken, x for the others.
+
+    Args:
+        document_T: Of each token, distinct over the sequences; tokens of one document stand in order.
+        block: What a layer adds to the tokens [1, n, D] of one document at the given positions [1, n]; also gets their
+            numbers.
+    """
+    rows = list(x_TD)
+    for document in dict.fromkeys(document_T):
+        members = [token for token in sorted(taken) if document_T[token] == document]
+        if not members:
+            continue
+        positions = torch.tensor([[position_T[token] for token in members]])
+        added_1nD = block(x_TD[members][None], positions, members)
+        for place, token in enumerate(members):
+            x_D = x_TD[token]
+            score = torch.dot(router_D, x_D / (x_D.square().mean() + 1e-6).sqrt())
+            rows[token] = x_D + added_1nD[0, place] / (1 + torch.exp(-score))
+    return torch.stack(rows)

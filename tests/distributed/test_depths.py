@@ -1,0 +1,75 @@
+"""Mixture of depths: N ranks train what one process trains that chooses over the same sets of tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.layouts import MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
+
+LAYOUTS = [
+    Layout(2, 1, "interleaved", depths="rank"),
+    Layout(2, 1, "pinned", "ddp", "block", depths="world", depth_causal="auxiliary"),
+    Layout(4, 1, "uneven", "ddp", "experts", depths="rank", depth_causal="auxiliary"),
+    Layout(4, 1, "pinned", "fsdp2", "block", depths="world"),
+    Layout(2, 2, "pinned", "fsdp2", depths="ep_group", depth_causal="auxiliary"),
+    Layout(4, 1, "uneven", overlap=True, chunks=2, depths="ep_group"),
+]
+
+
+@pytest.fixture(scope="module")
+def oracle_of(run_in_world: Callable[..., list[Any]]) -> Callable[[str, int], Outcome]:
+    """`oracle_of(causal, parts)`: one process whose tokens are so many choice sets."""
+    known: dict[tuple[str, int], Outcome] = {}
+
+    def oracle(causal: str, parts: int) -> Outcome:
+        if (causal, parts) not in known:
+            layout = Layout(depths="world", depth_causal=causal, depth_parts=parts)
+            known[causal, parts] = run_in_world(1, train, layout)[0]
+        return known[causal, parts]
+
+    return oracle
+
+
+def parts_of(layout: Layout) -> int:
+    return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.depths or "world"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_equals_one_process_over_the_same_sets(
+    run_in_world: Callable[..., list[Any]], oracle_of: Callable[[str, int], Outcome], layout: Layout
+) -> None:
+    oracle = oracle_of(layout.depth_causal, parts_of(layout))
+    outcomes = run_in_world(layout.world_size, train, layout)
+    tokens, taken, _ = oracle.steps[0].depth_3L
+    assert 0.29 < taken[0] / tokens[0] < 0.4  # rounded up in each set
+    assert oracle.steps[0].tokens_LG.sum(1).tolist() == [taken[0], tokens[0]]
+    for outcome in outcomes:
+        for step, expected in zip(outcome.steps, oracle.steps, strict=True):
+            np.testing.assert_array_equal(step.depth_3L, expected.depth_3L)
+            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+            np.testing.assert_array_equal(step.tokens_LG, expected.tokens_LG)
+            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
+            np.testing.assert_allclose(
+                [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
+            )
+        scores = 0 if layout.depths == "rank" else STEPS * MICRO_BATCHES + 1
+        assert outcome.events.count("depth scores") == scores
+        assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
+    for field in ("gradients", "parameters"):
+        got, expected = merged(outcomes, field), getattr(oracle, field)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+    depths = {name for name in oracle.parameters if ".depths." in name}
+    last = "threshold" if layout.depth_causal == "threshold" else "auxiliary.outer"
+    assert {"layers.0.depths.router", f"layers.0.depths.{last}"} <= depths
+    assert all(np.abs(oracle.gradients[name]).max() > 0 for name in depths & oracle.gradients.keys())
+    logits = np.concatenate([outcome.logits for outcome in outcomes])
+    np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
+
+
+def test_sets_differ_where_ranks_do(oracle_of: Callable[[str, int], Outcome]) -> None:
+    """The oracle would notice another set: choosing over parts is not choosing over all."""
+    assert np.abs(oracle_of("threshold", 1).logits - oracle_of("threshold", 2).logits).max() > 1e-3

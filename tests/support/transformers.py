@@ -1,0 +1,66 @@
+"""Small transformers on one device, with random weights large enough that everything matters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.model.layers import RMSNorm
+from moe_dist.model.mixture_of_depths import DepthRouter
+from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.placement import ExpertPlacement
+from tests.support.layouts import GROUPS
+
+DIM = 16
+
+
+def make_transformer(
+    *,
+    moe_layers: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    vocab_size: int = 64,
+    seed: int = 0,
+    make_depths: Callable[[int], DepthRouter] | None = None,
+    **args: Any,
+) -> Transformer:
+    """Three layers; those in `moe_layers` have the layouts' groups with null experts, the others are dense."""
+    placement = ExpertPlacement(GROUPS, (tuple(range(sum(group.num_experts for group in GROUPS))),))
+    dispatcher = PerRankDispatcher(placement, Wire(None, Traffic(), None))
+
+    def make_moe(layer: int) -> MoELayer:
+        return MoELayer(
+            norm=RMSNorm(DIM, 1e-5),
+            router=TopKRouter(DIM, GROUPS),
+            experts=Experts(DIM, GROUPS, [group.num_experts for group in GROUPS]),
+            dispatcher=dispatcher,
+            name=f"layers.{layer}",
+        )
+
+    sizes = ModelArgs(
+        vocab_size=vocab_size,
+        hidden_dim=DIM,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        moe_layers=moe_layers,
+        dense_ffn_dim=24,
+        compute_dtype=dtype,
+        **args,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = Transformer(sizes, make_moe, make_depths)
+        initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=seed, std=0.3)
+    finally:
+        torch.set_default_dtype(before)
+    return model

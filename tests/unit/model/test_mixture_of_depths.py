@@ -1,0 +1,257 @@
+"""Mixture of depths: choice, block, causal forms and cache, against the slow reference and by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_dist.loss import DepthCounts, depth_auxiliary, depth_counts
+from moe_dist.model.attention import dense_mask
+from moe_dist.model.depths_reference import choose, depth_forward
+from moe_dist.model.layers import rotary_table
+from moe_dist.model.mixture_of_depths import Causal, DepthRouter, DepthThresholds, room, take_best
+from moe_dist.model.transformer import Transformer
+from tests.support.transformers import DIM, make_transformer
+
+VOCAB = 64
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 1, 1, 1], [0] * 8], dtype=torch.int32)
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 5], list(range(8))])
+
+
+def make_model(capacity: float, causal: Causal = "auxiliary", **args: Any) -> Transformer:
+    def make_depths(layer: int) -> DepthRouter:
+        return DepthRouter(DIM, capacity=capacity, causal=causal, threshold_decay=0.5, name=f"layers.{layer}")
+
+    model = make_transformer(
+        moe_layers=(0, 1, 2), dtype=torch.float64, depth_layers=(0, 2), make_depths=make_depths, **args
+    )
+    if causal == "threshold":
+        for router in model.depth_routers():
+            router.threshold.fill_(0.5)
+    return model
+
+
+def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens, and their groups with padding at the end of the first two sequences."""
+    tokens = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(seed))
+    group = (tokens >= 48).to(torch.int64)
+    group[0, 7], group[1, 6:] = -1, -1
+    return tokens, group
+
+
+@given(
+    scores=st.lists(st.integers(-3, 3), min_size=1, max_size=12),
+    real=st.lists(st.booleans(), min_size=12, max_size=12),
+    capacity=st.sampled_from([0.1, 0.25, 0.3, 0.5, 1.0]),
+)
+def test_the_best_are_those_of_the_loop(scores: list[int], real: list[bool], capacity: float) -> None:
+    real = real[: len(scores)]
+    score_U = torch.tensor(scores, dtype=torch.float64).masked_fill(~torch.tensor(real), float("-inf"))
+    taken, cut = take_best(score_U, capacity)
+    expected = choose(scores, real, capacity, [range(len(scores))])
+    assert set(taken.nonzero().flatten().tolist()) == expected
+    assert cut.item() == min((scores[token] for token in expected), default=float("inf"))
+    assert len(expected) <= room(capacity, len(scores))
+
+
+def test_ties_go_to_the_earlier_token() -> None:
+    taken, cut = take_best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 0.5)
+    assert taken.tolist() == [False, True, True, False]
+    assert cut.item() == 2.0
+    assert room(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
+
+
+def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
+    """The whole model: layers that choose by the reference, the others as they are."""
+    mask = dense_mask(DOCUMENTS)
+    rotary = rotary_table(POSITIONS, model.args.head_dim, model.args.rope_base)
+    x = model.embedding.weight[tokens]
+    for number, layer in enumerate(model.layers):
+        attention, moe = layer.attention, layer.moe
+        if number not in model.args.depth_layers:
+            x = x + attention(x, rotary, mask)
+            x = x + moe(x.flatten(0, 1), group.flatten())[0].view_as(x)
+            continue
+
+        def block(x_1nD: Tensor, positions: Tensor, members: Sequence[int], attention=attention, moe=moe) -> Tensor:
+            mask = dense_mask(torch.zeros_like(positions))
+            a = attention(x_1nD, rotary_table(positions, model.args.head_dim, model.args.rope_base), mask)
+            y, _ = moe((x_1nD + a)[0], group.flatten()[list(members)])
+            return a + y
+
+        depths = layer.depths
+        x_TD, documents = x.flatten(0, 1), [(b, d) for b, row in enumerate(DOCUMENTS.tolist()) for d in row]
+        router = depths.router[0]
+        normed = x_TD / (x_TD.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        scores = (normed @ router).tolist()
+        if model.training:
+            taken = choose(scores, (group.flatten() >= 0).tolist(), depths.capacity, [range(24)])
+        else:
+            takes = depths.takes(x_TD)[0]
+            taken = {token for token in range(24) if takes[token] and group.flatten()[token] >= 0}
+        x = depth_forward(x_TD, router, taken, documents, POSITIONS.flatten().tolist(), block).view_as(x)
+    return torch.nn.functional.linear(model.norm(x), model.output.weight)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("capacity", [0.05, 0.3, 0.7, 1.0])
+def test_values_and_gradients_are_those_of_the_slow_form(capacity: float, training: bool) -> None:
+    """At 0.05 two tokens are taken, of which a document has none; at 1.0 all that are not padding."""
+    model = make_model(capacity).train(training)
+    tokens, group = draw_tokens()
+    real = (group >= 0)[..., None]
+    weight = torch.randn(3, 8, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * real
+    results = []
+    for form in (lambda: model(tokens, POSITIONS, DOCUMENTS, group)[0], lambda: by_reference(model, tokens, group)):
+        model.zero_grad()
+        logits = form()
+        (logits * weight).sum().backward()
+        results.append((logits * real, {n: p.grad for n, p in model.named_parameters() if "auxiliary" not in n}))
+    (got, gradients), (expected, slow) = results
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    for name, gradient in slow.items():
+        found = gradients[name]
+        assert found is not None
+        torch.testing.assert_close(found, torch.zeros_like(found) if gradient is None else gradient, rtol=0, atol=1e-10)
+    if training:
+        assert slow["layers.0.depths.router"].abs().max() > 1e-6
+
+
+def test_reports_count_and_the_others_pass_unchanged() -> None:
+    model = make_model(0.3)
+    tokens, group = draw_tokens()
+    reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
+    assert [report.depth is not None for report in reports] == [True, False, True]
+    taken = room(0.3, 21)
+    for report in (reports[0], reports[2]):
+        assert (int(report.depth.tokens), int(report.depth.taken)) == (21, taken)
+        assert int(report.sums.tokens_G.sum()) == taken
+    x = torch.randn(24, DIM, dtype=torch.float64)
+    chosen = model.depth_routers()[0](x, group.flatten() >= 0)
+    assert len(chosen.index_C) == room(0.3, 24)  # slots by all tokens, known beforehand; empty beyond those taken
+    assert int(chosen.full_C.sum()) == taken
+    assert chosen.index_C[chosen.full_C].tolist() == sorted(chosen.index_C[chosen.full_C].tolist())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_of_padding_computes_nothing_and_has_zero_gradients(training: bool) -> None:
+    model = make_model(0.3).train(training)
+    tokens, group = draw_tokens()
+    logits, reports = model(tokens, POSITIONS, DOCUMENTS, torch.full_like(group, -1))
+    (logits.sum() + sum(r.depth.auxiliary for r in reports if r.depth and r.depth.auxiliary is not None)).backward()
+    assert logits.isfinite().all()
+    assert model.layers[0].depths.router.grad.abs().max() == 0
+    assert all(int(report.depth.taken) == 0 for report in reports if report.depth is not None)
+
+
+@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
+@torch.no_grad()
+def test_in_evaluation_a_later_token_changes_nothing_before(causal: Causal) -> None:
+    model = make_model(0.3, causal).eval()
+    tokens, _ = draw_tokens()
+    documents, positions = torch.zeros_like(tokens, dtype=torch.int32), torch.arange(8).expand(3, 8)
+
+    def logits(tokens: Tensor) -> Tensor:
+        return model(tokens, positions, documents, (tokens >= 48).to(torch.int64))[0]
+
+    before, moved_in_training = logits(tokens), 0.0
+    for place in range(1, 8):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 7) % VOCAB
+        after = logits(changed)
+        assert (after[:, :place] - before[:, :place]).abs().max() <= 1e-5
+        assert (after[:, place:] - before[:, place:]).abs().max() > 1e-3
+        model.train()
+        moved_in_training += float((logits(changed) - logits(tokens))[:, :place].abs().max())
+        model.eval()
+    assert moved_in_training > 1e-3  # the choice of training does look ahead
+
+
+@pytest.mark.parametrize("parts", [[1] * 8, [5, 1, 1, 1], [8]], ids=str)
+@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
+@torch.no_grad()
+def test_cached_logits_are_the_whole_ones_and_skipped_tokens_leave_no_entry(causal: Causal, parts: list[int]) -> None:
+    model = make_model(0.3, causal).eval()
+    tokens, _ = draw_tokens(1)
+    group = (tokens >= 48).to(torch.int64)
+    positions = torch.arange(8).expand(3, 8)
+    expected, reports = model(tokens, positions, torch.zeros_like(tokens, dtype=torch.int32), group)
+    cache = model.make_cache(3, 8)
+    logits, at = [], 0
+    for length in parts:
+        part = slice(at, at + length)
+        logits.append(model.forward_cached(tokens[:, part], positions[:, part], group[:, part], cache))
+        at += length
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
+    for layer, report in zip(cache.layers, reports, strict=True):
+        taken = 24 if report.depth is None else int(report.depth.taken)
+        assert int(layer.lengths.sum()) == taken
+        assert report.depth is None or 0 < taken < 24
+
+
+def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
+    model = make_model(0.3)
+    tokens, group = draw_tokens()
+    reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
+    counts = depth_counts(reports, None)
+    assert counts is not None
+    loss = depth_auxiliary(reports, counts.tokens_L)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        assert moved == (".depths.auxiliary." in name), name
+    # By hand for the first layer: mean over the real tokens of -log of the probability of what was chosen.
+    x = model.embedding.weight[tokens].flatten(0, 1)
+    depths, real = model.layers[0].depths, group.flatten() >= 0
+    h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    taken = choose((h @ depths.router[0]).tolist(), real.tolist(), 0.3, [range(24)])
+    hidden = h @ depths.auxiliary.inner.T
+    chance = ((hidden * hidden.sigmoid()) @ depths.auxiliary.outer[0]).sigmoid()
+    terms = [-(chance[t] if t in taken else 1 - chance[t]).log() for t in range(24) if real[t]]
+    torch.testing.assert_close(reports[0].depth.auxiliary, torch.stack(terms).sum())
+    assert int(reports[0].depth.agreed) == sum((chance[t] > 0.5) == (t in taken) for t in range(24) if real[t])
+
+
+def test_auxiliary_routers_come_to_agree() -> None:
+    torch.manual_seed(0)
+    router = DepthRouter(DIM, capacity=0.25, causal="auxiliary")
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    optimizer = torch.optim.Adam(router.auxiliary.parameters(), lr=0.02)
+    share = 0.0
+    for _ in range(150):
+        sums = router(torch.randn(256, DIM), torch.ones(256, dtype=torch.bool)).sums
+        optimizer.zero_grad()
+        (sums.auxiliary / 256).backward()
+        optimizer.step()
+        share = float(sums.agreed) / 256
+    assert share > 0.9
+
+
+def test_thresholds_follow_the_last_score_taken() -> None:
+    router = DepthRouter(DIM, capacity=0.5, causal="threshold", threshold_decay=0.75)
+    keeper, expected = DepthThresholds([router]), 0.0
+    for step, (score, tokens) in enumerate([(0.4, 10.0), (0.8, 20.0), (0.0, 0.0), (0.2, 4.0), (0.6, 8.0), (0.9, 1.0)]):
+        keeper(torch.tensor([score * tokens], dtype=torch.float64), torch.tensor([tokens], dtype=torch.float64))
+        if tokens:
+            seen = step + 1 - (step > 2)
+            expected += max(1 / seen, 0.25) * (score - expected)
+        np.testing.assert_allclose(router.threshold.item(), expected, rtol=1e-6)
+    assert router.steps.item() == 5
+    x = torch.randn(40, DIM)
+    torch.nn.init.normal_(router.router)
+    takes, weight = router.eval().takes(x)
+    assert torch.equal(takes, weight > router.threshold)
+    assert torch.equal(router(x, torch.ones(40, dtype=torch.bool)).full_C.sum(), takes.sum())
+
+
+def test_counts_are_none_without_depths() -> None:
+    model = make_transformer(moe_layers=(0,))
+    tokens, group = draw_tokens()
+    assert depth_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None) is None
+    assert DepthCounts._fields == ("tokens_L", "taken_L", "agreed_L", "cut_L")

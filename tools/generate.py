@@ -1,0 +1,208 @@
+"""Samples from a trained run: text that goes on, pictures from captions, captions from pictures. See docs/generation.md."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.generation.causal import causal_faults
+from moe_dist.generation.generate import Generator
+from moe_dist.generation.material import Material, png
+from moe_dist.generation.sampling import Sampling
+from moe_dist.generation.sheet import make_sheet
+from moe_dist.generation.tasks import (
+    Sample,
+    Task,
+    choose_captions,
+    continue_text,
+    describe_picture,
+    draw_captions,
+    run_task,
+)
+from moe_dist.runtime.command_line import run_command
+from moe_dist.trained import choose_device, find_trained
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    run: Path
+    prompt: str | None
+    draw: bool
+    picture: str | None
+    sheet: Path | None
+    captions: int
+    starting: str
+    samples: int
+    tokens: int
+    temperature: float
+    top_p: float
+    guidance: float
+    seed: int
+    step: int | None
+    data: Path | None
+    out: Path
+    device: str
+    as_json: bool
+
+    def check(self) -> None:
+        """Raises: ConfigError: it does not say which of the things to make."""
+        wanted = [
+            name
+            for name, given in (("--prompt", self.prompt), ("--picture", self.picture), ("--sheet", self.sheet))
+            if given is not None
+        ]
+        if not wanted or ("--sheet" in wanted and len(wanted) > 1) or (self.draw and wanted != ["--prompt"]):
+            raise ConfigError(
+                f"{' '.join(wanted) or 'nothing'}{' --draw' if self.draw else ''}: give --prompt (text to go on with), "
+                "--prompt with --draw (a caption to draw), --picture (to be described; a --prompt begins the caption), or "
+                "--sheet alone"
+            )
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to go on with; or, with --draw, a caption.")] = None,
+    draw: Annotated[bool, typer.Option("--draw", help="Draw the prompt.")] = False,
+    picture: Annotated[
+        str | None, typer.Option(help="Picture to describe: a file, or the number of a held-out one.")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to make: drawings of held-out captions.")] = None,
+    captions: Annotated[int, typer.Option(min=1, help="Captions of the sheet, chosen at random by the seed.")] = 40,
+    starting: Annotated[str, typer.Option(help="What these captions start with.")] = "",
+    samples: Annotated[int, typer.Option(min=1, max=4096, help="Samples of each prompt.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a text or caption.")] = 48,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach this probability.")] = 0.95,
+    guidance: Annotated[float, typer.Option(help="How closely a drawing follows its caption; 1 is the model's own.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Of all draws.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path("generated"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each sample, with its tokens.")] = False,
+) -> None:
+    """Samples from a trained run."""
+    try:
+        _generate(
+            Options(
+                run,
+                prompt,
+                draw,
+                picture,
+                sheet,
+                captions,
+                starting,
+                samples,
+                tokens,
+                temperature,
+                top_p,
+                guidance,
+                seed,
+                step,
+                data,
+                out,
+                device,
+                as_json,
+            )
+        )
+    except MoeDistError as error:
+        print(f"generate: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _generate(options: Options) -> None:
+    """Everything that can be refused is, before the model is loaded."""
+    options.check()
+    device = choose_device(options.device)
+    trained = find_trained(
+        options.run, step=options.step, data=options.data, allow=lambda config: causal_faults(config.model)
+    )
+    model = trained.config.model
+    material = Material(trained.config.data.path, trained.manifest, vocab_size=model.vocab_size)
+    task, labels = _task(options, material)
+    task.check(model.max_seq_len)
+    generator = Generator(
+        trained.load(device),
+        material.grammar,
+        group_of_modality=trained.group_of_modality,
+        max_seq_len=model.max_seq_len,
+    )
+    samples = run_task(task, generator, material)
+    if options.sheet is not None:
+        _write_sheet(options, options.sheet, labels, samples)
+        return
+    for number, (label, sample) in enumerate(zip(labels, samples, strict=True)):
+        _show(options, label, sample, number)
+
+
+def _task(options: Options, material: Material) -> tuple[Task, list[str]]:
+    """What to do, and a label for each of its prompts."""
+    drawing = Sampling(options.temperature, options.top_p)
+    many = {"samples": options.samples, "sampling": drawing, "seed": options.seed}
+    if options.sheet is not None or options.draw:
+        captions = [options.prompt or ""]
+        if options.sheet is not None:
+            captions = choose_captions(material.heldout(), options.captions, starting=options.starting, seed=options.seed)
+        labels = [caption for caption in captions for _ in range(options.samples)]
+        return draw_captions(material, captions, guidance=options.guidance, **many), labels
+    labels = [options.prompt or ""] * options.samples
+    if options.picture is None:
+        return continue_text(material, options.prompt or "", tokens=options.tokens, **many), labels
+    codes = _codes(options.picture, material)
+    return describe_picture(material, codes, options.prompt or "", tokens=options.tokens, **many), labels
+
+
+def _codes(picture: str, material: Material) -> np.ndarray:
+    """Of a file, or of a held-out picture by its number."""
+    if not picture.isdecimal() or Path(picture).is_file():
+        return material.read_picture(Path(picture))
+    heldout = material.heldout()
+    if int(picture) >= len(heldout):
+        raise ConfigError(f"--picture {picture}: there are {len(heldout)} held-out pictures, 0 to {len(heldout) - 1}")
+    print(f"held-out picture {picture}, whose caption is {heldout[int(picture)].caption!r}", file=sys.stderr)
+    return heldout[int(picture)].codes
+
+
+def _show(options: Options, label: str, sample: Sample, number: int) -> None:
+    """Prints a sample, and writes its pictures."""
+    files = [options.out / f"sample_{number}_{index}.png" for index in range(len(sample.pictures))]
+    for file, picture in zip(files, sample.pictures, strict=True):
+        _write(file, png(picture))
+    if options.as_json:
+        record = {"prompt": label, "text": sample.text, "pictures": [str(file) for file in files]}
+        print(json.dumps({**record, "tokens": sample.tokens, "modalities": sample.modalities}))
+        return
+    if not options.draw:
+        print(f"{label}{sample.text}")
+    for file in files:
+        print(f"{file}: {label}" if options.draw else file)
+
+
+def _write_sheet(options: Options, path: Path, labels: list[str], samples: list[Sample]) -> None:
+    """All drawings of a caption side by side."""
+    each = options.samples
+    rows = [
+        (labels[first], [sample.pictures[0] for sample in samples[first : first + each]])
+        for first in range(0, len(samples), each)
+    ]
+    _write(path, make_sheet(rows, columns=max(1, 8 // each)))
+    print(f"{path}: {each} drawings of each of {len(rows)} held-out captions")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
+
+
+if __name__ == "__main__":
+    run_command(main)
