@@ -134,10 +134,11 @@ class TopKRouterSection(Section):
         default="top_k",
         description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
     )
-    normalise: Literal["true_chosen", "all_chosen", "none"] = Field(
+    normalise: Literal["true_chosen", "all_chosen", "all_true", "none"] = Field(
         default="true_chosen",
         description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
-        "experts, or the plain softmax over the whole group.",
+        "experts, over all true experts of the group, chosen or not (not with free experts), or the plain softmax over the "
+        "whole group.",
     )
     scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
     selection_bias: bool = Field(
@@ -177,6 +178,23 @@ class MoESection(Section):
     shared_ffn_dim: Count = Field(
         default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
     )
+    shared_gate: bool = Field(
+        default=False, description="Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."
+    )
+
+    def broken_relations(self) -> list[Relation]:
+        broken = []
+        if self.shared_gate and not self.shared_ffn_dim:
+            fault = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
+            broken.append(Relation(("shared_gate", "shared_ffn_dim"), fault))
+        free = [name for name, group in self.groups.items() if group.num_identity or group.num_constant]
+        if self.router.normalise == "all_true" and free:
+            fault = (
+                f"router.normalise=all_true leaves the free experts of group {free[0]!r} without a weight; take "
+                "another, or set num_identity and num_constant to 0"
+            )
+            broken.append(Relation(("router.normalise", f"groups.{free[0]}"), fault))
+        return broken
 
 
 class ModelSection(Section):
@@ -195,6 +213,10 @@ class ModelSection(Section):
     qk_norm: Literal["none", "head", "full"] = Field(
         default="none",
         description="RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE).",
+    )
+    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
+        default="none",
+        description="Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too.",
     )
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")

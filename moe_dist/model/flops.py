@@ -24,6 +24,8 @@ class Shape:
         dense_ffn_dim: FFN width of the other layers.
         shared_ffn_dim: Width of the shared expert of each MoE layer; 0 for none.
         groups: Expert groups.
+        shared_gate: Whether a sigmoid of one number a token scales the shared expert.
+        attention_bias: Which of the attention's projections have a bias.
     """
 
     hidden_dim: int
@@ -38,6 +40,8 @@ class Shape:
     qk_norm: Literal["none", "head", "full"]
     tie_embeddings: bool
     groups: Sequence[ExpertGroup]
+    shared_gate: bool = False
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
 
     @property
     def num_dense_layers(self) -> int:
@@ -86,13 +90,14 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     heads, kv_heads = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     projections = dim * (2 * heads + 2 * kv_heads)
     qk_norms = {"none": 0, "head": 2 * s.head_dim, "full": heads + kv_heads}[s.qk_norm]
+    biases = {"none": 0, "qkv": heads + 2 * kv_heads, "qkvo": heads + 2 * kv_heads + dim}[s.attention_bias]
     return Parts(
         embedding=s.vocab_size * dim,
-        attention=s.num_layers * (projections + qk_norms),
+        attention=s.num_layers * (projections + qk_norms + biases),
         router=s.num_moe_layers * dim * sum(g.num_columns for g in s.groups),
         experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
         free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
-        shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,
+        shared=s.num_moe_layers * dim * (3 * s.shared_ffn_dim + s.shared_gate),
         dense_ffn=s.num_dense_layers * 3 * dim * s.dense_ffn_dim,
         norms=dim * (2 * s.num_layers + 1),
         output=0 if s.tie_embeddings else s.vocab_size * dim,

@@ -8,6 +8,7 @@ capacity drops. Free choices (identity, constant) leave as weights of their own,
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from moe_dist.moe.routing import (
 )
 from moe_dist.placement.placement import ExpertGroup
 
-Normalise = Literal["true_chosen", "all_chosen", "none"]
+Normalise = Literal["true_chosen", "all_chosen", "all_true", "none"]
 KINDS = ("true", "null", "identity", "constant")  # the order of a group's own columns
 
 
@@ -68,7 +69,8 @@ class TopKRouter(nn.Module):
         hidden_dim: D.
         groups: All groups, in logical order.
         normalise: Weights are a softmax over the chosen experts that are not null (AdaMoE's own), over all chosen experts
-            with the null ones left out afterwards, or the plain softmax over the group.
+            with the null ones left out afterwards, over all true experts of the group whether chosen or not (for families
+            that do not renormalise, with null experts beside; not with free ones), or the plain softmax over the group.
         scale: Factor on every weight.
         selection_bias: Choose by softmax + bias instead of by logits; weights never see the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). It starts at 0.
@@ -197,6 +199,10 @@ class TopKRouter(nn.Module):
         kept_TK = chosen.valid_TK & ~chosen.null_TK
         if self.normalise == "none":
             weight_TK = probs_TC.gather(1, chosen.column_TK)
+        elif self.normalise == "all_true":
+            # Over the true columns alone, not a part of a wider softmax: the bits are those of a router without null rows.
+            true_TE = masked_TC[:, : self.num_experts].softmax(dim=-1)
+            weight_TK = true_TE.gather(1, chosen.column_TK.clamp_max(self.num_experts - 1))
         else:
             among_TK = kept_TK if self.normalise == "true_chosen" else chosen.valid_TK
             weight_TK = _softmax_among(masked_TC.gather(1, chosen.column_TK), among_TK)
@@ -256,5 +262,7 @@ def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
-    # The largest exponential is 1, so the sum is at least 1 wherever anything is marked.
-    return exp_TK / exp_TK.sum(-1, keepdim=True).clamp_min(0.5)
+    # One place after the other: the zeros of null choices then change no bit, wherever they stand (a reduction over K adds
+    # in an order that depends on K). The largest exponential is 1, so the sum is at least 1 wherever anything is marked.
+    sum_T = reduce(torch.add, exp_TK.unbind(-1))
+    return exp_TK / sum_T[:, None].clamp_min(0.5)
