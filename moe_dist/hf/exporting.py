@@ -226,7 +226,8 @@ def _fields(section: ModelSection, family: Family, like: Path | None, dtypes: Se
     said = write_fields(section, family)
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
-    for fields in (base, {**base, **said}, {**inert, **said}):
+    of_family = base if base.get("model_type") == family.name else inert
+    for fields in (base, {**of_family, **said}, {**inert, **said}):
         if _says(fields, section, family):
             keys = [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype", "dtype"]
             return {**fields, **dict.fromkeys(keys, dtype)}

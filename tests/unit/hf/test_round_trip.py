@@ -43,11 +43,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     theirs = save(tiny_model(kind, dtype=torch.bfloat16), tmp_path / "theirs")
     done = import_model(theirs, tmp_path / "ours", shard_bytes=5000)
-    assert (done.converted, list(done.unread), done.kept) == (
-        {"BF16": len(tensors_of(theirs))},
-        [],
-        0,
-    ) or done.family == "llama"
+    assert (done.converted, list(done.unread), done.kept) == ({"BF16": len(tensors_of(theirs))}, [], 0)
     assert done.shards > 3  # tensors are cut
     out = export_model(tmp_path / "ours", tmp_path / "back", shard_bytes=9000)
     assert out.shards > 1
@@ -105,7 +101,8 @@ def test_transformers_loads_what_is_written_without_the_original(tmp_path: Path,
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     ids = torch.arange(24).view(2, 12)
-    assert float((again(ids).logits - model(ids).logits).abs().max()) < 1e-4
+    with torch.no_grad():
+        assert float((again(ids).logits - model(ids).logits).abs().max()) < 1e-4
 
 
 def test_a_model_that_no_family_can_hold_is_refused_with_reasons(tmp_path: Path) -> None:
