@@ -134,11 +134,10 @@ class TopKRouterSection(Section):
         default="top_k",
         description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
     )
-    normalise: Literal["true_chosen", "all_chosen", "all_true", "none"] = Field(
+    normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = Field(
         default="true_chosen",
         description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
-        "experts, over all true experts of the group, chosen or not (not with free experts), or the plain softmax over the "
-        "whole group.",
+        "experts, over all experts that are not null, chosen or not, or the plain softmax over the whole group.",
     )
     scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
     selection_bias: bool = Field(
@@ -183,18 +182,10 @@ class MoESection(Section):
     )
 
     def broken_relations(self) -> list[Relation]:
-        broken = []
-        if self.shared_gate and not self.shared_ffn_dim:
-            fault = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
-            broken.append(Relation(("shared_gate", "shared_ffn_dim"), fault))
-        free = [name for name, group in self.groups.items() if group.num_identity or group.num_constant]
-        if self.router.normalise == "all_true" and free:
-            fault = (
-                f"router.normalise=all_true leaves the free experts of group {free[0]!r} without a weight; take "
-                "another, or set num_identity and num_constant to 0"
-            )
-            broken.append(Relation(("router.normalise", f"groups.{free[0]}"), fault))
-        return broken
+        if not self.shared_gate or self.shared_ffn_dim:
+            return []
+        fault = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
+        return [Relation(("shared_gate", "shared_ffn_dim"), fault)]
 
 
 class ModelSection(Section):

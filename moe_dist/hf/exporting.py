@@ -37,7 +37,7 @@ from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.progress import Report
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
-from moe_dist.moe.copy_init import folded_top_k
+from moe_dist.moe.copy_init import folded_choices, uneven_twins
 
 SHARD_BYTES = 2 << 30
 
@@ -130,6 +130,8 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
     if group.num_identity or group.num_constant:
         free = f"num_identity={group.num_identity}, num_constant={group.num_constant}"
         faults.append(f"model.moe.groups.{name}: {free}: no known family has identity or constant experts")
+    if moe.router.kind != "top_k":
+        raise ConfigError(f"model.moe.router.kind={moe.router.kind}: known families choose by top-k")
     if moe.router.selection_bias:
         faults.append("model.moe.router.selection_bias=true: no known family chooses by a bias")
     if moe.router.scale != 1.0:
@@ -139,7 +141,7 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
     top_k, normalise = group.top_k, moe.router.normalise
     if group.num_null:
         top_k = _folded(model, reader)
-    if normalise == "all_true" or group.num_experts == 1:
+    if normalise == "true_all" or group.num_experts == 1:
         normalise = "none" if group.num_experts > 1 else "true_chosen"
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
     router = moe.router.model_copy(update={"normalise": normalise})
@@ -155,12 +157,10 @@ def _folded(model: ModelSection, reader: "_Reader") -> int:
     ((name, group),) = model.moe.groups.items()
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
     out = "no family has null experts; they can be left out only where they are copies of true rows, as after an import"
-    if model.moe.router.normalise not in ("true_chosen", "all_true"):
+    if model.moe.router.normalise not in ("true_chosen", "true_all"):
         raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={model.moe.router.normalise}")
-    try:
-        top_k = folded_top_k(top_k=group.top_k, num_experts=group.num_experts, num_null=group.num_null)
-    except ValueError as error:
-        raise ConfigError(f"{key}: {out}: {error}") from error
+    if fault := uneven_twins(group.num_experts, group.num_null):
+        raise ConfigError(f"{key}: {out}: {fault}")
     for layer in model.moe_layers:
         true, null = (reader.read(router_name(model, layer, kind)) for kind in ("true", "null"))
         if not torch.equal(null, true.repeat(group.num_null // group.num_experts, 1)):
@@ -168,7 +168,7 @@ def _folded(model: ModelSection, reader: "_Reader") -> int:
                 f"{key}: {out}; in layer {layer} they are not. The number of experts that a token takes is learned there, "
                 "and would be lost; export a model that was trained with num_null=0"
             )
-    return top_k
+    return folded_choices(group.num_experts, group.num_null, group.top_k)
 
 
 def _family(section: ModelSection, name: str | None, *, must: bool) -> Family:

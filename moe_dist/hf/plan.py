@@ -17,7 +17,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.families import GROUP, Family
 from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.source import Source
-from moe_dist.moe.copy_init import kept_choices
+from moe_dist.moe.copy_init import identity_choices, uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
 
 ITEMSIZE = torch.float32.itemsize  # checkpoints hold fp32 master weights
@@ -126,7 +126,7 @@ def changed_section(section: Mapping[str, Any], family: Family, options: Options
     if options.null_experts:
         group |= _with_nulls(group, options)
         if router["normalise"] == "none":  # a softmax over n + m columns would make every weight smaller
-            router["normalise"] = "all_true"
+            router["normalise"] = "true_all"
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
     group["modalities"] = options.modalities
@@ -136,10 +136,9 @@ def changed_section(section: Mapping[str, Any], family: Family, options: Options
 
 def _with_nulls(group: Mapping[str, Any], options: Options) -> dict[str, int]:
     num, null, top_k = group["num_experts"], options.null_experts, group["top_k"]
-    try:
-        allowed = kept_choices(top_k=top_k, num_experts=num, num_null=null)
-    except ValueError as error:
-        raise ConfigError(f"--null-experts={null}: {error}") from error
+    if fault := uneven_twins(num, null):
+        raise ConfigError(f"--null-experts={null}: {fault}")
+    allowed = identity_choices(num, null, top_k)
     if options.top_k is None or options.top_k not in allowed:
         raise ConfigError(
             f"--top-k={options.top_k}: with {null} null experts beside {num} true ones, top-{top_k} stays as it was for "

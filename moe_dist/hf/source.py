@@ -95,7 +95,7 @@ class Source:
         """
         stored = self.tensors[name]
         tensor = torch.empty(tuple(shape), dtype=DTYPES[stored.dtype])
-        view = memoryview(tensor.flatten().view(torch.uint8).numpy())
+        view = tensor.flatten().view(torch.uint8).numpy().data
         at, path = stored.begin + begin * tensor.element_size(), self.folder / stored.file
         try:
             with path.open("rb", buffering=0) as stream:

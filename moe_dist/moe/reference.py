@@ -52,8 +52,9 @@ def weights_of(
     kept = [column for column in chosen if column < num_true or column >= first_free]
     if normalise == "none":
         return {column: logits_C.softmax(0)[column] for column in kept}
-    if normalise == "all_true":
-        return {column: logits_C[:num_true].softmax(0)[column] for column in kept}
+    if normalise == "true_all":
+        not_null = [column for column in range(len(logits_C)) if column < num_true or column >= first_free]
+        return {column: logits_C[column].exp() / logits_C[not_null].exp().sum() for column in kept}
     among = kept if normalise == "true_chosen" else list(chosen)
     return {column: logits_C[column].exp() / logits_C[among].exp().sum() for column in kept}
 

@@ -27,7 +27,7 @@ from moe_dist.moe.routing import (
 )
 from moe_dist.placement.placement import ExpertGroup
 
-Normalise = Literal["true_chosen", "all_chosen", "all_true", "none"]
+Normalise = Literal["true_chosen", "all_chosen", "true_all", "none"]
 KINDS = ("true", "null", "identity", "constant")  # the order of a group's own columns
 
 
@@ -69,8 +69,8 @@ class TopKRouter(nn.Module):
         hidden_dim: D.
         groups: All groups, in logical order.
         normalise: Weights are a softmax over the chosen experts that are not null (AdaMoE's own), over all chosen experts
-            with the null ones left out afterwards, over all true experts of the group whether chosen or not (for families
-            that do not renormalise, with null experts beside; not with free ones), or the plain softmax over the group.
+            with the null ones left out afterwards, over all true experts, chosen or not (free experts, where there are
+            any, among them), or the plain softmax over the group.
         scale: Factor on every weight.
         selection_bias: Choose by softmax + bias instead of by logits; weights never see the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). It starts at 0.
@@ -199,14 +199,20 @@ class TopKRouter(nn.Module):
         kept_TK = chosen.valid_TK & ~chosen.null_TK
         if self.normalise == "none":
             weight_TK = probs_TC.gather(1, chosen.column_TK)
-        elif self.normalise == "all_true":
-            # Over the true columns alone, not a part of a wider softmax: the bits are those of a router without null rows.
-            true_TE = masked_TC[:, : self.num_experts].softmax(dim=-1)
-            weight_TK = true_TE.gather(1, chosen.column_TK.clamp_max(self.num_experts - 1))
+        elif self.normalise == "true_all":
+            weight_TK = self._true_probs(masked_TC).gather(1, chosen.column_TK)
         else:
             among_TK = kept_TK if self.normalise == "true_chosen" else chosen.valid_TK
             weight_TK = _softmax_among(masked_TC.gather(1, chosen.column_TK), among_TK)
         return self.scale * torch.where(kept_TK, weight_TK, 0.0)
+
+    def _true_probs(self, masked_TC: Tensor) -> Tensor:
+        """Softmax over the group's columns that are not null, [T, C]; 0 for null ones. Without null columns, the bits of
+        the softmax over all: the same kernel over as many columns."""
+        true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_free), dim=1)
+        # Contiguous, so that the bits cannot depend on how wide the row was that the true columns were cut from.
+        kept = torch.cat([true_TE, free_TF], dim=1).softmax(-1)
+        return torch.cat([kept[:, : self.num_experts], torch.zeros_like(null_TN), kept[:, self.num_experts :]], dim=1)
 
     def _free_weights(self, weight_TK: Tensor, chosen: _Chosen) -> Tensor | None:
         if not self.num_free:
@@ -262,7 +268,8 @@ def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
-    # One place after the other: the zeros of null choices then change no bit, wherever they stand (a reduction over K adds
-    # in an order that depends on K). The largest exponential is 1, so the sum is at least 1 wherever anything is marked.
-    sum_T = reduce(torch.add, exp_TK.unbind(-1))
-    return exp_TK / sum_T[:, None].clamp_min(0.5)
+    # One after the other: a sum over K has an order of its own for each K, and entries that are 0 must change no bit, so
+    # that a token's weights do not depend on how many null choices stand between its true ones.
+    total_T1 = reduce(torch.add, exp_TK.split(1, dim=-1))
+    # The largest exponential is 1, so the sum is at least 1 wherever anything is marked.
+    return exp_TK / total_T1.clamp_min(0.5)

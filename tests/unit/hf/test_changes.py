@@ -9,7 +9,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import Options
-from moe_dist.moe.copy_init import folded_top_k, kept_choices
+from moe_dist.moe.copy_init import folded_choices, identity_choices
 from tests.support.imported import load_imported, logits_of, manager
 from tests.support.tiny_hf import save, tiny_model
 from tests.unit.hf.test_round_trip import assert_same, tensors_of
@@ -72,8 +72,8 @@ def test_the_range_of_choices_by_trying_every_one() -> None:
         for twins in (0, 1, 2, 5):
             run = [(expert, twin) for expert in range(10) for twin in range(twins + 1)]
             fitting = [k for k in range(len(run)) if {e for e, twin in run[:k] if twin == 0} == set(range(top_k))]
-            assert list(kept_choices(top_k=top_k, num_experts=10, num_null=10 * twins)) == fitting
-            assert {folded_top_k(top_k=k, num_experts=10, num_null=10 * twins) for k in fitting} == {top_k}
+            assert list(identity_choices(10, 10 * twins, top_k)) == fitting
+            assert {folded_choices(10, 10 * twins, k) for k in fitting} == {top_k}
 
 
 def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def gate_rows(router: TopKRouter, group: ExpertGroup) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("groups", "normalise"), list(product([(TEXT, IMAGE), (PLAIN,)], ["true_chosen", "all_chosen", "all_true", "none"]))
+    ("groups", "normalise"), list(product([(TEXT, IMAGE), (PLAIN,)], ["true_chosen", "all_chosen", "true_all", "none"]))
 )
 def test_pairs_and_weights_equal_the_oracle(groups: tuple[ExpertGroup, ...], normalise: str) -> None:
     router = make_router(*groups, normalise=normalise, scale=1.5)
