@@ -10,6 +10,7 @@ from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import Options
 from moe_dist.moe.copy_init import folded_choices, identity_choices
+from tests.support.agreement import assert_agree
 from tests.support.imported import load_imported, logits_of, manager
 from tests.support.tiny_hf import save, tiny_model
 from tests.unit.hf.test_round_trip import assert_same, tensors_of
@@ -128,3 +129,17 @@ def test_a_dense_model_has_no_gate_rows_to_copy(tmp_path: Path) -> None:
     theirs = save(tiny_model("llama"), tmp_path / "theirs")
     with pytest.raises(ConfigError, match="a dense model has none"):
         import_model(theirs, tmp_path / "ours", Options(null_experts=4, top_k=4, experts=4, experts_top_k=2))
+
+
+def test_the_shape_of_smollm2(tmp_path: Path) -> None:
+    """SmolLM2-135M's config.json with random weights, 2 of its 30 layers: all else, vocabulary included, is its own."""
+    import transformers
+
+    theirs = save(tiny_model("smollm2", num_hidden_layers=2, dtype=torch.bfloat16), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours")
+    ours, _ = logits_of(load_imported(tmp_path / "ours")[0], TOKENS[:1, :12])
+    # Loaded anew: a model that was moved to bfloat16 keeps rounded rotary frequencies when it is moved back.
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKENS[:1, :12]).logits
+    assert_agree({"logits": ours.numpy()}, {"logits": expected.numpy()})
