@@ -82,12 +82,13 @@ def connect(address: str) -> "JobSubmissionClient":
         PlacementError: nobody answers at the address.
     """
     try:
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise ConfigError("Ray is not installed here: pip install -e '.[ray]'", see="docs/ray.md") from error
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # without http:// Ray takes it for that of a GCS
         raise PlacementError(
             f"--submit {address}: {str(error).splitlines()[0]}; it must be the address of the dashboard, as "
             "http://127.0.0.1:8265 on the head",

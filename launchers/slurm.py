@@ -18,7 +18,7 @@ import typer
 
 from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
 from launchers.slurm_allocation import SlurmError, ask
-from launchers.slurm_script import PROGRAM, parts, script
+from launchers.slurm_script import PROGRAM, output_pattern, parts, script
 from launchers.snapshot import CLONE, read_sweep, take_snapshot
 from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster
 from moe_dist.config.load import load_config
@@ -56,7 +56,6 @@ class Submission:
     sweep: tuple[tuple[str, ...], ...]
     folder: Path
     snapshot: Path
-    output: str
     text: str
 
 
@@ -85,12 +84,12 @@ def prepare(
     tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan)
     name = time.strftime("%Y%m%dT%H%M%S-") + os.urandom(3).hex()
     snapshot = folder / "slurm" / name
-    output = str(folder / "slurm" / ("slurm-%A_%a.out" if tasks else "slurm-%j.out"))
+    output = output_pattern(folder / "slurm", array=bool(tasks))
     exports = {"MOE_DIST_SNAPSHOT": str(snapshot), "MOE_DIST_PYTHON": sys.executable}
     if tuple(program) != TRAIN:
         exports[PROGRAM] = shlex.join(program)
     text = script(plan, cluster, name=config.run.name, output=output, exports=exports)
-    return Submission(config, cluster, plan, tasks, folder, snapshot, output, text)
+    return Submission(config, cluster, plan, tasks, folder, snapshot, text)
 
 
 def submit(job: Submission, options: Sequence[str] = ()) -> str:
@@ -189,6 +188,10 @@ def main(
         options = _options(limit, dependency)
         if limit is not None:
             site = site.model_copy(update={"time": limit})
+            if broken := site.broken_relations():
+                raise ConfigError([f"--time={limit}: {relation.fault}" for relation in broken])
+        if array is not None and overwrite:
+            raise ConfigError("--overwrite: goes with one run, not with --array; move the sweep's folder aside by hand")
         sweep = read_sweep(array) if array is not None else []
         job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))
         if dry_run:
@@ -206,16 +209,23 @@ def main(
 
 def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None:
     """Submits and says what was submitted; a finished run shows its summary instead."""
-    folder = RunFolder.of(job.config)
+    folder, old = RunFolder.of(job.config), None
     if not job.sweep:
-        if overwrite and (old := folder.move_aside()) is not None:
-            print(f"{folder.path} moved to {old}", file=sys.stderr)
+        old = folder.move_aside() if overwrite else None
         if folder.inspect(job.config) is Start.FINISHED:
             print(folder.read_summary())
             return
-    number = submit(job, options)
+    try:
+        number = submit(job, options)
+    except MoeDistError:
+        if old is not None:
+            folder.put_back(old)
+        raise
+    if old is not None:
+        print(f"{folder.path} moved to {old}", file=sys.stderr)
     print(f"job {number}")
-    print(f"output    {job.output.replace('%j', number).replace('%A', number).replace('%a', '<task>')}")
+    output = f"slurm-{number}_<task>.out" if job.sweep else f"slurm-{number}.out"
+    print(f"output    {job.folder / 'slurm' / output}")
     print(f"ranks     {job.folder / ('<task>/log' if job.sweep else 'log')}/rank_<rank>.log")
     print(f"snapshot  {job.snapshot}")
     print(job.plan.table())

@@ -20,8 +20,8 @@ import typer
 from launchers.command import TRAIN, JobPlan, Plan, absolute_paths, plan_job, published_rendezvous, rank_commands
 from launchers.restart import Ended, committed_step, exhausted
 from launchers.slurm_allocation import Allocation, differences, hosts_of
-from launchers.slurm_script import PROGRAM, rank_table, sbatch_line, script, srun_command
-from launchers.slurm_step import STOPPED, Job, conclude, run_step, start_again
+from launchers.slurm_script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
+from launchers.slurm_step import STOPPED, Job, conclude, held, run_step, start_again
 from launchers.snapshot import Snapshot, take_snapshot
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -98,7 +98,7 @@ def _take_snapshot(job: Job, config: Config, cluster: Cluster, *, plan: JobPlan,
     snapshot = take_snapshot(place, config, cluster, clone=Path.cwd())
     exports = {"MOE_DIST_SNAPSHOT": str(place), "MOE_DIST_PYTHON": sys.executable}
     exports |= {PROGRAM: env[PROGRAM]} if PROGRAM in env else {}
-    output = str(place.parent / "slurm-%j.out")
+    output = output_pattern(place.parent)
     snapshot.script.write_text(script(plan, cluster, name=config.run.name, output=output, exports=exports))
     pointer = job.submitted / ".moe_dist" / f"job_{job.id}"
     try:
@@ -126,6 +126,12 @@ def _program(env: dict[str, str]) -> tuple[str, ...]:
     return tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
 
 
+def visible_folders(config: Config, snapshot: Snapshot) -> list[str]:
+    """What a container must see under its own name. Weights to begin with may be gone by the time a run goes on."""
+    begin = [config.run.init_from] if config.run.init_from is not None and Path(config.run.init_from).exists() else []
+    return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
+
+
 def _step(
     job: Job,
     snapshot: Snapshot,
@@ -147,11 +153,11 @@ def _step(
         attempt=job.restarts,
         attempt_id=job.attempt_id,
         grace_seconds=cluster.signal_seconds,
-        python=cluster.python or (sys.executable if cluster.container.kind == "none" else "python3"),
+        python=interpreter(cluster),
         program=program,
         hosts=hosts,
     )
-    visible = list(dict.fromkeys([str(folder.path), str(snapshot.folder), config.data.path]))
+    visible = visible_folders(config, snapshot)
     text = rank_table(
         rank_commands(rank_plan),
         cluster,
@@ -163,7 +169,8 @@ def _step(
     )
     table = snapshot.folder / f"job_{job.id}_{job.restarts}.sh"
     write_atomically(table, text)
-    return srun_command(plan, cluster, table=table, node_env=snapshot.code / "slurm" / "node_env.sh", visible=visible)
+    node_env = snapshot.code / "slurm" / "node_env.sh"
+    return srun_command(plan, cluster, table=table, node_env=node_env, visible=visible, hold=held(cluster))
 
 
 def main(

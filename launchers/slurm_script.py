@@ -3,6 +3,7 @@ the table from which each task learns its rank. Pure functions of the plan and t
 """
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def site_options(cluster: Cluster) -> list[str]:
     """Options of sbatch that come from the site; every part of a heterogeneous job repeats them."""
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
     options = [f"{option}={value}" for option, value in named.items() if value is not None]
-    return [*options, f"--signal={STOP_SIGNAL}@{cluster.signal_seconds}"]
+    return [*options, f"--signal={STOP_SIGNAL}@{cluster.signal_seconds}", *cluster.options]
 
 
 def sbatch_line(job: JobPlan, cluster: Cluster, arguments: Sequence[str]) -> str:
@@ -97,10 +98,24 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
     return "\n".join(["#!/bin/bash", "\n#SBATCH hetjob\n".join(headers), _export(exports), *body, ""])
 
 
-def srun_command(job: JobPlan, cluster: Cluster, *, table: Path, node_env: Path, visible: Sequence[str]) -> list[str]:
+def output_pattern(folder: Path, *, array: bool = False) -> str:
+    """Path of a job's output, with what Slurm replaces in it; a % of the folder's own stays one."""
+    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
+
+
+def srun_command(
+    job: JobPlan,
+    cluster: Cluster,
+    *,
+    table: Path,
+    node_env: Path,
+    visible: Sequence[str],
+    hold: Sequence[str] = HOLD_SIGNALS,
+) -> list[str]:
     """The step that starts one task for each rank.
 
     Args:
+        hold: Words before a command that begin it with its stop signals blocked.
         table: As `rank_table` wrote it.
         node_env: slurm/node_env.sh of the snapshot.
         visible: Folders that a container must see under their own names.
@@ -109,12 +124,11 @@ def srun_command(job: JobPlan, cluster: Cluster, *, table: Path, node_env: Path,
     command = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER_SECONDS}", "--input=none", "--export=ALL"]
     if others:
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")
+        # Since 22.05 srun does not take it from the job.
+        command += [] if cluster.cpus_per_rank is None else [f"--cpus-per-task={cluster.cpus_per_rank}"]
     else:
         command += [option for option in part_options(first, job, cluster) if option.startswith(("--n", "--cpus"))]
-    if isinstance(cluster.container, PyxisContainer):
-        mounts = [*(f"{folder}:{folder}" for folder in visible), *cluster.container.mounts]
-        command += [f"--container-image={cluster.container.image}", f"--container-mounts={','.join(mounts)}"]
-    return [*command, *HOLD_SIGNALS, "bash", str(node_env), str(table)]
+    return [*command, *pyxis_options(cluster, visible), *hold, "bash", str(node_env), str(table)]
 
 
 def rank_table(
@@ -160,6 +174,24 @@ def rank_table(
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(commands[0].argv)})", ""])
+
+
+def interpreter(cluster: Cluster) -> str:
+    """Python on the nodes: the cluster file's, else the one that runs this; a container has its own."""
+    return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
+
+
+def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
+    """Options of srun for pyxis; none for other containers.
+
+    Args:
+        visible: Folders that the container must see under their own names.
+    """
+    container = cluster.container
+    if not isinstance(container, PyxisContainer):
+        return []
+    mounts = [*(f"{folder}:{folder}" for folder in visible), *container.mounts]
+    return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
 
 
 def container_prefix(cluster: Cluster, visible: Sequence[str], code: Path) -> list[str]:

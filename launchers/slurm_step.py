@@ -13,7 +13,9 @@ from pathlib import Path
 from launchers.attempts import last_words
 from launchers.restart import committed_step
 from launchers.slurm_allocation import SlurmError, ask
+from launchers.slurm_script import HOLD_SIGNALS
 from launchers.snapshot import Snapshot
+from moe_dist.config.cluster import Cluster, PyxisContainer
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 
@@ -65,6 +67,15 @@ class Job:
             match = re.search(r"JobState=(\S+)", ask("scontrol", "--oneliner", "show", "job", self.id))
             return match[1] if match else ""
         return ""
+
+
+def held(cluster: Cluster) -> tuple[str, ...]:
+    """`HOLD_SIGNALS` where this node's `env` can; else nothing (coreutils before 8.31, as on RHEL 8): a signal that comes
+    before a rank has its handlers then ends it unsaved. The `env` of a pyxis container cannot be asked from here."""
+    if isinstance(cluster.container, PyxisContainer):
+        return HOLD_SIGNALS
+    can = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
+    return HOLD_SIGNALS if can else ()
 
 
 def run_step(command: Sequence[str]) -> tuple[int, list[str]]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from moe_dist.config.draft import draft
-from moe_dist.config.schema import Count, Name, PathText, Section
+from moe_dist.config.schema import Count, Name, PathText, Relation, Section
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 
@@ -25,9 +25,19 @@ GUIDE = "docs/scaling.md"
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
+OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
 LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
+Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
+# What the launcher says by itself, from the plan, the run and the other keys of the cluster file.
+LAUNCHERS_OPTIONS = frozenset(
+    (
+        *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "export", "gpus", "gres"),
+        *("gpus-per-node", "hetjob", "input", "job-name", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode"),
+        *("output", "parsable", "partition", "qos", "requeue", "signal", "test-only", "time", "wait", "wrap"),
+    )
+)
 Line = Annotated[str, Field(pattern=LINE_PATTERN)]
 
 
@@ -81,6 +91,10 @@ class Cluster(Section):
     account: SiteName | None = Field(default=None, description="Slurm account that pays.")
     partition: SiteName | None = Field(default=None, description="Slurm partition; null is the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
+    options: tuple[Option, ...] = Field(
+        default=(),
+        description="Further options of sbatch, for every part of a job, as --mem=0, --exclude=node7, --reservation=x.",
+    )
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks of a node where they compute on the CPU.")
     cpus_per_rank: PositiveInt | None = Field(
@@ -112,6 +126,37 @@ class Cluster(Section):
     )
     max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
 
+    def broken_relations(self) -> list[Relation]:
+        """A signal that comes at once would stop every start of a job as soon as it trains; an option that stands twice
+        would win over the plan, or lose against it."""
+        broken, limit = [], seconds_of(self.time)
+        if 0.0 < limit <= self.signal_seconds:  # a limit of 0 is none
+            fault = (
+                f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to save "
+                "and stop as soon as they have begun; lower it, or ask for more time"
+            )
+            broken.append(Relation(("time", "signal_seconds"), fault))
+        ours = [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]
+        if ours:
+            fault = f"options: {', '.join(ours)}: the launcher says that; use the other keys of the cluster file"
+            broken.append(Relation(("options",), fault))
+        return broken
+
+
+def seconds_of(time: str) -> float:
+    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    if time.lower() in ("infinite", "unlimited", "n/a"):
+        return float("inf")
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
     """The cluster file that was asked for: the argument, else $MOE_DIST_CLUSTER, else the defaults.
@@ -139,8 +184,9 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
     read = draft(Cluster, values or {})
-    if read.faults or read.value is None:
-        raise ConfigError([f"{path}: {fault}" for fault in read.faults], see=GUIDE)
+    faults = [*read.faults, *(read.broken(read.value.broken_relations()) if read.value is not None else [])]
+    if faults or read.value is None:
+        raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
     return read.value
 
 

@@ -12,14 +12,15 @@ from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
 from moe_dist.doctor.finding import Finding, Level, error, note, ok
 from moe_dist.doctor.node_checks import check_folders, check_nodes
-from moe_dist.doctor.node_facts import NodeFacts, Questions, look
+from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
 from moe_dist.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
 from moe_dist.doctor.slurm_checks import check_slurm, judge_grace
 from moe_dist.doctor.slurm_nodes import run_on_nodes
-from moe_dist.errors import MoeDistError, PlacementError
+from moe_dist.errors import ConfigError, MoeDistError, PlacementError
 from moe_dist.preflight import Preflight, check_file
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
+from moe_dist.runtime.shared_folder import relative_paths
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 
@@ -66,14 +67,19 @@ def examine(
         for fault in failed.faults:
             yield error("configuration", fault, "", kind=type(failed))
         return
+    if on == "ray" and (faults := relative_paths(config)):
+        yield from (error("configuration", fault, "--submit makes it so by itself", kind=ConfigError) for fault in faults)
+        return
     needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)
     if on == "local":
         yield from check_nodes([here], needs)
         yield judge_grace({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
+        if probe or fabric:
+            yield note("probe", "one node, which was looked at; --probe and --fabric go with --on slurm or --on ray")
         return
     try:
-        with _site(on, plan, site_file, env) as site:
+        with _site(on, config, plan, site_file, env) as site:
             yield from _on_cluster(site, config, plan, here, save_seconds, probe=probe, fabric=fabric)
     except PlacementError as failed:
         yield error("scheduler", str(failed.faults[0]), "")
@@ -118,16 +124,18 @@ def _plan_text(plan: JobPlan) -> str:
 
 
 @contextmanager
-def _site(on: str, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]) -> Iterator[Site]:
+def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]) -> Iterator[Site]:
     """A connection to the scheduler.
 
     Raises:
         PlacementError: there is none.
     """
     if on == "slurm":
+        visible = [str(nearest(Path(config.run.root))), str(Path(config.data.path).absolute())]
 
         def run(module: str, argument: str, tasks_per_node: int, minutes: int) -> Iterator[tuple[float, str]]:
-            return run_on_nodes(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes)
+            size = {"tasks_per_node": tasks_per_node, "minutes": minutes}
+            return run_on_nodes(plan, cluster, module, argument, visible=visible, **size)
 
         yield Site(lambda save_seconds: check_slurm(plan, cluster, save_seconds), run)
         return

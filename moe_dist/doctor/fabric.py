@@ -35,7 +35,8 @@ def judge(
                 warning(
                     CHECK,
                     f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, others {rate}",
-                    f"look at its network card, cable and interface (cluster file), or leave it out: --exclude={name}",
+                    "look at its network card, cable and interface (cluster file), or leave it out (cluster file: "
+                    f"options: [--exclude={name}])",
                 )
             )
     for first, second in left:
@@ -45,7 +46,7 @@ def judge(
                 CHECK,
                 f"{names([nodes[first], nodes[second]])} are slow with each other: {_rate(payload_bytes, each.all_to_all)} "
                 f"in all-to-all, {each.all_reduce * 1e3:.3g} ms an all-reduce; the usual pair has {rate}",
-                "look at the switches and cables between the two, or leave one out (Slurm: --exclude)",
+                "look at switches and cables between the two, or leave one out (cluster file: options: [--exclude=NAME])",
             )
         )
     return findings

@@ -4,6 +4,7 @@ Imports no torch: versions are those of the installed packages, and the whole ta
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -136,6 +137,9 @@ def apex_kind() -> str:
 def write_fault(folder: Path) -> str:
     """Why a file cannot be written and read back there; empty where it can. A folder that is not there yet is judged by the
     nearest one above it."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"{there}: {os.strerror(errno.ENOTDIR)}"
     folder = nearest(folder)
     path, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(4096)
     try:

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from launchers.command import JobPlan
-from moe_dist.config.cluster import Cluster
+from moe_dist.config.cluster import Cluster, seconds_of
 from moe_dist.doctor.finding import Finding, error, note, ok, warning
 from moe_dist.doctor.fit import Offer, Want, check_fit
 from moe_dist.errors import ConfigError
@@ -26,7 +26,8 @@ def ask(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} does not answer within {ASK_SECONDS:g} s") from error
     if done.returncode:
-        raise OSError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        words = " / ".join(filter(None, map(str.strip, done.stderr.splitlines())))  # one line, as all that the doctor says
+        raise OSError(f"{command[0]}: {words or f'exit code {done.returncode}'}")
     return done.stdout
 
 
@@ -90,21 +91,6 @@ def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
 def gpus_of(gres: str) -> int:
     """GPUs in a list of generic resources: 'gpu:2', 'gpu:h100:8(S:0-1),nic:1'."""
     return sum(int(number) for number in re.findall(r"(?:^|,)gpu:(?:[A-Za-z][^:,(]*:)?(\d+)", gres))
-
-
-def seconds_of(time: str) -> float:
-    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
-    if time.lower() in ("infinite", "unlimited", "n/a"):
-        return float("inf")
-    days, dash, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
 
 def check_time(asked: str, limit: str | None, where: str) -> Finding:

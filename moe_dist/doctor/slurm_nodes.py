@@ -3,15 +3,14 @@
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launchers.command import JobPlan
-from launchers.slurm_script import container_prefix, part_options, parts, site_options
-from moe_dist.config.cluster import Cluster, PyxisContainer
+from launchers.slurm_script import container_prefix, interpreter, part_options, parts, pyxis_options, site_options
+from moe_dist.config.cluster import Cluster
 from moe_dist.errors import PlacementError
 
 CLONE = Path(__file__).parents[2]
@@ -19,7 +18,14 @@ START_SECONDS = 300.0  # how long the job may wait in the queue
 
 
 def run_on_nodes(
-    plan: JobPlan, cluster: Cluster, module: str, argument: str, *, tasks_per_node: int, minutes: int
+    plan: JobPlan,
+    cluster: Cluster,
+    module: str,
+    argument: str,
+    *,
+    tasks_per_node: int,
+    minutes: int,
+    visible: Sequence[str] = (),
 ) -> Iterator[tuple[float, str]]:
     """Lines that the tasks print, each with the Unix time when it was heard. The first task is on the first node of the
     plan. The job asks for what the plan's nodes have, GPUs included, so that it lands where the run would.
@@ -27,11 +33,12 @@ def run_on_nodes(
     Args:
         module, argument: `python -m MODULE ARGUMENT`, with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set.
         minutes: Time limit of the job.
+        visible: Folders that the site's container must see under their own names, besides the clone.
 
     Raises:
         PlacementError: Slurm refuses the job, does not start it in time, or it does not end; with srun's words.
     """
-    command = srun_command(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes)
+    command = srun_command(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes, visible=visible)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CLONE
     ) as srun:
@@ -58,15 +65,21 @@ def run_on_nodes(
 
 
 def srun_command(
-    plan: JobPlan, cluster: Cluster, module: str, argument: str, *, tasks_per_node: int, minutes: int
+    plan: JobPlan,
+    cluster: Cluster,
+    module: str,
+    argument: str,
+    *,
+    tasks_per_node: int,
+    minutes: int,
+    visible: Sequence[str] = (),
 ) -> list[str]:
-    """One srun; the nodes of each kind are a component of their own, as in the job itself."""
-    task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node)]
+    """One srun; the nodes of each kind are a component of their own, as in the job itself. Arguments as `run_on_nodes`."""
+    visible = list(dict.fromkeys([str(CLONE), *visible]))
+    task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
     site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
     common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
-    if isinstance(cluster.container, PyxisContainer):
-        mounts = [f"{CLONE}:{CLONE}", *cluster.container.mounts]
-        common += [f"--container-image={cluster.container.image}", f"--container-mounts={','.join(mounts)}"]
+    common += pyxis_options(cluster, visible)
     command = ["srun"]
     for number, part in enumerate(parts(plan)):
         kind = [option for option in part_options(part, plan, cluster) if not option.startswith(("--n", "--cpus"))]
@@ -78,14 +91,15 @@ def srun_command(
     return command
 
 
-def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int) -> str:
+def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, visible: Sequence[str]) -> str:
     """What a task runs: the site's variables and prelude, then Python, in the site's container."""
     variables = {name: variable.value for name, variable in cluster.nccl.items()}
     if cluster.interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
-    command = [*container_prefix(cluster, [str(CLONE)], CLONE), cluster.python or sys.executable, "-m", module, argument]
+    command = [*container_prefix(cluster, visible, CLONE), interpreter(cluster), "-m", module, argument]
     return "\n".join(
         [
+            f"cd {shlex.quote(str(CLONE))} || exit 78",  # pyxis begins in a folder of the image
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             *cluster.prelude,
             "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",

@@ -11,6 +11,7 @@ Rank 0 of an attempt opens the folder; the other ranks only look (`inspect`), be
 import contextlib
 import itertools
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -167,6 +168,15 @@ class RunFolder:
         finally:
             lease.release()
         return old
+
+    def put_back(self, old: Path) -> None:
+        """Undoes `move_aside` where no attempt has opened the new folder: the job that was to was refused."""
+        with in_words(self.path):
+            if self.path.exists():
+                if {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING:
+                    return
+                shutil.rmtree(self.path)
+            old.rename(self.path)
 
     def prepare(self) -> None:
         """Makes the folder and its logs, and gives them to `run.group`. Who starts a run calls it after `inspect`.

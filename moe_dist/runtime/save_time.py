@@ -1,5 +1,6 @@
 """How long a run's checkpoints took to write: what a stop has to wait for, to be held against the grace of a scheduler."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -11,15 +12,16 @@ _DURABLE = re.compile(rb"checkpoint step_\d+: durable after ([0-9.]+) s")
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """The longest of the last few saves, from the log of rank 0; None before the first.
+    """The longest of the last few saves, from the log of rank 0; None before the first, or where the log cannot be read.
 
     Args:
         logs: The log folder of a run.
     """
     found: list[float] = []
-    for line in lines_from_end(logs / "rank_0.log", most_bytes=LOOKED_AT):
-        if match := _DURABLE.search(line):
-            found.append(float(match[1]))
-        if len(found) == SAVES:
-            break
+    with contextlib.suppress(OSError):  # whether a run can be written to is not for those to say who only want this number
+        for line in lines_from_end(logs / "rank_0.log", most_bytes=LOOKED_AT):
+            if match := _DURABLE.search(line):
+                found.append(float(match[1]))
+            if len(found) == SAVES:
+                break
     return max(found, default=None)

@@ -80,7 +80,7 @@ def test_a_label_that_no_node_has(says: Says) -> None:
 def test_no_ray_at_all() -> None:
     env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     done = subprocess.run(
-        [sys.executable, "-m", "tools.doctor", CONFIG, f"data.path={DATA}", "--on=ray"],
+        [sys.executable, "-m", "tools.doctor", CONFIG, f"data.path={DATA}", f"run.root={ROOT / 'runs'}", "--on=ray"],
         cwd=ROOT,
         env={**env, "RAY_ADDRESS": "127.0.0.1:1", "RAY_gcs_rpc_server_reconnect_timeout_s": "1"},
         capture_output=True,

@@ -1,8 +1,10 @@
-"""Jobs on a Ray that `ray start` made: the README's command, our own submission, and stops that wait for a save."""
+"""Jobs on a Ray that `ray start` made and that asks for a token: the README's command, our own submission, stops that wait
+for a save, and a doctor who finds nothing to say."""
 
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import time
@@ -23,7 +25,8 @@ SLOW_SAVE = 30
 
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[StartedRay]:
-    with ray_cluster.environment() as folder:
+    # Read once by each process: none but those that this cluster starts may have it.
+    with ray_cluster.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)) as folder:
         try:
             standing = StartedRay(folder)
             os.environ["RAY_API_SERVER_ADDRESS"] = standing.dashboard
@@ -61,6 +64,22 @@ def test_the_command_of_the_readme_trains(ray_head: StartedRay, tmp_path: Path) 
     assert [line["step"] for line in steps(RunFolder(tmp_path / "readme"))] == [1, 2, 3]
     assert "a stop may take 300 s (RAY_JOB_STOP_WAIT_TIME_S); this run has saved nothing yet" in printed
     assert "moe_dist ends with verdict 0" in printed
+    assert "asks for no token" not in printed
+
+
+def test_a_healthy_cluster_gives_no_warning(ray_head: StartedRay, tmp_path: Path) -> None:
+    """Ray's own store of the cluster's state listens at all addresses here: the token is what keeps others out."""
+    fixed = [f"run.root={tmp_path}", f"data.path={ray_cluster.DATA}", "--on=ray", "--probe", "--fabric"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.doctor", CONFIG, *fixed],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ray_head.address},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [line for line in done.stdout.splitlines() if line.startswith(("WARN", "FAIL"))], done.stdout
 
 
 def test_ray_job_stop_waits_for_a_save_of_half_a_minute(ray_head: StartedRay, tmp_path: Path) -> None:

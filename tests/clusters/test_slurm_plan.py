@@ -40,7 +40,7 @@ def test_64_tasks_find_what_the_plan_says(wide: SlurmCluster, tmp_path: Path, ti
     }
     config = tiny_config(tiny_data, tmp_path / "runs", changes)
     site = tmp_path / "site.yaml"
-    site.write_text("gpus: {syntax: gres, per_node: 8}\ndomain_nodes: 2\ntime: '5'\n")
+    site.write_text("gpus: {syntax: gres, per_node: 8}\ndomain_nodes: 2\ntime: '10'\n")
     path = write_config(config, tmp_path / "x.yaml")
     job = wide.launch(str(path), f"--cluster={site}", "--program=slurm/probe.py")
     assert job.end() == 0, job.said

@@ -40,7 +40,7 @@ QUICK = (
 
 
 @contextlib.contextmanager
-def environment() -> Iterator[Path]:
+def environment(**more: str) -> Iterator[Path]:
     """What all processes of a test cluster have in their environment; yields its RAY_TMPDIR, removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     site = folder / "cluster.yaml"
@@ -54,6 +54,7 @@ def environment() -> Iterator[Path]:
         "OMP_NUM_THREADS": "1",
         "MOE_DIST_CLUSTER": str(site),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # as in an activated environment
+        **more,
     }
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
@@ -244,6 +245,7 @@ class StartedRay:
 
     def __init__(self, folder: Path) -> None:
         gcs, dashboard = free_port(), free_port()
+        self.address = f"127.0.0.100:{gcs}"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         # 127.0.0.1 would be rewritten to the machine's outward address; all others of 127/8 are kept.
         head = ["--head", "--node-ip-address=127.0.0.100", f"--port={gcs}", "--num-cpus=1", "--labels=role=head"]
@@ -251,7 +253,7 @@ class StartedRay:
         # A folder for each: those that start at once in one would take each other's sockets.
         joining = [
             self._start(
-                f"--address=127.0.0.100:{gcs}",
+                f"--address={self.address}",
                 f"--node-ip-address=127.0.0.{slot + 2}",
                 "--num-cpus=1",
                 f"--labels=modality={modality},slot={slot}",

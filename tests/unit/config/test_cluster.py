@@ -1,10 +1,11 @@
 """The cluster file: where it comes from, what it holds, what is wrong with it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from moe_dist.config.cluster import FOLDER, Cluster, PyxisContainer, load_cluster
+from moe_dist.config.cluster import FOLDER, Cluster, PyxisContainer, load_cluster, seconds_of
 from moe_dist.errors import ConfigError
 
 
@@ -58,3 +59,40 @@ def test_all_faults_are_shown_with_the_file(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_names_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"nowhere.yaml' cannot be read: No such file.*one of those in configs/clusters"):
         load_cluster("nowhere", {})
+
+
+@pytest.mark.parametrize(("time", "good"), [("5", False), ("4:59", False), ("5:01", True), ("0", True), ("1-0", True)])
+def test_the_signal_comes_before_the_limit_and_not_at_once(tmp_path: Path, time: str, good: bool) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(f"time: '{time}'\nsignal_seconds: 300\n")
+    if good:
+        assert load_cluster(str(path), {}).time == time
+    else:
+        with pytest.raises(ConfigError, match=f"site.yaml: signal_seconds=300: must be shorter than time='{time}'"):
+            load_cluster(str(path), {})
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("1:30", 90), ("1:00:00", 3600), ("2-12", 216000), ("1-00:00:01", 86401), ("infinite", float("inf"))],
+)
+def test_times_as_slurm_writes_them(time: str, seconds: float) -> None:
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--nodes=3", "options: --nodes=3: the launcher says that; use the other keys"),
+        ("--gres", "options: --gres: the launcher says that"),
+        ("-N3", "options.0='-N3': must be text that matches"),
+        ("--mem = 0", "options.0='--mem = 0': must be"),
+    ],
+)
+def test_options_that_the_plan_decides_are_refused(tmp_path: Path, option: str, words: str) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("options: [--mem=0, --exclusive]\n")
+    assert load_cluster(str(path), {}).options == ("--mem=0", "--exclusive")
+    path.write_text(f"options: ['{option}']\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {words}")):
+        load_cluster(str(path), {})

@@ -7,7 +7,7 @@ import pytest
 from launchers.command import JobPlan, NodePlan
 from moe_dist.config.cluster import Cluster
 from moe_dist.doctor.finding import Finding, Level
-from moe_dist.doctor.slurm_checks import check_slurm, gpus_of, judge_grace, read_offers, seconds_of
+from moe_dist.doctor.slurm_checks import ask, check_slurm, gpus_of, judge_grace, read_offers
 
 NODES = """\
 n1|idle|vision|96|gpu:h100:8(S:0-1)|gpu*
@@ -62,6 +62,11 @@ def test_a_slurm_that_does_not_answer_is_one_line() -> None:
     assert (found.check, found.verdict) == ("scheduler", 69)
 
 
+def test_what_a_command_of_slurm_complains_of_is_one_line() -> None:
+    with pytest.raises(OSError, match=r"^bash: error: one / fatal: two$"):
+        ask(["bash", "-c", "printf 'error: one\\nfatal: two\\n' >&2; exit 1"])
+
+
 def test_a_time_that_the_partition_does_not_allow() -> None:
     faults = [found for found in check(cluster=Cluster(time="2-00:00:00")) if found.is_fault]
     assert [(found.check, found.verdict) for found in faults] == [("time limit", 78)]
@@ -93,11 +98,3 @@ def test_the_grace_needs_a_measured_save() -> None:
 )
 def test_gpus_in_a_list_of_resources(gres: str, gpus: int) -> None:
     assert gpus_of(gres) == gpus
-
-
-@pytest.mark.parametrize(
-    ("time", "seconds"),
-    [("30", 1800), ("1:30", 90), ("1:00:00", 3600), ("2-12", 216000), ("1-00:00:01", 86401), ("infinite", float("inf"))],
-)
-def test_times_as_slurm_writes_them(time: str, seconds: float) -> None:
-    assert seconds_of(time) == seconds

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RpcError
 
 from launchers import ray_submit
 from launchers.ray import launch, submitted
 from launchers.ray_job import ROOT, seen_from_the_job
 from launchers.ray_submit import follow_job, stop, verdict, verdict_line
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, PlacementError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -163,3 +164,13 @@ def test_a_stop_returns_the_verdict_and_knows_no_other_job(monkeypatch: pytest.M
     assert stop("http://127.0.0.1:8265", "raysubmit_x") == 75
     with pytest.raises(ConfigError, match="--stop raysubmit_y: Request failed"):
         stop("http://127.0.0.1:8265", "raysubmit_y")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "foo://x", "http://127.0.0.1:1", "http://x:y"])
+def test_an_address_where_nobody_answers_is_69_in_words(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(address: str) -> None:
+        raise RpcError("Timed out while waiting for GCS to become available.")
+
+    monkeypatch.setattr("ray.dashboard.utils.ray_address_to_api_server_url", nobody)  # takes it 40 s to say so
+    with pytest.raises(PlacementError, match=f"--submit {address}: .*; it must be the address of the dashboard"):
+        ray_submit.connect(address)

@@ -1,6 +1,9 @@
 """When a Ray is called open."""
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +42,12 @@ def test_a_part_elsewhere_is_judged_by_its_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     assert listening({"GCS": f"10.1.2.3:{port}"}) == {"GCS": ["10.1.2.3"]}
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_whether_ray_asks_for_a_token_is_asked_of_ray(mode: str) -> None:
+    """In a process of its own: Ray reads the mode once."""
+    show = "from launchers.ray_exposure import asks_for_token; print(asks_for_token())"
+    env = {**os.environ, "RAY_AUTH_MODE": mode}
+    done = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{mode == 'token'}\n"

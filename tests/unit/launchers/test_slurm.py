@@ -10,6 +10,7 @@ import yaml
 
 from launchers.slurm import prepare
 from moe_dist.config.cluster import Cluster
+from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError, PlacementError
 from moe_dist.runtime.run_folder import RunFolder
@@ -102,9 +103,13 @@ def test_other_refusals_are_told_apart(login: Login, words: str, code: int, said
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [("--time=soon", "--time='soon': must be"), ("--dependency=after;rm", "--dependency='after;rm': must")],
+    [
+        ("--time=soon", "--time='soon': must be"),
+        ("--time=5", "--time=5: signal_seconds=300: must be shorter than time='5'"),
+        ("--dependency=after;rm", "--dependency='after;rm': must"),
+    ],
 )
-def test_options_that_a_shell_would_read_are_refused(login: Login, option: str, words: str) -> None:
+def test_options_that_no_job_can_live_with_are_refused(login: Login, option: str, words: str) -> None:
     done = login.launch(option)
     assert done.returncode == ConfigError.exit_code
     assert words in done.stderr
@@ -153,3 +158,24 @@ def test_a_finished_run_shows_its_summary_instead(login: Login) -> None:
     done = login.launch()
     assert (done.returncode, done.stdout) == (0, f"{login.run.path}: done after step 4\n")
     assert not (login.folder / "asked").exists()
+
+
+def test_an_array_overwrites_nothing(login: Login) -> None:
+    done = login.launch("--array=sweep.txt", "--overwrite")
+    assert done.returncode == ConfigError.exit_code
+    assert done.stderr.startswith("--overwrite: goes with one run, not with --array;")
+
+
+def test_what_slurm_refuses_overwrites_nothing(login: Login) -> None:
+    login.run.prepare()
+    login.run.config_yaml.write_text(resolved_yaml(login.config))
+    login.stand_in("sbatch", "echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1")
+    assert login.launch("optimizer.lr=0.5", "--overwrite").returncode == PlacementError.exit_code
+    assert login.run.read_config() == login.config
+    assert [entry.name for entry in login.run.path.parent.iterdir()] == ["it"]
+
+    login.stand_in("sbatch", "echo 78")
+    done = login.launch("optimizer.lr=0.5", "--overwrite")
+    assert f"{login.run.path} moved to {login.run.path}.old-1" in done.stderr
+    assert RunFolder(f"{login.run.path}.old-1").read_config() == login.config
+    assert not login.run.config_yaml.exists()

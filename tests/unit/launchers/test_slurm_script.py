@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from launchers.command import JobPlan, NodePlan, Plan, published_rendezvous, rank_commands
-from launchers.slurm_script import part_options, parts, rank_table, sbatch_line, script, srun_command
+from launchers.slurm_script import (
+    TRAIN_SBATCH,
+    output_pattern,
+    part_options,
+    parts,
+    rank_table,
+    sbatch_line,
+    script,
+    srun_command,
+)
+from launchers.slurm_step import held
 from moe_dist.config.cluster import Cluster
 
 ROOT = Path(__file__).parents[3]
@@ -75,7 +85,50 @@ def test_the_script_states_everything_and_quotes_what_a_shell_reads() -> None:
         check=True,
     ).stdout
     assert shown == "/runs/my run/$x\n"
-    assert "exec env --block-signal=TERM,USR2,INT" in second
+    assert "hold=(env --block-signal=TERM,USR2,INT)\n" in second
+
+
+def test_the_script_outside_of_a_job_says_how_to_submit_it() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "submit it: sbatch slurm/train.sbatch CONFIG" in done.stderr
+
+
+def test_a_percent_sign_of_the_run_folder_is_none_of_slurms() -> None:
+    assert output_pattern(Path("/runs/100%u")) == "/runs/100%%u/slurm-%j.out"
+    assert output_pattern(Path("/runs/x"), array=True) == "/runs/x/slurm-%A_%a.out"
+
+
+def test_further_options_stand_in_every_part() -> None:
+    cluster = Cluster(options=("--mem=0", "--comment=it's"))
+    text = script(TWO_KINDS, cluster, name="x", output="/x", exports={})
+    assert text.count("#SBATCH --mem=0\n") == text.count("#SBATCH '--comment=it'\"'\"'s'\n") == 2
+    assert sbatch_line(TWO_KINDS, cluster, ["x"]).count(" --mem=0 ") == 2
+
+
+def test_an_env_that_cannot_hold_signals_does_not_keep_a_job_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As coreutils before 8.31."""
+    pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "x"}})
+    assert held(Cluster()) == held(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
+    for name, body in (("env", "echo unrecognized option >&2; exit 125"), ("python", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert (held(Cluster()), held(pyxis)[0]) == ((), "env")
+    places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
+    assert srun_command(ONE_KIND, Cluster(), **places, hold=())[-4:] == [
+        "--ntasks-per-node=2",
+        "bash",
+        "/node_env.sh",
+        "/t.sh",
+    ]
+    variables = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "MOE_DIST_PYTHON": str(tmp_path / "python")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MOE_"))} | variables
+    done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("-m launchers.slurm_job x.yaml\n", "")
 
 
 def test_the_right_sbatch_line_can_be_pasted() -> None:
@@ -89,7 +142,7 @@ def test_the_right_sbatch_line_can_be_pasted() -> None:
 def test_one_step_starts_the_tasks_of_all_parts_with_their_signals_held() -> None:
     places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
     held = ["env", "--block-signal=TERM,USR2,INT", "bash", "/node_env.sh", "/t.sh"]
-    assert "--het-group=0,1" in srun_command(TWO_KINDS, Cluster(), **places)
+    assert {"--het-group=0,1", "--cpus-per-task=3"} <= set(srun_command(TWO_KINDS, Cluster(cpus_per_rank=3), **places))
     one = srun_command(ONE_KIND, Cluster(cpus_per_rank=3), **places)
     assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(one)
     assert one[-5:] == held

@@ -1,5 +1,6 @@
 """The command, on this machine."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from typer.testing import CliRunner
 
 from tests.support.tiny import tiny_config, write_config
 from tools.doctor import main
+
+ROOT = Path(__file__).parents[3]
 
 
 def says(*arguments: str | Path) -> tuple[int, list[str]]:
@@ -41,6 +44,7 @@ def test_a_good_machine(config: Path, tmp_path: Path) -> None:
         (["train.stpes=3"], 78, "FAIL configuration: train.stpes: unknown key; did you mean train.steps?"),
         (["data.path=/none"], 78, "FAIL configuration: data.path='/none': "),
         (["run.root=/proc/runs"], 78, "FAIL shared folder: run.root='/proc/runs' cannot be written on "),
+        (["run.root=/etc/passwd/x"], 78, "FAIL shared folder: run.root='/etc/passwd/x' cannot be written on "),
         (["--cluster=none"], 78, "FAIL configuration: cluster file "),
     ],
 )
@@ -61,6 +65,18 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
     assert line.startswith("WARN stop grace: 300 s until the launcher kills (--grace), the last saves took up to 400.0 s")
 
 
+def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
+    """As `launchers.ray` says: found here without a Ray, and nothing else is asked."""
+    code, lines = says(config, "run.root=runs", "--on=ray", "--probe")
+    assert code == 78
+    assert [line.partition(": must")[0] for line in lines[2:]] == ["FAIL configuration: run.root='runs'"]
+
+
+def test_there_is_nothing_to_visit_on_one_machine(config: Path) -> None:
+    code, lines = says(config, "--fabric")
+    assert (code, lines[-1][:11]) == (0, "--   probe:")
+
+
 def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(command: Any, **options: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory", command[0])
@@ -72,3 +88,24 @@ def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "FAIL scheduler: Slurm: [Errno 2] No such file or directory: 'sinfo'"
     ]
     assert lines[-1] == "--   probe: not started: it would wait for what is not there"
+
+
+def test_the_probe_shows_a_container_the_folders_of_the_run(
+    config: Path, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("gpus: {syntax: none}\ncontainer: {kind: pyxis, image: /img/torch.sqsh}\n")
+    commands = {
+        "sinfo": "case $* in *--Node*) echo 'n1|idle|(null)|8|(null)|all*' ;; *) echo 'all*|infinite' ;; esac",
+        "scontrol": "echo",
+        "srun": f'echo "$*" >{tmp_path}/asked; exit 1',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    code, _ = says(config, "--on=slurm", "--probe", f"--cluster={site}")
+    assert code == 69
+    mounts = f"--container-mounts={ROOT}:{ROOT},{tmp_path}:{tmp_path},{tiny_data}:{tiny_data}"  # run.root is yet to be made
+    assert mounts in (tmp_path / "asked").read_text().split()
