@@ -1,6 +1,7 @@
 """Hugging Face -> checkpoint -> Hugging Face is the same to the last bit, dtypes and config.json included."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import Options
+from moe_dist.model.flops import parameters
+from moe_dist.placement.policies import expert_groups
+from moe_dist.sizes import model_shape
 from tests.support.tiny_hf import save, tiny_model
 
 KINDS = (
@@ -51,12 +55,14 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe dense", "llama"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased"])
 def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
     import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
     folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")
     specs = {name: spec for name, spec in state_specs(config).items() if not name.startswith(OPTIMIZER_PREFIX)}
     assert verify(folder, specs)[1] == []
+    counted = parameters(model_shape(config.model, expert_groups(config.model.moe)))
+    assert sum(math.prod(spec.shape) for spec in specs.values()) == counted.total
     assert open_checkpoint(folder).index.tensors.keys() == specs.keys()
     assert config.run.init_from == str(tmp_path / "ours")
 
