@@ -121,11 +121,9 @@ def config_of(layout: Layout) -> Config:
                 "vocab_size": IMAGE[1],
                 "max_seq_len": SEQ_LEN,
                 "qk_norm": "full",
-                "attention_bias": "qkvo",
                 "init_std": 0.3,
                 "moe": {
                     "shared_ffn_dim": 4,
-                    "shared_gate": True,
                     "groups": {
                         g.name: {
                             "num_experts": g.num_experts,
