@@ -30,7 +30,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
 from moe_dist.model.flops import forward_flops, training_flops
-from moe_dist.model.layers import RMSNorm, SwiGLU
+from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet, DepthThresholds
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
@@ -171,6 +171,7 @@ def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_b
         rope_base=section.rope_base,
         norm_eps=section.norm_eps,
         qk_norm=section.qk_norm,
+        attention_bias=section.attention_bias,
         tie_embeddings=section.tie_embeddings,
         compute_dtype=compute_dtype,
         recompute_blocks=recompute_blocks,
@@ -210,6 +211,7 @@ def build_model(
     choice_set = ChoiceSet.over(kind, choice_ranks or ChoiceRanks(), traffic=wire.traffic, watch=watch)
     known_counts = isinstance(dispatcher, SyncFreeDispatcher) and dispatcher.distinct and choice_set.kind == "rank"
     capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
+    make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
 
     def make_moe(layer: int) -> MoELayer:
         return MoELayer(
@@ -233,7 +235,7 @@ def build_model(
                 gemm=config.parallel.expert_gemm,
             ),
             dispatcher=dispatcher,
-            shared=SwiGLU(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
+            shared=make_shared(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
             free=FreeExperts(section.hidden_dim, placement.groups) if has_free_experts(placement.groups) else None,
             recompute=config.parallel.recompute,
             name=f"layers.{layer}",

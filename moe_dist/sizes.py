@@ -21,7 +21,9 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         vocab_size=section.vocab_size,
         dense_ffn_dim=section.dense_ffn_dim or 0,
         shared_ffn_dim=section.moe.shared_ffn_dim,
+        shared_gate=section.moe.shared_gate,
         qk_norm=section.qk_norm,
+        attention_bias=section.attention_bias,
         tie_embeddings=section.tie_embeddings,
         groups=groups,
         auxiliary_routers=isinstance(section.moe.router, ExpertChoiceRouterSection)

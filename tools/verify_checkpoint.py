@@ -11,7 +11,7 @@ import typer
 from moe_dist.checkpoint.contents import examine_files
 from moe_dist.checkpoint.index import MAX_FAULTS
 from moe_dist.checkpoint.shelf import find_checkpoint
-from moe_dist.checkpoint.state import TensorSpec
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.runtime.command_line import run_command
 
@@ -54,7 +54,10 @@ def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
     try:
         if not isinstance(saved, dict):
             return None, "; it has no configuration to tell which tensors there should be"
-        return state_specs(Config.model_validate_json(json.dumps(saved))), ""
+        specs = state_specs(Config.model_validate_json(json.dumps(saved)))
+        if state is not None and state.optimizer_steps is None:  # saved without an optimizer, as an import is
+            specs = {name: spec for name, spec in specs.items() if not name.startswith(OPTIMIZER_PREFIX)}
+        return specs, ""
     except ValueError as error:
         return None, f"; its configuration cannot be read by this version, so layers may be missing ({error!s:.80})"
 

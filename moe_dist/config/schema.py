@@ -300,6 +300,15 @@ class MoESection(Section):
     shared_ffn_dim: Count = Field(
         default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
     )
+    shared_gate: bool = Field(
+        default=False, description="Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."
+    )
+
+    def broken_relations(self) -> list[Relation]:
+        if not self.shared_gate or self.shared_ffn_dim:
+            return []
+        fault = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
+        return [Relation(("shared_gate", "shared_ffn_dim"), fault)]
 
     @field_validator("router", mode="before")
     @classmethod
@@ -347,6 +356,10 @@ class ModelSection(Section):
     qk_norm: Literal["none", "head", "full"] = Field(
         default="none",
         description="RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE).",
+    )
+    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
+        default="none",
+        description="Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too.",
     )
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")

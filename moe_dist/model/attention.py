@@ -34,6 +34,7 @@ class FlexMask:
 
 AttentionMask = DenseMask | FlexMask
 QKNorm = Literal["none", "head", "full"]
+Bias = Literal["none", "qkv", "qkvo"]
 
 
 def dense_mask(documents_BS: Tensor) -> DenseMask:
@@ -79,6 +80,7 @@ class Attention(nn.Module):
         dim, num_heads, num_kv_heads, head_dim: D, H, key-value heads, d.
         norm_eps: Epsilon of all norms here.
         qk_norm: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projection (OLMoE).
+        bias: Which projections have one.
         recompute: Compute the activations again in backward.
     """
 
@@ -91,16 +93,17 @@ class Attention(nn.Module):
         head_dim: int,
         norm_eps: float,
         qk_norm: QKNorm = "none",
+        bias: Bias = "none",
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.recompute = recompute
         self.norm = RMSNorm(dim, norm_eps)
-        self.q = Projection(dim, num_heads * head_dim)
-        self.k = Projection(dim, num_kv_heads * head_dim)
-        self.v = Projection(dim, num_kv_heads * head_dim)
-        self.o = Projection(num_heads * head_dim, dim)
+        self.q = Projection(dim, num_heads * head_dim, bias=bias != "none")
+        self.k = Projection(dim, num_kv_heads * head_dim, bias=bias != "none")
+        self.v = Projection(dim, num_kv_heads * head_dim, bias=bias != "none")
+        self.o = Projection(num_heads * head_dim, dim, bias=bias == "qkvo")
         self.qk_norm: QKNorm = qk_norm
         q_dim, k_dim = (head_dim, head_dim) if qk_norm == "head" else (num_heads * head_dim, num_kv_heads * head_dim)
         self.q_norm = nn.Identity() if qk_norm == "none" else RMSNorm(q_dim, norm_eps)

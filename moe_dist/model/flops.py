@@ -28,6 +28,8 @@ class Shape:
         single_null_row: Whether the null experts of a group share one router row.
         num_depth_layers, depth_capacity: Layers with experts that compute a share of the tokens alone, and the share.
         depth_auxiliary: Whether each of them has an auxiliary router of two layers, D to D / 2 to 1.
+        shared_gate: Whether a sigmoid of one number a token scales the shared expert.
+        attention_bias: Which of the attention's projections have a bias.
     """
 
     hidden_dim: int
@@ -47,6 +49,8 @@ class Shape:
     num_depth_layers: int = 0
     depth_capacity: float = 1.0
     depth_auxiliary: bool = False
+    shared_gate: bool = False
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
 
     @property
     def router_rows(self) -> int:
@@ -113,13 +117,14 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     projections = dim * (2 * heads + 2 * kv_heads)
     auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in s.groups) if s.auxiliary_routers else 0
     qk_norms = {"none": 0, "head": 2 * s.head_dim, "full": heads + kv_heads}[s.qk_norm]
+    biases = {"none": 0, "qkv": heads + 2 * kv_heads, "qkvo": heads + 2 * kv_heads + dim}[s.attention_bias]
     return Parts(
         embedding=s.vocab_size * dim,
-        attention=s.num_layers * (projections + qk_norms),
+        attention=s.num_layers * (projections + qk_norms + biases),
         router=s.num_moe_layers * (dim * s.router_rows + auxiliary) + s.depth_router,
         experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
         free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
-        shared=s.num_moe_layers * 3 * dim * s.shared_ffn_dim,
+        shared=s.num_moe_layers * dim * (3 * s.shared_ffn_dim + s.shared_gate),
         dense_ffn=s.num_dense_layers * 3 * dim * s.dense_ffn_dim,
         norms=dim * (2 * s.num_layers + 1),
         output=0 if s.tie_embeddings else s.vocab_size * dim,

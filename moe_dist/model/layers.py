@@ -22,14 +22,15 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x W^T without bias; weight [out, in]."""
+    """x W^T, and + b where it has a bias; weight [out, in], bias [out]."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class SwiGLU(nn.Module):
@@ -43,6 +44,17 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class GatedSwiGLU(SwiGLU):
+    """sigmoid(<x, s>) * SwiGLU(x): the shared expert of Qwen2-MoE; `scale` holds s [1, D]."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(dim, ffn_dim)
+        self.scale = Projection(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(x).sigmoid() * super().forward(x)
 
 
 def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.model.attention import Attention, QKNorm, make_mask
+from moe_dist.model.attention import Attention, Bias, QKNorm, make_mask
 from moe_dist.model.cache import KeyValueCache, LayerCache
 from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
@@ -40,6 +40,7 @@ class ModelArgs:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     qk_norm: QKNorm = "none"
+    attention_bias: Bias = "none"
     tie_embeddings: bool = False
     compute_dtype: torch.dtype = torch.float32
     recompute_blocks: bool = False
@@ -68,6 +69,7 @@ class Layer(nn.Module):
             head_dim=args.head_dim,
             norm_eps=args.norm_eps,
             qk_norm=args.qk_norm,
+            bias=args.attention_bias,
             recompute=args.recompute_blocks,
         )
         if moe is not None:

@@ -17,8 +17,8 @@ def initialise(
 ) -> None:
     """Gives a model on the meta device its memory on `device`, and every parameter its initial value.
 
-    Norms start at 1; all else is normal with `std`, projections into the residual stream (attention.o, every down) with
-    std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
+    Norms start at 1, biases at 0; all else is normal with `std`, projections into the residual stream (attention.o, every
+    down) with std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
@@ -47,17 +47,20 @@ def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) ->
 def _draw(name: str, parameter: nn.Parameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float) -> Tensor:
     if name.endswith("norm.weight"):
         return torch.ones(parameter.shape)
+    if name.endswith(".bias"):
+        return torch.zeros(parameter.shape)
     if ".moe.experts." in name:
         names = logical_expert_names(name, placement, ep_rank)
-        experts = [_normal(each, tuple(parameter.shape[1:]), seed, scale) for each in names]
+        experts = [normal_tensor(each, tuple(parameter.shape[1:]), seed=seed, std=scale) for each in names]
         return torch.stack(experts) if experts else torch.empty(parameter.shape)
-    return _normal(name, tuple(parameter.shape), seed, scale)
+    return normal_tensor(name, tuple(parameter.shape), seed=seed, std=scale)
 
 
-def _normal(name: str, shape: tuple[int, ...], seed: int, scale: float) -> Tensor:
+def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
+    """The initial value of a logical tensor, fp32: normal with `std`, drawn from (seed, logical name) alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()

@@ -1,25 +1,23 @@
-"""The numbers of Hugging Face's own modelling code, in fp32 on tiny random models: logits and every gradient, EP 1, 2, 4.
+"""The numbers of Hugging Face's own MoE blocks, in fp32 with random weights: outputs and every gradient, EP 1, 2, 4.
+
+Whole models are in test_hf_import.py, through a real import.
 
 A tensor agrees where no entry differs by more than 1e-5 of its largest entry, so that gradients of any size are held to the
 same number of digits. Weights are drawn with a standard deviation of 0.2, norms around 1: activations are of order 1. No
 token's choice may hang on the last bits: the smallest gap at the k-th choice is asserted.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from moe_dist.build import build_model
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.config.schema import Config
 from moe_dist.model.layers import SwiGLU
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts, has_free_experts
@@ -27,155 +25,13 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.policies import expert_groups, make_placement
-from tests.support.hf_families import DECODER, ERNIE_BLOCK, LONGCAT_BLOCK, gradients, load, model_section, to_logical
+from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap
+from tests.support.hf_families import ERNIE_BLOCK, LONGCAT_BLOCK, gradients, load, to_logical
+from tests.support.tiny_hf import HIDDEN_DIM, draw
 from tests.support.worlds import RankContext
 
-Arrays = dict[str, np.ndarray]
-BOUND = 1e-5
-SMALLEST_GAP = 1e-5
-SEQUENCES, LENGTH, VOCAB = 4, 12, 64
-D = 32
-
-
-def draw(module: nn.Module, seed: int) -> None:
-    """Weights of order 1: what a fresh model starts with would leave logits and gradients near 0."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if name.endswith("norm.weight"):
-                tensor.normal_(1.0, 0.1)
-            elif name.endswith("e_score_correction_bias"):
-                tensor.normal_(0.0, 0.05)
-            elif not name.endswith("inv_freq"):
-                tensor.normal_(0.0, 0.2)
-
-
-def assert_agree(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
-    assert ours.keys() == theirs.keys()
-    worst = {name: float(np.abs(ours[name] - theirs[name]).max()) for name in theirs}
-    off = {name: (each, float(np.abs(theirs[name]).max())) for name, each in worst.items()}
-    assert not {name: pair for name, pair in off.items() if pair[0] > BOUND * pair[1]}
-
-
-def smallest_gap(scores_TC: Tensor, top_k: int) -> float:
-    best = scores_TC.detach().sort(-1, descending=True).values
-    return float((best[:, top_k - 1] - best[:, top_k]).min())
-
-
-def arrays(named: Mapping[str, Tensor]) -> Arrays:
-    return {name: tensor.detach().numpy().copy() for name, tensor in named.items()}
-
-
-def merged(ranks: Sequence[Arrays]) -> Arrays:
-    """All ranks' gradients; copies that several ranks hold are the same."""
-    together: Arrays = {}
-    for rank in ranks:
-        for name, value in rank.items():
-            np.testing.assert_array_equal(together.setdefault(name, value), value)
-    return together
-
-
-# --- whole models
-
-
-def their_model(family: str) -> nn.Module:
-    """A tiny model of the family, drawn."""
-    import transformers
-
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": D,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "eos_token_id": None,
-        "bos_token_id": None,
-        "pad_token_id": None,
-    }
-    sparse = {"num_experts": 8, "num_experts_per_tok": 3}
-    qwen = {**shape, **sparse, "head_dim": 16, "moe_intermediate_size": 24, "intermediate_size": 20}
-    config = {
-        "mixtral": lambda: transformers.MixtralConfig(
-            **shape, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2
-        ),
-        "olmoe": lambda: transformers.OlmoeConfig(**shape, **sparse, intermediate_size=24),
-        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**qwen, norm_topk_prob=True),
-        "qwen3_moe tied": lambda: transformers.Qwen3MoeConfig(**qwen, norm_topk_prob=False, tie_word_embeddings=True),
-    }[family]()
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
-    )
-    draw(model, seed=1)
-    return model
-
-
-def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[str, Tensor]]:
-    """Logits, and each parameter's gradient of the mean cross entropy of the next token."""
-    ids = torch.from_numpy(tokens)
-    out = model(ids, output_router_logits=True, use_cache=False)
-    top_k = model.config.num_experts_per_tok  # pyright: ignore[reportAttributeAccessIssue]
-    assert min(smallest_gap(logits, top_k) for logits in out.router_logits) > SMALLEST_GAP
-    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    loss.backward()
-    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.logits.detach().numpy()}, named
-
-
-def config_of(section: dict[str, Any], ep: int, recompute: str) -> Config:
-    values = {
-        "run": {"name": "parity"},
-        "model": section,
-        "data": {"path": "none", "seq_len": LENGTH},
-        "train": {"steps": 1, "global_batch": SEQUENCES, "micro_batch": SEQUENCES // ep},
-        "optimizer": {"lr": 1e-3},
-        "parallel": {"ep": ep, "recompute": recompute},
-        "evaluation": {"every": 1},
-    }
-    return Config.model_validate_json(json.dumps(values))
-
-
-def our_model(
-    rank: RankContext, section: dict[str, Any], weights: Arrays, tokens: np.ndarray, recompute: str
-) -> tuple[np.ndarray, Arrays]:
-    """Body of a standing world: logits of this rank's sequences, and its gradients of the same loss over all of them."""
-    config = config_of(section, rank.world_size, recompute)
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
-    placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=rank.world_size, token_mix={})
-    model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep)
-    load(model, {name: torch.from_numpy(value) for name, value in weights.items()}, placement, mesh.ep_rank)
-    parallel = ParallelModel(model, mesh, "ddp")
-    each = SEQUENCES // rank.world_size
-    ids = torch.from_numpy(tokens[rank.rank * each :][:each])
-    zeros = torch.zeros_like(ids)
-    with parallel.micro_batch(last=True):
-        logits, reports = parallel(ids, torch.arange(LENGTH).expand(each, -1), zeros, zeros)
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        (losses / (SEQUENCES * (LENGTH - 1))).backward()
-    assert all(int(report.sums.dropped_E.sum()) == 0 for report in reports)
-    parallel.reduce_gradients()
-    return logits.detach().numpy(), arrays(gradients(model, placement, mesh.ep_rank))
-
-
-@pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("ep", [1, 2, 4])
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "qwen3_moe tied"])
-def test_whole_models(run_in_world: Callable[..., list[Any]], family: str, ep: int, recompute: str) -> None:
-    theirs = their_model(family)
-    section = model_section(theirs.config.to_dict())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    groups = expert_groups(config_of(section, 1, "none").model.moe)
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (SEQUENCES, LENGTH))
-    numbers, gradient = their_numbers(theirs, tokens)
-    weights = arrays(to_logical(dict(theirs.named_parameters()), DECODER, groups))
-    ranks = run_in_world(ep, our_model, section, weights, tokens, recompute)
-    assert_agree({"logits": np.concatenate([logits for logits, _ in ranks])}, numbers)
-    assert_agree(merged([each for _, each in ranks]), arrays(to_logical(gradient, DECODER, groups)))
-
-
-# --- blocks
+D = HIDDEN_DIM
 
 
 def our_block(

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's mixture-of-experts families under our logical names, and their shapes as our configuration.
+"""Weights of Hugging Face's mixture-of-experts blocks under our logical names.
 
 A family's map is a list of rules. A rule turns one tensor of theirs into one or more of ours: they stack the experts and
 fuse gate and up; we name each expert. It applies to gradients as it does to weights. Only names and shapes are known here:
@@ -8,7 +8,7 @@ nothing imports transformers.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,22 +38,6 @@ class Rule:
     kind: Kind = "same"
     group: str = "all"
 
-
-_LAYER = r"model\.layers\.(?P<i>\d+)\."
-
-DECODER: tuple[Rule, ...] = (
-    Rule(r"model\.embed_tokens\.weight", "embedding.weight"),
-    Rule(r"model\.norm\.weight", "norm.weight"),
-    Rule(r"lm_head\.weight", "output.weight"),
-    Rule(_LAYER + r"input_layernorm\.weight", r"layers.\g<i>.attention.norm.weight"),
-    Rule(_LAYER + r"self_attn\.(?P<part>[qkvo])_proj\.weight", r"layers.\g<i>.attention.\g<part>.weight"),
-    Rule(_LAYER + r"self_attn\.(?P<part>[qk])_norm\.weight", r"layers.\g<i>.attention.\g<part>_norm.weight"),
-    Rule(_LAYER + r"post_attention_layernorm\.weight", r"layers.\g<i>.moe.norm.weight"),
-    Rule(_LAYER + r"mlp\.gate\.weight", r"layers.\g<i>.moe.router.all", "router"),
-    Rule(_LAYER + r"mlp\.experts\.gate_up_proj", r"layers.\g<i>.moe.experts.all", "gate_up"),
-    Rule(_LAYER + r"mlp\.experts\.down_proj", r"layers.\g<i>.moe.experts.all", "down"),
-)
-"""Mixtral, OLMoE and Qwen3-MoE: one decoder with one group, which differ in options alone."""
 
 LONGCAT_BLOCK: tuple[Rule, ...] = (
     Rule(r"router\.classifier\.weight", "router.all", "router"),
@@ -142,39 +126,3 @@ def gradients(module: nn.Module, placement: ExpertPlacement, ep_rank: int) -> di
         else:
             named[name] = parameter.grad
     return named
-
-
-def model_section(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Our `model` section for a Mixtral, OLMoE or Qwen3-MoE configuration (as a plain mapping).
-
-    Args:
-        theirs: `config.to_dict()`.
-    """
-    kind = theirs["model_type"]
-    normalised = kind == "mixtral" or theirs["norm_topk_prob"]
-    ffn_dim = theirs["moe_intermediate_size"] if kind == "qwen3_moe" else theirs["intermediate_size"]
-    num_experts = theirs.get("num_local_experts") or theirs["num_experts"]
-    return {
-        "hidden_dim": theirs["hidden_size"],
-        "num_layers": theirs["num_hidden_layers"],
-        "num_heads": theirs["num_attention_heads"],
-        "num_kv_heads": theirs["num_key_value_heads"],
-        "head_dim": theirs.get("head_dim"),
-        "vocab_size": theirs["vocab_size"],
-        "max_seq_len": theirs["max_position_embeddings"],
-        "rope_base": theirs["rope_parameters"]["rope_theta"],
-        "norm_eps": theirs["rms_norm_eps"],
-        "qk_norm": {"mixtral": "none", "olmoe": "full", "qwen3_moe": "head"}[kind],
-        "tie_embeddings": theirs["tie_word_embeddings"],
-        "moe": {
-            "groups": {
-                "all": {
-                    "num_experts": num_experts,
-                    "top_k": theirs["num_experts_per_tok"],
-                    "ffn_dim": ffn_dim,
-                    "modalities": ["text"],
-                }
-            },
-            "router": {"normalise": "true_chosen" if normalised else "none"},
-        },
-    }

@@ -150,6 +150,7 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
         (["model.hidden_dim=30"], "model: hidden_dim=30 must be a multiple of num_heads=4; or set head_dim"),
         (["model.head_dim=7"], "model: head_dim=7 must be even"),
         (["model.moe.every=2"], "model: dense_ffn_dim is needed"),
+        (["model.moe.shared_gate=true"], "model.moe: shared_gate=true needs a shared expert"),
         (["model.moe.first=2"], "model: moe.first=2 leaves no MoE layer"),
         (["loss.balance.schedule=[[5, 0.1]]"], "loss.balance: schedule must start at step 0"),
         (["data.path="], "data.path=''"),

@@ -68,7 +68,7 @@ def assert_equals_the_oracle(layer: MoELayer, h_TD: Tensor, group_T: Tensor, exp
         torch.testing.assert_close(got, torch.zeros_like(got) if wanted is None else wanted, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("case", "normalise"), list(product(CASES, ("true_chosen", "all_chosen", "none"))))
+@pytest.mark.parametrize(("case", "normalise"), list(product(CASES, ("true_chosen", "all_chosen", "true_all", "none"))))
 @pytest.mark.parametrize("selection_bias", [False, True])
 def test_free_experts_and_bias(case: str, normalise: str, selection_bias: bool) -> None:
     groups = CASES[case]

@@ -1,0 +1,1 @@
+"""Pretrained models in and out: Hugging Face's folders of config.json and safetensors. Imports no transformers."""

@@ -1,0 +1,355 @@
+"""From a checkpoint to a Hugging Face folder that transformers 4 and 5 load: one tensor for each expert and matrix.
+
+Null experts have no counterpart there. They are left out where that changes nothing, which is one case alone: every null
+row of every router still is the copy of a true row that `moe_dist.moe.copy_init` makes, bit for bit. The model then is
+plain top-k_0. Once training has moved the rows apart, null choices decide how many experts a token takes, and no family
+says so.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
+from moe_dist.checkpoint.findings import DamagedError, Finding
+from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
+from moe_dist.checkpoint.fits import DTYPES as OURS
+from moe_dist.checkpoint.index import shard_file
+from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
+from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
+from moe_dist.config.schema import Config, ModelSection
+from moe_dist.errors import CheckpointError, ConfigError, DataError
+from moe_dist.hf.families import FAMILIES, Family, misfits, read_section, write_fields
+from moe_dist.hf.fields import INERT, read_json
+from moe_dist.hf.importing import HUGGINGFACE, imported_values
+from moe_dist.hf.names import Slot, router_name, slots
+from moe_dist.hf.progress import Report
+from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
+from moe_dist.moe.copy_init import folded_choices, uneven_twins
+
+SHARD_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        family: `model_type`.
+        folded: Null experts a layer that were left out.
+        like: Folder whose config.json and small files were taken over; None for none.
+    """
+
+    family: str
+    tensors: int
+    shards: int
+    folded: int
+    like: Path | None
+
+
+def export_model(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    family: str | None = None,
+    like: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    report: Report = lambda stage, done, total: None,
+) -> Exported:
+    """Exports a checkpoint. Nothing that is there is overwritten. Memory: one shard, and one tensor in fp32.
+
+    Args:
+        checkpoint: A checkpoint, or a run or an import that holds one.
+        dtype: A key of `source.DTYPES` for all tensors; None keeps what an import noted for each, else what is stored.
+        family: `model_type` to write; None takes the import's, else the first that can hold the model.
+        like: A folder with config.json (and tokenizer files) to take over what the model does not say; None looks beside
+            the checkpoint, and at `run.init_from`.
+
+    Raises:
+        ConfigError: `out` exists, or no family can hold the model; says why.
+        DataError: the checkpoint is damaged or incomplete.
+        CheckpointError: the folder cannot be written.
+    """
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
+    contents = open_checkpoint(find_checkpoint(checkpoint))
+    config = _config(contents)
+    noted, dtypes = imported_values(contents.state.values)
+    reader = _Reader(contents)
+    section = _plain_section(config.model, reader)
+    chosen = _family(section, family or noted, must=family is not None)
+    found = _account(contents, config.model, section, chosen)
+    like = like or _like(contents.folder, config)
+    wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
+    fields = _fields(section, chosen, like, list(wanted.values()))
+    with _made(out) as folder:
+        shards = _write(folder, reader, found, wanted, shard_bytes, report)
+        write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
+        for name in COMPANIONS if like else ():
+            if like and (like / name).is_file():
+                write_durably(folder / name, (like / name).read_bytes())
+    nulls = sum(group.num_null for group in config.model.moe.groups.values())
+    return Exported(chosen.name, len(found), shards, nulls, like)
+
+
+def _config(contents: Contents) -> Config:
+    saved = contents.state.values.get("config")
+    try:
+        return Config.model_validate_json(json.dumps(saved))
+    except ValidationError as error:
+        raise DataError(
+            f"{contents.folder}: its state.json has no configuration that this version can read: {str(error)[:200]}"
+        ) from error
+
+
+def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
+    """The section without null experts.
+
+    Raises:
+        ConfigError: the model is none that a family could hold, with every reason.
+    """
+    moe, faults = model.moe, []
+    if len(moe.groups) > 1:
+        raise ConfigError(
+            f"model.moe.groups: {', '.join(moe.groups)}: families have one group of experts, not one a modality"
+        )
+    ((name, group),) = moe.groups.items()
+    if group.num_identity or group.num_constant:
+        free = f"num_identity={group.num_identity}, num_constant={group.num_constant}"
+        faults.append(f"model.moe.groups.{name}: {free}: no known family has identity or constant experts")
+    if moe.router.kind != "top_k":
+        raise ConfigError(f"model.moe.router.kind={moe.router.kind}: known families choose by top-k")
+    if moe.router.selection_bias:
+        faults.append("model.moe.router.selection_bias=true: no known family chooses by a bias")
+    if moe.router.scale != 1.0:
+        faults.append(f"model.moe.router.scale={moe.router.scale}: no known family has such a factor")
+    if faults:
+        raise ConfigError(faults, see="docs/huggingface.md")
+    top_k, normalise = group.top_k, moe.router.normalise
+    if group.num_null:
+        top_k = _folded(model, reader)
+    if normalise == "true_all" or group.num_experts == 1:
+        normalise = "none" if group.num_experts > 1 else "true_chosen"
+    plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
+    router = moe.router.model_copy(update={"normalise": normalise})
+    return model.model_copy(update={"moe": moe.model_copy(update={"groups": plain, "router": router})})
+
+
+def _folded(model: ModelSection, reader: "_Reader") -> int:
+    """Choices of the plain router that one with null experts equals.
+
+    Raises:
+        ConfigError: there is none, with the layer or the option that is in the way.
+    """
+    ((name, group),) = model.moe.groups.items()
+    key = f"model.moe.groups.{name}.num_null={group.num_null}"
+    out = "no family has null experts; they can be left out only where they are copies of true rows, as after an import"
+    if model.moe.router.normalise not in ("true_chosen", "true_all"):
+        raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={model.moe.router.normalise}")
+    if fault := uneven_twins(group.num_experts, group.num_null):
+        raise ConfigError(f"{key}: {out}: {fault}")
+    for layer in model.moe_layers:
+        true, null = (reader.read(router_name(model, layer, kind)) for kind in ("true", "null"))
+        if not torch.equal(null, true.repeat(group.num_null // group.num_experts, 1)):
+            raise ConfigError(
+                f"{key}: {out}; in layer {layer} they are not. The number of experts that a token takes is learned there, "
+                "and would be lost; export a model that was trained with num_null=0"
+            )
+    return folded_choices(group.num_experts, group.num_null, group.top_k)
+
+
+def _family(section: ModelSection, name: str | None, *, must: bool) -> Family:
+    if name is not None and name not in FAMILIES:
+        raise ConfigError(f"--family={name}: known are {', '.join(FAMILIES)}")
+    order = [FAMILIES[name]] if name and must else sorted(FAMILIES.values(), key=lambda each: each.name != name)
+    reasons = {family.name: misfits(section, family) for family in order}
+    for family in order:
+        if not reasons[family.name]:
+            return family
+    raise ConfigError(
+        [f"{family}: cannot have {', '.join(what)}" for family, what in reasons.items()], see="docs/huggingface.md"
+    )
+
+
+def _account(contents: Contents, model: ModelSection, section: ModelSection, family: Family) -> list[Slot]:
+    """The tensors to write; every parameter of the checkpoint is among them, or known to say nothing.
+
+    Raises:
+        DataError: tensors are missing or left over.
+    """
+    needed = slots(section, family)
+    there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
+    nulls = {router_name(model, layer, "null") for layer in model.moe_layers}
+    faults = [f"{slot.name}: is missing" for slot in needed if slot.name not in there]
+    faults += [
+        f"{name}: is left over: {family.name} has no place for it" for name in there - nulls - {s.name for s in needed}
+    ]
+    faults += [
+        f"{slot.name}: shape {contents.index.tensors[slot.name].shape}, its configuration calls for {slot.shape}"
+        for slot in needed
+        if slot.name in there and contents.index.tensors[slot.name].shape != slot.shape
+    ]
+    if faults:
+        raise DataError([f"{contents.folder}: {fault}" for fault in sorted(faults)])
+    return [slot for slot in needed if slot.places]
+
+
+def _stored(contents: Contents, name: str) -> str:
+    found = contents.index.tensors[name].dtype
+    if found not in DTYPES:
+        raise ConfigError(f"{name} is {found}; say --dtype {', '.join(DTYPES)}")
+    return found
+
+
+def _like(folder: Path, config: Config) -> Path | None:
+    beside = [folder.absolute().parent / HUGGINGFACE]
+    beside += [Path(config.run.init_from) / HUGGINGFACE] if config.run.init_from else []
+    return next((each for each in beside if (each / CONFIG_FILE).is_file()), None)
+
+
+def _fields(section: ModelSection, family: Family, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
+    """config.json: as it was where that still says the model, else what the model says beside the rest."""
+    base = read_json(like / CONFIG_FILE, "model") if like else {}
+    said = write_fields(section, family)
+    inert = {name: value for name, value in base.items() if name in INERT}
+    dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
+    of_family = base if base.get("model_type") == family.name else inert
+    for fields in (base, {**of_family, **said}, {**inert, **said}):
+        if _says(fields, section, family):
+            keys = [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype", "dtype"]
+            return {**fields, **dict.fromkeys(keys, dtype)}
+    raise AssertionError(f"config.json of {family.name} does not read back as the model: {said}")
+
+
+def _says(fields: Mapping[str, Any], section: ModelSection, family: Family) -> bool:
+    try:
+        found, values, _ = read_section(fields)
+        return found is family and _canonical(ModelSection.model_validate(values)) == _canonical(section)
+    except (ConfigError, ValidationError):
+        return False
+
+
+def _canonical(section: ModelSection) -> dict[str, Any]:
+    """What a section says about the function: two that say the same are equal."""
+    (group,) = section.moe.groups.values()
+    dense = len(section.moe_layers) < section.num_layers
+    plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
+    return {
+        **plain,
+        "head_dim": section.resolved_head_dim,
+        "dense_ffn_dim": section.dense_ffn_dim if dense else None,
+        "layers": section.moe_layers,
+        "experts": (group.num_experts, group.top_k, group.ffn_dim),
+        "normalise": section.moe.router.normalise,
+        "shared": (section.moe.shared_ffn_dim, section.moe.shared_gate),
+    }
+
+
+class _Reader:
+    """Whole logical tensors of a checkpoint, each held against its fingerprint."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, put together from its boxes.
+
+        Raises:
+            DataError: it is missing, or not what was saved.
+        """
+        contents, entry = self._contents, self._contents.index.tensors.get(name)
+        if entry is None:
+            raise DataError(f"{contents.folder}: {name}: is missing")
+        whole = torch.empty(entry.shape, dtype=OURS[entry.dtype])
+        for chunk in entry.chunks:
+            open_shard(contents, chunk.shard)
+            with open_tensors(contents.folder, chunk.shard) as file:
+                box = tuple(slice(at, at + length) for at, length in zip(chunk.offsets, chunk.shape, strict=True))
+                whole[box] = file.get_tensor(name)
+        if hexadecimal(fingerprint(whole)) != entry.fingerprint:
+            files = ", ".join(dict.fromkeys(shard_file(chunk.shard) for chunk in entry.chunks))
+            found = Finding("damaged", files, "its bits are not those that were saved", name)
+            raise DamagedError(f"checkpoint {contents.folder} is not what was saved", [found])
+        return whole
+
+
+def _write(
+    folder: Path, reader: _Reader, found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int, report: Report
+) -> int:
+    """Writes the shards, and the index where there are several; returns their number."""
+    shards = list(_shards(found, dtypes, shard_bytes))
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = [WEIGHTS_FILE] if len(shards) == 1 else names
+    done = 0
+    for name, shard in zip(names, shards, strict=True):
+        tensors: dict[str, Tensor] = {}
+        for slot in shard:
+            tensors[slot.places[0].name] = reader.read(slot.name).to(DTYPES[dtypes[slot.name]])
+            done += 1
+            report("export", done, len(found))
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        sync(folder / name)
+    if len(shards) > 1:
+        weight_map = {slot.places[0].name: name for name, shard in zip(names, shards, strict=True) for slot in shard}
+        total = sum(_nbytes(slot, dtypes) for slot in found)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_durably(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
+    return len(shards)
+
+
+def _shards(found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int) -> Iterator[list[Slot]]:
+    shard: list[Slot] = []
+    size = 0
+    for slot in found:
+        nbytes = _nbytes(slot, dtypes)
+        if shard and size + nbytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(slot)
+        size += nbytes
+    yield shard
+
+
+def _nbytes(slot: Slot, dtypes: Mapping[str, str]) -> int:
+    return slot.numel * DTYPES[dtypes[slot.name]].itemsize
+
+
+@contextmanager
+def _made(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes it when all of it is durable, and goes away if something fails."""
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{out.absolute().name}.exporting.", dir=out.absolute().parent))
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be made: {error.strerror or error}") from error
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        sync(folder)
+        if os.path.lexists(out):
+            raise ConfigError(f"{out} exists by now; nothing is overwritten")
+        folder.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask; there is no way to read it but to set it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,268 @@
+"""The families of models that can be read and written, as data: which of their fields say what our `model` section says.
+
+Each family is a decoder that our model computes exactly; what a family can have and our model has not is refused by field
+and value. A dense model is one with a single expert a layer: its routing weight is 1 whatever the router's row is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_dist.config.schema import ModelSection
+from moe_dist.errors import ConfigError
+from moe_dist.hf.fields import Fields
+
+GROUP = "all"  # the one expert group of every imported model
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family, for both directions.
+
+    Attributes:
+        name, architecture: `model_type`, and the class that transformers loads it with.
+        qk_norm: As `model.qk_norm`.
+        biases: For each `model.attention_bias` that it can have, the fields that say so; the first is its default.
+        normalise: Likewise for `router.normalise`.
+        experts: Fields of the number of experts, the one that is written first (none: dense).
+        ffn: Field of their width.
+        dense_layers: Whether some layers may be dense, by decoder_sparse_step and mlp_only_layers.
+        shared: Whether each MoE layer has a shared expert with a sigmoid gate.
+        head_dim: Whether the width of a head is a field.
+        must_be: Fields whose other values our model has not: the values that it has, and why.
+    """
+
+    name: str
+    architecture: str
+    qk_norm: str
+    biases: Mapping[str, Mapping[str, bool]]
+    normalise: Mapping[str, Mapping[str, bool]]
+    experts: tuple[str, ...]
+    ffn: str
+    dense_layers: bool = False
+    shared: bool = False
+    head_dim: bool = True
+    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+
+
+_NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
+_BIAS = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
+_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for some
+_CLIP = {"clip_qkv": ((), "queries, keys and values are not clipped")}
+_MLP_BIAS = {"mlp_bias": ((False,), "FFNs have no biases")}
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "mixtral", "MixtralForCausalLM", "none", {"none": {}}, {"true_chosen": {}}, _EXPERTS[::-1], "intermediate_size",
+        ),
+        Family(
+            "olmoe", "OlmoeForCausalLM", "full", _BIAS, _NORM, _EXPERTS, "intermediate_size", head_dim=False,
+            must_be=_CLIP,
+        ),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM", "head", _BIAS, _NORM, _EXPERTS, "moe_intermediate_size",
+            dense_layers=True,
+        ),
+        Family(
+            "qwen2_moe", "Qwen2MoeForCausalLM", "none", {"qkv": {"qkv_bias": True}, "none": {"qkv_bias": False}}, _NORM,
+            _EXPERTS, "moe_intermediate_size", dense_layers=True, shared=True,
+        ),
+        Family(
+            "llama", "LlamaForCausalLM", "none", _BIAS, {"true_chosen": {}}, (), "intermediate_size", must_be=_MLP_BIAS
+        ),
+    )
+}  # fmt: skip
+
+_MLA = "its attention (multi-head latent attention, MLA) is not in the model"
+REFUSED = {
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "kimi_k2": _MLA,
+    "longcat_flash": _MLA,
+    "gpt_oss": "its attention sinks and its experts' clipped activation are not in the model",
+    "qwen3_next": "its linear attention is not in the model",
+    "llama4_text": "its chunked attention is not in the model",
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        ConfigError: it is none of ours, quantised, or brings code of its own.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        reason = REFUSED.get(name, "this family is not known here") if isinstance(name, str) else "it must name a family"
+        raise ConfigError(f"config.json: model_type={name!r}: {reason}; known are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise ConfigError(f"config.json: {key}={config[key]!r:.80}: quantised weights are not read; take the originals")
+    if config.get("auto_map"):
+        raise ConfigError(
+            f"config.json: auto_map={config['auto_map']!r:.80}: the model brings code of its own, which is never run; if "
+            f"it is a plain {name} model, take auto_map out of config.json"
+        )
+    classes = config.get("architectures")
+    if classes and classes != [family.architecture]:
+        raise ConfigError(f"config.json: architectures={classes!r} must be [{family.architecture!r}], a language model")
+    return family
+
+
+def read_section(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any], Sequence[str]]:
+    """Family, `model` section (as a mapping that the schema takes), and the fields that were not looked at.
+
+    Raises:
+        ConfigError: the family is not known, or a field has a value that the model cannot have.
+    """
+    family = family_of(config)
+    read = Fields(config, family.name)
+    layers, heads = read.whole("num_hidden_layers"), read.whole("num_attention_heads")
+    max_seq_len = read.whole("max_position_embeddings")
+    _check_plain(family, read, max_seq_len)
+    first, every, dense = _moe_layers(family, read, layers)
+    experts = read.one_of(family.experts) if family.experts else 1
+    section = {
+        "hidden_dim": read.whole("hidden_size"),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": read.whole("num_key_value_heads", heads),
+        "head_dim": read.whole("head_dim", None),
+        "vocab_size": read.whole("vocab_size"),
+        "max_seq_len": max_seq_len,
+        "dense_ffn_dim": read.whole("intermediate_size") if dense else None,
+        "rope_base": _rope_base(family, read),
+        "norm_eps": read.positive("rms_norm_eps"),
+        "qk_norm": family.qk_norm,
+        "attention_bias": _said(family.biases, read),
+        "tie_embeddings": read.flag("tie_word_embeddings", False),
+        "init_std": read.positive("initializer_range", 0.02),
+        "moe": {
+            "groups": {
+                GROUP: {
+                    "num_experts": experts,
+                    "top_k": read.whole("num_experts_per_tok") if family.experts else 1,
+                    "ffn_dim": read.whole(family.ffn),
+                }
+            },
+            "router": {"normalise": _said(family.normalise, read)},
+            "first": first,
+            "every": every,
+            "shared_ffn_dim": read.whole("shared_expert_intermediate_size") if family.shared else 0,
+            "shared_gate": family.shared,
+        },
+    }
+    if family.dense_layers:
+        read.get("intermediate_size", None)  # without dense layers it says nothing
+    return family, section, read.unread()
+
+
+def _check_plain(family: Family, read: Fields, max_seq_len: int) -> None:
+    """What every family could have and the model has not."""
+    read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
+    read.must_be("partial_rotary_factor", (1, 1.0), "rotary positions turn whole heads")
+    read.must_be("rope_scaling", ({}, {"rope_type": "default"}, {"type": "default"}), "rotary positions are not scaled")
+    for name, (allowed, why) in family.must_be.items():
+        read.must_be(name, allowed, why)
+    window = read.get("sliding_window", None)
+    slides = read.flag("use_sliding_window", family.name == "mixtral")
+    types = read.get("layer_types", [])
+    if any(kind != "full_attention" for kind in types):
+        raise ConfigError(f"config.json: layer_types={types!r:.80} is not supported: every layer sees its whole document")
+    if slides and window is not None and window < max_seq_len:
+        raise ConfigError(
+            f"config.json: sliding_window={window} is not supported: every layer sees its whole document; it would be the "
+            f"same up to {window} tokens: lower max_position_embeddings={max_seq_len} to that if sequences are shorter"
+        )
+
+
+def _rope_base(family: Family, read: Fields) -> float:
+    """Base of the rotary frequencies, as transformers 4 (rope_theta) or 5 (rope_parameters) writes it."""
+    rope = read.get("rope_parameters", None)
+    if rope is None:
+        return read.positive("rope_theta", 10000.0) if family.name == "llama" else read.positive("rope_theta")
+    read.get("rope_theta", None)
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
+    if kind != "default" or set(rope) - {"rope_type", "rope_theta", "type"}:
+        raise ConfigError(f"config.json: rope_parameters={rope!r} is not supported: rotary positions are not scaled")
+    return Fields({"rope_parameters.rope_theta": rope.get("rope_theta")}, family.name).positive(
+        "rope_parameters.rope_theta"
+    )
+
+
+def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
+    """The choice whose fields have the values at hand; an absent field is as in the first choice."""
+    first = next(iter(choices.values()))
+    values = {name: read.flag(name, default) for name, default in first.items()}
+    return next(choice for choice, fields in choices.items() if fields == values)
+
+
+def _moe_layers(family: Family, read: Fields, layers: int) -> tuple[int, int, bool]:
+    """First MoE layer, the distance to the next, and whether there are dense ones."""
+    if not family.dense_layers:
+        return 0, 1, False
+    step, only = read.whole("decoder_sparse_step", 1), read.get("mlp_only_layers", [])
+    sparse = [layer for layer in range(layers) if layer not in only and (layer + 1) % step == 0]
+    every = sparse[1] - sparse[0] if len(sparse) > 1 else layers
+    if not sparse or sparse != list(range(sparse[0], layers, every)):
+        raise ConfigError(
+            f"config.json: mlp_only_layers={only!r} and decoder_sparse_step={step} leave experts in the layers {sparse}; "
+            "supported is every n-th layer from a first one to the last"
+        )
+    return sparse[0], every if len(sparse) > 1 else max(1, layers - sparse[0]), len(sparse) < layers
+
+
+def misfits(section: ModelSection, family: Family) -> list[str]:
+    """Why a family cannot hold a model (without null experts); nothing if it can."""
+    group, moe = next(iter(section.moe.groups.values())), section.moe
+    width = section.hidden_dim // section.num_heads
+    held = {
+        f"qk_norm={section.qk_norm}": section.qk_norm == family.qk_norm,
+        f"attention_bias={section.attention_bias}": section.attention_bias in family.biases,
+        f"router.normalise={moe.router.normalise}": moe.router.normalise in family.normalise or group.num_experts == 1,
+        f"num_experts={group.num_experts}": (group.num_experts == 1) == (not family.experts),
+        f"moe.first={moe.first}, moe.every={moe.every}": family.dense_layers
+        or len(section.moe_layers) == section.num_layers,
+        f"shared_ffn_dim={moe.shared_ffn_dim}, shared_gate={moe.shared_gate}": (
+            bool(moe.shared_ffn_dim) == family.shared == moe.shared_gate
+        ),
+        f"head_dim={section.head_dim}": family.head_dim or section.resolved_head_dim == width,
+    }
+    return [what for what, fits in held.items() if not fits]
+
+
+def write_fields(section: ModelSection, family: Family) -> dict[str, Any]:
+    """The fields of config.json that say what a section says (without null experts), for transformers 4 and 5."""
+    group, moe = next(iter(section.moe.groups.values())), section.moe
+    fields: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        "hidden_size": section.hidden_dim,
+        "num_hidden_layers": section.num_layers,
+        "num_attention_heads": section.num_heads,
+        "num_key_value_heads": section.num_kv_heads,
+        "vocab_size": section.vocab_size,
+        "max_position_embeddings": section.max_seq_len,
+        "rms_norm_eps": section.norm_eps,
+        "rope_theta": section.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": section.rope_base},
+        "hidden_act": "silu",
+        "tie_word_embeddings": section.tie_embeddings,
+        "initializer_range": section.init_std,
+        **family.biases[section.attention_bias],
+        **family.normalise.get(moe.router.normalise, {}),
+    }
+    if family.head_dim:
+        fields["head_dim"] = section.resolved_head_dim
+    if family.experts:
+        fields |= {family.experts[0]: group.num_experts, "num_experts_per_tok": group.top_k}
+    if family.dense_layers:
+        dense = [layer for layer in range(section.num_layers) if layer not in section.moe_layers]
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+        fields |= {"intermediate_size": section.dense_ffn_dim or group.ffn_dim, "use_sliding_window": False}
+    if family.shared:
+        fields["shared_expert_intermediate_size"] = moe.shared_ffn_dim
+    return fields | {family.ffn: group.ffn_dim}

@@ -1,0 +1,105 @@
+"""A config.json as plain JSON: what is read of it, and what would be ignored without a word."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import ConfigError, DataError
+
+MAX_JSON_BYTES = 1 << 28
+_MISSING: Any = object()
+
+# Names, token ids, training options and switches of other code: none changes the logits of a forward pass.
+INERT = frozenset(
+    (
+        "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "cache_implementation",
+        "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder",
+        "label2id", "max_window_layers", "model_type", "output_attentions", "output_hidden_states",
+        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "rope_interleaved",
+        "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers_version", "use_cache",
+        "is_llama_config", "transformers.js_config",
+    )
+)  # fmt: skip
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DataError: it is missing, too large or none; names it.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DataError(f"{what} {path}: {path.stat().st_size:,} bytes, too large to be one")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{what} {path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} {path}: is no JSON: {error!s:.100}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{what} {path}: must be a JSON object, not {type(values).__name__}")
+    return values
+
+
+class Fields:
+    """The values of a config.json, read by name; every refusal names field, value and rule."""
+
+    def __init__(self, values: Mapping[str, Any], family: str) -> None:
+        self._values, self._family = values, family
+        self._read: set[str] = set()
+
+    def get(self, name: str, default: Any = _MISSING) -> Any:
+        """A value; null counts as absent.
+
+        Raises:
+            ConfigError: it is absent and has no default.
+        """
+        self._read.add(name)
+        value = self._values.get(name)
+        if value is not None:
+            return value
+        if default is _MISSING:
+            raise ConfigError(f"config.json: {name} is missing; a {self._family} model must say it")
+        return default
+
+    def whole(self, name: str, default: Any = _MISSING) -> Any:
+        """A whole number above 0, or the default."""
+        value = self.get(name, default)
+        if value is not default and (type(value) is not int or value < 1):
+            raise ConfigError(f"config.json: {name}={value!r} must be a whole number above 0")
+        return value
+
+    def one_of(self, names: Sequence[str]) -> int:
+        """A whole number above 0 that goes by several names; where more than one is there, they agree."""
+        found = {name: self.whole(name) for name in names if self.get(name, None) is not None}
+        if len(set(found.values())) > 1:
+            raise ConfigError(f"config.json: {' and '.join(f'{n}={v}' for n, v in found.items())} contradict each other")
+        return next(iter(found.values())) if found else self.whole(names[0])
+
+    def positive(self, name: str, default: Any = _MISSING) -> float:
+        """A number above 0."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ConfigError(f"config.json: {name}={value!r} must be a number above 0")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"config.json: {name}={value!r} must be true or false")
+        return value
+
+    def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
+        """Refuses a value that the model cannot have; an absent field is fine.
+
+        Raises:
+            ConfigError: with field, value and reason.
+        """
+        value = self.get(name, None)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"config.json: {name}={value!r} is not supported: {why}")
+
+    def unread(self) -> Sequence[str]:
+        """Fields with a value that nobody looked at and that are not known to be inert."""
+        return sorted(name for name, value in self._values.items() if value is not None and name not in self._read | INERT)

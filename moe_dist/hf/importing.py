@@ -1,0 +1,257 @@
+"""From a Hugging Face folder to a checkpoint that any layout of ranks loads, shard by shard, whatever its size.
+
+    <out>/step_0/, latest      the checkpoint, as `run.init_from=<out>` takes it
+    <out>/config.yaml          a whole configuration that trains it; the data are to be set
+    <out>/huggingface/         config.json and the small files that belong to the model, for the way back
+
+Until all of it is durable it lies in `<out>.importing`; then one rename makes `<out>`. An import that was killed goes on
+there: shards that are whole stay. Memory: one shard in fp32 and one tensor as it was stored.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import JsonValue
+
+from moe_dist.checkpoint.findings import DamagedError
+from moe_dist.checkpoint.fits import check_complete
+from moe_dist.checkpoint.index import INDEX_FILE, shard_file
+from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
+from moe_dist.checkpoint.shard_header import read_shard_header
+from moe_dist.checkpoint.shelf import LATEST_FILE
+from moe_dist.checkpoint.snapshot import Snapshot
+from moe_dist.checkpoint.state import RankLayout, TensorSpec
+from moe_dist.checkpoint.state_file import STATE_FILE
+from moe_dist.checkpoint.storage import build_index, sync, write_durably, write_shard
+from moe_dist.config.load import resolved_yaml
+from moe_dist.config.schema import Config
+from moe_dist.errors import CheckpointError, ConfigError
+from moe_dist.hf.families import read_section
+from moe_dist.hf.plan import ITEMSIZE, Options, Plan, changed_section, make_plan
+from moe_dist.hf.progress import Report
+from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
+from moe_dist.hf.tokenizer import check_tokenizer
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.policies import expert_groups
+
+HUGGINGFACE = "huggingface"  # folder of an import, and key in its state.json
+SHARD_BYTES = 512 << 20
+
+_PLAN_FILE, _TREE = "plan.json", "tree"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did.
+
+    Attributes:
+        family: `model_type`.
+        kept: Shards that an earlier, killed attempt had written.
+        unread: Fields of config.json that nobody looked at.
+        ignored: Files of pickles, which nobody opened.
+        converted: Numbers of tensors by the dtype they were stored in; all are written as fp32.
+    """
+
+    family: str
+    tensors: int
+    shards: int
+    kept: int
+    unread: Sequence[str]
+    ignored: Sequence[str]
+    converted: Mapping[str, int]
+
+
+def import_model(
+    folder: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    data_path: str = ".cache/data/openmoji",
+    shard_bytes: int = SHARD_BYTES,
+    report: Report = lambda stage, done, total: None,
+) -> Imported:
+    """Imports a model. Nothing that is there is overwritten.
+
+    Raises:
+        ConfigError: `out` exists, an option does not fit, or the model is of a family or has a field that is not supported.
+        DataError: the folder is damaged, holds something else than its config.json says, or its tokenizer does not fit.
+        CheckpointError: the result cannot be written; what is written stays, and the same command goes on.
+    """
+    options = options or Options()
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
+    source = open_source(folder)
+    family, plain, unread = read_section(source.config)
+    section = changed_section(plain, family, options)
+    check_tokenizer(source, vocab_size=section.vocab_size)
+    plan = make_plan(source, family, section, shard_bytes=shard_bytes)
+    config = run_config(plan, out, options, data_path)
+    with _workplace(out) as place:
+        save_id = _begin(place, source, plan, options)
+        try:
+            kept = _write_shards(place, source, plan, options, save_id, report)
+            values = {
+                "config": config.model_dump(mode="json"),
+                HUGGINGFACE: {"family": family.name, "dtypes": {**plan.dtypes}},
+            }
+            _conclude(place / _TREE, plan, config, values, save_id)
+            _companions(source, place / _TREE / HUGGINGFACE)
+            if os.path.lexists(out):
+                raise ConfigError(f"{out} exists by now; nothing is overwritten")
+            (place / _TREE).rename(out)
+            sync(out.absolute().parent)
+        except OSError as error:
+            raise CheckpointError(
+                f"{place}: cannot be written: {error.strerror or error}; the same command goes on from there"
+            ) from error
+    return Imported(
+        family=family.name,
+        tensors=len({part.name for part in plan.parts}),
+        shards=len(plan.shards),
+        kept=kept,
+        unread=unread,
+        ignored=source.pickles,
+        converted={name: list(plan.dtypes.values()).count(name) for name in DTYPES if name in plan.dtypes.values()},
+    )
+
+
+def run_config(plan: Plan, out: Path, options: Options, data_path: str) -> Config:
+    """A configuration that fine-tunes the model on one device; `data` is the user's to set."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
+    groups = plan.section.moe.groups.values()
+    dense = all(group.num_experts + group.num_null == 1 for group in groups)
+    return Config.model_validate(
+        {
+            "run": {"name": f"{name}-tuned", "seed": options.seed, "init_from": str(out)},
+            "model": plan.section.model_dump(),
+            "data": {"path": data_path, "seq_len": min(1024, plan.section.max_seq_len)},
+            "train": {"steps": 1000, "global_batch": 8, "micro_batch": 1},
+            "optimizer": {"lr": 1e-5, "schedule": {"kind": "cosine", "warmup_steps": 50}},
+            "loss": {"balance": {"schedule": ((0, 0.0 if dense else 0.001),)}},
+            "evaluation": {"every": 200},
+        }
+    )
+
+
+@contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """The folder beside `out` in which it is made, held by one process; removed once `out` is there."""
+    place = out.absolute().parent / f"{out.absolute().name}.importing"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / "lock", timeout=0):
+            yield place
+            shutil.rmtree(place)
+    except Timeout as error:
+        raise ConfigError(f"{place}: another import is writing there; wait for it, or choose another folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{place}: cannot be made: {error.strerror or error}") from error
+
+
+def _begin(place: Path, source: Source, plan: Plan, options: Options) -> str:
+    """The id of the save that is being written; of an earlier attempt where one was at the same.
+
+    Raises:
+        ConfigError: the earlier attempt was at something else.
+        CheckpointError: there is no room.
+    """
+    told = {
+        "files": source.files,
+        "config": source.config,
+        "options": asdict(options),
+        "shards": [[asdict(part) for part in shard] for shard in plan.shards],
+    }
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    path = place / _PLAN_FILE
+    if path.exists():
+        begun = json.loads(path.read_bytes())
+        if begun["digest"] != digest:
+            raise ConfigError(
+                f"{place}: an import was begun there of another model, with other options, or of files that have changed "
+                "since; remove that folder, or choose another one"
+            )
+        return begun["save_id"]
+    free, wanted = shutil.disk_usage(place).free, plan.nbytes + plan.nbytes // 100
+    if free < wanted:
+        raise CheckpointError(f"{place}: needs {wanted:,} bytes and {free:,} are free; make room, or choose another disk")
+    save_id = secrets.token_hex(6)
+    write_durably(place / "plan.new", json.dumps({"digest": digest, "save_id": save_id}).encode())
+    (place / "plan.new").rename(path)
+    sync(place)
+    return save_id
+
+
+def _write_shards(place: Path, source: Source, plan: Plan, options: Options, save_id: str, report: Report) -> int:
+    """Writes what is not there yet, each shard by one rename; returns how many were."""
+    target, writing = place / _TREE / "step_0", place / "writing"
+    for folder in (target, writing):
+        folder.mkdir(parents=True, exist_ok=True)
+    done = kept = 0
+    for number, parts in enumerate(plan.shards):
+        if _is_whole(target, number, save_id):
+            kept += 1
+        else:
+            pieces = {part.name: part.make(source, seed=options.seed) for part in parts}
+            write_shard(writing, number, pieces, save_id=save_id, step=0, rank_values={})
+            os.replace(writing / shard_file(number), target / shard_file(number))
+        done += sum(part.nbytes for part in parts)
+        report("import", done, plan.nbytes)
+    sync(target)
+    return kept
+
+
+def _is_whole(folder: Path, number: int, save_id: str) -> bool:
+    try:
+        return read_shard_header(folder, number).save_id == save_id
+    except DamagedError:
+        return False
+
+
+def _conclude(tree: Path, plan: Plan, config: Config, values: Mapping[str, JsonValue], save_id: str) -> None:
+    """Index, state and digests of the checkpoint, and the configuration beside it; all durable."""
+    folder = tree / "step_0"
+    specs = {part.name: _spec(part.shape) for part in plan.parts}
+    index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
+    check_complete(index, specs)
+    groups = expert_groups(config.model.moe)
+    everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
+    state = Snapshot(0, {}, specs, RankLayout(everything), None, dict(values), {}).state_file(save_id)
+    files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: state.to_json()}
+    for name, content in {**files, SEAL_FILE: seal_of(files, save_id)}.items():
+        write_durably(folder / name, content)
+    sync(folder)
+    write_durably(tree / LATEST_FILE, f"{folder.name}\n".encode())
+    write_durably(tree / "config.yaml", resolved_yaml(config).encode())
+
+
+def _spec(shape: tuple[int, ...]) -> TensorSpec:
+    assert DTYPES["F32"].itemsize == ITEMSIZE
+    return TensorSpec(shape, DTYPES["F32"])
+
+
+def _companions(source: Source, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in (CONFIG_FILE, *source.companions):
+        write_durably(folder / name, inside(source.folder, name).read_bytes())
+    sync(folder)
+    sync(folder.parent)
+
+
+def imported_values(values: Mapping[str, Any]) -> tuple[str | None, Mapping[str, str]]:
+    """Family and dtypes by logical name that an import noted in its state.json; None and nothing of another checkpoint."""
+    noted = values.get(HUGGINGFACE)
+    if not isinstance(noted, dict) or not isinstance(noted.get("dtypes"), dict):
+        return None, {}
+    family = noted.get("family")
+    dtypes = {name: each for name, each in noted["dtypes"].items() if each in DTYPES}
+    return family if isinstance(family, str) else None, dtypes

@@ -1,0 +1,136 @@
+"""Where each of our logical tensors lies among a family's tensors, in every layout that checkpoints have.
+
+On disk transformers writes one tensor for each expert and matrix (also version 5, whose models hold them fused in memory);
+`save_original_format=False` writes the fused ones: gate_up_proj [n, 2 F, D] with the gate in the first half of the rows,
+and down_proj [n, D, F]. All of a logical tensor lies in one piece in either, so that a place is a name and a first element.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe_dist.config.schema import ModelSection
+from moe_dist.hf.families import Family
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run of elements of one of their tensors.
+
+    Attributes:
+        shape: Of their whole tensor.
+        begin: First element of the run, in row-major order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int = 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A logical tensor of ours.
+
+    Attributes:
+        places: Where it may lie, the layout that is written first. Empty: they have no such tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def slots(section: ModelSection, family: Family) -> list[Slot]:
+    """Every parameter of a model, with its places; null experts' rows are not among them."""
+    dim = section.hidden_dim
+    found = [_whole("embedding.weight", "model.embed_tokens.weight", section.vocab_size, dim)]
+    for layer in range(section.num_layers):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        found += _attention(section, ours, theirs)
+        if layer in section.moe_layers:
+            found.append(_whole(f"{ours}.moe.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
+            found += _moe(section, family, ours + ".moe", theirs)
+        else:
+            found.append(_whole(f"{ours}.ffn.norm.weight", f"{theirs}.post_attention_layernorm.weight", dim))
+            found += _swiglu(f"{ours}.ffn", f"{theirs}.mlp", dim, section.dense_ffn_dim or 0)
+    found.append(_whole("norm.weight", "model.norm.weight", dim))
+    if not section.tie_embeddings:
+        found.append(_whole("output.weight", "lm_head.weight", section.vocab_size, dim))
+    return found
+
+
+def router_name(section: ModelSection, layer: int, kind: str) -> str:
+    """Logical name of the router rows of one kind."""
+    (name,) = section.moe.groups
+    return f"layers.{layer}.moe.router.{name}.{kind}"
+
+
+def _whole(ours: str, theirs: str, *shape: int) -> Slot:
+    return Slot(ours, shape, (Place(theirs, shape),))
+
+
+def _attention(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
+    dim, width = section.hidden_dim, section.resolved_head_dim
+    heads, kv_heads = section.num_heads * width, section.num_kv_heads * width
+    yield _whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm.weight", dim)
+    for part, rows in {"q": heads, "k": kv_heads, "v": kv_heads, "o": dim}.items():
+        columns = heads if part == "o" else dim
+        yield _whole(f"{ours}.attention.{part}.weight", f"{theirs}.self_attn.{part}_proj.weight", rows, columns)
+        if section.attention_bias != "none" and part in section.attention_bias:
+            yield _whole(f"{ours}.attention.{part}.bias", f"{theirs}.self_attn.{part}_proj.bias", rows)
+    if section.qk_norm != "none":
+        for part, rows in {"q": heads, "k": kv_heads}.items():
+            size = width if section.qk_norm == "head" else rows
+            yield _whole(f"{ours}.attention.{part}_norm.weight", f"{theirs}.self_attn.{part}_norm.weight", size)
+
+
+def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:
+    for part, shape in _matrices(dim, ffn_dim).items():
+        yield _whole(f"{ours}.{part}.weight", f"{theirs}.{part}_proj.weight", *shape)
+
+
+def _moe(section: ModelSection, family: Family, ours: str, theirs: str) -> Iterator[Slot]:
+    ((name, group),) = section.moe.groups.items()
+    dim, num = section.hidden_dim, group.num_experts
+    router = f"{ours}.router.{name}.true"
+    if not family.experts:
+        yield Slot(router, (num, dim), ())
+    else:
+        gates = [f"{theirs}.mlp.gate.weight"]
+        if family.name == "mixtral":
+            gates.insert(0, f"{theirs}.block_sparse_moe.gate.weight")
+        yield Slot(router, (num, dim), tuple(Place(gate, (num, dim)) for gate in gates))
+    for expert in range(num):
+        for part, shape in _matrices(dim, group.ffn_dim).items():
+            places = tuple(_expert_places(family, theirs, expert, part, num, shape))
+            yield Slot(f"{ours}.experts.{name}.{expert}.{part}", shape, places)
+    if family.shared:
+        yield from _swiglu(f"{ours}.shared", f"{theirs}.mlp.shared_expert", dim, section.moe.shared_ffn_dim)
+        yield _whole(f"{ours}.shared.scale.weight", f"{theirs}.mlp.shared_expert_gate.weight", 1, dim)
+
+
+def _expert_places(
+    family: Family, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
+) -> Iterator[Place]:
+    if not family.experts:  # the experts of a model that was dense are copies of its FFN
+        yield Place(f"{theirs}.mlp.{part}_proj.weight", shape)
+        return
+    if family.name == "mixtral":
+        letter = {"gate": "w1", "up": "w3", "down": "w2"}[part]
+        yield Place(f"{theirs}.block_sparse_moe.experts.{expert}.{letter}.weight", shape)
+    else:
+        yield Place(f"{theirs}.mlp.experts.{expert}.{part}_proj.weight", shape)
+    rows, columns = shape
+    if part == "down":
+        yield Place(f"{theirs}.mlp.experts.down_proj", (num, rows, columns), expert * rows * columns)
+    else:
+        begin = (2 * expert + (part == "up")) * rows * columns
+        yield Place(f"{theirs}.mlp.experts.gate_up_proj", (num, 2 * rows, columns), begin)
+
+
+def _matrices(dim: int, ffn_dim: int) -> dict[str, tuple[int, int]]:
+    return {"gate": (ffn_dim, dim), "up": (ffn_dim, dim), "down": (dim, ffn_dim)}

@@ -1,0 +1,229 @@
+"""What to read, make and write for an import: every logical tensor's origin, cut into shards of a bounded size.
+
+A plan follows from the source's headers and the options alone, so that an import that was killed goes on with the same one.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_dist.checkpoint.storage import Piece
+from moe_dist.config.schema import ModelSection
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.hf.families import GROUP, Family
+from moe_dist.hf.names import Slot, router_name, slots
+from moe_dist.hf.source import Source
+from moe_dist.moe.copy_init import identity_choices, uneven_twins
+from moe_dist.parallel.initialise import normal_tensor
+
+ITEMSIZE = torch.float32.itemsize  # checkpoints hold fp32 master weights
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an import changes on the way.
+
+    Attributes:
+        null_experts, top_k: Null experts with copied gate rows, and the choices a token then makes.
+        experts, experts_top_k: Copies of each dense FFN that a dense model gets, and the choices a token makes among them.
+        seed: Of the router rows of experts that were copied.
+        modalities: That the expert group routes.
+    """
+
+    null_experts: int = 0
+    top_k: int | None = None
+    experts: int = 1
+    experts_top_k: int = 1
+    seed: int = 0
+    modalities: tuple[str, ...] = ("text",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a logical tensor, and where they come from.
+
+    Attributes:
+        shape: Of the whole logical tensor.
+        row, rows: First row, and how many (of a vector: elements).
+        kind: `stored` runs of their tensor `source` from element `begin` on; `tiled`, the rows of `source` again and
+            again; `zeros`; `normal` with `std`, drawn from the name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    row: int
+    rows: int
+    kind: Literal["stored", "tiled", "zeros", "normal"]
+    source: str = ""
+    begin: int = 0
+    std: float = 0.0
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        return (self.rows, *self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.box) * ITEMSIZE
+
+    def make(self, source: Source, *, seed: int) -> Piece:
+        """Reads or draws it: fp32, which holds every bit of the dtypes that are read."""
+        offsets = (self.row, *([0] * (len(self.shape) - 1)))
+        return Piece(self._tensor(source, seed).to(torch.float32), offsets, self.shape)
+
+    def _tensor(self, source: Source, seed: int) -> Tensor:
+        if self.kind == "stored":
+            return source.read(self.source, self.begin, self.box)
+        if self.kind == "tiled":
+            true_rows = source.read(self.source, 0, source.tensors[self.source].shape)
+            return true_rows.repeat(self.shape[0] // true_rows.shape[0], 1)
+        if self.kind == "zeros":
+            return torch.zeros(self.box)
+        return normal_tensor(self.name, self.shape, seed=seed, std=self.std)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an import writes.
+
+    Attributes:
+        section: Of the model as it is written.
+        shards: Parts of each shard, in the order in which they are written.
+        dtypes: For each logical tensor that was stored, its dtype then.
+    """
+
+    section: ModelSection
+    shards: Sequence[Sequence[Part]]
+    dtypes: Mapping[str, str]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for shard in self.shards for part in shard]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def changed_section(section: Mapping[str, Any], family: Family, options: Options) -> ModelSection:
+    """The `model` section of what is written: the source's, with null experts, copies and modalities.
+
+    Raises:
+        ConfigError: an option does not fit the model; says why, and what would.
+    """
+    group = dict(section["moe"]["groups"][GROUP])
+    router = dict(section["moe"]["router"])
+    if options.experts != 1 or options.experts_top_k != 1:
+        if family.experts:
+            raise ConfigError(f"--experts={options.experts}: {family.name} has experts already; only a dense FFN is copied")
+        if options.experts_top_k > options.experts:
+            raise ConfigError(f"--experts-top-k={options.experts_top_k} must be at most --experts={options.experts}")
+        group |= {"num_experts": options.experts, "top_k": options.experts_top_k}
+    if options.null_experts:
+        group |= _with_nulls(group, options)
+        if router["normalise"] == "none":  # a softmax over n + m columns would make every weight smaller
+            router["normalise"] = "true_all"
+    elif options.top_k is not None:
+        raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
+    group["modalities"] = options.modalities
+    moe = {**section["moe"], "groups": {GROUP: group}, "router": router}
+    return ModelSection.model_validate({**section, "moe": moe})
+
+
+def _with_nulls(group: Mapping[str, Any], options: Options) -> dict[str, int]:
+    num, null, top_k = group["num_experts"], options.null_experts, group["top_k"]
+    if fault := uneven_twins(num, null):
+        raise ConfigError(f"--null-experts={null}: {fault}")
+    allowed = identity_choices(num, null, top_k)
+    if options.top_k is None or options.top_k not in allowed:
+        raise ConfigError(
+            f"--top-k={options.top_k}: with {null} null experts beside {num} true ones, top-{top_k} stays as it was for "
+            f"{allowed.start} <= top_k <= {allowed.stop - 1} and no other: every true expert has {null // num} twins, and "
+            f"ties go to the true one"
+        )
+    return {"num_null": null, "top_k": options.top_k}
+
+
+def make_plan(source: Source, family: Family, section: ModelSection, *, shard_bytes: int) -> Plan:
+    """Accounts for every tensor on both sides.
+
+    Args:
+        section: Of what is written (`changed_section`).
+        shard_bytes: Bound of a shard; a tensor that is larger is cut by rows.
+
+    Raises:
+        DataError: tensors are missing, left over or of another shape; names all of them.
+    """
+    faults: list[str] = []
+    parts: list[Part] = []
+    used: set[str] = set()
+    dtypes: dict[str, str] = {}
+    for slot in slots(section, family):
+        place = next((place for place in slot.places if place.name in source.tensors), None)
+        if place is not None:
+            stored = source.tensors[place.name]
+            used.add(place.name)
+            dtypes[slot.name] = stored.dtype
+            if stored.shape != place.shape:
+                faults.append(f"{place.name}: shape {stored.shape}, config.json calls for {place.shape}")
+            parts.append(Part(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin))
+        elif slot.places:
+            faults.append(f"{slot.places[0].name}: is missing")
+        else:
+            parts.append(_drawn(slot, section))
+    parts += [_tiled(part, section) for part in parts if _is_gate(part, section)]
+    faults += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor"
+               for name in source.tensors if name not in used]  # fmt: skip
+    if faults:
+        raise DataError(sorted(set(faults)), see="docs/huggingface.md")
+    return Plan(section, list(_shards(parts, shard_bytes)), dtypes)
+
+
+def _drawn(slot: Slot, section: ModelSection) -> Part:
+    """Router rows that a dense model does not have: of a single expert they weigh nothing."""
+    kind = "zeros" if slot.shape[0] == 1 else "normal"
+    return Part(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
+
+
+def _is_gate(part: Part, section: ModelSection) -> bool:
+    (group,) = section.moe.groups.values()
+    return group.num_null > 0 and ".moe.router." in part.name and part.name.endswith(".true")
+
+
+def _tiled(gate: Part, section: ModelSection) -> Part:
+    (group,) = section.moe.groups.values()
+    if gate.kind != "stored":
+        raise ConfigError(
+            f"--null-experts={group.num_null}: copies of router rows stand beside trained ones, a dense model has none"
+        )
+    layer = int(gate.name.split(".")[1])
+    shape = (group.num_null, section.hidden_dim)
+    return Part(router_name(section, layer, "null"), shape, 0, group.num_null, "tiled", gate.source)
+
+
+def _shards(parts: Sequence[Part], shard_bytes: int) -> Iterator[list[Part]]:
+    """Parts in order, as many a shard as fit; larger ones cut by rows."""
+    shard: list[Part] = []
+    size = 0
+    for part in (piece for each in parts for piece in _cut(each, shard_bytes)):
+        if shard and size + part.nbytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(part)
+        size += part.nbytes
+    yield shard
+
+
+def _cut(part: Part, shard_bytes: int) -> Iterator[Part]:
+    if part.kind != "stored" or part.nbytes <= shard_bytes:
+        yield part
+        return
+    row = math.prod(part.shape[1:])
+    rows = max(1, shard_bytes // (row * ITEMSIZE))
+    for at in range(0, part.rows, rows):
+        count = min(rows, part.rows - at)
+        yield Part(part.name, part.shape, at, count, "stored", part.source, part.begin + at * row)

@@ -1,0 +1,229 @@
+"""A Hugging Face folder, opened for reading: config.json, safetensors alone, nothing outside of the folder, nothing run.
+
+Tensors are read with plain reads of a run of elements, never mapped: the memory that a read takes is the run's own,
+whatever the size of the file (a mapped file would count against limits of a process's data as a whole).
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from moe_dist.checkpoint.index import StoredModel
+from moe_dist.errors import DataError
+from moe_dist.hf.fields import read_json
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+# Small files that belong to a model besides its weights; they are copied, not read.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_MAX_HEADER = 100_000_000  # safetensors' own bound
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer of old Llama checkpoints, made from config.json alone
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Entry(StoredModel):
+    dtype: str
+    shape: tuple[_Count, ...]
+    data_offsets: tuple[_Count, _Count]
+
+
+_HEADER = TypeAdapter(dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One of their tensors.
+
+    Attributes:
+        file: Name of its file.
+        dtype: A key of DTYPES.
+        begin: First byte in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened folder.
+
+    Attributes:
+        config: Its config.json.
+        tensors: All tensors by name.
+        files: For each file of weights what tells it from another: size, time of change, digest of the header.
+        pickles: Files that are not opened, since reading them can run code.
+        companions: Names of the small files that are there.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    files: Mapping[str, tuple[int, int, str]]
+    pickles: Sequence[str]
+    companions: Sequence[str]
+
+    def read(self, name: str, begin: int, shape: Sequence[int]) -> Tensor:
+        """A run of elements of a tensor, in its stored dtype.
+
+        Args:
+            begin: First element, in row-major order.
+            shape: To give the run.
+
+        Raises:
+            DataError: the file is shorter than it was.
+        """
+        stored = self.tensors[name]
+        tensor = torch.empty(tuple(shape), dtype=DTYPES[stored.dtype])
+        view = tensor.flatten().view(torch.uint8).numpy().data
+        at, path = stored.begin + begin * tensor.element_size(), self.folder / stored.file
+        try:
+            with path.open("rb", buffering=0) as stream:
+                stream.seek(at)
+                while view and (count := stream.readinto(view)):
+                    view = view[count:]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if view:
+            raise DataError(f"{path}: became shorter while it was read, inside {name}")
+        return tensor
+
+
+def open_source(folder: Path) -> Source:
+    """Opens a folder and looks at every header.
+
+    Raises:
+        DataError: with all faults: no safetensors, a missing or truncated file, one outside of the folder, a tensor that
+            is not where the index says, a dtype that is none of DTYPES.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")
+    config = read_json(inside(folder, CONFIG_FILE), "model")
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    index = _weight_map(folder, names, pickles)
+    tensors: dict[str, Stored] = {}
+    files: dict[str, tuple[int, int, str]] = {}
+    faults: list[str] = []
+    for file in sorted(set(index.values())) if index is not None else [WEIGHTS_FILE]:
+        try:
+            path = inside(folder, file)
+            found, digest = _read_header(path)
+        except DataError as error:
+            faults += error.faults
+            continue
+        status = path.stat()
+        files[file] = (status.st_size, status.st_mtime_ns, digest)
+        for name, stored in found.items():
+            if index is not None and index.get(name) != file:
+                faults.append(f"{path}: holds {name}, of which {INDEX_FILE} says {index.get(name, 'nothing')}")
+            elif stored.dtype not in DTYPES and not _DERIVED.fullmatch(name):
+                faults.append(
+                    f"{path}: {name} is of dtype {stored.dtype}; weights must be {', '.join(DTYPES)}, not quantised"
+                )
+            elif not _DERIVED.fullmatch(name):
+                tensors[name] = stored
+        if index is not None:
+            lost = sorted(name for name, where in index.items() if where == file and name not in found)
+            faults += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it" for name in lost]
+    if faults:
+        raise DataError(faults, see="docs/huggingface.md")
+    companions = [name for name in COMPANIONS if name in names and inside(folder, name)]
+    return Source(folder, config, tensors, files, pickles, companions)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a plain file of the folder.
+
+    Raises:
+        DataError: it is missing, no file, or a link that leads out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{path}: leads out of the folder, to {path.resolve()}; give a copy of the folder made with cp -rL")
+    if not path.is_file():
+        raise DataError(f"{path}: {'is no file' if path.exists() else 'is missing'}")
+    return path
+
+
+def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> Mapping[str, str] | None:
+    """File of each tensor by the index; None where one file holds all."""
+    safe = [name for name in names if name.endswith(".safetensors")]
+    if INDEX_FILE not in names:
+        if WEIGHTS_FILE in names:
+            return None
+        if safe:
+            raise DataError(f"{folder}: {INDEX_FILE} is missing, which says what is in {', '.join(safe[:3])}")
+        if pickles:
+            raise DataError(
+                f"{folder}: {', '.join(pickles[:3])}: pickled weights can run code and are never read; save the model as "
+                "safetensors (save_pretrained of transformers 4.34 and later does)"
+            )
+        raise DataError(f"{folder}: there is no {WEIGHTS_FILE} and no {INDEX_FILE} in it")
+    found = read_json(inside(folder, INDEX_FILE), "index").get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
+    odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _plain(file)]
+    if odd:
+        raise DataError(
+            f"{folder / INDEX_FILE}: files must be plain names of .safetensors in the same folder, not {', '.join(odd[:3])}"
+        )
+    return found
+
+
+def _plain(file: object) -> bool:
+    return isinstance(file, str) and _PLAIN.fullmatch(file) is not None and os.path.basename(file) == file
+
+
+def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
+    """Tensors of a safetensors file, and the digest of its header; the file's size must be what they need."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        raw = stream.read(length) if 0 < length <= _MAX_HEADER else b""
+    if len(start) < 8 or (len(raw) < length and length <= _MAX_HEADER):
+        raise DataError(f"{path}: {size:,} bytes, cut short inside its header")
+    try:
+        entries = _HEADER.validate_json(raw)
+        entries.pop("__metadata__", None)
+        parts = {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
+    except (ValidationError, ValueError) as error:
+        raise DataError(f"{path}: no safetensors file: {str(error).splitlines()[0]}") from error
+    end, before = 0, 8 + length
+    for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
+        begin, stop = part.data_offsets
+        count = 1
+        for each in part.shape:
+            count *= each
+        width = DTYPES[part.dtype].itemsize if part.dtype in DTYPES else None
+        if begin != end or stop < begin or (width is not None and stop - begin != count * width):
+            raise DataError(f"{path}: the bytes {begin} to {stop} of {name} are not those of {part.dtype} {part.shape}")
+        end = stop
+    if size != before + end:
+        problem = "truncated" if size < before + end else "longer than it says"
+        raise DataError(f"{path}: {problem}: {size:,} bytes, its header announces {before + end:,}")
+    stored = {
+        name: Stored(path.name, part.dtype, part.shape, before + part.data_offsets[0]) for name, part in parts.items()
+    }
+    return stored, hashlib.sha256(start + raw).hexdigest()

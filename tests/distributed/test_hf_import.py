@@ -1,0 +1,108 @@
+"""Imported models give the numbers of Hugging Face's own code, in fp32 on tiny random models: logits and every gradient.
+
+The way is the user's: `save_pretrained`, import, checkpoint, and EP 1, 2 and 4 load it. A tensor agrees where no entry
+differs by more than 1e-5 of its largest entry, so that gradients of any size are held to the same number of digits.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.build import build_model
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.config.load import load_config
+from moe_dist.hf.families import read_section
+from moe_dist.hf.importing import import_model
+from moe_dist.hf.names import slots
+from moe_dist.hf.plan import Options, changed_section
+from moe_dist.parallel.initialise import initialise
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.policies import expert_groups, make_placement
+from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap
+from tests.support.hf_families import gradients
+from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
+from tests.support.worlds import RankContext
+
+SEQUENCES = 4
+KINDS = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama")
+VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased")
+
+
+def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: str) -> tuple[np.ndarray, Arrays]:
+    """Body of a standing world: logits of this rank's sequences, and its gradients of one loss over all of them."""
+    overrides = [f"parallel.ep={rank.world_size}", "parallel.device=cpu", f"parallel.recompute={recompute}"]
+    config = load_config(folder / "config.yaml", overrides)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=rank.world_size, token_mix={})
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep)
+    initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=9, std=0.5)
+    layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
+    manager = CheckpointManager(rank.folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
+    manager.load(find_checkpoint(folder), capture(model, None, layout))
+    parallel = ParallelModel(model, mesh, "ddp")
+    each = SEQUENCES // rank.world_size
+    ids = torch.from_numpy(tokens[rank.rank * each :][:each])
+    zeros = torch.zeros_like(ids)
+    with parallel.micro_batch(last=True):
+        logits, _ = parallel(ids, torch.arange(LENGTH).expand(each, -1), zeros, zeros)
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        (losses / (SEQUENCES * (LENGTH - 1))).backward()
+    parallel.reduce_gradients()
+    return logits.detach().numpy(), arrays(gradients(model, placement, mesh.ep_rank))
+
+
+def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[str, Tensor]]:
+    """Logits, and each parameter's gradient of the mean cross entropy of the next token."""
+    ids = torch.from_numpy(tokens)
+    if model.config.model_type == "llama":  # pyright: ignore[reportAttributeAccessIssue]
+        out = model(ids, use_cache=False)
+    else:
+        out = model(ids, output_router_logits=True, use_cache=False)
+        top_k = model.config.num_experts_per_tok  # pyright: ignore[reportAttributeAccessIssue]
+        assert min(smallest_gap(logits, top_k) for logits in out.router_logits) > SMALLEST_GAP
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach().numpy()}, named
+
+
+def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
+    """Their tensors as they hold them in memory under our names; zeros where they have none."""
+    family, plain, _ = read_section(config)
+    found: dict[str, Tensor] = {}
+    for slot in slots(changed_section(plain, family, Options()), family):
+        place = next((place for place in slot.places if place.name in named), None)
+        found[slot.name] = torch.zeros(slot.shape)
+        if place is not None:
+            found[slot.name] = named[place.name].flatten()[place.begin : place.begin + slot.numel].view(slot.shape)
+    return arrays(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ep", "recompute"),
+    [
+        *[(kind, ep, "block" if ep == 2 else "none") for kind in KINDS for ep in (1, 2, 4)],
+        *[(kind, 2, "none") for kind in VARIANTS],
+    ],
+)
+def test_logits_and_gradients_are_theirs(
+    run_in_world: Callable[..., list[Any]], tmp_path: Path, kind: str, ep: int, recompute: str
+) -> None:
+    theirs = tiny_model(kind)
+    import_model(save(theirs, tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (SEQUENCES, LENGTH))
+    numbers, gradient = their_numbers(theirs, tokens)
+    ranks = run_in_world(ep, our_model, tmp_path / "ours", tokens, recompute)
+    assert_agree({"logits": np.concatenate([logits for logits, _ in ranks])}, numbers)
+    expected = under_our_names(gradient, theirs.config.to_dict())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    assert_agree(merged([each for _, each in ranks]), expected)

@@ -1,0 +1,38 @@
+"""Whether two implementations give the same numbers: each tensor to so many parts of its largest entry."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+Arrays = dict[str, np.ndarray]
+BOUND = 1e-5
+SMALLEST_GAP = 1e-5
+
+
+def assert_agree(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
+    """No entry of a tensor differs by more than BOUND of the tensor's largest entry."""
+    assert ours.keys() == theirs.keys()
+    worst = {name: float(np.abs(ours[name] - theirs[name]).max()) for name in theirs}
+    off = {name: (each, float(np.abs(theirs[name]).max())) for name, each in worst.items()}
+    assert not {name: pair for name, pair in off.items() if pair[0] > BOUND * pair[1]}
+
+
+def smallest_gap(scores_TC: Tensor, top_k: int) -> float:
+    """Smallest difference between a token's k-th and next best score: no choice may hang on the last bits."""
+    best = scores_TC.detach().sort(-1, descending=True).values
+    return float((best[:, top_k - 1] - best[:, top_k]).min())
+
+
+def arrays(named: Mapping[str, Tensor]) -> Arrays:
+    """Copies of tensors."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in named.items()}
+
+
+def merged(ranks: Sequence[Arrays]) -> Arrays:
+    """All ranks' gradients; copies that several ranks hold are the same."""
+    together: Arrays = {}
+    for rank in ranks:
+        for name, value in rank.items():
+            np.testing.assert_array_equal(together.setdefault(name, value), value)
+    return together

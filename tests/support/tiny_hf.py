@@ -1,0 +1,129 @@
+"""Tiny models of Hugging Face's families with random weights, made by transformers and saved as it saves them.
+
+python -m tests.support.tiny_hf mixtral OUT [--vocab-size 512] [--tokenizer tokenizer.json] [--dtype bfloat16]
+"""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+HIDDEN_DIM, LENGTH, VOCAB = 32, 12, 64
+
+
+def draw(module: nn.Module, seed: int) -> None:
+    """Weights of order 1: what a fresh model starts with would leave logits and gradients near 0."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name.endswith("norm.weight"):
+                tensor.normal_(1.0, 0.1)
+            elif name.endswith("e_score_correction_bias"):
+                tensor.normal_(0.0, 0.05)
+            elif not name.endswith("inv_freq"):
+                tensor.normal_(0.0, 0.2)
+
+
+def tiny_config(kind: str, **changes: Any) -> Any:
+    """A configuration of transformers: a family, or a family and a variant of it."""
+    import transformers
+
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN_DIM,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    sparse = {"num_experts": 8, "num_experts_per_tok": 3}
+    qwen = {**shape, **sparse, "moe_intermediate_size": 24, "intermediate_size": 20}
+    qwen2, qwen3 = {**qwen, "shared_expert_intermediate_size": 28}, {**qwen, "head_dim": 16}
+    experts8 = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    make, values = {
+        "mixtral": (transformers.MixtralConfig, {**shape, **experts8, "intermediate_size": 24}),
+        "olmoe": (transformers.OlmoeConfig, {**shape, **sparse, "intermediate_size": 24}),
+        "olmoe biased": (
+            transformers.OlmoeConfig,
+            {**shape, **sparse, "intermediate_size": 24, "attention_bias": True, "norm_topk_prob": True},
+        ),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, {**qwen3, "norm_topk_prob": True}),
+        "qwen3_moe tied": (
+            transformers.Qwen3MoeConfig,
+            {**qwen3, "norm_topk_prob": False, "tie_word_embeddings": True, "decoder_sparse_step": 2},
+        ),
+        "qwen2_moe": (transformers.Qwen2MoeConfig, qwen2),
+        "qwen2_moe dense": (
+            transformers.Qwen2MoeConfig,
+            {**qwen2, "mlp_only_layers": [0], "norm_topk_prob": True, "qkv_bias": False},
+        ),
+        "llama": (transformers.LlamaConfig, {**shape, "intermediate_size": 40}),
+        "llama biased": (
+            transformers.LlamaConfig,
+            {**shape, "intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 12},
+        ),
+        # The shape of SmolLM2-135M, as its model card and config.json have it; its weights come with no package.
+        "smollm2": (
+            transformers.LlamaConfig,
+            {
+                "vocab_size": 49152,
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "max_position_embeddings": 8192,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+                "rms_norm_eps": 1e-5,
+                "tie_word_embeddings": True,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            },
+        ),
+    }[kind]
+    return make(**{**values, **changes})
+
+
+def tiny_model(kind: str, *, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A model of `tiny_config`, drawn."""
+    import transformers
+
+    config = tiny_config(kind, **changes)
+    experts = {} if config.model_type == "llama" else {"experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32, **experts
+    )
+    draw(model, seed)
+    return model.to(dtype)
+
+
+def save(model: nn.Module, folder: Path, **options: Any) -> Path:
+    """As `save_pretrained` writes it; returns the folder."""
+    model.save_pretrained(folder, **options)  # pyright: ignore[reportCallIssue]
+    return folder
+
+
+def main(
+    kind: Annotated[str, typer.Argument(help="mixtral, olmoe, qwen3_moe, qwen2_moe or llama.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    vocab_size: Annotated[int, typer.Option(min=1)] = VOCAB,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to put beside the weights.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Make a tiny model."""
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists")
+    model = tiny_model(kind, vocab_size=vocab_size, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+    save(model, out)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, out / "tokenizer.json")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,227 @@
+"""Folders that are no model, another's, damaged or planted: each refused by name, and nothing is left behind."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+
+from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.hf.importing import import_model
+from moe_dist.hf.source import open_source
+from tests.support.tiny_hf import save, tiny_model
+
+FIRST = "model-00001-of-00003.safetensors"
+SECOND = "model-00002-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mixtral in three shards; not to be written to."""
+    folder = save(tiny_model("mixtral"), tmp_path_factory.mktemp("hf") / "mixtral")
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(3):
+        file = f"model-{number + 1:05d}-of-00003.safetensors"
+        part = dict(tensors[number::3])
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def theirs(original: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(original, tmp_path / "theirs")
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", lambda values: values.update(changes))
+
+
+def weight_map(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / INDEX, lambda values: change(values["weight_map"]))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any], *, also_index: bool = True) -> Callable[[Path], None]:
+    """Changes the tensors of the shard that holds EXPERT, and the index with them."""
+
+    def apply(folder: Path) -> None:
+        file = json.loads((folder / INDEX).read_text())["weight_map"][EXPERT]
+        found = load_file(folder / file)
+        before = set(found)
+        change(found)
+        save_file(found, folder / file)
+        if also_index:
+            for name in before - set(found):
+                weight_map(lambda values, name=name: values.pop(name))(folder)
+            weight_map(lambda values: values.update(dict.fromkeys(set(found) - before, file)))(folder)
+
+    return apply
+
+
+def truncated(folder: Path) -> None:
+    os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 100)
+
+
+def inside_header(folder: Path) -> None:
+    os.truncate(folder / SECOND, 50)
+
+
+def only_pickles(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.")
+
+
+def escaping(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        outside = folder.parent / "outside.safetensors"
+        outside.write_bytes((folder / FIRST).read_bytes())
+        weight_map(lambda values: values.update({key: name for key, file in values.items() if file == FIRST}))(folder)
+
+    return apply
+
+
+def link_out(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        outside = folder.parent / "outside"
+        (folder / name).rename(outside)
+        (folder / name).symlink_to(outside)
+
+    return apply
+
+
+def tokenizer(size: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(str(folder / "tokenizer.json"))
+
+    return apply
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
+    "unknown family": (
+        config(model_type="gpt2"),
+        ConfigError,
+        r"'gpt2'.*known are mixtral, olmoe, qwen3_moe, qwen2_moe, llama",
+    ),
+    "no family": (config(model_type=None), ConfigError, r"model_type=None: it must name a family"),
+    "refused family": (config(model_type="deepseek_v3"), ConfigError, r"deepseek_v3.*MLA\) is not in the model"),
+    "code of its own": (config(auto_map={"AutoModel": "x.Y"}), ConfigError, "auto_map=.*never run"),
+    "quantised": (config(quantization_config={"bits": 4}), ConfigError, "quantization_config=.*originals"),
+    "another head": (config(architectures=["MixtralForTokenClassification"]), ConfigError, "architectures="),
+    "activation": (config(hidden_act="gelu"), ConfigError, "hidden_act='gelu'"),
+    "window": (config(sliding_window=16), ConfigError, "sliding_window=16.*lower max_position_embeddings=64"),
+    "scaled rope": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0, "factor": 4}), ConfigError, "yarn"),
+    "scaled rope of version 4": (
+        config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2}),
+        ConfigError,
+        "rope_scaling=",
+    ),
+    "no rope": (config(rope_parameters=None), ConfigError, "rope_theta is missing"),
+    "no width": (config(hidden_size=None), ConfigError, "hidden_size is missing"),
+    "a word for a number": (config(hidden_size="32"), ConfigError, "hidden_size='32' must be a whole number"),
+    "contradiction": (config(num_experts=4), ConfigError, "contradict each other"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), DataError, "config.json: is missing"),
+    "damaged config": (lambda folder: (folder / "config.json").write_text("{"), DataError, "is no JSON"),
+    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 10**6), DataError, "is no JSON"),
+    "config of another size": (config(hidden_size=64, head_dim=8), DataError, r"shape \(64, 32\), config.json calls for"),
+    "missing shard": (lambda folder: (folder / SECOND).unlink(), DataError, f"{SECOND}: is missing"),
+    "truncated shard": (truncated, DataError, f"{SECOND}: truncated: "),
+    "cut inside the header": (inside_header, DataError, f"{SECOND}: 50 bytes, cut short inside its header"),
+    "not safetensors": (lambda folder: (folder / FIRST).write_bytes(b"PK\3\4" * 99), DataError, "no safetensors file"),
+    "missing index": (lambda folder: (folder / INDEX).unlink(), DataError, f"{INDEX} is missing"),
+    "empty index": (lambda folder: (folder / INDEX).write_text("{}"), DataError, "has no weight_map"),
+    "nothing at all": (
+        lambda folder: [path.unlink() for path in folder.glob("model*")],
+        DataError,
+        "there is no model.safe",
+    ),
+    "only pickles": (only_pickles, DataError, "pytorch_model.bin: pickled weights can run code and are never read"),
+    "name with ..": (escaping("../outside.safetensors"), DataError, r"plain names.*\.\./outside"),
+    "absolute name": (escaping("/etc/outside.safetensors"), DataError, "plain names.*/etc/outside"),
+    "hidden folder": (escaping("a/../outside.safetensors"), DataError, "plain names"),
+    "a number for a name": (weight_map(lambda values: values.update({EXPERT: 3})), DataError, "plain names"),
+    "link out of the folder": (link_out(FIRST), DataError, "leads out of the folder"),
+    "config behind a link": (link_out("config.json"), DataError, "leads out of the folder"),
+    "leftover tensor": (tensors(lambda t: t.update(extra=torch.ones(2))), DataError, "extra: is left over"),
+    "missing tensor": (tensors(lambda t: t.pop(EXPERT)), DataError, f"{EXPERT}: is missing"),
+    "tensor beside the index": (
+        tensors(lambda t: t.update(extra=torch.ones(2)), also_index=False),
+        DataError,
+        f"holds extra, of which {INDEX} says nothing",
+    ),
+    "tensor only in the index": (
+        tensors(lambda t: t.pop(EXPERT), also_index=False),
+        DataError,
+        f"{EXPERT} is missing, which",
+    ),
+    "wrong shape": (tensors(lambda t: t.update({EXPERT: t[EXPERT].T.contiguous()})), DataError, f"{EXPERT}: shape"),
+    "integers": (tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})), DataError, f"{EXPERT} is of dtype I8"),
+    "float8": (tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})), DataError, "F8_E4M3"),
+    "float64": (tensors(lambda t: t.update({EXPERT: t[EXPERT].double()})), DataError, "F64"),
+    "another tokenizer": (tokenizer(65), DataError, "gives 'w64' the id 64, but the model's vocab_size=64"),
+    "damaged tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        DataError,
+        "tokenizer.json: cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_is_refused(theirs: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    spoil, error, message = BAD[case]
+    spoil(theirs)
+    with pytest.raises(error, match=message):
+        import_model(theirs, theirs.parent / "ours")
+    assert not list(theirs.parent.glob("ours*"))
+    assert not list(theirs.parent.rglob("planted"))
+
+
+def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:
+    truncated(theirs)
+    (theirs / FIRST).unlink()
+    with pytest.raises(DataError) as told:
+        import_model(theirs, theirs.parent / "ours")
+    assert len(told.value.faults) == 2
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        import_model(tmp_path / "not", tmp_path / "ours")
+
+
+def test_what_is_fine_is_taken(theirs: Path) -> None:
+    """Pickles beside safetensors are not opened, a smaller tokenizer fits, links inside the folder are files."""
+    (theirs / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.")
+    tokenizer(60)(theirs)
+    (theirs / SECOND).rename(theirs / "blob.safetensors")
+    (theirs / SECOND).symlink_to("blob.safetensors")
+    config(something_new=3)(theirs)
+    done = import_model(theirs, theirs.parent / "ours")
+    assert (list(done.ignored), list(done.unread)) == (["training_args.bin"], ["something_new"])
+    assert (theirs.parent / "ours/huggingface/tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
+    assert not (theirs.parent / "ours/huggingface/training_args.bin").exists()
+
+
+def test_a_header_that_announces_exabytes_takes_no_memory(theirs: Path) -> None:
+    (theirs / FIRST).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(DataError, match="no safetensors file"):
+        open_source(theirs)

@@ -1,0 +1,145 @@
+"""What an import changes on the way leaves the function as it was: null experts to the bit, copied FFNs up to rounding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.errors import ConfigError
+from moe_dist.hf.exporting import export_model
+from moe_dist.hf.importing import import_model
+from moe_dist.hf.plan import Options
+from moe_dist.moe.copy_init import folded_choices, identity_choices
+from tests.support.agreement import assert_agree
+from tests.support.imported import load_imported, logits_of, manager
+from tests.support.tiny_hf import save, tiny_model
+from tests.unit.hf.test_round_trip import assert_same, tensors_of
+
+TOKENS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "null", "choices"),
+    [
+        ("mixtral", 8, (3, 4)),
+        ("mixtral", 16, (4, 5, 6)),
+        ("olmoe", 8, (5, 6)),
+        ("olmoe", 16, (7, 8, 9)),
+        ("qwen3_moe", 24, (9, 12)),
+        ("qwen2_moe dense", 8, (5, 6)),
+    ],
+)
+def test_null_experts_change_no_bit(tmp_path: Path, kind: str, null: int, choices: tuple[int, ...]) -> None:
+    theirs = save(tiny_model(kind), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "plain")
+    plain, pairs = logits_of(load_imported(tmp_path / "plain")[0], TOKENS)
+    for top_k in choices:
+        import_model(theirs, tmp_path / f"null{top_k}", Options(null_experts=null, top_k=top_k))
+        found, pairs_with_null = logits_of(load_imported(tmp_path / f"null{top_k}")[0], TOKENS)
+        assert pairs_with_null == pairs
+        assert torch.equal(found, plain)
+
+
+def test_many_choices_change_no_bit_either(tmp_path: Path) -> None:
+    """Top-8 as Qwen3 and OLMoE have it: the sum over 8 weights must not depend on where the null choices stand."""
+    theirs = save(tiny_model("qwen3_moe", num_experts=16, num_experts_per_tok=8), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "plain")
+    import_model(theirs, tmp_path / "null", Options(null_experts=32, top_k=23))
+    plain, found = (logits_of(load_imported(tmp_path / name)[0], TOKENS)[0] for name in ("plain", "null"))
+    assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(null_experts=8, top_k=2), r"top-2 stays as it was for 3 <= top_k <= 4"),
+        (Options(null_experts=8, top_k=5), r"top-2 stays as it was for 3 <= top_k <= 4"),
+        (Options(null_experts=8), r"--top-k=None"),
+        (Options(null_experts=12, top_k=3), r"num_null=12 must be a multiple of num_experts=8.*take 16"),
+        (Options(top_k=3), r"--null-experts; set that as well"),
+        (Options(experts=4, experts_top_k=2), r"mixtral has experts already"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_with_what_would(tmp_path: Path, options: Options, message: str) -> None:
+    theirs = save(tiny_model("mixtral"), tmp_path / "theirs")
+    with pytest.raises(ConfigError, match=message):
+        import_model(theirs, tmp_path / "ours", options)
+    assert not list(tmp_path.glob("ours*"))
+
+
+def test_the_range_of_choices_by_trying_every_one() -> None:
+    """A token's choices are its experts in order, each followed by its twins: which k hold the first k_0 alone?"""
+    for top_k in (1, 2, 3, 8):
+        for twins in (0, 1, 2, 5):
+            run = [(expert, twin) for expert in range(10) for twin in range(twins + 1)]
+            fitting = [k for k in range(len(run)) if {e for e, twin in run[:k] if twin == 0} == set(range(top_k))]
+            assert list(identity_choices(10, 10 * twins, top_k)) == fitting
+            assert {folded_choices(10, 10 * twins, k) for k in fitting} == {top_k}
+
+
+def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_path: Path) -> None:
+    theirs = save(tiny_model("olmoe", dtype=torch.bfloat16), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours", Options(null_experts=16, top_k=8))
+    assert export_model(tmp_path / "ours", tmp_path / "back").folded == 16
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(theirs))
+    model, state = load_imported(tmp_path / "ours")
+    rows = model.get_parameter("layers.1.moe.router.all.null")
+    with torch.no_grad():
+        rows[3, 5] += 1e-3  # as one step of training would
+    manager(tmp_path / "trained").save(7, state)
+    with pytest.raises(ConfigError, match=r"num_null=16: no family has null experts.*in layer 1 they are not"):
+        export_model(tmp_path / "trained", tmp_path / "not")
+
+
+def test_weights_that_were_trained_are_what_is_written(tmp_path: Path) -> None:
+    """A checkpoint of a run knows nothing of the import but `run.init_from`; it is written in fp32."""
+    theirs = save(tiny_model("qwen2_moe", dtype=torch.bfloat16), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours")
+    model, state = load_imported(tmp_path / "ours")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    manager(tmp_path / "trained").save(3, state)
+    out = export_model(tmp_path / "trained", tmp_path / "back")
+    assert out.like == tmp_path / "ours/huggingface"
+    assert_same(tensors_of(tmp_path / "back"), {n: t.float() * 1.001 for n, t in tensors_of(theirs).items()})
+
+
+def test_copies_of_a_dense_ffn_are_the_same_function(tmp_path: Path) -> None:
+    import transformers
+
+    model = tiny_model("llama")
+    theirs = save(model, tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours", Options(experts=4, experts_top_k=2, seed=5))
+    ours, pairs = logits_of(load_imported(tmp_path / "ours")[0], TOKENS)
+    with torch.no_grad():
+        dense = model(TOKENS).logits
+    assert pairs == 2 * 2 * TOKENS.numel()
+    torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4)
+    assert export_model(tmp_path / "ours", tmp_path / "back").family == "mixtral"  # which has what came of it
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS).logits, ours, rtol=1e-4, atol=1e-4)
+    routers = [t for n, t in tensors_of(tmp_path / "back").items() if n.endswith("block_sparse_moe.gate.weight")]
+    assert len({float(rows.sum()) for rows in routers}) == 2  # drawn for each layer
+    assert all(0.01 < float(rows.std()) < 0.04 for rows in routers)
+
+
+def test_a_dense_model_has_no_gate_rows_to_copy(tmp_path: Path) -> None:
+    theirs = save(tiny_model("llama"), tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="a dense model has none"):
+        import_model(theirs, tmp_path / "ours", Options(null_experts=4, top_k=4, experts=4, experts_top_k=2))
+
+
+def test_the_shape_of_smollm2(tmp_path: Path) -> None:
+    """SmolLM2-135M's config.json with random weights, 2 of its 30 layers: all else, vocabulary included, is its own."""
+    import transformers
+
+    theirs = save(tiny_model("smollm2", num_hidden_layers=2, dtype=torch.bfloat16), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours")
+    ours, _ = logits_of(load_imported(tmp_path / "ours")[0], TOKENS[:1, :12])
+    # Loaded anew: a model that was moved to bfloat16 keeps rounded rotary frequencies when it is moved back.
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(TOKENS[:1, :12]).logits
+    assert_agree({"logits": ours.numpy()}, {"logits": expected.numpy()})

@@ -1,0 +1,155 @@
+"""An import that is killed goes on where it was, and never takes more memory than a shard: also where it goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+
+from moe_dist.build import state_specs
+from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
+from moe_dist.checkpoint.verify import verify
+from moe_dist.config.load import load_config
+from moe_dist.errors import ConfigError
+from moe_dist.hf.importing import import_model
+from moe_dist.hf.plan import Options
+from tests.support.tiny_hf import save, tiny_config, tiny_model
+
+ROOT = Path(__file__).parents[3]
+LIMIT = 16 << 20
+SHARD = 2 << 20
+
+# In a process of its own: its private memory (heap and mappings) may grow by so many bytes beyond what it has once all is
+# imported; each shard is told, so that it can be killed at one.
+UNDER_LIMIT = """
+import resource, sys
+from pathlib import Path
+from moe_dist.hf.importing import import_model
+before = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (before + int(sys.argv[3]), -1))
+def report(stage, done, total):
+    print(done, total, flush=True)
+done = import_model(Path(sys.argv[1]), Path(sys.argv[2]), shard_bytes=int(sys.argv[4]), report=report)
+print("kept", done.kept, flush=True)
+"""
+
+
+def start(folder: Path, out: Path, *, shard_bytes: int = SHARD) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", UNDER_LIMIT, str(folder), str(out), str(LIMIT), str(shard_bytes)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model of more than 4 x LIMIT in one file, with tensors larger than a shard."""
+    folder = tmp_path_factory.mktemp("large")
+    config = tiny_config("llama", hidden_size=256, intermediate_size=12288, num_hidden_layers=4, vocab_size=8192)
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.randint(-9, 9, shape, dtype=torch.int8, generator=generator).to(torch.bfloat16)
+
+    tensors = {
+        "model.embed_tokens.weight": rows(8192, 256),
+        "lm_head.weight": rows(8192, 256),
+        "model.norm.weight": rows(256),
+    }
+    for layer in range(4):
+        for name, shape in {
+            "input_layernorm": (256,),
+            "post_attention_layernorm": (256,),
+            "self_attn.q_proj": (256, 256),
+            "self_attn.k_proj": (128, 256),
+            "self_attn.v_proj": (128, 256),
+            "self_attn.o_proj": (256, 256),
+            "mlp.gate_proj": (12288, 256),
+            "mlp.up_proj": (12288, 256),
+            "mlp.down_proj": (256, 12288),
+        }.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = rows(*shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert (folder / "model.safetensors").stat().st_size > 4 * LIMIT
+    return folder
+
+
+def test_memory_stays_under_a_quarter_of_the_model_also_after_a_kill(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ours"
+    first = start(large, out)
+    assert first.stdout is not None
+    for _ in range(8):
+        told = first.stdout.readline()
+        assert told, first.communicate()[1]
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert not out.exists()
+    again = start(large, out)
+    told, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert int(told.split("kept")[1]) >= 8
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    specs = state_specs(load_config(out / "config.yaml"))
+    specs = {name: spec for name, spec in specs.items() if not name.startswith(OPTIMIZER_PREFIX)}
+    assert verify(find_checkpoint(out), specs)[1] == []
+
+
+def test_the_limit_would_be_met_without_shards(large: Path, tmp_path: Path) -> None:
+    whole = start(large, tmp_path / "ours", shard_bytes=1 << 30)
+    _, errors = whole.communicate(timeout=120)
+    assert whole.returncode != 0
+    assert "alloc" in errors or "MemoryError" in errors
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
+    theirs = save(tiny_model("qwen2_moe"), tmp_path / "theirs")
+    options = Options(null_experts=8, top_k=5)
+    import_model(theirs, tmp_path / "straight", options, shard_bytes=20_000)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        told.append(done)
+        if len(told) > at:
+            raise KeyboardInterrupt
+
+    told: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        import_model(theirs, tmp_path / "ours", options, shard_bytes=20_000, report=stop)
+    # What a kill in the middle of a shard leaves: half a file that is not renamed, and one that was cut by hand.
+    shards = sorted((tmp_path / "ours.importing/tree/step_0").iterdir())
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-7])
+    (tmp_path / "ours.importing/writing/shard_00007.safetensors").write_bytes(b"half")
+    done = import_model(theirs, tmp_path / "ours", options, shard_bytes=20_000)
+    assert done.kept == at
+    one, other = (
+        json.loads((tmp_path / name / "step_0/index.json").read_text())["tensors"] for name in ("straight", "ours")
+    )
+    assert one == other  # with every fingerprint
+    assert not (tmp_path / "ours.importing").exists()
+
+
+def test_an_import_of_something_else_does_not_go_on(tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    theirs = save(tiny_model("llama"), tmp_path / "theirs")
+    with pytest.raises(KeyboardInterrupt):
+        import_model(theirs, tmp_path / "ours", report=stop)
+    with pytest.raises(ConfigError, match="of another model, with other options, or of files that have changed"):
+        import_model(theirs, tmp_path / "ours", Options(experts=2))
+    save(tiny_model("llama", seed=2), tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="files that have changed"):
+        import_model(theirs, tmp_path / "ours")
+
+
+def test_two_imports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
+    theirs = save(tiny_model("llama"), tmp_path / "theirs")
+    (tmp_path / "ours.importing").mkdir()
+    with FileLock(tmp_path / "ours.importing/lock"), pytest.raises(ConfigError, match="another import is writing there"):
+        import_model(theirs, tmp_path / "ours")

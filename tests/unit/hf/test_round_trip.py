@@ -1,0 +1,173 @@
+"""Hugging Face -> checkpoint -> Hugging Face is the same to the last bit, dtypes and config.json included."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_dist.build import state_specs
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
+from moe_dist.checkpoint.verify import verify
+from moe_dist.config.load import load_config
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.hf.exporting import export_model
+from moe_dist.hf.importing import import_model
+from moe_dist.hf.plan import Options
+from moe_dist.model.flops import parameters
+from moe_dist.placement.policies import expert_groups
+from moe_dist.sizes import model_shape
+from tests.support.tiny_hf import save, tiny_model
+
+KINDS = (
+    "mixtral", "olmoe", "olmoe biased", "qwen3_moe", "qwen3_moe tied", "qwen2_moe", "qwen2_moe dense", "llama",
+    "llama biased",
+)  # fmt: skip
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
+    theirs = save(tiny_model(kind, dtype=torch.bfloat16), tmp_path / "theirs")
+    done = import_model(theirs, tmp_path / "ours", shard_bytes=5000)
+    assert (done.converted, list(done.unread), done.kept) == ({"BF16": len(tensors_of(theirs))}, [], 0)
+    assert done.shards > 3  # tensors are cut
+    out = export_model(tmp_path / "ours", tmp_path / "back", shard_bytes=9000)
+    assert out.shards > 1
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(theirs))
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen2_moe dense", "llama biased"])
+def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
+    import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
+    folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")
+    specs = {name: spec for name, spec in state_specs(config).items() if not name.startswith(OPTIMIZER_PREFIX)}
+    assert verify(folder, specs)[1] == []
+    counted = parameters(model_shape(config.model, expert_groups(config.model.moe)))
+    assert sum(math.prod(spec.shape) for spec in specs.values()) == counted.total
+    assert open_checkpoint(folder).index.tensors.keys() == specs.keys()
+    assert config.run.init_from == str(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_fused_layouts_are_read(tmp_path: Path, kind: str) -> None:
+    model = tiny_model(kind)
+    plain, fused = save(model, tmp_path / "plain"), save(model, tmp_path / "fused", save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors_of(fused))
+    import_model(fused, tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(plain))
+
+
+def test_dtypes_of_single_tensors_come_back_and_can_be_asked_for(tmp_path: Path) -> None:
+    theirs = save(tiny_model("mixtral", dtype=torch.bfloat16), tmp_path / "theirs")
+    tensors = tensors_of(theirs)
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    tensors[gate] = tensors[gate].float() + 1e-6
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float16)
+    save_file(tensors, theirs / "model.safetensors")
+    import_model(theirs, tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors)
+    export_model(tmp_path / "ours", tmp_path / "wide", dtype="F32")
+    assert_same(tensors_of(tmp_path / "wide"), {name: tensor.float() for name, tensor in tensors.items()})
+    assert json.loads((tmp_path / "wide/config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_loads_what_is_written_without_the_original(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    model = tiny_model(kind)
+    import_model(save(model, tmp_path / "theirs"), tmp_path / "ours")
+    shutil.rmtree(tmp_path / "ours/huggingface")  # config.json then comes from our configuration alone
+    out = export_model(tmp_path / "ours", tmp_path / "back")
+    assert out.like is None
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert float((again(ids).logits - model(ids).logits).abs().max()) < 1e-4
+
+
+def test_a_model_that_no_family_can_hold_is_refused_with_reasons(tmp_path: Path) -> None:
+    import_model(save(tiny_model("mixtral"), tmp_path / "theirs"), tmp_path / "ours")
+    with pytest.raises(ConfigError, match=r"qwen2_moe: cannot have .*shared_ffn_dim=0"):
+        export_model(tmp_path / "ours", tmp_path / "back", family="qwen2_moe")
+    with pytest.raises(ConfigError, match="known are mixtral, olmoe"):
+        export_model(tmp_path / "ours", tmp_path / "back", family="gpt2")
+    assert not list(tmp_path.glob("back*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"router": {"selection_bias": True}}, "selection_bias=true"),
+        ({"router": {"scale": 2.0}}, "scale=2.0"),
+        ({"groups": {"all": {"num_identity": 1}}}, "num_identity=1"),
+        ({"groups": {"more": {"num_experts": 1, "top_k": 1, "ffn_dim": 4}}}, "one group of experts"),
+    ],
+)
+def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    import_model(save(tiny_model("mixtral"), tmp_path / "theirs"), tmp_path / "ours")
+    change_config(tmp_path / "ours", change)
+    with pytest.raises(ConfigError, match=message):
+        export_model(tmp_path / "ours", tmp_path / "back")
+
+
+def change_config(folder: Path, change: dict[str, Any]) -> None:
+    """Changes `model.moe` in the state.json of an import, with its digest."""
+    from moe_dist.checkpoint.seal import seal_of
+
+    step = folder / "step_0"
+    state = json.loads((step / "state.json").read_text())
+    for key, values in change.items():
+        for name, value in values.items():
+            moe = state["values"]["config"]["model"]["moe"][key]
+            moe[name] = {**moe[name], **value} if isinstance(value, dict) and name in moe else value
+    files = {"index.json": (step / "index.json").read_bytes(), "state.json": json.dumps(state).encode()}
+    (step / "state.json").write_bytes(files["state.json"])
+    (step / "SHA256SUMS").write_bytes(seal_of(files, state["save_id"]))
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
+    import_model(save(tiny_model("mixtral"), tmp_path / "theirs"), tmp_path / "ours")
+    shard = tmp_path / "ours/step_0/shard_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-10] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="its bits are not those that were saved"):
+        export_model(tmp_path / "ours", tmp_path / "back")
+    assert not list(tmp_path.glob("back*"))
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    theirs = save(tiny_model("llama"), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "ours").rglob("*"))
+    with pytest.raises(ConfigError, match="exists; nothing is overwritten"):
+        import_model(theirs, tmp_path / "ours", Options(seed=1))
+    with pytest.raises(ConfigError, match="exists; nothing is overwritten"):
+        export_model(tmp_path / "ours", theirs)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "ours").rglob("*")) == before

@@ -1,0 +1,57 @@
+"""Exports a checkpoint as a Hugging Face folder that transformers loads. See docs/huggingface.md."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_dist.errors import MoeDistError
+from moe_dist.runtime.command_line import run_command
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a run, or an import.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; nothing that is there is overwritten.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default as imported, else float32.")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="model_type to write; default the import's, else one that fits.")
+    ] = None,
+    like: Annotated[Path | None, typer.Option(help="Folder whose config.json and tokenizer to take over.")] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a file of weights, in MB.")] = 2000,
+) -> None:
+    """Export a checkpoint; its weights are held against their fingerprints on the way."""
+    from moe_dist.hf.exporting import export_model
+    from moe_dist.hf.progress import shown_progress
+
+    if dtype is not None and dtype not in DTYPES:
+        print(f"export_hf: --dtype={dtype}: must be {', '.join(DTYPES)}", file=sys.stderr)
+        raise typer.Exit(78)
+    try:
+        with shown_progress() as report:
+            done = export_model(
+                checkpoint,
+                out,
+                dtype=DTYPES[dtype] if dtype else None,
+                family=family,
+                like=like,
+                shard_bytes=shard_mb * 10**6,
+                report=report,
+            )
+    except MoeDistError as error:
+        print(f"export_hf: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    if done.folded:
+        print(f"{done.folded} null experts a layer left out: they were copies of true rows, so nothing changes")
+    print(
+        f"{done.family}: {done.tensors} tensors in {done.shards} files; config.json after {done.like or 'the model alone'}"
+    )
+    print(f"{out} is made")
+
+
+if __name__ == "__main__":
+    run_command(main)

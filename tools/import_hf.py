@@ -1,0 +1,49 @@
+"""Imports a pretrained model: from a Hugging Face folder to a checkpoint that runs begin with. See docs/huggingface.md."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_dist.errors import MoeDistError
+from moe_dist.runtime.command_line import run_command
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="A model: config.json and safetensors; tokenizer.json where it has one.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; nothing that is there is overwritten.")],
+    null_experts: Annotated[int, typer.Option(min=0, help="Null experts beside the true ones; copies of gate rows.")] = 0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choices a token makes with --null-experts.")] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Copies of each FFN of a dense model, its experts.")] = 1,
+    experts_top_k: Annotated[int, typer.Option(min=1, help="Choices a token makes among --experts.")] = 1,
+    modalities: Annotated[str, typer.Option(help="Modalities of the data, separated by commas.")] = "text",
+    data: Annotated[str, typer.Option(help="data.path of the configuration that is written.")] = ".cache/data/openmoji",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of new router rows, and of the configuration.")] = 0,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, and so the memory that is taken, in MB.")] = 512,
+) -> None:
+    """Import a model. The same command goes on where a killed one stopped."""
+    from moe_dist.hf.importing import import_model
+    from moe_dist.hf.plan import Options
+    from moe_dist.hf.progress import shown_progress
+
+    options = Options(null_experts, top_k, experts, experts_top_k, seed, tuple(modalities.split(",")))
+    try:
+        with shown_progress() as report:
+            done = import_model(folder, out, options, data_path=data, shard_bytes=shard_mb * 10**6, report=report)
+    except MoeDistError as error:
+        print(f"import_hf: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    if done.ignored:
+        print(f"not opened, since reading them can run code: {', '.join(done.ignored)}")
+    if done.unread:
+        print(f"fields of config.json that were not looked at: {', '.join(done.unread)}")
+    stored = ", ".join(f"{count} {dtype}" for dtype, count in done.converted.items())
+    print(
+        f"{done.family}: {done.tensors} tensors (stored: {stored}) as F32 in {done.shards} shards, {done.kept} of them kept"
+    )
+    print(f"train it: python -m launchers.local {out / 'config.yaml'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
