@@ -7,6 +7,7 @@ seconds, and the probes that the arm asks for. Then the checkpoints that only th
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,11 +104,11 @@ class Measurement:
             config = self._config
             first = max(0, step - config.evaluation.calibration) * config.train.global_batch
             steps = range(first, step * config.train.global_batch, config.train.global_batch)
-            loader = self._loader()
-            trained = [batch for position in steps for batch in loader.batches(position)]
+            trained = [batch for position in steps for batch in self._loader.batches(position)]
             calibrate(model, trained, group_of_modality=self._groups, world=None)
         return model
 
+    @cached_property
     def _loader(self) -> TrainLoader:
         config = self._config
         return TrainLoader(
