@@ -137,4 +137,4 @@ def test_runs_that_count_ask_for_committed_rules(folder: Path) -> None:
     assert "must be committed before runs that count" in ended(folder, code=78)
     assert not (folder / "runs" / "reproduce" / "tiny").exists()
     assert "unknown" not in ended(folder, "--status")
-    assert "--only nobody: tiny has the arms base, dropped" in ended(folder, "--only", "nobody", code=78)
+    assert "--only nobody: tiny has the arms base, choice, dropped" in ended(folder, "--only", "nobody", code=78)
