@@ -22,7 +22,7 @@ STUDY: dict[str, Any] = {
     "question": "does it go on?",
     "base": "base.yaml",
     "seeds": {"decisive": [1, 2], "other": [1, 2]},
-    "pilot": {"seeds": [9], "found": "lr", "arms": ["dropped"]},
+    "pilot": {"seeds": [9], "found": "lr", "arms": ["dropped", "choice"]},
     "measure": {
         "sequences": 8,
         "wire": {"ep": 2},
@@ -38,6 +38,14 @@ STUDY: dict[str, Any] = {
             "carry": True,
             "set": {"train.steps": 4, "model.moe.router.kind": "fixed_load"},
             "measured": {"model.moe.router.loads.all": {"arm": "base", "metric": "load.by_layer"}},
+        },
+        "choice": {
+            **ARM,
+            "set": {
+                "model.moe.router": {"kind": "expert_choice", "causal": "threshold"},
+                "loss.balance.schedule": [[0, 0.0]],
+            },
+            "probes": ["flip", "hindsight"],
         },
     },
 }
@@ -96,7 +104,7 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, output
     assert 0 < shelf.steps()[-1] < 40, "killed in the middle"
     assert "base  " in (status := ended(folder, "--pilot", "--status"))
-    assert "0 of 2 runs done" in status
+    assert "0 of 3 runs done" in status
 
     assert "done dropped seed 9" in ended(folder, "--pilot")
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -105,10 +113,10 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     assert len(attempts) >= 2, "the second call went on with the run of the first"
 
     results = folder / "runs" / "reproduce" / "tiny-pilot" / "results.jsonl"
-    header, base, dropped = (json.loads(line) for line in results.read_text().splitlines())
+    header, *records = (json.loads(line) for line in results.read_text().splitlines())
     assert header["study"] == "tiny"
     assert header["rules"] is None
-    assert (base["arm"], dropped["arm"]) == ("base", "dropped")
+    base, dropped, choice = sorted(records, key=lambda record: list(STUDY["arms"]).index(record["arm"]))
     assert base["load"]["all"] == 2.0
     assert base["wire"]["rows_remote"] <= base["wire"]["rows_per_pair"] <= base["wire"]["rows_topk"] * 1.5
     assert [point["step"] for point in base["curve"]] == list(range(2, 41, 2))
@@ -116,6 +124,8 @@ def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     assert base["probes"]["flip"][0]["load"] == pytest.approx(2.0, abs=0.05), "of scored tokens; in all it stays"
     assert dropped["flops"] > base["flops"], "what it began with counts"
     assert dropped["curve"][0]["tokens"] > base["tokens"]
+    assert choice["load"]["all"] == pytest.approx(2.0, abs=0.2), "thresholds are those of the mean of weights"
+    assert choice["probes"]["hindsight"][0]["load"] == pytest.approx(2.0, abs=0.1)
     assert len(list((run / "checkpoints").glob("step_*"))) == 1, "the curve's checkpoints are gone"
 
     before = results.read_bytes()
@@ -127,4 +137,4 @@ def test_runs_that_count_ask_for_committed_rules(folder: Path) -> None:
     assert "must be committed before runs that count" in ended(folder, code=78)
     assert not (folder / "runs" / "reproduce" / "tiny").exists()
     assert "unknown" not in ended(folder, "--status")
-    assert "--only nobody: tiny has the arms base, dropped" in ended(folder, "--only", "nobody", code=78)
+    assert "--only nobody: tiny has the arms base, choice, dropped" in ended(folder, "--only", "nobody", code=78)

@@ -7,6 +7,7 @@ seconds, and the probes that the arm asks for. Then the checkpoints that only th
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +21,11 @@ from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.loader import heldout_batches
+from moe_dist.data.loader import TrainLoader, heldout_batches
 from moe_dist.errors import MoeDistError
+from moe_dist.evaluation.calibration import by_threshold, calibrate
 from moe_dist.evaluation.heldout import forward
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import choice_of_training
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.files import write_atomically
@@ -61,8 +64,7 @@ class Measurement:
         )
         section, batches = self._section, self._batches(self._section.sequences)
         curve = [] if section.curve is None else self._curve(section.curve, spent)
-        model = self._run.load(self._averaged(last))
-        tokens = evaluate(model, batches, self._groups)
+        tokens = evaluate(self._model_at(last), batches, self._groups)
         found = {
             "steps": last,
             **spent[last].to_json(),
@@ -94,6 +96,34 @@ class Measurement:
         ]
         return [batch for of_source in batches for batch in of_source]
 
+    def _model_at(self, step: int) -> Transformer:
+        """The model that stands for a step. Thresholds are those of its own weights: a mean of weights is another model, so
+        they are set anew on training sequences that it has seen."""
+        model = self._run.load(self._averaged(step))
+        if by_threshold(model):
+            config = self._config
+            first = max(0, step - config.evaluation.calibration) * config.train.global_batch
+            steps = range(first, step * config.train.global_batch, config.train.global_batch)
+            trained = [batch for position in steps for batch in self._loader.batches(position)]
+            calibrate(model, trained, group_of_modality=self._groups, world=None)
+        return model
+
+    @cached_property
+    def _loader(self) -> TrainLoader:
+        config = self._config
+        return TrainLoader(
+            config.data.path,
+            self._manifest,
+            seq_len=config.data.seq_len,
+            weights=config.data.weights,
+            pack_window=config.data.pack_window,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=0,
+            world_size=1,
+        )
+
     def _averaged(self, step: int) -> list[int]:
         """The checkpoints whose mean stands for a step: the step alone, or the last share of those up to it."""
         curve = self._section.curve
@@ -104,7 +134,7 @@ class Measurement:
     def _curve(self, section: CurveSection, spent: Mapping[int, Spent]) -> list[dict[str, Any]]:
         batches, points = self._batches(section.sequences), []
         for step in self._run.steps():
-            tokens = evaluate(self._run.load(self._averaged(step)), batches, self._groups)
+            tokens = evaluate(self._model_at(step), batches, self._groups)
             load = loads(tokens)["all"]
             points.append({"step": step, **spent[step].to_json(), "loss": losses(tokens), "load": load})
         return points
