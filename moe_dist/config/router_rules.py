@@ -13,6 +13,7 @@ def router_relations(config: Config) -> list[Relation]:
             *_loss_relations(config),
             *_group_relations(config, section),
             *_causal_relations(config, section),
+            *_depth_relations(config, section),
             *_stage_relations(config),
         ]
     broken = _load_relations(config, section) if isinstance(section, FixedLoadRouterSection) else []
@@ -123,6 +124,18 @@ def _causal_relations(config: Config, section: ExpertChoiceRouterSection) -> lis
         )
         return [Relation(keys, fault)]
     return []
+
+
+def _depth_relations(config: Config, section: ExpertChoiceRouterSection) -> list[Relation]:
+    """What is known of a micro-batch beforehand is not known of the tokens that a layer of model.depths takes of it."""
+    if config.model.depths is None or (section.set == "rank" and not section.noise):
+        return []
+    said = f"set={section.set}" if section.set != "rank" else f"noise={section.noise:g}"
+    fault = (
+        f"{ROUTER}.{said} with model.depths: which tokens reach the experts of such a layer is known "
+        f"in it alone; set {ROUTER}.set=rank and {ROUTER}.noise=0, or model.depths to null"
+    )
+    return [Relation((f"{ROUTER}.set", f"{ROUTER}.noise", "model.depths"), fault)]
 
 
 def _stage_relations(config: Config) -> list[Relation]:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.storage import Piece
+from moe_dist.config.init_rules import identity_choices
 from moe_dist.config.schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.families import GROUP, Family
 from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.source import Source
-from moe_dist.moe.copy_init import identity_choices, uneven_twins
+from moe_dist.moe.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
 
 ITEMSIZE = torch.float32.itemsize  # checkpoints hold fp32 master weights

@@ -51,6 +51,8 @@ LAYOUTS = [
     Layout(4, 2, "pinned", "fsdp2", "experts", choice="ep_group"),
     Layout(4, 1, "uneven", "ddp", "block", choice="world", noise=1.0),
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
+    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", depths="rank"),
+    Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", depths="rank"),
 ]
 
 
@@ -68,10 +70,11 @@ def one_process(
     made: dict[Layout, Outcome] = {}
 
     def of(layout: Layout) -> tuple[Path, Outcome]:
-        oracle = Layout(choice="rank", noise=layout.noise, parts=sets_of(layout))
+        oracle = Layout(choice="rank", noise=layout.noise, parts=sets_of(layout), depths=layout.depths)
+        weights = folder / str(layout.depths)
         if oracle not in made:
-            made[oracle] = run_in_world(1, train, oracle, folder)[0]
-        return folder, made[oracle]
+            made[oracle] = run_in_world(1, train, oracle, weights)[0]
+        return weights, made[oracle]
 
     return of
 

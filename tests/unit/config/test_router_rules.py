@@ -84,6 +84,14 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
             "model.moe.router.noise=1: the auxiliary routers",
             "set model.moe.router.noise=0",
         ),
+        *(
+            (
+                {"model.depths": {}, "model.moe.router": {"kind": "expert_choice", "causal": "threshold", **each}},
+                f"model.moe.router.{said} with model.depths: which tokens reach the experts",
+                "set model.moe.router.set=rank and model.moe.router.noise=0, or model.depths to null",
+            )
+            for each, said in (({"noise": 0.5}, "noise=0.5"), ({"set": "world"}, "set=world"))
+        ),
         (
             {"model.moe.router": {"kind": "top_k"}, "train.only": "auxiliary_routers"},
             "train.only=auxiliary_routers: model.moe.router.kind=top_k has no auxiliary routers",

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest, write_manifest
+from moe_dist.config.schema import ExpertChoiceRouterSection, FixedLoadRouterSection, RouterSection
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.generation.causal import causal_faults
@@ -162,6 +163,12 @@ def test_other_data_are_refused(run: Path, data: Path, tmp_path: Path) -> None:
 def test_only_routers_that_route_each_token_by_itself_generate(tiny_data: Path, tmp_path: Path) -> None:
     model = tiny_config(tiny_data, tmp_path).model
     assert causal_faults(model) == []
-    kind = type("Router", (), {"kind": "expert_choice"})()
-    other = model.model_copy(update={"moe": model.moe.model_copy(update={"router": kind})})
-    assert "looks at later ones" in causal_faults(other)[0]
+
+    def faults(router: RouterSection) -> list[str]:
+        return causal_faults(model.model_copy(update={"moe": model.moe.model_copy(update={"router": router})}))
+
+    assert faults(ExpertChoiceRouterSection(kind="expert_choice", causal="threshold")) == []
+    (fault,) = faults(ExpertChoiceRouterSection(kind="expert_choice"))
+    assert fault.startswith("model.moe.router.causal=null: the choice of experts looks at later tokens")
+    (fault,) = faults(FixedLoadRouterSection(kind="fixed_load", loads={"text": (1.5,)}))
+    assert fault.startswith("model.moe.router.kind=fixed_load: its choice hangs on the place in a batch")
