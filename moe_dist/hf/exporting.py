@@ -31,7 +31,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.schema import Config, ModelSection
 from moe_dist.errors import CheckpointError, ConfigError, DataError
-from moe_dist.hf.families import FAMILIES, Family, misfits, read_section, write_fields
+from moe_dist.hf.families import FAMILIES, Family, misfits, read_section, top_k_router, write_fields
 from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import Slot, router_name, slots
@@ -130,21 +130,22 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
     if group.num_identity or group.num_constant:
         free = f"num_identity={group.num_identity}, num_constant={group.num_constant}"
         faults.append(f"model.moe.groups.{name}: {free}: no known family has identity or constant experts")
-    if moe.router.kind != "top_k":
-        raise ConfigError(f"model.moe.router.kind={moe.router.kind}: known families choose by top-k")
-    if moe.router.selection_bias:
+    router = top_k_router(model)
+    if model.depths:
+        faults.append("model.depths: no known family leaves tokens out of its layers")
+    if router.selection_bias:
         faults.append("model.moe.router.selection_bias=true: no known family chooses by a bias")
-    if moe.router.scale != 1.0:
-        faults.append(f"model.moe.router.scale={moe.router.scale}: no known family has such a factor")
+    if router.scale != 1.0:
+        faults.append(f"model.moe.router.scale={router.scale}: no known family has such a factor")
     if faults:
         raise ConfigError(faults, see="docs/huggingface.md")
-    top_k, normalise = group.top_k, moe.router.normalise
+    top_k, normalise = group.top_k, router.normalise
     if group.num_null:
         top_k = _folded(model, reader)
     if normalise == "true_all" or group.num_experts == 1:
         normalise = "none" if group.num_experts > 1 else "true_chosen"
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
-    router = moe.router.model_copy(update={"normalise": normalise})
+    router = router.model_copy(update={"normalise": normalise})
     return model.model_copy(update={"moe": moe.model_copy(update={"groups": plain, "router": router})})
 
 
@@ -157,8 +158,9 @@ def _folded(model: ModelSection, reader: "_Reader") -> int:
     ((name, group),) = model.moe.groups.items()
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
     out = "no family has null experts; they can be left out only where they are copies of true rows, as after an import"
-    if model.moe.router.normalise not in ("true_chosen", "true_all"):
-        raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={model.moe.router.normalise}")
+    normalise = top_k_router(model).normalise
+    if normalise not in ("true_chosen", "true_all"):
+        raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={normalise}")
     if fault := uneven_twins(group.num_experts, group.num_null):
         raise ConfigError(f"{key}: {out}: {fault}")
     for layer in model.moe_layers:
@@ -253,7 +255,7 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
         "dense_ffn_dim": section.dense_ffn_dim if dense else None,
         "layers": section.moe_layers,
         "experts": (group.num_experts, group.top_k, group.ffn_dim),
-        "normalise": section.moe.router.normalise,
+        "normalise": top_k_router(section).normalise,
         "shared": (section.moe.shared_ffn_dim, section.moe.shared_gate),
     }
 

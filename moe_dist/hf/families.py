@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_dist.config.schema import ModelSection
+from moe_dist.config.schema import ModelSection, TopKRouterSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields
 
@@ -215,14 +215,27 @@ def _moe_layers(family: Family, read: Fields, layers: int) -> tuple[int, int, bo
     return sparse[0], every if len(sparse) > 1 else max(1, layers - sparse[0]), len(sparse) < layers
 
 
+def top_k_router(section: ModelSection) -> TopKRouterSection:
+    """The router, which is top-k in every known family.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    router = section.moe.router
+    if not isinstance(router, TopKRouterSection):
+        raise ConfigError(f"model.moe.router.kind={router.kind}: known families choose by top-k")
+    return router
+
+
 def misfits(section: ModelSection, family: Family) -> list[str]:
     """Why a family cannot hold a model (without null experts); nothing if it can."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
+    normalise = top_k_router(section).normalise
     width = section.hidden_dim // section.num_heads
     held = {
         f"qk_norm={section.qk_norm}": section.qk_norm == family.qk_norm,
         f"attention_bias={section.attention_bias}": section.attention_bias in family.biases,
-        f"router.normalise={moe.router.normalise}": moe.router.normalise in family.normalise or group.num_experts == 1,
+        f"router.normalise={normalise}": normalise in family.normalise or group.num_experts == 1,
         f"num_experts={group.num_experts}": (group.num_experts == 1) == (not family.experts),
         f"moe.first={moe.first}, moe.every={moe.every}": family.dense_layers
         or len(section.moe_layers) == section.num_layers,
@@ -253,7 +266,7 @@ def write_fields(section: ModelSection, family: Family) -> dict[str, Any]:
         "tie_word_embeddings": section.tie_embeddings,
         "initializer_range": section.init_std,
         **family.biases[section.attention_bias],
-        **family.normalise.get(moe.router.normalise, {}),
+        **family.normalise.get(top_k_router(section).normalise, {}),
     }
     if family.head_dim:
         fields["head_dim"] = section.resolved_head_dim

@@ -1,6 +1,8 @@
 """What an import changes on the way leaves the function as it was: null experts to the bit, copied FFNs up to rounding."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +92,33 @@ def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_pat
     manager(tmp_path / "trained").save(7, state)
     with pytest.raises(ConfigError, match=r"num_null=16: no family has null experts.*in layer 1 they are not"):
         export_model(tmp_path / "trained", tmp_path / "not")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"moe": {"router": {"kind": "expert_choice"}}}, r"router\.kind=expert_choice: known families choose by top-k"),
+        ({"depths": {"every": 1, "capacity": 0.5}}, r"model\.depths: no known family leaves tokens out of its layers"),
+        ({"moe": {"router": {"scale": 2.5}}}, r"router\.scale=2\.5: no known family"),
+    ],
+)
+def test_what_no_family_can_say_is_not_exported(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    import_model(save(tiny_model("mixtral"), tmp_path / "theirs"), tmp_path / "ours")
+    _, state = load_imported(tmp_path / "ours")
+    saved: Any = state.values["config"]
+    values = {**state.values, "config": merged(saved, {"model": changed})}
+    manager(tmp_path / "trained").save(3, replace(state, values=values))
+    with pytest.raises(ConfigError, match=message):
+        export_model(tmp_path / "trained", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def merged(values: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """`changed` over `values`; a section with a kind is replaced."""
+    return values | {
+        key: merged(values[key], value) if isinstance(value, dict) and "kind" not in value and values[key] else value
+        for key, value in changed.items()
+    }
 
 
 def test_weights_that_were_trained_are_what_is_written(tmp_path: Path) -> None:
