@@ -40,6 +40,8 @@ from moe_dist.runtime.signals import child_of
 
 START_SECONDS = 100.0
 CALL_SECONDS = 60.0
+# A group that somebody still holds keeps threads of gloo that wake 100 times a second each: hundreds of them fill a core.
+MAX_THREADS = 48
 SETTLE_SECONDS = 0.5  # after the first failure, time for the others to report: the earliest one is the cause
 
 
@@ -76,6 +78,7 @@ class _Report:
     failed: bool
     when: float  # time.monotonic, one clock for all processes of a machine
     payload: bytes  # pickled result, or the traceback as UTF-8
+    threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # of the rank, after the call
 
 
 # --- in the ranks
@@ -121,7 +124,7 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     result = pickle.dumps(function(RankContext(rank, world_size, shared), *pickle.loads(call.arguments)))
     dist.barrier()  # nobody leaves while a peer may still need it
     dist.destroy_process_group()
-    gc.collect()
+    gc.collect()  # groups that only cycles hold
     return result
 
 
@@ -145,7 +148,6 @@ def _serve(
         except BaseException:  # SystemExit too: its traceback is the test's
             # Stay alive and keep the group: peers wait for us instead of failing of our failure before we are heard.
             report = _Report(True, time.monotonic(), traceback.format_exc().encode())
-        print("THREADS", rank, world_size, len(os.listdir("/proc/self/task")), file=sys.stderr, flush=True)
         connection.send_bytes(pickle.dumps(report))
 
 
@@ -166,6 +168,7 @@ class _World:
     folder: Path
     ranks: list[_Rank] = field(default_factory=list)
     calls: int = 0
+    worn: bool = False  # its ranks have gathered threads: the next call starts anew
 
     @classmethod
     def start(cls, world_size: int, first_on_path: str | None = None) -> "_World":
@@ -210,7 +213,9 @@ class _World:
         if failed:
             raise WorldError(self._first_cause(seconds))
         shutil.rmtree(folder)
-        return [pickle.loads(m.report.payload) for m in self.ranks if m.report is not None]
+        reports = [m.report for m in self.ranks if m.report is not None]
+        self.worn = max(report.threads for report in reports) > MAX_THREADS
+        return [pickle.loads(report.payload) for report in reports]
 
     def _collect(self, deadline: float) -> None:
         """Reads reports until all ranks have one, the deadline, or a little after the first failure."""
@@ -299,11 +304,14 @@ class Worlds:
             self._worlds[world_size] = _World.start(world_size, self._first_on_path)
         world = self._worlds[world_size]
         try:
-            return world.call(function, arguments, seconds)
+            results = world.call(function, arguments, seconds)
         except BaseException:  # a timeout of pytest too: no world is used again in an unknown state
             world.kill()
             del self._worlds[world_size]
             raise
+        if world.worn:
+            self._worlds.pop(world_size).stop()
+        return results
 
     def pids(self, world_size: int) -> list[int]:
         """Process ids of the world's ranks; empty when it does not stand."""

@@ -100,3 +100,24 @@ def test_a_failure_tells_its_first_cause_and_the_world_is_built_anew(
     assert not any(is_alive(pid) for pid in pids)
     assert worlds.run(2, summed, [1.0, 1.0])[1].total.item() == 2.0
     assert not set(pids) & set(worlds.pids(2))
+
+
+KEPT: list[object] = []
+
+
+def keep_groups(rank: RankContext, number: int) -> None:
+    KEPT.extend(dist.new_group([0, 1]) for _ in range(number))
+
+
+def test_a_world_that_gathered_threads_makes_way_for_a_new_one() -> None:
+    worlds = Worlds()
+    try:
+        worlds.run(2, keep_groups, 1)
+        before = worlds.pids(2)
+        assert before
+        worlds.run(2, keep_groups, 24)
+        assert worlds.pids(2) == []
+        assert [answer.rank for answer in worlds.run(2, summed, [1.0, 2.0])] == [0, 1]
+        assert not any(map(is_alive, before))
+    finally:
+        worlds.close()
