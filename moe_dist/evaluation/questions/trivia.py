@@ -1,0 +1,75 @@
+"""Facts of the quiz files of Debian's bsdgames (format: quiz(6)): a fact a line, fields apart by colons, in each of which
+`{}` may be left out and `|` stands between alternatives."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.errors import DataError
+from moe_dist.evaluation.questions.fact import Fact, lemma_keys
+
+_INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """How to ask one or more of the files.
+
+    Attributes:
+        files: Their names.
+        question: From a line's fields, the first alternative of each, to what is asked.
+        asked, answer: Numbers of the fields that are asked about and for.
+    """
+
+    files: tuple[str, ...]
+    question: Callable[[str], str]
+    asked: int
+    answer: int
+
+
+QUIZZES = {
+    "capitals": Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
+    "states": Quiz(("state",), "What is the capital of {}?".format, 0, 1),
+    "elements": Quiz(("elements",), "Which element has the symbol {}?".format, 0, 3),
+    "collectives": Quiz(("collectives",), "What is a group of {} called?".format, 0, 1),
+    "young": Quiz(("babies",), "Which animal has the {} as its young?".format, 0, 1),
+    "opposites": Quiz(("posneg",), 'What is the opposite of "{}"?'.format, 0, 1),
+    "latin": Quiz(("latin",), 'What does the Latin "{}" mean?'.format, 0, 1),
+}
+
+
+def trivia(folder: Path, name: str) -> list[Fact]:
+    """The facts of one quiz, a line each; lines with marks of typesetting in them are left out.
+
+    Raises:
+        DataError: a file is missing or has no facts.
+    """
+    quiz = QUIZZES[name]
+    facts = []
+    for file in quiz.files:
+        for fields in _lines(folder / file):
+            if len(fields) <= max(quiz.asked, quiz.answer):
+                continue
+            asked, answers = fields[quiz.asked][0], fields[quiz.answer]
+            if asked and answers[0] and "\\" not in asked + answers[0]:
+                keys = lemma_keys([*fields[quiz.asked], *answers])
+                facts.append(Fact(f"{file}:{asked}", quiz.question(asked), answers[0], keys, frozenset(answers)))
+    if not facts:
+        raise DataError(f"{folder}: the files {', '.join(quiz.files)} have no facts; install bsdgames again")
+    return facts
+
+
+def alternatives(field: str) -> list[str]:
+    """What a field may stand for, the fullest first, optional parts kept: 'forget{-| }me' is 'forget-me'."""
+    while (replaced := _INNERMOST.sub(lambda found: (found[1] or found[2] or "").split("|")[0], field)) != field:
+        field = replaced
+    return [each.strip() for each in field.split("|")]
+
+
+def _lines(path: Path) -> list[list[list[str]]]:
+    try:
+        text = path.read_text(encoding="latin-1").replace("\\\n", "")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; install bsdgames again") from error
+    return [[alternatives(field) for field in line.split(":")] for line in text.splitlines() if ":" in line]
