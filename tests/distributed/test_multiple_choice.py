@@ -1,4 +1,4 @@
-"""Log-likelihoods do not depend on the ranks: experts spread over two of them, requests dealt out, a round that is not full."""
+"""Log-likelihoods do not depend on the ranks: experts spread over two, requests dealt out, the last round not full."""
 
 from collections.abc import Callable
 from pathlib import Path

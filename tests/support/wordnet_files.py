@@ -24,9 +24,8 @@ def write_wordnet(
     for number, words in enumerate(nouns):
         pointers = f"001 @ {offset_of((number - 1) // 2)} n 0000" if number else "000"
         listed = " ".join(f"{word.replace(' ', '_')} 0" for word in words)
-        data.append(
-            f"{offset_of(number)} {4 + number % 25:02} n {len(words):02x} {listed} {pointers} | gloss number {number}; an example"
-        )
+        gloss = f"gloss number {number}; an example"
+        data.append(f"{offset_of(number)} {4 + number % 25:02} n {len(words):02x} {listed} {pointers} | {gloss}")
         for word in words:
             senses.setdefault(word.replace(" ", "_").lower(), []).append(offset_of(number))
     (folder / "data.noun").write_text(LICENCE + "".join(f"{line}  \n" for line in data))

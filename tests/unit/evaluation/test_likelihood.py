@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused(tiny_data: Path) -> None:
     model = make_transformer(moe_layers=(0,))
     score = Likelihood(model, load_manifest(tiny_data), group_of_modality=[0, 1], max_seq_len=8)
     assert len(score([Continuation([1] * 4, [5] * 5)])) == 1  # the last token is scored and never read
-    with pytest.raises(ConfigError, match="are 9 tokens, more than model.max_seq_len=8"):
+    with pytest.raises(ConfigError, match=r"are 9 tokens, more than model\.max_seq_len=8"):
         score([Continuation([1] * 5, [5] * 5)])
     with pytest.raises(ConfigError, match="one token at least"):
         score([Continuation([], [5])])
