@@ -104,7 +104,8 @@ def test_packages_that_are_not_there_are_named(own_run: Path, monkeypatch: pytes
 def test_a_tokenizer_of_other_data_is_refused(own_run: Path, own_data: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(own_data, moved)
-    fit_tokenizer(["many words of another text"] * 3, vocab_size=310).save(str(moved / "tokenizer.json"))
+    texts = [" ".join(f"{number:03} brown foxes" for number in range(60))]
+    fit_tokenizer(texts, vocab_size=310).save(str(moved / "tokenizer.json"))
     done = call(own_run, "--tasks", "pictures-naming", "--data", moved)
     assert done.exit_code == 65, done.output
     assert "to the data that is a picture code; it is another data set's tokenizer" in done.stderr
