@@ -163,8 +163,8 @@ def _world(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, to
 
 def _harness(options: Options, trained: Trained, material: Material, likelihood: Likelihood) -> dict[str, Any]:
     """What lm_eval measures."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     from moe_dist.evaluation.harness import HarnessModel
 

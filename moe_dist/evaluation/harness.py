@@ -6,8 +6,8 @@ Import this module only where lm_eval is installed. Runs on one process.
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from moe_dist.data.tokenizer import encode_texts

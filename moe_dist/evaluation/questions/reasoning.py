@@ -24,7 +24,7 @@ def reasoning(name: str, *, seed: int) -> list[Fact]:
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
     """
-    import reasoning_gym
+    import reasoning_gym  # pyright: ignore[reportMissingImports]
 
     made = reasoning_gym.create_dataset(name, size=SIZE, seed=seed)
     facts = {}

@@ -2,7 +2,7 @@
 `{}` may be left out and `|` stands between alternatives."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,36 +28,52 @@ class Quiz:
     answer: int
 
 
+# Several quizzes are one task where each alone leaves a side with a handful of facts.
 QUIZZES = {
-    "capitals": Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
-    "states": Quiz(("state",), "What is the capital of {}?".format, 0, 1),
-    "elements": Quiz(("elements",), "Which element has the symbol {}?".format, 0, 3),
-    "collectives": Quiz(("collectives",), "What is a group of {} called?".format, 0, 1),
-    "young": Quiz(("babies",), "Which animal has the {} as its young?".format, 0, 1),
-    "opposites": Quiz(("posneg",), 'What is the opposite of "{}"?'.format, 0, 1),
-    "latin": Quiz(("latin",), 'What does the Latin "{}" mean?'.format, 0, 1),
+    "capitals": (
+        Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
+        Quiz(("state",), "What is the capital of {}?".format, 0, 1),
+    ),
+    "elements": (Quiz(("elements",), "Which element has the symbol {}?".format, 0, 3),),
+    "words": (
+        Quiz(("collectives",), "What is a group of {} called?".format, 0, 1),
+        Quiz(("babies",), "Which animal has the {} as its young?".format, 0, 1),
+        Quiz(("posneg",), 'What is the opposite of "{}"?'.format, 0, 1),
+        Quiz(("latin",), 'What does the Latin "{}" mean?'.format, 0, 1),
+    ),
 }
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """The facts of one quiz, a line each; lines with marks of typesetting in them are left out.
+    """The facts of one task, a line each; lines with marks of typesetting in them are left out. Each quiz is a pool.
 
     Raises:
         DataError: a file is missing or has no facts.
     """
-    quiz = QUIZZES[name]
     facts = []
-    for file in quiz.files:
-        for fields in _lines(folder / file):
-            if len(fields) <= max(quiz.asked, quiz.answer):
-                continue
-            asked, answers = fields[quiz.asked][0], fields[quiz.answer]
-            if asked and answers[0] and "\\" not in asked + answers[0]:
-                keys = lemma_keys([*fields[quiz.asked], *answers])
-                facts.append(Fact(f"{file}:{asked}", quiz.question(asked), answers[0], keys, frozenset(answers)))
-    if not facts:
-        raise DataError(f"{folder}: the files {', '.join(quiz.files)} have no facts; install bsdgames again")
+    for quiz in QUIZZES[name]:
+        for file in quiz.files:
+            found = list(_facts(folder / file, quiz))
+            if not found:
+                raise DataError(f"{folder / file}: has no facts; install bsdgames again")
+            facts += found
     return facts
+
+
+def _facts(path: Path, quiz: Quiz) -> Iterator[Fact]:
+    for fields in _lines(path):
+        if len(fields) <= max(quiz.asked, quiz.answer):
+            continue
+        asked, answers = fields[quiz.asked][0], fields[quiz.answer]
+        if asked and answers[0] and "\\" not in asked + answers[0]:
+            yield Fact(
+                f"{path.name}:{asked}",
+                quiz.question(asked),
+                answers[0],
+                lemma_keys([asked, answers[0]]),
+                frozenset(answers),
+                pool=quiz.files[0],
+            )
 
 
 def alternatives(field: str) -> list[str]:

@@ -136,21 +136,25 @@ def test_rotations_keep_the_right_choice() -> None:
 
 
 def test_quiz_files(tmp_path: Path) -> None:
+    for file in ("africa", "america", "asia", "europe"):
+        (tmp_path / file).write_text(f"Land of {file}|L:City{{ of}} {file}\n")
     (tmp_path / "state").write_text("Alaska|AK:June{au}:AK:forget{-| }me{-| }not\nTexas:Aus\\\ntin:TX\nBad:San Jos['\\be\n")
-    facts = trivia(tmp_path, "states")
-    assert [(fact.id, fact.asked, fact.answer) for fact in facts] == [
+    facts = trivia(tmp_path, "capitals")
+    assert [(fact.id, fact.asked, fact.answer) for fact in facts[3:]] == [
+        ("europe:Land of europe", "What is the capital of Land of europe?", "City of europe"),
         ("state:Alaska", "What is the capital of Alaska?", "Juneau"),
         ("state:Texas", "What is the capital of Texas?", "Austin"),
     ]
-    assert facts[0].keys == {"lemma:alaska", "lemma:ak", "lemma:juneau"}
+    assert facts[4].keys == {"lemma:alaska", "lemma:juneau"}
+    assert facts[4].pool == facts[5].pool != facts[3].pool
     assert alternatives("M[iddle{-}Earth|E]|forget{-| }me") == ["Middle-Earth", "forget-me"]
     with pytest.raises(DataError, match="elements: cannot be read"):
         trivia(tmp_path, "elements")
 
 
 def test_tasks_by_name_and_family() -> None:
-    assert task_names("trivia-latin,wordnet,wordnet-antonym") == [
-        "trivia-latin", "wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category",
+    assert task_names("trivia-words,wordnet,wordnet-antonym") == [
+        "trivia-words", "wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="--tasks wordnet-antonyms: there is no such task; did you mean wordnet-antonym"):
         task_names("wordnet-antonyms,trivia")
