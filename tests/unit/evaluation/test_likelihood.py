@@ -9,7 +9,8 @@ import torch
 from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.likelihood import Continuation, Likelihood, Score
-from moe_dist.evaluation.multiple_choice import likeliest
+from moe_dist.evaluation.multiple_choice import Answered, likeliest
+from moe_dist.evaluation.questions.fact import Question
 from moe_dist.model.transformer import Transformer
 from tests.support.tiny import IMAGE_IDS
 from tests.support.transformers import make_transformer
@@ -70,3 +71,10 @@ def test_the_two_measures() -> None:
     assert likeliest(scores, choices, "plain") == 0
     assert likeliest(scores, choices, "normalised") == 1
     assert likeliest([Score(-3.0, False)] * 2, choices[:1] * 2, "plain") == 0  # the first of equal ones
+
+
+def test_a_question_is_right_if_it_is_under_each_rotation() -> None:
+    question = Question("t", "1", "?", ("a", "b", "c", "d"), 2)
+    answered = Answered(question, {"normalised": (2, 2, 2, 2), "plain": (2, 3, 2, 2)})
+    assert answered.right("normalised")
+    assert not answered.right("plain")
