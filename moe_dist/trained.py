@@ -1,4 +1,4 @@
-"""The model of a run, for use: its checkpoint, written at any layout, on this one process."""
+"""The model of a run, for use: its checkpoint, written at any layout, on this one process or over a few ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ from moe_dist.checkpoint.shelf import Shelf, find_checkpoint
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_faults
 from moe_dist.config.manifest import Manifest, load_manifest
-from moe_dist.config.schema import Config, PerRankDispatchSection
+from moe_dist.config.schema import Config, InterleavedSection, PerRankDispatchSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import allocate
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.policies import expert_groups
+from moe_dist.placement.policies import expert_groups, make_placement
 from moe_dist.resume import mapping_of, saved_config
 
 
@@ -38,31 +39,40 @@ class Trained:
     config: Config
     manifest: Manifest
 
-    def load(self, device: torch.device) -> Transformer:
-        """The model with all its experts on `device`, in evaluation mode.
+    def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
+        """The model in evaluation mode: with all its experts on `device`, or with a mesh with this rank's share of them.
+
+        Collective with a mesh, whose EP groups are taken whatever the run's own were.
 
         Raises:
             DataError: the checkpoint is damaged.
         """
-        placement = self._placement
-        alone = {"ep": 1, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": PerRankDispatchSection()}
+        ep, ep_rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
+        placement = self._placement(ep)
+        alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": PerRankDispatchSection()}
         config = self.config.model_copy(update={"parallel": self.config.parallel.model_copy(update=alone)})
         with torch.device("meta"):
-            model = build_model(config, placement, ep_rank=0, ep_group=None)
+            model = build_model(config, placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
         allocate(model, device)
-        manager = CheckpointManager(self.folder.parent, keep=1, lease_check=lambda: None)
-        manager.load(self.folder, capture(model, None, RankLayout(placement)))
+        group = None if mesh is None else mesh.checkpoint
+        manager = CheckpointManager(self.folder.parent, keep=1, lease_check=lambda: None, process_group=group)
+        manager.load(self.folder, capture(model, None, _layout(placement, mesh)))
         return model.eval()
 
     @property
     def group_of_modality(self) -> list[int]:
         """For each modality of the data the index of its expert group."""
-        return group_of_modality(self.manifest, self._placement)
+        return group_of_modality(self.manifest, self._placement(1))
 
-    @property
-    def _placement(self) -> ExpertPlacement:
+    def _placement(self, ranks: int) -> ExpertPlacement:
         groups = expert_groups(self.config.model.moe)
-        return ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
+        return make_placement(InterleavedSection(policy="interleaved"), groups, num_ranks=ranks, token_mix={})
+
+
+def _layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
+    if mesh is None:
+        return RankLayout(placement)
+    return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -2,10 +2,11 @@
 from codes to picture files."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,7 @@ _SCALE = 8  # pixels of a file for each pixel of a picture
 
 @dataclass(frozen=True)
 class Heldout:
-    """A held-out document with a picture. Attributes: caption: Its text. codes: int64 [cells]."""
+    """A document with a picture, held out unless said otherwise. Attributes: caption: Its text. codes: int64 [cells]."""
 
     caption: str
     codes: np.ndarray
@@ -97,10 +98,14 @@ class Material:
 
     def caption_prompt(self, codes: np.ndarray, beginning: str = "") -> list[int]:
         """A document that begins with a picture, up to its end mark and the beginning of its caption."""
+        return [self._bos, *self.picture(codes), *self.text_prompt(beginning)[1:]]
+
+    def picture(self, codes: np.ndarray) -> list[int]:
+        """The tokens of a picture, between its marks."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         ids = (codes + np.flatnonzero(self.grammar.modality_of_id == self._image)[0]).tolist()
-        return [self._bos, image.begin_id, *ids, image.end_id, *self.text_prompt(beginning)[1:]]
+        return [image.begin_id, *ids, image.end_id]
 
     @property
     def _image(self) -> int:
@@ -129,19 +134,24 @@ class Material:
         Raises:
             ConfigError: there is none.
         """
-        found = []
-        for source in self._manifest.sources.values():
-            if source.valid is None or not source.valid.tokens_by_modality.get("image", 1):
-                continue
-            split = IndexedSplit(self._folder, source.valid)
-            for start, length in zip(split.starts_D.tolist(), split.lengths_D.tolist(), strict=True):
-                tokens = split.tokens(start, length).tolist()
-                pictures = self.grammar.pictures(tokens)
-                if pictures:
-                    found.append(Heldout(self.text(tokens), pictures[0]))
+        found = list(self.pictured("valid"))
         if not found:
             raise ConfigError(f"data set {self._folder}: no held-out document has a picture")
         return found
+
+    def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[Heldout]:
+        """Documents of one side with a picture, in the order of the data; of each source at most `most`, evenly chosen."""
+        for source in self._manifest.sources.values():
+            section = source.train if side == "train" else source.valid
+            if section is None or not section.tokens_by_modality.get("image", 1):
+                continue
+            split = IndexedSplit(self._folder, section)
+            stride = 1 if most is None else -(-len(split.starts_D) // most)
+            for start, length in zip(split.starts_D[::stride].tolist(), split.lengths_D[::stride].tolist(), strict=True):
+                tokens = split.tokens(start, length).tolist()
+                pictures = self.grammar.pictures(tokens)
+                if pictures:
+                    yield Heldout(self.text(tokens), pictures[0])
 
 
 def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:

@@ -3,59 +3,33 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import typer
 from click.testing import Result
-from PIL import Image, ImageDraw
+from PIL import Image
 from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest, write_manifest
 from moe_dist.config.schema import ExpertChoiceRouterSection, FixedLoadRouterSection, RouterSection
-from moe_dist.data.corpus import Recipe
-from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.generation.causal import causal_faults
 from moe_dist.trained import Trained
 from tests.support.one_rank import OneRank, world_of_one
+from tests.support.pictured import pictured_data, pictured_run
 from tests.support.tiny import tiny_config
 from tools.generate import main
-
-VOCAB = 300 + 16
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures with captions, and 30 texts."""
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "pictures").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        image = Image.new("RGBA", (48, 48))
-        for _ in range(4):
-            x, y = rng.integers(0, 36, 2).tolist()
-            ImageDraw.Draw(image).ellipse((x, y, x + 14, y + 14), fill=(*rng.integers(0, 256, 3).tolist(), 255))
-        image.save(folder / f"pictures/{number:02}.png")
-        (folder / f"pictures/{number:02}.txt").write_text(f"{'odd' if number % 2 else 'even'} picture {number}")
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"text {number} " * 3}) for number in range(30)))
-    recipe = Recipe(renders=2, heldout_renders=2, codes=16, vocab_size=300, val_fraction=0.25)
-    inputs = Inputs(text=str(folder / "texts.jsonl"), images=str(folder / "pictures"), licence="CC0-1.0")
-    prepare(folder / "data", inputs, recipe, lambda *_: None)
-    return folder / "data"
+    return pictured_data(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of two steps, with depths; not to be written to."""
-    options: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": 96, "data__seq_len": 96}
-    groups = {name: {"num_experts": 2, "num_null": 1, "top_k": 2, "ffn_dim": 8} for name in ("text", "image")}
-    with world_of_one():
-        made = OneRank(
-            data, tmp_path_factory.mktemp("runs"), model__moe__groups=groups, model__depths={"capacity": 0.5}, **options
-        )
-        made.train_and_save()
-    return made.folder.parent
+    return pictured_run(data, tmp_path_factory.mktemp("runs"))
 
 
 def call(*arguments: object) -> Result:

@@ -1,0 +1,35 @@
+"""Questions with short answers that reasoning-gym makes up, by name and seed. The package is optional."""
+
+from moe_dist.evaluation.questions.fact import Fact
+
+# Whose question and answer are short, whose answer is one string, and which make thousands in seconds.
+GENERATORS = (
+    "basic_arithmetic",
+    "chain_sum",
+    "count_bits",
+    "fraction_simplification",
+    "gcd",
+    "lcm",
+    "letter_counting",
+    "number_sequence",
+    "products",
+    "simple_equations",
+)
+SIZE = 2000
+
+
+def reasoning(name: str, *, seed: int) -> list[Fact]:
+    """The distinct questions among the first `SIZE` of a generator; wrong answers are those of other questions.
+
+    Raises:
+        ModuleNotFoundError: reasoning-gym is not installed.
+    """
+    import reasoning_gym  # pyright: ignore[reportMissingImports]
+
+    made = reasoning_gym.create_dataset(name, size=SIZE, seed=seed)
+    facts = {}
+    for number in range(SIZE):
+        item = made[number]
+        asked = str(item["question"]).strip()
+        facts.setdefault(asked, Fact(str(number), asked, str(item["answer"]), frozenset({f"{name}:{asked}"})))
+    return list(facts.values())

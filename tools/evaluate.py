@@ -1,0 +1,242 @@
+"""Multiple-choice accuracy of a trained run, and tasks of lm-evaluation-harness. See docs/evaluation.md."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.evaluation.likelihood import Likelihood
+from moe_dist.evaluation.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
+from moe_dist.evaluation.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
+from moe_dist.evaluation.questions.split import Side
+from moe_dist.generation.causal import causal_faults
+from moe_dist.generation.generate import Generator
+from moe_dist.generation.material import Material
+from moe_dist.parallel.mesh import Mesh, destroy_world, init_world, make_mesh
+from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.trained import Trained, choose_device, find_trained
+
+_TIMEOUT = 600.0  # seconds, of every collective
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    run: Path
+    tasks: str
+    harness: str
+    side: Side
+    limit: int
+    rotations: bool
+    wordnet: Path
+    quiz: Path
+    seed: int
+    step: int | None
+    data: Path | None
+    out: Path | None
+    device: str
+    as_json: bool
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")] = "",
+    harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, by name or YAML file, likewise.")] = "",
+    split: Annotated[Side, typer.Option(help="Which side of the questions.")] = Side.TEST,
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 500,
+    rotations: Annotated[bool, typer.Option("--rotations", help="Right only under each rotation of the choices.")] = False,
+    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET,
+    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ,
+    seed: Annotated[int, typer.Option(min=0, help="Of sides, choices and intervals.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; by default `evaluations` in the run.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
+) -> None:
+    """Evaluates a trained run."""
+    options = Options(
+        run, tasks, harness, split, limit, rotations, wordnet, quiz, seed, step, data, out, device, as_json
+    )  # fmt: skip
+    try:
+        _evaluate(options, RankEnv.from_environment(os.environ))
+    except MoeDistError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _evaluate(options: Options, env: RankEnv) -> None:
+    """Everything that can be refused is, before the model is loaded."""
+    tasks = _check(options, env)
+    device = choose_device(options.device)
+    trained = find_trained(
+        options.run, step=options.step, data=options.data, allow=lambda config: causal_faults(config.model)
+    )
+    model = trained.config.model
+    material = Material(trained.config.data.path, trained.manifest, vocab_size=model.vocab_size)
+    check_vocabulary(material, vocab_size=model.vocab_size)
+    catalogue = Catalogue(material, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
+    catalogue.check(tasks)
+    limit = options.limit or None
+    questions = {task: catalogue.questions(task, options.side, limit=limit) for task in tasks}
+    prompts = Prompts(material, listed=options.rotations)
+    written = {
+        task: write(each, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
+        for task, each in questions.items()
+    }
+    folder = _folder(options, trained)
+    with _world(env, device) as (mesh, device):
+        likelihood = Likelihood(
+            trained.load(device, mesh),
+            trained.manifest,
+            group_of_modality=trained.group_of_modality,
+            max_seq_len=model.max_seq_len,
+            world=None if mesh is None else mesh.world,
+            rank=env.rank,
+            world_size=env.world_size,
+        )
+        answered = {task: ask(each, written[task], likelihood) for task, each in questions.items()}
+        record = {
+            "checkpoint": str(trained.folder),
+            "step": trained.step,
+            "split": str(options.side),
+            "seed": options.seed,
+            "limit": limit,
+            "rotations": options.rotations,
+            "ranks": env.world_size,
+            **(results(answered, seed=options.seed) if answered else {}),
+        }
+        if options.harness:
+            record["harness"] = _harness(options, trained, material, likelihood)
+    if env.rank == 0:
+        _show(options, record, _keep(folder, trained.step, record))
+
+
+def _check(options: Options, env: RankEnv) -> list[str]:
+    """The tasks. Raises: ConfigError: nothing is asked for, or the harness cannot be."""
+    if not options.tasks and not options.harness:
+        raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
+    if options.harness and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"--harness {options.harness}: the package lm_eval is not installed; `pip install -e '.[evaluate]'`, or "
+            "leave it out"
+        )
+    if options.harness and env.world_size > 1:
+        raise ConfigError(
+            f"--harness {options.harness}: runs on one process, not on {env.world_size}; start it without torchrun"
+        )
+    for name in options.harness.split(","):
+        if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+            raise ConfigError(f"--harness {name}: no such file; give a task's YAML file or its name in lm_eval")
+    return task_names(options.tasks) if options.tasks else []
+
+
+@contextmanager
+def _world(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
+    """All ranks as one EP group, and this rank's device; no mesh for one rank."""
+    if env.world_size == 1:
+        yield None, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", env.local_rank)
+        torch.cuda.set_device(device)
+    init_world(env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=_TIMEOUT)
+    try:
+        yield make_mesh(ep=env.world_size, device=device, timeout=_TIMEOUT), device
+    finally:
+        destroy_world()
+
+
+def _harness(options: Options, trained: Trained, material: Material, likelihood: Likelihood) -> dict[str, Any]:
+    """What lm_eval measures."""
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    from moe_dist.evaluation.harness import HarnessModel
+
+    names = [str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness.split(",")]
+    max_seq_len = trained.config.model.max_seq_len
+    generator = Generator(
+        likelihood.model, material.grammar, group_of_modality=trained.group_of_modality, max_seq_len=max_seq_len
+    )
+    found = simple_evaluate(
+        model=HarnessModel(likelihood, generator, material, max_seq_len=max_seq_len, seed=options.seed),
+        tasks=names,
+        limit=options.limit or None,
+        log_samples=False,
+        task_manager=TaskManager(include_defaults=not all(Path(name).is_file() for name in names)),
+    )
+    return {} if found is None else {name: dict(each) for name, each in found["results"].items()}
+
+
+def _folder(options: Options, trained: Trained) -> Path:
+    """Where the results go; made now, so that a folder that cannot be written is known before anything long runs."""
+    shelf = trained.folder.parent
+    folder = options.out or (shelf.parent if shelf.name == "checkpoints" else shelf) / "evaluations"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be written: {error.strerror}; choose another place") from error
+    return folder
+
+
+def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
+    """Writes the results beside earlier ones, under a number of their own."""
+    for number in count(1):
+        path = folder / f"step_{step}_{number}.json"
+        try:
+            with path.open("x") as file:
+                json.dump(record, file, indent=1)
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("numbers do not end")
+
+
+def _show(options: Options, record: dict[str, Any], path: Path) -> None:
+    """A line for each task: both accuracies with their 95 % intervals."""
+    if options.as_json:
+        print(json.dumps(record))
+        return
+    console = Console(width=None if Console().is_terminal else 110)
+    if options.tasks:
+        rotated = ", right under each rotation" if options.rotations else ""
+        table = Table(title=f"Accuracy after {record['step']} steps, {record['split']} questions{rotated}")
+        for name in ("task", "questions", "chance", *MEASURES):
+            table.add_column(name, justify="left" if name == "task" else "right")
+        for name, task in record["tasks"].items():
+            table.add_row(
+                name, str(task["questions"]), f"{task['chance']:.1%}", *(_cell(task[measure]) for measure in MEASURES)
+            )
+        table.add_section()
+        table.add_row("mean", "", "", *(_cell(record["mean"][measure]) for measure in MEASURES))
+        console.print(table)
+    for name, found in record.get("harness", {}).items():
+        values = "  ".join(f"{key}={value:.4f}" for key, value in found.items() if isinstance(value, float))
+        console.print(f"{name}: {values}", highlight=False)
+    print(path)
+
+
+def _cell(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+if __name__ == "__main__":
+    run_command(main)
