@@ -46,12 +46,16 @@ class GlobalCounts(NamedTuple):
 
 
 class DepthCounts(NamedTuple):
-    """Sums of `DepthSums` over all ranks, by layer that computes a share of the tokens: float64 [L]."""
+    """Sums of `DepthSums` over all ranks, by layer that computes a share of the tokens: float64 [L]; tokens of each group,
+    and those of them that are taken: [L, G]."""
 
     tokens_L: Tensor
     taken_L: Tensor
     agreed_L: Tensor
     cut_L: Tensor
+    weight_L: Tensor
+    members_LG: Tensor
+    taken_LG: Tensor
 
 
 class MicroLoss(NamedTuple):
@@ -122,11 +126,17 @@ def depth_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, watch: Watch | None = None
 ) -> DepthCounts | None:
     """Sums the depth layers' counts over all ranks: one more all-reduce a micro-batch where there are such layers."""
-    depths = [report.depth for report in reports if report.depth is not None]
-    if not depths:
+    rows = []
+    for report in reports:
+        if report.depth is not None and report.members_G is not None:
+            d = report.depth
+            single = torch.stack([part.to(torch.float64) for part in (d.tokens, d.taken, d.agreed, d.cut, d.weight)])
+            rows.append(torch.cat([single, report.members_G, report.sums.tokens_G]))
+    if not rows:
         return None
-    rows = [torch.stack([part.to(torch.float64) for part in (d.tokens, d.taken, d.agreed, d.cut)]) for d in depths]
-    return DepthCounts(*sum_over(torch.stack(rows, dim=1), group, name="depth counts", watch=watch).unbind())
+    summed = sum_over(torch.stack(rows), group, name="depth counts", watch=watch)
+    single_L5, by_group = summed[:, :5], summed[:, 5:]
+    return DepthCounts(*single_L5.unbind(1), *by_group.chunk(2, dim=1))
 
 
 def depth_auxiliary(reports: Sequence[LayerReport], tokens_L: Tensor) -> Tensor:

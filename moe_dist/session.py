@@ -116,6 +116,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[S
         config.model.moe_layers,
         len(plan.manifest.modalities),
         load_targets(config.model.moe),
+        depths=config.model.depths is not None,
     )
     sinks: list[Sink] = []
     for section in config.monitor.sinks:

@@ -234,6 +234,7 @@ class Trainer:
             flops_per_token=self._plan.flops_per_token(experts, share),
             busy_seconds_W=result.busy_seconds_W,
             load_target=self._plan.load_target,
+            depths=result.depths,
         )
 
     def _show(self, stats: StepStatistics) -> None:

@@ -25,6 +25,7 @@ from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.routing import LayerReport
 from moe_dist.moe.thresholds import ThresholdKeeper
+from moe_dist.monitor.statistics import DepthStatistics
 from moe_dist.optim.adamw import set_lr
 from moe_dist.optim.grad_norm import clip_by_norm, local_norm_squared
 from moe_dist.parallel.batch_facts import count_members, facts_of
@@ -50,8 +51,7 @@ class StepResult:
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.ledger.LEDGER_KEYS`.
         comm_seconds: Mean over ranks of the time inside the exchanges.
         stop_requested: At least one rank was asked to stop.
-        depth_3L: int64, of each layer that computes a share of the tokens: tokens, those taken, and those on which the
-            causal decision of evaluation agrees with the choice. Without such layers it has no columns.
+        depths: Of the layers that compute a share of the tokens alone; None without any.
         busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
             empty in the first step.
     """
@@ -73,7 +73,7 @@ class StepResult:
     ledger: Mapping[str, int]
     comm_seconds: float
     stop_requested: bool
-    depth_3L: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
+    depths: DepthStatistics | None = None
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
@@ -284,9 +284,23 @@ class TrainingStep:
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,
-            depth_3L=np.zeros((3, 0), np.int64)
-            if depths is None
-            else torch.stack(depths[:3]).cpu().numpy().astype(np.int64),
+            depths=None if depths is None else self._depth_statistics(depths),
+        )
+
+    def _depth_statistics(self, depths: DepthCounts) -> DepthStatistics:
+        """On the host, in one copy behind that of the counts."""
+        columns = [depths.agreed_L[:, None], depths.weight_L[:, None], depths.members_LG, depths.taken_LG]
+        table = torch.cat(columns, dim=1).cpu().numpy()
+        tokens_LG, taken_LG = np.split(table[:, 2:].astype(np.int64), 2, axis=1)
+        model = self.parallel.model
+        return DepthStatistics(
+            layers=model.args.depth_layers,
+            capacity=model.depth_routers()[0].capacity,
+            groups=tuple(group.name for group in self.placement.groups),
+            tokens_LG=tokens_LG,
+            taken_LG=taken_LG,
+            agreed_L=table[:, 0].astype(np.int64),
+            weight_L=table[:, 1],
         )
 
 

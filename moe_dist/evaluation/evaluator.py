@@ -15,7 +15,7 @@ from moe_dist.evaluation.heldout import Heldout, experts_ablated, heldout_losses
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
 from moe_dist.monitor.metrics import busiest_over_mean, layer_mean, rows_by_rank, weighted_rows
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -107,6 +107,7 @@ class Evaluator:
             balance_efficiency=balance.timed,
             balance_efficiency_by_count=self._by_count(heldout.choices_LC),
             balance_note=balance.note,
+            depths=self._depths(heldout),
         )
 
     def _losses(self, batches: Sequence[Batch]) -> Heldout:
@@ -130,6 +131,19 @@ class Evaluator:
             for index, group in enumerate(self._placement.groups)
             if tokens_G[index]
         }
+
+    def _depths(self, heldout: Heldout) -> DepthStatistics | None:
+        """What the layers computed that choose among the tokens, each token judged by itself."""
+        if heldout.depth_2LG is None:
+            return None
+        tokens_LG, taken_LG = heldout.depth_2LG
+        return DepthStatistics(
+            layers=self._model.args.depth_layers,
+            capacity=self._model.depth_routers()[0].capacity,
+            groups=tuple(group.name for group in self._placement.groups),
+            tokens_LG=tokens_LG,
+            taken_LG=taken_LG,
+        )
 
     def _by_count(self, choices_LC: np.ndarray | None) -> float | None:
         """Mean over max of the ranks' rows x FFN width, from the choices of this evaluation."""

@@ -27,12 +27,15 @@ class Heldout:
         tokens: Labels behind each loss.
         choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`; None without batches.
         tokens_LG: int64, tokens routed in each group; None without batches.
+        depth_2LG: int64, by layer that computes a share of the tokens alone: tokens of each group, and those of them that
+            were taken; None without such layers or batches.
     """
 
     loss: Mapping[str, float]
     tokens: Mapping[str, int]
     choices_LC: np.ndarray | None
     tokens_LG: np.ndarray | None = None
+    depth_2LG: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -53,20 +56,23 @@ def heldout_losses(
     """
     device = group_of_modality.device
     sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)
-    choices: list[Tensor] = []
-    num_groups = 0
+    counts: list[Tensor] = []
+    shapes: list[torch.Size] = []
     training = model.training
     model.eval()
     for batch in batches:
         on_device = batch.to(device)
         logits, reports = forward(model, on_device, group_of_modality)
         sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
-        num_groups = reports[0].sums.tokens_G.shape[0]
-        choices.append(torch.stack([torch.cat([r.sums.choices_C, r.sums.tokens_G]) for r in reports]))
+        parts = _counts(reports)
+        shapes = [part.shape for part in parts]
+        counts.append(torch.cat([part.flatten() for part in parts]))
     model.train(training)
-    if not choices:  # nothing is held out; on no rank, since all have the same number of batches
+    if not counts:  # nothing is held out; on no rank, since all have the same number of batches
         return Heldout({}, {}, None)
-    counts_LX = sum_over(torch.stack(choices).sum(0), world, name="evaluation counts", watch=watch).cpu().numpy()
+    summed = sum_over(torch.stack(counts).sum(0), world, name="evaluation counts", watch=watch).cpu()
+    flat = summed.split([shape.numel() for shape in shapes])
+    choices_LC, tokens_LG, *depth = (part.view(shape).numpy() for part, shape in zip(flat, shapes, strict=True))
     nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", watch=watch).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):
@@ -76,7 +82,7 @@ def heldout_losses(
         for part, nll, count in parts:
             if count:
                 loss[part], tokens[part] = nll / count, round(count)
-    return Heldout(loss, tokens, counts_LX[:, :-num_groups], counts_LX[:, -num_groups:])
+    return Heldout(loss, tokens, choices_LC, tokens_LG, depth[0] if depth else None)
 
 
 def forward(
@@ -101,6 +107,15 @@ def experts_ablated(model: Transformer) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.ablated = False
+
+
+def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
+    """choices [L, C] and tokens [L, G] of the layers; where some compute a share of the tokens alone also theirs of each
+    group, and those that were taken, [2, L, G]: they ride in the same all-reduce."""
+    parts = [torch.stack([report.sums.choices_C for report in reports])]
+    parts.append(torch.stack([report.sums.tokens_G for report in reports]))
+    depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
+    return [*parts, torch.stack(depths, dim=1)] if depths else parts
 
 
 def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:

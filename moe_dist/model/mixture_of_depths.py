@@ -197,7 +197,7 @@ class DepthRouter(nn.Module):
             taken_T, cut, slots = self.choice_set.choose(score_T, self.capacity, name=self.name)
         index_C, full_C = _compact(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
-        return Chosen(index_C, full_C, weight_C, self._sums(causal_T, causal_taken_T, taken_T, cut, real_T))
+        return Chosen(index_C, full_C, weight_C, self._sums(causal_T, causal_taken_T, taken_T, cut, weight_C, real_T))
 
     def takes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Each token by itself, as in evaluation: whether it is taken, bool [T], and its weight [T]."""
@@ -218,7 +218,9 @@ class DepthRouter(nn.Module):
             return self.auxiliary(h_TD)
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
-    def _sums(self, causal_T: Tensor, causal_taken_T: Tensor, taken_T: Tensor, cut: Tensor, real_T: Tensor) -> DepthSums:
+    def _sums(
+        self, causal_T: Tensor, causal_taken_T: Tensor, taken_T: Tensor, cut: Tensor, weight_C: Tensor, real_T: Tensor
+    ) -> DepthSums:
         tokens = real_T.sum()
         auxiliary = None
         if self.auxiliary is not None and self.training:
@@ -230,6 +232,7 @@ class DepthRouter(nn.Module):
             taken=taken_T.sum(),
             agreed=((causal_taken_T == taken_T) & real_T).sum(),
             cut=cut_score.to(torch.float64) * tokens,
+            weight=weight_C.detach().to(torch.float64).sum(),
             auxiliary=auxiliary,
         )
 

@@ -210,7 +210,11 @@ class Transformer(nn.Module):
         added_CD = (chosen.weight_C[:, None] * (a_1CD + y_1CD)[0]).to(x_TD.dtype)
         # Full slots hold distinct tokens, empty ones add zeros to token 0: the order of additions changes no bit.
         x_TD = x_TD.index_add(0, chosen.index_C, added_CD)
-        return x_TD.view_as(x_BSD), None if report is None else report._replace(depth=chosen.sums)
+        if report is not None:
+            groups_G = torch.arange(len(report.sums.tokens_G), device=group_T.device)
+            members_G = (group_T[:, None] == groups_G).sum(0)
+            report = report._replace(depth=chosen.sums, members_G=members_G)
+        return x_TD.view_as(x_BSD), report
 
     def depth_routers(self) -> list[DepthRouter]:
         """The routers of the layers that compute a share of the tokens, in order."""

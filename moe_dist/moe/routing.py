@@ -109,6 +109,7 @@ class DepthSums(NamedTuple):
         taken: int64, those that the block computes.
         agreed: int64, those on which the causal decision of evaluation and the choice agree.
         cut: float64, score of the last token that the choice set takes, times `tokens`.
+        weight: float64, sum of the weights of those that are taken, without gradient.
         auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without one.
     """
 
@@ -116,6 +117,7 @@ class DepthSums(NamedTuple):
     taken: Tensor
     agreed: Tensor
     cut: Tensor
+    weight: Tensor
     auxiliary: Tensor | None
 
 
@@ -128,6 +130,7 @@ class LayerReport(NamedTuple):
         pairs: (token, expert) pairs this rank's tokens took.
         pairs_remote: Those whose expert lives on another rank.
         depth: Of the whole block, where it computes a share of the tokens alone.
+        members_G: int64, there: this rank's tokens of each group, those that pass the block by among them.
     """
 
     sums: RouterSums
@@ -135,6 +138,7 @@ class LayerReport(NamedTuple):
     pairs: int
     pairs_remote: int
     depth: DepthSums | None = None
+    members_G: Tensor | None = None
 
 
 @dataclass(frozen=True)

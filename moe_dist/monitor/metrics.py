@@ -6,13 +6,13 @@ ones), E true experts of all groups, n true experts of one group, R ranks of an 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_dist.config.manifest import RESERVED_MODALITIES
-from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
-from moe_dist.monitor.tags import GROUP_FAMILIES, tag_plan
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, StepStatistics
+from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
@@ -35,6 +35,7 @@ class Record:
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
         load: For each group that a controller holds, its `target` and the `achieved` true experts a token (choices, before
             any capacity), mean over layers, `lowest` and `highest` of them; None where the step had no token of it.
+        depths: Sums of the layers that compute a share of the tokens alone; None without any.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Record:
     host: Mapping[str, float | None] = field(default_factory=dict)
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
     load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    depths: DepthStatistics | None = None
 
 
 def build_record(
@@ -73,7 +75,7 @@ def build_record(
     Raises:
         ValueError: a modality has the name of a loss term.
     """
-    plan = tag_plan(len(groups), len(modalities))
+    plan = tag_plan(len(groups), len(modalities), depths=stats.depths is not None)
     readings = readings or {}
     losses = {name: _ratio(stats.loss_sum.get(name, 0.0), stats.labels.get(name, 0)) for name in modalities}
     epochs = {name: float(stats.epochs.get(name, 0.0)) for name in modalities}
@@ -84,7 +86,7 @@ def build_record(
         "optim/grad_norm": stats.grad_norm,
         "optim/skipped_steps": float(stats.skipped_steps),
         "optim/tokens": float(stats.tokens),
-        **group_scalars(stats.choices_LC, stats.tokens_LG, groups, per_group=plan.per_group, dropped_LG=stats.dropped_LG),
+        **group_scalars(stats.choices_LC, stats.tokens_LG, groups, split=plan.by_group, dropped_LG=stats.dropped_LG),
         "moe/rank_imbalance": layer_mean(busiest_over_mean(weighted_LR)),
         "moe/dropped": float(stats.dropped_LG.sum()),
         "moe/dead_experts": float((stats.choices_LC[:, : placement.num_experts] == 0).sum()),
@@ -93,6 +95,7 @@ def build_record(
         **perf_scalars(stats, peak_flops),
         **{f"device/{name}": readings.get(f"device/{name}") for name in ("utilisation", "memory", "power")},
         **_epoch_scalars(epochs, plan.epochs_per_modality),
+        **({} if stats.depths is None else depth_scalars(stats.depths, split=DEPTH_FAMILY in plan.by_group)),
     }
     return Record(
         step=stats.step,
@@ -118,6 +121,7 @@ def build_record(
         },
         busy_seconds_W=stats.busy_seconds_W,
         load=load_against_target(stats.choices_LC, stats.tokens_LG, groups, stats.load_target),
+        depths=stats.depths,
     )
 
 
@@ -139,12 +143,13 @@ def load_against_target(
 
 
 def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
-    """Scalars of a held-out evaluation: eval/..., and the two balance efficiencies where they were measured.
+    """Scalars of a held-out evaluation: eval/..., the two balance efficiencies where they were measured, and
+    depths/load_over_target, the mean over the layers that compute a share of the tokens alone.
 
     With more modalities than fit, eval/mean is the mean over their tokens.
     """
     scalars: dict[str, float | None]
-    if tag_plan(num_groups, len(modalities)).loss_per_modality:
+    if tag_plan(num_groups, len(modalities), depths=result.depths is not None).loss_per_modality:
         scalars = {f"eval/{name}": float(value) for name, value in result.loss.items()}
     else:
         named = [name for name in modalities if name in result.loss]
@@ -154,6 +159,52 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
         scalars["moe/balance_efficiency_by_count"] = result.balance_efficiency_by_count
     if result.balance_efficiency is not None:
         scalars["perf/balance_efficiency"] = result.balance_efficiency
+    if result.depths is not None:
+        scalars["depths/load_over_target"] = layer_mean(depth_computed(result.depths) / result.depths.capacity)
+    return scalars
+
+
+def depth_computed(depths: DepthStatistics) -> np.ndarray:
+    """Share of the tokens that each layer computes, float64 [L]; nan without tokens."""
+    return _divide(depths.taken_LG.sum(1), depths.tokens_LG.sum(1))
+
+
+def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
+    """By layer, float64 [L]: `computed`, a share of the tokens, and `computed_by_group` [L, G]; in training `agreement`,
+    the share on which the causal decision is the choice, and `gate_weight`, the mean over computed tokens. nan without any.
+    """
+    metrics = {"computed": depth_computed(depths), "computed_by_group": _divide(depths.taken_LG, depths.tokens_LG)}
+    if depths.agreed_L is not None:
+        metrics["agreement"] = _divide(depths.agreed_L, depths.tokens_LG.sum(1))
+    if depths.weight_L is not None:
+        metrics["gate_weight"] = _divide(depths.weight_L, depths.taken_LG.sum(1))
+    return metrics
+
+
+def depth_line(depths: DepthStatistics) -> dict[str, Any]:
+    """What metrics.jsonl has of them: lists by layer, beside the `layers` and their `target`."""
+    metrics = depth_metrics(depths)
+    by_group_LG = metrics.pop("computed_by_group")
+    return {
+        "layers": list(depths.layers),
+        "target": depths.capacity,
+        **{name: values_L.tolist() for name, values_L in metrics.items()},
+        "computed_by_group": {name: by_group_LG[:, g].tolist() for g, name in enumerate(depths.groups)},
+    }
+
+
+def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
+    """depths/computed/<group>, or depths/computed/mean over the groups that had tokens; depths/agreement and
+    depths/gate_weight. Shares are of the sums over layers."""
+    taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
+    shares = {name: _ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
+    if not split:
+        shares = {"mean": _mean_of_known(list(shares.values()))}
+    scalars = {f"depths/{DEPTH_FAMILY}/{name}": value for name, value in shares.items()}
+    if depths.agreed_L is not None:
+        scalars["depths/agreement"] = _ratio(depths.agreed_L.sum(), depths.tokens_LG.sum())
+    if depths.weight_L is not None:
+        scalars["depths/gate_weight"] = _ratio(depths.weight_L.sum(), depths.taken_LG.sum())
     return scalars
 
 
@@ -240,10 +291,10 @@ def group_scalars(
     tokens_LG: np.ndarray,
     groups: Sequence[ExpertGroup],
     *,
-    per_group: bool,
+    split: Sequence[str],
     dropped_LG: np.ndarray | None = None,
 ) -> dict[str, float | None]:
-    """moe/<family>/<group>, or moe/<family>/mean over the groups that had tokens.
+    """moe/<family>/<group> for the families in `split`, of the others moe/<family>/mean over the groups that had tokens.
 
     Over layers: shares are of the sums, load_imbalance is the mean, capacity_used the maximum.
     """
@@ -257,10 +308,13 @@ def group_scalars(
         "load_imbalance": [layer_mean(layers["load_imbalance"][:, g]) for g in range(len(groups))],
         "capacity_used": [_layer_max(layers["capacity_used"][:, g]) for g in range(len(groups))],
     }
-    if per_group:
-        names = [group.name for group in groups]
-        return {f"moe/{family}/{name}": v for family, vs in by_family.items() for name, v in zip(names, vs, strict=True)}
-    return {f"moe/{family}/mean": _mean_of_known(values) for family, values in by_family.items()}
+    scalars: dict[str, float | None] = {}
+    for family, values in by_family.items():
+        if family in split:
+            scalars |= {f"moe/{family}/{group.name}": value for group, value in zip(groups, values, strict=True)}
+        else:
+            scalars[f"moe/{family}/mean"] = _mean_of_known(values)
+    return scalars
 
 
 def rows_by_rank(taken_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:

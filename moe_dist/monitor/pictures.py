@@ -5,13 +5,14 @@ Shape letters as in `metrics.py`.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from moe_dist.monitor.curves import draw_against_targets
 from moe_dist.monitor.heatmaps import Axis, draw, linear_scale, ratio_scale
-from moe_dist.monitor.metrics import Record, group_choices, group_metrics
+from moe_dist.monitor.metrics import Record, depth_metrics, group_choices, group_metrics
+from moe_dist.monitor.statistics import DepthStatistics
 from moe_dist.monitor.tags import tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -26,6 +27,7 @@ class Subject:
         moe_layers: Index in the model of each MoE layer.
         num_modalities: Modalities of the data; it decides with the groups which tags are split.
         load_target: True experts a token that a controller holds a group at, by group.
+        depths: Some layers compute a share of the tokens alone.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -33,6 +35,7 @@ class Subject:
     moe_layers: tuple[int, ...]
     num_modalities: int
     load_target: Mapping[str, float] = field(default_factory=dict)
+    depths: bool = False
 
     @property
     def layer_axis(self) -> Axis:
@@ -57,6 +60,7 @@ class Window:
         self._sums: dict[str, np.ndarray] = {}
         self._steps: list[int] = []
         self._load: list[Mapping[str, Mapping[str, float | None]]] = []
+        self._depths: DepthStatistics | None = None
 
     def add(self, record: Record) -> None:
         tokens_LG = record.arrays["tokens_LG"]
@@ -71,6 +75,7 @@ class Window:
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
         self._load.append(record.load)
+        self._depths = _sum_depths(self._depths, record.depths)
 
     def load_curves(self) -> np.ndarray | None:
         """Achieved true experts a token over the window's steps against what a controller holds; None where none does."""
@@ -81,12 +86,30 @@ class Window:
         caption = "mean over layers, each step; dashed: the target of the load controller"
         return draw_against_targets(self._steps, values, targets, title="True experts a token", caption=caption)
 
+    def depth_map(self) -> np.ndarray | None:
+        """What the layers do that compute a share of the tokens alone, one row each; None without any."""
+        if self._depths is None:
+            return None
+        metrics = depth_metrics(self._depths)
+        names, columns = ["all tokens", *self._depths.groups], [metrics["computed"], *metrics["computed_by_group"].T]
+        for name in ("agreement", "gate_weight"):
+            if name in metrics:
+                names, columns = [*names, name.replace("_", " ")], [*columns, metrics[name]]
+        target = f"{self._depths.capacity:g}"
+        caption = f"share of tokens computed, target {target}; agreement and gate weight; {self._words()}"
+        scale = linear_scale(caption, 1.0)
+        rows = Axis("layer", [str(layer) for layer in self._depths.layers])
+        return draw(np.stack(columns, axis=1), rows, Axis("", names), scale=scale, title="Mixture of depths")
+
     def take(self) -> tuple[dict[str, np.ndarray], str]:
         """The sums and the steps they are of, in words; the window starts again empty."""
-        first, last = self._steps[0], self._steps[-1]
-        taken = self._sums, f"step {first}" if first == last else f"steps {first} to {last}"
-        self._sums, self._steps, self._load = {}, [], []
+        taken = self._sums, self._words()
+        self._sums, self._steps, self._load, self._depths = {}, [], [], None
         return taken
+
+    def _words(self) -> str:
+        first, last = self._steps[0], self._steps[-1]
+        return f"step {first}" if first == last else f"steps {first} to {last}"
 
     def __bool__(self) -> bool:
         return bool(self._steps)
@@ -96,7 +119,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     """(tag, picture) of every heat map. Layers are rows; columns are experts, ranks or groups.
 
     No tag may also be a scalar's: TensorBoard shows the first kind it sees under a tag, and only that.
-    With more groups than `tags.tag_plan` splits, all four per-group numbers become maps of layers x groups.
+    Families that `tags.tag_plan` does not split by group become maps of layers x groups.
     """
     layers, groups = subject.layer_axis, subject.groups
     for group, load_Ln in loads(sums["choices_LC"], groups):
@@ -159,13 +182,25 @@ def _per_group_maps(subject: Subject, metrics: Mapping[str, np.ndarray]) -> dict
         wanted["null_fraction"] = ("Null fraction", "share of choices that went to null experts", 1.0)
     if any(group.num_identity or group.num_constant for group in subject.groups):
         wanted["free_fraction"] = ("Free fraction", "share of choices that went to identity and constant experts", 1.0)
-    if not tag_plan(len(subject.groups), subject.num_modalities).per_group:
+    split = tag_plan(len(subject.groups), subject.num_modalities, depths=subject.depths).by_group
+    if "experts_per_token" not in split:
         largest_k = float(max(group.top_k for group in subject.groups))
         wanted["experts_per_token"] = ("Experts a token", "true experts a token took", largest_k)
-        tops = {name: float(np.nanmax(metrics[name], initial=1.0)) for name in ("load_imbalance", "capacity_used")}
-        wanted["load_imbalance"] = ("Load imbalance", "busiest over mean expert", tops["load_imbalance"])
-        wanted["capacity_used"] = ("Capacity used", "busiest expert over an even share", tops["capacity_used"])
+    for name, title, caption in (
+        ("load_imbalance", "Load imbalance", "busiest over mean expert"),
+        ("capacity_used", "Capacity used", "busiest expert over an even share"),
+    ):
+        if name not in split:
+            wanted[name] = (title, caption, float(np.nanmax(metrics[name], initial=1.0)))
     return wanted
+
+
+def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) -> DepthStatistics | None:
+    """Over steps of one run: only the sums change."""
+    if sums is None or depths is None:
+        return depths
+    counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
+    return replace(sums, **{name: getattr(sums, name) + getattr(depths, name) for name in counted})
 
 
 def _number(value: float | None) -> float:

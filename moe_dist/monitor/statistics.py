@@ -12,6 +12,30 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class DepthStatistics:
+    """Layers that compute a share of the tokens alone (mixture of depths): sums over all ranks and micro-batches of a step,
+    or over a held-out evaluation. L counts these layers here.
+
+    Attributes:
+        layers: Index in the model of each.
+        capacity: Share of the tokens that each is meant to compute.
+        groups: Names of the columns G.
+        tokens_LG, taken_LG: int64, tokens of each group, and those of them that the layer computed.
+        agreed_L: int64, tokens on which the causal decision of evaluation is the choice of training; None in evaluation,
+            where that decision is all there is.
+        weight_L: float64, sum of the weights of the computed tokens; None in evaluation.
+    """
+
+    layers: tuple[int, ...]
+    capacity: float
+    groups: tuple[str, ...]
+    tokens_LG: np.ndarray
+    taken_LG: np.ndarray
+    agreed_L: np.ndarray | None = None
+    weight_L: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class StepStatistics:
     """One optimizer step, summed over all ranks and micro-batches.
 
@@ -42,6 +66,7 @@ class StepStatistics:
         flops_per_token: Forward and backward FLOPs a token at the measured number of experts; None if unknown.
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
         load_target: True experts a token that a controller holds a group at, by group.
+        depths: Of the layers that compute a share of the tokens alone; None without any.
     """
 
     step: int
@@ -71,6 +96,7 @@ class StepStatistics:
     idle_LG: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     auxiliary_loss: float = 0.0
     load_target: Mapping[str, float] = field(default_factory=dict)
+    depths: DepthStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,7 @@ class EvaluationResult:
         choice_loss: `loss` where experts choose as in training, looking at later tokens; empty where not measured.
         experts_per_token, choice_experts_per_token: True experts a token takes, by group: as evaluated, and with the choice
             of training.
+        depths: Of the layers that compute a share of the tokens alone, by their causal decision; None without any.
     """
 
     step: int
@@ -100,3 +127,4 @@ class EvaluationResult:
     choice_loss: Mapping[str, float] = field(default_factory=dict)
     experts_per_token: Mapping[str, float] = field(default_factory=dict)
     choice_experts_per_token: Mapping[str, float] = field(default_factory=dict)
+    depths: DepthStatistics | None = None

@@ -15,6 +15,7 @@ TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
+DEPTH_FAMILY = "computed"  # depths/computed
 
 # family -> meaning; families with a label end in its name in braces.
 MEANING: dict[str, str] = {
@@ -50,30 +51,56 @@ MEANING: dict[str, str] = {
     "device/power": "Rank 0's GPU power in watts.",
 }
 
+# With model.depths alone: then they take the places of what is split by group.
+DEPTH_MEANING: dict[str, str] = {
+    "depths/computed/{group}": "Share of the tokens that the layers which choose among them compute, in training.",
+    "depths/agreement": "Share of the tokens on which the causal decision of evaluation is the choice of training.",
+    "depths/gate_weight": "Weight of a computed token's block, mean over tokens and layers.",
+    "depths/load_over_target": "Share of held-out tokens that these layers compute over their capacity; 1 is on target.",
+}
+
 # loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
 FIXED_SCALARS = 24
+DEPTH_SCALARS = 3  # depths/{agreement,gate_weight,load_over_target}
 
 
 @dataclass(frozen=True)
 class TagPlan:
-    """Which families of tags are split; one that is not shows a single number."""
+    """Which families of tags are split; one that is not shows a single number.
 
-    per_group: bool
+    Attributes:
+        by_group: Those of `GROUP_FAMILIES`, and `DEPTH_FAMILY`, that are split by group.
+        epochs_per_modality, loss_per_modality: Whether these are split.
+    """
+
+    by_group: tuple[str, ...]
     epochs_per_modality: bool
     loss_per_modality: bool
 
+    @property
+    def per_group(self) -> bool:
+        """All of `GROUP_FAMILIES` are split."""
+        return set(GROUP_FAMILIES) <= set(self.by_group)
 
-def tag_plan(num_groups: int, num_modalities: int) -> TagPlan:
-    """Splits as many families as fit into `MAX_SCALARS`: groups and losses go before epochs, losses before groups."""
-    room = MAX_SCALARS - FIXED_SCALARS
-    orders = ((True, True, True), (True, False, True), (False, True, True), (False, False, True))
-    for per_group, epochs, losses in orders:
-        used = len(GROUP_FAMILIES) * (num_groups if per_group else 1)
-        used += num_modalities if epochs else 1
-        used += 2 * num_modalities + 1  # loss/ and eval/ of each, and eval/image_no_filler
-        if used <= room:
-            return TagPlan(per_group, epochs, losses)
-    return TagPlan(False, False, False)
+
+def tag_plan(num_groups: int, num_modalities: int, *, depths: bool = False) -> TagPlan:
+    """Splits as many families as fit into `MAX_SCALARS`: groups and losses go before epochs, losses before groups.
+
+    Args:
+        depths: The run has layers that compute a share of the tokens alone. Their scalars need room: families are split by
+            group one by one, in order, as far as it goes; without depths all of them or none.
+    """
+    families = (DEPTH_FAMILY, *GROUP_FAMILIES) if depths else GROUP_FAMILIES
+    room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if depths else 0)
+    splits = [families[:count] for count in range(len(families), -1, -1)] if depths else [families, ()]
+    for by_group in splits:
+        for epochs in (True, False):
+            used = len(by_group) * num_groups + len(families) - len(by_group)
+            used += num_modalities if epochs else 1
+            used += 2 * num_modalities + 1  # loss/ and eval/ of each, and eval/image_no_filler
+            if used <= room:
+                return TagPlan(by_group, epochs, True)
+    return TagPlan((), False, False)
 
 
 def split_tag(tag: str) -> tuple[str, str | None, str | None]:
@@ -84,7 +111,7 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
     name, _, label = rest.partition("/")
     if head == "data":
         return f"{head}/{name}", "modality", label
-    if head == "moe" and name in GROUP_FAMILIES:
+    if (head == "moe" and name in GROUP_FAMILIES) or (head == "depths" and name == DEPTH_FAMILY):
         return f"{head}/{name}", "group", label
     return tag, None, None
 
@@ -96,7 +123,7 @@ def meaning(tag: str) -> str:
         KeyError: there is no such tag.
     """
     family, label, _ = split_tag(tag)
-    return MEANING[f"{family}/{{{label}}}" if label else family]
+    return (MEANING | DEPTH_MEANING)[f"{family}/{{{label}}}" if label else family]
 
 
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,12 +42,16 @@ def test_layout_equals_one_process_over_the_same_sets(
 ) -> None:
     oracle = oracle_of(layout.depth_causal, parts_of(layout))
     outcomes = run_in_world(layout.world_size, train, layout)
-    tokens, taken, _ = oracle.steps[0].depth_3L
-    assert 0.29 < taken[0] / tokens[0] < 0.4  # rounded up in each set
-    assert oracle.steps[0].tokens_LG.sum(1).tolist() == [taken[0], tokens[0]]
+    first = oracle.steps[0].depths
+    assert first is not None
+    assert (first.layers, first.capacity, first.groups) == ((0,), 0.3, ("text", "image"))
+    assert 0.29 < first.taken_LG.sum() / first.tokens_LG.sum() < 0.4  # rounded up in each set
+    np.testing.assert_array_equal(oracle.steps[0].tokens_LG, [first.taken_LG[0], first.tokens_LG[0]])
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, oracle.steps, strict=True):
-            np.testing.assert_array_equal(step.depth_3L, expected.depth_3L)
+            for counted in ("tokens_LG", "taken_LG", "agreed_L"):
+                np.testing.assert_array_equal(getattr(step.depths, counted), getattr(expected.depths, counted))
+            np.testing.assert_allclose(step.depths.weight_L, expected.depths.weight_L, rtol=1e-9)
             np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
             np.testing.assert_array_equal(step.tokens_LG, expected.tokens_LG)
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)

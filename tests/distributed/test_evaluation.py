@@ -30,7 +30,7 @@ def with_filler(batch: Batch) -> Batch:
     return Batch(**{**vars(batch), "filler_BS": (batch.labels_BS % 3 == 0) & (batch.label_modality_BS == 1)})
 
 
-def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
+def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict[str, int], dict[str, float], list[Any]]:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
     parallel = build(layout, mesh, Traffic())
     each = SEQUENCES // rank.world_size
@@ -42,22 +42,38 @@ def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict
     with experts_ablated(parallel.model):
         ablated = heldout_losses(parallel.model, batches, **options).loss
     assert heldout_losses(parallel.model, batches, **options).loss == heldout.loss
-    return dict(heldout.loss), dict(heldout.tokens), dict(ablated)
+    assert (heldout.depth_2LG is None) == (layout.depths is None)
+    counts = [heldout.choices_LC, heldout.tokens_LG, *([] if heldout.depth_2LG is None else heldout.depth_2LG)]
+    return dict(heldout.loss), dict(heldout.tokens), dict(ablated), counts
 
 
 @pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), Layout(2, 2, "pinned", "fsdp2")], ids=str)
 def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
-    loss, tokens, ablated = run_in_world(1, evaluated, Layout())[0]
+    loss, tokens, ablated, counts = run_in_world(1, evaluated, Layout())[0]
     assert set(loss) == {"text", "image", "image_no_filler"}
     batch = with_filler(batch_of(0, 0, 0, SEQUENCES))
     scored = batch.labels_BS >= 0
     assert tokens["text"] == int((scored & (batch.label_modality_BS == 0)).sum())
     assert tokens["image_no_filler"] == int((scored & (batch.label_modality_BS == 1) & ~batch.filler_BS).sum())
     assert all(abs(ablated[name] - loss[name]) > 1e-3 for name in loss)
-    for got, got_tokens, got_ablated in run_in_world(layout.world_size, evaluated, layout):
+    for got, got_tokens, got_ablated, got_counts in run_in_world(layout.world_size, evaluated, layout):
         assert got_tokens == tokens
+        for got_count, count in zip(got_counts, counts, strict=True):
+            np.testing.assert_array_equal(got_count, count)
         np.testing.assert_allclose([got[name] for name in loss], list(loss.values()), rtol=1e-9)
         np.testing.assert_allclose([got_ablated[name] for name in loss], list(ablated.values()), rtol=1e-9)
+
+
+def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callable[..., list[Any]]) -> None:
+    """By the auxiliary router, each token by itself: layer 0 computes some tokens, layer 1 all."""
+    layout = Layout(2, 1, "pinned", depths="rank", depth_causal="auxiliary")
+    alone = run_in_world(1, evaluated, Layout(depths="rank", depth_causal="auxiliary"))[0]
+    _, tokens_LG, members_LG, taken_LG = alone[3]
+    assert 0 < taken_LG.sum() < members_LG.sum()
+    np.testing.assert_array_equal(tokens_LG, np.concatenate([taken_LG, members_LG]))
+    for outcome in run_in_world(2, evaluated, layout):
+        for got, expected in zip(outcome[3], alone[3], strict=True):
+            np.testing.assert_array_equal(got, expected)
 
 
 def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]:

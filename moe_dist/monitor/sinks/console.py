@@ -11,8 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from moe_dist.monitor.hints import HintWatch
-from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.metrics import Record, depth_computed
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
 SHOWN_GROUPS = 3  # whose numbers a line has room for
 WIDE = 120  # columns from which on the bar names the groups
@@ -84,6 +84,8 @@ class ConsoleSink:
         self._print(evaluation_line(result, self._previous), style="bold")
         for line in choice_lines(result):
             self._print(line)
+        if result.depths is not None and result.depths.tokens_LG.any():
+            self._print(depth_text(result.depths))
         self._previous = result.loss
 
     def text(self, tag: str, markdown: str) -> None:
@@ -164,6 +166,16 @@ def choice_lines(result: EvaluationResult) -> list[str]:
         for name, seen in result.choice_experts_per_token.items()
     ]
     return losses + loads
+
+
+def depth_text(depths: DepthStatistics) -> str:
+    """What layers that choose among the tokens computed of the held-out ones, against what they are meant to."""
+    computed_L, taken_G, tokens_G = depth_computed(depths), depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
+    shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(depths.groups) if tokens_G[g]]
+    return (
+        f"layers of depths computed {computed_L.mean():.3f} of the held-out tokens, target {depths.capacity:g} "
+        f"(layers {computed_L.min():.3f} to {computed_L.max():.3f}; {', '.join(shares[:SHOWN_GROUPS])})"
+    )
 
 
 def summary_table(checks: Sequence[CheckLine], *, title: str = "Summary") -> Table:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe_dist.errors import CheckpointError
-from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.metrics import Record, depth_line
 from moe_dist.monitor.statistics import EvaluationResult
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class JsonlSink:
             "ledger": record.ledger,
             "host": record.host,
             **({"load": record.load} if record.load else {}),
+            **({} if record.depths is None else {"depths": depth_line(record.depths)}),
         }
         if record.step % self._arrays_every == 0:
             line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}
@@ -86,6 +87,7 @@ class JsonlSink:
                 "experts_per_token": result.experts_per_token,
                 "choice_experts_per_token": result.choice_experts_per_token,
                 "balance_note": result.balance_note,
+                **({} if result.depths is None else {"depths": depth_line(result.depths)}),
             }
         )
 

@@ -11,7 +11,7 @@ from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject, Window, heat_maps, loads
 from moe_dist.monitor.sinks.event_files import drop_events_after
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.monitor.tags import GROUP_FAMILIES, tag_plan
+from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 
 FLUSH_SECONDS = 10  # how old the page may be
 NUM_BINS = 40
@@ -85,6 +85,9 @@ class TensorBoardSink:
         curves = self._window.load_curves()
         if curves is not None:
             self._open.add_summary(summary.image("moe/load_against_target", curves, dataformats="HWC"), self._last_step)
+        depths = self._window.depth_map()
+        if depths is not None:
+            self._open.add_summary(summary.image("depths/layers", depths, dataformats="HWC"), self._last_step)
         sums, steps = self._window.take()
         for tag, picture in heat_maps(sums, self._subject, steps):
             self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)
@@ -99,23 +102,31 @@ class TensorBoardSink:
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
     """The custom scalars page: what one looks at first, several curves to a chart."""
-    plan = tag_plan(len(subject.groups), len(modalities))
-    names = [group.name for group in subject.groups] if plan.per_group else ["mean"]
+    plan = tag_plan(len(subject.groups), len(modalities), depths=subject.depths)
     losses = [f"loss/{name}" for name in modalities] if plan.loss_per_modality else []
 
     def chart(*tags: str) -> list[str | list[str]]:
         return ["Multiline", list(tags)]
 
+    def by_group(tag: str) -> list[str | list[str]]:
+        split = tag.split("/")[1] in plan.by_group
+        return chart(*(f"{tag}/{name}" for name in ([group.name for group in subject.groups] if split else ["mean"])))
+
+    depths = {
+        "share of the tokens computed": by_group(f"depths/{DEPTH_FAMILY}"),
+        "held-out load over its target": chart("depths/load_over_target"),
+        "agreement of the causal decision with the choice": chart("depths/agreement"),
+        "weight of a computed token": chart("depths/gate_weight"),
+    }
     return {
         "Is it learning?": {
             "training loss, nats a token": chart("loss/total", *losses),
             "held-out loss, nats a token": chart("eval/.*"),
             "gradient norm": chart("optim/grad_norm"),
         },
-        "Where do the tokens go?": {
-            family.replace("_", " "): chart(*(f"moe/{family}/{name}" for name in names)) for family in GROUP_FAMILIES
-        }
+        "Where do the tokens go?": {family.replace("_", " "): by_group(f"moe/{family}") for family in GROUP_FAMILIES}
         | {"dead experts": chart("moe/dead_experts"), "rank imbalance": chart("moe/rank_imbalance")},
+        **({"Which tokens pass layers by?": depths} if subject.depths else {}),
         "What does it cost?": {
             "tokens a second": chart("perf/tokens_per_second"),
             "balance efficiency": chart("perf/balance_efficiency", "moe/balance_efficiency_by_count"),

@@ -1,5 +1,6 @@
 """Mixture of depths: choice, block, causal forms and cache, against the slow reference and by hand."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.loss import DepthCounts, depth_auxiliary, depth_counts
+from moe_dist.loss import depth_auxiliary, depth_counts
 from moe_dist.model.attention import dense_mask
 from moe_dist.model.depths_reference import choose, depth_forward
 from moe_dist.model.layers import rotary_table
@@ -139,6 +140,34 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
+def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
+    """Of the first layer, whose input is the embedding: by group, agreement with the causal decision, and weights."""
+    model = make_model(0.3, causal).train(training)
+    tokens, group = draw_tokens()
+    counts = depth_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)
+    assert counts is not None
+    depths = model.layers[0].depths
+    x_TD, groups = model.embedding.weight[tokens].detach().flatten(0, 1), group.flatten().tolist()
+    scores = [torch.dot(depths.router[0], x / (x.square().mean() + 1e-6).sqrt()).item() for x in x_TD]
+    causally = {token for token in range(24) if groups[token] >= 0 and bool(depths.takes(x_TD[token][None])[0])}
+    taken = choose(scores, [each >= 0 for each in groups], 0.3, [range(24)]) if training else causally
+    members, computed, agreed, weight = [0, 0], [0, 0], 0, 0.0
+    for token in range(24):
+        if groups[token] >= 0:
+            members[groups[token]] += 1
+            agreed += (token in taken) == (token in causally)
+            if token in taken:
+                computed[groups[token]] += 1
+                weight += 1 / (1 + math.exp(-scores[token]))
+    assert sum(computed) > 0
+    assert (counts.members_LG[0].tolist(), counts.taken_LG[0].tolist()) == (members, computed)
+    assert (int(counts.tokens_L[0]), int(counts.taken_L[0]), int(counts.agreed_L[0])) == (21, sum(computed), agreed)
+    assert counts.weight_L[0].item() == pytest.approx(weight, rel=1e-12)
+    assert counts.weight_L.requires_grad is False
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_a_batch_of_padding_computes_nothing_and_has_zero_gradients(training: bool) -> None:
     model = make_model(0.3).train(training)
     tokens, group = draw_tokens()
@@ -254,4 +283,4 @@ def test_counts_are_none_without_depths() -> None:
     model = make_transformer(moe_layers=(0,))
     tokens, group = draw_tokens()
     assert depth_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None) is None
-    assert DepthCounts._fields == ("tokens_L", "taken_L", "agreed_L", "cut_L")
+    assert not [report for report in model(tokens, POSITIONS, DOCUMENTS, group)[1] if report.members_G is not None]

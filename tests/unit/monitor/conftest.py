@@ -119,12 +119,12 @@ def make_record(make_statistics: MakeStatistics, placement: ExpertPlacement) -> 
 
 @pytest.fixture
 def wide_record() -> Callable[..., tuple[Record, Subject]]:
-    """The record and subject of a model with many layers, experts, groups."""
+    """The record and subject of a model with many layers, experts, groups; keywords replace fields of the statistics."""
 
-    def make(num_groups: int, num_layers: int, num_experts: int) -> tuple[Record, Subject]:
+    def make(num_groups: int, num_layers: int, num_experts: int, **changes: Any) -> tuple[Record, Subject]:
         groups = draw_groups(num_groups, num_experts, num_experts // 4, top_k=8)
         placement = draw_placement(groups, num_ranks=8)
-        stats = draw_statistics(placement, num_layers)
+        stats = draw_statistics(placement, num_layers, **changes)
         modalities = [group.name for group in groups]
         record = build_record(stats, groups=groups, placement=placement, modalities=modalities)
         return record, Subject(groups, placement, tuple(range(num_layers)), len(modalities))
