@@ -81,7 +81,7 @@ def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]
     parallel = build(Layout(2), mesh, Traffic())
     manifest = Manifest(
         name="no held-out side",
-        vocab_size=56,
+        vocab_size=IMAGE[1],
         modalities={"text": (TEXT,), "image": (IMAGE,)},
         pad_id=0,
         eos_id=1,
