@@ -364,8 +364,8 @@ def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[in
     return [index[name] for name in manifest.modalities]
 
 
-def build_loader(config: Config, manifest: Manifest, mesh: Mesh) -> TrainLoader:
-    """This rank's training batches."""
+def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader:
+    """A rank's training batches."""
     return TrainLoader(
         config.data.path,
         manifest,
@@ -375,8 +375,8 @@ def build_loader(config: Config, manifest: Manifest, mesh: Mesh) -> TrainLoader:
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
+        rank=rank,
+        world_size=world_size,
     )
 
 

@@ -88,7 +88,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     startup.now("building the model")
     training = build.build_training(config, plan.manifest, plan.placement, mesh)
     startup.now("reading data")
-    loader = build.build_loader(config, plan.manifest, mesh)
+    loader = build.build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
     evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
     checkpoints = CheckpointManager(
         folder.checkpoints,

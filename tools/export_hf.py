@@ -26,7 +26,7 @@ def main(
 ) -> None:
     """Export a checkpoint; its weights are held against their fingerprints on the way."""
     from moe_dist.hf.exporting import export_model
-    from moe_dist.hf.progress import shown_progress
+    from moe_dist.runtime.progress import shown_progress
 
     if dtype is not None and dtype not in DTYPES:
         print(f"export_hf: --dtype={dtype}: must be {', '.join(DTYPES)}", file=sys.stderr)

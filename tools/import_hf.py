@@ -25,7 +25,7 @@ def main(
     """Import a model. The same command goes on where a killed one stopped."""
     from moe_dist.hf.importing import import_model
     from moe_dist.hf.plan import Options
-    from moe_dist.hf.progress import shown_progress
+    from moe_dist.runtime.progress import shown_progress
 
     options = Options(null_experts, top_k, experts, experts_top_k, seed, tuple(modalities.split(",")))
     try:

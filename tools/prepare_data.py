@@ -3,21 +3,19 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moe_dist.config.manifest import Manifest
-from moe_dist.data.corpus import Recipe, Report
+from moe_dist.data.corpus import Recipe
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.progress import shown_progress
 
 DEFAULT_OUT = Path(".cache/data/openmoji")
 
@@ -45,7 +43,7 @@ def main(
     try:
         inputs = Inputs(text, images, dict(_named(entry) for entry in extra_text), licence)
         recipe = Recipe(seed, renders, heldout_renders, val_fraction, vocab_size, codes, tokenizer, codebook)
-        with _progress() as report:
+        with shown_progress() as report:
             manifest, built = prepare(out, inputs, recipe, report)
     except MoeDistError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
@@ -62,20 +60,6 @@ def _named(entry: str) -> tuple[str, str]:
     if not (name and equals and path):
         raise ConfigError(f"--extra-text {entry!r}: write it as NAME=PATH")
     return name, path
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        stages: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = progress.add_task(stage, total=total)
-            progress.update(stages[stage], completed=done)
-
-        yield report
 
 
 def _show(manifest: Manifest) -> None:

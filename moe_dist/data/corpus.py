@@ -1,11 +1,8 @@
 """What a data set is made from, before anything is coded: pictures with captions, and texts."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-Report = Callable[[str, int, int], None]  # progress: (stage, done, total)
 
 
 @dataclass(frozen=True)

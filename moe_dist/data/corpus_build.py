@@ -13,11 +13,12 @@ from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, Spli
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID
-from moe_dist.data.corpus import PictureSource, Recipe, Report, Text, TextSource
+from moe_dist.data.corpus import PictureSource, Recipe, Text, TextSource
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
+from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"

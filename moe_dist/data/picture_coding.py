@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_dist.data.codebook import GRID, decode, encode, fit, load_codebook, to_patches
-from moe_dist.data.corpus import Picture, Recipe, Report
+from moe_dist.data.corpus import Picture, Recipe
 from moe_dist.data.families import hold_out, join, near_pairs
 from moe_dist.data.pictures import Render, augmented, plain, rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS
+from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most so many of their 64 cells are near-equal
 _FIT_RENDERS = 4000  # training renders that the codebook is fitted on: 256,000 patches, 3 s

@@ -16,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest, load_manifest
 from moe_dist.config.schema import Name
-from moe_dist.data.corpus import PictureSource, Recipe, Report, TextSource
+from moe_dist.data.corpus import PictureSource, Recipe, TextSource
 from moe_dist.errors import ConfigError
+from moe_dist.runtime.progress import Report
 
 RECIPE_FILE = "recipe.json"
 

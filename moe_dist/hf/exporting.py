@@ -35,9 +35,9 @@ from moe_dist.hf.families import FAMILIES, Family, misfits, read_section, top_k_
 from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import Slot, router_name, slots
-from moe_dist.hf.progress import Report
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
 from moe_dist.moe.copy_init import folded_choices, uneven_twins
+from moe_dist.runtime.progress import Report
 
 SHARD_BYTES = 2 << 30
 

@@ -38,11 +38,11 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.hf.families import read_section
 from moe_dist.hf.plan import ITEMSIZE, Options, Plan, changed_section, make_plan
-from moe_dist.hf.progress import Report
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.hf.tokenizer import check_tokenizer
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.policies import expert_groups
+from moe_dist.runtime.progress import Report
 
 HUGGINGFACE = "huggingface"  # folder of an import, and key in its state.json
 SHARD_BYTES = 512 << 20

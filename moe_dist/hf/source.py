@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from moe_dist.checkpoint.index import StoredModel
+from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES
 from moe_dist.errors import DataError
 from moe_dist.hf.fields import read_json
 
@@ -32,7 +33,6 @@ COMPANIONS = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-_MAX_HEADER = 100_000_000  # safetensors' own bound
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer of old Llama checkpoints, made from config.json alone
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")
 
@@ -201,8 +201,8 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     with path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        raw = stream.read(length) if 0 < length <= _MAX_HEADER else b""
-    if len(start) < 8 or (len(raw) < length and length <= _MAX_HEADER):
+        raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
+    if len(start) < 8 or (len(raw) < length and length <= MAX_HEADER_BYTES):
         raise DataError(f"{path}: {size:,} bytes, cut short inside its header")
     try:
         entries = _HEADER.validate_json(raw)

@@ -77,11 +77,6 @@ class TagPlan:
     epochs_per_modality: bool
     loss_per_modality: bool
 
-    @property
-    def per_group(self) -> bool:
-        """All of `GROUP_FAMILIES` are split."""
-        return set(GROUP_FAMILIES) <= set(self.by_group)
-
 
 def tag_plan(num_groups: int, num_modalities: int, *, depths: bool = False) -> TagPlan:
     """Splits as many families as fit into `MAX_SCALARS`: groups and losses go before epochs, losses before groups.

@@ -235,7 +235,7 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
     training, loader = (
         build_training(config, plan.manifest, plan.placement, mesh),
-        build_loader(config, plan.manifest, mesh),
+        build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size),
     )
     loads: dict[str, list[float]] = {group.name: [] for group in plan.groups}
     losses = []

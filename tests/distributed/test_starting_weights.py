@@ -50,7 +50,7 @@ class Run:
             RunFolder.of(self.config).checkpoints, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint
         )
         self.resumable = Resumable(self.training, plan.placement, self.manager, self.config, plan.manifest)
-        self.loader = build_loader(self.config, plan.manifest, mesh)
+        self.loader = build_loader(self.config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
 
     def train_and_save(self) -> None:
         for number in range(3):

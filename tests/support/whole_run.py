@@ -62,7 +62,7 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     trainer = Trainer(
         build.build_plan(config, plan.groups),
         _Recorded(training.step, steps),  # pyright: ignore[reportArgumentType]
-        build.build_loader(config, plan.manifest, mesh),
+        build.build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size),
         evaluator,
         placement=plan.placement,
         sinks=[],

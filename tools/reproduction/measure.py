@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import nn
 
-from moe_dist.build import build_plan, group_of_modality
+from moe_dist.build import build_loader, build_plan, group_of_modality
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
@@ -110,19 +110,7 @@ class Measurement:
 
     @cached_property
     def _loader(self) -> TrainLoader:
-        config = self._config
-        return TrainLoader(
-            config.data.path,
-            self._manifest,
-            seq_len=config.data.seq_len,
-            weights=config.data.weights,
-            pack_window=config.data.pack_window,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=0,
-            world_size=1,
-        )
+        return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
         """The checkpoints whose mean stands for a step: the step alone, or the last share of those up to it."""

@@ -1,6 +1,6 @@
 import pytest
 
-from moe_dist.monitor.tags import FIXED_SCALARS, MEANING, meaning, reproducible_part, split_tag, tag_plan
+from moe_dist.monitor.tags import FIXED_SCALARS, GROUP_FAMILIES, MEANING, meaning, reproducible_part, split_tag, tag_plan
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,9 @@ def test_fixed_scalars_are_those_without_a_free_label() -> None:
 
 def test_what_is_split_shrinks_with_groups_and_modalities() -> None:
     assert all(vars(tag_plan(2, 2)).values())
-    assert tag_plan(1, 4).per_group
+    assert tag_plan(1, 4).by_group == GROUP_FAMILIES
     assert not tag_plan(1, 4).epochs_per_modality
-    assert not tag_plan(3, 3).per_group
+    assert tag_plan(3, 3).by_group == ()
     assert tag_plan(3, 3).loss_per_modality
     assert not any(vars(tag_plan(8, 8)).values())
 

@@ -1,4 +1,4 @@
-"""A progress bar of an import or an export, on standard error."""
+"""Progress bars of tools that take minutes, on standard error."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ Report = Callable[[str, int, int], None]  # stage, done, in all
 
 @contextmanager
 def shown_progress() -> Iterator[Report]:
-    """Yields what to call as the work goes on."""
+    """Yields what to call as the work goes on: one bar for each stage, by its name."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:<28}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
