@@ -16,15 +16,15 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.config.balance_rules import even_loads, load_targets
 from moe_dist.config.manifest import Manifest
-from moe_dist.config.schema import (
-    Config,
+from moe_dist.config.model_schema import (
     ExpertChoiceRouterSection,
     FixedLoadRouterSection,
     ModelSection,
     MoESection,
-    ParallelSection,
     RouterSection,
 )
+from moe_dist.config.parallel_schema import ParallelSection
+from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator

@@ -17,7 +17,8 @@ from moe_dist.config.init_rules import init_relations
 from moe_dist.config.load import GUIDE, model_relations, read_draft
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.config.router_rules import router_relations
-from moe_dist.config.schema import RESERVED_GROUP_NAMES, Config, Relation
+from moe_dist.config.schema import Config
+from moe_dist.config.section import RESERVED_GROUP_NAMES, Relation
 from moe_dist.config.split_files import check_split, count_by_modality
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

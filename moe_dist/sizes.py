@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from moe_dist.config.schema import Config, ExpertChoiceRouterSection, ModelSection
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, ModelSection
+from moe_dist.config.schema import Config
 from moe_dist.model.flops import Shape, parameters
 from moe_dist.model.memory import CHECKPOINT_BYTES
 from moe_dist.placement.placement import ExpertGroup

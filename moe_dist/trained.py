@@ -13,7 +13,8 @@ from moe_dist.checkpoint.shelf import Shelf, find_checkpoint
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_faults
 from moe_dist.config.manifest import Manifest, load_manifest
-from moe_dist.config.schema import Config, InterleavedSection, PerRankDispatchSection
+from moe_dist.config.parallel_schema import InterleavedSection, PerRankDispatchSection
+from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import allocate

@@ -3,7 +3,9 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-from moe_dist.config.schema import Config, GroupSection, LoadTargetSection, MoESection, Relation
+from moe_dist.config.model_schema import GroupSection, LoadTargetSection, MoESection
+from moe_dist.config.schema import Config
+from moe_dist.config.section import Relation
 
 
 def balance_relations(config: Config) -> list[Relation]:

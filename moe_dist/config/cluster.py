@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from moe_dist.config.draft import draft
-from moe_dist.config.schema import Count, Name, PathText, Relation, Section
+from moe_dist.config.section import Count, Name, PathText, Relation, Section
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 

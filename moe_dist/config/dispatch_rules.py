@@ -1,15 +1,14 @@
 """What a dispatcher demands of the rest of a configuration. Imports no torch."""
 
-from moe_dist.config.schema import (
-    Config,
+from moe_dist.config.model_schema import FixedLoadRouterSection, TopKRouterSection
+from moe_dist.config.parallel_schema import (
     DeepEPDispatchSection,
-    FixedLoadRouterSection,
     HybridEPDispatchSection,
     PerNodeDispatchSection,
     PerPairDispatchSection,
-    Relation,
-    TopKRouterSection,
 )
+from moe_dist.config.schema import Config
+from moe_dist.config.section import Relation
 
 SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # ranks for which DeepEP has settings of its kernels
 

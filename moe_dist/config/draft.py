@@ -27,7 +27,7 @@ from moe_dist.config.keys import (
     type_text,
     variants_of,
 )
-from moe_dist.config.schema import RELATIONS_LATER, Relation
+from moe_dist.config.section import RELATIONS_LATER, Relation
 
 _ROUNDS = 20  # a replaced section shows its missing keys in the next round; schemas are not nested deeper
 Where = tuple[str | int, ...]

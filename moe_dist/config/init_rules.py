@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
-from moe_dist.config.schema import Config, GroupSection, Relation, TopKRouterSection
+from moe_dist.config.model_schema import GroupSection, TopKRouterSection
+from moe_dist.config.schema import Config
+from moe_dist.config.section import Relation
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from moe_dist.config.schema import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
+from moe_dist.config.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
 
 NAME = "<name>"  # stands for any key of a mapping
 ITEM = "<index>"  # stands for any item of a list

@@ -9,7 +9,8 @@ from pydantic_core import to_jsonable_python
 
 from moe_dist.config.draft import Draft, draft
 from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
-from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config, Relation
+from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
+from moe_dist.config.section import Relation
 from moe_dist.config.yaml_text import dump_yaml, load_yaml
 from moe_dist.errors import ConfigError
 

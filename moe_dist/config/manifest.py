@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, PositiveInt
 
 from moe_dist.config.draft import draft
-from moe_dist.config.schema import Count, Name, PathText, Relation, Section
+from moe_dist.config.section import Count, Name, PathText, Relation, Section
 from moe_dist.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"

@@ -1,6 +1,8 @@
 """What a router demands of the rest of a configuration. Imports no torch."""
 
-from moe_dist.config.schema import Config, ExpertChoiceRouterSection, FixedLoadRouterSection, GroupSection, Relation
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, FixedLoadRouterSection, GroupSection
+from moe_dist.config.schema import Config
+from moe_dist.config.section import Relation
 
 ROUTER = "model.moe.router"
 

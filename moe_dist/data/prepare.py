@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest, load_manifest
-from moe_dist.config.schema import Name
+from moe_dist.config.section import Name
 from moe_dist.data.corpus import PictureSource, Recipe, TextSource
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report

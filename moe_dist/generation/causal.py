@@ -1,6 +1,6 @@
 """Whether a model can be asked for one token after the other at all. Imports no torch."""
 
-from moe_dist.config.schema import ExpertChoiceRouterSection, ModelSection
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, ModelSection
 
 # Routers whose choice for a token needs no token behind it, and not the place that the token has in a batch.
 CAUSAL_ROUTERS = frozenset({"top_k"})

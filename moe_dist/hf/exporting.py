@@ -29,7 +29,8 @@ from moe_dist.checkpoint.index import shard_file
 from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
-from moe_dist.config.schema import Config, ModelSection
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
 from moe_dist.hf.families import FAMILIES, Family, misfits, read_section, top_k_router, write_fields
 from moe_dist.hf.fields import INERT, read_json

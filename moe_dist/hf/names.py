@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe_dist.config.schema import ModelSection
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.hf.families import Family
 
 

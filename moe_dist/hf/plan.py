@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.storage import Piece
 from moe_dist.config.init_rules import identity_choices
-from moe_dist.config.schema import ModelSection
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.families import GROUP, Family
 from moe_dist.hf.names import Slot, router_name, slots

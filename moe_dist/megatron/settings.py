@@ -12,17 +12,9 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from moe_dist.config.draft import draft
-from moe_dist.config.schema import (
-    Count,
-    GroupName,
-    GroupSection,
-    InterleavedSection,
-    MoESection,
-    PlacementSection,
-    Relation,
-    Section,
-    TopKRouterSection,
-)
+from moe_dist.config.model_schema import GroupSection, MoESection, TopKRouterSection
+from moe_dist.config.parallel_schema import InterleavedSection, PlacementSection
+from moe_dist.config.section import Count, GroupName, Relation, Section
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

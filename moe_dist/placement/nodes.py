@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_dist.config.schema import NodeSection, PlacementSection
+from moe_dist.config.parallel_schema import NodeSection, PlacementSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 

@@ -11,7 +11,7 @@ from math import comb
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.config.schema import InterleavedSection, PinnedSection
+from moe_dist.config.parallel_schema import InterleavedSection, PinnedSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.policies import make_placement

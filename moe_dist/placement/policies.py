@@ -4,15 +4,8 @@ import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 
-from moe_dist.config.schema import (
-    ExpertChoiceRouterSection,
-    ExplicitSection,
-    GroupSection,
-    InterleavedSection,
-    MoESection,
-    PinnedSection,
-    PlacementSection,
-)
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, GroupSection, MoESection
+from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection, PlacementSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 

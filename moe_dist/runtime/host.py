@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.schema import Config, Relation
+from moe_dist.config.schema import Config
+from moe_dist.config.section import Relation
 from moe_dist.runtime.secrets import secrets_of
 
 

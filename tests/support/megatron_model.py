@@ -213,7 +213,7 @@ def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
 
 
 def _interleaved() -> Any:
-    from moe_dist.config.schema import InterleavedSection
+    from moe_dist.config.parallel_schema import InterleavedSection
 
     return InterleavedSection()
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from moe_dist.config.load import load_config
-from moe_dist.config.schema import NAME_PATTERN, Config
+from moe_dist.config.schema import Config
+from moe_dist.config.section import NAME_PATTERN
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from moe_dist.config.schema import InterleavedSection
+from moe_dist.config.parallel_schema import InterleavedSection
 from moe_dist.moe.ledger import compare
 from moe_dist.moe.routing import Routing
 from moe_dist.placement.placement import ExpertPlacement

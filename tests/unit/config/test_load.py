@@ -14,15 +14,8 @@ from moe_dist.config.load import (
     read_draft,
     resolved_yaml,
 )
-from moe_dist.config.schema import (
-    ConstantSchedule,
-    ExplicitSection,
-    InterleavedSection,
-    JsonlSink,
-    PinnedSection,
-    TensorBoardSink,
-    WsdSchedule,
-)
+from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
+from moe_dist.config.schema import ConstantSchedule, JsonlSink, TensorBoardSink, WsdSchedule
 from moe_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, TopKRouterSection
 from moe_dist.config.router_rules import router_relations
-from moe_dist.config.schema import Config, ExpertChoiceRouterSection, TopKRouterSection
+from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.planner import expected_plan
 from moe_dist.placement.policies import expert_groups, make_placement

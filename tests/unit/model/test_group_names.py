@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from moe_dist.config.schema import GROUP_PATTERN
+from moe_dist.config.section import GROUP_PATTERN
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.routers.top_k import TopKRouter

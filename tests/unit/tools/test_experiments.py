@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
-from moe_dist.config.schema import ModelSection
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.preflight import layout_without_data, manifest_relations
 from tools.reproduction.study import Job, Study, config_of, jobs_of, load_study

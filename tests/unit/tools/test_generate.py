@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest, write_manifest
-from moe_dist.config.schema import ExpertChoiceRouterSection, FixedLoadRouterSection, RouterSection
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, FixedLoadRouterSection, RouterSection
 from moe_dist.generation.causal import causal_faults
 from moe_dist.trained import Trained
 from tests.support.one_rank import OneRank, world_of_one

@@ -1,0 +1,318 @@
+"""The schema of the model: groups of experts, router, balance, depths. `schema` has the whole."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from moe_dist.config.section import (
+    Count,
+    Decay,
+    Experts,
+    GroupName,
+    Layers,
+    Name,
+    NonNegative,
+    NullExperts,
+    Relation,
+    Section,
+)
+
+
+class GroupSection(Section):
+    """One group of experts: a token is routed inside the group of its modality."""
+
+    num_experts: Experts = Field(description="True experts of the group (n).")
+    num_null: NullExperts = Field(
+        default=0, description="Null experts of the group (m): choices that cost nothing. 0 is plain top-k."
+    )
+    num_identity: Count = Field(
+        default=0, description="Identity experts: they add the token's normed input times its weight, on its own rank."
+    )
+    num_constant: Count = Field(
+        default=0, description="Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."
+    )
+    top_k: PositiveInt = Field(
+        description="Choices a token makes among all experts of its group, null ones included (k). With "
+        "router.kind=expert_choice the number of experts that take a token on average, unless router.capacity says so."
+    )
+    ffn_dim: PositiveInt = Field(description="Hidden width of each expert's SwiGLU (F).")
+    modalities: tuple[Name, ...] = Field(
+        default=(), description="Modalities routed to this group; empty means the one that has the group's name."
+    )
+
+    def broken_relations(self) -> list[Relation]:
+        free = self.num_identity + self.num_constant
+        if self.top_k <= self.num_experts + self.num_null + free:
+            return []
+        fault = (
+            f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null"
+            f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
+        )
+        return [Relation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), fault)]
+
+
+class TopKRouterSection(Section):
+    """Top-k over true, null and free experts (AdaMoE); plain top-k where a group has true ones alone."""
+
+    kind: Literal["top_k"] = Field(
+        default="top_k",
+        description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
+    )
+    normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = Field(
+        default="true_chosen",
+        description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
+        "experts, over all experts that are not null, chosen or not, or the plain softmax over the whole group.",
+    )
+    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
+    null_logit: Literal["each", "single"] = Field(
+        default="each",
+        description="Null experts have a router row each, or a single one whose logit stands in all of them.",
+    )
+    selection_bias: bool = Field(
+        default=False,
+        description="Choose by softmax + bias; the bias starts at 0 and enters no weight (LongCat-Flash, Ernie 4.5).",
+    )
+
+
+class ExpertChoiceRouterSection(Section):
+    """Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself."""
+
+    kind: Literal["expert_choice"] = Field(
+        default="expert_choice",
+        description="Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself.",
+    )
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None,
+        description="Share of its group's tokens in the choice set that each expert takes (c); null is top_k / num_experts "
+        "of the group, so that a token is taken by top_k experts on average.",
+    )
+    set: Literal["rank", "ep_group", "world"] = Field(
+        default="rank",
+        description="Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all "
+        "ranks'. The latter two exchange the router's logits in each layer.",
+    )
+    noise: NonNegative = Field(
+        default=0.0,
+        description="Scale of Gumbel-sigmoid noise on the logits in training, sigmoid(x + noise (G' - G'')); MoMa takes 1 "
+        "after upcycling.",
+    )
+    causal: Literal["threshold", "auxiliary"] | None = Field(
+        default=None,
+        description="How evaluation routes a token without looking at later ones: by thresholds that follow the k-th "
+        "largest score, or by auxiliary routers, trained in a second stage (train.only). Evaluation needs one of them.",
+    )
+    threshold_decay: Decay = Field(
+        default=0.99, description="Decay a step of the running means behind the thresholds; their memory is 1 / (1 - it)."
+    )
+
+
+# The router's kind is filled in before it is validated, and what is read by then is Python: a list, never a tuple.
+LayerLoads = Annotated[tuple[NonNegative, ...], Field(strict=False)]
+
+
+class FixedLoadRouterSection(Section):
+    """Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are compared with."""
+
+    kind: Literal["fixed_load"] = Field(
+        default="fixed_load",
+        description="Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are "
+        "compared with.",
+    )
+    loads: dict[GroupName, LayerLoads] = Field(
+        min_length=1,
+        description="By group, true experts a token in each MoE layer, at most the group's top_k: its floor for every "
+        "token, the best ones, and one more for a random part of them. Whole numbers are a k by layer.",
+    )
+    normalise: Literal["true_chosen", "none"] = Field(
+        default="true_chosen", description="As in router.kind=top_k: a softmax over the chosen experts, or over the group."
+    )
+    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
+
+
+RouterSection = Annotated[
+    TopKRouterSection | ExpertChoiceRouterSection | FixedLoadRouterSection, Field(discriminator="kind")
+]
+
+
+class CapacitySection(Section):
+    """A bound of the (token, expert) pairs that an expert takes while training; what lies beyond it is dropped."""
+
+    factor: PositiveFloat = Field(
+        description="An expert takes ceil(factor x k x T / columns) pairs of its group's T tokens; 1 is the even share."
+    )
+    drop: Literal["probability", "position"] = Field(
+        default="probability",
+        description="Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token.",
+    )
+    set: Literal["rank"] = Field(
+        default="rank", description="Tokens that compete for an expert's room: those of one rank's micro-batch."
+    )
+
+
+class LoadTargetSection(Section):
+    """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
+
+    kind: Literal["load_target"] = Field(
+        default="load_target",
+        description="Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash).",
+    )
+    target: dict[GroupName, PositiveFloat] = Field(
+        min_length=1, description="True experts a token, by group; groups that are not named are left alone."
+    )
+    rate: PositiveFloat = Field(
+        description="Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."
+    )
+    decay_steps: PositiveInt | None = Field(
+        default=None, description="Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."
+    )
+    per: Literal["group", "expert"] = Field(
+        default="group",
+        description="The true experts of a group move together, or each by its own load, which evens them out as well.",
+    )
+
+
+class LossFreeSection(Section):
+    """Balance a group's true experts by the sign of each one's distance from the mean load (DeepSeek-V3)."""
+
+    kind: Literal["loss_free"] = Field(
+        default="loss_free",
+        description="Balance a group's true experts by the sign of each one's distance from the mean load (DeepSeek-V3).",
+    )
+    rate: PositiveFloat = Field(default=1e-3, description="By how much a bias moves in a step.")
+
+
+ControllerSection = Annotated[LoadTargetSection | LossFreeSection, Field(discriminator="kind")]
+
+
+class MoESection(Section):
+    """Expert groups, their router, and which layers hold them."""
+
+    groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
+    router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
+    capacity: CapacitySection | None = Field(
+        default=None, description="Bound of the pairs an expert takes while training; null for none."
+    )
+    balance: tuple[ControllerSection, ...] = Field(
+        default=(), description="Controllers of the router's selection bias, one of a kind; what they say is added up."
+    )
+    every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
+    first: Count = Field(default=0, description="Index of the first MoE layer.")
+    shared_ffn_dim: Count = Field(
+        default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
+    )
+    shared_gate: bool = Field(
+        default=False, description="Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."
+    )
+
+    def broken_relations(self) -> list[Relation]:
+        if not self.shared_gate or self.shared_ffn_dim:
+            return []
+        fault = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
+        return [Relation(("shared_gate", "shared_ffn_dim"), fault)]
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _top_k_unless_said(cls, value: Any) -> Any:
+        """`router: {normalise: none}` means the default kind, which has that key."""
+        return {"kind": "top_k", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+class DepthsSection(Section):
+    """Mixture of depths: some layers compute a share of the tokens alone, and the others pass them by the residual."""
+
+    every: PositiveInt = Field(default=2, description="Every how many layers a layer chooses its tokens.")
+    first: Count = Field(default=0, description="Index of the first layer that does.")
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.25, description="Share of the choice set's tokens that such a layer computes (c); MoMa takes 0.25."
+    )
+    set: Literal["rank", "ep_group", "world"] = Field(
+        default="rank",
+        description="Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all "
+        "ranks'. The latter two exchange a score for each token in each such layer.",
+    )
+    causal: Literal["threshold", "auxiliary"] = Field(
+        default="auxiliary",
+        description="How evaluation and generation judge a token without looking at later ones: by a threshold that "
+        "follows the score of the last token taken, or by an auxiliary router, trained beside the model.",
+    )
+    threshold_decay: Decay = Field(
+        default=0.99, description="Decay a step of the running mean behind the threshold; its memory is 1 / (1 - it)."
+    )
+
+
+class ModelSection(Section):
+    """The transformer's shape."""
+
+    hidden_dim: PositiveInt = Field(description="Width of the residual stream (D).")
+    num_layers: Layers = Field(description="Transformer layers.")
+    num_heads: PositiveInt = Field(description="Query heads.")
+    num_kv_heads: PositiveInt = Field(description="Key-value heads; fewer than num_heads is grouped-query attention.")
+    head_dim: PositiveInt | None = Field(default=None, description="Width of a head; default hidden_dim / num_heads.")
+    vocab_size: PositiveInt = Field(description="Rows of the embedding, text and image codes together.")
+    max_seq_len: PositiveInt = Field(description="Longest sequence the model is made for, in tokens.")
+    dense_ffn_dim: PositiveInt | None = Field(default=None, description="FFN width of layers without experts.")
+    rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position frequencies.")
+    norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
+    qk_norm: Literal["none", "head", "full"] = Field(
+        default="none",
+        description="RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE).",
+    )
+    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
+        default="none",
+        description="Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too.",
+    )
+    tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
+    init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
+    moe: MoESection
+    depths: DepthsSection | None = Field(
+        default=None, description="Layers that compute a share of the tokens alone (mixture of depths); null for none."
+    )
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_dim // self.num_heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that hold experts."""
+        return tuple(range(self.moe.first, self.num_layers, self.moe.every))
+
+    @property
+    def depth_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that choose their tokens."""
+        return () if self.depths is None else tuple(range(self.depths.first, self.num_layers, self.depths.every))
+
+    def broken_relations(self) -> list[Relation]:
+        heads, kv_heads, broken = self.num_heads, self.num_kv_heads, []
+        if heads % kv_heads:
+            fault = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
+            broken.append(Relation(("num_heads", "num_kv_heads"), fault))
+        head_keys = ("hidden_dim", "num_heads", "head_dim")
+        if self.head_dim is None and self.hidden_dim % heads:
+            fault = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
+            broken.append(Relation(head_keys, fault))
+        elif self.resolved_head_dim % 2:
+            fault = f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs"
+            broken.append(Relation(head_keys, fault))
+        if not self.moe_layers:
+            fault = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
+            broken.append(Relation(("moe.first", "num_layers"), fault))
+        elif len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
+            fault = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
+            broken.append(Relation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), fault))
+        return [*broken, *self._depth_relations()]
+
+    def _depth_relations(self) -> list[Relation]:
+        if self.depths is None:
+            return []
+        if not self.depth_layers:
+            fault = f"depths.first={self.depths.first} leaves no layer that chooses among num_layers={self.num_layers}"
+            return [Relation(("depths.first", "num_layers"), f"{fault}; lower it, or set depths to null")]
+        dense = sorted(set(self.depth_layers) - set(self.moe_layers))
+        if not dense:
+            return []
+        fault = (
+            f"depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first={self.moe.first}, "
+            f"moe.every={self.moe.every}); set depths.first={self.moe.first} and depths.every to a multiple of moe.every"
+        )
+        return [Relation(("depths.first", "depths.every", "moe.first", "moe.every"), fault)]

@@ -1,0 +1,190 @@
+"""The schema of what ranks share and where experts are: dispatch, parallel, placement. `schema` has the whole."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Relation, Section
+
+
+class PerRankDispatchSection(Section):
+    """One row for each (token, destination rank), whatever the number of experts it takes there."""
+
+    kind: Literal["per_rank"] = Field(
+        default="per_rank",
+        description="One row for each (token, destination rank), whatever the number of experts it takes there.",
+    )
+    overlap: bool = Field(
+        default=False,
+        description="Compute own rows and the shared expert while remote rows are in flight, in backward too. It doubles "
+        "the number of expert GEMMs.",
+    )
+    chunks: PositiveInt = Field(
+        default=1,
+        description="Ranges of tokens that a layer runs in: one is dispatched while the one before it is computed.",
+    )
+
+
+class PerNodeDispatchSection(Section):
+    """One row for each (token, destination node) between nodes, then one for each (token, rank) inside the node."""
+
+    kind: Literal["per_node"] = Field(
+        default="per_node",
+        description="One row for each (token, destination node) between nodes, then one for each (token, rank) inside it.",
+    )
+    ranks_per_node: PositiveInt = Field(description="Neighbouring ranks that make a node; divides parallel.ep.")
+
+
+class PerPairDispatchSection(Section):
+    """One row for each (token, expert), without a host sync; for routers whose counts are known beforehand."""
+
+    kind: Literal["per_pair"] = Field(
+        default="per_pair",
+        description="One row for each (token, expert), without a host sync; for routers whose counts are known beforehand.",
+    )
+
+
+class DeepEPDispatchSection(Section):
+    """DeepEP's kernels, where deep_ep is installed."""
+
+    kind: Literal["deep_ep"] = Field(default="deep_ep", description="DeepEP's kernels, where deep_ep is installed.")
+
+
+class HybridEPDispatchSection(Section):
+    """HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."""
+
+    kind: Literal["hybrid_ep"] = Field(
+        default="hybrid_ep", description="HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."
+    )
+
+
+DispatchSection = Annotated[
+    PerRankDispatchSection
+    | PerNodeDispatchSection
+    | PerPairDispatchSection
+    | DeepEPDispatchSection
+    | HybridEPDispatchSection,
+    Field(discriminator="kind"),
+]
+
+
+class ParallelSection(Section):
+    """How ranks share the work, and in what precision."""
+
+    ep: Ranks = Field(default=1, description="Ranks over which the experts are sharded (an EP group).")
+    edp: Ranks = Field(default=1, description="EP groups, each with a copy of all experts. World size is ep x edp.")
+    data: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="Replicate the dense parameters (ddp) or shard them (fsdp2)."
+    )
+    recompute: Literal["none", "experts", "block"] = Field(
+        default="none",
+        description="Activations computed again in backward: none; experts (the FFN between the exchanges, which repeats "
+        "no exchange); block (attention and MoE layers, which repeats the dispatch exchange, never the routing).",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Compute type; master weights and sums stay fp32."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one.")
+    expert_pair_budget: PositiveInt | None = Field(
+        default=None,
+        description="(token, expert) pairs a rank's experts compute at once; beyond it they run in recomputed chunks.",
+    )
+    expert_gemm: Literal["auto", "grouped", "loop"] = Field(
+        default="auto",
+        description="The experts' products: torch's grouped GEMM or a loop over experts; auto takes grouped where "
+        "it is faster: on CUDA in bf16, on CPU from 16 experts of a group on a rank; where the widths allow it.",
+    )
+    max_receive_rows: PositiveInt | None = Field(
+        default=None,
+        description="Bound of the rows a rank may receive in one layer, an error before the buffer is made; "
+        "null bounds it by (ep - 1) x the micro-batch's tokens alone.",
+    )
+    dispatch: DispatchSection = Field(
+        default_factory=PerRankDispatchSection, description="How rows travel to the ranks of their experts and back."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Repeat a run bit for bit on the same layout: on CUDA slower kernels instead of atomic additions, and "
+        "an error at an operation that has no repeatable form. The CPU repeats without it.",
+    )
+    timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
+    watchdog_seconds: PositiveFloat | None = Field(
+        default=None,
+        description="A collective that takes longer makes every rank write where it is, then ends the run, naming the rank "
+        "that the others wait for; at most, and by default, 0.8 x timeout_seconds.",
+    )
+    check_exchanges: bool = Field(
+        default=False,
+        description="Check every row of every exchange by checksum, naming layer, ranks and row where one was damaged; for "
+        "debugging, its cost is in docs/parallelism.md.",
+    )
+
+    @property
+    def resolved_watchdog_seconds(self) -> float:
+        return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
+
+    def broken_relations(self) -> list[Relation]:
+        if self.resolved_watchdog_seconds <= WATCHDOG_SHARE * self.timeout_seconds:
+            return []
+        fault = (
+            f"watchdog_seconds={self.watchdog_seconds:g} must be at most {WATCHDOG_SHARE:g} x timeout_seconds="
+            f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
+        )
+        return [Relation(("watchdog_seconds", "timeout_seconds"), fault)]
+
+    @field_validator("dispatch", mode="before")
+    @classmethod
+    def _per_rank_unless_said(cls, value: Any) -> Any:
+        """`parallel.dispatch.overlap=true` alone means the default kind, which has that key."""
+        return {"kind": "per_rank", **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+class NodeSection(Section):
+    """The nodes that a group's ranks belong on."""
+
+    feature: Name | None = Field(
+        default=None,
+        description="Feature of the node under Slurm (--constraint); under Ray, where labels are empty, the label "
+        "`feature` with this value. null: any node.",
+    )
+    labels: dict[Label, Label] = Field(default_factory=dict, description="Labels of the node under Ray, name and value.")
+    own: bool = Field(default=False, description="Whole nodes of the group's own: no rank of another group goes there.")
+
+
+class PinnedGroupSection(Section):
+    """Where one group lives."""
+
+    ranks: tuple[Count, ...] = Field(default=(), description="Positions in the EP group that hold this group's experts.")
+    node: NodeSection = Field(
+        default_factory=NodeSection, description="The nodes that the group's ranks belong on; by default any."
+    )
+
+
+class InterleavedSection(Section):
+    """Every group is spread over all ranks of an EP group."""
+
+    policy: Literal["interleaved"] = Field(
+        default="interleaved", description="Every group is spread over all ranks of an EP group."
+    )
+
+
+class PinnedSection(Section):
+    """Each group's experts live on ranks of their own; where `ranks` is not given, the planner divides them by load."""
+
+    policy: Literal["pinned"] = Field(
+        default="pinned",
+        description="Each group's experts live on ranks of their own, divided by load where `groups` does not say which.",
+    )
+    groups: dict[Name, PinnedGroupSection] = Field(default_factory=dict, description="Ranks of each group, by name.")
+
+
+class ExplicitSection(Section):
+    """The experts of each rank written out: any number a rank, none as well."""
+
+    policy: Literal["explicit"] = Field(
+        default="explicit", description="The experts of each rank written out: any number a rank, none as well."
+    )
+    slots: tuple[tuple[str, ...], ...] = Field(description="For each rank of an EP group its experts, as 'group/index'.")
+
+
+PlacementSection = Annotated[InterleavedSection | PinnedSection | ExplicitSection, Field(discriminator="policy")]

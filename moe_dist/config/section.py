@@ -1,0 +1,66 @@
+"""What every section of a schema is made of: its base class, rules between its keys, and types of single values."""
+
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+# Placements and layers are written out one by one: what nobody has must not fill the memory.
+Experts = Annotated[int, Field(ge=1, le=1 << 20)]
+NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
+Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
+Layers = Annotated[int, Field(ge=1, le=1 << 20)]
+# No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+# A group's name is part of its parameters' names, so it has no dot, and is none that a torch module uses itself
+# (smart_apply is what transformers adds to it).
+GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
+# fmt: off
+RESERVED_GROUP_NAMES = frozenset((
+    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "capacity", "children",
+    "choices_E", "columns_E", "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr",
+    "first_free", "float", "forward", "group_of_column_C", "group_of_expert_E", "groups", "half", "ipu",
+    "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children", "named_modules",
+    "named_parameters", "normalise", "null_logit", "num_choices", "num_experts", "num_free", "num_identity", "pair_budget",
+    "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
+    "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
+    "zero_grad",
+    "fraction_G", "load_G", "place", "seed", "whole_G",
+))
+# fmt: on
+UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
+PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
+# A label of a node, as Ray has them: `modality`, `ray.io/accelerator-type`.
+LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
+PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
+Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
+
+WATCHDOG_SHARE = 0.8  # of the process groups' timeout: the rest is for the ranks' reports
+
+RELATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
+
+
+class Relation(NamedTuple):
+    """A rule between keys that does not hold: the keys (dotted, from the section that states it) and the fault in words."""
+
+    keys: tuple[str, ...]
+    fault: str
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    def broken_relations(self) -> list[Relation]:
+        """Rules between this section's keys that do not hold."""
+        return []
+
+    @model_validator(mode="after")
+    def _relations_hold(self, info: ValidationInfo) -> "Section":
+        if not (info.context or {}).get(RELATIONS_LATER) and (broken := self.broken_relations()):
+            raise ValueError("; ".join(relation.fault for relation in broken))
+        return self
