@@ -5,11 +5,15 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.support.tiny import tiny_dataset
 from tests.support.worlds import Worlds
 
+# A time says nothing on a machine that does other work as well; a test that hangs ends by its timeout.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 ROOT = Path(__file__).parents[1]
 NEXT_MEGATRON = ROOT / ".cache" / "megatron-0.19"
 

@@ -25,6 +25,10 @@ def main(
     text: Annotated[str | None, typer.Option(help="Your texts: a folder, or a JSONL with a 'text' a line.")] = None,
     images: Annotated[str | None, typer.Option(help="Your PNG and JPEG files; x.txt beside x.png is its caption.")] = None,
     extra_text: Annotated[list[str], typer.Option(help="NAME=PATH: one more text source; may be repeated.")] = [],  # noqa: B006
+    instructions: Annotated[
+        list[str],
+        typer.Option(help="NAME=FILE.jsonl: prompts that are read and answers that are learned; may be repeated."),
+    ] = [],  # noqa: B006
     licence: Annotated[str, typer.Option(help="Licence of your own contents, for the manifest.")] = "not stated",
     tokenizer: Annotated[str | None, typer.Option(help="Use this tokenizer.json; fit none.")] = None,
     codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy; fit none.")] = None,
@@ -41,7 +45,8 @@ def main(
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()
     try:
-        inputs = Inputs(text, images, dict(_named(entry) for entry in extra_text), licence)
+        named = dict(_named("--extra-text", entry) for entry in extra_text)
+        inputs = Inputs(text, images, named, licence, dict(_named("--instructions", entry) for entry in instructions))
         recipe = Recipe(seed, renders, heldout_renders, val_fraction, vocab_size, codes, tokenizer, codebook)
         with shown_progress() as report:
             manifest, built = prepare(out, inputs, recipe, report)
@@ -55,10 +60,10 @@ def main(
     print(f"{out} made in {time.monotonic() - began:.0f} s")
 
 
-def _named(entry: str) -> tuple[str, str]:
+def _named(option: str, entry: str) -> tuple[str, str]:
     name, equals, path = entry.partition("=")
     if not (name and equals and path):
-        raise ConfigError(f"--extra-text {entry!r}: write it as NAME=PATH")
+        raise ConfigError(f"{option} {entry!r}: write it as NAME=PATH")
     return name, path
 
 

@@ -14,7 +14,8 @@ _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of a .bin: 4 MiB, spread evenly; smaller 
 
 
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
-    """Size and SHA-256 of the manifest, of each training .idx, and of blocks of each training .bin, by file name.
+    """Size and SHA-256 of the manifest, of each training .idx, and of blocks of each training .bin and its prompt bits, by
+    file name.
 
     Reads the indices whole (about a second a GB) and 4 MiB of each .bin: other tokens in a few blocks of a large .bin, with
     every length the same, may pass.
@@ -28,6 +29,8 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
         for source in manifest.sources.values():
             idx, bin_ = index_paths(folder / source.train.path)
             digests |= {f"{source.train.path}.idx": _whole(idx), f"{source.train.path}.bin": _sampled(bin_)}
+            if source.train.prompt is not None:
+                digests[source.train.prompt] = _sampled(folder / source.train.prompt)
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: cannot be read: {error.strerror or error}", see="docs/data.md"

@@ -39,6 +39,10 @@ class SplitSection(Section):
         default=None,
         description="Bits, one a token in file order, packed by numpy.packbits: 1 where an image cell is empty.",
     )
+    prompt: FilePath | None = Field(
+        default=None,
+        description="The same kind of bits: 1 where a token belongs to a prompt, which is read and not scored.",
+    )
 
 
 class SourceSection(Section):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -9,11 +10,13 @@ from moe_dist.config.index_header import IndexHeader, index_paths, read_index_he
 from moe_dist.config.manifest import SplitSection
 from moe_dist.errors import DataError
 
+Bits = Literal["filler", "prompt"]  # keys of a split that name a file of bits
+BITS: tuple[Bits, ...] = ("filler", "prompt")
 _CHUNK = 1 << 22  # tokens looked at at once: 32 MiB of int64
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
-    """Holds a split of a manifest against its .bin, .idx and filler bits. Reads the list of lengths, no tokens.
+    """Holds a split of a manifest against its .bin, .idx and bits. Reads the list of lengths, no tokens.
 
     Raises:
         DataError: a file is missing or damaged, or the manifest has other counts than the index.
@@ -23,13 +26,13 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
     for what, said, found in (("documents", split.documents, header.documents), ("tokens", split.tokens, header.tokens)):
         if said != found:
             raise DataError(f"{prefix}.idx has {found} {what}, but its manifest says {said}; mend that, or the files")
-    if split.filler is not None:
-        load_filler(folder, split)
+    for bits in BITS:
+        load_bits(folder, split, bits)
     return header
 
 
-def load_filler(folder: str | Path, split: SplitSection) -> np.ndarray | None:
-    """Filler bits of a split, memory-mapped, eight tokens a byte as numpy.packbits writes them: an .npy, or the bare bytes.
+def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray | None:
+    """Bits of a split, memory-mapped, eight tokens a byte as numpy.packbits writes them: an .npy, or the bare bytes.
 
     Returns:
         uint8 [ceil(tokens / 8)], or None where the split has none.
@@ -37,19 +40,22 @@ def load_filler(folder: str | Path, split: SplitSection) -> np.ndarray | None:
     Raises:
         DataError: the file is missing, damaged, or of another length.
     """
-    if split.filler is None:
+    file: str | None = getattr(split, bits)
+    if file is None:
         return None
-    path, expected = Path(folder) / split.filler, -(-split.tokens // 8)
+    path, expected = Path(folder) / file, -(-split.tokens // 8)
     try:
-        bits = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
+        found = (
+            np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
+        )
     except (OSError, ValueError) as error:
-        raise DataError(f"filler {str(path)!r} cannot be read: {error}") from error
-    if bits.dtype != np.uint8 or bits.shape != (expected,):
+        raise DataError(f"{bits} {str(path)!r} cannot be read: {error}") from error
+    if found.dtype != np.uint8 or found.shape != (expected,):
         raise DataError(
-            f"filler {str(path)!r} is {bits.dtype} {list(bits.shape)}; {split.tokens} tokens need uint8 [{expected}], "
+            f"{bits} {str(path)!r} is {found.dtype} {list(found.shape)}; {split.tokens} tokens need uint8 [{expected}], "
             "one bit a token as numpy.packbits writes them"
         )
-    return bits
+    return found
 
 
 def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Count models as a bar for training: what one gets by counting the training tokens, with nothing learned.
 
-A label is any token but a document's first, as in the loader; it belongs to the modality of its id. Both models predict
-the id within the label's modality, which a language model is not told: as a bar this is a little too high, never too low.
+A label is any token but a document's first and those of a prompt, as in the loader; it belongs to the modality of its id.
+Both models predict the id within the label's modality, which a language model is not told: as a bar this is a little too
+high, never too low.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
@@ -33,6 +34,7 @@ class _Labels:
         tokens, filler = data.tokens(0, data.header.tokens), data.filler(0, data.header.tokens)
         is_label = np.ones(len(tokens), bool)
         is_label[data.starts_D[data.lengths_D > 0]] = False
+        is_label &= ~data.prompt(0, data.header.tokens)
         at = np.flatnonzero(is_label)
         return tokens[at], tokens[at - 1], filler[at]
 

@@ -20,13 +20,14 @@ class Batch:
 
     Attributes:
         tokens_BS: int64, input ids; pad_id where there is no token.
-        labels_BS: int64, the next token of the same document; IGNORED at padding and at a document's last token.
+        labels_BS: int64, the next token of the same document; IGNORED at padding, at a document's last token, and where
+            the next token is a prompt's.
         positions_BS: int64, restarting at 0 with each document (or piece of one).
         documents_BS: int32, number of the document in its sequence; the padding of a sequence is one more document.
             A token may attend to tokens of the same number only.
         modality_BS: int64, modality of the input token, an index into tuple(manifest.modalities).
         label_modality_BS: int64, modality of the label; 0 where there is none.
-        filler_BS: bool, the label is an empty cell of a picture.
+        filler_BS: bool, the next token is an empty cell of a picture.
         padding_BS: bool, there is no token.
     """
 
@@ -57,11 +58,13 @@ class Segment:
         tokens: int64 [length], with one more token behind where the document goes on.
         filler: bool, of the same tokens.
         length: Tokens that are input.
+        prompt: bool, of the same tokens: those that are read and not scored. None where all are scored.
     """
 
     tokens: np.ndarray
     filler: np.ndarray
     length: int
+    prompt: np.ndarray | None = None
 
 
 class BatchMaker:
@@ -95,7 +98,7 @@ class BatchMaker:
             for document, segment in enumerate(segments):
                 end, scored = at + segment.length, at + len(segment.tokens) - 1
                 tokens[row, at:end] = segment.tokens[: segment.length]
-                labels[row, at:scored] = segment.tokens[1:]
+                labels[row, at:scored] = _labels(segment)
                 filler[row, at:scored] = segment.filler[1:]
                 positions[row, at:end] = np.arange(segment.length)
                 documents[row, at:end] = document
@@ -116,3 +119,9 @@ class BatchMaker:
                 f"token id {low if low < 0 else high} in the data is outside the manifest's vocab_size={vocab_size}; "
                 "the manifest belongs to other data, or vocab_size and modalities must be raised"
             )
+
+
+def _labels(segment: Segment) -> np.ndarray:
+    if segment.prompt is None:
+        return segment.tokens[1:]
+    return np.where(segment.prompt[1:], IGNORED, segment.tokens[1:])

@@ -30,6 +30,23 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """Attributes:
+    family: As of a picture.
+    prompt: What is read and not scored.
+    answer: What is to be learned.
+    image: A picture before the prompt.
+    side: train or valid; empty where the split decides.
+    """
+
+    family: str
+    prompt: str
+    answer: str
+    image: Path | None = None
+    side: str = ""
+
+
+@dataclass(frozen=True)
 class PictureSource:
     name: str
     pictures: tuple[Picture, ...]
@@ -43,6 +60,22 @@ class TextSource:
     texts: tuple[Text, ...]
     licence: str
     attribution: str = ""
+
+
+@dataclass(frozen=True)
+class InstructionSource:
+    name: str
+    instructions: tuple[Instruction, ...]
+    licence: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All sources of a data set."""
+
+    pictures: PictureSource | None = None
+    texts: tuple[TextSource, ...] = ()
+    instructions: tuple[InstructionSource, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Everything fitted is fitted on the training side alone.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -12,25 +13,35 @@ from tokenizers import Tokenizer
 from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
-from moe_dist.data.codebook import GRID
-from moe_dist.data.corpus import PictureSource, Recipe, Text, TextSource
+from moe_dist.data.codebook import GRID, load_codebook
+from moe_dist.data.corpus import (
+    Corpus,
+    Instruction,
+    InstructionSource,
+    PictureSource,
+    Recipe,
+    Text,
+    TextSource,
+)
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
+from moe_dist.data.pictures import rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
+from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # of each source that the BPE is fitted on: seconds, where all would be minutes
 _TEXT_CHUNK = 64  # texts encoded at once
+_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler bits of no picture
 
 Figures = dict[str, float]
+Item = TypeVar("Item")
 
 
-def build(
-    folder: Path, name: str, pictures: PictureSource | None, texts: Sequence[TextSource], recipe: Recipe, report: Report
-) -> tuple[Manifest, Figures]:
+def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Report) -> tuple[Manifest, Figures]:
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
@@ -40,19 +51,28 @@ def build(
         ConfigError: the recipe asks for what cannot be.
         DataError: a picture is damaged, or there are too few for the codebook.
     """
-    division = None
+    pictures, texts, division = corpus.pictures, corpus.texts, None
     if pictures:
         division = divide(pictures.pictures, rasterise_all(pictures.pictures, report), recipe, report)
     held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
+    instructions_held_out = {each.name: _held_out_instructions(each.instructions, recipe) for each in corpus.instructions}
     fit_on = [_shown_texts(source.texts, held_out[source.name]) for source in texts]
+    fit_on += [
+        [f"{each.prompt} {each.answer}" for each in _kept(source.instructions, ~instructions_held_out[source.name])]
+        for source in corpus.instructions
+    ]
     if pictures and division:
         shown = (p for p, held in zip(pictures.pictures, division.held_out_N, strict=True) if not held)
         fit_on.insert(0, [caption for picture in shown for caption in picture.captions])
     writer = _Writer(folder, name, _tokenizer(fit_on, recipe, report), recipe, report)
     if pictures and division:
         writer.add_pictures(pictures, division)
+    elif recipe.codebook:
+        writer.take_codebook(load_codebook(recipe.codebook))
     for source in texts:
         writer.add_texts(source, held_out[source.name])
+    for source in corpus.instructions:
+        writer.add_instructions(source, instructions_held_out[source.name])
     return writer.finish()
 
 
@@ -63,7 +83,18 @@ def _held_out_texts(texts: Sequence[Text], recipe: Recipe) -> np.ndarray:
 
 
 def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
-    return [text.content for text, held in zip(texts, held_out, strict=True) if not held]
+    return [text.content for text in _kept(texts, ~held_out)]
+
+
+def _held_out_instructions(instructions: Sequence[Instruction], recipe: Recipe) -> np.ndarray:
+    if instructions[0].side:
+        return np.array([each.side == "valid" for each in instructions])
+    sizes = np.array([len(each.prompt) + len(each.answer) for each in instructions], np.int64)
+    return hold_out(join([each.family for each in instructions]), sizes, fraction=recipe.val_fraction, seed=recipe.seed)
+
+
+def _kept(items: Sequence[Item], chosen: np.ndarray) -> list[Item]:
+    return [item for item, keep in zip(items, chosen, strict=True) if keep]
 
 
 def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> Tokenizer:
@@ -91,21 +122,20 @@ class _Writer:
         self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
         self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
         self._text_vocab, self._codes = tokenizer.get_vocab_size(), 0
+        self._codebook: np.ndarray | None = None
         self._sources: dict[str, SourceSection] = {}
         self._figures: Figures = {}
         tokenizer.save(str(folder / TOKENIZER_FILE))
 
+    def take_codebook(self, codebook: np.ndarray) -> None:
+        """Pictures are coded by this one, and its codes have ids, whether or not there are pictures."""
+        np.save(self._folder / CODEBOOK_FILE, codebook)
+        self._codebook, self._codes = codebook, len(codebook)
+
     def add_pictures(self, source: PictureSource, division: Division) -> None:
-        np.save(self._folder / CODEBOOK_FILE, division.codebook)
-        self._codes = len(division.codebook)
+        self.take_codebook(division.codebook)
         captions = sorted({caption for picture in source.pictures for caption in picture.captions})
-        coder = PictureCoder(
-            codebook=division.codebook,
-            first_code=self._text_vocab,
-            special=self._special,
-            captions=dict(zip(captions, encode_texts(self._tokenizer, captions), strict=True)),
-            seed=self._recipe.seed,
-        )
+        coder = self._coder(division.codebook, captions)
         splits = {}
         for side, held, renders in (("train", False, self._recipe.renders), ("valid", True, self._recipe.heldout_renders)):
             chosen = np.flatnonzero(division.held_out_N == held)
@@ -131,6 +161,41 @@ class _Writer:
             splits[side] = self._write(source.name, side, documents, with_filler=False)
         self._sources[source.name] = _section(source, splits)
 
+    def add_instructions(self, source: InstructionSource, held_out: np.ndarray) -> None:
+        """A document is the picture, the prompt, and the answer behind a space; the answer and the end are scored."""
+        pictured = [each for each in source.instructions if each.image is not None]
+        if pictured and self._codebook is None:
+            raise ConfigError(
+                f"--instructions {source.name}: {len(pictured)} lines have an image, and there is no codebook; give "
+                "that of the model's data: --codebook DATA/codebook.npy --tokenizer DATA/tokenizer.json"
+            )
+        coder = None if self._codebook is None else self._coder(self._codebook, [])
+        splits = {}
+        for side, chosen in (("train", ~held_out), ("valid", held_out)):
+            instructions = _kept(source.instructions, chosen)
+            prompts = encode_texts(self._tokenizer, [each.prompt for each in instructions])
+            answers = encode_texts(self._tokenizer, [f" {each.answer}" for each in instructions])
+            documents = []
+            for each, prompt, answer in zip(instructions, prompts, answers, strict=True):
+                image, filler = _NOTHING if each.image is None or coder is None else coder.image(rasterise(each.image))
+                read = np.concatenate([[self._special[BOS]], image, prompt])
+                tokens = np.concatenate([read, answer, [self._special[EOS]]])
+                is_filler = np.zeros(len(tokens), bool)
+                is_filler[1 : 1 + len(filler)] = filler
+                documents.append(Document(tokens, is_filler, np.arange(len(tokens)) < len(read)))
+            self._report(f"encode {source.name} ({side})", 1, 1)
+            splits[side] = self._write(source.name, side, documents, with_filler=bool(pictured))
+        self._sources[source.name] = _section(source, splits)
+
+    def _coder(self, codebook: np.ndarray, captions: Sequence[str]) -> PictureCoder:
+        return PictureCoder(
+            codebook=codebook,
+            first_code=self._text_vocab,
+            special=self._special,
+            captions=dict(zip(captions, encode_texts(self._tokenizer, captions), strict=True)),
+            seed=self._recipe.seed,
+        )
+
     def finish(self) -> tuple[Manifest, Figures]:
         self._report("count baselines", 0, 1)
         manifest = self._manifest({})
@@ -147,12 +212,17 @@ class _Writer:
         write_indexed(prefix, (document.tokens for document in documents), vocab_size=self._text_vocab + self._codes)
         if filler:
             np.save(self._folder / filler, np.packbits(np.concatenate([document.filler for document in documents])))
+        prompts = [document.prompt for document in documents if document.prompt is not None]
+        prompt = f"{path}_prompt.npy" if prompts else None
+        if prompt:
+            np.save(self._folder / prompt, np.packbits(np.concatenate(prompts)))
         return SplitSection(
             path=path,
             documents=len(documents),
             tokens=sum(len(document.tokens) for document in documents),
             tokens_by_modality=count_by_modality(prefix, self._modalities()),
             filler=filler,
+            prompt=prompt,
         )
 
     def _modalities(self) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -175,7 +245,10 @@ class _Writer:
         )
 
 
-def _section(source: PictureSource | TextSource, splits: dict[str, SplitSection | None]) -> SourceSection:
+def _section(
+    source: PictureSource | TextSource | InstructionSource, splits: dict[str, SplitSection | None]
+) -> SourceSection:
     train = splits["train"]
-    assert train is not None  # hold_out leaves one component at least
-    return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)
+    assert train is not None  # hold_out leaves one component at least, and instructions with sides have some of it
+    attribution = "" if isinstance(source, InstructionSource) else source.attribution
+    return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=attribution)

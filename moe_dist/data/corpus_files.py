@@ -1,12 +1,23 @@
-"""A user's own files: a folder or JSONL of texts, a folder of pictures."""
+"""A user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from moe_dist.data.corpus import Picture, PictureSource, Text, TextSource, content_family
+from moe_dist.data.corpus import (
+    Instruction,
+    InstructionSource,
+    Picture,
+    PictureSource,
+    Text,
+    TextSource,
+    content_family,
+)
 from moe_dist.errors import ConfigError, DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
 def text_files(name: str, path: Path, licence: str) -> TextSource:
@@ -51,6 +62,63 @@ def picture_files(name: str, folder: Path, licence: str) -> PictureSource:
     return PictureSource(name, tuple(pictures), licence)
 
 
+def instruction_files(name: str, path: Path, licence: str) -> InstructionSource:
+    """Instructions of a JSONL file, one object a line: `prompt` and `answer`, and where wanted `image`, a picture file
+    relative to the JSONL; `family`, whatever is to be on one side with it (by default, equal prompts and images are); and
+    `side`, train or valid, which then every line has.
+
+    Raises:
+        ConfigError: there is no such file, or nothing in it.
+        DataError: a line is no instruction.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--instructions {name}={path}: no such file; it takes a JSONL file (docs/data.md)")
+    found = [_instruction(path, number, line) for number, line in _objects(path)]
+    if not found:
+        raise ConfigError(f"--instructions {name}={path}: holds no line")
+    sides = {each.side for each in found}
+    if "" in sides and len(sides) > 1:
+        raise DataError(f'{path}: some lines have a "side" and some have none; give one to each line, or to none')
+    if sides == {"valid"}:
+        raise DataError(f'{path}: each line has the "side" valid; there is nothing to train on')
+    return InstructionSource(name, tuple(found), licence)
+
+
+def _instruction(path: Path, number: int, line: dict[str, Any]) -> Instruction:
+    where = f"{path}, line {number}"
+    if unknown := sorted(set(line) - set(INSTRUCTION_KEYS)):
+        raise DataError(f"{where}: unknown key {', '.join(unknown)}; an instruction has {', '.join(INSTRUCTION_KEYS)}")
+    for key in INSTRUCTION_KEYS:
+        if key in line and not isinstance(line[key], str):
+            raise DataError(f'{where}: "{key}" is {type(line[key]).__name__}, not a string')
+    for key in ("prompt", "answer"):
+        if not line.get(key, "").strip():
+            raise DataError(f'{where}: needs a "{key}" that is not empty')
+    side = line.get("side", "")
+    if side not in ("", "train", "valid"):
+        raise DataError(f'{where}: "side" is {side!r}; it is train or valid, or left out')
+    image = path.parent / line["image"] if "image" in line else None
+    if image is not None and not image.is_file():
+        raise DataError(f'{where}: "image" names {str(image)!r}, and there is no such file')
+    family = line.get("family") or content_family(f"{line['prompt']}\0{image}".encode())
+    return Instruction(family, line["prompt"], line["answer"], image, side)
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers."""
+    with path.open(encoding="utf-8") as stream:
+        for number, text in enumerate(stream, 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: is not JSON ({error})") from error
+            if not isinstance(line, dict):
+                raise DataError(f"{path}, line {number}: is {type(line).__name__}, not an object")
+            yield number, line
+
+
 def _visible(folder: Path) -> list[Path]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
@@ -69,15 +137,10 @@ def _utf8(path: Path) -> str:
 
 def _json_lines(path: Path) -> list[tuple[str, str]]:
     found = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f'{path}, line {number}: needs an object like {{"text": "..."}}') from error
-            if not isinstance(text, str):
-                raise DataError(f'{path}, line {number}: "text" is {type(text).__name__}, not a string')
-            found.append((str(number), text))
+    for number, line in _objects(path):
+        if "text" not in line:
+            raise DataError(f'{path}, line {number}: needs an object like {{"text": "..."}}')
+        if not isinstance(line["text"], str):
+            raise DataError(f'{path}, line {number}: "text" is {type(line["text"]).__name__}, not a string')
+        found.append((str(number), line["text"]))
     return found

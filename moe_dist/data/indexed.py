@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_dist.config.index_header import index_paths, list_offsets
 from moe_dist.config.manifest import SplitSection
-from moe_dist.config.split_files import check_split
+from moe_dist.config.split_files import BITS, Bits, check_split
 from moe_dist.data.checked_file import CheckedFile
 from moe_dist.errors import DataError
 
@@ -63,9 +63,8 @@ class IndexedSplit:
             raise DataError(f"{self.prefix}.idx: the document marks do not rise from 0; build it again")
         self.starts_D = ends[marks[:-1]]
         self.lengths_D = np.diff(ends[marks])
-        self._filler = CheckedFile(Path(folder) / split.filler) if split.filler is not None else None
-        # An .npy has a header before the bits; bare bytes have none.
-        self._filler_begin = self._filler.size - -(-split.tokens // 8) if self._filler is not None else 0
+        self._bits = {bits: CheckedFile(Path(folder) / file) for bits in BITS if (file := getattr(split, bits)) is not None}
+        self._bit_bytes = -(-split.tokens // 8)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from token `start` of the file on, int64.
@@ -79,10 +78,23 @@ class IndexedSplit:
 
     def filler(self, start: int, count: int) -> np.ndarray:
         """Filler bits of the same tokens, bool; all False where the split has none. Raises as `tokens`."""
-        if self._filler is None:
+        return self._read_bits("filler", start, count)
+
+    def prompt(self, start: int, count: int) -> np.ndarray:
+        """Prompt bits of the same tokens, bool; all False where the split has none. Raises as `tokens`."""
+        return self._read_bits("prompt", start, count)
+
+    @property
+    def has_prompts(self) -> bool:
+        return "prompt" in self._bits
+
+    def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
+        file = self._bits.get(bits)
+        if file is None:
             return np.zeros(count, bool)
         first = start // 8
-        raw = self._filler.read(self._filler_begin + first, -(-(start + count) // 8) - first)
+        begin = file.size - self._bit_bytes  # an .npy has a header before the bits; bare bytes have none
+        raw = file.read(begin + first, -(-(start + count) // 8) - first)
         return np.unpackbits(np.frombuffer(raw, np.uint8))[start - 8 * first :][:count].astype(bool)
 
     def _lists(self, idx: CheckedFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -197,7 +197,8 @@ def _segments(data: IndexedSplit, pieces: Pieces, packing: Packing, sequence: in
     for piece in packing.pieces_of(sequence):
         start, length = int(pieces.start_P[piece]), int(pieces.length_P[piece])
         count = length + int(pieces.goes_on_P[piece])
-        segments.append(Segment(data.tokens(start, count), data.filler(start, count), length))
+        prompt = data.prompt(start, count) if data.has_prompts else None
+        segments.append(Segment(data.tokens(start, count), data.filler(start, count), length, prompt))
     return segments
 
 

@@ -45,10 +45,15 @@ class Division:
 
 @dataclass(frozen=True)
 class Document:
-    """Attributes: tokens: int64. filler: bool, of the same length: the token is an empty cell of a picture."""
+    """Attributes:
+    tokens: int64.
+    filler: bool, of the same length: the token is an empty cell of a picture.
+    prompt: bool, of the same length: the token is read and not scored; None where all are scored.
+    """
 
     tokens: np.ndarray
     filler: np.ndarray
+    prompt: np.ndarray | None = None
 
 
 def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
@@ -136,6 +141,11 @@ class PictureCoder:
                 yield self._document(chunk[number], start + number, index, render, grid)
             report(stage, start + len(chunk), len(pictures))
 
+    def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A picture as it is, between its marks: token ids, and filler bits of the same length."""
+        render = plain(raster)
+        return self._image(render, self._code(render.pixels[None])[0])
+
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio of everything coded so far, in dB."""
@@ -147,10 +157,14 @@ class PictureCoder:
         self._values += pixels.size
         return grids
 
+    def _image(self, render: Render, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes = grid.astype(np.int64) + self._first_code
+        image = np.concatenate([[self._special[BOI]], codes, [self._special[EOI]]])
+        return image, np.concatenate([[False], render.empty.reshape(-1), [False]])
+
     def _document(self, picture: Picture, number: int, index: int, render: Render, grid: np.ndarray) -> Document:
         special = self._special
-        image = np.concatenate([[special[BOI]], grid.astype(np.int64) + self._first_code, [special[EOI]]])
-        image_filler = np.concatenate([[False], render.empty.reshape(-1), [False]])
+        image, image_filler = self._image(render, grid)
         parts, fillers = [image], [image_filler]
         if picture.captions:
             turn, which = divmod(index, len(picture.captions))

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest, load_manifest
 from moe_dist.config.section import Name
-from moe_dist.data.corpus import PictureSource, Recipe, TextSource
+from moe_dist.data.corpus import Corpus, Recipe
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
@@ -32,12 +32,14 @@ class Inputs:
         images: Folder of the user's pictures.
         extra_text: More text sources by name, each a folder or JSONL.
         licence: Licence of the user's own contents.
+        instructions: Sources of instructions by name, each a JSONL file.
     """
 
     text: str | None = None
     images: str | None = None
     extra_text: Mapping[str, str] = field(default_factory=dict)
     licence: str = "not stated"
+    instructions: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
@@ -67,7 +69,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
         from moe_dist.data.corpus_build import build  # seconds of imports that a finished folder can do without
 
         with _renamed_when_complete(out) as folder:
-            manifest, figures = build(folder, out.name, *_sources(inputs), recipe, report)
+            manifest, figures = build(folder, out.name, _sources(inputs), recipe, report)
             (folder / RECIPE_FILE).write_text(json.dumps({**asked, "figures": figures}, indent=1) + "\n")
     return manifest, True
 
@@ -108,13 +110,13 @@ def _renamed_when_complete(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sources(inputs: Inputs) -> tuple[PictureSource | None, tuple[TextSource, ...]]:
-    """The pictures and the texts to build from. Imports only what these inputs need."""
-    from moe_dist.data.corpus_files import picture_files, text_files
+def _sources(inputs: Inputs) -> Corpus:
+    """What to build from. Imports only what these inputs need."""
+    from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 
     _check_names(inputs)
     pictures, texts = None, []
-    if inputs.text is None and inputs.images is None:
+    if inputs.text is None and inputs.images is None and not inputs.instructions:
         from moe_dist.data.corpus_openmoji import openmoji
         from moe_dist.data.corpus_python import python_library
 
@@ -124,15 +126,21 @@ def _sources(inputs: Inputs) -> tuple[PictureSource | None, tuple[TextSource, ..
     if inputs.text is not None:
         texts.append(text_files("text", Path(inputs.text), inputs.licence))
     texts.extend(text_files(name, Path(path), inputs.licence) for name, path in inputs.extra_text.items())
-    return pictures, tuple(texts)
+    instructions = [instruction_files(name, Path(path), inputs.licence) for name, path in inputs.instructions.items()]
+    return Corpus(pictures, tuple(texts), tuple(instructions))
 
 
 def _check_names(inputs: Inputs) -> None:
     taken = {"text", "images", "openmoji", "python"}
-    for name in inputs.extra_text:
+    for option, name in (
+        *(("--extra-text", name) for name in inputs.extra_text),
+        *(("--instructions", name) for name in inputs.instructions),
+    ):
         try:
             TypeAdapter(Name).validate_python(name)
         except ValidationError as error:
-            raise ConfigError(f"--extra-text {name!r}: a name has letters, digits, '.', '_' and '-' only") from error
+            raise ConfigError(f"{option} {name!r}: a name has letters, digits, '.', '_' and '-' only") from error
         if name in taken:
-            raise ConfigError(f"--extra-text {name!r}: one of {', '.join(sorted(taken))}, which have a meaning; rename it")
+            raise ConfigError(f"{option} {name!r}: one of {', '.join(sorted(taken))}, which have a meaning; rename it")
+    if both := sorted(set(inputs.extra_text) & set(inputs.instructions)):
+        raise ConfigError(f"--instructions {', '.join(both)}: --extra-text has the same name; rename one")

@@ -41,28 +41,30 @@ def megatron() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def make_set() -> MakeSet:
-    """make_set(folder, {source: (train documents, valid documents or None)}, filler={split path: bits}) -> Manifest."""
+    """make_set(folder, {source: (train documents, valid documents or None)}, filler={split path: bits}, prompt=...)."""
 
     def make(
         folder: Path,
         sources: Mapping[str, tuple[Documents, Documents | None]],
         filler: Mapping[str, Sequence[int]] | None = None,
+        prompt: Mapping[str, Sequence[int]] | None = None,
     ) -> Manifest:
         folder.mkdir(parents=True, exist_ok=True)
-        filler = filler or {}
+        marks = {"filler": filler or {}, "prompt": prompt or {}}
 
         def split(path: str, documents: Documents | None) -> SplitSection | None:
             if documents is None:
                 return None
             write_indexed(folder / path, map(np.array, documents), vocab_size=10_000)
-            if path in filler:
-                np.save(folder / f"{path}.npy", np.packbits(np.array(filler[path], bool)))
+            files = {kind: f"{path}_{kind}.npy" for kind, bits in marks.items() if path in bits}
+            for kind, file in files.items():
+                np.save(folder / file, np.packbits(np.array(marks[kind][path], bool)))
             return SplitSection(
                 path=path,
                 documents=len(documents),
                 tokens=sum(map(len, documents)),
                 tokens_by_modality=count_by_modality(folder / path, MODALITIES),
-                filler=f"{path}.npy" if path in filler else None,
+                **files,
             )
 
         sections = {}

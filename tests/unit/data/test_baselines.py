@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,35 +12,43 @@ from moe_dist.data.baselines import BIGRAM_PRIOR, count_baselines
 TRAIN = {"a": [[300, 100, 101, 100, 1], [301, 101, 101, 300]], "b": [[300, 301, 300, 302, 1]]}
 VALID = {"a": [[300, 101, 100, 100, 1, 302]], "b": [[301, 300, 400], [5]]}
 FILLER = {"a_valid": [0, 1, 0, 1, 0, 0]}
+PROMPT = {"a_train": [1, 1, 0, 0, 0, 1, 1, 1, 0], "b_valid": [1, 1, 0, 0]}
 
 
 def is_image(token: int) -> bool:
     return 100 <= token < 200
 
 
+def labels(side: str, sources: Iterable[str]) -> Iterator[tuple[int, int, int]]:
+    """Each label that is scored: the token before it, itself, and its place in its source's file."""
+    for source in sources:
+        place = 0
+        for tokens in (TRAIN if side == "train" else VALID)[source]:
+            for at in range(1, len(tokens)):
+                if not PROMPT.get(f"{source}_{side}", [0] * 100)[place + at]:
+                    yield tokens[at - 1], tokens[at], place + at
+            place += len(tokens)
+
+
 def by_loop(kind: str, image: bool, sources: str, skip_filler: bool) -> float:
     size = 100 if image else 9_900
-    documents = [document for of_source in TRAIN.values() for document in of_source]
-    pairs = [pair for document in documents for pair in pairwise(document) if is_image(pair[1]) == image]
+    pairs = [(left, label) for left, label, _ in labels("train", TRAIN) if is_image(label) == image]
     counts, pair_counts, lefts = Counter(x for _, x in pairs), Counter(pairs), Counter(a for a, _ in pairs)
     nats = []
     for source in sources:
-        bits = iter(FILLER.get(f"{source}_valid", [0] * 100))
-        for tokens in VALID[source]:
-            marks = [next(bits) for _ in tokens]
-            for at in range(1, len(tokens)):
-                left, label = tokens[at - 1], tokens[at]
-                if is_image(label) != image or (skip_filler and marks[at]):
-                    continue
-                p = (counts[label] + 1) / (len(pairs) + size)
-                if kind == "left_bigram":
-                    p = (pair_counts[left, label] + BIGRAM_PRIOR * p) / (lefts[left] + BIGRAM_PRIOR)
-                nats.append(-math.log(p))
+        marks = FILLER.get(f"{source}_valid", [0] * 100)
+        for left, label, place in labels("valid", [source]):
+            if is_image(label) != image or (skip_filler and marks[place]):
+                continue
+            p = (counts[label] + 1) / (len(pairs) + size)
+            if kind == "left_bigram":
+                p = (pair_counts[left, label] + BIGRAM_PRIOR * p) / (lefts[left] + BIGRAM_PRIOR)
+            nats.append(-math.log(p))
     return sum(nats) / len(nats)
 
 
 def test_against_a_loop(tmp_path: Path, make_set) -> None:
-    manifest = make_set(tmp_path, {name: (TRAIN[name], VALID[name]) for name in "ab"}, FILLER)
+    manifest = make_set(tmp_path, {name: (TRAIN[name], VALID[name]) for name in "ab"}, FILLER, PROMPT)
     expected = {}
     for kind in ("unigram", "left_bigram"):
         for prefix, sources in (("", "ab"), ("a/", "a"), ("b/", "b")):

@@ -36,6 +36,18 @@ def test_by_hand() -> None:
     assert types == ["int64", "int64", "int64", "int32", "int64", "int64", "bool", "bool"]
 
 
+def test_a_prompt_is_read_and_not_scored() -> None:
+    prompt = np.array([True, True, True, False, False])
+    whole = Segment(np.array([1, 4, 5, 2, 3]), np.array([0, 1, 0, 0, 0], bool), 5, prompt)
+    piece = Segment(np.array([5, 2, 3]), np.zeros(3, bool), 2, np.array([True, False, False]))  # it goes on with 3
+    batch = make([[whole, piece]])
+    no = IGNORED
+    assert batch.tokens_BS.tolist() == [[1, 4, 5, 2, 3, 5, 2, PAD]]
+    assert batch.labels_BS.tolist() == [[no, no, 2, 3, no, 2, 3, no]]
+    assert batch.label_modality_BS.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0]]
+    assert batch.filler_BS.int().tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
+
+
 def test_a_document_of_one_token_has_no_label() -> None:
     assert (make([[segment([3], [0], 1)]]).labels_BS == IGNORED).all()
 

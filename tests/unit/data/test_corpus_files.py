@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moe_dist.data.corpus_files import picture_files, text_files
+from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 from moe_dist.errors import ConfigError, DataError
 
 
@@ -38,7 +38,12 @@ def test_texts_of_a_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("nonsense", "line 2: needs"), ('{"txt": 1}', "line 2: needs"), ("[]", "line 2: needs"), ('{"text": 1}', "is int")],
+    [
+        ("nonsense", "line 2: is not JSON"),
+        ('{"txt": 1}', "line 2: needs"),
+        ("[]", "line 2: is list, not an object"),
+        ('{"text": 1}', "is int"),
+    ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, words: str) -> None:
     (tmp_path / "t.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
@@ -68,3 +73,45 @@ def test_nothing_there_is_told(tmp_path: Path) -> None:
         text_files("t", tmp_path, "")
     with pytest.raises(ConfigError, match=r"no \.png"):
         picture_files("p", tmp_path, "")
+
+
+def test_instructions(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    lines = [
+        '{"prompt": "What is it?", "answer": "a square", "image": "a.png"}',
+        '{"prompt": "What is it?", "answer": "red", "image": "a.png"}',
+        '{"prompt": "Two and two?", "answer": "four", "family": "sums"}',
+    ]
+    (tmp_path / "i.jsonl").write_text("\n".join(lines))
+    first, second, third = instruction_files("i", tmp_path / "i.jsonl", "").instructions
+    assert first.family == second.family != third.family == "sums"
+    assert (first.prompt, first.answer, first.image) == ("What is it?", "a square", tmp_path / "a.png")
+    assert (third.image, third.side) == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nonsense", "line 2: is not JSON"),
+        ('{"prompt": "a"}', 'line 2: needs a "answer" that is not empty'),
+        ('{"prompt": " ", "answer": "b"}', 'line 2: needs a "prompt" that is not empty'),
+        ('{"prompt": "a", "answer": 3}', '"answer" is int, not a string'),
+        ('{"prompt": "a", "answer": "b", "picture": "c"}', "unknown key picture; an instruction has prompt, answer"),
+        ('{"prompt": "a", "answer": "b", "image": "c.png"}', r"c\.png', and there is no such file"),
+        ('{"prompt": "a", "answer": "b", "side": "test"}', "'test'; it is train or valid"),
+        ('{"prompt": "a", "answer": "b", "side": "train"}', 'some lines have a "side" and some have none'),
+    ],
+)
+def test_a_wrong_instruction_is_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "i.jsonl").write_text(f'{{"prompt": "one", "answer": "two"}}\n{line}\n')
+    with pytest.raises(DataError, match=words):
+        instruction_files("i", tmp_path / "i.jsonl", "")
+
+
+def test_instructions_without_a_training_side_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "i.jsonl").write_text('{"prompt": "a", "answer": "b", "side": "valid"}\n')
+    with pytest.raises(DataError, match="nothing to train on"):
+        instruction_files("i", tmp_path / "i.jsonl", "")
+    (tmp_path / "i.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="holds no line"):
+        instruction_files("i", tmp_path / "i.jsonl", "")

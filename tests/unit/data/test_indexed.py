@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dist.config.manifest import SplitSection
-from moe_dist.config.split_files import check_split, count_by_modality, load_filler
+from moe_dist.config.split_files import check_split, count_by_modality, load_bits
 from moe_dist.data.indexed import IndexedSplit, write_indexed
 from moe_dist.errors import DataError
 
@@ -68,7 +68,7 @@ def test_filler_bits_of_any_run(tmp_path: Path) -> None:
 def test_filler_of_another_length_is_refused(theirs: Path) -> None:
     np.save(theirs / "f.npy", np.zeros(2, np.uint8))
     with pytest.raises(DataError, match=r"6 tokens need uint8 \[1\]"):
-        load_filler(theirs, split(filler="f.npy"))
+        load_bits(theirs, split(filler="f.npy"), "filler")
     with pytest.raises(DataError, match="cannot be read"):
         check_split(theirs, split(filler="missing.npy"))
 

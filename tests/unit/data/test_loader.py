@@ -197,3 +197,18 @@ def test_filler_goes_with_its_label(tmp_path: Path, make_set) -> None:
         scored = batch.labels_BS != IGNORED
         assert batch.filler_BS[scored].tolist() == [bool(bits[label - 150]) for label in batch.labels_BS[scored].tolist()]
         assert not batch.filler_BS[~scored].any()
+
+
+def test_prompts_are_read_and_not_scored(tmp_path: Path, make_set) -> None:
+    bits = [1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
+    documents = [[150, 151, 152, 153], [154, 155, 156, 157, 158, 159]]
+    data = (tmp_path, make_set(tmp_path, {"a": (documents, documents)}, prompt={"a_train": bits, "a_valid": bits}))
+    trained = loader(data, seq_len=4, global_batch=4).batches(0)
+    held_out = heldout_batches(*data, source="a", seq_len=4, sequences=4, micro_batch=4, rank=0, world_size=1)
+    for batches in (trained, held_out):
+        read, scored = set(), set()
+        for batch in batches:
+            read |= set(batch.tokens_BS[~batch.padding_BS].tolist())
+            scored |= set(batch.labels_BS.flatten().tolist()) - {IGNORED}
+        assert read == set(range(150, 160))
+        assert scored == {152, 153, 157, 158, 159}

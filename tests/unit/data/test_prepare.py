@@ -153,6 +153,47 @@ def test_texts_alone_and_a_tokenizer_and_codebook_of_another_set(own: Path, made
         assert (tmp_path / "reused" / file).read_bytes() == (made / file).read_bytes()
 
 
+def test_instructions_on_the_ids_of_another_set(own: Path, made: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"What is number {number}?", "answer": f"picture {number}", "image": f"pictures/{number:02}.png"}
+        for number in range(20)
+    ]
+    (own / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ("--tokenizer", made / "tokenizer.json", "--instructions", f"asked={own / 'asked.jsonl'}", *OPTIONS)
+    result = command("--out", tmp_path / "without", *arguments)
+    assert result.exit_code == 78
+    assert "20 lines have an image, and there is no codebook" in result.output.replace("\n", " ")
+    result = command("--out", tmp_path / "set", *arguments, "--codebook", made / "codebook.npy")
+    assert result.exit_code == 0, result.output
+    manifest, base = load_manifest(tmp_path / "set"), load_manifest(made)
+    assert (manifest.modalities, manifest.vocab_size) == (base.modalities, base.vocab_size)
+    source, tokenizer = manifest.sources["asked"], load_tokenizer(made / "tokenizer.json")
+    assert source.valid is not None
+    assert (source.train.documents + source.valid.documents, source.valid.documents) == (20, 4)
+    for split in (source.train, source.valid):
+        data = IndexedSplit(tmp_path / "set", split)
+        for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
+            ids, prompt = data.tokens(start, length), data.prompt(start, length)
+            assert (ids[0], ids[1], ids[66], ids[-1]) == (1, 3, 4, 2)  # <bos><boi> 64 codes <eoi> ... <eos>
+            assert (ids[2:66] >= tokenizer.get_vocab_size()).all()
+            number = tokenizer.decode(ids[prompt][67:].tolist()).removeprefix("What is number ").removesuffix("?")
+            assert tokenizer.decode(ids[~prompt].tolist(), skip_special_tokens=False) == f" picture {number}<eos>"
+            assert data.filler(start, length)[2:66].any()
+            assert not data.filler(start, length)[67:].any()
+
+
+def test_instructions_keep_their_sides_and_need_no_pictures(tmp_path: Path) -> None:
+    lines = [{"prompt": f"{number}?", "answer": "yes", "side": "train" if number % 3 else "valid"} for number in range(300)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    inputs = Inputs(instructions={"asked": str(tmp_path / "asked.jsonl")})
+    manifest, _ = prepare(tmp_path / "set", inputs, RECIPE, silent)
+    source = manifest.sources["asked"]
+    assert source.valid is not None
+    assert (source.train.documents, source.valid.documents) == (200, 100)
+    assert manifest.image is None
+    assert source.train.filler is None
+
+
 def test_a_set_made_otherwise_is_not_touched(own: Path, made: Path) -> None:
     before = contents(made)
     result = command("--out", made, "--images", own / "pictures", *OPTIONS[:-1], "0.3")
@@ -223,6 +264,10 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
         (("--extra-text", "python=."), "rename"),
         (("--text", "missing"), "no such file or folder"),
         (("--images", "missing"), "no such folder"),
+        (("--instructions", "nothing"), "NAME=PATH"),
+        (("--instructions", "text=missing"), "rename"),
+        (("--instructions", "asked=missing"), "no such file"),
+        (("--instructions", "a=missing", "--extra-text", "a=missing"), "has the same name"),
     ],
 )
 def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words: str) -> None:
