@@ -15,11 +15,11 @@ export RUN ARGS
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data tensorboard clean \
-  reproduce-data reproduce-adamoe reproduce-moma reproduce-nulls-by-modality
+  reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "make reproduce-NAME adamoe, moma, nulls-by-modality: run an experiment, about two hours each (docs/reproductions.md)"
+	@echo "make reproduce-NAME adamoe, adamoe-held, moma, nulls-by-modality: run an experiment, about two hours each (docs/reproductions.md)"
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
@@ -69,7 +69,7 @@ reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
 	@test -f $(REPRODUCE_DATA)/manifest.json || \
 	  $(BIN)/python -m tools.prepare_data --out $(REPRODUCE_DATA) --vocab-size 2048 --renders 20
 
-reproduce-adamoe reproduce-moma reproduce-nulls-by-modality: reproduce-%: $(INSTALLED) reproduce-data
+reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality: reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.reproduce $* $$ARGS
 
 tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006

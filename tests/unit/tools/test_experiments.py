@@ -10,7 +10,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.preflight import layout_without_data, manifest_relations
 from tools.reproduction.study import Job, Study, config_of, jobs_of, load_study
 
-NAMES = ("adamoe", "moma", "nulls-by-modality")
+NAMES = ("adamoe", "adamoe-held", "moma", "nulls-by-modality")
 REPOSITORY = Path(__file__).parents[3]
 DECISIVE, OTHER = 5, 3
 
