@@ -301,4 +301,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "run.root",
     "run.group",
     "data.path",  # the same data elsewhere: what is in them is held by digests (config/data_digest.py)
+    "router_tuning.data",  # likewise
 )
