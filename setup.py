@@ -31,6 +31,7 @@ EXTRAS = {
     "evaluate": ["lm_eval>=0.4.9", "reasoning-gym>=0.1.19"],
     "ray": ["ray[default]>=2.49"],
     "reproduce": ["matplotlib>=3.8", "scipy>=1.11"],
+    "router-tuning": ["scikit-learn>=1.4", "transformers>=5"],
     "wandb": ["wandb>=0.19"],
     "test": [
         "hypothesis>=6",

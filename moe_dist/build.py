@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from moe_dist.build_tuning import build_sample_loader, build_tuning
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.integrity import CheckedWire
@@ -25,6 +26,7 @@ from moe_dist.config.model_schema import (
 )
 from moe_dist.config.parallel_schema import ParallelSection
 from moe_dist.config.schema import Config
+from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
@@ -61,6 +63,8 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.policies import expert_groups
+from moe_dist.router_tuning.loader import SampleLoader
+from moe_dist.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.sizes import model_shape
 from moe_dist.trainer import Plan
 from moe_dist.training_step import TrainingStep
@@ -272,17 +276,25 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
         model = build_model(config, everything, ep_rank=0, ep_group=None)
     if config.train.only == "auxiliary_routers":
         freeze_all_but(model, "auxiliary")
+    if config.router_tuning is not None:
+        freeze_all_but_routers(model, chosen_layers(config.router_tuning, config.model.moe_layers))
     layout = RankLayout(everything)
     return {**capture(model, None, layout).specs, **moment_specs(model, layout)}
 
 
 @dataclass(frozen=True)
 class Training:
-    """What takes steps: the model on its mesh, its optimizer, and the step over both."""
+    """What takes steps: the model on its mesh, its optimizer, and the step over both; and what of router tuning resumes."""
 
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
+    tuning: RouterTuning | None = None
+
+    def controllers(self) -> dict[str, BiasController | RouterTuning]:
+        """What resumes besides tensors, by name."""
+        found = {"balance": self.step.balance, "router_tuning": self.tuning}
+        return {name: each for name, each in found.items() if each is not None}
 
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
@@ -301,6 +313,8 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             choice_ranks=choice_ranks_of(mesh),
             depth_set=build_depth_set(config, mesh, traffic),
         )
+    if config.router_tuning is not None:
+        freeze_all_but_routers(model, chosen_layers(config.router_tuning, config.model.moe_layers))
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
@@ -315,19 +329,22 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         betas=section.betas,
         eps=section.eps,
     )
+    groups = group_of_modality(manifest, placement)
+    tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     step = TrainingStep(
         parallel,
         optimizer,
         placement=placement,
-        group_of_modality=group_of_modality(manifest, placement),
+        group_of_modality=groups,
         clip_norm=section.clip_norm,
         traffic=traffic,
         thresholds=ThresholdKeeper.of(model.moe_modules()) if config.train.only is None else None,
         needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection),
         balance=build_balance(config.model.moe, model, placement.groups),
         depths=depth_thresholds(model),
+        tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
     )
-    return Training(parallel, optimizer, step)
+    return Training(parallel, optimizer, step, tuning)
 
 
 def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
@@ -364,8 +381,10 @@ def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[in
     return [index[name] for name in manifest.modalities]
 
 
-def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader:
+def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader | SampleLoader:
     """A rank's training batches."""
+    if config.router_tuning is not None:
+        return build_sample_loader(config, manifest, rank=rank, world_size=world_size)
     return TrainLoader(
         config.data.path,
         manifest,

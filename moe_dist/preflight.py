@@ -20,6 +20,7 @@ from moe_dist.config.router_rules import router_relations
 from moe_dist.config.schema import Config
 from moe_dist.config.section import RESERVED_GROUP_NAMES, Relation
 from moe_dist.config.split_files import check_split, count_by_modality
+from moe_dist.config.tuning_rules import judge_tuning_data, tuning_relations
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.planner import PlanComparison, compare
@@ -125,6 +126,7 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     if manifest is not None:
         relations += manifest_relations(config, groups, manifest)
         data_faults += data_set_faults(config.data.path, manifest)
+    relations += judge_tuning_data(config, manifest, data_faults)
     if world_size not in (None, config.parallel.ep * config.parallel.edp):
         relations.append(_world_relation(config, world_size))
     sound = manifest is not None and not data_faults
@@ -144,7 +146,7 @@ def _own_relations(config: Config, groups: Sequence[ExpertGroup]) -> list[Relati
     """What the configuration breaks by itself."""
     rules = [*model_relations(config), *batch_relations(config), *gemm_relations(config), *group_relations(groups)]
     rules += [*dispatch_relations(config), *balance_relations(config)]
-    return [*rules, *router_relations(config), *init_relations(config)]
+    return [*rules, *router_relations(config), *init_relations(config), *tuning_relations(config)]
 
 
 def batch_relations(config: Config) -> list[Relation]:

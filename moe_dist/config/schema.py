@@ -23,6 +23,7 @@ from moe_dist.config.section import (
     Relation,
     Section,
 )
+from moe_dist.config.tuning_schema import RouterTuningSection
 
 
 class RunSection(Section):
@@ -167,10 +168,10 @@ class TrainSection(Section):
     global_batch: PositiveInt = Field(description="Sequences a step, over all ranks and micro-batches.")
     micro_batch: PositiveInt = Field(description="Sequences a rank computes at once.")
     max_skipped_in_a_row: PositiveInt = Field(default=10, description="Non-finite steps in a row that end the run with 70.")
-    only: Literal["auxiliary_routers"] | None = Field(
+    only: Literal["auxiliary_routers", "routers"] | None = Field(
         default=None,
         description="Train these parameters alone and freeze all others: auxiliary_routers is the second stage of expert "
-        "choice, begun with run.init_from. null trains all.",
+        "choice, routers is router tuning (section router_tuning); both begin with run.init_from. null trains all.",
     )
 
 
@@ -277,6 +278,9 @@ class Config(Section):
     train: TrainSection
     optimizer: OptimizerSection
     loss: LossSection = Field(default_factory=LossSection)
+    router_tuning: RouterTuningSection | None = Field(
+        default=None, description="Router tuning (RoMA): its samples, layers, neighbours and weight; null for none."
+    )
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)
     evaluation: EvaluationSection
@@ -297,4 +301,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "run.root",
     "run.group",
     "data.path",  # the same data elsewhere: what is in them is held by digests (config/data_digest.py)
+    "router_tuning.data",  # likewise
 )

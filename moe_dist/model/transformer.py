@@ -117,6 +117,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor,
         group_BS: Tensor,
         facts: BatchFacts | None = None,
+        asked_A: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Logits [B, S, V] in the compute dtype, and one report for each MoE layer.
 
@@ -127,6 +128,8 @@ class Transformer(nn.Module):
             group_BS: int64 expert group of each token, -1 for padding.
             facts: What is known of a training micro-batch beforehand, for routers that ask for it; those of a layer that
                 computes a share of the tokens get none, since it is not known which.
+            asked_A: int64 indices into the B x S tokens whose routing softmax the reports are to have (`prob_AC`); layers
+                that compute a share of the tokens report none.
         """
         mask = make_mask(documents_BS)
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -137,7 +140,7 @@ class Transformer(nn.Module):
                 x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS)  # pyright: ignore
             else:
                 x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask)  # pyright: ignore[reportCallIssue]
-                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, facts)  # pyright: ignore[reportArgumentType]
+                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, facts, asked_A)  # pyright: ignore
                 x_BSD = x_BSD + y_BSD
             if report is not None:
                 reports.append(report)
@@ -222,12 +225,16 @@ class Transformer(nn.Module):
 
     @staticmethod
     def _feed_forward(
-        layer: Layer, x_BSD: Tensor, group_BS: Tensor, facts: BatchFacts | None = None
+        layer: Layer,
+        x_BSD: Tensor,
+        group_BS: Tensor,
+        facts: BatchFacts | None = None,
+        asked_A: Tensor | None = None,
     ) -> tuple[Tensor, LayerReport | None]:
         """What a layer's experts, or its dense FFN, add; and the report of its experts."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
-        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts)
+        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts, asked_A)
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:

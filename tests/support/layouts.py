@@ -23,6 +23,7 @@ from moe_dist.parallel.initialise import initialise, logical_expert_names
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.training_step import StepResult, TrainingStep
 from tests.support.parted_set import PartedSet
 from tests.support.worlds import RankContext
@@ -64,6 +65,7 @@ class Layout:
     per_pair: bool = False
     depths: str | None = None  # the choice set of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
+    tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are choice sets of their own
 
     @property
@@ -86,6 +88,7 @@ class Layout:
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
+        budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
         return "-".join(parts) + budget + timetable
@@ -236,6 +239,8 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
         if layout.depth_parts > 1:
             for router in model.depth_routers():
                 router.choice_set = PartedSet(layout.depth_parts)
+        if layout.tuned:
+            freeze_all_but_routers(model, layout.tuned)
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
         initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
