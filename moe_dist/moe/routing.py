@@ -17,6 +17,7 @@ from moe_dist.placement.placement import ExpertGroup
 if TYPE_CHECKING:
     from moe_dist.moe.choice_sets import ExpertsChoice
     from moe_dist.moe.dispatcher import DispatchPlan
+    from moe_dist.moe.lora import LoRAPlan
 
 ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
 
@@ -176,7 +177,7 @@ class RoutingTape:
     dropped_TK: Tensor | None = None
     facts: BatchFacts | None = None
     choice: "ExpertsChoice | None" = None
-    plan: "DispatchPlan | None" = field(default=None)
+    plan: "DispatchPlan | LoRAPlan | None" = field(default=None)
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:

@@ -17,7 +17,8 @@ def initialise(
 ) -> None:
     """Gives a model on the meta device its memory on `device`, and every parameter its initial value.
 
-    Norms start at 1, biases at 0; all else is normal with `std`, projections into the residual stream (attention.o, every
+    Norms start at 1, biases and the second matrices of adapters at 0, their first ones (r x in) as LoRA's authors' code has
+    them, with a variance of 1 / (3 in); all else is normal with `std`, projections into the residual stream (attention.o, every
     down) with std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
     """
     allocate(model, device)
@@ -49,6 +50,10 @@ def _draw(name: str, parameter: nn.Parameter, placement: ExpertPlacement, ep_ran
         return torch.ones(parameter.shape)
     if name.endswith(".bias"):
         return torch.zeros(parameter.shape)
+    if ".adapters." in name:
+        if name.endswith("b"):
+            return torch.zeros(parameter.shape)
+        scale = (3 * parameter.shape[-1]) ** -0.5
     if ".moe.experts." in name:
         names = logical_expert_names(name, placement, ep_rank)
         experts = [normal_tensor(each, tuple(parameter.shape[1:]), seed=seed, std=scale) for each in names]
