@@ -32,7 +32,7 @@ from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
-from moe_dist.model.flops import forward_flops, training_flops
+from moe_dist.model.flops import forward_flops, frozen_flops, training_flops
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet, DepthThresholds
 from moe_dist.model.transformer import ModelArgs, Transformer
@@ -432,7 +432,8 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
 
     def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
         forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
-        return training_flops(forward)  # model FLOPs: what recompute repeats is left out
+        frozen = frozen_flops(shape, forward, seq_len=config.data.seq_len)
+        return training_flops(forward, frozen=frozen)  # model FLOPs: what recompute repeats is left out
 
     return Plan(
         steps=config.train.steps,

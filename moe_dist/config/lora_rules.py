@@ -24,9 +24,7 @@ def has_adapters(model: ModelSection) -> bool:
 def largest_dropout(model: ModelSection) -> float:
     """Of all adapters; 0 without any."""
     experts, attention = model.moe.experts, model.attention_lora
-    return max(
-        experts.dropout if isinstance(experts, LoRAExpertsSection) else 0.0, attention.dropout if attention else 0.0
-    )
+    return max(experts.dropout if isinstance(experts, LoRAExpertsSection) else 0.0, attention.dropout if attention else 0.0)
 
 
 def lora_relations(config: Config) -> list[Relation]:
@@ -124,7 +122,7 @@ def _group_relations(config: Config) -> Iterator[Relation]:
 def _sharding_relations(config: Config) -> Iterator[Relation]:
     """LoRA experts are replicated: what places or sends experts has nothing to do."""
     why = (
-        f"LoRA experts are on every rank: sending a token to one would move rows of model.hidden_dim for products of rank r "
+        "LoRA experts are on every rank: sending a token to one would move rows of model.hidden_dim for products of rank r "
         f"({GUIDE})"
     )
     if not isinstance(config.placement, InterleavedSection):

@@ -18,13 +18,15 @@ class LoRAExpertsSection(Section):
 
     kind: Literal["lora"] = Field(
         default="lora",
-        description="The true experts are LoRA adapters over one frozen FFN a layer, which every token passes (LLaVA-MoLE).",
+        description="The true experts are LoRA adapters over one frozen FFN a layer, which every token passes "
+        "(LLaVA-MoLE).",
     )
     rank: PositiveInt = Field(description="Rank of each expert's adapters (r).")
     alpha: PositiveFloat = Field(description="An adapter's output is scaled by alpha / rank.")
     dropout: Decay = Field(default=0.0, description="Share of an adapter's inputs that is dropped while training.")
     targets: tuple[Literal["gate", "up", "down"], ...] = Field(
-        default=("gate", "up", "down"), description="Projections of the FFN that have adapters; all share the token's route."
+        default=("gate", "up", "down"),
+        description="Projections of the FFN that have adapters; all share the token's route.",
     )
     weight: Literal["probability", "straight_through", "published"] = Field(
         default="probability",

@@ -45,7 +45,8 @@ class RunSection(Section):
         default=(),
         description="What else is made of the weights of init_from: copy_nulls gives each null expert the router row of a "
         "true one, so that a trained top-k model begins as it is (AdaMoE); upcycle copies a dense FFN, or a group's one "
-        "expert, into every expert of the group; adapt puts new adapters on that model, which stays as it is (train.only=adapters).",
+        "expert, into every expert of the group; adapt puts new adapters on that model, which stays as it is "
+        "(train.only=adapters).",
     )
     keep_position: bool = Field(
         default=False,
@@ -170,8 +171,8 @@ class TrainSection(Section):
     only: Literal["auxiliary_routers", "adapters"] | None = Field(
         default=None,
         description="Train these parameters alone and freeze all others: auxiliary_routers is the second stage of expert "
-        "choice, begun with run.init_from; adapters are LoRA and the routers, over the frozen model of run.init_from. null trains "
-        "all.",
+        "choice, begun with run.init_from; adapters are LoRA and the routers, over the frozen model of run.init_from. null "
+        "trains all.",
     )
 
 

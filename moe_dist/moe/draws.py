@@ -1,7 +1,8 @@
 """Random numbers that depend on names alone: the same in any order, and when asked for again.
 
-A draw for each token and expert (`logistic`) is the same on any layout of ranks as well. A counter-based generator: the number of (seed, step, layer; token, expert) is a hash of them, so that nothing has a state,
-nothing is saved, and recomputation draws what the first forward drew.
+A counter-based generator (`logistic`): the number of (seed, step, layer; token, expert) is a hash of them, so that nothing
+has a state, nothing is saved, recomputation draws what the first forward drew, and any layout of ranks draws the same.
+Dropout (`dropped`) draws from a generator that a name begins anew: the same again, but for one rank's tokens at once.
 """
 
 import hashlib

@@ -104,7 +104,8 @@ class LoRAExperts(nn.Module):
     ) -> None:
         super().__init__()
         inward, outward = (hidden_dim, ffn_dim), (ffn_dim, hidden_dim)
-        self._groups, self._weight, self._scale, self._dropout = tuple(groups), weight, alpha / rank, dropout
+        self._weight: Weight = weight
+        self._groups, self._scale, self._dropout = tuple(groups), alpha / rank, dropout
         self._widths = {target: outward if target == "down" else inward for target in PROJECTIONS if target in targets}
         for group in groups:
             self.add_module(group.name, LoRAStack(group.num_experts, self._widths, rank))

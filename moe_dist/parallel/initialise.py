@@ -17,9 +17,9 @@ def initialise(
 ) -> None:
     """Gives a model on the meta device its memory on `device`, and every parameter its initial value.
 
-    Norms start at 1, biases and the second matrices of adapters at 0, their first ones (r x in) as LoRA's authors' code has
-    them, with a variance of 1 / (3 in); all else is normal with `std`, projections into the residual stream (attention.o, every
-    down) with std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
+    Norms start at 1, biases and the second matrices of adapters at 0, the first ones [r, in] normal with the variance of
+    the authors' code, 1 / (3 in); all else is normal with `std`, projections into the residual stream (attention.o,
+    every down) with std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
