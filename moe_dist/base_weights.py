@@ -11,15 +11,14 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import nn
 
-from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, content_hash
-from moe_dist.checkpoint.contents import Contents, open_checkpoint
+from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, content_hash, find_base
+from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
 from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError
 
 # What a section of the model says beside shapes, which show by the tensors.
 _FUNCTION = (
@@ -82,24 +81,6 @@ def load_base(
         Path(base.path), state, sources=base_sources, check=lambda contents: base.check(contents, adapters)
     )
     return base
-
-
-def find_base(base: Base, adapters: Path) -> Contents:
-    """The base of a checkpoint of adapters, found to be the one.
-
-    Raises:
-        DataError: it is not there, damaged, or another one.
-    """
-    try:
-        contents = open_checkpoint(find_checkpoint(Path(base.path)))
-    except ConfigError as error:
-        raise DataError(
-            f"{adapters}: its base {base.path} (content hash {base.content}) is not there; put it back (a link will do): a "
-            "checkpoint of adapters holds no weight of it",
-            see=GUIDE,
-        ) from error
-    base.check(contents, adapters)
-    return contents
 
 
 def base_faults(model: ModelSection, contents: Contents) -> list[str]:

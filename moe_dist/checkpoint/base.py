@@ -14,9 +14,10 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.contents import Contents
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import Index, listed
+from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
 
@@ -70,6 +71,24 @@ class Base:
                 f"with {self.content}; put that base back at {self.path} (a link will do), or train adapters on this one",
                 see=GUIDE,
             )
+
+
+def find_base(base: Base, adapters: Path) -> Contents:
+    """The base of a checkpoint of adapters, found to be the one.
+
+    Raises:
+        DataError: it is not there, damaged, or another one.
+    """
+    try:
+        contents = open_checkpoint(find_checkpoint(Path(base.path)))
+    except ConfigError as error:
+        raise DataError(
+            f"{adapters}: its base {base.path} (content hash {base.content}) is not there; put it back (a link will do): a "
+            "checkpoint of adapters holds no weight of it",
+            see=GUIDE,
+        ) from error
+    base.check(contents, adapters)
+    return contents
 
 
 def content_hash(index: Index) -> str:

@@ -26,7 +26,7 @@ def reference_lora_layer(
         taken = [] if index < 0 else _taken(layer, x, groups[index], weight)
         group = groups[max(index, 0)]
 
-        def projected(target: str, value: Tensor, group: ExpertGroup = group, taken: list = taken) -> Tensor:  # noqa: B008
+        def projected(target: str, value: Tensor, group: ExpertGroup = group, taken: list = taken) -> Tensor:
             y = layer.ffn.get_submodule(target).weight @ value  # pyright: ignore[reportOperatorIssue]
             stack = layer.adapters.get_submodule(group.name)
             for expert, w in taken:

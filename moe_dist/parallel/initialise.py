@@ -25,7 +25,7 @@ def initialise(
     residual = std / math.sqrt(2 * model.args.num_layers)
     for name, parameter in model.named_parameters():
         scale = residual if name.endswith((".o.weight", ".down.weight", ".down")) else std
-        _set(parameter, _draw(name, parameter, placement, ep_rank, seed, scale))
+        set_whole(parameter, _draw(name, parameter, placement, ep_rank, seed, scale))
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
@@ -69,7 +69,8 @@ def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 
 @torch.no_grad()
-def _set(parameter: nn.Parameter, full: Tensor) -> None:
+def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
+    """Gives a parameter, or this rank's shard of it, its part of a whole tensor."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return
