@@ -1,5 +1,5 @@
-"""Adapters on an imported Llama: the base's function to the last bit at first, PEFT's numbers, and what merges into a matrix
-for the way back."""
+"""Adapters on an imported Llama: the base is itself to the last bit at first, PEFT has the same numbers, and what merges
+into a matrix goes out again."""
 
 from pathlib import Path
 from typing import Any
@@ -181,5 +181,5 @@ def test_a_base_that_changed_is_not_merged(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not there; put it back"):
         export_model(tmp_path / "run", tmp_path / "out")
     import_model(save(tiny_model("llama", seed=2), tmp_path / "others"), base)
-    with pytest.raises(DataError, match="its content hash is .* were trained on a base with"):
+    with pytest.raises(DataError, match=r"its content hash is .* were trained on a base with"):
         export_model(tmp_path / "run", tmp_path / "out")
