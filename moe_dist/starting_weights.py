@@ -13,11 +13,12 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from moe_dist.checkpoint.content_hash import content_hash
-from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import CheckpointState
-from moe_dist.checkpoint.takeover import Taken
+from moe_dist.checkpoint.takeover import Taken, fitting
+from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.init_rules import source_faults
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import load_tuning_manifest
@@ -42,8 +43,8 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     upcycle, copy = "upcycle" in rules, "copy_nulls" in rules
     source: dict[str, JsonValue] = {}
 
-    def check(values: Mapping[str, JsonValue]) -> None:
-        found = values.get("config")
+    def check(contents: Contents) -> None:
+        found = contents.state.values.get("config")
         source.update(found if isinstance(found, dict) else {})
         # Upcycled experts are alike, so that it does not matter which of them a token takes.
         if copy and not upcycle and (faults := source_faults(config, source)):
@@ -51,7 +52,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
     if config.router_tuning is not None:
         checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
-    taken = checkpoints.load_fitting(path, state, upcycle=upcycle, check=check)
+    taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
         rows = sum(copy_true_rows(gate) for gate in _gates(model, config))

@@ -218,7 +218,7 @@ class TrainingStep:
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
             self.placement,
-            self.parallel.mesh.ep_rank,
+            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # that of LoRA experts has one rank, whatever ep is
             true_choices_G=true_choices_G,
             null_choices_G=null_choices_G,
             tokens_G=tokens_G,

@@ -18,6 +18,7 @@ from moe_dist.placement.placement import ExpertGroup
 if TYPE_CHECKING:
     from moe_dist.moe.choice_sets import ExpertsChoice
     from moe_dist.moe.dispatcher import DispatchPlan
+    from moe_dist.moe.lora import LoRAPlan
 
 ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
 
@@ -183,7 +184,7 @@ class RoutingTape:
     facts: BatchFacts | None = None
     asked_A: Tensor | None = None  # int64, tokens whose softmax the caller wants
     choice: "ExpertsChoice | None" = None
-    plan: "DispatchPlan | None" = field(default=None)
+    plan: "DispatchPlan | LoRAPlan | None" = field(default=None)
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:

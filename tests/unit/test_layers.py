@@ -18,6 +18,8 @@ FLOORS = (
         "trainer",
         "build",
         "build_tuning",
+        "build_lora",
+        "base_weights",
         "session",
         "resume",
         "starting_weights",
