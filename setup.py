@@ -35,6 +35,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "test": [
         "hypothesis>=6",
+        "peft>=0.17",
         "prometheus-client>=0.20",
         "pytest>=8",
         "pytest-timeout>=2.2",

@@ -192,7 +192,9 @@ class EvaluationSection(Section):
         "the running means as they are.",
     )
     balance_efficiency: bool = Field(
-        default=True, description="Measure throughput with real against evenly spread routing."
+        default=True,
+        description="Measure throughput with real against evenly spread routing; LoRA experts, which every rank holds, are "
+        "left out.",
     )
     ablate_experts: bool = Field(
         default=True, description="At the end, measure held-out loss with the experts' output zeroed."

@@ -184,6 +184,16 @@ def test_dropout_draws_the_same_again(recompute: str) -> None:
     )
 
 
+def test_bf16_keeps_routing_weights_in_fp32() -> None:
+    layer, group_T = make_layer(SEVERAL).float(), torch.tensor([0, 1, 2, -1] * 6)
+    x_TD = inputs(group_T)
+    expected_TD, _ = layer(x_TD.float(), group_T)
+    y_TD, _ = layer(x_TD.to(torch.bfloat16), group_T)
+    assert y_TD.dtype == torch.bfloat16
+    assert layer.router(layer.norm(x_TD.to(torch.bfloat16)), group_T).assignments.weight_N.dtype == torch.float32
+    assert (y_TD.float() - expected_TD).abs().max() < 0.05 * expected_TD.abs().max()
+
+
 def test_dropout_keeps_the_mean() -> None:
     x = torch.ones(200, 100)
     y = dropped(x, 0.25, name=(1, 2, 3))
