@@ -1,8 +1,8 @@
 """The schema of router tuning (RoMA): which layers, which neighbours, how strong. `schema` has the whole."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from moe_dist.config.section import Count, NonNegative, PathText, Relation, Section
 
@@ -68,6 +68,12 @@ class RouterTuningSection(Section):
         default=None,
         description="First digits of the SHA-256 of the embedder that the data must have been made with; null takes any.",
     )
+
+    @field_validator("neighbours", mode="before")
+    @classmethod
+    def _nearest_unless_said(cls, value: Any) -> Any:
+        """`neighbours: {k: 5}` means the default kind, which has that key."""
+        return {"kind": "nearest", **value} if isinstance(value, dict) and "kind" not in value else value
 
     def broken_relations(self) -> list[Relation]:
         broken = []

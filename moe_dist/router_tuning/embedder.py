@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from moe_dist.errors import ConfigError, DataError
@@ -101,12 +102,14 @@ class Embedder:
     @cached_property
     def _model(self) -> Any:
         from transformers import AutoModel  # seconds to import
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of a load of a second
         try:
             model = AutoModel.from_pretrained(
                 self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise DataError(f"{self._root}: its model cannot be loaded: {error!s:.300}", see=GUIDE) from error
         return model.to(self._device).eval()
 

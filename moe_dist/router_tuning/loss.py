@@ -32,7 +32,7 @@ def manifold_sum_reference(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) 
     for i in range(r_BR.shape[0]):
         for j in range(target_BKR.shape[1]):
             for c in range(r_BR.shape[1]):
-                difference = r_BR[i, c] - float(target_BKR[i, j, c])
+                difference = r_BR[i, c] - float(target_BKR[i, j, c].detach())
                 total = total + float(weight_BK[i, j]) * difference * difference
     return total
 

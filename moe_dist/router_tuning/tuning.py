@@ -90,6 +90,7 @@ class RouterTuning:
     ) -> None:
         self._samples, self._chosen, self._reader, self._neighbours = samples, chosen, reader, neighbours
         self._weight, self._refresh_every = weight, refresh_every
+        self._width = len(chosen.places) * samples.manifest.columns  # R
         self._routers = router_parameters(model, chosen.layers)
         self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
         self._routing_SLC: np.ndarray | None = None  # of the last refresh; else the samples' own
@@ -106,7 +107,7 @@ class RouterTuning:
         assert isinstance(batch, SampleBatch), "router tuning trains on samples"
         found = [self._neighbours(number) for number in batch.numbers]
         most = max(len(each.number_K) for each in found)
-        rows_BKR = np.zeros((len(found), most, len(self._chosen.places) * self._samples.manifest.columns), np.float64)
+        rows_BKR = np.zeros((len(found), most, self._width))
         weight_BK = np.zeros((len(found), most))
         for row, each in enumerate(found):
             rows_BKR[row, : len(each.number_K)] = self._rows(each.number_K)
@@ -117,9 +118,10 @@ class RouterTuning:
     def _rows(self, number_K: np.ndarray) -> np.ndarray:
         """Routing of samples in the chosen layers, [K, R]."""
         if self._routing_SLC is not None:
-            return self._routing_SLC[number_K].reshape(len(number_K), -1)
-        rows = self._samples.routing_SLC[number_K][:, list(self._chosen.stored)]
-        return rows.reshape(len(number_K), -1)
+            rows_KLC = self._routing_SLC[number_K]
+        else:
+            rows_KLC = self._samples.routing_SLC[number_K][:, list(self._chosen.stored)]
+        return rows_KLC.reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
         """The loss with this rank's share of the term; nothing is averaged over ranks, since the samples of a step are as

@@ -38,7 +38,7 @@ class Site:
     def made(self, name: str, **options: Any) -> Path:
         model = tiny_config(self._data, self.root).model.model_dump(mode="json")
         options = {"base": self.root / "base", "layers": (0, 1), "columns": 8, **options}
-        return made_samples(self.root / name, ids=(4, IMAGE_IDS[0]), model=model, **options)
+        return made_samples(self.root / name, ids=(4, IMAGE_IDS[1]), model=model, **options)
 
     def tune(self, name: str, *, section: dict[str, Any] | None = None, ranks: int = 2, **changes: Any) -> list[WholeRun]:
         tuning = {"data": str(self.samples), "last_layers": 1, **(section or {})}
@@ -118,8 +118,10 @@ def test_a_tuned_run_is_an_ordinary_checkpoint(site: Site, run_in_world: Callabl
 
 def test_other_weights_than_the_scored_ones_are_refused(site: Site) -> None:
     other = site.made("of-other", checkpoint="f" * 64, base=None)
-    with pytest.raises(WorldError, match=r"made from the weights ffffffffffffffff\.\.\. .*but .* has "):
-        site.tune("other-base", section={"data": str(other)})
+    with pytest.raises(
+        WorldError, match=r"made from the weights ffffffffffffffff\.\.\. \(step 0 of runs/base\), but .* has "
+    ):
+        site.tune("other-base", section={"data": str(other)}, ranks=1, parallel__ep=1, placement__policy="interleaved")
 
 
 def test_other_samples_under_the_same_path_end_a_resume(site: Site) -> None:

@@ -86,7 +86,8 @@ def test_what_is_interrupted_leaves_nothing_that_looks_whole(
 
 
 def pickled(path: Path) -> None:
-    np.save(path, np.array([{}], object), allow_pickle=True)
+    with path.open("wb") as file:
+        np.save(file, np.array([{}], object), allow_pickle=True)
 
 
 def flipped(path: Path) -> None:
