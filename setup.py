@@ -37,6 +37,7 @@ EXTRAS = {
         "prometheus-client>=0.20",
         "pytest>=8",
         "pytest-timeout>=2.2",
+        "pytest-xdist>=3.6",
         "ray[default]>=2.49",
         "transformers>=5",
         "wandb>=0.19",
