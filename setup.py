@@ -33,7 +33,9 @@ EXTRAS = {
     "reproduce": ["matplotlib>=3.8", "scipy>=1.11"],
     "wandb": ["wandb>=0.19"],
     "test": [
+        "accelerate>=1",
         "hypothesis>=6",
+        "lm_eval>=0.4.9",
         "prometheus-client>=0.20",
         "pytest>=8",
         "pytest-timeout>=2.2",
