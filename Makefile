@@ -11,6 +11,8 @@ NEXT_MEGATRON := .cache/megatron-0.19
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 # One thread a process: the tests run more processes than there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests of one process run beside each other, a file on one worker; those of several ranks fill the cores by themselves.
+BESIDE := -n logical --maxprocesses 4 --dist loadfile
 export RUN ARGS
 
 .DEFAULT_GOAL := help
@@ -25,7 +27,8 @@ train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONF
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
 
 test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-faults and test-clusters
-	@$(TEST) --ignore=tests/faults --ignore=tests/clusters tests
+	@$(TEST) $(BESIDE) tests/unit
+	@$(TEST) --ignore=tests/unit --ignore=tests/faults --ignore=tests/clusters tests
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
 	@$(TEST) tests/faults

@@ -23,7 +23,7 @@ _MAX_NEW_TOKENS = 256  # where a task does not say
 class HarnessModel(LM):
     """A model with the three things that the harness asks for.
 
-    What does not fit into `max_seq_len` loses the beginning of its context, as the harness's own models do it.
+    What does not fit into `max_seq_len` loses the beginning of its context, but for the mark that documents begin with.
 
     Args:
         likelihood, generator: Of the same model.
