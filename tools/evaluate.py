@@ -142,12 +142,15 @@ def _check(options: Options, env: RankEnv) -> list[str]:
 
 def _harness(options: Options, trained: Trained, material: Material, likelihood: Likelihood) -> dict[str, Any]:
     """What lm_eval measures."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.task import Task
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from moe_dist.evaluation.harness import HarnessModel
 
-    names = [str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness.split(",")]
+    names: list[str | dict[str, Any] | Task] = [
+        str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness.split(",")
+    ]
     max_seq_len = trained.config.model.max_seq_len
     generator = Generator(
         likelihood.model, material.grammar, group_of_modality=trained.group_of_modality, max_seq_len=max_seq_len
@@ -157,9 +160,9 @@ def _harness(options: Options, trained: Trained, material: Material, likelihood:
         tasks=names,
         limit=options.limit or None,
         log_samples=False,
-        task_manager=TaskManager(include_defaults=not all(Path(name).is_file() for name in names)),
+        task_manager=TaskManager(include_defaults=not all(Path(str(name)).is_file() for name in names)),
     )
-    return {} if found is None else {name: dict(each) for name, each in found["results"].items()}
+    return {} if found is None else {name: dict(each) for name, each in found.get("results", {}).items()}
 
 
 def _folder(options: Options, trained: Trained) -> Path:

@@ -27,6 +27,7 @@ from moe_dist.evaluation.calibration import by_threshold, calibrate
 from moe_dist.evaluation.heldout import forward
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import choice_of_training
+from moe_dist.router_tuning.loader import SampleLoader
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
@@ -117,7 +118,7 @@ class Measurement:
         return model
 
     @cached_property
-    def _loader(self) -> TrainLoader:
+    def _loader(self) -> TrainLoader | SampleLoader:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
