@@ -21,16 +21,16 @@ from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.loader import TrainLoader, heldout_batches, source_shares
+from moe_dist.data.loader import heldout_batches, source_shares
 from moe_dist.errors import MoeDistError
 from moe_dist.evaluation.calibration import by_threshold, calibrate
 from moe_dist.evaluation.heldout import forward
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import choice_of_training
-from moe_dist.router_tuning.loader import SampleLoader
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.trainer import Loader
 from tools.reproduction import probes
 from tools.reproduction.answers import answers
 from tools.reproduction.runner import MEASURED
@@ -118,7 +118,7 @@ class Measurement:
         return model
 
     @cached_property
-    def _loader(self) -> TrainLoader | SampleLoader:
+    def _loader(self) -> Loader:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
