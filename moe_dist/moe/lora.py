@@ -175,12 +175,15 @@ class LoRALayer(nn.Module):
         self.ablated = False
         self._seed, self._layer, self._traffic = seed, layer, traffic or Traffic()
 
-    def forward(self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None) -> tuple[Tensor, LayerReport]:
-        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
+    def forward(
+        self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None, asked_A: Tensor | None = None
+    ) -> tuple[Tensor, LayerReport]:
+        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report, with the routing
+        softmax of the tokens `asked_A` (int64).
 
         With `ablated` set the adapters add nothing.
         """
-        tape = RoutingTape(facts=facts)
+        tape = RoutingTape(facts=facts, asked_A=asked_A)
         # Not x_TD.requires_grad, as elsewhere: below the first adapter nothing has a gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return self._again(self._forward, x_TD, group_T, tape)
@@ -188,7 +191,7 @@ class LoRALayer(nn.Module):
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, _ = self.router(h_TD, group_T, tape)
+        assignments, sums, _, prob_AC = self.router(h_TD, group_T, tape)
         plan: Any = tape.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._traffic)
         tape.plan = plan
         weight_N = assignments.weight_N
@@ -196,7 +199,7 @@ class LoRALayer(nn.Module):
             y_TD = self._again(self._ffn, h_TD, weight_N, plan, tape.facts)
         else:
             y_TD = self._ffn(h_TD, weight_N, plan, tape.facts)
-        return y_TD, LayerReport(sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0)
+        return y_TD, LayerReport(sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0, prob_AC=prob_AC)
 
     def _ffn(self, h_TD: Tensor, weight_N: Tensor, plan: LoRAPlan, facts: BatchFacts | None) -> Tensor:
         draw = None if facts is None else adapter_draw(self._seed, self._layer, facts)
