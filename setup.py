@@ -39,6 +39,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.2",
         "ray[default]>=2.49",
+        "scikit-learn>=1.4",
         "transformers>=5",
         "wandb>=0.19",
     ],
