@@ -43,6 +43,7 @@ EXTRAS = {
         "pytest-timeout>=2.2",
         "pytest-xdist>=3.6",
         "ray[default]>=2.49",
+        "scikit-learn>=1.4",
         "transformers>=5",
         "wandb>=0.19",
     ],
