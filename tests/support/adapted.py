@@ -42,6 +42,7 @@ class Adapted:
         values = yaml.safe_load((imported / "config.yaml").read_text())
         values["run"]["init_rules"], values["train"]["only"] = ["adapt"], "adapters"
         values["parallel"] |= {"device": "cpu", "precision": "fp32"}
+        values["data"]["path"] = "none"  # what an import names may be there, and is no data of a tiny model
         moe, values["model"]["attention_lora"] = values["model"]["moe"], attention
         if experts is not None:
             moe["experts"] = {"kind": "lora", **experts}
