@@ -43,7 +43,6 @@ class Adapted:
         values["run"]["init_rules"], values["train"]["only"] = ["adapt"], "adapters"
         values["data"]["path"] = str(folder / "no data")  # whatever the machine has prepared
         values["parallel"] |= {"device": "cpu", "precision": "fp32"}
-        values["data"]["path"] = "none"  # what an import names may be there, and is no data of a tiny model
         moe, values["model"]["attention_lora"] = values["model"]["moe"], attention
         if experts is not None:
             moe["experts"] = {"kind": "lora", **experts}
