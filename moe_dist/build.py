@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture, moment_specs
+from moe_dist.build_lora import attention_adapters, lora_layers
+from moe_dist.build_tuning import build_sample_loader, build_tuning
+from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.config.balance_rules import even_loads, load_targets
+from moe_dist.config.lora_rules import has_lora_experts, largest_dropout
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.model_schema import (
     ExpertChoiceRouterSection,
@@ -25,11 +29,12 @@ from moe_dist.config.model_schema import (
 )
 from moe_dist.config.parallel_schema import ParallelSection
 from moe_dist.config.schema import Config
+from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
-from moe_dist.model.flops import forward_flops, training_flops
+from moe_dist.model.flops import forward_flops, frozen_flops, training_flops
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet, DepthThresholds
 from moe_dist.model.transformer import ModelArgs, Transformer
@@ -61,11 +66,14 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.policies import expert_groups
+from moe_dist.router_tuning.loader import SampleLoader
+from moe_dist.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.sizes import model_shape
 from moe_dist.trainer import Plan
 from moe_dist.training_step import TrainingStep
 
 NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside the node
+TRAINED_PARTS = {"auxiliary_routers": ("auxiliary",), "adapters": ("adapters", "router")}  # in a parameter's path
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -204,6 +212,12 @@ def build_model(
     """
     section, moe = config.model, config.model.moe
     wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
+    make_adapters = attention_adapters(config)
+    dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
+    args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
+    if has_lora_experts(section):
+        new_router = partial(build_router, moe.router, section.hidden_dim, placement.groups)
+        return Transformer(args, lora_layers(config, placement.groups, wire.traffic, new_router), None, make_adapters)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(config.parallel, placement, wire, hidden_dim=section.hidden_dim, node_groups=node_groups)
 
@@ -246,9 +260,7 @@ def build_model(
         fields = section.depths.model_dump(exclude={"every", "first", "set"})
         return DepthRouter(section.hidden_dim, choice_set=depth_set, name=f"layers.{layer}", **fields)
 
-    dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
-    args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
-    return Transformer(args, make_moe, make_depths)
+    return Transformer(args, make_moe, make_depths, make_adapters)
 
 
 def build_depth_set(config: Config, mesh: Mesh, traffic: Traffic) -> DepthSet | None:
@@ -270,19 +282,37 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
     everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
     with torch.device("meta"):
         model = build_model(config, everything, ep_rank=0, ep_group=None)
-    if config.train.only == "auxiliary_routers":
-        freeze_all_but(model, "auxiliary")
+    freeze(model, config)
     layout = RankLayout(everything)
-    return {**capture(model, None, layout).specs, **moment_specs(model, layout)}
+    return {**capture(model, None, layout, part=saved_part(config)).specs, **moment_specs(model, layout)}
+
+
+def freeze(model: Transformer, config: Config) -> None:
+    """Leaves gradients to what `train.only` names."""
+    if config.router_tuning is not None:
+        freeze_all_but_routers(model, chosen_layers(config.router_tuning, config.model.moe_layers))
+    elif config.train.only is not None:
+        freeze_all_but(model, *TRAINED_PARTS[config.train.only])
+
+
+def saved_part(config: Config) -> Part:
+    """What a checkpoint of a run holds: adapters without the base that they stand on, else all."""
+    return "trained" if config.train.only == "adapters" else "all"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What takes steps: the model on its mesh, its optimizer, and the step over both."""
+    """What takes steps: the model on its mesh, its optimizer, and the step over both; and what of router tuning resumes."""
 
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
+    tuning: RouterTuning | None = None
+
+    def controllers(self) -> dict[str, BiasController | RouterTuning]:
+        """What resumes besides tensors, by name."""
+        found = {"balance": self.step.balance, "router_tuning": self.tuning}
+        return {name: each for name, each in found.items() if each is not None}
 
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
@@ -301,11 +331,10 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             choice_ranks=choice_ranks_of(mesh),
             depth_set=build_depth_set(config, mesh, traffic),
         )
+    freeze(model, config)
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
-    if config.train.only == "auxiliary_routers":
-        freeze_all_but(model, "auxiliary")
     parallel = ParallelModel(model, mesh, config.parallel.data)
     section = config.optimizer
     optimizer = make_optimizer(
@@ -315,19 +344,23 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         betas=section.betas,
         eps=section.eps,
     )
+    groups = group_of_modality(manifest, placement)
+    tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     step = TrainingStep(
         parallel,
         optimizer,
         placement=placement,
-        group_of_modality=group_of_modality(manifest, placement),
+        group_of_modality=groups,
         clip_norm=section.clip_norm,
         traffic=traffic,
         thresholds=ThresholdKeeper.of(model.moe_modules()) if config.train.only is None else None,
-        needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection),
+        needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection)
+        or largest_dropout(config.model) > 0.0,
         balance=build_balance(config.model.moe, model, placement.groups),
         depths=depth_thresholds(model),
+        tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
     )
-    return Training(parallel, optimizer, step)
+    return Training(parallel, optimizer, step, tuning)
 
 
 def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
@@ -364,8 +397,10 @@ def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[in
     return [index[name] for name in manifest.modalities]
 
 
-def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader:
+def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader | SampleLoader:
     """A rank's training batches."""
+    if config.router_tuning is not None:
+        return build_sample_loader(config, manifest, rank=rank, world_size=world_size)
     return TrainLoader(
         config.data.path,
         manifest,
@@ -393,7 +428,7 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         final_sequences=config.evaluation.final_sequences,
         micro_batch=config.train.micro_batch,
         group_of_modality=training.step.group_of_modality,
-        measure_balance=config.evaluation.balance_efficiency,
+        measure_balance=config.evaluation.balance_efficiency and not has_lora_experts(config.model),
         ablate=config.evaluation.ablate_experts,
         calibration=config.evaluation.calibration,
     )
@@ -414,7 +449,8 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
 
     def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
         forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
-        return training_flops(forward)  # model FLOPs: what recompute repeats is left out
+        frozen = frozen_flops(shape, forward, seq_len=config.data.seq_len)
+        return training_flops(forward, frozen=frozen)  # model FLOPs: what recompute repeats is left out
 
     return Plan(
         steps=config.train.steps,

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from moe_dist.build import COMPUTE_DTYPES, build_model
+from moe_dist.config.lora_rules import has_adapters
 from moe_dist.config.schema import Config
 from moe_dist.model import flops, memory
 from moe_dist.placement.placement import ExpertGroup
@@ -91,8 +92,11 @@ def estimate(config: Config) -> DryRun:
         tokens=config.train.micro_batch * config.data.seq_len,
         max_receive_rows=parallel.max_receive_rows,
     )
-    memories = [_memory(shape, layout, shared, plan, rank, share) for rank in range(parallel.ep)]
-    rank = max(range(parallel.ep), key=lambda r: memories[r].total)
+    ranks = range(layout.placement.num_ranks)
+    memories = [_memory(shape, layout, shared, plan, rank, share) for rank in ranks]
+    rank = max(ranks, key=lambda r: memories[r].total)
+    frozen = flops.frozen_flops(shape, forward, seq_len=config.data.seq_len)
+    useful = flops.training_flops(forward, frozen=frozen)
     exchanges = 5 if parallel.recompute == "block" else 4  # dispatch and combine, both ways, and dispatch repeated
     return DryRun(
         layout=layout,
@@ -100,7 +104,7 @@ def estimate(config: Config) -> DryRun:
         parts=parts,
         active_parameters=flops.active_parameters(shape, **per_token).total,
         forward=forward,
-        training_flops=(flops.training_flops(forward), flops.training_flops(forward, recompute=parallel.recompute)),
+        training_flops=(useful, flops.training_flops(forward, recompute=parallel.recompute, frozen=frozen)),
         plan=plan,
         rank=rank,
         rank_memory=memories[rank],
@@ -108,7 +112,7 @@ def estimate(config: Config) -> DryRun:
         * plan.remote_rows_per_token
         * (shape.num_moe_layers - shape.layers_passed_by)
         * (shape.hidden_dim * itemsize),
-        checkpoint_bytes=parts.total * memory.CHECKPOINT_BYTES,
+        checkpoint_bytes=memory.checkpoint_bytes(shape),
         tokens=config.train.steps * config.train.global_batch * config.data.seq_len,
     )
 
@@ -125,10 +129,12 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
     useful, computed = result.training_flops
     table.add_row("FLOPs a token, forward", count_text(result.forward.total), _parts_text(result.forward))
     repeats = f"; {count_text(computed)} with recompute={config.parallel.recompute}" if computed > useful else ""
-    table.add_row("FLOPs a token, training", count_text(useful), f"three times forward{repeats}")
+    table.add_row("FLOPs a token, training", count_text(useful), f"{_times(config)}{repeats}")
     table.add_section()
     _add_memory_rows(table, config, result)
-    table.add_row("checkpoint", bytes_text(result.checkpoint_bytes), "all ranks together, weights and moments in fp32")
+    what = "adapters and routers alone, " if has_adapters(config.model) else ""
+    kept = f"all ranks together, {what}weights and moments in fp32"
+    table.add_row("checkpoint", bytes_text(result.checkpoint_bytes), kept)
     table.add_section()
     rows = f"{result.plan.remote_rows_per_token:.3f} remote rows a token and layer; placement {config.placement.policy}"
     table.add_row("exchanged a token", bytes_text(result.exchange_bytes), rows)
@@ -148,6 +154,10 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
             f"at {tokens_per_second:,.0f} tokens/s: {count_text(rate)}FLOP/s a rank",
         )
     return table
+
+
+def _times(config: Config) -> str:
+    return "three times forward" + (", without gradients of frozen weights" if has_adapters(config.model) else "")
 
 
 def count_text(number: float) -> str:
@@ -178,7 +188,7 @@ def _memory(
 def _agree_with_model(config: Config, layout: Layout, parts: flops.Parts) -> None:
     """Holds the analytic count against the model that would run, each rank's experts included."""
     placement, total = layout.placement, 0
-    held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(config.parallel.ep)]
+    held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
     for held, ranks in Counter(held_R).items():  # ranks that hold alike are built once
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)

@@ -64,7 +64,8 @@ class MicroLoss(NamedTuple):
     Attributes:
         total: This rank's share of the step's loss, to call backward on.
         nll_M: Summed token losses by the label's modality, nats; float64, no gradient.
-        balance, z, auxiliary: This rank's shares of the terms as they entered `total`; float64, no gradient.
+        balance, z, auxiliary: This rank's shares of the terms as they entered `total`, the last of what is trained alone
+            (auxiliary routers, router tuning); float64, no gradient.
         counts: Routing counts over all ranks.
         depths: Those of layers that compute a share of the tokens; None without any.
     """

@@ -15,15 +15,17 @@ from moe_dist.config.draft import Draft
 from moe_dist.config.index_header import largest_id
 from moe_dist.config.init_rules import init_relations
 from moe_dist.config.load import GUIDE, model_relations, read_draft
+from moe_dist.config.lora_rules import has_lora_experts, lora_relations
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.config.router_rules import router_relations
 from moe_dist.config.schema import Config
 from moe_dist.config.section import RESERVED_GROUP_NAMES, Relation
 from moe_dist.config.split_files import check_split, count_by_modality
+from moe_dist.config.tuning_rules import judge_tuning_data, tuning_relations
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.planner import PlanComparison, compare
-from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.placement.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.runtime.host import host_relations
 
 _LOOKED_AT = 256 << 20  # bytes of ids of each split
@@ -125,6 +127,7 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     if manifest is not None:
         relations += manifest_relations(config, groups, manifest)
         data_faults += data_set_faults(config.data.path, manifest)
+    relations += judge_tuning_data(config, manifest, data_faults)
     if world_size not in (None, config.parallel.ep * config.parallel.edp):
         relations.append(_world_relation(config, world_size))
     sound = manifest is not None and not data_faults
@@ -136,7 +139,7 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     if placement is None or manifest is None:
         raise AssertionError("a fault was found but not reported")
     micro_batches = config.train.global_batch // (config.train.micro_batch * config.parallel.ep * config.parallel.edp)
-    comparison = compare(groups, config.parallel.ep, mix)
+    comparison = compare(groups, placement.num_ranks, mix)
     return Preflight(config, manifest, groups, placement, micro_batches, mix, comparison)
 
 
@@ -144,6 +147,7 @@ def _own_relations(config: Config, groups: Sequence[ExpertGroup]) -> list[Relati
     """What the configuration breaks by itself."""
     rules = [*model_relations(config), *batch_relations(config), *gemm_relations(config), *group_relations(groups)]
     rules += [*dispatch_relations(config), *balance_relations(config)]
+    rules += [*lora_relations(config), *tuning_relations(config)]
     return [*rules, *router_relations(config), *init_relations(config)]
 
 
@@ -353,6 +357,8 @@ def _manifest_or_fault(config: Config, relations: list[Relation], data_faults: l
 def _placement_or_fault(
     config: Config, groups: Sequence[ExpertGroup], mix: Mapping[str, int], relations: list[Relation]
 ) -> ExpertPlacement | None:
+    if has_lora_experts(config.model):
+        return replicated_placement(groups)
     try:
         return make_placement(config.placement, groups, num_ranks=config.parallel.ep, token_mix=mix)
     except ConfigError as error:

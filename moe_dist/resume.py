@@ -3,6 +3,7 @@
 parameters, moments, the optimizer's count    tensors and state.json, see `moe_dist.checkpoint.state`
 values["progress"]                            step (which the schedules follow), data position, counters
 values["config"], values["data"]              resolved configuration; digests of the data
+values["base"]                                of adapters: place and content hash of the model under them
 values["controllers"]                         states of balance controllers and the like, by name
 rank_values["generators"]                     random number generators of each rank
 placement, versions                           for the reader
@@ -17,7 +18,10 @@ from typing import Protocol
 
 from pydantic import JsonValue, ValidationError
 
-from moe_dist.build import Training
+from moe_dist.base_weights import begin_on_base, load_base
+from moe_dist.build import Training, saved_part
+from moe_dist.checkpoint.base import KEY as BASE
+from moe_dist.checkpoint.base import Base
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
@@ -79,6 +83,7 @@ class Resumable:
         self._saver = Saver(checkpoints, asynchronous=config.checkpoint.asynchronous, watch=mesh.watch)
         self._device = mesh.device
         self._data: dict[str, str] = {}
+        self._base: Base | None = None
         self._layout = RankLayout(
             placement,
             rank=mesh.rank,
@@ -99,6 +104,7 @@ class Resumable:
             "config": self._config.model_dump(mode="json"),
             "data": {**self._data},
             "controllers": {name: controller.state() for name, controller in self._controllers.items()},
+            **({} if self._base is None else {BASE: self._base.to_json()}),
         }
         rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
         self._saver.save(progress.step, self._capture(values, rank_values), durable=durable)
@@ -124,7 +130,7 @@ class Resumable:
         newest = self._checkpoints.latest()
         if newest is None:
             if self._config.run.init_from is not None:
-                report = begin_with_weights(self._config, self._checkpoints, self._capture(), self._training.parallel.model)
+                report = self._begin()
                 if self._checkpoints.rank == 0:
                     print(f"run.init_from: {report}")
                 if self._config.run.keep_position:
@@ -133,17 +139,29 @@ class Resumable:
         restored = self._checkpoints.load(newest, self._capture())
         self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
         progress = progress_of(restored, self._config, newest)
+        model = self._training.parallel.model
+        if saved_part(self._config) == "trained":
+            self._base = load_base(restored.values, newest, self._checkpoints, model, self._layout)
         self._restore_controllers(restored, newest)
         if restored.rank_values:
             restore_generators(mapping_of(restored.rank_values, "generators", newest), self._device)
         logger.info("going on from %s", newest)
         return progress
 
+    def _begin(self) -> str:
+        """Takes the weights of `run.init_from`; what was done, in words."""
+        model = self._training.parallel.model
+        if saved_part(self._config) == "trained":
+            self._base, report = begin_on_base(self._config, self._checkpoints, model, self._layout)
+            return report
+        return begin_with_weights(self._config, self._checkpoints, self._capture(), model)
+
     def _capture(
         self, values: Mapping[str, JsonValue] | None = None, rank_values: Mapping[str, JsonValue] | None = None
     ) -> CheckpointState:
-        training = self._training
-        return capture(training.parallel.model, training.optimizer, self._layout, values=values, rank_values=rank_values)
+        model, optimizer = self._training.parallel.model, self._training.optimizer
+        part = saved_part(self._config)
+        return capture(model, optimizer, self._layout, part=part, values=values, rank_values=rank_values)
 
     def _look_at_data(self) -> None:
         self._data = data_digest(self._config.data.path, self._manifest)

@@ -12,6 +12,7 @@ from moe_dist.comm.watch import Watch
 from moe_dist.config import schema
 from moe_dist.config.balance_rules import load_targets
 from moe_dist.config.load import resolved_yaml
+from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.schema import Config
 from moe_dist.errors import PlacementError
 from moe_dist.monitor.devices import DeviceMonitor
@@ -147,6 +148,8 @@ def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[S
 
 def placement_text(plan: Preflight, *, width: int = 120) -> str:
     """The placement of a run beside what the policies would cost for its token mix, as plain text of `width` columns."""
+    if has_lora_experts(plan.config.model):
+        return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
     return render(
         plan.comparison,
         plan.placement,

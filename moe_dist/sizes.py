@@ -1,11 +1,13 @@
 """Sizes of a run from its configuration, without torch."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, ModelSection
 from moe_dist.config.schema import Config
-from moe_dist.model.flops import Shape, parameters
-from moe_dist.model.memory import CHECKPOINT_BYTES
+from moe_dist.model import memory
+from moe_dist.model.flops import Adapters, Shape
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.policies import expert_groups
 
@@ -32,14 +34,19 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
         num_depth_layers=len(section.depth_layers),
         depth_capacity=1.0 if section.depths is None else section.depths.capacity,
+        lora=_adapters(section.moe.experts if has_lora_experts(section) else None),
+        attention_lora=_adapters(section.attention_lora),
         depth_auxiliary=section.depths is not None and section.depths.causal == "auxiliary",
     )
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Of one checkpoint, all ranks together: weights and moments in fp32."""
-    shape = model_shape(config.model, expert_groups(config.model.moe))
-    return round(parameters(shape).total * CHECKPOINT_BYTES)
+    """Of one checkpoint, all ranks together."""
+    return round(memory.checkpoint_bytes(model_shape(config.model, expert_groups(config.model.moe))))
+
+
+def _adapters(section: Any) -> Adapters | None:
+    return None if section is None else Adapters(section.rank, section.targets)
 
 
 def folder_bytes(config: Config) -> int:

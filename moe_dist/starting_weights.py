@@ -12,11 +12,16 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import CheckpointState
-from moe_dist.checkpoint.takeover import Taken
+from moe_dist.checkpoint.takeover import Taken, fitting
+from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.init_rules import source_faults
 from moe_dist.config.schema import Config
+from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.null_rows import copy_true_rows
@@ -38,14 +43,16 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     upcycle, copy = "upcycle" in rules, "copy_nulls" in rules
     source: dict[str, JsonValue] = {}
 
-    def check(values: Mapping[str, JsonValue]) -> None:
-        found = values.get("config")
+    def check(contents: Contents) -> None:
+        found = contents.state.values.get("config")
         source.update(found if isinstance(found, dict) else {})
         # Upcycled experts are alike, so that it does not matter which of them a token takes.
         if copy and not upcycle and (faults := source_faults(config, source)):
             raise ConfigError([f"run.init_rules: copy_nulls: {path}: {fault}" for fault in faults], see="docs/routing.md")
 
-    taken = checkpoints.load_fitting(path, state, upcycle=upcycle, check=check)
+    if config.router_tuning is not None:
+        checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
+    taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
         rows = sum(copy_true_rows(gate) for gate in _gates(model, config))
@@ -59,6 +66,22 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 [f"run.init_rules: copy_nulls: {path}: {change}" for change in changes], see="docs/routing.md"
             )
     return "\n".join(lines)
+
+
+def _check_scored(config: Config) -> None:
+    """Whether the weights are those that the samples of router tuning were read from. Raises: ConfigError: they are not."""
+    assert config.router_tuning is not None, "called where there is one"
+    assert config.run.init_from is not None, "preflight sees to it"
+    manifest = load_tuning_manifest(config.router_tuning.data)
+    folder = find_checkpoint(Path(config.run.init_from))
+    found = content_hash(open_checkpoint(folder).index)
+    if found != manifest.checkpoint:
+        raise ConfigError(
+            f"router_tuning.data={config.router_tuning.data!r}: made from the weights {manifest.checkpoint[:16]}... (step "
+            f"{manifest.step} of {manifest.run}), but {folder} has {found[:16]}...; set run.init_from to that "
+            "checkpoint, or prepare the folder from this one",
+            see="docs/router-tuning.md",
+        )
 
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:

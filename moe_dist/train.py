@@ -97,8 +97,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         process_group=mesh.checkpoint,
         watch=mesh.watch,
     )
-    controllers = {} if training.step.balance is None else {"balance": training.step.balance}
-    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=controllers)
+    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=training.controllers())
     startup.now("looking for a checkpoint, and loading it")
     progress = resumable.restore()
     startup.done()

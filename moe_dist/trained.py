@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
-from moe_dist.build import build_model, group_of_modality
+from moe_dist.base_weights import load_base
+from moe_dist.build import build_model, freeze, group_of_modality, saved_part
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.shelf import Shelf, find_checkpoint
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.parallel_schema import InterleavedSection, PerRankDispatchSection
 from moe_dist.config.schema import Config
@@ -20,7 +22,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import allocate
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.placement.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.resume import mapping_of, saved_config
 
 
@@ -57,7 +59,11 @@ class Trained:
         allocate(model, device)
         group = None if mesh is None else mesh.checkpoint
         manager = CheckpointManager(self.folder.parent, keep=1, lease_check=lambda: None, process_group=group)
-        manager.load(self.folder, capture(model, None, _layout(placement, mesh)))
+        freeze(model, config)
+        part, layout = saved_part(config), _layout(placement, mesh)
+        restored = manager.load(self.folder, capture(model, None, layout, part=part))
+        if part == "trained":
+            load_base(restored.values, self.folder, manager, model, layout)
         return model.eval()
 
     @property
@@ -67,6 +73,8 @@ class Trained:
 
     def _placement(self, ranks: int) -> ExpertPlacement:
         groups = expert_groups(self.config.model.moe)
+        if has_lora_experts(self.config.model):
+            return replicated_placement(groups)
         return make_placement(InterleavedSection(policy="interleaved"), groups, num_ranks=ranks, token_mix={})
 
 

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 
 from moe_dist.data.batch import Batch
-from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.evaluation.acceptance import Check, run_checks
 from moe_dist.evaluation.evaluator import Evaluator
@@ -47,6 +46,18 @@ class Progress:
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
+
+
+class Loader(Protocol):
+    """A rank's share of an endless stream of sequences, by position."""
+
+    def batches(self, position: int) -> list[Batch]:
+        """The micro-batches of the step that starts at a position."""
+        ...
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often the training data of each modality have been seen by then."""
+        ...
 
 
 class Saver(Protocol):
@@ -127,7 +138,7 @@ class Trainer:
         self,
         plan: Plan,
         step: TrainingStep,
-        loader: TrainLoader,
+        loader: Loader,
         evaluator: Evaluator,
         *,
         placement: ExpertPlacement,

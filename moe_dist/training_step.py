@@ -31,6 +31,7 @@ from moe_dist.optim.grad_norm import clip_by_norm, local_norm_squared
 from moe_dist.parallel.batch_facts import count_members, facts_of
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.router_tuning.tuning import RouterTuning
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class StepResult:
     Attributes:
         nll_M, labels_M: Token losses (nats) and scored labels by the label's modality.
         balance, z: The balance terms as they entered the loss.
-        auxiliary: The auxiliary routers' term as it entered the loss; 0 where they are not trained.
+        auxiliary: The term of auxiliary routers, or of router tuning, as it entered the loss; 0 without either.
         grad_norm: Global norm before clipping, not finite where the step was skipped.
         skipped: No rank took the step, since the loss or a gradient was not finite.
         tokens: Input tokens without padding.
@@ -92,6 +93,7 @@ class TrainingStep:
         needs_facts: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
             costs a host sync at the step's beginning.
         depths: Moves the thresholds of depth routers after each step that was taken, where the model has some.
+        tuning: Adds the term of router tuning; the batches are of its samples then.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class TrainingStep:
         thresholds: ThresholdKeeper | None = None,
         needs_facts: bool = False,
         depths: DepthThresholds | None = None,
+        tuning: RouterTuning | None = None,
     ) -> None:
         self.parallel = parallel
         self.optimizer = optimizer
@@ -118,6 +121,7 @@ class TrainingStep:
         self.thresholds = thresholds
         self.needs_facts = needs_facts
         self.depths = depths
+        self.tuning = tuning
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
         self._times = self._no_times[:0]
         self._tables = ColumnTables.on(placement.groups, parallel.mesh.device)
@@ -141,6 +145,7 @@ class TrainingStep:
         mesh = self.parallel.mesh
         clock = _BusyClock(mesh.watch, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches)
+        targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = self._count_labels(batches)
         # The times of the step before ride along: sums of counts are exact in any order, so they change no bit.
@@ -156,7 +161,8 @@ class TrainingStep:
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
-                logits, reports = forward(self.parallel, batch, self.group_of_modality, facts[i])
+                asked_A = None if targets is None else targets[i].asked_B
+                logits, reports = forward(self.parallel, batch, self.group_of_modality, facts[i], asked_A)
                 loss = micro_loss(
                     logits,
                     reports,
@@ -171,6 +177,8 @@ class TrainingStep:
                     watch=mesh.watch,
                 )
                 del logits
+                if self.tuning is not None and targets is not None:
+                    loss = self.tuning.add(loss, reports, targets[i])
                 loss.total.backward()
             # Let go of the graph: its nodes hold the dispatch plans, which backward does not free.
             losses.append(loss._replace(total=loss.total.detach()))
@@ -210,7 +218,7 @@ class TrainingStep:
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
             self.placement,
-            self.parallel.mesh.ep_rank,
+            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # that of LoRA experts has one rank, whatever ep is
             true_choices_G=true_choices_G,
             null_choices_G=null_choices_G,
             tokens_G=tokens_G,

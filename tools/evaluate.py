@@ -4,14 +4,11 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,12 +21,10 @@ from moe_dist.evaluation.questions.split import Side
 from moe_dist.generation.causal import causal_faults
 from moe_dist.generation.generate import Generator
 from moe_dist.generation.material import Material
-from moe_dist.parallel.mesh import Mesh, destroy_world, init_world, make_mesh
+from moe_dist.parallel.one_group import one_group
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.trained import Trained, choose_device, find_trained
-
-_TIMEOUT = 600.0  # seconds, of every collective
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ def _evaluate(options: Options, env: RankEnv) -> None:
         for task, each in questions.items()
     }
     folder = _folder(options, trained)
-    with _world(env, device) as (mesh, device):
+    with one_group(env, device) as (mesh, device):
         likelihood = Likelihood(
             trained.load(device, mesh),
             trained.manifest,
@@ -145,30 +140,17 @@ def _check(options: Options, env: RankEnv) -> list[str]:
     return task_names(options.tasks) if options.tasks else []
 
 
-@contextmanager
-def _world(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
-    """All ranks as one EP group, and this rank's device; no mesh for one rank."""
-    if env.world_size == 1:
-        yield None, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", env.local_rank)
-        torch.cuda.set_device(device)
-    init_world(env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=_TIMEOUT)
-    try:
-        yield make_mesh(ep=env.world_size, device=device, timeout=_TIMEOUT), device
-    finally:
-        destroy_world()
-
-
 def _harness(options: Options, trained: Trained, material: Material, likelihood: Likelihood) -> dict[str, Any]:
     """What lm_eval measures."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.task import Task
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from moe_dist.evaluation.harness import HarnessModel
 
-    names = [str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness.split(",")]
+    names: list[str | dict[str, Any] | Task] = [
+        str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness.split(",")
+    ]
     max_seq_len = trained.config.model.max_seq_len
     generator = Generator(
         likelihood.model, material.grammar, group_of_modality=trained.group_of_modality, max_seq_len=max_seq_len
@@ -178,9 +160,9 @@ def _harness(options: Options, trained: Trained, material: Material, likelihood:
         tasks=names,
         limit=options.limit or None,
         log_samples=False,
-        task_manager=TaskManager(include_defaults=not all(Path(name).is_file() for name in names)),
+        task_manager=TaskManager(include_defaults=not all(Path(str(name)).is_file() for name in names)),
     )
-    return {} if found is None else {name: dict(each) for name, each in found["results"].items()}
+    return {} if found is None else {name: dict(each) for name, each in found.get("results", {}).items()}
 
 
 def _folder(options: Options, trained: Trained) -> Path:

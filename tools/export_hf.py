@@ -45,6 +45,8 @@ def main(
     except MoeDistError as error:
         print(f"export_hf: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
+    if done.merged:
+        print("adapters merged into their base")
     if done.folded:
         print(f"{done.folded} null experts a layer left out: they were copies of true rows, so nothing changes")
     print(

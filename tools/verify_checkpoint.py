@@ -27,6 +27,7 @@ def main(
         folder = find_checkpoint(path)
         specs, doubt = _expected(folder)
         examined, findings = verify(folder, specs)
+        base = _look_at_base(folder)
     except MoeDistError as error:
         print(f"verify_checkpoint: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
@@ -42,6 +43,18 @@ def main(
         f"{folder}: step {examined.index.step}, {len(examined.index.tensors)} tensors in {examined.index.num_shards} files"
     )
     print(f"each is there once, finite, and what was saved{doubt}")
+    if base is not None:
+        print(f"its base {base} is there, with the content hash that the adapters name; verify it by itself")
+
+
+def _look_at_base(folder: Path) -> Path | None:
+    """The base of a checkpoint of adapters, which must be there; None of any other."""
+    from moe_dist.checkpoint.base import KEY, Base, find_base
+
+    state = examine_files(folder).state
+    if state is None or KEY not in state.values:
+        return None
+    return find_base(Base.noted(state.values, folder), folder).folder
 
 
 def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:

@@ -21,7 +21,7 @@ class Family:
     """Tensors of one kind.
 
     Attributes:
-        name: dense, router, experts of a group, or their moments.
+        name: dense, router, adapters, experts of a group, or their moments.
         detail: Layers x experts x matrices where they are experts, else empty.
     """
 
@@ -65,9 +65,16 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
             "shards",
             f"{index.num_shards} of {min(s.size for s in index.shards):,} to {max(s.size for s in index.shards):,} bytes",
         ),
+        *_base(state),
         ("versions", ", ".join(f"{name} {version}" for name, version in state.versions.items())),
         ("also saved", ", ".join(sorted(state.values)) or "nothing"),
     ]
+
+
+def _base(state: StateFile) -> list[tuple[str, str]]:
+    """The base of a checkpoint of adapters."""
+    base = state.values.get("base")
+    return [("base", f"{base.get('path')}, content hash {base.get('content')}")] if isinstance(base, dict) else []
 
 
 def placement_lines(state: StateFile) -> list[str]:
@@ -85,7 +92,9 @@ def placement_lines(state: StateFile) -> list[str]:
 def _kind(name: str) -> str:
     if match := _EXPERT.fullmatch(name):
         return f"experts of {match['group']}"
-    return "routers" if _ROUTER.match(name) else "dense"
+    if _ROUTER.match(name):
+        return "routers"
+    return "adapters" if ".adapters." in name else "dense"
 
 
 def _family(kind: str, entries: Mapping[str, Entry]) -> Family:

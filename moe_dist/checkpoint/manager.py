@@ -28,11 +28,10 @@ from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.shelf import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
-from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
 from moe_dist.checkpoint.state_file import STATE_FILE
 from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
-from moe_dist.checkpoint.takeover import Taken, fitting_names, taken_from
-from moe_dist.checkpoint.upcycle import upcycled
+from moe_dist.checkpoint.takeover import Taken, fitting, taken_from
 from moe_dist.checkpoint.vote import Ballot
 from moe_dist.comm.watch import Watch
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
@@ -191,18 +190,19 @@ class CheckpointManager:
         path: Path,
         state: CheckpointState,
         *,
-        upcycle: bool = False,
-        check: Callable[[Mapping[str, JsonValue]], None] | None = None,
+        sources: Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, str]] = fitting,
+        check: Callable[[Contents], None] | None = None,
     ) -> Taken:
-        """Loads the parameters whose names, shapes and dtypes are those of the checkpoint; all else stays as it is.
+        """Loads the parameters that `sources` finds in the checkpoint; all else stays as it is.
 
         Args:
             path: As `find_checkpoint` takes it.
-            upcycle: Make experts of a dense FFN or of a group's only expert, see `moe_dist.checkpoint.upcycle`.
-            check: Called with the checkpoint's values (`CheckpointState.values`) before a tensor is read; may raise.
+            sources: For each parameter to load its name in the checkpoint, the same on all ranks: by default those whose
+                names, shapes and dtypes agree; see `moe_dist.checkpoint.upcycle` and `base` for others. May raise.
+            check: Called with the checkpoint before a tensor is read; may raise.
 
         Raises:
-            ConfigError: there is no checkpoint, or nothing of it fits, or not all experts can be upcycled; or as `check`.
+            ConfigError: there is no checkpoint, or nothing of it fits; or as `sources` and `check`.
             DataError: as `load`.
         """
         self._check_layout(state.layout)
@@ -211,20 +211,18 @@ class CheckpointManager:
         def read() -> None:
             contents = open_checkpoint(find_checkpoint(path))
             if check is not None:
-                check(contents.state.values)
-            sources = {name: name for name in fitting_names(contents.index, state.specs)}
-            if upcycle:
-                sources |= upcycled(contents.folder, contents.index, state.specs)
-            if not sources:
+                check(contents)
+            found = dict(sources(contents, state.specs))
+            if not found:
                 raise ConfigError(f"{path}: nothing of that checkpoint fits this model, neither a name nor a shape")
             self._check_headers(contents)
-            read_tensors(contents, {name: held for name, held in state.tensors().items() if name in sources}, sources)
-            opened.append((contents, sources))
+            read_tensors(contents, {name: held for name, held in state.tensors().items() if name in found}, found)
+            opened.append((contents, found))
 
         self._ballot.phase("load", read, kind=DataError)
-        contents, sources = opened[0]
-        self._check_loaded(contents, state, sources)
-        return taken_from(contents, state.specs, sources)
+        contents, found = opened[0]
+        self._check_loaded(contents, state, found)
+        return taken_from(contents, state.specs, found)
 
     def _check_layout(self, layout: RankLayout) -> None:
         rank, world_size = self._ballot.rank, self._ballot.world_size

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from pydantic import JsonValue
@@ -24,6 +25,7 @@ from moe_dist.optim.param_groups import is_empty_here
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 OPTIMIZER_PREFIX = "optimizer."
+Part = Literal["all", "trained", "frozen"]
 
 _STACK = re.compile(r"(?P<experts>.+?\.experts)\.(?P<group>.+)\.(?P<tensor>[^.]+)")
 
@@ -107,6 +109,7 @@ def capture(
     optimizer: Optimizer | None,
     layout: RankLayout,
     *,
+    part: Part = "all",
     values: Mapping[str, JsonValue] | None = None,
     rank_values: Mapping[str, JsonValue] | None = None,
 ) -> CheckpointState:
@@ -116,8 +119,9 @@ def capture(
         model: Not wrapped in DDP; FSDP2's parameters may be DTensors on a mesh over all ranks or, for experts, over edp,
             cut by whole experts (dim 0) or inside each expert. Reshards what FSDP2 left gathered; no collective.
         optimizer: Over the model's parameters; None to leave the moments out.
+        part: Which tensors: `trained` leaves frozen parameters out, `frozen` has nothing else.
     """
-    tensors = _distinct_tensors(model)
+    tensors = {name: tensor for name, tensor in _distinct_tensors(model).items() if _belongs(tensor, part)}
     held, specs = _logical(tensors, tensors, layout)
     if optimizer is not None:
         materialise_moments(optimizer)
@@ -131,6 +135,11 @@ def capture(
             held |= {prefix + name: each for name, each in moments.items()}
             specs |= {prefix + name: spec for name, spec in moment_specs.items()}
     return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
+
+
+def _belongs(tensor: Tensor, part: Part) -> bool:
+    frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    return part == "all" or frozen == (part == "frozen")
 
 
 def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:

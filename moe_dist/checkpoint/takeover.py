@@ -56,6 +56,11 @@ def fitting_names(index: Index, specs: Mapping[str, TensorSpec]) -> set[str]:
     return {name for name in parameters if name in index.tensors and name not in differ}
 
 
+def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Those of `fitting_names`, each from the tensor of its own name."""
+    return {name: name for name in fitting_names(contents.index, specs)}
+
+
 def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:
     """What was taken of a checkpoint, given where each parameter that was loaded came from."""
     index, parameters = contents.index, _parameters(specs)

@@ -16,13 +16,20 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import Index, listed
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
+from moe_dist.checkpoint.takeover import fitting
 from moe_dist.errors import ConfigError
 
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
+
+
+def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """What fits by name and shape, and `upcycled`."""
+    return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
 def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:

@@ -28,9 +28,9 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
         digests = {MANIFEST_FILE: _whole(folder / MANIFEST_FILE)}
         for source in manifest.sources.values():
             idx, bin_ = index_paths(folder / source.train.path)
-            digests |= {f"{source.train.path}.idx": _whole(idx), f"{source.train.path}.bin": _sampled(bin_)}
+            digests |= {f"{source.train.path}.idx": _whole(idx), f"{source.train.path}.bin": sampled_digest(bin_)}
             if source.train.prompt is not None:
-                digests[source.train.prompt] = _sampled(folder / source.train.prompt)
+                digests[source.train.prompt] = sampled_digest(folder / source.train.prompt)
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: cannot be read: {error.strerror or error}", see="docs/data.md"
@@ -52,7 +52,8 @@ def _whole(path: Path) -> str:
         return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()[:32]}"
 
 
-def _sampled(path: Path) -> str:
+def sampled_digest(path: Path) -> str:
+    """Size and SHA-256 of a file, of 4 MiB of it spread evenly where it is larger. Raises: OSError."""
     size = path.stat().st_size
     if size <= _BLOCKS * _BLOCK_BYTES:
         return _whole(path)

@@ -31,6 +31,9 @@ def init_relations(config: Config) -> list[Relation]:
         broken.append(Relation((key, "run.init_from"), fault))
     if len(set(rules)) < len(rules):
         broken.append(Relation((key,), f"{key}={list(rules)}: a rule stands there twice; once is enough"))
+    if "adapt" in rules and len(set(rules)) > 1:
+        fault = f"{key}={list(rules)}: under adapters the base stays as it is; leave the other rules out, or adapt"
+        broken.append(Relation((key,), fault))
     if "copy_nulls" in rules:
         broken += _copy_relations(config)
     return broken

@@ -55,6 +55,8 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft[Config]
 def model_relations(config: Config) -> list[Relation]:
     """Every rule inside a section that does not hold, with full keys."""
     holders = [("model", config.model), ("model.moe", config.model.moe), ("loss.balance", config.loss.balance)]
+    holders += [("model.moe.experts", config.model.moe.experts)]
+    holders += [("model.attention_lora", lora)] if (lora := config.model.attention_lora) else []
     holders += [(f"model.moe.groups.{name}", group) for name, group in config.model.moe.groups.items()]
     return [
         Relation(tuple(f"{prefix}.{key}" for key in relation.keys), f"{prefix}: {relation.fault}")

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from moe_dist.config.lora_schema import AttentionLoRASection, ExpertsSection, FFNExpertsSection
 from moe_dist.config.section import (
     Count,
     Decay,
@@ -35,7 +36,9 @@ class GroupSection(Section):
         description="Choices a token makes among all experts of its group, null ones included (k). With "
         "router.kind=expert_choice the number of experts that take a token on average, unless router.capacity says so."
     )
-    ffn_dim: PositiveInt = Field(description="Hidden width of each expert's SwiGLU (F).")
+    ffn_dim: PositiveInt = Field(
+        description="Hidden width of each expert's SwiGLU (F); with model.moe.experts.kind=lora of the frozen FFN."
+    )
     modalities: tuple[Name, ...] = Field(
         default=(), description="Modalities routed to this group; empty means the one that has the group's name."
     )
@@ -188,6 +191,9 @@ class MoESection(Section):
     """Expert groups, their router, and which layers hold them."""
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
+    experts: ExpertsSection = Field(
+        default_factory=FFNExpertsSection, description="What a true expert is: an FFN, or LoRA over a frozen FFN."
+    )
     router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
     capacity: CapacitySection | None = Field(
         default=None, description="Bound of the pairs an expert takes while training; null for none."
@@ -264,6 +270,9 @@ class ModelSection(Section):
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
     moe: MoESection
+    attention_lora: AttentionLoRASection | None = Field(
+        default=None, description="LoRA adapters on the attention, trained by train.only=adapters; null for none."
+    )
     depths: DepthsSection | None = Field(
         default=None, description="Layers that compute a share of the tokens alone (mixture of depths); null for none."
     )

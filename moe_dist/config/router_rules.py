@@ -19,7 +19,7 @@ def router_relations(config: Config) -> list[Relation]:
             *_stage_relations(config),
         ]
     broken = _load_relations(config, section) if isinstance(section, FixedLoadRouterSection) else []
-    if config.train.only is None:
+    if config.train.only != "auxiliary_routers":
         return broken
     fault = (
         f"train.only={config.train.only}: model.moe.router.kind={section.kind} has no auxiliary routers; set train.only to "
@@ -119,7 +119,7 @@ def _causal_relations(config: Config, section: ExpertChoiceRouterSection) -> lis
             "run.init_from naming the first"
         )
         return [Relation(keys, fault)]
-    if section.causal == "threshold" and config.train.only is not None:
+    if section.causal == "threshold" and config.train.only == "auxiliary_routers":
         fault = (
             f"train.only={config.train.only}: {ROUTER}.causal=threshold has no auxiliary routers; set "
             f"{ROUTER}.causal=auxiliary"
@@ -142,7 +142,7 @@ def _depth_relations(config: Config, section: ExpertChoiceRouterSection) -> list
 
 def _stage_relations(config: Config) -> list[Relation]:
     broken = []
-    if config.train.only is None:
+    if config.train.only != "auxiliary_routers":
         return broken
     if config.run.init_from is None:
         fault = (

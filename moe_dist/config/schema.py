@@ -23,6 +23,7 @@ from moe_dist.config.section import (
     Relation,
     Section,
 )
+from moe_dist.config.tuning_schema import RouterTuningSection
 
 
 class RunSection(Section):
@@ -41,11 +42,12 @@ class RunSection(Section):
         description="Checkpoint (or run folder) whose weights a new run begins with, as far as names and shapes fit; a run "
         "that goes on does not look at it.",
     )
-    init_rules: tuple[Literal["copy_nulls", "upcycle"], ...] = Field(
+    init_rules: tuple[Literal["copy_nulls", "upcycle", "adapt"], ...] = Field(
         default=(),
         description="What else is made of the weights of init_from: copy_nulls gives each null expert the router row of a "
         "true one, so that a trained top-k model begins as it is (AdaMoE); upcycle copies a dense FFN, or a group's one "
-        "expert, into every expert of the group.",
+        "expert, into every expert of the group; adapt puts new adapters on that model, which stays as it is "
+        "(train.only=adapters).",
     )
     keep_position: bool = Field(
         default=False,
@@ -167,10 +169,11 @@ class TrainSection(Section):
     global_batch: PositiveInt = Field(description="Sequences a step, over all ranks and micro-batches.")
     micro_batch: PositiveInt = Field(description="Sequences a rank computes at once.")
     max_skipped_in_a_row: PositiveInt = Field(default=10, description="Non-finite steps in a row that end the run with 70.")
-    only: Literal["auxiliary_routers"] | None = Field(
+    only: Literal["auxiliary_routers", "adapters", "routers"] | None = Field(
         default=None,
-        description="Train these parameters alone and freeze all others: auxiliary_routers is the second stage of expert "
-        "choice, begun with run.init_from. null trains all.",
+        description="Train these parameters alone and freeze all others, which run.init_from brings: auxiliary_routers is "
+        "the second stage of expert choice; adapters are LoRA and the routers; routers is router tuning (section "
+        "router_tuning). null trains all.",
     )
 
 
@@ -189,7 +192,9 @@ class EvaluationSection(Section):
         "the running means as they are.",
     )
     balance_efficiency: bool = Field(
-        default=True, description="Measure throughput with real against evenly spread routing."
+        default=True,
+        description="Measure throughput with real against evenly spread routing; LoRA experts, which every rank holds, are "
+        "left out.",
     )
     ablate_experts: bool = Field(
         default=True, description="At the end, measure held-out loss with the experts' output zeroed."
@@ -277,6 +282,9 @@ class Config(Section):
     train: TrainSection
     optimizer: OptimizerSection
     loss: LossSection = Field(default_factory=LossSection)
+    router_tuning: RouterTuningSection | None = Field(
+        default=None, description="Router tuning (RoMA): its samples, layers, neighbours and weight; null for none."
+    )
     parallel: ParallelSection = Field(default_factory=ParallelSection)
     placement: PlacementSection = Field(default_factory=InterleavedSection)
     evaluation: EvaluationSection
@@ -297,4 +305,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "run.root",
     "run.group",
     "data.path",  # the same data elsewhere: what is in them is held by digests (config/data_digest.py)
+    "router_tuning.data",  # likewise
 )

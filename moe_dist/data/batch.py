@@ -42,7 +42,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(Batch)})
 
     @property
     def num_tokens(self) -> int:

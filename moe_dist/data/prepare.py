@@ -68,7 +68,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
             return done, False
         from moe_dist.data.corpus_build import build  # seconds of imports that a finished folder can do without
 
-        with _renamed_when_complete(out) as folder:
+        with renamed_when_complete(out) as folder:
             manifest, figures = build(folder, out.name, _sources(inputs), recipe, report)
             (folder / RECIPE_FILE).write_text(json.dumps({**asked, "figures": figures}, indent=1) + "\n")
     return manifest, True
@@ -99,7 +99,8 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
 
 
 @contextmanager
-def _renamed_when_complete(out: Path) -> Iterator[Path]:
+def renamed_when_complete(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which takes its place when the block ends well and is removed when it does not."""
     folder = out.parent / f".{out.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

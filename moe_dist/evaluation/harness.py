@@ -4,10 +4,10 @@ Import this module only where lm_eval is installed. Runs on one process.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
-from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from moe_dist.data.tokenizer import encode_texts
@@ -23,7 +23,7 @@ _MAX_NEW_TOKENS = 256  # where a task does not say
 class HarnessModel(LM):
     """A model with the three things that the harness asks for.
 
-    What does not fit into `max_seq_len` loses the beginning of its context, as the harness's own models do it.
+    What does not fit into `max_seq_len` loses the beginning of its context, but for the mark that documents begin with.
 
     Args:
         likelihood, generator: Of the same model.
@@ -64,7 +64,7 @@ class HarnessModel(LM):
         """
         texts = []
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
-            context, options = request.args
+            context, options = cast("tuple[str, dict[str, Any]]", request.args)
             text = self._generated(context, dict(options))
             self.cache_hook.add_partial("generate_until", request.args, text)
             texts.append(text)

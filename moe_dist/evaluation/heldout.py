@@ -90,10 +90,11 @@ def forward(
     batch: Batch,
     group_of_modality: Tensor,
     facts: BatchFacts | None = None,
+    asked_A: Tensor | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Logits and reports of one batch on its device: a transformer, or its parallel wrapper, over a `Batch`."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
-    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, facts)
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, facts, asked_A)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Likelihood:
         batch_tokens: Tokens, padding included, that a rank computes at once; fewer where the vocabulary is large.
 
     Attributes:
-        model: As given.
+        model, world: As given.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Likelihood:
         self._device = model.embedding.weight.device
         self._group_of_modality = torch.tensor(group_of_modality, device=self._device)
         self._batch_tokens = batch_tokens
-        self._world, self._rank, self._world_size = world, rank, world_size
+        self.world, self._rank, self._world_size = world, rank, world_size
 
     @torch.no_grad()
     def __call__(self, continuations: Sequence[Continuation]) -> list[Score]:
@@ -87,7 +87,7 @@ class Likelihood:
         for indices in batches[self._rank :: self._world_size]:
             found = self._score([continuations[index] for index in indices])
             nats_and_greedy[indices] = found
-        sum_over(nats_and_greedy, self._world, name="log-likelihoods")
+        sum_over(nats_and_greedy, self.world, name="log-likelihoods")
         return [Score(nats, greedy > 0.5) for nats, greedy in nats_and_greedy.tolist()]
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:

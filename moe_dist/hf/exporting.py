@@ -21,6 +21,8 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_dist.checkpoint.base import KEY as BASE
+from moe_dist.checkpoint.base import Base, find_base
 from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
 from moe_dist.checkpoint.findings import DamagedError, Finding
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
@@ -35,6 +37,7 @@ from moe_dist.errors import CheckpointError, ConfigError, DataError
 from moe_dist.hf.families import FAMILIES, Family, misfits, read_section, top_k_router, write_fields
 from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
+from moe_dist.hf.merging import Read, check_mergeable, merged_reader
 from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
 from moe_dist.moe.copy_init import folded_choices, uneven_twins
@@ -51,6 +54,7 @@ class Exported:
         family: `model_type`.
         folded: Null experts a layer that were left out.
         like: Folder whose config.json and small files were taken over; None for none.
+        merged: The checkpoint is of adapters, and its base was exported with them merged in.
     """
 
     family: str
@@ -58,6 +62,7 @@ class Exported:
     shards: int
     folded: int
     like: Path | None
+    merged: bool = False
 
 
 def export_model(
@@ -86,10 +91,13 @@ def export_model(
     """
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
-    contents = open_checkpoint(find_checkpoint(checkpoint))
+    contents, read = open_checkpoint(find_checkpoint(checkpoint)), None
+    if merged := BASE in contents.state.values:
+        contents, read = _merged(contents)
     config = _config(contents)
     noted, dtypes = imported_values(contents.state.values)
-    reader = _Reader(contents)
+    dtypes = {} if merged else dtypes  # a merged matrix has more bits than the base's had
+    reader = _Reader(contents, read)
     section = _plain_section(config.model, reader)
     chosen = _family(section, family or noted, must=family is not None)
     found = _account(contents, config.model, section, chosen)
@@ -103,7 +111,20 @@ def export_model(
             if like and (like / name).is_file():
                 write_durably(folder / name, (like / name).read_bytes())
     nulls = sum(group.num_null for group in config.model.moe.groups.values())
-    return Exported(chosen.name, len(found), shards, nulls, like)
+    return Exported(chosen.name, len(found), shards, nulls, like, merged)
+
+
+def _merged(adapters: Contents) -> tuple[Contents, Read]:
+    """The base of a checkpoint of adapters, and how to read its tensors with them merged in.
+
+    Raises:
+        ConfigError: they cannot be merged.
+        DataError: the base is not there, damaged, or another one.
+    """
+    model = _config(adapters).model
+    check_mergeable(model)
+    base = find_base(Base.noted(adapters.state.values, adapters.folder), adapters.folder)
+    return base, merged_reader(_Reader(base).read, _Reader(adapters).read, base.index, adapters.index, model)
 
 
 def _config(contents: Contents) -> Config:
@@ -264,10 +285,11 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
 class _Reader:
     """Whole logical tensors of a checkpoint, each held against its fingerprint."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: Contents, read: Read | None = None) -> None:
         self._contents = contents
+        self.read: Read = read or self._read
 
-    def read(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         """A tensor, put together from its boxes.
 
         Raises:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import LayerCache
 from moe_dist.model.layers import Projection, RMSNorm, rotate
+from moe_dist.moe.routing import BatchFacts
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,17 @@ class Attention(nn.Module):
         q_dim, k_dim = (head_dim, head_dim) if qk_norm == "head" else (num_heads * head_dim, num_kv_heads * head_dim)
         self.q_norm = nn.Identity() if qk_norm == "none" else RMSNorm(q_dim, norm_eps)
         self.k_norm = nn.Identity() if qk_norm == "none" else RMSNorm(k_dim, norm_eps)
+        self.adapters: AttentionLoRA | None = None
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, facts: BatchFacts | None = None
+    ) -> Tensor:
+        """`facts` name the draws of the adapters' dropout."""
         if self.recompute and x_BSD.requires_grad:
             return checkpoint(  # pyright: ignore[reportReturnType]
-                self._forward, x_BSD, rotary, mask, use_reentrant=False, preserve_rng_state=False
+                self._forward, x_BSD, rotary, mask, facts, use_reentrant=False, preserve_rng_state=False
             )
-        return self._forward(x_BSD, rotary, mask)
+        return self._forward(x_BSD, rotary, mask, facts)
 
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
@@ -124,18 +130,26 @@ class Attention(nn.Module):
         q, k, v = self._project(x_BND, rotary)
         cache.append(k, v, positions_BN, taken_BN)
         k, v, visible = cache.entries(positions_BN, taken_BN)
-        return self.o(attend(q, k, v, DenseMask(visible)).transpose(1, 2).flatten(2))
+        return self._linear("o", attend(q, k, v, DenseMask(visible)).transpose(1, 2).flatten(2), None)
 
-    def _forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
-        q, k, v = self._project(x_BSD, rotary)
-        return self.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+    def _forward(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, facts: BatchFacts | None
+    ) -> Tensor:
+        q, k, v = self._project(x_BSD, rotary, facts)
+        return self._linear("o", attend(q, k, v, mask).transpose(1, 2).flatten(2), facts)
 
-    def _project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _linear(self, name: str, x: Tensor, facts: BatchFacts | None) -> Tensor:
+        y = self.get_submodule(name)(x)
+        return y if self.adapters is None else self.adapters(name, x, y, facts)
+
+    def _project(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], facts: BatchFacts | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, and values, each [B, heads, S, d]."""
         h = self.norm(x_BSD)
-        q = rotate(self._normed_heads(self.q(h), self.q_norm), rotary)
-        k = rotate(self._normed_heads(self.k(h), self.k_norm), rotary)
-        return q, k, self._heads(self.v(h))
+        q = rotate(self._normed_heads(self._linear("q", h, facts), self.q_norm), rotary)
+        k = rotate(self._normed_heads(self._linear("k", h, facts), self.k_norm), rotary)
+        return q, k, self._heads(self._linear("v", h, facts))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))

@@ -16,6 +16,18 @@ Recompute = Literal["none", "experts", "block"]
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """LoRA of rank r on some projections, by name: gate, up and down of an FFN, or q, k, v and o of the attention."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+    def numbers(self, widths: Mapping[str, tuple[int, int]]) -> int:
+        """Parameters of one adapter on each target, given the inputs and outputs of each."""
+        return sum(self.rank * sum(widths[target]) for target in self.targets)
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a transformer with experts.
 
@@ -30,6 +42,8 @@ class Shape:
         depth_auxiliary: Whether each of them has an auxiliary router of two layers, D to D / 2 to 1.
         shared_gate: Whether a sigmoid of one number a token scales the shared expert.
         attention_bias: Which of the attention's projections have a bias.
+        lora: The true experts are these adapters, over one frozen FFN of the groups' width.
+        attention_lora: Adapters on every layer's attention. With either, all but adapters and routers is frozen.
     """
 
     hidden_dim: int
@@ -51,6 +65,36 @@ class Shape:
     depth_auxiliary: bool = False
     shared_gate: bool = False
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    lora: Adapters | None = None
+    attention_lora: Adapters | None = None
+
+    @property
+    def frozen_base(self) -> bool:
+        """Whether adapters and routers alone are trained."""
+        return self.lora is not None or self.attention_lora is not None
+
+    @property
+    def for_all_ffn_dim(self) -> int:
+        """Width of the FFN of a layer with experts that sees every token: the shared expert, or what LoRA experts adapt."""
+        return self.shared_ffn_dim if self.lora is None else self.groups[0].ffn_dim
+
+    @property
+    def expert(self) -> Mapping[str, int]:
+        """Parameters of one expert of each group."""
+        if self.lora is None:
+            return {group.name: 3 * self.hidden_dim * group.ffn_dim for group in self.groups}
+        dim, ffn = self.hidden_dim, self.for_all_ffn_dim
+        numbers = self.lora.numbers({"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)})
+        return {group.name: numbers for group in self.groups}
+
+    @property
+    def attention_adapters(self) -> int:
+        """Parameters of the adapters of all layers' attention."""
+        if self.attention_lora is None:
+            return 0
+        dim, heads, kv_heads = self.hidden_dim, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        widths = {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}
+        return self.num_layers * self.attention_lora.numbers(widths)
 
     @property
     def router_rows(self) -> int:
@@ -81,7 +125,9 @@ class Parts:
     Attributes:
         embedding, output: Embedding and output projection; tied, the first holds the parameters and the second the FLOPs.
         attention: Projections and their norms, and in FLOPs the products over positions.
-        router, experts, free, shared, dense_ffn, norms: Likewise; free is the vectors and gates of constant experts.
+        router, experts, free, shared, dense_ffn, norms: Likewise; free is the vectors and gates of constant experts, shared
+            also the frozen FFN under LoRA experts.
+        adapters: LoRA experts, and LoRA on the attention.
     """
 
     embedding: float = 0
@@ -93,6 +139,7 @@ class Parts:
     dense_ffn: float = 0
     norms: float = 0
     output: float = 0
+    adapters: float = 0
 
     @property
     def total(self) -> float:
@@ -117,17 +164,19 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
     projections = dim * (2 * heads + 2 * kv_heads)
     auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in s.groups) if s.auxiliary_routers else 0
     qk_norms = {"none": 0, "head": 2 * s.head_dim, "full": heads + kv_heads}[s.qk_norm]
+    experts = s.num_moe_layers * sum(s.expert[g.name] * held[g.name] for g in s.groups)
     biases = {"none": 0, "qkv": heads + 2 * kv_heads, "qkvo": heads + 2 * kv_heads + dim}[s.attention_bias]
     return Parts(
         embedding=s.vocab_size * dim,
         attention=s.num_layers * (projections + qk_norms + biases),
         router=s.num_moe_layers * (dim * s.router_rows + auxiliary) + s.depth_router,
-        experts=s.num_moe_layers * sum(3 * dim * g.ffn_dim * held[g.name] for g in s.groups),
+        experts=0 if s.lora else experts,
         free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
-        shared=s.num_moe_layers * dim * (3 * s.shared_ffn_dim + s.shared_gate),
+        shared=s.num_moe_layers * dim * (3 * s.for_all_ffn_dim + s.shared_gate),
         dense_ffn=s.num_dense_layers * 3 * dim * s.dense_ffn_dim,
         norms=dim * (2 * s.num_layers + 1),
         output=0 if s.tie_embeddings else s.vocab_size * dim,
+        adapters=s.attention_adapters + (experts if s.lora else 0),
     )
 
 
@@ -181,18 +230,32 @@ def forward_flops(
         shared=2 * weights.shared,
         dense_ffn=2 * weights.dense_ffn,
         output=2 * s.vocab_size * dim,
+        adapters=2 * weights.adapters,
     )
 
 
-def training_flops(forward: Parts, *, recompute: Recompute = "none") -> float:
-    """FLOPs a token of forward and backward, three times the forward pass, and what recompute repeats on top (at most:
-    the last product of a recomputed unit need not be repeated).
+def frozen_flops(shape: Shape, forward: Parts, *, seq_len: int) -> float:
+    """The FLOPs of a forward pass that are products with frozen weights: the backward pass has no gradient of these to
+    compute. 0 without adapters."""
+    if not shape.frozen_base:
+        return 0.0
+    scores = shape.num_layers * 4 * shape.num_heads * shape.head_dim * seq_len
+    return forward.total - forward.adapters - forward.router - scores
+
+
+def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
+    """FLOPs a token of forward and backward, three times the forward pass without the gradients of frozen weights, and what
+    recompute repeats on top (at most: the last product of a recomputed unit need not be repeated, and below the first
+    adapter of the first layer nothing has a gradient).
 
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) leaves the repeats out: ask with `recompute="none"`.
+
+    Args:
+        frozen: Of `frozen_flops`.
     """
     repeated = {
         "none": 0.0,
-        "experts": forward.experts,
-        "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared,
+        "experts": forward.experts or forward.shared + forward.adapters,  # none: they are LoRA over the FFN in `shared`
+        "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared + forward.adapters,
     }[recompute]
-    return 3 * forward.total + repeated
+    return 3 * forward.total - frozen + repeated

@@ -1,11 +1,13 @@
 """What a training rank keeps in memory, estimated from plain sizes. Imports no torch.
 
-States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of what the rank holds. Activations are
-an estimate of the tensors that autograd keeps for one micro-batch, in elements of a bytes for each token:
+States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of what the rank holds (of a frozen base
+the weights alone). Activations are an estimate of the tensors that autograd keeps for one micro-batch, in elements of a
+bytes for each token:
 
     attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
     MoE         3 D + rows D + 4 F of the shared expert         rows at this rank for each own token
                 + pairs (2 D + 4 F)                             pairs likewise; inputs, SwiGLU and outputs
+                + pairs (2 D + F) of LoRA experts               inputs of their adapters; 4 F of the frozen FFN above
                 + 12 C bytes in fp32                            router (C: the columns of all kinds)
                 + 4 D bytes in fp32 where a < 4                 the router's input, and as much the free experts'
     dense FFN   2 D + 4 F
@@ -79,13 +81,14 @@ def rank_memory(
         rows, pairs: Rows and (token, expert) pairs that the rank works on for each token of its own, as expected.
     """
     held = held_parameters(shape, placement, layout, rank=rank)
+    trained = trained_parameters(shape, layout) if shape.frozen_base else held
     exchange_rows = 2 * (layout.ep - 1) * layout.tokens
     if layout.max_receive_rows is not None:
         exchange_rows = min(exchange_rows, (layout.ep - 1) * layout.tokens + layout.max_receive_rows)
     return RankMemory(
         parameters=held * FP32,
-        gradients=held * FP32,
-        optimizer=2 * held * FP32,
+        gradients=trained * FP32,
+        optimizer=2 * trained * FP32,
         casts=_casts(shape, placement, layout, rank) * layout.itemsize,
         activations=layout.tokens * _activation_bytes_per_token(shape, layout, rows, pairs),
         exchange_bound=exchange_rows * shape.hidden_dim * layout.itemsize,
@@ -100,6 +103,18 @@ def held_parameters(shape: Shape, placement: ExpertPlacement, layout: Layout, *,
     return parts.router + (dense / world + parts.experts / layout.edp if layout.sharded else dense + parts.experts)
 
 
+def trained_parameters(shape: Shape, layout: Layout) -> float:
+    """Adapters and routers on a rank, where these alone are trained."""
+    parts, world = parameters(shape), layout.ep * layout.edp
+    return parts.router + (parts.adapters / world if layout.sharded else parts.adapters)
+
+
+def checkpoint_bytes(shape: Shape) -> float:
+    """Of one checkpoint, all ranks together: weights and moments in fp32; of a frozen base nothing."""
+    parts = parameters(shape)
+    return (parts.adapters + parts.router if shape.frozen_base else parts.total) * CHECKPOINT_BYTES
+
+
 def _local(shape: Shape, placement: ExpertPlacement, rank: int) -> dict[str, float]:
     return {group.name: len(placement.local_experts(rank, group)) for group in shape.groups}
 
@@ -109,7 +124,7 @@ def _casts(shape: Shape, placement: ExpertPlacement, layout: Layout, rank: int) 
     if not layout.sharded:
         return parts.total - parts.router if layout.itemsize < FP32 else 0.0
     attention = parts.attention / shape.num_layers
-    moe = (parts.experts + parts.free + parts.shared) / max(1, shape.num_moe_layers)
+    moe = (parts.experts + parts.free + parts.shared + parts.adapters) / max(1, shape.num_moe_layers)
     ffn = parts.dense_ffn / max(1, shape.num_dense_layers)
     # The root unit (embedding, output) stays gathered; of the layers one is in use while the next is on its way.
     return parts.embedding + parts.output + attention + max(moe, ffn)
@@ -121,9 +136,8 @@ def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs
     attention = a * (2 * dim + copies * (s.num_heads + s.num_kv_heads) * s.head_dim)
     free = any(group.num_identity or group.num_constant for group in s.groups)
     columns = sum(group.num_columns for group in s.groups)
-    mean_ffn = _mean_ffn(shape)
-    inside = pairs * a * (2 * dim + 4 * mean_ffn)
-    moe = a * (3 * dim + rows * dim + 4 * s.shared_ffn_dim) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))
+    inside = pairs * a * (2 * dim + (1 if s.lora else 4) * _mean_ffn(shape))
+    moe = a * (3 * dim + rows * dim + 4 * s.for_all_ffn_dim) + FP32 * (3 * columns + ((1 + free) * dim if a < FP32 else 0))
     dense = a * (2 * dim + 4 * s.dense_ffn_dim)
     output = a * dim + s.vocab_size * (a + 2 * FP32)
     if layout.recompute == "block":

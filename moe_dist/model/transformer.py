@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.model.attention import Attention, Bias, QKNorm, make_mask
+from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
 from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routing import BatchFacts, LayerReport
 
 
@@ -60,7 +62,13 @@ class DenseFFN(SwiGLU):
 class Layer(nn.Module):
     """x + attention(x), then x + moe(x) or x + ffn(x); with `depths`, for the tokens that it chooses."""
 
-    def __init__(self, args: ModelArgs, moe: MoELayer | None, depths: DepthRouter | None = None) -> None:
+    def __init__(
+        self,
+        args: ModelArgs,
+        moe: MoELayer | LoRALayer | None,
+        depths: DepthRouter | None = None,
+        adapters: AttentionLoRA | None = None,
+    ) -> None:
         super().__init__()
         self.attention = Attention(
             dim=args.hidden_dim,
@@ -72,6 +80,7 @@ class Layer(nn.Module):
             bias=args.attention_bias,
             recompute=args.recompute_blocks,
         )
+        self.attention.adapters = adapters
         if moe is not None:
             self.moe = moe
         else:
@@ -87,13 +96,15 @@ class Transformer(nn.Module):
         args: Sizes.
         make_moe: Called with a layer's index for each layer in `args.moe_layers`; returns its MoE layer.
         make_depths: The same for each layer in `args.depth_layers`, which must hold experts.
+        make_adapters: The same for each layer: LoRA on its attention.
     """
 
     def __init__(
         self,
         args: ModelArgs,
-        make_moe: Callable[[int], MoELayer],
+        make_moe: Callable[[int], MoELayer | LoRALayer],
         make_depths: Callable[[int], DepthRouter] | None = None,
+        make_adapters: Callable[[int], AttentionLoRA] | None = None,
     ) -> None:
         super().__init__()
         self.args = args
@@ -103,6 +114,7 @@ class Transformer(nn.Module):
                 args,
                 make_moe(i) if i in args.moe_layers else None,
                 make_depths(i) if make_depths is not None and i in args.depth_layers else None,
+                make_adapters(i) if make_adapters is not None else None,
             )
             for i in range(args.num_layers)
         )
@@ -117,6 +129,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor,
         group_BS: Tensor,
         facts: BatchFacts | None = None,
+        asked_A: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Logits [B, S, V] in the compute dtype, and one report for each MoE layer.
 
@@ -127,6 +140,8 @@ class Transformer(nn.Module):
             group_BS: int64 expert group of each token, -1 for padding.
             facts: What is known of a training micro-batch beforehand, for routers that ask for it; those of a layer that
                 computes a share of the tokens get none, since it is not known which.
+            asked_A: int64 indices into the B x S tokens whose routing softmax the reports are to have (`prob_AC`); layers
+                that compute a share of the tokens report none.
         """
         mask = make_mask(documents_BS)
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -136,8 +151,8 @@ class Transformer(nn.Module):
             if layer.depths is not None:
                 x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS)  # pyright: ignore
             else:
-                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask)  # pyright: ignore[reportCallIssue]
-                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, facts)  # pyright: ignore[reportArgumentType]
+                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, facts)  # pyright: ignore[reportCallIssue]
+                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, facts, asked_A)  # pyright: ignore
                 x_BSD = x_BSD + y_BSD
             if report is not None:
                 reports.append(report)
@@ -222,12 +237,16 @@ class Transformer(nn.Module):
 
     @staticmethod
     def _feed_forward(
-        layer: Layer, x_BSD: Tensor, group_BS: Tensor, facts: BatchFacts | None = None
+        layer: Layer,
+        x_BSD: Tensor,
+        group_BS: Tensor,
+        facts: BatchFacts | None = None,
+        asked_A: Tensor | None = None,
     ) -> tuple[Tensor, LayerReport | None]:
         """What a layer's experts, or its dense FFN, add; and the report of its experts."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
-        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts)
+        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts, asked_A)
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
@@ -235,6 +254,6 @@ class Transformer(nn.Module):
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
         return F.linear(x_BSD, output.to(x_BSD.dtype))
 
-    def moe_modules(self) -> list[MoELayer]:
+    def moe_modules(self) -> list[MoELayer | LoRALayer]:
         """The MoE layers, in order."""
-        return [module for module in self.modules() if isinstance(module, MoELayer)]
+        return [module for module in self.modules() if isinstance(module, MoELayer | LoRALayer)]

@@ -1,7 +1,8 @@
-"""Random numbers that depend on names alone: the same on any layout of ranks, in any order, and when asked for again.
+"""Random numbers that depend on names alone: the same in any order, and when asked for again.
 
-A counter-based generator: the number of (seed, step, layer; token, expert) is a hash of them, so that nothing has a state,
-nothing is saved, and recomputation draws what the first forward drew.
+A counter-based generator (`logistic`): the number of (seed, step, layer; token, expert) is a hash of them, so that nothing
+has a state, nothing is saved, recomputation draws what the first forward drew, and any layout of ranks draws the same.
+Dropout (`dropped`) draws from a generator that a name begins anew: the same again, but for one rank's tokens at once.
 """
 
 import hashlib
@@ -26,6 +27,19 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
     # 24 bits and a half: never 0 or 1, and exact in fp32, so that every device and dtype sees the same uniform number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
+
+
+def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
+    """x with a share of its elements at 0 and the others over 1 - share, so that the mean stays. The same draw whenever the
+    name is the same, on one kind of device: a generator that lives for this draw alone.
+
+    Args:
+        name: What the draw is for, as (seed, step, layer, first token, projection).
+    """
+    digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
+    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    kept = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - share, generator=generator)
+    return x * (kept / (1.0 - share)).to(x.dtype)
 
 
 def _mix(word: Tensor) -> Tensor:

@@ -59,13 +59,16 @@ class MoELayer(nn.Module):
         self.ablated = False
         experts.recompute = recompute == "experts"
 
-    def forward(self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None) -> tuple[Tensor, LayerReport]:
+    def forward(
+        self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None, asked_A: Tensor | None = None
+    ) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
-        What is known of the micro-batch beforehand, `facts`, is for routers that ask for it. With `ablated` set
-        the experts' output is zero while everything else, collectives included, goes on.
+        What is known of the micro-batch beforehand, `facts`, is for routers that ask for it; the report has the softmax of
+        the tokens `asked_A` (int64). With `ablated` set the experts' output is zero while everything else, collectives
+        included, goes on.
         """
-        tape = RoutingTape(facts=facts)
+        tape = RoutingTape(facts=facts, asked_A=asked_A)
         if self.recompute == "block" and x_TD.requires_grad:
             return checkpoint(  # pyright: ignore[reportReturnType]
                 self._forward, x_TD, group_T, tape, use_reentrant=False, preserve_rng_state=False
@@ -74,7 +77,7 @@ class MoELayer(nn.Module):
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, free_weight_TF = self.router(h_TD, group_T, tape)
+        assignments, sums, free_weight_TF, prob_AC = self.router(h_TD, group_T, tape)
         repeated = tape.plan is not None
         plan: Any = tape.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
         tape.plan = plan
@@ -97,5 +100,6 @@ class MoELayer(nn.Module):
             rows_remote=plan.num_remote_rows,
             pairs=plan.num_pairs,
             pairs_remote=plan.num_remote_pairs,
+            prob_AC=prob_AC,
         )
         return (y_TD if shared_TD is None else y_TD + shared_TD), report

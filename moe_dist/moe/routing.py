@@ -1,7 +1,8 @@
 """The types at the heart: what a router hands to the dispatcher, and what a layer reports.
 
 Shape letters: T tokens on this rank, D hidden size, E true experts (logical, over all groups), K choices a token,
-N (token, expert) pairs, G groups, W ranks, F free columns (identity and constant experts), C choice columns: the E true
+N (token, expert) pairs, G groups, W ranks, A tokens whose routing is asked for, F free columns (identity and constant
+experts), C choice columns: the E true
 experts, then each group's null experts, each group's identity experts, each group's constant experts.
 """
 
@@ -17,6 +18,7 @@ from moe_dist.placement.placement import ExpertGroup
 if TYPE_CHECKING:
     from moe_dist.moe.choice_sets import ExpertsChoice
     from moe_dist.moe.dispatcher import DispatchPlan
+    from moe_dist.moe.lora import LoRAPlan
 
 ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
 
@@ -94,11 +96,14 @@ class Routing(NamedTuple):
         sums: Local sums, for losses and monitoring.
         free_weight_TF: Routing weight of each free expert, fp32 with gradient, 0 where it was not chosen: evaluated where
             the token is, never a pair. None where no group has free experts.
+        prob_AC: The softmax of the tokens that were asked for (`RoutingTape.asked_A`) over all columns of their group, 0 in
+            the others; fp32 with gradient. None where none was.
     """
 
     assignments: Assignments
     sums: RouterSums
     free_weight_TF: Tensor | None = None
+    prob_AC: Tensor | None = None
 
 
 class DepthSums(NamedTuple):
@@ -131,6 +136,7 @@ class LayerReport(NamedTuple):
         pairs_remote: Those whose expert lives on another rank.
         depth: Of the whole block, where it computes a share of the tokens alone.
         members_G: int64, there: this rank's tokens of each group, those that pass the block by among them.
+        prob_AC: As in `Routing`.
     """
 
     sums: RouterSums
@@ -139,6 +145,7 @@ class LayerReport(NamedTuple):
     pairs_remote: int
     depth: DepthSums | None = None
     members_G: Tensor | None = None
+    prob_AC: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ class BatchFacts:
 
 @dataclass
 class RoutingTape:
-    """The discrete decisions of one layer's forward, kept for its recomputation, and what was known before it.
+    """The discrete decisions of one layer's forward, kept for its recomputation, and what was known and asked before it.
 
     Under recompute the routing is saved, never recomputed: bits of a second forward may differ, and another choice would
     change split sizes on one rank alone. Filled by the first forward, read by the second.
@@ -175,8 +182,9 @@ class RoutingTape:
     choice_TK: Tensor | None = None
     dropped_TK: Tensor | None = None
     facts: BatchFacts | None = None
+    asked_A: Tensor | None = None  # int64, tokens whose softmax the caller wants
     choice: "ExpertsChoice | None" = None
-    plan: "DispatchPlan | None" = field(default=None)
+    plan: "DispatchPlan | LoRAPlan | None" = field(default=None)
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:

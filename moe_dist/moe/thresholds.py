@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routers.expert_choice import STATISTICS, ExpertChoiceRouter
 
 
@@ -33,7 +34,7 @@ class ThresholdKeeper:
         self._routers = list(routers)
 
     @classmethod
-    def of(cls, layers: Sequence[MoELayer]) -> "ThresholdKeeper | None":
+    def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdKeeper | None":
         """For a model's MoE layers; None where tokens choose."""
         routers = [layer.router for layer in layers if isinstance(layer.router, ExpertChoiceRouter)]
         return cls(routers) if routers else None

@@ -227,7 +227,7 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> dict[str, float | None]:
     """loss/total = nats of all modalities / labels of all + balance, z and auxiliary terms; and the parts, loss/auxiliary
-    where auxiliary routers are trained.
+    where auxiliary routers are trained, or routers tuned.
 
     Raises:
         ValueError: a modality has the name of a loss term.
@@ -237,7 +237,7 @@ def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> d
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = _ratio(sum(stats.loss_sum.values()), sum(stats.labels.values()))
     total = None if nats is None else nats + stats.balance_loss + stats.z_loss + stats.auxiliary_loss
-    # Auxiliary routers are trained without a z-loss: their term takes its place among the scalars.
+    # What is trained alone has no z-loss: its term takes that place among the scalars.
     third = {"loss/auxiliary": stats.auxiliary_loss} if stats.auxiliary_loss else {"loss/z": stats.z_loss}
     by_modality = {f"loss/{name}": value for name, value in losses.items()}
     return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, **third}

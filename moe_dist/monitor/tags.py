@@ -19,8 +19,8 @@ DEPTH_FAMILY = "computed"  # depths/computed
 
 # family -> meaning; families with a label end in its name in braces.
 MEANING: dict[str, str] = {
-    "loss/{term}": "Nats a token of the step: by modality, 'balance', 'z' and 'auxiliary' (auxiliary routers, while "
-    "they are trained) as they entered the loss, 'total' of all.",
+    "loss/{term}": "Nats a token of the step: by modality, 'balance', 'z' and 'auxiliary' (auxiliary routers while "
+    "they are trained, or router tuning's regulariser) as they entered the loss, 'total' of all.",
     "eval/{part}": "Held-out nats a token by modality; '<modality>_no_filler' leaves out empty image cells.",
     "optim/lr": "Learning rate.",
     "optim/grad_norm": "Global gradient norm before clipping.",

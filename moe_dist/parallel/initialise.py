@@ -17,14 +17,15 @@ def initialise(
 ) -> None:
     """Gives a model on the meta device its memory on `device`, and every parameter its initial value.
 
-    Norms start at 1, biases at 0; all else is normal with `std`, projections into the residual stream (attention.o, every
-    down) with std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
+    Norms start at 1, biases and the second matrices of adapters at 0, the first ones [r, in] normal with the variance of
+    the authors' code, 1 / (3 in); all else is normal with `std`, projections into the residual stream (attention.o,
+    every down) with std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
     for name, parameter in model.named_parameters():
         scale = residual if name.endswith((".o.weight", ".down.weight", ".down")) else std
-        _set(parameter, _draw(name, parameter, placement, ep_rank, seed, scale))
+        set_whole(parameter, _draw(name, parameter, placement, ep_rank, seed, scale))
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
@@ -49,6 +50,10 @@ def _draw(name: str, parameter: nn.Parameter, placement: ExpertPlacement, ep_ran
         return torch.ones(parameter.shape)
     if name.endswith(".bias"):
         return torch.zeros(parameter.shape)
+    if ".adapters." in name:
+        if name.endswith("b"):
+            return torch.zeros(parameter.shape)
+        scale = (3 * parameter.shape[-1]) ** -0.5
     if ".moe.experts." in name:
         names = logical_expert_names(name, placement, ep_rank)
         experts = [normal_tensor(each, tuple(parameter.shape[1:]), seed=seed, std=scale) for each in names]
@@ -64,7 +69,8 @@ def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 
 @torch.no_grad()
-def _set(parameter: nn.Parameter, full: Tensor) -> None:
+def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
+    """Gives a parameter, or this rank's shard of it, its part of a whole tensor."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return

@@ -96,11 +96,11 @@ class ParallelModel:
             sum_gradients(experts, self.mesh.edp, name="expert gradients", watch=self.mesh.watch)
 
 
-def freeze_all_but(model: nn.Module, part: str) -> None:
-    """Leaves gradients to the parameters that have `part` in their path alone: the others get neither gradients nor
-    moments. Called after sharding and before wrapping."""
+def freeze_all_but(model: nn.Module, *parts: str) -> None:
+    """Leaves gradients to the parameters that have one of `parts` in their path alone: the others get neither gradients nor
+    moments. Called before sharding and wrapping, which leave out what is frozen."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part in name.split("."))
+        parameter.requires_grad_(not set(parts).isdisjoint(name.split(".")))
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:

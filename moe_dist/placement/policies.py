@@ -68,6 +68,11 @@ def make_placement(
     return ExpertPlacement(tuple(groups), tuple(tuple(sorted(rank)) for rank in slots))
 
 
+def replicated_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
+    """Of LoRA experts, which every rank holds: to counts of rows and bytes that is one rank with all of them."""
+    return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
+
+
 def group_load(group: ExpertGroup, token_mix: Mapping[str, int]) -> float:
     """Weighted rows of a group: tokens of its modalities x expected experts a token x ffn_dim. Without a mix, 1 token."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1

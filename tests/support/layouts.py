@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from moe_dist.build import build_balance, build_depth_set, build_model, choice_ranks_of, depth_thresholds
+from moe_dist.build import build_balance, build_depth_set, build_model, choice_ranks_of, depth_thresholds, freeze
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
@@ -19,10 +20,12 @@ from moe_dist.loss import AuxSettings
 from moe_dist.moe.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
-from moe_dist.parallel.initialise import initialise, logical_expert_names
+from moe_dist.parallel.initialise import initialise, logical_expert_names, normal_tensor, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.policies import replicated_placement
+from moe_dist.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.training_step import StepResult, TrainingStep
 from tests.support.parted_set import PartedSet
 from tests.support.worlds import RankContext
@@ -64,6 +67,8 @@ class Layout:
     per_pair: bool = False
     depths: str | None = None  # the choice set of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
+    tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
+    lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are choice sets of their own
 
     @property
@@ -72,6 +77,8 @@ class Layout:
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
+        if self.lora:
+            return tuple(replace(group, ffn_dim=10) for group in GROUPS)
         if self.choice:
             return tuple(replace(group, num_null=0, top_k=top_k) for group, top_k in zip(GROUPS, (2, 1), strict=True))  # pyright: ignore
         if not self.free:
@@ -82,10 +89,12 @@ class Layout:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
         budget += "-balance" if self.balance else ""
+        budget += f"-lora-{self.lora}" if self.lora else ""
         budget += f"-depths-{self.depths}-{self.depth_causal}" if self.depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
+        budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
         return "-".join(parts) + budget + timetable
@@ -130,6 +139,13 @@ def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -
     return ExpertPlacement(groups, tuple(tuple(sorted(each)) for each in slots))
 
 
+def placement_for(layout: Layout) -> ExpertPlacement:
+    """Of a layout's experts; those that are LoRA are on every rank."""
+    if layout.lora:
+        return replicated_placement(layout.groups)
+    return placement_of(layout.placement, layout.ep, layout.groups)
+
+
 def config_of(layout: Layout) -> Config:
     """A configuration with the layout's keys; its data section is not used."""
     dispatch: dict[str, Any] = {"kind": "per_rank", "overlap": layout.overlap, "chunks": layout.chunks}
@@ -138,6 +154,11 @@ def config_of(layout: Layout) -> Config:
     if layout.ranks_per_node:
         dispatch = {"kind": "per_node", "ranks_per_node": layout.ranks_per_node}
     router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free or layout.balance}
+    experts: dict[str, Any] = {"kind": "ffn"}
+    only = {"only": "adapters"} if layout.lora else {}
+    if layout.lora:
+        router["normalise"] = "none"
+        experts = {"kind": "lora", "rank": 2, "alpha": 3.0, "weight": layout.lora}
     if layout.choice:
         router = {"kind": "expert_choice", "set": layout.choice, "noise": layout.noise, "causal": "threshold"}
         router["threshold_decay"] = 0.5
@@ -156,8 +177,10 @@ def config_of(layout: Layout) -> Config:
                 "depths": None
                 if layout.depths is None
                 else {"capacity": 0.3, "set": layout.depths, "causal": layout.depth_causal, "threshold_decay": 0.5},
+                "attention_lora": {"rank": 3, "alpha": 4.0} if layout.lora else None,
                 "moe": {
-                    "shared_ffn_dim": 4,
+                    "shared_ffn_dim": 0 if layout.lora else 4,
+                    "experts": experts,
                     "groups": {
                         g.name: {
                             "num_experts": g.num_experts,
@@ -175,7 +198,7 @@ def config_of(layout: Layout) -> Config:
                 },
             },
             "data": {"path": "none", "seq_len": SEQ_LEN},
-            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": 1},
+            "train": {"steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": 1, **only},
             "optimizer": {"lr": 1e-2},
             "parallel": {
                 "ep": layout.ep,
@@ -215,7 +238,7 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
 
 def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
     """The model of a layout, initialised, on its mesh."""
-    config, placement = config_of(layout), placement_of(layout.placement, layout.ep, layout.groups)
+    config, placement = config_of(layout), placement_for(layout)
     dtype = getattr(torch, layout.precision)
     master = torch.float64 if layout.precision == "float64" else torch.float32
     before = torch.get_default_dtype()
@@ -236,12 +259,23 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
         if layout.depth_parts > 1:
             for router in model.depth_routers():
                 router.choice_set = PartedSet(layout.depth_parts)
+        if layout.tuned:
+            freeze_all_but_routers(model, layout.tuned)
         if layout.data == "fsdp2":
             shard(model, mesh, dtype)
         initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
+        draw_second_matrices(model)
     finally:
         torch.set_default_dtype(before)
+    freeze(model, config)
     return ParallelModel(model, mesh, layout.data)  # pyright: ignore[reportArgumentType]
+
+
+def draw_second_matrices(model: nn.Module) -> None:
+    """Adapters' B, which begin at 0 and would leave A without a gradient."""
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name and name.endswith("b"):
+            set_whole(parameter, normal_tensor(name, tuple(parameter.shape), seed=1, std=0.3))
 
 
 def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> Outcome:
@@ -253,7 +287,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
     traffic = Traffic(events=[])
     parallel = build(layout, mesh, traffic)
-    placement = placement_of(layout.placement, layout.ep, layout.groups)
+    placement = placement_for(layout)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(
@@ -347,8 +381,8 @@ def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, 
     named: dict[str, np.ndarray] = {}
     for info in parallel.parameters:
         tensor = info.parameter.grad if gradient else info.parameter.detach()
-        if tensor is None and info.parameter.numel() == 0:
-            continue  # an empty stack
+        if tensor is None and (info.parameter.numel() == 0 or not info.parameter.requires_grad):
+            continue  # an empty stack, or frozen
         assert tensor is not None, f"{info.name} has no gradient"
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
         if info.kind == "expert":

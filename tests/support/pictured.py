@@ -32,13 +32,14 @@ def pictured_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def pictured_run(data: Path, root: Path, *, max_seq_len: int = 96) -> Path:
-    """Folder of a run of two steps on made-up gradients, with depths."""
+def pictured_run(data: Path, root: Path, *, max_seq_len: int = 96, **changes: Any) -> Path:
+    """Folder of a run of two steps on made-up gradients, with depths unless `changes` (of `OneRank`) say otherwise."""
     options: dict[str, Any] = {
         "model__vocab_size": VOCAB,
         "model__max_seq_len": max_seq_len,
         "data__seq_len": 96,
         "model__depths": {"capacity": 0.5},
+        **changes,
     }
     groups = {name: {"num_experts": 2, "num_null": 1, "top_k": 2, "ffn_dim": 8} for name in ("text", "image")}
     with world_of_one():

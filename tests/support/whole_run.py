@@ -54,7 +54,8 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
     folder = RunFolder.of(config).checkpoints
     checkpoints = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
-    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest)
+    controllers = training.controllers()
+    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=controllers)
     progress = resumable.restore()
     begun = Progress(**progress.to_json())
     at_start = tensors_of(config, training, plan.placement, mesh.ep_rank)

@@ -14,7 +14,20 @@ ROOT = Path(__file__).parents[2]
 # Top down: a room imports from lower floors, and on its own floor only where no circle comes of it.
 FLOORS = (
     {"train", "dry_run", "tools"},
-    {"trainer", "build", "session", "resume", "starting_weights", "trained", "training_step", "sizes", "doctor"},
+    {
+        "trainer",
+        "build",
+        "build_tuning",
+        "build_lora",
+        "base_weights",
+        "session",
+        "resume",
+        "starting_weights",
+        "trained",
+        "training_step",
+        "sizes",
+        "doctor",
+    },
     {"router_tuning"},
     {"parallel", "megatron", "evaluation", "generation", "hf"},
     {"model", "monitor", "checkpoint", "loss"},

@@ -154,7 +154,7 @@ class MegatronMoE(nn.Module):
     def forward(self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         router: Router = self.router  # pyright: ignore[reportAssignmentType]
-        assignments, sums, _ = router(h_TD, group_T)
+        assignments, sums, *_ = router(h_TD, group_T)
         expert_TK = assignments.expert_N.view(h_TD.shape[0], -1)
         weight_TK = assignments.weight_N.view_as(expert_TK)
         pairs = int((expert_TK != ABSENT).sum())

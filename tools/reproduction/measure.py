@@ -21,7 +21,7 @@ from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.loader import TrainLoader, heldout_batches
+from moe_dist.data.loader import heldout_batches, source_shares
 from moe_dist.errors import MoeDistError
 from moe_dist.evaluation.calibration import by_threshold, calibrate
 from moe_dist.evaluation.heldout import forward
@@ -30,7 +30,9 @@ from moe_dist.moe.routers.expert_choice import choice_of_training
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.trainer import Loader
 from tools.reproduction import probes
+from tools.reproduction.answers import answers
 from tools.reproduction.runner import MEASURED
 from tools.reproduction.spending import Spent, spent_by_step
 from tools.reproduction.study import CurveSection, MeasureSection, load_study
@@ -62,9 +64,10 @@ class Measurement:
         spent = spent_by_step(
             self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before
         )
-        section, batches = self._section, self._batches(self._section.sequences)
+        section, by_source = self._section, self._batches_by_source(self._section.sequences)
+        batches = [batch for of_source in by_source.values() for batch in of_source]
         curve = [] if section.curve is None else self._curve(section.curve, spent)
-        tokens = evaluate(self._model_at(last), batches, self._groups)
+        tokens = evaluate(model := self._model_at(last), batches, self._groups)
         found = {
             "steps": last,
             **spent[last].to_json(),
@@ -77,12 +80,19 @@ class Measurement:
             "curve": curve,
             "probes": {name: getattr(self, f"_probe_{name}")(batches, tokens) for name in wanted},
         }
+        asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
+        if asked:
+            found["answers"] = answers(model, asked, self._groups)
         self._run.keep_only_last()
         return found
 
     def _batches(self, sequences: int) -> list[Batch]:
-        batches = [
-            heldout_batches(
+        return [batch for of_source in self._batches_by_source(sequences).values() for batch in of_source]
+
+    def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
+        """Held-out batches of each source that the run was trained on."""
+        return {
+            source: heldout_batches(
                 self._config.data.path,
                 self._manifest,
                 source=source,
@@ -92,9 +102,8 @@ class Measurement:
                 rank=0,
                 world_size=1,
             )
-            for source in self._manifest.sources
-        ]
-        return [batch for of_source in batches for batch in of_source]
+            for source in source_shares(self._manifest, self._config.data.weights)
+        }
 
     def _model_at(self, step: int) -> Transformer:
         """The model that stands for a step. Thresholds are those of its own weights: a mean of weights is another model, so
@@ -109,7 +118,7 @@ class Measurement:
         return model
 
     @cached_property
-    def _loader(self) -> TrainLoader:
+    def _loader(self) -> Loader:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:

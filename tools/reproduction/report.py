@@ -69,6 +69,8 @@ def _section(
         "",
     ]
     lines += ["### Verdicts", "", *_verdicts(verdicts), "", "### Arms", "", *_arms(study, records), ""]
+    if any("answers" in record for record in records.values()):
+        lines += ["### Answers", "", *_answers(study, records), ""]
     lines += ["### Rows on the wire", "", *_wire(study, records), "", "### Load", "", *_loads(study, records), ""]
     if any(record.get("probes") for record in records.values()):
         lines += ["### Changed afterwards", "", *_probes(study, records), ""]
@@ -118,6 +120,23 @@ def _arms(study: Study, records: Records) -> list[str]:
         )
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
     return _table([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows)
+
+
+def _answers(study: Study, records: Records) -> list[str]:
+    """Share of held-out documents whose answer is right, over the sources that the arm was trained on and of each."""
+    sources = list(
+        dict.fromkeys(name for record in records.values() for name in record.get("answers", {}).get("by_source", ()))
+    )
+    rows = [
+        [
+            f"`{name}`",
+            _spread(mine, "answers.accuracy"),
+            *(_spread(mine, f"answers.by_source.{source}.accuracy") for source in sources),
+        ]
+        for name in study.arms
+        if (mine := _of(records, name))
+    ]
+    return _table(["arm", "accuracy", *sources], rows)
 
 
 def _wire(study: Study, records: Records) -> list[str]:

@@ -67,6 +67,20 @@ class ConstantValue(Part):
     constant: float
 
 
+class Term(Part):
+    """A number of an arm's record, and its factor."""
+
+    arm: ArmName
+    metric: str
+    times: float = 1.0
+
+
+class SumValue(Part):
+    """Numbers of records, each times a factor, added up."""
+
+    sum: tuple[Term, ...] = Field(min_length=1)
+
+
 class RatioValue(Part):
     """A rise of a probe's loss over that of the plain evaluation: probe(arm) at `at`."""
 
@@ -77,7 +91,7 @@ class RatioValue(Part):
     part: str = "all"
 
 
-Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | RatioValue
+Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | RatioValue
 
 
 class Rule(Part):
@@ -163,6 +177,7 @@ class Study(Part):
     seeds: Seeds
     pilot: PilotSection
     measure: MeasureSection = Field(default_factory=MeasureSection)
+    not_testable: str = ""  # what the pilot lacked; then no rule is judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
     rules: tuple[Rule, ...] = ()
 
@@ -220,6 +235,8 @@ def arms_of(value: Value) -> tuple[str, ...]:
             return (value.eta, value.of)
         case ArmValue() | RatioValue():
             return (value.arm,)
+        case SumValue():
+            return tuple(term.arm for term in value.sum)
         case ConstantValue():
             return ()
 

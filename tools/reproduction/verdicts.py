@@ -13,6 +13,7 @@ from tools.reproduction.study import (
     RatioValue,
     Rule,
     Study,
+    SumValue,
     Value,
     arms_of,
 )
@@ -43,6 +44,8 @@ def judge(study: Study, records: Records) -> list[Verdict]:
 
 
 def _judge(study: Study, rule: Rule, records: Records) -> Verdict:
+    if study.not_testable:
+        return Verdict(rule, "not testable here", None, {}, study.not_testable)
     arms = [name for value in (rule.lower, rule.higher) for name in arms_of(value)]
     seeds = set.intersection(*(set(study.seeds_of(study.arms[name])) for name in arms))
     missing = sorted({f"{arm} seed {seed}" for arm in arms for seed in seeds if (arm, seed) not in records})
@@ -81,6 +84,10 @@ def value_of(value: Value, records: Records, seed: int) -> float | None:
         case EtaValue():
             arm, of = (curve_of(records[name, seed], value.cost, value.part) for name in (value.eta, value.of))
             return log_eta(arm, of)
+        case SumValue():
+            terms = [number_at(records[term.arm, seed], term.metric) for term in value.sum]
+            known = [term.times * number for term, number in zip(value.sum, terms, strict=True) if number is not None]
+            return sum(known) if len(known) == len(terms) else None
         case RatioValue():
             return _rise(records[value.arm, seed], value)
 

@@ -161,7 +161,7 @@ class TopKRouter(nn.Module):
             expert_N=torch.where(taken_TK, chosen.column_TK, ABSENT).flatten(),
             weight_N=torch.where(taken_TK, weight_TK, 0.0).flatten(),
         )
-        return Routing(assignments, sums, free_TF)
+        return Routing(assignments, sums, free_TF, None if tape.asked_A is None else probs_TC[tape.asked_A])
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Logits of all columns [T, C]. Rows that are not true go in slices of n, each a product of the true rows' shape:

@@ -68,7 +68,7 @@ class Kept:
         return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
 
     def escaped_pid(self) -> int:
-        wait_until(self.escaped.exists)
+        wait_until(lambda: self.escaped.exists() and bool(self.escaped.read_text()))
         return int(self.escaped.read_text())
 
 

@@ -7,9 +7,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_dist.build import build_model
+from moe_dist.build import build_model, freeze
 from moe_dist.config.schema import Config
-from moe_dist.model.flops import Shape, active_parameters, expected_experts, forward_flops, parameters, training_flops
+from moe_dist.model.flops import (
+    Adapters,
+    Shape,
+    active_parameters,
+    expected_experts,
+    forward_flops,
+    frozen_flops,
+    parameters,
+    training_flops,
+)
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.policies import expert_groups, make_placement
 from moe_dist.sizes import model_shape
@@ -133,6 +142,7 @@ def count_training(config: Config, batch: int = 4) -> tuple[int, float, int]:
     model = build_model(config, placement, ep_rank=0, ep_group=None)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    freeze(model, config)
     length = config.data.seq_len
     tokens = torch.randint(config.model.vocab_size, (batch, length))
     zeros = torch.zeros(batch, length, dtype=torch.int64)
@@ -183,6 +193,54 @@ def test_depths_by_hand() -> None:
     assert forward.router == plain.router / 4 + 2 * 2 * (8 + 4 * 8 + 4)
     assert forward.output == plain.output
     assert parameters(some).total == parameters(shape()).total + 2 * (8 + 4 * 8 + 4)
+
+
+def lora_config(**parallel: Any) -> Config:
+    values = config(**parallel).model_dump(mode="json")
+    values["run"] |= {"init_from": "x", "init_rules": ["adapt"]}
+    values["train"]["only"] = "adapters"
+    values["model"]["attention_lora"] = {"rank": 3, "alpha": 3.0, "targets": ["q", "o"]}
+    values["model"]["moe"] |= {
+        "shared_ffn_dim": 0,
+        "experts": {"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["gate", "down"]},
+        "router": {"kind": "top_k", "normalise": "none"},
+    }
+    return Config.model_validate_json(json.dumps(values))
+
+
+def test_lora_by_hand() -> None:
+    groups = tuple(ExpertGroup(name, n, 1, 1, 5, 0, (name,)) for name, n in (("text", 3), ("image", 2)))
+    some = shape(
+        groups=groups, shared_ffn_dim=0, lora=Adapters(2, ("gate", "up", "down")), attention_lora=Adapters(3, ("q", "k"))
+    )
+    parts = parameters(some)
+    assert (parts.experts, parts.shared) == (0, 2 * 3 * 8 * 5)
+    attention = 3 * 3 * ((8 + 8) + (8 + 4))
+    assert parts.adapters == 2 * 5 * 2 * 3 * (8 + 5) + attention
+    share = {"text": 0.5, "image": 0.5}
+    forward = forward_flops(some, seq_len=16, experts_per_token={"text": 0.5, "image": 1.0}, token_share=share)
+    assert forward.adapters == 2 * (2 * 0.75 * 2 * 3 * (8 + 5) + attention)
+    assert forward.shared == 2 * parts.shared
+    frozen = frozen_flops(some, forward, seq_len=16)
+    assert frozen == forward.shared + forward.dense_ffn + forward.output + 3 * 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8)
+    assert training_flops(forward, frozen=frozen) == 3 * forward.total - frozen
+    assert training_flops(forward, recompute="experts") == 3 * forward.total + forward.shared + forward.adapters
+
+
+def test_lora_agrees_with_torchs_counter() -> None:
+    """The forward exactly; the whole up to what has no gradient below the first adapter, which is counted here by hand."""
+    cfg = lora_config()
+    counted, experts, tokens = count_training(cfg)
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    frozen = frozen_flops(model, forward, seq_len=cfg.data.seq_len)
+    below = (
+        2 * (32 * 32 + 2 * 32 * 16) + 2 * 3 * 32
+    )  # of layer 0: q, k, v and q's first matrix need no gradient of their input
+    scores_of_keys = 2 * 32 * 16  # and k has no adapter, so the scores' gradient of the keys is not computed
+    values = 2 * 32 * 16  # nor that of the values
+    expected = training_flops(forward, frozen=frozen) - below - scores_of_keys - values
+    assert counted == pytest.approx(expected * tokens, rel=1e-3)
 
 
 def test_recompute_repeats_no_more_than_counted() -> None:

@@ -147,3 +147,24 @@ def test_recompute_keeps_what_was_dropped() -> None:
     second = router(h_TD.flip(0), group_T, tape)
     assert torch.equal(first.assignments.expert_N, second.assignments.expert_N)
     assert torch.equal(first.sums.dropped_E, second.sums.dropped_E)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_routing_of_asked_tokens_leaves_by_value(recompute: str) -> None:
+    """Softmax over the columns of the token's own group, 0 in the others, with its gradient; nothing where nobody asks."""
+    groups = CASES["all kinds"]
+    layer = make_layer(groups, recompute=recompute)
+    h_TD = torch.randn(12, D, dtype=torch.double, requires_grad=True)
+    group_T, asked_A = torch.tensor([0, 1, -1, 0] * 3), torch.tensor([9, 0, 3])
+    _, report = layer(h_TD, group_T, None, asked_A)
+    assert layer(h_TD, group_T)[1].prob_AC is None
+    router = layer.router
+    logits_AC = router._logits(layer.norm(h_TD))[asked_A]  # pyright: ignore
+    inside_AC = router.group_of_column_C == group_T[asked_A][:, None]  # pyright: ignore
+    expected_AC = torch.where(inside_AC, logits_AC.exp(), 0.0)
+    expected_AC = expected_AC / expected_AC.sum(1, keepdim=True)
+    torch.testing.assert_close(report.prob_AC, expected_AC)
+    factor_AC = torch.rand_like(expected_AC)
+    (ours,) = torch.autograd.grad((report.prob_AC * factor_AC).sum(), h_TD)
+    (theirs,) = torch.autograd.grad((expected_AC * factor_AC).sum(), h_TD)
+    torch.testing.assert_close(ours, theirs)

@@ -132,3 +132,21 @@ def test_a_load_out_of_reach_is_not_testable() -> None:
     verdict = judge(study_of([rule]), records)[0]
     assert verdict.outcome == "not testable here"
     assert "seed 3" in verdict.reason
+
+
+def test_a_sum_of_records_by_hand() -> None:
+    """Half of the gap between b and c: 0.5 x 1 + 0.5 x 3 = 2 lies below a = 2.5 and above a = 1.5."""
+    half = [{"arm": arm, "metric": "loss.all", "times": 0.5} for arm in ("b", "c")]
+    rule = {"claim": "", "lower": {"sum": half}, "higher": {"arm": "a", "metric": "loss.all"}}
+    for a, outcome in ((2.5, "pass"), (1.5, "fail")):
+        verdict = judge(study_of([rule]), records_of(a=[a] * 5, b=[1.0] * 5, c=[3.0] * 5))[0]
+        assert verdict.outcome == outcome
+        assert verdict.paired is not None
+        assert verdict.paired.mean == pytest.approx(2.0 - a)
+    assert "c seed 2" in judge(study_of([rule]), records_of(a=[1.0] * 5, b=[1.0] * 5, c=[1.0]))[0].reason
+
+
+def test_a_gate_that_was_not_passed_leaves_nothing_to_judge() -> None:
+    study = study_of([NOT_WORSE]).model_copy(update={"not_testable": "the gap was 1 point"})
+    verdict = judge(study, records_of(a=[1.0] * 5, b=[2.0] * 5))[0]
+    assert (verdict.outcome, verdict.reason) == ("not testable here", "the gap was 1 point")

@@ -1,0 +1,130 @@
+"""The frozen base under adapters: taken whole by `run.init_rules: [adapt]`, and found again by its content hash.
+
+Adapters begin with B = 0, so that the model computes what the base does until its first step, to the last bit. A checkpoint
+of adapters names the base; whoever loads it, to go on or to use it, loads that very base.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import nn
+
+from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, find_base
+from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.contents import Contents
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
+from moe_dist.config.lora_rules import has_lora_experts
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+
+# What a section of the model says beside shapes, which show by the tensors.
+_FUNCTION = (
+    "resolved_head_dim",
+    "num_heads",
+    "rope_base",
+    "norm_eps",
+    "qk_norm",
+    "attention_bias",
+    "tie_embeddings",
+    "depths",
+)
+
+
+def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout) -> tuple[Base, str]:
+    """Loads the base of `run.init_from` under new adapters; returns what it is, and what was done in words. Collective.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it is none that these adapters can stand on; with every reason.
+        DataError: it is damaged.
+    """
+    assert config.run.init_from is not None
+    found: list[Base] = []
+
+    def check(contents: Contents) -> None:
+        if faults := base_faults(config.model, contents):
+            raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {fault}" for fault in faults], see=GUIDE)
+        found.append(Base(str(contents.folder), content_hash(contents.index)))
+
+    def sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
+        return base_sources(contents, {name: spec for name, spec in specs.items() if _of_base(name, config.model)})
+
+    state = capture(model, None, layout)
+    taken = checkpoints.load_fitting(Path(config.run.init_from), state, sources=sources, check=check)
+    lines = [taken.report(), f"content hash of the base: {found[0].content}"]
+    lines.append("function of the model before its first step: the same as the base's, to the last bit")
+    return found[0], "\n".join(lines)
+
+
+def load_base(
+    values: Mapping[str, object], adapters: Path, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout
+) -> Base:
+    """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective.
+
+    Args:
+        values: Of the checkpoint.
+        adapters: Its folder, for messages.
+
+    Raises:
+        DataError: the base is not there, damaged, or another one.
+    """
+    base = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
+    state = capture(model, None, layout, part="frozen")
+
+    def look() -> None:
+        find_base(base, adapters)
+
+    checkpoints.agree("find the base", look)
+    checkpoints.load_fitting(
+        Path(base.path), state, sources=base_sources, check=lambda contents: base.check(contents, adapters)
+    )
+    return base
+
+
+def base_faults(model: ModelSection, contents: Contents) -> list[str]:
+    """Why a checkpoint is no base of a model, beyond what its tensors say."""
+    values = contents.state.values
+    if KEY in values:
+        return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
+    config = values.get("config")
+    try:
+        there = ModelSection.model_validate_json(json.dumps(config.get("model") if isinstance(config, dict) else None))
+    except ValidationError as error:
+        return [f"its state.json has no model that this version can read: {str(error)[:200]}"]
+    faults = [
+        f"model.{name.removeprefix('resolved_')}={getattr(model, name)!r}, the base's is {getattr(there, name)!r}"
+        for name in _FUNCTION
+        if getattr(model, name) != getattr(there, name)
+    ]
+    if not has_lora_experts(model):
+        here, base = (each.moe.model_dump(mode="json", exclude={"capacity", "balance"}) for each in (model, there))
+        return [*faults, *(f"model.moe.{key}={value!r}, the base's is {base[key]!r}" for key, value in here.items()
+                           if value != base[key])]  # fmt: skip
+    return [*faults, *_not_dense(there)]
+
+
+def _not_dense(base: ModelSection) -> list[str]:
+    """Why the experts of a base are not one FFN that every token passes, whole."""
+    moe, faults = base.moe, []
+    groups = ", ".join(
+        f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"
+        for name, group in moe.groups.items()
+    )
+    counts = [(g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in moe.groups.values()]
+    if counts != [(1, 0, 0, 0)]:
+        faults.append(
+            f"its groups are {groups}; LoRA experts stand on one dense FFN, which is one group of one true expert"
+        )
+    if moe.router.kind != "top_k" or moe.router.scale != 1.0:
+        faults.append("its router weighs the expert's output by other than 1 (router.kind, router.scale)")
+    if moe.shared_ffn_dim:
+        faults.append(f"it has a shared expert beside (shared_ffn_dim={moe.shared_ffn_dim})")
+    return faults
+
+
+def _of_base(name: str, model: ModelSection) -> bool:
+    """Whether the base gives a parameter: all but adapters, and but the new router of LoRA experts."""
+    return ".adapters." not in name and not (has_lora_experts(model) and ".moe.router." in name)

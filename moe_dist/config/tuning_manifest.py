@@ -1,0 +1,176 @@
+"""The folder that router tuning trains on: its manifest, and its files held against it. Imports no torch.
+
+    manifest.json      which run, checkpoint, embedder, questions; shapes and digests of the files
+    tokens.npy         int32 [tokens], the samples one after the other: prompt, then the right answer
+    lengths.npy        int32 [S, 2], tokens of each sample's prompt and answer
+    embeddings.npy     float32 [S, width], the questions' embeddings
+    routing.npy        float32 [S, L, C], softmax of each layer at the prompt's last token
+    questions.jsonl    task, id, text and success of each sample, for the reader
+
+Samples that the run has right come first: the neighbour index is over the first rows of a memory-mapped file.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from moe_dist.config.data_digest import sampled_digest
+from moe_dist.errors import ConfigError, DataError
+
+MANIFEST_FILE = "manifest.json"
+GUIDE = "docs/router-tuning.md"
+ARRAYS: Mapping[str, type[np.generic]] = {
+    "tokens.npy": np.int32,
+    "lengths.npy": np.int32,
+    "embeddings.npy": np.float32,
+    "routing.npy": np.float32,
+}
+_MAX_BYTES = 1 << 24  # a manifest has a few kilobytes
+_Size = Annotated[int, Field(ge=0)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class TaskCount(_Stored):
+    """Questions of a task, and how many of them the run has right."""
+
+    questions: _Size
+    right: _Size
+
+
+class TuningManifest(_Stored):
+    """What is in the folder.
+
+    Attributes:
+        checkpoint: SHA-256 of the parameters that were scored, see `moe_dist.checkpoint.content_hash`.
+        run, step: Where that checkpoint lay, and its step; for the reader.
+        model: The section `model` of its configuration.
+        tokenizer: SHA-256 of the data set's tokenizer.json.
+        embedder: SHA-256 of the embedder's files.
+        embedder_name: For the reader.
+        tasks: By name.
+        samples, right: All samples, and the first ones that the run has right.
+        longest: Tokens of the longest sample, its last one (which is never read) left out.
+        layers: Indices of the transformer layers whose routing is there, L of them.
+        columns: Choice columns C of a layer.
+        width: Of an embedding.
+        options: How the questions were made: side, seed, rotations, measure.
+        digests: By file name.
+    """
+
+    format: Literal[1] = 1
+    checkpoint: _Sha256
+    run: str
+    step: _Size
+    model: dict[str, JsonValue]
+    tokenizer: _Sha256
+    embedder: _Sha256
+    embedder_name: str
+    tasks: dict[str, TaskCount]
+    samples: _Size
+    right: _Size
+    longest: _Size
+    layers: tuple[_Size, ...]
+    columns: _Size
+    width: _Size
+    options: dict[str, JsonValue]
+    digests: dict[str, str]
+
+    def shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Of each array; None where any length will do."""
+        return {
+            "tokens.npy": (None,),
+            "lengths.npy": (self.samples, 2),
+            "embeddings.npy": (self.samples, self.width),
+            "routing.npy": (self.samples, len(self.layers), self.columns),
+        }
+
+
+def load_tuning_manifest(folder: str | Path) -> TuningManifest:
+    """Reads `folder`/manifest.json.
+
+    Raises:
+        ConfigError: there is none (the message has the command that makes one).
+        DataError: it is damaged.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"router_tuning.data={str(folder)!r}: no {MANIFEST_FILE} there; make the folder with `python -m "
+            "tools.prepare_router_tuning RUN --tasks ... --out FOLDER`; one that was interrupted has none",
+            see=GUIDE,
+        )
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be a manifest", see=GUIDE)
+        manifest = TuningManifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}", see=GUIDE) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: damaged: {where + ': ' if where else ''}{first['msg']}; {_AGAIN}", see=GUIDE) from error
+    if not 0 <= manifest.right <= manifest.samples or not manifest.samples or not manifest.layers:
+        raise DataError(
+            f"{path}: damaged: samples={manifest.samples}, right={manifest.right}, layers={list(manifest.layers)} must be "
+            f"at least one sample and layer, and right at most samples; {_AGAIN}",
+            see=GUIDE,
+        )
+    return manifest
+
+
+_AGAIN = "prepare the folder again"
+
+
+def file_faults(folder: str | Path, manifest: TuningManifest) -> list[str]:
+    """What is wrong with the files: missing, other bytes than were written, other shapes than the manifest's. Reads at most
+    4 MiB of each, spread evenly."""
+    folder, faults = Path(folder), []
+    for name in (*ARRAYS, "questions.jsonl"):
+        path = folder / name
+        try:
+            found = sampled_digest(path)
+        except OSError as error:
+            faults.append(f"{path}: cannot be read: {error.strerror or error}; {_AGAIN}")
+            continue
+        if found != manifest.digests.get(name):
+            faults.append(f"{path}: {found}, but {manifest.digests.get(name, 'nothing')} was written; {_AGAIN}")
+        elif name in ARRAYS:
+            try:
+                open_array(folder, name, manifest)
+            except DataError as error:
+                faults += error.faults
+    return faults
+
+
+def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
+    """One of ARRAYS, memory-mapped.
+
+    Raises:
+        DataError: it is missing, no plain array, or of another shape or type than the manifest says.
+    """
+    path, shape = folder / name, manifest.shapes()[name]
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:  # the second of an array of pickled objects, and of what is no array
+        raise DataError(f"{path}: cannot be read as a plain array: {error}; {_AGAIN}", see=GUIDE) from error
+    fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if array.dtype != ARRAYS[name] or not fits:
+        raise DataError(
+            f"{path}: {array.dtype} {list(array.shape)}, but the manifest says {np.dtype(ARRAYS[name])} "
+            f"{['any' if want is None else want for want in shape]}; {_AGAIN}",
+            see=GUIDE,
+        )
+    return array
+
+
+def write_tuning_manifest(manifest: TuningManifest, folder: Path) -> None:
+    """Writes `folder`/manifest.json."""
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")

@@ -1,0 +1,211 @@
+"""What router tuning demands of a configuration, and of the folder that it trains on. Imports no torch."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from moe_dist.config.manifest import Manifest
+from moe_dist.config.schema import Config
+from moe_dist.config.section import Relation
+from moe_dist.config.tuning_manifest import TuningManifest, file_faults, load_tuning_manifest
+from moe_dist.config.tuning_schema import RouterTuningSection
+from moe_dist.errors import ConfigError, DataError
+
+KEY = "router_tuning"
+# Keys of `model` that change neither what the scored model computes nor its routing.
+_NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance")
+
+
+def chosen_layers(section: RouterTuningSection, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Indices of the transformer layers whose routers move, in order."""
+    return tuple(sorted(section.layers)) or moe_layers[-section.last_layers :]
+
+
+def tuning_relations(config: Config) -> list[Relation]:
+    """Rules of `router_tuning` that do not hold, whatever the data."""
+    section, only = config.router_tuning, config.train.only
+    if section is None and only != "routers":
+        return []
+    if section is None:
+        fault = f"train.only=routers: needs the section {KEY}, which names its data; add it, or set train.only to null"
+        return [Relation(("train.only", KEY), fault)]
+    broken = []
+    if only != "routers":
+        fault = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or leave {KEY} out"
+        broken.append(Relation(("train.only", KEY), fault))
+    return [*broken, *_start_relations(config), *_model_relations(config), *_layer_relations(config, section)]
+
+
+def _start_relations(config: Config) -> list[Relation]:
+    """A run begins with the very weights that were scored, at the beginning of its samples."""
+    run, broken = config.run, []
+    if run.init_from is None:
+        fault = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
+        broken.append(Relation(("run.init_from", KEY), fault))
+    if run.init_rules:
+        fault = (
+            f"run.init_rules={list(run.init_rules)}: makes another model than the one that {KEY}.data was read from; leave "
+            "them out, or train that model first"
+        )
+        broken.append(Relation(("run.init_rules", KEY), fault))
+    if run.keep_position:
+        fault = (
+            f"run.keep_position=true: {KEY} reads samples of its own, where that checkpoint has no place; set it to false"
+        )
+        broken.append(Relation(("run.keep_position", KEY), fault))
+    return broken
+
+
+def _model_relations(config: Config) -> list[Relation]:
+    moe, broken = config.model.moe, []
+    if moe.router.kind != "top_k":
+        fault = (
+            f"model.moe.router.kind={moe.router.kind}: {KEY} compares the softmax by which tokens choose experts, and "
+            "there experts choose, or the number of choices is fixed or drawn; tune a run with kind=top_k"
+        )
+        broken.append(Relation(("model.moe.router.kind", KEY), fault))
+    if config.model.depths is not None:
+        fault = (
+            f"model.depths: a token that a layer passes by has no routing there to compare; {KEY} needs model.depths=null"
+        )
+        broken.append(Relation(("model.depths", KEY), fault))
+    if moe.balance:
+        fault = (
+            f"model.moe.balance: its controllers would move selection biases, which {KEY} leaves alone; set it to []: "
+            "the biases of the checkpoint are kept"
+        )
+        broken.append(Relation(("model.moe.balance", KEY), fault))
+    return broken
+
+
+def _layer_relations(config: Config, section: RouterTuningSection) -> list[Relation]:
+    there, broken = config.model.moe_layers, []
+    if not section.layers and section.last_layers > len(there):
+        fault = (
+            f"{KEY}.last_layers={section.last_layers}: the model has {len(there)} MoE layers; take no more, all "
+            "of them at most"
+        )
+        broken.append(Relation((f"{KEY}.last_layers", "model.num_layers"), fault))
+    wrong = sorted(set(section.layers) - set(there))
+    if wrong or len(set(section.layers)) < len(section.layers):
+        what = f"layers {wrong} hold no experts" if wrong else "a layer stands there twice"
+        fault = f"{KEY}.layers={list(section.layers)}: {what}; take some of {list(there)}, each once"
+        broken.append(Relation((f"{KEY}.layers", "model.num_layers", "model.moe"), fault))
+    if section.weight == 0.0 and no_task_gradient(config):
+        fault = (
+            f"{KEY}.weight=0: with model.moe.router.normalise={_normalise(config)} and top_k=1 each weight is always 1, so "
+            f"that cross entropy gives no router a gradient and nothing would move; set {KEY}.weight above 0, or tune a "
+            "run with top_k of 2 or more"
+        )
+        broken.append(Relation((f"{KEY}.weight", "model.moe.router", "model.moe.groups"), fault))
+    return broken
+
+
+def no_task_gradient(config: Config) -> bool:
+    """Whether cross entropy gives no router a gradient: each token has one choice, and its weight is normalised to 1."""
+    one = all(group.top_k == 1 for group in config.model.moe.groups.values())
+    return one and _normalise(config) in ("true_chosen", "all_chosen")
+
+
+def _normalise(config: Config) -> str:
+    return str(getattr(config.model.moe.router, "normalise", ""))
+
+
+def judge_tuning_data(config: Config, data: Manifest | None, data_faults: list[str]) -> list[Relation]:
+    """Holds the folder of samples against the configuration; what is wrong with its files goes to `data_faults`.
+
+    Args:
+        data: Manifest of `data.path`; None where it could not be read.
+    """
+    section = config.router_tuning
+    if section is None:
+        return []
+    try:
+        manifest = load_tuning_manifest(section.data)
+    except ConfigError as error:
+        return [Relation((f"{KEY}.data",), fault) for fault in error.faults]
+    except DataError as error:
+        data_faults += error.faults
+        return []
+    data_faults += file_faults(section.data, manifest)
+    if data is not None:
+        data_faults += _tokenizer_faults(config, data, manifest)
+    faults = [*model_faults(config, manifest), *_member_faults(section, manifest)]
+    lost = sorted(set(chosen_layers(section, config.model.moe_layers)) - set(manifest.layers))
+    if lost and section.weight:
+        faults.append(
+            f"has no routing of the layers {lost}, only of {list(manifest.layers)}; prepare it with --layers for them, "
+            f"or choose among these in {KEY}.layers"
+        )
+    if section.embedder is not None and not manifest.embedder.startswith(section.embedder.lower()):
+        faults.append(
+            f"its embedder is {manifest.embedder[:16]}... ({manifest.embedder_name}), but {KEY}.embedder="
+            f"{section.embedder}; prepare it with that embedder, or set {KEY}.embedder to null"
+        )
+    if manifest.longest > config.data.seq_len:
+        faults.append(
+            f"its longest sample has {manifest.longest} tokens, more than data.seq_len={config.data.seq_len}; raise it, or "
+            "leave the task with long questions out of --tasks"
+        )
+    keys = (f"{KEY}.data", KEY, "model", "data.seq_len")
+    return [Relation(keys, f"{KEY}.data={section.data!r}: {fault}") for fault in faults]
+
+
+def model_faults(config: Config, manifest: TuningManifest) -> list[str]:
+    """Keys of `model` that are not the scored run's."""
+    here, there = _flat(config.model.model_dump(mode="json")), _flat(manifest.model)
+    return [
+        f"made from a run with model.{key}={there[key]!r}, here it is {value!r}; take that run's section model"
+        for key, value in here.items()
+        if key in there and there[key] != value and not any(f"{key}.".startswith(f"{part}.") for part in _NO_PART)
+    ]
+
+
+def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
+    """SHA-256 of a data set's tokenizer; '' where it has none. Raises: OSError."""
+    if data.tokenizer is None:
+        return ""
+    with (Path(folder) / data.tokenizer).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tokenizer_faults(config: Config, data: Manifest, manifest: TuningManifest) -> list[str]:
+    try:
+        found = tokenizer_digest(config.data.path, data)
+    except OSError:  # a data set that lacks its tokenizer is a fault of its own
+        return []
+    if found in ("", manifest.tokenizer):  # a data set without one has ids that only its owner knows
+        return []
+    return [
+        f"{KEY}.data: its samples were written with another tokenizer than that of data.path={config.data.path!r}; set "
+        "data.path to the data of the run that it was made from, or prepare it again"
+    ]
+
+
+def _member_faults(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
+    """There must be as many neighbours as are asked for, of samples that have themselves among them."""
+    if section.regulariser == "l2" or section.weight == 0.0:
+        return []
+    members = manifest.right if section.filter_by_success else manifest.samples
+    if not members:
+        return [
+            "the run has none of its questions right, so that there is no successful sample to be a neighbour; train it "
+            f"further, take easier --tasks, or set {KEY}.filter_by_success=false"
+        ]
+    wanted = section.neighbours.k if section.neighbours.kind == "nearest" else 1
+    if members > wanted:
+        return []
+    of = "successful samples" if section.filter_by_success else "samples"
+    return [
+        f"it has {members} {of}, and {KEY}.neighbours wants {wanted} of them beside the sample itself; lower "
+        f"{KEY}.neighbours.k, or prepare more questions"
+    ]
+
+
+def _flat(values: Mapping[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:
+    flat: dict[str, JsonValue] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,96 @@
+"""A base with its adapters merged into it, for export: W + (alpha / r) B A, where that is what every token meets.
+
+Attention: always. An FFN: where a token's weights are the same whatever its route, that is exactly
+
+- one group, since a token of another group has other adapters,
+- no null experts, since a null choice leaves the FFN as it is, and
+- one expert, whose probability among one column is exactly 1 in floating point too; or all of several chosen by every token
+  (top_k = num_experts) with a weight of exactly 1 (straight_through, published): then the sum of their products is merged.
+
+Otherwise the weights of a token are a function of the token, and no matrix is the FFN.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from moe_dist.checkpoint.base import GUIDE, base_names
+from moe_dist.checkpoint.index import Index
+from moe_dist.config.lora_schema import LoRAExpertsSection
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.errors import ConfigError
+
+Read = Callable[[str], Tensor]
+
+_ATTENTION = re.compile(r"(?P<layer>layers\.\d+\.attention)\.(?P<target>[qkvo])\.weight")
+_FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
+
+
+def check_mergeable(model: ModelSection) -> None:
+    """Refuses adapters that are no matrix.
+
+    Raises:
+        ConfigError: with every reason.
+    """
+    experts, groups, faults = model.moe.experts, model.moe.groups, []
+    if not isinstance(experts, LoRAExpertsSection):
+        return
+    if len(groups) > 1:
+        faults.append(f"model.moe.groups: {', '.join(groups)}: tokens of different groups have different adapters")
+    for name, group in groups.items():
+        key = f"model.moe.groups.{name}"
+        if group.num_null:
+            faults.append(f"{key}.num_null={group.num_null}: a token that chooses null experts passes the FFN as it is")
+        if group.top_k < group.num_experts:
+            faults.append(f"{key}.top_k={group.top_k} of num_experts={group.num_experts}: which adapters act is learned")
+        elif group.num_experts > 1 and experts.weight == "probability":
+            faults.append(
+                f"model.moe.experts.weight=probability: the weights of {key}'s experts differ from token to token"
+            )
+    if faults:
+        way_out = (
+            "no family has LoRA experts; export a run with one expert in one group (num_experts=1, num_null=0), or use the "
+            "run itself (tools.evaluate, tools.generate)"
+        )
+        raise ConfigError([f"{fault}; {way_out}" for fault in faults], see=GUIDE)
+
+
+def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
+    """Reads the tensors of a base by their names in it, adapters merged in fp32; what was trained as a whole (routers of an
+    MoE base) from the adapters' checkpoint.
+
+    Args:
+        model: Of the adapters' run, see `check_mergeable`.
+    """
+    ffn_names = base_names(base_index)
+
+    def read(name: str) -> Tensor:
+        if name in adapter_index.tensors:
+            return adapters(name)
+        whole = base(name)
+        for a, b, scale in _pairs(name, ffn_names, model):
+            if a in adapter_index.tensors:
+                whole = whole + scale * _product(adapters(b), adapters(a)).to(whole.dtype)
+        return whole
+
+    return read
+
+
+def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
+    """Names of A and B that act on a matrix of the base, with their scale."""
+    if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
+        prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
+        return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]
+    match, experts = _FFN.fullmatch(ffn_names.get(name, "")), model.moe.experts
+    if match is None or not isinstance(experts, LoRAExpertsSection):
+        return []
+    (group,) = model.moe.groups
+    prefix = f"layers.{match['layer']}.moe.adapters.{group}.{match['target']}"
+    return [(f"{prefix}_a", f"{prefix}_b", experts.alpha / experts.rank)]
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """B A, summed over experts where there are several; in float64, rounded once."""
+    product = b.double() @ a.double()
+    return product.sum(0) if product.ndim == 3 else product

@@ -1,0 +1,64 @@
+"""LoRA on the attention (LoRA, arXiv 2106.09685): W' x = W x + (alpha / r) B A x, with W frozen.
+
+Shape letters: I inputs and O outputs of a projection, r rank.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.moe.draws import dropped
+from moe_dist.moe.lora import adapter_draw
+from moe_dist.moe.routing import BatchFacts
+
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+class Adapter(nn.Module):
+    """One adapter: `a` [r, I] and `b` [O, r]."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.empty(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+
+class AttentionLoRA(nn.Module):
+    """The adapters of one attention.
+
+    Args:
+        widths: For each target its inputs and outputs.
+        rank, alpha: r, and the numerator of the scale.
+        dropout: Share of an adapter's inputs that is dropped while training.
+        seed, layer: Name the dropout's draws, with the step and the tokens.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, tuple[int, int]],
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        seed: int = 0,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        self.scale, self.dropout, self.seed, self.layer = alpha / rank, dropout, seed, layer
+        for target, (inputs, outputs) in widths.items():
+            self.add_module(target, Adapter(inputs, outputs, rank))
+
+    def forward(self, target: str, x: Tensor, y: Tensor, facts: BatchFacts | None) -> Tensor:
+        """y + the adapter of one projection of x; y itself where it has none."""
+        if target not in self._modules:
+            return y
+        if self.training and self.dropout:
+            assert facts is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
+            draw = adapter_draw(self.seed, self.layer, facts)
+            x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
+        return y + self.scale * self.get_submodule(target)(x)

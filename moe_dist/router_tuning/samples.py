@@ -1,0 +1,158 @@
+"""The samples of router tuning on disk: opened memory-mapped, and written all or nothing.
+
+See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E width of an embedding, L layers, C columns.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.config.data_digest import sampled_digest
+from moe_dist.config.tuning_manifest import (
+    ARRAYS,
+    MANIFEST_FILE,
+    TuningManifest,
+    file_faults,
+    load_tuning_manifest,
+    open_array,
+    write_tuning_manifest,
+)
+from moe_dist.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of a prompt and of its right answer, one at least of each."""
+
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+class Samples:
+    """An opened folder; nothing but the lengths is read before it is needed.
+
+    Args:
+        folder: As `tools.prepare_router_tuning` made it.
+
+    Attributes:
+        manifest: Of the folder.
+        digest: SHA-256 of the manifest, and so of all that it has digests of.
+        embeddings_SE, routing_SLC: Memory-mapped.
+
+    Raises:
+        ConfigError, DataError: it is not there, or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.manifest = load_tuning_manifest(folder)
+        if faults := file_faults(folder, self.manifest):
+            raise DataError(faults)
+        self.digest = hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()
+        arrays = {name: open_array(folder, name, self.manifest) for name in ARRAYS}
+        self.embeddings_SE, self.routing_SLC = arrays["embeddings.npy"], arrays["routing.npy"]
+        self._tokens = arrays["tokens.npy"]
+        self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)
+        ends_S = self._lengths_S2.sum(1).cumsum()
+        self._starts_S = ends_S - self._lengths_S2.sum(1)
+        if (self._lengths_S2 < 1).any() or ends_S[-1] != len(self._tokens):
+            raise DataError(
+                f"{folder}: lengths.npy has prompts or answers of no token, or has {ends_S[-1]} tokens in all, of which "
+                f"tokens.npy has {len(self._tokens)}; prepare the folder again"
+            )
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def sample(self, number: int) -> Sample:
+        """One sample; its tokens are copied."""
+        start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
+        tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
+        return Sample(tokens[:prompt], tokens[prompt:])
+
+    def prompts(self) -> list[np.ndarray]:
+        """The prompts of all samples."""
+        return [self.sample(number).prompt for number in range(len(self))]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of a question when it has been asked.
+
+    Attributes:
+        task, id, text: Of the question; the text is what was embedded.
+        right: The run answers it.
+    """
+
+    task: str
+    id: str
+    text: str
+    sample: Sample
+    right: bool
+
+
+def write_samples(
+    out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
+) -> TuningManifest:
+    """Writes a folder, samples that are right first. It is built under a hidden name beside its place and renamed when
+    complete: what a kill leaves is no folder of that name, and the next call removes it.
+
+    Args:
+        out: Must not exist.
+        scored, embeddings_SE, routing_SLC: Row by row of one question.
+        facts: What else its manifest is to say; sizes, tasks and digests are filled in here.
+
+    Raises:
+        ConfigError: `out` exists.
+    """
+    order = np.array(sorted(range(len(scored)), key=lambda row: not scored[row].right), np.int64)
+    ordered = [scored[row] for row in order.tolist()]
+    tasks: dict[str, tuple[int, int]] = {each.task: (0, 0) for each in scored}
+    for each in scored:
+        questions, right = tasks[each.task]
+        tasks[each.task] = (questions + 1, right + each.right)
+    lengths_S2 = np.array([[len(each.sample.prompt), len(each.sample.answer)] for each in ordered], np.int32)
+    arrays = {
+        "tokens.npy": np.concatenate([part for each in ordered for part in (each.sample.prompt, each.sample.answer)]),
+        "lengths.npy": lengths_S2,
+        "embeddings.npy": embeddings_SE[order],
+        "routing.npy": routing_SLC[order],
+    }
+    refuse_existing(out)
+    folder = out.parent / f".{out.name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        for name, array in arrays.items():
+            np.save(folder / name, np.ascontiguousarray(array, ARRAYS[name]), allow_pickle=False)
+        lines = [{"task": each.task, "id": each.id, "right": each.right, "text": each.text} for each in ordered]
+        (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        manifest = facts.model_copy(
+            update={
+                "tasks": {name: {"questions": questions, "right": right} for name, (questions, right) in tasks.items()},
+                "samples": len(ordered),
+                "right": sum(each.right for each in ordered),
+                "longest": int(lengths_S2.sum(1).max()) - 1,
+                "columns": int(routing_SLC.shape[2]),
+                "width": int(embeddings_SE.shape[1]),
+                "digests": {name: sampled_digest(folder / name) for name in (*arrays, "questions.jsonl")},
+            }
+        )
+        manifest = TuningManifest.model_validate_json(manifest.model_dump_json(warnings=False))
+        write_tuning_manifest(manifest, folder)
+        refuse_existing(out)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises: ConfigError: there is something at `out`."""
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"--out {out}: exists already, and nothing is overwritten; name another folder, or remove it")

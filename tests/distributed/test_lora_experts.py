@@ -1,0 +1,265 @@
+"""LoRA experts over ranks: N ranks equal one, whatever ep is; and whole runs of adapters over a frozen base, which is found
+again by its content hash. Nothing crosses the wire, and nothing frozen has a gradient, a moment or a reduction."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.evaluation.heldout import forward
+from moe_dist.parallel.mesh import make_mesh
+from tests.support.layouts import SEQUENCES, Layout, Outcome, batch_of, build, merged, train
+from tests.support.whole_run import WholeRun, whole_run
+from tests.support.worlds import RankContext
+
+LAYOUTS = [
+    Layout(2, 1, lora="probability"),
+    Layout(4, 1, data="fsdp2", recompute="block", lora="probability"),
+    Layout(2, 1, recompute="block", lora="published"),
+    Layout(2, 2, data="fsdp2", lora="probability"),
+    Layout(1, 2, data="fsdp2", recompute="experts", lora="straight_through"),
+    Layout(4, 1, recompute="experts", lora="straight_through"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
+    oracle: Outcome = run_in_world(1, train, Layout(lora=layout.lora), tmp_path)[0]
+    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
+    for outcome in outcomes:
+        for step, expected in zip(outcome.steps, oracle.steps, strict=True):
+            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+            assert step.ledger["pairs"] == expected.ledger["pairs"] > 0
+            assert not any(step.ledger[key] for key in step.ledger if key != "pairs"), "nothing crosses the wire"
+            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
+            np.testing.assert_allclose(
+                [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
+            )
+        assert outcome.events == outcomes[0].events
+    for field in ("gradients", "parameters"):
+        got, wanted = merged(outcomes, field), getattr(oracle, field)
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+    assert all(".adapters." in name or ".router." in name for name in oracle.gradients)
+    assert all(gradient.any() for name, gradient in oracle.gradients.items() if ".adapters." in name)
+    np.testing.assert_allclose(np.concatenate([o.logits for o in outcomes]), oracle.logits, rtol=0, atol=1e-9)
+
+
+DENSE = {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}
+BASE = {
+    "run.name": "base",
+    "model.moe.groups": DENSE,
+    "placement.policy": "interleaved",
+    "parallel.ep": 1,
+    "loss.balance.schedule": [[0, 0.0]],
+}
+GROUPS = {
+    "text": {"num_experts": 3, "num_null": 1, "top_k": 2, "ffn_dim": 16},
+    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 16},
+}
+
+
+def adapters(root: Path, **changes: Any) -> dict[str, Any]:
+    """A run of adapters on the base."""
+    return {
+        "run.name": "adapted",
+        "run.init_from": str(root / "base"),
+        "run.init_rules": ["adapt"],
+        "run.seed": 3,
+        "model.moe.groups": GROUPS,
+        "model.moe.experts": {"kind": "lora", "rank": 2, "alpha": 4.0},
+        "model.moe.router": {"normalise": "none"},
+        "model.attention_lora": {"rank": 2, "alpha": 4.0, "targets": ["q", "v"]},
+        "train.only": "adapters",
+        "placement.policy": "interleaved",
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+
+
+Run = Callable[..., list[WholeRun]]
+
+
+@pytest.fixture(scope="module")
+def root(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with a trained base in it."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_in_world(1, whole_run, tiny_data, folder, BASE)
+    return folder
+
+
+def is_trained(name: str) -> bool:
+    return ".adapters." in name or ".moe.router." in name
+
+
+@pytest.mark.parametrize(("world_size", "data"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2"), (4, "fsdp2")])
+def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
+    run_in_world: Run, tiny_data: Path, root: Path, world_size: int, data: str
+) -> None:
+    name = f"adapted-{world_size}-{data}"
+    layout = {"parallel__ep": world_size, "parallel__data": data, "model__attention_lora__dropout": 0.1}
+    changes = adapters(root, run__name=name, **layout)
+    runs = run_in_world(world_size, whole_run, tiny_data, root, changes)
+    # A shard beyond the last row is empty, and has no moments on that rank.
+    assert set.union(*(run.trained for run in runs)) == {name for name in runs[0].tensors if is_trained(name)}
+    for run in runs:
+        for name_, before in run.at_start.items():
+            assert np.array_equal(before, run.tensors[name_]) != is_trained(name_), name_
+        assert not any(step.ledger["payload_bytes"] for step in run.steps)
+    checkpoint = root / name / "checkpoints" / "step_4"
+    index, state = (json.loads((checkpoint / f"{each}.json").read_text()) for each in ("index", "state"))
+    assert index["tensors"]
+    assert all(is_trained(each) for each in index["tensors"])
+    assert any(each.startswith("optimizer.exp_avg.layers.0.moe.adapters.text.gate_a") for each in index["tensors"])
+    base = state["values"]["base"]
+    assert base["path"] == str(root / "base" / "checkpoints" / "step_4")
+    assert len(base["content"]) == 64
+
+
+def reduced(rank: RankContext, layout: Layout) -> tuple[int, int, int]:
+    """fp32 numbers that one step brings into reductions, and the numbers that are trained and frozen on all ranks."""
+    counted: list[tuple[torch.dtype, int]] = []
+    # torch's versions differ in the name that FSDP2 calls.
+    names = [n for n in ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n)]
+    real = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            tensor = options["input"] if "input" in options else args[0]
+            counted.append((tensor.dtype, tensor.numel()))
+            return real[name](*args, **options)
+
+        return call
+
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    parallel = build(layout, mesh, Traffic())
+    each = SEQUENCES // rank.world_size
+    batch = batch_of(0, 0, rank.rank * each, each)
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        with parallel.micro_batch(last=True):
+            logits, reports = forward(parallel, batch, torch.tensor([0, 1]))
+            (logits.sum() + sum(report.sums.prob_C.sum() for report in reports)).backward()
+        parallel.reduce_gradients()
+    finally:
+        for name in names:
+            setattr(dist, name, real[name])
+    trained, frozen = (
+        sum(each.parameter.numel() for each in parallel.parameters if each.parameter.requires_grad is flag)
+        for flag in (True, False)
+    )
+    return sum(n for dtype, n in counted if dtype == torch.float32), trained, frozen
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_nothing_frozen_is_reduced(run_in_world: Callable[..., list[Any]], data: str) -> None:
+    layout = Layout(2, 1, data=data, precision="float32", lora="probability")
+    for numbers, trained, frozen in run_in_world(2, reduced, layout):
+        padding = 1.0 if data == "ddp" else 1.35  # FSDP2 pads odd first dims for two ranks
+        assert trained <= numbers <= padding * trained
+        assert frozen > trained
+
+
+def test_lora_on_the_attention_of_a_mixture(run_in_world: Run, tiny_data: Path, tmp_path: Path) -> None:
+    """Its experts stay on their ranks, frozen; another layout goes on from the adapters."""
+    run_in_world(2, whole_run, tiny_data, tmp_path, {"run.name": "base", "train.steps": 2})
+    changes = {
+        "run.name": "adapted",
+        "run.init_from": str(tmp_path / "base"),
+        "run.init_rules": ["adapt"],
+        "model.attention_lora": {"rank": 2, "alpha": 4.0},
+        "train.only": "adapters",
+        "parallel.data": "fsdp2",
+    }
+    first = run_in_world(2, whole_run, tiny_data, tmp_path, {**changes, "train.steps": 2})
+    alone = {"parallel.ep": 1, "placement.policy": "interleaved", "parallel.data": "ddp"}
+    (second,) = run_in_world(1, whole_run, tiny_data, tmp_path, {**changes, **alone})
+    assert second.begun.step == 2
+    for run in first:
+        assert any(step.ledger["payload_bytes"] for step in run.steps)
+        for name, value in run.tensors.items():
+            assert np.array_equal(run.at_start[name], value) != is_trained(name), name
+            np.testing.assert_array_equal(second.at_start[name], value, err_msg=name)
+
+
+def test_ranks_and_stops_change_nothing(run_in_world: Run, tiny_data: Path, root: Path) -> None:
+    """Stopped and begun again it is the same run to the last bit; and 2 ranks of FSDP2 go on where 1 rank stopped."""
+    changes = adapters(root, run__name="whole", parallel__ep=1)
+    (whole,) = run_in_world(1, whole_run, tiny_data, root, changes)
+    changes |= {"run.name": "parted"}
+    run_in_world(1, whole_run, tiny_data, root, {**changes, "train.steps": 2})
+    (again,) = run_in_world(1, whole_run, tiny_data, root, changes)
+    assert (again.begun.step, again.ended.step) == (2, 4)
+    for name, value in whole.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name], value, err_msg=name)
+    changes |= {"run.name": "wider"}
+    run_in_world(1, whole_run, tiny_data, root, {**changes, "train.steps": 2})
+    wide = {**changes, "parallel.ep": 2, "parallel.data": "fsdp2"}
+    for run in run_in_world(2, whole_run, tiny_data, root, wide):
+        assert run.begun.step == 2
+        for step, expected in zip(run.steps, whole.steps[2:], strict=True):
+            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-5)
+
+
+def refused(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> str:
+    try:
+        whole_run(rank, data, root, changes)
+    except (ConfigError, DataError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
+def test_another_base_is_refused_with_both_hashes(run_in_world: Run, tiny_data: Path, root: Path, tmp_path: Path) -> None:
+    for each in ("base", "other"):
+        run_in_world(1, whole_run, tiny_data, tmp_path, {**BASE, "run.name": each, "run.seed": len(each)})
+    changes = adapters(tmp_path, parallel__ep=1, train__steps=2)
+    run_in_world(1, whole_run, tiny_data, tmp_path, changes)
+    shutil.rmtree(tmp_path / "base")
+    changes["train.steps"] = 4
+    (told,) = run_in_world(1, refused, tiny_data, tmp_path, changes)
+    assert told.startswith("DataError")
+    assert "is not there; put it back" in told
+    shutil.copytree(tmp_path / "other", tmp_path / "base")
+    told, other = run_in_world(2, refused, tiny_data, tmp_path, {**changes, "parallel.ep": 2})
+    noted = json.loads((tmp_path / "adapted/checkpoints/step_2/state.json").read_text())["values"]["base"]["content"]
+    assert told.startswith("DataError")
+    assert f"were trained on a base with {noted}" in told
+    assert "its content hash is " in told
+    assert "put that base back" in told
+    assert other.startswith("DataError"), "all ranks end alike"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"model__moe__groups": {**GROUPS, "text": {**GROUPS["text"], "ffn_dim": 24},
+                                 "image": {**GROUPS["image"], "ffn_dim": 24}}},
+         "layers.0.moe.ffn.gate.weight: torch.float32 (24, 32) in the model, F32 (16, 32) in layers.0.moe.experts"),
+        ({"model__num_layers": 1}, "layers.1.attention.k.weight: the model has no place for it"),
+        ({"model__num_layers": 3}, "layers.2.attention.norm.weight: the base has none"),
+        ({"model__rope_base": 500.0}, "model.rope_base=500.0, the base's is 10000.0"),
+        ({"run__init_from": "nowhere"}, "nowhere"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    run_in_world: Run, tiny_data: Path, root: Path, changes: dict[str, Any], fault: str
+) -> None:
+    (told,) = run_in_world(1, refused, tiny_data, root, adapters(root, run__name="unfit", parallel__ep=1, **changes))
+    assert fault in told
+    assert not (root / "unfit" / "checkpoints").exists()
+
+
+def test_adapters_are_no_base(run_in_world: Run, tiny_data: Path, root: Path) -> None:
+    run_in_world(1, whole_run, tiny_data, root, adapters(root, run__name="first", parallel__ep=1, train__steps=2))
+    second = adapters(root, run__name="second", parallel__ep=1, run__init_from=str(root / "first"))
+    (told,) = run_in_world(1, refused, tiny_data, root, second)
+    assert "it holds adapters and not the model under them" in told

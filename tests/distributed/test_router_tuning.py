@@ -1,0 +1,93 @@
+"""Router tuning on N ranks equals one rank, and nothing but the chosen routers moves, is reduced, or has moments."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.layouts import GROUPS, IMAGE, LAYERS, Layout
+from tests.support.tuned import Tuned, tune
+from tests.support.tuning_samples import made_samples
+
+LAYOUTS = [
+    (Layout(2, 1, "pinned", tuned=(1,)), 2),
+    (Layout(4, 1, "uneven", "fsdp2", "block", tuned=(1,)), None),
+    (Layout(2, 2, "interleaved", "ddp", "experts", tuned=(0, 1)), 2),
+    (Layout(2, 2, "pinned", "fsdp2", tuned=(0,)), None),
+    (Layout(1, 2, data="fsdp2", recompute="block", tuned=(0, 1)), None),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    columns = sum(group.num_columns for group in GROUPS)
+    out = tmp_path_factory.mktemp("samples") / "made"
+    return made_samples(out, ids=(0, IMAGE[1]), layers=range(LAYERS), columns=columns, model={}, longest=8)
+
+
+@pytest.fixture(scope="module")
+def oracle(
+    run_in_world: Callable[..., list[Any]], folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Layout, int | None], tuple[Tuned, Path]]:
+    """One process, and the checkpoint that carries its initial weights to the layouts."""
+    start = tmp_path_factory.mktemp("start")
+    known: dict[tuple[Any, ...], tuple[Tuned, Path]] = {}
+
+    def found(layout: Layout, refresh_every: int | None) -> tuple[Tuned, Path]:
+        key = (layout.tuned, refresh_every)
+        if key not in known:
+            own = start / "-".join(map(str, layout.tuned))
+            known[key] = run_in_world(1, tune, Layout(tuned=layout.tuned), folder, own, refresh_every)[0], own
+        return known[key]
+
+    return found
+
+
+@pytest.mark.parametrize(("layout", "refresh_every"), LAYOUTS, ids=str)
+def test_n_ranks_equal_one(
+    run_in_world: Callable[..., list[Any]],
+    folder: Path,
+    oracle: Callable[..., tuple[Tuned, Path]],
+    layout: Layout,
+    refresh_every: int | None,
+) -> None:
+    one, start = oracle(layout, refresh_every)
+    outcomes: list[Tuned] = run_in_world(layout.world_size, tune, layout, folder, start, refresh_every)
+    chosen = {
+        name for name in one.before if name.startswith(tuple(f"layers.{layer}.moe.router." for layer in layout.tuned))
+    }
+    assert len(chosen) == 4 * len(layout.tuned)  # true and null rows of two groups
+    for outcome in outcomes:
+        for step, expected in zip(outcome.steps, one.steps, strict=True):
+            assert step.auxiliary > 0.01
+            np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
+            np.testing.assert_allclose(
+                [step.auxiliary, step.grad_norm], [expected.auxiliary, expected.grad_norm], rtol=1e-9
+            )
+        assert outcome.gradients.keys() == one.gradients.keys() == outcome.moments == chosen
+        for name in chosen:
+            np.testing.assert_allclose(outcome.gradients[name], one.gradients[name], rtol=0, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(outcome.parameters[name], one.parameters[name], rtol=0, atol=1e-9, err_msg=name)
+        for name in sorted(chosen - {n for n in chosen if n.endswith("null")}):
+            assert np.abs(outcome.gradients[name]).max() > 1e-6, name
+            assert not np.array_equal(outcome.parameters[name], outcome.before[name]), name
+        for name in outcome.parameters.keys() - chosen:
+            np.testing.assert_array_equal(outcome.parameters[name], outcome.before[name], err_msg=name)
+        assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
+        rows = sum(one.parameters[name].size for name in chosen)
+        assert outcome.savings.optimizer[0] == 2 * 8 * rows
+        assert outcome.savings.reduced[0] == 8 * rows < outcome.savings.reduced[1]
+    backward = sum("backward" in event for event in outcomes[0].events)
+    forward = sum(event.endswith("dispatch rows") for event in outcomes[0].events)
+    if layout.recompute != "block" and refresh_every is None and layout.ep > 1:
+        lowest = min(layout.tuned)
+        assert backward == 3 * forward * (LAYERS - lowest) / LAYERS, "backward ends at the lowest chosen layer"
+
+
+def test_a_refresh_changes_the_targets(oracle: Callable[..., tuple[Tuned, Path]]) -> None:
+    frozen, _ = oracle(Layout(tuned=(0, 1)), None)
+    fresh, _ = oracle(Layout(tuned=(0, 1)), 2)
+    assert [step.auxiliary for step in frozen.steps[:2]] == [step.auxiliary for step in fresh.steps[:2]]
+    assert frozen.steps[2].auxiliary != fresh.steps[2].auxiliary

@@ -1,0 +1,133 @@
+"""Whole runs of router tuning: from a trained run, resumed to the same bits, and held to their base and their samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.tiny import IMAGE_IDS, tiny_config
+from tests.support.tuning_samples import made_samples
+from tests.support.whole_run import WholeRun, whole_run
+from tests.support.worlds import WorldError
+
+BASE = {"train.steps": 2, "evaluation.every": 100, "evaluation.final_sequences": 4, "checkpoint.every": 2}
+TUNED = {
+    **BASE,
+    "train.only": "routers",
+    "train.steps": 6,
+    "train.global_batch": 4,
+    "train.micro_batch": 1,
+    "optimizer.lr": 1e-2,
+    "optimizer.schedule": {"kind": "constant"},
+    "loss.balance.schedule": [[0, 0.0]],
+    "checkpoint.every": 3,
+}
+CHOSEN = {f"layers.1.moe.router.{group}.{rows}" for group in ("text", "image") for rows in ("true", "null")}
+
+
+class Site:
+    """Runs in one folder, and samples made from the base among them."""
+
+    def __init__(self, run_in_world: Callable[..., list[Any]], data: Path, root: Path) -> None:
+        self._run_in_world, self._data, self.root = run_in_world, data, root
+        self.base: list[WholeRun] = run_in_world(2, whole_run, data, root, {**BASE, "run.name": "base"})
+        self.samples = self.made("samples")
+
+    def made(self, name: str, **options: Any) -> Path:
+        model = tiny_config(self._data, self.root).model.model_dump(mode="json")
+        options = {"base": self.root / "base", "layers": (0, 1), "columns": 8, **options}
+        return made_samples(self.root / name, ids=(4, IMAGE_IDS[1]), model=model, **options)
+
+    def tune(self, name: str, *, section: dict[str, Any] | None = None, ranks: int = 2, **changes: Any) -> list[WholeRun]:
+        tuning = {"data": str(self.samples), "last_layers": 1, **(section or {})}
+        values = {**TUNED, "run.name": name, "run.init_from": str(self.root / "base"), "router_tuning": tuning}
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        return self._run_in_world(ranks, whole_run, self._data, self.root, {**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def site(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(run_in_world, tiny_data, tmp_path_factory.mktemp("runs"))
+
+
+def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
+    return ours.keys() == theirs.keys() and all(np.array_equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, data: str) -> None:
+    """Refreshed after steps 2 and 4, interrupted after 3: the resumed run must have the targets of step 2."""
+    options: dict[str, Any] = {"section": {"refresh_every": 2}, "parallel__data": data, "parallel__recompute": "block"}
+    whole = site.tune(f"whole-{data}", **options)
+    halfway = site.tune(f"halves-{data}", train__steps=3, **options)
+    resumed = site.tune(f"halves-{data}", **options)
+    assert resumed[0].begun.step == 3
+    for outcome, half, after, before in zip(whole, halfway, resumed, site.base, strict=True):
+        assert outcome.trained == CHOSEN, "no moments for what is frozen"
+        assert same(outcome.at_start, before.tensors)
+        moved = {name for name, value in outcome.tensors.items() if not np.array_equal(value, before.tensors[name])}
+        assert moved == CHOSEN
+        assert outcome.steps[0].auxiliary > 0.0
+        assert same(after.at_start, half.tensors)
+        assert same(after.tensors, outcome.tensors)
+        assert [s.auxiliary for s in [*half.steps, *after.steps]] == [s.auxiliary for s in outcome.steps]
+        assert outcome.ended.position == 24
+
+
+def test_arms_by_configuration_alone(site: Site) -> None:
+    """The same samples in the same order; nothing but the pull differs, and each arm ends elsewhere."""
+    arms: dict[str, dict[str, Any]] = {
+        "ce": {"weight": 0.0},
+        "k1": {"neighbours": {"k": 1}},
+        "k3": {},
+        "radius": {"neighbours": {"kind": "radius", "similarity": 0.5}},
+        "random": {"random_neighbours": True},
+        "unfiltered": {"filter_by_success": False},
+        "l2": {"regulariser": "l2"},
+        "all": {"last_layers": 2},
+    }
+    ends = {name: site.tune(name, section=section, train__steps=2)[0] for name, section in arms.items()}
+    assert len({end.tensors["layers.1.moe.router.text.true"].tobytes() for end in ends.values()}) == len(arms)
+    assert len({end.steps[0].nll_M.tobytes() for end in ends.values()}) == 1, "the first forward is the base's"
+    assert ends["ce"].steps[0].auxiliary == 0.0
+    assert ends["l2"].steps[0].auxiliary > 0.0, "made-up routing is not the model's own"
+    assert "layers.0.moe.router.text.true" in ends["all"].trained
+
+
+def test_a_tuned_run_is_an_ordinary_checkpoint(site: Site, run_in_world: Callable[..., list[Any]], tiny_data: Path) -> None:
+    tuned = site.tune("k3", train__steps=2)
+    (alone,) = run_in_world(
+        1,
+        whole_run,
+        tiny_data,
+        site.root,
+        {
+            **BASE,
+            "run.name": "on",
+            "run.init_from": str(site.root / "k3"),
+            "parallel.ep": 1,
+            "placement.policy": "interleaved",
+        },
+    )
+    shared = tuned[0].tensors.keys() & alone.at_start.keys()
+    assert shared > CHOSEN
+    assert all(np.array_equal(tuned[0].tensors[name], alone.at_start[name]) for name in shared)
+
+
+def test_other_weights_than_the_scored_ones_are_refused(site: Site) -> None:
+    other = site.made("of-other", checkpoint="f" * 64, base=None)
+    with pytest.raises(
+        WorldError, match=r"made from the weights ffffffffffffffff\.\.\. \(step 0 of runs/base\), but .* has "
+    ):
+        site.tune("other-base", section={"data": str(other)}, ranks=1, parallel__ep=1, placement__policy="interleaved")
+
+
+def test_other_samples_under_the_same_path_end_a_resume(site: Site) -> None:
+    folder = site.made("swapped")
+    site.tune("swaps", section={"data": str(folder)}, train__steps=3)
+    folder.rename(site.root / "moved")
+    site.made("swapped", seed=1)
+    with pytest.raises(WorldError, match="these are not the samples that the run was tuned on"):
+        site.tune("swaps", section={"data": str(folder)})

@@ -1,0 +1,73 @@
+"""Adapters over an imported base, on one rank, in memory and in a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from moe_dist.base_weights import begin_on_base
+from moe_dist.build import build_model, freeze
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.config.lora_rules import has_lora_experts
+from moe_dist.config.schema import Config
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.policies import expert_groups, replicated_placement
+from moe_dist.preflight import layout_without_data
+
+ONE = {"num_experts": 1, "top_k": 1}
+MOLE = {"num_experts": 3, "num_null": 1, "top_k": 2}
+
+
+class Adapted:
+    """A model of new adapters on the base in `imported`, a folder of `tools.import_hf`.
+
+    Args:
+        group: Of its one group, what differs from the base's.
+        experts: Fields of LoRA experts; None for LoRA on the attention alone.
+        attention: Fields of LoRA on the attention; None for none.
+    """
+
+    def __init__(
+        self,
+        imported: Path,
+        folder: Path,
+        *,
+        group: dict[str, Any] | None = None,
+        experts: dict[str, Any] | None = None,
+        attention: dict[str, Any] | None = None,
+    ) -> None:
+        values = yaml.safe_load((imported / "config.yaml").read_text())
+        values["run"]["init_rules"], values["train"]["only"] = ["adapt"], "adapters"
+        values["data"]["path"] = str(folder / "no data")  # whatever the machine has prepared
+        values["parallel"] |= {"device": "cpu", "precision": "fp32"}
+        moe, values["model"]["attention_lora"] = values["model"]["moe"], attention
+        if experts is not None:
+            moe["experts"] = {"kind": "lora", **experts}
+            moe["router"] = {"kind": "top_k", "normalise": "none"}
+            moe["groups"]["all"] |= group or {}
+        self.config = Config.model_validate(values, strict=False)
+        layout_without_data(self.config)  # as a run would
+        placement = replicated_placement(expert_groups(self.config.model.moe))
+        self.model: Transformer = build_model(self.config, placement, ep_rank=0, ep_group=None)
+        initialise(self.model, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
+        freeze(self.model, self.config)
+        assert has_lora_experts(self.config.model) == (experts is not None)
+        self.manager = CheckpointManager(folder, keep=1, lease_check=lambda: None)
+        self.layout = RankLayout(placement)
+        self.base, self.report = begin_on_base(self.config, self.manager, self.model, self.layout)
+
+    def draw(self, seed: int = 0) -> None:
+        """Second matrices that are not 0, as after a training."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if ".adapters." in name and name.endswith("b"):
+                    parameter.normal_(0.0, 0.2, generator=generator)
+
+    def save(self) -> Path:
+        """A checkpoint of the adapters."""
+        values = {"config": self.config.model_dump(mode="json"), "base": self.base.to_json()}
+        return self.manager.save(3, capture(self.model, None, self.layout, part="trained", values=values))

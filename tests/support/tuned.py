@@ -1,0 +1,121 @@
+"""Router tuning on any layout of ranks: three optimizer steps of the float64 model of `layouts` on made-up samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.config.manifest import Manifest
+from moe_dist.loss import AuxSettings
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.mesh import make_mesh
+from moe_dist.router_tuning.loader import SampleLoader, SampleMaker
+from moe_dist.router_tuning.neighbours import NeighbourIndex
+from moe_dist.router_tuning.reading import RoutingReader
+from moe_dist.router_tuning.samples import Samples
+from moe_dist.router_tuning.savings import Savings, savings
+from moe_dist.router_tuning.tuning import Chosen, RouterTuning
+from moe_dist.training_step import StepResult, TrainingStep
+from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, build, carry, logical, placement_of
+from tests.support.worlds import RankContext
+
+MANIFEST = Manifest.model_construct(modalities={"text": (TEXT,), "image": (IMAGE,)}, pad_id=0)
+BATCH, MICRO_BATCHES = 16, 2  # samples a step, and micro-batches of a rank
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What one rank saw.
+
+    Attributes:
+        before, parameters: By logical name.
+        gradients: Of the first step, by name: those that there are.
+        moments: Names of the parameters with moments.
+        events: Of the exchanges.
+    """
+
+    steps: list[StepResult]
+    before: dict[str, np.ndarray]
+    parameters: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    moments: set[str]
+    events: list[str]
+    savings: Savings
+
+
+def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refresh_every: int | None) -> Tuned:
+    """Body of a standing world: tunes the routers of `layout.tuned` and returns what this rank saw."""
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    traffic = Traffic(events=[])
+    parallel = build(layout, mesh, traffic)
+    placement = placement_of(layout.placement, layout.ep, layout.groups)
+    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    carry(checkpoint, parallel, optimizer, placement, mesh)
+    samples = Samples(folder)
+    reader = RoutingReader(
+        parallel.model,
+        SampleMaker(MANIFEST),
+        group_of_modality=torch.tensor([0, 1]),
+        places=layout.tuned,
+        world=mesh.world,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        batch_tokens=16,
+    )
+    tuning = RouterTuning(
+        samples,
+        parallel.model,
+        Chosen(layout.tuned, layout.tuned, layout.tuned),
+        reader,
+        neighbours=NeighbourIndex(samples.embeddings_SE, samples.manifest.right, bandwidth=1.0, k=3),
+        weight=2.0 / BATCH,
+        refresh_every=refresh_every,
+    )
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=[0, 1],
+        clip_norm=0.5,
+        traffic=traffic,
+        tuning=tuning,
+    )
+    loader = SampleLoader(
+        samples,
+        MANIFEST,
+        seed=0,
+        global_batch=BATCH,
+        micro_batch=BATCH // MICRO_BATCHES // mesh.world_size,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+    )
+    gradients: dict[str, np.ndarray] = {}
+
+    def keep_gradients(*_: object) -> None:
+        if not gradients:
+            found = {info.name: info.parameter.grad for info in parallel.parameters}
+            gradients.update({name: _whole(each) for name, each in found.items() if each is not None})
+
+    optimizer.register_step_pre_hook(keep_gradients)
+    before = logical(parallel, placement, mesh, gradient=False)
+    aux = AuxSettings(kind="null_averaged", balance=0.0, z=0.0)
+    results = [step(loader.batches(number * BATCH), lr=1e-2, aux=aux, number=number) for number in range(STEPS)]
+    named = {parameter: name for name, parameter in parallel.model.named_parameters()}
+    return Tuned(
+        steps=results,
+        before=before,
+        parameters=logical(parallel, placement, mesh, gradient=False),
+        gradients=gradients,
+        moments={named[parameter] for parameter in optimizer.state},
+        events=traffic.events or [],
+        savings=savings(parallel),
+    )
+
+
+def _whole(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()

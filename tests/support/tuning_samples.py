@@ -1,0 +1,71 @@
+"""Made-up samples for router tuning, in the form that `tools.prepare_router_tuning` writes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.config.tuning_manifest import TuningManifest
+from moe_dist.router_tuning.samples import Sample, Scored, write_samples
+
+WIDTH = 6
+
+
+def made_samples(
+    out: Path,
+    *,
+    ids: tuple[int, int],
+    layers: Sequence[int],
+    columns: int,
+    model: Mapping[str, Any],
+    base: Path | None = None,
+    count: int = 20,
+    right: int = 12,
+    longest: int = 9,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """A folder of `count` samples of random tokens in [ids), `right` of them successful, with random embeddings of length 1
+    and random routing.
+
+    Args:
+        model: The section of the run, as JSON has it.
+        base: A run or checkpoint that the manifest is to name.
+        longest: Tokens of a prompt at most; answers have 1 to 3.
+        changes: Other values of the manifest.
+    """
+    rng = np.random.default_rng(seed)
+    scored = [
+        Scored(
+            "made-up",
+            str(number),
+            f"question {number}",
+            Sample(rng.integers(*ids, rng.integers(2, longest + 1)), rng.integers(*ids, rng.integers(1, 4))),
+            number % count < right,
+        )
+        for number in range(count)
+    ]
+    embeddings = rng.normal(size=(count, WIDTH)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    routing = np.exp(rng.normal(size=(count, len(layers), columns)))
+    routing /= routing.sum(-1, keepdims=True)
+    values: dict[str, Any] = {
+        "checkpoint": "0" * 64 if base is None else content_hash(open_checkpoint(find_checkpoint(base)).index),
+        "run": "runs/base",
+        "step": 0,
+        "model": dict(model),
+        "tokenizer": "0" * 64,
+        "embedder": "ab" * 32,
+        "embedder_name": "made up",
+        "layers": tuple(layers),
+        "options": {},
+        **dict.fromkeys(("samples", "right", "longest", "columns", "width"), 0),
+        "tasks": {},
+        "digests": {},
+    }
+    write_samples(out, scored, embeddings, routing, TuningManifest(**{**values, **changes}))
+    return out

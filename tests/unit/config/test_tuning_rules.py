@@ -1,0 +1,174 @@
+"""What router tuning demands of a configuration and of its folder: field, value, rule and way out, before training."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config.load import resolved_yaml
+from moe_dist.config.schema import Config
+from moe_dist.config.tuning_rules import chosen_layers, judge_tuning_data, tuning_relations
+from moe_dist.config.tuning_schema import RouterTuningSection
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.preflight import check
+from tests.support.tiny import IMAGE_IDS, tiny_config
+from tests.support.tuning_samples import made_samples
+
+SOUND: dict[str, Any] = {
+    "train.only": "routers",
+    "run.init_from": "runs/base",
+    "router_tuning": {"data": "none", "last_layers": 1},
+}
+CHOICE = {"kind": "expert_choice", "causal": "threshold"}
+FIXED = {"kind": "fixed_load", "loads": {"text": [1, 1], "image": [1, 1]}}
+ONE = {
+    "text": {"num_experts": 3, "top_k": 1, "ffn_dim": 16},
+    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
+}
+
+
+def config(changes: dict[str, Any]) -> Config:
+    return tiny_config(Path("none"), Path("runs"), {**SOUND, **changes})
+
+
+def tuned(**changes: Any) -> dict[str, Any]:
+    return {"router_tuning": {**SOUND["router_tuning"], **changes}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, tuned(weight=0.0), tuned(last_layers=2), tuned(layers=[0]), tuned(regulariser="l2"), tuned(weight=1.0)],
+    ids=str,
+)
+def test_what_fits_passes(changes: dict[str, Any]) -> None:
+    assert tuning_relations(config(changes)) == []
+    assert tuning_relations(tiny_config(Path("none"), Path("runs"))) == []
+
+
+def test_chosen_layers() -> None:
+    def chosen(**section: Any) -> tuple[int, ...]:
+        return chosen_layers(RouterTuningSection(data="x", **section), (1, 3, 5, 7))
+
+    assert chosen(last_layers=2) == (5, 7)
+    assert chosen(last_layers=4) == (1, 3, 5, 7)
+    assert chosen(layers=(5, 1)) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "way_out"),
+    [
+        ({"router_tuning": None}, "train.only=routers: needs the section router_tuning", "set train.only to null"),
+        ({"train.only": None}, "train.only=null: router_tuning trains routers alone", "set train.only=routers"),
+        ({"train.only": "auxiliary_routers"}, "train.only=auxiliary_routers: router_tuning", "set train.only=routers"),
+        (
+            {"run.init_from": None},
+            "run.init_from=null: router_tuning tunes a trained model",
+            "the run that router_tuning.data",
+        ),
+        ({"run.init_rules": ["upcycle"]}, "run.init_rules=['upcycle']: makes another model", "leave them out"),
+        ({"run.keep_position": True}, "run.keep_position=true: router_tuning reads samples", "set it to false"),
+        ({"model.moe.router": CHOICE}, "model.moe.router.kind=expert_choice: router_tuning", "tune a run with kind=top_k"),
+        ({"model.moe.router": FIXED}, "model.moe.router.kind=fixed_load: router_tuning", "tune a run with kind=top_k"),
+        ({"model.depths": {"capacity": 0.5}}, "model.depths: a token that a layer passes by", "needs model.depths=null"),
+        (
+            {"model.moe.router": {"selection_bias": True}, "model.moe.balance": [{"kind": "loss_free"}]},
+            "model.moe.balance: its controllers would move selection biases",
+            "set it to []",
+        ),
+        (tuned(last_layers=5), "router_tuning.last_layers=5: the model has 2 MoE layers", "take no more"),
+        (tuned(layers=[1, 2]), "router_tuning.layers=[1, 2]: layers [2] hold no experts", "some of [0, 1], each once"),
+        (tuned(layers=[1, 1]), "router_tuning.layers=[1, 1]: a layer stands there twice", "each once"),
+        (
+            {**tuned(weight=0.0), "model.moe.groups": ONE},
+            "router_tuning.weight=0: with model.moe.router.normalise=true_chosen and top_k=1",
+            "set router_tuning.weight above 0",
+        ),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_each_rule_is_named_with_its_way_out(changes: dict[str, Any], text: str, way_out: str) -> None:
+    faults = [relation.fault for relation in tuning_relations(config(changes))]
+    assert any(text in fault and way_out in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"random_neighbours": True, "neighbours": {"kind": "radius"}}, "take neighbours.kind=nearest"),
+        ({"refresh_every": 5, "regulariser": "l2"}, "refresh_every=5: regulariser=l2 pulls towards"),
+        ({"refresh_every": 5, "weight": 0.0}, "refresh_every=5: weight=0 uses none"),
+    ],
+    ids=str,
+)
+def test_rules_inside_the_section(section: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        config(tuned(**section))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = config({}).model.model_dump(mode="json")
+    out = tmp_path_factory.mktemp("samples") / "made"
+    return made_samples(out, ids=(4, IMAGE_IDS[0]), layers=(1,), columns=8, model=model, count=10, right=4)
+
+
+def data_faults(made: Path, changes: dict[str, Any], **section: Any) -> tuple[list[str], list[str]]:
+    """Faults of the configuration, and of the files."""
+    files: list[str] = []
+    found = config({**changes, **tuned(data=str(made), **section)})
+    return [relation.fault for relation in judge_tuning_data(found, None, files)], files
+
+
+def test_a_folder_that_fits_passes(made: Path) -> None:
+    assert data_faults(made, {}) == ([], [])
+    assert data_faults(made, {"model.moe.capacity": {"factor": 1.0}}, neighbours={"k": 3}) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "text"),
+    [
+        ({}, {"neighbours": {"k": 4}}, "it has 4 successful samples, and router_tuning.neighbours wants 4 of them beside"),
+        ({}, {"neighbours": {"k": 10}, "filter_by_success": False}, "it has 10 samples, and router_tuning.neighbours"),
+        ({}, {"layers": [0]}, "has no routing of the layers [0], only of [1]; prepare it with --layers"),
+        ({}, {"embedder": "cd"}, "its embedder is abababababababab... (made up), but router_tuning.embedder=cd"),
+        ({"data.seq_len": 8}, {}, "its longest sample has"),
+        ({"model.rope_base": 5.0}, {}, "made from a run with model.rope_base=10000.0, here it is 5.0"),
+        ({"model.moe.groups": ONE}, {}, "made from a run with model.moe.groups.text.top_k=2, here it is 1"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_making_is_refused(
+    made: Path, changes: dict[str, Any], section: dict[str, Any], text: str
+) -> None:
+    faults, files = data_faults(made, changes, **section)
+    assert any(text in fault for fault in faults), faults
+    assert not files
+
+
+def test_cross_entropy_alone_needs_neither_neighbours_nor_their_routing(made: Path) -> None:
+    assert data_faults(made, {}, weight=0.0, layers=[0], neighbours={"k": 99}) == ([], [])
+    assert data_faults(made, {}, regulariser="l2", neighbours={"k": 99}) == ([], [])
+
+
+def test_no_successful_sample(tmp_path: Path) -> None:
+    model = config({}).model.model_dump(mode="json")
+    none = made_samples(tmp_path / "none", ids=(4, 48), layers=(1,), columns=8, model=model, right=0)
+    faults, _ = data_faults(none, {})
+    assert "there is no successful sample to be a neighbour" in faults[0]
+    assert data_faults(none, {}, filter_by_success=False) == ([], [])
+
+
+def test_preflight_tells_all_of_it(made: Path, tiny_data: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(made, tmp_path / "broken")
+    changes = {**SOUND, **tuned(data=str(made), neighbours={"k": 9})}
+    with pytest.raises(ConfigError, match="wants 9 of them"):
+        check(tiny_config(tiny_data, tmp_path, changes))
+    (broken / "routing.npy").unlink()
+    with pytest.raises(DataError, match=r"routing\.npy: cannot be read"):
+        check(tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(broken))}))
+    with pytest.raises(ConfigError, match=r"no manifest.json there; make the folder with `python -m tools.prepare_router"):
+        check(tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(tmp_path))}))
+    fits = tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(made))})
+    assert check(fits).config == fits
+    assert "router_tuning:" in resolved_yaml(fits)

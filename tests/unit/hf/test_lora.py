@@ -1,0 +1,185 @@
+"""Adapters on an imported Llama: the base is itself to the last bit at first, PEFT has the same numbers, and what merges
+into a matrix goes out again."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.hf.exporting import export_model
+from moe_dist.hf.importing import import_model
+from tests.support.adapted import MOLE, ONE, Adapted
+from tests.support.agreement import arrays, assert_agree
+from tests.support.imported import load_imported, logits_of
+from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
+
+LORA = {"rank": 3, "alpha": 5.0}
+TOKENS = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (4, LENGTH)))
+
+
+def imported(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    import_model(save(tiny_model(kind, dtype=dtype), folder / "theirs"), folder / "ours", shard_bytes=5000)
+    return folder / "ours"
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama biased"])
+@pytest.mark.parametrize("group", [ONE, MOLE])
+def test_the_base_is_itself_to_the_last_bit(tmp_path: Path, kind: str, group: dict[str, Any]) -> None:
+    base = imported(tmp_path, kind)
+    expected, _ = logits_of(load_imported(base)[0], TOKENS)
+    adapted = Adapted(base, tmp_path / "run", group=group, experts=LORA, attention=LORA)
+    got, pairs = logits_of(adapted.model, TOKENS)
+    assert torch.equal(got, expected)
+    assert pairs > 0
+    assert "the same as the base's, to the last bit" in adapted.report
+    adapted.draw()
+    assert not torch.allclose(logits_of(adapted.model, TOKENS)[0], expected, atol=1e-3)
+
+
+def test_an_moe_base_keeps_its_experts_and_routers(tmp_path: Path) -> None:
+    base = imported(tmp_path, "mixtral")
+    expected, _ = logits_of(load_imported(base)[0], TOKENS)
+    adapted = Adapted(base, tmp_path / "run", attention=LORA)
+    assert torch.equal(logits_of(adapted.model, TOKENS)[0], expected)
+    with pytest.raises(
+        ConfigError, match=r"its groups are all \(8 true, 0 null, 0 free\); LoRA experts stand on one dense"
+    ):
+        Adapted(base, tmp_path / "other", group=MOLE, experts=LORA)
+
+
+def peft_model(theirs: nn.Module, adapted: Adapted) -> nn.Module:
+    """PEFT's LoRA on their model, with our adapters' values."""
+    from peft import LoraConfig, get_peft_model
+
+    names = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    config = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=names, lora_dropout=0.0)  # pyright: ignore
+    model = get_peft_model(theirs, config)  # pyright: ignore[reportArgumentType]
+    ours = our_adapters(adapted, {name: p.detach() for name, p in adapted.model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(ours[key_of(name)])
+    return model
+
+
+def key_of(name: str) -> tuple[str, str, str]:
+    """Layer, projection and matrix of one of PEFT's parameters."""
+    parts = name.split(".")
+    at = parts.index("layers")
+    matrix = next(part for part in parts if part.startswith("lora_")).removeprefix("lora_").lower()
+    return parts[at + 1], parts[at + 3].removesuffix("_proj"), matrix
+
+
+def our_adapters(adapted: Adapted, named: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
+    """Tensors of our adapters by layer, projection and matrix; of the one expert."""
+    found: dict[tuple[str, str, str], Tensor] = {}
+    for name, tensor in named.items():
+        if ".adapters." in name:
+            layer, (*_, part, matrix) = name.split(".")[1], name.split(".")
+            if "_" in matrix:
+                part, matrix = matrix.split("_")
+            found[layer, part, matrix] = tensor[0] if tensor.ndim == 3 else tensor
+    return found
+
+
+@pytest.mark.parametrize("weight", ["probability", "straight_through", "published"])
+def test_one_expert_has_the_numbers_of_peft(tmp_path: Path, weight: str) -> None:
+    """Logits and every gradient to 1e-5 of the largest entry."""
+    base = imported(tmp_path)
+    adapted = Adapted(base, tmp_path / "run", group=ONE, experts={**LORA, "weight": weight}, attention=LORA)
+    adapted.draw()
+    theirs = peft_model(tiny_model("llama"), adapted)
+    logits = theirs(TOKENS, use_cache=False).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    zeros = torch.zeros_like(TOKENS)
+    mine, _ = adapted.model(TOKENS, torch.arange(LENGTH).expand(len(TOKENS), -1), zeros, zeros)
+    F.cross_entropy(mine[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    assert_agree({"logits": mine.detach().numpy()}, {"logits": logits.detach().numpy()})
+    expected = {key_of(name): p.grad for name, p in theirs.named_parameters() if "lora_" in name}
+    got = our_adapters(adapted, {n: p.grad for n, p in adapted.model.named_parameters() if p.grad is not None})
+    assert len(expected) == 2 * 2 * 7
+    assert all(gradient is not None and gradient.any() for gradient in expected.values())
+    assert_agree(
+        arrays({"/".join(key): g for key, g in got.items()}), arrays({"/".join(key): g for key, g in expected.items()})
+    )
+    assert not [n for n, p in adapted.model.named_parameters() if p.grad is not None and not p.requires_grad]
+
+
+MERGEABLE: dict[str, dict[str, Any]] = {
+    "one expert": {"group": ONE, "experts": LORA, "attention": LORA},
+    "one expert, two targets": {"group": ONE, "experts": {**LORA, "targets": ["gate", "down"]}},
+    "attention alone": {"attention": {**LORA, "targets": ["q", "v"]}},
+    "all experts at once": {
+        "group": {"num_experts": 3, "top_k": 3},
+        "experts": {**LORA, "weight": "straight_through"},
+        "attention": LORA,
+    },
+}
+
+
+@pytest.mark.parametrize("case", MERGEABLE)
+def test_what_merges_computes_the_same_in_transformers(tmp_path: Path, case: str) -> None:
+    import transformers
+
+    adapted = Adapted(imported(tmp_path), tmp_path / "run", **MERGEABLE[case])
+    adapted.draw()
+    expected, _ = logits_of(adapted.model, TOKENS)
+    adapted.save()
+    done = export_model(tmp_path / "run", tmp_path / "out")
+    assert (done.family, done.merged) == ("llama", True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        assert_agree({"logits": theirs(TOKENS).logits.numpy()}, {"logits": expected.numpy()})
+
+
+def test_an_moe_base_goes_out_with_its_attention_merged(tmp_path: Path) -> None:
+    import transformers
+
+    adapted = Adapted(imported(tmp_path, "mixtral"), tmp_path / "run", attention=LORA)
+    adapted.draw()
+    with torch.no_grad():  # routers are trained as well
+        for layer in adapted.model.moe_modules():
+            layer.router.get_submodule("all").get_parameter("true").mul_(1.3)
+    expected, _ = logits_of(adapted.model, TOKENS)
+    adapted.save()
+    export_model(tmp_path / "run", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        assert_agree({"logits": theirs(TOKENS).logits.numpy()}, {"logits": expected.numpy()})
+
+
+@pytest.mark.parametrize(
+    ("group", "weight", "reason"),
+    [
+        ({"num_experts": 3, "top_k": 1}, "probability", "top_k=1 of num_experts=3: which adapters act is learned"),
+        ({"num_experts": 1, "num_null": 1, "top_k": 1}, "published", "num_null=1: a token that chooses null experts"),
+        (
+            {"num_experts": 2, "top_k": 2},
+            "probability",
+            "weight=probability: the weights of model.moe.groups.all's experts",
+        ),
+    ],
+)
+def test_what_is_no_matrix_is_refused(tmp_path: Path, group: dict[str, Any], weight: str, reason: str) -> None:
+    Adapted(imported(tmp_path), tmp_path / "run", group=group, experts={**LORA, "weight": weight}).save()
+    with pytest.raises(ConfigError, match=reason):
+        export_model(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_changed_is_not_merged(tmp_path: Path) -> None:
+    base = imported(tmp_path)
+    Adapted(base, tmp_path / "run", group=ONE, experts=LORA).save()
+    base.rename(tmp_path / "away")
+    with pytest.raises(DataError, match="is not there; put it back"):
+        export_model(tmp_path / "run", tmp_path / "out")
+    import_model(save(tiny_model("llama", seed=2), tmp_path / "others"), base)
+    with pytest.raises(DataError, match=r"its content hash is .* were trained on a base with"):
+        export_model(tmp_path / "run", tmp_path / "out")

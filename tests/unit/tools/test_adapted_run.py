@@ -1,0 +1,91 @@
+"""The tools on a run of adapters: it is used with its base, looked at, and refused without it."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from moe_dist.trained import find_trained
+from tests.support.imported import logits_of
+from tests.support.one_rank import OneRank, world_of_one
+from tests.support.pictured import VOCAB, pictured_data
+from tools import evaluate, generate, inspect_checkpoint, verify_checkpoint
+
+DENSE = {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}
+SIZES: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": 192, "data__seq_len": 96}
+ADAPTED: dict[str, Any] = {
+    **SIZES,
+    "model__moe__groups": {"all": {**DENSE["all"], "num_experts": 3, "num_null": 1}},
+    "model__moe__experts": {"kind": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.1},
+    "model__moe__router": {"normalise": "none"},
+    "model__attention_lora": {"rank": 2, "alpha": 4.0},
+    "train__only": "adapters",
+    "run__init_rules": ["adapt"],
+}
+
+
+def call(tool: ModuleType, *arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(tool.main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OneRank]:
+    """The folder of a run of adapters beside its base, and the run in memory; not to be changed."""
+    data, root = pictured_data(tmp_path_factory.mktemp("own")), tmp_path_factory.mktemp("runs")
+    with world_of_one():
+        OneRank(data, root, run__name="base", model__moe__groups=DENSE, **SIZES).train_and_save()
+        run = OneRank(data, root, run__name="adapted", run__init_from=str(root / "base"), **ADAPTED)
+        run.train_and_save()
+    return run.folder.parent, run
+
+
+def test_base_and_adapters_come_back_together(trained: tuple[Path, OneRank]) -> None:
+    folder, run = trained
+    model = find_trained(folder).load(torch.device("cpu"))
+    tokens = torch.arange(40).view(2, 20)
+    expected = run.training.parallel.model.eval()
+    assert torch.equal(logits_of(model, tokens)[0], logits_of(expected, tokens)[0])
+    base = find_trained(folder.parent / "base").load(torch.device("cpu"))
+    assert not torch.allclose(logits_of(model, tokens)[0], logits_of(base, tokens)[0])
+
+
+def test_it_is_sampled_and_evaluated(trained: tuple[Path, OneRank], tmp_path: Path) -> None:
+    folder, _ = trained
+    done = call(generate, folder, "--prompt", "text 1", "--tokens", 5)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("text 1")
+    done = call(evaluate, folder, "--tasks", "pictures", "--split", "train", "--limit", 4, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "pictures-naming" in done.stdout
+
+
+def test_it_is_looked_at(trained: tuple[Path, OneRank]) -> None:
+    folder, _ = trained
+    done = call(inspect_checkpoint, folder)
+    assert done.exit_code == 0, done.output
+    assert "content hash" in done.stdout
+    assert "adapters" in done.stdout
+    assert "dense" not in done.stdout.split("tensors")[1]
+    done = call(verify_checkpoint, folder)
+    assert done.exit_code == 0, done.output
+    assert "is there, with the content hash that the adapters name" in done.stdout.replace("\n", " ")
+
+
+def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
+    folder, _ = trained
+    base, away = folder.parent / "base", folder.parent / "away"
+    base.rename(away)
+    try:
+        for tool, options in ((verify_checkpoint, ()), (generate, ("--prompt", "a"))):
+            done = call(tool, folder, *options)
+            assert done.exit_code == 65, done.output
+            assert "is not there; put it back" in done.stderr
+    finally:
+        away.rename(base)

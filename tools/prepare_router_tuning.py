@@ -1,0 +1,207 @@
+"""Scores a trained run on questions, and writes what router tuning trains on. See docs/router-tuning.md."""
+
+import os
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.config.schema import Config
+from moe_dist.config.tuning_manifest import TuningManifest
+from moe_dist.config.tuning_rules import tokenizer_digest
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.evaluation.likelihood import Likelihood
+from moe_dist.evaluation.multiple_choice import Prompts, Written, ask, check_vocabulary, write
+from moe_dist.evaluation.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
+from moe_dist.evaluation.questions.fact import Question
+from moe_dist.evaluation.questions.split import Side
+from moe_dist.generation.material import Material
+from moe_dist.parallel.one_group import one_group
+from moe_dist.router_tuning.embedder import PACKAGED, Embedder
+from moe_dist.router_tuning.loader import SampleMaker
+from moe_dist.router_tuning.reading import RoutingReader
+from moe_dist.router_tuning.samples import Scored, refuse_existing, write_samples
+from moe_dist.router_tuning.scoring import embedded_text, scored_samples
+from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.trained import Trained, choose_device, find_trained
+
+
+class MeasureName(StrEnum):
+    """Which measure decides what the model takes."""
+
+    NORMALISED = "normalised"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    run: Path
+    tasks: str
+    out: Path
+    embedder: Path
+    limit: int
+    rotations: bool
+    measure: MeasureName
+    layers: str
+    wordnet: Path
+    quiz: Path
+    seed: int
+    step: int | None
+    data: Path | None
+    device: str
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")],
+    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten.")],
+    embedder: Annotated[Path, typer.Option(help="Folder of a sentence embedder.")] = PACKAGED,
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 0,
+    rotations: Annotated[bool, typer.Option(help="List the choices; right only under each rotation of them.")] = True,
+    measure: Annotated[MeasureName, typer.Option(help="Log-likelihood by token, or as it is.")] = MeasureName.NORMALISED,
+    layers: Annotated[str, typer.Option(help="Layers whose routing is kept, with commas between; all by default.")] = "",
+    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET,
+    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ,
+    seed: Annotated[int, typer.Option(min=0, help="Of sides and choices.")] = 0,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Scores a run on the training side of question sets, for router tuning."""
+    options = Options(
+        run, tasks, out, embedder, limit, rotations, measure, layers, wordnet, quiz, seed, step, data, device
+    )  # fmt: skip
+    try:
+        _prepare(options, RankEnv.from_environment(os.environ))
+    except MoeDistError as error:
+        print(f"prepare_router_tuning: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _prepare(options: Options, env: RankEnv) -> None:
+    """Everything that can be refused is, before the model is loaded; rank 0 embeds and writes when the others are done."""
+    refuse_existing(options.out)
+    tasks, device = task_names(options.tasks), choose_device(options.device)
+    embedder = Embedder(options.embedder, device)
+    trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
+    layers = _layers(options.layers, trained.config)
+    model = trained.config.model
+    material = Material(trained.config.data.path, trained.manifest, vocab_size=model.vocab_size)
+    check_vocabulary(material, vocab_size=model.vocab_size)
+    catalogue = Catalogue(material, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
+    catalogue.check(tasks)
+    questions = [
+        question for task in tasks for question in catalogue.questions(task, Side.TRAIN, limit=options.limit or None)
+    ]
+    for question in questions:
+        embedded_text(question, listed=options.rotations)
+    prompts = Prompts(material, listed=options.rotations)
+    written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
+    with one_group(env, device) as (mesh, device):
+        likelihood = Likelihood(
+            trained.load(device, mesh),
+            trained.manifest,
+            group_of_modality=trained.group_of_modality,
+            max_seq_len=model.max_seq_len,
+            world=None if mesh is None else mesh.world,
+            rank=env.rank,
+            world_size=env.world_size,
+        )
+        scored, routing_SLC = _score(options, questions, written, likelihood, trained, layers, env)
+    if env.rank == 0:
+        embeddings_SE = embedder([each.text for each in scored])
+        manifest = write_samples(
+            options.out, scored, embeddings_SE, routing_SLC, _facts(options, trained, embedder, layers)
+        )
+        _show(options, manifest)
+
+
+def _score(
+    options: Options,
+    questions: list[Question],
+    written: Written,
+    likelihood: Likelihood,
+    trained: Trained,
+    layers: tuple[int, ...],
+    env: RankEnv,
+) -> tuple[list[Scored], np.ndarray]:
+    """What the run makes of the questions, and its routing of them. Collective."""
+    scored = scored_samples(ask(questions, written, likelihood), written, options.measure.value, listed=options.rotations)
+    reader = RoutingReader(
+        likelihood.model,
+        SampleMaker(trained.manifest),
+        group_of_modality=torch.tensor(trained.group_of_modality, device=likelihood.model.embedding.weight.device),
+        places=[trained.config.model.moe_layers.index(layer) for layer in layers],
+        world=likelihood.world,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
+    return scored, reader([each.sample.prompt for each in scored]).numpy()
+
+
+def _faults(config: Config) -> list[str]:
+    """Why a run has no routing to be compared."""
+    kind, faults = config.model.moe.router.kind, []
+    if kind != "top_k":
+        faults.append(
+            f"model.moe.router.kind={kind}: router tuning compares a softmax by which tokens choose; take a top_k run"
+        )
+    if config.model.depths is not None:
+        faults.append("model.depths: a token that a layer passes by has no routing there; take a run without depths")
+    return faults
+
+
+def _layers(wanted: str, config: Config) -> tuple[int, ...]:
+    there = config.model.moe_layers
+    if not wanted:
+        return there
+    parts = [part.strip() for part in wanted.split(",")]
+    if not all(part.isdecimal() and int(part) in there for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"--layers {wanted}: must be some of the MoE layers {', '.join(map(str, there))}, each once")
+    return tuple(sorted(int(part) for part in parts))
+
+
+def _facts(options: Options, trained: Trained, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
+    return TuningManifest(
+        checkpoint=content_hash(open_checkpoint(trained.folder).index),
+        run=str(trained.folder),
+        step=trained.step,
+        model=trained.config.model.model_dump(mode="json"),
+        tokenizer=tokenizer_digest(trained.config.data.path, trained.manifest),
+        embedder=embedder.sha256,
+        embedder_name=str(embedder.folder),
+        layers=layers,
+        options={
+            "side": str(Side.TRAIN),
+            "seed": options.seed,
+            "limit": options.limit,
+            "rotations": options.rotations,
+            "measure": options.measure.value,
+        },
+        tasks={}, samples=0, right=0, longest=0, columns=0, width=0, digests={},
+    )  # fmt: skip
+
+
+def _show(options: Options, manifest: TuningManifest) -> None:
+    for name, count in manifest.tasks.items():
+        print(f"{name}: {count.right:,} of {count.questions:,} right")
+    if not manifest.right:
+        print("no question is right: only router_tuning.filter_by_success=false, or weight=0, can use these samples")
+    print(
+        f"{options.out}: {manifest.samples:,} samples of at most {manifest.longest} tokens (data.seq_len), routing of the "
+        f"layers {', '.join(map(str, manifest.layers))}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
