@@ -17,11 +17,11 @@ export RUN ARGS
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data embedder tensorboard clean \
-  reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality
+  reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality reproduce-mole conventions-data
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "make reproduce-NAME adamoe, adamoe-held, moma, nulls-by-modality: run an experiment, about two hours each (docs/reproductions.md)"
+	@echo "make reproduce-NAME adamoe, adamoe-held, moma, nulls-by-modality, mole: run an experiment, about two hours each (docs/reproductions.md)"
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
@@ -72,7 +72,14 @@ reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
 	@test -f $(REPRODUCE_DATA)/manifest.json || \
 	  $(BIN)/python -m tools.prepare_data --out $(REPRODUCE_DATA) --vocab-size 2048 --renders 20
 
-reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality: reproduce-%: $(INSTALLED) reproduce-data
+# Instructions over that data, answered by three conventions.
+CONVENTIONS_DATA := .cache/data/conventions
+conventions-data: reproduce-data
+	@test -f $(CONVENTIONS_DATA)/manifest.json || \
+	  $(BIN)/python -m tools.reproduction.conventions --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
+
+reproduce-mole: conventions-data
+reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality reproduce-mole: reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.reproduce $* $$ARGS
 
 # Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.

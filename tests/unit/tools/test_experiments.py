@@ -8,9 +8,10 @@ from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.preflight import layout_without_data, manifest_relations
+from tools.reproduction.conventions import CONVENTIONS
 from tools.reproduction.study import Job, Study, config_of, jobs_of, load_study
 
-NAMES = ("adamoe", "adamoe-held", "moma", "nulls-by-modality")
+NAMES = ("adamoe", "adamoe-held", "moma", "nulls-by-modality", "mole")
 REPOSITORY = Path(__file__).parents[3]
 DECISIVE, OTHER = 5, 3
 
@@ -24,8 +25,11 @@ def study_of(name: str) -> Study:
     return load_study(Path(f"configs/reproduce/{name}.yaml"))
 
 
-def manifest() -> Manifest:
-    """Of the data that `make reproduce-data` prepares."""
+def manifest(path: str) -> Manifest:
+    """Of the data that `make reproduce-data` and `make conventions-data` prepare."""
+    names = ("openmoji", "python")
+    if path.endswith("conventions"):
+        names = [f"{name}{more}" for name in CONVENTIONS for more in ("", "-twice")]
     split = SplitSection(path="x", documents=1, tokens=2, tokens_by_modality={"text": 1, "image": 1})
     source = SourceSection(train=split, valid=split, licence="")
     return Manifest(
@@ -34,7 +38,7 @@ def manifest() -> Manifest:
         modalities={"text": ((0, 2048),), "image": ((2048, 2560),)},
         pad_id=0,
         eos_id=1,
-        sources={"openmoji": source, "python": source},
+        sources=dict.fromkeys(names, source),
     )
 
 
@@ -54,7 +58,7 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
             continue
         config = config_of(study, job)
         layout = layout_without_data(config)
-        assert not manifest_relations(config, layout.groups, manifest())
+        assert not manifest_relations(config, layout.groups, manifest(config.data.path))
         assert layout.placement.num_ranks == 1
         assert config.run.seed == job.seed
         assert config.train.global_batch * config.data.seq_len == 2048
