@@ -17,6 +17,7 @@ import typer
 from torch import nn
 
 from moe_dist.build import build_loader, build_plan, group_of_modality
+from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
@@ -38,7 +39,7 @@ from tools.reproduction.spending import Spent, spent_by_step
 from tools.reproduction.study import CurveSection, MeasureSection, load_study
 from tools.reproduction.tokens import Tokens, binned, depth_routers, evaluate, loads, losses, watched_routers
 from tools.reproduction.trained import TrainedRun
-from tools.reproduction.wire import WireCount, rank_of_tokens, spread
+from tools.reproduction.wire import ROWS, WireCount, rank_of_tokens, spread
 
 
 class Measurement:
@@ -146,6 +147,8 @@ class Measurement:
 
     @torch.no_grad()
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
+        if has_lora_experts(self._config.model):
+            return dict.fromkeys(ROWS, 0.0)  # they are on every rank
         count = WireCount(spread(self._run.placement, self._section.wire.ep))
         with watched_routers(self._run.model) as seen:
             for batch in batches:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from moe_dist.build import build_model
+from moe_dist.base_weights import load_base
+from moe_dist.build import build_model, freeze, saved_part
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.shelf import Shelf
 from moe_dist.checkpoint.state import RankLayout, capture
@@ -33,7 +34,9 @@ class TrainedRun:
             self.model = build_model(config, self.placement, ep_rank=0, ep_group=None)
         device = torch.device("cpu")
         initialise(self.model, self.placement, ep_rank=0, device=device, seed=0, std=config.model.init_std)
+        freeze(self.model, config)
         self.model.eval()
+        self._part, self._base_is_there = saved_part(config), False
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, rising."""
@@ -44,12 +47,17 @@ class TrainedRun:
         and the like are those of the last.
 
         Raises:
-            DataError: a checkpoint is damaged.
+            DataError: a checkpoint is damaged, or adapters lack their base.
         """
-        state = capture(self.model, None, RankLayout(self.placement))
+        layout = RankLayout(self.placement)
+        state = capture(self.model, None, layout, part=self._part)
         sums: dict[str, torch.Tensor] = {}
         for step in steps:
-            self._manager.load(self._shelf.path_of(step), state)
+            path = self._shelf.path_of(step)
+            restored = self._manager.load(path, state)
+            if self._part == "trained" and not self._base_is_there:
+                load_base(restored.values, path, self._manager, self.model, layout)
+                self._base_is_there = True
             for name, tensor in state.tensors().items():
                 if tensor.is_floating_point():
                     sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.detach().to(torch.float64)
