@@ -1,7 +1,8 @@
 """The frozen base under adapters: taken whole by `run.init_rules: [adapt]`, and found again by its content hash.
 
-Adapters begin with B = 0, so that the model computes what the base does until its first step, to the last bit. A checkpoint
-of adapters names the base; whoever loads it, to go on or to use it, loads that very base.
+Adapters begin with B = 0, so that the model computes what the base does until its first step: the same products, and so
+the same bits where they have as many rows (a base of one expert a layer leaves padding out, the frozen FFN does not).
+A checkpoint of adapters names the base; whoever loads it, to go on or to use it, loads that very base.
 """
 
 import json
@@ -55,7 +56,10 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
     state = capture(model, None, layout)
     taken = checkpoints.load_fitting(Path(config.run.init_from), state, sources=sources, check=check)
     lines = [taken.report(), f"content hash of the base: {found[0].content}"]
-    lines.append("function of the model before its first step: the same as the base's, to the last bit")
+    lines.append(
+        "function of the model before its first step: the base's, to the last bit in batches without padding; a base of "
+        "one expert a layer leaves padding out of its products, whose rounding depends on their number of rows"
+    )
     return found[0], "\n".join(lines)
 
 
