@@ -259,6 +259,7 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
         if layout.depth_parts > 1:
             for router in model.depth_routers():
                 router.choice_set = PartedSet(layout.depth_parts)
+        freeze(model, config)
         if layout.tuned:
             freeze_all_but_routers(model, layout.tuned)
         if layout.data == "fsdp2":
@@ -267,7 +268,6 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
         draw_second_matrices(model)
     finally:
         torch.set_default_dtype(before)
-    freeze(model, config)
     return ParallelModel(model, mesh, layout.data)  # pyright: ignore[reportArgumentType]
 
 
