@@ -181,11 +181,11 @@ def test_ledger_equals_the_closed_form_on_random_routings(
 
 
 @pytest.mark.parametrize("timetable", [Timetable(overlap=True), Timetable(chunks=2), Timetable(True, 3)], ids=str)
-@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(80)), (2, range(150)), (4, range(105))], ids=str)
+@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(20)), (2, range(50)), (4, range(45))], ids=str)
 def test_so_it_does_on_every_timetable(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range, timetable: Timetable
 ) -> None:
-    """1,005 routings in all: the same rows and bytes, values and gradients, and exchanges in one order on all ranks."""
+    """345 routings in all: the same rows and bytes, values and gradients, and exchanges in one order on all ranks."""
     assert run_in_world(world_size, run_cases, seeds, timetable, seconds=110) == [len(seeds)] * world_size
 
 

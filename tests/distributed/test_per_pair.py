@@ -60,7 +60,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
     return len(seeds)
 
 
-@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(40)), (2, range(150)), (4, range(120))], ids=str)
+@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(20)), (2, range(60)), (4, range(50))], ids=str)
 def test_equals_the_oracle_and_its_closed_form(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:

@@ -5,14 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.config.split_files import count_by_modality
+from moe_dist.data import pictures as pictures_module
 from moe_dist.data.corpus import PictureSource, Recipe
 from moe_dist.data.indexed import write_indexed
+from moe_dist.data.picture_coding import Division
+from moe_dist.data.pictures import Render
 
 MODALITIES = {"text": ((0, 100), (200, 10_000)), "image": ((100, 200),)}
 Documents = Sequence[Sequence[int]]
@@ -21,13 +25,15 @@ MakeSet = Callable[..., Manifest]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The default corpus, prepared: its folder, manifest, recipe, and what it was made from."""
+    """The default corpus, prepared: its folder, manifest, recipe, what it was made from, how it was divided, and which
+    pictures were rendered for that, by key."""
 
     folder: Path
     manifest: Manifest
     recipe: Recipe
     pictures: PictureSource
-    rasters: np.ndarray
+    division: Division
+    rendered: frozenset[str]
 
 
 @pytest.fixture(scope="session")
@@ -82,13 +88,27 @@ def make_set() -> MakeSet:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """The default corpus with two renders a picture; takes most of these tests' time."""
+    from moe_dist.data import corpus_build, picture_coding
     from moe_dist.data.corpus_openmoji import openmoji
-    from moe_dist.data.picture_coding import rasterise_all
     from moe_dist.data.prepare import Inputs, prepare
+
+    divisions: list[Division] = []
+    rendered: set[str] = set()
+
+    def augmented(raster: np.ndarray, *, seed: int, key: str, index: int) -> Render:
+        rendered.add(key)
+        return pictures_module.augmented(raster, seed=seed, key=key, index=index)
+
+    def divide(*arguments: Any) -> Division:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(picture_coding, "augmented", augmented)
+            divisions.append(picture_coding.divide(*arguments))
+        return divisions[-1]
 
     folder = tmp_path_factory.mktemp("default") / "openmoji"
     recipe = Recipe(renders=2, heldout_renders=2)
-    manifest, built = prepare(folder, Inputs(), recipe, lambda stage, done, total: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_build, "divide", divide)
+        manifest, built = prepare(folder, Inputs(), recipe, lambda stage, done, total: None)
     assert built
-    pictures = openmoji()
-    return Prepared(folder, manifest, recipe, pictures, rasterise_all(pictures.pictures, lambda *_: None))
+    return Prepared(folder, manifest, recipe, openmoji(), divisions[0], frozenset(rendered))

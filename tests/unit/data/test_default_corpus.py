@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from moe_dist.config.manifest import SplitSection
-from moe_dist.data import picture_coding
 from moe_dist.data.codebook import encode, fit, load_codebook, to_patches
-from moe_dist.data.corpus import Recipe
 from moe_dist.data.corpus_python import python_library
 from moe_dist.data.families import near_pairs
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.pictures import augmented, plain
+from moe_dist.data.pictures import augmented, plain, rasterise
 from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
 
 Side = list[tuple[int, np.ndarray, np.ndarray]]
@@ -72,7 +70,8 @@ def test_no_family_crosses(prepared, held_out: np.ndarray) -> None:
 @pytest.mark.parametrize("which", ["stored", "provisional"])
 def test_near_equal_grids_are_on_one_side(prepared, held_out: np.ndarray, which: str) -> None:
     patches, mirrored = (
-        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in prepared.rasters])) for flip in (False, True)
+        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in prepared.division.rasters_N]))
+        for flip in (False, True)
     )
     codebook = load_codebook(prepared.folder / "codebook.npy") if which == "stored" else fit(patches, codes=512, seed=0)
     grids, flipped = encode(patches, codebook).reshape(-1, 64), encode(mirrored, codebook).reshape(-1, 64)
@@ -85,8 +84,10 @@ def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[s
     for side in sides.values():
         for place in range(0, len(side), 97):
             number, tokens, filler = side[place]
-            key = prepared.pictures.pictures[number].key
-            render = augmented(prepared.rasters[number], seed=prepared.recipe.seed, key=key, index=place % 2)
+            picture = prepared.pictures.pictures[number]
+            raster = rasterise(picture.path)
+            np.testing.assert_array_equal(raster, prepared.division.rasters_N[number])
+            render = augmented(raster, seed=prepared.recipe.seed, key=picture.key, index=place % 2)
             codes = tokens >= 4096
             np.testing.assert_array_equal(tokens[codes] - 4096, encode(to_patches(render.pixels[None]), codebook))
             np.testing.assert_array_equal(filler[codes], render.empty.reshape(-1))
@@ -141,16 +142,8 @@ def test_the_manifest_counts_and_credits(prepared) -> None:
     assert manifest.baselines["image/left_bigram"] < manifest.baselines["image/unigram"] - 1
 
 
-def test_only_training_pictures_are_rendered_for_the_codebook(prepared, held_out: np.ndarray, monkeypatch) -> None:
-    rendered: set[str] = set()
-
-    def recorded(raster: np.ndarray, *, seed: int, key: str, index: int):
-        rendered.add(key)
-        return augmented(raster, seed=seed, key=key, index=index)
-
-    monkeypatch.setattr(picture_coding, "augmented", recorded)
-    pictures = prepared.pictures.pictures
-    division = picture_coding.divide(pictures, prepared.rasters, Recipe(renders=2), lambda *_: None)
-    np.testing.assert_array_equal(division.held_out_N, held_out)
-    assert rendered
-    assert not rendered & {picture.key for picture, held in zip(pictures, held_out.tolist(), strict=True) if held}
+def test_only_training_pictures_are_rendered_for_the_codebook(prepared, held_out: np.ndarray) -> None:
+    np.testing.assert_array_equal(prepared.division.held_out_N, held_out)
+    held = {picture.key for picture, held in zip(prepared.pictures.pictures, held_out.tolist(), strict=True) if held}
+    assert prepared.rendered
+    assert not prepared.rendered & held
