@@ -269,6 +269,10 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
         f"run.keep_position=true: {fault}; take the data of {folder}, or run.keep_position=false"
         for fault in digest_faults(mapping_of(restored.values, "data", folder), data)
     ]
+    if saved.router_tuning is not None:
+        faults.append(
+            f"run.keep_position=true: {folder} stands among samples of router tuning; set run.keep_position=false"
+        )
     if faults:
         raise ConfigError(faults, see="docs/checkpoints.md")
     return progress_of(restored, saved, folder).position

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from moe_dist.checkpoint.base import GUIDE, KEY
 from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
@@ -46,6 +47,12 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     def check(contents: Contents) -> None:
         found = contents.state.values.get("config")
         source.update(found if isinstance(found, dict) else {})
+        if KEY in contents.state.values:
+            raise ConfigError(
+                f"run.init_from={config.run.init_from!r}: {path} holds adapters and not the model under them; export it "
+                "(tools.export_hf) and import that, or begin with the base",
+                see=GUIDE,
+            )
         # Upcycled experts are alike, so that it does not matter which of them a token takes.
         if copy and not upcycle and (faults := source_faults(config, source)):
             raise ConfigError([f"run.init_rules: copy_nulls: {path}: {fault}" for fault in faults], see="docs/routing.md")

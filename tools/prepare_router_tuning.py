@@ -13,6 +13,7 @@ import typer
 
 from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.config.lora_rules import has_adapters
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import TuningManifest
 from moe_dist.config.tuning_rules import tokenizer_digest
@@ -158,6 +159,11 @@ def _faults(config: Config) -> list[str]:
         )
     if config.model.depths is not None:
         faults.append("model.depths: a token that a layer passes by has no routing there; take a run without depths")
+    if has_adapters(config.model):
+        faults.append(
+            "model.moe.experts, model.attention_lora: adapters stand on a frozen base and are trained with their routers; "
+            "take a run without adapters"
+        )
     return faults
 
 

@@ -33,7 +33,14 @@ def lora_relations(config: Config) -> list[Relation]:
     if has_adapters(config.model) and config.model.depths is not None:
         fault = "model.depths: a frozen base has no routers of depths, and adapters bring none; set it to null"
         broken.append(Relation(("model.depths", "train.only"), fault))
-    if has_lora_experts(config.model):
+    router = config.model.moe.router
+    if has_adapters(config.model) and router.kind != "top_k":
+        fault = (
+            f"model.moe.router.kind={router.kind}: adapters stand on a base whose tokens choose their experts; set "
+            "model.moe.router.kind=top_k, which the base must have"
+        )
+        broken.append(Relation(("model.moe.router.kind", "train.only"), fault))
+    elif has_lora_experts(config.model):
         broken += [*_routing_relations(config), *_group_relations(config), *_sharding_relations(config)]
     return broken
 
@@ -75,10 +82,6 @@ def _routing_relations(config: Config) -> Iterator[Relation]:
     moe, key = config.model.moe, "model.moe.router"
     router = moe.router
     if router.kind != "top_k":
-        yield Relation(
-            (f"{key}.kind", EXPERTS),
-            f"{key}.kind={router.kind}: LoRA experts are chosen by each token for what it is about; set {key}.kind=top_k",
-        )
         return
     if router.normalise != "none":
         yield Relation(

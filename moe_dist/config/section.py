@@ -29,6 +29,7 @@ RESERVED_GROUP_NAMES = frozenset((
     "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
     "zero_grad",
     "fraction_G", "load_G", "place", "seed", "whole_G",
+    "adapters", "auxiliary", "router",  # by these parts of a name it is told what is trained
 ))
 # fmt: on
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"

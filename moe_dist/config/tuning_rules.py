@@ -60,6 +60,9 @@ def _start_relations(config: Config) -> list[Relation]:
 
 def _model_relations(config: Config) -> list[Relation]:
     moe, broken = config.model.moe, []
+    if config.loss.z:
+        fault = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, which would pull all routing together; set it to 0"
+        broken.append(Relation(("loss.z", KEY), fault))
     if moe.router.kind != "top_k":
         fault = (
             f"model.moe.router.kind={moe.router.kind}: {KEY} compares the softmax by which tokens choose experts, and "
@@ -157,9 +160,9 @@ def model_faults(config: Config, manifest: TuningManifest) -> list[str]:
     """Keys of `model` that are not the scored run's."""
     here, there = _flat(config.model.model_dump(mode="json")), _flat(manifest.model)
     return [
-        f"made from a run with model.{key}={there[key]!r}, here it is {value!r}; take that run's section model"
-        for key, value in here.items()
-        if key in there and there[key] != value and not any(f"{key}.".startswith(f"{part}.") for part in _NO_PART)
+        f"made from a run with model.{key}={value!r}, here it is {here.get(key)!r}; take that run's section model"
+        for key, value in there.items()
+        if here.get(key) != value and not any(f"{key}.".startswith(f"{part}.") for part in _NO_PART)
     ]
 
 

@@ -16,7 +16,6 @@ from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
 from moe_dist.data.corpus import (
     Corpus,
-    Instruction,
     InstructionSource,
     PictureSource,
     Recipe,
@@ -28,7 +27,7 @@ from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
 from moe_dist.data.pictures import rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,7 +54,7 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
     if pictures:
         division = divide(pictures.pictures, rasterise_all(pictures.pictures, report), recipe, report)
     held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
-    instructions_held_out = {each.name: _held_out_instructions(each.instructions, recipe) for each in corpus.instructions}
+    instructions_held_out = _held_out_instructions(corpus.instructions, recipe)
     fit_on = [_shown_texts(source.texts, held_out[source.name]) for source in texts]
     fit_on += [
         [f"{each.prompt} {each.answer}" for each in _kept(source.instructions, ~instructions_held_out[source.name])]
@@ -86,11 +85,28 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
     return [text.content for text in _kept(texts, ~held_out)]
 
 
-def _held_out_instructions(instructions: Sequence[Instruction], recipe: Recipe) -> np.ndarray:
-    if instructions[0].side:
-        return np.array([each.side == "valid" for each in instructions])
-    sizes = np.array([len(each.prompt) + len(each.answer) for each in instructions], np.int64)
-    return hold_out(join([each.family for each in instructions]), sizes, fraction=recipe.val_fraction, seed=recipe.seed)
+def _held_out_instructions(sources: Sequence[InstructionSource], recipe: Recipe) -> dict[str, np.ndarray]:
+    """For each source which of its instructions are held out: a family is on one side in all of them, the one that some of
+    its lines name.
+
+    Raises:
+        DataError: lines of one family name both sides, or a source has nothing to train on.
+    """
+    every = [each for source in sources for each in source.instructions]
+    if not every:
+        return {}
+    family, side = join([each.family for each in every]), np.array([each.side for each in every])
+    sizes = np.array([len(each.prompt) + len(each.answer) for each in every], np.int64)
+    to_train, to_valid = (np.isin(family, family[side == name]) for name in ("train", "valid"))
+    if (to_train & to_valid).any():
+        one = every[int(np.flatnonzero(to_train & to_valid)[0])]
+        raise DataError(f'instructions: family {one.family!r} has the "side" train and valid; a family is on one side')
+    held_out = hold_out(family, sizes, fraction=recipe.val_fraction, seed=recipe.seed) & ~to_train | to_valid
+    starts = np.cumsum([len(source.instructions) for source in sources])[:-1]
+    found = {source.name: part for source, part in zip(sources, np.split(held_out, starts), strict=True)}
+    if empty := [name for name, part in found.items() if part.all()]:
+        raise DataError(f'instructions {", ".join(empty)}: all are held out; give a "side" to each line, or more families')
+    return found
 
 
 def _kept(items: Sequence[Item], chosen: np.ndarray) -> list[Item]:

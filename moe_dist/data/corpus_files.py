@@ -100,7 +100,8 @@ def _instruction(path: Path, number: int, line: dict[str, Any]) -> Instruction:
     image = path.parent / line["image"] if "image" in line else None
     if image is not None and not image.is_file():
         raise DataError(f'{where}: "image" names {str(image)!r}, and there is no such file')
-    family = line.get("family") or content_family(f"{line['prompt']}\0{image}".encode())
+    shown = b"" if image is None else image.read_bytes()
+    family = line.get("family") or content_family(line["prompt"].encode() + b"\0" + shown)
     return Instruction(family, line["prompt"], line["answer"], image, side)
 
 

@@ -152,7 +152,6 @@ class LoRALayer(nn.Module):
         ffn: With `gate`, `up` and `down`, frozen.
         adapters: The experts.
         recompute: `experts` computes the FFN and the adapters again in backward, `block` the whole layer but the routing.
-        name: Of the layer, for the watchdog's reports.
         seed, layer: Name the dropout's draws, with the step and the tokens.
         traffic: Where host syncs are noted.
     """

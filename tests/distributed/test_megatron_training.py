@@ -69,8 +69,8 @@ def forward_and_gradients(model: Any, batch: TokenBatch) -> tuple[torch.Tensor, 
     losses = model.train()(batch.tokens_BS, batch.positions, causal_mask(), labels=batch.labels_BS)
     losses.mean().backward()
     finalize_model_grads([model], None)
-    # Last: Megatron's dispatcher keeps tensors of its last forward. With their graph they would hold the model and all groups
-    # for ever, and each call of this would wear a world out.
+    # Last: Megatron's dispatcher keeps tensors of its last forward. With their graph they would hold the model and all
+    # groups for ever, and each call of this would wear a world out.
     with torch.no_grad():
         logits = model.eval()(batch.tokens_BS, batch.positions, causal_mask())
     return logits, {name.removeprefix("module."): gradient for name, gradient in gradients_of(model).items()}

@@ -8,7 +8,8 @@ import pytest
 
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
-from moe_dist.config.tuning_rules import chosen_layers, judge_tuning_data, tuning_relations
+from moe_dist.config.tuning_manifest import load_tuning_manifest
+from moe_dist.config.tuning_rules import chosen_layers, judge_tuning_data, model_faults, tuning_relations
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.preflight import check
@@ -67,6 +68,7 @@ def test_chosen_layers() -> None:
             "the run that router_tuning.data",
         ),
         ({"run.init_rules": ["upcycle"]}, "run.init_rules=['upcycle']: makes another model", "leave them out"),
+        ({"loss.z": 0.1}, "loss.z=0.1: router_tuning has no z-loss", "set it to 0"),
         ({"run.keep_position": True}, "run.keep_position=true: router_tuning reads samples", "set it to false"),
         ({"model.moe.router": CHOICE}, "model.moe.router.kind=expert_choice: router_tuning", "tune a run with kind=top_k"),
         ({"model.moe.router": FIXED}, "model.moe.router.kind=fixed_load: router_tuning", "tune a run with kind=top_k"),
@@ -172,3 +174,10 @@ def test_preflight_tells_all_of_it(made: Path, tiny_data: Path, tmp_path: Path) 
     fits = tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(made))})
     assert check(fits).config == fits
     assert "router_tuning:" in resolved_yaml(fits)
+
+
+def test_a_run_with_more_in_its_model_is_another(made: Path) -> None:
+    manifest = load_tuning_manifest(made)
+    adapted = {**manifest.model, "attention_lora": {"rank": 2, "alpha": 4.0}}
+    faults = model_faults(config({}), manifest.model_copy(update={"model": adapted}))
+    assert any("model.attention_lora.rank=2, here it is None" in fault for fault in faults), faults

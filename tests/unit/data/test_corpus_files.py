@@ -87,6 +87,9 @@ def test_instructions(tmp_path: Path) -> None:
     assert first.family == second.family != third.family == "sums"
     assert (first.prompt, first.answer, first.image) == ("What is it?", "a square", tmp_path / "a.png")
     assert (third.image, third.side) == (None, "")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "i.jsonl").write_text(lines[0].replace("a.png", "copy.png"))
+    assert instruction_files("i", tmp_path / "i.jsonl", "").instructions[0].family == first.family
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,43 @@ def test_instructions_keep_their_sides_and_need_no_pictures(tmp_path: Path) -> N
     assert source.train.filler is None
 
 
+def test_a_family_of_instructions_is_on_one_side_in_all_sources(tmp_path: Path) -> None:
+    def write(name: str, *, length: int, side: dict[int, str]) -> str:
+        lines = [
+            {"prompt": f"{number}" + "?" * length, "answer": "yes", "family": f"f{number}"}
+            | ({"side": side[number]} if side else {})
+            for number in range(40)
+        ]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+        return str(tmp_path / name)
+
+    def held_out(out: str, **sources: str) -> dict[str, set[str]]:
+        manifest, _ = prepare(tmp_path / out, Inputs(instructions=sources), RECIPE, silent)
+        tokenizer, found = load_tokenizer(tmp_path / out / "tokenizer.json"), {}
+        for name, source in manifest.sources.items():
+            assert source.valid is not None
+            data = IndexedSplit(tmp_path / out, source.valid)
+            found[name] = {
+                tokenizer.decode(data.tokens(start, length).tolist()).split("?")[0]
+                for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True)
+            }
+        return found
+
+    short, long = write("short.jsonl", length=1, side={}), write("long.jsonl", length=50, side={})
+    found = held_out("drawn", short=short, long=long)
+    assert found["short"] == found["long"] != set()
+    given = {number: "valid" if number % 4 == 0 else "train" for number in range(40)}
+    found = held_out("given", long=long, sided=write("sided.jsonl", length=1, side=given))
+    assert found["long"] == found["sided"] == {str(number) for number in range(0, 40, 4)}
+    other = write("other.jsonl", length=3, side={**given, 7: "valid"})
+    with pytest.raises(DataError, match="family 'f7' has the \"side\" train and valid"):
+        held_out("both", sided=str(tmp_path / "sided.jsonl"), other=other)
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text(json.dumps({"prompt": "a", "answer": "b", "family": "f0"}))
+    with pytest.raises(DataError, match="instructions whole: all are held out"):
+        held_out("none left", whole=str(whole), sided=str(tmp_path / "sided.jsonl"))
+
+
 def test_a_set_made_otherwise_is_not_touched(own: Path, made: Path) -> None:
     before = contents(made)
     result = command("--out", made, "--images", own / "pictures", *OPTIONS[:-1], "0.3")

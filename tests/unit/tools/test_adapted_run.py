@@ -10,11 +10,17 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
+from moe_dist import resume
+from moe_dist.config.data_digest import data_digest
+from moe_dist.config.tuning_schema import RouterTuningSection
+from moe_dist.errors import ConfigError
+from moe_dist.resume import kept_position
 from moe_dist.trained import find_trained
 from tests.support.imported import logits_of
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB, pictured_data
-from tools import evaluate, generate, inspect_checkpoint, verify_checkpoint
+from tests.support.tiny_embedder import tiny_embedder
+from tools import evaluate, generate, inspect_checkpoint, prepare_router_tuning, verify_checkpoint
 
 DENSE = {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}
 SIZES: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": 192, "data__seq_len": 96}
@@ -89,3 +95,28 @@ def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
             assert "is not there; put it back" in done.stderr
     finally:
         away.rename(base)
+
+
+def test_adapters_are_no_start_of_another_run_and_no_run_to_tune(trained: tuple[Path, OneRank], tmp_path: Path) -> None:
+    folder, _ = trained
+    data = Path(find_trained(folder).config.data.path)
+    with world_of_one():
+        other = OneRank(data, tmp_path, run__name="other", run__init_from=str(folder), model__moe__groups=DENSE, **SIZES)
+        with pytest.raises(ConfigError, match="holds adapters and not the model under them; export it"):
+            other.resumable.restore()
+    embedder = tiny_embedder(tmp_path / "embedder")
+    done = call(prepare_router_tuning, folder, "--tasks", "pictures", "--out", tmp_path / "out", "--embedder", embedder)
+    assert done.exit_code == 78
+    assert "take a run without adapters" in done.stderr
+
+
+def test_a_place_among_samples_of_router_tuning_is_none_in_the_data(
+    trained: tuple[Path, OneRank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_trained(trained[0].parent / "base")
+    digest = data_digest(found.config.data.path, found.manifest)
+    assert kept_position(found.folder, found.config, digest) == 16
+    tuned = found.config.model_copy(update={"router_tuning": RouterTuningSection(data="x")})
+    monkeypatch.setattr(resume, "saved_config", lambda values, folder: tuned)
+    with pytest.raises(ConfigError, match=r"stands among samples of router tuning; set run\.keep_position=false"):
+        kept_position(found.folder, found.config, digest)
