@@ -9,7 +9,7 @@ from moe_dist.base_weights import load_base
 from moe_dist.build import build_model, freeze, saved_part
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.shelf import Shelf
-from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.checkpoint.state import Part, RankLayout, capture
 from moe_dist.config.schema import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
@@ -36,7 +36,8 @@ class TrainedRun:
         initialise(self.model, self.placement, ep_rank=0, device=device, seed=0, std=config.model.init_std)
         freeze(self.model, config)
         self.model.eval()
-        self._part, self._base_is_there = saved_part(config), False
+        self._part: Part = saved_part(config)
+        self._base_is_there = False
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, rising."""
