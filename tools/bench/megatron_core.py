@@ -151,7 +151,9 @@ class MegatronMoE(nn.Module):
         self._column_E = column_of_expert(placement)
         self._group_of_E = torch.tensor([i for i, group in enumerate(groups) for _ in range(group.num_experts)])
 
-    def forward(self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None) -> tuple[Tensor, LayerReport]:
+    def forward(
+        self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None, asked_A: Tensor | None = None
+    ) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         router: Router = self.router  # pyright: ignore[reportAssignmentType]
         assignments, sums, *_ = router(h_TD, group_T)
