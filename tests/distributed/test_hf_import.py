@@ -4,7 +4,7 @@ The way is the user's: `save_pretrained`, import, checkpoint, and EP 1, 2 and 4 
 differs by more than 1e-5 of its largest entry, so that gradients of any size are held to the same number of digits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,13 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.load import load_config
-from moe_dist.hf.families import read_section
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.names import slots
-from moe_dist.hf.plan import Options, changed_section
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.policies import expert_groups, make_placement
 from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap
-from tests.support.hf_families import gradients
+from tests.support.hf_families import gradients, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
 from tests.support.worlds import RankContext
 
@@ -74,18 +71,6 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     loss.backward()
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": out.logits.detach().numpy()}, named
-
-
-def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
-    """Their tensors as they hold them in memory under our names; zeros where they have none."""
-    family, plain, _ = read_section(config)
-    found: dict[str, Tensor] = {}
-    for slot in slots(changed_section(plain, family, Options()), family):
-        place = next((place for place in slot.places if place.name in named), None)
-        found[slot.name] = torch.zeros(slot.shape)
-        if place is not None:
-            found[slot.name] = named[place.name].flatten()[place.begin : place.begin + slot.numel].view(slot.shape)
-    return arrays(found)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,18 @@ nothing imports transformers.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moe_dist.hf.families import read_section
+from moe_dist.hf.names import slots
+from moe_dist.hf.plan import Options, changed_section
 from moe_dist.moe.routers.top_k import column_counts
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.agreement import Arrays, arrays
 
 Kind = Literal["same", "router", "bias", "gate_up", "down"]
 
@@ -100,6 +104,22 @@ def _cut(tensor: Tensor, target: str, kind: Kind, group: ExpertGroup | None) -> 
         else:
             logical[f"{target}.{expert}.gate"], logical[f"{target}.{expert}.up"] = weight.chunk(2)
     return logical
+
+
+def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
+    """All tensors of a model of theirs, as it holds them in memory, under our names; zeros where it has none.
+
+    Args:
+        config: Its config.json.
+    """
+    family, plain, _ = read_section(config)
+    found: dict[str, Tensor] = {}
+    for slot in slots(changed_section(plain, family, Options()), family):
+        place = next((place for place in slot.places if place.name in named), None)
+        found[slot.name] = torch.zeros(slot.shape)
+        if place is not None:
+            found[slot.name] = named[place.name].flatten()[place.begin : place.begin + slot.numel].view(slot.shape)
+    return arrays(found)
 
 
 @torch.no_grad()
