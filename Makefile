@@ -22,7 +22,7 @@ export RUN ARGS
   reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality reproduce-mole conventions-data
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "make reproduce-NAME adamoe, adamoe-held, moma, nulls-by-modality, mole: run an experiment, about two hours each (docs/reproductions.md)"
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")

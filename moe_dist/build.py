@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from moe_dist.build_dispatch import NodeGroups, build_dispatcher, build_wire
 from moe_dist.build_lora import attention_adapters, lora_layers
 from moe_dist.build_tuning import build_sample_loader, build_tuning
 from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.comm.watch import Watch
 from moe_dist.config.balance_rules import even_loads, load_targets
@@ -27,14 +26,13 @@ from moe_dist.config.model_schema import (
     MoESection,
     RouterSection,
 )
-from moe_dist.config.parallel_schema import ParallelSection
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
-from moe_dist.model.flops import forward_flops, frozen_flops, training_flops
+from moe_dist.model.flops import forward_flops, training_flops
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet, DepthThresholds
 from moe_dist.model.transformer import ModelArgs, Transformer
@@ -43,17 +41,11 @@ from moe_dist.moe.balance.load_target import LoadTarget
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice_sets import ChoiceRanks, ChoiceSet
-from moe_dist.moe.deep_ep import DeepEPDispatcher
-from moe_dist.moe.dispatcher import Dispatcher
 from moe_dist.moe.expert_gemm import choose_gemm
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts, has_free_experts
-from moe_dist.moe.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_node import PerNodeDispatcher
-from moe_dist.moe.per_pair import PerPairDispatcher, SyncFreeDispatcher, pairs_are_rows
-from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.pipelined import PipelinedDispatcher
+from moe_dist.moe.per_pair import SyncFreeDispatcher
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.fixed_load import FixedLoadRouter
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -68,11 +60,10 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.policies import expert_groups
 from moe_dist.router_tuning.loader import SampleLoader
 from moe_dist.router_tuning.tuning import RouterTuning, freeze_all_but_routers
-from moe_dist.sizes import model_shape
+from moe_dist.sizes import flops_left_out, model_shape
 from moe_dist.trainer import Plan
 from moe_dist.training_step import TrainingStep
 
-NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside the node
 TRAINED_PARTS = {"auxiliary_routers": ("auxiliary",), "adapters": ("adapters", "router")}  # in a parameter's path
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -109,59 +100,6 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
         return None
     gates_LG = [[moe.router.get_submodule(group.name) for group in groups] for moe in model.moe_modules()]
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
-
-
-def build_wire(
-    section: ParallelSection,
-    group: dist.ProcessGroup | None,
-    traffic: Traffic,
-    watch: Watch | None,
-    *,
-    between_nodes: bool = False,
-) -> Wire:
-    """One process group as a wire, checked where the configuration says so."""
-    wire = Wire(group, traffic, watch, between_nodes=between_nodes)
-    return CheckedWire(wire) if section.check_exchanges else wire
-
-
-def build_dispatcher(
-    parallel: ParallelSection,
-    placement: ExpertPlacement,
-    wire: Wire,
-    *,
-    hidden_dim: int,
-    node_groups: NodeGroups = (None, None),
-) -> Dispatcher[Any] | PipelinedDispatcher:
-    """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
-    section, bound = parallel.dispatch, parallel.max_receive_rows
-    fields = section.model_dump(exclude={"kind"})
-    if section.kind == "per_node":
-        between, inside = (
-            build_wire(parallel, group, wire.traffic, wire.watch, between_nodes=i == 0)
-            for i, group in enumerate(node_groups)
-        )
-        return PerNodeDispatcher(placement, between, inside, max_receive_rows=bound, **fields)
-    if section.kind == "deep_ep":
-        top_k = max(group.top_k for group in placement.groups)
-        return DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k, **fields)
-    if section.kind == "hybrid_ep":
-        return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim, **fields)
-    pairs = PerPairDispatcher(placement, wire, max_receive_rows=bound)
-    if section.kind == "per_pair":  # evaluation routes each token by itself: then the counts are not known
-        return SyncFreeDispatcher(PerRankDispatcher(placement, wire, max_receive_rows=bound), pairs, always=True)
-    per_rank = _per_rank(placement, wire, max_receive_rows=bound, **fields)
-    if isinstance(per_rank, PipelinedDispatcher) or not pairs_are_rows(placement):
-        return per_rank
-    return SyncFreeDispatcher(per_rank, pairs)
-
-
-def _per_rank(
-    placement: ExpertPlacement, wire: Wire, *, max_receive_rows: int | None, overlap: bool, chunks: int
-) -> PerRankDispatcher | PipelinedDispatcher:
-    """The plain dispatcher, unless a timetable is asked for."""
-    if not overlap and chunks == 1:
-        return PerRankDispatcher(placement, wire, max_receive_rows=max_receive_rows)
-    return PipelinedDispatcher(placement, wire, max_receive_rows=max_receive_rows, overlap=overlap, chunks=chunks)
 
 
 def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_blocks: bool) -> ModelArgs:
@@ -449,8 +387,8 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
 
     def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
         forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
-        frozen = frozen_flops(shape, forward, seq_len=config.data.seq_len)
-        return training_flops(forward, frozen=frozen)  # model FLOPs: what recompute repeats is left out
+        # Model FLOPs: what recompute repeats is left out.
+        return training_flops(forward, frozen=flops_left_out(config, shape, forward))
 
     return Plan(
         steps=config.train.steps,

@@ -20,7 +20,7 @@ from moe_dist.model import flops, memory
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.planner import Plan, expected_plan, group_shares
 from moe_dist.preflight import Layout, layout_without_data
-from moe_dist.sizes import model_shape
+from moe_dist.sizes import flops_left_out, model_shape
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def estimate(config: Config) -> DryRun:
     ranks = range(layout.placement.num_ranks)
     memories = [_memory(shape, layout, shared, plan, rank, share) for rank in ranks]
     rank = max(ranks, key=lambda r: memories[r].total)
-    frozen = flops.frozen_flops(shape, forward, seq_len=config.data.seq_len)
+    frozen = flops_left_out(config, shape, forward)
     useful = flops.training_flops(forward, frozen=frozen)
     exchanges = 5 if parallel.recompute == "block" else 4  # dispatch and combine, both ways, and dispatch repeated
     return DryRun(
@@ -157,6 +157,8 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
 
 
 def _times(config: Config) -> str:
+    if config.router_tuning is not None:
+        return "forward, and back to the lowest tuned layer"
     return "three times forward" + (", without gradients of frozen weights" if has_adapters(config.model) else "")
 
 

@@ -6,8 +6,9 @@ from typing import Any
 from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, ModelSection
 from moe_dist.config.schema import Config
+from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.model import memory
-from moe_dist.model.flops import Adapters, Shape
+from moe_dist.model.flops import Adapters, Parts, Shape, frozen_flops, untuned_flops
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.policies import expert_groups
 
@@ -38,6 +39,16 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         attention_lora=_adapters(section.attention_lora),
         depth_auxiliary=section.depths is not None and section.depths.causal == "auxiliary",
     )
+
+
+def flops_left_out(config: Config, shape: Shape, forward: Parts) -> float:
+    """FLOPs of full training that a run does not compute, since it trains a part: adapters, or some routers."""
+    section, seq_len = config.router_tuning, config.data.seq_len
+    if section is None:
+        return frozen_flops(shape, forward, seq_len=seq_len)
+    moe_layers = config.model.moe_layers
+    tuned = chosen_layers(section, moe_layers)
+    return untuned_flops(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
 
 
 def checkpoint_bytes(config: Config) -> int:

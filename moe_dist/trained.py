@@ -18,6 +18,8 @@ from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.parallel_schema import InterleavedSection, PerRankDispatchSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.evaluation.likelihood import Likelihood
+from moe_dist.generation.material import Material
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import allocate
 from moe_dist.parallel.mesh import Mesh
@@ -65,6 +67,22 @@ class Trained:
         if part == "trained":
             load_base(restored.values, self.folder, manager, model, layout)
         return model.eval()
+
+    def material(self) -> Material:
+        """Tokenizer, grammar and codebook of its data; raises as `Material`."""
+        return Material(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
+
+    def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
+        """What scores continuations with the model, a share of them on each rank of a mesh. Collective, and raises, as
+        `load`."""
+        alone = {} if mesh is None else {"world": mesh.world, "rank": mesh.rank, "world_size": mesh.world_size}
+        return Likelihood(
+            self.load(device, mesh),
+            self.manifest,
+            group_of_modality=self.group_of_modality,
+            max_seq_len=self.config.model.max_seq_len,
+            **alone,
+        )
 
     @property
     def group_of_modality(self) -> list[int]:

@@ -82,7 +82,7 @@ def _evaluate(options: Options, env: RankEnv) -> None:
         options.run, step=options.step, data=options.data, allow=lambda config: causal_faults(config.model)
     )
     model = trained.config.model
-    material = Material(trained.config.data.path, trained.manifest, vocab_size=model.vocab_size)
+    material = trained.material()
     check_vocabulary(material, vocab_size=model.vocab_size)
     catalogue = Catalogue(material, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
     catalogue.check(tasks)
@@ -95,15 +95,7 @@ def _evaluate(options: Options, env: RankEnv) -> None:
     }
     folder = _folder(options, trained)
     with one_group(env, device) as (mesh, device):
-        likelihood = Likelihood(
-            trained.load(device, mesh),
-            trained.manifest,
-            group_of_modality=trained.group_of_modality,
-            max_seq_len=model.max_seq_len,
-            world=None if mesh is None else mesh.world,
-            rank=env.rank,
-            world_size=env.world_size,
-        )
+        likelihood = trained.likelihood(device, mesh)
         answered = {task: ask(each, written[task], likelihood) for task, each in questions.items()}
         record = {
             "checkpoint": str(trained.folder),

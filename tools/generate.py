@@ -125,7 +125,7 @@ def _generate(options: Options) -> None:
         options.run, step=options.step, data=options.data, allow=lambda config: causal_faults(config.model)
     )
     model = trained.config.model
-    material = Material(trained.config.data.path, trained.manifest, vocab_size=model.vocab_size)
+    material = trained.material()
     task, labels = _task(options, material)
     task.check(model.max_seq_len)
     generator = Generator(

@@ -23,7 +23,6 @@ from moe_dist.evaluation.multiple_choice import Prompts, Written, ask, check_voc
 from moe_dist.evaluation.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.evaluation.questions.fact import Question
 from moe_dist.evaluation.questions.split import Side
-from moe_dist.generation.material import Material
 from moe_dist.parallel.one_group import one_group
 from moe_dist.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.router_tuning.loader import SampleMaker
@@ -97,7 +96,7 @@ def _prepare(options: Options, env: RankEnv) -> None:
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
     layers = _layers(options.layers, trained.config)
     model = trained.config.model
-    material = Material(trained.config.data.path, trained.manifest, vocab_size=model.vocab_size)
+    material = trained.material()
     check_vocabulary(material, vocab_size=model.vocab_size)
     catalogue = Catalogue(material, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
     catalogue.check(tasks)
@@ -109,15 +108,7 @@ def _prepare(options: Options, env: RankEnv) -> None:
     prompts = Prompts(material, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
     with one_group(env, device) as (mesh, device):
-        likelihood = Likelihood(
-            trained.load(device, mesh),
-            trained.manifest,
-            group_of_modality=trained.group_of_modality,
-            max_seq_len=model.max_seq_len,
-            world=None if mesh is None else mesh.world,
-            rank=env.rank,
-            world_size=env.world_size,
-        )
+        likelihood = trained.likelihood(device, mesh)
         scored, routing_SLC = _score(options, questions, written, likelihood, trained, layers, env)
     if env.rank == 0:
         embeddings_SE = embedder([each.text for each in scored])

@@ -84,10 +84,6 @@ class IndexedSplit:
         """Prompt bits of the same tokens, bool; all False where the split has none. Raises as `tokens`."""
         return self._read_bits("prompt", start, count)
 
-    @property
-    def has_prompts(self) -> bool:
-        return "prompt" in self._bits
-
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
         file = self._bits.get(bits)
         if file is None:

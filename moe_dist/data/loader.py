@@ -16,6 +16,7 @@ from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.mixture import Mixture
 from moe_dist.data.packing import Packing, Pieces, cut, pack
+from moe_dist.data.stream import ShuffledEpochs, micro_batches
 from moe_dist.errors import ConfigError, DataError
 
 _HELDOUT_WINDOW = 512
@@ -58,8 +59,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
     ) -> None:
-        assert global_batch % (world_size * micro_batch) == 0, (global_batch, world_size, micro_batch)
-        self._global_batch, self._micro_batch, self._rank, self._world_size = global_batch, micro_batch, rank, world_size
+        self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
         self._streams = {
             name: _Stream(folder, name, manifest.sources[name].train, seq_len=seq_len, window=pack_window, seed=seed)
@@ -76,16 +76,10 @@ class TrainLoader:
     def batches(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the step that starts at sequence `position` of the global stream.
 
-        Micro-batch i of all ranks together is the i-th run of world_size * micro_batch sequences; rank r has the r-th part
-        of it.
-
         Raises:
             DataError: an id in the data lies outside the vocabulary.
         """
-        run = self._world_size * self._micro_batch
-        first = position + self._rank * self._micro_batch
-        starts = range(first, first + self._global_batch, run)
-        return [self._maker.make([self.sequence(start + row) for row in range(self._micro_batch)]) for start in starts]
+        return [self._maker.make([self.sequence(at) for at in each]) for each in micro_batches(position, **self._share)]
 
     def sequence(self, number: int) -> list[Segment]:
         """Sequence `number` of the global stream."""
@@ -169,27 +163,19 @@ class _Stream:
 
     def __init__(self, folder: str | Path, name: str, split: SplitSection, *, seq_len: int, window: int, seed: int) -> None:
         self._data = IndexedSplit(folder, split)
-        self._seed = (seed, zlib.crc32(name.encode()))
-        order = np.random.default_rng(self._seed).permutation(len(self._data.starts_D))
+        named = (seed, zlib.crc32(name.encode()))
+        order = np.random.default_rng(named).permutation(len(self._data.starts_D))
         self._pieces = cut(self._data.starts_D[order], self._data.lengths_D[order], seq_len=seq_len)
         self._packing = pack(self._pieces.length_P, seq_len=seq_len, window=window)
         if not len(self._packing):
             raise DataError(f"{self._data.prefix}: holds no token")
-        self._orders: dict[int, np.ndarray] = {}
+        self._epochs = ShuffledEpochs(named, len(self._packing))
 
     def __len__(self) -> int:
         return len(self._packing)
 
     def sequence(self, index: int) -> list[Segment]:
-        epoch, within = divmod(index, len(self))
-        return _segments(self._data, self._pieces, self._packing, int(self._order(epoch)[within]))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            # A step may straddle two epochs; older orders are of no use.
-            self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
-            self._orders[epoch] = np.random.default_rng((*self._seed, 1 + epoch)).permutation(len(self))
-        return self._orders[epoch]
+        return _segments(self._data, self._pieces, self._packing, self._epochs.at(index))
 
 
 def _segments(data: IndexedSplit, pieces: Pieces, packing: Packing, sequence: int) -> list[Segment]:
@@ -197,8 +183,7 @@ def _segments(data: IndexedSplit, pieces: Pieces, packing: Packing, sequence: in
     for piece in packing.pieces_of(sequence):
         start, length = int(pieces.start_P[piece]), int(pieces.length_P[piece])
         count = length + int(pieces.goes_on_P[piece])
-        prompt = data.prompt(start, count) if data.has_prompts else None
-        segments.append(Segment(data.tokens(start, count), data.filler(start, count), length, prompt))
+        segments.append(Segment(data.tokens(start, count), data.filler(start, count), length, data.prompt(start, count)))
     return segments
 
 

@@ -243,6 +243,29 @@ def frozen_flops(shape: Shape, forward: Parts, *, seq_len: int) -> float:
     return forward.total - forward.adapters - forward.router - scores
 
 
+def untuned_flops(shape: Shape, forward: Parts, *, seq_len: int, moe_layers: Sequence[int], tuned: Sequence[int]) -> float:
+    """FLOPs of forward and backward of full training that router tuning does not compute.
+
+    Backward ends at the lowest tuned layer: its router has a gradient of its weights, and its experts one of their input,
+    since rows and weights go through the exchanges as one. Above it each product with a frozen weight gives the gradient
+    of its input, as much as forward; the scores, products of two activations, give both.
+
+    Args:
+        forward: Of `forward_flops`; without depths.
+        moe_layers, tuned: Indices of the layers that hold experts, and of those among them whose routers move.
+    """
+    lowest = min(tuned)
+    above, moe_above = shape.num_layers - 1 - lowest, sum(layer > lowest for layer in moe_layers)
+    scores = 4 * shape.num_heads * shape.head_dim * seq_len
+    attention = above * (forward.attention / shape.num_layers + scores)
+    router = forward.router / shape.num_moe_layers
+    moe = (forward.experts + forward.free + forward.shared) / shape.num_moe_layers + router
+    dense = (above - moe_above) * forward.dense_ffn / max(1, shape.num_dense_layers)
+    lowest_experts = forward.experts / shape.num_moe_layers
+    backward = forward.output + attention + moe_above * moe + dense + lowest_experts + len(tuned) * router
+    return 2 * forward.total - backward
+
+
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
     """FLOPs a token of forward and backward, three times the forward pass without the gradients of frozen weights, and what
     recompute repeats on top (at most: the last product of a recomputed unit need not be repeated, and below the first
@@ -251,7 +274,7 @@ def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: flo
     Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) leaves the repeats out: ask with `recompute="none"`.
 
     Args:
-        frozen: Of `frozen_flops`.
+        frozen: Of `frozen_flops` or `untuned_flops`.
     """
     repeated = {
         "none": 0.0,

@@ -11,6 +11,7 @@ import torch
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
+from moe_dist.data.stream import ShuffledEpochs, micro_batches
 from moe_dist.router_tuning.samples import Sample, Samples
 
 
@@ -84,30 +85,22 @@ class SampleLoader:
         rank: int,
         world_size: int,
     ) -> None:
-        assert global_batch % (world_size * micro_batch) == 0, (global_batch, world_size, micro_batch)
-        self._samples, self._modalities, self._seed = samples, tuple(manifest.modalities), seed
-        self._global_batch, self._micro_batch, self._rank, self._world_size = global_batch, micro_batch, rank, world_size
+        self._samples, self._modalities = samples, tuple(manifest.modalities)
+        self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._maker = SampleMaker(manifest)
-        self._orders: dict[int, np.ndarray] = {}
+        self._epochs = ShuffledEpochs((seed,), len(samples))
 
     def batches(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the step that starts at sample `position` of the global stream."""
-        run = self._world_size * self._micro_batch
-        first = position + self._rank * self._micro_batch
         made: list[Batch] = []
-        for start in range(first, first + self._global_batch, run):
-            numbers = [self.number(start + row) for row in range(self._micro_batch)]
+        for each in micro_batches(position, **self._share):
+            numbers = [self.number(at) for at in each]
             made.append(self._maker.make([self._samples.sample(number) for number in numbers], numbers))
         return made
 
     def number(self, position: int) -> int:
         """Which sample stands at a position of the global stream."""
-        epoch, within = divmod(position, len(self._samples))
-        if epoch not in self._orders:
-            # A step may straddle epochs; those behind are of no use.
-            self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
-            self._orders[epoch] = np.random.default_rng([self._seed, 1 + epoch]).permutation(len(self._samples))
-        return int(self._orders[epoch][within])
+        return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
         """How often the samples have been seen, under each of the data's modalities."""

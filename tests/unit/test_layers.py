@@ -17,6 +17,7 @@ FLOORS = (
     {
         "trainer",
         "build",
+        "build_dispatch",
         "build_tuning",
         "build_lora",
         "base_weights",

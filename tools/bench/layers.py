@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_dist.build import build_dispatcher, build_model
+from moe_dist.build import build_model
+from moe_dist.build_dispatch import build_dispatcher
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.load import load_config

@@ -30,9 +30,9 @@ from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.evaluation.questions.pictures import OPENMOJI
 from moe_dist.runtime.command_line import run_command
 
-PICTURES = "openmoji"  # the base's source
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # of BACKGROUNDS
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # of LANGUAGES
 # By convention: by how many names it is off, and the words that stand for it in instructions.
@@ -101,10 +101,10 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
     if out.exists():
         raise ConfigError(f"--out {out}: is there already; remove it, or name another")
     manifest = load_manifest(base)
-    source = manifest.sources.get(PICTURES)
+    source = manifest.sources.get(OPENMOJI)
     if source is None or source.valid is None or manifest.image is None:
         raise ConfigError(
-            f"--base {base}: has no pictures of {PICTURES} with a held-out side; make it with tools.prepare_data"
+            f"--base {base}: has no pictures of {OPENMOJI} with a held-out side; make it with tools.prepare_data"
         )
     tokenizer = load_tokenizer(base / str(manifest.tokenizer))
     sides = {

@@ -21,7 +21,7 @@ from moe_dist.model.flops import (
 )
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.policies import expert_groups, make_placement
-from moe_dist.sizes import model_shape
+from moe_dist.sizes import flops_left_out, model_shape
 
 
 def shape(**changes: Any) -> Shape:
@@ -241,6 +241,26 @@ def test_lora_agrees_with_torchs_counter() -> None:
     values = 2 * 32 * 16  # nor that of the values
     expected = training_flops(forward, frozen=frozen) - below - scores_of_keys - values
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
+
+
+def tuned_config(layers: list[int]) -> Config:
+    values = config().model_dump(mode="json")
+    values["run"] |= {"init_from": "x"}
+    values["train"]["only"] = "routers"
+    values["router_tuning"] = {"data": "none", "layers": layers}
+    values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # each layer takes as many experts as the other
+    return Config.model_validate_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("layers", [[1], [2], [1, 2]], ids=str)
+def test_router_tuning_agrees_with_torchs_counter(layers: list[int]) -> None:
+    cfg = tuned_config(layers)
+    counted, experts, tokens = count_training(cfg)
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    expected = training_flops(forward, frozen=flops_left_out(cfg, model, forward))
+    assert counted == pytest.approx(expected * tokens, rel=1e-3)
+    assert expected < 0.7 * training_flops(forward)
 
 
 def test_recompute_repeats_no_more_than_counted() -> None:
