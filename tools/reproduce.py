@@ -58,7 +58,9 @@ def _chosen(study: Study, jobs: list[Job], only: list[str]) -> list[Job]:
 
 def _run(path: Path, study: Study, jobs: list[Job], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
-        check(config_of(study, job, pilot=pilot), world_size=1)  # a fault of the last arm is told before the first runs
+        config = config_of(study, job, pilot=pilot)  # a fault of the last arm is told before the first runs
+        if config.router_tuning is None or Path(config.router_tuning.data).is_dir():
+            check(config, world_size=1)  # samples are made of a run that is still to come; the tuning run checks them
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
     results.parent.mkdir(parents=True, exist_ok=True)

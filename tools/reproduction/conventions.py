@@ -21,17 +21,17 @@ import typer
 from tokenizers import Tokenizer
 
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, load_manifest, write_manifest
-from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import load_codebook
 from moe_dist.data.corpus_openmoji import LANGUAGES
-from moe_dist.data.indexed import IndexedSplit, write_indexed
+from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.evaluation.questions.pictures import OPENMOJI
 from moe_dist.runtime.command_line import run_command
+from tools.reproduction.instructed import Document, instructed_document, write_split
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # of BACKGROUNDS
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # of LANGUAGES
@@ -191,19 +191,10 @@ class _Writer:
         self._special = special_ids(tokenizer)
 
     def split(self, convention: str, side: str, every: Sequence[Asked], *, name: str = "") -> SplitSection:
-        path = f"{name or convention}_{side}"
-        documents = list(self._documents(convention, side, every))
-        write_indexed(self._folder / path, (tokens for tokens, _ in documents), vocab_size=self._manifest.vocab_size)
-        np.save(self._folder / f"{path}_prompt.npy", np.packbits(np.concatenate([prompt for _, prompt in documents])))
-        return SplitSection(
-            path=path,
-            documents=len(documents),
-            tokens=sum(len(tokens) for tokens, _ in documents),
-            tokens_by_modality=count_by_modality(self._folder / path, self._manifest.modalities),
-            prompt=f"{path}_prompt.npy",
-        )
+        documents = self._documents(convention, side, every)
+        return write_split(self._folder, f"{name or convention}_{side}", documents, self._manifest)
 
-    def _documents(self, convention: str, side: str, every: Sequence[Asked]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _documents(self, convention: str, side: str, every: Sequence[Asked]) -> Iterator[Document]:
         instructions = paraphrases(convention, side)
         # The same place has the same picture and another instruction in each convention.
         rng = np.random.default_rng((self._seed, list(CONVENTIONS).index(convention)))
@@ -212,8 +203,7 @@ class _Writer:
         answers = encode_texts(self._tokenizer, [f" {answer(convention, each)}" for each in every])
         for each, question, reply in zip(every, asked, answers, strict=True):
             read = np.concatenate([[self._special[BOS]], each.tokens, question])
-            tokens = np.concatenate([read, reply, [self._special[EOS]]])
-            yield tokens, np.arange(len(tokens)) < len(read)
+            yield instructed_document(read, reply, eos_id=self._special[EOS])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures a finished run on one process: python -m tools.reproduction.measure STUDY.yaml RUN_FOLDER PROBES
+"""Measures a finished run on one process: python -m tools.reproduction.measure STUDY.yaml RUN_FOLDER PROBES [--pilot]
 
 Writes measured.json into the run's folder: held-out losses, loads, rows on the wire, the curve of loss over FLOPs and
 seconds, and the probes that the arm asks for. Then the checkpoints that only the curve needed are removed.
@@ -26,6 +26,7 @@ from moe_dist.data.loader import heldout_batches, source_shares
 from moe_dist.errors import MoeDistError
 from moe_dist.evaluation.calibration import by_threshold, calibrate
 from moe_dist.evaluation.heldout import forward
+from moe_dist.evaluation.questions.split import Side
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import choice_of_training
 from moe_dist.runtime.command_line import run_command
@@ -34,9 +35,10 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.trainer import Loader
 from tools.reproduction import probes
 from tools.reproduction.answers import answers
+from tools.reproduction.asking import Asking, make_samples
 from tools.reproduction.runner import MEASURED
 from tools.reproduction.spending import Spent, spent_by_step
-from tools.reproduction.study import CurveSection, MeasureSection, load_study
+from tools.reproduction.study import CurveSection, MeasureSection, QuestionsSection, load_study
 from tools.reproduction.tokens import Tokens, binned, depth_routers, evaluate, loads, losses, watched_routers
 from tools.reproduction.trained import TrainedRun
 from tools.reproduction.wire import ROWS, WireCount, rank_of_tokens, spread
@@ -49,18 +51,19 @@ class Measurement:
         folder: Of the run.
         section: What is measured.
         before: What was spent before the run began, and counts as its own.
+        side: Of multiple-choice questions.
     """
 
-    def __init__(self, folder: Path, section: MeasureSection, before: Spent) -> None:
-        self._folder, self._section = RunFolder(folder), section
+    def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
+        self._folder, self._section, self._side = RunFolder(folder), section, side
         self._config: Config = self._folder.read_config()
         self._manifest: Manifest = load_manifest(self._config.data.path)
         self._run = TrainedRun(folder, self._config)
         self._before = before
         self._groups = torch.tensor(group_of_modality(self._manifest, self._run.placement))
 
-    def record(self, wanted: Sequence[str]) -> dict[str, Any]:
-        """Everything that is kept of the run; `wanted` names the probes."""
+    def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
+        """Everything that is kept of the run; `wanted` names the probes, `asks` what more is asked."""
         last = self._run.steps()[-1]
         spent = spent_by_step(
             self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before
@@ -84,7 +87,25 @@ class Measurement:
         asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
         if asked:
             found["answers"] = answers(model, asked, self._groups)
+        if section.questions is not None:
+            found |= self._asked(section.questions, asks)
         self._run.keep_only_last()
+        return found
+
+    def _asked(self, section: QuestionsSection, asks: Sequence[str]) -> dict[str, Any]:
+        asking = Asking(
+            self._run.model,
+            self._config,
+            self._manifest,
+            group_of_modality=self._groups,
+            section=section,
+            side=self._side,
+        )
+        found: dict[str, Any] = {"questions": asking.record()}
+        if "oracle" in asks:
+            found["oracle"] = asking.oracle()
+        if "samples" in asks:
+            found["samples"] = make_samples(self._folder.path, section)
         return found
 
     def _batches(self, sequences: int) -> list[Batch]:
@@ -210,12 +231,15 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Of the run.")],
     wanted: Annotated[str, typer.Argument(help="Probes, with commas between them; may be empty.")] = "",
     before: Annotated[str, typer.Argument(help="JSON: tokens, flops, seconds spent before it.")] = "{}",
+    asks: Annotated[str, typer.Option(help="What more is asked: samples, oracle.")] = "",
+    pilot: Annotated[bool, typer.Option("--pilot", help="Ask questions of the validation side.")] = False,
 ) -> None:
     """Measure one finished run."""
     torch.set_num_threads(1)
     try:
-        measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)))
-        record = measurement.record([name for name in wanted.split(",") if name])
+        side = Side.VALID if pilot else Side.TEST
+        measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)), side=side)
+        record = measurement.record(*([name for name in names.split(",") if name] for names in (wanted, asks)))
     except MoeDistError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from error

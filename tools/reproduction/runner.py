@@ -116,7 +116,8 @@ class Runner:
         command = [sys.executable, "-m", "tools.reproduction.measure", str(self._study_path), str(self._folder(job))]
         before = self._records[job.after, job.seed] if job.arm.carry and job.after else {}
         spent = json.dumps({key: before[key] for key in SPENT if key in before})
-        self._launch(job, [*command, ",".join(job.arm.probes), spent], training=False)
+        command += [",".join(job.arm.probes), spent, "--asks", ",".join(job.arm.asks)]
+        self._launch(job, [*command, "--pilot"] if self._pilot else command, training=False)
 
     def _launch(self, job: Job, command: Sequence[str], *, training: bool) -> None:
         folder = self._folder(job)

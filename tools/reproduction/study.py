@@ -125,6 +125,7 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
+    asks: tuple[Literal["samples", "oracle"], ...] = ()  # beside the questions that every run is asked
 
 
 class Seeds(Part):
@@ -157,6 +158,18 @@ class WireSection(Part):
     placement: Literal["interleaved"] = "interleaved"
 
 
+class QuestionsSection(Part):
+    """Multiple choice by log-likelihood a token: on the test side, in a pilot on the validation side."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    limit: PositiveInt | None = None  # of each task
+    wordnet: str = ".cache/package/dict"
+    embedder: str | None = None  # that of `make embedder`
+    left: PositiveInt = 500  # training questions of each task that `samples` are made of
+    oracle_questions: PositiveInt = 100  # of each task
+    oracle_layers: PositiveInt = 5  # the last ones
+
+
 class MeasureSection(Part):
     """What is measured of a finished run."""
 
@@ -165,6 +178,7 @@ class MeasureSection(Part):
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
     flips: tuple[PositiveFloat, ...] = ()
+    questions: QuestionsSection | None = None
 
 
 class Study(Part):
@@ -200,6 +214,9 @@ class Study(Part):
             if few:
                 raise ValueError(f"arms.{name} has seeds that {', '.join(few)} lacks; give that one the decisive seeds")
             seen.add(name)
+        asking = [name for name, arm in self.arms.items() if arm.asks]
+        if asking and self.measure.questions is None:
+            raise ValueError(f"arms.{asking[0]}.asks needs measure.questions, which says what is asked")
         if both := sorted(set(self.pilot.seeds) & {*self.seeds.decisive, *self.seeds.other}):
             raise ValueError(f"pilot.seeds has {both}, which count: a pilot runs on other seeds")
         return self
@@ -332,17 +349,21 @@ def overrides_of(study: Study, job: Job, measured: Mapping[str, Any], *, pilot: 
 
 
 def config_of(study: Study, job: Job, *, pilot: bool = False) -> Config:
-    """The configuration of a run, with a load of 1.5 where a measured one is still to come.
+    """The configuration of a run; where a measured value is still to come, a load is 1.5 and a folder is not there.
 
     Raises:
         ConfigError: the arm's settings are none of a configuration.
     """
     shape = {key: value for key, value in job.settings.items() if key in SHAPE}
     layers = len(load_config(study.base, [_override(*each) for each in shape.items()]).model.moe_layers)
-    stand_in = {
-        key: [1.5] * layers if value.metric.endswith("by_layer") else 1.5 for key, value in job.arm.measured.items()
-    }
+    stand_in = {key: _stand_in(value, layers) for key, value in job.arm.measured.items()}
     return load_config(study.base, overrides_of(study, job, stand_in, pilot=pilot))
+
+
+def _stand_in(value: MeasuredSetting, layers: int) -> Any:
+    if value.metric.endswith("folder"):
+        return str(ROOT / value.arm / "still-to-come")
+    return [1.5] * layers if value.metric.endswith("by_layer") else 1.5
 
 
 def _override(key: str, value: Any) -> str:
