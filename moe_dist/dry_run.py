@@ -20,7 +20,7 @@ from moe_dist.model import flops, memory
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.planner import Plan, expected_plan, group_shares
 from moe_dist.preflight import Layout, layout_without_data
-from moe_dist.sizes import flops_left_out, model_shape
+from moe_dist.sizes import flops_left_out, model_shape, tuned_routers
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def estimate(config: Config) -> DryRun:
         max_receive_rows=parallel.max_receive_rows,
     )
     ranks = range(layout.placement.num_ranks)
-    memories = [_memory(shape, layout, shared, plan, rank, share) for rank in ranks]
+    tuned = tuned_routers(config)
+    memories = [_memory(shape, layout, shared, plan, rank=rank, share=share, tuned=tuned) for rank in ranks]
     rank = max(ranks, key=lambda r: memories[r].total)
     frozen = flops_left_out(config, shape, forward)
     useful = flops.training_flops(forward, frozen=frozen)
@@ -112,7 +113,7 @@ def estimate(config: Config) -> DryRun:
         * plan.remote_rows_per_token
         * (shape.num_moe_layers - shape.layers_passed_by)
         * (shape.hidden_dim * itemsize),
-        checkpoint_bytes=memory.checkpoint_bytes(shape),
+        checkpoint_bytes=memory.checkpoint_bytes(shape, tuned),
         tokens=config.train.steps * config.train.global_batch * config.data.seq_len,
     )
 
@@ -133,7 +134,7 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
     table.add_section()
     _add_memory_rows(table, config, result)
     what = "adapters and routers alone, " if has_adapters(config.model) else ""
-    kept = f"all ranks together, {what}weights and moments in fp32"
+    kept = f"all ranks together, {what}weights and moments{' of the tuned routers' if config.router_tuning else ''} in fp32"
     table.add_row("checkpoint", bytes_text(result.checkpoint_bytes), kept)
     table.add_section()
     rows = f"{result.plan.remote_rows_per_token:.3f} remote rows a token and layer; placement {config.placement.policy}"
@@ -177,14 +178,21 @@ def bytes_text(number: float) -> str:
 
 
 def _memory(
-    shape: flops.Shape, layout: Layout, shared: memory.Layout, plan: Plan, rank: int, share: dict[str, float]
+    shape: flops.Shape,
+    layout: Layout,
+    shared: memory.Layout,
+    plan: Plan,
+    *,
+    rank: int,
+    share: dict[str, float],
+    tuned: memory.Tuned | None,
 ) -> memory.RankMemory:
     """Memory of one EP position, its rows and pairs by the plan (which counts them for a token of the whole EP group)."""
     placement, ranks = layout.placement, layout.placement.num_ranks
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
     rows = plan.remote_R[rank] * ranks * ranks / (ranks - 1) if ranks > 1 else min(1.0, pairs)
-    return memory.rank_memory(shape, placement, shared, rank=rank, rows=rows, pairs=pairs)
+    return memory.rank_memory(shape, placement, shared, rank=rank, rows=rows, pairs=pairs, tuned=tuned)
 
 
 def _agree_with_model(config: Config, layout: Layout, parts: flops.Parts) -> None:

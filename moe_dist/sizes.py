@@ -51,9 +51,20 @@ def flops_left_out(config: Config, shape: Shape, forward: Parts) -> float:
     return untuned_flops(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
 
 
+def tuned_routers(config: Config) -> memory.Tuned | None:
+    """The routers that a run trains alone, if it does."""
+    if config.router_tuning is None:
+        return None
+    moe_layers = config.model.moe_layers
+    tuned = chosen_layers(config.router_tuning, moe_layers)
+    lowest = min(tuned)
+    return memory.Tuned(len(tuned), config.model.num_layers - lowest, sum(layer >= lowest for layer in moe_layers))
+
+
 def checkpoint_bytes(config: Config) -> int:
     """Of one checkpoint, all ranks together."""
-    return round(memory.checkpoint_bytes(model_shape(config.model, expert_groups(config.model.moe))))
+    shape = model_shape(config.model, expert_groups(config.model.moe))
+    return round(memory.checkpoint_bytes(shape, tuned_routers(config)))
 
 
 def _adapters(section: Any) -> Adapters | None:

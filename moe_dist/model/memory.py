@@ -1,6 +1,6 @@
 """What a training rank keeps in memory, estimated from plain sizes. Imports no torch.
 
-States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of what the rank holds (of a frozen base
+States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of what the rank holds (of what is frozen
 the weights alone). Activations are an estimate of the tensors that autograd keeps for one micro-batch, in elements of a
 bytes for each token:
 
@@ -14,8 +14,14 @@ bytes for each token:
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
 
 `recompute: experts` does not keep what pairs need; `block` keeps the inputs of both halves of a layer and the rows that
-came back; both need the rest once, for one layer. RMSNorm keeps more on CPU. Allocator slack, kernels' scratch and
-libraries (1 to 2 GB on CUDA) come on top.
+came back; both need the rest once, for one layer. Where routers alone are trained, frozen weights do not keep their inputs,
+and nothing is kept below the lowest of these routers:
+
+    attention   D + 2 H d + 2 H_kv d                            not of the lowest layer
+    MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
+    dense FFN   D + 3 F
+
+RMSNorm keeps more on CPU. Allocator slack, kernels' scratch and libraries (1 to 2 GB on CUDA) come on top.
 """
 
 from dataclasses import dataclass
@@ -49,6 +55,20 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """Routers that are trained alone.
+
+    Attributes:
+        routers: How many layers' they are.
+        num_layers, num_moe_layers: Layers from the lowest of these on.
+    """
+
+    routers: int
+    num_layers: int
+    num_moe_layers: int
+
+
+@dataclass(frozen=True)
 class RankMemory:
     """Bytes on one rank.
 
@@ -73,15 +93,26 @@ class RankMemory:
 
 
 def rank_memory(
-    shape: Shape, placement: ExpertPlacement, layout: Layout, *, rank: int, rows: float, pairs: float
+    shape: Shape,
+    placement: ExpertPlacement,
+    layout: Layout,
+    *,
+    rank: int,
+    rows: float,
+    pairs: float,
+    tuned: Tuned | None = None,
 ) -> RankMemory:
     """Memory of EP position `rank`.
 
     Args:
         rows, pairs: Rows and (token, expert) pairs that the rank works on for each token of its own, as expected.
+        tuned: Of a run that trains routers alone.
     """
     held = held_parameters(shape, placement, layout, rank=rank)
     trained = trained_parameters(shape, layout) if shape.frozen_base else held
+    activations = _activation_bytes_per_token(shape, layout, rows, pairs)
+    if tuned is not None:
+        trained, activations = tuned_parameters(shape, tuned), _tuned_bytes_per_token(shape, layout, tuned, rows, pairs)
     exchange_rows = 2 * (layout.ep - 1) * layout.tokens
     if layout.max_receive_rows is not None:
         exchange_rows = min(exchange_rows, (layout.ep - 1) * layout.tokens + layout.max_receive_rows)
@@ -90,7 +121,7 @@ def rank_memory(
         gradients=trained * FP32,
         optimizer=2 * trained * FP32,
         casts=_casts(shape, placement, layout, rank) * layout.itemsize,
-        activations=layout.tokens * _activation_bytes_per_token(shape, layout, rows, pairs),
+        activations=layout.tokens * activations,
         exchange_bound=exchange_rows * shape.hidden_dim * layout.itemsize,
     )
 
@@ -109,9 +140,17 @@ def trained_parameters(shape: Shape, layout: Layout) -> float:
     return parts.router + (parts.adapters / world if layout.sharded else parts.adapters)
 
 
-def checkpoint_bytes(shape: Shape) -> float:
-    """Of one checkpoint, all ranks together: weights and moments in fp32; of a frozen base nothing."""
+def tuned_parameters(shape: Shape, tuned: Tuned) -> float:
+    """Parameters of the routers that are trained alone; all layers' are of one size, and on every rank."""
+    return parameters(shape).router * tuned.routers / shape.num_moe_layers
+
+
+def checkpoint_bytes(shape: Shape, tuned: Tuned | None = None) -> float:
+    """Of one checkpoint, all ranks together: weights and moments in fp32; of the base under adapters nothing, and where
+    routers are trained alone all weights and the moments of these."""
     parts = parameters(shape)
+    if tuned is not None:
+        return parts.total * FP32 + tuned_parameters(shape, tuned) * (CHECKPOINT_BYTES - FP32)
     return (parts.adapters + parts.router if shape.frozen_base else parts.total) * CHECKPOINT_BYTES
 
 
@@ -149,6 +188,23 @@ def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs
     passed_by = s.layers_passed_by
     layers, moe_layers = s.num_layers - passed_by, s.num_moe_layers - passed_by
     return layers * attention + moe_layers * moe + s.num_dense_layers * dense + once + output
+
+
+def _tuned_bytes_per_token(shape: Shape, layout: Layout, tuned: Tuned, rows: float, pairs: float) -> float:
+    s, dim, a = shape, shape.hidden_dim, layout.itemsize
+    attention = a * (dim + 2 * (s.num_heads + s.num_kv_heads) * s.head_dim)
+    columns = sum(group.num_columns for group in s.groups)
+    moe = a * (2 * dim + rows * dim + 3 * s.for_all_ffn_dim) + FP32 * 3 * columns
+    inside = pairs * a * (dim + 3 * _mean_ffn(shape))
+    dense = a * (dim + 3 * s.dense_ffn_dim)
+    output = a * dim + s.vocab_size * (a + 2 * FP32)
+    num_dense = tuned.num_layers - tuned.num_moe_layers
+    if layout.recompute == "block":
+        kept = a * dim * 2 + rows * a * dim
+        return tuned.num_moe_layers * kept + num_dense * (a * dim + dense) + attention + moe + inside + output
+    times = 1 if layout.recompute == "experts" else tuned.num_moe_layers
+    layers = (tuned.num_layers - 1) * attention + tuned.num_moe_layers * moe - a * dim
+    return layers + times * inside + num_dense * dense + output
 
 
 def _mean_ffn(shape: Shape) -> float:

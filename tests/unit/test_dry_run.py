@@ -42,6 +42,18 @@ def test_prints_everything_without_data() -> None:
     assert f"{result.tokens / 1e6 / 3600:,.0f}" in text
 
 
+def test_router_tuning_is_told_by_what_it_trains() -> None:
+    config = load_config(CONFIGS / "roma_tiny_cpu.yaml", ["router_tuning.data=none"])
+    result = estimate(config)
+    routers = 2 * 8 * 96  # two layers of the four, 8 experts, width 96: what docs/router-tuning.md measured
+    assert result.rank_memory.gradients == 4 * routers == 6144
+    assert result.rank_memory.optimizer == 8 * routers == 12288
+    assert result.checkpoint_bytes == 4 * result.parts.total + 8 * routers
+    console = Console(width=200, record=True)
+    console.print(render(config, result))
+    assert "moments of the tuned routers in fp32" in console.export_text()
+
+
 def test_no_hours_without_a_rate() -> None:
     config = load_config(CONFIGS / "olmoe_1b7b_8gpu.yaml")
     console = Console(width=200, record=True)

@@ -10,8 +10,9 @@ from moe_dist.build import build_model
 from moe_dist.config.schema import Config
 from moe_dist.loss import token_losses
 from moe_dist.model.flops import parameters
-from moe_dist.model.memory import Layout, held_parameters, rank_memory
+from moe_dist.model.memory import Layout, Tuned, checkpoint_bytes, held_parameters, rank_memory
 from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.sizes import model_shape
 
 
@@ -47,13 +48,15 @@ def layout(cfg: Config, **changes: Any) -> Layout:
     return Layout(**{**values, **changes})
 
 
-def kept_by_autograd(cfg: Config) -> tuple[int, float, float]:
-    """Bytes that forward keeps beside the weights; rows and pairs a token."""
+def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
+    """Bytes that forward keeps beside the weights; rows and pairs a token. With `tuned` only these layers' routers move."""
     placement = make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=1, token_mix={})
     torch.manual_seed(0)
     model = build_model(cfg, placement, ep_rank=0, ep_group=None)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    if tuned:
+        freeze_all_but_routers(model, tuned)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -84,6 +87,21 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
     memory = rank_memory(model_shape(cfg.model, groups), placement, layout(cfg), rank=0, rows=rows, pairs=pairs)
     assert 0.75 < memory.activations / kept < 1.25
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2), (0, 2)], ids=str)
+def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(layers: tuple[int, ...]) -> None:
+    cfg = config(vocab_size=16)  # the output's share counts a gradient, which forward does not keep
+    kept, rows, pairs = kept_by_autograd(cfg, *layers)
+    groups = expert_groups(cfg.model.moe)
+    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
+    shape, above = model_shape(cfg.model, groups), 3 - min(layers)
+    tuned = Tuned(len(layers), above, above)
+    memory = rank_memory(shape, placement, layout(cfg), rank=0, rows=rows, pairs=pairs, tuned=tuned)
+    assert 0.75 < memory.activations / kept < 1.25
+    routers, whole = len(layers) * 8 * 64, parameters(shape).total
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * whole, 4 * routers, 8 * routers)
+    assert checkpoint_bytes(shape, tuned) == 4 * whole + 8 * routers
 
 
 def test_recompute_keeps_less() -> None:
