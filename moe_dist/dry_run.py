@@ -91,10 +91,10 @@ def estimate(config: Config) -> DryRun:
         recompute=parallel.recompute,
         tokens=config.train.micro_batch * config.data.seq_len,
         max_receive_rows=parallel.max_receive_rows,
+        tuned=tuned_routers(config),
     )
     ranks = range(layout.placement.num_ranks)
-    tuned = tuned_routers(config)
-    memories = [_memory(shape, layout, shared, plan, rank=rank, share=share, tuned=tuned) for rank in ranks]
+    memories = [_memory(shape, layout, shared, plan, rank, share) for rank in ranks]
     rank = max(ranks, key=lambda r: memories[r].total)
     frozen = flops_left_out(config, shape, forward)
     useful = flops.training_flops(forward, frozen=frozen)
@@ -113,7 +113,7 @@ def estimate(config: Config) -> DryRun:
         * plan.remote_rows_per_token
         * (shape.num_moe_layers - shape.layers_passed_by)
         * (shape.hidden_dim * itemsize),
-        checkpoint_bytes=memory.checkpoint_bytes(shape, tuned),
+        checkpoint_bytes=memory.checkpoint_bytes(shape, shared.tuned),
         tokens=config.train.steps * config.train.global_batch * config.data.seq_len,
     )
 
@@ -178,21 +178,14 @@ def bytes_text(number: float) -> str:
 
 
 def _memory(
-    shape: flops.Shape,
-    layout: Layout,
-    shared: memory.Layout,
-    plan: Plan,
-    *,
-    rank: int,
-    share: dict[str, float],
-    tuned: memory.Tuned | None,
+    shape: flops.Shape, layout: Layout, shared: memory.Layout, plan: Plan, rank: int, share: dict[str, float]
 ) -> memory.RankMemory:
     """Memory of one EP position, its rows and pairs by the plan (which counts them for a token of the whole EP group)."""
     placement, ranks = layout.placement, layout.placement.num_ranks
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
     rows = plan.remote_R[rank] * ranks * ranks / (ranks - 1) if ranks > 1 else min(1.0, pairs)
-    return memory.rank_memory(shape, placement, shared, rank=rank, rows=rows, pairs=pairs, tuned=tuned)
+    return memory.rank_memory(shape, placement, shared, rank=rank, rows=rows, pairs=pairs)
 
 
 def _agree_with_model(config: Config, layout: Layout, parts: flops.Parts) -> None:

@@ -12,9 +12,10 @@ import typer
 from filelock import FileLock, Timeout
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.preflight import check
+from moe_dist.preflight import check, layout_without_data
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.signals import StopRequest
+from tools.reproduction.asking import check_questions
 from tools.reproduction.progress import status_text
 from tools.reproduction.report import write_report
 from tools.reproduction.results import check_rules, make_header, results_path
@@ -59,8 +60,12 @@ def _chosen(study: Study, jobs: list[Job], only: list[str]) -> list[Job]:
 def _run(path: Path, study: Study, jobs: list[Job], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
         config = config_of(study, job, pilot=pilot)  # a fault of the last arm is told before the first runs
-        if config.router_tuning is None or Path(config.router_tuning.data).is_dir():
-            check(config, world_size=1)  # samples are made of a run that is still to come; the tuning run checks them
+        if config.router_tuning is None:
+            check(config, world_size=1)
+        else:
+            layout_without_data(config)  # its samples are made of a run that is still to come; the tuning run checks them
+        if study.measure.questions is not None:
+            check_questions(study.measure.questions, config, samples="samples" in job.arm.asks)
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -34,27 +34,6 @@ CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How ranks share the model, as plain values.
-
-    Attributes:
-        ep, edp: Ranks of an EP group, and EP groups.
-        sharded: Whether dense parameters are sharded over all ranks and experts over edp (FSDP2); routers never are.
-        itemsize: Bytes of an element of the compute type.
-        tokens: Tokens of a rank's micro-batch.
-        max_receive_rows: Bound of the rows received in one layer; None for none but the one that always holds.
-    """
-
-    ep: int
-    edp: int
-    sharded: bool
-    itemsize: int
-    recompute: Recompute
-    tokens: int
-    max_receive_rows: int | None = None
-
-
-@dataclass(frozen=True)
 class Tuned:
     """Routers that are trained alone.
 
@@ -66,6 +45,29 @@ class Tuned:
     routers: int
     num_layers: int
     num_moe_layers: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share the model and what of it is trained, as plain values.
+
+    Attributes:
+        ep, edp: Ranks of an EP group, and EP groups.
+        sharded: Whether dense parameters are sharded over all ranks and experts over edp (FSDP2); routers never are.
+        itemsize: Bytes of an element of the compute type.
+        tokens: Tokens of a rank's micro-batch.
+        max_receive_rows: Bound of the rows received in one layer; None for none but the one that always holds.
+        tuned: Of a run that trains routers alone.
+    """
+
+    ep: int
+    edp: int
+    sharded: bool
+    itemsize: int
+    recompute: Recompute
+    tokens: int
+    max_receive_rows: int | None = None
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -93,26 +95,15 @@ class RankMemory:
 
 
 def rank_memory(
-    shape: Shape,
-    placement: ExpertPlacement,
-    layout: Layout,
-    *,
-    rank: int,
-    rows: float,
-    pairs: float,
-    tuned: Tuned | None = None,
+    shape: Shape, placement: ExpertPlacement, layout: Layout, *, rank: int, rows: float, pairs: float
 ) -> RankMemory:
     """Memory of EP position `rank`.
 
     Args:
         rows, pairs: Rows and (token, expert) pairs that the rank works on for each token of its own, as expected.
-        tuned: Of a run that trains routers alone.
     """
     held = held_parameters(shape, placement, layout, rank=rank)
-    trained = trained_parameters(shape, layout) if shape.frozen_base else held
-    activations = _activation_bytes_per_token(shape, layout, rows, pairs)
-    if tuned is not None:
-        trained, activations = tuned_parameters(shape, tuned), _tuned_bytes_per_token(shape, layout, tuned, rows, pairs)
+    trained = trained_parameters(shape, layout) if shape.frozen_base or layout.tuned else held
     exchange_rows = 2 * (layout.ep - 1) * layout.tokens
     if layout.max_receive_rows is not None:
         exchange_rows = min(exchange_rows, (layout.ep - 1) * layout.tokens + layout.max_receive_rows)
@@ -121,7 +112,7 @@ def rank_memory(
         gradients=trained * FP32,
         optimizer=2 * trained * FP32,
         casts=_casts(shape, placement, layout, rank) * layout.itemsize,
-        activations=layout.tokens * activations,
+        activations=layout.tokens * _activation_bytes_per_token(shape, layout, rows, pairs),
         exchange_bound=exchange_rows * shape.hidden_dim * layout.itemsize,
     )
 
@@ -135,7 +126,9 @@ def held_parameters(shape: Shape, placement: ExpertPlacement, layout: Layout, *,
 
 
 def trained_parameters(shape: Shape, layout: Layout) -> float:
-    """Adapters and routers on a rank, where these alone are trained."""
+    """Adapters and routers on a rank, where these or some of the routers alone are trained."""
+    if layout.tuned is not None:
+        return tuned_parameters(shape, layout.tuned)
     parts, world = parameters(shape), layout.ep * layout.edp
     return parts.router + (parts.adapters / world if layout.sharded else parts.adapters)
 
@@ -170,6 +163,8 @@ def _casts(shape: Shape, placement: ExpertPlacement, layout: Layout, rank: int) 
 
 
 def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs: float) -> float:
+    if layout.tuned is not None:
+        return _tuned_bytes_per_token(shape, layout, layout.tuned, rows, pairs)
     s, dim, a = shape, shape.hidden_dim, layout.itemsize
     copies = 3 if s.qk_norm == "none" else 4
     attention = a * (2 * dim + copies * (s.num_heads + s.num_kv_heads) * s.head_dim)

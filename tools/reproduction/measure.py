@@ -1,4 +1,4 @@
-"""Measures a finished run on one process: python -m tools.reproduction.measure STUDY.yaml RUN_FOLDER PROBES [--pilot]
+"""Measures a finished run on one process: python -m tools.reproduction.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
 Writes measured.json into the run's folder: held-out losses, loads, rows on the wire, the curve of loss over FLOPs and
 seconds, and the probes that the arm asks for. Then the checkpoints that only the curve needed are removed.
@@ -36,9 +36,10 @@ from moe_dist.trainer import Loader
 from tools.reproduction import probes
 from tools.reproduction.answers import answers
 from tools.reproduction.asking import Asking, make_samples
+from tools.reproduction.measure_schema import CurveSection, MeasureSection, QuestionsSection
 from tools.reproduction.runner import MEASURED
 from tools.reproduction.spending import Spent, spent_by_step
-from tools.reproduction.study import CurveSection, MeasureSection, QuestionsSection, load_study
+from tools.reproduction.study import load_study
 from tools.reproduction.tokens import Tokens, binned, depth_routers, evaluate, loads, losses, watched_routers
 from tools.reproduction.trained import TrainedRun
 from tools.reproduction.wire import ROWS, WireCount, rank_of_tokens, spread

@@ -4,10 +4,10 @@
 
 The sources of the base data as they are, and beside them questions of WordNet and of reasoning-gym with their right
 answers, written as `tools.evaluate` asks them. They are training questions by the sides of
-`moe_dist.evaluation.questions.split`, and none of the first ones of each task: those are left to
-`tools.prepare_router_tuning --limit`, so that what the base has right there is not what it was trained on. reasoning-gym
-makes up more of them from further seeds; one that comes up under the evaluation's own seed as well has the same side, which
-follows from its text.
+`moe_dist.evaluation.questions.split`, and none of the first ones of each task, nor one with the same numbers or the same
+two opposites: those are left to `tools.prepare_router_tuning --limit`, so that the base was not trained on what it is
+scored on there. (Another question about the same noun may have been.) reasoning-gym makes up more of them from further
+seeds; one that comes up under the evaluation's own seed as well has the same side, which follows from its numbers.
 """
 
 import shutil
@@ -26,13 +26,14 @@ from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.evaluation.multiple_choice import Prompts
 from moe_dist.evaluation.questions.catalogue import FAMILIES, WORDNET, Catalogue
-from moe_dist.evaluation.questions.fact import Question
+from moe_dist.evaluation.questions.fact import Part, Question
 from moe_dist.evaluation.questions.make import make_questions
-from moe_dist.evaluation.questions.reasoning import SIZE, reasoning
+from moe_dist.evaluation.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.evaluation.questions.split import Side
 from moe_dist.generation.material import Material
 from moe_dist.runtime.command_line import run_command
 from tools.reproduction.instructed import Document, instructed_document, write_split
+from tools.reproduction.measure_schema import LEFT
 
 SLOW = ("reasoning-number_sequence",)  # half a minute for 2,000 questions, the others a second or less
 TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
@@ -48,7 +49,7 @@ def main(
     ),
     out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(".cache/data/questions"),
     wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET,
-    left: Annotated[int, typer.Option(min=1, help="Questions of each task that are left to router tuning.")] = 500,
+    left: Annotated[int, typer.Option(min=1, help="Questions of each task that are left to router tuning.")] = LEFT,
     seeds: Annotated[int, typer.Option(min=1, help="Further seeds of reasoning-gym, 2,000 questions of each task.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Of the sides; that of tools.evaluate.")] = 0,
 ) -> None:
@@ -99,21 +100,31 @@ def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> 
     """Training questions of a family, but for the first `left` of each task."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
-        left_out = {question.asked for question in of_task[:left]}
+        left_out = {_matter(question) for question in of_task[:left]}
         if family == "reasoning":
             of_task = list(_made_up(task, seeds=seeds, seed=catalogue.seed))
-        yield from (question for question in of_task if question.asked not in left_out)
+        yield from (question for question in of_task if _matter(question) not in left_out)
 
 
 def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
     """Each training question of a task that further seeds give, once."""
-    seen = set()
+    seen: set[Part] = set()
     # Question i of a seed is made of seed + i: seeds that are nearer have questions in common.
     for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
         for question in make_questions(task, reasoning(task.partition("-")[2], seed=further), Side.TRAIN, seed=seed):
             if question.asked not in seen:
                 seen.add(question.asked)
                 yield question
+
+
+def _matter(question: Question) -> object:
+    """What two questions of one task have in common if the one gives the other away."""
+    family, _, name = question.task.partition("-")
+    if family == "reasoning":
+        return key_of(name, str(question.asked))
+    if name == "antonym":
+        return frozenset({question.id, question.choices[question.answer]})  # the id is the word that is asked about
+    return question.asked
 
 
 def _document(question: Question, prompts: Prompts, eos_id: int) -> Document:

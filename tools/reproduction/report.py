@@ -14,7 +14,8 @@ from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 from tools.reproduction.plots import draw
 from tools.reproduction.results import read_header, read_records, results_path
-from tools.reproduction.study import EtaValue, Study, jobs_of
+from tools.reproduction.study import Study, jobs_of
+from tools.reproduction.values import EtaValue
 from tools.reproduction.verdicts import Records, Verdict, judge, number_at, value_of
 
 PAGE = Path("docs/reproductions.md")
@@ -146,15 +147,19 @@ def _questions(study: Study, records: Records) -> list[str]:
     tasks = list(
         dict.fromkeys(task for record in records.values() for task in record.get("questions", {}).get("by_task", ()))
     )
+    shown = (
+        ("questions", "accuracy", "`{}`"),
+        ("oracle", "before", "`{}`, the first questions"),
+        ("oracle", "accuracy", "`{}`, these with routing fitted to their labels"),
+    )
     rows = []
     for name in study.arms:
-        mine = _of(records, name)
-        for kind, what in (("questions", f"`{name}`"), ("oracle", f"`{name}`, routing fitted to the labels")):
-            having = {seed: record for seed, record in mine.items() if kind in record}
-            if having:
-                count = next(iter(having.values()))[kind]["questions"]
-                cells = [_spread(having, f"{kind}.by_task.{task}.accuracy", digits=3) for task in tasks]
-                rows.append([what, f"{count:,}", _spread(having, f"{kind}.accuracy"), *cells])
+        for kind, value, what in shown:
+            mine = {seed: record for seed, record in _of(records, name).items() if kind in record}
+            if mine:
+                count = next(iter(mine.values()))[kind]["questions"]
+                cells = [_spread(mine, f"{kind}.by_task.{task}.{value}", digits=3) for task in tasks]
+                rows.append([what.format(name), f"{count:,}", _spread(mine, f"{kind}.{value}"), *cells])
     lines = [
         "Share of held-out questions of four choices that are answered right, by log-likelihood a token; mean over tasks.",
         "",

@@ -9,15 +9,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
-from moe_dist.config.section import NAME_PATTERN
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
+from tools.reproduction.measure_schema import MeasureSection
+from tools.reproduction.values import ArmName, Part, Rule, arms_of
 
 FOLDER = Path("configs/reproduce")
 ROOT = Path("runs/reproduce")
@@ -26,86 +27,7 @@ PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # what the number of layers with experts follows from
 VARIANT = "~"  # between an arm and its variant in a pilot; no arm's name has it
 
-ArmName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Settings = dict[str, Any]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class ArmValue(Part):
-    """A number of an arm's record, by its dotted path: `loss.image`, `load.all`."""
-
-    arm: ArmName
-    metric: str
-
-
-class InterpolatedValue(Part):
-    """`y` at the load of another arm, by straight lines through the arms `through`, sorted by their `x`.
-
-    Beyond the outermost arms the last line goes on for `reach` at most; farther off there is no value.
-    """
-
-    through: tuple[ArmName, ...] = Field(min_length=2)
-    x: str
-    y: str
-    at: ArmName
-    reach: Annotated[float, Field(ge=0.0)] = 0.1
-
-
-class EtaValue(Part):
-    """ln eta: how much less an arm spends than `of` until it reaches the held-out loss that `of` ends with."""
-
-    eta: ArmName
-    of: ArmName
-    part: str
-    cost: Literal["flops", "seconds"] = "flops"
-
-
-class ConstantValue(Part):
-    constant: float
-
-
-class Term(Part):
-    """A number of an arm's record, and its factor."""
-
-    arm: ArmName
-    metric: str
-    times: float = 1.0
-
-
-class SumValue(Part):
-    """Numbers of records, each times a factor, added up."""
-
-    sum: tuple[Term, ...] = Field(min_length=1)
-
-
-class RatioValue(Part):
-    """A rise of a probe's loss over that of the plain evaluation: probe(arm) at `at`."""
-
-    arm: ArmName
-    probe: str
-    at: float
-    factor: float = 1.0
-    part: str = "all"
-
-
-Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | RatioValue
-
-
-class Rule(Part):
-    """`lower` is below `higher` + margin.
-
-    By `bound`: the upper one-sided 95 % t-bound of the mean paired difference lower - higher is below the margin. By
-    `mean`: the mean difference itself is at most the margin.
-    """
-
-    claim: str
-    lower: Value
-    higher: Value
-    margin: float = 0.0
-    by: Literal["bound", "mean"] = "bound"
 
 
 class MeasuredSetting(Part):
@@ -140,45 +62,6 @@ class PilotSection(Part):
     arms: tuple[ArmName, ...] = ()
     variants: dict[ArmName, dict[ArmName, Settings]] = Field(default_factory=dict)
     found: str = ""
-
-
-class CurveSection(Part):
-    """Held-out loss during a run, at each checkpoint, on the mean of the weights of the checkpoints in the last `average`
-    of the steps taken so far."""
-
-    average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    sequences: PositiveInt = 64
-    of: ArmName | None = None  # the arm that eta is told against
-
-
-class WireSection(Part):
-    """The layout for which rows on the wire are counted."""
-
-    ep: PositiveInt = 4
-    placement: Literal["interleaved"] = "interleaved"
-
-
-class QuestionsSection(Part):
-    """Multiple choice by log-likelihood a token: on the test side, in a pilot on the validation side."""
-
-    tasks: tuple[str, ...] = Field(min_length=1)
-    limit: PositiveInt | None = None  # of each task
-    wordnet: str = ".cache/package/dict"
-    embedder: str | None = None  # that of `make embedder`
-    left: PositiveInt = 500  # training questions of each task that `samples` are made of
-    oracle_questions: PositiveInt = 100  # of each task
-    oracle_layers: PositiveInt = 5  # the last ones
-
-
-class MeasureSection(Part):
-    """What is measured of a finished run."""
-
-    sequences: PositiveInt = 256
-    curve: CurveSection | None = None
-    wire: WireSection = Field(default_factory=WireSection)
-    threshold_loads: tuple[PositiveFloat, ...] = ()
-    flips: tuple[PositiveFloat, ...] = ()
-    questions: QuestionsSection | None = None
 
 
 class Study(Part):
@@ -241,21 +124,6 @@ class Job:
     settings: Mapping[str, Any]
     after: str | None
     needs: tuple[str, ...]
-
-
-def arms_of(value: Value) -> tuple[str, ...]:
-    """The arms that a value looks at."""
-    match value:
-        case InterpolatedValue():
-            return (*value.through, value.at)
-        case EtaValue():
-            return (value.eta, value.of)
-        case ArmValue() | RatioValue():
-            return (value.arm,)
-        case SumValue():
-            return tuple(term.arm for term in value.sum)
-        case ConstantValue():
-            return ()
 
 
 def load_study(path: Path) -> Study:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tools.reproduction.statistics import Paired, differences, log_eta, on_lines, paired
-from tools.reproduction.study import (
+from tools.reproduction.study import Study
+from tools.reproduction.values import (
     ArmValue,
     ConstantValue,
     EtaValue,
     InterpolatedValue,
     RatioValue,
     Rule,
-    Study,
     SumValue,
     Value,
     arms_of,

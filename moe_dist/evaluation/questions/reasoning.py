@@ -1,5 +1,7 @@
 """Questions with short answers that reasoning-gym makes up, by name and seed. The package is optional."""
 
+import re
+
 from moe_dist.evaluation.questions.fact import Fact
 
 # Whose question and answer are short, whose answer is one string, and which make thousands in seconds.
@@ -31,5 +33,12 @@ def reasoning(name: str, *, seed: int) -> list[Fact]:
     for number in range(SIZE):
         item = made[number]
         asked = str(item["question"]).strip()
-        facts.setdefault(asked, Fact(str(number), asked, str(item["answer"]), frozenset({f"{name}:{asked}"})))
+        facts.setdefault(asked, Fact(str(number), asked, str(item["answer"]), frozenset({key_of(name, asked)})))
     return list(facts.values())
+
+
+def key_of(name: str, asked: str) -> str:
+    """What decides a question's side: its numbers in whatever order and with whatever sign, so that 6 * 7 and 7 * 6 stand
+    on one; its text where there are none."""
+    numbers = sorted(re.findall(r"\d+", asked), key=int)
+    return f"{name}:{' '.join(numbers) or asked}"

@@ -2,25 +2,28 @@
 of a model as the experiment roma asks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.evaluation.multiple_choice import Prompts, results
 from moe_dist.evaluation.questions import reasoning
 from moe_dist.evaluation.questions.catalogue import Catalogue
 from moe_dist.evaluation.questions.split import Side
 from moe_dist.generation.material import Material
+from moe_dist.router_tuning.samples import Samples
 from moe_dist.trained import find_trained
 from tests.support.pictured import pictured_run
+from tests.support.tiny_embedder import tiny_embedder
 from tests.support.wordnet_files import write_wordnet
 from tools.evaluate import ask, write
 from tools.reproduction import question_data
-from tools.reproduction.asking import Asking
-from tools.reproduction.study import QuestionsSection
+from tools.reproduction.asking import Asking, check_questions, make_samples
+from tools.reproduction.measure_schema import QuestionsSection
 
 SIZE, LEFT = 80, 6
 
@@ -73,12 +76,14 @@ def test_documents_are_answered_training_questions_that_are_not_left_to_router_t
         assert train
         assert valid
         for task in tasks:
+            left = catalogue.questions(task, Side.TRAIN, limit=LEFT)
+            reverses = {str(question.choices[question.answer]) for question in left if task == "wordnet-antonym"}
             for side in Side:
                 for place, question in enumerate(catalogue.questions(task, side, limit=None)):
                     right = prompts(question)[question.answer]
                     asked, answer = (material.tokenizer.decode(list(part)) for part in right)
                     if side is Side.TRAIN and place >= LEFT and source == "wordnet":
-                        assert train[asked] == answer
+                        assert train.get(asked) == (None if question.id in reverses else answer)
                     elif side is Side.VALID:
                         assert valid[asked] == answer
                     if side is not Side.TRAIN or place < LEFT:
@@ -127,3 +132,85 @@ def test_a_run_is_asked_as_the_evaluation_asks(own_data: Path, words: Path, tmp_
     }
     assert found["side"] == side
     assert set(asking.oracle()["by_task"]) == set(section.tasks)
+
+
+def test_the_same_numbers_in_another_order_stand_on_one_side() -> None:
+    one, other = (
+        reasoning.key_of("lcm", f"Find the Least Common Multiple (LCM) of these numbers: {n}") for n in ("50, 9", "9, 50")
+    )
+    assert one == other == "lcm:9 50"
+    assert reasoning.key_of("chain_sum", "What is -3 + 4?") == reasoning.key_of("chain_sum", "4 - 3 =")
+    assert reasoning.key_of("gcd", "9, 50") != one, "tasks do not share keys"
+    assert reasoning.key_of("letter_counting", 'the letter "a" in "tree"?').endswith('"tree"?')
+
+
+@pytest.fixture(scope="module")
+def sampled(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuestionsSection]:
+    """A run with its samples, made by the command."""
+    run = pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192, model__depths=None)
+    embedder = tiny_embedder(tmp_path_factory.mktemp("embedder") / "tiny")
+    section = QuestionsSection(tasks=("wordnet-category",), left=5, wordnet=str(words), embedder=str(embedder))
+    made = make_samples(run, section)
+    assert (made["folder"], made["samples"]) == (str(run / "samples"), 5)
+    return run, section
+
+
+def test_samples_are_kept_as_they_are(sampled: tuple[Path, QuestionsSection], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, section = sampled
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("they were made again"))
+    assert make_samples(run, section)["samples"] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"left": 4}, "left"),
+        ({"tasks": ("wordnet-definition",)}, "tasks"),
+        ({"tasks": ("wordnet",), "left": 6}, "tasks, left"),
+    ],
+    ids=str,
+)
+def test_samples_that_were_made_otherwise_are_refused(
+    sampled: tuple[Path, QuestionsSection], change: dict[str, Any], named: str
+) -> None:
+    run, section = sampled
+    with pytest.raises(DataError, match=f"was made with other {named} than are asked for"):
+        make_samples(run, section.model_copy(update=change))
+    assert Samples(run / "samples").manifest.samples == 5
+
+
+def test_samples_that_cannot_be_made_end_with_the_tools_code(
+    sampled: tuple[Path, QuestionsSection], tmp_path: Path
+) -> None:
+    _, section = sampled
+    with pytest.raises(DataError, match="prepare_router_tuning ended with 78"):
+        make_samples(tmp_path, section)
+
+
+def test_what_questions_need_is_looked_for_before_anything_is_trained(
+    sampled: tuple[Path, QuestionsSection], tmp_path: Path
+) -> None:
+    run, section = sampled
+    config = find_trained(run).config
+    check_questions(section, config, samples=True)
+    for change, named in (
+        ({"tasks": ("wordnet-categories",)}, "did you mean wordnet-category"),
+        ({"wordnet": str(tmp_path)}, "data.noun"),
+        ({"embedder": str(tmp_path)}, "no modules.json"),
+    ):
+        with pytest.raises(ConfigError, match=named) as refused:
+            check_questions(section.model_copy(update=change), config, samples=True)
+        assert "make wordnet embedder" in str(refused.value)
+
+
+def test_too_few_test_questions_are_refused(sampled: tuple[Path, QuestionsSection]) -> None:
+    run, section = sampled
+    trained = find_trained(run)
+    facts = (trained.load(torch.device("cpu")), trained.config, trained.manifest)
+    asked = {
+        "group_of_modality": torch.tensor(trained.group_of_modality),
+        "section": section.model_copy(update={"least": 4000}),
+    }
+    assert Asking(*facts, **asked, side=Side.VALID)
+    with pytest.raises(ConfigError, match=r"measure\.questions\.least=4000"):
+        Asking(*facts, **asked, side=Side.TEST)

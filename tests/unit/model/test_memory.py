@@ -97,7 +97,7 @@ def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_ro
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
     shape, above = model_shape(cfg.model, groups), 3 - min(layers)
     tuned = Tuned(len(layers), above, above)
-    memory = rank_memory(shape, placement, layout(cfg), rank=0, rows=rows, pairs=pairs, tuned=tuned)
+    memory = rank_memory(shape, placement, layout(cfg, tuned=tuned), rank=0, rows=rows, pairs=pairs)
     assert 0.75 < memory.activations / kept < 1.25
     routers, whole = len(layers) * 8 * 64, parameters(shape).total
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * whole, 4 * routers, 8 * routers)
