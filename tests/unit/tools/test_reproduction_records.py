@@ -169,3 +169,28 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     text = write_report(rules, page=page, results=results)
     assert text.startswith("not testable here: b is below a (no record yet of")
     assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
+
+
+def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm in ("a", "b"):
+        for seed in (1, 2):
+            right = {"questions": 40, "accuracy": 0.5 + seed / 100, "by_task": {"gcd": {"accuracy": 0.5 + seed / 100}}}
+            oracle = {**right, "accuracy": 0.75, "before": 0.25, "by_task": {"gcd": {"accuracy": 0.75, "before": 0.25}}}
+            more = {"questions": right, "oracle": {**oracle, "questions": 10}} if arm == "a" else {"questions": right}
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
+    write_report(rules, page=page, results=results)
+    rows = page.read_text().partition("### Questions")[2].splitlines()
+    assert "| `a` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert "| `a`, the first questions | 10 | 0.2500 ± 0.0000 | 0.250 ± 0.000 |" in rows
+    assert "| `a`, these with routing fitted to their labels | 10 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |" in rows
+    assert "| `b` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert Path("planted_questions.png").stat().st_size > 1000
+
+
+def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("a: {about: first}", "a: {about: first, asks: [oracle]}"))
+    with pytest.raises(ConfigError, match=r"arms\.a\.asks needs measure\.questions"):
+        load_study(path)
