@@ -6,10 +6,19 @@ import torch
 from torch import nn
 
 from moe_dist.data.batch import BatchMaker, Segment
+from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tools.reproduction.probes import bound_for_load, changed_routing, flip, second_weights, swapped, threshold
+from tools.reproduction.probes import (
+    bound_for_load,
+    changed_routing,
+    flip,
+    flip_depths,
+    second_weights,
+    swapped,
+    threshold,
+)
 from tools.reproduction.tokens import Tokens, binned, input_filler, loads, losses
 from tools.reproduction.wire import WireCount, rank_of_tokens
 
@@ -148,3 +157,31 @@ def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
     assert len(once.token_N) == 400
     torch.testing.assert_close(once.weight_N, h_TD.sigmoid()[once.token_N, once.expert_N])
     assert set(zip(*(each.tolist() for each in once[:2]), strict=True)) != set(zip(*(each.tolist() for each in pairs(0.0)[:2]), strict=True))  # fmt: skip  # noqa: E501
+
+
+def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score() -> None:
+    """200 tokens, the last 20 padding; the first component decides, and the threshold lets about half of the others in."""
+    x_TD = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+    real_T = torch.arange(200) < 180
+    module = DepthRouter(4, capacity=0.5, causal="threshold").eval()
+    with torch.no_grad():
+        module.router.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+        module.threshold.fill_(0.5)
+
+    def chosen(percent: float | None) -> Chosen:
+        with changed_routing([module] if percent is not None else [], flip_depths(percent or 0.0, seed=0)):
+            return module(x_TD, real_T)
+
+    alone, none, some, again = (chosen(percent) for percent in (None, 0.0, 20.0, 20.0))
+    taken = ((x_TD[:, 0] > 0) & real_T).nonzero().flatten()
+    assert torch.equal(alone.index_C, taken)
+    assert torch.equal(none.index_C, taken)
+    torch.testing.assert_close(none.weight_C, alone.weight_C)
+    assert torch.equal(some.index_C, again.index_C)
+    assert len(some.index_C) == len(taken)
+    assert some.full_C.all()
+    assert some.index_C.max() < 180, "padding is not taken"
+    assert torch.equal(some.index_C, some.index_C.sort().values), "in the order of the sequence"
+    given_up = set(taken.tolist()) - set(some.index_C.tolist())
+    assert abs(len(given_up) - 0.2 * len(taken)) < 4 * (0.2 * len(taken)) ** 0.5
+    torch.testing.assert_close(some.weight_C, module.takes(x_TD)[1][some.index_C])
