@@ -64,8 +64,9 @@ def _run(path: Path, study: Study, jobs: list[Job], *, pilot: bool, processes: i
             check(config, world_size=1)
         else:
             layout_without_data(config)  # its samples are made of a run that is still to come; the tuning run checks them
-        if study.measure.questions is not None:
-            check_questions(study.measure.questions, config, samples="samples" in job.arm.asks)
+    if study.measure.questions is not None and jobs:
+        asks = {ask for job in jobs for ask in job.arm.asks}
+        check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples="samples" in asks)
     results = results_path(study, pilot=pilot)
     rules = None if pilot else check_rules(results, path, study)
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -62,12 +62,6 @@ class Asking:
         self._likelihood = Likelihood(
             model, manifest, group_of_modality=group_of_modality.tolist(), max_seq_len=config.model.max_seq_len
         )
-        count = sum(map(len, self._questions.values()))
-        if side is Side.TEST and count < section.least:
-            raise ConfigError(
-                f"measure.questions.least={section.least}: {', '.join(tasks)} have {count} {side} questions in all; "
-                "take more tasks, or say in the study that fewer are enough"
-            )
 
     def record(self) -> dict[str, Any]:
         """Accuracy: the mean over tasks, and of each."""
@@ -127,10 +121,17 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
     """Looks for all that a measurement will need, before anything is trained.
 
     Raises:
-        ConfigError: measure.questions asks for what is not there; `make wordnet embedder` fetches it.
+        ConfigError: measure.questions asks for what is not there (`make wordnet embedder` fetches it), or has too few test
+            questions.
     """
     try:
-        catalogue_of(section, config, load_manifest(config.data.path))
+        tasks, catalogue = catalogue_of(section, config, load_manifest(config.data.path))
+        count = sum(len(catalogue.questions(task, Side.TEST, limit=section.limit)) for task in tasks)
+        if count < section.least:
+            raise ConfigError(
+                f"least={section.least}: {', '.join(tasks)} have {count} test questions in all; take more tasks, or say in "
+                "the study that fewer are enough"
+            )
         if samples:
             Embedder(_embedder(section))
     except ConfigError as error:

@@ -197,20 +197,8 @@ def test_what_questions_need_is_looked_for_before_anything_is_trained(
         ({"tasks": ("wordnet-categories",)}, "did you mean wordnet-category"),
         ({"wordnet": str(tmp_path)}, "data.noun"),
         ({"embedder": str(tmp_path)}, "no modules.json"),
+        ({"least": 4000}, "least=4000: wordnet-category have"),
     ):
         with pytest.raises(ConfigError, match=named) as refused:
             check_questions(section.model_copy(update=change), config, samples=True)
         assert "make wordnet embedder" in str(refused.value)
-
-
-def test_too_few_test_questions_are_refused(sampled: tuple[Path, QuestionsSection]) -> None:
-    run, section = sampled
-    trained = find_trained(run)
-    facts = (trained.load(torch.device("cpu")), trained.config, trained.manifest)
-    asked = {
-        "group_of_modality": torch.tensor(trained.group_of_modality),
-        "section": section.model_copy(update={"least": 4000}),
-    }
-    assert Asking(*facts, **asked, side=Side.VALID)
-    with pytest.raises(ConfigError, match=r"measure\.questions\.least=4000"):
-        Asking(*facts, **asked, side=Side.TEST)
