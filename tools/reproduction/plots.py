@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tools.reproduction.study import Study
+from tools.reproduction.values import arms_of
 from tools.reproduction.verdicts import Records
 
 if TYPE_CHECKING:
@@ -54,7 +55,13 @@ def _figure(path: Path, fill: Any) -> Path:
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    for name in study.arms:
+    """A dot for each run; a line joins those of one seed, which are what is compared."""
+    shown = [name for name in study.arms if name not in _only_begun_with(study)]
+    for seed in study.seeds.decisive:
+        mine = [(each["load"]["all"], each["loss"]["all"]) for name in shown if (each := records.get((name, seed)))]
+        if mine:
+            axes.plot(*zip(*sorted(mine), strict=True), "-", color="0.85", linewidth=0.8, zorder=0)
+    for name in shown:
         mine = _of(records, name)
         if not mine:
             continue
@@ -70,6 +77,12 @@ def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
     axes.set_xlabel("true experts a token")
     axes.set_ylabel("held-out nats a token")
     axes.legend(fontsize=7)
+
+
+def _only_begun_with(study: Study) -> set[str]:
+    """Arms that others begin with and no rule looks at: where training stood before, not what is compared."""
+    judged = {arm for rule in study.rules for value in (rule.lower, rule.higher) for arm in arms_of(value)}
+    return {arm.after for arm in study.arms.values() if arm.after} - judged
 
 
 def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
