@@ -126,18 +126,18 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
     """
     try:
         tasks, catalogue = catalogue_of(section, config, load_manifest(config.data.path))
-        count = sum(len(catalogue.questions(task, Side.TEST, limit=section.limit)) for task in tasks)
-        if count < section.least:
-            raise ConfigError(
-                f"least={section.least}: {', '.join(tasks)} have {count} test questions in all; take more tasks, or say in "
-                "the study that fewer are enough"
-            )
         if samples:
             Embedder(_embedder(section))
     except ConfigError as error:
         raise ConfigError(
             [f"measure.questions: {error}", "`make wordnet embedder` fetches what questions and samples need"]
         ) from error
+    count = sum(len(catalogue.questions(task, Side.TEST, limit=section.limit)) for task in tasks)
+    if count < section.least:
+        raise ConfigError(
+            f"measure.questions.least={section.least}: {', '.join(tasks)} have {count} test questions in all; take more "
+            "tasks, or say in the study that fewer are enough"
+        )
 
 
 def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""What routing could do at best: for each question, logits of its own that make the right answer likelier.
+"""What routing can do with the label's help: for each question, logits of its own that make the right answer likelier.
 
     r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
 
 What is moved is an offset of the logits of the chosen layers, at the last token of the prompt and at the answer's tokens.
-It is found with the label's help: the accuracy under it is a ceiling, and no result.
+The accuracy under it is an estimate, no bound and no result.
 
 Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
 """

@@ -197,8 +197,9 @@ def test_what_questions_need_is_looked_for_before_anything_is_trained(
         ({"tasks": ("wordnet-categories",)}, "did you mean wordnet-category"),
         ({"wordnet": str(tmp_path)}, "data.noun"),
         ({"embedder": str(tmp_path)}, "no modules.json"),
-        ({"least": 4000}, "least=4000: wordnet-category have"),
     ):
         with pytest.raises(ConfigError, match=named) as refused:
             check_questions(section.model_copy(update=change), config, samples=True)
         assert "make wordnet embedder" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"measure\.questions\.least=4000: wordnet-category have"):
+        check_questions(section.model_copy(update={"least": 4000}), config, samples=True)
