@@ -1,17 +1,16 @@
-"""The only place that turns configuration sections into objects."""
+"""Turns configuration sections into objects; nothing but this and the other `build_*` files does."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.optim import Optimizer
 
 from moe_dist.build_dispatch import NodeGroups, build_dispatcher, build_wire
 from moe_dist.build_lora import attention_adapters, lora_layers
+from moe_dist.build_routing import build_balance, build_depth_set, build_router, choice_ranks_of, depth_thresholds
 from moe_dist.build_tuning import build_sample_loader, build_tuning
 from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.traffic import Traffic
@@ -23,8 +22,6 @@ from moe_dist.config.model_schema import (
     ExpertChoiceRouterSection,
     FixedLoadRouterSection,
     ModelSection,
-    MoESection,
-    RouterSection,
 )
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_rules import chosen_layers
@@ -34,11 +31,9 @@ from moe_dist.evaluation.evaluator import Evaluator
 from moe_dist.loss import AuxSettings
 from moe_dist.model.flops import forward_flops, training_flops
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
-from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet, DepthThresholds
+from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.balance.load_target import LoadTarget
-from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice_sets import ChoiceRanks, ChoiceSet
 from moe_dist.moe.expert_gemm import choose_gemm
@@ -46,9 +41,6 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.per_pair import SyncFreeDispatcher
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routers.fixed_load import FixedLoadRouter
-from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
@@ -66,40 +58,6 @@ from moe_dist.training_step import TrainingStep
 
 TRAINED_PARTS = {"auxiliary_routers": ("auxiliary",), "adapters": ("adapters", "router")}  # in a parameter's path
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def build_router(
-    section: RouterSection,
-    hidden_dim: int,
-    groups: Sequence[ExpertGroup],
-    *,
-    capacity: Capacity | None = None,
-    **choice: Any,
-) -> nn.Module:
-    """The router of one layer; a section's fields are its constructor's keywords (the choice set's kind is part of one).
-
-    Args:
-        capacity: Of routers by token choice.
-        choice: `choice_set`, `seed`, `layer` and `known_counts` of routers by expert choice; `seed` and `place` (among the
-            MoE layers) of those with a fixed load.
-    """
-    if isinstance(section, FixedLoadRouterSection):
-        own = {key: choice[key] for key in ("seed", "place") if key in choice}
-        return FixedLoadRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}), **own)
-    choice.pop("place", None)
-    if isinstance(section, ExpertChoiceRouterSection):
-        return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "set"}), **choice)
-    return TopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}))
-
-
-def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
-    """The controller of the model's selection biases; None where there are no rules. A rule's fields are its keywords."""
-    kinds = {"load_target": LoadTarget, "loss_free": LossFree}
-    rules = [kinds[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
-    if not rules:
-        return None
-    gates_LG = [[moe.router.get_submodule(group.name) for group in groups] for moe in model.moe_modules()]
-    return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 
 def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_blocks: bool) -> ModelArgs:
@@ -201,18 +159,6 @@ def build_model(
     return Transformer(args, make_moe, make_depths, make_adapters)
 
 
-def build_depth_set(config: Config, mesh: Mesh, traffic: Traffic) -> DepthSet | None:
-    """The ranks among whose tokens layers choose, by `model.depths.set`."""
-    if config.model.depths is None:
-        return None
-    group, own, size = {
-        "rank": (None, 0, 1),
-        "ep_group": (mesh.ep, mesh.ep_rank, mesh.ep_size),
-        "world": (mesh.world if mesh.world_size > 1 else None, mesh.rank, mesh.world_size),
-    }[config.model.depths.set]
-    return DepthSet(group, own, size, traffic, mesh.watch)
-
-
 def state_specs(config: Config) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint of the model that a configuration describes: parameters, buffers, and the moments of
     what is trained, whatever the layout. Nothing gets memory."""
@@ -299,17 +245,6 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
     )
     return Training(parallel, optimizer, step, tuning)
-
-
-def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
-    """Over which ranks experts may choose, from the mesh."""
-    return ChoiceRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
-
-
-def depth_thresholds(model: Transformer) -> DepthThresholds | None:
-    """What follows the depth routers' choices after each step; None where none has a threshold."""
-    routers = [router for router in model.depth_routers() if router.causal == "threshold"]
-    return DepthThresholds(routers) if routers else None
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:

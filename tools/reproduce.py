@@ -16,6 +16,7 @@ from moe_dist.preflight import check, layout_without_data
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.signals import StopRequest
 from tools.reproduction.asking import check_questions
+from tools.reproduction.oracle import check_routers
 from tools.reproduction.progress import status_text
 from tools.reproduction.report import write_report
 from tools.reproduction.results import check_rules, make_header, results_path
@@ -64,6 +65,8 @@ def _run(path: Path, study: Study, jobs: list[Job], *, pilot: bool, processes: i
             check(config, world_size=1)
         else:
             layout_without_data(config)  # its samples are made of a run that is still to come; the tuning run checks them
+        if "oracle" in job.arm.asks:
+            check_routers(config.model.moe)
     if study.measure.questions is not None and jobs:
         asks = {ask for job in jobs for ask in job.arm.asks}
         check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples="samples" in asks)

@@ -15,7 +15,7 @@ bytes for each token:
 
 `recompute: experts` does not keep what pairs need; `block` keeps the inputs of both halves of a layer and the rows that
 came back; both need the rest once, for one layer. Where routers alone are trained, frozen weights do not keep their inputs,
-and nothing is kept below the lowest of these routers:
+and nothing is kept below the lowest of these routers, whose layer `block` cannot repeat, since its input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not of the lowest layer
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
@@ -194,9 +194,11 @@ def _tuned_bytes_per_token(shape: Shape, layout: Layout, tuned: Tuned, rows: flo
     dense = a * (dim + 3 * s.dense_ffn_dim)
     output = a * dim + s.vocab_size * (a + 2 * FP32)
     num_dense = tuned.num_layers - tuned.num_moe_layers
+    above = tuned.num_moe_layers - 1
     if layout.recompute == "block":
-        kept = a * dim * 2 + rows * a * dim
-        return tuned.num_moe_layers * kept + num_dense * (a * dim + dense) + attention + moe + inside + output
+        kept = above * a * dim * (2 + rows) + num_dense * (a * dim + dense)
+        once = attention + moe + inside if above else 0.0
+        return moe - a * dim + inside + kept + once + output
     times = 1 if layout.recompute == "experts" else tuned.num_moe_layers
     layers = (tuned.num_layers - 1) * attention + tuned.num_moe_layers * moe - a * dim
     return layers + times * inside + num_dense * dense + output

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.build import build_balance, build_loader, build_training
+from moe_dist.build import build_loader, build_training
+from moe_dist.build_routing import build_balance
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from moe_dist.build import build_balance, build_depth_set, build_model, choice_ranks_of, depth_thresholds, freeze
+from moe_dist.build import build_model, freeze
+from moe_dist.build_routing import build_balance, build_depth_set, choice_ranks_of, depth_thresholds
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic

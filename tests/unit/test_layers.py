@@ -18,6 +18,7 @@ FLOORS = (
         "trainer",
         "build",
         "build_dispatch",
+        "build_routing",
         "build_tuning",
         "build_lora",
         "base_weights",

@@ -129,9 +129,7 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
         if samples:
             Embedder(_embedder(section))
     except ConfigError as error:
-        raise ConfigError(
-            [f"measure.questions: {error}", "`make wordnet embedder` fetches what questions and samples need"]
-        ) from error
+        raise ConfigError([f"measure.questions: {error}", "what is not there, `make wordnet embedder` fetches"]) from error
     count = sum(len(catalogue.questions(task, Side.TEST, limit=section.limit)) for task in tasks)
     if count < section.least:
         raise ConfigError(

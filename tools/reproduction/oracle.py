@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_dist.config.model_schema import MoESection
 from moe_dist.data.batch import IGNORED
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.heldout import forward
 from moe_dist.evaluation.likelihood import Continuation
 from moe_dist.loss import token_losses
 from moe_dist.model.transformer import Transformer
+from moe_dist.placement.policies import expert_groups
 from moe_dist.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.router_tuning.samples import Sample
 
@@ -35,13 +37,10 @@ class Oracle:
     """Answers questions with routing that was fitted to their labels.
 
     Args:
-        model: In evaluation mode, of one expert group by top_k without null experts.
+        model: In evaluation mode; its routers are as `check_routers` has them.
         maker: Of its batches.
         group_of_modality: int64 [M].
         places: Of the layers whose routing moves, among the MoE layers.
-
-    Raises:
-        ConfigError: another router.
     """
 
     def __init__(self, model: Transformer, maker: SampleMaker, *, group_of_modality: Tensor, places: Sequence[int]) -> None:
@@ -49,7 +48,8 @@ class Oracle:
         routers = [layer.router for layer in model.moe_modules()]
         self._routers: list[nn.Module] = [routers[place] for place in places]
         # logits = h W^T, and W has full row rank: h + offset pinv(W)^T has the logits + offset.
-        self._inverse_LCD = torch.stack([torch.linalg.pinv(_rows(router)).T for router in self._routers])
+        rows = [next(router.parameters()).detach() for router in self._routers]
+        self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
     def __call__(self, written: Sequence[Sequence[Continuation]], answers: Sequence[int]) -> list[int]:
         """The choice that is likeliest by token for each question, given its choices and the right one."""
@@ -115,9 +115,16 @@ class Oracle:
         )
 
 
-def _rows(router: nn.Module) -> Tensor:
-    """A router's rows [C, D]."""
-    parameters = dict(router.named_parameters())
-    if len(parameters) != 1:
-        raise ConfigError(f"asks: oracle: takes a router of one group of true experts, not one of {', '.join(parameters)}")
-    return next(iter(parameters.values())).detach()
+def check_routers(section: MoESection) -> None:
+    """Looks at what an oracle can move: the logits of one group's true experts, by token choice.
+
+    Raises:
+        ConfigError: another router.
+    """
+    groups, kind = expert_groups(section), section.router.kind
+    if kind != "top_k" or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):
+        there = ", ".join(f"{group.name} ({group.num_experts} true of {group.num_columns} columns)" for group in groups)
+        raise ConfigError(
+            f"asks: oracle: takes a top_k router of one group without null or free experts, not {kind} over {there}; leave "
+            "it out of the arm's asks"
+        )

@@ -104,6 +104,24 @@ def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_ro
     assert checkpoint_bytes(shape, tuned) == 4 * whole + 8 * routers
 
 
+def test_router_tuning_keeps_its_lowest_layer_whole_under_recompute_of_blocks() -> None:
+    """What hooks see of a forward: inputs of repeated blocks are held by their closures."""
+    cfg = config(vocab_size=16, recompute="block")
+    kept, rows, pairs = kept_by_autograd(cfg, 0, 2)
+    groups = expert_groups(cfg.model.moe)
+    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
+    shape = model_shape(cfg.model, groups)
+
+    def estimate(recompute: str, layers: int) -> float:
+        lay = layout(cfg, recompute=recompute, tuned=Tuned(1, layers, layers))
+        return rank_memory(shape, placement, lay, rank=0, rows=rows, pairs=pairs).activations
+
+    assert estimate("block", 1) == estimate("none", 1)
+    assert 0.75 < estimate("block", 1) / kept < 1.25
+    assert estimate("block", 1) < estimate("block", 3) < estimate("none", 3)
+    assert estimate("experts", 3) < estimate("none", 3)
+
+
 def test_recompute_keeps_less() -> None:
     cfg = config()
     groups = expert_groups(cfg.model.moe)

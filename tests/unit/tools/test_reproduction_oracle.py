@@ -19,7 +19,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.policies import expert_groups
 from moe_dist.router_tuning.loader import SampleMaker
 from tools.reproduction import oracle
-from tools.reproduction.oracle import Oracle
+from tools.reproduction.oracle import Oracle, check_routers
 from tools.reproduction.tokens import watched_routers
 
 BASE = Path(__file__).parents[3] / "configs/reproduce/base.yaml"
@@ -32,8 +32,8 @@ QUESTIONS = [
 ANSWERS = [n % 4 for n in range(20)]
 
 
-def make_model(*, num_null: int = 0) -> Transformer:
-    group = f"{{num_experts: 4, num_null: {num_null}, top_k: 2, ffn_dim: 16, modalities: [text, image]}}"
+def make_model() -> Transformer:
+    group = "{num_experts: 4, top_k: 2, ffn_dim: 16, modalities: [text, image]}"
     sizes = {
         "hidden_dim": 16,
         "num_layers": LAYERS,
@@ -112,6 +112,15 @@ def test_logits_move_by_the_offset_in_the_chosen_layer_at_the_scored_tokens() ->
     torch.testing.assert_close(found, logits_TC.softmax(-1).sum(0))
 
 
-def test_null_experts_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"asks: oracle: .* all\.true, all\.null"):
-        make_oracle(make_model(num_null=2), 0)
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.moe.groups.all.num_null=2"], r"top_k over all \(8 true of 10 columns\)"),
+        (["model.moe.router.kind=expert_choice", "model.moe.router.causal=threshold"], "expert_choice over all"),
+    ],
+    ids=str,
+)
+def test_routers_that_it_cannot_move_are_refused(overrides: list[str], named: str) -> None:
+    check_routers(load_config(BASE).model.moe)
+    with pytest.raises(ConfigError, match=f"asks: oracle: .* not {named}.*; leave it"):
+        check_routers(load_config(BASE, [*overrides, "loss.balance.schedule=[[0, 0.0]]", "loss.z=0.0"]).model.moe)
