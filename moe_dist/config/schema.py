@@ -187,9 +187,9 @@ class EvaluationSection(Section):
     )
     calibration: Count = Field(
         default=4,
-        description="Of router.causal=threshold: before each evaluation, thresholds are set so that the last training "
-        "micro-batches of each rank, so many, give each expert as many tokens as it takes of them in training; 0 leaves "
-        "the running means as they are.",
+        description="Of router.causal=threshold and depths.causal=threshold: before each evaluation, thresholds are set so "
+        "that the last training micro-batches of each rank, so many, give each expert, or layer of depths, as many tokens "
+        "as it takes of them in training; 0 leaves the running means as they are.",
     )
     balance_efficiency: bool = Field(
         default=True,

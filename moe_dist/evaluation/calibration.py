@@ -1,12 +1,13 @@
-"""Thresholds that give each expert the load of its training: set on training tokens, before a held-out evaluation.
+"""Thresholds that give each expert, and each layer of a mixture of depths, the load of its training: set on training
+tokens, before a held-out evaluation.
 
-The model sees training batches in the way of evaluation, but chooses as in training; each expert's threshold becomes the
-score above which lie as many of their tokens, over all ranks and batches together, as it takes of them. It is a quantile of
-all scores at once, found by halving an interval: one sum of L x E counts over the ranks for each of `HALVINGS`, named
+The model sees training batches in the way of evaluation, but chooses as in training; each threshold becomes the score
+above which lie as many of their tokens, over all ranks and batches together, as were taken of them. It is a quantile of
+all scores at once, found by halving an interval: one sum of N counts over the ranks for each of `HALVINGS`, named
 `calibration counts`. What is left between the loads of evaluation and training is what the layers before make of it (their
 choice is another), and other text.
 
-Shape letters: L MoE layers, T tokens, E experts.
+Shape letters: N thresholds of all routers, n of one, T tokens that it sees (where layers compute a share, not all).
 """
 
 from collections.abc import Sequence
@@ -21,16 +22,17 @@ from moe_dist.comm.reduce import sum_over
 from moe_dist.comm.watch import Watch
 from moe_dist.data.batch import Batch
 from moe_dist.evaluation.heldout import forward
+from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
 
 HALVINGS = 30  # the interval [0, 1] ends at 1e-9: below what fp32 tells apart near a score
 
 
-def by_threshold(model: Transformer) -> list[ExpertChoiceRouter]:
-    """The routers that evaluate by thresholds, in order of the layers."""
-    routers = [layer.router for layer in model.moe_modules()]
-    return [each for each in routers if isinstance(each, ExpertChoiceRouter) and each.causal == "threshold"]
+def by_threshold(model: Transformer) -> list[ExpertChoiceRouter | DepthRouter]:
+    """The routers that evaluate by thresholds: those of experts, then those of depths, each in order of the layers."""
+    routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
+    return [each for each in routers if isinstance(each, ExpertChoiceRouter | DepthRouter) and each.causal == "threshold"]
 
 
 @torch.no_grad()
@@ -47,33 +49,43 @@ def calibrate(
     routers = by_threshold(model)
     if not routers or not batches:
         return
-    scores_LTE, taken_LE = _seen(model, routers, batches, group_of_modality)
-    taken_LE = sum_over(taken_LE, world, name="calibration counts", watch=watch)
-    low_LE, high_LE = torch.zeros_like(taken_LE), torch.ones_like(taken_LE)
+    scores, taken = _seen(model, routers, batches, group_of_modality)
+    sizes = [len(taken_n) for taken_n in taken]
+    taken_N = sum_over(torch.cat(taken), world, name="calibration counts", watch=watch)
+    low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)
     for _ in range(HALVINGS):
-        middle_LE = (low_LE + high_LE) / 2
-        above_LE = (scores_LTE > middle_LE[:, None]).sum(1).to(torch.float64)
-        above_LE = sum_over(above_LE, world, name="calibration counts", watch=watch)
-        too_many_LE = above_LE > taken_LE
-        low_LE = torch.where(too_many_LE, middle_LE, low_LE)
-        high_LE = torch.where(too_many_LE, high_LE, middle_LE)
-    for layer, router in enumerate(routers):
-        for gate, group in zip(router.gates(), router.groups, strict=True):
-            mine = slice(group.first_expert, group.first_expert + group.num_experts)
-            known = taken_LE[layer, mine] > 0
-            gate.threshold.copy_(torch.where(known, high_LE[layer, mine].to(gate.threshold.dtype), gate.threshold))
+        middle_N = (low_N + high_N) / 2
+        above = [(scores_Tn > middle_n).sum(0) for scores_Tn, middle_n in zip(scores, middle_N.split(sizes), strict=True)]
+        above_N = sum_over(torch.cat(above).to(torch.float64), world, name="calibration counts", watch=watch)
+        too_many_N = above_N > taken_N
+        low_N = torch.where(too_many_N, middle_N, low_N)
+        high_N = torch.where(too_many_N, high_N, middle_N)
+    known_N = taken_N > 0
+    for router, known_n, high_n in zip(routers, known_N.split(sizes), high_N.split(sizes), strict=True):
+        at = 0
+        for threshold_n in _thresholds(router):
+            mine = slice(at, at := at + len(threshold_n))
+            threshold_n.copy_(torch.where(known_n[mine], high_n[mine].to(threshold_n.dtype), threshold_n))
+
+
+def _thresholds(router: ExpertChoiceRouter | DepthRouter) -> list[Tensor]:
+    """A router's thresholds in order of what it scores; groups lie one after another."""
+    return [router.threshold] if isinstance(router, DepthRouter) else [gate.threshold for gate in router.gates()]
 
 
 def _seen(
-    model: Transformer, routers: Sequence[ExpertChoiceRouter], batches: Sequence[Batch], group_of_modality: Tensor
-) -> tuple[Tensor, Tensor]:
-    """This rank's scores [L, T, E] and, float64 [L, E], how many tokens each expert took."""
-    scores: dict[ExpertChoiceRouter, list[Tensor]] = {router: [] for router in routers}
-    taken: dict[ExpertChoiceRouter, list[Tensor]] = {router: [] for router in routers}
+    model: Transformer,
+    routers: Sequence[ExpertChoiceRouter | DepthRouter],
+    batches: Sequence[Batch],
+    group_of_modality: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each router this rank's scores [T, n] and, float64 [n], how many tokens were taken of them."""
+    scores: dict[ExpertChoiceRouter | DepthRouter, list[Tensor]] = {router: [] for router in routers}
+    taken: dict[ExpertChoiceRouter | DepthRouter, list[Tensor]] = {router: [] for router in routers}
 
-    def note(router: Any, inputs: Any, routing: Any) -> None:
+    def note(router: Any, inputs: Any, chosen: Any) -> None:
         scores[router].append(router.scores(*inputs[:2]))
-        taken[router].append(routing.sums.choices_C)
+        taken[router].append(chosen.sums.taken[None] if isinstance(router, DepthRouter) else chosen.sums.choices_C)
 
     training = model.training
     model.eval()
@@ -81,10 +93,12 @@ def _seen(
         stack.enter_context(choice_of_training(routers))
         for router in routers:
             stack.callback(router.register_forward_hook(note).remove)
+            if isinstance(router, DepthRouter):
+                router.train()  # chooses as in training; the model's own mode is put back below
         for batch in batches:
             forward(model, batch.to(group_of_modality.device), group_of_modality)
     model.train(training)
     return (
-        torch.stack([torch.cat(scores[router]) for router in routers]),
-        torch.stack([torch.stack(taken[router]).sum(0) for router in routers]).to(torch.float64),
+        [torch.cat(scores[router]) for router in routers],
+        [torch.stack(taken[router]).sum(0).to(torch.float64) for router in routers],
     )

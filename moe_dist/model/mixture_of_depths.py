@@ -199,6 +199,11 @@ class DepthRouter(nn.Module):
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
         return Chosen(index_C, full_C, weight_C, self._sums(causal_T, causal_taken_T, taken_T, cut, weight_C, real_T))
 
+    def scores(self, x_TD: Tensor, real_T: Tensor) -> Tensor:
+        """sigmoid(s) [T, 1]; 0 for padding."""
+        _, logit_T = self._logits(x_TD)
+        return torch.where(real_T, logit_T.sigmoid(), 0.0)[:, None]
+
     def takes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Each token by itself, as in evaluation: whether it is taken, bool [T], and its weight [T]."""
         h_TD, logit_T = self._logits(x_TD)

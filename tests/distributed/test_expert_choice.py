@@ -236,11 +236,14 @@ def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
     return {name: buffer.numpy().copy() for name, buffer in model.named_buffers() if name.endswith("threshold")}
 
 
-def test_calibration_is_over_all_ranks(run_in_world: Callable[..., list[Any]]) -> None:
-    (alone,) = run_in_world(1, calibrated, Layout(choice="world"))
-    assert len(alone) == 2 * LAYERS
+@pytest.mark.parametrize(("choice", "depths", "thresholds"), [("world", None, 2 * LAYERS), (None, "world", 1)])
+def test_calibration_is_over_all_ranks(
+    run_in_world: Callable[..., list[Any]], choice: str | None, depths: str | None, thresholds: int
+) -> None:
+    (alone,) = run_in_world(1, calibrated, Layout(choice=choice, depths=depths))
+    assert len(alone) == thresholds
     assert all((value > 0).all() for value in alone.values())
     for data in ("ddp", "fsdp2"):
-        for thresholds in run_in_world(4, calibrated, Layout(2, 2, "pinned", data, choice="world")):
+        for got in run_in_world(4, calibrated, Layout(2, 2, "pinned", data, choice=choice, depths=depths)):
             for name, value in alone.items():
-                np.testing.assert_allclose(thresholds[name], value, rtol=0, atol=1e-8)
+                np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-8)

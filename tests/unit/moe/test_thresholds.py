@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_dist.build import build_model
-from moe_dist.evaluation.calibration import by_threshold, calibrate
+from moe_dist.evaluation.calibration import calibrate
 from moe_dist.evaluation.heldout import heldout_losses
 from moe_dist.moe.routers.expert_choice import STATISTICS, ExpertChoiceRouter, choice_of_training
 from moe_dist.moe.thresholds import ThresholdKeeper, updated
@@ -59,8 +59,7 @@ def test_all_layers_and_groups_are_followed_and_a_group_without_tokens_waits() -
         assert gate.statistics[1, expert % 2] == len(cuts)
 
 
-def model_of() -> Any:
-    layout = Layout(choice="rank")
+def model_of(layout: Layout = Layout(choice="rank")) -> Any:
     placement = placement_of("interleaved", 1, layout.groups)
     model = build_model(config_of(layout), placement, ep_rank=0, ep_group=None)
     initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.3)
@@ -86,9 +85,39 @@ def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
     got_LE = loads(model, batches)
     assert got_LE[0].tolist() == wanted_LE[0].tolist()
     assert abs(got_LE.sum(1) / wanted_LE.sum(1) - 1).max() < 0.1
-    before = [gate.threshold.clone() for router in by_threshold(model) for gate in router.gates()]
+    before = [gate.threshold.clone() for layer in model.moe_modules() for gate in layer.router.gates()]
     calibrate(model, [], group_of_modality=torch.tensor([0, 1]), world=None)
     text = [batch_of(0, 0, 1, 1)]  # text alone: image experts keep theirs
     calibrate(model, text, group_of_modality=torch.tensor([0, 1]), world=None)
-    after = [gate.threshold for router in by_threshold(model) for gate in router.gates()]
+    after = [gate.threshold for layer in model.moe_modules() for gate in layer.router.gates()]
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("choice", ["rank", None])
+def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> None:
+    """Layer 0 computes 0.3 of the tokens, and its experts choose among those; with experts that tokens choose it has the
+    only threshold."""
+    model = model_of(Layout(choice=choice, depths="rank"))
+    batches = [batch_of(0, 0, first, 1) for first in range(8)]
+    taken: list[int] = []
+    choices: list[torch.Tensor] = []
+    (depths,) = model.depth_routers()
+    hooks = [depths.register_forward_hook(lambda module, inputs, chosen: taken.append(int(chosen.sums.taken)))]
+    experts = model.moe_modules()[0].router
+    hooks += [experts.register_forward_hook(lambda module, inputs, routing: choices.append(routing.sums.choices_C))]
+    loads(model, batches)
+    everything = sum(taken)
+    taken.clear()
+    choices.clear()
+    model.eval()
+    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None)
+    assert not depths.training, "it is as it was"
+    wanted, wanted_E = sum(taken), torch.stack(choices).sum(0)
+    assert wanted == pytest.approx(0.3 * everything, abs=len(batches))
+    taken.clear()
+    got_E = loads(model, batches)[0]
+    for hook in hooks:
+        hook.remove()
+    assert sum(taken) == wanted
+    # Of all batches together as many tokens are computed as in training, but not of each the same.
+    assert abs(got_E.sum() / wanted_E.sum() - 1) < 0.1
