@@ -84,4 +84,4 @@ def test_the_budget_is_about_sixty_million_tokens_an_experiment() -> None:
             if "model.depths" not in job.settings or "depths" in ModelSection.model_fields
         ]
         assert sum(steps) * 2048 < 66e6, name
-        assert max(steps) <= 2000, "2,000 steps are 0.4 epochs of the pictures' renders, of two at most"
+        assert max(steps) <= 1600, "1,600 steps are 0.3 epochs of the pictures' renders, of two at most"
