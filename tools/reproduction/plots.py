@@ -1,7 +1,7 @@
 """The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds,
 accuracy of arms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INCHES = (7.0, 4.2)
+BOTH_INCHES = (11.0, 4.2)
 DOTS = 110
+STYLES = ("o-", "s--", "^:")  # each for ten colours
+IN_FRAME = 0.25  # nats above the best: what lies farther off is named and does not flatten the rest
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
@@ -31,7 +34,7 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     if any(record.get("curve") for record in records.values()):
         for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
             path = folder / f"{study.name}_loss_over_{cost}.png"
-            made.append(_figure(path, lambda axes, c=cost, x=label: _curves(axes, study, records, c, x)))
+            made.append(_curves(path, study, records, cost, label))
     for key, label in (
         ("answers", "held-out documents answered right"),
         ("questions", "held-out questions answered right"),
@@ -42,12 +45,13 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     return made
 
 
-def _figure(path: Path, fill: Any) -> Path:
+def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
+    """One or two panels beside each other."""
     from matplotlib.figure import Figure  # seconds to import; no window system is asked for
 
-    figure = Figure(figsize=INCHES, dpi=DOTS, layout="constrained")
-    axes = figure.subplots()
-    fill(axes)
+    figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
+    for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
+        panel(axes)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the version and the time, equal records give equal files.
     figure.savefig(path, metadata={"Software": None})
@@ -57,16 +61,17 @@ def _figure(path: Path, fill: Any) -> Path:
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
     """A dot for each run; a line joins those of one seed, which are what is compared."""
     shown = [name for name in study.arms if name not in _only_begun_with(study)]
+    means = {name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := _of(records, name))}
+    top = min(means.values(), default=0.0) + IN_FRAME
+    kept = [name for name, mean in means.items() if mean <= top]
     for seed in study.seeds.decisive:
-        mine = [(each["load"]["all"], each["loss"]["all"]) for name in shown if (each := records.get((name, seed)))]
+        mine = [(each["load"]["all"], each["loss"]["all"]) for name in kept if (each := records.get((name, seed)))]
         if mine:
             axes.plot(*zip(*sorted(mine), strict=True), "-", color="0.85", linewidth=0.8, zorder=0)
-    for name in shown:
+    for place, name in enumerate(kept):
         mine = _of(records, name)
-        if not mine:
-            continue
         load, loss = ([each[part]["all"] for each in mine] for part in ("load", "loss"))
-        points = axes.plot(load, loss, "o", markersize=4, label=name)
+        points = axes.plot(load, loss, _style(place)[0], markersize=4, label=name)
         probed = [point for each in mine for point in each["probes"].get("threshold", [])]
         ats = sorted({point["at"] for point in probed})
         if ats:
@@ -74,6 +79,8 @@ def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
             x = [_mean(point["load"] for point in here) for here in chosen] + [_mean(load)]
             y = [_mean(point["loss"]["all"] for point in here) for here in chosen] + [_mean(loss)]
             axes.plot(x, y, "--", color=points[0].get_color(), label=f"{name}, second experts dropped afterwards")
+    for name in [name for name in means if name not in kept]:
+        axes.plot([], [], " ", label=f"{name}: at {means[name]:.2f}, above the frame")
     axes.set_xlabel("true experts a token")
     axes.set_ylabel("held-out nats a token")
     axes.legend(fontsize=7)
@@ -100,19 +107,51 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
         axes.legend(fontsize=7)
 
 
-def _curves(axes: "Axes", study: Study, records: Records, cost: str, label: str) -> None:
-    for name in study.arms:
-        curves = [each["curve"] for each in _of(records, name) if each.get("curve")]
-        if not curves:
-            continue
-        points = min(len(curve) for curve in curves)
-        x = [_mean(curve[place][cost] for curve in curves) for place in range(points)]
-        y = [_mean(curve[place]["loss"]["all"] for curve in curves) for place in range(points)]
-        axes.plot(x, y, "o-", markersize=3, label=name)
+def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -> Path:
+    """Loss over cost; beside it, where an arm is named to compare with, the loss over that arm's at equal cost."""
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in study.with_whole_cost():
+        curves = [each["curve"] for each in _of(records, name) if len(each.get("curve", [])) > 1]
+        if curves:
+            points = range(min(len(curve) for curve in curves))
+            costs = np.array([_mean(curve[place][cost] for curve in curves) for place in points])
+            found[name] = costs, np.array([_mean(curve[place]["loss"]["all"] for curve in curves) for place in points])
+    section = study.measure.curve
+    of = found.get(section.of) if section is not None and section.of is not None else None
+
+    def losses(axes: "Axes") -> None:
+        for place, (name, (x, y)) in enumerate(found.items()):
+            axes.plot(x, y, _style(place), markersize=3, label=name)
+        _logarithmic(axes, label)
+        axes.set_ylabel("held-out nats a token")
+        axes.legend(fontsize=7)
+
+    def differences(axes: "Axes") -> None:
+        assert of is not None
+        for place, (x, y) in enumerate(found.values()):
+            known = (x >= of[0][0]) & (x <= 1.01 * of[0][-1])
+            axes.plot(x[known], y[known] - np.interp(np.log(x[known]), np.log(of[0]), of[1]), _style(place), markersize=3)
+        axes.set_ylim(-IN_FRAME / 2, IN_FRAME / 2)
+        _logarithmic(axes, label)
+        axes.set_ylabel(f"the same over {section.of if section else ''} at equal cost")
+        axes.grid(alpha=0.3)
+
+    return _figure(path, losses, *([differences] if of is not None else []))
+
+
+def _logarithmic(axes: "Axes", label: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
-    axes.set_ylabel("held-out nats a token")
-    axes.legend(fontsize=7)
+
+
+def _style(place: int) -> str:
+    """Mark and stroke: ten colours come round, and the next ten arms have others."""
+    return STYLES[place // 10 % len(STYLES)]
 
 
 def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:

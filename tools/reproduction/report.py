@@ -222,7 +222,7 @@ def _probes(study: Study, records: Records) -> list[str]:
 def _etas(study: Study, records: Records, dense: str) -> list[str]:
     """Geometric mean over seeds of eta against an arm, and the least and largest; overall and for each modality."""
     rows = []
-    for name in study.arms:
+    for name in study.with_whole_cost():
         cells = []
         for cost in ("flops", "seconds"):
             for part in ("all", "text", "image"):
@@ -233,7 +233,12 @@ def _etas(study: Study, records: Records, dense: str) -> list[str]:
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
     heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
-    return [f"Against `{dense}`; in brackets the least and the largest of the seeds.", "", *_table(["arm", *heads], rows)]
+    return [
+        f"Against `{dense}`; in brackets the least and the largest of the seeds. Arms that another has trained first, at a "
+        "cost that is not counted, have none.",
+        "",
+        *_table(["arm", *heads], rows),
+    ]
 
 
 def _eta(logs: Sequence[float]) -> str:

@@ -68,16 +68,16 @@ def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -
 
 
 def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Cost at which a curve of (cost, loss) first is at or below a loss, interpolated in ln cost; None where it never is.
+    """Cost at which a curve of (cost, loss) first is at or below a loss, interpolated in ln cost.
 
-    A curve that begins below it gives its first cost.
+    None where it never is, and where it begins below: how much it took to get there is not known.
     """
     ordered = sorted(curve)
     for place, (cost, here) in enumerate(ordered):
         if here > loss:
             continue
         if place == 0:
-            return cost
+            return cost if here == loss else None
         before_cost, before = ordered[place - 1]
         share = (before - loss) / (before - here)
         return math.exp(math.log(before_cost) + share * (math.log(cost) - math.log(before_cost)))
@@ -89,12 +89,13 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
 
     eta is the whole cost of `of` over what `arm` spends until it reaches the loss that `of` ends with. Where it never does,
     the same the other way round, inverted, which is below 1: what `of` spends until it reaches the arm's last loss over the
-    arm's whole cost. None without points, or where neither reaches the other.
+    arm's whole cost. None without points, or where it is reached before the first of them.
     """
     if not arm or not of:
         return None
     (arm_cost, arm_loss), (of_cost, of_loss) = max(arm), max(of)
-    if (reached := cost_to_reach(arm, of_loss)) is not None:
-        return math.log(of_cost / reached)
+    if min(loss for _, loss in arm) <= of_loss:
+        reached = cost_to_reach(arm, of_loss)
+        return None if reached is None else math.log(of_cost / reached)
     reached = cost_to_reach(of, arm_loss)
     return None if reached is None else math.log(reached / arm_cost)

@@ -107,6 +107,10 @@ class Study(Part):
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
+    def with_whole_cost(self) -> list[str]:
+        """Arms whose records count all that their training took: those that go on from another with `carry` alone."""
+        return [name for name, arm in self.arms.items() if arm.after is None or arm.carry]
+
 
 @dataclass(frozen=True)
 class Job:

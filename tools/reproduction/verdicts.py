@@ -122,5 +122,5 @@ def _why(rule: Rule) -> str:
                 "or two of these have the same"
             )
         if isinstance(value, EtaValue):
-            return f"neither {value.eta} nor {value.of} reaches the other's last loss, or there is no curve"
+            return f"{value.eta} and {value.of} have no curves, or one reaches the other's last loss before its first point"
     return "the record lacks it"

@@ -85,3 +85,9 @@ def test_the_budget_is_about_sixty_million_tokens_an_experiment() -> None:
         ]
         assert sum(steps) * 2048 < 66e6, name
         assert max(steps) <= 1600, "1,600 steps are 0.3 epochs of the pictures' renders, of two at most"
+
+
+def test_arms_that_go_on_from_anothers_at_no_cost_of_their_own_are_not_set_against_costs() -> None:
+    arms = study_of("moma").with_whole_cost()
+    assert "upcycled" in arms, "its seed's cost is carried"
+    assert "auxiliary" not in arms

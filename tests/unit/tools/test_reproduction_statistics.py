@@ -55,7 +55,11 @@ def test_eta_by_hand() -> None:
     assert log_eta(late, dense) == pytest.approx(math.log(10**1.5 / 100))
     assert log_eta(dense, dense) == pytest.approx(0.0)
     assert log_eta([], dense) is None
-    assert cost_to_reach([(1.0, 1.5), (2.0, 1.0)], 2.0) == 1.0  # below it from the first point on
+    # Below it from the first point on: when it got there is not known.
+    assert cost_to_reach([(1.0, 1.5), (2.0, 1.0)], 2.0) is None
+    assert cost_to_reach([(1.0, 2.0), (2.0, 1.0)], 2.0) == 1.0
+    assert log_eta([(1.0, 1.5), (2.0, 1.0)], dense) is None
+    assert log_eta([(0.5, 5.0)], dense) is None
 
 
 def study_of(rules: list[dict]) -> Study:
