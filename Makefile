@@ -15,7 +15,7 @@ CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests of one process run beside each other, a file on one worker; those of several ranks fill the cores by themselves.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile
-EXPERIMENTS := adamoe adamoe-held moma moma-longer nulls-by-modality mole roma
+EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
