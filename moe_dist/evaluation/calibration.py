@@ -87,17 +87,16 @@ def _seen(
         scores[router].append(router.scores(*inputs[:2]))
         taken[router].append(chosen.sums.taken[None] if isinstance(router, DepthRouter) else chosen.sums.choices_C)
 
-    training = model.training
-    model.eval()
     with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
         stack.enter_context(choice_of_training(routers))
         for router in routers:
             stack.callback(router.register_forward_hook(note).remove)
             if isinstance(router, DepthRouter):
-                router.train()  # chooses as in training; the model's own mode is put back below
+                router.train()  # chooses as in training
         for batch in batches:
             forward(model, batch.to(group_of_modality.device), group_of_modality)
-    model.train(training)
     return (
         [torch.cat(scores[router]) for router in routers],
         [torch.stack(taken[router]).sum(0).to(torch.float64) for router in routers],

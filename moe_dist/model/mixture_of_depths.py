@@ -8,7 +8,7 @@ The choice looks at all tokens of its set, later ones among them, so it is for t
 judged by itself, causally:
 
     threshold   taken where sigmoid(s) > c, the running mean of the last score that was taken (as Expert Threshold, arXiv
-                2603.11535, has it for expert choice)
+                2603.11535, has it for expert choice) and the correction of the last calibration
     auxiliary   taken where SiLU(x W_1) W_2 > 0 (MoMa, section 2.4); W_1 and W_2 learn the choice by binary cross entropy
                 while the model trains, from inputs without gradient, so that they move nothing else
 
@@ -141,8 +141,9 @@ class AuxiliaryRouter(nn.Module):
 class DepthRouter(nn.Module):
     """Chooses the tokens of one block.
 
-    `router` [1, D] is w. With thresholds, `threshold` (a score in (0, 1); 0 lets everything through) and `steps`, both [1],
-    are buffers, since no gradient moves them: they change after a step (`DepthThresholds`) and are saved with the weights.
+    `router` [1, D] is w. With thresholds, `threshold` (a score in (0, 1); 0 lets everything through), the running `mean` in
+    it and `steps`, [1] each, are buffers, since no gradient moves them: they change after a step (`DepthThresholds`) or by
+    calibration (`moe_dist.evaluation.calibration`), and are saved with the weights.
 
     Args:
         hidden_dim: D.
@@ -154,6 +155,7 @@ class DepthRouter(nn.Module):
     """
 
     threshold: Tensor
+    mean: Tensor
     steps: Tensor
 
     def __init__(
@@ -178,6 +180,7 @@ class DepthRouter(nn.Module):
         """Makes thresholds of 0 on the default device; called again after a move from the meta device."""
         if self.causal == "threshold":
             self.register_buffer("threshold", torch.zeros(1))
+            self.register_buffer("mean", torch.zeros(1))
             self.register_buffer("steps", torch.zeros(1))
 
     def forward(self, x_TD: Tensor, real_T: Tensor) -> Chosen:
@@ -245,8 +248,9 @@ class DepthRouter(nn.Module):
 class DepthThresholds:
     """Moves the thresholds of a model's depth routers after each step; their state is in the routers' buffers.
 
-    c <- c + w (q - c), with q the mean score of the last token taken (sets weighted by their tokens) and w = 1 / steps at
-    first, then 1 - decay. All ranks move alike, from sums over all of them.
+    m <- m + w (q - m), c = m + d, with q the mean score of the last token taken (sets weighted by their tokens),
+    w = 1 / steps at first, then 1 - decay, and d what the last calibration set it off by. All ranks move alike, from sums
+    over all of them.
     """
 
     def __init__(self, routers: list[DepthRouter]) -> None:
@@ -259,8 +263,9 @@ class DepthThresholds:
             seen = tokens > 0
             steps = router.steps + seen.to(router.steps.dtype)
             weight = torch.where(seen, (1.0 / steps.clamp_min(1.0)).clamp_min(1.0 - router.threshold_decay), 0.0)
-            score = (cut / tokens.clamp_min(1.0)).to(router.threshold.dtype)
-            router.threshold.add_(weight * (score - router.threshold))
+            moved = weight * ((cut / tokens.clamp_min(1.0)).to(router.mean.dtype) - router.mean)
+            router.mean.add_(moved)
+            router.threshold.add_(moved)
             router.steps.copy_(steps)
 
 

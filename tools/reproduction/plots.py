@@ -1,7 +1,7 @@
 """The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds,
 accuracy of arms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,35 +108,54 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
 
 
 def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -> Path:
-    """Loss over cost; beside it, where an arm is named to compare with, the loss over that arm's at equal cost."""
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name in study.with_whole_cost():
-        curves = [each["curve"] for each in _of(records, name) if len(each.get("curve", [])) > 1]
-        if curves:
-            points = range(min(len(curve) for curve in curves))
-            costs = np.array([_mean(curve[place][cost] for curve in curves) for place in points])
-            found[name] = costs, np.array([_mean(curve[place]["loss"]["all"] for curve in curves) for place in points])
+    """Loss over cost; beside it, where an arm is named to compare with, the distance from that at equal cost, by seed."""
     section = study.measure.curve
-    of = found.get(section.of) if section is not None and section.of is not None else None
+    of = {} if section is None or section.of is None else _points(records, section.of, cost)
+    found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
 
     def losses(axes: "Axes") -> None:
-        for place, (name, (x, y)) in enumerate(found.items()):
-            axes.plot(x, y, _style(place), markersize=3, label=name)
+        for place, (name, curves) in enumerate(found.items()):
+            axes.plot(*_averaged(curves.values()), _style(place), markersize=3, label=name)
         _logarithmic(axes, label)
         axes.set_ylabel("held-out nats a token")
         axes.legend(fontsize=7)
 
     def differences(axes: "Axes") -> None:
-        assert of is not None
-        for place, (x, y) in enumerate(found.values()):
-            known = (x >= of[0][0]) & (x <= 1.01 * of[0][-1])
-            axes.plot(x[known], y[known] - np.interp(np.log(x[known]), np.log(of[0]), of[1]), _style(place), markersize=3)
+        for place, curves in enumerate(found.values()):
+            over = [_over(curve, of[seed]) for seed, curve in curves.items() if seed in of]
+            if over:
+                axes.plot(*_averaged(over), _style(place), markersize=3)
         axes.set_ylim(-IN_FRAME / 2, IN_FRAME / 2)
         _logarithmic(axes, label)
-        axes.set_ylabel(f"the same over {section.of if section else ''} at equal cost")
+        axes.set_ylabel(
+            f"the same over {section.of if section else ''} at equal cost; more than fits is left out", fontsize=8
+        )
         axes.grid(alpha=0.3)
 
-    return _figure(path, losses, *([differences] if of is not None else []))
+    return _figure(path, losses, *([differences] if of else []))
+
+
+def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
+    """Each seed's curve, [2, points]: cost and loss. One point is no curve."""
+    return {
+        seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
+        for (name, seed), record in sorted(records.items())
+        if name == arm and len(record.get("curve", [])) > 1
+    }
+
+
+def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
+    """The mean of several seeds, point by point; a point that one of them lacks is left out."""
+    every = list(curves)
+    points = min(curve.shape[1] for curve in every)
+    mean = np.mean([curve[:, :points] for curve in every], axis=0)
+    return mean[:, ~np.isnan(mean[1])]
+
+
+def _over(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """A curve's distance from another at its own costs, nan where that has none."""
+    known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
+    return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])
 
 
 def _logarithmic(axes: "Axes", label: str) -> None:

@@ -228,8 +228,9 @@ def _etas(study: Study, records: Records, dense: str) -> list[str]:
             for part in ("all", "text", "image"):
                 value = EtaValue(eta=name, of=dense, part=part, cost=cost)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
-                logs = [log for seed in seeds if (log := value_of(value, records, seed)) is not None]
-                cells.append(_eta(logs))
+                logs = [value_of(value, records, seed) for seed in seeds]
+                # A mean without the seeds whose eta is not known would lean to one side.
+                cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
     heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]

@@ -18,7 +18,7 @@ from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from tools.reproduction.measure_schema import MeasureSection
-from tools.reproduction.values import ArmName, Part, Rule, arms_of
+from tools.reproduction.values import ArmName, EtaValue, Part, Rule, arms_of
 
 FOLDER = Path("configs/reproduce")
 ROOT = Path("runs/reproduce")
@@ -97,6 +97,12 @@ class Study(Part):
             if few:
                 raise ValueError(f"arms.{name} has seeds that {', '.join(few)} lacks; give that one the decisive seeds")
             seen.add(name)
+        values = [value for rule in self.rules for value in (rule.lower, rule.higher) if isinstance(value, EtaValue)]
+        costed = {name for value in values for name in arms_of(value)}
+        if self.measure.curve is not None and self.measure.curve.of is not None:
+            costed.add(self.measure.curve.of)
+        if part := sorted(costed - set(self.with_whole_cost())):
+            raise ValueError(f"eta needs what all of {part[0]}'s training cost; set arms.{part[0]}.carry, or leave it out")
         asking = [name for name, arm in self.arms.items() if arm.asks]
         if asking and self.measure.questions is None:
             raise ValueError(f"arms.{asking[0]}.asks needs measure.questions, which says what is asked")
@@ -109,7 +115,11 @@ class Study(Part):
 
     def with_whole_cost(self) -> list[str]:
         """Arms whose records count all that their training took: those that go on from another with `carry` alone."""
-        return [name for name, arm in self.arms.items() if arm.after is None or arm.carry]
+
+        def whole(arm: Arm) -> bool:
+            return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
+
+        return [name for name, arm in self.arms.items() if whole(arm)]
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,12 @@ def test_the_budget_is_about_sixty_million_tokens_an_experiment() -> None:
         assert max(steps) <= 1500
 
 
-def test_arms_that_go_on_from_anothers_at_no_cost_of_their_own_are_not_set_against_costs() -> None:
+def test_arms_that_go_on_from_anothers_at_no_cost_of_their_own_are_not_set_against_costs(tmp_path: Path) -> None:
     arms = study_of("moma").with_whole_cost()
     assert "upcycled" in arms, "its seed's cost is carried"
     assert "auxiliary" not in arms
+    text = (REPOSITORY / "configs/reproduce/moma.yaml").read_text()
+    path = tmp_path / "moma.yaml"
+    path.write_text(text.replace("{eta: mixed8, of: dense, part: image}", "{eta: auxiliary, of: dense, part: image}"))
+    with pytest.raises(ConfigError, match="eta needs what all of auxiliary's training cost"):
+        load_study(path)
