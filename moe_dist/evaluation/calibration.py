@@ -60,12 +60,10 @@ def calibrate(
         too_many_N = above_N > taken_N
         low_N = torch.where(too_many_N, middle_N, low_N)
         high_N = torch.where(too_many_N, high_N, middle_N)
-    known_N = taken_N > 0
-    for router, known_n, high_n in zip(routers, known_N.split(sizes), high_N.split(sizes), strict=True):
-        at = 0
-        for threshold_n in _thresholds(router):
-            mine = slice(at, at := at + len(threshold_n))
-            threshold_n.copy_(torch.where(known_n[mine], high_n[mine].to(threshold_n.dtype), threshold_n))
+    thresholds = [threshold_n for router in routers for threshold_n in _thresholds(router)]
+    sizes = [len(threshold_n) for threshold_n in thresholds]
+    for threshold_n, known_n, high_n in zip(thresholds, (taken_N > 0).split(sizes), high_N.split(sizes), strict=True):
+        threshold_n.copy_(torch.where(known_n, high_n.to(threshold_n.dtype), threshold_n))
 
 
 def _thresholds(router: ExpertChoiceRouter | DepthRouter) -> list[Tensor]:

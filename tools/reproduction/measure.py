@@ -40,7 +40,7 @@ from tools.reproduction.measure_schema import CurveSection, MeasureSection, Ques
 from tools.reproduction.runner import MEASURED
 from tools.reproduction.spending import Spent, spent_by_step
 from tools.reproduction.study import load_study
-from tools.reproduction.tokens import Tokens, binned, depth_routers, evaluate, loads, losses, watched_routers
+from tools.reproduction.tokens import Tokens, binned, evaluate, loads, losses, watched_routers
 from tools.reproduction.trained import TrainedRun
 from tools.reproduction.wire import ROWS, WireCount, rank_of_tokens, spread
 
@@ -149,11 +149,14 @@ class Measurement:
         curve = self._section.curve
         if curve is None:
             return [step]
-        return [each for each in self._run.steps() if (1 - curve.average) * step <= each <= step]
+        return [each for each in self._planned() if (1 - curve.average) * step <= each <= step]
+
+    def _planned(self) -> list[int]:
+        return planned(self._run.steps(), every=self._config.checkpoint.every, last=self._config.train.steps)
 
     def _curve(self, section: CurveSection, spent: Mapping[int, Spent]) -> list[dict[str, Any]]:
         batches, points = self._batches(section.sequences), []
-        for step in self._run.steps():
+        for step in self._planned():
             tokens = evaluate(self._model_at(step), batches, self._groups)
             load = loads(tokens)["all"]
             points.append({"step": step, **spent[step].to_json(), "loss": losses(tokens), "load": load})
@@ -203,7 +206,8 @@ class Measurement:
     def _probe_flip(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
         """The loss when some of the chosen and the unchosen change places."""
         del tokens
-        modules, flip = depth_routers(self._run.model), probes.flip_depths
+        modules: Sequence[nn.Module] = self._run.model.depth_routers()
+        flip = probes.flip_depths
         if not modules:
             modules, flip = probes.routers(self._run.model), probes.flip
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
@@ -249,3 +253,9 @@ def main(
 
 if __name__ == "__main__":
     run_command(main)
+
+
+def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
+    """Of a run's checkpoints those that all runs of its configuration have. A run that was stopped and went on has one more,
+    which would count in its means of weights."""
+    return [step for step in steps if step % every == 0 or step == last]

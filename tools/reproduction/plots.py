@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tools.reproduction.statistics import at_equal_cost
 from tools.reproduction.study import Study
 from tools.reproduction.values import arms_of
 from tools.reproduction.verdicts import Records
@@ -122,14 +123,13 @@ def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -
 
     def differences(axes: "Axes") -> None:
         for place, curves in enumerate(found.values()):
-            over = [_over(curve, of[seed]) for seed, curve in curves.items() if seed in of]
+            over = [at_equal_cost(curve, of[seed]) for seed, curve in curves.items() if seed in of]
             if over:
                 axes.plot(*_averaged(over), _style(place), markersize=3)
         axes.set_ylim(-IN_FRAME / 2, IN_FRAME / 2)
         _logarithmic(axes, label)
-        axes.set_ylabel(
-            f"the same over {section.of if section else ''} at equal cost; more than fits is left out", fontsize=8
-        )
+        axes.set_ylabel(f"the same over {section.of if section else ''} at equal cost")
+        axes.set_title("what is farther off is outside the frame", fontsize=8, loc="right")
         axes.grid(alpha=0.3)
 
     return _figure(path, losses, *([differences] if of else []))
@@ -150,12 +150,6 @@ def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
     points = min(curve.shape[1] for curve in every)
     mean = np.mean([curve[:, :points] for curve in every], axis=0)
     return mean[:, ~np.isnan(mean[1])]
-
-
-def _over(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """A curve's distance from another at its own costs, nan where that has none."""
-    known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
-    return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])
 
 
 def _logarithmic(axes: "Axes", label: str) -> None:

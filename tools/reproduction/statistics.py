@@ -99,3 +99,14 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
         return None if reached is None else math.log(of_cost / reached)
     reached = cost_to_reach(of, arm_loss)
     return None if reached is None else math.log(reached / arm_cost)
+
+
+def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """A curve's distance from another at the curve's own costs, [2, points]: cost and nats over `of`.
+
+    Args:
+        curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost; 1 % before its first point
+            and behind its last it stays as there, farther off the distance is nan.
+    """
+    known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
+    return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])

@@ -70,17 +70,12 @@ def watched_routers(model: Transformer) -> Iterator[list[Seen]]:
 
     # Behind all other hooks, so that what a probe has changed is what is seen.
     handles = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
-    handles += [router.register_forward_hook(note_tokens) for router in depth_routers(model)]
+    handles += [router.register_forward_hook(note_tokens) for router in model.depth_routers()]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def depth_routers(model: Transformer) -> list[nn.Module]:
-    """The routers of layers that compute a share of the tokens, in order."""
-    return [router for layer in model.layers if (router := getattr(layer, "depths", None)) is not None]
 
 
 @torch.no_grad()

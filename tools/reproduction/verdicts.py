@@ -122,5 +122,5 @@ def _why(rule: Rule) -> str:
                 "or two of these have the same"
             )
         if isinstance(value, EtaValue):
-            return f"{value.eta} and {value.of} have no curves, or one reaches the other's last loss before its first point"
+            return f"{value.eta} or {value.of} has no curve, or reaches the other's last loss before its own first point"
     return "the record lacks it"

@@ -185,3 +185,7 @@ def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score()
     given_up = set(taken.tolist()) - set(some.index_C.tolist())
     assert abs(len(given_up) - 0.2 * len(taken)) < 4 * (0.2 * len(taken)) ** 0.5
     torch.testing.assert_close(some.weight_C, module.takes(x_TD)[1][some.index_C])
+
+
+def test_the_checkpoint_of_a_stop_counts_in_no_mean() -> None:
+    assert planned([73, 82, 146, 219, 220], every=73, last=220) == [73, 146, 219, 220]

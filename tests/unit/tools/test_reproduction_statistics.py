@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from tools.reproduction.statistics import cost_to_reach, log_eta, on_lines, paired
+from tools.reproduction.statistics import at_equal_cost, cost_to_reach, log_eta, on_lines, paired
 from tools.reproduction.study import Study
 from tools.reproduction.verdicts import judge
 
@@ -154,3 +155,10 @@ def test_a_gate_that_was_not_passed_leaves_nothing_to_judge() -> None:
     study = study_of([NOT_WORSE]).model_copy(update={"not_testable": "the gap was 1 point"})
     verdict = judge(study, records_of(a=[1.0] * 5, b=[2.0] * 5))[0]
     assert (verdict.outcome, verdict.reason) == ("not testable here", "the gap was 1 point")
+
+
+def test_distance_at_equal_cost_by_hand() -> None:
+    dense = np.array([[1.0, 10.0, 100.0], [4.0, 3.0, 2.0]])
+    sparse = np.array([[0.5, 10**0.5, 100.5, 110.0], [9.0, 3.0, 2.5, 1.0]])
+    # At 10^0.5 dense is half way from 4 to 3; 100.5 is taken for its end, 0.5 and 110 lie outside.
+    np.testing.assert_allclose(at_equal_cost(sparse, dense), [sparse[0], [np.nan, -0.5, 0.5, np.nan]])
