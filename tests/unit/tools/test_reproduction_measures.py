@@ -10,6 +10,7 @@ from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tools.reproduction.measure import planned
 from tools.reproduction.probes import (
     bound_for_load,
     changed_routing,
