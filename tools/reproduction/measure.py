@@ -226,6 +226,14 @@ class Measurement:
         return {"at": at, "loss": losses(tokens), "load": loads(tokens)["all"]}
 
 
+def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
+    """Of a run's checkpoints those that all runs of its configuration have.
+
+    A run that was stopped and went on has one more, which would count in its means of weights.
+    """
+    return [step for step in steps if step % every == 0 or step == last]
+
+
 def _as_it_is(place: int, module: nn.Module, arguments: tuple[Any, ...], found: Any) -> Any:
     del place, module, arguments
     return found
@@ -253,9 +261,3 @@ def main(
 
 if __name__ == "__main__":
     run_command(main)
-
-
-def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Of a run's checkpoints those that all runs of its configuration have. A run that was stopped and went on has one more,
-    which would count in its means of weights."""
-    return [step for step in steps if step % every == 0 or step == last]
