@@ -33,7 +33,7 @@ from moe_dist.runtime.environment import RAY_METRICS, RankEnv
 from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
-from moe_dist.trainer import Finished
+from moe_dist.trainer import Finished, Progress
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
@@ -88,7 +88,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 
 @contextmanager
 def open_sinks(
-    plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, resume_step: int
+    plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
     """The sinks of rank 0, as one; none on other ranks. Closed however the run ends, so that no record waits in a buffer.
 
@@ -100,7 +100,7 @@ def open_sinks(
     console = Console()
     print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
     attempt.check_lease()
-    sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, resume_step)])
+    sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, progress)])
     attempt.commit_needs = sinks.check_written
     try:
         yield [sinks]
@@ -108,7 +108,7 @@ def open_sinks(
         sinks.close()
 
 
-def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[Sink]:
+def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
     """One sink for each section, and one that the launcher asks for; each gets configuration and placement as text."""
     config, placement = plan.config, plan.placement
     subject = Subject(
@@ -120,6 +120,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[S
         depths=config.model.depths is not None,
     )
     sinks: list[Sink] = []
+    resume_step, owed = progress.step, progress.evaluated < progress.step
     for section in config.monitor.sinks:
         options = {**section.model_dump(exclude={"kind"}), "resume_step": resume_step}
         match section:
@@ -127,12 +128,16 @@ def _build_sinks(plan: Preflight, folder: RunFolder, resume_step: int) -> list[S
                 hints = HintWatch(placement.groups, config.model.moe_layers)
                 sinks.append(ConsoleSink(total_steps=config.train.steps, hints=hints, **options))
             case schema.JsonlSink():
-                sinks.append(JsonlSink(path=folder.metrics_jsonl, **options))
+                sinks.append(JsonlSink(path=folder.metrics_jsonl, evaluation_owed=owed, **options))
             case schema.TensorBoardSink():
                 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # seconds to import: on rank 0 only
 
                 modalities = tuple(plan.manifest.modalities)
-                sinks.append(TensorBoardSink(folder=folder.tensorboard, subject=subject, modalities=modalities, **options))
+                sinks.append(
+                    TensorBoardSink(
+                        folder=folder.tensorboard, subject=subject, modalities=modalities, evaluation_owed=owed, **options
+                    )
+                )
             case schema.PrometheusSink():
                 options["path"] = section.path or folder.path / "metrics.prom"
                 sinks.append(PrometheusSink(run_name=config.run.name, **options))

@@ -105,7 +105,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     log.follow(lambda: progress.step)
     with (
         session.watched_devices(config, device, env) as devices,
-        session.open_sinks(plan, folder, env, attempt, resume_step=progress.step) as sinks,
+        session.open_sinks(plan, folder, env, attempt, progress=progress) as sinks,
     ):
         trainer = Trainer(
             build.build_plan(config, plan.groups),

@@ -44,11 +44,19 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("name", "broken", "verdict", "resumed_from"),
+    ("name", "breaks"),
     [
-        ("kill", fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2),
-        ("commit", fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2),
-        ("stop", fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4),
+        ("kill", [(fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2)]),
+        ("commit", [(fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2)]),
+        ("stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)]),
+        # The stop leaves an evaluation owed, which the second attempt takes before it is killed, and the third again.
+        (
+            "stop-kill",
+            [
+                (fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4),
+                (fault(rank=1, step=5, phase="before_step", kind="kill"), 1, 4),
+            ],
+        ),
     ],
 )
 def test_the_run_goes_on_to_the_same_bits(
@@ -56,17 +64,15 @@ def test_the_run_goes_on_to_the_same_bits(
     undisturbed: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    broken: dict[str, str],
-    verdict: int,
-    resumed_from: int,
+    breaks: list[tuple[dict[str, str], int, int]],
 ) -> None:
-    for variable, value in broken.items():
-        monkeypatch.setenv(variable, value)
-    code, run = start(name)
-    assert code == verdict or (verdict == 1 and code not in (0, 75))
-    assert (run.checkpoints / "latest").read_text().strip() == f"step_{resumed_from}"
-    for variable in broken:
-        monkeypatch.delenv(variable)
+    for broken, verdict, resumed_from in breaks:
+        with monkeypatch.context() as patch:
+            for variable, value in broken.items():
+                patch.setenv(variable, value)
+            code, run = start(name)
+        assert code == verdict or (verdict == 1 and code not in (0, 75))
+        assert (run.checkpoints / "latest").read_text().strip() == f"step_{resumed_from}"
     code, run = start(name)
     assert code == 0
     seen = records(run)

@@ -13,34 +13,40 @@ from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAt
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
-def drop_events_after(folder: str | Path, step: int) -> None:
-    """Drops the events of steps after `step` from the event files in `folder`; each file is replaced in one rename.
+def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = False) -> None:
+    """Drops the events of steps after `step` from the event files in `folder`, and an evaluation of `step` where it is
+    owed; each file is replaced in one rename.
 
     From the newest file back to the first that has steps, none of which is to go: older attempts were cut when it began.
     Reads one attempt's events: some ten seconds for 100,000 steps.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
-        if _cut(path, step):
+        if _cut(path, step, evaluation_owed):
             return
 
 
-def _cut(path: Path, step: int) -> bool:
+def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
     """Whether the file had steps, and all of them stay."""
     kept_path = path.with_name("kept")  # without 'tfevents' in its name: no reader takes it for one of its files
     kept_steps = dropped = False
     with kept_path.open("wb") as file:
         writer = RecordWriter(file)
         for raw in _records(path):
-            event_step = Event.FromString(raw).step
-            if event_step > step:
+            event = Event.FromString(raw)
+            if event.step > step or (evaluation_owed and event.step == step and _is_evaluation(event)):
                 dropped = True
             else:
-                kept_steps |= event_step > 0  # the file's version stands at step 0
+                kept_steps |= event.step > 0  # the file's version stands at step 0
                 writer.write(raw)
         file.flush()
         os.fsync(file.fileno())
     os.replace(kept_path, path)  # also where all stay: a writer that was only asleep goes on in a file without a name
     return kept_steps and not dropped
+
+
+def _is_evaluation(event: Event) -> bool:
+    """The scalars of an evaluation are one event, and the loss comes first (`metrics.evaluation_scalars`)."""
+    return bool(event.summary.value) and event.summary.value[0].tag.startswith("eval/")
 
 
 def _records(path: Path) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 logger = logging.getLogger(__name__)
 
-LINE_BEGIN = re.compile(rb'\{"step":(\d+),')  # `step` is the first key of each line
+LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')  # the first keys of each line
 
 
 class JsonlSink:
@@ -31,6 +31,7 @@ class JsonlSink:
     Args:
         path: The file.
         resume_step: Last step whose lines stay.
+        evaluation_owed: Whether the evaluation of that step is taken again: an earlier one goes.
         arrays_every: Steps between lines that carry the arrays (choices of every expert in every layer).
         clock: Seconds since 1970, for the field `time`.
     """
@@ -40,6 +41,7 @@ class JsonlSink:
         *,
         path: str | Path,
         resume_step: int = 0,
+        evaluation_owed: bool = False,
         arrays_every: int = 1,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -47,7 +49,7 @@ class JsonlSink:
         self._clock = clock
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(path, resume_step)
+        drop_lines_after(path, resume_step, evaluation_owed=evaluation_owed)
         self._path = path
         self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()  # bytes that the disk has not taken yet
@@ -158,8 +160,9 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}: line {number} is not a record")
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Drops lines of steps after `step`, and lines that are no record: the torn one that a crash leaves at the end.
+def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
+    """Drops lines of steps after `step`, and lines that are no record: the torn one that a crash leaves at the end; where
+    the evaluation of `step` is owed, that of an attempt which took it and saved nothing after.
 
     The file is replaced in one rename, also where nothing goes: a crash in here leaves the old file whole, and an earlier
     writer that was only asleep goes on writing into a file without a name.
@@ -174,7 +177,7 @@ def drop_lines_after(path: Path, step: int) -> None:
             begin = LINE_BEGIN.match(text)
             if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # zeros: blocks that a power cut left unwritten
                 unreadable += 1
-            elif int(begin[1]) > step:
+            elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 later += 1
             else:
                 new.write(text)

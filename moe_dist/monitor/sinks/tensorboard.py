@@ -26,6 +26,7 @@ class TensorBoardSink:
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
         resume_step: Last step that stays.
+        evaluation_owed: Whether the evaluation of that step is taken again: an earlier one goes.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class TensorBoardSink:
         modalities: tuple[str, ...],
         pictures_every: int = 100,
         resume_step: int = 0,
+        evaluation_owed: bool = False,
     ) -> None:
         self._subject = subject
         self._pictures_every = pictures_every
         self._first_step = resume_step + 1
         self._last_step = resume_step
         self._window = Window()
-        drop_events_after(folder, resume_step)
+        drop_events_after(folder, resume_step, evaluation_owed=evaluation_owed)
         self._writer: FileWriter | None = FileWriter(str(folder), flush_secs=FLUSH_SECONDS)
         self._writer.add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
 

@@ -72,6 +72,18 @@ def test_resuming_drops_what_is_written_again(tmp_path: Path, make_record: MakeR
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "once.jsonl"], "nothing is left beside them"
 
 
+def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, make_record: MakeRecord) -> None:
+    """A stop after step 10 saves before it evaluates; the next attempt evaluates, and dies before it saves."""
+    path, once = tmp_path / "m.jsonl", tmp_path / "once.jsonl"
+    write(path, make_record, range(1, 12))
+    write(once, make_record, range(1, 11))
+    drop_lines_after(path, 10)
+    assert path.read_bytes() == once.read_bytes(), "an attempt that saved after it leaves it there"
+    drop_lines_after(path, 10, evaluation_owed=True)
+    assert steps_of(path, "evaluation") == [5]
+    assert steps_of(path) == list(range(1, 11))
+
+
 def test_a_first_attempt_that_died_before_its_checkpoint_leaves_nothing(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "m.jsonl"
     write(path, make_record, range(1, 4))

@@ -84,6 +84,24 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
     assert pages(accumulator) == ["resumed at 0", "resumed at 6"]
 
 
+@pytest.mark.parametrize("owed", [False, True])
+def test_an_evaluation_that_is_owed_is_there_once(
+    tmp_path: Path, subject: Subject, make_record: MakeRecord, owed: bool
+) -> None:
+    for resume_step in (0, 2):
+        sink = TensorBoardSink(
+            folder=tmp_path, subject=subject, modalities=("text", "image"), resume_step=resume_step, evaluation_owed=owed
+        )
+        if resume_step == 0:
+            sink.step(make_record(2))
+        result = EvaluationResult(2, {"text": 3.0 + resume_step}, {"text": 4}, {}, 0.5, None)
+        sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
+        sink.close()
+    accumulator = read(tmp_path)
+    assert points(accumulator, "eval/text") == ([(2, 5.0)] if owed else [(2, 3.0), (2, 5.0)])
+    assert [step for step, _ in points(accumulator, "loss/total")] == [2], "the step itself stays"
+
+
 def test_a_first_attempt_without_a_checkpoint_leaves_nothing(
     tmp_path: Path, subject: Subject, make_record: MakeRecord
 ) -> None:
