@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.config.manifest import Manifest
-from moe_dist.data.corpus import Recipe
+from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.runtime.command_line import run_command
@@ -37,6 +37,14 @@ def main(
     renders: Annotated[int, typer.Option(min=1, help="Renders of each training picture.")] = Recipe.renders,
     heldout_renders: Annotated[int, typer.Option(min=1, help="Renders of each held-out picture.")] = Recipe.heldout_renders,
     val_fraction: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share held out.")] = Recipe.val_fraction,
+    hold_out: Annotated[
+        HoldOut, typer.Option(help="Pictures held out: whole families, or variants of what is trained on.")
+    ] = Recipe.hold_out,
+    vary: Annotated[str, typer.Option(help="What renders of a picture differ in; may be empty.")] = ",".join(VARIATIONS),
+    caption_first: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the documents with the caption before the picture.")
+    ] = Recipe.caption_first,
+    languages: Annotated[str, typer.Option(help="Of the default pictures' names, as en,fr; all if empty.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of split, renders and codebook.")] = Recipe.seed,
 ) -> None:
     """Prepare a data set (about a minute for the default: OpenMoji pictures with their names, Python sources)."""
@@ -46,8 +54,21 @@ def main(
     began = time.monotonic()
     try:
         named = dict(_named("--extra-text", entry) for entry in extra_text)
-        inputs = Inputs(text, images, named, licence, dict(_named("--instructions", entry) for entry in instructions))
-        recipe = Recipe(seed, renders, heldout_renders, val_fraction, vocab_size, codes, tokenizer, codebook)
+        instructed = dict(_named("--instructions", entry) for entry in instructions)
+        inputs = Inputs(text, images, named, licence, instructed, _listed(languages))
+        recipe = Recipe(
+            seed=seed,
+            renders=renders,
+            heldout_renders=heldout_renders,
+            val_fraction=val_fraction,
+            vocab_size=vocab_size,
+            codes=codes,
+            tokenizer=tokenizer,
+            codebook=codebook,
+            hold_out=hold_out,
+            vary=_variations(vary),
+            caption_first=caption_first,
+        )
         with shown_progress() as report:
             manifest, built = prepare(out, inputs, recipe, report)
     except MoeDistError as error:
@@ -58,6 +79,16 @@ def main(
         return
     _show(manifest)
     print(f"{out} made in {time.monotonic() - began:.0f} s")
+
+
+def _listed(entry: str) -> tuple[str, ...]:
+    return tuple(each.strip() for each in entry.split(",") if each.strip())
+
+
+def _variations(entry: str) -> tuple[str, ...]:
+    if unknown := [each for each in _listed(entry) if each not in VARIATIONS]:
+        raise ConfigError(f"--vary {unknown[0]}: renders differ in some of {','.join(VARIATIONS)}")
+    return tuple(each for each in VARIATIONS if each in _listed(entry))
 
 
 def _named(option: str, entry: str) -> tuple[str, str]:

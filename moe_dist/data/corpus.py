@@ -2,7 +2,18 @@
 
 import hashlib
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+
+VARIATIONS = ("place", "flip", "background")  # place is scale and shift
+
+
+class HoldOut(StrEnum):
+    """What is on the held-out side: whole families, of which nothing is trained on; or variants, each near no training
+    picture, of families that have others in training."""
+
+    FAMILIES = "families"
+    VARIANTS = "variants"
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,9 @@ class Recipe:
         codes: Entries of the codebook.
         tokenizer: A tokenizer.json to use instead of fitting one.
         codebook: A codebook.npy to use instead of fitting one.
+        hold_out: Which pictures are on the held-out side.
+        vary: Which of `VARIATIONS` the renders of a picture differ in.
+        caption_first: Share of a picture's documents that have the caption before the picture.
     """
 
     seed: int = 0
@@ -101,6 +115,9 @@ class Recipe:
     codes: int = 512
     tokenizer: str | None = None
     codebook: str | None = None
+    hold_out: HoldOut = HoldOut.FAMILIES
+    vary: tuple[str, ...] = VARIATIONS
+    caption_first: float = 0.5
 
 
 def content_family(content: bytes) -> str:

@@ -209,7 +209,7 @@ class _Writer:
             first_code=self._text_vocab,
             special=self._special,
             captions=dict(zip(captions, encode_texts(self._tokenizer, captions), strict=True)),
-            seed=self._recipe.seed,
+            recipe=self._recipe,
         )
 
     def finish(self) -> tuple[Manifest, Figures]:

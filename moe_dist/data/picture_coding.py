@@ -4,7 +4,8 @@ Near-equal pictures must be on one side before the codebook is fitted, but are r
 codebooks. A provisional one, fitted on the plain renders of all pictures, serves the comparison alone and is thrown away.
 Families that it joins are split; the real codebook is fitted on training renders only. Then the comparison is repeated with
 the real one: a held-out family that it brings near to a training picture goes over to the training side (the codebook stays
-as it is, fitted on a part of the training side). The two sides are thus apart by either codebook.
+as it is, fitted on a part of the training side). The two sides are thus apart by either codebook. Where variants are held
+out, all of this is done with pictures in the place of families.
 
 Shape letters: N pictures, R renders of a picture, C cells of a grid.
 """
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_dist.data.codebook import GRID, decode, encode, fit, load_codebook, to_patches
-from moe_dist.data.corpus import Picture, Recipe
-from moe_dist.data.families import hold_out, join, near_pairs
+from moe_dist.data.corpus import HoldOut, Picture, Recipe
+from moe_dist.data.families import hold_out, join, near_pairs, variants
 from moe_dist.data.pictures import Render, augmented, plain, rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS
+from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most so many of their 64 cells are near-equal
@@ -32,8 +34,8 @@ class Division:
 
     Attributes:
         rasters_N: uint8 RGBA [N, RASTER, RASTER, 4].
-        component_N: int64, pictures with one number are one family.
-        held_out_N: bool; equal within a family.
+        component_N: int64, pictures with one number are on one side: a family, or near-equal variants.
+        held_out_N: bool; equal within a component.
         codebook: uint8 [codes, PATCH, PATCH, 3], fitted on training pictures.
     """
 
@@ -66,7 +68,11 @@ def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
 
 
 def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, report: Report) -> Division:
-    """Splits pictures by family and near-equality, and fits (or loads) the codebook, as the module's text says."""
+    """Splits pictures by family and near-equality, and fits (or loads) the codebook, as the module's text says.
+
+    Raises:
+        ConfigError: variants are to be held out, and there are none.
+    """
     report("split families", 0, 2)
     plain_patches = to_patches(np.stack([plain(raster).pixels for raster in rasters]))
     mirrored_patches = to_patches(np.stack([plain(raster, mirrored=True).pixels for raster in rasters]))
@@ -80,8 +86,9 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
 
     distinct = len(np.unique(plain_patches, axis=0))
     provisional = fit(plain_patches, codes=min(recipe.codes, distinct), seed=recipe.seed)
-    component_N = joined([picture.family for picture in pictures], provisional)
-    held_out_N = hold_out(component_N, np.ones(len(pictures), np.int64), fraction=recipe.val_fraction, seed=recipe.seed)
+    families = [picture.family for picture in pictures]
+    component_N = joined(families if recipe.hold_out == HoldOut.FAMILIES else range(len(pictures)), provisional)
+    held_out_N = _drawn(families, component_N, recipe)
     report("split families", 1, 2)
     codebook = load_codebook(recipe.codebook) if recipe.codebook else _fit_on(pictures, rasters, ~held_out_N, recipe)
     component_N = joined(component_N.tolist(), codebook)
@@ -90,25 +97,42 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     return Division(rasters, component_N, held_out_N, codebook)
 
 
+def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """The pictures that are held out for now, bool [N]: `val_fraction` of all, as far as there are so many variants."""
+    may = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
+    if recipe.val_fraction > 0 and not may.any():
+        raise ConfigError(
+            "--hold-out variants: no picture is a variant of another; hold out families, the default (docs/data.md)"
+        )
+    fraction = min(1.0, recipe.val_fraction * len(families) / max(1, may.sum()))
+    held_out_N = np.zeros(len(families), bool)
+    held_out_N[may] = hold_out(component_N[may], np.ones(may.sum(), np.int64), fraction=fraction, seed=recipe.seed)
+    return held_out_N
+
+
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
     """A codebook of the chosen pictures' renders, or of an even sample of them."""
     every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
     sample = every[:: -(-len(every) // _FIT_RENDERS)]
-    renders = [augmented(rasters[number], seed=recipe.seed, key=pictures[number].key, index=i) for number, i in sample]
+    renders = [
+        augmented(rasters[number], seed=recipe.seed, key=pictures[number].key, index=i, vary=recipe.vary)
+        for number, i in sample
+    ]
     return fit(to_patches(np.stack([render.pixels for render in renders])), codes=recipe.codes, seed=recipe.seed)
 
 
 class PictureCoder:
     """Makes the documents of pictures: each render with one of the captions, before or behind the picture.
 
-    Captions rotate over the renders of a picture, and so does their place each time round; both by number alone.
+    Captions rotate over the renders of a picture. Their place changes each time round, so that they are before the picture
+    in the recipe's share of the documents. Both by number alone.
 
     Args:
         codebook: uint8 [codes, PATCH, PATCH, 3].
         first_code: Token id of code 0.
         special: Id of each special token.
         captions: Token ids of each caption.
-        seed: Seed of the renders.
+        recipe: Of the renders, and of the captions' place.
     """
 
     def __init__(
@@ -118,10 +142,10 @@ class PictureCoder:
         first_code: int,
         special: Mapping[str, int],
         captions: Mapping[str, np.ndarray],
-        seed: int,
+        recipe: Recipe,
     ) -> None:
         self._codebook, self._first_code, self._special = codebook, first_code, special
-        self._captions, self._seed = captions, seed
+        self._captions, self._recipe = captions, recipe
         self._squared_error, self._values = 0.0, 0
 
     def documents(
@@ -131,7 +155,7 @@ class PictureCoder:
         for start in range(0, len(pictures), _CHUNK):
             chunk = pictures[start : start + _CHUNK]
             made = [
-                augmented(raster, seed=self._seed, key=picture.key, index=index)
+                augmented(raster, seed=self._recipe.seed, key=picture.key, index=index, vary=self._recipe.vary)
                 for picture, raster in zip(chunk, rasters[start : start + _CHUNK], strict=True)
                 for index in range(renders)
             ]
@@ -169,7 +193,8 @@ class PictureCoder:
         if picture.captions:
             turn, which = divmod(index, len(picture.captions))
             caption = self._captions[picture.captions[which]]
-            at = 1 if (turn + number) % 2 == 0 else 0  # every other time round behind the picture
+            share, time = self._recipe.caption_first, turn + number
+            at = 0 if int(share * (time + 1)) > int(share * time) else 1  # before the picture, or behind it
             parts.insert(at, caption)
             fillers.insert(at, np.zeros(len(caption), bool))
         return Document(

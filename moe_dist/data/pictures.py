@@ -6,6 +6,7 @@ whether nothing of the picture is in it (`empty`, bool [GRID, GRID]).
 
 import io
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from moe_dist.data.codebook import GRID, PATCH, SIDE
+from moe_dist.data.corpus import VARIATIONS
 from moe_dist.errors import DataError
 
 RASTER = 64
@@ -67,14 +69,20 @@ def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
     return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
 
 
-def augmented(raster: np.ndarray, *, seed: int, key: str, index: int) -> Render:
-    """Render `index` of the picture called `key`: scale, shift, flip and background drawn from (seed, key, index) alone."""
+def augmented(raster: np.ndarray, *, seed: int, key: str, index: int, vary: Collection[str] = VARIATIONS) -> Render:
+    """Render `index` of the picture called `key`: scale, shift, flip and background drawn from (seed, key, index) alone;
+    those that do not vary are as in `plain`.
+    """
     rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
     side = round(SIDE * rng.uniform(*SCALES))
     room = SIDE - side  # negative where the picture is larger than the frame, which then cuts it
     x, y = rng.integers(min(room, 0), max(room, 0), size=2, endpoint=True).tolist()
-    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    return _lay(_scaled(raster, side, bool(rng.integers(2))), (x, y), background)
+    background, mirrored = BACKGROUNDS[rng.integers(len(BACKGROUNDS))], bool(rng.integers(2))
+    if "place" not in vary:
+        side, x, y = SIDE, 0, 0
+    if "background" not in vary:
+        background = BACKGROUNDS[0]
+    return _lay(_scaled(raster, side, mirrored and "flip" in vary), (x, y), background)
 
 
 def _scaled(raster: np.ndarray, side: int, mirrored: bool) -> Image.Image:

@@ -33,6 +33,7 @@ class Inputs:
         extra_text: More text sources by name, each a folder or JSONL.
         licence: Licence of the user's own contents.
         instructions: Sources of instructions by name, each a JSONL file.
+        languages: Of the default pictures' names; empty is all that there are.
     """
 
     text: str | None = None
@@ -40,6 +41,7 @@ class Inputs:
     extra_text: Mapping[str, str] = field(default_factory=dict)
     licence: str = "not stated"
     instructions: Mapping[str, str] = field(default_factory=dict)
+    languages: tuple[str, ...] = ()
 
 
 def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
@@ -53,7 +55,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
         DataError: an input, or the finished data set, is damaged.
     """
     out = out.resolve()  # a link's target is what is renamed over
-    asked = json.loads(json.dumps({"inputs": asdict(inputs), "recipe": asdict(recipe)}))
+    asked = _as_json(inputs, recipe)
     if done := _finished(out, asked):
         return done, False
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,10 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
     return manifest, True
 
 
+def _as_json(inputs: Inputs, recipe: Recipe) -> dict:
+    return json.loads(json.dumps({"inputs": asdict(inputs), "recipe": asdict(recipe)}))
+
+
 def _finished(out: Path, asked: dict) -> Manifest | None:
     """The manifest if `out` holds a whole data set of the same making, None if it is free."""
     from moe_dist.config.split_files import check_split
@@ -82,12 +88,14 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
         return None
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
         raise ConfigError(f"--out {out}: holds what prepare_data did not make; name an empty or new folder")
-    made = json.loads((out / RECIPE_FILE).read_text())
+    written = json.loads((out / RECIPE_FILE).read_text())
+    # An option that is not written down is younger than the folder, which was made as its default has it.
+    made = {section: values | written[section] for section, values in _as_json(Inputs(), Recipe()).items()}
     differ = [
-        f"{section}.{key} is {made[section].get(key)!r}, asked for {value!r}"
+        f"{section}.{key} is {made[section][key]!r}, asked for {value!r}"
         for section, values in asked.items()
         for key, value in values.items()
-        if made[section].get(key) != value
+        if made[section][key] != value
     ]
     if differ:
         raise ConfigError(f"--out {out}: made otherwise ({'; '.join(differ)}); name another folder, or remove this one")
@@ -118,10 +126,16 @@ def _sources(inputs: Inputs) -> Corpus:
     _check_names(inputs)
     pictures, texts = None, []
     if inputs.text is None and inputs.images is None and not inputs.instructions:
-        from moe_dist.data.corpus_openmoji import openmoji
+        from moe_dist.data.corpus_openmoji import LANGUAGES, openmoji
         from moe_dist.data.corpus_python import python_library
 
-        pictures, texts = openmoji(), [python_library()]
+        if unknown := sorted(set(inputs.languages) - set(LANGUAGES)):
+            raise ConfigError(f"--languages {unknown[0]}: the pictures have names in {', '.join(LANGUAGES)}")
+        pictures, texts = openmoji(inputs.languages or LANGUAGES), [python_library()]
+    elif inputs.languages:
+        raise ConfigError(
+            f"--languages {inputs.languages[0]}: of the default pictures' names; your own have the captions beside them"
+        )
     if inputs.images is not None:
         pictures = picture_files("images", Path(inputs.images), inputs.licence)
     if inputs.text is not None:

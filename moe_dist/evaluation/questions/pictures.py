@@ -24,12 +24,21 @@ def pictures(material: Material, families: Mapping[str, str], side: Side) -> tup
         families: Family of each caption of the default pictures, see `openmoji_families`.
 
     Raises:
-        ConfigError: no document has a picture with a caption.
+        ConfigError: no document has a picture with a caption; or of all held-out ones, others of the family are trained on.
     """
-    documents = list(material.pictured("train", most=_TRAINED_ON) if side is Side.TRAIN else material.pictured("valid"))
+    trained = list(material.pictured("train", most=_TRAINED_ON))
+    documents = trained if side is Side.TRAIN else list(material.pictured("valid"))
     first = {each.caption: each for each in reversed(documents) if each.caption}
     if not first:
         raise ConfigError("--tasks pictures: none of the run's pictures of this side has a caption; take other tasks")
+    if side is not Side.TRAIN:
+        known = {families.get(each.caption, each.caption) for each in trained}
+        first = {caption: each for caption, each in first.items() if families.get(caption, caption) not in known}
+    if not first:
+        raise ConfigError(
+            "--tasks pictures: of each held-out picture the run was trained on variants; take other tasks, or a run on "
+            "data prepared with --hold-out families"
+        )
     relatives: dict[str, list[Heldout]] = {}
     for caption, document in first.items():
         relatives.setdefault(families.get(caption, caption), []).append(document)

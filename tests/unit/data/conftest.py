@@ -95,9 +95,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     divisions: list[Division] = []
     rendered: set[str] = set()
 
-    def augmented(raster: np.ndarray, *, seed: int, key: str, index: int) -> Render:
+    def augmented(raster: np.ndarray, *, key: str, **rest: Any) -> Render:
         rendered.add(key)
-        return pictures_module.augmented(raster, seed=seed, key=key, index=index)
+        return pictures_module.augmented(raster, key=key, **rest)
 
     def divide(*arguments: Any) -> Division:
         with pytest.MonkeyPatch.context() as patch:

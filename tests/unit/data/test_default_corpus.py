@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 
 from moe_dist.config.manifest import SplitSection
 from moe_dist.data.codebook import encode, fit, load_codebook, to_patches
+from moe_dist.data.corpus import HoldOut
+from moe_dist.data.corpus_openmoji import openmoji
 from moe_dist.data.corpus_python import python_library
 from moe_dist.data.families import near_pairs
 from moe_dist.data.indexed import IndexedSplit
+from moe_dist.data.picture_coding import divide
 from moe_dist.data.pictures import augmented, plain, rasterise
 from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
 
@@ -79,6 +83,25 @@ def test_near_equal_grids_are_on_one_side(prepared, held_out: np.ndarray, which:
     assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
 
 
+def test_held_out_variants_have_kin_and_no_twin_in_training(prepared) -> None:
+    pictures, rasters = prepared.pictures.pictures, prepared.division.rasters_N
+    recipe = replace(prepared.recipe, hold_out=HoldOut.VARIANTS)
+    division = divide(pictures, rasters, recipe, lambda stage, done, total: None)
+    held_out = division.held_out_N
+    trained = {picture.family for picture, held in zip(pictures, held_out.tolist(), strict=True) if not held}
+    assert trained == {picture.family for picture in pictures}
+    assert 0.06 * len(pictures) < held_out.sum() <= 0.1 * len(pictures)
+    tones = sum("skin tone" in pictures[number].captions[0] for number in np.flatnonzero(held_out))
+    assert tones > 0.5 * held_out.sum()
+    patches, mirrored = (
+        to_patches(np.stack([plain(raster, mirrored=flip).pixels for raster in rasters])) for flip in (False, True)
+    )
+    for codebook in (division.codebook, fit(patches, codes=512, seed=0)):
+        grids, flipped = (encode(each, codebook).reshape(-1, 64) for each in (patches, mirrored))
+        assert near_pairs(grids[held_out], grids[~held_out], most=8) == []
+        assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
+
+
 def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[str, Side]) -> None:
     codebook = load_codebook(prepared.folder / "codebook.npy")
     for side in sides.values():
@@ -113,6 +136,9 @@ def test_captions_rotate_over_languages(prepared) -> None:
     assert all(len(picture.captions) == 5 for picture in prepared.pictures.pictures)
     guitar = next(picture for picture in prepared.pictures.pictures if picture.key == "1F3B8")
     assert guitar.captions == ("en: guitar", "de: gitarre", "fr: guitare", "ja: ギター", "es: guitarra")
+    chosen = openmoji(("fr", "en")).pictures
+    assert next(picture for picture in chosen if picture.key == "1F3B8").captions == ("fr: guitare", "en: guitar")
+    assert [picture.key for picture in chosen] == [picture.key for picture in prepared.pictures.pictures]
 
 
 def test_the_python_sources_are_split_by_file(prepared) -> None:

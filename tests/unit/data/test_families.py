@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.data.families import emoji_family, hold_out, join, near_pairs
+from moe_dist.data.families import emoji_family, hold_out, join, near_pairs, variants
 
 
 def points(text: str) -> tuple[int, ...]:
@@ -83,3 +83,26 @@ def test_no_family_is_most_of_the_held_out_side() -> None:
         held_out = hold_out(component_N, np.ones(500, np.int64), fraction=0.1, seed=seed)
         assert held_out.sum() == 50
         assert not held_out[:40].any()
+
+
+def test_variants_leave_each_family_its_first() -> None:
+    families = ["a", "a", "b", "a", "b", "c", "c"]
+    #                    a0 a1 b2 a3 b4 c5 c6; a3 is near b4, and c6 near a0
+    components = np.array([0, 1, 2, 3, 3, 5, 0])
+    assert variants(families, components).tolist() == [False, True, False, True, True, False, False]
+    assert not variants(["a", "b"], np.array([0, 1])).any()
+
+
+@given(
+    items=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 30)), min_size=1, max_size=60),
+    fraction=st.floats(0.05, 1.0),
+)
+def test_of_a_variant_the_family_is_trained_on(items: list[tuple[int, int]], fraction: float) -> None:
+    families, component_N = [family for family, _ in items], np.array([component for _, component in items])
+    may = variants(families, component_N)
+    held_out = np.zeros(len(items), bool)
+    if may.any():
+        held_out[may] = hold_out(component_N[may], np.ones(may.sum(), np.int64), fraction=fraction, seed=0)
+    trained = {family for family, held in zip(families, held_out.tolist(), strict=True) if not held}
+    assert trained == set(families)
+    assert not set(component_N[held_out]) & set(component_N[~held_out])

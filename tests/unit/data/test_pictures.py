@@ -41,6 +41,23 @@ def test_a_render_follows_from_seed_key_and_index() -> None:
         assert (first.pixels != other.pixels).any()
 
 
+@pytest.mark.parametrize("vary", [(), ("place",), ("flip",), ("background",), ("place", "flip", "background")])
+def test_renders_differ_in_what_varies_alone(vary: tuple[str, ...]) -> None:
+    every = [augmented(disc(), seed=1, key="disc", index=index, vary=vary) for index in range(40)]
+    red = [(np.abs(each.pixels.astype(int) - (255, 0, 0)) < 3).all(-1) for each in every]
+    assert (len({each.pixels[0, 0].tobytes() for each in every}) > 1) == ("background" in vary)
+    assert (len({each.sum() for each in red}) > 1) == ("place" in vary), "scale"
+    if "place" not in vary:
+        as_it_is, mirrored = plain(disc()), plain(disc(), mirrored=True)
+        found = {each.empty.tobytes() for each in every}
+        assert found == {as_it_is.empty.tobytes()} | ({mirrored.empty.tobytes()} if "flip" in vary else set())
+    if not vary:
+        assert all((each.pixels == plain(disc()).pixels).all() for each in every)
+    full = [augmented(disc(), seed=1, key="disc", index=index) for index in range(40)]
+    if "background" in vary:
+        assert [each.pixels[0, 0].tolist() for each in every] == [each.pixels[0, 0].tolist() for each in full], "same draws"
+
+
 def test_plain_is_whole_and_white_and_may_be_mirrored() -> None:
     render, mirrored = plain(disc()), plain(disc(), mirrored=True)
     assert (render.pixels[0, 0] == 255).all()

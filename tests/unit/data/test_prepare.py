@@ -305,6 +305,9 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
         (("--instructions", "text=missing"), "rename"),
         (("--instructions", "asked=missing"), "no such file"),
         (("--instructions", "a=missing", "--extra-text", "a=missing"), "has the same name"),
+        (("--vary", "place,colour"), "--vary colour: renders differ in some of place,flip,background"),
+        (("--languages", "en,it"), "--languages it: the pictures have names in en, de, fr, ja, es"),
+        (("--languages", "en", "--text", "missing"), "--languages en: of the default pictures' names"),
     ],
 )
 def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words: str) -> None:
@@ -312,6 +315,40 @@ def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words:
     assert result.exit_code == 78
     assert words in result.output
     assert not (tmp_path / "set").exists()
+
+
+def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> None:
+    result = command("--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS)
+    assert result.exit_code == 78
+    assert "no picture is a variant of another; hold out families" in result.output.replace("\n", " ")
+    assert not (tmp_path / "set").exists()
+
+
+def picture_documents(folder: Path) -> list[np.ndarray]:
+    data = IndexedSplit(folder, load_manifest(folder).sources["images"].train)
+    return [data.tokens(*at) for at in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
+def test_captions_are_before_the_picture_in_the_share_asked_for(own: Path, tmp_path: Path, share: float) -> None:
+    recipe = replace(RECIPE, renders=8, caption_first=share, vary=())
+    prepare(tmp_path / "set", Inputs(images=str(own / "pictures")), recipe, silent)
+    documents = picture_documents(tmp_path / "set")
+    captioned = [tokens for tokens in documents if len(tokens) > 68]  # <bos><boi> 64 codes <eoi> caption <eos>
+    assert np.mean([tokens[1] != 3 for tokens in captioned]) == share  # <boi>
+    assert len({tokens[(tokens >= 300)].tobytes() for tokens in documents}) * 8 == len(documents), "nothing varies"
+
+
+def test_a_set_that_is_older_than_an_option_was_made_by_its_default(own: Path, tmp_path: Path) -> None:
+    prepare(tmp_path / "set", inputs(own), RECIPE, silent)
+    path = tmp_path / "set/recipe.json"
+    older = json.loads(path.read_text())
+    for section, key in (("inputs", "languages"), ("recipe", "hold_out"), ("recipe", "vary"), ("recipe", "caption_first")):
+        del older[section][key]
+    path.write_text(json.dumps(older))
+    assert not prepare(tmp_path / "set", inputs(own), RECIPE, silent)[1]
+    with pytest.raises(ConfigError, match=r"recipe\.caption_first is 0\.5, asked for 0\.9"):
+        prepare(tmp_path / "set", inputs(own), replace(RECIPE, caption_first=0.9), silent)
 
 
 def test_too_many_codes_for_the_pictures_is_65(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Facts from files in the packages' formats, the sides they stand on, and the questions made of them."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,9 +14,11 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.evaluation.questions.catalogue import task_names
 from moe_dist.evaluation.questions.fact import Codes, Fact, Question, lemma_keys
 from moe_dist.evaluation.questions.make import make_questions
+from moe_dist.evaluation.questions.pictures import pictures
 from moe_dist.evaluation.questions.split import Side, on_side, side_of
 from moe_dist.evaluation.questions.trivia import alternatives, trivia
 from moe_dist.evaluation.questions.wordnet import WordNet
+from moe_dist.generation.material import Heldout, Material
 from tests.support.wordnet_files import offset_of, write_wordnet
 
 WORDS = [
@@ -158,3 +163,26 @@ def test_tasks_by_name_and_family() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="--tasks wordnet-antonyms: there is no such task; did you mean wordnet-antonym"):
         task_names("wordnet-antonyms,trivia")
+
+
+class Pictured:
+    """Stands for a run's data: documents of each side as (caption, number of the picture)."""
+
+    def __init__(self, train: list[tuple[str, int]], valid: list[tuple[str, int]]) -> None:
+        self._sides = {"train": train, "valid": valid}
+
+    def pictured(self, side: str, *, most: int | None = None) -> Iterator[Heldout]:
+        for caption, number in self._sides[side]:
+            yield Heldout(caption, np.array([number]))
+
+
+def test_of_a_family_that_is_trained_on_no_picture_is_asked_about_elsewhere() -> None:
+    families = {"en: elf": "elf", "en: elf dark skin tone": "elf", "en: cat": "cat"}
+    train = [("en: elf", 1), ("en: house", 2)]
+    held_out = [("en: elf dark skin tone", 3), ("en: cat", 4), ("en: house", 5)]
+    for facts in pictures(cast(Material, Pictured(train, held_out)), families, Side.TEST):
+        assert [fact.id for fact in facts] == ["en: cat"]
+    for facts in pictures(cast(Material, Pictured(train, held_out)), families, Side.TRAIN):
+        assert [fact.id for fact in facts] == ["en: elf", "en: house"]
+    with pytest.raises(ConfigError, match="of each held-out picture the run was trained on variants"):
+        pictures(cast(Material, Pictured(train, held_out[:1])), families, Side.VALID)
