@@ -120,7 +120,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
         depths=config.model.depths is not None,
     )
     sinks: list[Sink] = []
-    resume_step, owed = progress.step, progress.evaluated < progress.step
+    resume_step, owed = progress.step, progress.owes_evaluation(config.evaluation.every, config.train.steps)
     for section in config.monitor.sinks:
         options = {**section.model_dump(exclude={"kind"}), "resume_step": resume_step}
         match section:

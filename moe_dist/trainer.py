@@ -47,6 +47,10 @@ class Progress:
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 
+    def owes_evaluation(self, every: int, last: int) -> bool:
+        """Whether this step is one to evaluate after, every so many steps and after the last, and none has been kept."""
+        return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
+
 
 class Loader(Protocol):
     """A rank's share of an endless stream of sequences, by position."""
@@ -166,14 +170,14 @@ class Trainer:
         """
         plan, progress = self._plan, self.progress
         evaluation: EvaluationResult | None = None
-        if self._evaluation_owed() and progress.step < plan.steps:
+        if self._owes_evaluation() and progress.step < plan.steps:
             evaluation = self._evaluate(final=False)
         while progress.step < plan.steps:
             result = self._step()
             self._saver.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
-            if last or (self._evaluation_owed() and not stop):  # a stop saves first: the grace may be short
+            if last or (self._owes_evaluation() and not stop):  # a stop saves first: the grace may be short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
                 self._saver.wait()  # the last good state may still be on its way to the disk
@@ -186,9 +190,8 @@ class Trainer:
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation))
 
-    def _evaluation_owed(self) -> bool:
-        step = self.progress.step
-        return step > self.progress.evaluated and step % self._plan.evaluate_every == 0
+    def _owes_evaluation(self) -> bool:
+        return self.progress.owes_evaluation(self._plan.evaluate_every, self._plan.steps)
 
     def _step(self) -> StepResult:
         begin = time.perf_counter()

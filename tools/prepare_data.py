@@ -55,7 +55,14 @@ def main(
     try:
         named = dict(_named("--extra-text", entry) for entry in extra_text)
         instructed = dict(_named("--instructions", entry) for entry in instructions)
-        inputs = Inputs(text, images, named, licence, instructed, _listed(languages))
+        inputs = Inputs(
+            text=text,
+            images=images,
+            extra_text=named,
+            licence=licence,
+            instructions=instructed,
+            languages=_listed(languages),
+        )
         recipe = Recipe(
             seed=seed,
             renders=renders,
@@ -82,7 +89,7 @@ def main(
 
 
 def _listed(entry: str) -> tuple[str, ...]:
-    return tuple(each.strip() for each in entry.split(",") if each.strip())
+    return tuple(dict.fromkeys(each.strip() for each in entry.split(",") if each.strip()))
 
 
 def _variations(entry: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ class HoldOut(StrEnum):
 class Picture:
     """Attributes:
     key: Name of the picture, unique in its source; its renders are drawn from it.
-    family: Pictures of one family are on one side of the split.
+    family: Pictures of one family are on one side of the split, unless variants are held out.
     path: SVG, or any file that Pillow reads.
     captions: What it shows, e.g. in several languages; may be empty.
     """

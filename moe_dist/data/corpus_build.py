@@ -16,6 +16,7 @@ from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
 from moe_dist.data.corpus import (
     Corpus,
+    HoldOut,
     InstructionSource,
     PictureSource,
     Recipe,
@@ -44,13 +45,16 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
-        The manifest, and figures worth knowing: pictures and families of each side, PSNR of the codes in dB.
+        The manifest, and figures worth knowing: pictures of each side and the families that they are (where variants are
+        held out, the components of near-equal ones), PSNR of the codes in dB.
 
     Raises:
         ConfigError: the recipe asks for what cannot be.
         DataError: a picture is damaged, or there are too few for the codebook.
     """
     pictures, texts, division = corpus.pictures, corpus.texts, None
+    if not pictures and recipe.hold_out == HoldOut.VARIANTS:
+        raise ConfigError("--hold-out variants: is of pictures, and this data set has none; leave it out")
     if pictures:
         division = divide(pictures.pictures, rasterise_all(pictures.pictures, report), recipe, report)
     held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
@@ -160,7 +164,8 @@ class _Writer:
             documents = coder.documents(pictures, rasters, renders=renders, stage=stage, report=self._report)
             splits[side] = self._write(source.name, side, list(documents), with_filler=True)
             self._figures[f"{side}_pictures"] = len(chosen)
-            self._figures[f"{side}_families"] = len(np.unique(division.component_N[chosen]))
+            apart = "families" if self._recipe.hold_out == HoldOut.FAMILIES else "components"
+            self._figures[f"{side}_{apart}"] = len(np.unique(division.component_N[chosen]))
         self._figures["psnr_db"] = round(coder.psnr, 3)
         self._sources[source.name] = _section(source, splits)
 

@@ -105,8 +105,8 @@ def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray
     Returns:
         bool [N].
     """
-    first_N = np.unique(join(families))
-    return ~np.isin(components_N, components_N[first_N])
+    firsts = np.unique(join(families))
+    return ~np.isin(components_N, components_N[firsts])
 
 
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:

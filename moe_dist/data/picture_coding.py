@@ -71,7 +71,7 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     """Splits pictures by family and near-equality, and fits (or loads) the codebook, as the module's text says.
 
     Raises:
-        ConfigError: variants are to be held out, and there are none.
+        ConfigError: variants are to be held out, and there are none that could be.
     """
     report("split families", 0, 2)
     plain_patches = to_patches(np.stack([plain(raster).pixels for raster in rasters]))
@@ -93,20 +93,22 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     codebook = load_codebook(recipe.codebook) if recipe.codebook else _fit_on(pictures, rasters, ~held_out_N, recipe)
     component_N = joined(component_N.tolist(), codebook)
     held_out_N &= ~np.isin(component_N, component_N[~held_out_N])
+    if recipe.hold_out == HoldOut.VARIANTS and recipe.val_fraction > 0 and not held_out_N.any():
+        raise ConfigError(
+            "--hold-out variants: no picture is a variant of another and unlike all of those that stay in training; hold "
+            "out families, the default (docs/data.md)"
+        )
     report("split families", 2, 2)
     return Division(rasters, component_N, held_out_N, codebook)
 
 
 def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
     """The pictures that are held out for now, bool [N]: `val_fraction` of all, as far as there are so many variants."""
-    may = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
-    if recipe.val_fraction > 0 and not may.any():
-        raise ConfigError(
-            "--hold-out variants: no picture is a variant of another; hold out families, the default (docs/data.md)"
-        )
-    fraction = min(1.0, recipe.val_fraction * len(families) / max(1, may.sum()))
+    may_N = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
     held_out_N = np.zeros(len(families), bool)
-    held_out_N[may] = hold_out(component_N[may], np.ones(may.sum(), np.int64), fraction=fraction, seed=recipe.seed)
+    if may_N.any():
+        fraction, ones = min(1.0, recipe.val_fraction * len(families) / may_N.sum()), np.ones(may_N.sum(), np.int64)
+        held_out_N[may_N] = hold_out(component_N[may_N], ones, fraction=fraction, seed=recipe.seed)
     return held_out_N
 
 
@@ -124,8 +126,8 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 class PictureCoder:
     """Makes the documents of pictures: each render with one of the captions, before or behind the picture.
 
-    Captions rotate over the renders of a picture. Their place changes each time round, so that they are before the picture
-    in the recipe's share of the documents. Both by number alone.
+    Captions rotate over the renders of a picture. Their place is chosen anew each time round, so that they are before the
+    picture in the recipe's share of the documents. Both by number alone.
 
     Args:
         codebook: uint8 [codes, PATCH, PATCH, 3].

@@ -97,6 +97,11 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
         for key, value in values.items()
         if made[section][key] != value
     ]
+    differ += [
+        f"{section}.{key} is {written[section][key]!r}, and this version has no such option"
+        for section, values in asked.items()
+        for key in sorted(written[section].keys() - values.keys())
+    ]
     if differ:
         raise ConfigError(f"--out {out}: made otherwise ({'; '.join(differ)}); name another folder, or remove this one")
     manifest = load_manifest(out)
@@ -134,7 +139,8 @@ def _sources(inputs: Inputs) -> Corpus:
         pictures, texts = openmoji(inputs.languages or LANGUAGES), [python_library()]
     elif inputs.languages:
         raise ConfigError(
-            f"--languages {inputs.languages[0]}: of the default pictures' names; your own have the captions beside them"
+            f"--languages {','.join(inputs.languages)}: chooses among the names of the default pictures, which this data "
+            "set is without; leave it out"
         )
     if inputs.images is not None:
         pictures = picture_files("images", Path(inputs.images), inputs.licence)

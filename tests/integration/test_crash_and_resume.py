@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launchers.local import launch
 from moe_dist.monitor.tags import reproducible_part
@@ -28,7 +29,10 @@ def start(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     root = tmp_path_factory.mktemp("runs")
 
     def started(name: str) -> tuple[int, RunFolder]:
-        config = tiny_config(tiny_data, root, {**SETTINGS, "run.name": name, "checkpoint.asynchronous": name != "kill"})
+        changes = {**SETTINGS, "run.name": name, "checkpoint.asynchronous": name != "kill"}
+        if name == "stop-kill":
+            changes["monitor.sinks"] = [{"kind": "jsonl"}, {"kind": "tensorboard"}]
+        config = tiny_config(tiny_data, root, changes)
         path = write_config(config, root / f"{name}.yaml")
         return launch(path, program=PROGRAM), RunFolder.of(config)
 
@@ -79,4 +83,8 @@ def test_the_run_goes_on_to_the_same_bits(
     steps = [line["step"] for line in seen if line["kind"] == "step"]
     assert steps == list(range(1, STEPS + 1))
     assert [reproducible_part(line) for line in seen] == [reproducible_part(line) for line in undisturbed]
+    if name == "stop-kill":
+        events = EventAccumulator(str(run.tensorboard)).Reload()
+        assert [event.step for event in events.Scalars("eval/text")] == [2, 4, 6]
+        assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
     shutil.rmtree(run.path)

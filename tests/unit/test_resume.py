@@ -214,3 +214,19 @@ def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
     assert {name: counter.value for name, counter in mine.items()} == {"bias": 5, "decay": 6}
     with pytest.raises(DataError, match=r"has states of \['bias', 'decay'\], the run needs those of \['bias'\]"):
         OneRank(tiny_data, tmp_path, {"bias": Counter(0)}).resumable.restore()
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "every", "last", "owed"),
+    [
+        (0, 0, 5, 60, False),
+        (10, 5, 5, 60, True),
+        (10, 10, 5, 60, False),
+        (10, 5, 4, 60, False),  # the interval was changed on resume
+        (10, 8, 4, 10, True),  # so was the last step
+    ],
+)
+def test_an_evaluation_is_owed_where_one_is_due_and_not_kept(
+    step: int, evaluated: int, every: int, last: int, owed: bool
+) -> None:
+    assert Progress(step=step, evaluated=evaluated).owes_evaluation(every, last) is owed

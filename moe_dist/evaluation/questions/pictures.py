@@ -14,7 +14,7 @@ from moe_dist.generation.material import Heldout, Material
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents that are looked at: the first render of each caption is enough
+_TRAINED_ON = 8000  # training documents that questions are made of: the first render of each caption is enough
 
 
 def pictures(material: Material, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
@@ -26,7 +26,7 @@ def pictures(material: Material, families: Mapping[str, str], side: Side) -> tup
     Raises:
         ConfigError: no document has a picture with a caption; or of all held-out ones, others of the family are trained on.
     """
-    trained = list(material.pictured("train", most=_TRAINED_ON))
+    trained = list(material.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(material.pictured("valid"))
     first = {each.caption: each for each in reversed(documents) if each.caption}
     if not first:
@@ -36,8 +36,8 @@ def pictures(material: Material, families: Mapping[str, str], side: Side) -> tup
         first = {caption: each for caption, each in first.items() if families.get(caption, caption) not in known}
     if not first:
         raise ConfigError(
-            "--tasks pictures: of each held-out picture the run was trained on variants; take other tasks, or a run on "
-            "data prepared with --hold-out families"
+            "--tasks pictures: the run was trained on others of the family, or with the caption, of each held-out picture; "
+            "take other tasks, or --split train"
         )
     relatives: dict[str, list[Heldout]] = {}
     for caption, document in first.items():

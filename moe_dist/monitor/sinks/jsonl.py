@@ -171,21 +171,27 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     if not path.exists():
         return
     kept_path = path.with_name(path.name + ".kept")
-    unreadable = later = 0
+    unreadable = dropped = 0
     with path.open("rb") as old, kept_path.open("wb") as new:
         for text in old:
             begin = LINE_BEGIN.match(text)
             if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # zeros: blocks that a power cut left unwritten
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
-                later += 1
+                dropped += 1
             else:
                 new.write(text)
         new.flush()
         os.fsync(new.fileno())
     os.replace(kept_path, path)
-    if unreadable or later:
-        logger.info("%s: dropped %d lines after step %d and %d unfinished ones", path, later, step, unreadable)
+    if unreadable or dropped:
+        logger.info(
+            "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones",
+            path,
+            step,
+            dropped,
+            unreadable,
+        )
 
 
 def _parse(text: str) -> dict[str, Any] | None:

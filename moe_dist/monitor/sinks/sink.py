@@ -11,8 +11,9 @@ class Sink(Protocol):
     """A place that records go to.
 
     A sink is made with `resume_step`, the last step that stays (0 in a new run): what an earlier attempt left of later
-    steps is dropped, so that each step is there exactly once after any number of resumes. Those that keep files are told as
-    well whether the evaluation of that step is still owed: an attempt that died before its next checkpoint has left one.
+    steps is dropped, so that each step is there exactly once after any number of resumes. Those of metrics.jsonl and of
+    TensorBoard are told as well whether the evaluation of that step is still owed: an attempt that took it and died before
+    its next checkpoint has left one.
     """
 
     def step(self, record: Record) -> None:

@@ -13,8 +13,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest
-from moe_dist.data import corpus_build
-from moe_dist.data.corpus import Recipe
+from moe_dist.data import corpus_build, picture_coding
+from moe_dist.data.corpus import Corpus, HoldOut, Recipe
+from moe_dist.data.corpus_files import picture_files
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import TrainLoader, heldout_batches
 from moe_dist.data.prepare import Inputs, prepare
@@ -307,7 +308,7 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
         (("--instructions", "a=missing", "--extra-text", "a=missing"), "has the same name"),
         (("--vary", "place,colour"), "--vary colour: renders differ in some of place,flip,background"),
         (("--languages", "en,it"), "--languages it: the pictures have names in en, de, fr, ja, es"),
-        (("--languages", "en", "--text", "missing"), "--languages en: of the default pictures' names"),
+        (("--languages", "en,fr,en", "--text", "missing"), "--languages en,fr: chooses among the names of the default"),
     ],
 )
 def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words: str) -> None:
@@ -320,8 +321,34 @@ def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words:
 def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> None:
     result = command("--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS)
     assert result.exit_code == 78
-    assert "no picture is a variant of another; hold out families" in result.output.replace("\n", " ")
+    assert "no picture is a variant of another" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
+    result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", "--hold-out", "variants", *OPTIONS)
+    assert result.exit_code == 78
+    assert "--hold-out variants: is of pictures, and this data set has none" in result.output.replace("\n", " ")
+    recipe = replace(RECIPE, hold_out=HoldOut.VARIANTS, val_fraction=0.0)
+    manifest, _ = prepare(tmp_path / "all", Inputs(images=str(own / "pictures")), recipe, silent)
+    assert manifest.sources["images"].valid is None, "nothing is asked for, nothing is refused"
+
+
+@pytest.mark.parametrize("one_component", [False, True])
+def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_component: bool) -> None:
+    """Ten families of four pictures; where their variants are all near each other, they are too many to be held out."""
+    source = picture_files("images", own / "pictures", "CC0-1.0")
+    every = [replace(each, family=f"family {number // 4}") for number, each in enumerate(source.pictures)]
+    monkeypatch.setattr("moe_dist.data.prepare._sources", lambda _: Corpus(replace(source, pictures=tuple(every))))
+    if one_component:
+        variants = [number for number in range(40) if number % 4]
+        monkeypatch.setattr(picture_coding, "near_pairs", lambda *_, most: [(1, each) for each in variants])
+        with pytest.raises(ConfigError, match="unlike all of those that stay in training"):
+            prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
+        return
+    manifest, _ = prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
+    held_out = manifest.sources["images"].valid
+    assert held_out is not None
+    assert held_out.documents == 8 * RECIPE.heldout_renders
+    figures = json.loads((tmp_path / "set/recipe.json").read_text())["figures"]
+    assert (figures["train_pictures"], figures["train_components"], figures["valid_components"]) == (32, 32, 8)
 
 
 def picture_documents(folder: Path) -> list[np.ndarray]:
@@ -334,8 +361,11 @@ def test_captions_are_before_the_picture_in_the_share_asked_for(own: Path, tmp_p
     recipe = replace(RECIPE, renders=8, caption_first=share, vary=())
     prepare(tmp_path / "set", Inputs(images=str(own / "pictures")), recipe, silent)
     documents = picture_documents(tmp_path / "set")
-    captioned = [tokens for tokens in documents if len(tokens) > 68]  # <bos><boi> 64 codes <eoi> caption <eos>
-    assert np.mean([tokens[1] != 3 for tokens in captioned]) == share  # <boi>
+    # <bos><boi> 64 codes <eoi> caption <eos>: whether the caption is before <boi>, by (picture, render)
+    first = {divmod(place, 8): tokens[1] != 3 for place, tokens in enumerate(documents) if len(tokens) > 68}
+    assert np.mean(list(first.values())) == share
+    if share == 0.5:
+        assert all(before == ((number + render) % 2 == 1) for (number, render), before in first.items())
     assert len({tokens[(tokens >= 300)].tobytes() for tokens in documents}) * 8 == len(documents), "nothing varies"
 
 
@@ -349,6 +379,10 @@ def test_a_set_that_is_older_than_an_option_was_made_by_its_default(own: Path, t
     assert not prepare(tmp_path / "set", inputs(own), RECIPE, silent)[1]
     with pytest.raises(ConfigError, match=r"recipe\.caption_first is 0\.5, asked for 0\.9"):
         prepare(tmp_path / "set", inputs(own), replace(RECIPE, caption_first=0.9), silent)
+    older["recipe"]["colours"] = "few"
+    path.write_text(json.dumps(older))
+    with pytest.raises(ConfigError, match=r"recipe\.colours is 'few', and this version has no such option"):
+        prepare(tmp_path / "set", inputs(own), RECIPE, silent)
 
 
 def test_too_many_codes_for_the_pictures_is_65(tmp_path: Path) -> None:

@@ -88,18 +88,26 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject
 def test_an_evaluation_that_is_owed_is_there_once(
     tmp_path: Path, subject: Subject, make_record: MakeRecord, owed: bool
 ) -> None:
-    for resume_step in (0, 2):
+    """The first attempt stops after step 2, the second evaluates and dies, the third does so again."""
+    for attempt in range(3):
         sink = TensorBoardSink(
-            folder=tmp_path, subject=subject, modalities=("text", "image"), resume_step=resume_step, evaluation_owed=owed
+            folder=tmp_path,
+            subject=subject,
+            modalities=("text", "image"),
+            resume_step=2 if attempt else 0,
+            evaluation_owed=owed and attempt > 0,
         )
-        if resume_step == 0:
+        if attempt == 0:
+            sink.step(make_record(1))
             sink.step(make_record(2))
-        result = EvaluationResult(2, {"text": 3.0 + resume_step}, {"text": 4}, {}, 0.5, None)
-        sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
+        else:
+            result = EvaluationResult(2, {"text": 3.0 + attempt}, {"text": 4}, {}, 0.5, None)
+            sink.evaluation(result, evaluation_scalars(result, ("text",), 2))
+            sink.step(make_record(3))
         sink.close()
     accumulator = read(tmp_path)
-    assert points(accumulator, "eval/text") == ([(2, 5.0)] if owed else [(2, 3.0), (2, 5.0)])
-    assert [step for step, _ in points(accumulator, "loss/total")] == [2], "the step itself stays"
+    assert points(accumulator, "eval/text") == ([(2, 5.0)] if owed else [(2, 4.0), (2, 5.0)])
+    assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2, 3], "the steps themselves stay"
 
 
 def test_a_first_attempt_without_a_checkpoint_leaves_nothing(
