@@ -84,7 +84,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Of all draws.")] = 0,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
     data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path("generated"),
+    out: Annotated[Path, typer.Option(help="Folder for pictures; those in it stay.")] = Path("generated"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each sample, with its tokens.")] = False,
 ) -> None:
@@ -138,7 +138,7 @@ def _generate(options: Options) -> None:
     if options.sheet is not None:
         _write_sheet(options, options.sheet, labels, samples)
         return
-    for number, (label, sample) in enumerate(zip(labels, samples, strict=True)):
+    for number, (label, sample) in enumerate(zip(labels, samples, strict=True), _first_number(options.out)):
         _show(options, label, sample, number)
 
 
@@ -183,6 +183,12 @@ def _show(options: Options, label: str, sample: Sample, number: int) -> None:
         print(f"{label}{sample.text}")
     for file in files:
         print(f"{file}: {label}" if options.draw else file)
+
+
+def _first_number(folder: Path) -> int:
+    """After those of earlier calls, whose pictures stay."""
+    numbers = (path.name.split("_")[1] for path in folder.glob("sample_*_*.png"))
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
 def _write_sheet(options: Options, path: Path, labels: list[str], samples: list[Sample]) -> None:

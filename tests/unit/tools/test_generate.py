@@ -60,6 +60,14 @@ def test_a_caption_is_drawn(run: Path, tmp_path: Path) -> None:
     assert f"{tmp_path / 'sample_1_0.png'}: odd picture" in done.stdout
 
 
+def test_pictures_of_an_earlier_call_stay(run: Path, tmp_path: Path) -> None:
+    call(run, "--prompt", "odd picture", "--draw", "--samples", 2, "--out", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    done = call(run, "--prompt", "even picture", "--draw", "--seed", 1, "--out", tmp_path)
+    assert f"{tmp_path / 'sample_2_0.png'}: even picture" in done.stdout
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_picture_is_described_from_a_file_or_by_number(run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
     for picture in (tmp_path / "red.png", 1):
