@@ -56,7 +56,7 @@ class ConsoleSink:
         self._total, self._every, self._hints, self._clock = total_steps, every, hints, clock
         self._console = console or Console(highlight=False)
         self._began_at, self._began_step = clock(), resume_step
-        self._previous: Mapping[str, float] = {}
+        self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -86,7 +86,7 @@ class ConsoleSink:
             self._print(line)
         if result.depths is not None and result.depths.tokens_LG.any():
             self._print(depth_text(result.depths))
-        self._previous = result.loss
+        self._previous = result
 
     def text(self, tag: str, markdown: str) -> None:
         """Nothing: what is printed at the start is the caller's to choose."""
@@ -140,11 +140,13 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
     return "  ".join([loss, rate, experts, imbalance])
 
 
-def evaluation_line(result: EvaluationResult, previous: Mapping[str, float]) -> str:
-    """Held-out losses with their change since the last evaluation."""
+def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
+    """Held-out losses, with their change where the last evaluation was over as many tokens (a run's final one has more)."""
     parts = []
     for name, loss in result.loss.items():
-        change = f" ({loss - previous[name]:+.3f})" if name in previous else ""
+        change = ""
+        if previous is not None and name in previous.loss and previous.tokens.get(name) == result.tokens.get(name):
+            change = f" ({loss - previous.loss[name]:+.3f})"
         parts.append(f"{name.replace('_', ' ')} {loss:.3f}{change}")
     line = f"evaluation after step {result.step}: held-out " + ", ".join(parts)
     if result.balance_efficiency is not None:

@@ -91,6 +91,14 @@ def test_evaluation_shows_what_changed(make_record: MakeRecord) -> None:
     ]
 
 
+def test_losses_over_other_tokens_are_not_compared() -> None:
+    console = plain()
+    sink = ConsoleSink(total_steps=10, console=console)
+    sink.evaluation(EvaluationResult(5, {"text": 4.0, "image": 3.0}, {"text": 100, "image": 50}), {})
+    sink.evaluation(EvaluationResult(10, {"text": 3.5, "image": 2.5}, {"text": 100, "image": 60}), {})
+    assert output(console).splitlines()[-1] == "evaluation after step 10: held-out text 3.500 (-0.500), image 2.500"
+
+
 def test_missing_numbers_are_dashes(make_record: MakeRecord) -> None:
     console = plain()
     ConsoleSink(total_steps=1, console=console).step(make_record(1, labels={"text": 40}, step_seconds=0.0))
