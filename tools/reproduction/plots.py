@@ -1,7 +1,7 @@
 """The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds,
 accuracy of arms."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,12 @@ IN_FRAME = 0.25  # nats above the best: what lies farther off is named and does 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     """Writes the pictures that these records have something for."""
     made = []
-    if any(arm in study.arms for arm, _ in records):
+    loads = {record["load"]["all"] for (arm, _), record in records.items() if arm in study.arms}
+    if len(loads) > 1:
         made.append(
             _figure(folder / f"{study.name}_loss_over_load.png", lambda axes: _loss_over_load(axes, study, records))
         )
+    if any(map(_adaptive, records.values())):
         made.append(
             _figure(folder / f"{study.name}_load_over_loss.png", lambda axes: _load_over_loss(axes, study, records))
         )
@@ -93,10 +95,14 @@ def _only_begun_with(study: Study) -> set[str]:
     return {arm.after for arm in study.arms.values() if arm.after} - judged
 
 
+def _adaptive(record: Mapping[str, Any]) -> bool:
+    """Whether tokens may take different numbers of experts."""
+    return bool(record["load"]["all"] % 1 and record.get("load_by_loss"))
+
+
 def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
     for name in study.arms:
-        mine = [each for each in _of(records, name) if each["load"]["all"] % 1]
-        tables = [each["load_by_loss"] for each in mine if each.get("load_by_loss")]
+        tables = [each["load_by_loss"] for each in _of(records, name) if _adaptive(each)]
         if not tables:
             continue
         places = min(len(table) for table in tables)
@@ -104,8 +110,7 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
         axes.plot(np.arange(1, places + 1), y, "o-", markersize=3, label=name)
     axes.set_xlabel("tenth of the held-out tokens, by their loss")
     axes.set_ylabel("true experts a token")
-    if axes.lines:
-        axes.legend(fontsize=7)
+    axes.legend(fontsize=7)
 
 
 def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -> Path:

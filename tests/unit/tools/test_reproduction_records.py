@@ -154,9 +154,10 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     results, page = Path("r.jsonl"), Path("page.md")
     page.write_text("# Reproductions\n\nText.\n")
     header = make_header(path, rules, "a" * 40)
+    loads = {arm: {**record(arm, 1, 1.0)["load"], "all": load} for arm, load in (("a", 1.5), ("b", 1.25))}
     for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
         for seed, loss in enumerate(losses, 1):
-            add_record(results, header, record(arm, seed, loss))
+            add_record(results, header, {**record(arm, seed, loss), "load": loads[arm]})
     assert write_report(rules, page=page, results=results).startswith("fail: b is below a +0.2000")
     once = page.read_text()
     write_report(rules, page=page, results=results)
@@ -169,6 +170,26 @@ def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: 
     text = write_report(rules, page=page, results=results)
     assert text.startswith("not testable here: b is below a (no record yet of")
     assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
+
+
+@pytest.mark.parametrize(
+    ("loads", "drawn"),
+    [
+        ({"a": 2.0, "b": 2.0}, set()),
+        ({"a": 2.0, "b": 1.0}, {"planted_loss_over_load.png"}),
+        ({"a": 1.5, "b": 1.5}, {"planted_load_over_loss.png"}),
+    ],
+)
+def test_no_picture_is_drawn_that_would_show_nothing(
+    study: tuple[Path, Study], loads: dict[str, float], drawn: set[str]
+) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm, load in loads.items():
+        mine = record(arm, 1, 1.0)
+        add_record(results, make_header(path, rules, "a" * 40), {**mine, "load": {**mine["load"], "all": load}})
+    write_report(rules, page=page, results=results)
+    assert {found.name for found in Path().glob("*.png")} == drawn
 
 
 def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study: tuple[Path, Study]) -> None:
