@@ -142,6 +142,33 @@ def test_free_experts_on_ranks_equal_one_rank(
 
 
 @pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
+        Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split"),
+        Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),
+    ],
+    ids=str,
+)
+def test_one_logit_for_all_nulls_and_losses_over_it(
+    run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
+) -> None:
+    alone = Layout(null_logit="single", balance_loss=layout.balance_loss)
+    oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
+    outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
+    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
+        np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+        np.testing.assert_allclose(
+            [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
+        )
+    for field in ("gradients", "parameters"):
+        got, wanted = merged(outcomes, field), getattr(oracle, field)
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+
+
+@pytest.mark.parametrize(
     "layout", [Layout(4, 1, "uneven", precision="float32"), Layout(2, 2, "pinned", "fsdp2", "block", "float32")], ids=str
 )
 def test_fp32_equals_one_rank_within_rounding(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:

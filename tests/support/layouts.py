@@ -18,6 +18,7 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.loss import AuxSettings
+from moe_dist.moe.aux_losses import BalanceKind
 from moe_dist.moe.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
@@ -70,6 +71,8 @@ class Layout:
     depth_causal: str = "threshold"
     tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
     lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
+    null_logit: str = "each"
+    balance_loss: BalanceKind = "null_averaged"
     depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are choice sets of their own
 
     @property
@@ -95,6 +98,7 @@ class Layout:
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
+        budget += f"-{self.null_logit}-{self.balance_loss}" if self.null_logit == "single" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
@@ -155,6 +159,7 @@ def config_of(layout: Layout) -> Config:
     if layout.ranks_per_node:
         dispatch = {"kind": "per_node", "ranks_per_node": layout.ranks_per_node}
     router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free or layout.balance}
+    router["null_logit"] = layout.null_logit
     experts: dict[str, Any] = {"kind": "ffn"}
     only = {"only": "adapters"} if layout.lora else {}
     if layout.lora:
@@ -317,7 +322,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
 
     optimizer.register_step_pre_hook(keep_gradients)
     each = SEQUENCES // rank.world_size
-    aux = AuxSettings(kind="null_averaged", balance=0.0 if layout.choice else 0.02, z=0.0 if layout.choice else 1e-3)
+    aux = AuxSettings(kind=layout.balance_loss, balance=0.0 if layout.choice else 0.02, z=0.0 if layout.choice else 1e-3)
     results = []
     for number in range(STEPS):
         length = each // layout.parts

@@ -19,6 +19,10 @@ from tests.support.layouts import IMAGE, SEQ_LEN, Layout, config_of
 ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "top_k with nulls": (Layout(), {}),
     "top_k, free experts, capacity": (Layout(free=True, capacity=0.5), {}),
+    "top_k, one logit for all nulls": (Layout(null_logit="single"), {}),
+    "top_k, weights over all true experts": (Layout(), {"normalise": "true_all"}),
+    "top_k, bias of a controller": (Layout(balance=True), {}),
+    "fixed_load": (Layout(choice="rank"), {"kind": "fixed_load", "loads": {"text": [0.5, 1.5], "image": [1.0, 0.5]}}),
     "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
     "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),
 }
@@ -29,13 +33,17 @@ def model_of(name: str) -> Transformer:
     layout, router = ROUTERS[name]
     config = config_of(layout)
     values = config.model_dump(mode="json")
-    values["model"]["moe"]["router"] |= router
+    inherited = {} if "kind" in router else values["model"]["moe"]["router"]
+    values["model"]["moe"]["router"] = {**inherited, **router}
     config = Config.model_validate(values, strict=False)
     groups = expert_groups(config.model.moe)
     placement = ExpertPlacement(groups, (tuple(range(8)),))
     model = build_model(config, placement, ep_rank=0, ep_group=None)
     initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.3)
     for layer in model.moe_modules():
+        for path, buffer in layer.router.named_buffers():
+            if path.endswith("bias"):  # as a controller would have left it
+                buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()))
         if isinstance(layer.router, ExpertChoiceRouter):
             for gate in layer.router.gates():
                 gate.threshold.fill_(0.55)
