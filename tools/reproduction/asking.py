@@ -57,7 +57,7 @@ class Asking:
         self._model, self._config, self._manifest, self._section = model, config, manifest, section
         self._group_of_modality = group_of_modality
         tasks, catalogue = catalogue_of(section, config, manifest)
-        self._prompts, self._side = Prompts(catalogue.material, listed=False), side
+        self._prompts, self._side = Prompts(catalogue.material, listed=section.listed), side
         self._questions = {task: catalogue.questions(task, side, limit=section.limit) for task in tasks}
         self._likelihood = Likelihood(
             model, manifest, group_of_modality=group_of_modality.tolist(), max_seq_len=config.model.max_seq_len
@@ -146,21 +146,29 @@ def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
     """
     folder = run / SAMPLES
     if not folder.is_dir():
-        command = [sys.executable, "-m", "tools.prepare_router_tuning", str(run), "--no-rotations", "--device", "cpu"]
+        command = [sys.executable, "-m", "tools.prepare_router_tuning", str(run), "--device", "cpu"]
+        command += ["--rotations" if section.listed else "--no-rotations"]
         command += ["--tasks", ",".join(section.tasks), "--limit", str(section.left), "--wordnet", section.wordnet]
         command += ["--embedder", str(_embedder(section)), "--out", str(folder)]
         ended = subprocess.run(command, check=False, preexec_fn=child_of(os.getpid(), ignore_stop=False))
         if ended.returncode:
             raise DataError(f"{folder}: tools.prepare_router_tuning ended with {ended.returncode}")
     manifest = Samples(folder).manifest
-    made = (list(manifest.tasks), manifest.options["limit"], manifest.embedder, manifest.checkpoint)
+    made = (
+        list(manifest.tasks),
+        manifest.options["limit"],
+        manifest.options["rotations"],
+        manifest.embedder,
+        manifest.checkpoint,
+    )
     asked = (
         task_names(",".join(section.tasks)),
         section.left,
+        section.listed,
         Embedder(_embedder(section)).sha256,
         content_hash(open_checkpoint(find_checkpoint(run)).index),
     )
-    names = ("tasks", "left", "embedder", "checkpoint")
+    names = ("tasks", "left", "listed", "embedder", "checkpoint")
     if differ := [name for name, one, other in zip(names, made, asked, strict=True) if one != other]:
         raise DataError(
             f"{folder}: was made with other {', '.join(differ)} than are asked for; remove it and the runs that were tuned "

@@ -34,6 +34,7 @@ class QuestionsSection(Part):
     embedder: str | None = None  # that of `make embedder`
     least: Annotated[int, Field(ge=0)] = 0  # questions of the test side in all
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # training questions of each task that `samples` are made of
+    listed: bool = False  # questions name their choices; samples are successful only if right under each rotation of these
     oracle_questions: PositiveInt = 100  # the first ones of each task
     oracle_layers: PositiveInt = 5  # the last ones
 

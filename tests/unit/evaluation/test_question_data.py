@@ -103,11 +103,15 @@ def test_nothing_is_overwritten(made: Path, own_data: Path, words: Path) -> None
         question_data.make(own_data, made, wordnet=words, left=LEFT, seeds=2, seed=0)
 
 
-@pytest.mark.parametrize("side", [Side.VALID, Side.TEST])
-def test_a_run_is_asked_as_the_evaluation_asks(own_data: Path, words: Path, tmp_path: Path, side: Side) -> None:
+@pytest.mark.parametrize(("side", "listed"), [(Side.VALID, False), (Side.TEST, False), (Side.TEST, True)])
+def test_a_run_is_asked_as_the_evaluation_asks(
+    own_data: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Side, listed: bool
+) -> None:
     groups = {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}}
     trained = find_trained(pictured_run(own_data, tmp_path, max_seq_len=192, model__depths=None, model__moe__groups=groups))
-    section = QuestionsSection(tasks=("wordnet-definition", "wordnet-category"), limit=12, wordnet=str(words))
+    section = QuestionsSection(
+        tasks=("wordnet-definition", "wordnet-category"), limit=12, wordnet=str(words), listed=listed
+    )
     model = trained.load(torch.device("cpu"))
     asking = Asking(
         model,
@@ -117,12 +121,15 @@ def test_a_run_is_asked_as_the_evaluation_asks(own_data: Path, words: Path, tmp_
         section=section,
         side=side,
     )
+    asked: list[object] = []
+    monkeypatch.setattr("tools.reproduction.asking.ask", lambda *given: asked.append(given[1]) or ask(*given))
     found = asking.record()
     _, material, catalogue = catalogue_of(own_data, words)
     likelihood, answered = trained.likelihood(torch.device("cpu")), {}
     for task in section.tasks:
         questions = catalogue.questions(task, side, limit=12)
-        written = write(questions, Prompts(material, listed=False), rotations=False, max_seq_len=192)
+        written = write(questions, Prompts(material, listed=listed), rotations=False, max_seq_len=192)
+        assert written in asked
         answered[task] = ask(questions, written, likelihood)
     expected = results(answered, seed=0)
     assert found["accuracy"] == expected["mean"]["normalised"]["accuracy"]  # pyright: ignore[reportIndexIssue]
@@ -167,6 +174,7 @@ def test_samples_are_kept_as_they_are(sampled: tuple[Path, QuestionsSection], mo
         ({"left": 4}, "left"),
         ({"tasks": ("wordnet-definition",)}, "tasks"),
         ({"tasks": ("wordnet",), "left": 6}, "tasks, left"),
+        ({"listed": True}, "listed"),
     ],
     ids=str,
 )
@@ -177,6 +185,14 @@ def test_samples_that_were_made_otherwise_are_refused(
     with pytest.raises(DataError, match=f"was made with other {named} than are asked for"):
         make_samples(run, section.model_copy(update=change))
     assert Samples(run / "samples").manifest.samples == 5
+
+
+def test_samples_of_listed_choices_are_right_under_each_rotation(
+    own_data: Path, words: Path, tmp_path: Path, sampled: tuple[Path, QuestionsSection]
+) -> None:
+    run = pictured_run(own_data, tmp_path / "run", max_seq_len=192, model__depths=None)
+    made = make_samples(run, sampled[1].model_copy(update={"listed": True}))
+    assert Samples(Path(made["folder"])).manifest.options["rotations"] is True
 
 
 def test_samples_that_cannot_be_made_end_with_the_tools_code(
