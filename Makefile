@@ -15,7 +15,7 @@ CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Tests of one process run beside each other, a file on one worker; those of several ranks fill the cores by themselves.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile
-EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma
+EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
@@ -92,7 +92,7 @@ questions-data: reproduce-data wordnet
 	  $(BIN)/python -m tools.reproduction.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
 
 reproduce-mole: conventions-data
-reproduce-roma: questions-data embedder
+reproduce-roma reproduce-roma-listed: questions-data embedder
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
 	@$(BIN)/python -m tools.reproduce $* $$ARGS
 
