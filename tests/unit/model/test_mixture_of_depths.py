@@ -17,6 +17,7 @@ from moe_dist.model.depths_reference import choose, depth_forward
 from moe_dist.model.layers import rotary_table
 from moe_dist.model.mixture_of_depths import Causal, DepthRouter, DepthThresholds, room, take_best
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import ABSENT
 from tests.support.transformers import DIM, make_transformer
 
 VOCAB = 64
@@ -199,6 +200,42 @@ def test_in_evaluation_a_later_token_changes_nothing_before(causal: Causal) -> N
         moved_in_training += float((logits(changed) - logits(tokens))[:, :place].abs().max())
         model.eval()
     assert moved_in_training > 1e-3  # the choice of training does look ahead
+
+
+@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
+@torch.no_grad()
+def test_in_evaluation_a_later_token_changes_no_earlier_set_of_experts(causal: Causal) -> None:
+    """Layers of depths hand the tokens that they compute to the router in order, so a prefix comes first among them."""
+    model = make_model(0.3, causal).eval()
+    tokens, _ = draw_tokens()
+
+    def taken(count: int) -> list[tuple[int, set[tuple[int, int]]]]:
+        """By layer, of the first `count` tokens: how many are routed, and the (token, expert) pairs."""
+        found: list[tuple[int, set[tuple[int, int]]]] = []
+
+        def note(_module: Any, inputs: Any, routing: Any) -> None:
+            kept = routing.assignments.expert_N != ABSENT
+            pairs = (part[kept].tolist() for part in (routing.assignments.token_N, routing.assignments.expert_N))
+            found.append((int((inputs[1] >= 0).sum()), set(zip(*pairs, strict=True))))
+
+        hooks = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
+        mine = tokens[2:, :count]
+        model(mine, torch.arange(count)[None], torch.zeros_like(mine, dtype=torch.int32), (mine >= 48).to(torch.int64))
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def differ() -> int:
+        return sum(
+            {pair for pair in whole if pair[0] < routed} != alone
+            for count in range(1, 8)
+            for (_, whole), (routed, alone) in zip(taken(8), taken(count), strict=True)
+        )
+
+    assert {routed for routed, _ in taken(8)} > {8}, "a layer of depths computes fewer"
+    assert differ() == 0
+    model.train()
+    assert differ() > 0  # the choice of training does look ahead
 
 
 @pytest.mark.parametrize("parts", [[1] * 8, [5, 1, 1, 1], [8]], ids=str)
