@@ -111,6 +111,33 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 
 
+def second_stage(run: Run, ranks: int, ep: int) -> list[WholeRun]:
+    """Over one choice set, that of all ranks."""
+    layout = {"parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
+    layout |= {"run.name": f"world-{ranks}-{ep}", "placement.policy": "interleaved", "train.steps": 4}
+    router = {"kind": "expert_choice", "causal": "auxiliary", "set": "world"}
+    return run({**AUXILIARY, **layout, "run.init_from": "first", "model.moe.router": router}, ranks)
+
+
+@pytest.fixture(scope="module")
+def second_alone(run: Run, first_stage: list[WholeRun]) -> WholeRun:
+    assert first_stage, "it begins with these weights"
+    return second_stage(run, 1, 1)[0]
+
+
+@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (4, 2), (4, 4)])
+def test_the_second_stage_on_ranks_equals_one_rank(run: Run, second_alone: WholeRun, ranks: int, ep: int) -> None:
+    alone, outcomes = second_alone, second_stage(run, ranks, ep)
+    for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):
+        np.testing.assert_array_equal(ours.choices_LC, theirs.choices_LC)
+        assert ours.auxiliary == pytest.approx(theirs.auxiliary, rel=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+    merged = {name: value for outcome in outcomes for name, value in outcome.tensors.items()}
+    assert merged.keys() == alone.tensors.keys()
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, alone.tensors[name], rtol=1e-3, atol=2e-5, err_msg=name)
+
+
 def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     """MoMa's upcycling: copied experts, a fresh router, Gumbel noise, a new schedule, the place in the data kept."""
     ones = {
