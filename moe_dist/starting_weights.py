@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from moe_dist.checkpoint.base import GUIDE, KEY
 from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
+from moe_dist.checkpoint.fits import ABSENT
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import CheckpointState
@@ -65,13 +66,14 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         rows = sum(copy_true_rows(gate) for gate in _gates(model, config))
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
-        changes = _changes(config, source, taken)
+        misfits, changes = _misfits(config, source, taken), _changes(config, taken, source)
+        if misfits or (changes and copy and not upcycle):
+            name = "upcycle" if upcycle else "copy_nulls"
+            raise ConfigError(
+                [f"run.init_rules: {name}: {path}: {each}" for each in [*misfits, *changes]], see="docs/routing.md"
+            )
         same = "the same as the checkpoint's" + ("" if upcycle else ", to the last bit")
         lines.append(f"function of the model before its first step: {'; '.join(changes) if changes else same}")
-        if changes and copy and not upcycle:
-            raise ConfigError(
-                [f"run.init_rules: copy_nulls: {path}: {change}" for change in changes], see="docs/routing.md"
-            )
     return "\n".join(lines)
 
 
@@ -97,22 +99,38 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
     return [gate for gate in gates if isinstance(gate, GroupGate)]
 
 
-def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Why the model does not compute what the checkpoint's did; empty where it does (upcycled, up to rounding)."""
-    upcycle = "upcycle" in config.run.init_rules
-    new = (".moe.router.",) if upcycle else (".null", ".bias")
-    kept = [name for name in taken.kept if not any(part in name for part in new)]
-    changes = [f"{name} stays as initialised ({taken.kept[name]})" for name in kept[:1]]
-    changes += [f"{name} of the checkpoint has no place" for name in taken.left if ".moe.router." not in name][:1]
+def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+    """Where the two models are at odds, router rows aside: another shape, a tensor without a place, another `model.*`."""
+    odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
+    faults = [f"{name} stays as initialised ({taken.kept[name]}); give the model that shape" for name in odd[:1]]
+    faults += [
+        f"{name} of the checkpoint has no place in the model; give the model what it is part of"
+        for name in taken.left
+        if ".moe.router." not in name
+    ][:1]
     before = source.get("model")
     if isinstance(before, dict):
         here = config.model.model_dump(mode="json", exclude=_NO_PART)
-        changes += [
-            f"model.{key}={value!r}, the checkpoint's is {before[key]!r}"
+        faults += [
+            f"model.{key}={value!r}, the checkpoint's is {before[key]!r}; take that"
             for key, value in here.items()
             if key in before and before[key] != value
         ]
-    return changes + (_upcycled_changes(config, before, taken) if upcycle else [])
+    return faults
+
+
+def _changes(config: Config, taken: Taken, source: Mapping[str, JsonValue]) -> list[str]:
+    """Why a model in which all of the checkpoint fits does not compute what that did; empty where it does (upcycled, up to
+    rounding)."""
+    new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
+    changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
+    return changes + (_upcycled_changes(config, source.get("model"), taken) if "upcycle" in config.run.init_rules else [])
+
+
+def _kept(config: Config, taken: Taken) -> list[str]:
+    """What the checkpoint has not given, but for what a rule makes anew."""
+    new = (".moe.router.",) if "upcycle" in config.run.init_rules else (".null", ".bias")
+    return [name for name in taken.kept if not any(part in name for part in new)]
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:

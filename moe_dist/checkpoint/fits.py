@@ -23,6 +23,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+ABSENT = "the model has it, the checkpoint does not"
+
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"layers\.\d+\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.")
 
@@ -35,7 +37,7 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
         if not math.prod(spec.shape):
             continue  # nothing to keep, as the null experts of a group that has none
         if entry is None:
-            faults.append(f"{name}: the model has it, the checkpoint does not")
+            faults.append(f"{name}: {ABSENT}")
         elif entry.shape != spec.shape:
             faults.append(f"{name}: shape {spec.shape} in the model, {entry.shape} in the checkpoint")
         elif DTYPES.get(entry.dtype) != spec.dtype:

@@ -59,7 +59,10 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
                 sources[name] = source
     faults |= {fault: None for name, source in sources.items() if (fault := _misfit(name, source, index, specs))}
     if faults:
-        head = f"run.init_rules: upcycle cannot make all experts from {folder}; give the model its widths and groups"
+        head = (
+            f"run.init_rules: upcycle cannot make all experts from {folder}; give the model its widths (model.hidden_dim, "
+            "model.moe.groups.*.ffn_dim) and groups"
+        )
         raise ConfigError(listed(head, list(faults)))
     sources = {name: source for name, source in sources.items() if source != name}
     if not sources:
