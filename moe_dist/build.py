@@ -229,6 +229,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         eps=section.eps,
     )
     groups = group_of_modality(manifest, placement)
+    whole = config.train.only is None  # else routers that choose stand still, and so do their thresholds
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     step = TrainingStep(
         parallel,
@@ -237,11 +238,11 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         group_of_modality=groups,
         clip_norm=section.clip_norm,
         traffic=traffic,
-        thresholds=ThresholdKeeper.of(model.moe_modules()) if config.train.only is None else None,
+        thresholds=ThresholdKeeper.of(model.moe_modules()) if whole else None,
         needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection)
         or largest_dropout(config.model) > 0.0,
         balance=build_balance(config.model.moe, model, placement.groups),
-        depths=depth_thresholds(model),
+        depths=depth_thresholds(model) if whole else None,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
     )
     return Training(parallel, optimizer, step, tuning)

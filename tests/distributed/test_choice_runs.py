@@ -111,6 +111,17 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 
 
+def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
+    depths = {"model.depths": {"capacity": 0.5, "set": "rank", "causal": "threshold"}}
+    router = {"kind": "expert_choice", "causal": "threshold"}
+    before = run({**CHOICE, **depths, "run.name": "deep", "model.moe.router": router, "evaluation.calibration": 0})
+    after = run({**AUXILIARY, **depths, "run.name": "deep-second", "run.init_from": "deep", "evaluation.calibration": 0})
+    for first, second in zip(before, after, strict=True):
+        named = {name: value for name, value in first.tensors.items() if ".depths." in name}
+        assert {"layers.0.depths.threshold", "layers.0.depths.mean"} <= named.keys()
+        assert same(named, {name: second.tensors[name] for name in named})
+
+
 def second_stage(run: Run, ranks: int, ep: int) -> list[WholeRun]:
     """Over one choice set, that of all ranks."""
     layout = {"parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}

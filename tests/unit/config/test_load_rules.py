@@ -37,6 +37,10 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
             "model.moe.groups.text has null or free experts: model.moe.router.kind=fixed_load takes true ones alone",
         ),
+        (
+            {"model.depths": {"capacity": 0.5, "causal": "threshold"}},
+            "loads.text=[1.5, 2.0] with model.depths: draws cannot be told by token in a layer that computes some of them",
+        ),
         ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=fixed_load has no auxiliary routers"),
         (
             {"parallel.dispatch": {"kind": "per_pair"}},
