@@ -169,7 +169,7 @@ def _check_plain(family: Family, read: Fields, max_seq_len: int) -> None:
         read.must_be(name, allowed, why)
     window = read.get("sliding_window", None)
     slides = read.flag("use_sliding_window", family.name == "mixtral")
-    types = read.get("layer_types", [])
+    types = read.many("layer_types")
     if any(kind != "full_attention" for kind in types):
         raise ConfigError(f"config.json: layer_types={types!r:.80} is not supported: every layer sees its whole document")
     if slides and window is not None and window < max_seq_len:
@@ -204,7 +204,7 @@ def _moe_layers(family: Family, read: Fields, layers: int) -> tuple[int, int, bo
     """First MoE layer, the distance to the next, and whether there are dense ones."""
     if not family.dense_layers:
         return 0, 1, False
-    step, only = read.whole("decoder_sparse_step", 1), read.get("mlp_only_layers", [])
+    step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers")
     sparse = [layer for layer in range(layers) if layer not in only and (layer + 1) % step == 0]
     every = sparse[1] - sparse[0] if len(sparse) > 1 else layers
     if not sparse or sparse != list(range(sparse[0], layers, every)):

@@ -84,6 +84,13 @@ class Fields:
             raise ConfigError(f"config.json: {name}={value!r} must be a number above 0")
         return float(value)
 
+    def many(self, name: str) -> list[Any]:
+        """A list; empty where it is absent."""
+        value = self.get(name, [])
+        if not isinstance(value, list):
+            raise ConfigError(f"config.json: {name}={value!r:.80} must be a list")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from moe_dist.checkpoint.findings import DamagedError
 from moe_dist.checkpoint.fits import check_complete
@@ -37,7 +37,7 @@ from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.hf.families import read_section
-from moe_dist.hf.plan import ITEMSIZE, Options, Plan, changed_section, make_plan
+from moe_dist.hf.plan import ITEMSIZE, Options, Plan, changed_section, make_plan, refused
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.hf.tokenizer import check_tokenizer
 from moe_dist.placement.placement import ExpertPlacement
@@ -130,17 +130,19 @@ def run_config(plan: Plan, out: Path, options: Options, data_path: str) -> Confi
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
     groups = plan.section.moe.groups.values()
     dense = all(group.num_experts + group.num_null == 1 for group in groups)
-    return Config.model_validate(
-        {
-            "run": {"name": f"{name}-tuned", "seed": options.seed, "init_from": str(out)},
-            "model": plan.section.model_dump(),
-            "data": {"path": data_path, "seq_len": min(1024, plan.section.max_seq_len)},
-            "train": {"steps": 1000, "global_batch": 8, "micro_batch": 1},
-            "optimizer": {"lr": 1e-5, "schedule": {"kind": "cosine", "warmup_steps": 50}},
-            "loss": {"balance": {"schedule": ((0, 0.0 if dense else 0.001),)}},
-            "evaluation": {"every": 200},
-        }
-    )
+    values = {
+        "run": {"name": f"{name}-tuned", "seed": options.seed, "init_from": str(out)},
+        "model": plan.section.model_dump(),
+        "data": {"path": data_path, "seq_len": min(1024, plan.section.max_seq_len)},
+        "train": {"steps": 1000, "global_batch": 8, "micro_batch": 1},
+        "optimizer": {"lr": 1e-5, "schedule": {"kind": "cosine", "warmup_steps": 50}},
+        "loss": {"balance": {"schedule": ((0, 0.0 if dense else 0.001),)}},
+        "evaluation": {"every": 200},
+    }
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise refused("the configuration that would be written cannot be", error) from error
 
 
 @contextmanager

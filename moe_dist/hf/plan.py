@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from moe_dist.checkpoint.storage import Piece
@@ -22,6 +23,8 @@ from moe_dist.moe.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
 
 ITEMSIZE = torch.float32.itemsize  # checkpoints hold fp32 master weights
+
+_TOGETHER = "take config.json and weights of one model"
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,20 @@ def changed_section(section: Mapping[str, Any], family: Family, options: Options
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
     group["modalities"] = options.modalities
     moe = {**section["moe"], "groups": {GROUP: group}, "router": router}
-    return ModelSection.model_validate({**section, "moe": moe})
+    try:
+        return ModelSection.model_validate({**section, "moe": moe})
+    except ValidationError as error:
+        raise refused("config.json and the options say a model that cannot be", error) from error
+
+
+def refused(what: str, error: ValidationError) -> ConfigError:
+    """What pydantic found wrong with values that a user gave in other words."""
+    faults = []
+    for each in error.errors(include_url=False):
+        where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+        value = "" if each["type"] == "value_error" else f"={each['input']!r:.80}"
+        faults.append(f"{what}: {where}{value}: {rule}; change that field, or the option it comes of")
+    return ConfigError(faults, see="docs/huggingface.md")
 
 
 def _with_nulls(group: Mapping[str, Any], options: Options) -> dict[str, int]:
@@ -170,14 +186,14 @@ def make_plan(source: Source, family: Family, section: ModelSection, *, shard_by
             used.add(place.name)
             dtypes[slot.name] = stored.dtype
             if stored.shape != place.shape:
-                faults.append(f"{place.name}: shape {stored.shape}, config.json calls for {place.shape}")
+                faults.append(f"{place.name}: shape {stored.shape}, config.json calls for {place.shape}; {_TOGETHER}")
             parts.append(Part(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin))
         elif slot.places:
-            faults.append(f"{slot.places[0].name}: is missing")
+            faults.append(f"{slot.places[0].name}: is missing; {_TOGETHER}")
         else:
             parts.append(_drawn(slot, section))
     parts += [_tiled(part, section) for part in parts if _is_gate(part, section)]
-    faults += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor"
+    faults += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip
     if faults:
         raise DataError(sorted(set(faults)), see="docs/huggingface.md")

@@ -33,6 +33,8 @@ COMPANIONS = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+AGAIN = "copy or download it again"  # the way out where a file is not what it was
+
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer of old Llama checkpoints, made from config.json alone
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")
 
@@ -139,13 +141,14 @@ def open_source(folder: Path) -> Source:
                 faults.append(f"{path}: holds {name}, of which {INDEX_FILE} says {index.get(name, 'nothing')}")
             elif stored.dtype not in DTYPES and not _DERIVED.fullmatch(name):
                 faults.append(
-                    f"{path}: {name} is of dtype {stored.dtype}; weights must be {', '.join(DTYPES)}, not quantised"
+                    f"{path}: {name} is of dtype {stored.dtype}; weights must be {', '.join(DTYPES)}, not quantised; "
+                    "save the model in one of these (transformers: model.to(torch.bfloat16).save_pretrained)"
                 )
             elif not _DERIVED.fullmatch(name):
                 tensors[name] = stored
         if index is not None:
             lost = sorted(name for name, where in index.items() if where == file and name not in found)
-            faults += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it" for name in lost]
+            faults += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it; {AGAIN}" for name in lost]
     if faults:
         raise DataError(faults, see="docs/huggingface.md")
     companions = [name for name in COMPANIONS if name in names and inside(folder, name)]
@@ -162,7 +165,7 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{path}: leads out of the folder, to {path.resolve()}; give a copy of the folder made with cp -rL")
     if not path.is_file():
-        raise DataError(f"{path}: {'is no file' if path.exists() else 'is missing'}")
+        raise DataError(f"{path}: {'is no file' if path.exists() else 'is missing'}; {AGAIN}")
     return path
 
 
@@ -173,16 +176,18 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
         if WEIGHTS_FILE in names:
             return None
         if safe:
-            raise DataError(f"{folder}: {INDEX_FILE} is missing, which says what is in {', '.join(safe[:3])}")
+            raise DataError(f"{folder}: {INDEX_FILE} is missing, which says what is in {', '.join(safe[:3])}; {AGAIN}")
         if pickles:
             raise DataError(
                 f"{folder}: {', '.join(pickles[:3])}: pickled weights can run code and are never read; save the model as "
                 "safetensors (save_pretrained of transformers 4.34 and later does)"
             )
-        raise DataError(f"{folder}: there is no {WEIGHTS_FILE} and no {INDEX_FILE} in it")
+        raise DataError(
+            f"{folder}: there is no {WEIGHTS_FILE} and no {INDEX_FILE} in it; give a folder as save_pretrained writes it"
+        )
     found = read_json(inside(folder, INDEX_FILE), "index").get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise DataError(f"{folder / INDEX_FILE}: has no weight_map")
+        raise DataError(f"{folder / INDEX_FILE}: has no weight_map, the file of each tensor; {AGAIN}")
     odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _plain(file)]
     if odd:
         raise DataError(
@@ -203,13 +208,13 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
     if len(start) < 8 or (len(raw) < length and length <= MAX_HEADER_BYTES):
-        raise DataError(f"{path}: {size:,} bytes, cut short inside its header")
+        raise DataError(f"{path}: {size:,} bytes, cut short inside its header; {AGAIN}")
     try:
         entries = _HEADER.validate_json(raw)
         entries.pop("__metadata__", None)
         parts = {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
     except (ValidationError, ValueError) as error:
-        raise DataError(f"{path}: no safetensors file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: no safetensors file: {str(error).splitlines()[0]}; {AGAIN}") from error
     end, before = 0, 8 + length
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
         begin, stop = part.data_offsets
@@ -218,11 +223,13 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
             count *= each
         width = DTYPES[part.dtype].itemsize if part.dtype in DTYPES else None
         if begin != end or stop < begin or (width is not None and stop - begin != count * width):
-            raise DataError(f"{path}: the bytes {begin} to {stop} of {name} are not those of {part.dtype} {part.shape}")
+            raise DataError(
+                f"{path}: the bytes {begin} to {stop} of {name} are not those of {part.dtype} {part.shape}; {AGAIN}"
+            )
         end = stop
     if size != before + end:
         problem = "truncated" if size < before + end else "longer than it says"
-        raise DataError(f"{path}: {problem}: {size:,} bytes, its header announces {before + end:,}")
+        raise DataError(f"{path}: {problem}: {size:,} bytes, its header announces {before + end:,}; {AGAIN}")
     stored = {
         name: Stored(path.name, part.dtype, part.shape, before + part.data_offsets[0]) for name, part in parts.items()
     }

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.hf.importing import import_model
+from moe_dist.hf.plan import Options
 from moe_dist.hf.source import open_source
 from tests.support.tiny_hf import save, tiny_model
 
@@ -137,13 +138,25 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "no rope": (config(rope_parameters=None), ConfigError, "rope_theta is missing"),
     "no width": (config(hidden_size=None), ConfigError, "hidden_size is missing"),
     "a word for a number": (config(hidden_size="32"), ConfigError, "hidden_size='32' must be a whole number"),
+    "more choices than experts": (
+        config(num_experts_per_tok=99),
+        ConfigError,
+        r"top_k=99.*change that field, or the option it comes of",
+    ),
+    "heads that do not divide": (config(num_key_value_heads=3), ConfigError, "num_kv_heads=3.*change that field"),
+    "odd heads": (config(head_dim=5), ConfigError, "head_dim.*change that field"),
+    "a number for a list": (config(layer_types=5), ConfigError, "layer_types=5 must be a list"),
     "contradiction": (config(num_experts=4), ConfigError, "contradict each other"),
     "no config": (lambda folder: (folder / "config.json").unlink(), DataError, "config.json: is missing"),
     "damaged config": (lambda folder: (folder / "config.json").write_text("{"), DataError, "is no JSON"),
     "deep config": (lambda folder: (folder / "config.json").write_text("[" * 10**6), DataError, "is no JSON"),
     "config of another size": (config(hidden_size=64, head_dim=8), DataError, r"shape \(64, 32\), config.json calls for"),
-    "missing shard": (lambda folder: (folder / SECOND).unlink(), DataError, f"{SECOND}: is missing"),
-    "truncated shard": (truncated, DataError, f"{SECOND}: truncated: "),
+    "missing shard": (
+        lambda folder: (folder / SECOND).unlink(),
+        DataError,
+        f"{SECOND}: is missing; copy or download it again",
+    ),
+    "truncated shard": (truncated, DataError, f"{SECOND}: truncated: .*; copy or download it again"),
     "cut inside the header": (inside_header, DataError, f"{SECOND}: 50 bytes, cut short inside its header"),
     "not safetensors": (lambda folder: (folder / FIRST).write_bytes(b"PK\3\4" * 99), DataError, "no safetensors file"),
     "missing index": (lambda folder: (folder / INDEX).unlink(), DataError, f"{INDEX} is missing"),
@@ -161,7 +174,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "link out of the folder": (link_out(FIRST), DataError, "leads out of the folder"),
     "config behind a link": (link_out("config.json"), DataError, "leads out of the folder"),
     "leftover tensor": (tensors(lambda t: t.update(extra=torch.ones(2))), DataError, "extra: is left over"),
-    "missing tensor": (tensors(lambda t: t.pop(EXPERT)), DataError, f"{EXPERT}: is missing"),
+    "missing tensor": (
+        tensors(lambda t: t.pop(EXPERT)),
+        DataError,
+        f"{EXPERT}: is missing; take config.json and weights of one",
+    ),
     "tensor beside the index": (
         tensors(lambda t: t.update(extra=torch.ones(2)), also_index=False),
         DataError,
@@ -173,7 +190,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
         f"{EXPERT} is missing, which",
     ),
     "wrong shape": (tensors(lambda t: t.update({EXPERT: t[EXPERT].T.contiguous()})), DataError, f"{EXPERT}: shape"),
-    "integers": (tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})), DataError, f"{EXPERT} is of dtype I8"),
+    "integers": (
+        tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})),
+        DataError,
+        f"{EXPERT} is of dtype I8; .*save the model in one",
+    ),
     "float8": (tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})), DataError, "F8_E4M3"),
     "float64": (tensors(lambda t: t.update({EXPERT: t[EXPERT].double()})), DataError, "F64"),
     "another tokenizer": (tokenizer(65), DataError, "gives 'w64' the id 64, but the model's vocab_size=64"),
@@ -193,6 +214,19 @@ def test_is_refused(theirs: Path, case: str, capfd: pytest.CaptureFixture[str]) 
         import_model(theirs, theirs.parent / "ours")
     assert not list(theirs.parent.glob("ours*"))
     assert not list(theirs.parent.rglob("planted"))
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        (Options(modalities=("",)), "data", "modalities.*change that field, or the option"),
+        (Options(), "", "data.path.*change that field, or the option"),
+    ],
+)
+def test_an_option_that_cannot_be(original: Path, tmp_path: Path, options: Options, data: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        import_model(original, tmp_path / "ours", options, data_path=data)
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:

@@ -1,0 +1,100 @@
+"""`tools.import_hf` and `tools.export_hf` as they are called: what they print, their options, and how they refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from tests.support.tiny_hf import save, tiny_model
+from tools.export_hf import main as export_hf
+from tools.import_hf import main as import_hf
+
+
+def call(command: Any, *arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_model("mixtral"), tmp_path_factory.mktemp("hf") / "theirs")
+
+
+@pytest.fixture(scope="module")
+def imported(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ours") / "ours"
+    (theirs / "training_args.bin").write_bytes(b"\x80\x04.")
+    options = ("--null-experts", 8, "--top-k", 3, "--modalities", "text,image", "--data", "somewhere", "--seed", 7)
+    done = call(import_hf, theirs, "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    assert "not opened, since reading them can run code: training_args.bin" in done.stdout
+    assert "mixtral: " in done.stdout
+    assert f"train it: python -m launchers.local {out / 'config.yaml'}" in done.stdout.replace("\n", "")
+    return out
+
+
+def test_options_of_an_import_are_in_its_configuration(imported: Path) -> None:
+    written = yaml.safe_load((imported / "config.yaml").read_text())
+    (group,) = written["model"]["moe"]["groups"].values()
+    assert (group["num_null"], group["top_k"], group["modalities"]) == (8, 3, ["text", "image"])
+    assert (written["data"]["path"], written["run"]["seed"], written["run"]["init_from"]) == ("somewhere", 7, str(imported))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_an_export_says_what_it_did(
+    imported: Path, theirs: Path, tmp_path: Path, dtype: str | None, expected: torch.dtype
+) -> None:
+    done = call(export_hf, imported, "--out", tmp_path / "out", *(("--dtype", dtype) if dtype else ()))
+    assert done.exit_code == 0, done.output
+    assert "8 null experts a layer left out: they were copies of true rows" in done.stdout
+    assert f"{tmp_path / 'out'} is made" in done.stdout.replace("\n", "")
+    got, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", theirs))
+    assert got.keys() == original.keys()
+    for name, value in original.items():
+        assert torch.equal(got[name], value.to(expected)), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--null-experts", 3, "--top-k", 3), 78, "import_hf: --null-experts=3: "),
+        (("--modalities", ""), 78, "change that field, or the option it comes of"),
+        (("--out", "."), 78, ". exists; nothing is overwritten"),
+    ],
+    ids=str,
+)
+def test_imports_that_are_refused(
+    theirs: Path, tmp_path: Path, arguments: tuple[object, ...], code: int, message: str
+) -> None:
+    done = call(import_hf, theirs, "--out", tmp_path / "ours", *arguments)
+    assert (done.exit_code, message in done.stderr) == (code, True), done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_no_models_are_65(tmp_path: Path) -> None:
+    done = call(import_hf, tmp_path / "nowhere", "--out", tmp_path / "ours")
+    assert done.exit_code == 65, done.output
+    assert "no such folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "float8"), "export_hf: --dtype=float8: must be float32, "),
+        (("--family", "gpt2"), "gpt2"),
+        (("--out", "."), "exists"),
+    ],
+    ids=str,
+)
+def test_exports_that_are_refused(imported: Path, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
+    done = call(export_hf, imported, "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 78, done.output
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
