@@ -135,7 +135,11 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     placement = _placement_or_fault(config, groups, mix, relations)
 
     faults = [*read.faults, *read.broken(relations)]
-    _raise_if_any(faults, [] if _distrusted(read, "data.path") else data_faults)
+    _raise_if_any(
+        faults,
+        [] if _distrusted(read, "data.path") else data_faults,
+        pages="docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md",
+    )
     if placement is None or manifest is None:
         raise AssertionError("a fault was found but not reported")
     micro_batches = config.train.global_batch // (config.train.micro_batch * config.parallel.ep * config.parallel.edp)
@@ -371,12 +375,12 @@ def _distrusted(read: Draft[Config], key: str) -> bool:
     return not read.broken([Relation((key,), key)])
 
 
-def _raise_if_any(faults: Sequence[str], data_faults: Sequence[str]) -> None:
+def _raise_if_any(faults: Sequence[str], data_faults: Sequence[str], *, pages: str = "docs/data.md") -> None:
     error: MoeDistError | None = None
     if faults:
         error = ConfigError([*faults, *data_faults], see=GUIDE)
     elif data_faults:
-        error = DataError(data_faults, see="docs/data.md")
+        error = DataError(data_faults, see=pages)
     if error is not None:
         raise error
 

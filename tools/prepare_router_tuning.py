@@ -27,7 +27,7 @@ from moe_dist.parallel.one_group import one_group
 from moe_dist.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.router_tuning.loader import SampleMaker
 from moe_dist.router_tuning.reading import RoutingReader
-from moe_dist.router_tuning.samples import Scored, refuse_existing, write_samples
+from moe_dist.router_tuning.samples import Scored, check_place, write_samples
 from moe_dist.router_tuning.scoring import embedded_text, scored_samples
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
@@ -90,9 +90,10 @@ def main(
 
 def _prepare(options: Options, env: RankEnv) -> None:
     """Everything that can be refused is, before the model is loaded; rank 0 embeds and writes when the others are done."""
-    refuse_existing(options.out)
+    check_place(options.out)
     tasks, device = task_names(options.tasks), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
+    embedder(["A damaged one is refused now, not when all is scored."])
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
     layers = _layers(options.layers, trained.config)
     model = trained.config.model

@@ -1,6 +1,7 @@
 """What router tuning demands of a configuration, and of the folder that it trains on. Imports no torch."""
 
 import hashlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,6 +86,9 @@ def _model_relations(config: Config) -> list[Relation]:
 
 def _layer_relations(config: Config, section: RouterTuningSection) -> list[Relation]:
     there, broken = config.model.moe_layers, []
+    if section.weight and section.regulariser == "manifold" and importlib.util.find_spec("sklearn") is None:
+        fault = f"{KEY}.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or {KEY}.weight=0"
+        broken.append(Relation((f"{KEY}.neighbours",), fault))
     if not section.layers and section.last_layers > len(there):
         fault = (
             f"{KEY}.last_layers={section.last_layers}: the model has {len(there)} MoE layers; take no more, all "
@@ -133,9 +137,9 @@ def judge_tuning_data(config: Config, data: Manifest | None, data_faults: list[s
         data_faults += error.faults
         return []
     data_faults += file_faults(section.data, manifest)
-    if data is not None:
-        data_faults += _tokenizer_faults(config, data, manifest)
     faults = [*model_faults(config, manifest), *_member_faults(section, manifest)]
+    if data is not None:
+        faults += _tokenizer_faults(config, data, manifest)
     lost = sorted(set(chosen_layers(section, config.model.moe_layers)) - set(manifest.layers))
     if lost and section.weight:
         faults.append(
@@ -152,7 +156,7 @@ def judge_tuning_data(config: Config, data: Manifest | None, data_faults: list[s
             f"its longest sample has {manifest.longest} tokens, more than data.seq_len={config.data.seq_len}; raise it, or "
             "leave the task with long questions out of --tasks"
         )
-    keys = (f"{KEY}.data", KEY, "model", "data.seq_len")
+    keys = (f"{KEY}.data", KEY, "model", "data")
     return [Relation(keys, f"{KEY}.data={section.data!r}: {fault}") for fault in faults]
 
 
@@ -182,8 +186,8 @@ def _tokenizer_faults(config: Config, data: Manifest, manifest: TuningManifest) 
     if found in ("", manifest.tokenizer):  # a data set without one has ids that only its owner knows
         return []
     return [
-        f"{KEY}.data: its samples were written with another tokenizer than that of data.path={config.data.path!r}; set "
-        "data.path to the data of the run that it was made from, or prepare it again"
+        f"its samples were written with another tokenizer than that of data.path={config.data.path!r}; set data.path to "
+        "the data of the run that it was made from, or prepare it again"
     ]
 
 
@@ -201,9 +205,10 @@ def _member_faults(section: RouterTuningSection, manifest: TuningManifest) -> li
     if members > wanted:
         return []
     of = "successful samples" if section.filter_by_success else "samples"
+    fewer = f"lower {KEY}.neighbours.k, or " if wanted > 1 and members > 1 else ""
     return [
-        f"it has {members} {of}, and {KEY}.neighbours wants {wanted} of them beside the sample itself; lower "
-        f"{KEY}.neighbours.k, or prepare more questions"
+        f"it has {members} {of}, and {KEY}.neighbours wants {wanted} of them beside the sample itself; {fewer}prepare more "
+        "questions"
     ]
 
 

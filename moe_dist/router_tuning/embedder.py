@@ -6,6 +6,7 @@ config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    of 
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -101,6 +102,10 @@ class Embedder:
 
     @cached_property
     def _model(self) -> Any:
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError(
+                f"--embedder {self.folder}: needs the package transformers; `pip install -e '.[router-tuning]'`", see=GUIDE
+            )
         from transformers import AutoModel  # seconds to import
         from transformers.utils import logging
 

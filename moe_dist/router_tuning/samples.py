@@ -3,8 +3,10 @@
 See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E width of an embedding, L layers, C columns.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from moe_dist.config.tuning_manifest import (
     open_array,
     write_tuning_manifest,
 )
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError, DataError, StorageError
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def write_samples(
 
     Raises:
         ConfigError: `out` exists.
+        StorageError: it cannot be written.
     """
     order = np.array(sorted(range(len(scored)), key=lambda row: not scored[row].right), np.int64)
     ordered = [scored[row] for row in order.tolist()]
@@ -126,8 +129,8 @@ def write_samples(
     refuse_existing(out)
     folder = out.parent / f".{out.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(folder / name, np.ascontiguousarray(array, ARRAYS[name]), allow_pickle=False)
         lines = [{"task": each.task, "id": each.id, "right": each.right, "text": each.text} for each in ordered]
@@ -147,6 +150,10 @@ def write_samples(
         write_tuning_manifest(manifest, folder)
         refuse_existing(out)
         folder.rename(out)
+    except OSError as error:
+        raise StorageError(
+            f"--out {out}: cannot be written: {error.strerror or error}; make room, and begin again"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest
@@ -156,3 +163,14 @@ def refuse_existing(out: Path) -> None:
     """Raises: ConfigError: there is something at `out`."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out}: exists already, and nothing is overwritten; name another folder, or remove it")
+
+
+def check_place(out: Path) -> None:
+    """Whether a folder can be made, before hours of scoring. Raises: ConfigError: it is there, or beside it is no place."""
+    refuse_existing(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; choose another place") from error

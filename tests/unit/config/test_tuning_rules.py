@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config.load import resolved_yaml
+from moe_dist.config.manifest import load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.config.tuning_rules import chosen_layers, judge_tuning_data, model_faults, tuning_relations
@@ -132,6 +133,7 @@ def test_a_folder_that_fits_passes(made: Path) -> None:
     [
         ({}, {"neighbours": {"k": 4}}, "it has 4 successful samples, and router_tuning.neighbours wants 4 of them beside"),
         ({}, {"neighbours": {"k": 10}, "filter_by_success": False}, "it has 10 samples, and router_tuning.neighbours"),
+        ({}, {"neighbours": {"k": 4}}, "; lower router_tuning.neighbours.k, or prepare more questions"),
         ({}, {"layers": [0]}, "has no routing of the layers [0], only of [1]; prepare it with --layers"),
         ({}, {"embedder": "cd"}, "its embedder is abababababababab... (made up), but router_tuning.embedder=cd"),
         ({"data.seq_len": 8}, {}, "its longest sample has"),
@@ -146,6 +148,34 @@ def test_a_folder_of_another_making_is_refused(
     faults, files = data_faults(made, changes, **section)
     assert any(text in fault for fault in faults), faults
     assert not files
+
+
+def test_one_successful_sample_has_no_neighbour_however_they_are_chosen(tmp_path: Path) -> None:
+    model = config({}).model.model_dump(mode="json")
+    one = made_samples(tmp_path / "one", ids=(4, 48), layers=(1,), columns=8, model=model, right=1)
+    for neighbours in ({"k": 1}, {"kind": "radius", "similarity": 0.5}):
+        (fault,), _ = data_faults(one, {}, neighbours=neighbours)
+        assert fault.endswith("it has 1 successful samples, and router_tuning.neighbours wants 1 of them beside the sample "
+                              "itself; prepare more questions")  # fmt: skip
+
+
+def test_samples_in_the_ids_of_another_tokenizer(made: Path, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    data = load_manifest(tiny_data).model_copy(update={"tokenizer": "tokenizer.json"})
+    files: list[str] = []
+    found = config({"data.path": str(tmp_path), **tuned(data=str(made))})
+    (fault,) = [relation.fault for relation in judge_tuning_data(found, data, files)]
+    assert fault.startswith(f"router_tuning.data={str(made)!r}: its samples were written with another tokenizer than that")
+    assert "set data.path to the data of the run" in fault
+    assert files == []
+
+
+def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    faults = [relation.fault for relation in tuning_relations(config({**SOUND, **tuned()}))]
+    assert faults == ["router_tuning.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or "
+                      "router_tuning.weight=0"]  # fmt: skip
+    assert tuning_relations(config({**SOUND, **tuned(weight=0.0)})) == []
 
 
 def test_cross_entropy_alone_needs_neither_neighbours_nor_their_routing(made: Path) -> None:

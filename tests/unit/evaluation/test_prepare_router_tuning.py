@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def test_without_rotations_choices_are_not_listed(
         (("--tasks", TASKS, "--embedder", "nowhere"), 78, "--embedder nowhere: no modules.json there"),
         (("--tasks", "pictures-naming", "--no-rotations"), 78, "--tasks pictures-naming: its questions are pictures alone"),
         (("--tasks", TASKS, "--out", "."), 78, "--out .: exists already, and nothing is overwritten"),
+        (("--tasks", TASKS, "--out", "/proc/self/x/out"), 78, "--out /proc/self/x/out: cannot be written: "),
     ],
     ids=str,
 )
@@ -143,6 +145,37 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     assert done.exit_code == code, done.output
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "message"),
+    [
+        (lambda folder, _: (folder / "tokenizer.json").write_text("{}"), 65, "tokenizer.json: cannot be read"),
+        (lambda folder, _: (folder / "model.safetensors").write_bytes(b"x" * 99), 65, "its model cannot be loaded"),
+        (
+            lambda _, patch: patch.setattr("importlib.util.find_spec", lambda name: None),
+            78,
+            "needs the package transformers; `pip install -e '.[router-tuning]'`",
+        ),
+    ],
+    ids=["tokenizer", "weights", "package"],
+)
+def test_a_damaged_embedder_is_refused_before_hours_of_scoring(
+    plain_run: Path,
+    options: tuple[object, ...],
+    embedder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path, pytest.MonkeyPatch], object],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    damaged = shutil.copytree(embedder, tmp_path / "damaged")
+    spoil(damaged, monkeypatch)
+    done = call(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", *options, "--embedder", damaged)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
 
 
 def test_runs_without_a_routing_to_compare_and_foreign_tokenizers_are_refused(
