@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,6 +130,15 @@ def _check(options: Options, env: RankEnv) -> list[str]:
     for name in options.harness.split(","):
         if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
             raise ConfigError(f"--harness {name}: no such file; give a task's YAML file or its name in lm_eval")
+    named = [name for name in options.harness.split(",") if name and not Path(name).is_file()]
+    if named:
+        from lm_eval.tasks import TaskManager
+
+        known = TaskManager()  # reads the index of its tasks: seconds
+        if unknown := [name for name in named if not known.match_tasks([name])]:
+            near = get_close_matches(unknown[0], known.all_tasks, 1)
+            guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
+            raise ConfigError(f"--harness {unknown[0]}: lm_eval has no such task; {guess}", see="docs/evaluation.md")
     return task_names(options.tasks) if options.tasks else []
 
 

@@ -69,6 +69,11 @@ def test_under_rotations_every_one_must_be_right(own_run: Path, words: Path, tmp
     ("options", "code", "message"),
     [
         ((), 78, "nothing to evaluate: give --tasks or --harness"),
+        (
+            ("--harness", "lambda_openai"),
+            78,
+            "--harness lambda_openai: lm_eval has no such task; did you mean lambada_openai?",
+        ),
         (("--tasks", "wordnet-defintion"), 78, "did you mean wordnet-definition? the tasks are"),
         (
             ("--tasks", "wordnet", "--wordnet", "nowhere"),
