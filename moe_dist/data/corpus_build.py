@@ -34,6 +34,7 @@ from moe_dist.runtime.progress import Report
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # of each source that the BPE is fitted on: seconds, where all would be minutes
+_OF_PICTURES = ("hold_out", "vary", "caption_first")  # what a recipe can ask for only where there are pictures
 _TEXT_CHUNK = 64  # texts encoded at once
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler bits of no picture
 
@@ -53,8 +54,10 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
         DataError: a picture is damaged, or there are too few for the codebook.
     """
     pictures, texts, division = corpus.pictures, corpus.texts, None
-    if not pictures and recipe.hold_out == HoldOut.VARIANTS:
-        raise ConfigError("--hold-out variants: is of pictures, and this data set has none; leave it out")
+    asked = [key for key in _OF_PICTURES if getattr(recipe, key) != getattr(Recipe, key)]
+    if asked and not pictures:
+        options = ", ".join(f"--{key.replace('_', '-')}" for key in asked)
+        raise ConfigError(f"{options}: of pictures only, and this data set has none; leave it out")
     if pictures:
         division = divide(pictures.pictures, rasterise_all(pictures.pictures, report), recipe, report)
     held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}

@@ -323,12 +323,24 @@ def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> Non
     assert result.exit_code == 78
     assert "no picture is a variant of another" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
-    result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", "--hold-out", "variants", *OPTIONS)
-    assert result.exit_code == 78
-    assert "--hold-out variants: is of pictures, and this data set has none" in result.output.replace("\n", " ")
     recipe = replace(RECIPE, hold_out=HoldOut.VARIANTS, val_fraction=0.0)
     manifest, _ = prepare(tmp_path / "all", Inputs(images=str(own / "pictures")), recipe, silent)
     assert manifest.sources["images"].valid is None, "nothing is asked for, nothing is refused"
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (("--hold-out", "variants"), "--hold-out:"),
+        (("--vary", "place"), "--vary:"),
+        (("--vary", "", "--caption-first", "1"), "--vary, --caption-first:"),
+    ],
+)
+def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, asked: tuple, named: str) -> None:
+    result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked, *OPTIONS)
+    assert result.exit_code == 78
+    assert f"{named} of pictures only, and this data set has none; leave it out" in result.output.replace("\n", " ")
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("one_component", [False, True])
