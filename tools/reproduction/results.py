@@ -5,6 +5,7 @@ The file is committed; a record of a few kilobytes holds all that tables, plots 
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,9 +101,10 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 
 def code_of_now() -> dict[str, Any]:
-    """Commit of the code, and whether it differs from that."""
+    """Commit of the code, and whether it differs from that: documents, records among them, are no code."""
     commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
-    return {"commit": commit, "changed": bool(diff)}
+    changed = re.findall(rb"^diff --git a/(.*) b/", diff, re.MULTILINE)
+    return {"commit": commit, "changed": any(not name.startswith(b"docs/") for name in changed)}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

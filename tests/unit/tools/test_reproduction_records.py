@@ -9,7 +9,7 @@ import pytest
 
 from moe_dist.errors import ConfigError, DataError
 from tools.reproduction.report import write_report
-from tools.reproduction.results import add_record, check_rules, make_header, read_records, rounded
+from tools.reproduction.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
 from tools.reproduction.study import Study, jobs_of, load_study
 
 STUDY = """
@@ -215,3 +215,19 @@ def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, St
     path.write_text(STUDY.replace("a: {about: first}", "a: {about: first, asks: [oracle]}"))
     with pytest.raises(ConfigError, match=r"arms\.a\.asks needs measure\.questions"):
         load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "changed"),
+    [
+        ((), False),
+        (("docs/reproductions.md", "docs/reproductions/roma.jsonl"), False),
+        (("docs/a.md", "moe_dist/b.py"), True),
+    ],
+)
+def test_documents_are_no_change_of_the_code(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], changed: bool
+) -> None:
+    diff = "".join(f"diff --git a/{file} b/{file}\n--- a/{file}\n+++ b/{file}\n@@ -1 +1 @@\n-1\n+2\n" for file in files)
+    monkeypatch.setattr("tools.reproduction.results.code_state", lambda _: ("c0ffee", diff.encode(), ["new.py"]))
+    assert code_of_now() == {"commit": "c0ffee", "changed": changed}
