@@ -128,9 +128,10 @@ def _generate(options: Options) -> None:
     material = trained.material()
     task, labels = _task(options, material)
     task.check(model.max_seq_len)
+    grammar = material.grammar
     generator = Generator(
         trained.load(device),
-        material.grammar,
+        grammar,
         group_of_modality=trained.group_of_modality,
         max_seq_len=model.max_seq_len,
     )

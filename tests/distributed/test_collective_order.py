@@ -161,7 +161,9 @@ def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
     layer.experts.register_forward_hook(see_experts)
     batch = batch_of(0, 0, 2 + rank.rank, 1)
     group = torch.where(batch.padding_BS, -1, batch.modality_BS)
-    logits, _ = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
+    asked = torch.tensor([0, 1])
+    logits, reports = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group, None, asked)
+    seen["routing of the asked tokens"] = str(reports[0].prob_AC.dtype)
     logits.float().square().sum().backward()
     parallel.reduce_gradients()
     seen["gradients"] = ",".join(
@@ -179,6 +181,7 @@ def test_the_routers_path_stays_fp32_in_a_bf16_run(run_in_world: Callable[..., l
             "hidden": "torch.bfloat16",
             "weights": "torch.float32",
             "probabilities": "torch.float32",
+            "routing of the asked tokens": "torch.float32",
             "router parameter": "torch.float32",
             "rows": "torch.bfloat16",
             "weights at the experts": "torch.float32",

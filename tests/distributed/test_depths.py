@@ -1,6 +1,7 @@
 """Mixture of depths: N ranks train what one process trains that chooses over the same sets of tokens."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,20 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def oracle_of(run_in_world: Callable[..., list[Any]]) -> Callable[[str, int], Outcome]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the checkpoints that carry the initial weights, one for each way to evaluate."""
+    return tmp_path_factory.mktemp("start")
+
+
+@pytest.fixture(scope="module")
+def oracle_of(run_in_world: Callable[..., list[Any]], start: Path) -> Callable[[str, int], Outcome]:
     """`oracle_of(causal, parts)`: one process whose tokens are so many choice sets."""
     known: dict[tuple[str, int], Outcome] = {}
 
     def oracle(causal: str, parts: int) -> Outcome:
         if (causal, parts) not in known:
             layout = Layout(depths="world", depth_causal=causal, depth_parts=parts)
-            known[causal, parts] = run_in_world(1, train, layout)[0]
+            known[causal, parts] = run_in_world(1, train, layout, start / causal)[0]
         return known[causal, parts]
 
     return oracle
@@ -38,10 +45,10 @@ def parts_of(layout: Layout) -> int:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout_equals_one_process_over_the_same_sets(
-    run_in_world: Callable[..., list[Any]], oracle_of: Callable[[str, int], Outcome], layout: Layout
+    run_in_world: Callable[..., list[Any]], start: Path, oracle_of: Callable[[str, int], Outcome], layout: Layout
 ) -> None:
     oracle = oracle_of(layout.depth_causal, parts_of(layout))
-    outcomes = run_in_world(layout.world_size, train, layout)
+    outcomes = run_in_world(layout.world_size, train, layout, start / layout.depth_causal)
     first = oracle.steps[0].depths
     assert first is not None
     assert (first.layers, first.capacity, first.groups) == ((0,), 0.3, ("text", "image"))

@@ -53,6 +53,9 @@ LAYOUTS = [
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
     Layout(2, 1, "interleaved", "ddp", "block", choice="rank", depths="rank"),
     Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", depths="rank"),
+    Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
+    Layout(4, 1, "uneven", choice="rank", choice_causal="auxiliary"),
+    Layout(2, 2, "pinned", "ddp", "experts", choice="ep_group", choice_causal="auxiliary"),
 ]
 
 
@@ -70,8 +73,9 @@ def one_process(
     made: dict[Layout, Outcome] = {}
 
     def of(layout: Layout) -> tuple[Path, Outcome]:
-        oracle = Layout(choice="rank", noise=layout.noise, parts=sets_of(layout), depths=layout.depths)
-        weights = folder / str(layout.depths)
+        same = {"choice_causal": layout.choice_causal, "depths": layout.depths, "noise": layout.noise}
+        oracle = Layout(choice="rank", parts=sets_of(layout), **same)
+        weights = folder / f"{layout.depths}-{layout.choice_causal}"
         if oracle not in made:
             made[oracle] = run_in_world(1, train, oracle, weights)[0]
         return weights, made[oracle]
@@ -93,7 +97,10 @@ def test_ranks_equal_one_process_over_the_same_sets(
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-9)
             np.testing.assert_allclose(step.entropy_LG, expected.entropy_LG, rtol=1e-9)
+            np.testing.assert_allclose(step.auxiliary, expected.auxiliary, rtol=1e-9)
             crossings = 5 if layout.recompute == "block" else 4
+            if layout.choice_causal == "auxiliary":  # they learn from inputs without a gradient: nothing goes back
+                crossings = 2
             assert step.ledger["payload_bytes"] == crossings * step.ledger["rows_remote"] * HIDDEN_DIM * 8
         assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
         for name, buffer in oracle.buffers.items():

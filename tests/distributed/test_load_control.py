@@ -1,6 +1,7 @@
 """Load controllers over ranks: the same biases to the last bit on every layout, recomputed, and through a checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from tests.support.worlds import RankContext
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 ALONE = Layout(balance=True)
+BY_GROUP = Layout(balance=True, balance_per="group")
 LAYOUTS = [
     Layout(recompute="block", balance=True),
     Layout(1, 2, balance=True),
@@ -107,6 +109,19 @@ def test_layout_equals_one_rank(
         assert outcome.events == outcomes[0].events
     for name, value in merged(outcomes, "parameters").items():
         np.testing.assert_allclose(value, one_rank.parameters[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [replace(BY_GROUP, ep=2, placement="pinned"), replace(BY_GROUP, ep=4, placement="uneven", data="fsdp2")],
+    ids=str,
+)
+def test_a_target_by_group_on_ranks_equals_one_rank(
+    run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
+) -> None:
+    alone: Outcome = run_in_world(1, train, BY_GROUP, start)[0]
+    assert any((alone.biases[name] != bias).any() for name, bias in one_rank.biases.items())
+    test_layout_equals_one_rank(run_in_world, start, alone, layout)
 
 
 SAVED_AT, LAST = 3, 7

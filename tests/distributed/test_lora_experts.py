@@ -161,8 +161,11 @@ def reduced(rank: RankContext, layout: Layout) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("data", ["ddp", "fsdp2"])
-def test_nothing_frozen_is_reduced(run_in_world: Callable[..., list[Any]], data: str) -> None:
-    layout = Layout(2, 1, data=data, precision="float32", lora="probability")
+@pytest.mark.parametrize("trained_alone", [{"lora": "probability"}, {"tuned": (1,)}], ids=["adapters", "routers"])
+def test_nothing_frozen_is_reduced(
+    run_in_world: Callable[..., list[Any]], data: str, trained_alone: dict[str, Any]
+) -> None:
+    layout = Layout(2, 1, data=data, precision="float32", **trained_alone)
     for numbers, trained, frozen in run_in_world(2, reduced, layout):
         padding = 1.0 if data == "ddp" else 1.35  # FSDP2 pads odd first dims for two ranks
         assert trained <= numbers <= padding * trained

@@ -148,13 +148,15 @@ def test_free_experts_on_ranks_equal_one_rank(
         Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
         Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split"),
         Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),
+        Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla"),
+        Layout(2, 1, "pinned", balance_loss="null_split"),
     ],
     ids=str,
 )
-def test_one_logit_for_all_nulls_and_losses_over_it(
+def test_one_logit_for_all_nulls_and_the_other_losses(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
 ) -> None:
-    alone = Layout(null_logit="single", balance_loss=layout.balance_loss)
+    alone = Layout(null_logit=layout.null_logit, balance_loss=layout.balance_loss)
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):

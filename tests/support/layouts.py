@@ -60,10 +60,13 @@ class Layout:
     capacity: float | None = None
     free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
     balance: bool = False  # load controllers on the selection bias
+    balance_per: str = "expert"  # or group
+    fixed: bool = False  # fixed loads; groups have no null experts
     overlap: bool = False
     chunks: int = 1
     ranks_per_node: int | None = None
     choice: str | None = None  # experts choose among the tokens of: rank, ep_group, world
+    choice_causal: str = "threshold"  # auxiliary: their routers alone are trained
     noise: float = 0.0
     parts: int = 1  # micro-batches that each micro-batch of a rank is cut into
     per_pair: bool = False
@@ -85,6 +88,8 @@ class Layout:
             return tuple(replace(group, ffn_dim=10) for group in GROUPS)
         if self.choice:
             return tuple(replace(group, num_null=0, top_k=top_k) for group, top_k in zip(GROUPS, (2, 1), strict=True))  # pyright: ignore
+        if self.fixed:
+            return tuple(replace(group, num_null=0, top_k=2) for group in GROUPS)
         if not self.free:
             return GROUPS
         return replace(GROUPS[0], num_identity=1, num_constant=2), replace(GROUPS[1], num_constant=1)
@@ -92,13 +97,14 @@ class Layout:
     def __str__(self) -> str:
         budget = f"-budget{self.pair_budget}" if self.pair_budget else ""
         budget += "-free" if self.free else ""
-        budget += "-balance" if self.balance else ""
+        budget += f"-balance-{self.balance_per}" if self.balance else ""
+        budget += "-fixed" if self.fixed else ""
         budget += f"-lora-{self.lora}" if self.lora else ""
         budget += f"-depths-{self.depths}-{self.depth_causal}" if self.depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
-        budget += f"-{self.choice}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
+        budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
-        budget += f"-{self.null_logit}-{self.balance_loss}" if self.null_logit == "single" else ""
+        budget += f"-{self.null_logit}-{self.balance_loss}" if self.balance_loss != "null_averaged" else ""
         budget += f"-tuned{''.join(map(str, self.tuned))}" if self.tuned else ""
         timetable = ("-overlap" if self.overlap else "") + (f"-chunks{self.chunks}" if self.chunks > 1 else "")
         parts = (f"ep{self.ep}", f"edp{self.edp}", self.placement, self.data, self.recompute, self.precision)
@@ -109,6 +115,7 @@ CONTROLLERS = (
     {"kind": "load_target", "target": {"text": 1.2, "image": 0.9}, "rate": 0.5, "decay_steps": 2, "per": "expert"},
     {"kind": "loss_free", "rate": 0.01},
 )
+LOADS = {"text": [1.5, 2.0], "image": [0.5, 1.0]}
 
 
 @dataclass(frozen=True)
@@ -161,13 +168,17 @@ def config_of(layout: Layout) -> Config:
     router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free or layout.balance}
     router["null_logit"] = layout.null_logit
     experts: dict[str, Any] = {"kind": "ffn"}
-    only = {"only": "adapters"} if layout.lora else {}
+    only: dict[str, str] = {"only": "adapters"} if layout.lora else {}
+    controllers = ({**CONTROLLERS[0], "per": layout.balance_per}, *CONTROLLERS[1:]) if layout.balance else ()
     if layout.lora:
         router["normalise"] = "none"
         experts = {"kind": "lora", "rank": 2, "alpha": 3.0, "weight": layout.lora}
     if layout.choice:
-        router = {"kind": "expert_choice", "set": layout.choice, "noise": layout.noise, "causal": "threshold"}
+        router = {"kind": "expert_choice", "set": layout.choice, "noise": layout.noise, "causal": layout.choice_causal}
         router["threshold_decay"] = 0.5
+        only = {"only": "auxiliary_routers"} if layout.choice_causal == "auxiliary" else {}
+    if layout.fixed:
+        router = {"kind": "fixed_load", "loads": LOADS}
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -199,7 +210,7 @@ def config_of(layout: Layout) -> Config:
                         for g in layout.groups
                     },
                     "router": router,
-                    "balance": CONTROLLERS if layout.balance else (),
+                    "balance": controllers,
                     "capacity": None if layout.capacity is None else {"factor": layout.capacity},
                 },
             },
@@ -304,15 +315,15 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         clip_norm=0.5,
         traffic=traffic,
         balance=build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
-        thresholds=ThresholdKeeper.of(parallel.model.moe_modules()),
-        needs_facts=layout.choice is not None,
+        thresholds=ThresholdKeeper.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
+        needs_facts=layout.choice is not None or layout.fixed,
         depths=depth_thresholds(parallel.model),
     )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)
     gradients: dict[str, np.ndarray] = {}
     gaps: list[float] = []
-    if not layout.choice:
+    if not (layout.choice or layout.fixed):
         for layer in parallel.model.moe_modules():
             layer.router.register_forward_hook(lambda router, inputs, _: gaps.append(smallest_gap(router, *inputs[:2])))
 

@@ -14,6 +14,8 @@ from moe_dist.generation.grammar import grammar_of
 from moe_dist.generation.sampling import Sampling
 from moe_dist.model.attention import QKNorm
 from moe_dist.model.transformer import Transformer
+from tests.support.causal_models import evaluated_model
+from tests.support.layouts import Layout, config_of
 from tests.support.tiny import BEGIN_IMAGE, END_IMAGE, EOS, IMAGE_IDS
 from tests.support.transformers import make_transformer
 
@@ -56,6 +58,19 @@ def test_cached_logits_are_the_whole_ones(
     expected = whole(model, tokens)
     assert expected.std() > 0.1
     torch.testing.assert_close(in_parts(model, tokens, parts), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("parts", [[1] * 12, [7, 5]], ids=str)
+@pytest.mark.parametrize("depths", [None, "rank"])
+@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
+@torch.no_grad()
+def test_cached_logits_of_experts_that_choose(causal: str, depths: str | None, parts: list[int]) -> None:
+    layout = Layout(choice="rank", choice_causal=causal, depths=depths, depth_causal=causal)
+    model = evaluated_model(config_of(layout))
+    tokens = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
+    expected = whole(model, tokens)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(in_parts(model, tokens, parts), expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.build import build_model
 from moe_dist.config.schema import Config
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
+from moe_dist.moe.routers.expert_choice import choice_of_training
 from moe_dist.moe.routing import ABSENT
-from moe_dist.parallel.initialise import initialise
-from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.policies import expert_groups
+from tests.support.causal_models import evaluated_model
 from tests.support.layouts import IMAGE, SEQ_LEN, Layout, config_of
 
 ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
@@ -25,6 +22,8 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "fixed_load": (Layout(choice="rank"), {"kind": "fixed_load", "loads": {"text": [0.5, 1.5], "image": [1.0, 0.5]}}),
     "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
     "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),
+    "threshold, under depths": (Layout(choice="rank", depths="rank"), {"causal": "threshold"}),
+    "auxiliary, under depths": (Layout(choice="rank", depths="rank", depth_causal="auxiliary"), {"causal": "auxiliary"}),
 }
 EXACT = 1e-5
 
@@ -35,32 +34,26 @@ def model_of(name: str) -> Transformer:
     values = config.model_dump(mode="json")
     inherited = {} if "kind" in router else values["model"]["moe"]["router"]
     values["model"]["moe"]["router"] = {**inherited, **router}
-    config = Config.model_validate(values, strict=False)
-    groups = expert_groups(config.model.moe)
-    placement = ExpertPlacement(groups, (tuple(range(8)),))
-    model = build_model(config, placement, ep_rank=0, ep_group=None)
-    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.3)
-    for layer in model.moe_modules():
-        for path, buffer in layer.router.named_buffers():
-            if path.endswith("bias"):  # as a controller would have left it
-                buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()))
-        if isinstance(layer.router, ExpertChoiceRouter):
-            for gate in layer.router.gates():
-                gate.threshold.fill_(0.55)
-    return model.eval()
+    return evaluated_model(Config.model_validate(values, strict=False))
 
 
 @torch.no_grad()
 def seen(model: Transformer, tokens_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, list[set[tuple[int, int]]]]:
     """Logits [B, S, V], and in each layer the (token, expert) pairs."""
     pairs: list[set[tuple[int, int]]] = []
+    slots: list[Tensor] = []  # tokens of the layer that is being computed, where it computes some of them
+
+    def note_slots(_module: Any, _inputs: Any, chosen: Any) -> None:
+        slots.append(chosen.index_C)
 
     def note(_module: Any, _inputs: Any, routing: Any) -> None:
         taken = routing.assignments
         kept = taken.expert_N != ABSENT
-        pairs.append(set(zip(taken.token_N[kept].tolist(), taken.expert_N[kept].tolist(), strict=True)))
+        token_N = slots.pop()[taken.token_N] if slots else taken.token_N
+        pairs.append(set(zip(token_N[kept].tolist(), taken.expert_N[kept].tolist(), strict=True)))
 
-    hooks = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
+    hooks = [router.register_forward_hook(note_slots) for router in model.depth_routers()]
+    hooks += [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
     positions = torch.arange(SEQ_LEN).expand_as(tokens_BS)
     logits, _ = model(tokens_BS, positions, torch.zeros_like(tokens_BS, dtype=torch.int32), group_BS)
     for hook in hooks:

@@ -1,9 +1,11 @@
 """Balance and z terms against the loops of the oracle: values, gradients, and the sum over ranks."""
 
+import math
+
 import pytest
 import torch
 
-from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.aux_losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.reference import balance_loss, picks_of, split_loss
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
@@ -78,6 +80,15 @@ def test_null_averaging_gives_every_null_the_same_pull() -> None:
     assert vanilla[0, 6] > vanilla[0, 8] > vanilla[0, 7]
 
 
+@pytest.mark.parametrize(("kind", "value"), [("null_averaged", 1.96), ("vanilla", 1.84)])
+def test_by_hand(kind: BalanceKind, value: float) -> None:
+    """n = m = k = 2, ten tokens. Averaged, both nulls have load 0.5: 4 (0.6 0.1 + 0.4 0.2 + 0.5 0.3 + 0.5 0.4)."""
+    tables = ColumnTables.on((ExpertGroup("text", 2, 2, 2, 8, 0, ("text",)),), torch.device("cpu"))
+    prob_LC, choices_LC = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[6, 4, 8, 2]])
+    terms = balance_terms(prob_LC, choices_LC, torch.tensor([[10]]), tables, kind=kind)
+    torch.testing.assert_close(terms, torch.tensor([[value]]))
+
+
 def test_a_uniform_router_costs_top_k() -> None:
     prob_LC = torch.cat(
         [torch.full((1, 4), 10 / 7), torch.full((1, 2), 3.0), torch.full((1, 3), 10 / 7), torch.full((1, 2), 3.0)], 1
@@ -100,13 +111,23 @@ def test_a_group_without_tokens_contributes_zero() -> None:
 
 def test_z_is_the_mean_squared_log_sum_exp() -> None:
     router = make_router()
-    h_TD, group_T = torch.randn(30, D, dtype=torch.double), torch.randint(0, 2, (30,))
+    h_TD, group_T = torch.randn(30, D, dtype=torch.double, requires_grad=True), torch.randint(0, 2, (30,))
     sums = router(h_TD, group_T).sums
     expected = []
     for token, index in enumerate(group_T.tolist()):
         gate = router.get_submodule((TEXT, IMAGE)[index].name)
         expected.append((torch.cat([gate.true, gate.null]) @ h_TD[token]).logsumexp(0) ** 2)  # pyright: ignore
-    torch.testing.assert_close(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None])[0], torch.stack(expected).mean())
+    ours, theirs = z_terms(sums.log_z_squared_G[None], sums.tokens_G[None])[0], torch.stack(expected).mean()
+    torch.testing.assert_close(ours, theirs)
+    over = [h_TD, *router.parameters()]
+    for got, wanted in zip(*(torch.autograd.grad(each, over, retain_graph=True) for each in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+    sums = router(h_TD[:4], torch.tensor([0, 0, 0, 1])).sums  # 7 and 4 equal logits of 0
+    by_hand = torch.tensor([(3 * math.log(7) ** 2 + math.log(4) ** 2) / 4], dtype=torch.double)
+    torch.testing.assert_close(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]), by_hand)
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 1.0), (2.5, 0.4)])
@@ -157,12 +178,15 @@ def test_a_null_weight_makes_another_load_even(kind: str) -> None:
     torch.testing.assert_close(terms, torch.full((1, 1), 3.0 if kind == "null_averaged" else 1.0, dtype=torch.double))
     (pull,) = torch.autograd.grad(terms.sum(), prob_LC)
     torch.testing.assert_close(pull, pull[:, :1].expand_as(pull))
-    logits = torch.randn(30, 7, dtype=torch.double) @ torch.randn(7, 7, dtype=torch.double)
+    logits = (torch.randn(30, 7, dtype=torch.double) @ torch.randn(7, 7, dtype=torch.double)).requires_grad_()
     sums_prob, picks = logits.softmax(-1).sum(0)[None], torch.tensor([picks_of(logits, 4, 3)])
     if kind == "null_averaged":
         both = ColumnTables.on((TEXT,), torch.device("cpu"))
         ours = balance_terms(sums_prob, picks, torch.tensor([[30]]), both, kind=kind, null_weight_G=(2.5,))  # pyright: ignore
-        torch.testing.assert_close(ours[0, 0], balance_loss(logits, 4, 3, num_null=3, null_weight=2.5))
+        theirs = balance_loss(logits, 4, 3, num_null=3, null_weight=2.5)
+        torch.testing.assert_close(ours[0, 0], theirs)
+        g1, g2 = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (ours[0, 0], theirs))
+        torch.testing.assert_close(g1, g2)
 
 
 def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:

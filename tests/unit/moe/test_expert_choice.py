@@ -1,5 +1,6 @@
 """Expert choice against the slow oracle: who takes whom, weights and gradients; ties, padding, empty groups, one token."""
 
+import math
 from typing import Any
 
 import pytest
@@ -232,6 +233,12 @@ def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:
         torch.testing.assert_close(mine, theirs)
     untouched = torch.autograd.grad(got, [h_TD, router.gates()[0].true], allow_unused=True)
     assert untouched == (None, None)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
+    undecided_G = router(h_TD, group_T).sums.auxiliary_G
+    assert undecided_G is not None
+    torch.testing.assert_close(undecided_G, (tokens_G * torch.tensor([4, 2])).double() * math.log(2))
 
 
 def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:

@@ -1,5 +1,7 @@
 """Fixed loads against a loop over tokens, values and gradients, and what the draws must be."""
 
+import math
+
 import pytest
 import torch
 
@@ -46,6 +48,24 @@ def test_equals_the_loop_in_values_and_gradients(load: float) -> None:
         fast, slow = (torch.autograd.grad((each * score).sum(), over, retain_graph=True) for each in (fast_TE, slow_TE))
         for a, b in zip(fast, slow, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_by_hand() -> None:
+    """Logits 3, 2, 1 and a load of 1.5: the best expert alone with weight 1, or the best two with weights as e : 1."""
+    router, (_, group_T) = made([1.5]), inputs(8)
+    rows_ND = torch.zeros(N, D, dtype=torch.float64)
+    rows_ND[:3, 0] = torch.tensor([3.0, 2.0, 1.0])
+    with torch.no_grad():
+        router.get_parameter("all.true").copy_(rows_ND)
+    h_TD = torch.zeros(8, D, dtype=torch.float64)
+    h_TD[:, 0] = 1.0
+    weight_TE = table(router(h_TD, group_T), 8)
+    second = 1.0 / (1.0 + math.e)
+    alone, both = ([1.0, 0.0, 0.0], [1.0 - second, second, 0.0])
+    kinds = [next(kind for kind in (alone, both) if abs(row[0] - kind[0]) < 1e-12) for row in weight_TE.tolist()]
+    torch.testing.assert_close(weight_TE[:, :3], torch.tensor(kinds, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert 0 < kinds.count(both) < 8
+    assert not weight_TE[:, 3:].any()
 
 
 def test_a_whole_load_is_top_k_bit_for_bit() -> None:

@@ -1,11 +1,13 @@
 """The top-k router with null experts, against the slow oracle: values, gradients, ties, padding, and the all-null token."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.moe.aux_losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.reference import choose, weights_of
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, RoutingTape
@@ -65,6 +67,23 @@ def test_without_null_experts_it_is_plain_top_k() -> None:
     assert torch.equal(assignments.expert_N.view(50, 2), top.indices)
     assert torch.equal(assignments.weight_N.view(50, 2).argsort(descending=True)[:, 0], torch.zeros(50, dtype=torch.int64))
     torch.testing.assert_close(assignments.weight_N.view(50, 2), top.values.softmax(-1), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_without_null_experts_fp32_has_the_bits_of_plain_top_k(top_k: int) -> None:
+    torch.manual_seed(0)
+    router = TopKRouter(256, (ExpertGroup("all", 8, 0, top_k, 8, 0, ("text",)),))
+    true: Any = router.get_submodule("all").true
+    torch.nn.init.normal_(true)
+    h_TD = torch.randn(300, 256)
+    assignments = router(h_TD, torch.zeros(300, dtype=torch.int64)).assignments
+    top = (h_TD @ true.T).topk(top_k)
+    powers_TK = (top.values - top.values[:, :1]).exp()
+    total_T = powers_TK[:, 0]
+    for k in range(1, top_k):  # in this order: a sum's bits depend on it
+        total_T = total_T + powers_TK[:, k]
+    assert torch.equal(assignments.expert_N.view(300, top_k), top.indices)
+    assert torch.equal(assignments.weight_N.view(300, top_k), powers_TK / total_T[:, None])
 
 
 def test_ties_go_to_true_experts() -> None:
@@ -128,18 +147,39 @@ def test_weights_stay_finite_for_huge_logits() -> None:
     assert h_TD.grad.isfinite().all()
 
 
-def test_permuting_null_columns_changes_nothing() -> None:
-    router = make_router(TEXT, IMAGE)
-    h_TD, group_T = torch.randn(60, D, dtype=torch.double), torch.randint(0, 2, (60,))
-    before = router(h_TD, group_T)
-    with torch.no_grad():
-        null = router.get_submodule("text").null
-        null.copy_(null[[2, 0, 1]].clone())  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
-    after = router(h_TD, group_T)
-    assert torch.equal(before.assignments.expert_N, after.assignments.expert_N)
-    torch.testing.assert_close(before.assignments.weight_N, after.assignments.weight_N, rtol=0, atol=1e-15)
-    permuted = before.sums.choices_C[[6, 7, 8]]
-    assert sorted(permuted.tolist()) == sorted(after.sums.choices_C[[6, 7, 8]].tolist())
+@pytest.mark.parametrize("kind", ["null_averaged", "null_split"])
+def test_permuting_null_columns_changes_nothing(kind: BalanceKind) -> None:
+    """Choice, weights, losses and gradients; those of null rows, and their sums, go with their rows."""
+    router, tables = make_router(TEXT, IMAGE), ColumnTables.on((TEXT, IMAGE), torch.device("cpu"))
+    h_TD, group_T = torch.randn(60, D, dtype=torch.double, requires_grad=True), torch.randint(0, 2, (60,))
+    factor_N = torch.randn(router(h_TD, group_T).assignments.weight_N.shape, dtype=torch.double)
+    null: Any = router.get_submodule("text").null
+    order, found = [2, 0, 1], []
+    for permute in (False, True):
+        if permute:
+            with torch.no_grad():
+                null.copy_(null[order].clone())
+        assignments, sums = router(h_TD, group_T)[:2]
+        tokens_LG = sums.tokens_G[None]
+        balance = balance_terms(sums.prob_C[None], sums.choices_C[None], tokens_LG, tables, kind=kind).sum()
+        z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
+        loss = (factor_N * assignments.weight_N).sum() + balance + z
+        found_of = torch.autograd.grad(loss, [h_TD, *router.parameters()])
+        gradients = dict(zip(("h", *dict(router.named_parameters())), found_of, strict=True))
+        found.append((assignments, sums, {"balance": balance, "z": z, **gradients}))
+    (before, sums, values), (after, permuted, others) = found
+    assert torch.equal(before.expert_N, after.expert_N)
+    torch.testing.assert_close(before.weight_N, after.weight_N, rtol=0, atol=1e-15)
+    moved = torch.arange(len(sums.choices_C))
+    moved[6:9] = 6 + torch.tensor(order)
+    assert torch.equal(sums.choices_C[moved], permuted.choices_C)
+    assert not torch.equal(sums.choices_C, permuted.choices_C), "the rows differ"
+    torch.testing.assert_close(sums.prob_C[moved], permuted.prob_C, rtol=0, atol=1e-12)
+    for name, value in values.items():
+        expected = value[order] if name == "text.null" else value
+        torch.testing.assert_close(
+            others[name], expected, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_padding_is_not_routed_and_not_counted() -> None:

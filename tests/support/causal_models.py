@@ -1,0 +1,30 @@
+"""Whole models as evaluation has them, from a configuration: biases and thresholds as training would have left them."""
+
+import torch
+
+from moe_dist.build import build_model
+from moe_dist.config.schema import Config
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.policies import expert_groups
+
+
+def evaluated_model(config: Config) -> Transformer:
+    """On one rank, with random weights."""
+    groups = expert_groups(config.model.moe)
+    placement = ExpertPlacement(groups, (tuple(range(sum(group.num_experts for group in groups))),))
+    model = build_model(config, placement, ep_rank=0, ep_group=None)
+    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.3)
+    for layer in model.moe_modules():
+        for path, buffer in layer.router.named_buffers():
+            if path.endswith("bias"):
+                buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()))
+        if isinstance(layer.router, ExpertChoiceRouter):
+            for gate in layer.router.gates():
+                gate.threshold.fill_(0.55)
+    for router in model.depth_routers():
+        if router.causal == "threshold":
+            router.threshold.fill_(0.5)
+    return model.eval()
