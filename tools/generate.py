@@ -12,7 +12,7 @@ import typer
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.generation.causal import causal_faults
 from moe_dist.generation.generate import Generator
-from moe_dist.generation.material import Material, png
+from moe_dist.generation.material import Material, picture_of, png
 from moe_dist.generation.sampling import Sampling
 from moe_dist.generation.sheet import make_sheet
 from moe_dist.generation.tasks import (
@@ -37,6 +37,7 @@ class Options:
     draw: bool
     picture: str | None
     sheet: Path | None
+    originals: bool
     captions: int
     starting: str
     samples: int
@@ -74,6 +75,9 @@ def main(
         str | None, typer.Option(help="Picture to describe: a file, or the number of a held-out one.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG to make: drawings of held-out captions.")] = None,
+    originals: Annotated[
+        bool, typer.Option("--originals", help="Show the held-out pictures on the sheet, too.")
+    ] = False,
     captions: Annotated[int, typer.Option(min=1, help="Captions of the sheet, chosen at random by the seed.")] = 40,
     starting: Annotated[str, typer.Option(help="What these captions start with.")] = "",
     samples: Annotated[int, typer.Option(min=1, max=4096, help="Samples of each prompt.")] = 1,
@@ -97,6 +101,7 @@ def main(
                 draw,
                 picture,
                 sheet,
+                originals,
                 captions,
                 starting,
                 samples,
@@ -137,7 +142,7 @@ def _generate(options: Options) -> None:
     )
     samples = run_task(task, generator, material)
     if options.sheet is not None:
-        _write_sheet(options, options.sheet, labels, samples)
+        _write_sheet(options, options.sheet, labels, samples, material)
         return
     for number, (label, sample) in enumerate(zip(labels, samples, strict=True), _first_number(options.out)):
         _show(options, label, sample, number)
@@ -192,15 +197,18 @@ def _first_number(folder: Path) -> int:
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
-def _write_sheet(options: Options, path: Path, labels: list[str], samples: list[Sample]) -> None:
-    """All drawings of a caption side by side."""
-    each = options.samples
-    rows = [
-        (labels[first], [sample.pictures[0] for sample in samples[first : first + each]])
-        for first in range(0, len(samples), each)
-    ]
-    _write(path, make_sheet(rows, columns=max(1, 8 // each)))
-    print(f"{path}: {each} drawings of each of {len(rows)} held-out captions")
+def _write_sheet(options: Options, path: Path, labels: list[str], samples: list[Sample], material: Material) -> None:
+    """All drawings of a caption side by side, behind the held-out picture, as its codes show it, where that is wanted."""
+    each, originals = options.samples, {found.caption: found.codes for found in reversed(material.heldout())}
+    rows = []
+    for first in range(0, len(samples), each):
+        pictures = [sample.pictures[0] for sample in samples[first : first + each]]
+        if options.originals:
+            pictures = [picture_of(originals[labels[first]], material.codebook), *pictures]
+        rows.append((labels[first], pictures))
+    _write(path, make_sheet(rows, columns=max(1, 8 // len(rows[0][1]))))
+    behind = ", behind the held-out picture" if options.originals else ""
+    print(f"{path}: {each} drawings of each of {len(rows)} held-out captions{behind}")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -53,9 +53,10 @@ LAYOUTS = [
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
     Layout(2, 1, "interleaved", "ddp", "block", choice="rank", depths="rank"),
     Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", depths="rank"),
+    # The loss of auxiliary routers is a mean over each micro-batch: only one set over all ranks is one process with it.
     Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
-    Layout(4, 1, "uneven", choice="rank", choice_causal="auxiliary"),
-    Layout(2, 2, "pinned", "ddp", "experts", choice="ep_group", choice_causal="auxiliary"),
+    Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
+    Layout(2, 2, "pinned", "ddp", "experts", choice="world", choice_causal="auxiliary"),
 ]
 
 

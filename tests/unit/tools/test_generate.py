@@ -1,9 +1,11 @@
 """The command on a run of a small data set of one's own: what it prints and writes, and what it refuses before it works."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from click.testing import Result
@@ -13,7 +15,9 @@ from typer.testing import CliRunner
 from moe_dist.config.manifest import load_manifest, write_manifest
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, FixedLoadRouterSection, RouterSection
 from moe_dist.generation.causal import causal_faults
-from moe_dist.trained import Trained
+from moe_dist.generation.material import picture_of
+from moe_dist.generation.tasks import choose_captions
+from moe_dist.trained import Trained, find_trained
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import pictured_data, pictured_run
 from tests.support.tiny import tiny_config
@@ -87,6 +91,15 @@ def test_a_sheet_has_the_held_out_captions(run: Path, tmp_path: Path) -> None:
     assert Image.open(sheet).width > 3 * 96 * 2
     assert call(run, "--sheet", sheet, "--captions", 3, "--samples", 2).exit_code == 0
     assert sheet.read_bytes() == first
+    both = call(run, "--sheet", sheet, "--captions", 3, "--samples", 2, "--originals")
+    assert "3 held-out captions, behind the held-out picture" in both.stdout.replace("\n", " ")
+    material = find_trained(run, step=None, data=None, allow=lambda _: []).material()
+    caption = choose_captions(material.heldout(), 3, starting="", seed=0)[0]
+    original = next(found.codes for found in material.heldout() if found.caption == caption)
+    expected = np.asarray(picture_of(original, material.codebook).resize((96, 96), Image.Resampling.NEAREST), np.float64)
+    shown = np.asarray(Image.open(sheet).convert("RGB").crop((12, 12, 108, 108)), np.float64)
+    assert np.abs(shown - expected).mean() < 8  # the sheet has fewer colours
+    assert np.abs(shown - np.asarray(Image.open(io.BytesIO(first)).convert("RGB").crop((12, 12, 108, 108)))).mean() > 8
 
 
 @pytest.mark.parametrize(
