@@ -203,8 +203,15 @@ def _write_shards(place: Path, source: Source, plan: Plan, options: Options, sav
         if _is_whole(target, number, save_id):
             kept += 1
         else:
-            pieces = {part.name: part.make(source, seed=options.seed) for part in parts}
-            write_shard(writing, number, pieces, save_id=save_id, step=0, rank_values={})
+            # Without a name, so that one shard is gone before the next is read.
+            write_shard(
+                writing,
+                number,
+                {part.name: part.make(source, seed=options.seed) for part in parts},
+                save_id=save_id,
+                step=0,
+                rank_values={},
+            )
             os.replace(writing / shard_file(number), target / shard_file(number))
         done += sum(part.nbytes for part in parts)
         report("import", done, plan.nbytes)

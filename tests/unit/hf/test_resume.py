@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import struct
 import subprocess
@@ -146,6 +147,7 @@ def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after
     (tmp_path / "out").mkdir()
     killed_and_begun_again(folder, tmp_path / "out/ours", limit=growth, shard_bytes=16 << 20)
     assert (tmp_path / "out/ours/config.yaml").is_file()
+    shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
 
 
 def test_the_limit_would_be_met_without_shards(large: Path, tmp_path: Path) -> None:
