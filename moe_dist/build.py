@@ -229,7 +229,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         eps=section.eps,
     )
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # else routers that choose stand still, and so do their thresholds
+    whole = config.train.only is None  # else routers that choose stand still, and thresholds follow no step
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     step = TrainingStep(
         parallel,

@@ -66,11 +66,12 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         rows = sum(copy_true_rows(gate) for gate in _gates(model, config))
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
-        misfits, changes = _misfits(config, source, taken), _changes(config, taken, source)
+        misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
         if misfits or (changes and copy and not upcycle):
             name = "upcycle" if upcycle else "copy_nulls"
             raise ConfigError(
-                [f"run.init_rules: {name}: {path}: {each}" for each in [*misfits, *changes]], see="docs/routing.md"
+                [f"run.init_rules: {name}: {path}: {each}" for each in (misfits if upcycle else [*misfits, *changes])],
+                see="docs/routing.md",
             )
         same = "the same as the checkpoint's" + ("" if upcycle else ", to the last bit")
         lines.append(f"function of the model before its first step: {'; '.join(changes) if changes else same}")
@@ -102,29 +103,43 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
     """Where the two models are at odds, router rows aside: another shape, a tensor without a place, another `model.*`."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
-    faults = [f"{name} stays as initialised ({taken.kept[name]}); give the model that shape" for name in odd[:1]]
+    faults = [
+        f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
+    ]
     faults += [
         f"{name} of the checkpoint has no place in the model; give the model what it is part of"
         for name in taken.left
         if ".moe.router." not in name
     ][:1]
-    before = source.get("model")
-    if isinstance(before, dict):
-        here = config.model.model_dump(mode="json", exclude=_NO_PART)
-        faults += [
-            f"model.{key}={value!r}, the checkpoint's is {before[key]!r}; take that"
-            for key, value in here.items()
-            if key in before and before[key] != value
-        ]
-    return faults
+    other = _other_keys(config, source)
+    if "upcycle" in config.run.init_rules:
+        other.pop("depths", None)  # a seed may grow into depths
+    return faults + [f"{fault}; take that" for fault in other.values()]
 
 
-def _changes(config: Config, taken: Taken, source: Mapping[str, JsonValue]) -> list[str]:
+def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
     """Why a model in which all of the checkpoint fits does not compute what that did; empty where it does (upcycled, up to
     rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
-    return changes + (_upcycled_changes(config, source.get("model"), taken) if "upcycle" in config.run.init_rules else [])
+    if "upcycle" not in config.run.init_rules:
+        return changes
+    depths = [fault for key, fault in _other_keys(config, source).items() if key == "depths"]
+    return [*changes, *depths, *_upcycled_changes(config, source.get("model"), taken)]
+
+
+def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
+    """Keys of `model` that the checkpoint's configuration has otherwise, by name, and how."""
+    before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
+    if not isinstance(before, dict):
+        return {}
+    here["head_dim"] = config.model.resolved_head_dim
+    there = {**before, "head_dim": before.get("head_dim") or before["hidden_dim"] // before["num_heads"]}
+    return {
+        key: f"model.{key}={value!r}, the checkpoint's is {there[key]!r}"
+        for key, value in here.items()
+        if key in there and there[key] != value
+    }
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:

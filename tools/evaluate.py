@@ -47,6 +47,11 @@ class Options:
     device: str
     as_json: bool
 
+    @property
+    def harness_tasks(self) -> list[str]:
+        """Names and files."""
+        return [name.strip() for name in self.harness.split(",") if name.strip()]
+
 
 def main(
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")],
@@ -127,15 +132,15 @@ def _check(options: Options, env: RankEnv) -> list[str]:
         raise ConfigError(
             f"--harness {options.harness}: runs on one process, not on {env.world_size}; start it without torchrun"
         )
-    for name in options.harness.split(","):
+    for name in options.harness_tasks:
         if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
             raise ConfigError(f"--harness {name}: no such file; give a task's YAML file or its name in lm_eval")
-    named = [name for name in options.harness.split(",") if name and not Path(name).is_file()]
+    named = [name for name in options.harness_tasks if not Path(name).is_file()]
     if named:
         from lm_eval.tasks import TaskManager
 
         known = TaskManager()  # reads the index of its tasks: seconds
-        if unknown := [name for name in named if not known.match_tasks([name])]:
+        if unknown := [name for name in named if name not in known.all_tasks]:
             near = get_close_matches(unknown[0], known.all_tasks, 1)
             guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
             raise ConfigError(f"--harness {unknown[0]}: lm_eval has no such task; {guess}", see="docs/evaluation.md")
@@ -151,7 +156,7 @@ def _harness(options: Options, trained: Trained, material: Material, likelihood:
     from moe_dist.evaluation.harness import HarnessModel
 
     names: list[str | dict[str, Any] | Task] = [
-        str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness.split(",")
+        str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness_tasks
     ]
     max_seq_len = trained.config.model.max_seq_len
     generator = Generator(

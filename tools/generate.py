@@ -65,6 +65,8 @@ class Options:
                 "--prompt with --draw (a caption to draw), --picture (to be described; a --prompt begins the caption), or "
                 "--sheet alone"
             )
+        if self.originals and self.sheet is None:
+            raise ConfigError("--originals: stands on a sheet; give --sheet as well, or leave it out")
 
 
 def main(
@@ -75,9 +77,7 @@ def main(
         str | None, typer.Option(help="Picture to describe: a file, or the number of a held-out one.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG to make: drawings of held-out captions.")] = None,
-    originals: Annotated[
-        bool, typer.Option("--originals", help="Show the held-out pictures on the sheet, too.")
-    ] = False,
+    originals: Annotated[bool, typer.Option("--originals", help="Show the held-out pictures on the sheet, too.")] = False,
     captions: Annotated[int, typer.Option(min=1, help="Captions of the sheet, chosen at random by the seed.")] = 40,
     starting: Annotated[str, typer.Option(help="What these captions start with.")] = "",
     samples: Annotated[int, typer.Option(min=1, max=4096, help="Samples of each prompt.")] = 1,
@@ -133,7 +133,7 @@ def _generate(options: Options) -> None:
     material = trained.material()
     task, labels = _task(options, material)
     task.check(model.max_seq_len)
-    grammar = material.grammar
+    grammar = material.grammar  # may refuse the data
     generator = Generator(
         trained.load(device),
         grammar,
@@ -198,17 +198,17 @@ def _first_number(folder: Path) -> int:
 
 
 def _write_sheet(options: Options, path: Path, labels: list[str], samples: list[Sample], material: Material) -> None:
-    """All drawings of a caption side by side, behind the held-out picture, as its codes show it, where that is wanted."""
-    each, originals = options.samples, {found.caption: found.codes for found in reversed(material.heldout())}
-    rows = []
+    """All drawings of a caption side by side, beside the held-out picture, as its codes show it, where that is wanted."""
+    each, rows = options.samples, []
+    originals = {found.caption: found.codes for found in reversed(material.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):
         pictures = [sample.pictures[0] for sample in samples[first : first + each]]
         if options.originals:
             pictures = [picture_of(originals[labels[first]], material.codebook), *pictures]
         rows.append((labels[first], pictures))
     _write(path, make_sheet(rows, columns=max(1, 8 // len(rows[0][1]))))
-    behind = ", behind the held-out picture" if options.originals else ""
-    print(f"{path}: {each} drawings of each of {len(rows)} held-out captions{behind}")
+    beside = ", beside the held-out picture" if options.originals else ""
+    print(f"{path}: {each} drawings of each of {len(rows)} held-out captions{beside}")
 
 
 def _write(path: Path, content: bytes) -> None:

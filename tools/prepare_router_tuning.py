@@ -93,7 +93,6 @@ def _prepare(options: Options, env: RankEnv) -> None:
     check_place(options.out)
     tasks, device = task_names(options.tasks), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
-    embedder(["A damaged one is refused now, not when all is scored."])
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
     layers = _layers(options.layers, trained.config)
     model = trained.config.model
@@ -108,6 +107,8 @@ def _prepare(options: Options, env: RankEnv) -> None:
         embedded_text(question, listed=options.rotations)
     prompts = Prompts(material, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
+    # A damaged embedder is refused now, not when all is scored; not on the device, which no rank has chosen yet.
+    Embedder(options.embedder, "cpu")(["a text"])
     with one_group(env, device) as (mesh, device):
         likelihood = trained.likelihood(device, mesh)
         scored, routing_SLC = _score(options, questions, written, likelihood, trained, layers, env)

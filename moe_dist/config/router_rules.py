@@ -51,11 +51,12 @@ def _load_relations(config: Config, section: FixedLoadRouterSection) -> list[Rel
                 f"num_null, num_identity and num_constant to 0, or {ROUTER}.kind=top_k"
             )
             broken.append(Relation((f"model.moe.groups.{name}", f"{ROUTER}.kind"), fault))
-        if config.model.depths is not None and any(load % 1.0 for load in loads):
-            # Draws are by step and token, and a layer of depths knows neither of the slots that it computes.
+        # A draw is of a step and a token; a layer of depths computes slots, and does not know which tokens these are.
+        drawn = [each for each, load in zip(config.model.moe_layers, loads, strict=False) if load % 1.0]
+        if deep := sorted(set(drawn) & set(config.model.depth_layers)):
             fault = (
-                f"{key}.{name}={list(loads)} with model.depths: draws cannot be told by token in a layer that computes "
-                "some of them; give whole numbers, or set model.depths to null"
+                f"{key}.{name}={list(loads)} with model.depths: draws cannot be told by token in the layers {deep}, which "
+                "compute some of them; give whole numbers there, or set model.depths to null"
             )
             broken.append(Relation((f"{key}.{name}", "model.depths"), fault))
     return broken

@@ -34,7 +34,7 @@ from moe_dist.runtime.progress import Report
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # of each source that the BPE is fitted on: seconds, where all would be minutes
-_OF_PICTURES = ("hold_out", "vary", "caption_first")  # what a recipe can ask for only where there are pictures
+_OF_PICTURES = ("hold_out", "vary", "caption_first")  # what a recipe says of pictures and nothing else
 _TEXT_CHUNK = 64  # texts encoded at once
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler bits of no picture
 

@@ -147,7 +147,8 @@ def refused(what: str, error: ValidationError) -> ConfigError:
     for each in error.errors(include_url=False):
         where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
         value = "" if each["type"] == "value_error" else f"={each['input']!r:.80}"
-        faults.append(f"{what}: {where}{value}: {rule}; change that field, or the option it comes of")
+        prefix = f"{where}{value}: " if where else ""
+        faults.append(f"{what} (in this system's words): {prefix}{rule}; change that field, or the option it comes of")
     return ConfigError(faults, see="docs/huggingface.md")
 
 

@@ -152,7 +152,7 @@ def write_samples(
         folder.rename(out)
     except OSError as error:
         raise StorageError(
-            f"--out {out}: cannot be written: {error.strerror or error}; make room, and begin again"
+            f"--out {out}: cannot be written: {error.strerror or error}; mend that or name another place, and begin again"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -167,10 +167,10 @@ def refuse_existing(out: Path) -> None:
 
 def check_place(out: Path) -> None:
     """Whether a folder can be made, before hours of scoring. Raises: ConfigError: it is there, or beside it is no place."""
-    refuse_existing(out)
     try:
+        refuse_existing(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
+        if not os.access(out.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; choose another place") from error

@@ -186,6 +186,7 @@ UPCYCLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**UPCYCLE, **groups((4, 0, 2), (3, 0, 2)), **SAME_WIDTH},
     ),
     "with null experts": (SEED, {"run.init_rules": ["upcycle", "copy_nulls"], **groups((4, 4, 4), (2, 4, 3))}),
+    "with its head_dim in words": (SEED, {**UPCYCLE, **groups((4, 0, 2), (3, 0, 1)), "model.head_dim": 8}),
     "with fewer null experts than choices": (SEED, {**UPCYCLE, **groups((4, 1, 2), (2, 2, 3))}),
     "sharded": (
         {**SEED, "parallel.data": "fsdp2"},
@@ -258,6 +259,7 @@ def test_what_cannot_be_upcycled_is_refused(
         ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.router.scale": 2.0}, "scale=2, the experts were scaled by 1.0"),
         (groups((4, 2, 2), (2, 0, 1)), "group text may choose null experts alone (top_k=2, num_null=2)"),
         ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
+        ({**groups((4, 0, 2), (2, 0, 1)), "model.depths": {"capacity": 0.5, "causal": "threshold"}}, "model.depths="),
     ],
 )
 def test_an_upcycled_model_that_computes_something_else_says_why(

@@ -103,8 +103,9 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 def code_of_now() -> dict[str, Any]:
     """Commit of the code, and whether it differs from that: documents, records among them, are no code."""
     commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
-    changed = re.findall(rb"^diff --git a/(.*) b/", diff, re.MULTILINE)
-    return {"commit": commit, "changed": any(not name.startswith(b"docs/") for name in changed)}
+    headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
+    documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")
+    return {"commit": commit, "changed": any(not documents.fullmatch(each) for each in headers)}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ def loads(**by_group: list[float]) -> dict[str, Any]:
 
 def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
     assert check(tiny_config(tiny_data, tmp_path, SOUND)).config.model.moe.router.kind == "fixed_load"
+    depths = {"model.depths": {"capacity": 0.5, "causal": "threshold"}}  # of layer 0
+    check(tiny_config(tiny_data, tmp_path, {**SOUND, **loads(text=[2.0, 1.5], image=[1.0, 0.5]), **depths}))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
         ),
         (
             {"model.depths": {"capacity": 0.5, "causal": "threshold"}},
-            "loads.text=[1.5, 2.0] with model.depths: draws cannot be told by token in a layer that computes some of them",
+            "loads.text=[1.5, 2.0] with model.depths: draws cannot be told by token in the layers [0], which compute some",
         ),
         ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=fixed_load has no auxiliary routers"),
         (

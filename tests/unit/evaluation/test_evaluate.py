@@ -74,6 +74,7 @@ def test_under_rotations_every_one_must_be_right(own_run: Path, words: Path, tmp
             78,
             "--harness lambda_openai: lm_eval has no such task; did you mean lambada_openai?",
         ),
+        (("--harness", "mmlu_*"), 78, "--harness mmlu_*: lm_eval has no such task"),
         (("--tasks", "wordnet-defintion"), 78, "did you mean wordnet-definition? the tasks are"),
         (
             ("--tasks", "wordnet", "--wordnet", "nowhere"),

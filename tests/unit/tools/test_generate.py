@@ -92,7 +92,7 @@ def test_a_sheet_has_the_held_out_captions(run: Path, tmp_path: Path) -> None:
     assert call(run, "--sheet", sheet, "--captions", 3, "--samples", 2).exit_code == 0
     assert sheet.read_bytes() == first
     both = call(run, "--sheet", sheet, "--captions", 3, "--samples", 2, "--originals")
-    assert "3 held-out captions, behind the held-out picture" in both.stdout.replace("\n", " ")
+    assert "3 held-out captions, beside the held-out picture" in both.stdout.replace("\n", " ")
     material = find_trained(run, step=None, data=None, allow=lambda _: []).material()
     caption = choose_captions(material.heldout(), 3, starting="", seed=0)[0]
     original = next(found.codes for found in material.heldout() if found.caption == caption)
@@ -110,6 +110,7 @@ def test_a_sheet_has_the_held_out_captions(run: Path, tmp_path: Path) -> None:
         (("--sheet", "x.png", "--prompt", "a"), 78, "--prompt --sheet: give"),
         (("--picture", "nowhere.png"), 78, "--picture nowhere.png: no such file"),
         (("--picture", "999"), 78, "--picture 999: there are"),
+        (("--prompt", "a", "--draw", "--originals"), 78, "--originals: stands on a sheet; give --sheet as well"),
         (("--sheet", "x.png", "--starting", "xyz"), 78, "--starting 'xyz': none of the held-out captions"),
         (("--prompt", "a", "--tokens", "96"), 78, "more than model.max_seq_len=96"),
         (("--prompt", "a word " * 60, "--draw"), 78, "model.max_seq_len=96, the longest the model is made for; shorten"),

@@ -231,3 +231,10 @@ def test_documents_are_no_change_of_the_code(
     diff = "".join(f"diff --git a/{file} b/{file}\n--- a/{file}\n+++ b/{file}\n@@ -1 +1 @@\n-1\n+2\n" for file in files)
     monkeypatch.setattr("tools.reproduction.results.code_state", lambda _: ("c0ffee", diff.encode(), ["new.py"]))
     assert code_of_now() == {"commit": "c0ffee", "changed": changed}
+
+
+@pytest.mark.parametrize("names", ["a/docs/a.py b/moe_dist/a.py", '"a/moe_dist/\\303.py" "b/moe_dist/\\303.py"'])
+def test_what_may_be_code_is_a_change(monkeypatch: pytest.MonkeyPatch, names: str) -> None:
+    diff = f"diff --git {names}\n"
+    monkeypatch.setattr("tools.reproduction.results.code_state", lambda _: ("c0ffee", diff.encode(), []))
+    assert code_of_now()["changed"]
