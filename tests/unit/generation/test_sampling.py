@@ -75,7 +75,7 @@ def test_the_nucleus_by_hand() -> None:
 @given(chances=st.lists(st.integers(0, 5), min_size=5, max_size=5).filter(any), uniform=st.floats(0, 1, exclude_max=True))
 def test_a_draw_is_where_the_running_sum_passes(chances: list[int], uniform: float) -> None:
     whole = sum(chances)
-    token = int(draw(torch.tensor([chances], dtype=torch.float64) / whole, torch.tensor([uniform]))[0])
+    token = int(draw(torch.tensor([chances], dtype=torch.float64) / whole, torch.tensor([uniform], dtype=torch.float64))[0])
     assert chances[token] > 0
     assert sum(chances[:token]) / whole <= uniform + 1e-12
     assert uniform <= sum(chances[: token + 1]) / whole + 1e-12
