@@ -134,7 +134,9 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
     if not isinstance(before, dict):
         return {}
     here["head_dim"] = config.model.resolved_head_dim
-    there = {**before, "head_dim": before.get("head_dim") or before["hidden_dim"] // before["num_heads"]}
+    width, heads = before.get("hidden_dim"), before.get("num_heads")
+    each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
+    there = {**before, "head_dim": before.get("head_dim") or each}
     return {
         key: f"model.{key}={value!r}, the checkpoint's is {there[key]!r}"
         for key, value in here.items()
