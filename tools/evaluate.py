@@ -25,6 +25,7 @@ from moe_dist.generation.material import Material
 from moe_dist.parallel.one_group import one_group
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.files import make_writable
 from moe_dist.trained import Trained, choose_device, find_trained
 
 
@@ -176,12 +177,7 @@ def _folder(options: Options, trained: Trained) -> Path:
     """Where the results go; made now, so that a folder that cannot be written is known before anything long runs."""
     shelf = trained.folder.parent
     folder = options.out or (shelf.parent if shelf.name == "checkpoints" else shelf) / "evaluations"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot be written: {error.strerror}; choose another place") from error
+    make_writable(folder, said=f"--out {folder}")
     return folder
 
 

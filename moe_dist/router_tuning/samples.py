@@ -3,10 +3,8 @@
 See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E width of an embedding, L layers, C columns.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from moe_dist.config.tuning_manifest import (
     write_tuning_manifest,
 )
 from moe_dist.errors import ConfigError, DataError, StorageError
+from moe_dist.runtime.files import make_writable
 
 
 @dataclass(frozen=True)
@@ -167,10 +166,5 @@ def refuse_existing(out: Path) -> None:
 
 def check_place(out: Path) -> None:
     """Whether a folder can be made, before hours of scoring. Raises: ConfigError: it is there, or beside it is no place."""
-    try:
-        refuse_existing(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; choose another place") from error
+    make_writable(out.parent, said=f"--out {out}")
+    refuse_existing(out)

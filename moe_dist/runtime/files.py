@@ -1,9 +1,12 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and whether there is a place for it."""
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+from moe_dist.errors import ConfigError
 
 
 def write_atomically(path: Path, content: str | bytes, *, before_rename: Callable[[], None] | None = None) -> None:
@@ -28,3 +31,20 @@ def write_atomically(path: Path, content: str | bytes, *, before_rename: Callabl
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def make_writable(folder: Path, *, said: str) -> None:
+    """Makes a folder where there is none, before long work whose results are to lie in it.
+
+    Args:
+        said: The option and its value, for the message.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"{said}: cannot be written: {error.strerror}; choose another place") from error

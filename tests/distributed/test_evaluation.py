@@ -20,7 +20,8 @@ from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.training_step import TrainingStep
-from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, logical, placement_of
+from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, placement_of
+from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
 
 GROUP_OF_MODALITY = torch.tensor([0, 1])

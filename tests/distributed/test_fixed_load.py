@@ -1,4 +1,4 @@
-"""Fixed loads on ranks: the same draws, hence the same choices and losses, on any layout and after a resume."""
+"""Fixed loads in whole runs: the same draws on any layout and after a resume; float64 is in test_n_ranks_equal_one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.layouts import Layout, Outcome, merged, train
 from tests.support.whole_run import WholeRun, whole_run
 
 LOADS = {
@@ -62,33 +61,6 @@ def test_ranks_equal_one_rank(run: Run, alone: WholeRun, ranks: int, ep: int) ->
     assert merged.keys() == alone.tensors.keys()
     for name, value in merged.items():
         np.testing.assert_allclose(value, alone.tensors[name], rtol=1e-3, atol=2e-5, err_msg=name)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(2, 1, "pinned", "fsdp2", "block", fixed=True),
-        Layout(4, 1, "uneven", "ddp", "experts", fixed=True),
-        Layout(2, 2, "interleaved", "fsdp2", fixed=True, overlap=True, chunks=2),
-    ],
-    ids=str,
-)
-def test_ranks_equal_one_rank_in_float64(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
-    """Losses, gradients and parameters of three steps, from one checkpoint."""
-    oracle: Outcome = run_in_world(1, train, Layout(fixed=True), tmp_path)[0]
-    outcomes: list[Outcome] = run_in_world(layout.world_size, train, layout, tmp_path)
-    for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
-        np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
-        np.testing.assert_allclose(
-            [step.grad_norm, step.balance, step.z, *step.nll_M],
-            [expected.grad_norm, expected.balance, expected.z, *expected.nll_M],
-            rtol=1e-9,
-        )
-    for field in ("gradients", "parameters"):
-        got, expected = merged(outcomes, field), getattr(oracle, field)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
 
 
 def test_a_resumed_run_draws_as_if_it_had_not_stopped(run: Run, alone: WholeRun) -> None:

@@ -150,19 +150,24 @@ def test_free_experts_on_ranks_equal_one_rank(
         Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),
         Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla"),
         Layout(2, 1, "pinned", balance_loss="null_split"),
+        Layout(2, 1, "pinned", "fsdp2", "block", fixed=True),
+        Layout(4, 1, "uneven", "ddp", "experts", fixed=True),
+        Layout(2, 2, "interleaved", "fsdp2", fixed=True, overlap=True, chunks=2),
     ],
     ids=str,
 )
-def test_one_logit_for_all_nulls_and_the_other_losses(
+def test_one_logit_for_all_nulls_the_other_losses_and_fixed_loads(
     run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout
 ) -> None:
-    alone = Layout(null_logit=layout.null_logit, balance_loss=layout.balance_loss)
+    alone = Layout(null_logit=layout.null_logit, balance_loss=layout.balance_loss, fixed=layout.fixed)
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
         np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
         np.testing.assert_allclose(
-            [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
+            [step.grad_norm, step.balance, step.z, *step.nll_M],
+            [expected.grad_norm, expected.balance, expected.z, *expected.nll_M],
+            rtol=1e-9,
         )
     assert_same_tensors(outcomes, oracle)
 

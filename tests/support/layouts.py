@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from moe_dist.build import build_model, freeze
 from moe_dist.build_routing import build_balance, build_depth_set, choice_ranks_of, depth_thresholds
-from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
@@ -22,7 +19,7 @@ from moe_dist.moe.aux_losses import BalanceKind
 from moe_dist.moe.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
-from moe_dist.parallel.initialise import initialise, logical_expert_names, normal_tensor, set_whole
+from moe_dist.parallel.initialise import initialise, normal_tensor, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -30,6 +27,7 @@ from moe_dist.placement.policies import replicated_placement
 from moe_dist.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.training_step import StepResult, TrainingStep
 from tests.support.parted_set import PartedSet
+from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext
 
 SEQ_LEN = 12
@@ -360,27 +358,6 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     )
 
 
-def carry(
-    folder: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer, placement: ExpertPlacement, mesh: Mesh
-) -> None:
-    """Initial weights through a real checkpoint: written where there is none, else loaded over spoilt ones."""
-    state = capture(
-        parallel.model,
-        optimizer,
-        RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size),
-    )
-    manager = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
-    newest = manager.latest()
-    if newest is None:
-        manager.save(0, state)
-        return
-    with torch.no_grad():
-        for info in parallel.parameters:
-            local = info.parameter.to_local() if isinstance(info.parameter, DTensor) else info.parameter
-            local.fill_(float("nan"))
-    manager.load(newest, state)
-
-
 @torch.no_grad()
 def smallest_gap(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> float:
     """Smallest difference between a token's k-th and next best logit inside its group."""
@@ -391,22 +368,6 @@ def smallest_gap(router: Any, h_TD: torch.Tensor, group_T: torch.Tensor) -> floa
         if len(best):
             smallest = min(smallest, float((best[:, group.top_k - 1] - best[:, group.top_k]).min()))
     return smallest
-
-
-def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, gradient: bool) -> dict[str, np.ndarray]:
-    """Whole tensors by logical name: this rank's experts, and all dense parameters. Collective under FSDP2."""
-    named: dict[str, np.ndarray] = {}
-    for info in parallel.parameters:
-        tensor = info.parameter.grad if gradient else info.parameter.detach()
-        if tensor is None and (info.parameter.numel() == 0 or not info.parameter.requires_grad):
-            continue  # an empty stack, or frozen
-        assert tensor is not None, f"{info.name} has no gradient"
-        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
-        if info.kind == "expert":
-            named.update(zip(logical_expert_names(info.name, placement, mesh.ep_rank), whole, strict=True))
-        else:
-            named[info.name] = whole
-    return named
 
 
 def merged(outcomes: list[Outcome], field: str) -> Mapping[str, np.ndarray]:

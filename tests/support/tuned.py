@@ -20,7 +20,8 @@ from moe_dist.router_tuning.samples import Samples
 from moe_dist.router_tuning.savings import Savings, savings
 from moe_dist.router_tuning.tuning import Chosen, RouterTuning
 from moe_dist.training_step import StepResult, TrainingStep
-from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, build, carry, logical, placement_of
+from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, build, placement_of
+from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext
 
 MANIFEST = Manifest.model_construct(modalities={"text": (TEXT,), "image": (IMAGE,)}, pad_id=0)
