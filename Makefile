@@ -58,7 +58,7 @@ chaos: $(INSTALLED)  ## Go on breaking runs (ROUNDS=200 faults); an interrupted 
 	@$(BIN)/python -m tests.support.chaos --rounds $(ROUNDS)
 
 bench: $(INSTALLED)  ## Measure dispatch against its floor and its peers (ARGS="--only tokens")
-	@$(BIN)/python -m tools.bench_dispatch $$ARGS
+	@$(BIN)/python -m tools.bench $$ARGS
 
 check: $(INSTALLED)  ## Lint and types
 	$(BIN)/ruff check .
@@ -83,18 +83,18 @@ reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
 CONVENTIONS_DATA := .cache/data/conventions
 conventions-data: reproduce-data
 	@test -f $(CONVENTIONS_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.reproduction.conventions --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
+	  $(BIN)/python -m tools.experiments.conventions --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
 
 # The same with questions of WordNet and reasoning-gym.
 QUESTIONS_DATA := .cache/data/questions
 questions-data: reproduce-data wordnet
 	@test -f $(QUESTIONS_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.reproduction.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
+	  $(BIN)/python -m tools.experiments.question_data --base $(REPRODUCE_DATA) --wordnet $(WORDNET) --out $(QUESTIONS_DATA)
 
 reproduce-mole: conventions-data
 reproduce-roma reproduce-roma-listed: questions-data embedder
 $(REPRODUCTIONS): reproduce-%: $(INSTALLED) reproduce-data
-	@$(BIN)/python -m tools.reproduce $* $$ARGS
+	@$(BIN)/python -m tools.experiments $* $$ARGS
 
 # Its metadata ask for sentence-transformers, which is not used: its folder is read as it is.
 MINILM := .cache/minilm

@@ -11,8 +11,8 @@ from moe_dist.config.cluster import Cluster
 from moe_dist.config.dispatch_rules import ranks_per_node
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, PlacementError
-from moe_dist.placement.nodes import demands, groups_of_rank, pack
-from moe_dist.preflight import Preflight
+from moe_dist.plan.nodes import demands, groups_of_rank, pack
+from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import PUBLISHED
 from moe_dist.runtime.place import PLACE, Place
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS

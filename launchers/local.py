@@ -26,7 +26,7 @@ from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import Ranks, StopSignals
 from moe_dist.config.load import read_draft
 from moe_dist.errors import EXIT_FAILED, MoeDistError
-from moe_dist.preflight import check_file
+from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS

@@ -1,6 +1,6 @@
 #!/bin/bash
 # One task on its node, before Python starts:   srun ... env --block-signal=TERM,USR2,INT bash slurm/node_env.sh TABLE
-# TABLE (launchers/slurm_script.py wrote it) says who the task is, by node and number on the node, and brings the site's
+# TABLE (launchers/slurm/script.py wrote it) says who the task is, by node and number on the node, and brings the site's
 # variables, its prelude and its container. The stop signals are blocked until the rank has its handlers.
 table=$1
 here=${SLURMD_NODENAME:-$(hostname)}

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moe_dist.doctor.examine import examine
+from launchers.doctor.examine import examine
 from moe_dist.doctor.finding import Finding, Level, exit_code
 from moe_dist.errors import MoeDistError
 from moe_dist.runtime.command_line import run_command

@@ -15,18 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.evaluation.likelihood import Likelihood
-from moe_dist.evaluation.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
-from moe_dist.evaluation.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
-from moe_dist.evaluation.questions.split import Side
-from moe_dist.generation.causal import causal_faults
-from moe_dist.generation.generate import Generator
-from moe_dist.generation.material import Material
+from moe_dist.inference.causal import causal_faults
+from moe_dist.inference.generate import Generator
+from moe_dist.inference.likelihood import Likelihood
+from moe_dist.inference.material import Material
+from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
+from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
+from moe_dist.inference.questions.split import Side
+from moe_dist.inference.trained import Trained, choose_device, find_trained
 from moe_dist.parallel.one_group import one_group
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable
-from moe_dist.trained import Trained, choose_device, find_trained
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _harness(options: Options, trained: Trained, material: Material, likelihood:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from moe_dist.evaluation.harness import HarnessModel
+    from moe_dist.inference.harness import HarnessModel
 
     names: list[str | dict[str, Any] | Task] = [
         str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness_tasks

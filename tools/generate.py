@@ -10,22 +10,14 @@ import numpy as np
 import typer
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.generation.causal import causal_faults
-from moe_dist.generation.generate import Generator
-from moe_dist.generation.material import Material, picture_of, png
-from moe_dist.generation.sampling import Sampling
-from moe_dist.generation.sheet import make_sheet
-from moe_dist.generation.tasks import (
-    Sample,
-    Task,
-    choose_captions,
-    continue_text,
-    describe_picture,
-    draw_captions,
-    run_task,
-)
+from moe_dist.inference.causal import causal_faults
+from moe_dist.inference.generate import Generator
+from moe_dist.inference.material import Material, picture_of, png
+from moe_dist.inference.sampling import Sampling
+from moe_dist.inference.sheet import make_sheet
+from moe_dist.inference.tasks import Sample, Task, choose_captions, continue_text, describe_picture, draw_captions, run_task
+from moe_dist.inference.trained import choose_device, find_trained
 from moe_dist.runtime.command_line import run_command
-from moe_dist.trained import choose_device, find_trained
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from moe_dist.checkpoint.contents import open_checkpoint, open_shard
 from moe_dist.checkpoint.describe import facts, families, placement_lines
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.index import shard_file
-from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import MoeDistError
 from moe_dist.runtime.command_line import run_command

@@ -18,20 +18,20 @@ from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import TuningManifest
 from moe_dist.config.tuning_rules import tokenizer_digest
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.evaluation.likelihood import Likelihood
-from moe_dist.evaluation.multiple_choice import Prompts, Written, ask, check_vocabulary, write
-from moe_dist.evaluation.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
-from moe_dist.evaluation.questions.fact import Question
-from moe_dist.evaluation.questions.split import Side
+from moe_dist.inference.likelihood import Likelihood
+from moe_dist.inference.multiple_choice import Prompts, Written, ask, check_vocabulary, write
+from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
+from moe_dist.inference.questions.fact import Question
+from moe_dist.inference.questions.split import Side
+from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
+from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
+from moe_dist.inference.trained import Trained, choose_device, find_trained
 from moe_dist.parallel.one_group import one_group
-from moe_dist.router_tuning.embedder import PACKAGED, Embedder
-from moe_dist.router_tuning.loader import SampleMaker
-from moe_dist.router_tuning.reading import RoutingReader
-from moe_dist.router_tuning.samples import Scored, check_place, write_samples
-from moe_dist.router_tuning.scoring import embedded_text, scored_samples
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.trained import Trained, choose_device, find_trained
+from moe_dist.train.router_tuning.loader import SampleMaker
+from moe_dist.train.router_tuning.reading import RoutingReader
+from moe_dist.train.router_tuning.samples import Scored, check_place, write_samples
 
 
 class MeasureName(StrEnum):

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from moe_dist.checkpoint.contents import examine_files
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.index import MAX_FAULTS
-from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.runtime.command_line import run_command
@@ -59,8 +59,8 @@ def _look_at_base(folder: Path) -> Path | None:
 
 def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
     """The tensors of the model that the checkpoint's configuration describes, and a remark where there is none to ask."""
-    from moe_dist.build import state_specs
     from moe_dist.config.schema import Config
+    from moe_dist.train.build import state_specs
 
     state = examine_files(folder).state
     saved = state.values.get("config") if state is not None else None

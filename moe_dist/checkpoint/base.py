@@ -14,9 +14,9 @@ from pydantic import JsonValue
 
 from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import Index, listed
-from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
 

@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_dist.checkpoint.findings import DamagedError, Finding
+from moe_dist.checkpoint.checksums import SEAL_FILE, digest_of, read_seal
+from moe_dist.checkpoint.directory import step_of
 from moe_dist.checkpoint.index import INDEX_FILE, Index, read_index, read_stored, shard_file
-from moe_dist.checkpoint.seal import SEAL_FILE, digest_of, read_seal
+from moe_dist.checkpoint.problems import DamagedError, Finding
 from moe_dist.checkpoint.shard_header import ShardHeader, read_shard_header
-from moe_dist.checkpoint.shelf import step_of
 from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.errors import DataError
 

@@ -19,20 +19,20 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import JsonValue
 
+from moe_dist.checkpoint.checksums import SEAL_FILE, seal_of
+from moe_dist.checkpoint.collective_status import Ballot
 from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
-from moe_dist.checkpoint.findings import DamagedError, Finding
+from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import check_complete, check_fits
 from moe_dist.checkpoint.index import INDEX_FILE, read_index, shard_file
-from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
+from moe_dist.checkpoint.partial_load import Taken, fitting, taken_from
+from moe_dist.checkpoint.problems import DamagedError, Finding
 from moe_dist.checkpoint.shard_header import ShardHeader
-from moe_dist.checkpoint.shelf import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
 from moe_dist.checkpoint.state_file import STATE_FILE
 from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
-from moe_dist.checkpoint.takeover import Taken, fitting, taken_from
-from moe_dist.checkpoint.vote import Ballot
 from moe_dist.comm.watch import Watch
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.adamw import set_step_count

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
-from moe_dist.checkpoint.findings import DamagedError, Finding
 from moe_dist.checkpoint.index import ITEMSIZE, Chunk, StoredModel, shard_file
+from moe_dist.checkpoint.problems import DamagedError, Finding
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"

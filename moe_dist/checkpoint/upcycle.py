@@ -19,8 +19,8 @@ from pathlib import Path
 from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import Index, listed
+from moe_dist.checkpoint.partial_load import fitting
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
-from moe_dist.checkpoint.takeover import fitting
 from moe_dist.errors import ConfigError
 
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from moe_dist.checkpoint.contents import Examined, examine
-from moe_dist.checkpoint.findings import Finding
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import INDEX_FILE, Index, shard_file
+from moe_dist.checkpoint.problems import Finding
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.checkpoint.storage import open_tensors

@@ -1,7 +1,7 @@
 """The schema of a run: frozen, strict, and complete. Every key has a type, a default where one is sensible, and a meaning.
 
 What ran is what is written: the resolved configuration is saved beside each run. Relations between sections (experts and
-ranks, vocabulary and data) are checked by `moe_dist.preflight`, which sees all of them at once; here each section only
+ranks, vocabulary and data) are checked by `moe_dist.plan.preflight`, which sees all of them at once; here each section only
 checks itself.
 """
 

@@ -19,10 +19,10 @@ from moe_dist.config.schema import Config
 from moe_dist.doctor.finding import Finding, Level, raise_errors
 from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look
+from moe_dist.plan.sizes import folder_bytes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.place import Place
-from moe_dist.sizes import folder_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """From a checkpoint to a Hugging Face folder that transformers 4 and 5 load: one tensor for each expert and matrix.
 
 Null experts have no counterpart there. They are left out where that changes nothing, which is one case alone: every null
-row of every router still is the copy of a true row that `moe_dist.moe.copy_init` makes, bit for bit. The model then is
+row of every router still is the copy of a true row that `moe_dist.moe.routers.copy_init` makes, bit for bit. The model then is
 plain top-k_0. Once training has moved the rows apart, null choices decide how many experts a token takes, and no family
 says so.
 """
@@ -24,11 +24,11 @@ from torch import Tensor
 from moe_dist.checkpoint.base import KEY as BASE
 from moe_dist.checkpoint.base import Base, find_base
 from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
-from moe_dist.checkpoint.findings import DamagedError, Finding
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES as OURS
 from moe_dist.checkpoint.index import shard_file
-from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.problems import DamagedError, Finding
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.model_schema import ModelSection
@@ -40,7 +40,7 @@ from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
 from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
-from moe_dist.moe.copy_init import folded_choices, uneven_twins
+from moe_dist.moe.routers.copy_init import folded_choices, uneven_twins
 from moe_dist.runtime.progress import Report
 
 SHARD_BYTES = 2 << 30

@@ -23,12 +23,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
-from moe_dist.checkpoint.findings import DamagedError
+from moe_dist.checkpoint.checksums import SEAL_FILE, seal_of
+from moe_dist.checkpoint.directory import LATEST_FILE
 from moe_dist.checkpoint.fits import check_complete
 from moe_dist.checkpoint.index import INDEX_FILE, shard_file
-from moe_dist.checkpoint.seal import SEAL_FILE, seal_of
+from moe_dist.checkpoint.problems import DamagedError
 from moe_dist.checkpoint.shard_header import read_shard_header
-from moe_dist.checkpoint.shelf import LATEST_FILE
 from moe_dist.checkpoint.snapshot import Snapshot
 from moe_dist.checkpoint.state import RankLayout, TensorSpec
 from moe_dist.checkpoint.state_file import STATE_FILE
@@ -41,7 +41,7 @@ from moe_dist.hf.plan import ITEMSIZE, Options, Plan, changed_section, make_plan
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.hf.tokenizer import check_tokenizer
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.placement.policies import expert_groups
+from moe_dist.plan.policies import expert_groups
 from moe_dist.runtime.progress import Report
 
 HUGGINGFACE = "huggingface"  # folder of an import, and key in its state.json

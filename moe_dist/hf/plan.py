@@ -19,7 +19,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.families import GROUP, Family
 from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.source import Source
-from moe_dist.moe.copy_init import uneven_twins
+from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
 
 ITEMSIZE = torch.float32.itemsize  # checkpoints hold fp32 master weights

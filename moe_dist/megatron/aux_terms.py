@@ -1,6 +1,6 @@
 """Balance and z terms inside Megatron: its scaler puts their gradients into backward, its tracker shows them.
 
-The statistic is one micro-batch over all ranks of the pipeline stage (TP x CP x DP), as in `moe_dist.loss`. One all-reduce
+The statistic is one micro-batch over all ranks of the pipeline stage (TP x CP x DP), as in `moe_dist.train.loss`. One all-reduce
 of a few integers a layer carries it, and it is made where gradients are, so Megatron's full recompute does not repeat it.
 """
 
@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
-from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import RouterSums
 from moe_dist.placement.placement import ExpertGroup
 
@@ -28,7 +28,7 @@ class AuxTerms:
 
     Attributes:
         groups: All expert groups, in logical order.
-        kind: Of the balance term, as in `moe_dist.moe.aux_losses`.
+        kind: Of the balance term, as in `moe_dist.moe.losses`.
         balance, z: Coefficients; 0 leaves a term out.
         every_rank: Megatron's group of all ranks with tokens, TP x CP x DP of one pipeline stage.
         data_parallel_size: DP without CP.

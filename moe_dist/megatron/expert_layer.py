@@ -23,9 +23,9 @@ from moe_dist.megatron.modality import PADDING, groups_of_rank
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.tracker import tracker
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, Recompute
-from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertPlacement
 

@@ -18,8 +18,8 @@ from moe_dist.config.section import Count, GroupName, Relation, Section
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.policies import expert_groups, make_placement
-from moe_dist.preflight import group_relations
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.plan.preflight import group_relations
 
 GUIDE = "docs/megatron.md"
 VARIABLE = "MOE_DIST_EXPERTS"

@@ -8,21 +8,18 @@ A stack of experts is one parameter, so a factory cuts it into its experts befor
 optimizer's states of the stack go the same way.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moe_dist.megatron.expert_layer import ExpertLayer
-
 Offsets = tuple[tuple[int, int, int], ...]
 
 
 def sharded_layer_state(
-    layer: "ExpertLayer", prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
+    layer: Any, prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The layer's state for `dist_checkpointing`, under the names of its state dict."""
     state: dict[str, Any] = {}

@@ -143,7 +143,7 @@ class DepthRouter(nn.Module):
 
     `router` [1, D] is w. With thresholds, `threshold` (a score in (0, 1); 0 lets everything through), the running `mean` in
     it and `steps`, [1] each, are buffers, since no gradient moves them: they change after a step (`DepthThresholds`) or by
-    calibration (`moe_dist.evaluation.calibration`), and are saved with the weights.
+    calibration (`moe_dist.train.evaluation.calibration`), and are saved with the weights.
 
     Args:
         hidden_dim: D.

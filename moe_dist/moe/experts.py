@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.moe.dispatcher import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
 from moe_dist.moe.expert_gemm import ExpertGemm, choose_gemm
-from moe_dist.moe.rows import gather_rows, weighted_row_sum
 from moe_dist.placement.placement import ExpertGroup
 
 

@@ -5,10 +5,10 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.moe.dispatcher import Dispatcher
+from moe_dist.moe.dispatch.interface import Dispatcher
+from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts
-from moe_dist.moe.pipelined import PipelinedDispatcher
 from moe_dist.moe.routing import BatchFacts, LayerReport, Routing, RoutingTape
 
 Recompute = Literal["none", "experts", "block"]

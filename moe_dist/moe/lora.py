@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.dispatch.rows import gather_rows
 from moe_dist.moe.draws import dropped
 from moe_dist.moe.layer import Recompute
 from moe_dist.moe.routing import ABSENT, Assignments, BatchFacts, LayerReport, RoutingTape
-from moe_dist.moe.rows import gather_rows
 from moe_dist.placement.placement import ExpertGroup
 
 Weight = Literal["probability", "straight_through", "published"]

@@ -7,18 +7,13 @@ experts, then each group's null experts, each group's identity experts, each gro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_dist.placement.placement import ExpertGroup
-
-if TYPE_CHECKING:
-    from moe_dist.moe.choice_sets import ExpertsChoice
-    from moe_dist.moe.dispatcher import DispatchPlan
-    from moe_dist.moe.lora import LoRAPlan
 
 ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
 
@@ -171,6 +166,21 @@ class BatchFacts:
         return self.first_token + sum(self.tokens_W[:rank])
 
 
+class ExpertsChoice(NamedTuple):
+    """What the experts took, without gradient; kept under recompute.
+
+    Attributes:
+        taken_TE: bool, which of this rank's tokens each expert takes.
+        order_TE: int64, this rank's tokens by falling logit of each expert; only where the set is one rank.
+        cut_E: Score of the last token that an expert takes (the k-th largest of the set, noise left out); 0 where it takes
+            all tokens of its group by its capacity, or where the group has none.
+    """
+
+    taken_TE: Tensor
+    order_TE: Tensor | None
+    cut_E: Tensor
+
+
 @dataclass
 class RoutingTape:
     """The discrete decisions of one layer's forward, kept for its recomputation, and what was known and asked before it.
@@ -183,8 +193,8 @@ class RoutingTape:
     dropped_TK: Tensor | None = None
     facts: BatchFacts | None = None
     asked_A: Tensor | None = None  # int64, tokens whose softmax the caller wants
-    choice: "ExpertsChoice | None" = None
-    plan: "DispatchPlan | LoRAPlan | None" = field(default=None)
+    choice: ExpertsChoice | None = None
+    plan: Any = None
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:

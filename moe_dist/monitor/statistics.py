@@ -59,7 +59,7 @@ class StepStatistics:
         above_LE, idle_LG: int64, where experts choose their tokens: tokens above each expert's threshold, and tokens that
             no expert took; without columns where tokens choose.
         auxiliary_loss: The term of auxiliary routers, or of router tuning, as it entered the loss; 0 without either.
-        ledger: Sums over ranks and layers of the dispatch ledger, see `moe_dist.moe.ledger`. Bytes and rows.
+        ledger: Sums over ranks and layers of the dispatch ledger, see `moe_dist.moe.dispatch.ledger`. Bytes and rows.
         comm_seconds: Mean over ranks of the time inside dispatch and combine collectives.
         step_seconds: Wall time of the step.
         epochs: Epochs seen of each modality.

@@ -8,7 +8,7 @@ import pytest
 
 from launchers.command import plan_job
 from moe_dist.config.cluster import load_cluster
-from moe_dist.preflight import check
+from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.slurm import SlurmCluster
 from tests.support.tiny import tiny_config, write_config

@@ -13,12 +13,12 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
 from moe_dist.comm.traffic import Traffic
-from moe_dist.loss import AuxSettings
 from moe_dist.moe.routing import Routing
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.training_step import TrainingStep
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import TrainingStep
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 

@@ -11,11 +11,11 @@ import torch
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatcher import DispatchedRows, PairLayout
-from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.pipelined import PipelinedDispatcher
-from moe_dist.moe.planning import SPLIT_SIZES
-from moe_dist.moe.reference import expected_traffic
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
+from moe_dist.moe.dispatch.planning import SPLIT_SIZES
+from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

@@ -10,16 +10,16 @@ import torch
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.data.batch import Batch
-from moe_dist.evaluation.balance import EvenRouter, balance_efficiency
-from moe_dist.evaluation.evaluator import Evaluator
-from moe_dist.evaluation.heldout import experts_ablated, heldout_losses
-from moe_dist.loss import AuxSettings
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.training_step import TrainingStep
+from moe_dist.train.evaluation.balance import EvenRouter, balance_efficiency
+from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.evaluation.heldout import experts_ablated, heldout_losses
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import TrainingStep
 from tests.support.layouts import GROUPS, IMAGE, SEQUENCES, TEXT, Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext

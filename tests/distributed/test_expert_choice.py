@@ -14,16 +14,16 @@ import torch
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.evaluation.calibration import calibrate
-from moe_dist.moe.choice_sets import ChoiceSet
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.known_counts import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_pair import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
-from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.routers.choice_sets import ChoiceSet
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routing import BatchFacts, RoutingTape
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.train.evaluation.calibration import calibrate
 from tests.support.layouts import (
     HIDDEN_DIM,
     LAYERS,

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.build import build_model
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.load import load_config
 from moe_dist.hf.importing import import_model
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.parallel.parallelize import ParallelModel
-from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.train.build import build_model
 from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap
 from tests.support.hf_families import gradients, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model

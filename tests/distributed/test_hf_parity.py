@@ -19,10 +19,10 @@ from torch import nn
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.model.layers import SwiGLU
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

@@ -13,14 +13,14 @@ import torch
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.moe import counting
-from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.dispatch import counting
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_node import PerNodeDispatcher
-from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.pipelined import PipelinedDispatcher
+from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

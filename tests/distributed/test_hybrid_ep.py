@@ -9,14 +9,14 @@ import torch
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.hybrid_ep import COUNTS, HybridEPDispatcher
+from moe_dist.moe.dispatch.slot_numbers import SlotNumbers
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.hybrid_ep import COUNTS, HybridEPDispatcher
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.reference import expected_traffic
+from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT
-from moe_dist.moe.slot_numbers import SlotNumbers
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.hybrid_ep_gloo import GlooHybridBuffer

@@ -12,7 +12,7 @@ from moe_dist.comm.all_to_all import Pending, Splits, Wire, exchange_rows
 from moe_dist.comm.integrity import CheckedWire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.errors import IntegrityError
-from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.build import build_loader, build_training
-from moe_dist.build_routing import build_balance
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
-from moe_dist.loss import AuxSettings
-from moe_dist.moe.reference import bias_steps
+from moe_dist.moe.reference.layer import bias_steps
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.preflight import check
-from moe_dist.training_step import StepResult, TrainingStep
+from moe_dist.plan.preflight import check
+from moe_dist.train.build import build_loader, build_training
+from moe_dist.train.build_routing import build_balance
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import StepResult, TrainingStep
 from tests.support.layouts import (
     CONTROLLERS,
     GROUPS,

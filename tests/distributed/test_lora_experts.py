@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from moe_dist.comm.traffic import Traffic
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.evaluation.heldout import forward
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.train.evaluation.heldout import forward
 from tests.support.layouts import SEQUENCES, Layout, Outcome, batch_of, build, merged, train
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext

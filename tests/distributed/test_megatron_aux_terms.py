@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from tests.support.megatron_model import BALANCE, HIDDEN_DIM, Layout, Z, transformer_config
 from tests.support.megatron_run import megatron, tracked
 from tests.support.worlds import RankContext

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.evaluation.likelihood import Continuation, Likelihood
+from moe_dist.inference.likelihood import Continuation, Likelihood
+from moe_dist.inference.trained import find_trained
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.trained import find_trained
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.worlds import RankContext
 

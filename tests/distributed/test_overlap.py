@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.pipelined import PipelinedDispatcher
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_dist.comm.tournament import Exchange
-from moe_dist.parallel import pairs
-from moe_dist.parallel.pairs import Ranks, measure_pairs, names_of_nodes
+from moe_dist.parallel import pair_bandwidth as pairs
+from moe_dist.parallel.pair_bandwidth import Ranks, measure_pairs, names_of_nodes
+from moe_dist.parallel.round_robin import Exchange
 from tests.support.worlds import RankContext
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import torch
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.errors import PlacementError
-from moe_dist.moe.node_planning import SPLIT_SIZES
-from moe_dist.moe.per_node import PerNodeDispatcher
-from moe_dist.moe.reference import expected_node_traffic
+from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
+from moe_dist.moe.reference.layer import expected_node_traffic
 from moe_dist.moe.routing import ABSENT
 from moe_dist.parallel.mesh import make_mesh
 from tests.support.routings import Case, D, random_case, round_trip

@@ -10,9 +10,9 @@ import torch
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.errors import PlacementError
-from moe_dist.moe.per_node import PerNodeDispatcher
-from moe_dist.moe.per_pair import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
-from moe_dist.moe.per_rank import PerRankDispatcher, PerRankPlan
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher, PerRankPlan
+from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.known_counts import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

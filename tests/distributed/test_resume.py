@@ -14,11 +14,11 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.traffic import Traffic
-from moe_dist.loss import AuxSettings
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.training_step import TrainingStep
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import TrainingStep
 from tests.support.layouts import MICRO_BATCHES, SEQUENCES, Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 

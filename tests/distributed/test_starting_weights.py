@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.build import build_loader, build_training
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
-from moe_dist.loss import AuxSettings
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.preflight import check
-from moe_dist.resume import Resumable
+from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.starting_weights import begin_with_weights
-from moe_dist.trainer import Progress
+from moe_dist.train.build import build_loader, build_training
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.resume import Resumable
+from moe_dist.train.starting_weights import begin_with_weights
+from moe_dist.train.trainer import Progress
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 

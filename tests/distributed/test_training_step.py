@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from moe_dist.comm.traffic import Traffic
-from moe_dist.evaluation.heldout import forward
-from moe_dist.loss import AuxSettings
 from moe_dist.optim.adamw import make_optimizer, step_count
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.training_step import StepResult, TrainingStep
+from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import StepResult, TrainingStep
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext

@@ -16,15 +16,13 @@ import torch.distributed as dist
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatcher import Dispatcher
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_node import PerNodeDispatcher
-from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.reference import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
-from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import Assignments
-from moe_dist.moe.workloads import (
+from moe_dist.moe.reference.layer import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
+from moe_dist.moe.reference.workloads import (
     WORKLOADS,
     WorkloadShape,
     WorkloadStep,
@@ -32,6 +30,8 @@ from moe_dist.moe.workloads import (
     router_weight,
     workload_step,
 )
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.worlds import RankContext

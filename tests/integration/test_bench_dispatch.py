@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench(*arguments: str, rounds: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.bench_dispatch", "--quick", "--rounds", str(rounds), *arguments]
+    command = [sys.executable, "-m", "tools.bench", "--quick", "--rounds", str(rounds), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

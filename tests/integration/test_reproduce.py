@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_dist.checkpoint.shelf import Shelf
+from moe_dist.checkpoint.directory import Shelf
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.reproduce", "tiny", *arguments],
+        [sys.executable, "-m", "tools.experiments", "tiny", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,

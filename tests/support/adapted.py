@@ -6,16 +6,16 @@ from typing import Any
 import torch
 import yaml
 
-from moe_dist.base_weights import begin_on_base
-from moe_dist.build import build_model, freeze
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.schema import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
-from moe_dist.placement.policies import expert_groups, replicated_placement
-from moe_dist.preflight import layout_without_data
+from moe_dist.plan.policies import expert_groups, replicated_placement
+from moe_dist.plan.preflight import layout_without_data
+from moe_dist.train.base_weights import begin_on_base
+from moe_dist.train.build import build_model, freeze
 
 ONE = {"num_experts": 1, "top_k": 1}
 MOLE = {"num_experts": 3, "num_null": 1, "top_k": 2}

@@ -4,9 +4,9 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from moe_dist.checkpoint.collective_status import Ballot
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.state import CheckpointState
-from moe_dist.checkpoint.vote import Ballot
 
 
 class FakeBallot(Ballot):

@@ -41,8 +41,8 @@ def inject(spec: Mapping[str, Any]) -> None:
         return
     from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.moe.layer import MoELayer
-    from moe_dist.trainer import Trainer
-    from moe_dist.training_step import TrainingStep
+    from moe_dist.train.step import TrainingStep
+    from moe_dist.train.trainer import Trainer
 
     def around(owner: type, name: str, wrap: Callable[..., Any]) -> None:
         original = getattr(owner, name)
@@ -88,7 +88,7 @@ def inject(spec: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     from moe_dist.runtime.command_line import run_command
-    from moe_dist.train import main
+    from moe_dist.train.__main__ import main
 
     if VARIABLE in os.environ:
         inject(json.loads(os.environ[VARIABLE]))

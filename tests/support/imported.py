@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.build import build_model
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.shelf import find_checkpoint
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.config.load import load_config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
-from moe_dist.placement.policies import expert_groups, make_placement
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.train.build import build_model
 
 
 def load_imported(folder: Path) -> tuple[Transformer, CheckpointState]:

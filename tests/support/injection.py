@@ -24,7 +24,7 @@ class Injection:
 
     def around_start(self) -> None:
         """Phase import: until the rank begins to build."""
-        import moe_dist.train as program
+        import moe_dist.train.__main__ as program
         from moe_dist.runtime.run_folder import RunFolder
 
         check, opened, train = program.check_file, RunFolder.open, program.train
@@ -51,12 +51,12 @@ class Injection:
     # --- in training and saving
 
     def _around_training(self) -> None:
-        from moe_dist import training_step
         from moe_dist.checkpoint import manager
         from moe_dist.data.loader import TrainLoader
         from moe_dist.moe.layer import MoELayer
-        from moe_dist.trainer import Trainer
-        from moe_dist.training_step import TrainingStep
+        from moe_dist.train import step as training_step
+        from moe_dist.train.step import TrainingStep
+        from moe_dist.train.trainer import Trainer
 
         _wrap(Trainer, "fit", self._fit)
         _wrap(TrainingStep, "__call__", self._take_step)
@@ -185,7 +185,7 @@ if __name__ == "__main__":
 
     import typer
 
-    from moe_dist.train import main
+    from moe_dist.train.__main__ import main
 
     if PLAN in os.environ:
         Injection(Injector(FaultPlan.read(Path(os.environ[PLAN])), int(os.environ["RANK"]))).around_start()

@@ -9,23 +9,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_dist.build import build_model, freeze
-from moe_dist.build_routing import build_balance, build_depth_set, choice_ranks_of, depth_thresholds
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
-from moe_dist.loss import AuxSettings
-from moe_dist.moe.aux_losses import BalanceKind
-from moe_dist.moe.thresholds import ThresholdKeeper
+from moe_dist.moe.losses import BalanceKind
+from moe_dist.moe.routers.thresholds import ThresholdKeeper
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.initialise import initialise, normal_tensor, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.policies import replicated_placement
-from moe_dist.router_tuning.tuning import freeze_all_but_routers
-from moe_dist.training_step import StepResult, TrainingStep
+from moe_dist.plan.policies import replicated_placement
+from moe_dist.train.build import build_model, freeze
+from moe_dist.train.build_routing import build_balance, build_depth_set, choice_ranks_of, depth_thresholds
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
+from moe_dist.train.step import StepResult, TrainingStep
 from tests.support.parted_set import PartedSet
 from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext

@@ -16,10 +16,10 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
-from moe_dist.moe.aux_losses import ColumnTables, balance_terms, z_terms
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertPlacement
 

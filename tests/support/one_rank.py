@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.build import build_training
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.parallel.mesh import destroy_world, make_mesh
-from moe_dist.preflight import check
-from moe_dist.resume import Controller, Resumable
+from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.trainer import Progress
+from moe_dist.train.build import build_training
+from moe_dist.train.resume import Controller, Resumable
+from moe_dist.train.trainer import Progress
 from tests.support.tiny import tiny_config
 
 

@@ -169,7 +169,7 @@ class Driver:
         for pid in marked(self.mark):
             with contextlib.suppress(OSError, KeyError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                if CONFIG in command and "launchers.keeper" not in command and pid != self.process.pid:
+                if CONFIG in command and "launchers.ray.rank_supervisor" not in command and pid != self.process.pid:
                     found[int(variables_of(pid)["RANK"])] = pid
         return found
 
@@ -211,7 +211,7 @@ def parent(pid: int) -> int:
 def actor_of(rank_pid: int) -> int:
     """The worker of Ray that a rank's process descends from."""
     pid = parent(rank_pid)
-    while "launchers.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
+    while "launchers.ray.rank_supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
         pid = parent(pid)
     return pid
 

@@ -8,7 +8,7 @@ Arguments after `--` are names of variables that the ranks get as well.
 import sys
 from pathlib import Path
 
-from launchers.ray import launch
+from launchers.ray.__main__ import launch
 from moe_dist.errors import MoeDistError
 from tests.support.ray_rank import PROGRAM
 

@@ -34,7 +34,7 @@ def save_slowly(seconds: float) -> None:
 
 if __name__ == "__main__":
     from moe_dist.runtime.command_line import run_command
-    from moe_dist.train import main
+    from moe_dist.train.__main__ import main
 
     leave_a_process()
     if SAVE_SECONDS in os.environ:

@@ -6,7 +6,7 @@ import time
 
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import run_command
-from moe_dist.train import main
+from moe_dist.train.__main__ import main
 
 PROGRAM = "-m tests.support.slowed"
 PAUSE_SECONDS = 1.2

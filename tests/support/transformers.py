@@ -10,9 +10,9 @@ from moe_dist.comm.traffic import Traffic
 from moe_dist.model.layers import RMSNorm
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_rank import PerRankDispatcher
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertPlacement

@@ -8,9 +8,9 @@ import numpy as np
 
 from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.config.tuning_manifest import TuningManifest
-from moe_dist.router_tuning.samples import Sample, Scored, write_samples
+from moe_dist.train.router_tuning.samples import Sample, Scored, write_samples
 
 WIDTH = 6
 

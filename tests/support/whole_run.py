@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_dist import build
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.config.schema import Config
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.preflight import check
-from moe_dist.resume import Resumable
+from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.trainer import Progress, Trainer
-from moe_dist.training_step import StepResult
+from moe_dist.train import build
+from moe_dist.train.resume import Resumable
+from moe_dist.train.step import StepResult
+from moe_dist.train.trainer import Progress, Trainer
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext
 

@@ -44,20 +44,20 @@ TORCH_FREE = (
     "moe_dist/errors.py",
     "moe_dist/config",
     "moe_dist/placement",
-    "moe_dist/preflight.py",
+    "moe_dist/plan/preflight.py",
     "moe_dist/runtime",
-    "moe_dist/train.py",
+    "moe_dist/train/__main__.py",
     "moe_dist/checkpoint/contents.py",
     "moe_dist/checkpoint/describe.py",
-    "moe_dist/checkpoint/shelf.py",
+    "moe_dist/checkpoint/directory.py",
     "moe_dist/monitor/compare.py",
     "tools/compare_runs.py",
     "tools/doctor.py",
     "tools/inspect_checkpoint.py",
     "moe_dist/doctor",
-    "moe_dist/sizes.py",
-    "moe_dist/model/flops.py",
-    "moe_dist/model/memory.py",
+    "moe_dist/plan/sizes.py",
+    "moe_dist/plan/flops.py",
+    "moe_dist/plan/memory.py",
     "launchers",
 )
 
@@ -248,7 +248,7 @@ def name_faults(files: list[Source]) -> list[str]:
 
 RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
     floor_faults: (
-        planted("moe_dist/config/x.py", "from moe_dist.preflight import check"),
+        planted("moe_dist/config/x.py", "from moe_dist.plan.preflight import check"),
         planted("moe_dist/moe/x.py", "def f():\n    import moe_dist.model.transformer"),
         planted("moe_dist/data/x.py", "from moe_dist import loss"),
         planted("moe_dist/comm/x.py", "from launchers.local import launch"),
@@ -306,9 +306,9 @@ def test_rooms_make_no_circle(sources: list[Source]) -> None:
 
 
 def test_a_circle_would_fail() -> None:
-    there = planted("moe_dist/build.py", "from moe_dist import trainer")
-    back = planted("moe_dist/trainer.py", "def f():\n    from moe_dist.resume import x")
-    close = planted("moe_dist/resume.py", "import moe_dist.build")
+    there = planted("moe_dist/train/build.py", "from moe_dist import trainer")
+    back = planted("moe_dist/train/trainer.py", "def f():\n    from moe_dist.train.resume import x")
+    close = planted("moe_dist/train/resume.py", "import moe_dist.train.build")
     assert circle_faults([there, back, close])
     assert not circle_faults([there, back])
 
@@ -335,7 +335,7 @@ def test_a_login_node_needs_no_torch() -> None:
     paths = [path for top in TORCH_FREE for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))]
     parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths if path.name != "__main__.py"]
     modules = sorted(".".join(each[:-1] if each[-1] == "__init__" else each) for each in parts)
-    assert {"moe_dist", "moe_dist.config.load", "moe_dist.preflight", "launchers.local"} <= set(modules)
+    assert {"moe_dist", "moe_dist.config.load", "moe_dist.plan.preflight", "launchers.local"} <= set(modules)
     result = import_without_torch(modules)
     assert result.returncode == 0, result.stderr
 

@@ -8,14 +8,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import launchers.slurm
-import moe_dist.train
+import launchers.slurm.__main__
+import moe_dist.train.__main__
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
 STAGES = ("4 ranks on a CPU", "1 GPU", "8 GPUs, one node", "64 GPUs, 8 nodes")
 COMMANDS = [line.removeprefix("$ python -m ") for line in GUIDE.splitlines() if re.match(r"\$ python .*--dry-run", line)]
-MODULES = {"moe_dist.train": moe_dist.train.main, "launchers.slurm": launchers.slurm.main}
+MODULES = {"moe_dist.train": moe_dist.train.__main__.main, "launchers.slurm": launchers.slurm.__main__.main}
 
 
 def test_each_stage_has_a_dry_run_and_says_what_to_check_and_what_goes_wrong() -> None:

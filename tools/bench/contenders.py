@@ -27,9 +27,9 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.per_rank import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
 from moe_dist.moe.routing import ABSENT, Assignments
-from moe_dist.moe.rows import gather_rows, weighted_row_sum
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tools.bench.points import Point, draw, slots

@@ -12,14 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_dist.build import build_model
-from moe_dist.build_dispatch import build_dispatcher
 from moe_dist.comm.all_to_all import Wire
 from moe_dist.comm.traffic import Traffic
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
-from moe_dist.loss import AuxSettings
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -29,7 +26,10 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.training_step import TrainingStep
+from moe_dist.train.build import build_model
+from moe_dist.train.build_dispatch import build_dispatcher
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import TrainingStep
 from tools.bench.measure import Effort, count_sent, time_interleaved
 from tools.bench.megatron_core import MegatronMoE, copy_experts
 from tools.bench.points import Point, slots

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe_dist.moe.workloads import WorkloadShape, workload_step
+from moe_dist.moe.reference.workloads import WorkloadShape, workload_step
 
 ABSENT = -1
 HOT_EXPERTS = 4  # experts that a skewed routing prefers, as in "95:4"

@@ -21,22 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.choice_sets import (
-    OUTSIDE,
-    ChoiceSet,
-    ExpertsChoice,
-    by_token,
-    choose,
-    counted_pairs,
-    token_pairs,
-)
 from moe_dist.moe.draws import logistic
+from moe_dist.moe.routers.choice_sets import OUTSIDE, ChoiceSet, by_token, choose, counted_pairs, token_pairs
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.moe.routing import (
     ABSENT,
     Assignments,
     BatchFacts,
     ChoiceSums,
+    ExpertsChoice,
     RouterSums,
     Routing,
     RoutingTape,
@@ -65,7 +58,7 @@ class AuxiliaryRouter(nn.Module):
 class ChoiceGate(GroupGate):
     """Router rows of one group, `true` [n, D], and what is learned of its choices.
 
-    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.thresholds`) are buffers, since no gradient moves them; they
+    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers, since no gradient moves them; they
     are the same on all ranks and saved with the weights. `auxiliary` is there where evaluation is by auxiliary routers.
     """
 

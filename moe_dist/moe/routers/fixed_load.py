@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.draws import logistic
+from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
 from moe_dist.moe.routing import BatchFacts, RoutingTape
 from moe_dist.placement.placement import ExpertGroup

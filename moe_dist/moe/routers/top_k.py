@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.moe.capacity import Capacity, capacity_of, over_capacity
+from moe_dist.moe.routers.capacity import Capacity, capacity_of, over_capacity
 from moe_dist.moe.routing import (
     ABSENT,
     Assignments,

@@ -1,4 +1,4 @@
-"""The latest scalars for `ray.util.metrics`, by way of the actor of rank 0 (`launchers/ray_metrics.py`). No import of Ray.
+"""The latest scalars for `ray.util.metrics`, by way of the actor of rank 0 (`launchers/ray/metrics.py`). No import of Ray.
 
 The launcher for Ray asks for it by an environment variable, since no configuration has to change for another cluster.
 """

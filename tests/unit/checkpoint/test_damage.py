@@ -20,7 +20,7 @@ from moe_dist.checkpoint.verify import verify
 from moe_dist.config.data_digest import data_digest, digest_faults
 from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import DataError, MoeDistError
-from moe_dist.preflight import data_set_faults
+from moe_dist.plan.preflight import data_set_faults
 from tests.support.damage import KINDS, damage
 from tests.support.fake_ranks import load_all, save_all
 from tests.support.small_run import SmallRun

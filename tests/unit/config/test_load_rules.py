@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import ConfigError
-from moe_dist.preflight import check
+from moe_dist.plan.preflight import check
 from tests.support.tiny import tiny_config
 
 GROUPS = {

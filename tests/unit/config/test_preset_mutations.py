@@ -11,7 +11,7 @@ import yaml
 
 from moe_dist.config.load import load_config
 from moe_dist.errors import MoeDistError
-from moe_dist.preflight import layout_without_data
+from moe_dist.plan.preflight import layout_without_data
 
 ROOT = Path(__file__).parents[3]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))

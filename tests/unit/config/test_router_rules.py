@@ -9,9 +9,9 @@ from moe_dist.config.model_schema import ExpertChoiceRouterSection, TopKRouterSe
 from moe_dist.config.router_rules import router_relations
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.placement.planner import expected_plan
-from moe_dist.placement.policies import expert_groups, make_placement
-from moe_dist.preflight import check
+from moe_dist.plan.planner import expected_plan
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.plan.preflight import check
 from tests.support.tiny import tiny_config
 
 GROUPS = {

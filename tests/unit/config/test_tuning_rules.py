@@ -13,7 +13,7 @@ from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.config.tuning_rules import chosen_layers, judge_tuning_data, model_faults, tuning_relations
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.preflight import check
+from moe_dist.plan.preflight import check
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 

@@ -78,7 +78,7 @@ def test_questions_survive_the_command_line() -> None:
 
 def test_as_a_command_it_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('moe_dist.doctor.on_node', run_name='__main__')"
+        "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('launchers.doctor.on_node', run_name='__main__')"
     )
     question = json.dumps(asdict(Questions(str(tmp_path), str(tmp_path))))
     done = subprocess.run([sys.executable, "-c", code, question], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import Options
-from moe_dist.moe.copy_init import folded_choices
+from moe_dist.moe.routers.copy_init import folded_choices
 from tests.support.agreement import assert_agree
 from tests.support.imported import load_imported, logits_of, manager
 from tests.support.tiny_hf import save, tiny_model

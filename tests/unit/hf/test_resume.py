@@ -15,14 +15,14 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from moe_dist.build import state_specs
-from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import Options
+from moe_dist.train.build import state_specs
 from tests.support.tiny_hf import save, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[3]

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_dist.build import state_specs
 from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.checkpoint.shelf import find_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
@@ -21,9 +20,10 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import Options
-from moe_dist.model.flops import parameters
-from moe_dist.placement.policies import expert_groups
-from moe_dist.sizes import model_shape
+from moe_dist.plan.flops import parameters
+from moe_dist.plan.policies import expert_groups
+from moe_dist.plan.sizes import model_shape
+from moe_dist.train.build import state_specs
 from tests.support.tiny_hf import save, tiny_model
 
 KINDS = (
@@ -138,7 +138,7 @@ def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: di
 
 def change_config(folder: Path, change: dict[str, Any]) -> None:
     """Changes `model.moe` in the state.json of an import, with its digest."""
-    from moe_dist.checkpoint.seal import seal_of
+    from moe_dist.checkpoint.checksums import seal_of
 
     step = folder / "step_0"
     state = json.loads((step / "state.json").read_text())

@@ -18,7 +18,7 @@ from launchers.command import (
 )
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ConfigError, PlacementError
-from moe_dist.preflight import check
+from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import Place
 from tests.support.tiny import tiny_config

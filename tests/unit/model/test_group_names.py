@@ -10,7 +10,7 @@ from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.lora import LoRAExperts
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.preflight import group_relations
+from moe_dist.plan.preflight import group_relations
 
 GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",), num_identity=1, num_constant=1)
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.loss import depth_auxiliary, depth_counts
 from moe_dist.model.attention import dense_mask
 from moe_dist.model.depths_reference import choose, depth_forward
 from moe_dist.model.layers import rotary_table
 from moe_dist.model.mixture_of_depths import Causal, DepthRouter, DepthThresholds, room, take_best
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import ABSENT
+from moe_dist.train.loss import depth_auxiliary, depth_counts
 from tests.support.transformers import DIM, make_transformer
 
 VOCAB = 64

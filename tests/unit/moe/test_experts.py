@@ -5,12 +5,12 @@ import torch
 
 from moe_dist.comm.all_to_all import Splits, Wire
 from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatcher import DispatchedRows
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows
+from moe_dist.moe.dispatch.plan import PerRankPlan
 from moe_dist.moe.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.per_rank import PerRankDispatcher
-from moe_dist.moe.per_rank_plan import PerRankPlan
-from moe_dist.moe.reference import ReferenceWeights, moe_forward
+from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from moe_dist.model.layers import RMSNorm, SwiGLU
-from moe_dist.moe.aux_losses import ColumnTables, balance_terms
 from moe_dist.moe.draws import dropped
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
-from moe_dist.moe.lora_reference import reference_lora_layer
+from moe_dist.moe.losses import ColumnTables, balance_terms
+from moe_dist.moe.reference.lora import reference_lora_layer
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import BatchFacts
 from moe_dist.placement.placement import ExpertGroup

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.errors import ConfigError
-from moe_dist.preflight import check_file
+from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.log import WithoutSecrets
 from moe_dist.runtime.provenance import record_provenance
 from moe_dist.runtime.secrets import secrets_of, without_secrets

@@ -10,12 +10,12 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from moe_dist import resume
 from moe_dist.config.data_digest import data_digest
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
-from moe_dist.resume import kept_position
-from moe_dist.trained import find_trained
+from moe_dist.inference.trained import find_trained
+from moe_dist.train import resume
+from moe_dist.train.resume import kept_position
 from tests.support.imported import logits_of
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB, pictured_data

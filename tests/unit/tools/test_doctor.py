@@ -81,7 +81,7 @@ def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(command: Any, **options: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory", command[0])
 
-    monkeypatch.setattr("moe_dist.doctor.slurm_checks.subprocess.run", missing)
+    monkeypatch.setattr("launchers.doctor.slurm_checks.subprocess.run", missing)
     code, lines = says(config, "--on=slurm", "--probe")
     assert code == 69
     assert [line.partition(";")[0] for line in faults(lines)] == [

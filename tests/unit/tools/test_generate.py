@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest, write_manifest
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, FixedLoadRouterSection, RouterSection
-from moe_dist.generation.causal import causal_faults
-from moe_dist.generation.material import picture_of
-from moe_dist.generation.tasks import choose_captions
-from moe_dist.trained import Trained, find_trained
+from moe_dist.inference.causal import causal_faults
+from moe_dist.inference.material import picture_of
+from moe_dist.inference.tasks import choose_captions
+from moe_dist.inference.trained import Trained, find_trained
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import pictured_data, pictured_run
 from tests.support.tiny import tiny_config

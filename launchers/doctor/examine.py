@@ -1,0 +1,149 @@
+"""All checks of a run, in order: configuration, plan, scheduler, nodes, network. A line is shown as soon as it is known."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from launchers.command import JobPlan, one_node, plan_job
+from launchers.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
+from launchers.doctor.slurm_checks import check_slurm, judge_grace
+from launchers.doctor.slurm_nodes import run_on_nodes
+from moe_dist.config.cluster import Cluster, load_cluster
+from moe_dist.config.schema import Config
+from moe_dist.doctor.finding import Finding, Level, error, note, ok
+from moe_dist.doctor.node_checks import check_folders, check_nodes
+from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
+from moe_dist.errors import ConfigError, MoeDistError, PlacementError
+from moe_dist.plan.preflight import Preflight, check_file
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.save_time import measured_save_seconds
+from moe_dist.runtime.shared_folder import relative_paths
+from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a run is to run.
+
+    Attributes:
+        check: What its scheduler says, given how long a save takes.
+        run: Runs a module on its nodes.
+    """
+
+    check: Callable[[float | None], list[Finding]]
+    run: RunOnNodes
+
+
+def examine(
+    config_path: Path,
+    overrides: Sequence[str],
+    *,
+    on: str,
+    cluster: str | None = None,
+    probe: bool = False,
+    fabric: bool = False,
+    env: Mapping[str, str] = os.environ,
+) -> Iterator[Finding]:
+    """The findings, one after the other.
+
+    Args:
+        on: 'local', 'slurm' or 'ray'.
+        cluster: Cluster file, as `load_cluster`.
+        probe: Visit each node by a job of at most two minutes.
+        fabric: Measure every pair of nodes.
+        env: The environment.
+    """
+    try:
+        site_file = load_cluster(cluster, env)
+        preflight = check_file(config_path, overrides)
+        config = preflight.config
+        yield ok("configuration", f"{config_path}: model, data, ranks and placement fit together")
+        plan = _plan(preflight, site_file, on)
+        yield ok("plan", _plan_text(plan))
+    except MoeDistError as failed:
+        for fault in failed.faults:
+            yield error("configuration", fault, "", kind=type(failed))
+        return
+    if on == "ray" and (faults := relative_paths(config)):
+        yield from (error("configuration", fault, "--submit makes it so by itself", kind=ConfigError) for fault in faults)
+        return
+    needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
+    save_seconds = measured_save_seconds(RunFolder.of(config).logs)
+    if on == "local":
+        yield from check_nodes([here], needs)
+        yield judge_grace({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
+        if probe or fabric:
+            yield note("probe", "one node, which was looked at; --probe and --fabric go with --on slurm or --on ray")
+        return
+    try:
+        with _site(on, config, plan, site_file, env) as site:
+            yield from _on_cluster(site, config, plan, here, save_seconds, probe=probe, fabric=fabric)
+    except PlacementError as failed:
+        yield error("scheduler", str(failed.faults[0]), "")
+
+
+def _on_cluster(
+    site: Site,
+    config: Config,
+    plan: JobPlan,
+    here: NodeFacts,
+    save_seconds: float | None,
+    *,
+    probe: bool,
+    fabric: bool,
+) -> Iterator[Finding]:
+    scheduled = site.check(save_seconds)
+    yield from scheduled
+    if any(finding.level is Level.ERROR for finding in scheduled):
+        yield from check_folders([here], needs_of(config, plan))
+        if probe or fabric:
+            yield note("probe", "not started: it would wait for what is not there")
+        return
+    if probe:
+        yield from probe_nodes(config, plan, site.run, here=here)
+    else:
+        yield from check_folders([here], needs_of(config, plan))
+        yield note("nodes of the job", "not visited; --probe looks at each, as the job itself does when it starts")
+    if fabric:
+        yield from measure_fabric(config, plan, site.run)
+
+
+def _plan(preflight: Preflight, cluster: Cluster, on: str) -> JobPlan:
+    config: Config = preflight.config
+    return one_node(config.parallel.ep * config.parallel.edp) if on == "local" else plan_job(preflight, cluster)
+
+
+def _plan_text(plan: JobPlan) -> str:
+    kinds = sorted({each for node in plan.nodes for each in [node.feature, *map("=".join, node.labels.items())] if each})
+    gpus = f", {plan.gpus_per_node} GPUs each" if plan.gpus_per_node else ""
+    wanted = f", with {', '.join(kinds)}" if kinds else ""
+    return f"{plan.world_size} ranks on {len(plan.nodes)} node{'s' * (len(plan.nodes) > 1)}{gpus}{wanted}"
+
+
+@contextmanager
+def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]) -> Iterator[Site]:
+    """A connection to the scheduler.
+
+    Raises:
+        PlacementError: there is none.
+    """
+    if on == "slurm":
+        visible = [str(nearest(Path(config.run.root))), str(Path(config.data.path).absolute())]
+
+        def run(module: str, argument: str, tasks_per_node: int, minutes: int) -> Iterator[tuple[float, str]]:
+            size = {"tasks_per_node": tasks_per_node, "minutes": minutes}
+            return run_on_nodes(plan, cluster, module, argument, visible=visible, **size)
+
+        yield Site(lambda save_seconds: check_slurm(plan, cluster, save_seconds), run)
+        return
+    from launchers.doctor import ray_site
+    from launchers.ray.driver import connected
+
+    with connected(env) as parts:
+        yield Site(
+            lambda save_seconds: ray_site.check_ray(plan, cluster, parts, save_seconds, env),
+            partial(ray_site.run_on_nodes, plan, cluster),
+        )

@@ -1,0 +1,57 @@
+"""What the measured pairs of nodes say about the network between them."""
+
+from collections.abc import Mapping, Sequence
+
+from moe_dist.doctor.finding import Finding, names, note, ok, warning
+from moe_dist.parallel.round_robin import Exchange, Pair, usual
+
+CHECK = "fabric"
+
+
+def judge(
+    measured: Mapping[Pair, Exchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
+) -> list[Finding]:
+    """One line a cause: a node that is slow with every other, or else a pair.
+
+    Args:
+        measured: The best of every pair.
+        slow: The pairs that stay slow when they are measured again.
+        nodes: Names by number.
+        payload_bytes: What a node sends to the other in an all-to-all.
+    """
+    if len(nodes) < 2:
+        return [note(CHECK, "one node: no pair to measure")]
+    rate = _rate(payload_bytes, usual(each.all_to_all for each in measured.values()))
+    if not slow:
+        few = "; too few pairs to compare" if len(measured) < 3 else ", none twice as slow as the usual one"
+        return [ok(CHECK, f"{len(measured)} pairs of {len(nodes)} nodes{few}: {rate} each way in all-to-all")]
+    findings, left = [], list(slow)
+    for node, name in enumerate(nodes):
+        own = [pair for pair in left if node in pair]
+        if len(own) == len(nodes) - 1 and len(nodes) > 2:
+            worst = max(measured[pair].all_to_all for pair in own)
+            left = [pair for pair in left if node not in pair]
+            findings.append(
+                warning(
+                    CHECK,
+                    f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, others {rate}",
+                    "look at its network card, cable and interface (cluster file), or leave it out (cluster file: "
+                    f"options: [--exclude={name}])",
+                )
+            )
+    for first, second in left:
+        each = measured[first, second]
+        findings.append(
+            warning(
+                CHECK,
+                f"{names([nodes[first], nodes[second]])} are slow with each other: {_rate(payload_bytes, each.all_to_all)} "
+                f"in all-to-all, {each.all_reduce * 1e3:.3g} ms an all-reduce; the usual pair has {rate}",
+                "look at switches and cables between the two, or leave one out (cluster file: options: [--exclude=NAME])",
+            )
+        )
+    return findings
+
+
+def _rate(payload_bytes: int, seconds: float) -> str:
+    rate = payload_bytes / seconds
+    return f"{rate / 1e9:.3g} GB/s" if rate >= 1e9 else f"{rate / 1e6:.3g} MB/s"

@@ -1,0 +1,133 @@
+"""Visits the nodes that a plan wants and judges what they say; and measures the network between them. No torch here."""
+
+import contextlib
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from launchers.command import JobPlan
+from launchers.doctor import fabric
+from moe_dist.config.schema import Config
+from moe_dist.doctor.finding import Finding, error
+from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
+from moe_dist.doctor.node_facts import NodeFacts, Questions, from_line, nearest
+from moe_dist.errors import MoeDistError
+from moe_dist.parallel.round_robin import Exchange, Pair
+from moe_dist.plan.sizes import folder_bytes
+
+PROBE_MINUTES, FABRIC_MINUTES = 2, 10
+# Runs `python -m MODULE ARGUMENT` in so many tasks on each node of the plan; gives each line with when it was heard.
+RunOnNodes = Callable[[str, str, int, int], Iterator[tuple[float, str]]]
+
+
+def needs_of(config: Config, plan: JobPlan) -> Needs:
+    """What the run asks of its nodes."""
+    return Needs(
+        world_size=plan.world_size,
+        ranks_per_node=plan.ranks_per_node,
+        gpus_per_node=plan.gpus_per_node,
+        num_nodes=len(plan.nodes),
+        folder_bytes=folder_bytes(config),
+        folder=config.run.root,
+        data=config.data.path,
+    )
+
+
+def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[Finding]:
+    """One task on each node for at most two minutes.
+
+    Args:
+        here: What this node said; its folder is judged together with the others'.
+    """
+    heard: dict[str, tuple[float, NodeFacts]] = {}
+    asked = time.time()
+    with _token_folder(config) as (token_file, meeting):
+        questions = Questions(
+            folder=config.run.root,
+            data=config.data.path,
+            token_file=token_file,
+            meeting=str(meeting) if meeting is not None else None,
+            num_nodes=len(plan.nodes),
+        )
+        try:
+            for seen, line in run("launchers.doctor.on_node", json.dumps(asdict(questions)), 1, PROBE_MINUTES):
+                if (facts := from_line(line)) is not None:
+                    heard[facts.node] = (answered_at(facts.clock, asked=asked, seen=seen), facts)
+        except MoeDistError as failed:
+            if not heard:
+                return [error("probe", str(failed), "start one task a node there by hand, and see what it says")]
+    found = [_enough(len(heard), len(plan.nodes))] if len(heard) < len(plan.nodes) else []
+    answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
+    nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
+    return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
+
+
+def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Finding]:
+    """All-reduce and all-to-all over every pair of the plan's nodes; a task for each GPU, or one a node."""
+    if len(plan.nodes) < 2:
+        return fabric.judge({}, [], ["here"], payload_bytes=0)
+    tasks = plan.gpus_per_node or 1
+    with _token_folder(config) as (_, meeting):
+        if meeting is None:
+            return [error("fabric", "needs a folder that all nodes share", "mend the shared folder first")]
+        options = {"folder": str(meeting.parent), "device": "cuda" if plan.gpus_per_node else "cpu"}
+        why, found = "it ended without a result", None
+        try:
+            for _, line in run("launchers.doctor.fabric_rank", json.dumps(options), tasks, FABRIC_MINUTES):
+                found = read_report(line) or found
+        except MoeDistError as failed:
+            why = str(failed)
+    return found or [error("fabric", f"not measured: {why}", "--probe looks at each node alone")]
+
+
+MARK = "moe_dist fabric: "
+
+
+def report_line(measured: Mapping[Pair, Exchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int) -> str:
+    """What the first task of a measurement prints."""
+    pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
+    return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
+
+
+def read_report(line: str) -> list[Finding] | None:
+    """The findings in a line of output; None where it holds none."""
+    _, mark, text = line.partition(MARK)
+    if not mark:
+        return None
+    values = json.loads(text)
+    measured = {(first, second): Exchange(*seconds) for first, second, *seconds in values["pairs"]}
+    slow = [(first, second) for first, second in values["slow"]]
+    return fabric.judge(measured, slow, values["nodes"], payload_bytes=values["payload_bytes"])
+
+
+@contextmanager
+def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path | None]]:
+    """A folder of our own in run.root, with a file that every node should see, and the path of the meeting's file in it;
+    Nones where this node cannot make it, which is a check's line. Gone at the end."""
+    token = secrets.token_hex(16)
+    folder = nearest(Path(config.run.root)) / f".doctor-{token[:8]}"
+    try:
+        folder.mkdir(mode=0o700)
+        (folder / "token").write_text(token)
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        yield None, None
+        return
+    try:
+        yield (str(folder / "token"), token), folder / "meeting"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _enough(heard: int, wanted: int) -> Finding:
+    return error(
+        "probe",
+        f"{heard} of {wanted} nodes answered within {PROBE_MINUTES} minutes",
+        "look at the others: is the clone there, and the environment (cluster file: prelude, python, container)?",
+    )

@@ -1,0 +1,138 @@
+"""What Ray says about the nodes that a plan wants, and tasks of ours on each of them. Imports Ray."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from launchers.command import JobPlan
+from launchers.doctor.slurm_checks import judge_grace
+from launchers.ray.driver import STOP_WAIT_DEFAULT, stop_grace
+from launchers.ray.exposure import asks_for_token, exposure_text, listening
+from launchers.ray.gang import live_nodes
+from launchers.ray.nodes import RayNode, assign, bundle_of_rank
+from launchers.ray.submit import STOP_WAIT
+from moe_dist.config.cluster import Cluster
+from moe_dist.doctor.finding import Finding, Level, note, ok, warning
+from moe_dist.errors import PlacementError
+from moe_dist.runtime.rendezvous import HOST_VARIABLE
+
+START_SECONDS = 300.0  # for a task: GPUs may be in use
+
+
+def check_ray(
+    plan: JobPlan, cluster: Cluster, parts: Mapping[str, str], save_seconds: float | None, env: Mapping[str, str]
+) -> list[Finding]:
+    """Nodes, labels and sizes of bundles; who else reaches Ray; how long a stop may take.
+
+    Args:
+        parts: The address of each part of Ray that others may reach.
+        save_seconds: Measured time of a save; None where none was measured.
+    """
+    nodes = live_nodes()
+    return [
+        ok("scheduler", f"Ray {ray.__version__} answers"),
+        _bundles(plan, cluster, nodes),
+        _exposure(parts),
+        _grace(stop_grace(env), save_seconds),
+    ]
+
+
+def run_on_nodes(
+    plan: JobPlan, cluster: Cluster, module: str, argument: str, tasks_per_node: int, minutes: int
+) -> Iterator[tuple[float, str]]:
+    """As `slurm_nodes.run_on_nodes`: one task of Ray for each of ours, pinned to its node.
+
+    Raises:
+        PlacementError: no such nodes, or a task did not start, failed, or did not end in time.
+    """
+    chosen = _chosen(plan, cluster, live_nodes()).nodes
+    if not chosen:
+        raise PlacementError("the nodes of the plan are not there")
+    shared = {name: variable.value for name, variable in cluster.nccl.items()}
+    if cluster.interface is not None:
+        shared |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
+    gpus, world = (1 if tasks_per_node > 1 else 0), len(chosen) * tasks_per_node
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_run)  # pyright: ignore
+    names = _names(chosen)
+    waiting = []
+    for rank in range(world):
+        node, local = divmod(rank, tasks_per_node)
+        own = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": tasks_per_node}
+        variables = {**shared, **{name: str(value) for name, value in own.items()}, "MOE_DIST_NODE_NAME": names[node]}
+        if rank == 0 and cluster.interface is None:
+            variables[HOST_VARIABLE] = chosen[node].address
+        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)
+        command = [cluster.python or sys.executable, "-m", module, argument]
+        waiting.append(task.options(scheduling_strategy=pinned).remote(command, variables, 60.0 * minutes))
+    deadline, faults = time.monotonic() + START_SECONDS + 60.0 * minutes, []
+    while waiting:
+        ended, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not ended:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+            raise PlacementError(f"{len(waiting)} of {world} tasks did not end in {minutes} minutes")
+        try:
+            code, printed, complaint = ray.get(ended[0])
+        except RayError as error:
+            raise PlacementError(f"a task was lost: {str(error).splitlines()[0]}") from error
+        yield from ((time.time(), line) for line in printed.splitlines())
+        if code:
+            faults.append(complaint.strip().rpartition("\n")[2] or f"exit code {code}")
+    if faults:
+        raise PlacementError(f"{len(faults)} of {world} tasks failed: {faults[0]}")
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -> tuple[int, str, str]:
+    """On a node: exit code, output and standard error of a command."""
+    env = {**os.environ, **variables}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Finding:
+    assignment = _chosen(plan, cluster, nodes)
+    if not assignment.faults:
+        return ok("nodes", f"{len(plan.nodes)} of the {len(nodes)} nodes of Ray can take the bundles of the plan")
+    more = f" ({len(assignment.faults) - 1} more nodes of the plan likewise)" if len(assignment.faults) > 1 else ""
+    return Finding("nodes", Level.ERROR, assignment.faults[0] + more, verdict=PlacementError.exit_code)
+
+
+def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:
+    """Nodes for the plan, whatever others use of them at this moment."""
+    emptied = [replace(node, free=node.total) for node in nodes]
+    return assign(plan, emptied, bundle_of_rank(plan, cluster.cpus_per_rank))
+
+
+def _names(nodes: Sequence[RayNode]) -> list[str]:
+    hosts = [node.host for node in nodes]
+    return hosts if len(set(hosts)) == len(hosts) else [node.address for node in nodes]
+
+
+def _exposure(parts: Mapping[str, str]) -> Finding:
+    if exposure_text(listening(parts), token=asks_for_token()):
+        return warning(
+            "exposure",
+            "this Ray listens beyond the loopback and asks for no token: whoever reaches it runs any code, as you",
+            "start all of it with RAY_AUTH_MODE=token, or keep its ports inside a network of its own (docs/ray.md)",
+        )
+    return ok("exposure", "Ray listens on the loopback alone, or asks for a token")
+
+
+def _grace(grace: float | None, save_seconds: float | None) -> Finding:
+    if grace is None:
+        return note("stop grace", "this is no job of Ray: nobody kills the driver after a stop")
+    if grace <= STOP_WAIT_DEFAULT:
+        return warning(
+            "stop grace",
+            f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})",
+            "set it in the runtime environment of the job, as the README's command does",
+        )
+    return judge_grace({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)

@@ -1,0 +1,139 @@
+"""What Slurm says about the nodes that a plan wants, and about how it stops jobs. Asks sinfo and scontrol; no torch."""
+
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+
+from launchers.command import JobPlan
+from launchers.doctor.fit import Offer, Want, check_fit
+from moe_dist.config.cluster import Cluster, seconds_of
+from moe_dist.doctor.finding import Finding, error, note, ok, warning
+from moe_dist.errors import ConfigError
+
+ASK_SECONDS = 30.0
+UP = frozenset(("idle", "mixed", "allocated", "completing", "planned", "reserved"))
+Ask = Callable[[Sequence[str]], str]
+
+
+def ask(command: Sequence[str]) -> str:
+    """What one of Slurm's commands prints.
+
+    Raises:
+        OSError: it is not there, does not answer, or refuses; with its words.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{command[0]} does not answer within {ASK_SECONDS:g} s") from error
+    if done.returncode:
+        words = " / ".join(filter(None, map(str.strip, done.stderr.splitlines())))  # one line, as all that the doctor says
+        raise OSError(f"{command[0]}: {words or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[Finding]:
+    """Whether Slurm answers; nodes, features and sizes; the time limit; how long a stop may take.
+
+    Args:
+        save_seconds: Measured time of a save; None where none was measured.
+    """
+    try:
+        offers = read_offers(cluster.partition, ask)
+        limit = _partition_limit(cluster.partition, ask)
+        settings = dict(re.findall(r"^(\w+)\s*= (.*)$", ask(["scontrol", "show", "config"]), re.MULTILINE))
+    except OSError as failed:
+        return [error("scheduler", f"Slurm: {failed}", "look for slurmctld, or run this on a login node of the cluster")]
+    where = f"partition {cluster.partition!r}" if cluster.partition else "the default partition"
+    return [
+        ok("scheduler", f"Slurm {settings.get('SLURM_VERSION', '').strip()} answers"),
+        check_fit(wants(plan, cluster), offers, trait_word="feature", where=where),
+        check_time(cluster.time, limit, where),
+        check_grace(cluster, settings, save_seconds),
+    ]
+
+
+def wants(plan: JobPlan, cluster: Cluster) -> list[Want]:
+    """The plan's nodes as Slurm would be asked for them."""
+    found = []
+    for node in plan.nodes:
+        amounts: dict[str, float] = {"GPU": plan.gpus_per_node} if plan.gpus_per_node else {}
+        amounts["CPU"] = len(node.ranks) * (cluster.cpus_per_rank or 1)
+        traits = frozenset([node.feature] if node.feature is not None else [])
+        found.append(Want(ranks_text(node.ranks), traits, amounts))
+    return found
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """'0-3' where they are neighbours, else each."""
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ", ".join(map(str, ranks))
+
+
+def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
+    """The nodes of a partition, or of the default one.
+
+    Raises:
+        OSError: as `ask`.
+    """
+    offers = []
+    for line in ask([*_sinfo(partition), "--Node", "--format=%N|%T|%f|%c|%G|%P"]).splitlines():
+        name, state, features, cpus, gres, of = (part.strip() for part in line.split("|"))
+        if partition is None and not of.endswith("*"):
+            continue
+        traits = frozenset() if features == "(null)" else frozenset(features.split(","))
+        amounts = {"CPU": float(cpus), "GPU": float(gpus_of(gres))}
+        # A mark behind the state: not responding (*), rebooting (@), powered down (~) and the like.
+        offers.append(Offer(name, state, state in UP, traits, amounts))
+    return offers
+
+
+def gpus_of(gres: str) -> int:
+    """GPUs in a list of generic resources: 'gpu:2', 'gpu:h100:8(S:0-1),nic:1'."""
+    return sum(int(number) for number in re.findall(r"(?:^|,)gpu:(?:[A-Za-z][^:,(]*:)?(\d+)", gres))
+
+
+def check_time(asked: str, limit: str | None, where: str) -> Finding:
+    """The time that the cluster file asks for, against the partition's limit."""
+    if limit is None:
+        return note("time limit", f"{where} does not say its limit; the job asks for {asked}")
+    if seconds_of(asked) > seconds_of(limit):
+        text = f"the cluster file asks for time: {asked}, {where} allows {limit}"
+        return error("time limit", f"{text}; the job would wait forever or be refused", "lower it", kind=ConfigError)
+    return ok("time limit", f"{asked} of {limit} that {where} allows")
+
+
+def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float | None) -> Finding:
+    """The time between a stop signal and the kill, at the time limit and on preemption, against what a save takes."""
+    preempts = settings.get("PreemptType", "(null)").strip() not in ("(null)", "preempt/none", "")
+    kill_wait = re.match(r"\d+", settings.get("KillWait", ""))
+    graces = {"before the time limit (signal_seconds)": float(cluster.signal_seconds)}
+    if preempts and kill_wait:
+        graces["on preemption (KillWait)"] = float(kill_wait[0])
+    return judge_grace(graces, save_seconds)
+
+
+def judge_grace(graces: dict[str, float], save_seconds: float | None) -> Finding:
+    """Holds every grace against the measured save time."""
+    shown = ", ".join(f"{seconds:g} s {when}" for when, seconds in graces.items())
+    if save_seconds is None:
+        return note("stop grace", f"{shown}; this run has saved nothing yet that it could be held against")
+    short = {when: seconds for when, seconds in graces.items() if seconds < save_seconds}
+    if short:
+        when, seconds = min(short.items(), key=lambda each: each[1])
+        return warning(
+            "stop grace",
+            f"{seconds:g} s {when}, the last saves took up to {save_seconds:.1f} s",
+            "lengthen it, or save more often (checkpoint.every): a stop would lose the steps since the last checkpoint",
+        )
+    return ok("stop grace", f"{shown}; the last saves took up to {save_seconds:.1f} s")
+
+
+def _partition_limit(partition: str | None, ask: Ask) -> str | None:
+    lines = ask([*_sinfo(partition), "--format=%P|%l"]).splitlines()
+    limits = [line.split("|")[1].strip() for line in lines if partition or line.split("|")[0].strip().endswith("*")]
+    return limits[0] if limits else None
+
+
+def _sinfo(partition: str | None) -> list[str]:
+    return ["sinfo", "--noheader", *([f"--partition={partition}"] if partition else [])]

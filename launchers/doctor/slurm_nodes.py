@@ -1,0 +1,109 @@
+"""Runs a module of ours on the nodes that a plan wants, by Slurm: one srun from the login node, and no file in between."""
+
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launchers.command import JobPlan
+from launchers.slurm.script import container_prefix, interpreter, part_options, parts, pyxis_options, site_options
+from moe_dist.config.cluster import Cluster
+from moe_dist.errors import PlacementError
+
+CLONE = Path(__file__).parents[2]
+START_SECONDS = 300.0  # how long the job may wait in the queue
+
+
+def run_on_nodes(
+    plan: JobPlan,
+    cluster: Cluster,
+    module: str,
+    argument: str,
+    *,
+    tasks_per_node: int,
+    minutes: int,
+    visible: Sequence[str] = (),
+) -> Iterator[tuple[float, str]]:
+    """Lines that the tasks print, each with the Unix time when it was heard. The first task is on the first node of the
+    plan. The job asks for what the plan's nodes have, GPUs included, so that it lands where the run would.
+
+    Args:
+        module, argument: `python -m MODULE ARGUMENT`, with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set.
+        minutes: Time limit of the job.
+        visible: Folders that the site's container must see under their own names, besides the clone.
+
+    Raises:
+        PlacementError: Slurm refuses the job, does not start it in time, or it does not end; with srun's words.
+    """
+    command = srun_command(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes, visible=visible)
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CLONE
+    ) as srun:
+        assert srun.stdout is not None
+        assert srun.stderr is not None
+        said: list[str] = []
+        listener = threading.Thread(target=lambda stream: said.extend(stream), args=(srun.stderr,), daemon=True)
+        listener.start()
+        # TERM makes srun give back its allocation, also one that it still waits for.
+        timer = threading.Timer(START_SECONDS + 60.0 * minutes, srun.send_signal, (signal.SIGTERM,))
+        timer.start()
+        try:
+            for line in srun.stdout:
+                yield time.time(), line
+        finally:
+            timer.cancel()
+            if srun.poll() is None:
+                srun.send_signal(signal.SIGTERM)
+        code = srun.wait()
+        listener.join(5.0)
+    if code:
+        last = [line.strip() for line in said if line.startswith("srun: error") or "rror" in line][-3:] or said[-1:]
+        raise PlacementError(f"srun ended with {code}: {' / '.join(map(str.strip, last))}")
+
+
+def srun_command(
+    plan: JobPlan,
+    cluster: Cluster,
+    module: str,
+    argument: str,
+    *,
+    tasks_per_node: int,
+    minutes: int,
+    visible: Sequence[str] = (),
+) -> list[str]:
+    """One srun; the nodes of each kind are a component of their own, as in the job itself. Arguments as `run_on_nodes`."""
+    visible = list(dict.fromkeys([str(CLONE), *visible]))
+    task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
+    site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
+    common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
+    common += pyxis_options(cluster, visible)
+    command = ["srun"]
+    for number, part in enumerate(parts(plan)):
+        kind = [option for option in part_options(part, plan, cluster) if not option.startswith(("--n", "--cpus"))]
+        size = [f"--nodes={len(part.nodes)}", f"--ntasks={len(part.nodes) * tasks_per_node}"]
+        size.append(f"--ntasks-per-node={tasks_per_node}")
+        if cluster.cpus_per_rank is not None:
+            size.append(f"--cpus-per-task={cluster.cpus_per_rank * part.ranks_per_node // tasks_per_node}")
+        command += [*([":"] if number else []), *kind, *size, *common, *task]
+    return command
+
+
+def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, visible: Sequence[str]) -> str:
+    """What a task runs: the site's variables and prelude, then Python, in the site's container."""
+    variables = {name: variable.value for name, variable in cluster.nccl.items()}
+    if cluster.interface is not None:
+        variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
+    command = [*container_prefix(cluster, visible, CLONE), interpreter(cluster), "-m", module, argument]
+    return "\n".join(
+        [
+            f"cd {shlex.quote(str(CLONE))} || exit 78",  # pyxis begins in a folder of the image
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            *cluster.prelude,
+            "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
+            f"export LOCAL_WORLD_SIZE={tasks_per_node} PYTHONUNBUFFERED=1",
+            f"exec {shlex.join(command)}",
+        ]
+    )

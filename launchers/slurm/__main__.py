@@ -1,0 +1,245 @@
+"""Submit a run to Slurm: python -m launchers.slurm CONFIG [key=value ...] [--cluster SITE] [--dry-run] [--array SWEEP]
+
+configuration, placement and cluster file -> plan -> script; code and configuration -> snapshot in the run folder -> sbatch
+"""
+
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
+from launchers.slurm.allocation import SlurmError, ask
+from launchers.slurm.script import PROGRAM, output_pattern, parts, script
+from launchers.snapshot import CLONE, read_sweep, take_snapshot
+from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster
+from moe_dist.config.load import load_config
+from moe_dist.config.schema import Config
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, PlacementError
+from moe_dist.plan.preflight import check, check_file
+from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.run_folder import RunFolder, Start
+
+# What sbatch says where the cluster has no such nodes; all else that it refuses is a wrong account, partition, limit.
+_NO_SUCH_NODES = (
+    "Invalid feature specification",
+    "Requested node configuration is not available",
+    "Node count specification invalid",
+    "More processors requested than permitted",
+)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that can be submitted.
+
+    Attributes:
+        config: Of the run; of an array, what its tasks have in common.
+        cluster: The site.
+        plan: Which rank goes on which node.
+        sweep: The overrides of each task of an array; empty without one.
+        folder: That holds snapshot and output: the run's, or that of all runs of an array.
+        text: The script.
+    """
+
+    config: Config
+    cluster: Cluster
+    plan: JobPlan
+    sweep: tuple[tuple[str, ...], ...]
+    folder: Path
+    snapshot: Path
+    text: str
+
+
+def prepare(
+    config_path: Path,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    *,
+    sweep: Sequence[Sequence[str]] = (),
+    program: Sequence[str] = TRAIN,
+) -> Submission:
+    """Plans a job and writes its script; touches nothing.
+
+    Args:
+        sweep: Overrides of each task of an array, which is a run of its own in `<root>/<name>/<task>`.
+        program: What ranks run in place of the training.
+
+    Raises:
+        ConfigError, DataError, PlacementError: what is wrong with the run, its tasks, or its nodes.
+    """
+    loaded = check_file(config_path, overrides).config
+    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))
+    config = load_config(config_path, fixed)
+    folder = Path(config.run.root) / config.run.name
+    plan = plan_job(check(config), cluster)
+    tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan)
+    name = time.strftime("%Y%m%dT%H%M%S-") + os.urandom(3).hex()
+    snapshot = folder / "slurm" / name
+    output = output_pattern(folder / "slurm", array=bool(tasks))
+    exports = {"MOE_DIST_SNAPSHOT": str(snapshot), "MOE_DIST_PYTHON": sys.executable}
+    if tuple(program) != TRAIN:
+        exports[PROGRAM] = shlex.join(program)
+    text = script(plan, cluster, name=config.run.name, output=output, exports=exports)
+    return Submission(config, cluster, plan, tasks, folder, snapshot, text)
+
+
+def submit(job: Submission, options: Sequence[str] = ()) -> str:
+    """Takes the snapshot and submits; returns Slurm's number of the job.
+
+    Args:
+        options: Further ones of sbatch.
+
+    Raises:
+        ConfigError: sbatch refuses what the site file asks for.
+        PlacementError: the cluster has no such nodes.
+        SlurmError: there is no sbatch, or no answer.
+    """
+    if job.sweep:
+        job.folder.mkdir(parents=True, exist_ok=True)
+    else:
+        RunFolder.of(job.config).prepare()
+    job.snapshot.parent.mkdir(exist_ok=True)
+    path = take_snapshot(job.snapshot, job.config, job.cluster, sweep=job.sweep).script
+    path.write_text(job.text)
+    array = [f"--array=0-{len(job.sweep) - 1}"] if job.sweep else []
+    command = ["sbatch", "--parsable", *array, *options, str(path)]
+    try:
+        return ask(*command, cwd=CLONE).strip().partition(";")[0]
+    except SlurmError as error:
+        shutil.rmtree(job.snapshot, ignore_errors=True)
+        raise _refusal(job, str(error)) from error
+
+
+def _tasks(
+    config_path: Path,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    *,
+    sweep: Sequence[Sequence[str]],
+    folder: Path,
+    plan: JobPlan,
+) -> tuple[tuple[str, ...], ...]:
+    """The overrides of each task, with a run of its own; every task must fit the nodes that all of them get."""
+    if not sweep:
+        return ()
+    if len(parts(plan)) > 1:
+        raise ConfigError(
+            "--array: Slurm has no arrays of heterogeneous jobs, and the groups of this run need several kinds of nodes "
+            "(placement.groups.<group>.node); submit each run by itself"
+        )
+    tasks = []
+    for index, line in enumerate(sweep):
+        task = (*line, f"run.root={folder}", f"run.name={index}")
+        try:
+            found = plan_job(check_file(config_path, (*overrides, *task)), cluster)
+        except MoeDistError as error:
+            raise type(error)([f"--array, task {index}: {fault}" for fault in error.faults]) from error
+        if found.nodes != plan.nodes or found.gpus_per_node != plan.gpus_per_node:
+            raise ConfigError(f"--array, task {index}: needs other nodes than the rest; all tasks of an array get the same")
+        tasks.append(task)
+    return tuple(tasks)
+
+
+def _refusal(job: Submission, words: str) -> MoeDistError:
+    """Sbatch's refusal as one of ours: in which group, on which ranks and for what, where it is about nodes."""
+    if not any(each in words for each in _NO_SUCH_NODES):
+        return ConfigError(
+            f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from you"
+        )
+    known = set(re.split(r"[,\s]+", ask("sinfo", "--noheader", "--format=%f").strip()))
+    missing = [part for part in parts(job.plan) if part.feature is not None and part.feature not in known]
+    faults = [
+        f"ranks {', '.join(str(rank) for node in part.nodes for rank in node.ranks)} (experts of "
+        f"{', '.join(dict.fromkeys(name for node in part.nodes for name in node.groups))}) need nodes with the feature "
+        f"{part.feature!r}, which no node has; the nodes have {', '.join(sorted(known))}; change "
+        "placement.groups.<group>.node.feature, or ask the site"
+        for part in missing
+    ]
+    return PlacementError(faults or f"the cluster has no such nodes: {words}; the plan is\n{job.plan.table()}")
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Configuration of the run, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200; later ones win.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option("--time", help="Time limit of a start, in place of the cluster file's.")
+    ] = None,
+    array: Annotated[Path | None, typer.Option(help="Sweep file: one line of key=value for each task.")] = None,
+    dependency: Annotated[str | None, typer.Option(help="When it may start, as afterok:1234.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an old run of this name aside.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and the plan; submit nothing.")] = False,
+    program: Annotated[str, typer.Option(help="What ranks run in place of the training, for probes.")] = shlex.join(TRAIN),
+) -> None:
+    """Plan a run for a Slurm cluster, keep its code and configuration in the run folder, and submit it."""
+    try:
+        site = load_cluster(cluster, os.environ)
+        options = _options(limit, dependency)
+        if limit is not None:
+            site = site.model_copy(update={"time": limit})
+            if broken := site.broken_relations():
+                raise ConfigError([f"--time={limit}: {relation.fault}" for relation in broken])
+        if array is not None and overwrite:
+            raise ConfigError("--overwrite: goes with one run, not with --array; move the sweep's folder aside by hand")
+        sweep = read_sweep(array) if array is not None else []
+        job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))
+        if dry_run:
+            print(job.text)
+            print(job.plan.table(), file=sys.stderr)
+            raise typer.Exit(EXIT_DONE)
+        _submit(job, options, overwrite=overwrite)
+    except MoeDistError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        print(f"{error}; the run folder is <run.root>/<run.name>: mend it, or choose another run.root", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED) from error
+
+
+def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None:
+    """Submits and says what was submitted; a finished run shows its summary instead."""
+    folder, old = RunFolder.of(job.config), None
+    if not job.sweep:
+        old = folder.move_aside() if overwrite else None
+        if folder.inspect(job.config) is Start.FINISHED:
+            print(folder.read_summary())
+            return
+    try:
+        number = submit(job, options)
+    except MoeDistError:
+        if old is not None:
+            folder.put_back(old)
+        raise
+    if old is not None:
+        print(f"{folder.path} moved to {old}", file=sys.stderr)
+    print(f"job {number}")
+    output = f"slurm-{number}_<task>.out" if job.sweep else f"slurm-{number}.out"
+    print(f"output    {job.folder / 'slurm' / output}")
+    print(f"ranks     {job.folder / ('<task>/log' if job.sweep else 'log')}/rank_<rank>.log")
+    print(f"snapshot  {job.snapshot}")
+    print(job.plan.table())
+
+
+def _options(limit: str | None, dependency: str | None) -> list[str]:
+    if limit is not None and not re.fullmatch(TIME_PATTERN, limit):
+        raise ConfigError(f"--time={limit!r}: must be minutes, HH:MM:SS or DAYS-HH:MM:SS")
+    if dependency is None:
+        return []
+    if not re.fullmatch(r"[a-z]+(:[0-9_+]+)*([,?][a-z]+(:[0-9_+]+)*)*", dependency):
+        raise ConfigError(f"--dependency={dependency!r}: must be as afterok:1234, afterany:12:13 or singleton")
+    return [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
+
+
+if __name__ == "__main__":
+    run_command(main)

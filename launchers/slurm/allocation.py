@@ -1,0 +1,139 @@
+"""The nodes that a Slurm job was given, held against its plan; and which of them is which node of the plan."""
+
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.command import JobPlan
+from launchers.slurm.script import Part, parts
+from moe_dist.errors import MoeDistError
+
+_SECONDS = 60.0  # for an answer of slurmctld, which may be busy
+
+
+class SlurmError(MoeDistError):
+    """A command of Slurm failed."""
+
+
+@dataclass(frozen=True)
+class GivenPart:
+    """What Slurm gave: for the whole job, or for one part of a heterogeneous one.
+
+    Attributes:
+        hosts: Names of its nodes, in Slurm's order.
+        tasks: Of each node.
+        gpus: Of each node; 0 for none.
+    """
+
+    hosts: tuple[str, ...]
+    tasks: tuple[int, ...]
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """All that Slurm gave a job.
+
+    Attributes:
+        parts: One, or those of a heterogeneous job.
+        features: Of each host, comma-separated.
+    """
+
+    parts: tuple[GivenPart, ...]
+    features: Mapping[str, str]
+
+    @classmethod
+    def read(cls, env: Mapping[str, str]) -> "Allocation":
+        """Reads the job's environment, and asks Slurm for names and features of its nodes: two questions a part, from the
+        batch script alone, so that a thousand ranks ask nothing.
+
+        Raises:
+            SlurmError: Slurm does not answer.
+        """
+        size = int(env.get("SLURM_HET_SIZE", "0"))
+        suffixes = [f"_HET_GROUP_{index}" for index in range(size)] if size else [""]
+        given, features = [], {}
+        for suffix in suffixes:
+            names = env.get(f"SLURM_JOB_NODELIST{suffix}", "")
+            hosts = tuple(ask("scontrol", "show", "hostnames", names).split())
+            tasks = expand_counts(env.get(f"SLURM_TASKS_PER_NODE{suffix}", ""))
+            gpus = env.get("SLURM_GPUS_ON_NODE", "0") if not suffix or suffix.endswith("_0") else ""
+            given.append(GivenPart(hosts, tasks, int(gpus) if gpus.isdecimal() else -1))
+            nodes = ask("scontrol", "--oneliner", "show", "node", names)
+            features |= dict(re.findall(r"NodeName=(\S+) .*?\bActiveFeatures=(\S*)", nodes))
+        return cls(tuple(given), {host: "" if has == "(null)" else has for host, has in features.items()})
+
+
+def ask(*command: str, cwd: Path | None = None) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        SlurmError: it failed, or is not installed.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"{command[0]}: {error}; this must run where Slurm's commands do") from error
+    if done.returncode:
+        raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def expand_counts(text: str) -> tuple[int, ...]:
+    """`2(x3),1` of SLURM_TASKS_PER_NODE: 2, 2, 2, 1."""
+    counts: list[int] = []
+    for each in filter(None, text.split(",")):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", each)
+        if match is None:
+            raise SlurmError(f"SLURM_TASKS_PER_NODE={text!r}: not what Slurm writes there")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return tuple(counts)
+
+
+def differences(job: JobPlan, allocation: Allocation) -> list[str]:
+    """Where an allocation is not what the plan asks for, in words."""
+    wanted, given = parts(job), allocation.parts
+    if len(wanted) != len(given):
+        return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'part')}"]
+    faults = []
+    for index, (part, have) in enumerate(zip(wanted, given, strict=True)):
+        where = f"part {index}: " if len(wanted) > 1 else ""
+        faults += [f"{where}{fault}" for fault in _part_differences(part, have, job.gpus_per_node, allocation.features)]
+    return faults
+
+
+def hosts_of(job: JobPlan, allocation: Allocation) -> tuple[str, ...]:
+    """The host of each node of the plan; the allocation has no differences."""
+    host_of = {
+        node.index: host
+        for part, have in zip(parts(job), allocation.parts, strict=True)
+        for node, host in zip(part.nodes, have.hosts, strict=True)
+    }
+    return tuple(host_of[node.index] for node in job.nodes)
+
+
+def _part_differences(part: Part, have: GivenPart, gpus: int, features: Mapping[str, str]) -> list[str]:
+    faults = []
+    size = part.ranks_per_node
+    if len(have.hosts) != len(part.nodes):
+        faults.append(f"the plan needs {_count(len(part.nodes), 'node')}, the job has {_count(len(have.hosts), 'node')}")
+    if set(have.tasks) != {size}:
+        shown = " and ".join(str(count) for count in sorted(set(have.tasks)))
+        faults.append(f"the plan needs {_count(size, 'task')} a node, the job has {shown}")
+    if have.gpus >= 0 and have.gpus < gpus:
+        faults.append(f"the plan needs {_count(gpus, 'GPU')} a node, the job has {have.gpus}")
+    if part.feature is not None:
+        without = [host for host in have.hosts if part.feature not in features.get(host, "").split(",")]
+        if without:
+            faults.append(f"the plan needs nodes with the feature {part.feature!r}, which {_listed(without)} has not")
+    return faults
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,1 +1,0 @@
-"""Held-out losses by modality, and what a finished run is measured against."""

@@ -1,0 +1,119 @@
+"""A trained model for EleutherAI's lm-evaluation-harness (package lm_eval, extra `evaluate`), with tasks of its own.
+
+Import this module only where lm_eval is installed. Runs on one process.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from tqdm import tqdm
+
+from moe_dist.data.tokenizer import encode_texts
+from moe_dist.errors import ConfigError
+from moe_dist.inference.generate import Generator, Request
+from moe_dist.inference.likelihood import Continuation, Likelihood
+from moe_dist.inference.material import Material
+from moe_dist.inference.sampling import Sampling
+
+_MAX_NEW_TOKENS = 256  # where a task does not say
+
+
+class HarnessModel(LM):
+    """A model with the three things that the harness asks for.
+
+    What does not fit into `max_seq_len` loses the beginning of its context, but for the mark that documents begin with.
+
+    Args:
+        likelihood, generator: Of the same model.
+        material: Tokenizer and grammar of its data.
+        max_seq_len: Longest sequence that the model is made for.
+        seed: Of generation that samples.
+    """
+
+    def __init__(
+        self, likelihood: Likelihood, generator: Generator, material: Material, *, max_seq_len: int, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self._likelihood, self._generator, self._material = likelihood, generator, material
+        self._max_seq_len, self._seed = max_seq_len, seed
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Of each (context, continuation) the continuation's log-likelihood and whether it is greedy."""
+        continuations = [self._pair(*request.args) for request in requests]
+        scores = [(score.nats, score.greedy) for score in self._likelihood(continuations)]
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Of each (text,) its log-likelihood: each token once, with as much before it as fits into its window."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        scores = iter(self._likelihood([window for of_text in windows for window in of_text]))
+        sums = [sum((next(scores).nats for _ in of_text), 0.0) for of_text in windows]
+        for request, nats in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, nats)
+        return sums
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Of each (context, options) the text that goes on, up to the first of its `until`.
+
+        Raises:
+            ConfigError: options that are not known here.
+        """
+        texts = []
+        for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
+            context, options = cast("tuple[str, dict[str, Any]]", request.args)
+            text = self._generated(context, dict(options))
+            self.cache_hook.add_partial("generate_until", request.args, text)
+            texts.append(text)
+        return texts
+
+    def _generated(self, context: str, options: dict[str, Any]) -> str:
+        until = options.pop("until", None) or []
+        until = [until] if isinstance(until, str) else list(until)
+        room = int(options.pop("max_gen_toks", options.pop("max_new_tokens", _MAX_NEW_TOKENS)))
+        temperature = float(options.pop("temperature", 0.0)) if options.pop("do_sample", True) else 0.0
+        top_p = float(options.pop("top_p", 1.0))
+        if options:
+            raise ConfigError(
+                f"generation_kwargs {', '.join(options)}: not known here; known are until, max_gen_toks, do_sample, "
+                "temperature and top_p: take the others out of the task"
+            )
+        room = min(room, self._max_seq_len - 1)
+        prompt = self._cut(self._material.text_prompt(context), self._max_seq_len - room)
+        wanted = Request(room, Sampling(temperature, top_p), self._seed, text_only=True)
+        text = self._material.text(self._generator([prompt], wanted)[0])
+        for stop in until:
+            text = text.partition(stop)[0] if stop else text
+        return text
+
+    def _pair(self, context: str, continuation: str) -> Continuation:
+        # A space between them belongs to the continuation's first word: that is how byte-level BPE cuts text.
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        tokens = encode_texts(self._material.tokenizer, [continuation])[0].tolist()
+        if len(tokens) > self._max_seq_len:
+            raise ConfigError(
+                f"a choice of the task is {len(tokens)} tokens, more than model.max_seq_len={self._max_seq_len}, the "
+                "longest the model is made for; take another task"
+            )
+        prompt = self._material.text_prompt(context)
+        return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
+
+    def _windows(self, text: str) -> list[Continuation]:
+        """Windows that overlap but for what they score. An empty text has none."""
+        bos, *tokens = self._material.text_prompt(text)
+        windows = []
+        for first in range(0, len(tokens), self._max_seq_len):
+            scored = tokens[first : first + self._max_seq_len]
+            before = [bos, *tokens[:first]][-(self._max_seq_len + 1 - len(scored)) :]
+            windows.append(Continuation(before, scored))
+        return windows
+
+    @staticmethod
+    def _cut(prompt: Sequence[int], length: int) -> list[int]:
+        """The end of a prompt, with the mark of its beginning."""
+        return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]

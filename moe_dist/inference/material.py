@@ -1,0 +1,166 @@
+"""What generation needs of a data set: tokenizer, codebook, held-out captions and pictures; from captions to prompts and
+from codes to picture files."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from moe_dist.config.manifest import Manifest
+from moe_dist.data.codebook import GRID, decode, encode, load_codebook, to_patches
+from moe_dist.data.indexed import IndexedSplit
+from moe_dist.data.pictures import plain, rasterise
+from moe_dist.data.tokenizer import BOS, encode_texts, load_tokenizer, special_ids
+from moe_dist.errors import ConfigError
+from moe_dist.inference.grammar import Grammar, grammar_of
+
+_SCALE = 8  # pixels of a file for each pixel of a picture
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """A document with a picture, held out unless said otherwise. Attributes: caption: Its text. codes: int64 [cells]."""
+
+    caption: str
+    codes: np.ndarray
+
+
+class Material:
+    """The files of one data set that text and pictures go through.
+
+    Args:
+        folder, manifest: The data set.
+        vocab_size: The model's.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
+        self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises: ConfigError: the data set has none. DataError: it is damaged."""
+        if self._manifest.tokenizer is None:
+            raise ConfigError(
+                f"data set {self._folder}: its manifest names no tokenizer, so that text can neither be read nor written; "
+                "add the file to the folder and `tokenizer` to the manifest (docs/data.md)"
+            )
+        return load_tokenizer(self._folder / self._manifest.tokenizer)
+
+    @cached_property
+    def codebook(self) -> np.ndarray:
+        """uint8 [codes, patch, patch, 3].
+
+        Raises:
+            ConfigError: the data set has no pictures, no codebook, or another grid.
+            DataError: it is damaged.
+        """
+        image = self._manifest.image
+        if image is None or image.codebook is None:
+            raise ConfigError(
+                f"data set {self._folder}: its manifest has no {'image' if image is None else 'image.codebook'}: pictures "
+                "can be neither read nor drawn; train on data with pictures, as `python -m tools.prepare_data` makes them"
+            )
+        if image.grid != (GRID, GRID):
+            raise ConfigError(
+                f"data set {self._folder}: image.grid={image.grid}, but pictures are of {GRID} x {GRID} codes"
+            )
+        return load_codebook(self._folder / image.codebook)
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether pictures can be read and drawn."""
+        return self._manifest.image is not None and self._manifest.image.codebook is not None
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """What may follow what in these data."""
+        return grammar_of(self._manifest, vocab_size=self._vocab_size, never=[self._bos])
+
+    @property
+    def _bos(self) -> int:
+        return special_ids(self.tokenizer)[BOS]
+
+    def text_prompt(self, text: str) -> list[int]:
+        """The beginning of a document that says `text`."""
+        return [self._bos, *encode_texts(self.tokenizer, [text])[0].tolist()]
+
+    def drawing_prompt(self, caption: str) -> list[int]:
+        """A document up to the mark of the picture of `caption`; without a caption, of any picture."""
+        image = self._manifest.image
+        assert image is not None, "the codebook was loaded, so there are pictures"
+        return [*self.text_prompt(caption), image.begin_id]
+
+    def caption_prompt(self, codes: np.ndarray, beginning: str = "") -> list[int]:
+        """A document that begins with a picture, up to its end mark and the beginning of its caption."""
+        return [self._bos, *self.picture(codes), *self.text_prompt(beginning)[1:]]
+
+    def picture(self, codes: np.ndarray) -> list[int]:
+        """The tokens of a picture, between its marks."""
+        image = self._manifest.image
+        assert image is not None, "the codebook was loaded, so there are pictures"
+        ids = (codes + np.flatnonzero(self.grammar.modality_of_id == self._image)[0]).tolist()
+        return [image.begin_id, *ids, image.end_id]
+
+    @property
+    def _image(self) -> int:
+        return self.grammar.modalities.index("image")
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens; bytes that are no UTF-8 become the replacement character."""
+        return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
+
+    def read_picture(self, path: Path) -> np.ndarray:
+        """Codes of a picture file as it is, on white.
+
+        Raises:
+            ConfigError: there is no such file.
+            DataError: it is damaged or of an unknown kind.
+        """
+        if not path.is_file():
+            raise ConfigError(
+                f"--picture {path}: no such file; give a PNG, JPEG or SVG, or the number of a held-out picture"
+            )
+        return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
+
+    def heldout(self) -> list[Heldout]:
+        """Every held-out document with a picture, in the order of the data.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        found = list(self.pictured("valid"))
+        if not found:
+            raise ConfigError(f"data set {self._folder}: no held-out document has a picture")
+        return found
+
+    def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[Heldout]:
+        """Documents of one side with a picture, in the order of the data; of each source at most `most`, evenly chosen."""
+        for source in self._manifest.sources.values():
+            section = source.train if side == "train" else source.valid
+            if section is None or not section.tokens_by_modality.get("image", 1):
+                continue
+            split = IndexedSplit(self._folder, section)
+            stride = 1 if most is None else -(-len(split.starts_D) // most)
+            for start, length in zip(split.starts_D[::stride].tolist(), split.lengths_D[::stride].tolist(), strict=True):
+                tokens = split.tokens(start, length).tolist()
+                pictures = self.grammar.pictures(tokens)
+                if pictures:
+                    yield Heldout(self.text(tokens), pictures[0])
+
+
+def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:
+    """The picture [32, 32] that codes stand for."""
+    return Image.fromarray(decode(codes[None], codebook)[0])
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as a file, enlarged so that each of its pixels can be seen."""
+    buffer = io.BytesIO()
+    picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()

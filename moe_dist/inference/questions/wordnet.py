@@ -1,0 +1,222 @@
+"""Facts of WordNet, from its own files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
+
+Nouns are asked about in the first sense of their first word, where that word has been counted in tagged text: other senses
+than the commonest one, and words that nobody uses, make questions without an answer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from moe_dist.errors import DataError
+from moe_dist.inference.questions.fact import Fact, lemma_keys
+
+LONGEST_GLOSS = 120  # characters
+_Parsed = TypeVar("_Parsed")
+_HYPERNYM, _ANTONYM = "@", "!"
+# Lexicographer files of nouns (lexnames(5WN)); 03, "Tops", is the ontology's own.
+CATEGORIES = dict(
+    enumerate(
+        (
+            *("act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food"),
+            *(
+                "group",
+                "location",
+                "motive",
+                "object",
+                "person",
+                "phenomenon",
+                "plant",
+                "possession",
+                "process",
+                "quantity",
+            ),
+            *("relation", "shape", "state", "substance", "time"),
+        ),
+        start=4,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Synset:
+    """One meaning.
+
+    Attributes:
+        lexicographer: Number of its file: the category of a noun.
+        words: As written, spaces for underscores.
+        pointers: (symbol, offset, part of speech, source and target word), words counted from 1, 0 for the whole synset.
+        gloss: Its definition, without examples.
+    """
+
+    lexicographer: int
+    words: tuple[str, ...]
+    pointers: tuple[tuple[str, str, str, int, int], ...]
+    gloss: str
+
+
+class WordNet:
+    """The files of one folder; read when they are first asked for, a second for the nouns.
+
+    Raises:
+        DataError: from any of its facts, for a file that is not in WordNet's format.
+    """
+
+    FILES = ("data.noun", "index.noun", "data.adj")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def definitions(self) -> list[Fact]:
+        """Which word has this definition?"""
+        return [
+            Fact(
+                f"n{offset}",
+                f"Which word means: {synset.gloss}?",
+                synset.words[0],
+                lemma_keys(synset.words),
+                frozenset(synset.words),
+            )
+            for offset, synset in self._common.items()
+            if len(synset.gloss) <= LONGEST_GLOSS and not _says(synset.gloss, synset.words)
+        ]
+
+    def hypernyms(self) -> list[Fact]:
+        """What is this a kind of? Every other hypernym, near or far, is no wrong answer."""
+        facts = []
+        for offset, synset in self._common.items():
+            parent = next(iter(self._parents(synset)), None)
+            if parent is None or _says(self._nouns[parent].words[0], synset.words):
+                continue
+            above = self._nouns[parent]
+            facts.append(
+                Fact(
+                    f"n{offset}",
+                    f'What is "{synset.words[0]}" a kind of?',
+                    above.words[0],
+                    lemma_keys([*synset.words, *above.words]),
+                    frozenset(word for each in [offset, *self._ancestors(offset)] for word in self._nouns[each].words),
+                )
+            )
+        return facts
+
+    def antonyms(self) -> list[Fact]:
+        """What is the opposite of this adjective? All opposites of all its senses are right, the first is the answer."""
+        pairs = [
+            (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
+            for synset in self._adjectives.values()
+            for symbol, other, part, source, target in synset.pointers
+            if symbol == _ANTONYM and part == "a" and source and target
+        ]
+        right: dict[str, set[str]] = {}
+        for synset, word, opposite, _ in pairs:
+            right.setdefault(word, set()).update(synset.words, opposite.words)
+        facts: dict[str, Fact] = {}
+        for synset, word, opposite, target in pairs:
+            if word not in facts:
+                facts[word] = Fact(
+                    word,
+                    f'What is the opposite of "{word}"?',
+                    opposite.words[target - 1],
+                    lemma_keys([*synset.words, *opposite.words]),
+                    frozenset(right[word]),
+                )
+        return list(facts.values())
+
+    def categories(self) -> list[Fact]:
+        """Which of WordNet's 25 categories of nouns is this in?"""
+        closed = tuple(CATEGORIES.values())
+        return [
+            Fact(
+                f"n{offset}",
+                f'What kind of thing is "{synset.words[0]}"?',
+                CATEGORIES[synset.lexicographer],
+                lemma_keys(synset.words),
+                closed=closed,
+            )
+            for offset, synset in self._common.items()
+            if synset.lexicographer in CATEGORIES
+        ]
+
+    @cached_property
+    def _common(self) -> dict[str, Synset]:
+        """Noun synsets whose first word is a counted one and has this as its first sense; by offset."""
+        first = dict(self._parsed("index.noun", _first_sense))
+        return {
+            offset: synset
+            for offset, synset in self._nouns.items()
+            if first.get(synset.words[0].replace(" ", "_").lower()) == offset
+        }
+
+    @cached_property
+    def _nouns(self) -> dict[str, Synset]:
+        return dict(self._synsets("data.noun"))
+
+    @cached_property
+    def _adjectives(self) -> dict[str, Synset]:
+        return dict(self._synsets("data.adj"))
+
+    def _parents(self, synset: Synset) -> list[str]:
+        parents = [other for symbol, other, part, *_ in synset.pointers if symbol == _HYPERNYM and part == "n"]
+        for parent in parents:
+            self._find(self._nouns, parent, "data.noun")
+        return parents
+
+    def _ancestors(self, offset: str) -> list[str]:
+        found: dict[str, None] = {}
+        stack = self._parents(self._nouns[offset])
+        while stack:
+            each = stack.pop()
+            if each not in found:
+                found[each] = None
+                stack.extend(self._parents(self._nouns[each]))
+        return list(found)
+
+    def _find(self, synsets: Mapping[str, Synset], offset: str, name: str) -> Synset:
+        if offset not in synsets:
+            raise DataError(f"{self._folder / name}: points to synset {offset}, which it has not; take a whole WordNet")
+        return synsets[offset]
+
+    def _synsets(self, name: str) -> Iterator[tuple[str, Synset]]:
+        return self._parsed(name, _synset)
+
+    def _parsed(self, name: str, parse: Callable[[str], _Parsed]) -> Iterator[_Parsed]:
+        """What each line of a file says, without its licence, whose lines begin with a space."""
+        path = self._folder / name
+        number = 0
+        try:
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, start=1):  # noqa: B007
+                    if line.strip() and not line.startswith(" "):
+                        yield parse(line)
+        except (OSError, ValueError, IndexError) as error:
+            raise DataError(f"{path}: line {number} is not in WordNet's format ({error}); install it again") from error
+
+
+def _synset(line: str) -> tuple[str, Synset]:
+    """A line of data.*: its offset and what it says."""
+    head, _, gloss = line.partition("|")
+    fields = head.split()
+    words_end = 4 + 2 * int(fields[3], 16)
+    pointers = [fields[at : at + 4] for at in range(words_end + 1, words_end + 1 + 4 * int(fields[words_end]), 4)]
+    return fields[0], Synset(
+        int(fields[1]),
+        tuple(word.partition("(")[0].replace("_", " ") for word in fields[4:words_end:2]),
+        tuple((symbol, to, part, int(ends[:2], 16), int(ends[2:], 16)) for symbol, to, part, ends in pointers),
+        gloss.partition(";")[0].strip(),
+    )
+
+
+def _first_sense(line: str) -> tuple[str, str | None]:
+    """A line of index.*: its lemma and the offset of its first sense, None where no sense was counted in tagged text."""
+    lemma, *fields = line.split()
+    pointers = int(fields[2])
+    return lemma, fields[5 + pointers] if int(fields[4 + pointers]) else None
+
+
+def _says(text: str, words: tuple[str, ...]) -> bool:
+    """Whether a text gives one of the words away."""
+    padded = f" {''.join(c if c.isalnum() else ' ' for c in text.lower())} "
+    return any(f" {word.lower()} " in padded for word in words)

@@ -1,0 +1,39 @@
+"""From answered questions to samples: what is written, what is embedded, and what counts as success."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_dist.errors import ConfigError
+from moe_dist.inference.multiple_choice import Answered, Measure, Written
+from moe_dist.inference.questions.fact import Question
+from moe_dist.train.router_tuning.samples import Sample, Scored
+
+
+def embedded_text(question: Question, *, listed: bool) -> str:
+    """The texts of a prompt: what is asked and, where they are listed in it, the choices. Pictures are left out.
+
+    Raises:
+        ConfigError: there is no text in it.
+    """
+    parts = [question.asked, *(question.choices if listed else ())]
+    text = "; ".join(part for part in parts if isinstance(part, str))
+    if not text:
+        raise ConfigError(
+            f"--tasks {question.task}: its questions are pictures alone, of which a sentence embedder knows nothing; leave "
+            "it out, or take --rotations, by which a question lists its choices",
+            see="docs/router-tuning.md",
+        )
+    return text
+
+
+def scored_samples(answered: Sequence[Answered], written: Written, measure: Measure, *, listed: bool) -> list[Scored]:
+    """A sample for each question, in order: the question as it is, without rotation, and its right choice. It is right if
+    that is the model's choice under each rotation that was asked."""
+    samples = []
+    for each, turns in zip(answered, written, strict=True):
+        question, (context, answer) = each.question, turns[0][each.question.answer]
+        sample = Sample(np.array(context, np.int64), np.array(answer, np.int64))
+        text = embedded_text(question, listed=listed)
+        samples.append(Scored(question.task, question.id, text, sample, each.right(measure)))
+    return samples

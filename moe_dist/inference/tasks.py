@@ -1,0 +1,115 @@
+"""The three things that are asked of a model: go on with a text, draw a caption, say what a picture shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from moe_dist.errors import ConfigError
+from moe_dist.inference.generate import Generator, Request, check_lengths
+from moe_dist.inference.material import Heldout, Material, picture_of
+from moe_dist.inference.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts and what to make of them.
+
+    Attributes:
+        plain: For guidance: each prompt without its caption.
+    """
+
+    prompts: list[list[int]]
+    request: Request
+    plain: list[list[int]] | None = None
+
+    def check(self, max_seq_len: int) -> None:
+        """Raises: ConfigError: it does not fit a model for sequences of `max_seq_len` tokens."""
+        check_lengths(self.prompts, self.request.max_new_tokens, max_seq_len)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What came of one prompt.
+
+    Attributes:
+        tokens: The new ones.
+        modalities: Modality of each of them.
+        text: What they say.
+        pictures: Those that they draw, with one that the prompt began.
+    """
+
+    tokens: list[int]
+    modalities: list[str]
+    text: str
+    pictures: list[Image.Image]
+
+
+def continue_text(material: Material, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
+    """`samples` times how a text goes on, with pictures where the model puts some.
+
+    Raises:
+        ConfigError, DataError: the data set has no tokenizer, or it is damaged.
+    """
+    request = Request(tokens, sampling, seed, text_only=not material.has_codebook)
+    return Task([material.text_prompt(text)] * samples, request)
+
+
+def draw_captions(
+    material: Material, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
+) -> Task:
+    """`samples` pictures of each caption, one caption after the other.
+
+    Raises:
+        ConfigError, DataError: the data set lacks a tokenizer or a codebook, or they are damaged; guidance below 0.
+    """
+    if not 0.0 <= guidance < float("inf"):
+        raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
+    cells = len(material.codebook) and material.grammar.cells
+    prompts = [material.drawing_prompt(caption) for caption in captions for _ in range(samples)]
+    # At 1 the plain copies would change nothing but the time.
+    plain = None if guidance == 1.0 else [material.drawing_prompt("")] * len(prompts)
+    return Task(prompts, Request(cells + 1, sampling, seed, one_picture=True, guidance=guidance), plain)
+
+
+def describe_picture(
+    material: Material, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
+) -> Task:
+    """`samples` captions of a picture, which begin with `beginning`. Raises as `draw_captions`."""
+    request = Request(tokens, sampling, seed, text_only=True)
+    return Task([material.caption_prompt(codes, beginning)] * samples, request)
+
+
+def run_task(task: Task, generator: Generator, material: Material) -> list[Sample]:
+    """The samples of each prompt, in order."""
+    grammar = material.grammar
+    made = generator(task.prompts, task.request, plain=task.plain)
+    samples = []
+    for prompt, tokens in zip(task.prompts, made, strict=True):
+        before = len(grammar.pictures(prompt))
+        codes = grammar.pictures([*prompt, *tokens])[before:]
+        samples.append(
+            Sample(
+                tokens=tokens,
+                modalities=[grammar.modalities[grammar.modality_of_id[token]] for token in tokens],
+                text=material.text(tokens),
+                pictures=[picture_of(each, material.codebook) for each in codes],
+            )
+        )
+    return samples
+
+
+def choose_captions(heldout: Sequence[Heldout], count: int, *, starting: str, seed: int) -> list[str]:
+    """`count` distinct captions at random, in the order of the data.
+
+    Raises:
+        ConfigError: no caption starts so.
+    """
+    known = [each for each in dict.fromkeys(each.caption for each in heldout) if each.startswith(starting)]
+    if not known:
+        raise ConfigError(
+            f"--starting {starting!r}: none of the held-out captions does; one of them is {heldout[0].caption!r}"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(known))[:count]
+    return [known[number] for number in sorted(chosen.tolist())]

@@ -1,0 +1,154 @@
+"""The model of a run, for use: its checkpoint, written at any layout, on this one process or over a few ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import Shelf, find_checkpoint
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.state import RankLayout, capture
+from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.lora_rules import has_lora_experts
+from moe_dist.config.manifest import Manifest, load_manifest
+from moe_dist.config.parallel_schema import InterleavedSection, PerRankDispatchSection
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.inference.likelihood import Likelihood
+from moe_dist.inference.material import Material
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.initialise import allocate
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
+from moe_dist.train.base_weights import load_base
+from moe_dist.train.build import build_model, freeze, group_of_modality, saved_part
+from moe_dist.train.resume import mapping_of, saved_config
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint that is known to be there, and what it was trained on; nothing is loaded yet.
+
+    Attributes:
+        folder: Of the checkpoint.
+        step: Steps that it was trained for.
+        config: As it was saved, with `data.path` where the data are now.
+        manifest: Of the data.
+    """
+
+    folder: Path
+    step: int
+    config: Config
+    manifest: Manifest
+
+    def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
+        """The model in evaluation mode: with all its experts on `device`, or with a mesh with this rank's share of them.
+
+        Collective with a mesh, whose EP groups are taken whatever the run's own were.
+
+        Raises:
+            DataError: the checkpoint is damaged.
+        """
+        ep, ep_rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
+        placement = self._placement(ep)
+        alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": PerRankDispatchSection()}
+        config = self.config.model_copy(update={"parallel": self.config.parallel.model_copy(update=alone)})
+        with torch.device("meta"):
+            model = build_model(config, placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
+        allocate(model, device)
+        group = None if mesh is None else mesh.checkpoint
+        manager = CheckpointManager(self.folder.parent, keep=1, lease_check=lambda: None, process_group=group)
+        freeze(model, config)
+        part, layout = saved_part(config), _layout(placement, mesh)
+        restored = manager.load(self.folder, capture(model, None, layout, part=part))
+        if part == "trained":
+            load_base(restored.values, self.folder, manager, model, layout)
+        return model.eval()
+
+    def material(self) -> Material:
+        """Tokenizer, grammar and codebook of its data; raises as `Material`."""
+        return Material(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
+
+    def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
+        """What scores continuations with the model, a share of them on each rank of a mesh. Collective, and raises, as
+        `load`."""
+        alone = {} if mesh is None else {"world": mesh.world, "rank": mesh.rank, "world_size": mesh.world_size}
+        return Likelihood(
+            self.load(device, mesh),
+            self.manifest,
+            group_of_modality=self.group_of_modality,
+            max_seq_len=self.config.model.max_seq_len,
+            **alone,
+        )
+
+    @property
+    def group_of_modality(self) -> list[int]:
+        """For each modality of the data the index of its expert group."""
+        return group_of_modality(self.manifest, self._placement(1))
+
+    def _placement(self, ranks: int) -> ExpertPlacement:
+        groups = expert_groups(self.config.model.moe)
+        if has_lora_experts(self.config.model):
+            return replicated_placement(groups)
+        return make_placement(InterleavedSection(policy="interleaved"), groups, num_ranks=ranks, token_mix={})
+
+
+def _layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
+    if mesh is None:
+        return RankLayout(placement)
+    return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Where to compute: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+
+    Raises:
+        ConfigError: it is none of these, or there is no CUDA here.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {wanted}: must be auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; take cpu or auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_trained(
+    path: Path, *, step: int | None = None, data: Path | None = None, allow: Callable[[Config], list[str]] = lambda _: []
+) -> Trained:
+    """The checkpoint of a run, with the data that it was trained on.
+
+    Args:
+        path: A run, a folder of checkpoints, or a checkpoint.
+        step: Of the checkpoint; the newest by default.
+        data: Where the data set is now; by default where the run read it.
+        allow: Reasons not to use a run of this configuration, before its data are looked at.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or no data; or `allow` has a reason.
+        DataError: its files are damaged, or the data are others.
+    """
+    folder = find_checkpoint(path) if step is None else _of_step(path, step)
+    values = open_checkpoint(folder).state.values
+    config = saved_config(values, folder)
+    if faults := allow(config):
+        raise ConfigError([f"{folder}: {fault}" for fault in faults])
+    if data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
+    manifest = load_manifest(config.data.path)
+    if faults := digest_faults(mapping_of(values, "data", folder), data_digest(config.data.path, manifest)):
+        raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *faults])
+    return Trained(folder, open_checkpoint(folder).state.step, config, manifest)
+
+
+def _of_step(path: Path, step: int) -> Path:
+    for folder in (path, path / "checkpoints"):
+        shelf = Shelf(folder)
+        if shelf.steps():
+            if step in shelf.steps():
+                return shelf.path_of(step)
+            there = ", ".join(map(str, shelf.steps()))
+            raise ConfigError(f"--step {step}: {folder} has checkpoints of the steps {there}; take one of them")
+    raise ConfigError(f"--step {step}: {path} has no checkpoints; give a run or its folder of checkpoints")

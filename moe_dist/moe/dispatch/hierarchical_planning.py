@@ -1,0 +1,326 @@
+"""From assignments to the plan of two hops: who sends which rows between nodes, and from there inside them.
+
+Pairs are ordered by (node, token), this node's last, by counting, so that the pairs of a row are neighbours. On either hop
+a pair travels as its slot and whether a new row begins with it. A sender counts for each node how many rows and pairs each
+of its ranks will get, so that the forwarding rank learns the sizes of the second hop from sums of counts on the device,
+before it has seen an id: one host sync for both.
+
+Shape letters: T tokens on this rank, N pairs (static), E experts, W ranks, M rows of the middle table (rows of own tokens
+with experts in this node, then rows that crossed), A pairs of the middle table, R rows here, Q pairs computed here. G nodes
+of L ranks each: EP position = node * L + local.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import Splits, Wire, split_sizes
+from moe_dist.errors import PlacementError
+from moe_dist.moe.dispatch.counting import compact, counting_order
+from moe_dist.moe.dispatch.exchange import Hop
+from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.placement.placement import ExpertPlacement
+
+INTER, INTRA = "inter-node", "intra-node"
+SPLIT_SIZES = "split sizes of both hops"  # the host sync of a layer, as Traffic records it
+
+
+@dataclass(frozen=True)
+class PerNodePlan:
+    """Who goes where, for one layer and micro-batch; all of it without gradient, and kept under recompute.
+
+    Attributes:
+        inter, intra: The hop between nodes, whose table is the tokens; the hop inside the node, whose table has M rows.
+        pair_N: int64, the taken assignments' indices: pairs for other nodes by (node, token), then those of this node.
+        order_A: int64, sorts the middle table's pairs ([own node's, received]) by (rank, row), the own rank last.
+        order_Q: int64, sorts the pairs computed here ([own, received]) by slot.
+        row_of_pair_Q: int64, in slot order, the row of each pair in [own rows, received rows].
+        slot_counts: Pairs of each of this rank's slots.
+        num_own_pairs: Pairs of this rank's tokens with experts on this rank.
+    """
+
+    inter: Hop
+    intra: Hop
+    pair_N: Tensor
+    order_A: Tensor
+    order_Q: Tensor
+    row_of_pair_Q: Tensor
+    slot_counts: tuple[int, ...]
+    num_own_pairs: int
+
+    @property
+    def num_remote_rows(self) -> int:
+        """Rows that leave this rank in forward, over both hops: forwarded rows of other ranks' tokens count here."""
+        return sum(self.inter.rows.send) + sum(self.intra.rows.send)
+
+    @property
+    def num_pairs(self) -> int:
+        return self.pair_N.shape[0]
+
+    @property
+    def num_remote_pairs(self) -> int:
+        return self.num_pairs - self.num_own_pairs
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The placement as tensors. A node slot is a slot's number within its node: the ranks' slots one after another.
+
+    Attributes:
+        rank_E, node_slot_E: EP position and node slot of each expert.
+        row_bin_W, node_bin_G: In the count vector, the place of each rank's and each node's number of rows.
+        pair_bin_E: The place of each expert's number of pairs.
+        local_X, slot_X: Of each node slot of the own node, its rank's position in the node and its slot on that rank.
+    """
+
+    rank_E: Tensor
+    node_slot_E: Tensor
+    row_bin_W: Tensor
+    node_bin_G: Tensor
+    pair_bin_E: Tensor
+    local_X: Tensor
+    slot_X: Tensor
+
+
+@dataclass(frozen=True)
+class _Legs:
+    """Rows and pairs of one hop to and from each of its ranks, as the host reads them; the own entry is what stays."""
+
+    own: int
+    sent: list[tuple[int, int]]
+    received: list[tuple[int, int]]
+
+    @property
+    def rows(self) -> Splits:
+        return self._splits(0)
+
+    @property
+    def pairs(self) -> Splits:
+        return self._splits(1)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows sent and rows that stay."""
+        return sum(rows for rows, _ in self.sent)
+
+    @property
+    def num_own_pairs(self) -> int:
+        return self.sent[self.own][1]
+
+    def _splits(self, which: int) -> Splits:
+        sent, received = ([leg[which] for leg in legs] for legs in (self.sent, self.received))
+        return Splits(split_sizes(sent, self.own), split_sizes(received, self.own))
+
+    def hop(self, name: str, layer: str, table_rows: int, row_of_leg: Tensor) -> Hop:
+        """The hop, from the table's row of each leg, own legs last."""
+        rows, num_out = self.rows, sum(self.rows.send)
+        return Hop(name, layer, table_rows, rows, self.pairs, row_S=row_of_leg[:num_out], row_O=row_of_leg[num_out:])
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """All sizes of a layer: both hops, pairs of each of this rank's slots, pairs of this rank's tokens that stay on it."""
+
+    inter: _Legs
+    intra: _Legs
+    slot_counts: tuple[int, ...]
+    own_pairs: int
+
+
+class NodePlanner:
+    """Makes the plans of one EP group of several nodes. Arguments as of `PerNodeDispatcher`."""
+
+    def __init__(
+        self, placement: ExpertPlacement, inter: Wire, intra: Wire, *, ranks_per_node: int, max_receive_rows: int | None
+    ) -> None:
+        self.placement = placement
+        self.inter = inter
+        self.intra = intra
+        self.max_receive_rows = max_receive_rows
+        # For each node the slots of its ranks, and the length of its counts: rows to the node, then rows and pairs by slot
+        # for each rank.
+        self._slots_GL = [
+            [len(slots) for slots in placement.slots[first : first + ranks_per_node]]
+            for first in range(0, placement.num_ranks, ranks_per_node)
+        ]
+        self._lengths_G = [1 + sum(1 + slots for slots in ranks) for ranks in self._slots_GL]
+        self._tables: dict[torch.device, _Tables] = {}
+
+    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> PerNodePlan:
+        """Both hops. Four metadata collectives and one host sync.
+
+        Raises:
+            PlacementError: more rows would arrive in a hop than `max_receive_rows`; nothing has been allocated yet.
+        """
+        num_nodes, per_node, node = self.inter.size, self.intra.size, self.inter.rank
+        if [len(ranks) for ranks in self._slots_GL] != [per_node] * num_nodes:
+            raise AssertionError(
+                f"the wires join {num_nodes} nodes of {per_node} ranks, the placement has {len(self._slots_GL)} nodes"
+            )
+        tables = self._tables_on(assignments.expert_N.device)
+        sizes = self._exchange_counts(self._count(tables, assignments, num_tokens), layer)  # the host sync
+        # Other nodes in order, then this node, then what is absent; in each by token.
+        expert_N, token_N = assignments.expert_N.clamp_min(0), assignments.token_N
+        place_N = tables.rank_E[expert_N] // per_node
+        place_N = torch.where(place_N == node, num_nodes, place_N)
+        place_N = torch.where(assignments.expert_N == ABSENT, num_nodes + 1, place_N)
+        by_token_N = counting_order(token_N, num_tokens)
+        pair_N = by_token_N[counting_order(place_N[by_token_N], num_nodes + 2)]
+
+        num_out = sum(sizes.inter.pairs.send)
+        pair_N = pair_N[: num_out + sizes.inter.num_own_pairs]
+        expert_P, token_P = expert_N[pair_N], token_N[pair_N]
+        first_P = _changes(place_N[pair_N] * num_tokens + token_P)
+        token_of_row = compact(token_P, first_P, sizes.inter.num_rows)
+        inter = sizes.inter.hop(INTER, layer, num_tokens, token_of_row)
+        code_A = self._exchange_codes(self.inter, inter, tables.node_slot_E[expert_P], first_P)
+        return self._plan_inside(tables, inter, code_A, pair_N, sizes)
+
+    def _plan_inside(self, tables: _Tables, inter: Hop, code_A: Tensor, pair_N: Tensor, sizes: _Sizes) -> PerNodePlan:
+        """The hop inside the node, from the pairs of the middle table (own node's, then received), in the order of rows."""
+        row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
+        place_A = tables.local_X[node_slot_A]
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)
+        order_A = counting_order(place_A, self.intra.size + 1)
+        row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
+        num_rows = inter.row_O.shape[0] + sum(inter.rows.receive)  # M
+        first_A = _changes(place_A[order_A] * num_rows + row_A)
+        row_of_leg = compact(row_A, first_A, sizes.intra.num_rows)
+        intra = sizes.intra.hop(INTRA, inter.layer, num_rows, row_of_leg)
+        code_Q = self._exchange_codes(self.intra, intra, slot_A, first_A)
+        order_Q = counting_order(code_Q // 2, len(sizes.slot_counts))
+        row_Q = (code_Q % 2).cumsum(0) - 1
+        return PerNodePlan(
+            inter=inter,
+            intra=intra,
+            pair_N=pair_N,
+            order_A=order_A,
+            order_Q=order_Q,
+            row_of_pair_Q=row_Q[order_Q],
+            slot_counts=sizes.slot_counts,
+            num_own_pairs=sizes.own_pairs,
+        )
+
+    def _exchange_codes(self, wire: Wire, hop: Hop, slot_P: Tensor, first_P: Tensor) -> Tensor:
+        """Slots of pairs, and whether a row begins with one, over a hop: of those that stay, then of those received."""
+        code_P, num_out = slot_P * 2 + first_P, sum(hop.pairs.send)
+        ids = code_P[:num_out].to(torch.int32)
+        arrived = wire.exchange(ids, hop.pairs, name=hop.call("expert ids"), layer=hop.layer)
+        return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
+
+    def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
+        """For each node its distinct rows, and for each of its ranks distinct rows and pairs by slot; int64, flat.
+
+        By a bitmap of (rank, token) and by scattering: linear, and without an order. Does not sync.
+        """
+        total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
+        taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
+        counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)
+        bin_N = torch.where(taken_N, tables.pair_bin_E[expert_N], total)
+        counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+        cells = self.placement.num_ranks * num_tokens
+        cell_N = torch.where(taken_N, tables.rank_E[expert_N] * num_tokens + assignments.token_N, cells)
+        present = torch.zeros(cells + 1, dtype=torch.uint8, device=cell_N.device).scatter_(0, cell_N, 1)
+        present_GLT = present[:-1].view(shape)
+        counts[tables.row_bin_W] = present_GLT.sum(2).flatten()
+        counts[tables.node_bin_G] = present_GLT.any(1).sum(1)
+        return counts[:total]
+
+    def _exchange_counts(self, counts: Tensor, layer: str) -> _Sizes:
+        """Counts of both hops. Syncs with the host once: sizes of all that follows are read here."""
+        node, local, size = self.inter.rank, self.intra.rank, self.intra.size
+        slots, length = self._slots_GL[node], self._lengths_G[node]
+        ranks = tuple(1 + each for each in slots)
+        received_GX = counts.view(1, -1)
+        if self.inter.group is not None:
+            splits = Splits(send=tuple(self._lengths_G), receive=(length,) * self.inter.size)
+            received_GX = self.inter.exchange(counts, splits, name=f"{INTER} counts", layer=layer).view(-1, length)
+        forward_X = received_GX[:, 1:].sum(0)  # what this rank forwards to each rank of its node: rows, and pairs by slot
+        arriving = forward_X
+        if self.intra.group is not None:
+            splits = Splits(send=ranks, receive=(ranks[local],) * size)
+            arriving = self.intra.exchange(forward_X, splits, name=f"{INTRA} counts", layer=layer)
+        parts = [counts, received_GX.reshape(-1), forward_X, arriving]
+        flat = self.inter.traffic.to_host(SPLIT_SIZES, torch.cat(parts))
+        sent, received, forward, arrived = _cut(flat, [part.numel() for part in parts])
+        sent_G, arrived_L = _cut(sent, self._lengths_G), _cut(arrived, [ranks[local]] * size)
+        to_nodes = [_rows_and_pairs(each, self._slots_GL[i]) for i, each in enumerate(sent_G)]
+        from_nodes = [_rows_and_pairs(each, slots) for each in _cut(received, [length] * self.inter.size)]
+        to_ranks, from_ranks = ([(x[0], sum(x[1:])) for x in each] for each in (_cut(forward, ranks), arrived_L))
+        sizes = _Sizes(
+            inter=_Legs(node, to_nodes, from_nodes),
+            intra=_Legs(local, to_ranks, from_ranks),
+            slot_counts=tuple(sum(column) for column in zip(*(each[1:] for each in arrived_L), strict=True)),
+            own_pairs=sum(_cut(sent_G[node][1:], ranks)[local][1:]),
+        )
+        self._check_budget(INTER, sum(sizes.inter.rows.receive))
+        self._check_budget(INTRA, sum(sizes.intra.rows.receive))
+        return sizes
+
+    def _check_budget(self, hop: str, rows: int) -> None:
+        if self.max_receive_rows is not None and rows > self.max_receive_rows:
+            position = self.inter.rank * self.intra.size + self.intra.rank
+            raise PlacementError(
+                f"EP position {position} would receive {rows} rows in one layer's {hop} hop, more than "
+                f"parallel.max_receive_rows={self.max_receive_rows}; raise it if memory allows, lower train.micro_batch, "
+                "or raise loss.balance so that tokens spread (docs/routing.md)"
+            )
+
+    def _tables_on(self, device: torch.device) -> _Tables:
+        """The placement as tensors, copied to `device` once."""
+        if device not in self._tables:
+            self._tables[device] = _make_tables(self.placement, self._slots_GL, self.inter.rank, device)
+        return self._tables[device]
+
+
+def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: int, device: torch.device) -> _Tables:
+    starts, row_bins, first_slots, at = (
+        [],
+        [],
+        [],
+        0,
+    )  # of nodes and ranks the place of their counts; ranks' first node slots
+    for ranks in slots_GL:
+        starts.append(at)
+        at += 1
+        for local, slots in enumerate(ranks):
+            row_bins.append(at)
+            first_slots.append(sum(ranks[:local]))
+            at += 1 + slots
+    places = list(zip(placement.rank_of_expert, placement.slot_of_expert, strict=True))
+
+    def integers(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return _Tables(
+        rank_E=integers(placement.rank_of_expert),
+        node_slot_E=integers([first_slots[rank] + slot for rank, slot in places]),
+        row_bin_W=integers(row_bins),
+        node_bin_G=integers(starts),
+        pair_bin_E=integers([row_bins[rank] + 1 + slot for rank, slot in places]),
+        local_X=integers([local for local, slots in enumerate(slots_GL[node]) for _ in range(slots)]),
+        slot_X=integers([slot for slots in slots_GL[node] for slot in range(slots)]),
+    )
+
+
+def _changes(key_N: Tensor) -> Tensor:
+    """Where a list with equal keys side by side begins a new one; bool."""
+    first_N = torch.ones_like(key_N, dtype=torch.bool)
+    first_N[1:] = key_N[1:] != key_N[:-1]
+    return first_N
+
+
+def _rows_and_pairs(counts: list[int], slots: list[int]) -> tuple[int, int]:
+    """Rows to a node, and pairs to all of its ranks, from that node's counts."""
+    ranks = _cut(counts[1:], [1 + each for each in slots])
+    return counts[0], sum(sum(each[1:]) for each in ranks)
+
+
+def _cut(values: list[int], lengths: Sequence[int]) -> list[list[int]]:
+    cut, at = [], 0
+    for length in lengths:
+        cut.append(values[at : at + length])
+        at += length
+    return cut

@@ -1,0 +1,233 @@
+"""Exchanges in flight while experts compute: own rows first, or chunk by chunk, in forward and in backward alike.
+
+Each exchange is two autograd nodes, one that issues it and one that waits for it, and backward swaps their parts. An empty
+tensor, the token, passes through all of them in forward's order, so backward runs them in exactly the reverse: every rank
+issues the same collectives in the same order, whatever else autograd runs in between. With `overlap` (o) and chunks 0, 1:
+
+    forward     Depart 0   Depart 1   Gate, own pairs, shared   Arrive 0   pairs 0   Return 0   Arrive 1   pairs 1 ...
+                issues     issues     (o)                       waits                issues     waits
+    backward    ... pairs 1   Arrive 1   Return 0   pairs 0   Arrive 0   own pairs, shared, Gate   Depart 1   Depart 0
+                              issues     waits                issues     (o)                       waits      waits
+
+The nodes keep the plan and save no tensor. Where a whole block is recomputed, only the way out is repeated: what comes
+home is asked for by nobody.
+
+Memory in rows of D: of three chunks at most (n chunks, where there are fewer) the rows R' and the buffers S' are held at
+once; with `overlap` own rows are not copied (R is what was received), and their sums stand beside y:
+
+    overlap     forward     R + S + 2 T
+                backward    S + max(R + 2 T, 3 T)
+    chunks      forward     S' + max(R' + T, r + 2 T)       r rows of the largest chunk; y is put together from its chunks
+                backward    S' + max(R' + T, 2 T)
+    both        forward     S' + max(R' + 2 T, r + 2 T)
+                backward    S' + max(R' + 2 T, 3 T)
+
+Below fp32 the sum of one chunk, T / n rows of 4 bytes an element, stands beside R' (or R).
+Shape letters: T tokens, D hidden size, N assignments, S remote rows sent, R rows here, Q pairs computed here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.plan import OwnPairs, PerRankPlan
+from moe_dist.moe.dispatch.planning import Planner
+from moe_dist.moe.dispatch.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
+from moe_dist.moe.routing import Assignments
+from moe_dist.placement.placement import ExpertPlacement
+
+RunExperts = Callable[[DispatchedRows, PairLayout], Tensor]
+
+
+@dataclass(frozen=True)
+class PipelinedPlan:
+    """Plans of all chunks, and the own pairs where they are computed apart."""
+
+    chunks: tuple[PerRankPlan, ...]
+    own: OwnPairs
+
+    @property
+    def num_remote_rows(self) -> int:
+        return sum(chunk.num_remote_rows for chunk in self.chunks)
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(chunk.num_pairs for chunk in self.chunks) + self.own.pair_P.shape[0]
+
+    @property
+    def num_remote_pairs(self) -> int:
+        return sum(chunk.num_remote_pairs for chunk in self.chunks)
+
+
+class PipelinedDispatcher:
+    """The rows of the per-rank dispatcher, on a timetable.
+
+    Args:
+        placement, wire, max_receive_rows: As of `PerRankDispatcher`.
+        overlap: Own rows and the shared expert are computed while the first remote rows are in flight. It doubles the
+            number of expert GEMMs.
+        chunks: Ranges of tokens; one is dispatched while the one before it is computed.
+    """
+
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        wire: Wire,
+        *,
+        max_receive_rows: int | None = None,
+        overlap: bool = False,
+        chunks: int = 1,
+    ) -> None:
+        self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows, chunks=chunks, own_apart=overlap)
+        self.lane = Lane(wire)
+        self.overlap = overlap
+
+    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PipelinedPlan:
+        """Decides rows and pairs of all chunks. Two metadata collectives and the layer's one host sync.
+
+        Raises:
+            PlacementError: more rows would arrive than `max_receive_rows`, all chunks together.
+        """
+        return PipelinedPlan(*self.planner.plan(assignments, num_tokens, layer))
+
+    def run(
+        self,
+        h_TD: Tensor,
+        weight_N: Tensor,
+        plan: PipelinedPlan,
+        *,
+        experts: RunExperts,
+        shared: Callable[[Tensor], Tensor] | None,
+        repeated: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [T, D] of the routed experts, and the shared expert's output.
+
+        Args:
+            experts: Called for each chunk, in order, and for the own pairs first where they are apart.
+            shared: The shared expert, called with h.
+            repeated: This is a recomputation: nothing is brought home, and y is NaN, so that whoever uses it is found.
+        """
+        lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.lane.wire.traffic.mark
+        parts, flights = h_TD.split(lengths), [_Flight(chunk, self.lane, repeated) for chunk in plan.chunks]
+        shared_TD = None if shared is None or self.overlap else shared(h_TD)
+        bases: list[Tensor | None] = [None] * len(flights)
+        y_parts = []
+        token: Any = _Depart.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
+        for index, flight in enumerate(flights):
+            if index + 1 < len(flights):
+                token = _Depart.apply(token, parts[index + 1], weight_N, flights[index + 1])
+            if index == 0 and self.overlap:
+                token, here_TD, here_N = _Gate.apply(token, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
+                shared_TD = None if shared is None else shared(mark("shared", here_TD.view_as(here_TD)))
+                own = DispatchedRows(mark("own pairs", here_TD.view_as(here_TD)), here_N.index_select(0, plan.own.pair_P))
+                bases = list(experts(own, plan.own).split(lengths))
+            token, rows_RD, weight_Q = _Arrive.apply(token, flight)  # pyright: ignore[reportGeneralTypeIssues]
+            rows = DispatchedRows(mark(f"pairs{flight.plan.chunk}", rows_RD), weight_Q)
+            out_RD = experts(rows, flight.plan)
+            if index > 0:
+                token, y_TD = _Home.apply(token, bases.pop(0), flights[index - 1], parts[index - 1])
+                y_parts.append(y_TD)
+            token = _Return.apply(token, out_RD, flight)
+        token, y_TD = _Home.apply(token, bases.pop(0), flights[-1], parts[-1])
+        return torch.cat([*y_parts, y_TD]) if y_parts else y_TD, shared_TD
+
+
+class _Flight:
+    """What the nodes of one chunk hand each other outside of the graph: the exchanges in flight, never kept longer."""
+
+    def __init__(self, plan: PerRankPlan, lane: Lane, repeated: bool) -> None:
+        self.plan, self.lane, self.repeated = plan, lane, repeated
+        self.rows_out: RowsOut | None = None
+        self.rows_home: RowsHome | None = None
+        self.gradients_out: GradientsOut | None = None
+        self.gradients_home: GradientsHome | None = None
+
+    def take(self, name: str) -> Any:
+        """The exchange that was issued last under this name; no longer kept here."""
+        exchange = getattr(self, name)
+        setattr(self, name, None)
+        return exchange
+
+
+class _Depart(torch.autograd.Function):
+    """Forward issues rows and weights to the experts; backward waits for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight, ctx.num_assignments = flight, weight_N.shape[0]
+        flight.rows_out = RowsOut(h_TD, weight_N, flight.plan, flight.lane)
+        return token.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0], *ctx.flight.take("gradients_home").land(ctx.num_assignments), None
+
+
+class _Gate(torch.autograd.Function):
+    """The identity, behind a departure: backward passes only when all that was computed from it has its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
+        return token.new_empty(0), h_TD.view_as(h_TD), weight_N.view_as(weight_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads
+
+
+class _Arrive(torch.autograd.Function):
+    """Forward waits for rows [R, D] and weights [Q]; backward issues their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Any:
+        ctx.flight = flight
+        return token.new_empty(0), *flight.take("rows_out").land()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        token, grad_RD, grad_weight_Q = grads
+        ctx.flight.gradients_home = GradientsHome(grad_RD, grad_weight_Q, ctx.flight.plan, ctx.flight.lane)
+        return token, None
+
+
+class _Return(torch.autograd.Function):
+    """Forward issues the sums of the rows homewards; backward waits for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        if not flight.repeated:
+            flight.rows_home = RowsHome(rows_RD, flight.plan, flight.lane)
+        return token.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0], ctx.flight.take("gradients_out").land(), None
+
+
+class _Home(torch.autograd.Function):
+    """Forward waits for the sums and adds them up; backward issues the gradients of y."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:
+        ctx.flight, ctx.has_base = flight, base_TD is not None
+        if flight.repeated:
+            return token.new_empty(0), torch.full_like(like_TD, float("nan"))
+        return token.new_empty(0), flight.take("rows_home").land(base_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        token, grad_TD = grads
+        ctx.flight.gradients_out = GradientsOut(grad_TD, ctx.flight.plan, ctx.flight.lane)
+        return token, grad_TD if ctx.has_base else None, None, None

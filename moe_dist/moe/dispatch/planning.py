@@ -1,0 +1,317 @@
+"""From assignments to plans: who sends which rows where, by counting, with one host sync whatever the number of chunks.
+
+Tokens are cut into `chunks` ranges of equal length. Pairs are ordered by (chunk, rank, slot) with the own rank's behind
+all others, rows by (chunk, rank, token) likewise; a rank's slots come in order, so what arrives is grouped by slot already
+and nobody sorts by token. A pair travels as the index of its row among the rows its rank gets; its slot follows from the
+counts.
+
+Shape letters: T tokens, N pairs (static), E experts, e experts here, W ranks, C chunks, P taken pairs, S remote rows sent,
+O rows of the own rank, Q pairs computed here, H holders: the own rank, then the others in order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import Pending, Splits, Wire, split_sizes
+from moe_dist.errors import PlacementError
+from moe_dist.moe.dispatch.counting import counting_order, runs_in_order, spread
+from moe_dist.moe.dispatch.plan import OwnPairs, PerRankPlan
+from moe_dist.moe.routing import ABSENT, Assignments
+from moe_dist.placement.placement import ExpertPlacement
+
+SPLIT_SIZES = "split sizes"  # the one host sync of a layer, as Traffic records it
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The placement as tensors on one device.
+
+    Attributes:
+        place_E: Position of each expert's rank: the others in order, then the own rank.
+        bin_E: Position of each expert by (place, slot).
+        message_M: Where each count to be sent stands in [row counts, pair counts], for each rank in turn.
+        holder_H: The own rank, then the others in order.
+    """
+
+    place_E: Tensor
+    bin_E: Tensor
+    message_M: Tensor
+    holder_H: Tensor
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Row and pair counts on the host: [rank][chunk][0] rows, [rank][chunk][1 + slot] pairs."""
+
+    own: int
+    sent: list[list[list[int]]]
+    received: list[list[list[int]]]
+
+    def rows(self, chunk: int) -> Splits:
+        """Remote rows of a chunk."""
+        return self._splits([r[chunk][0] for r in self.sent], [r[chunk][0] for r in self.received])
+
+    def pairs(self, chunk: int) -> Splits:
+        """Remote pairs of a chunk."""
+        return self._splits([sum(r[chunk][1:]) for r in self.sent], [sum(r[chunk][1:]) for r in self.received])
+
+    def own_rows(self, chunk: int) -> int:
+        return self.sent[self.own][chunk][0]
+
+    def own_pairs(self, chunk: int) -> int:
+        return sum(self.sent[self.own][chunk][1:])
+
+    def slot_counts(self, chunk: int, *, with_own: bool) -> tuple[int, ...]:
+        """Pairs of each of this rank's slots in a chunk."""
+        holders = [r[chunk][1:] for rank, r in enumerate(self.received) if with_own or rank != self.own]
+        none = [0] * (len(self.received[self.own][chunk]) - 1)  # of a single rank whose own pairs are apart
+        return tuple(sum(column) for column in zip(none, *holders, strict=True))
+
+    def _splits(self, sent: list[int], received: list[int]) -> Splits:
+        return Splits(split_sizes(sent, self.own), split_sizes(received, self.own))
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Before the host sync, for each assignment: its bin by (chunk, rank, slot), its row's run by (chunk, rank), its row's
+    place in that run; absent ones are in the last bin. And the counts: rows of each run, pairs of each bin."""
+
+    bin_N: Tensor
+    run_N: Tensor
+    index_N: Tensor
+    row_counts: Tensor
+    pair_counts: Tensor
+
+
+class Planner:
+    """Makes the plans of one EP group.
+
+    Args:
+        placement: Which expert lives on which rank of the EP group.
+        wire: The EP group's wire; its size must be the placement's number of ranks.
+        max_receive_rows: Bound of the rows that arrive in one layer; None for none.
+        chunks: Ranges that the tokens are cut into.
+        own_apart: Leaves the own rank's pairs out of the ranges: they are computed apart, all together.
+    """
+
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        wire: Wire,
+        *,
+        max_receive_rows: int | None = None,
+        chunks: int = 1,
+        own_apart: bool = False,
+    ) -> None:
+        self.placement = placement
+        self.wire = wire
+        self.max_receive_rows = max_receive_rows
+        self.chunks = chunks
+        self.own_apart = own_apart
+        self._tables: dict[torch.device, _Tables] = {}
+
+    def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
+        """Tokens of each range: equal ones, and what is left (perhaps nothing) in the last ones."""
+        length = self._chunk_length(num_tokens)
+        return tuple(max(0, min(num_tokens - chunk * length, length)) for chunk in range(self.chunks))
+
+    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[PerRankPlan, ...], OwnPairs]:
+        """One plan a chunk, and the own pairs (none unless `own_apart`). Two metadata collectives and one host sync.
+
+        Raises:
+            PlacementError: more rows would arrive than `max_receive_rows`; nothing has been allocated yet.
+        """
+        if self.wire.size != self.placement.num_ranks:
+            raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")
+        tables = self._tables_on(assignments.expert_N.device)
+        cells = self._cells(assignments, num_tokens, tables)
+        order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)
+        counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the host sync
+        self._check_budget(sum(sum(counts.rows(chunk).receive) for chunk in range(self.chunks)))
+
+        num_remote = sum(sum(counts.pairs(chunk).send) for chunk in range(self.chunks))
+        pair_P = order_N[: num_remote + sum(counts.own_pairs(chunk) for chunk in range(self.chunks))]
+        index_P, token_P = cells.index_N[pair_P], assignments.token_N[pair_P]
+        arriving = self._start_indices(index_P[:num_remote], counts, layer)
+        tokens_of_rows = self._tokens_of_rows(token_P, cells.run_N[pair_P], index_P, cells.row_counts, counts, num_tokens)
+        pairs, indices = self._by_chunk(pair_P, index_P, arriving.wait(), counts)
+        mine = slice(0, 0) if self.own_apart else slice(None)
+        plans = []
+        for chunk, length in enumerate(self.chunk_lengths(num_tokens)):
+            order_Q, row_Q = self._by_slot(indices[chunk], received_WCX[tables.holder_H, chunk])
+            plans.append(
+                PerRankPlan(
+                    layer=layer,
+                    chunk=f" {chunk}" if self.chunks > 1 else "",
+                    num_tokens=length,
+                    rows=counts.rows(chunk),
+                    pairs=counts.pairs(chunk),
+                    pair_P=pairs[chunk],
+                    token_of_row_S=tokens_of_rows[chunk],
+                    token_of_row_O=tokens_of_rows[self.chunks + chunk][mine],
+                    order_Q=order_Q,
+                    row_of_pair_Q=row_Q,
+                    slot_counts=counts.slot_counts(chunk, with_own=not self.own_apart),
+                )
+            )
+        return tuple(plans), self._own_pairs(pair_P[num_remote:], token_P[num_remote:], counts)
+
+    @property
+    def _ranks(self) -> range:
+        return range(self.wire.size)
+
+    def _chunk_length(self, num_tokens: int) -> int:
+        return max(1, -(-num_tokens // self.chunks))
+
+    def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
+        """Bins and rows by counting alone: a bitmap of (run, token), summed along the tokens. Does not sync."""
+        size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
+        num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
+        num_own = self.placement.num_experts - num_remote
+        taken_N = assignments.expert_N != ABSENT
+        expert_N = assignments.expert_N.clamp_min(0)
+        bin_N, place_N, token_N = tables.bin_E[expert_N], tables.place_E[expert_N], assignments.token_N
+        run_N = place_N
+        if chunks > 1:
+            chunk_N, own_N = token_N // length, place_N == size - 1
+            token_N = token_N - chunk_N * length
+            run_N = torch.where(own_N, chunks * (size - 1) + chunk_N, chunk_N * (size - 1) + place_N)
+            own_chunk_N = 0 if self.own_apart else chunk_N
+            own_bin_N = (chunks - 1) * num_remote + own_chunk_N * num_own + bin_N
+            bin_N = torch.where(own_N, own_bin_N, chunk_N * num_remote + bin_N)
+        bin_N = torch.where(taken_N, bin_N, chunks * self.placement.num_experts)
+        cell_N = torch.where(taken_N, run_N * length + token_N, chunks * size * length)
+        present = torch.zeros(chunks * size * length + 1, dtype=torch.uint8, device=cell_N.device).scatter_(0, cell_N, 1)
+        index = present[:-1].view(chunks * size, length).cumsum(1, dtype=torch.int32)
+        pair_counts = torch.zeros(chunks * self.placement.num_experts + 1, dtype=torch.int64, device=cell_N.device)
+        pair_counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+        return _Cells(
+            bin_N=bin_N,
+            run_N=run_N,
+            index_N=index.view(-1)[cell_N.clamp_max(index.numel() - 1)] - 1,
+            row_counts=index[:, -1].to(torch.int64),
+            pair_counts=pair_counts[:-1],
+        )
+
+    def _exchange_counts(self, cells: _Cells, tables: _Tables, layer: str) -> tuple[_Counts, Tensor]:
+        """Counts sent to and received from each rank, and the latter on the device as [ranks, chunks, 1 + slots].
+
+        Syncs with the host, once a layer: the sizes of all that follows, in all chunks, are read here.
+        """
+        message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
+        lengths = [1 + len(slots) for slots in self.placement.slots]
+        own, size, chunks, traffic = self.wire.rank, self.wire.size, self.chunks, self.wire.traffic
+        splits = Splits(send=tuple(chunks * x for x in lengths), receive=(chunks * lengths[own],) * size)
+        if self.wire.group is None:
+            received = message
+            sent_values = received_values = traffic.to_host(SPLIT_SIZES, message)
+        else:
+            received = self.wire.exchange(message, splits, name="counts", layer=layer)
+            values = traffic.to_host(SPLIT_SIZES, torch.cat([message, received]))
+            sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
+        sent = _table(sent_values, [[x] * chunks for x in lengths])
+        counts = _Counts(own, sent, _table(received_values, [[lengths[own]] * chunks] * size))
+        return counts, received.view(size, chunks, lengths[own])
+
+    def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
+        """The row index of each remote pair to its rank, all chunks at once: from (chunk, rank) to (rank, chunk)."""
+        sizes = [counts.pairs(chunk) for chunk in range(self.chunks)]
+        pieces = _pieces(index_P, [each.send for each in sizes])
+        splits = Splits(
+            tuple(sum(each.send[rank] for each in sizes) for rank in self._ranks),
+            tuple(sum(each.receive[rank] for each in sizes) for rank in self._ranks),
+        )
+        items = index_P if self.chunks == 1 else torch.cat([pieces[c][r] for r in self._ranks for c in range(self.chunks)])
+        return self.wire.start(items, splits, name="pair rows", layer=layer)
+
+    def _by_chunk(
+        self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: _Counts
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each chunk the pairs, remote ones first, and the row indices of the pairs computed here, own ones first."""
+        chunks, mine = range(self.chunks), slice(0, 0) if self.own_apart else slice(None)
+        sizes = [sum(counts.pairs(c).send) for c in chunks] + [counts.own_pairs(c) for c in chunks]
+        pair, index = pair_P.split(sizes), index_P.split(sizes)
+        received = _pieces(arrived, [[counts.pairs(c).receive[r] for c in chunks] for r in self._ranks])
+        pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
+        indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
+        return pairs, [each.to(torch.int64) for each in indices]
+
+    def _own_pairs(self, pair_P: Tensor, token_P: Tensor, counts: _Counts) -> OwnPairs:
+        """The own rank's pairs where they are computed apart, else none."""
+        if not self.own_apart:
+            return OwnPairs(pair_P[:0], token_P[:0], ())
+        return OwnPairs(pair_P, token_P, tuple(counts.sent[self.wire.rank][0][1:]))
+
+    def _tokens_of_rows(
+        self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
+    ) -> tuple[Tensor, ...]:
+        """Tokens of the remote rows of each chunk, then of the own rows of each, counted from the chunk's first."""
+        remote = [sum(counts.rows(chunk).send) for chunk in range(self.chunks)]
+        own = [counts.own_rows(chunk) for chunk in range(self.chunks)]
+        first = row_counts.cumsum(0) - row_counts
+        tokens = token_P.new_empty(sum(remote) + sum(own))
+        if self.chunks > 1:
+            token_P = token_P % self._chunk_length(num_tokens)
+        # Pairs of one row write the same token: whichever comes last, the result is the same.
+        return tokens.scatter_(0, first[run_P] + index_P, token_P).split([*remote, *own])
+
+    def _by_slot(self, index_Q: Tensor, received_HX: Tensor) -> tuple[Tensor, Tensor]:
+        """From pairs by (holder, slot), with their index among the holder's rows, to (order_Q, row_of_pair_Q)."""
+        rows_H, pairs_HX = received_HX[:, 0], received_HX[:, 1:]
+        total, length_X = index_Q.shape[0], pairs_HX.reshape(-1)
+        first_HX = (length_X.cumsum(0) - length_X).view(pairs_HX.shape)
+        row_Q = index_Q + spread(rows_H.cumsum(0) - rows_H, pairs_HX.sum(1), total)
+        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)
+        return order_Q, row_Q[order_Q]
+
+    def _check_budget(self, rows: int) -> None:
+        if self.max_receive_rows is not None and rows > self.max_receive_rows:
+            raise PlacementError(
+                f"EP position {self.wire.rank} would receive {rows} rows in one layer, more than "
+                f"parallel.max_receive_rows={self.max_receive_rows}; raise it if memory allows, lower train.micro_batch, "
+                "or raise loss.balance so that tokens spread (docs/routing.md)"
+            )
+
+    def _tables_on(self, device: torch.device) -> _Tables:
+        """The placement as tensors, copied to `device` once."""
+        if device not in self._tables:
+            self._tables[device] = self._make_tables(device)
+        return self._tables[device]
+
+    def _make_tables(self, device: torch.device) -> _Tables:
+        slots, own, size, chunks = self.placement.slots, self.wire.rank, self.wire.size, self.chunks
+        order = [rank for rank in range(size) if rank != own] + [own]
+        place_of = {rank: place for place, rank in enumerate(order)}
+        experts = [expert for rank in order for expert in slots[rank]]
+        bin_of = {expert: position for position, expert in enumerate(experts)}
+        num_remote = len(experts) - len(slots[own])
+        message = []
+        for rank in range(size):
+            for chunk in range(chunks):
+                if rank == own:
+                    row, shift = chunks * (size - 1) + chunk, (chunks - 1) * num_remote + chunk * len(slots[own])
+                else:
+                    row, shift = chunk * (size - 1) + place_of[rank], chunk * num_remote
+                message += [row, *(chunks * size + shift + bin_of[expert] for expert in slots[rank])]
+        ranks = self.placement.rank_of_expert
+        return _Tables(
+            place_E=torch.tensor([place_of[ranks[expert]] for expert in range(len(ranks))], device=device),
+            bin_E=torch.tensor([bin_of[expert] for expert in range(len(ranks))], device=device),
+            message_M=torch.tensor(message, device=device),
+            holder_H=torch.tensor([*([] if self.own_apart else [own]), *order[:-1]], dtype=torch.int64, device=device),
+        )
+
+
+def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+    """`items` cut by two levels of sizes."""
+    cut = iter(items.split([size for row in sizes for size in row]))
+    return [[next(cut) for _ in row] for row in sizes]
+
+
+def _table(values: list[int], sizes: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """The same for a list."""
+    cut = iter(values)
+    return [[[next(cut) for _ in range(size)] for size in row] for row in sizes]

@@ -1,0 +1,101 @@
+"""The slow oracle of expert choice: loops over sets, experts and tokens, on one device, obviously right.
+
+It shares no code with the router; only the experts' output is the other oracle's.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.reference.layer import ReferenceWeights, expert_output
+from moe_dist.placement.placement import ExpertGroup
+
+Pairs = set[tuple[int, int]]  # (token, logical expert)
+
+
+def room(capacity: float, tokens: int) -> int:
+    """ceil(c T) where that is at most T; products that are whole but for their last bits are whole."""
+    return min(tokens, math.ceil(round(capacity * tokens, 6)))
+
+
+def choice_of_training(
+    logits_TE: Sequence[Sequence[float]],
+    group_T: Sequence[int],
+    groups: Sequence[ExpertGroup],
+    capacity_G: Sequence[float],
+    choice_sets: Sequence[Sequence[int]],
+) -> Pairs:
+    """Each expert of each set takes its best tokens, the earlier one on a tie."""
+    pairs: Pairs = set()
+    for tokens in choice_sets:
+        for index, group in enumerate(groups):
+            members = [token for token in tokens if group_T[token] == index]
+            for expert in group.experts:
+                best = sorted(members, key=lambda token: (-logits_TE[token][expert], token))
+                pairs |= {(token, expert) for token in best[: room(capacity_G[index], len(members))]}
+    return pairs
+
+
+def cut_of(scores: Sequence[float], capacity: float) -> float:
+    """The k-th largest score of one expert in one set; 0 where it takes all by its capacity."""
+    if capacity >= 1 or not scores:
+        return 0.0
+    return sorted(scores, reverse=True)[room(capacity, len(scores)) - 1]
+
+
+def choice_by_score(
+    scores_TE: Sequence[Sequence[float]], group_T: Sequence[int], groups: Sequence[ExpertGroup], bound_E: Sequence[float]
+) -> Pairs:
+    """Each token by itself: the experts of its group whose score is above their bound."""
+    return {
+        (token, expert)
+        for token, index in enumerate(group_T)
+        if index >= 0
+        for expert in groups[index].experts
+        if scores_TE[token][expert] > bound_E[expert]
+    }
+
+
+def logits_of(h_TD: Tensor, groups: Sequence[ExpertGroup], weights: Mapping[str, ReferenceWeights]) -> Tensor:
+    """Logits of every expert for every token, whatever its group, [T, E]."""
+    rows = [weights[group.name].true[column] for group in groups for column in range(group.num_experts)]
+    return torch.stack([torch.stack([row @ token for row in rows]) for token in h_TD])
+
+
+def moe_forward(
+    h_TD: Tensor,
+    pairs: Pairs,
+    group_T: Sequence[int],
+    groups: Sequence[ExpertGroup],
+    weights: Mapping[str, ReferenceWeights],
+    *,
+    noise_TE: Tensor | None = None,
+) -> Tensor:
+    """y_TD = sum over the experts that take a token of sigmoid(logit + noise) times their output; 0 where none does."""
+    rows = []
+    for token in range(len(group_T)):
+        y_D = torch.zeros_like(h_TD[token])
+        for taken, expert in sorted(pairs):
+            if taken == token:
+                group = groups[group_T[token]]
+                w, column = weights[group.name], expert - group.first_expert
+                logit = w.true[column] @ h_TD[token]
+                noise = 0.0 if noise_TE is None else noise_TE[token, expert]
+                y_D = y_D + (logit + noise).sigmoid() * expert_output(h_TD[token], column, group, w)
+        rows.append(y_D)
+    return torch.stack(rows) if rows else h_TD * 0.0
+
+
+def auxiliary_loss(logits_TE: Tensor, pairs: Pairs, group_T: Sequence[int], groups: Sequence[ExpertGroup]) -> Tensor:
+    """Of one layer: for each group the mean over its tokens and experts of -log p(taken or not), p = sigmoid(logit)."""
+    total = logits_TE.new_zeros(())
+    for index, group in enumerate(groups):
+        members = [token for token, of in enumerate(group_T) if of == index]
+        for token in members:
+            for expert in group.experts:
+                logit = logits_TE[token, expert]
+                p = (logit if (token, expert) in pairs else -logit).sigmoid()
+                total = total - p.log() / (len(members) * group.num_experts)
+    return total

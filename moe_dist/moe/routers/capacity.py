@@ -1,0 +1,61 @@
+"""Capacity: at most so many pairs an expert, and which pairs go. A choice over sets, with no shape that depends on data.
+
+The choice set is one rank's micro-batch. A dropped pair becomes absent: nothing of it is on any wire, nothing is padded.
+Shape letters: N (token, expert) pairs in token order, E true experts.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_dist.moe.dispatch.counting import counting_order
+
+Drop = Literal["probability", "position"]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many pairs an expert takes, and which ones it loses.
+
+    Attributes:
+        factor: An expert takes at most ceil(factor * k T / columns) pairs of the T tokens of its group in the choice set,
+            columns being the group's true, null, identity and constant experts: factor 1 is the even share.
+        drop: The pairs of least probability go first, or those of the last tokens. Ties go to the earlier token.
+        set: The choice set; `rank` is one rank's micro-batch.
+    """
+
+    factor: float
+    drop: Drop = "probability"
+    set: Literal["rank"] = "rank"
+
+
+def capacity_of(factor: float, choices: Tensor, columns: Tensor) -> Tensor:
+    """ceil(factor * choices / columns) as int64. A quotient whole but for its last bits (1e-9) is not rounded up."""
+    return torch.ceil(factor * choices.to(torch.float64) / columns.to(torch.float64) - 1e-9).to(torch.int64)
+
+
+def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: Drop) -> Tensor:
+    """Which pairs their expert has no room for, bool [N]. Shapes depend on N alone: no host sync.
+
+    Args:
+        expert_N: int64, logical expert of each pair; negative where no pair is taken, which is never dropped.
+        score_N: Probability of each pair, without gradient; higher stays.
+        capacity_E: int64, pairs that each expert takes.
+        drop: See `Capacity`.
+    """
+    num_experts = capacity_E.shape[0]
+    bin_N = torch.where(expert_N < 0, num_experts, expert_N)
+    # Two stable orders: pairs in the order in which they stay, then gathered by expert. Pairs are in token order.
+    order_N = torch.arange(bin_N.shape[0], device=bin_N.device)
+    if drop == "probability":
+        order_N = torch.sort(score_N, descending=True, stable=True).indices
+    order_N = order_N[counting_order(bin_N[order_N], num_experts + 1)]
+    sorted_N = bin_N[order_N]
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=bin_N.device)
+    counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
+    first = counts.cumsum(0) - counts
+    place_N = torch.arange(bin_N.shape[0], device=bin_N.device) - first[sorted_N]
+    over_N = (place_N >= capacity_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
+    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)

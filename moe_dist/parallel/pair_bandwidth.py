@@ -1,0 +1,140 @@
+"""How fast every two nodes exchange: all-reduce and all-to-all over disjoint pairs of nodes, round by round.
+
+Every rank calls `measure_pairs`; a pair is all ranks of both nodes, so that each network card of theirs takes part.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.parallel.mesh import group_of
+from moe_dist.parallel.round_robin import Exchange, Pair, is_slow, suspects, tournament, usual_pair
+
+NAME_BYTES = 128
+REPEATS, SECONDS = 100, 0.5  # the best of so many, or of those that fit into the time
+LOOKS = 3  # at a pair that looks slow
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a measurement: `per_node` on each of `nodes` nodes, in order."""
+
+    rank: int
+    nodes: int
+    per_node: int
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.per_node
+
+    def of(self, pair: Pair) -> list[int]:
+        return [node * self.per_node + local for node in pair for local in range(self.per_node)]
+
+
+def measure_pairs(
+    ranks: Ranks, *, payload_bytes: int, device: torch.device, timeout: float
+) -> tuple[dict[Pair, Exchange], list[Pair]]:
+    """What every pair took at its best, and the slow ones; the same on every rank.
+
+    What looks slow beside the usual pair is measured again in turns with that, with nothing else going on: what the nodes
+    do besides, and what comes and goes, then slows both.
+
+    Args:
+        payload_bytes: What a rank sends to the other node in an all-to-all, and the size of its all-reduce.
+        timeout: Seconds, for every collective.
+    """
+    task = Task(ranks, payload_bytes, device)
+    measured: dict[Pair, Exchange] = {}
+    for pairs in tournament(ranks.nodes):
+        groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
+        measured |= task.measure(pairs, groups)
+        for group in groups.values():
+            dist.destroy_process_group(group)
+    doubted = suspects(measured)
+    if not doubted:
+        return measured, []
+    reference = usual_pair(measured)
+    # By all ranks and in one order: only then torch gives a pair's second group a name that its first had not.
+    groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
+    return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
+
+
+def _stays_slow(pair: Pair, reference: Pair, task: "Task", groups: Mapping[Pair, dist.ProcessGroup | None]) -> bool:
+    for _ in range(LOOKS):
+        own, usual = task.measure([pair], groups)[pair], task.measure([reference], groups)[reference]
+        if not is_slow(own, than=usual):
+            return False
+    return True
+
+
+def names_of_nodes(own: str, ranks: Ranks, device: torch.device) -> list[str]:
+    """Names of the nodes in order. Collective over all ranks; as bytes, since nothing is unpickled."""
+    text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
+    everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
+    dist.all_gather(everywhere, text)
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everywhere[:: ranks.per_node]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The collectives that are timed.
+
+    Attributes:
+        ranks: Who takes part.
+        payload_bytes: As in `measure_pairs`.
+        device: Where the tensors are.
+    """
+
+    ranks: Ranks
+    payload_bytes: int
+    device: torch.device
+
+    def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, Exchange]:
+        """Measures disjoint pairs at the same time. Collective over all ranks; syncs with the host.
+
+        Args:
+            groups: Of the pairs that this rank belongs to.
+        """
+        seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
+        for number, pair in enumerate(pairs):
+            if self.ranks.node in pair:
+                group = groups[pair]
+                assert group is not None
+                seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # the slower of both ends; and nobody goes on before all are done
+        return {pair: Exchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
+
+    def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
+        """Seconds of an all-reduce and an all-to-all on this rank, each the best."""
+        per_node, own = self.ranks.per_node, pair.index(self.ranks.node)
+        elements = -(-self.payload_bytes // 4 // per_node) * per_node
+        sent, received = torch.zeros(elements, device=self.device), torch.zeros(elements, device=self.device)
+        # To the ranks of the other node alone: what stays at home says nothing about the network.
+        splits = [0 if index // per_node == own else elements // per_node for index in range(2 * per_node)]
+
+        def all_reduce() -> None:
+            dist.all_reduce(received, group=group)
+
+        def all_to_all() -> None:
+            dist.all_to_all_single(received, sent, splits, splits, group=group)
+
+        return _best(all_reduce, group, self.device), _best(all_to_all, group, self.device)
+
+
+def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torch.device) -> float:
+    collective()  # connections are made at the first use
+    best = _seconds(collective, device)
+    repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
+    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # both ends must agree on it
+    return min([best, *(_seconds(collective, device) for _ in range(int(repeats)))])
+
+
+def _seconds(collective: Callable[[], None], device: torch.device) -> float:
+    began = time.perf_counter()
+    collective()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

@@ -1,0 +1,213 @@
+"""What a placement costs for a measured mix of tokens, before anything runs: pinned and interleaved side by side.
+
+All figures are expectations under a uniform router (each token's k choices are a random subset of its group's n + m), every
+rank drawing tokens of the same mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's hidden width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.config.parallel_schema import InterleavedSection, PinnedSection
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.policies import make_placement
+
+_SAME = 1e-9  # relative difference below which two plans are equal
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One placement and its expected cost, a token of the mix and of the whole EP group.
+
+    Attributes:
+        name: Its policy.
+        placement: The map.
+        load_R: Weighted rows of each rank: pairs x ffn_dim. FLOPs of a forward pass are 6 D times that.
+        remote_R: Rows that each rank receives from the others, one for each distinct (token, rank).
+    """
+
+    name: str
+    placement: ExpertPlacement
+    load_R: tuple[float, ...]
+    remote_R: tuple[float, ...]
+
+    @property
+    def efficiency(self) -> float:
+        """Bound of the throughput over that of an even spread: mean / max of the ranks' loads."""
+        return sum(self.load_R) / len(self.load_R) / max(self.load_R)
+
+    @property
+    def remote_rows_per_token(self) -> float:
+        """Expected remote (token, rank) rows a token; each is 2 x D x itemsize bytes in forward, and again in backward."""
+        return sum(self.remote_R)
+
+
+@dataclass(frozen=True)
+class PlanComparison:
+    """The plans, and why one is missing.
+
+    Attributes:
+        plans: Pinned and interleaved, where they can be.
+        missing: Why a policy cannot be, by its name.
+    """
+
+    plans: tuple[Plan, ...]
+    missing: Mapping[str, str]
+
+    @property
+    def fastest_compute(self) -> Plan | None:
+        """The plan whose busiest rank has least to do; None on a tie."""
+        return _least(self.plans, [max(plan.load_R) for plan in self.plans])
+
+    @property
+    def least_traffic(self) -> Plan | None:
+        """The plan that sends fewest rows; None on a tie."""
+        return _least(self.plans, [plan.remote_rows_per_token for plan in self.plans])
+
+    def verdict(self, *, itemsize: int = 2) -> str:
+        """Which plan wins, and by how much, in words. `itemsize`: bytes of an element on the wire."""
+        if len(self.plans) < 2:
+            return "; ".join(f"{name} cannot be: {why}" for name, why in self.missing.items())
+        compute, traffic = self.fastest_compute, self.least_traffic
+        words = [
+            _gain("busiest rank", compute, [(p, max(p.load_R)) for p in self.plans], "less work"),
+            _gain("exchange", traffic, [(p, p.remote_rows_per_token) for p in self.plans], "fewer rows"),
+        ]
+        winners = {plan.name for plan in (compute, traffic) if plan}
+        if len(winners) == 1:
+            words.append(f"{winners.pop()} wins")
+        elif compute and traffic:
+            words.append(_trade(compute, traffic, itemsize))
+        return "; ".join(words)
+
+
+def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> Plan:
+    """Expected load and traffic of a placement.
+
+    A token of a group with k of n + m choices reaches a rank with e of its experts with probability
+    1 - C(n + m - e, k) / C(n + m, k), or 1 - (1 - c)^e where each expert takes a share c of the tokens; it comes from
+    elsewhere with probability (R - 1) / R.
+    """
+    ranks = placement.num_ranks
+    load, remote = [0.0] * ranks, [0.0] * ranks
+    for group, share in zip(placement.groups, group_shares(placement.groups, token_mix), strict=True):
+        for rank in range(ranks):
+            here = len(placement.local_experts(rank, group))
+            load[rank] += share * group.expected_experts_per_token * here / group.num_experts * group.ffn_dim
+            remote[rank] += share * _reached(group, here) * (ranks - 1) / ranks
+    return Plan(name, placement, tuple(load), tuple(remote))
+
+
+def _reached(group: ExpertGroup, here: int) -> float:
+    """Probability that a token of the group has one of `here` experts among those that it is computed by."""
+    if group.capacity is not None:
+        return 1 - (1 - min(1.0, group.capacity)) ** here
+    choices = group.num_columns
+    return 1 - comb(choices - here, group.top_k) / comb(choices, group.top_k)
+
+
+def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
+    """Share of the tokens that each group routes; equal over all modalities without a mix."""
+    mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
+    tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
+    return [count / max(1, sum(tokens)) for count in tokens]
+
+
+def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
+    """Pinned (ranks divided by the planner) and interleaved for the same groups, ranks and mix; neither is assumed."""
+    plans, missing = [], {}
+    for section in (PinnedSection(), InterleavedSection()):
+        try:
+            placement = make_placement(section, groups, num_ranks=num_ranks, token_mix=token_mix)
+        except ConfigError as error:
+            missing[section.policy] = "; ".join(error.faults)
+        else:
+            plans.append(expected_plan(placement, token_mix, name=section.policy))
+    return PlanComparison(tuple(plans), missing)
+
+
+def render(
+    comparison: PlanComparison,
+    chosen: ExpertPlacement,
+    token_mix: Mapping[str, int],
+    *,
+    policy: str,
+    width: int = 120,
+    itemsize: int = 2,
+) -> str:
+    """The chosen placement rank by rank, beside what pinned and interleaved would cost, as plain text.
+
+    Args:
+        policy: Policy of the chosen placement.
+        width: Columns of the text.
+        itemsize: Bytes of an element on the wire.
+    """
+    plan = expected_plan(chosen, token_mix, name=f"{policy} (chosen)")
+    ranks = Table(title=f"Placement: {policy}, {chosen.num_ranks} ranks an EP group", title_justify="left")
+    for column in ("rank", "experts", "work", "rows received a token"):
+        ranks.add_column(column, justify="left" if column == "experts" else "right")
+    mean = sum(plan.load_R) / len(plan.load_R)
+    for rank, (load, remote) in enumerate(zip(plan.load_R, plan.remote_R, strict=True)):
+        ranks.add_row(str(rank), experts_text(chosen, rank), f"{load / mean:.0%} of mean", f"{remote:.3f}")
+    plans = Table(title="Expected by the data's token mix, uniform router", title_justify="left")
+    for column in ("policy", "efficiency (mean / max work)", "remote rows a token", "busiest receiver"):
+        plans.add_column(column, justify="left" if column == "policy" else "right")
+    others = [other for other in comparison.plans if other.placement.slots != chosen.slots]
+    for each in (plan, *others):
+        cells = (f"{each.efficiency:.1%}", f"{each.remote_rows_per_token:.3f}", f"{max(each.remote_R):.3f}")
+        plans.add_row(each.name, *cells)
+    console = Console(width=width, no_color=True, highlight=False, markup=False)
+    with console.capture() as text:
+        console.print(ranks, plans)
+        console.print(comparison.verdict(itemsize=itemsize))
+    return text.get()
+
+
+def experts_text(placement: ExpertPlacement, rank: int) -> str:
+    """The experts of a rank in short: 'text/0-3 image/2'."""
+    parts = []
+    for group in placement.groups:
+        local = [expert - group.first_expert for expert in placement.local_experts(rank, group)]
+        runs: list[list[int]] = []
+        for index in local:
+            if runs and runs[-1][-1] + 1 == index:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+        parts += [f"{group.name}/{','.join(spans)}"] if spans else []
+    return " ".join(parts) or "none"
+
+
+def _least(plans: Sequence[Plan], costs: Sequence[float]) -> Plan | None:
+    best, *others = sorted(zip(costs, range(len(plans)), strict=True))
+    tie = any(cost <= best[0] * (1 + _SAME) + 1e-12 for cost, _ in others)
+    return None if tie or not others else plans[best[1]]
+
+
+def _gain(what: str, winner: Plan | None, costs: Sequence[tuple[Plan, float]], unit: str) -> str:
+    if winner is None:
+        return f"{what}: both equal"
+    worst = max(cost for _, cost in costs)
+    best = min(cost for _, cost in costs)
+    return f"{what}: {winner.name} has {1 - best / worst:.1%} {unit}" if worst else f"{what}: both equal"
+
+
+def _trade(compute: Plan, traffic: Plan, itemsize: int) -> str:
+    """Where each of two plans wins.
+
+    A token costs the busiest rank 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward: D cancels.
+    """
+    flops = 6 * (max(traffic.load_R) - max(compute.load_R))
+    data = 2 * itemsize * (max(compute.remote_R) - max(traffic.remote_R))
+    if data <= 0:
+        return f"{compute.name} wins: its busiest receiver has no more rows than {traffic.name}'s"
+    ratio = data / flops * 1000
+    return (
+        f"{compute.name} wins where a rank's link moves more than {ratio:.3g} GB/s for each TFLOP/s it computes, "
+        f"{traffic.name} below that"
+    )

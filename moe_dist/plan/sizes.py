@@ -1,0 +1,76 @@
+"""Sizes of a run from its configuration, without torch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from moe_dist.config.lora_rules import has_lora_experts
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, ModelSection
+from moe_dist.config.schema import Config
+from moe_dist.config.tuning_rules import chosen_layers
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.plan import memory
+from moe_dist.plan.flops import Adapters, Parts, Shape, frozen_flops, untuned_flops
+from moe_dist.plan.policies import expert_groups
+
+
+def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
+    """Sizes for the count of parameters and FLOPs."""
+    return Shape(
+        hidden_dim=section.hidden_dim,
+        num_layers=section.num_layers,
+        num_moe_layers=len(section.moe_layers),
+        num_heads=section.num_heads,
+        num_kv_heads=section.num_kv_heads,
+        head_dim=section.resolved_head_dim,
+        vocab_size=section.vocab_size,
+        dense_ffn_dim=section.dense_ffn_dim or 0,
+        shared_ffn_dim=section.moe.shared_ffn_dim,
+        shared_gate=section.moe.shared_gate,
+        qk_norm=section.qk_norm,
+        attention_bias=section.attention_bias,
+        tie_embeddings=section.tie_embeddings,
+        groups=groups,
+        auxiliary_routers=isinstance(section.moe.router, ExpertChoiceRouterSection)
+        and section.moe.router.causal == "auxiliary",
+        single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
+        num_depth_layers=len(section.depth_layers),
+        depth_capacity=1.0 if section.depths is None else section.depths.capacity,
+        lora=_adapters(section.moe.experts if has_lora_experts(section) else None),
+        attention_lora=_adapters(section.attention_lora),
+        depth_auxiliary=section.depths is not None and section.depths.causal == "auxiliary",
+    )
+
+
+def flops_left_out(config: Config, shape: Shape, forward: Parts) -> float:
+    """FLOPs of full training that a run does not compute, since it trains a part: adapters, or some routers."""
+    section, seq_len = config.router_tuning, config.data.seq_len
+    if section is None:
+        return frozen_flops(shape, forward, seq_len=seq_len)
+    moe_layers = config.model.moe_layers
+    tuned = chosen_layers(section, moe_layers)
+    return untuned_flops(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
+
+
+def tuned_routers(config: Config) -> memory.Tuned | None:
+    """The routers that a run trains alone, if it does."""
+    if config.router_tuning is None:
+        return None
+    moe_layers = config.model.moe_layers
+    tuned = chosen_layers(config.router_tuning, moe_layers)
+    lowest = min(tuned)
+    return memory.Tuned(len(tuned), config.model.num_layers - lowest, sum(layer >= lowest for layer in moe_layers))
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Of one checkpoint, all ranks together."""
+    shape = model_shape(config.model, expert_groups(config.model.moe))
+    return round(memory.checkpoint_bytes(shape, tuned_routers(config)))
+
+
+def _adapters(section: Any) -> Adapters | None:
+    return None if section is None else Adapters(section.rank, section.targets)
+
+
+def folder_bytes(config: Config) -> int:
+    """Room that the checkpoints of a run take at most: those that are kept, and the one being written."""
+    return (config.checkpoint.keep + 1) * checkpoint_bytes(config)

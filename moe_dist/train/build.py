@@ -1,0 +1,341 @@
+"""Turns configuration sections into objects; nothing but this and the other `build_*` files does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
+from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.watch import Watch
+from moe_dist.config.balance_rules import even_loads, load_targets
+from moe_dist.config.lora_rules import has_lora_experts, largest_dropout
+from moe_dist.config.manifest import Manifest
+from moe_dist.config.model_schema import (
+    ExpertChoiceRouterSection,
+    FixedLoadRouterSection,
+    ModelSection,
+)
+from moe_dist.config.schema import Config
+from moe_dist.config.tuning_rules import chosen_layers
+from moe_dist.data.loader import TrainLoader
+from moe_dist.errors import ConfigError
+from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
+from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet
+from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.dispatch.known_counts import SyncFreeDispatcher
+from moe_dist.moe.expert_gemm import choose_gemm
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.free_experts import FreeExperts, has_free_experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.choice_sets import ChoiceRanks, ChoiceSet
+from moe_dist.moe.routers.thresholds import ThresholdKeeper
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.schedules import coefficient_at, lr_factor
+from moe_dist.parallel.initialise import initialise
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.flops import forward_flops, training_flops
+from moe_dist.plan.policies import expert_groups
+from moe_dist.plan.sizes import flops_left_out, model_shape
+from moe_dist.train.build_dispatch import NodeGroups, build_dispatcher, build_wire
+from moe_dist.train.build_lora import attention_adapters, lora_layers
+from moe_dist.train.build_routing import build_balance, build_depth_set, build_router, choice_ranks_of, depth_thresholds
+from moe_dist.train.build_tuning import build_sample_loader, build_tuning
+from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.router_tuning.loader import SampleLoader
+from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
+from moe_dist.train.step import TrainingStep
+from moe_dist.train.trainer import Plan
+
+TRAINED_PARTS = {"auxiliary_routers": ("auxiliary",), "adapters": ("adapters", "router")}  # in a parameter's path
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_blocks: bool) -> ModelArgs:
+    """Plain sizes of the transformer."""
+    return ModelArgs(
+        vocab_size=section.vocab_size,
+        hidden_dim=section.hidden_dim,
+        num_layers=section.num_layers,
+        num_heads=section.num_heads,
+        num_kv_heads=section.num_kv_heads,
+        head_dim=section.resolved_head_dim,
+        moe_layers=section.moe_layers,
+        depth_layers=section.depth_layers,
+        dense_ffn_dim=section.dense_ffn_dim,
+        rope_base=section.rope_base,
+        norm_eps=section.norm_eps,
+        qk_norm=section.qk_norm,
+        attention_bias=section.attention_bias,
+        tie_embeddings=section.tie_embeddings,
+        compute_dtype=compute_dtype,
+        recompute_blocks=recompute_blocks,
+    )
+
+
+def build_model(
+    config: Config,
+    placement: ExpertPlacement,
+    *,
+    ep_rank: int,
+    ep_group: dist.ProcessGroup | None,
+    node_groups: NodeGroups = (None, None),
+    traffic: Traffic | None = None,
+    watch: Watch | None = None,
+    compute_dtype: torch.dtype | None = None,
+    choice_ranks: ChoiceRanks | None = None,
+    depth_set: DepthSet | None = None,
+) -> Transformer:
+    """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
+
+    Args:
+        placement: Which expert lives on which rank; without an `ep_group` it must not need the wire.
+        node_groups: The EP group's cuts between and inside nodes, for a dispatcher that knows nodes.
+        traffic: Counter of all layers' wires.
+        watch: Where the wires' collectives are noted.
+        compute_dtype: Instead of `parallel.precision`, for tests in float64.
+        choice_ranks: Over which ranks experts may choose their tokens; by default this rank alone.
+        depth_set: The ranks among whose tokens layers choose (mixture of depths); by default this one.
+    """
+    section, moe = config.model, config.model.moe
+    wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
+    make_adapters = attention_adapters(config)
+    dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
+    args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
+    if has_lora_experts(section):
+        new_router = partial(build_router, moe.router, section.hidden_dim, placement.groups)
+        return Transformer(args, lora_layers(config, placement.groups, wire.traffic, new_router), None, make_adapters)
+    # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
+    dispatcher = build_dispatcher(config.parallel, placement, wire, hidden_dim=section.hidden_dim, node_groups=node_groups)
+
+    kind = moe.router.set if isinstance(moe.router, ExpertChoiceRouterSection) else "rank"
+    choice_set = ChoiceSet.over(kind, choice_ranks or ChoiceRanks(), traffic=wire.traffic, watch=watch)
+    known_counts = isinstance(dispatcher, SyncFreeDispatcher) and dispatcher.distinct and choice_set.kind == "rank"
+    capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
+    make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
+
+    def make_moe(layer: int) -> MoELayer:
+        return MoELayer(
+            norm=RMSNorm(section.hidden_dim, section.norm_eps),
+            router=build_router(
+                moe.router,
+                section.hidden_dim,
+                placement.groups,
+                capacity=capacity,
+                choice_set=choice_set,
+                seed=config.run.seed,
+                layer=layer,
+                place=section.moe_layers.index(layer),
+                known_counts=known_counts,
+            ),
+            experts=Experts(
+                section.hidden_dim,
+                placement.groups,
+                [len(placement.local_experts(ep_rank, group)) for group in placement.groups],
+                pair_budget=config.parallel.expert_pair_budget,
+                gemm=config.parallel.expert_gemm,
+            ),
+            dispatcher=dispatcher,
+            shared=make_shared(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
+            free=FreeExperts(section.hidden_dim, placement.groups) if has_free_experts(placement.groups) else None,
+            recompute=config.parallel.recompute,
+            name=f"layers.{layer}",
+        )
+
+    def make_depths(layer: int) -> DepthRouter:
+        assert section.depths is not None
+        fields = section.depths.model_dump(exclude={"every", "first", "set"})
+        return DepthRouter(section.hidden_dim, choice_set=depth_set, name=f"layers.{layer}", **fields)
+
+    return Transformer(args, make_moe, make_depths, make_adapters)
+
+
+def state_specs(config: Config) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint of the model that a configuration describes: parameters, buffers, and the moments of
+    what is trained, whatever the layout. Nothing gets memory."""
+    groups = expert_groups(config.model.moe)
+    everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
+    with torch.device("meta"):
+        model = build_model(config, everything, ep_rank=0, ep_group=None)
+    freeze(model, config)
+    layout = RankLayout(everything)
+    return {**capture(model, None, layout, part=saved_part(config)).specs, **moment_specs(model, layout)}
+
+
+def freeze(model: Transformer, config: Config) -> None:
+    """Leaves gradients to what `train.only` names."""
+    if config.router_tuning is not None:
+        freeze_all_but_routers(model, chosen_layers(config.router_tuning, config.model.moe_layers))
+    elif config.train.only is not None:
+        freeze_all_but(model, *TRAINED_PARTS[config.train.only])
+
+
+def saved_part(config: Config) -> Part:
+    """What a checkpoint of a run holds: adapters without the base that they stand on, else all."""
+    return "trained" if config.train.only == "adapters" else "all"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What takes steps: the model on its mesh, its optimizer, and the step over both; and what of router tuning resumes."""
+
+    parallel: ParallelModel
+    optimizer: Optimizer
+    step: TrainingStep
+    tuning: RouterTuning | None = None
+
+    def controllers(self) -> dict[str, BiasController | RouterTuning]:
+        """What resumes besides tensors, by name."""
+        found = {"balance": self.step.balance, "router_tuning": self.tuning}
+        return {name: each for name, each in found.items() if each is not None}
+
+
+def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
+    """Builds on the meta device, shards, gives memory and initial weights, wraps, and makes the optimizer."""
+    traffic = Traffic()
+    check_expert_gemm(config, mesh.device)
+    with torch.device("meta"):
+        model = build_model(
+            config,
+            placement,
+            ep_rank=mesh.ep_rank,
+            ep_group=mesh.ep,
+            node_groups=(mesh.inter_node, mesh.intra_node),
+            traffic=traffic,
+            watch=mesh.watch,
+            choice_ranks=choice_ranks_of(mesh),
+            depth_set=build_depth_set(config, mesh, traffic),
+        )
+    freeze(model, config)
+    if config.parallel.data == "fsdp2":
+        shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
+    initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
+    parallel = ParallelModel(model, mesh, config.parallel.data)
+    section = config.optimizer
+    optimizer = make_optimizer(
+        split_parameters(model.named_parameters(), weight_decay=section.weight_decay),
+        backend=section.backend,
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+    )
+    groups = group_of_modality(manifest, placement)
+    whole = config.train.only is None  # else routers that choose stand still, and thresholds follow no step
+    tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=groups,
+        clip_norm=section.clip_norm,
+        traffic=traffic,
+        thresholds=ThresholdKeeper.of(model.moe_modules()) if whole else None,
+        needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection)
+        or largest_dropout(config.model) > 0.0,
+        balance=build_balance(config.model.moe, model, placement.groups),
+        depths=depth_thresholds(model) if whole else None,
+        tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
+    )
+    return Training(parallel, optimizer, step, tuning)
+
+
+def check_expert_gemm(config: Config, device: torch.device) -> None:
+    """Refuses `parallel.expert_gemm: grouped` where this device has no grouped product for these experts.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    dtype = COMPUTE_DTYPES[config.parallel.precision]
+    for group in config.model.moe.groups.values():
+        widths = (config.model.hidden_dim, group.ffn_dim)
+        try:
+            choose_gemm(
+                config.parallel.expert_gemm, dtype=dtype, device=device, widths=widths, num_experts=group.num_experts
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:
+    """For each modality of the data, in its order, the index of its expert group."""
+    index = {name: i for i, group in enumerate(placement.groups) for name in group.modalities}
+    return [index[name] for name in manifest.modalities]
+
+
+def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: int) -> TrainLoader | SampleLoader:
+    """A rank's training batches."""
+    if config.router_tuning is not None:
+        return build_sample_loader(config, manifest, rank=rank, world_size=world_size)
+    return TrainLoader(
+        config.data.path,
+        manifest,
+        seq_len=config.data.seq_len,
+        weights=config.data.weights,
+        pack_window=config.data.pack_window,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def build_evaluator(config: Config, manifest: Manifest, training: Training, placement: ExpertPlacement) -> Evaluator:
+    """Held-out evaluation of the model in training."""
+    return Evaluator(
+        training.parallel.model,
+        training.parallel.mesh,
+        placement,
+        folder=config.data.path,
+        manifest=manifest,
+        seq_len=config.data.seq_len,
+        sequences=config.evaluation.sequences,
+        final_sequences=config.evaluation.final_sequences,
+        micro_batch=config.train.micro_batch,
+        group_of_modality=training.step.group_of_modality,
+        measure_balance=config.evaluation.balance_efficiency and not has_lora_experts(config.model),
+        ablate=config.evaluation.ablate_experts,
+        calibration=config.evaluation.calibration,
+    )
+
+
+def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
+    """Steps, schedules and intervals of the loop."""
+    shape, peak = model_shape(config.model, groups), config.monitor.peak_tflops
+    schedule, balance = config.optimizer.schedule.model_dump(), config.loss.balance
+    weights = tuple(balance.null_weight.get(group.name, 1.0) for group in groups) if balance.null_weight else None
+
+    def lr(step: int) -> float:
+        return config.optimizer.lr * lr_factor(step, total_steps=config.train.steps, **schedule)
+
+    def aux(step: int) -> AuxSettings:
+        coefficient = coefficient_at(balance.schedule, step)
+        return AuxSettings(kind=balance.kind, balance=coefficient, z=config.loss.z, null_weight_G=weights)
+
+    def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
+        forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
+        # Model FLOPs: what recompute repeats is left out.
+        return training_flops(forward, frozen=flops_left_out(config, shape, forward))
+
+    return Plan(
+        steps=config.train.steps,
+        global_batch=config.train.global_batch,
+        lr=lr,
+        aux=aux,
+        evaluate_every=config.evaluation.every,
+        save_every=config.checkpoint.every,
+        max_skipped_in_a_row=config.train.max_skipped_in_a_row,
+        flops_per_token=flops_per_token,
+        load_target=load_targets(config.model.moe),
+        even_load=even_loads(config),
+        peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
+    )

@@ -1,0 +1,79 @@
+"""Turns configuration sections into what chooses: routers, load controllers, and the ranks whose tokens compete."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from moe_dist.comm.traffic import Traffic
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, FixedLoadRouterSection, MoESection, RouterSection
+from moe_dist.config.schema import Config
+from moe_dist.model.mixture_of_depths import DepthSet, DepthThresholds
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.load_target import LoadTarget
+from moe_dist.moe.balance.loss_free import LossFree
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.choice_sets import ChoiceRanks
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.fixed_load import FixedLoadRouter
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertGroup
+
+
+def build_router(
+    section: RouterSection,
+    hidden_dim: int,
+    groups: Sequence[ExpertGroup],
+    *,
+    capacity: Capacity | None = None,
+    **choice: Any,
+) -> nn.Module:
+    """The router of one layer; a section's fields are its constructor's keywords (the choice set's kind is part of one).
+
+    Args:
+        capacity: Of routers by token choice.
+        choice: `choice_set`, `seed`, `layer` and `known_counts` of routers by expert choice; `seed` and `place` (among the
+            MoE layers) of those with a fixed load.
+    """
+    if isinstance(section, FixedLoadRouterSection):
+        own = {key: choice[key] for key in ("seed", "place") if key in choice}
+        return FixedLoadRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}), **own)
+    choice.pop("place", None)
+    if isinstance(section, ExpertChoiceRouterSection):
+        return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "set"}), **choice)
+    return TopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}))
+
+
+def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
+    """The controller of the model's selection biases; None where there are no rules. A rule's fields are its keywords."""
+    kinds = {"load_target": LoadTarget, "loss_free": LossFree}
+    rules = [kinds[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
+    if not rules:
+        return None
+    gates_LG = [[moe.router.get_submodule(group.name) for group in groups] for moe in model.moe_modules()]
+    return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
+
+
+def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
+    """Over which ranks experts may choose, from the mesh."""
+    return ChoiceRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
+
+
+def build_depth_set(config: Config, mesh: Mesh, traffic: Traffic) -> DepthSet | None:
+    """The ranks among whose tokens layers choose, by `model.depths.set`."""
+    if config.model.depths is None:
+        return None
+    group, own, size = {
+        "rank": (None, 0, 1),
+        "ep_group": (mesh.ep, mesh.ep_rank, mesh.ep_size),
+        "world": (mesh.world if mesh.world_size > 1 else None, mesh.rank, mesh.world_size),
+    }[config.model.depths.set]
+    return DepthSet(group, own, size, traffic, mesh.watch)
+
+
+def depth_thresholds(model: Transformer) -> DepthThresholds | None:
+    """What follows the depth routers' choices after each step; None where none has a threshold."""
+    routers = [router for router in model.depth_routers() if router.causal == "threshold"]
+    return DepthThresholds(routers) if routers else None

@@ -1,0 +1,247 @@
+"""What a run would be, before it runs: parameters, FLOPs, memory, checkpoint, tokens, hours. Needs no GPU and no data.
+
+Parameters are counted on the model itself, built on the meta device; the analytic count must agree. FLOPs, memory and
+traffic are expectations under a uniform router.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from moe_dist.config.lora_rules import has_adapters
+from moe_dist.config.schema import Config
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.plan import flops, memory
+from moe_dist.plan.planner import Plan, expected_plan, group_shares
+from moe_dist.plan.preflight import Layout, layout_without_data
+from moe_dist.plan.sizes import flops_left_out, model_shape, tuned_routers
+from moe_dist.train.build import COMPUTE_DTYPES, build_model
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The figures of a run.
+
+    Attributes:
+        layout: Experts on ranks, and the token mix.
+        world_size: Ranks.
+        parts: Parameters by part.
+        active_parameters: Parameters that a mean token meets.
+        forward: Forward FLOPs a token by part.
+        training_flops: Forward and backward, without and with what recompute repeats.
+        plan: Expected work and traffic.
+        rank, rank_memory: The EP position that needs most memory, and how much.
+        exchange_bytes: Payload on the wire for each token: all layers, forward and backward, recompute's repeats included.
+        checkpoint_bytes: Size of a checkpoint.
+        tokens: Tokens of the whole run, padding included.
+    """
+
+    layout: Layout
+    world_size: int
+    parts: flops.Parts
+    active_parameters: float
+    forward: flops.Parts
+    training_flops: tuple[float, float]
+    plan: Plan
+    rank: int
+    rank_memory: memory.RankMemory
+    exchange_bytes: float
+    checkpoint_bytes: float
+    tokens: int
+
+
+def dry_run(config: Config, *, tokens_per_second: float | None = None, console: Console | None = None) -> DryRun:
+    """Prints the figures of a run and returns them.
+
+    Args:
+        tokens_per_second: Of all ranks together; gives the hours.
+
+    Raises:
+        ConfigError, DataError: the run cannot be, with every fault that can be seen without its data.
+    """
+    result = estimate(config)
+    console = console or Console()
+    console.print(render(config, result, tokens_per_second))
+    for note in _notes(result):
+        console.print(note, highlight=False)
+    return result
+
+
+def estimate(config: Config) -> DryRun:
+    """The figures of a run. Raises as `dry_run`."""
+    layout = layout_without_data(config)
+    shape, parallel = model_shape(config.model, layout.groups), config.parallel
+    parts = flops.parameters(shape)
+    _agree_with_model(config, layout, parts)
+    share = dict(zip((g.name for g in layout.groups), group_shares(layout.groups, layout.token_mix), strict=True))
+    per_token = {"experts_per_token": flops.expected_experts(layout.groups), "token_share": share}
+    forward = flops.forward_flops(shape, seq_len=config.data.seq_len, **per_token)
+    plan = expected_plan(layout.placement, layout.token_mix, name=config.placement.policy)
+    itemsize = COMPUTE_DTYPES[parallel.precision].itemsize
+    shared = memory.Layout(
+        ep=parallel.ep,
+        edp=parallel.edp,
+        sharded=parallel.data == "fsdp2",
+        itemsize=itemsize,
+        recompute=parallel.recompute,
+        tokens=config.train.micro_batch * config.data.seq_len,
+        max_receive_rows=parallel.max_receive_rows,
+        tuned=tuned_routers(config),
+    )
+    ranks = range(layout.placement.num_ranks)
+    memories = [_memory(shape, layout, shared, plan, rank, share) for rank in ranks]
+    rank = max(ranks, key=lambda r: memories[r].total)
+    frozen = flops_left_out(config, shape, forward)
+    useful = flops.training_flops(forward, frozen=frozen)
+    exchanges = 5 if parallel.recompute == "block" else 4  # dispatch and combine, both ways, and dispatch repeated
+    return DryRun(
+        layout=layout,
+        world_size=parallel.ep * parallel.edp,
+        parts=parts,
+        active_parameters=flops.active_parameters(shape, **per_token).total,
+        forward=forward,
+        training_flops=(useful, flops.training_flops(forward, recompute=parallel.recompute, frozen=frozen)),
+        plan=plan,
+        rank=rank,
+        rank_memory=memories[rank],
+        exchange_bytes=exchanges
+        * plan.remote_rows_per_token
+        * (shape.num_moe_layers - shape.layers_passed_by)
+        * (shape.hidden_dim * itemsize),
+        checkpoint_bytes=memory.checkpoint_bytes(shape, shared.tuned),
+        tokens=config.train.steps * config.train.global_batch * config.data.seq_len,
+    )
+
+
+def render(config: Config, result: DryRun, tokens_per_second: float | None = None) -> Table:
+    """The figures as a table."""
+    table = Table(
+        title=f"{config.run.name}: {result.world_size} ranks (ep {config.parallel.ep} x edp {config.parallel.edp})"
+    )
+    for column in ("what", "how much", "of which"):
+        table.add_column(column, justify="right" if column == "how much" else "left")
+    table.add_row("parameters", count_text(result.parts.total), _parts_text(result.parts))
+    table.add_row("active parameters", count_text(result.active_parameters), _experts_text(result))
+    useful, computed = result.training_flops
+    table.add_row("FLOPs a token, forward", count_text(result.forward.total), _parts_text(result.forward))
+    repeats = f"; {count_text(computed)} with recompute={config.parallel.recompute}" if computed > useful else ""
+    table.add_row("FLOPs a token, training", count_text(useful), f"{_times(config)}{repeats}")
+    table.add_section()
+    _add_memory_rows(table, config, result)
+    what = "adapters and routers alone, " if has_adapters(config.model) else ""
+    kept = f"all ranks together, {what}weights and moments{' of the tuned routers' if config.router_tuning else ''} in fp32"
+    table.add_row("checkpoint", bytes_text(result.checkpoint_bytes), kept)
+    table.add_section()
+    rows = f"{result.plan.remote_rows_per_token:.3f} remote rows a token and layer; placement {config.placement.policy}"
+    table.add_row("exchanged a token", bytes_text(result.exchange_bytes), rows)
+    table.add_row(
+        "balance", f"{result.plan.efficiency:.0%}", "mean over busiest rank's expert work, by the placement alone"
+    )
+    table.add_section()
+    train = config.train
+    batch = f"{train.steps} steps x {train.global_batch} sequences x {config.data.seq_len} tokens"
+    table.add_row("tokens", count_text(result.tokens), batch)
+    if tokens_per_second:
+        hours = result.tokens / tokens_per_second / 3600
+        rate = tokens_per_second * useful / result.world_size
+        table.add_row(
+            "hours",
+            f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}",
+            f"at {tokens_per_second:,.0f} tokens/s: {count_text(rate)}FLOP/s a rank",
+        )
+    return table
+
+
+def _times(config: Config) -> str:
+    if config.router_tuning is not None:
+        return "forward, and back to the lowest tuned layer"
+    return "three times forward" + (", without gradients of frozen weights" if has_adapters(config.model) else "")
+
+
+def count_text(number: float) -> str:
+    """A number with three digits and K, M, G, T, P or E."""
+    if number < 1000:
+        return f"{number:.3g} "
+    power = min(6, int(math.log10(number) + 1e-12) // 3)
+    return f"{number / 1000**power:.3g} {'KMGTPE'[power - 1]}"
+
+
+def bytes_text(number: float) -> str:
+    """Bytes in binary units."""
+    power = min(5, int(math.log2(number)) // 10) if number >= 1 else 0
+    return f"{number / 1024**power:.3g} {['B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB'][power]}"
+
+
+def _memory(
+    shape: flops.Shape, layout: Layout, shared: memory.Layout, plan: Plan, rank: int, share: dict[str, float]
+) -> memory.RankMemory:
+    """Memory of one EP position, its rows and pairs by the plan (which counts them for a token of the whole EP group)."""
+    placement, ranks = layout.placement, layout.placement.num_ranks
+    held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
+    pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
+    rows = plan.remote_R[rank] * ranks * ranks / (ranks - 1) if ranks > 1 else min(1.0, pairs)
+    return memory.rank_memory(shape, placement, shared, rank=rank, rows=rows, pairs=pairs)
+
+
+def _agree_with_model(config: Config, layout: Layout, parts: flops.Parts) -> None:
+    """Holds the analytic count against the model that would run, each rank's experts included."""
+    placement, total = layout.placement, 0
+    held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
+    for held, ranks in Counter(held_R).items():  # ranks that hold alike are built once
+        with torch.device("meta"):
+            model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)
+        experts = _numel([p for name, p in model.named_parameters() if ".moe.experts." in name])
+        total += ranks * experts + (0 if total else _numel(list(model.parameters())) - experts)
+    if total != parts.total:
+        raise AssertionError(f"the model has {total} parameters, the count by parts says {parts.total}")
+
+
+def _numel(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _add_memory_rows(table: Table, config: Config, result: DryRun) -> None:
+    needs, parallel = result.rank_memory, config.parallel
+    sharded = "sharded by FSDP2" if parallel.data == "fsdp2" else "dense ones on every rank"
+    table.add_row("memory a rank", bytes_text(needs.total), f"the fullest: EP position {result.rank}; an estimate")
+    table.add_row("  parameters", bytes_text(needs.parameters), f"fp32 master weights, {sharded}")
+    table.add_row("  gradients", bytes_text(needs.gradients), "fp32")
+    table.add_row("  optimizer state", bytes_text(needs.optimizer), "two moments, fp32")
+    table.add_row("  weights in use", bytes_text(needs.casts), f"{parallel.precision}, while a micro-batch is computed")
+    batch = f"{config.train.micro_batch} x {config.data.seq_len} tokens, recompute={parallel.recompute}"
+    table.add_row("  activations", bytes_text(needs.activations), f"{batch}; formula in moe_dist/plan/memory.py")
+    bound = "send and receive buffers of one layer if every token goes to one rank: the bound"
+    table.add_row("exchange buffers", bytes_text(needs.exchange_bound), bound)
+
+
+def _parts_text(parts: flops.Parts) -> str:
+    named = {name.replace("_", " "): value for name, value in vars(parts).items() if value}
+    return ", ".join(f"{name} {count_text(value).strip()}" for name, value in named.items())
+
+
+def _experts_text(result: DryRun) -> str:
+    groups = result.layout.groups
+    return "; ".join(
+        f"{g.name}: {g.expected_experts_per_token:.3g} of {g.num_experts} experts" + _others_text(g) for g in groups
+    )
+
+
+def _others_text(group: ExpertGroup) -> str:
+    """Null and free experts of a group, where it has any."""
+    counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
+    named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return f" (top {group.top_k} with {named})" if named else ""
+
+
+def _notes(result: DryRun) -> list[str]:
+    if result.layout.token_mix:
+        mix = result.layout.token_mix
+        shares = ", ".join(f"{name} {count / sum(mix.values()):.0%}" for name, count in mix.items())
+        return [f"Token mix of the data: {shares}."]
+    modalities = [modality for group in result.layout.groups for modality in group.modalities]
+    return [f"The data are not there: tokens taken to be spread evenly over {', '.join(modalities)}."]

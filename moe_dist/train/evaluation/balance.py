@@ -1,0 +1,122 @@
+"""balance_efficiency: throughput with the real routing over throughput with the same pairs spread evenly.
+
+Published MoE throughputs are measured with forced balance; this is the factor that they leave out. It is timed forward, on
+held-out batches, without gradients: nothing of the training state (gradients, random draws, loader, router) is touched.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.comm.reduce import max_over
+from moe_dist.data.batch import Batch
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import ABSENT, Routing, RoutingTape
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.train.evaluation.heldout import forward
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class BalanceEfficiency:
+    """The measured ratio, None where a timing would mean nothing, and a note that says why or how."""
+
+    timed: float | None
+    note: str
+
+
+class EvenRouter(nn.Module):
+    """Another router's weights and number of pairs, with the experts of each group taken in turn."""
+
+    def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
+        super().__init__()
+        self.router = router
+        self.groups = tuple(groups)
+
+    def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
+        routing = self.router(h_TD, group_T, tape)
+        assignments = routing.assignments
+        expert_N = assignments.expert_N
+        group_N = group_T[assignments.token_N]
+        even_N = torch.full_like(expert_N, ABSENT)
+        for index, group in enumerate(self.groups):
+            mine_N = (expert_N != ABSENT) & (group_N == index)
+            # The running number of the group's pairs, modulo n: a token's pairs are neighbours, hence distinct experts.
+            turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
+            even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)
+        return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
+
+
+@torch.no_grad()
+def balance_efficiency(
+    model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
+) -> BalanceEfficiency:
+    """Times forward passes with the real and the even routing, alternating; medians of the slowest rank.
+
+    Collective. Where the ranks of this machine outnumber its cores, their times say how the system schedules and nothing
+    about balance: then it is not timed.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+    cores = len(os.sched_getaffinity(0))
+    if mesh.device.type == "cpu" and ranks_here > cores:
+        return BalanceEfficiency(None, f"not timed: {ranks_here} ranks share {cores} cores")
+    if not batches:
+        return BalanceEfficiency(None, "not timed: there are no held-out batches")
+    real: list[float] = []
+    even: list[float] = []
+    for repeat in range(REPEATS + 1):
+        for times, context in ((real, None), (even, placement.groups)):
+            seconds = _timed(model, batches, group_of_modality, context, mesh)
+            if repeat:  # the first of each warms up
+                times.append(seconds)
+    ratio = statistics.median(even) / statistics.median(real)
+    return BalanceEfficiency(ratio, f"forward of {len(batches)} held-out batches, median of {REPEATS}, slowest rank")
+
+
+@contextmanager
+def even_routing(model: Transformer, groups: Sequence[ExpertGroup]) -> Iterator[None]:
+    """Inside, every MoE layer routes evenly; the routers themselves stay as they are."""
+    layers = model.moe_modules()
+    routers = [layer.router for layer in layers]
+    for layer in layers:
+        layer.router = EvenRouter(layer.router, groups)
+    try:
+        yield
+    finally:
+        for layer, router in zip(layers, routers, strict=True):
+            layer.router = router
+
+
+def _timed(
+    model: Transformer,
+    batches: Sequence[Batch],
+    group_of_modality: Tensor,
+    groups: Sequence[ExpertGroup] | None,
+    mesh: Mesh,
+) -> float:
+    """Seconds of a forward over all batches on the slowest rank. Syncs with the device before and after."""
+    training = model.training
+    model.eval()
+    with even_routing(model, groups) if groups is not None else nullcontext():
+        _synchronise(mesh.device)
+        begin = time.perf_counter()
+        for batch in batches:
+            forward(model, batch.to(mesh.device), group_of_modality)
+        _synchronise(mesh.device)
+        seconds = time.perf_counter() - begin
+    model.train(training)
+    slowest = torch.tensor(seconds, dtype=torch.float64, device=mesh.device)
+    return float(max_over(slowest, mesh.world, name="seconds of the slowest rank", watch=mesh.watch).item())
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,101 @@
+"""Thresholds that give each expert, and each layer of a mixture of depths, the load of its training: set on training
+tokens, before a held-out evaluation.
+
+The model sees training batches in the way of evaluation, but chooses as in training; each threshold becomes the score
+above which lie as many of their tokens, over all ranks and batches together, as were taken of them. It is a quantile of
+all scores at once, found by halving an interval: one sum of N counts over the ranks for each of `HALVINGS`, named
+`calibration counts`. What is left between the loads of evaluation and training is what the layers before make of it (their
+choice is another), and other text.
+
+Shape letters: N thresholds of all routers, n of one, T tokens that it sees (where layers compute a share, not all).
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.watch import Watch
+from moe_dist.data.batch import Batch
+from moe_dist.model.mixture_of_depths import DepthRouter
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
+from moe_dist.train.evaluation.heldout import forward
+
+HALVINGS = 30  # the interval [0, 1] ends at 1e-9: below what fp32 tells apart near a score
+
+
+def by_threshold(model: Transformer) -> list[ExpertChoiceRouter | DepthRouter]:
+    """The routers that evaluate by thresholds: those of experts, then those of depths, each in order of the layers."""
+    routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
+    return [each for each in routers if isinstance(each, ExpertChoiceRouter | DepthRouter) and each.causal == "threshold"]
+
+
+@torch.no_grad()
+def calibrate(
+    model: Transformer,
+    batches: Sequence[Batch],
+    *,
+    group_of_modality: Tensor,
+    world: dist.ProcessGroup | None,
+    watch: Watch | None = None,
+) -> None:
+    """Sets the thresholds of all layers, in place. Collective: every rank brings as many batches; without any nothing
+    changes. An expert whose group has no token in them keeps its threshold."""
+    routers = by_threshold(model)
+    if not routers or not batches:
+        return
+    scores, taken = _seen(model, routers, batches, group_of_modality)
+    sizes = [len(taken_n) for taken_n in taken]
+    taken_N = sum_over(torch.cat(taken), world, name="calibration counts", watch=watch)
+    low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)
+    for _ in range(HALVINGS):
+        middle_N = (low_N + high_N) / 2
+        above = [(scores_Tn > middle_n).sum(0) for scores_Tn, middle_n in zip(scores, middle_N.split(sizes), strict=True)]
+        above_N = sum_over(torch.cat(above).to(torch.float64), world, name="calibration counts", watch=watch)
+        too_many_N = above_N > taken_N
+        low_N = torch.where(too_many_N, middle_N, low_N)
+        high_N = torch.where(too_many_N, high_N, middle_N)
+    thresholds = [threshold_n for router in routers for threshold_n in _thresholds(router)]
+    sizes = [len(threshold_n) for threshold_n in thresholds]
+    for threshold_n, known_n, high_n in zip(thresholds, (taken_N > 0).split(sizes), high_N.split(sizes), strict=True):
+        threshold_n.copy_(torch.where(known_n, high_n.to(threshold_n.dtype), threshold_n))
+
+
+def _thresholds(router: ExpertChoiceRouter | DepthRouter) -> list[Tensor]:
+    """A router's thresholds in order of what it scores; groups lie one after another."""
+    return [router.threshold] if isinstance(router, DepthRouter) else [gate.threshold for gate in router.gates()]
+
+
+def _seen(
+    model: Transformer,
+    routers: Sequence[ExpertChoiceRouter | DepthRouter],
+    batches: Sequence[Batch],
+    group_of_modality: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each router this rank's scores [T, n] and, float64 [n], how many tokens were taken of them."""
+    scores: dict[ExpertChoiceRouter | DepthRouter, list[Tensor]] = {router: [] for router in routers}
+    taken: dict[ExpertChoiceRouter | DepthRouter, list[Tensor]] = {router: [] for router in routers}
+
+    def note(router: Any, inputs: Any, chosen: Any) -> None:
+        scores[router].append(router.scores(*inputs[:2]))
+        taken[router].append(chosen.sums.taken[None] if isinstance(router, DepthRouter) else chosen.sums.choices_C)
+
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        stack.enter_context(choice_of_training(routers))
+        for router in routers:
+            stack.callback(router.register_forward_hook(note).remove)
+            if isinstance(router, DepthRouter):
+                router.train()  # chooses as in training
+        for batch in batches:
+            forward(model, batch.to(group_of_modality.device), group_of_modality)
+    return (
+        [torch.cat(scores[router]) for router in routers],
+        [torch.stack(taken[router]).sum(0).to(torch.float64) for router in routers],
+    )

@@ -1,0 +1,132 @@
+"""Held-out losses by modality: sums over all ranks, the same whatever the number of ranks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.watch import Watch
+from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import BatchFacts, LayerReport
+from moe_dist.train.loss import sums_by_modality, token_losses
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out sums over all ranks.
+
+    Attributes:
+        loss: Nats a token by the label's modality, and '<modality>_no_filler' where the data marks filler cells;
+            modalities without labels are left out.
+        tokens: Labels behind each loss.
+        choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`; None without batches.
+        tokens_LG: int64, tokens routed in each group; None without batches.
+        depth_2LG: int64, by layer that computes a share of the tokens alone: tokens of each group, and those of them that
+            were taken; None without such layers or batches.
+    """
+
+    loss: Mapping[str, float]
+    tokens: Mapping[str, int]
+    choices_LC: np.ndarray | None
+    tokens_LG: np.ndarray | None = None
+    depth_2LG: np.ndarray | None = None
+
+
+@torch.no_grad()
+def heldout_losses(
+    model: Transformer,
+    batches: Sequence[Batch],
+    *,
+    modalities: Sequence[str],
+    group_of_modality: Tensor,
+    world: dist.ProcessGroup | None,
+    watch: Watch | None = None,
+) -> Heldout:
+    """Losses by modality. Collective: every rank must bring the same number of batches.
+
+    Args:
+        model: The transformer itself, not its DDP wrapper.
+        group_of_modality: int64 [M], expert group of each modality.
+    """
+    device = group_of_modality.device
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)
+    counts: list[Tensor] = []
+    shapes: list[torch.Size] = []
+    training = model.training
+    model.eval()
+    for batch in batches:
+        on_device = batch.to(device)
+        logits, reports = forward(model, on_device, group_of_modality)
+        sums_4M += _sums(token_losses(logits, on_device.labels_BS), on_device, len(modalities))
+        parts = _counts(reports)
+        shapes = [part.shape for part in parts]
+        counts.append(torch.cat([part.flatten() for part in parts]))
+    model.train(training)
+    if not counts:  # nothing is held out; on no rank, since all have the same number of batches
+        return Heldout({}, {}, None)
+    summed = sum_over(torch.stack(counts).sum(0), world, name="evaluation counts", watch=watch).cpu()
+    flat = summed.split([shape.numel() for shape in shapes])
+    choices_LC, tokens_LG, *depth = (part.view(shape).numpy() for part, shape in zip(flat, shapes, strict=True))
+    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", watch=watch).tolist()
+    loss, tokens = {}, {}
+    for i, name in enumerate(modalities):
+        parts = [(name, nll_M[i], labels_M[i])]
+        if filler_M[i]:
+            parts.append((f"{name}_no_filler", nll_M[i] - nll_filler_M[i], labels_M[i] - filler_M[i]))
+        for part, nll, count in parts:
+            if count:
+                loss[part], tokens[part] = nll / count, round(count)
+    return Heldout(loss, tokens, choices_LC, tokens_LG, depth[0] if depth else None)
+
+
+def forward(
+    model: Callable[..., tuple[Tensor, Sequence[LayerReport]]],
+    batch: Batch,
+    group_of_modality: Tensor,
+    facts: BatchFacts | None = None,
+    asked_A: Tensor | None = None,
+) -> tuple[Tensor, Sequence[LayerReport]]:
+    """Logits and reports of one batch on its device: a transformer, or its parallel wrapper, over a `Batch`."""
+    group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, facts, asked_A)
+
+
+@contextmanager
+def experts_ablated(model: Transformer) -> Iterator[None]:
+    """Inside, the routed experts' output is zero: what the loss rises by is what they contribute."""
+    layers = model.moe_modules()
+    for layer in layers:
+        layer.ablated = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.ablated = False
+
+
+def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
+    """choices [L, C] and tokens [L, G] of the layers; where some compute a share of the tokens alone also theirs of each
+    group, and those that were taken, [2, L, G]: they ride in the same all-reduce."""
+    parts = [torch.stack([report.sums.choices_C for report in reports])]
+    parts.append(torch.stack([report.sums.tokens_G for report in reports]))
+    depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
+    return [*parts, torch.stack(depths, dim=1)] if depths else parts
+
+
+def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
+    """Losses and labels, of all labels and of filler cells alone: float64 [4, M]."""
+    ones = torch.ones_like(losses_BS)
+    filler_labels = torch.where(batch.filler_BS, batch.labels_BS, IGNORED)
+    return torch.stack(
+        [
+            sums_by_modality(values, labels, batch.label_modality_BS, num_modalities)
+            for labels in (batch.labels_BS, filler_labels)
+            for values in (losses_BS, ones)
+        ]
+    )

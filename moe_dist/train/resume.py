@@ -1,0 +1,305 @@
+"""What a checkpoint of a run is made of, and how a run goes on from one.
+
+parameters, moments, the optimizer's count    tensors and state.json, see `moe_dist.checkpoint.state`
+values["progress"]                            step (which the schedules follow), data position, counters
+values["config"], values["data"]              resolved configuration; digests of the data
+values["base"]                                of adapters: place and content hash of the model under them
+values["controllers"]                         states of balance controllers and the like, by name
+rank_values["generators"]                     random number generators of each rank
+placement, versions                           for the reader
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import JsonValue, ValidationError
+
+from moe_dist.checkpoint.base import KEY as BASE
+from moe_dist.checkpoint.base import Base
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.generators import generator_states, restore_generators
+from moe_dist.checkpoint.manager import CheckpointManager, Restored
+from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
+from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.load import changes_on_resume, difference
+from moe_dist.config.manifest import Manifest
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.base_weights import begin_on_base, load_base
+from moe_dist.train.build import Training, saved_part
+from moe_dist.train.starting_weights import begin_with_weights
+from moe_dist.train.trainer import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class Controller(Protocol):
+    """Something besides tensors that changes during a run, the same on all ranks."""
+
+    def state(self) -> JsonValue:
+        """As JSON; a copy."""
+        ...
+
+    def restore(self, state: JsonValue) -> None:
+        """Takes a saved state back.
+
+        Raises:
+            DataError: it is none.
+        """
+        ...
+
+
+class Resumable:
+    """Saves and restores one rank's part of a run. All but `poll` is collective over the world.
+
+    Args:
+        training: Model and optimizer.
+        placement: Which expert lives on which rank.
+        checkpoints: Of the run.
+        config, manifest: Of the run and its data.
+        controllers: What else resumes, by name.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        placement: ExpertPlacement,
+        checkpoints: CheckpointManager,
+        config: Config,
+        manifest: Manifest,
+        *,
+        controllers: Mapping[str, Controller] | None = None,
+    ) -> None:
+        mesh = training.parallel.mesh
+        self._training, self._checkpoints, self._config, self._manifest = training, checkpoints, config, manifest
+        self._controllers = dict(controllers or {})
+        self._saver = Saver(checkpoints, asynchronous=config.checkpoint.asynchronous, watch=mesh.watch)
+        self._device = mesh.device
+        self._data: dict[str, str] = {}
+        self._base: Base | None = None
+        self._layout = RankLayout(
+            placement,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            ep_rank=mesh.ep_rank,
+            edp_rank=mesh.edp_rank,
+            edp_size=mesh.edp_size,
+        )
+
+    def save(self, progress: Progress, *, durable: bool) -> None:
+        """Saves the present state, see `moe_dist.checkpoint.saver.Saver`.
+
+        Raises:
+            CheckpointError: on all ranks, where a durable one could not be written; the last checkpoint stands.
+        """
+        values: dict[str, JsonValue] = {
+            "progress": {**progress.to_json()},
+            "config": self._config.model_dump(mode="json"),
+            "data": {**self._data},
+            "controllers": {name: controller.state() for name, controller in self._controllers.items()},
+            **({} if self._base is None else {BASE: self._base.to_json()}),
+        }
+        rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
+        self._saver.save(progress.step, self._capture(values, rank_values), durable=durable)
+
+    def poll(self) -> None:
+        """Reports a save that failed meanwhile."""
+        self._saver.poll()
+
+    def wait(self) -> None:
+        """Returns when no save is in flight."""
+        self._saver.wait()
+
+    def restore(self) -> Progress:
+        """Loads the newest checkpoint into model and optimizer, and returns where it stands. A new run starts at 0, with
+        the weights of `run.init_from` where that is set.
+
+        Raises:
+            DataError: the checkpoint is damaged or another run's, or the data are not those that it was trained on.
+            ConfigError: it is of another model.
+        """
+        self._checkpoints.agree("look at the data", self._look_at_data)
+        self._checkpoints.clear()
+        newest = self._checkpoints.latest()
+        if newest is None:
+            if self._config.run.init_from is not None:
+                report = self._begin()
+                if self._checkpoints.rank == 0:
+                    print(f"run.init_from: {report}")
+                if self._config.run.keep_position:
+                    return self._at_kept_position(Path(self._config.run.init_from))
+            return Progress()
+        restored = self._checkpoints.load(newest, self._capture())
+        self._checkpoints.agree("go on", lambda: self._check_origin(newest, restored))
+        progress = progress_of(restored, self._config, newest)
+        model = self._training.parallel.model
+        if saved_part(self._config) == "trained":
+            self._base = load_base(restored.values, newest, self._checkpoints, model, self._layout)
+        self._restore_controllers(restored, newest)
+        if restored.rank_values:
+            restore_generators(mapping_of(restored.rank_values, "generators", newest), self._device)
+        logger.info("going on from %s", newest)
+        return progress
+
+    def _begin(self) -> str:
+        """Takes the weights of `run.init_from`; what was done, in words."""
+        model = self._training.parallel.model
+        if saved_part(self._config) == "trained":
+            self._base, report = begin_on_base(self._config, self._checkpoints, model, self._layout)
+            return report
+        return begin_with_weights(self._config, self._checkpoints, self._capture(), model)
+
+    def _capture(
+        self, values: Mapping[str, JsonValue] | None = None, rank_values: Mapping[str, JsonValue] | None = None
+    ) -> CheckpointState:
+        model, optimizer = self._training.parallel.model, self._training.optimizer
+        part = saved_part(self._config)
+        return capture(model, optimizer, self._layout, part=part, values=values, rank_values=rank_values)
+
+    def _look_at_data(self) -> None:
+        self._data = data_digest(self._config.data.path, self._manifest)
+
+    def _check_origin(self, folder: Path, restored: Restored) -> None:
+        """Whether it is this run that saved the checkpoint, and with these data."""
+        saved = saved_config(restored.values, folder)
+        if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
+            raise DataError(
+                [
+                    f"{folder}: another run saved this checkpoint; put this run's own back, or start a new run with "
+                    f"run.init_from={folder} to go on from its weights",
+                    *(f"{key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in changes),
+                ],
+                see="docs/checkpoints.md",
+            )
+        self._check_data(folder, restored)
+
+    def _at_kept_position(self, init_from: Path) -> Progress:
+        """A new run's counters, at the place in the data where another's checkpoint stands.
+
+        Raises:
+            ConfigError: the place means something else in this run's data.
+        """
+        found = [0]
+
+        def look() -> None:
+            found[0] = kept_position(find_checkpoint(init_from), self._config, self._data)
+
+        self._checkpoints.agree("keep the position", look)
+        (position,) = self._checkpoints.of_first(found)
+        if self._checkpoints.rank == 0:
+            print(f"run.keep_position: the data go on at sequence {position:,}")
+        return Progress(position=position, first_position=position)
+
+    def _check_data(self, folder: Path, restored: Restored) -> None:
+        faults = digest_faults(mapping_of(restored.values, "data", folder), self._data)
+        if faults:
+            raise DataError(
+                [
+                    f"data.path={self._config.data.path!r}: these are not the data that {folder} was trained on; put those "
+                    "back, or start a new run with run.init_from to go on with other data",
+                    *faults,
+                ],
+                see="docs/checkpoints.md",
+            )
+
+    def _restore_controllers(self, restored: Restored, folder: Path) -> None:
+        saved = mapping_of(restored.values, "controllers", folder)
+        if saved.keys() != self._controllers.keys():
+            raise DataError(f"{folder} has states of {sorted(saved)}, the run needs those of {sorted(self._controllers)}")
+        for name, controller in self._controllers.items():
+            controller.restore(saved[name])
+
+
+def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
+    """Where a checkpoint stands.
+
+    Raises:
+        DataError: its counters are none, or contradict each other or the configuration.
+    """
+    saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
+    saved = {"first_position": 0, **saved}  # checkpoints of before it could be another
+    numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
+    if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
+        raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
+    progress = Progress(**numbers)
+    batch, first = config.train.global_batch, progress.first_position
+    rules = {
+        f"step={progress.step} is the step {restored.step} of the checkpoint": progress.step == restored.step,
+        f"position={progress.position} is step x train.global_batch={batch} behind first_position={first}": (
+            progress.position - first == progress.step * batch
+        ),
+        f"tokens={progress.tokens} are at most those of the positions since, x data.seq_len": progress.tokens
+        <= (progress.position - first) * config.data.seq_len,
+        f"skipped_in_a_row={progress.skipped_in_a_row} <= skipped_steps={progress.skipped_steps} <= step": (
+            progress.skipped_in_a_row <= progress.skipped_steps <= progress.step
+        ),
+        f"evaluated={progress.evaluated} <= step": progress.evaluated <= progress.step,
+    }
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise DataError([f"{folder}: its counters contradict each other; it should hold that {rule}" for rule in broken])
+    return progress
+
+
+def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
+    """Place in the global stream where a checkpoint stands, for a run that goes on there.
+
+    The stream is a function of the data, of the section `data` and of the seed: it must be the same one.
+
+    Raises:
+        ConfigError: it is another.
+        DataError: the checkpoint is not of a run.
+    """
+    state = open_checkpoint(folder).state
+    restored = Restored(state.step, state.values, {})
+    saved = saved_config(state.values, folder)
+    faults = [
+        f"run.keep_position=true: {key} is {old!r} in {folder} and {new!r} here, so that its position is of another "
+        f"stream; set it to {old!r}, or run.keep_position=false"
+        for key, old, new in difference(saved, config)
+        if key == "run.seed" or (key.startswith("data.") and key != "data.path")
+    ]
+    faults += [
+        f"run.keep_position=true: {fault}; take the data of {folder}, or run.keep_position=false"
+        for fault in digest_faults(mapping_of(restored.values, "data", folder), data)
+    ]
+    if saved.router_tuning is not None:
+        faults.append(
+            f"run.keep_position=true: {folder} stands among samples of router tuning; set run.keep_position=false"
+        )
+    if faults:
+        raise ConfigError(faults, see="docs/checkpoints.md")
+    return progress_of(restored, saved, folder).position
+
+
+def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        DataError: this version cannot read it.
+    """
+    try:
+        return Config.model_validate_json(json.dumps(mapping_of(values, "config", folder)))
+    except ValidationError as error:
+        raise DataError(
+            f"{folder}: the configuration in its state.json cannot be read by this version of moe_dist; go on with the "
+            f"version in provenance.json: {error!s:.200}"
+        ) from error
+
+
+def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
+    """The mapping that a checkpoint's values hold under a name.
+
+    Raises:
+        DataError: they hold none.
+    """
+    found = values.get(name)
+    if not isinstance(found, dict):
+        raise DataError(f"{folder}: it holds no {name!r} of a run, but {found!r:.80}")
+    return found

@@ -1,0 +1,79 @@
+"""Neighbours of samples by their embeddings: scikit-learn's search over the first rows of a memory-mapped file.
+
+Shape letters: S samples, M members that may be neighbours (the first M samples), E width, K neighbours.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_dist.train.router_tuning.loss import neighbour_weights
+
+
+class Neighbours(NamedTuple):
+    """Of one sample: their numbers, int64 [K], and weights W, float64 [K]; none at all is K = 0."""
+
+    number_K: np.ndarray
+    weight_K: np.ndarray
+
+
+class NeighbourIndex:
+    """Finds a sample's neighbours among the members, the nearest first, itself left out.
+
+    A sample is asked for alone, so that the last bits of its distances depend on no other, and its answer is kept: 16 bytes
+    a neighbour. A query reads all M x E numbers, 2 to 3 ms for 20,000 members of 384 on one core.
+
+    Args:
+        embeddings_SE: Memory-mapped; not copied.
+        members: M.
+        bandwidth: Sigma of the weights.
+        k: Neighbours; None where a similarity decides.
+        similarity: Least exp(-d^2 / (2 sigma^2)) of a neighbour; None where k decides.
+        random_seed: With it, k members at random instead of the nearest, the same each time.
+    """
+
+    def __init__(
+        self,
+        embeddings_SE: np.ndarray,
+        members: int,
+        *,
+        bandwidth: float,
+        k: int | None = None,
+        similarity: float | None = None,
+        random_seed: int | None = None,
+    ) -> None:
+        from sklearn.neighbors import NearestNeighbors  # a second to import: only where it is used
+
+        assert (k is None) != (similarity is None), "k or a similarity"
+        assert k is None or k < members, "preflight sees to it"
+        self._embeddings_SE, self._members, self._bandwidth = embeddings_SE, members, bandwidth
+        self._k, self._random_seed = k, random_seed
+        self._radius = None if similarity is None else bandwidth * float(np.sqrt(-2.0 * np.log(similarity)))
+        self._search = NearestNeighbors(algorithm="brute", metric="euclidean").fit(embeddings_SE[:members])
+        self._known: dict[int, Neighbours] = {}
+
+    def __call__(self, sample: int) -> Neighbours:
+        """The neighbours of one sample."""
+        if sample not in self._known:
+            self._known[sample] = self._find(sample)
+        return self._known[sample]
+
+    def _find(self, sample: int) -> Neighbours:
+        found = self._drawn(sample) if self._random_seed is not None else self._searched(sample)
+        number_K = found[found != sample][: self._k]
+        own_E = self._embeddings_SE[sample].astype(np.float64)
+        squared_K = np.square(self._embeddings_SE[number_K].astype(np.float64) - own_E).sum(1)
+        order_K = np.lexsort((number_K, squared_K))
+        return Neighbours(number_K[order_K], neighbour_weights(squared_K[order_K], self._bandwidth))
+
+    def _searched(self, sample: int) -> np.ndarray:
+        query = self._embeddings_SE[sample : sample + 1]
+        if self._k is None:
+            return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)
+        # One more than wanted: the sample may be among them, though behind others with the very same embedding.
+        return self._search.kneighbors(query, self._k + 1, return_distance=False)[0].astype(np.int64)
+
+    def _drawn(self, sample: int) -> np.ndarray:
+        assert self._k is not None, "the schema sees to it"
+        rng = np.random.default_rng([self._random_seed or 0, sample])
+        return rng.choice(self._members, self._k + 1, replace=False).astype(np.int64)

@@ -1,0 +1,178 @@
+"""Router tuning inside a training step: which parameters move, what is asked of the layers, and the term that is added.
+
+Neighbours' routing is that of the folder of samples, or is computed anew every so many steps. Shape letters: S samples,
+B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
+"""
+
+import base64
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from moe_dist.data.batch import Batch
+from moe_dist.errors import DataError
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import LayerReport
+from moe_dist.train.loss import MicroLoss
+from moe_dist.train.router_tuning.loader import SampleBatch
+from moe_dist.train.router_tuning.loss import manifold_sum
+from moe_dist.train.router_tuning.neighbours import Neighbours
+from moe_dist.train.router_tuning.reading import RoutingReader, routing_of
+from moe_dist.train.router_tuning.samples import Samples
+
+
+def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, nn.Parameter]:
+    """The router parameters of some layers, by name."""
+    prefixes = tuple(f"layers.{layer}.moe.router." for layer in sorted(layers))
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
+
+
+def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
+    """Leaves gradients to the routers of some layers alone. Called before sharding: what is frozen then has no gradient to
+    be reduced, and backward ends at the lowest of these layers."""
+    kept = router_parameters(model, layers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in kept)
+
+
+class Targets(NamedTuple):
+    """What one micro-batch is to be compared with, on its device: positions that are asked for, int64 [B]; the neighbours'
+    routing [B, K, R] and weights [B, K], 0 where a sample has fewer."""
+
+    asked_B: Tensor
+    target_BKR: Tensor
+    weight_BK: Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The layers whose routers move.
+
+    Attributes:
+        layers: Indices of the transformer layers.
+        places: Theirs among the MoE layers.
+        stored: Theirs among the layers whose routing the samples have.
+    """
+
+    layers: tuple[int, ...]
+    places: tuple[int, ...]
+    stored: tuple[int, ...]
+
+
+class RouterTuning:
+    """The manifold term of one run, and the state that it resumes from.
+
+    Args:
+        samples: Of the run.
+        model: In training; what a refresh reads.
+        chosen: The layers.
+        reader: Reads them anew.
+        neighbours: Of a sample, by its number.
+        weight: Lambda over the samples of a step.
+        refresh_every: Steps between refreshes; None for none.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        model: Transformer,
+        chosen: Chosen,
+        reader: RoutingReader,
+        *,
+        neighbours: Callable[[int], Neighbours],
+        weight: float,
+        refresh_every: int | None = None,
+    ) -> None:
+        self._samples, self._chosen, self._reader, self._neighbours = samples, chosen, reader, neighbours
+        self._weight, self._refresh_every = weight, refresh_every
+        self._width = len(chosen.places) * samples.manifest.columns  # R
+        self._routers = router_parameters(model, chosen.layers)
+        self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
+        self._routing_SLC: np.ndarray | None = None  # of the last refresh; else the samples' own
+
+    def begin(self, batches: Sequence[Batch], step: int, device: torch.device) -> list[Targets]:
+        """What each micro-batch of a step (0-based) is compared with. Collective where a refresh is due: all samples are
+        read by the routers of now, shared among the ranks."""
+        if self._refresh_every is not None and step and step % self._refresh_every == 0:
+            self._refreshed = (step, {name: _packed(parameter) for name, parameter in self._routers.items()})
+            self._routing_SLC = self._reader(self._samples.prompts()).numpy()
+        return [self._targets(batch, device) for batch in batches]
+
+    def _targets(self, batch: Batch, device: torch.device) -> Targets:
+        assert isinstance(batch, SampleBatch), "router tuning trains on samples"
+        found = [self._neighbours(number) for number in batch.numbers]
+        most = max(len(each.number_K) for each in found)
+        rows_BKR = np.zeros((len(found), most, self._width))
+        weight_BK = np.zeros((len(found), most))
+        for row, each in enumerate(found):
+            rows_BKR[row, : len(each.number_K)] = self._rows(each.number_K)
+            weight_BK[row, : len(each.weight_K)] = each.weight_K
+        on_device = [torch.from_numpy(part).to(device) for part in (rows_BKR, weight_BK)]
+        return Targets(batch.asked_B.to(device), *on_device)
+
+    def _rows(self, number_K: np.ndarray) -> np.ndarray:
+        """Routing of samples in the chosen layers, [K, R]."""
+        if self._routing_SLC is not None:
+            rows_KLC = self._routing_SLC[number_K]
+        else:
+            rows_KLC = self._samples.routing_SLC[number_K][:, list(self._chosen.stored)]
+        return rows_KLC.reshape(len(number_K), self._width)
+
+    def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
+        """The loss with this rank's share of the term; nothing is averaged over ranks, since the samples of a step are as
+        many on any number of them."""
+        r_BR = routing_of(reports, self._chosen.places).flatten(1)
+        term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
+        return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
+
+    def state(self) -> JsonValue:
+        """Which samples these are, and the routers of the last refresh: their routing of the samples is computed again."""
+        step, routers = self._refreshed
+        return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
+
+    def restore(self, state: JsonValue) -> None:
+        """Takes a saved state back; the model must have its weights already. Collective.
+
+        Raises:
+            DataError: it is none, or of other samples.
+        """
+        if not isinstance(state, dict) or state.keys() != {"samples", "refreshed", "routers"}:
+            raise DataError(
+                f"a checkpoint's state of router tuning must hold samples, refreshed and routers, not {state!r:.80}"
+            )
+        if state["samples"] != self._samples.digest:
+            raise DataError(
+                "router_tuning.data: these are not the samples that the run was tuned on (the manifest's SHA-256 is "
+                f"{self._samples.digest[:16]}..., it was {str(state['samples'])[:16]}...); put those back, or start anew",
+                see="docs/router-tuning.md",
+            )
+        step, routers = state["refreshed"], state["routers"]
+        names = list(self._routers) if step else []
+        if type(step) is not int or not isinstance(routers, dict) or sorted(routers) != sorted(names):
+            raise DataError(f"a checkpoint's state of router tuning is damaged: {state!r:.80}")
+        self._refreshed = (step, routers)
+        if not step:
+            return
+        now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
+        with torch.no_grad():
+            for name, parameter in self._routers.items():
+                parameter.copy_(_unpacked(routers[name], parameter, name))
+            self._routing_SLC = self._reader(self._samples.prompts()).numpy()
+            for name, parameter in self._routers.items():
+                parameter.copy_(now[name])
+
+
+def _packed(parameter: Tensor) -> str:
+    return base64.b64encode(parameter.detach().cpu().contiguous().numpy().tobytes()).decode()
+
+
+def _unpacked(text: JsonValue, like: Tensor, name: str) -> Tensor:
+    content = base64.b64decode(text) if isinstance(text, str) else b""
+    if len(content) != like.numel() * like.element_size():
+        raise DataError(f"a checkpoint's state of router tuning is damaged: {name} has {len(content)} bytes")
+    return torch.frombuffer(bytearray(content), dtype=like.dtype).view(like.shape)

@@ -1,0 +1,180 @@
+"""What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+
+from moe_dist.comm.watch import Watch
+from moe_dist.config import schema
+from moe_dist.config.balance_rules import load_targets
+from moe_dist.config.load import resolved_yaml
+from moe_dist.config.lora_rules import has_lora_experts
+from moe_dist.config.schema import Config
+from moe_dist.errors import PlacementError
+from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.hints import HintWatch
+from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.sinks.console import ConsoleSink, choice_lines, summary_table
+from moe_dist.monitor.sinks.guarded import GuardedSinks
+from moe_dist.monitor.sinks.jsonl import JsonlSink
+from moe_dist.monitor.sinks.lease_watch import LeaseWatch
+from moe_dist.monitor.sinks.prometheus import PrometheusSink
+from moe_dist.monitor.sinks.ray import RaySink
+from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.wandb import WandbSink
+from moe_dist.plan.planner import render
+from moe_dist.plan.preflight import Preflight
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RAY_METRICS, RankEnv
+from moe_dist.runtime.lease import read_holder
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.watchdog import Watchdog
+from moe_dist.train.build import COMPUTE_DTYPES
+from moe_dist.train.trainer import Finished, Progress
+
+
+def choose_device(config: Config, env: RankEnv) -> torch.device:
+    """Where this rank computes: its own GPU, by local rank, or the CPU.
+
+    Raises:
+        PlacementError: the rank has no GPU of its own here.
+    """
+    wanted = config.parallel.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if env.local_rank >= torch.cuda.device_count():
+        raise PlacementError(
+            f"rank {env.rank} is number {env.local_rank} on its node, which shows {torch.cuda.device_count()} GPUs "
+            "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
+        )
+    device = torch.device("cuda", env.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_watchdog(config: Config, env: RankEnv, folder: RunFolder, watch: Watch, attempt: Attempt) -> Watchdog:
+    """Watches this rank's collectives from now on; a rank alone waits for nobody. Call it when the process group stands:
+    rank 0 has opened the run folder by then, and all ranks take the attempt's name from its lease."""
+    holder = read_holder(folder.lease_json)
+    watchdog = Watchdog(
+        watch,
+        rank=env.rank,
+        world_size=env.world_size,
+        attempt_id=holder.attempt_id if holder is not None else env.attempt_id,
+        seconds=config.parallel.resolved_watchdog_seconds,
+        logs=folder.logs,
+        step=lambda: attempt.last_step() if attempt.last_step is not None else folder.last_step(),
+        end=attempt.give_up,
+    )
+    return watchdog.start() if env.world_size > 1 else watchdog
+
+
+@contextmanager
+def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
+    """Readings of rank 0's device on a background thread; the other ranks have none."""
+    if env.rank != 0:
+        yield None
+        return
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)
+    try:
+        yield monitor
+    finally:
+        monitor.stop()
+
+
+@contextmanager
+def open_sinks(
+    plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
+) -> Iterator[list[Sink]]:
+    """The sinks of rank 0, as one; none on other ranks. Closed however the run ends, so that no record waits in a buffer.
+
+    Before each record the lease is looked at; before each commit the records must be on the disk.
+    """
+    if env.rank != 0:
+        yield []
+        return
+    console = Console()
+    print(placement_text(plan, width=min(120, console.width) if console.is_terminal else 120))
+    attempt.check_lease()
+    sinks = GuardedSinks([LeaseWatch(attempt.check_lease), *_build_sinks(plan, folder, progress)])
+    attempt.commit_needs = sinks.check_written
+    try:
+        yield [sinks]
+    finally:
+        sinks.close()
+
+
+def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
+    """One sink for each section, and one that the launcher asks for; each gets configuration and placement as text."""
+    config, placement = plan.config, plan.placement
+    subject = Subject(
+        placement.groups,
+        placement,
+        config.model.moe_layers,
+        len(plan.manifest.modalities),
+        load_targets(config.model.moe),
+        depths=config.model.depths is not None,
+    )
+    sinks: list[Sink] = []
+    resume_step, owed = progress.step, progress.owes_evaluation(config.evaluation.every, config.train.steps)
+    for section in config.monitor.sinks:
+        options = {**section.model_dump(exclude={"kind"}), "resume_step": resume_step}
+        match section:
+            case schema.ConsoleSink():
+                hints = HintWatch(placement.groups, config.model.moe_layers)
+                sinks.append(ConsoleSink(total_steps=config.train.steps, hints=hints, **options))
+            case schema.JsonlSink():
+                sinks.append(JsonlSink(path=folder.metrics_jsonl, evaluation_owed=owed, **options))
+            case schema.TensorBoardSink():
+                from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # seconds to import: on rank 0 only
+
+                modalities = tuple(plan.manifest.modalities)
+                sinks.append(
+                    TensorBoardSink(
+                        folder=folder.tensorboard, subject=subject, modalities=modalities, evaluation_owed=owed, **options
+                    )
+                )
+            case schema.PrometheusSink():
+                options["path"] = section.path or folder.path / "metrics.prom"
+                sinks.append(PrometheusSink(run_name=config.run.name, **options))
+            case schema.WandbSink():
+                sinks.append(WandbSink(run_name=config.run.name, folder=folder.path, **options))
+    if path := os.environ.get(RAY_METRICS):
+        sinks.append(RaySink(socket_path=path, run_name=config.run.name, resume_step=resume_step))
+    for sink in sinks:
+        sink.text("configuration", f"```yaml\n{resolved_yaml(config)}```")
+        sink.text("placement", f"```\n{placement_text(plan)}```")
+    return sinks
+
+
+def placement_text(plan: Preflight, *, width: int = 120) -> str:
+    """The placement of a run beside what the policies would cost for its token mix, as plain text of `width` columns."""
+    if has_lora_experts(plan.config.model):
+        return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
+    return render(
+        plan.comparison,
+        plan.placement,
+        plan.token_mix,
+        policy=plan.config.placement.policy,
+        width=width,
+        itemsize=COMPUTE_DTYPES[plan.config.parallel.precision].itemsize,
+    )
+
+
+def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
+    """Prints the summary and keeps it for whoever starts the finished run again."""
+    if not finished.took_steps and folder.summary_txt.is_file():  # somebody else finished it while this attempt waited
+        print(folder.read_summary())
+        return
+    console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
+    console.print(summary_table(finished.checks, title=f"Run {plan.config.run.name}, {finished.evaluation.step} steps"))
+    for line in choice_lines(finished.evaluation):
+        console.print(line)
+    console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
+    if not finished.took_steps:
+        console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
+    folder.write_summary(console.export_text())

@@ -1,0 +1,176 @@
+"""How a new run begins with the weights of another's checkpoint (`run.init_from`): what fits, and `run.init_rules`.
+
+by name and shape   what fits is taken, what does not stays as it was initialised
+upcycle             experts that are copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
+copy_nulls          null rows that are copies of true ones, so that a trained top-k model begins as it is (AdaMoE)
+
+All of it is refused, or done, before a step is taken; the report says what was taken and whether the function is the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from moe_dist.checkpoint.base import GUIDE, KEY
+from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.fits import ABSENT
+from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.partial_load import Taken, fitting
+from moe_dist.checkpoint.state import CheckpointState
+from moe_dist.checkpoint.upcycle import fitting_or_upcycled
+from moe_dist.config.init_rules import source_faults
+from moe_dist.config.schema import Config
+from moe_dist.config.tuning_manifest import load_tuning_manifest
+from moe_dist.errors import ConfigError
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.null_rows import copy_true_rows
+from moe_dist.moe.routers.top_k import GroupGate
+
+# Keys of `model` that are no part of its function; a vocabulary shows by its tensors' shapes.
+_NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
+
+
+def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: CheckpointState, model: Transformer) -> str:
+    """Loads what `run.init_from` has into the model, and returns what was done, in words. Collective over the world.
+
+    Raises:
+        ConfigError: there is no checkpoint, nothing of it fits, or a rule cannot be kept; says why, and the way out.
+        DataError: it is damaged.
+    """
+    assert config.run.init_from is not None
+    path, rules = Path(config.run.init_from), config.run.init_rules
+    upcycle, copy = "upcycle" in rules, "copy_nulls" in rules
+    source: dict[str, JsonValue] = {}
+
+    def check(contents: Contents) -> None:
+        found = contents.state.values.get("config")
+        source.update(found if isinstance(found, dict) else {})
+        if KEY in contents.state.values:
+            raise ConfigError(
+                f"run.init_from={config.run.init_from!r}: {path} holds adapters and not the model under them; export it "
+                "(tools.export_hf) and import that, or begin with the base",
+                see=GUIDE,
+            )
+        # Upcycled experts are alike, so that it does not matter which of them a token takes.
+        if copy and not upcycle and (faults := source_faults(config, source)):
+            raise ConfigError([f"run.init_rules: copy_nulls: {path}: {fault}" for fault in faults], see="docs/routing.md")
+
+    if config.router_tuning is not None:
+        checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
+    taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
+    lines = [taken.report()]
+    if copy:
+        rows = sum(copy_true_rows(gate) for gate in _gates(model, config))
+        lines.append(f"copied {rows} null rows from true ones")
+    if rules:
+        misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
+        if misfits or (changes and copy and not upcycle):
+            name = "upcycle" if upcycle else "copy_nulls"
+            raise ConfigError(
+                [f"run.init_rules: {name}: {path}: {each}" for each in (misfits if upcycle else [*misfits, *changes])],
+                see="docs/routing.md",
+            )
+        same = "the same as the checkpoint's" + ("" if upcycle else ", to the last bit")
+        lines.append(f"function of the model before its first step: {'; '.join(changes) if changes else same}")
+    return "\n".join(lines)
+
+
+def _check_scored(config: Config) -> None:
+    """Whether the weights are those that the samples of router tuning were read from. Raises: ConfigError: they are not."""
+    assert config.router_tuning is not None, "called where there is one"
+    assert config.run.init_from is not None, "preflight sees to it"
+    manifest = load_tuning_manifest(config.router_tuning.data)
+    folder = find_checkpoint(Path(config.run.init_from))
+    found = content_hash(open_checkpoint(folder).index)
+    if found != manifest.checkpoint:
+        raise ConfigError(
+            f"router_tuning.data={config.router_tuning.data!r}: made from the weights {manifest.checkpoint[:16]}... (step "
+            f"{manifest.step} of {manifest.run}), but {folder} has {found[:16]}...; set run.init_from to that "
+            "checkpoint, or prepare the folder from this one",
+            see="docs/router-tuning.md",
+        )
+
+
+def _gates(model: Transformer, config: Config) -> list[GroupGate]:
+    """The gates of all layers and groups; routers are whole on every rank."""
+    gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in config.model.moe.groups]
+    return [gate for gate in gates if isinstance(gate, GroupGate)]
+
+
+def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+    """Where the two models are at odds, router rows aside: another shape, a tensor without a place, another `model.*`."""
+    odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
+    faults = [
+        f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
+    ]
+    faults += [
+        f"{name} of the checkpoint has no place in the model; give the model what it is part of"
+        for name in taken.left
+        if ".moe.router." not in name
+    ][:1]
+    other = _other_keys(config, source)
+    if "upcycle" in config.run.init_rules:
+        other.pop("depths", None)  # a seed may grow into depths
+    return faults + [f"{fault}; take that" for fault in other.values()]
+
+
+def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
+    """Why a model in which all of the checkpoint fits does not compute what that did; empty where it does (upcycled, up to
+    rounding)."""
+    new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
+    changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
+    if "upcycle" not in config.run.init_rules:
+        return changes
+    depths = [fault for key, fault in _other_keys(config, source).items() if key == "depths"]
+    return [*changes, *depths, *_upcycled_changes(config, source.get("model"), taken)]
+
+
+def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
+    """Keys of `model` that the checkpoint's configuration has otherwise, by name, and how."""
+    before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
+    if not isinstance(before, dict):
+        return {}
+    here["head_dim"] = config.model.resolved_head_dim
+    width, heads = before.get("hidden_dim"), before.get("num_heads")
+    each = width // heads if isinstance(width, int) and isinstance(heads, int) else None
+    there = {**before, "head_dim": before.get("head_dim") or each}
+    return {
+        key: f"model.{key}={value!r}, the checkpoint's is {there[key]!r}"
+        for key, value in here.items()
+        if key in there and there[key] != value
+    }
+
+
+def _kept(config: Config, taken: Taken) -> list[str]:
+    """What the checkpoint has not given, but for what a rule makes anew."""
+    new = (".moe.router.",) if "upcycle" in config.run.init_rules else (".null", ".bias")
+    return [name for name in taken.kept if not any(part in name for part in new)]
+
+
+def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
+    """As `_changes`, for experts that are alike: their weighted sum is their common output where the weights sum to 1."""
+    moe, router = config.model.moe, config.model.moe.router
+    if router.kind != "top_k":
+        return [f"with model.moe.router.kind={router.kind} a token's weights need not sum to 1"]
+    changes = []
+    if router.normalise != "true_chosen":
+        changes.append(f"with model.moe.router.normalise={router.normalise} a token's weights need not sum to 1")
+    scale = 1.0
+    if isinstance(before, dict) and any(".moe.experts." in there for there in taken.made_of.values()):
+        old = before.get("moe")
+        old_router = old.get("router") if isinstance(old, dict) else None
+        scale = old_router.get("scale", 1.0) if isinstance(old_router, dict) else 1.0
+    if router.scale != scale:
+        changes.append(f"model.moe.router.scale={router.scale:g}, the experts were scaled by {scale}")
+    for name, group in moe.groups.items():
+        free = group.num_identity + group.num_constant
+        if free:
+            changes.append(f"free experts of group {name} add something of their own")
+        elif group.top_k <= group.num_null and "copy_nulls" not in config.run.init_rules:
+            changes.append(
+                f"a token of group {name} may choose null experts alone (top_k={group.top_k}, num_null={group.num_null})"
+            )
+    return changes

@@ -1,0 +1,315 @@
+"""The only loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from moe_dist.data.batch import Batch
+from moe_dist.errors import DivergedError, StoppedError
+from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.metrics import build_record, evaluation_scalars, rows_by_rank
+from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.evaluation.acceptance import Check, run_checks
+from moe_dist.train.evaluation.evaluator import Evaluator
+from moe_dist.train.loss import AuxSettings
+from moe_dist.train.step import StepResult, TrainingStep
+
+WINDOW = 100  # steps over which the final routing checks count
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that has to be known, besides weights and optimizer, to go on.
+
+    Attributes:
+        step: Steps taken, skipped ones included.
+        position: Sequences drawn from the global stream.
+        tokens: Tokens seen, padding excluded.
+        skipped_steps, skipped_in_a_row: Non-finite steps, in all and since the last good one.
+        evaluated: Step of the last evaluation; a stop request may leave one owed, which is taken on resume.
+        first_position: Where in the global stream the run began: beyond 0 where it keeps the position of another's weights.
+    """
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    evaluated: int = 0
+    first_position: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    def owes_evaluation(self, every: int, last: int) -> bool:
+        """Whether this step is one to evaluate after, every so many steps and after the last, and none has been kept."""
+        return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
+
+
+class Loader(Protocol):
+    """A rank's share of an endless stream of sequences, by position."""
+
+    def batches(self, position: int) -> list[Batch]:
+        """The micro-batches of the step that starts at a position."""
+        ...
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often the training data of each modality have been seen by then."""
+        ...
+
+
+class Saver(Protocol):
+    """Makes the state durable; fails on all ranks or on none."""
+
+    def save(self, progress: Progress, *, durable: bool) -> None:
+        """Saves the present state; returns when it is durable if that is asked for, else it may be written later.
+
+        Raises:
+            CheckpointError: a durable one could not be written; the last checkpoint stands.
+        """
+        ...
+
+    def poll(self) -> None:
+        """Tells of a save that failed meanwhile: in the log, or raised where the run cannot go on. Costs nothing."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when no save is being written."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of the loop, as plain values.
+
+    Attributes:
+        steps: Last step of the run.
+        global_batch: Sequences a step.
+        lr: Learning rate of a step (0-based).
+        aux: Auxiliary coefficients of a step (0-based).
+        evaluate_every, save_every: In steps.
+        max_skipped_in_a_row: Non-finite steps in a row that end the run.
+        flops_per_token: Forward and backward FLOPs a token, from the mean true experts a token and the share of the tokens
+            of each group.
+        peak_flops: Of all devices together; None where unknown.
+        load_target: True experts a token that a controller holds each group at, by group.
+        even_load: Those that controllers and balance loss lead to, where it is not k n over all columns, by group.
+    """
+
+    steps: int
+    global_batch: int
+    lr: Callable[[int], float]
+    aux: Callable[[int], AuxSettings]
+    evaluate_every: int
+    save_every: int
+    max_skipped_in_a_row: int
+    flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
+    peak_flops: float | None = None
+    load_target: Mapping[str, float] = field(default_factory=dict)
+    even_load: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that reached its last step; `took_steps` tells whether this attempt took any."""
+
+    took_steps: bool
+    evaluation: EvaluationResult
+    checks: list[Check]
+
+
+class Trainer:
+    """Runs the loop on one rank; every rank runs the same one, and only rank 0 has sinks.
+
+    Args:
+        step: Takes one optimizer step.
+        loader: This rank's batches by position.
+        evaluator: Held-out losses.
+        saver: Makes the state durable; used on all ranks alike.
+        stop_requested: Whether this process was asked to stop; the ranks vote inside each step.
+        progress: Where to begin.
+        modalities: Of the data, in order.
+        baselines: Held-out losses of count models, for the summary.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        step: TrainingStep,
+        loader: Loader,
+        evaluator: Evaluator,
+        *,
+        placement: ExpertPlacement,
+        sinks: Sequence[Sink],
+        devices: DeviceMonitor | None,
+        saver: Saver,
+        stop_requested: Callable[[], bool],
+        progress: Progress,
+        modalities: Sequence[str],
+        baselines: dict[str, float],
+    ) -> None:
+        self._plan, self._take_step, self._loader, self._evaluator = plan, step, loader, evaluator
+        self._placement, self._sinks, self._devices = placement, sinks, devices
+        self._saver, self._stop_requested = saver, stop_requested
+        self.progress = progress
+        self._modalities, self._baselines = tuple(modalities), baselines
+        self._recent: deque[StepResult] = deque(maxlen=WINDOW)
+
+    def fit(self) -> Finished:
+        """Trains to the last step.
+
+        Raises:
+            StoppedError: a rank was asked to stop; the state is saved.
+            DivergedError: too many steps in a row were not finite; the last checkpoint stays.
+        """
+        plan, progress = self._plan, self.progress
+        evaluation: EvaluationResult | None = None
+        if self._owes_evaluation() and progress.step < plan.steps:
+            evaluation = self._evaluate(final=False)
+        while progress.step < plan.steps:
+            result = self._step()
+            self._saver.poll()
+            last = progress.step == plan.steps
+            stop = result.stop_requested and not last
+            if last or (self._owes_evaluation() and not stop):  # a stop saves first: the grace may be short
+                evaluation = self._evaluate(final=last)
+            if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
+                self._saver.wait()  # the last good state may still be on its way to the disk
+                raise DivergedError(self._divergence())
+            if last or stop or progress.step % plan.save_every == 0:
+                self._save(must=last or stop)
+            if stop:
+                raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
+        if evaluation is None:  # resumed at its very end
+            evaluation = self._evaluate(final=True)
+        return Finished(bool(self._recent), evaluation, self._checks(evaluation))
+
+    def _owes_evaluation(self) -> bool:
+        return self.progress.owes_evaluation(self._plan.evaluate_every, self._plan.steps)
+
+    def _step(self) -> StepResult:
+        begin = time.perf_counter()
+        plan, progress = self._plan, self.progress
+        lr, aux = plan.lr(progress.step), plan.aux(progress.step)
+        batches = self._loader.batches(progress.position)
+        result = self._take_step(
+            batches, lr=lr, aux=aux, stop_requested=self._stop_requested(), began=begin, number=progress.step
+        )
+        progress.step += 1
+        progress.position += plan.global_batch
+        progress.tokens += result.tokens
+        progress.skipped_steps += result.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        self._recent.append(result)
+        if self._sinks:
+            self._show(self._statistics(result, lr, aux, time.perf_counter() - begin))
+        return result
+
+    def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
+        experts, share = {}, {}
+        taken_LE = result.choices_LC[:, : self._placement.num_experts] - result.dropped_LE
+        groups = self._placement.groups
+        dropped_LG = np.stack([result.dropped_LE[:, group.experts].sum(1) for group in groups], axis=1)
+        for group, tokens in zip(groups, result.tokens_LG.sum(0), strict=True):
+            taken = taken_LE[:, group.experts].sum()
+            experts[group.name] = float(taken / max(1, tokens))
+            share[group.name] = float(tokens / max(1, result.tokens_LG.sum()))
+        return StepStatistics(
+            step=self.progress.step,
+            loss_sum=dict(zip(self._modalities, result.nll_M.tolist(), strict=True)),
+            labels=dict(zip(self._modalities, result.labels_M.tolist(), strict=True)),
+            balance_loss=result.balance,
+            z_loss=result.z,
+            auxiliary_loss=result.auxiliary,
+            balance_coefficient=aux.balance,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+            skipped_steps=self.progress.skipped_steps,
+            tokens=self.progress.tokens,
+            step_tokens=result.tokens,
+            choices_LC=result.choices_LC,
+            tokens_LG=result.tokens_LG,
+            entropy_sum_LG=result.entropy_LG,
+            rows_LR=rows_by_rank(taken_LE, self._placement),
+            dropped_LG=dropped_LG,
+            above_LE=result.above_LE,
+            idle_LG=result.idle_LG,
+            ledger=result.ledger,
+            comm_seconds=result.comm_seconds,
+            step_seconds=seconds,
+            epochs=self._loader.epochs(self.progress.position),
+            flops_per_token=self._plan.flops_per_token(experts, share),
+            busy_seconds_W=result.busy_seconds_W,
+            load_target=self._plan.load_target,
+            depths=result.depths,
+        )
+
+    def _show(self, stats: StepStatistics) -> None:
+        record = build_record(
+            stats,
+            groups=self._placement.groups,
+            placement=self._placement,
+            modalities=self._modalities,
+            readings=self._devices.read() if self._devices else None,
+            peak_flops=self._plan.peak_flops,
+        )
+        for sink in self._sinks:
+            sink.step(record)
+
+    def _evaluate(self, *, final: bool) -> EvaluationResult:
+        result = self._evaluator(self.progress.step, final=final, trained=self._last_batches(self._evaluator.calibration))
+        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has shown it, and ended right after
+            scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
+            for sink in self._sinks:
+                sink.evaluation(result, scalars)
+        self.progress.evaluated = self.progress.step
+        return result
+
+    def _last_batches(self, count: int) -> list[Batch]:
+        """The last micro-batches that this rank was trained on: at most `count`, the newest first."""
+        position, batches = self.progress.position - self._plan.global_batch, []
+        while len(batches) < count and position >= self.progress.first_position:
+            batches += self._loader.batches(position)
+            position -= self._plan.global_batch
+        return batches[:count]
+
+    def _save(self, *, must: bool) -> None:
+        """Saves; where it need not be durable now, it may be written while the next steps are taken."""
+        for sink in self._sinks:
+            sink.flush()  # records up to the checkpoint's step are not written again on resume
+        self._saver.save(self.progress, durable=must)
+
+    def _window_sum(self, field: str) -> np.ndarray:
+        if not self._recent:  # resumed at the very end: nothing was routed in this attempt
+            columns = sum(group.num_columns for group in self._placement.groups)
+            return np.zeros((1, columns if field == "choices_LC" else len(self._placement.groups)), np.int64)
+        return np.sum([getattr(result, field) for result in self._recent], axis=0)
+
+    def _checks(self, evaluation: EvaluationResult) -> list[Check]:
+        return run_checks(
+            evaluation,
+            self._baselines,
+            choices_LC=self._window_sum("choices_LC"),
+            tokens_LG=self._window_sum("tokens_LG"),
+            groups=self._placement.groups,
+            skipped_steps=self.progress.skipped_steps,
+            window=len(self._recent),
+            even_load=self._plan.even_load,
+        )
+
+    def _divergence(self) -> str:
+        """What is known about the steps that were not finite."""
+        last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
+        return (
+            f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "
+            f"{self.progress.step} (train.max_skipped_in_a_row={self._plan.max_skipped_in_a_row}); loss/norm of the last "
+            f"steps: {', '.join(last[-self.progress.skipped_in_a_row - 3 :])}; the last checkpoint is untouched: lower "
+            "optimizer.lr, lengthen its warm-up, or lower optimizer.clip_norm (docs/monitoring.md)"
+        )

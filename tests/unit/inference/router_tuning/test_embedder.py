@@ -1,0 +1,118 @@
+"""Embeddings are the mean over a text's own tokens; folders that would need code or pickles are refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
+from tests.support.tiny_embedder import tiny_embedder
+
+TEXTS = ["what is the number 3?", "a", "gloss number 17; word " * 9, "a word"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_embedder(tmp_path_factory.mktemp("embedder") / "tiny")
+
+
+@torch.no_grad()
+def by_hand(folder: Path, text: str, *, normalise: bool) -> np.ndarray:
+    """One text alone, without padding."""
+    from tokenizers import Tokenizer
+    from transformers import BertModel
+
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    ids = ids if len(ids) <= 16 else [*ids[:15], ids[-1]]
+    hidden = BertModel.from_pretrained(folder).eval()(torch.tensor([ids])).last_hidden_state[0]
+    mean = hidden.mean(0)
+    return (mean / mean.norm() if normalise else mean).numpy()
+
+
+def test_texts_side_by_side_are_as_each_alone(made: Path) -> None:
+    found = Embedder(made)(TEXTS)
+    assert found.dtype == np.float32
+    for text, row in zip(TEXTS, found, strict=True):
+        np.testing.assert_allclose(row, by_hand(made, text, normalise=True), atol=1e-6)
+    assert np.linalg.norm(found, axis=1) == pytest.approx(1.0, abs=1e-6)
+    assert np.linalg.norm(found[0] - found[1]) > 0.05
+
+
+def test_without_normalize_lengths_are_their_own(tmp_path: Path) -> None:
+    folder = tiny_embedder(tmp_path / "plain", normalise=False)
+    found = Embedder(folder)(TEXTS[:1])
+    np.testing.assert_allclose(found[0], by_hand(folder, TEXTS[0], normalise=False), atol=1e-6)
+    assert abs(np.linalg.norm(found[0]) - 1.0) > 0.01
+
+
+def test_the_hash_is_of_the_contents(made: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(made, tmp_path / "elsewhere")
+    assert Embedder(copy).sha256 == Embedder(made).sha256
+    assert Embedder(tiny_embedder(tmp_path / "other", seed=1)).sha256 != Embedder(made).sha256
+    (copy / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    assert Embedder(copy).sha256 != Embedder(made).sha256
+
+
+def modules(folder: Path, change: Callable[[list[dict[str, object]]], None]) -> None:
+    path = folder / "modules.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def pooling(folder: Path) -> None:
+    (folder / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+
+
+def auto_map(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModel": "modeling.Own"}}))
+
+
+BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "custom module": (
+        lambda f: modules(f, lambda m: m[0].update(type="my_package.Own")),
+        "the module my_package.Own is code of its own, which is not run",
+    ),
+    "no pooling": (lambda f: modules(f, lambda m: m.pop(1)), "an embedder is Transformer, Pooling and, if"),
+    "a path that leads out": (lambda f: modules(f, lambda m: m[0].update(path="../..")), "leads out of the folder"),
+    "pickles": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin: pickled weights can run code and are never read",
+    ),
+    "auto_map": (auto_map, "auto_map names code of the folder, which is not run"),
+    "other pooling": (pooling, "pooling must be pooling_mode_mean_tokens alone"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "modules.json no JSON": (lambda f: (f / "modules.json").write_text("{"), "modules.json: no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_needs_code_or_lacks_files_is_refused(made: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(made, tmp_path / "broken")
+    change, message = BREAKS[name]
+    change(folder)
+    with pytest.raises(DataError) as raised:
+        Embedder(folder)
+    assert message in str(raised.value)
+    assert "see docs/router-tuning.md" in str(raised.value)
+
+
+def test_damaged_weights_are_named(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "broken")
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(MoeDistError, match="cannot be loaded"):
+        Embedder(folder)(["a"])
+
+
+def test_a_missing_folder_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="`make embedder` installs the default one there"):
+        Embedder(PACKAGED)
+    with pytest.raises(ConfigError, match="give a folder that sentence-transformers saved"):
+        Embedder(tmp_path / "nowhere")

@@ -1,0 +1,166 @@
+"""lm-evaluation-harness measures the same through our model class as through its own class for Hugging Face models.
+
+A run with random weights is exported, gets a tokenizer in Hugging Face's form beside it, and is loaded by `HFLM`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+
+from moe_dist.hf.exporting import export_model
+from moe_dist.inference.generate import Generator
+from moe_dist.inference.harness import HarnessModel
+from moe_dist.inference.likelihood import Likelihood
+from moe_dist.inference.material import Material
+from moe_dist.inference.trained import find_trained
+from tests.support.one_rank import OneRank, world_of_one
+from tests.support.pictured import VOCAB
+
+ROOT = Path(__file__).parents[3]
+LONGEST = 96
+QUESTIONS = 12
+
+
+@dataclass(frozen=True)
+class Both:
+    """A run, its model as the harness sees it here, and its export as the harness's own class sees it: with the mark of the
+    beginning before each context, and without, as running texts want it."""
+
+    run: Path
+    ours: HarnessModel
+    theirs: Any
+    unmarked: Any
+
+
+@pytest.fixture(scope="module")
+def both(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
+    from lm_eval.models.huggingface import HFLM  # transformers: seconds that no other test here needs
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("exported")
+    group = {"num_experts": 4, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}
+    shape: dict[str, Any] = {"model__vocab_size": VOCAB, "model__max_seq_len": LONGEST, "data__seq_len": LONGEST}
+    with world_of_one():  # weights so large that log-likelihoods differ by whole nats
+        made = OneRank(own_data, root / "runs", model__moe__groups={"all": group}, model__init_std=0.3, **shape)
+        made.train_and_save()
+    run = made.folder.parent
+    export_model(run, root / "hf")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(own_data / "tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.save_pretrained(root / "hf")
+
+    trained = find_trained(run)
+    model = trained.load(torch.device("cpu"))
+    material = Material(trained.config.data.path, trained.manifest, vocab_size=VOCAB)
+    options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
+    likelihood, generator = Likelihood(model, trained.manifest, **options), Generator(model, material.grammar, **options)
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4}
+    theirs, unmarked = (HFLM(str(root / "hf"), add_bos_token=marked, **settings) for marked in (True, False))
+    return Both(run, HarnessModel(likelihood, generator, material, max_seq_len=LONGEST), theirs, unmarked)
+
+
+def asked(kind: Any, arguments: Sequence[tuple[str, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+def likeliest(model: Any, contexts: Sequence[str]) -> tuple[str, str]:
+    """The first context behind which the likeliest token is text that is read back as it, with that text."""
+    for context in contexts:
+        ids = model.tok_encode(context)
+        token = int(model._model_call(torch.tensor([ids]))[0, -1].argmax())
+        text = model.tok_decode([token])
+        if model.tok_encode(context + text) == [*ids, token]:
+            return context, text
+    raise AssertionError("all of them are followed by bytes of no text")
+
+
+def test_log_likelihoods_of_continuations(both: Both) -> None:
+    pairs = [
+        ("text", " 12"),
+        ("", "text"),
+        ("text ", "12"),
+        ("text 1\n\ntext", " 4 text 4"),
+        ("naïve ☂", " 7"),
+        ("x" * 80, " y"),
+    ]
+    requests = asked("loglikelihood", [*pairs, likeliest(both.theirs, [f"text {number}" for number in range(40)])])
+    ours, theirs = both.ours.loglikelihood(requests), both.theirs.loglikelihood(requests)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs] == [*[False] * len(pairs), True]
+    assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=1e-4)
+    assert max(nats for nats, _ in theirs[: len(pairs)]) < -1.0
+
+
+def test_log_likelihoods_of_running_texts(both: Both) -> None:
+    """Longer than the model's window, and shorter."""
+    requests = asked("loglikelihood_rolling", [("text 1 text 2 " * 40,), ("text",)])
+    ours, theirs = both.ours.loglikelihood_rolling(requests), both.unmarked.loglikelihood_rolling(requests)
+    assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-4)
+    assert theirs[0] < -500.0
+
+
+def written_tasks(folder: Path) -> str:
+    """YAML files of two tasks over questions in a local file, with a comma between."""
+    lines = []
+    for number in range(QUESTIONS):
+        choices = [f"{number * 7 % 30} text", f"{number * 5 % 30}", "even picture"]
+        lines.append(json.dumps({"question": f"text {number} text", "choices": choices, "answer": number % 3}))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    common: dict[str, Any] = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "questions.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    tasks = {
+        "choices": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "endings": {
+            "output_type": "loglikelihood",
+            "doc_to_target": " {{choices[answer]}}",
+            "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+        },
+    }
+    for name, task in tasks.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **task}))
+    return ",".join(str(folder / f"{name}.yaml") for name in tasks)
+
+
+@pytest.mark.timeout(300)
+def test_the_command_prints_what_the_harness_measures_of_the_export(both: Both, tmp_path: Path) -> None:
+    tasks = written_tasks(tmp_path)
+    command = [sys.executable, "-m", "tools.evaluate", str(both.run), "--harness", tasks, "--json"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["harness"]
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)
+    wanted = simple_evaluate(both.theirs, tasks=tasks.split(","), bootstrap_iters=0, task_manager=manager)
+    assert wanted is not None
+    assert found.keys() == wanted["results"].keys() == {"choices", "endings"}
+    for task, metrics in {"choices": ("acc,none", "acc_norm,none"), "endings": ("perplexity,none", "acc,none")}.items():
+        for metric in metrics:
+            assert found[task][metric] == pytest.approx(wanted["results"][task][metric], rel=1e-4), metric
+    assert 0 < found["choices"]["acc,none"] < 1
+    assert found["choices"]["sample_len"] == QUESTIONS
+    assert found["endings"]["perplexity,none"] > 10

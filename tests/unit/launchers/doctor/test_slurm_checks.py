@@ -1,0 +1,100 @@
+"""What is concluded from the words of sinfo and scontrol."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from launchers.command import JobPlan, NodePlan
+from launchers.doctor.slurm_checks import ask, check_slurm, gpus_of, judge_grace, read_offers
+from moe_dist.config.cluster import Cluster
+from moe_dist.doctor.finding import Finding, Level
+
+NODES = """\
+n1|idle|vision|96|gpu:h100:8(S:0-1)|gpu*
+n2|allocated|vision,nvme|96|gpu:h100:8(S:0-1)|gpu*
+n3|drained|text|96|gpu:h100:8(S:0-1)|gpu*
+n4|idle*|text|96|(null)|gpu*
+n1|idle|vision|96|gpu:h100:8(S:0-1)|debug
+"""
+CONFIG = "PreemptType             = preempt/none\nKillWait                = 30 sec\nSLURM_VERSION           = 24.11.5\n"
+PLAN = JobPlan((NodePlan(0, tuple(range(8)), "vision"), NodePlan(1, tuple(range(8, 16)), "vision")), gpus_per_node=8)
+
+
+def slurm(nodes: str = NODES, config: str = CONFIG, limit: str = "gpu*|1-00:00:00\ndebug|30:00\n"):
+    """Answers as Slurm's commands would."""
+
+    def ask(command: Sequence[str]) -> str:
+        if command[0] == "scontrol":
+            return config
+        return nodes if "--Node" in command else limit
+
+    return ask
+
+
+def check(
+    plan: JobPlan = PLAN, save_seconds: float | None = 20.0, cluster: Cluster | None = None, **words: str
+) -> list[Finding]:
+    return check_slurm(plan, cluster or Cluster(time="12:00:00"), save_seconds, ask=slurm(**words))
+
+
+def test_a_good_cluster() -> None:
+    assert [(found.check, found.level) for found in check()] == [
+        (name, Level.OK) for name in ("scheduler", "nodes", "time limit", "stop grace")
+    ]
+
+
+def test_nodes_of_the_default_partition_and_what_they_have() -> None:
+    offers = read_offers(None, slurm())
+    assert [(each.name, each.up, each.amounts["GPU"]) for each in offers] == [
+        ("n1", True, 8),
+        ("n2", True, 8),
+        ("n3", False, 8),
+        ("n4", False, 0),
+    ]
+    assert offers[1].traits == {"vision", "nvme"}
+
+
+def test_a_slurm_that_does_not_answer_is_one_line() -> None:
+    def broken(command: Sequence[str]) -> str:
+        raise OSError("sinfo: Unable to contact slurm controller")
+
+    (found,) = check_slurm(PLAN, Cluster(), None, ask=broken)
+    assert (found.check, found.verdict) == ("scheduler", 69)
+
+
+def test_what_a_command_of_slurm_complains_of_is_one_line() -> None:
+    with pytest.raises(OSError, match=r"^bash: error: one / fatal: two$"):
+        ask(["bash", "-c", "printf 'error: one\\nfatal: two\\n' >&2; exit 1"])
+
+
+def test_a_time_that_the_partition_does_not_allow() -> None:
+    faults = [found for found in check(cluster=Cluster(time="2-00:00:00")) if found.is_fault]
+    assert [(found.check, found.verdict) for found in faults] == [("time limit", 78)]
+    assert "time: 2-00:00:00, the default partition allows 1-00:00:00" in faults[0].text
+
+
+def test_preemption_that_kills_before_the_save_is_done() -> None:
+    config = CONFIG.replace("preempt/none", "preempt/partition_prio")
+    assert not [found for found in check(save_seconds=40.0) if found.is_fault], "nothing preempts"
+    (found,) = [found for found in check(save_seconds=40.0, config=config) if found.is_fault]
+    assert str(found).startswith("stop grace: 30 s on preemption (KillWait), the last saves took up to 40.0 s; lengthen")
+
+
+def test_the_grace_needs_a_measured_save() -> None:
+    assert judge_grace({"x": 1.0}, None).level is Level.NOTE
+    assert judge_grace({"x": 1.0, "y": 60.0}, 0.5).level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("(null)", 0),
+        ("gpu:2", 2),
+        ("gpu:h100:8(S:0-1)", 8),
+        ("nic:1,gpu:a100:4", 4),
+        ("gpu:a100:4,gpu:v100:2", 6),
+        ("mps:100", 0),
+    ],
+)
+def test_gpus_in_a_list_of_resources(gres: str, gpus: int) -> None:
+    assert gpus_of(gres) == gpus

@@ -1,0 +1,92 @@
+"""What the driver tells its ranks and its user; no cluster."""
+
+import json
+import socket
+
+import pytest
+
+from launchers.command import JobPlan, NodePlan
+from launchers.ray.driver import connected, grace_text, seat_variables, seats_table, site_variables, stop_grace
+from launchers.ray.rank import Seat
+from moe_dist.config.cluster import Cluster
+from moe_dist.errors import PlacementError
+
+JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+PLAN = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3))), gpus_per_node=2, groups=(("text",), ("image",), (), ("image",)))
+SEATS = [Seat("n0", "10.0.0.1", {"modality": "text", "ray.io/node-id": "n0"}, ("3",)), Seat("n1", "10.0.0.2", {}, ("0",))]
+SEATS += [Seat("n0", "10.0.0.1", {}, ("1",)), Seat("n1", "10.0.0.2", {}, ("5",))]
+
+
+def test_a_rank_sees_the_gpus_of_its_node_with_its_own_at_its_local_rank() -> None:
+    variables = seat_variables(PLAN, SEATS)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in variables] == ["3,1", "0,5", "3,1", "0,5"]
+    for rank, seat in enumerate(SEATS):
+        local = PLAN.place_of(rank).local_rank
+        assert variables[rank]["CUDA_VISIBLE_DEVICES"].split(",")[local] == seat.gpus[0]
+    assert json.loads(variables[0]["MOE_DIST_NODE_LABELS"]) == dict(SEATS[0].labels)
+
+
+def test_without_gpus_what_the_node_says_of_them_is_left_alone() -> None:
+    seats = [Seat("n", "10.0.0.1", {}, ())] * 4
+    assert all("CUDA_VISIBLE_DEVICES" not in each for each in seat_variables(PLAN, seats))
+
+
+def test_rank_0_listens_at_its_own_node_or_at_the_interface_of_the_site() -> None:
+    assert site_variables(Cluster(), SEATS, 0) == {"MOE_DIST_RENDEZVOUS_HOST": "10.0.0.1"}
+    assert site_variables(Cluster(), SEATS, 1) == {}
+    site = Cluster.model_validate({"interface": "ib0", "nccl": {"NCCL_IB_HCA": {"value": "mlx5", "reason": "no RoCE"}}})
+    named = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib0", "NCCL_IB_HCA": "mlx5"}
+    assert site_variables(site, SEATS, 0) == named
+
+
+def test_each_rank_is_shown_where_it_is() -> None:
+    assert seats_table(PLAN, SEATS).splitlines() == [
+        "rank 0  10.0.0.1  modality=text  GPU 3  experts of text",
+        "rank 1  10.0.0.2  -  GPU 0  experts of image",
+        "rank 2  10.0.0.1  -  GPU 1",
+        "rank 3  10.0.0.2  -  GPU 5  experts of image",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("env", "seconds"),
+    [
+        ({}, None),
+        (JOB, 3.0),
+        ({**JOB, "RAY_JOB_STOP_WAIT_TIME_S": "300"}, 300.0),
+        ({**JOB, "RAY_JOB_STOP_WAIT_TIME_S": "x"}, 3.0),
+    ],
+    ids=["no job", "Ray's default", "set", "no number"],
+)
+def test_the_grace_is_that_of_rays_job_api(env: dict[str, str], seconds: float | None) -> None:
+    assert stop_grace(env) == seconds
+
+
+@pytest.mark.parametrize(
+    ("grace", "save", "said", "warned"),
+    [
+        (300.0, None, "a stop may take 300 s (RAY_JOB_STOP_WAIT_TIME_S); this run has saved nothing yet", False),
+        (300.0, 30.0, "its last saves took up to 30.0 s", False),
+        (300.0, 290.0, "`ray job stop` will kill the run before it has saved", True),
+        (3.0, None, "RAY_JOB_STOP_WAIT_TIME_S", True),
+        (3.0, 0.1, "RAY_JOB_STOP_WAIT_TIME_S", True),
+    ],
+)
+def test_a_grace_too_short_for_the_measured_saves_is_warned_of(
+    grace: float, save: float | None, said: str, warned: bool
+) -> None:
+    text = grace_text(grace, save)
+    assert said in text
+    assert ("WARNING" in text) == warned
+
+
+def test_no_cluster_is_a_placement_error_that_says_the_way_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        address = "{}:{}".format(*gone.getsockname())
+    with pytest.raises(PlacementError, match=f"no Ray cluster at {address}") as error, connected({"RAY_ADDRESS": address}):
+        pass
+    assert "--submit ADDRESS" in str(error.value)
+
+
+def test_outside_of_a_job_there_is_no_grace_to_tell() -> None:
+    assert grace_text(None, 5.0) == ""

@@ -1,0 +1,176 @@
+"""The command for Ray up to the border of Ray: what is refused, submitted and stopped. Ray's job API is a stand-in."""
+
+import shlex
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RpcError
+
+from launchers.ray import submit as ray_submit
+from launchers.ray.__main__ import launch, submitted
+from launchers.ray.job import ROOT, seen_from_the_job
+from launchers.ray.submit import follow_job, stop, verdict, verdict_line
+from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.tiny import tiny_config, write_config
+
+
+@dataclass
+class Api:
+    """Ray's job API with one job: its log in pieces, the connection breaking once after some of them; it has ended when it
+    was asked for more than `runs_for` times."""
+
+    pieces: list[str]
+    status: str = "SUCCEEDED"
+    driver_exit_code: int | None = 0
+    breaks_after: int | None = None
+    runs_for: int = 0
+    asked: int = 0
+    submissions: list[dict[str, Any]] = field(default_factory=list)
+
+    def submit_job(self, **request: Any) -> str:
+        self.submissions.append(request)
+        return "raysubmit_x"
+
+    def stop_job(self, job_id: str) -> bool:
+        if job_id != "raysubmit_x":
+            raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist.")
+        return True
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for index, piece in enumerate(self.pieces):
+            if index == self.breaks_after:
+                self.breaks_after = None
+                raise RuntimeError("connection closed")
+            yield piece
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "".join(self.pieces)
+
+    def get_job_info(self, job_id: str) -> Any:
+        self.asked += 1
+        over = self.asked > self.runs_for
+
+        class Status(str):
+            def is_terminal(self) -> bool:
+                return over
+
+        return SimpleNamespace(status=Status(self.status), driver_exit_code=self.driver_exit_code, message="")
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, api: Api) -> Api:
+    monkeypatch.setattr(ray_submit, "connect", lambda address: api)
+    monkeypatch.setattr(ray_submit, "POLL_SECONDS", 0.0)
+    return api
+
+
+@pytest.fixture
+def yaml(tmp_path: Path, tiny_data: Path) -> Path:
+    return write_config(tiny_config(tiny_data, tmp_path / "runs"), tmp_path / "x.yaml")
+
+
+def test_relative_paths_are_refused_with_an_example(yaml: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"run\.root='runs': must be absolute.*as in run\.root=/shared/folder/runs"
+    ) as error:
+        launch(yaml, ["run.root=runs"])
+    assert error.value.exit_code == 78
+
+
+def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from moe_dist.config.load import load_config
+    from moe_dist.runtime.attempt import Attempt
+    from moe_dist.runtime.environment import RankEnv
+
+    config = load_config(yaml)
+    with Attempt(RankEnv.from_environment({})) as attempt:
+        attempt.open(config)
+        attempt.last_step = lambda: config.train.steps
+    RunFolder.of(config).write_summary("all is well\n")
+    assert launch(yaml) == 0
+    assert "all is well" in capsys.readouterr().out
+
+
+def test_what_ray_ships_is_named_from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "configs")
+    assert seen_from_the_job(Path("x.yaml")) == Path("configs/x.yaml")
+    assert seen_from_the_job(Path("/elsewhere/x.yaml")) == Path("/elsewhere/x.yaml")
+
+
+def test_a_submission_quotes_its_words_makes_paths_absolute_and_sets_the_grace(
+    yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = answers(monkeypatch, Api([]))
+    monkeypatch.chdir(yaml.parent)
+    monkeypatch.setenv("MOE_DIST_TEST_KEY", "value")
+    monkeypatch.setenv("MOE_DIST_CLUSTER", "cpu")
+    code = submitted(
+        Path("x.yaml"),
+        ["run.root=my runs"],
+        address="http://127.0.0.1:8265",
+        options=["--max-failures=2"],
+        cluster=None,
+        grace_seconds=120,
+        forwarded=["MOE_DIST_TEST_KEY"],
+    )
+    assert code == 0
+    (request,) = api.submissions
+    words = shlex.split(request["entrypoint"])
+    assert words[:5] == ["python", "-m", "launchers.ray", str(yaml), "run.root=my runs"]
+    assert f"run.root={yaml.parent}/my runs" in words[5:]
+    assert words[-2:] == ["--max-failures=2", "--cluster=cpu"]
+    assert request["runtime_env"]["env_vars"] == {"MOE_DIST_TEST_KEY": "value", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+
+
+def test_a_variable_that_is_not_there_is_refused(yaml: Path) -> None:
+    nowhere = {"address": "http://127.0.0.1:1", "options": [], "cluster": None, "grace_seconds": 1}
+    with pytest.raises(ConfigError, match="--env MOE_DIST_TEST_NONE"):
+        submitted(yaml, [], forwarded=["MOE_DIST_TEST_NONE"], **nowhere)
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "log", "code"),
+    [
+        ("SUCCEEDED", 0, verdict_line(0), 0),
+        ("FAILED", 70, verdict_line(70), 70),
+        ("STOPPED", None, f"step 3\n{verdict_line(75)}\n", 75),
+        ("STOPPED", None, f"{verdict_line(1)}\n{verdict_line(75)}\n", 75),
+        ("STOPPED", None, "step 3\n", 1),
+        ("FAILED", None, "", 1),
+    ],
+)
+def test_the_verdict_is_the_exit_code_or_the_last_line_of_a_stopped_job(
+    status: str, exit_code: int | None, log: str, code: int
+) -> None:
+    assert verdict(Api([], status, exit_code).get_job_info("x"), log) == code
+
+
+def test_the_log_is_shown_once_though_the_connection_breaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = answers(monkeypatch, Api(["one\n", "two\n", "three\n"], "FAILED", 78, breaks_after=2, runs_for=1))
+    assert follow_job(api, "raysubmit_x") == 78  # pyright: ignore
+    shown = capsys.readouterr()
+    assert shown.out == "one\ntwo\nthree\n"
+    assert "connection closed" in shown.err
+
+
+def test_a_stop_returns_the_verdict_and_knows_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, Api([verdict_line(75)], "STOPPED", None))
+    assert stop("http://127.0.0.1:8265", "raysubmit_x") == 75
+    with pytest.raises(ConfigError, match="--stop raysubmit_y: Request failed"):
+        stop("http://127.0.0.1:8265", "raysubmit_y")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "foo://x", "http://127.0.0.1:1", "http://x:y"])
+def test_an_address_where_nobody_answers_is_69_in_words(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(address: str) -> None:
+        raise RpcError("Timed out while waiting for GCS to become available.")
+
+    monkeypatch.setattr("ray.dashboard.utils.ray_address_to_api_server_url", nobody)  # takes it 40 s to say so
+    with pytest.raises(PlacementError, match=f"--submit {address}: .*; it must be the address of the dashboard"):
+        ray_submit.connect(address)

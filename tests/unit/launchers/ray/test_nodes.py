@@ -1,0 +1,114 @@
+"""Nodes of a Ray cluster for the nodes of a plan."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from launchers.command import JobPlan, NodePlan
+from launchers.ray.nodes import DOMAIN, RayNode, assign, bundle_of_rank, islands
+
+TEXT, IMAGE = {"modality": "text"}, {"modality": "image"}
+
+
+def node(name: str, labels: Mapping[str, str] | None = None, *, cpus: int = 1, free: int | None = None) -> RayNode:
+    resources = {"CPU": float(cpus)}
+    return RayNode(name, name, f"host-{name}", 1, labels or {}, resources, {"CPU": float(cpus if free is None else free)})
+
+
+def plan(*wants: Mapping[str, str], ranks: int = 1) -> JobPlan:
+    nodes = [
+        NodePlan(index, tuple(range(index * ranks, (index + 1) * ranks)), labels=labels, groups=tuple(labels.values()))
+        for index, labels in enumerate(wants)
+    ]
+    return JobPlan(tuple(nodes))
+
+
+def names(job: JobPlan, *nodes: RayNode, bundle: Mapping[str, float] | None = None) -> list[str]:
+    found = assign(job, nodes, bundle or {"CPU": 1.0})
+    assert not found.faults
+    return [each.node_id for each in found.nodes]
+
+
+def test_an_interleaved_plan_finds_its_labels_in_any_order_of_the_nodes() -> None:
+    nodes = [node("a", TEXT), node("b", IMAGE), node("c", IMAGE), node("d", TEXT)]
+    assert names(plan(IMAGE, TEXT, IMAGE, TEXT), *nodes) == ["b", "a", "c", "d"]
+
+
+def test_a_node_that_any_rank_could_take_is_left_to_the_one_that_needs_it() -> None:
+    assert names(plan({}, TEXT), node("a", TEXT), node("b")) == ["b", "a"]
+
+
+def test_all_ranks_of_a_node_need_room_on_one() -> None:
+    assert names(plan({}, {}, ranks=2), node("a", cpus=1), node("b", cpus=2), node("c", cpus=3)) == ["b", "c"]
+
+
+def test_the_feature_of_slurm_is_a_label_where_no_labels_are_given() -> None:
+    job = JobPlan((NodePlan(0, (0,), feature="vision"),))
+    assert names(job, node("a"), node("b", {"feature": "vision"})) == ["b"]
+
+
+def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
+    assert names(plan(TEXT), node("a", TEXT, free=0), node("b", TEXT)) == ["b"]
+    found = assign(plan(TEXT, IMAGE), [node("a", TEXT, free=0), node("b", IMAGE)], {"CPU": 1.0})
+    assert (found.nodes, found.faults) == ((), ())
+    assert [each.index for each in found.waits_for] == [0]
+
+
+@pytest.mark.parametrize(
+    ("job", "nodes", "message"),
+    [
+        (
+            plan(TEXT, {"modality": "video"}),
+            [node("a", TEXT), node("b", IMAGE)],
+            "rank 1 (experts of video): needs a Ray node with the label modality=video, and no live node has it; there are "
+            "host-a (modality=text), host-b (modality=image); start one with `ray start --labels modality=video ...`, or "
+            "change placement.groups.video.node.labels",
+        ),
+        (
+            plan({}, ranks=3),
+            [node("a", cpus=2), node("b", cpus=1)],
+            "ranks 0, 1, 2: needs 3 CPU on a Ray node, and the largest has 2 CPU; put fewer ranks on a node",
+        ),
+        (
+            plan(TEXT, TEXT, TEXT),
+            [node("a", TEXT), node("b", TEXT), node("c", IMAGE)],
+            "rank 2 (experts of text): needs a Ray node with the label modality=text and 1 CPU free of other ranks; the "
+            "plan has 3 such nodes, the cluster 2: host-a (modality=text), host-b (modality=text); start more",
+        ),
+        (plan({}), [], "rank 0: needs a Ray node"),
+    ],
+    ids=["label", "room", "too few", "none at all"],
+)
+def test_what_no_node_can_give_is_named(job: JobPlan, nodes: list[RayNode], message: str) -> None:
+    (fault,) = assign(job, nodes, {"CPU": 1.0}).faults
+    assert fault.startswith(message)
+
+
+def test_a_rank_takes_a_gpu_where_the_plan_has_gpus() -> None:
+    assert bundle_of_rank(plan({}), None) == {"CPU": 1.0}
+    assert bundle_of_rank(JobPlan(plan({}).nodes, gpus_per_node=8), 6) == {"CPU": 6.0, "GPU": 1.0}
+
+
+def test_islands_are_the_nodes_that_ep_groups_tie_together() -> None:
+    four = plan({}, {}, {}, {}, ranks=2)
+    assert islands(four, 2) == [(0,), (1,), (2,), (3,)]
+    assert islands(four, 4) == [(0, 1), (2, 3)]
+    interleaved = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3)), NodePlan(2, (4, 5))))
+    assert islands(interleaved, 2) == [(0, 1), (2,)]
+
+
+def test_an_ep_group_on_several_nodes_stays_inside_a_domain_and_leaves_the_larger_one_whole() -> None:
+    racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abcde", "xyxyy", strict=True)]
+    found = assign(plan({}, {}), [*racks, node("f")], {"CPU": 1.0}, [(0, 1)])
+    assert [each.node_id for each in found.nodes] == ["a", "c"]
+    found = assign(plan({}, {}, {}), [*racks, node("f")], {"CPU": 1.0}, [(0,), (1, 2)])
+    assert [each.node_id for each in found.nodes] == ["f", "a", "c"]
+
+
+def test_domains_that_are_too_small_or_unknown_are_named() -> None:
+    racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abc", "xyy", strict=True)]
+    (fault,) = assign(plan({}, {}, {}), racks, {"CPU": 1.0}, [(0, 1, 2)]).faults
+    assert fault.startswith("ranks 0, 1, 2: an EP group must stay inside one domain")
+    assert "there are x: 1 nodes, y: 2 nodes" in fault
+    (fault,) = assign(plan({}, {}), [node("a"), node("b")], {"CPU": 1.0}, [(0, 1)]).faults
+    assert "no node has the label" in fault

@@ -1,0 +1,105 @@
+"""The actor of a rank without Ray around it, over a real keeper and a small program."""
+
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launchers.ray import metrics as ray_metrics
+from launchers.ray.rank import RankActor
+from moe_dist.runtime.environment import RAY_METRICS
+
+PRELUDE = """
+import os, signal, sys, time
+def ready(path=sys.argv[1]):
+    with open(path + ".new", "w") as file: file.write(str(os.getpid()))
+    os.rename(path + ".new", path)
+"""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def started(folder: Path, program: str, *, shown: bool = False) -> RankActor:
+    (folder / "rank.py").write_text(PRELUDE + textwrap.dedent(program))
+    actor = RankActor(2)
+    argv = ["", str(folder / "rank.py"), str(folder / "ready")]  # the actor's own interpreter
+    actor.start(argv, {"MOE_DIST_TEST_WORD": "word"}, str(folder / "rank.log"), shown)
+    return actor
+
+
+def rank_pid(folder: Path) -> int:
+    wait_until((folder / "ready").exists)
+    return int((folder / "ready").read_text())
+
+
+def test_the_rank_gets_its_variables_and_the_actor_its_exit_code(tmp_path: Path) -> None:
+    actor = started(tmp_path, "print(os.environ['MOE_DIST_TEST_WORD'], sys.executable); sys.exit(65)")
+    assert actor.wait() == 65
+    assert (tmp_path / "rank.log").read_text() == f"word {sys.executable}\n"
+    assert repr(actor) == "rank 2"
+
+
+def test_signals_and_looks_come_through_while_the_actor_waits(tmp_path: Path) -> None:
+    actor = started(tmp_path, "signal.signal(15, lambda *_: sys.exit(75)); ready(); time.sleep(600)")
+    codes: list[int] = []
+    waiting = threading.Thread(target=lambda: codes.append(actor.wait()))
+    waiting.start()
+    pid = rank_pid(tmp_path)
+    assert not actor.frozen()
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(actor.frozen)
+    os.kill(pid, signal.SIGCONT)
+    actor.send(signal.SIGTERM)
+    waiting.join()
+    assert codes == [75]
+    assert not actor.frozen()
+    actor.send(signal.SIGTERM)  # too late, and no harm
+
+
+def test_a_keeper_that_was_killed_counts_as_a_killed_rank(tmp_path: Path) -> None:
+    actor = started(tmp_path, "ready(); time.sleep(600)")
+    keeper = int(Path(f"/proc/{rank_pid(tmp_path)}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(keeper, signal.SIGKILL)
+    assert actor.wait() == -signal.SIGKILL
+
+
+def test_a_rank_that_cannot_be_started_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="/no/such/python could not be started"):
+        RankActor(0).start(["/no/such/python"], {}, str(tmp_path / "rank.log"), False)
+
+
+def test_numbers_of_rank_0_reach_rays_gauges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: dict[str, tuple[str, dict[str, str], float]] = {}
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name, self.description, self.tag_keys = name, description, tag_keys
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert tuple(tags) == self.tag_keys
+            set_to[self.name] = (self.description, tags, value)
+
+    monkeypatch.setattr(ray_metrics, "Gauge", Gauge)
+    send = f"""
+    import json, socket
+    loss = ["moe_dist_loss", "Nats.", {{"run": "x", "term": "total"}}, 2.5]
+    samples = [loss, ["moe_dist_step", "Steps.", {{"run": "x"}}, 7]]
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sender.sendto(json.dumps(samples).encode(), os.environ[{RAY_METRICS!r}])
+    """
+    actor = started(tmp_path, send, shown=True)
+    assert actor.wait() == 0
+    wait_until(lambda: len(set_to) == 2)
+    assert set_to["moe_dist_loss"] == ("Nats.", {"run": "x", "term": "total"}, 2.5)
+    assert set_to["moe_dist_step"] == ("Steps.", {"run": "x"}, 7)

@@ -1,0 +1,168 @@
+"""A keeper with small programs in place of ranks: nothing of them may be left, however they or their actor end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.ray.rank_supervisor import Order
+
+ROOT = Path(__file__).parents[4]
+# A process in a session of its own whose parent is gone; it writes down its pid.
+ESCAPED = """
+import os, sys, time
+def escape(path):
+    if os.fork():
+        while not os.path.exists(path): time.sleep(0.01)
+        return
+    os.setsid()
+    if os.fork(): os._exit(0)
+    with open(path + ".new", "w") as file: file.write(str(os.getpid()))
+    os.rename(path + ".new", path)
+    time.sleep(600); os._exit(0)
+"""
+
+
+class Kept:
+    """A keeper, started as an actor starts it."""
+
+    def __init__(self, folder: Path, program: str, *, shown: bool = False) -> None:
+        self.log, self.escaped = folder / "rank.log", folder / "escaped"
+        (folder / "rank.py").write_text(ESCAPED + textwrap.dedent(program))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launchers.ray.rank_supervisor"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        argv = [sys.executable, str(folder / "rank.py"), str(self.escaped)]
+        self.say(Order(argv, dict(os.environ), str(self.log), shown).line())
+        self.pid = int(self.hear()["pid"])
+
+    def say(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def actor_dies(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.stdin = None
+
+    def inner_pid(self) -> int:
+        """The keeper's second process, the rank's parent."""
+        return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    def escaped_pid(self) -> int:
+        wait_until(lambda: self.escaped.exists() and bool(self.escaped.read_text()))
+        return int(self.escaped.read_text())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
+    made: list[Kept] = []
+
+    def start(program: str, **options: Any) -> Kept:
+        made.append(Kept(tmp_path, program, **options))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.process.communicate()
+
+
+@pytest.mark.parametrize("code", [0, 70, -9])
+def test_the_exit_code_is_told_and_what_the_rank_left_behind_is_ended(kept: Callable[..., Kept], code: int) -> None:
+    end = f"sys.exit({code})" if code >= 0 else "os.kill(os.getpid(), 9)"
+    keeper = kept(f"escape(sys.argv[1]); {end}")
+    assert keeper.hear() == {"code": code}
+    escaped = keeper.escaped_pid()
+    assert keeper.process.wait() == 0
+    assert not is_alive(escaped)
+
+
+def test_nothing_is_left_when_the_actor_dies(kept: Callable[..., Kept]) -> None:
+    refuses = "import signal\nfor s in (15, 12, 2): signal.signal(s, signal.SIG_IGN)\n"
+    keeper = kept(refuses + "escape(sys.argv[1]); time.sleep(600)")
+    escaped = keeper.escaped_pid()
+    assert is_alive(keeper.pid)
+    keeper.actor_dies()
+    assert keeper.process.wait() == 0
+    assert not is_alive(keeper.pid)
+    assert not is_alive(escaped)
+
+
+def test_the_rank_dies_with_its_keeper(kept: Callable[..., Kept]) -> None:
+    keeper = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
+    keeper.escaped_pid()
+    os.kill(keeper.inner_pid(), signal.SIGKILL)
+    wait_until(lambda: not is_alive(keeper.pid))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_signals_are_passed_on_and_those_to_the_keeper_itself_do_nothing(
+    kept: Callable[..., Kept], number: signal.Signals
+) -> None:
+    program = """
+    import signal
+    def stop(number, frame): sys.exit(75)
+    for s in (15, 12, 2): signal.signal(s, stop)
+    open(sys.argv[1], "w").write("0")
+    time.sleep(600)
+    """
+    keeper = kept(program)
+    keeper.escaped_pid()
+    os.kill(keeper.inner_pid(), number)
+    keeper.say(f"{number.name}\n".encode())
+    assert keeper.hear() == {"code": 75}
+
+
+def test_a_rank_can_be_interrupted_as_from_a_terminal(kept: Callable[..., Kept]) -> None:
+    keeper = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
+    keeper.escaped_pid()
+    keeper.say(b"SIGINT\n")
+    assert keeper.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt: no handler was inherited as ignored
+
+
+def test_rank_0_is_shown_and_its_errors_are_in_the_log_as_well(kept: Callable[..., Kept]) -> None:
+    speaks = "print('out', flush=True); print('err', file=sys.stderr, flush=True)"
+    keeper = kept(speaks, shown=True)
+    assert keeper.hear() == {"code": 0}
+    _, shown = keeper.process.communicate()
+    assert sorted(shown.splitlines()) == [b"err", b"out"]
+    assert keeper.log.read_text() == "err\n"
+
+
+def test_other_ranks_speak_into_their_log(kept: Callable[..., Kept]) -> None:
+    keeper = kept("print('out', flush=True); print('err', file=sys.stderr, flush=True)")
+    assert keeper.hear() == {"code": 0}
+    _, shown = keeper.process.communicate()
+    assert (shown, keeper.log.read_text()) == (b"", "out\nerr\n")

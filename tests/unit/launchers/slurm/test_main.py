@@ -1,0 +1,181 @@
+"""Submitting: what is planned, printed, kept and refused. sbatch and sinfo are stand-ins on the path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launchers.slurm.__main__ import prepare
+from moe_dist.config.cluster import Cluster
+from moe_dist.config.load import resolved_yaml
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError, DataError, PlacementError
+from moe_dist.runtime.run_folder import RunFolder
+from tests.support.tiny import tiny_config, write_config
+
+ROOT = Path(__file__).parents[4]
+CPU = Cluster.model_validate({"gpus": {"syntax": "none"}, "ranks_per_node": 1})
+
+
+class Login:
+    """A login node with stand-ins for Slurm's commands."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self.config: Config = tiny_config(data, folder / "runs", {"run.name": "it"})
+        self.path = write_config(self.config, folder / "it.yaml")
+        self.run = RunFolder.of(self.config)
+        self.site = folder / "site.yaml"
+        self.site.write_text("gpus: {syntax: none}\nranks_per_node: 1\n")
+        self.stand_in("sbatch", 'echo "$*" >asked; echo "77;ci"')
+        self.stand_in("sinfo", "printf 'text,big\\n(null)\\n'")
+
+    def stand_in(self, name: str, body: str) -> None:
+        path = self.folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\ncd {self.folder}\n{body}\n")
+        path.chmod(0o755)
+
+    def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
+        command = [sys.executable, "-m", "launchers.slurm", str(self.path), f"--cluster={self.site}", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def login(tmp_path: Path, tiny_data: Path) -> Login:
+    return Login(tmp_path, tiny_data)
+
+
+def test_a_run_is_kept_and_submitted(login: Login) -> None:
+    done = login.launch("train.steps=9", "--time=10:00", "--dependency=afterok:5")
+    assert done.returncode == 0, done.stderr
+    printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:4])
+    assert printed["job"] == "77"
+    assert printed["output"] == f"{login.run.path}/slurm/slurm-77.out"
+    script = Path(printed["snapshot"]) / "train.sbatch"
+    asked = (login.folder / "asked").read_text().split()
+    assert asked == ["--parsable", "--dependency=afterok:5", "--kill-on-invalid-dep=yes", str(script)]
+    text = script.read_text()
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --time=10:00\n" in text
+    kept = yaml.safe_load((script.parent / "config.yaml").read_text())
+    assert kept["train"]["steps"] == 9
+    assert (script.parent / "code" / "slurm" / "node_env.sh").is_file()
+
+
+def test_a_dry_run_prints_and_touches_nothing(login: Login) -> None:
+    done = login.launch("--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=it\n")
+    assert "node  ranks  needs  experts of" in done.stderr
+    assert not login.run.path.exists()
+    assert not (login.folder / "asked").exists()
+
+
+def test_a_feature_that_no_node_has_ends_with_69_and_names_ranks_and_feature(login: Login) -> None:
+    login.stand_in("sbatch", "echo 'sbatch: error: Invalid feature specification' >&2; exit 1")
+    done = login.launch("placement.groups.image.node.feature=vision", "placement.groups.text.node.feature=text")
+    assert done.returncode == PlacementError.exit_code
+    assert (
+        "ranks 1 (experts of image) need nodes with the feature 'vision', which no node has; the nodes have" in done.stderr
+    )
+    assert "'text'" not in done.stderr
+    assert not list((login.run.path / "slurm").iterdir()), "no snapshot of what was refused"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("Requested node configuration is not available", 69, "the cluster has no such nodes"),
+        ("Invalid account or account/partition combination specified", 78, "are the cluster file's|from the cluster file"),
+    ],
+)
+def test_other_refusals_are_told_apart(login: Login, words: str, code: int, said: str) -> None:
+    login.stand_in("sbatch", f"echo 'sbatch: error: {words}' >&2; exit 1")
+    done = login.launch()
+    assert done.returncode == code
+    assert words in done.stderr
+    assert any(each in done.stderr for each in said.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--time=soon", "--time='soon': must be"),
+        ("--time=5", "--time=5: signal_seconds=300: must be shorter than time='5'"),
+        ("--dependency=after;rm", "--dependency='after;rm': must"),
+    ],
+)
+def test_options_that_no_job_can_live_with_are_refused(login: Login, option: str, words: str) -> None:
+    done = login.launch(option)
+    assert done.returncode == ConfigError.exit_code
+    assert words in done.stderr
+
+
+def test_relative_paths_are_made_absolute_from_where_it_is_typed(
+    login: Login, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(login.folder)
+    job = prepare(login.path, ["run.root=my/runs", f"data.path={os.path.relpath(tiny_data)}"], CPU)
+    assert (job.config.run.root, job.config.data.path) == (f"{login.folder}/my/runs", str(tiny_data))
+
+
+def test_each_task_of_an_array_is_a_run_of_its_own(login: Login) -> None:
+    job = prepare(login.path, [], CPU, sweep=[("train.steps=5",), ("optimizer.lr=0.5", "run.name=mine")])
+    folder = login.run.path
+    assert job.sweep == (
+        ("train.steps=5", f"run.root={folder}", "run.name=0"),
+        ("optimizer.lr=0.5", "run.name=mine", f"run.root={folder}", "run.name=1"),
+    )
+    assert f"--output={folder}/slurm/slurm-%A_%a.out" in job.text
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides", "error", "words"),
+    [
+        ("optimizer.lr=fast", [], ConfigError, "--array, task 1: optimizer.lr='fast'"),
+        ("data.path=/none", [], (ConfigError, DataError), "--array, task 1: .*/none"),
+        ("parallel.edp=2", [], ConfigError, "--array, task 1: needs other nodes than the rest"),
+        ("run.seed=1", ["placement.groups.image.node.feature=vision"], ConfigError, "Slurm has no arrays of heterogeneous"),
+    ],
+)
+def test_a_task_that_cannot_run_is_refused_before_any_is_submitted(
+    login: Login, line: str, overrides: list[str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        prepare(login.path, overrides, CPU, sweep=[("run.seed=0",), (line,)])
+
+
+def test_a_finished_run_shows_its_summary_instead(login: Login) -> None:
+    from moe_dist.runtime.environment import RankEnv
+
+    lease = login.run.open(login.config, RankEnv(0, 2, 0, 1, "published", 0, "a-1"))
+    login.run.write_status(verdict=0, reason="done", last_step=4, attempt_id="a-1")
+    lease.release()
+    done = login.launch()
+    assert (done.returncode, done.stdout) == (0, f"{login.run.path}: done after step 4\n")
+    assert not (login.folder / "asked").exists()
+
+
+def test_an_array_overwrites_nothing(login: Login) -> None:
+    done = login.launch("--array=sweep.txt", "--overwrite")
+    assert done.returncode == ConfigError.exit_code
+    assert done.stderr.startswith("--overwrite: goes with one run, not with --array;")
+
+
+def test_what_slurm_refuses_overwrites_nothing(login: Login) -> None:
+    login.run.prepare()
+    login.run.config_yaml.write_text(resolved_yaml(login.config))
+    login.stand_in("sbatch", "echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1")
+    assert login.launch("optimizer.lr=0.5", "--overwrite").returncode == PlacementError.exit_code
+    assert login.run.read_config() == login.config
+    assert [entry.name for entry in login.run.path.parent.iterdir()] == ["it"]
+
+    login.stand_in("sbatch", "echo 78")
+    done = login.launch("optimizer.lr=0.5", "--overwrite")
+    assert f"{login.run.path} moved to {login.run.path}.old-1" in done.stderr
+    assert RunFolder(f"{login.run.path}.old-1").read_config() == login.config
+    assert not login.run.config_yaml.exists()

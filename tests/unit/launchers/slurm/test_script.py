@@ -1,0 +1,244 @@
+"""What Slurm is asked for, and the table that tasks read, by their text and by a real bash."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launchers.command import JobPlan, NodePlan, Plan, published_rendezvous, rank_commands
+from launchers.slurm.script import (
+    TRAIN_SBATCH,
+    output_pattern,
+    part_options,
+    parts,
+    rank_table,
+    sbatch_line,
+    script,
+    srun_command,
+)
+from launchers.slurm.step import held
+from moe_dist.config.cluster import Cluster
+
+ROOT = Path(__file__).parents[4]
+ONE_KIND = JobPlan((NodePlan(0, (0, 1)), NodePlan(1, (2, 3))))
+TWO_KINDS = JobPlan(
+    (NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"), NodePlan(2, (3, 4), feature="text")), 8
+)
+
+
+def test_nodes_of_a_kind_make_a_part_wherever_they_stand_in_the_plan() -> None:
+    assert [[node.index for node in part.nodes] for part in parts(ONE_KIND)] == [[0, 1]]
+    assert [[node.index for node in part.nodes] for part in parts(TWO_KINDS)] == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "option"),
+    [
+        ({"syntax": "gres"}, "--gres=gpu:8"),
+        ({"syntax": "gres", "type": "h100"}, "--gres=gpu:h100:8"),
+        ({"syntax": "gpus-per-node", "type": "h100"}, "--gpus-per-node=h100:8"),
+    ],
+)
+def test_gpus_are_asked_for_as_the_site_wants_it(gpus: dict[str, str], option: str) -> None:
+    cluster = Cluster.model_validate({"gpus": gpus, "cpus_per_rank": 12})
+    assert part_options(parts(TWO_KINDS)[1], TWO_KINDS, cluster) == [
+        "--nodes=1",
+        "--ntasks=1",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=12",
+        option,
+        "--constraint=vision",
+        "--exclusive",
+    ]
+    assert not [each for each in part_options(parts(ONE_KIND)[0], ONE_KIND, cluster) if "gpu" in each]
+
+
+def test_a_group_with_nodes_of_its_own_shares_them_with_nobody() -> None:
+    own = JobPlan((NodePlan(0, (0, 1), own=True),))
+    assert "--exclusive" in part_options(parts(own)[0], own, Cluster())
+    assert "--exclusive" not in part_options(parts(ONE_KIND)[0], ONE_KIND, Cluster())
+
+
+def test_the_script_states_everything_and_quotes_what_a_shell_reads() -> None:
+    cluster = Cluster(account="proj", partition="gpu", qos="high", time="1-00:00:00", signal_seconds=90)
+    exports = {"MOE_DIST_SNAPSHOT": "/runs/my run/$x", "MOE_DIST_PYTHON": "/venv/bin/python"}
+    text = script(TWO_KINDS, cluster, name="mine", output="/runs/my run/%j.out", exports=exports)
+    first, second = text.split("#SBATCH hetjob\n")
+    for part in (first, second):
+        for option in ("--account=proj", "--partition=gpu", "--qos=high", "--time=1-00:00:00", "--signal=USR2@90"):
+            assert f"#SBATCH {option}\n" in part
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks=4\n" in first
+    assert "#SBATCH --nodes=1\n#SBATCH --ntasks=1\n" in second, "without --ntasks a second part starts one task"
+    assert "#SBATCH '--output=/runs/my run/%j.out'\n" in first
+    assert "#SBATCH --requeue\n#SBATCH --open-mode=append\n" in first
+    shown = subprocess.run(
+        [
+            "bash",
+            "-c",
+            'eval "$1"; echo "$MOE_DIST_SNAPSHOT"',
+            "-",
+            next(x for x in second.splitlines() if x[:6] == "export"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown == "/runs/my run/$x\n"
+    assert "hold=(env --block-signal=TERM,USR2,INT)\n" in second
+
+
+def test_the_script_outside_of_a_job_says_how_to_submit_it() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "submit it: sbatch slurm/train.sbatch CONFIG" in done.stderr
+
+
+def test_a_percent_sign_of_the_run_folder_is_none_of_slurms() -> None:
+    assert output_pattern(Path("/runs/100%u")) == "/runs/100%%u/slurm-%j.out"
+    assert output_pattern(Path("/runs/x"), array=True) == "/runs/x/slurm-%A_%a.out"
+
+
+def test_further_options_stand_in_every_part() -> None:
+    cluster = Cluster(options=("--mem=0", "--comment=it's"))
+    text = script(TWO_KINDS, cluster, name="x", output="/x", exports={})
+    assert text.count("#SBATCH --mem=0\n") == text.count("#SBATCH '--comment=it'\"'\"'s'\n") == 2
+    assert sbatch_line(TWO_KINDS, cluster, ["x"]).count(" --mem=0 ") == 2
+
+
+def test_an_env_that_cannot_hold_signals_does_not_keep_a_job_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As coreutils before 8.31."""
+    pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "x"}})
+    assert held(Cluster()) == held(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
+    for name, body in (("env", "echo unrecognized option >&2; exit 125"), ("python", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert (held(Cluster()), held(pyxis)[0]) == ((), "env")
+    places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
+    assert srun_command(ONE_KIND, Cluster(), **places, hold=())[-4:] == [
+        "--ntasks-per-node=2",
+        "bash",
+        "/node_env.sh",
+        "/t.sh",
+    ]
+    variables = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "MOE_DIST_PYTHON": str(tmp_path / "python")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MOE_"))} | variables
+    done = subprocess.run(["bash", TRAIN_SBATCH, "x.yaml"], env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("-m launchers.slurm.job x.yaml\n", "")
+
+
+def test_the_right_sbatch_line_can_be_pasted() -> None:
+    cluster = Cluster(ranks_per_node=2)
+    line = sbatch_line(TWO_KINDS, cluster, ["slurm/train.sbatch", "my config.yaml"])
+    assert line.count(" : ") == 1
+    assert line.startswith("sbatch --nodes=2 --ntasks=4 --ntasks-per-node=2 --gres=gpu:8 --constraint=text --exclusive ")
+    assert line.endswith("slurm/train.sbatch 'my config.yaml'")
+
+
+def test_one_step_starts_the_tasks_of_all_parts_with_their_signals_held() -> None:
+    places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
+    held = ["env", "--block-signal=TERM,USR2,INT", "bash", "/node_env.sh", "/t.sh"]
+    assert {"--het-group=0,1", "--cpus-per-task=3"} <= set(srun_command(TWO_KINDS, Cluster(cpus_per_rank=3), **places))
+    one = srun_command(ONE_KIND, Cluster(cpus_per_rank=3), **places)
+    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=3"} <= set(one)
+    assert one[-5:] == held
+    pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "nvcr.io#x:1", "mounts": ("/data:/data:ro",)}})
+    boxed = srun_command(ONE_KIND, pyxis, **places)
+    assert "--container-image=nvcr.io#x:1" in boxed
+    assert "--container-mounts=/runs/x:/runs/x,/data:/data:ro" in boxed
+    assert boxed[-5:] == held
+
+
+# --- what a task finds, run by a real bash
+
+
+class Task:
+    """A table of two nodes, and slurm/node_env.sh on one of them."""
+
+    def __init__(self, folder: Path, **cluster: object) -> None:
+        self.folder, self.site = folder, Cluster.model_validate(cluster)
+        (folder / "log").mkdir()
+
+    def run(self, host: str, local: int, show: str) -> subprocess.CompletedProcess[str]:
+        plan = Plan(
+            config=Path("c.yaml"),
+            overrides=("run.name=it's",),
+            job=JobPlan((NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"))),
+            rendezvous=published_rendezvous(),
+            attempt=1,
+            attempt_id="job-1",
+            python="bash",
+            program=("-c", show),
+            hosts=("n1", "n2"),
+        )
+        text = rank_table(
+            rank_commands(plan),
+            self.site,
+            hosts=plan.hosts,
+            features={"n1": "text,big", "n2": "vision"},
+            code=self.folder,
+            logs=self.folder / "log",
+            visible=["/runs/x"],
+        )
+        (self.folder / "table.sh").write_text(text)
+        env = {"PATH": os.environ["PATH"], "SLURMD_NODENAME": host, "SLURM_LOCALID": str(local)}
+        command = ["bash", str(ROOT / "slurm" / "node_env.sh"), str(self.folder / "table.sh")]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    def log(self, rank: int) -> str:
+        return (self.folder / "log" / f"rank_{rank}.log").read_text()
+
+
+def test_a_task_learns_who_it_is_by_its_place(tmp_path: Path) -> None:
+    task = Task(tmp_path, interface="ib0", nccl={"NCCL_IB_HCA": {"value": "=a b", "reason": "test"}})
+    show = 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK $MOE_DIST_NODE_FEATURES $NCCL_SOCKET_IFNAME $NCCL_IB_HCA $1"; pwd'
+    first = task.run("n1", 0, show)
+    assert first.stdout == f"0/3 0 text,big ib0 =a b run.name=it's\n{tmp_path}\n", "rank 0 writes to the job's output"
+    task.run("n1", 1, show)
+    assert f"\n2/3 1 text,big ib0 =a b run.name=it's\n{tmp_path}\n" in task.log(2)
+    task.run("n2", 0, show)
+    assert task.log(1).startswith("--- attempt job-1, ")
+    assert "\n1/3 0 vision ib0" in task.log(1)
+
+
+@pytest.mark.parametrize(("host", "local"), [("n1", 2), ("n3", 0)])
+def test_a_task_that_the_plan_does_not_know_ends_with_69(tmp_path: Path, host: str, local: int) -> None:
+    done = Task(tmp_path).run(host, local, "echo never")
+    assert (done.returncode, done.stdout) == (69, "")
+    assert f"node_env.sh on {host}: the plan of this job has no task {local} on this node" in done.stderr
+
+
+def test_the_prelude_runs_before_and_stops_at_a_line_that_fails(tmp_path: Path) -> None:
+    good = Task(tmp_path, prelude=("export A=1", "B=$A$A; export B"))
+    assert good.run("n1", 0, "echo $B").stdout == "11\n"
+    (tmp_path / "bad").mkdir()
+    bad = Task(tmp_path / "bad", prelude=("true", "module load what's-this", "echo later"))
+    done = bad.run("n1", 0, "echo never")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert "this line of the cluster file's prelude failed: module load what's-this;" in done.stderr
+    assert "unexpected EOF" in bad.log(0), "what the shell said"
+    assert "later" not in bad.log(0)
+
+
+def test_a_node_that_does_not_see_the_run_folder_says_so(tmp_path: Path) -> None:
+    env = {"PATH": os.environ["PATH"], "SLURMD_NODENAME": "n1"}
+    command = ["bash", str(ROOT / "slurm" / "node_env.sh"), str(tmp_path / "none.sh")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "none.sh is not here: run.root must be one folder that all nodes share" in done.stderr
+
+
+def test_apptainer_runs_the_command_with_the_folders_it_needs(tmp_path: Path) -> None:
+    runtime = tmp_path / "apptainer"
+    runtime.write_text('#!/bin/bash\necho "$@"\n')
+    runtime.chmod(0o755)
+    container = {"kind": "apptainer", "image": "/img/x y.sif", "mounts": ("/data:/data:ro",)}
+    task = Task(tmp_path, container=container, gpus={"syntax": "gres"}, prelude=(f"export PATH={tmp_path}:$PATH",))
+    assert task.run("n1", 0, "exit").stdout == (
+        f"exec --nv --bind=/runs/x:/runs/x --bind=/data:/data:ro --pwd={tmp_path} /img/x y.sif "
+        "bash -c exit c.yaml run.name=it's\n"
+    )

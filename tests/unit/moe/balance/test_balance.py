@@ -1,0 +1,191 @@
+"""Rules of the load controllers against loops, by hand and over drawn counts; and closed loops with a real router."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_dist.errors import DataError
+from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.load_target import LoadTarget
+from moe_dist.moe.balance.loss_free import LossFree
+from moe_dist.moe.reference.layer import bias_steps
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.placement import ExpertGroup
+
+D = 8
+TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))
+IMAGE = ExpertGroup("image", 2, 2, 2, 8, 4, ("image",), num_identity=1)
+PLAIN = ExpertGroup("plain", 3, 0, 2, 8, 6, ("plain",))
+GROUPS = (TEXT, IMAGE, PLAIN)
+COLUMNS = sum(group.num_columns for group in GROUPS)
+
+
+class Gate:
+    """Biases of one layer and group."""
+
+    def __init__(self, group: ExpertGroup) -> None:
+        self.bias = torch.zeros(group.num_columns, dtype=torch.float64)
+
+
+def controller(*rules: Any, layers: int = 2) -> tuple[BiasController, list[list[Gate]]]:
+    gates = [[Gate(group) for group in GROUPS] for _ in range(layers)]
+    return BiasController(gates, GROUPS, rules), gates
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
+    """Choices of every column and tokens of every group in two layers; some groups have none."""
+    tokens = [[draw(st.sampled_from([0, 1, 7, 40])) for _ in GROUPS] for _ in range(2)]
+    choices = []
+    for row in tokens:
+        counts: dict[str, list[int]] = {}
+        for group, count in zip(GROUPS, row, strict=True):
+            counts[group.name] = [draw(st.integers(0, count)) for _ in range(group.num_experts)]
+        others = COLUMNS - sum(group.num_experts for group in GROUPS)
+        choices.append([*(c for group in GROUPS for c in counts[group.name]), *([3] * others)])
+    return choices, tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(loads(), min_size=1, max_size=4),
+    per=st.sampled_from(["group", "expert"]),
+    decay=st.sampled_from([None, 3]),
+)
+def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: int | None) -> None:
+    target = {"text": 1.5, "image": 0.7}
+    moved, gates = controller(LoadTarget(target, rate=0.3, decay_steps=decay, per=per), LossFree(rate=1e-2))
+    expected = [[[0.0] * group.num_experts for group in GROUPS] for _ in range(2)]
+    for number, (choices, tokens) in enumerate(steps):
+        moved.update(torch.tensor(choices, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64))
+        rate = 0.3 / (1 + number / decay) if decay else 0.3
+        for layer in range(2):
+            for index, group in enumerate(GROUPS):
+                expected[layer][index] = bias_steps(
+                    expected[layer][index],
+                    choices[layer][group.first_expert : group.first_expert + group.num_experts],
+                    tokens[layer][index],
+                    top_k=group.top_k,
+                    target=target.get(group.name),
+                    rate=rate,
+                    per_expert=per == "expert",
+                    sign_rate=1e-2,
+                    others=group is not PLAIN,
+                )
+    for layer in range(2):
+        for index, group in enumerate(GROUPS):
+            bias = gates[layer][index].bias
+            torch.testing.assert_close(bias[: group.num_experts].tolist(), expected[layer][index], rtol=0, atol=1e-13)
+            assert not bias[group.num_experts :].any(), "null and free columns stay where they are"
+    assert moved.state() == {"step": len(steps)}
+
+
+def counts_of(true_text: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer in which the text group alone was chosen."""
+    choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
+    choices[0, : TEXT.num_experts] = torch.tensor(true_text, dtype=torch.float64)
+    return choices, torch.tensor([[tokens, 0, 0]], dtype=torch.float64)
+
+
+def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
+    for true, sign in (([2, 3, 1, 4], 1), ([20, 3, 7, 8], -1), ([5, 0, 9, 1], 0)):
+        moved, gates = controller(LoadTarget({"text": 1.5}, rate=1.0), layers=1)
+        moved.update(*counts_of(true, 10))
+        load = sum(true) / 10
+        assert torch.sign(gates[0][0].bias[:4]).tolist() == [sign] * 4
+        assert gates[0][0].bias[0] == pytest.approx((1.5 - load) / (3 * 4))
+        assert not gates[0][1].bias.any(), "a group without a target, and without tokens"
+
+
+def test_each_expert_by_the_published_formula() -> None:
+    """mu (K_e / (K N) - T_i / (K T)) by hand: K = 3, N = 4, K_e = 1.5, T = 10."""
+    moved, gates = controller(LoadTarget({"text": 1.5}, rate=0.2, per="expert"), layers=1)
+    moved.update(*counts_of([0, 10, 3, 2], 10))
+    by_hand = [0.2 * (1.5 / 12 - count / 30) for count in (0, 10, 3, 2)]
+    assert gates[0][0].bias[:4].tolist() == pytest.approx(by_hand)
+
+
+def test_the_sign_rule_moves_by_the_rate_and_leaves_the_mean() -> None:
+    moved, gates = controller(LossFree(rate=1e-3), layers=1)
+    moved.update(*counts_of([1, 1, 1, 5], 10))  # mean 2
+    assert gates[0][0].bias[:4].tolist() == pytest.approx([0.5e-3, 0.5e-3, 0.5e-3, -1.5e-3])
+    choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
+    choices[0, 6:9] = torch.tensor([2, 2, 5])
+    moved, gates = controller(LossFree(rate=1e-3), layers=1)
+    moved.update(choices, torch.tensor([[0, 0, 9]], dtype=torch.float64))
+    assert gates[0][2].bias.tolist() == pytest.approx([1e-3, 1e-3, -1e-3]), "without other columns, as published"
+
+
+def test_the_rate_halves_after_its_steps() -> None:
+    rule = LoadTarget({"text": 1.5}, rate=0.4, decay_steps=100)
+    true, tokens = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    first, later = (rule.delta(TEXT, true, tokens, step) for step in (0, 100))
+    assert first is not None
+    assert later is not None
+    torch.testing.assert_close(later, first / 2, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state", [None, 3, {}, {"step": -1}, {"step": True}, {"step": 1.0}], ids=str)
+def test_a_state_that_is_none_is_a_data_error(state: Any) -> None:
+    with pytest.raises(DataError, match="load controller"):
+        controller(LossFree(rate=1.0))[0].restore(state)
+
+
+def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple[list[float], torch.Tensor]:
+    """Loads of a text group over steps of new tokens, and the last 60 steps' choices of each true expert."""
+    torch.manual_seed(0)
+    group = ExpertGroup("text", 6, 6, 4, 8, 0, ("text",))
+    router = TopKRouter(D, (group,), selection_bias=True)
+    gate: Any = router.get_submodule("text")
+    with torch.no_grad():
+        gate.true.normal_(0.0, skew)
+        gate.null.normal_(0.0, skew)
+    moved, loads = BiasController([[gate]], (group,), rules), []
+    chosen = []
+    for _ in range(steps):
+        sums = router(torch.randn(512, D) + 0.3, torch.zeros(512, dtype=torch.int64)).sums
+        moved.update(sums.choices_C[None].double(), sums.tokens_G[None].double())
+        chosen.append(sums.choices_C[:6])
+        loads.append(float(chosen[-1].sum()) / 512)
+    return loads, torch.stack(chosen[-60:]).sum(0).double()
+
+
+@pytest.mark.parametrize("per", ["group", "expert"])
+@pytest.mark.parametrize("target", [0.5, 1.25, 3.0])
+def test_the_mean_load_converges_to_its_target(target: float, per: Any) -> None:
+    loads, _ = closed_loop([LoadTarget({"text": target}, rate=1.0, decay_steps=60, per=per)], steps=400)
+    assert abs(loads[0] - target) > 0.2
+    last = loads[-150:]
+    assert abs(sum(last) / 150 - target) <= 0.01 * target
+    assert max(abs(load - target) for load in last) < 0.3
+
+
+def test_together_they_hold_the_load_and_even_out_the_experts() -> None:
+    alone, before = closed_loop([LoadTarget({"text": 1.5}, rate=0.3, decay_steps=60)], steps=300)
+    both, after = closed_loop([LoadTarget({"text": 1.5}, rate=0.3, decay_steps=60), LossFree(rate=1e-3)], steps=300)
+    for loads in (alone, both):
+        assert sum(loads[-60:]) / 60 == pytest.approx(1.5, rel=0.01)
+    assert before.max() / before.mean() > 1.5
+    assert after.max() / after.mean() < 1.1
+
+
+def test_a_bias_chooses_and_never_weighs() -> None:
+    torch.manual_seed(0)
+    router = TopKRouter(D, (TEXT,), selection_bias=True).double()
+    gate: Any = router.get_submodule("text")
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    h_TD, group_T = torch.randn(50, D, dtype=torch.double), torch.zeros(50, dtype=torch.int64)
+    plain = router(h_TD, group_T)
+    gate.bias[:4] += 10.0  # every true expert before every null one
+    moved = router(h_TD, group_T)
+    assert (moved.assignments.expert_N >= 0).all()
+    torch.testing.assert_close(moved.sums.prob_C, plain.sums.prob_C, rtol=0, atol=0)
+    logits = h_TD @ gate.true.T
+    top = logits.topk(3)
+    assert torch.equal(moved.assignments.expert_N.view(50, 3), top.indices)
+    torch.testing.assert_close(moved.assignments.weight_N.view(50, 3), top.values.softmax(-1), rtol=0, atol=1e-14)

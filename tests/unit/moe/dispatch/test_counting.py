@@ -1,0 +1,56 @@
+"""Orders by counting, held to a stable sort."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.counting import counting_order, runs_in_order
+from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.routers.capacity import over_capacity
+from moe_dist.moe.routing import Assignments
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+
+@pytest.mark.parametrize("num_keys", [1, 9, 256, 257, 30_000, 32_768, 32_769, 40_000, 1 << 31])
+@pytest.mark.parametrize("count", [0, 1, 3_000])
+def test_counting_order_is_a_stable_sort(num_keys: int, count: int) -> None:
+    key_N = torch.randint(0, num_keys, (count,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(counting_order(key_N, num_keys), torch.sort(key_N, stable=True).indices)
+
+
+def test_runs_drawn_by_hand() -> None:
+    starts, lengths = torch.tensor([7, 0, 3]), torch.tensor([2, 0, 3])
+    assert runs_in_order(starts, lengths, 5).tolist() == [7, 8, 3, 4, 5]
+
+
+class Sorted(TorchDispatchMode):
+    """Dtypes of what is sorted by comparing; on the host an order by counting is numpy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "sort" in func.overloadpacket.__name__ or "topk" in func.overloadpacket.__name__:
+            self.seen.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_plan_sorts_its_pairs_and_capacity_sorts_scores_alone() -> None:
+    placement = ExpertPlacement((ExpertGroup("all", 4, 0, 2, 4, 0, ("text",)),), ((0, 1, 2, 3),))
+    wire = Wire(None, Traffic())
+    expert_N = torch.tensor([3, 0, -1, 1, 1, 0])
+    assignments = Assignments(torch.arange(3).repeat_interleave(2), expert_N, torch.ones(6))
+    with Sorted() as sorting:
+        PerRankDispatcher(placement, wire).plan(assignments, 3)
+        PerNodeDispatcher(placement, wire, wire, ranks_per_node=1).plan(assignments, 3)
+        over_capacity(expert_N, torch.ones(6), torch.ones(4, dtype=torch.int64), "position")
+    assert sorting.seen == []
+    with Sorted() as sorting:
+        over_capacity(expert_N, torch.ones(6), torch.ones(4, dtype=torch.int64), "probability")
+    assert sorting.seen == [torch.float32]

@@ -1,0 +1,72 @@
+"""The ledger's closed forms against a count over every choice."""
+
+from itertools import combinations
+
+import pytest
+
+from moe_dist.moe.dispatch.ledger import compare, expected_copies
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+TEXT = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
+IMAGE = ExpertGroup("image", 2, 0, 2, 8, 4, ("image",))
+PLACEMENT = ExpertPlacement((TEXT, IMAGE), ((0, 1, 4), (2, 3, 5)))
+
+
+def test_shares_of_choices_that_leave_the_rank() -> None:
+    """Rank 0 holds half of each group's experts, so half of evenly spread choices leave it.
+
+    10 text tokens took 12 true experts of 30 choices, 4 image tokens 8 of 8.
+    """
+    ledger = compare(
+        PLACEMENT,
+        0,
+        true_choices_G=[12, 8],
+        null_choices_G=[18, 0],
+        tokens_G=[10, 4],
+        rows_remote=9,
+        pairs=20,
+        pairs_remote=11,
+    )
+    assert ledger == {
+        "rows_remote": 9,
+        "pairs": 20,
+        "pairs_remote": 11,
+        "rows_per_pair": 11,
+        "rows_topk": (30 + 8) / 2,
+        "rows_same_active": (12 + 8) / 2,
+        "rows_null_remapped": 11 + (30 - 12) / 2,
+    }
+
+
+def test_top_k_cannot_choose_more_experts_than_there_are() -> None:
+    group = ExpertGroup("text", 2, 6, 5, 8, 0, ("text",))
+    placement = ExpertPlacement((group,), ((0,), (1,)))
+    ledger = compare(
+        placement, 0, true_choices_G=[10], null_choices_G=[15], tokens_G=[10], rows_remote=5, pairs=10, pairs_remote=5
+    )
+    assert ledger["rows_topk"] == pytest.approx(10.0)
+
+
+def test_a_rank_without_experts_sends_every_choice() -> None:
+    placement = ExpertPlacement((TEXT,), (tuple(range(4)), ()))
+    ledger = compare(
+        placement, 1, true_choices_G=[7], null_choices_G=[8], tokens_G=[5], rows_remote=5, pairs=7, pairs_remote=7
+    )
+    assert ledger["rows_same_active"] == 7
+    assert ledger["rows_topk"] == 15
+
+
+@pytest.mark.parametrize(("experts", "top_k", "parts", "copies"), [
+    (256, 8, 8, 5.29), (256, 8, 16, 6.52), (256, 8, 64, 7.68), (128, 8, 8, 5.34), (128, 8, 64, 7.78),
+    (64, 8, 8, 5.43), (64, 8, 64, 8.0), (8, 2, 8, 2.0),
+])  # fmt: skip
+def test_expected_copies_of_known_models(experts: int, top_k: int, parts: int, copies: float) -> None:
+    """DeepSeek-V3, Qwen3, OLMoE and Mixtral: a token's rows by rank at EP 8, 16, 64, or by node of 8."""
+    assert expected_copies(experts, top_k, parts) == pytest.approx(copies, abs=0.005)
+
+
+@pytest.mark.parametrize(("experts", "null", "top_k", "parts"), [(6, 0, 3, 3), (8, 0, 2, 4), (4, 3, 3, 2), (4, 4, 1, 4)])
+def test_expected_copies_are_the_mean_over_every_choice(experts: int, null: int, top_k: int, parts: int) -> None:
+    choices = list(combinations(range(experts + null), top_k))
+    total = sum(len({e // (experts // parts) for e in choice if e < experts}) for choice in choices)
+    assert expected_copies(experts, top_k, parts, num_null=null) == pytest.approx(total / len(choices), rel=1e-12)

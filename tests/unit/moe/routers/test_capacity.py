@@ -1,0 +1,52 @@
+"""Which pairs an expert has no room for, against the oracle's service one after the other, and cases drawn by hand."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_dist.moe.reference.layer import kept_pairs
+from moe_dist.moe.routers.capacity import capacity_of, over_capacity
+
+#   expert 0 takes 2:   token 0 p .2   token 1 p .5   token 2 p .5   token 3 p .1
+#   expert 1 takes 1:   token 0 p .3                  token 2 p .4
+EXPERTS = torch.tensor([0, 1, 0, -1, 0, 1, 0, -1])  # two choices a token, -1 absent
+SCORES = torch.tensor([0.2, 0.3, 0.5, 0.9, 0.5, 0.4, 0.1, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("drop", "dropped"),
+    [("probability", [True, True, False, False, False, False, True, False]),
+     ("position", [False, False, False, False, True, True, True, False])],
+)  # fmt: skip
+def test_the_case_drawn_by_hand(drop: str, dropped: list[bool]) -> None:
+    assert over_capacity(EXPERTS, SCORES, torch.tensor([2, 1]), drop).tolist() == dropped  # pyright: ignore[reportArgumentType]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 40), st.integers(1, 5), st.sampled_from(["probability", "position"]), st.integers(0, 10_000))
+def test_equals_the_oracle(num_tokens: int, num_experts: int, drop: str, seed: int) -> None:
+    """Few different probabilities, so that many pairs tie: ties stay with the earlier token."""
+    generator = torch.Generator().manual_seed(seed)
+    top_k = min(2, num_experts)
+    chosen_TK = torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :top_k]
+    chosen_TK = chosen_TK.masked_fill(torch.rand(chosen_TK.shape, generator=generator) < 0.3, -1)
+    score_TK = torch.randint(0, 4, chosen_TK.shape, generator=generator) / 4
+    room = torch.randint(0, 8, (num_experts,), generator=generator)
+    over = over_capacity(chosen_TK.flatten(), score_TK.flatten(), room, drop).view_as(chosen_TK)  # pyright: ignore
+    pairs = [
+        (token, int(expert), float(score))
+        for token in range(num_tokens)
+        for expert, score in zip(chosen_TK[token], score_TK[token], strict=True)
+        if expert >= 0
+    ]
+    kept = kept_pairs(pairs, dict(enumerate(room.tolist())), drop)
+    ours = {(int(t), int(chosen_TK[t, k])) for t, k in torch.argwhere(~over & (chosen_TK >= 0)).tolist()}
+    assert ours == kept
+    assert not over[chosen_TK < 0].any()
+
+
+def test_room_is_rounded_up_but_not_for_the_last_bits() -> None:
+    rooms = [(1.0, 10, 4, 3), (1.0, 12, 4, 3), (0.1, 30, 1, 3), (1.25, 0, 4, 0), (0.01, 1, 8, 1)]
+    for factor, choices, columns, room in rooms:
+        assert capacity_of(factor, torch.tensor(choices), torch.tensor(columns)).item() == room

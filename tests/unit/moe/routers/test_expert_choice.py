@@ -1,0 +1,286 @@
+"""Expert choice against the slow oracle: who takes whom, weights and gradients; ties, padding, empty groups, one token."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.traffic import Traffic
+from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.known_counts import PerPairDispatcher, SyncFreeDispatcher
+from moe_dist.moe.draws import logistic
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.reference.expert_choice import (
+    auxiliary_loss,
+    choice_by_score,
+    choice_of_training,
+    cut_of,
+    logits_of,
+    moe_forward,
+    room,
+)
+from moe_dist.moe.reference.layer import ReferenceWeights
+from moe_dist.moe.routers.choice_sets import capacity_of_tokens
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.expert_choice import choice_of_training as as_in_training
+from moe_dist.moe.routing import ABSENT, BatchFacts, RoutingTape
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+D = 5
+TEXT = ExpertGroup("text", 4, 0, 1, 6, 0, ("text",))
+IMAGE = ExpertGroup("image", 2, 0, 1, 7, 4, ("image",))
+GROUPS = (TEXT, IMAGE)
+E = 6
+
+
+def make_router(init: int = 0, groups: tuple[ExpertGroup, ...] = GROUPS, **options: Any) -> ExpertChoiceRouter:
+    generator = torch.Generator().manual_seed(init)
+    router = ExpertChoiceRouter(D, groups, **{"causal": "threshold", **options}).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return router
+
+
+def facts_of(group_T: Tensor, step: int = 2, first: int = 0) -> BatchFacts:
+    return BatchFacts(step, first, 0, (len(group_T),), (tuple(int((group_T == i).sum()) for i in range(2)),))
+
+
+def reference_weights(router: ExpertChoiceRouter, experts: Experts | None = None) -> dict[str, ReferenceWeights]:
+    made = {}
+    for group in router.groups:
+        stack = experts.get_submodule(group.name) if experts is not None else None
+        parts = [getattr(stack, part) if stack is not None else torch.empty(0) for part in ("gate", "up", "down")]
+        made[group.name] = ReferenceWeights(router.get_submodule(group.name).true, None, *parts)  # pyright: ignore
+    return made
+
+
+def pairs_of(router: ExpertChoiceRouter, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> set[Any]:
+    taken = router(h_TD, group_T, tape).assignments.taken()
+    pairs = list(zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True))
+    assert len(pairs) == len(set(pairs))
+    return set(pairs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(0, 24),
+    capacity=st.sampled_from([None, 0.1, 0.5, 0.7, 1.0]),
+    counted=st.booleans(),
+    exact=st.booleans(),
+    modality=st.sampled_from([(-1, 2), (0, 1), (1, 2), (-1, 0)]),
+)
+def test_the_choice_equals_the_oracle(
+    seed: int, tokens: int, capacity: float | None, counted: bool, exact: bool, modality: tuple[int, int]
+) -> None:
+    """Small integers make every product exact, and many tokens equal: the earlier one goes first. Sets of padding alone, of
+    one group alone, of no token."""
+    generator = torch.Generator().manual_seed(seed)
+    router = make_router(seed, capacity=capacity, known_counts=counted)
+    h_TD = torch.randn(tokens, D, generator=generator, dtype=torch.double)
+    if exact:
+        h_TD = torch.randint(-1, 2, (tokens, D), generator=generator).double()
+        for parameter in router.parameters():
+            parameter.data = torch.randint(-1, 2, parameter.shape, generator=generator).double()
+    group_T = torch.randint(*modality, (tokens,), generator=generator)
+    facts = facts_of(group_T)
+    routing = router(h_TD, group_T, RoutingTape(facts=facts))
+    shares = [capacity or 1 / 4, capacity or 1 / 2]
+    logits = logits_of(h_TD, GROUPS, reference_weights(router)).tolist() if tokens else []
+    expected = choice_of_training(logits, group_T.tolist(), GROUPS, shares, [range(tokens)])
+    taken = routing.assignments.taken()
+    got = dict(zip(zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True), taken.weight_N, strict=True))
+    assert got.keys() == expected
+    assert len(got) == len(taken.token_N)
+    for (token, expert), weight in got.items():
+        torch.testing.assert_close(
+            weight, torch.tensor(logits[token][expert], dtype=torch.double).sigmoid(), rtol=0, atol=1e-12
+        )
+    sums = routing.sums
+    assert sums.choices_C.tolist() == [sum(e == expert for _, e in expected) for expert in range(E)]
+    assert sums.tokens_G.tolist() == [int((group_T == index).sum()) for index in range(2)]
+    assert sums.choice is not None
+    without = [token for token in range(tokens) if not any(t == token for t, _ in expected)]
+    assert sums.choice.idle_G.tolist() == [sum(int(group_T[t]) == index for t in without) for index in range(2)]
+    for expert in range(E):
+        index = int(expert >= 4)
+        scores = [1 / (1 + 2.718281828459045 ** -logits[t][expert]) for t in range(tokens) if group_T[t] == index]
+        cut = cut_of(scores, shares[index]) * len(scores)
+        assert sums.choice.cut_E[expert].item() == pytest.approx(cut, abs=1e-9)
+    assert routing.assignments.token_N.shape[0] == len(expected), "N is the sum of capacities"
+    assert not (routing.assignments.expert_N == ABSENT).any()
+    assert routing.assignments.counts_WE == ((tuple(sums.choices_C.tolist()),) if counted else None)
+    ordered = routing.assignments.expert_N if counted else routing.assignments.token_N
+    assert ordered.tolist() == sorted(ordered.tolist())
+
+
+def test_capacities_are_the_reference_s_on_host_and_device() -> None:
+    for tokens in range(60):
+        for capacity in (1 / 3, 1 / 7, 0.1, 0.3, 1.0, 1 / 49):
+            assert capacity_of_tokens(capacity, tokens) == room(capacity, tokens)
+
+
+def layer_of(router: ExpertChoiceRouter, recompute: str = "none") -> MoELayer:
+    placement = ExpertPlacement(GROUPS, (tuple(range(E)),))
+    wire = Wire(None, Traffic())
+    layer = MoELayer(
+        norm=torch.nn.Identity(),
+        router=router,
+        experts=Experts(D, GROUPS, [4, 2]),
+        dispatcher=SyncFreeDispatcher(PerRankDispatcher(placement, wire), PerPairDispatcher(placement, wire), always=True),
+        recompute=recompute,  # pyright: ignore[reportArgumentType]
+    ).double()
+    generator = torch.Generator().manual_seed(9)
+    for parameter in layer.experts.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return layer
+
+
+@pytest.mark.parametrize(("noise", "counted", "recompute"), [
+    (0.0, False, "none"), (0.0, True, "block"), (1.0, False, "block"), (1.0, True, "experts"), (0.5, True, "none"),
+])  # fmt: skip
+def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counted: bool, recompute: str) -> None:
+    router = make_router(3, noise=noise, known_counts=counted, seed=5, layer=7)
+    layer = layer_of(router, recompute)
+    generator = torch.Generator().manual_seed(4)
+    h_TD = torch.randn(23, D, generator=generator, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, 2, (23,), generator=generator)
+    direction = torch.randn(23, D, generator=generator, dtype=torch.double)
+    weights = reference_weights(router, layer.experts)
+    drawn = noise * logistic((5, 2, 7), torch.arange(23) + 100, torch.arange(E), torch.double)
+    logits = logits_of(h_TD.detach(), GROUPS, weights)
+    pairs = choice_of_training((logits + drawn).tolist(), group_T.tolist(), GROUPS, [1 / 4, 1 / 2], [range(23)])
+    expected = moe_forward(h_TD, pairs, group_T.tolist(), GROUPS, weights, noise_TE=drawn)
+    y_TD, _ = layer(h_TD, group_T, facts_of(group_T, first=100))
+    torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-12)
+    parameters = [h_TD, *layer.parameters()]
+    theirs = torch.autograd.grad((expected * direction).sum(), parameters)
+    ours = torch.autograd.grad((y_TD * direction).sum(), parameters)
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def test_a_draw_depends_on_its_name_alone() -> None:
+    columns = torch.arange(8)
+    whole = logistic((1, 2, 3), torch.arange(4000), columns, torch.double)
+    torch.testing.assert_close(
+        logistic((1, 2, 3), torch.arange(70, 90), columns, torch.double), whole[70:90], rtol=0, atol=0
+    )
+    assert torch.equal(logistic((1, 2, 3), torch.arange(9), columns, torch.float32), whole[:9].float())
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert not torch.isclose(logistic(other, torch.arange(50), columns, torch.double), whole[:50]).any()
+    # The difference of two Gumbel(0, 1) is logistic: mean 0, variance pi^2 / 3, P(x < 1) = sigmoid(1).
+    assert whole.isfinite().all()
+    assert abs(whole.mean()) < 0.03
+    assert abs(whole.var() - torch.pi**2 / 3) < 0.1
+    assert abs((whole < 1.0).double().mean() - torch.tensor(1.0).sigmoid()) < 0.01
+    between = torch.corrcoef(torch.cat([whole.T, whole.roll(1, 0).T])).fill_diagonal_(0)
+    assert between.abs().max() < 0.08
+    assert torch.equal(logistic((1, 2, 3), torch.tensor([1 << 40]), columns, torch.double).isfinite(), torch.ones(1, 8) > 0)
+
+
+def test_evaluation_is_by_threshold_or_by_auxiliary_router() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h_TD = torch.randn(30, D, generator=generator, dtype=torch.double)
+    group_T = torch.randint(-1, 2, (30,), generator=generator)
+    bounds = torch.tensor([0.4, 0.5, 0.6, 0.99, 0.0, 1.0], dtype=torch.double)
+    router = make_router(1).eval()
+    for gate, part in zip(router.gates(), bounds.split([4, 2]), strict=True):
+        gate.threshold.copy_(part)
+    scores = logits_of(h_TD, GROUPS, reference_weights(router)).sigmoid()
+    expected = choice_by_score(scores.tolist(), group_T.tolist(), GROUPS, bounds.tolist())
+    assert pairs_of(router, h_TD, group_T) == expected
+    assert {e for _, e in expected} == {0, 1, 2, 3, 4}
+    trained = choice_of_training(scores.tolist(), group_T.tolist(), GROUPS, [1 / 4, 1 / 2], [range(30)])
+    with as_in_training([router]):
+        assert pairs_of(router, h_TD, group_T) == trained
+    assert pairs_of(router, h_TD, group_T) == expected
+    router = make_router(1, causal="auxiliary").eval()
+    passes = torch.cat([gate.auxiliary(h_TD) for gate in router.gates()], dim=1)
+    for token in range(3):
+        gate = router.gates()[0].auxiliary
+        by_hand = gate.outer @ torch.nn.functional.silu(gate.inner @ h_TD[token])
+        torch.testing.assert_close(passes[token, :4], by_hand)
+    expected = choice_by_score(passes.sigmoid().tolist(), group_T.tolist(), GROUPS, [0.5] * E)
+    assert pairs_of(router, h_TD, group_T) == expected
+    with pytest.raises(AssertionError, match=r"causal is null: the choice of training looks at later tokens"):
+        make_router(causal=None).eval()(h_TD, group_T)
+
+
+def test_auxiliary_routers_learn_the_choice_and_nothing_else_does() -> None:
+    router = make_router(2, causal="auxiliary")
+    generator = torch.Generator().manual_seed(1)
+    h_TD = torch.randn(17, D, generator=generator, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, 2, (17,), generator=generator)
+    routing = router(h_TD, group_T)
+    auxiliary_G, tokens_G = routing.sums.auxiliary_G, routing.sums.tokens_G
+    assert auxiliary_G is not None
+    got = (auxiliary_G / (tokens_G * torch.tensor([4, 2]))).sum()
+    logits = logits_of(h_TD.detach(), GROUPS, reference_weights(router))
+    pairs = choice_of_training(logits.tolist(), group_T.tolist(), GROUPS, [1 / 4, 1 / 2], [range(17)])
+    passes = torch.cat([gate.auxiliary(h_TD.detach()) for gate in router.gates()], dim=1)
+    expected = auxiliary_loss(passes, pairs, group_T.tolist(), GROUPS)
+    torch.testing.assert_close(got, expected)
+    parameters = [p for gate in router.gates() for p in gate.auxiliary.parameters()]
+    ours = torch.autograd.grad(got, parameters, retain_graph=True)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    untouched = torch.autograd.grad(got, [h_TD, router.gates()[0].true], allow_unused=True)
+    assert untouched == (None, None)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
+    undecided_G = router(h_TD, group_T).sums.auxiliary_G
+    assert undecided_G is not None
+    torch.testing.assert_close(undecided_G, (tokens_G * torch.tensor([4, 2])).double() * math.log(2))
+
+
+def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
+    router = make_router().float()
+    h_TD, group_T = torch.randn(12, D).bfloat16(), torch.zeros(12, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = router(h_TD, group_T)
+    assert routing.assignments.weight_N.dtype == torch.float32
+    logits = h_TD.float() @ router.gates()[0].true.T  # pyright: ignore[reportCallIssue, reportArgumentType]
+    taken = routing.assignments.taken()
+    torch.testing.assert_close(taken.weight_N, logits.sigmoid()[taken.token_N, taken.expert_N])
+
+
+def test_a_choice_drawn_by_hand() -> None:
+    """Rows that pick single coordinates, so that the table is the logits. Text experts 0 to 3 take ceil(5 / 4) = 2 of five
+    text tokens, image experts 4 and 5 one of one; token 3 is padding.
+
+        token  group    0     1     2     3     4     5
+        0      text     3     1    -1    -5                 expert 0: tokens 0 and, of the equal 1 and 2, the earlier 1
+        1      text     2     1     0    -5                 expert 1: all equal: the earliest, 0 and 1
+        2      text     2     1     4    -5                 expert 2: 2 and 4
+        3      -        9     9     9     9     9     9     expert 3: all low and equal: 0 and 1 all the same
+        4      text    -3     1     2    -5
+        5      text    -4     1    -2    -5                 token 5: nobody
+        6      image                            7    -7     experts 4 and 5: token 6, also with a low score
+    """
+    table = torch.tensor([
+        [3, 1, -1, -5, 0, 0], [2, 1, 0, -5, 0, 0], [2, 1, 4, -5, 0, 0], [9, 9, 9, 9, 9, 9],
+        [-3, 1, 2, -5, 0, 0], [-4, 1, -2, -5, 0, 0], [0, 0, 0, 0, 7, -7],
+    ]).double()  # fmt: skip
+    router = ExpertChoiceRouter(E, GROUPS, causal="threshold").double()
+    for gate, rows in zip(router.gates(), torch.eye(E).double().split([4, 2]), strict=True):
+        gate.true.data.copy_(rows)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    group_T = torch.tensor([0, 0, 0, -1, 0, 0, 1])
+    expected = {(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (4, 2), (0, 3), (1, 3), (6, 4), (6, 5)}
+    assert pairs_of(router, table, group_T) == expected
+    sums = router(table, group_T).sums
+    assert sums.choice is not None
+    assert sums.choice.idle_G.tolist() == [1.0, 0.0]
+    cuts = torch.tensor([2.0, 1, 2, -5, 7, -7]).double().sigmoid() * torch.tensor([5, 5, 5, 5, 1, 1])
+    torch.testing.assert_close(sums.choice.cut_E, cuts)
+    router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).double().sigmoid())
+    router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
+    above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}  # strictly above: 2 is not above 2
+    assert pairs_of(router.eval(), table, group_T) == above

@@ -1,0 +1,123 @@
+"""Thresholds follow the k-th largest score; calibrated ones give each expert the share that it takes in training."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.moe.routers.expert_choice import STATISTICS, ExpertChoiceRouter, choice_of_training
+from moe_dist.moe.routers.thresholds import ThresholdKeeper, updated
+from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.train.build import build_model
+from moe_dist.train.evaluation.calibration import calibrate
+from moe_dist.train.evaluation.heldout import heldout_losses
+from tests.support.layouts import Layout, batch_of, config_of, placement_of
+
+GROUPS = (ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)), ExpertGroup("image", 1, 0, 1, 4, 2, ("image",)))
+
+
+def slow(cuts: list[float], decay: float) -> float:
+    """The running mean, one number at a time."""
+    mean = 0.0
+    for step, cut in enumerate(cuts):
+        weight = max(1 / (step + 1), 1 - decay)
+        mean = (1 - weight) * mean + weight * cut
+    return mean
+
+
+def test_the_threshold_is_the_running_mean_and_its_correction_stays() -> None:
+    cuts = torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    threshold, statistics = torch.zeros(2).double(), torch.zeros(STATISTICS, 2).double()
+    for step in range(40):
+        threshold, statistics = updated(threshold, statistics, cuts[step], decay=0.8)
+        if step == 20:
+            threshold = threshold + torch.tensor([0.1, -0.2])
+    for expert, correction in enumerate((0.1, -0.2)):
+        assert threshold[expert].item() == pytest.approx(slow(cuts[:, expert].tolist(), 0.8) + correction, abs=1e-8)
+    first, _ = updated(torch.zeros(2), torch.zeros(STATISTICS, 2), torch.tensor([0.3, 0.7]), decay=0.8)
+    torch.testing.assert_close(first, torch.tensor([0.3, 0.7]))
+
+
+def test_all_layers_and_groups_are_followed_and_a_group_without_tokens_waits() -> None:
+    routers = [ExpertChoiceRouter(3, GROUPS, causal="threshold", threshold_decay=0.8) for _ in range(2)]
+    keeper = ThresholdKeeper(routers)
+    generator = torch.Generator().manual_seed(0)
+    series: dict[tuple[int, int], list[float]] = {}
+    for step in range(6):
+        tokens_LG = torch.tensor([[10, 7], [10, 7]]) * torch.tensor([1, int(step != 2)])
+        tokens_LE = tokens_LG[:, [0, 0, 1]].double()
+        cut_LE = torch.rand(2, 3, generator=generator).double()
+        keeper(cut_LE * tokens_LE, tokens_LG.double())
+        for layer in range(2):
+            for expert in range(3):
+                if tokens_LE[layer, expert]:
+                    series.setdefault((layer, expert), []).append(cut_LE[layer, expert].item())
+    for (layer, expert), cuts in series.items():
+        gate = routers[layer].gates()[int(expert == 2)]
+        assert abs(gate.threshold[expert % 2].item() - slow(cuts, 0.8)) < 1e-6
+        assert gate.statistics[1, expert % 2] == len(cuts)
+
+
+def model_of(layout: Layout = Layout(choice="rank")) -> Any:
+    placement = placement_of("interleaved", 1, layout.groups)
+    model = build_model(config_of(layout), placement, ep_rank=0, ep_group=None)
+    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.3)
+    return model
+
+
+def loads(model: Any, batches: list[Any]) -> Any:
+    """Tokens that each expert of each layer takes, [L, E]."""
+    options: dict[str, Any] = {"modalities": ("text", "image"), "group_of_modality": torch.tensor([0, 1]), "world": None}
+    return heldout_losses(model, batches, **options).choices_LC
+
+
+def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
+    """Sets of one modality, of padding and of both. The first layer sees the very inputs of training, so its counts are
+    equal; later ones see what the causal choice before them made."""
+    model = model_of()
+    batches = [batch_of(0, 0, first, 1) for first in range(8)] + [batch_of(1, 1, first, 1) for first in range(8)]
+    with choice_of_training([layer.router for layer in model.moe_modules()]):
+        wanted_LE = loads(model, batches)
+    running = loads(model, batches)
+    assert abs(running[0] / wanted_LE[0] - 1).max() > 0.5, "thresholds of 0 let everything through"
+    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None)
+    got_LE = loads(model, batches)
+    assert got_LE[0].tolist() == wanted_LE[0].tolist()
+    assert abs(got_LE.sum(1) / wanted_LE.sum(1) - 1).max() < 0.1
+    before = [gate.threshold.clone() for layer in model.moe_modules() for gate in layer.router.gates()]
+    calibrate(model, [], group_of_modality=torch.tensor([0, 1]), world=None)
+    text = [batch_of(0, 0, 1, 1)]  # text alone: image experts keep theirs
+    calibrate(model, text, group_of_modality=torch.tensor([0, 1]), world=None)
+    after = [gate.threshold for layer in model.moe_modules() for gate in layer.router.gates()]
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("choice", ["rank", None])
+def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> None:
+    """Layer 0 computes 0.3 of the tokens, and its experts choose among those; with experts that tokens choose it has the
+    only threshold."""
+    model = model_of(Layout(choice=choice, depths="rank"))
+    batches = [batch_of(0, 0, first, 1) for first in range(8)]
+    taken: list[int] = []
+    choices: list[torch.Tensor] = []
+    (depths,) = model.depth_routers()
+    hooks = [depths.register_forward_hook(lambda module, inputs, chosen: taken.append(int(chosen.sums.taken)))]
+    experts = model.moe_modules()[0].router
+    hooks += [experts.register_forward_hook(lambda module, inputs, routing: choices.append(routing.sums.choices_C))]
+    loads(model, batches)
+    everything = sum(taken)
+    taken.clear()
+    choices.clear()
+    model.eval()
+    calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None)
+    assert not depths.training, "it is as it was"
+    wanted, wanted_E = sum(taken), torch.stack(choices).sum(0)
+    assert wanted == pytest.approx(0.3 * everything, abs=len(batches))
+    taken.clear()
+    got_E = loads(model, batches)[0]
+    for hook in hooks:
+        hook.remove()
+    assert sum(taken) == wanted
+    # Of all batches together as many tokens are computed as in training, but not of each the same.
+    assert abs(got_E.sum() / wanted_E.sum() - 1) < 0.1

@@ -1,0 +1,213 @@
+"""Balance and z terms against the loops of the oracle: values, gradients, and the sum over ranks."""
+
+import math
+
+import pytest
+import torch
+
+from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
+from moe_dist.moe.reference.layer import balance_loss, picks_of, split_loss
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.placement import ExpertGroup
+
+D = 5
+TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))
+IMAGE = ExpertGroup("image", 2, 2, 1, 8, 4, ("image",))
+TABLES = ColumnTables.on((TEXT, IMAGE), torch.device("cpu"))
+
+
+def make_router() -> TopKRouter:
+    torch.manual_seed(1)
+    router = TopKRouter(D, (TEXT, IMAGE)).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    return router
+
+
+@pytest.mark.parametrize("kind", ["null_averaged", "vanilla"])
+def test_terms_of_two_ranks_add_up_to_the_oracle(kind: str) -> None:
+    router = make_router()
+    h_TD = torch.randn(60, D, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, 2, (60,))
+    halves = [router(h_TD[half], group_T[half]).sums for half in (slice(0, 22), slice(22, 60))]
+    choices_LC = sum(sums.choices_C for sums in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    tokens_LG = sum(sums.tokens_G for sums in halves)[None]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    ours = sum(
+        balance_terms(sums.prob_C[None], choices_LC, tokens_LG, TABLES, kind=kind)[0]  # pyright: ignore[reportArgumentType]
+        for sums in halves
+    )
+    for index, group in enumerate((TEXT, IMAGE)):
+        gate = router.get_submodule(group.name)
+        logits = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T  # pyright: ignore
+        expected = balance_loss(logits, group.num_experts, group.top_k, null_averaged=kind == "null_averaged")
+        torch.testing.assert_close(ours[index], expected)  # pyright: ignore[reportIndexIssue]
+        (g1,) = torch.autograd.grad(ours[index], h_TD, retain_graph=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        (g2,) = torch.autograd.grad(expected, h_TD, retain_graph=True)
+        torch.testing.assert_close(g1, g2)
+
+
+@pytest.mark.parametrize("kind", ["null_averaged", "vanilla"])
+def test_identity_columns_share_a_load_and_constant_ones_do_not(kind: str) -> None:
+    group = ExpertGroup("text", 3, 2, 4, 8, 0, ("text",), num_identity=3, num_constant=2)
+    torch.manual_seed(2)
+    router = TopKRouter(D, (group,)).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    h_TD = torch.randn(50, D, dtype=torch.double, requires_grad=True)
+    sums = router(h_TD, torch.zeros(50, dtype=torch.int64)).sums
+    tables = ColumnTables.on((group,), torch.device("cpu"))
+    ours = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables, kind=kind)[0, 0]  # pyright: ignore
+    gate = router.get_submodule("text")
+    logits = h_TD @ torch.cat([gate.true, gate.null, gate.identity, gate.constant]).T  # pyright: ignore
+    averaged = kind == "null_averaged"
+    expected = balance_loss(logits, 3, 4, null_averaged=averaged, num_null=2, num_identity=3)
+    torch.testing.assert_close(ours, expected)
+    (g1,) = torch.autograd.grad(ours, h_TD, retain_graph=True)
+    (g2,) = torch.autograd.grad(expected, h_TD)
+    torch.testing.assert_close(g1, g2)
+
+
+def test_null_averaging_gives_every_null_the_same_pull() -> None:
+    """d loss / d P_i is equal for all nulls of a group, whatever their own loads (AdaMoE); vanilla's differ."""
+    prob_LC = torch.rand(1, 11, dtype=torch.double, requires_grad=True)
+    choices_LC = torch.tensor([[9, 1, 4, 6, 2, 2, 30, 0, 3, 7, 1]])
+    tokens_LG = torch.tensor([[20, 12]])
+    (averaged,) = torch.autograd.grad(balance_terms(prob_LC, choices_LC, tokens_LG, TABLES).sum(), prob_LC)
+    assert averaged[0, 6] == averaged[0, 7] == averaged[0, 8]
+    assert averaged[0, 9] == averaged[0, 10]
+    vanilla_terms = balance_terms(prob_LC, choices_LC, tokens_LG, TABLES, kind="vanilla")
+    (vanilla,) = torch.autograd.grad(vanilla_terms.sum(), prob_LC)
+    assert vanilla[0, 6] > vanilla[0, 8] > vanilla[0, 7]
+
+
+@pytest.mark.parametrize(("kind", "value"), [("null_averaged", 1.96), ("vanilla", 1.84)])
+def test_by_hand(kind: BalanceKind, value: float) -> None:
+    """n = m = k = 2, ten tokens. Averaged, both nulls have load 0.5: 4 (0.6 0.1 + 0.4 0.2 + 0.5 0.3 + 0.5 0.4)."""
+    tables = ColumnTables.on((ExpertGroup("text", 2, 2, 2, 8, 0, ("text",)),), torch.device("cpu"))
+    prob_LC, choices_LC = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[6, 4, 8, 2]])
+    terms = balance_terms(prob_LC, choices_LC, torch.tensor([[10]]), tables, kind=kind)
+    torch.testing.assert_close(terms, torch.tensor([[value]]))
+
+
+def test_a_uniform_router_costs_top_k() -> None:
+    prob_LC = torch.cat(
+        [torch.full((1, 4), 10 / 7), torch.full((1, 2), 3.0), torch.full((1, 3), 10 / 7), torch.full((1, 2), 3.0)], 1
+    )
+    choices_LC = torch.cat(
+        [torch.full((1, 4), 30 / 7), torch.full((1, 2), 3.0), torch.full((1, 3), 30 / 7), torch.full((1, 2), 3.0)], 1
+    )
+    terms = balance_terms(prob_LC, choices_LC, torch.tensor([[10, 12]]), TABLES)
+    torch.testing.assert_close(terms, torch.tensor([[3.0, 1.0]]))
+
+
+def test_a_group_without_tokens_contributes_zero() -> None:
+    prob_LC = torch.zeros(1, 11, requires_grad=True)
+    terms = balance_terms(prob_LC, torch.zeros(1, 11), torch.zeros(1, 2), TABLES)
+    assert (terms == 0).all()
+    terms.sum().backward()
+    assert prob_LC.grad is not None
+    assert prob_LC.grad.isfinite().all()
+
+
+def test_z_is_the_mean_squared_log_sum_exp() -> None:
+    router = make_router()
+    h_TD, group_T = torch.randn(30, D, dtype=torch.double, requires_grad=True), torch.randint(0, 2, (30,))
+    sums = router(h_TD, group_T).sums
+    expected = []
+    for token, index in enumerate(group_T.tolist()):
+        gate = router.get_submodule((TEXT, IMAGE)[index].name)
+        expected.append((torch.cat([gate.true, gate.null]) @ h_TD[token]).logsumexp(0) ** 2)  # pyright: ignore
+    ours, theirs = z_terms(sums.log_z_squared_G[None], sums.tokens_G[None])[0], torch.stack(expected).mean()
+    torch.testing.assert_close(ours, theirs)
+    over = [h_TD, *router.parameters()]
+    for got, wanted in zip(*(torch.autograd.grad(each, over, retain_graph=True) for each in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+    sums = router(h_TD[:4], torch.tensor([0, 0, 0, 1])).sums  # 7 and 4 equal logits of 0
+    by_hand = torch.tensor([(3 * math.log(7) ** 2 + math.log(4) ** 2) / 4], dtype=torch.double)
+    torch.testing.assert_close(z_terms(sums.log_z_squared_G[None], sums.tokens_G[None]), by_hand)
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 1.0), (2.5, 0.4)])
+def test_the_split_alone_equals_the_loops(weights: tuple[float, float] | None) -> None:
+    router = make_router()
+    h_TD = torch.randn(60, D, dtype=torch.double, requires_grad=True)
+    group_T = torch.randint(-1, 2, (60,))
+    halves = [router(h_TD[half], group_T[half]).sums for half in (slice(0, 22), slice(22, 60))]
+    choices_LC = torch.stack([sums.choices_C for sums in halves]).sum(0)[None]
+    tokens_LG = torch.stack([sums.tokens_G for sums in halves]).sum(0)[None]
+    ours = sum(
+        balance_terms(sums.prob_C[None], choices_LC, tokens_LG, TABLES, kind="null_split", null_weight_G=weights)[0]
+        for sums in halves
+    )
+    for index, group in enumerate((TEXT, IMAGE)):
+        gate = router.get_submodule(group.name)
+        logits = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T  # pyright: ignore
+        weight = 1.0 if weights is None else weights[index]
+        expected = split_loss(logits, group.num_experts, group.top_k, null_weight=weight)
+        torch.testing.assert_close(ours[index], expected)  # pyright: ignore[reportIndexIssue]
+        (g1,) = torch.autograd.grad(ours[index], h_TD, retain_graph=True)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        (g2,) = torch.autograd.grad(expected, h_TD, retain_graph=True)
+        torch.testing.assert_close(g1, g2)
+
+
+def test_the_split_pulls_all_true_columns_alike_and_none_where_there_is_no_other() -> None:
+    prob_LC = torch.rand(1, 11, dtype=torch.double, requires_grad=True)
+    choices_LC = torch.tensor([[9, 1, 4, 6, 2, 2, 30, 0, 3, 7, 1]])
+    terms = balance_terms(prob_LC, choices_LC, torch.tensor([[20, 12]]), TABLES, kind="null_split")
+    (pull,) = torch.autograd.grad(terms.sum(), prob_LC)
+    assert pull[0, :4].unique().numel() == pull[0, 6:9].unique().numel() == 1
+    assert pull[0, 6] > pull[0, 0], "nulls carry more than their share here"
+    plain = ExpertGroup("text", 4, 0, 2, 8, 0, ("text",))
+    tables = ColumnTables.on((plain,), torch.device("cpu"))
+    even = torch.full((1, 4), 2.5, dtype=torch.double)
+    value = balance_terms(even, torch.tensor([[9, 1, 4, 6]]), torch.tensor([[10]]), tables, kind="null_split")
+    torch.testing.assert_close(value, torch.ones(1, 1, dtype=torch.double))
+
+
+@pytest.mark.parametrize("kind", ["null_averaged", "null_split"])
+def test_a_null_weight_makes_another_load_even(kind: str) -> None:
+    """n = 4, m = 2, k = 3, w = 3: even is k n / (n + m w) = 1.2 true experts a token; there all are pulled alike."""
+    group = ExpertGroup("text", 4, 2, 3, 8, 0, ("text",))
+    tables = ColumnTables.on((group,), torch.device("cpu"))
+    share = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 3.0]], dtype=torch.double) / 10
+    prob_LC = (share * 100).requires_grad_()
+    terms = balance_terms(prob_LC, share * 300, torch.tensor([[100]]), tables, kind=kind, null_weight_G=(3.0,))  # pyright: ignore
+    torch.testing.assert_close(terms, torch.full((1, 1), 3.0 if kind == "null_averaged" else 1.0, dtype=torch.double))
+    (pull,) = torch.autograd.grad(terms.sum(), prob_LC)
+    torch.testing.assert_close(pull, pull[:, :1].expand_as(pull))
+    logits = (torch.randn(30, 7, dtype=torch.double) @ torch.randn(7, 7, dtype=torch.double)).requires_grad_()
+    sums_prob, picks = logits.softmax(-1).sum(0)[None], torch.tensor([picks_of(logits, 4, 3)])
+    if kind == "null_averaged":
+        both = ColumnTables.on((TEXT,), torch.device("cpu"))
+        ours = balance_terms(sums_prob, picks, torch.tensor([[30]]), both, kind=kind, null_weight_G=(2.5,))  # pyright: ignore
+        theirs = balance_loss(logits, 4, 3, num_null=3, null_weight=2.5)
+        torch.testing.assert_close(ours[0, 0], theirs)
+        g1, g2 = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (ours[0, 0], theirs))
+        torch.testing.assert_close(g1, g2)
+
+
+def test_with_a_single_null_logit_the_plain_loss_is_the_averaged_one() -> None:
+    """All m null columns have one probability, so that how their picks divide among them does not matter (Kilian et al.);
+    values and the gradients of all rows."""
+    torch.manual_seed(3)
+    router = TopKRouter(D, (TEXT, IMAGE), null_logit="single").double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    h_TD, group_T = torch.randn(60, D, dtype=torch.double), torch.randint(0, 2, (60,))
+    found = []
+    for kind in ("vanilla", "null_averaged"):
+        sums = router(h_TD, group_T).sums
+        terms = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], TABLES, kind=kind)  # pyright: ignore
+        found.append([terms.detach(), *torch.autograd.grad(terms.sum(), list(router.parameters()))])
+    for vanilla, averaged in zip(*found, strict=True):
+        torch.testing.assert_close(vanilla, averaged)
+    each = make_router()
+    sums = each(h_TD, group_T).sums
+    vanilla, averaged = (
+        balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], TABLES, kind=kind)  # pyright: ignore
+        for kind in ("vanilla", "null_averaged")
+    )
+    assert not torch.allclose(vanilla, averaged), "rows of their own make a difference"

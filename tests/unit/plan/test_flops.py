@@ -1,0 +1,273 @@
+"""The count of parameters and FLOPs, by hand, by published models, and by torch's own counter on the model that runs."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_dist.config.schema import Config
+from moe_dist.placement.placement import ExpertGroup
+from moe_dist.plan.flops import (
+    Adapters,
+    Shape,
+    active_parameters,
+    expected_experts,
+    forward_flops,
+    frozen_flops,
+    parameters,
+    training_flops,
+)
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.plan.sizes import flops_left_out, model_shape
+from moe_dist.train.build import build_model, freeze
+
+
+def shape(**changes: Any) -> Shape:
+    values: dict[str, Any] = {
+        "hidden_dim": 8,
+        "num_layers": 3,
+        "num_moe_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 2,
+        "vocab_size": 10,
+        "dense_ffn_dim": 20,
+        "shared_ffn_dim": 6,
+        "qk_norm": "full",
+        "tie_embeddings": False,
+        "groups": (ExpertGroup("text", 3, 1, 2, 5, 0, ("text",)), ExpertGroup("image", 2, 0, 1, 7, 3, ("image",))),
+    }
+    return Shape(**{**values, **changes})
+
+
+def test_parameters_by_hand() -> None:
+    parts = parameters(shape())
+    assert parts.embedding == parts.output == 80
+    assert parts.attention == 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 8 + 4)  # q, k and v, o, both norms
+    assert parts.router == 2 * 8 * (3 + 1 + 2)
+    assert parts.experts == 2 * (3 * 3 * 8 * 5 + 2 * 3 * 8 * 7)
+    assert parts.shared == 2 * 3 * 8 * 6
+    assert parts.dense_ffn == 3 * 8 * 20
+    assert parts.norms == 8 * 7
+    assert parameters(shape(tie_embeddings=True)).output == 0
+
+
+def test_flops_by_hand() -> None:
+    share = {"text": 0.75, "image": 0.25}
+    forward = forward_flops(shape(), seq_len=16, experts_per_token={"text": 1.5, "image": 1.0}, token_share=share)
+    assert forward.attention == 3 * (2 * (8 * 8 + 2 * 8 * 4 + 8 * 8) + 2 * 2 * 4 * 2 * 16)
+    assert forward.router == 2 * 2 * 8 * 6
+    assert forward.experts == 2 * (0.75 * 1.5 * 6 * 8 * 5 + 0.25 * 1.0 * 6 * 8 * 7)
+    assert forward.shared == 2 * 6 * 8 * 6
+    assert forward.dense_ffn == 6 * 8 * 20
+    assert forward.output == 2 * 8 * 10
+    assert training_flops(forward) == 3 * forward.total
+    assert training_flops(forward, recompute="experts") == 3 * forward.total + forward.experts
+    block = forward.attention + forward.router + forward.experts + forward.shared
+    assert training_flops(forward, recompute="block") == 3 * forward.total + block
+
+
+def test_free_experts_by_hand() -> None:
+    """Router rows of every column; of constant experts a vector and two gate rows each, of identity ones nothing."""
+    group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=2, num_constant=4)
+    parts = parameters(shape(groups=(group,)))
+    assert parts.router == 2 * 8 * (3 + 1 + 2 + 4)
+    assert parts.free == 2 * 4 * (8 + 2 * 8)
+    forward = forward_flops(shape(groups=(group,)), seq_len=16, experts_per_token={"text": 0.6}, token_share={"text": 1.0})
+    assert forward.free == 2 * 4 * (2 * 2 * 8 + 2 * 8)
+    assert group.expected_experts_per_token == 2 * 3 / 10
+
+
+@pytest.mark.parametrize(("kind", "entries"), [("none", 0), ("head", 2 * 2), ("full", 8 + 4)])
+def test_norms_of_queries_and_keys_by_hand(kind: str, entries: int) -> None:
+    without = parameters(shape(qk_norm="none")).attention
+    assert parameters(shape(qk_norm=kind)).attention == without + 3 * entries
+
+
+def test_expected_experts_of_adamoe() -> None:
+    assert expected_experts([ExpertGroup("text", 8, 8, 3, 1, 0, ("text",))]) == {"text": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("published", "sizes", "group"),
+    [
+        # OLMoE (arXiv 2409.02060): 6.9B and 1.3B. Mixtral of Experts (arXiv 2401.04088): 47B and 13B.
+        ((6.9, 1.3), (2048, 16, 16, 16, 128, 50304), ExpertGroup("text", 64, 0, 8, 1024, 0, ("text",))),
+        ((46.7, 12.9), (4096, 32, 32, 8, 128, 32000), ExpertGroup("text", 8, 0, 2, 14336, 0, ("text",))),
+    ],
+)
+def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...], group: ExpertGroup) -> None:
+    dim, layers, heads, kv_heads, head_dim, vocab = sizes
+    model = Shape(dim, layers, layers, heads, kv_heads, head_dim, vocab, 0, 0, "none", False, (group,))
+    active = active_parameters(model, experts_per_token=expected_experts(model.groups), token_share={"text": 1.0})
+    assert round(parameters(model).total / 1e9, 1) == published[0]
+    assert round(active.total / 1e9, 1) == published[1]
+
+
+def config(*, free: bool = False, depths: dict[str, Any] | None = None, **parallel: Any) -> Config:
+    others = {"num_identity": 1, "num_constant": 2} if free else {}
+    values = {
+        "run": {"name": "flops"},
+        "model": {
+            "hidden_dim": 32,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "vocab_size": 48,
+            "max_seq_len": 16,
+            "qk_norm": "full",
+            "dense_ffn_dim": 40,
+            "depths": depths,
+            "moe": {
+                "first": 1,
+                "shared_ffn_dim": 24,
+                "groups": {"text": {"num_experts": 4, "num_null": 2, "top_k": 2, "ffn_dim": 16, **others}},
+            },
+        },
+        "data": {"path": "none", "seq_len": 16},
+        "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
+        "optimizer": {"lr": 1e-3},
+        "evaluation": {"every": 1},
+        "parallel": parallel,
+    }
+    return Config.model_validate_json(json.dumps(values))
+
+
+def count_training(config: Config, batch: int = 4) -> tuple[int, float, int]:
+    """FLOPs of forward and backward as torch counts them, mean experts a token, and tokens."""
+    placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=1, token_mix={})
+    torch.manual_seed(0)
+    model = build_model(config, placement, ep_rank=0, ep_group=None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    freeze(model, config)
+    length = config.data.seq_len
+    tokens = torch.randint(config.model.vocab_size, (batch, length))
+    zeros = torch.zeros(batch, length, dtype=torch.int64)
+    # The math kernel's products are ordinary matrix products, which the counter sees on CPU.
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros)
+        logits.sum().backward()
+    pairs = sum(report.pairs for report in reports)
+    return counter.get_total_flops(), pairs / len(reports) / tokens.numel(), tokens.numel()
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_agrees_with_torchs_counter(free: bool) -> None:
+    cfg = config(free=free)
+    counted, experts, tokens = count_training(cfg)
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    assert counted == pytest.approx(training_flops(forward) * tokens, rel=1e-3)
+
+
+@pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
+def test_depths_agree_with_torchs_counter(causal: str) -> None:
+    """One sequence, since slots of several sequences stand in one row, whose products the CPU's dense mask computes all.
+    Not seen by the counter: scores (sums of products), and the auxiliary routers' backward, whose loss is not here.
+    """
+    cfg = config(depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
+    counted, experts, tokens = count_training(cfg, batch=1)
+    assert experts < 0.6  # of all tokens, while those that are taken have 4 / 3
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    assert model.num_depth_layers == 2
+    sizes = {"experts_per_token": {"text": experts / 0.25}, "token_share": {"text": 1.0}}
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, **sizes)
+    scores = 2 * cfg.model.hidden_dim
+    unseen = 6 * scores + 4 * (model.depth_router - scores)
+    assert counted == pytest.approx((training_flops(forward) - unseen) * tokens, rel=1e-3)
+    plain = model_shape(config().model, expert_groups(cfg.model.moe))
+    assert forward.attention < 0.5 * forward_flops(plain, seq_len=16, **sizes).attention
+
+
+def test_depths_by_hand() -> None:
+    share, experts = {"text": 0.75, "image": 0.25}, {"text": 1.5, "image": 1.0}
+    plain = forward_flops(shape(), seq_len=16, experts_per_token=experts, token_share=share)
+    some = shape(num_depth_layers=2, depth_capacity=0.25, depth_auxiliary=True)
+    forward = forward_flops(some, seq_len=16, experts_per_token=experts, token_share=share)
+    projections, products = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8), 2 * 2 * 4 * 2 * 16
+    assert forward.attention == 1.5 * projections + (1 + 2 / 16) * products
+    assert forward.experts == plain.experts / 4
+    assert forward.router == plain.router / 4 + 2 * 2 * (8 + 4 * 8 + 4)
+    assert forward.output == plain.output
+    assert parameters(some).total == parameters(shape()).total + 2 * (8 + 4 * 8 + 4)
+
+
+def lora_config(**parallel: Any) -> Config:
+    values = config(**parallel).model_dump(mode="json")
+    values["run"] |= {"init_from": "x", "init_rules": ["adapt"]}
+    values["train"]["only"] = "adapters"
+    values["model"]["attention_lora"] = {"rank": 3, "alpha": 3.0, "targets": ["q", "o"]}
+    values["model"]["moe"] |= {
+        "shared_ffn_dim": 0,
+        "experts": {"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["gate", "down"]},
+        "router": {"kind": "top_k", "normalise": "none"},
+    }
+    return Config.model_validate_json(json.dumps(values))
+
+
+def test_lora_by_hand() -> None:
+    groups = tuple(ExpertGroup(name, n, 1, 1, 5, 0, (name,)) for name, n in (("text", 3), ("image", 2)))
+    some = shape(
+        groups=groups, shared_ffn_dim=0, lora=Adapters(2, ("gate", "up", "down")), attention_lora=Adapters(3, ("q", "k"))
+    )
+    parts = parameters(some)
+    assert (parts.experts, parts.shared) == (0, 2 * 3 * 8 * 5)
+    attention = 3 * 3 * ((8 + 8) + (8 + 4))
+    assert parts.adapters == 2 * 5 * 2 * 3 * (8 + 5) + attention
+    share = {"text": 0.5, "image": 0.5}
+    forward = forward_flops(some, seq_len=16, experts_per_token={"text": 0.5, "image": 1.0}, token_share=share)
+    assert forward.adapters == 2 * (2 * 0.75 * 2 * 3 * (8 + 5) + attention)
+    assert forward.shared == 2 * parts.shared
+    frozen = frozen_flops(some, forward, seq_len=16)
+    assert frozen == forward.shared + forward.dense_ffn + forward.output + 3 * 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8)
+    assert training_flops(forward, frozen=frozen) == 3 * forward.total - frozen
+    assert training_flops(forward, recompute="experts") == 3 * forward.total + forward.shared + forward.adapters
+
+
+def test_lora_agrees_with_torchs_counter() -> None:
+    """The forward exactly; the whole up to what has no gradient below the first adapter, which is counted here by hand."""
+    cfg = lora_config()
+    counted, experts, tokens = count_training(cfg)
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    frozen = frozen_flops(model, forward, seq_len=cfg.data.seq_len)
+    below = (
+        2 * (32 * 32 + 2 * 32 * 16) + 2 * 3 * 32
+    )  # of layer 0: q, k, v and q's first matrix need no gradient of their input
+    scores_of_keys = 2 * 32 * 16  # and k has no adapter, so the scores' gradient of the keys is not computed
+    values = 2 * 32 * 16  # nor that of the values
+    expected = training_flops(forward, frozen=frozen) - below - scores_of_keys - values
+    assert counted == pytest.approx(expected * tokens, rel=1e-3)
+
+
+def tuned_config(layers: list[int]) -> Config:
+    values = config().model_dump(mode="json")
+    values["run"] |= {"init_from": "x"}
+    values["train"]["only"] = "routers"
+    values["router_tuning"] = {"data": "none", "layers": layers}
+    values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # each layer takes as many experts as the other
+    return Config.model_validate_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("layers", [[1], [2], [1, 2]], ids=str)
+def test_router_tuning_agrees_with_torchs_counter(layers: list[int]) -> None:
+    cfg = tuned_config(layers)
+    counted, experts, tokens = count_training(cfg)
+    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    expected = training_flops(forward, frozen=flops_left_out(cfg, model, forward))
+    assert counted == pytest.approx(expected * tokens, rel=1e-3)
+    assert expected < 0.7 * training_flops(forward)
+
+
+def test_recompute_repeats_no_more_than_counted() -> None:
+    plain, experts, tokens = count_training(config())
+    model = model_shape(config().model, expert_groups(config().model.moe))
+    forward = forward_flops(model, seq_len=16, experts_per_token={"text": experts}, token_share={"text": 1.0})
+    for recompute in ("experts", "block"):
+        repeated = count_training(config(recompute=recompute))[0] - plain
+        bound = (training_flops(forward, recompute=recompute) - training_flops(forward)) * tokens
+        assert 0.5 * bound < repeated <= bound * 1.001, recompute

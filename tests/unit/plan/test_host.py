@@ -1,0 +1,73 @@
+"""What a configuration asks of the machine: Apex and a Unix group, found out without torch."""
+
+import grp
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.plan.host import apex_relations, group_relations
+from moe_dist.plan.preflight import check_file
+from tests.support.tiny import tiny_config, write_config
+
+
+def with_apex(tmp_path: Path, **changes: object) -> Config:
+    return tiny_config(
+        tmp_path,
+        tmp_path,
+        {"optimizer.backend": "apex", "parallel.device": "cuda", **{k.replace("__", "."): v for k, v in changes.items()}},
+    )
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package called apex, as yet that of the Python index; importing it fails."""
+    package = tmp_path / "site" / "apex"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return package
+
+
+def test_apex_is_found_without_importing_it(tmp_path: Path, installed: Path) -> None:
+    (relation,) = apex_relations(with_apex(tmp_path))
+    assert "NVIDIA Apex is not installed" in relation.fault
+    assert "optimizer.backend=torch" in relation.fault
+    (installed / "optimizers").mkdir()
+    (installed / "optimizers" / "fused_adam.py").touch()
+    assert apex_relations(with_apex(tmp_path)) == []
+    assert "apex" not in sys.modules
+
+
+def test_what_apex_cannot_do_is_said_all_at_once(tmp_path: Path) -> None:
+    faults = [
+        relation.fault for relation in apex_relations(with_apex(tmp_path, parallel__data="fsdp2", parallel__device="cpu"))
+    ]
+    assert len(faults) == 3
+    assert "parallel.data=ddp" in faults[0]
+    assert "parallel.device=cpu" in faults[1]
+
+
+def test_where_torch_is_missing_too_nothing_is_concluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert apex_relations(with_apex(tmp_path)) == []
+
+
+def test_preflight_tells(tmp_path: Path, tiny_data: Path) -> None:
+    path = write_config(tiny_config(tiny_data, tmp_path), tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match=r"(?s)Apex is not installed.*run\.group='no_such_group'.*`id -Gn`"):
+        check_file(path, ["optimizer.backend=apex", "parallel.device=cuda", "run.group=no_such_group"])
+
+
+def test_a_group_one_is_not_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {os.getegid(), *os.getgroups()}
+    other = next(group for group in grp.getgrall() if group.gr_gid not in own)
+    config = tiny_config(tmp_path, tmp_path, {"run.group": other.gr_name})
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    (relation,) = group_relations(config)
+    assert "you are not in that group" in relation.fault
+    monkeypatch.setattr(os, "getgroups", lambda: [other.gr_gid])
+    assert group_relations(config) == []

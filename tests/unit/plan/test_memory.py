@@ -1,0 +1,154 @@
+"""Memory a rank: states by hand, activations against what autograd really keeps."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.config.schema import Config
+from moe_dist.plan.flops import parameters
+from moe_dist.plan.memory import Layout, Tuned, checkpoint_bytes, held_parameters, rank_memory
+from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.plan.sizes import model_shape
+from moe_dist.train.build import build_model
+from moe_dist.train.loss import token_losses
+from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
+
+
+def config(*, ep: int = 1, recompute: str = "none", **model: Any) -> Config:
+    values = {
+        "run": {"name": "memory"},
+        "model": {
+            "hidden_dim": 64,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "vocab_size": 128,
+            "max_seq_len": 64,
+            "dense_ffn_dim": 96,
+            "moe": {
+                "shared_ffn_dim": 32,
+                "groups": {"text": {"num_experts": 5, "num_null": 3, "top_k": 3, "ffn_dim": 96}},
+            },
+            **model,
+        },
+        "data": {"path": "none", "seq_len": 64},
+        "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
+        "optimizer": {"lr": 1e-3},
+        "evaluation": {"every": 1},
+        "parallel": {"recompute": recompute, "ep": ep},
+    }
+    return Config.model_validate_json(json.dumps(values))
+
+
+def layout(cfg: Config, **changes: Any) -> Layout:
+    tokens = cfg.train.micro_batch * cfg.data.seq_len
+    values = {"ep": cfg.parallel.ep, "edp": 1, "sharded": False, "itemsize": 4, "recompute": "none", "tokens": tokens}
+    return Layout(**{**values, **changes})
+
+
+def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
+    """Bytes that forward keeps beside the weights; rows and pairs a token. With `tuned` only these layers' routers move."""
+    placement = make_placement(cfg.placement, expert_groups(cfg.model.moe), num_ranks=1, token_mix={})
+    torch.manual_seed(0)
+    model = build_model(cfg, placement, ep_rank=0, ep_group=None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if tuned:
+        freeze_all_but_routers(model, tuned)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch, length = cfg.train.micro_batch, cfg.data.seq_len
+    tokens = torch.randint(cfg.model.vocab_size, (batch, length))
+    zeros = torch.zeros(batch, length, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits, reports = model(tokens, torch.arange(length).expand(batch, -1), zeros.int(), zeros)
+        losses = token_losses(logits, tokens)
+    del losses
+    pairs = sum(report.pairs for report in reports) / len(reports) / tokens.numel()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), min(1.0, pairs), pairs
+
+
+@pytest.mark.parametrize("model", [{}, {"qk_norm": "full"}, {"qk_norm": "head"},
+    {"moe": {"groups": {"text": {"num_experts": 4, "top_k": 3, "ffn_dim": 96, "num_identity": 2, "num_constant": 2}}}},
+    {"moe": {"every": 2, "groups": {"text": {
+    "num_experts": 4, "top_k": 2, "ffn_dim": 256}}}}])  # fmt: skip
+def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
+    cfg = config(**model)
+    kept, rows, pairs = kept_by_autograd(cfg)
+    groups = expert_groups(cfg.model.moe)
+    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
+    memory = rank_memory(model_shape(cfg.model, groups), placement, layout(cfg), rank=0, rows=rows, pairs=pairs)
+    assert 0.75 < memory.activations / kept < 1.25
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2), (0, 2)], ids=str)
+def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(layers: tuple[int, ...]) -> None:
+    cfg = config(vocab_size=16)  # the output's share counts a gradient, which forward does not keep
+    kept, rows, pairs = kept_by_autograd(cfg, *layers)
+    groups = expert_groups(cfg.model.moe)
+    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
+    shape, above = model_shape(cfg.model, groups), 3 - min(layers)
+    tuned = Tuned(len(layers), above, above)
+    memory = rank_memory(shape, placement, layout(cfg, tuned=tuned), rank=0, rows=rows, pairs=pairs)
+    assert 0.75 < memory.activations / kept < 1.25
+    routers, whole = len(layers) * 8 * 64, parameters(shape).total
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * whole, 4 * routers, 8 * routers)
+    assert checkpoint_bytes(shape, tuned) == 4 * whole + 8 * routers
+
+
+def test_router_tuning_keeps_its_lowest_layer_whole_under_recompute_of_blocks() -> None:
+    """What hooks see of a forward: inputs of repeated blocks are held by their closures."""
+    cfg = config(vocab_size=16, recompute="block")
+    kept, rows, pairs = kept_by_autograd(cfg, 0, 2)
+    groups = expert_groups(cfg.model.moe)
+    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
+    shape = model_shape(cfg.model, groups)
+
+    def estimate(recompute: str, layers: int) -> float:
+        lay = layout(cfg, recompute=recompute, tuned=Tuned(1, layers, layers))
+        return rank_memory(shape, placement, lay, rank=0, rows=rows, pairs=pairs).activations
+
+    assert estimate("block", 1) == estimate("none", 1)
+    assert 0.75 < estimate("block", 1) / kept < 1.25
+    assert estimate("block", 1) < estimate("block", 3) < estimate("none", 3)
+    assert estimate("experts", 3) < estimate("none", 3)
+
+
+def test_recompute_keeps_less() -> None:
+    cfg = config()
+    groups = expert_groups(cfg.model.moe)
+    placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
+    shape = model_shape(cfg.model, groups)
+    none, experts, block = (
+        rank_memory(shape, placement, layout(cfg, recompute=how), rank=0, rows=1.0, pairs=1.9).activations
+        for how in ("none", "experts", "block")
+    )
+    assert block < experts < none
+
+
+def test_states_of_a_rank() -> None:
+    cfg = config(ep=4)
+    groups = expert_groups(cfg.model.moe)
+    placement = make_placement(cfg.placement, groups, num_ranks=4, token_mix={})
+    shape = model_shape(cfg.model, groups)
+    whole = parameters(shape)
+    expert = whole.experts / 5
+    dense = whole.total - whole.experts
+    replicated = layout(cfg)
+    held = [held_parameters(shape, placement, replicated, rank=rank) for rank in range(4)]
+    assert held == [dense + count * expert for count in (2, 1, 1, 1)]  # five experts on four ranks
+    sharded = layout(cfg, sharded=True, edp=2)
+    assert held_parameters(shape, placement, sharded, rank=0) == (dense - whole.router) / 8 + expert + whole.router
+    memory = rank_memory(shape, placement, replicated, rank=0, rows=1.0, pairs=1.0)
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * held[0], 4 * held[0], 8 * held[0])
+    assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4  # each way, three other ranks' micro-batches of 256 tokens
+    bounded = rank_memory(shape, placement, layout(cfg, max_receive_rows=100), rank=0, rows=1.0, pairs=1.0)
+    assert bounded.exchange_bound == (3 * 256 + 100) * 64 * 4

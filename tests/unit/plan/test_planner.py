@@ -1,0 +1,120 @@
+"""Expected load and traffic against enumeration of every choice, and the comparison in words."""
+
+import itertools
+
+import pytest
+
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.planner import compare, expected_plan, experts_text, group_shares, render
+
+TEXT = ExpertGroup("text", 3, 2, 2, 10, 0, ("text",))
+IMAGE = ExpertGroup("image", 2, 1, 2, 20, 3, ("image",))
+SLOTS = ((0, 1), (2, 3), (4,))
+MIX = {"text": 30, "image": 10}
+
+
+def enumerate_choices(placement: ExpertPlacement, shares: dict[str, float]) -> tuple[list[float], list[float]]:
+    """Load and remote rows a token, by walking over every source rank and every set of choices."""
+    ranks = placement.num_ranks
+    load, remote = [0.0] * ranks, [0.0] * ranks
+    for group in placement.groups:
+        columns = [*group.experts, *[None] * group.num_null]
+        every = list(itertools.combinations(range(len(columns)), group.top_k))
+        for source, choice in itertools.product(range(ranks), every):
+            weight = shares[group.name] / len(every) / ranks
+            experts = [columns[c] for c in choice if columns[c] is not None]
+            for expert in experts:
+                load[placement.rank_of_expert[expert]] += weight * group.ffn_dim
+            for rank in {placement.rank_of_expert[expert] for expert in experts} - {source}:
+                remote[rank] += weight
+    return load, remote
+
+
+def test_expectations_are_exact() -> None:
+    placement = ExpertPlacement((TEXT, IMAGE), SLOTS)
+    load, remote = enumerate_choices(placement, {"text": 0.75, "image": 0.25})
+    plan = expected_plan(placement, MIX, name="x")
+    assert plan.load_R == pytest.approx(load)
+    assert plan.remote_R == pytest.approx(remote)
+    assert plan.remote_rows_per_token == pytest.approx(sum(remote))
+    assert plan.efficiency == pytest.approx(sum(load) / 3 / max(load))
+
+
+def test_shares_without_a_mix_are_those_of_modalities() -> None:
+    both = ExpertGroup("text", 3, 2, 2, 10, 0, ("text", "code"))
+    assert group_shares((both, IMAGE), {}) == pytest.approx([2 / 3, 1 / 3])
+    assert group_shares((both, IMAGE), {"text": 1, "code": 0, "image": 3}) == [0.25, 0.75]
+
+
+def test_one_rank_exchanges_nothing() -> None:
+    plan = expected_plan(ExpertPlacement((TEXT, IMAGE), ((0, 1, 2, 3, 4),)), MIX, name="x")
+    assert plan.remote_rows_per_token == 0
+    assert plan.efficiency == 1
+
+
+def even(n: int, first: int, name: str) -> ExpertGroup:
+    return ExpertGroup(name, n, 0, 2, 10, first, (name,))
+
+
+def test_pinned_sends_fewer_rows_and_suffers_from_a_skewed_mix() -> None:
+    of = (even(4, 0, "text"), even(4, 4, "image"))
+    comparison = compare(of, 4, {"text": 900, "image": 100})
+    pinned, interleaved = comparison.plans
+    assert (pinned.name, interleaved.name) == ("pinned", "interleaved")
+    assert comparison.least_traffic is pinned
+    assert comparison.fastest_compute is interleaved
+    words = comparison.verdict()
+    assert "interleaved has 44.4% less work" in words  # 0.25 against 0.9 x 2/4 of the tokens' rows
+    assert "interleaved wins" in words
+
+
+def test_pinned_can_win_altogether() -> None:
+    of = (even(4, 0, "text"), even(4, 4, "image"))
+    comparison = compare(of, 4, {"text": 500, "image": 500})
+    assert comparison.fastest_compute is None  # equal
+    assert comparison.verdict().endswith("pinned wins")
+    assert "busiest rank: both equal" in comparison.verdict()
+
+
+def test_the_trade_between_work_and_wire() -> None:
+    """By hand: time of a token on the busiest rank is 6 D load / flops + 2 D itemsize rows / bandwidth."""
+    of = (ExpertGroup("text", 3, 1, 2, 16, 0, ("text",)), ExpertGroup("image", 2, 2, 2, 24, 3, ("image",)))
+    mix = {"text": 2820, "image": 1536}
+    pinned, interleaved = compare(of, 2, mix).plans
+    work = 6 * (max(pinned.load_R) - max(interleaved.load_R))
+    wire = 2 * 2 * (max(interleaved.remote_R) - max(pinned.remote_R))
+    assert work > 0
+    assert wire > 0
+    words = compare(of, 2, mix).verdict(itemsize=2)
+    assert f"interleaved wins where a rank's link moves more than {wire / work * 1000:.3g} GB/s for each TFLOP/s" in words
+    assert words.endswith("pinned below that")
+
+
+def test_no_trade_where_the_busiest_receiver_is_no_busier() -> None:
+    of = (even(5, 0, "text"), even(3, 5, "image"))
+    assert "its busiest receiver has no more rows" in compare(of, 4, {"text": 6, "image": 4}).verdict()
+
+
+def test_what_cannot_be_is_said() -> None:
+    comparison = compare((TEXT, IMAGE), 1, MIX)
+    assert [plan.name for plan in comparison.plans] == ["interleaved"]
+    assert "pinned cannot be" in comparison.verdict()
+    assert "raise parallel.ep" in comparison.verdict()
+
+
+def test_one_group_is_the_same_either_way() -> None:
+    assert compare((even(8, 0, "text"),), 4, {}).verdict() == "busiest rank: both equal; exchange: both equal"
+
+
+def test_renders_without_a_terminal() -> None:
+    placement = ExpertPlacement((TEXT, IMAGE), SLOTS)
+    text = render(compare((TEXT, IMAGE), 3, MIX), placement, MIX, policy="explicit", width=100)
+    assert "\x1b" not in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    for part in ("explicit (chosen)", "pinned", "interleaved", "text/0-1", "text/2 image/0", "image/1", "%"):
+        assert part in text
+
+
+def test_experts_in_short() -> None:
+    placement = ExpertPlacement((even(6, 0, "a"), even(2, 6, "b")), ((0, 1, 2, 4, 7), (), (3, 5, 6)))
+    assert [experts_text(placement, rank) for rank in range(3)] == ["a/0-2,4 b/1", "none", "a/3,5 b/0"]

@@ -1,0 +1,157 @@
+"""Policies by hand-drawn cases, and their promises on random ones."""
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_dist.config.model_schema import MoESection
+from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
+from moe_dist.errors import ConfigError
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.policies import expert_groups, group_load, make_placement
+
+
+def groups(*sizes: int, ffn_dim: int = 8) -> tuple[ExpertGroup, ...]:
+    """Groups a, b, ... of these sizes, one choice each."""
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    names = "abcdefgh"
+    return tuple(ExpertGroup(names[i], n, 0, 1, ffn_dim, firsts[i], (names[i],)) for i, n in enumerate(sizes))
+
+
+def pinned(**ranks: tuple[int, ...]) -> PinnedSection:
+    return PinnedSection.model_validate({"groups": {name: {"ranks": each} for name, each in ranks.items()}})
+
+
+def place(section: Any, of: tuple[ExpertGroup, ...], ranks: int, **mix: int) -> tuple[tuple[int, ...], ...]:
+    return make_placement(section, of, num_ranks=ranks, token_mix=mix).slots
+
+
+def test_groups_of_a_configuration() -> None:
+    text = {"num_experts": 3, "num_null": 1, "top_k": 2, "ffn_dim": 16, "modalities": ("text", "code")}
+    image = {"num_experts": 2, "top_k": 1, "ffn_dim": 24}
+    moe = MoESection.model_validate({"groups": {"words": text, "image": image}})
+    assert expert_groups(moe) == (
+        ExpertGroup("words", 3, 1, 2, 16, 0, ("text", "code")),
+        ExpertGroup("image", 2, 0, 1, 24, 3, ("image",)),
+    )
+
+
+def test_interleaved_does_not_pile_up_on_rank_0() -> None:
+    #  a: 5 on 4 ranks, one more on rank 0; b: 3, from rank 1 on, where a's odd expert ended
+    assert place(InterleavedSection(), groups(5, 3), 4) == ((0, 1), (2, 5), (3, 6), (4, 7))
+
+
+def test_interleaved_with_fewer_experts_than_ranks() -> None:
+    assert place(InterleavedSection(), groups(2, 1), 4) == ((0,), (1,), (2,), ())
+
+
+def test_pinned_to_given_ranks_with_uneven_counts() -> None:
+    assert place(pinned(a=(2, 0), b=(1, 3)), groups(5, 3), 4) == ((3, 4), (5, 6), (0, 1, 2), (7,))
+
+
+def test_pinned_leaves_ranks_without_experts() -> None:
+    assert place(pinned(a=(0, 1, 2), b=(3,)), groups(2, 1), 5) == ((0,), (1,), (), (2,), ())
+
+
+def test_ranks_divided_by_load() -> None:
+    of = groups(4, 4)
+    assert place(PinnedSection(), of, 4, a=300, b=100) == ((0, 1), (2,), (3,), (4, 5, 6, 7))  # 3 to 1
+    assert place(PinnedSection(), of, 4, a=100, b=100) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert place(PinnedSection(), of, 4, a=1, b=999) == ((0, 1, 2, 3), (4, 5), (6,), (7,))  # one at least
+    assert place(PinnedSection(), of, 4) == ((0, 1), (2, 3), (4, 5), (6, 7))  # no mix: all alike
+
+
+def test_load_counts_experts_and_width() -> None:
+    wide = ExpertGroup("a", 8, 8, 4, 100, 0, ("x", "y"))
+    assert group_load(wide, {"x": 10, "y": 5, "z": 99}) == 15 * 2.0 * 100
+
+
+def test_some_ranks_given_and_others_divided() -> None:
+    assert place(pinned(b=(1,)), groups(3, 2, 1), 4, a=100, b=1, c=1) == ((0, 1), (3, 4), (2,), (5,))
+
+
+def test_a_group_gets_no_more_ranks_than_experts() -> None:
+    assert place(PinnedSection(), groups(1, 2), 6, a=1000, b=1) == ((0,), (1,), (2,), (), (), ())
+
+
+def test_explicit_as_written() -> None:
+    section = ExplicitSection(slots=(("b/0", "a/1"), (), ("a/0", "a/2")))
+    assert place(section, groups(3, 1), 3) == ((1, 3), (), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("section", "faults"),
+    [
+        (pinned(a=(4, 0), b=(1,)), ["placement.groups.a.ranks=[4, 0]: [4] out of range; an EP group has the ranks 0 to 3"]),
+        (pinned(a=(0, 1), b=(1, 2)), ["placement.groups.b.ranks=[1, 2]: [1] already hold group 'a'"]),
+        (pinned(a=(0, 0), b=(1,)), ["placement.groups.a.ranks=[0, 0]: a rank stands twice"]),
+        (pinned(aa=(0,)), ["placement.groups.aa: no such group; did you mean 'a'?", ]),
+        (pinned(zzz=(0,)), ["placement.groups.zzz: no such group; the groups are a, b"]),
+        (pinned(a=(0, 1, 2, 3)), ["0 of parallel.ep=4 ranks are free for 1 groups (b)"]),
+        (ExplicitSection(slots=(("a/0", "a/1"), ("a/2",), ("b/0",))), ["placement.slots: lists 3 ranks, parallel.ep=4"]),
+        (ExplicitSection(slots=(("a/0", "a/1"), ("a/2",), (), ())), ["no rank has b/0"]),
+        (ExplicitSection(slots=(("a/0", "a/1"), ("a/2", "b/0"), ("a/0",), ())), ["a/0 stands on ranks [0, 2]"]),
+        (
+            ExplicitSection(slots=(("a/0", "a/3"), ("a/1", "b"), ("a/2", "c/0"), ("b/0",))),
+            ["slots.0: 'a/3': group 'a' has the experts 0 to 2", "slots.1: 'b': write 'group/index'", "slots.2: 'c/0'"],
+        ),
+        (pinned(a=(7,), b=(7,)), ["[7] out of range", "[7] out of range", "[7] already hold group 'a'"]),
+    ],
+)  # fmt: skip
+def test_every_fault_is_named(section: Any, faults: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        place(section, groups(3, 1), 4)
+    assert len(raised.value.faults) == len(faults)
+    for fault in faults:
+        assert any(fault in found for found in raised.value.faults), raised.value.faults
+
+
+def test_more_groups_than_ranks_says_interleaved() -> None:
+    with pytest.raises(
+        ConfigError, match=r"parallel\.ep=2 ranks are free for 3 groups .* use placement\.policy=interleaved"
+    ):
+        place(PinnedSection(), groups(2, 2, 2), 2)
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@given(SIZES, st.integers(1, 9))
+def test_interleaved_is_even(sizes: list[int], ranks: int) -> None:
+    of = groups(*sizes)
+    placement = make_placement(InterleavedSection(), of, num_ranks=ranks, token_mix={})
+    for group in of:
+        counts = [len(placement.local_experts(rank, group)) for rank in range(ranks)]
+        assert max(counts) - min(counts) <= 1
+    totals = [len(slots) for slots in placement.slots]
+    assert max(totals) - min(totals) <= 1
+
+
+@given(SIZES, st.integers(0, 5), st.lists(st.integers(0, 1000), min_size=4, max_size=4))
+def test_divided_ranks_have_the_least_busiest_rank(sizes: list[int], spare: int, tokens: list[int]) -> None:
+    of = groups(*sizes)
+    ranks = len(sizes) + spare
+    mix = dict(zip((group.name for group in of), tokens, strict=False))
+    placement = make_placement(PinnedSection(), of, num_ranks=ranks, token_mix=mix)
+    loads = [group_load(group, mix) for group in of]
+
+    def busiest(shares: tuple[int, ...]) -> float:
+        return max(load * -(-n // share) / n for load, n, share in zip(loads, sizes, shares, strict=True))
+
+    best = min(
+        busiest(shares) for shares in itertools.product(range(1, ranks + 1), repeat=len(sizes)) if sum(shares) <= ranks
+    )
+    assert busiest_of(placement, loads) == pytest.approx(best)
+    for slots in placement.slots:  # a rank holds one group
+        assert len({next(g.name for g in of if expert in g.experts) for expert in slots}) <= 1
+
+
+def busiest_of(placement: ExpertPlacement, loads: list[float]) -> float:
+    return max(
+        load * len(placement.local_experts(rank, group)) / group.num_experts
+        for load, group in zip(loads, placement.groups, strict=True)
+        for rank in range(placement.num_ranks)
+    )

@@ -1,0 +1,36 @@
+"""What tools.bench.router_tuning prints: both trainings, and moments of a few router rows beside those of everything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from moe_dist.config.load import resolved_yaml
+from tests.support.tiny import IMAGE_IDS, tiny_config
+from tests.support.tuning_samples import made_samples
+
+ROOT = Path(__file__).parents[4]
+
+
+def test_both_arms_are_told(tiny_data: Path, tmp_path: Path) -> None:
+    model = tiny_config(tiny_data, tmp_path).model.model_dump(mode="json")
+    samples = made_samples(tmp_path / "samples", ids=(4, IMAGE_IDS[1]), layers=(0, 1), columns=8, model=model)
+    config = tiny_config(
+        tiny_data,
+        tmp_path,
+        {
+            "parallel.ep": 1,
+            "placement.policy": "interleaved",
+            "train.only": "routers",
+            "run.init_from": "nowhere",  # the bench begins with initial weights
+            "loss.balance.schedule": [[0, 0.0]],
+            "router_tuning": {"data": str(samples), "last_layers": 1},
+        },
+    )
+    (tmp_path / "run.yaml").write_text(resolved_yaml(config))
+    command = [sys.executable, "-m", "tools.bench.router_tuning", str(tmp_path / "run.yaml"), "--rounds", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = {line[:14].strip(): line.split() for line in done.stdout.splitlines()}
+    state = {name: int(lines[name][-1].replace(",", "")) for name in ("router tuning", "everything")}
+    assert 0 < state["router tuning"] < state["everything"] / 20
+    assert "median over 2 rounds" in done.stdout

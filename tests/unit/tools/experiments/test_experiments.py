@@ -1,0 +1,98 @@
+"""The experiments that come with the project: every arm is a run that could start."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.errors import ConfigError
+from moe_dist.plan.preflight import layout_without_data, manifest_relations
+from tools.experiments.conventions import CONVENTIONS
+from tools.experiments.study import Job, Study, config_of, jobs_of, load_study
+
+NAMES = ("adamoe", "adamoe-held", "moma", "moma-narrow", "nulls-by-modality", "mole", "roma")
+REPOSITORY = Path(__file__).parents[4]
+DECISIVE, OTHER = 5, 3
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def study_of(name: str) -> Study:
+    return load_study(Path(f"configs/reproduce/{name}.yaml"))
+
+
+def manifest(path: str) -> Manifest:
+    """Of the data that `make reproduce-data` and `make conventions-data` prepare."""
+    names = ["openmoji", "python"]
+    if path.endswith("questions"):
+        names += ["wordnet", "reasoning"]
+    if path.endswith("conventions"):
+        names = [f"{name}{more}" for name in CONVENTIONS for more in ("", "-twice")]
+    split = SplitSection(path="x", documents=1, tokens=2, tokens_by_modality={"text": 1, "image": 1})
+    source = SourceSection(train=split, valid=split, licence="")
+    return Manifest(
+        name="x",
+        vocab_size=2560,
+        modalities={"text": ((0, 2048),), "image": ((2048, 2560),)},
+        pad_id=0,
+        eos_id=1,
+        sources=dict.fromkeys(names, source),
+    )
+
+
+def jobs_once(study: Study) -> list[Job]:
+    """One job of each arm, and of each variant of the pilot."""
+    every = {job.label: job for job in (*jobs_of(study), *jobs_of(study, pilot=True))}
+    return list(every.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_is_a_run_that_could_start(name: str) -> None:
+    study = study_of(name)
+    for job in jobs_once(study):
+        if "model.depths" in job.settings and "depths" not in ModelSection.model_fields:
+            with pytest.raises(ConfigError, match=r"^model\.depths: unknown key"):
+                config_of(study, job)
+            continue
+        config = config_of(study, job)
+        layout = layout_without_data(config)
+        assert not manifest_relations(config, layout.groups, manifest(config.data.path))
+        assert layout.placement.num_ranks == 1
+        assert config.run.seed == job.seed
+        if config.router_tuning is None:
+            assert config.train.global_batch * config.data.seq_len == 2048
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_that_a_rule_decides_on_have_five_seeds(name: str) -> None:
+    study = study_of(name)
+    assert len(study.seeds.decisive) == DECISIVE
+    assert len(study.seeds.other) == OTHER
+    assert study.rules
+
+
+def test_the_budget_is_about_sixty_million_tokens_an_experiment() -> None:
+    for name in NAMES:
+        study = study_of(name)
+        steps = [
+            config_of(study, job).train.steps
+            for job in jobs_of(study)
+            if "model.depths" not in job.settings or "depths" in ModelSection.model_fields
+        ]
+        assert sum(steps) * 2048 < 66e6, name
+        assert max(steps) <= 1500
+
+
+def test_arms_that_go_on_from_anothers_at_no_cost_of_their_own_are_not_set_against_costs(tmp_path: Path) -> None:
+    arms = study_of("moma").with_whole_cost()
+    assert "upcycled" in arms, "its seed's cost is carried"
+    assert "auxiliary" not in arms
+    text = (REPOSITORY / "configs/reproduce/moma.yaml").read_text()
+    path = tmp_path / "moma.yaml"
+    path.write_text(text.replace("{eta: mixed8, of: dense, part: image}", "{eta: auxiliary, of: dense, part: image}"))
+    with pytest.raises(ConfigError, match="eta needs what all of auxiliary's training cost"):
+        load_study(path)

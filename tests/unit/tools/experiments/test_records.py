@@ -1,0 +1,240 @@
+"""The rules come before the results: what the tool refuses, and what its files hold."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moe_dist.errors import ConfigError, DataError
+from tools.experiments.report import write_report
+from tools.experiments.results import add_record, check_rules, code_of_now, make_header, read_records, rounded
+from tools.experiments.study import Study, jobs_of, load_study
+
+STUDY = """
+name: planted
+question: Is a below b?
+base: base.yaml
+seeds: {decisive: [1, 2], other: [1, 2]}
+pilot: {seeds: [9], found: lr 0.1, arms: [b], variants: {a: {fast: {optimizer.lr: 0.01}}}}
+arms:
+  a: {about: first}
+  b: {about: second, after: a}
+rules:
+  - {claim: b is below a, lower: {arm: b, metric: loss.all}, higher: {arm: a, metric: loss.all}}
+"""
+
+
+def git(*arguments: str) -> None:
+    identity = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["git", *arguments], check=True, capture_output=True, env={**os.environ, **identity})
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Study]:
+    """A study in a repository of its own, committed, with the working directory there."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("planted.yaml")
+    path.write_text(STUDY)
+    Path("base.yaml").write_text("run: {name: x}\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "rules")
+    return path, load_study(path)
+
+
+def record(arm: str, seed: int, loss: float) -> dict:
+    part = {name: {"tokens": 1, "load": 2.0} for name in ("text", "image")}
+    return {
+        "arm": arm, "seed": seed, "code": {"commit": "c0ffee", "changed": False}, "tokens": 10, "seconds": 2.0,
+        "flops": 1e12, "loss": {"all": loss}, "load": {"all": 1.5, "by_layer": [1.0, 2.0], "idle": 0.0},
+        "load_by_loss": [{"from": 0.0, "to": 1.0, **part}], "curve": [], "probes": {},
+        "wire": dict.fromkeys(("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_null_remapped"), 1.0),
+    }  # fmt: skip
+
+
+def test_rules_that_are_committed_may_run(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    assert len(check_rules(Path("r.jsonl"), path, rules)) == 40
+
+
+def test_rules_without_a_pilot_are_refused(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("found: lr 0.1, ", ""))
+    with pytest.raises(ConfigError, match=r"pilot\.found is empty: run --pilot"):
+        check_rules(Path("r.jsonl"), path, load_study(path))
+
+
+def test_rules_that_are_not_committed_are_refused(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    git("rm", "-q", "--cached", str(path))
+    with pytest.raises(ConfigError, match="must be committed before"):
+        check_rules(Path("r.jsonl"), path, rules)
+
+
+@pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
+def test_rules_that_differ_from_the_commit_are_refused(study: tuple[Path, Study], changed: str) -> None:
+    path, rules = study
+    with Path(changed).open("a") as stream:
+        stream.write("# more\n")
+    with pytest.raises(ConfigError, match="differs from what is committed"):
+        check_rules(Path("r.jsonl"), path, rules)
+
+
+@pytest.mark.parametrize("changed", ["planted.yaml", "base.yaml"])
+def test_rules_changed_after_the_first_results_are_refused_even_if_committed(
+    study: tuple[Path, Study], changed: str
+) -> None:
+    path, rules = study
+    results = Path("r.jsonl")
+    add_record(results, make_header(path, rules, check_rules(results, path, rules)), record("a", 1, 1.0))
+    assert check_rules(results, path, rules)
+    with Path(changed).open("a") as stream:
+        stream.write("# more\n")
+    git("commit", "-qam", "other rules")
+    with pytest.raises(ConfigError, match=r"has changed since"):
+        check_rules(results, path, rules)
+
+
+def test_records_come_back_and_a_second_of_the_same_run_takes_its_place(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, header = Path("deep/r.jsonl"), make_header(path, rules, "abc")
+    for loss in (1.0, 2.0):
+        add_record(results, header, record("a", 1, loss))
+    add_record(results, header, record("b", 1, 3.0))
+    assert {key: each["loss"]["all"] for key, each in read_records(results).items()} == {("a", 1): 2.0, ("b", 1): 3.0}
+    results.write_text(results.read_text() + "{torn\n")
+    with pytest.raises(DataError, match="line 4"):
+        read_records(results)
+
+
+def test_numbers_are_written_to_six_digits_and_never_as_nan() -> None:
+    assert rounded({"x": [1.23456789, 2], "y": "1.23456789", "z": True}) == {
+        "x": [1.23457, 2],
+        "y": "1.23456789",
+        "z": True,
+    }
+    with pytest.raises(ValueError, match="Out of range"):
+        json.dumps(rounded({"x": float("nan")}), allow_nan=False)
+
+
+def test_pilot_has_its_arms_with_what_they_need_and_variants(study: tuple[Path, Study]) -> None:
+    _, rules = study
+    assert [(job.label, job.seed) for job in jobs_of(rules, pilot=True)] == [("a", 9), ("a~fast", 9), ("b", 9)]
+    assert [(job.label, job.seed) for job in jobs_of(rules)] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("  b: {about: second, after: c}", "c are named and not among them"),
+        ("  b: {about: second, after: b}", "which must stand before it"),
+        ("  b: {about: second, seeds: decisive, after: a}", "has seeds that a lacks"),
+        ("  b: {about: second, later: a}", "Extra inputs"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(study: tuple[Path, Study], line: str, fault: str) -> None:
+    path, _ = study
+    text = STUDY.replace("decisive: [1, 2]", "decisive: [1, 2, 3]").replace("  b: {about: second, after: a}", line)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=fault):
+        load_study(path)
+
+
+def test_a_pilot_on_a_seed_that_counts_is_refused(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("pilot: {seeds: [9]", "pilot: {seeds: [2]"))
+    with pytest.raises(ConfigError, match="a pilot runs on other seeds"):
+        load_study(path)
+
+
+def test_report_is_written_whatever_it_says_and_an_earlier_attempt_stays(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    page.write_text("# Reproductions\n\nText.\n")
+    header = make_header(path, rules, "a" * 40)
+    loads = {arm: {**record(arm, 1, 1.0)["load"], "all": load} for arm, load in (("a", 1.5), ("b", 1.25))}
+    for arm, losses in (("a", (1.0, 1.1)), ("b", (1.2, 1.3))):
+        for seed, loss in enumerate(losses, 1):
+            add_record(results, header, {**record(arm, seed, loss), "load": loads[arm]})
+    assert write_report(rules, page=page, results=results).startswith("fail: b is below a +0.2000")
+    once = page.read_text()
+    write_report(rules, page=page, results=results)
+    assert page.read_text() == once, "written anew, not twice"
+    assert once.startswith("# Reproductions\n\nText.\n")
+    assert "**fail**" in once
+    assert Path("planted_loss_over_load.png").stat().st_size > 1000
+    results.rename("old.jsonl")
+    add_record(results, {**header, "fingerprint": "other"}, record("a", 1, 1.0))
+    text = write_report(rules, page=page, results=results)
+    assert text.startswith("not testable here: b is below a (no record yet of")
+    assert page.read_text().startswith(once.rstrip()), "the earlier attempt stays"
+
+
+@pytest.mark.parametrize(
+    ("loads", "drawn"),
+    [
+        ({"a": 2.0, "b": 2.0}, set()),
+        ({"a": 2.0, "b": 1.0}, {"planted_loss_over_load.png"}),
+        ({"a": 1.5, "b": 1.5}, {"planted_load_over_loss.png"}),
+    ],
+)
+def test_no_picture_is_drawn_that_would_show_nothing(
+    study: tuple[Path, Study], loads: dict[str, float], drawn: set[str]
+) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm, load in loads.items():
+        mine = record(arm, 1, 1.0)
+        add_record(results, make_header(path, rules, "a" * 40), {**mine, "load": {**mine["load"], "all": load}})
+    write_report(rules, page=page, results=results)
+    assert {found.name for found in Path().glob("*.png")} == drawn
+
+
+def test_questions_are_told_with_what_routing_fitted_to_their_labels_gives(study: tuple[Path, Study]) -> None:
+    path, rules = study
+    results, page = Path("r.jsonl"), Path("page.md")
+    for arm in ("a", "b"):
+        for seed in (1, 2):
+            right = {"questions": 40, "accuracy": 0.5 + seed / 100, "by_task": {"gcd": {"accuracy": 0.5 + seed / 100}}}
+            oracle = {**right, "accuracy": 0.75, "before": 0.25, "by_task": {"gcd": {"accuracy": 0.75, "before": 0.25}}}
+            more = {"questions": right, "oracle": {**oracle, "questions": 10}} if arm == "a" else {"questions": right}
+            add_record(results, make_header(path, rules, "a" * 40), {**record(arm, seed, 1.0), **more})
+    write_report(rules, page=page, results=results)
+    rows = page.read_text().partition("### Questions")[2].splitlines()
+    assert "| `a` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert "| `a`, the first questions | 10 | 0.2500 ± 0.0000 | 0.250 ± 0.000 |" in rows
+    assert "| `a`, these with routing fitted to their labels | 10 | 0.7500 ± 0.0000 | 0.750 ± 0.000 |" in rows
+    assert "| `b` | 40 | 0.5150 ± 0.0071 | 0.515 ± 0.007 |" in rows
+    assert Path("planted_questions.png").stat().st_size > 1000
+
+
+def test_an_arm_asks_only_what_the_experiment_says_it_asks(study: tuple[Path, Study]) -> None:
+    path, _ = study
+    path.write_text(STUDY.replace("a: {about: first}", "a: {about: first, asks: [oracle]}"))
+    with pytest.raises(ConfigError, match=r"arms\.a\.asks needs measure\.questions"):
+        load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "changed"),
+    [
+        ((), False),
+        (("docs/reproductions.md", "docs/reproductions/roma.jsonl"), False),
+        (("docs/a.md", "moe_dist/b.py"), True),
+    ],
+)
+def test_documents_are_no_change_of_the_code(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], changed: bool
+) -> None:
+    diff = "".join(f"diff --git a/{file} b/{file}\n--- a/{file}\n+++ b/{file}\n@@ -1 +1 @@\n-1\n+2\n" for file in files)
+    monkeypatch.setattr("tools.experiments.results.code_state", lambda _: ("c0ffee", diff.encode(), ["new.py"]))
+    assert code_of_now() == {"commit": "c0ffee", "changed": changed}
+
+
+@pytest.mark.parametrize("names", ["a/docs/a.py b/moe_dist/a.py", '"a/moe_dist/\\303.py" "b/moe_dist/\\303.py"'])
+def test_what_may_be_code_is_a_change(monkeypatch: pytest.MonkeyPatch, names: str) -> None:
+    diff = f"diff --git {names}\n"
+    monkeypatch.setattr("tools.experiments.results.code_state", lambda _: ("c0ffee", diff.encode(), []))
+    assert code_of_now()["changed"]

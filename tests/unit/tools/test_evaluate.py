@@ -1,0 +1,127 @@
+"""The command on a small run: what it prints and keeps, and what it refuses before the model is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from moe_dist.data.tokenizer import fit_tokenizer
+from moe_dist.inference.multiple_choice import MEASURES
+from moe_dist.inference.trained import Trained
+from tests.support.one_rank import OneRank, world_of_one
+from tools.evaluate import main
+
+
+def call(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_run_is_evaluated_and_earlier_results_stay(own_run: Path, words: Path, tmp_path: Path) -> None:
+    tasks = "wordnet-definition,pictures,wordnet-category"
+    options = ("--tasks", tasks, "--split", "train", "--wordnet", words, "--limit", 6)
+    done = call(own_run, *options)
+    assert done.exit_code == 0, done.output
+    assert "pictures-naming" in done.stdout
+    first = own_run / "evaluations" / "step_2_1.json"
+    record = json.loads(first.read_text())
+    assert list(record["tasks"]) == ["wordnet-definition", "pictures-naming", "pictures-finding", "wordnet-category"]
+    for task in record["tasks"].values():
+        assert (task["questions"], task["chance"]) == (6, 0.25)
+        for measure in MEASURES:
+            right = sum(each[measure] == [each["answer"]] for each in task["answers"])
+            assert (task[measure]["right"], task[measure]["accuracy"]) == (right, right / 6)
+            assert task[measure]["interval"][0] <= right / 6 <= task[measure]["interval"][1]
+    again = call(own_run, *options, "--json")
+    assert json.loads(again.stdout) == record == json.loads((own_run / "evaluations" / "step_2_2.json").read_text())
+    assert json.loads(first.read_text()) == record
+    assert call(own_run, *options, "--seed", 1, "--out", tmp_path / "mine").exit_code == 0
+    assert json.loads((tmp_path / "mine" / "step_2_1.json").read_text())["tasks"] != record["tasks"]
+
+
+def test_under_rotations_every_one_must_be_right(own_run: Path, words: Path, tmp_path: Path) -> None:
+    options: tuple[Any, ...] = (
+        "--tasks",
+        "wordnet-definition",
+        "--wordnet",
+        words,
+        "--limit",
+        8,
+        "--out",
+        tmp_path,
+        "--json",
+    )
+    done = call(own_run, *options, "--rotations")
+    assert done.exit_code == 0, done.output
+    task = json.loads(done.stdout)["tasks"]["wordnet-definition"]
+    for measure in MEASURES:
+        assert all(len(each[measure]) == 4 for each in task["answers"])
+        assert task[measure]["right"] == sum(set(each[measure]) == {each["answer"]} for each in task["answers"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((), 78, "nothing to evaluate: give --tasks or --harness"),
+        (
+            ("--harness", "lambda_openai"),
+            78,
+            "--harness lambda_openai: lm_eval has no such task; did you mean lambada_openai?",
+        ),
+        (("--harness", "mmlu_*"), 78, "--harness mmlu_*: lm_eval has no such task"),
+        (("--tasks", "wordnet-defintion"), 78, "did you mean wordnet-definition? the tasks are"),
+        (
+            ("--tasks", "wordnet", "--wordnet", "nowhere"),
+            78,
+            "--wordnet nowhere: data.noun, index.noun, data.adj not there",
+        ),
+        (("--tasks", "trivia", "--quiz", "nowhere"), 78, "--quiz nowhere: no such folder; `apt-get install bsdgames`"),
+        (("--tasks", "pictures-finding", "--split", "train", "--rotations"), 78, "more than model.max_seq_len=192"),
+        (("--tasks", "pictures-naming", "--step", "7"), 78, "has checkpoints of the steps 2"),
+        (("--tasks", "pictures-naming", "--device", "tpu"), 78, "--device tpu"),
+        (("--tasks", "pictures-naming", "--split", "train", "--out", "/dev/null/x"), 78, "--out /dev/null/x: cannot be"),
+        (("--tasks", "pictures-naming", "--split", "train", "--seed", "2", "--data", "nowhere"), 78, "no manifest.json"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, message: str
+) -> None:
+    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    done = call(own_run, *options)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+
+
+def test_packages_that_are_not_there_are_named(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for option, value in (("--tasks", "reasoning-gcd"), ("--harness", "lambada")):
+        done = call(own_run, option, value)
+        assert done.exit_code == 78, done.output
+        assert "pip install -e '.[evaluate]'" in done.stderr
+
+
+def test_a_tokenizer_of_other_data_is_refused(own_run: Path, own_data: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(own_data, moved)
+    texts = [" ".join(f"{number:03} brown foxes" for number in range(60))]
+    fit_tokenizer(texts, vocab_size=310).save(str(moved / "tokenizer.json"))
+    done = call(own_run, "--tasks", "pictures-naming", "--data", moved)
+    assert done.exit_code == 65, done.output
+    assert "to the data that is a picture code; it is another data set's tokenizer" in done.stderr
+
+
+def test_runs_without_checkpoint_or_tokenizer_say_so(tiny_data: Path, tmp_path: Path) -> None:
+    done = call(tmp_path, "--tasks", "pictures-naming")
+    assert (done.exit_code, "no checkpoint there" in done.stderr) == (78, True)
+    with world_of_one():
+        other = OneRank(tiny_data, tmp_path)
+        other.train_and_save()
+    done = call(other.folder.parent, "--tasks", "pictures-naming")
+    assert (done.exit_code, "names no tokenizer" in done.stderr) == (78, True)

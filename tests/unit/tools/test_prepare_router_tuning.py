@@ -1,0 +1,193 @@
+"""The command on a small run: what it writes is what the run makes of the questions, and what it refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from moe_dist.config.tuning_manifest import load_tuning_manifest
+from moe_dist.inference.router_tuning.embedder import Embedder
+from moe_dist.inference.trained import Trained, find_trained
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.router_tuning.loader import SampleMaker
+from moe_dist.train.router_tuning.samples import Samples
+from tests.support.pictured import pictured_run
+from tests.support.tiny_embedder import tiny_embedder
+from tools.evaluate import main as evaluate
+from tools.prepare_router_tuning import main
+
+TASKS = "wordnet-definition,wordnet-category"
+
+
+def call(command: Any, *arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def plain_run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictured_run(own_data, tmp_path_factory.mktemp("plain"), max_seq_len=192, model__depths=None)
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_embedder(tmp_path_factory.mktemp("embedder") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def options(words: Path, embedder: Path) -> tuple[object, ...]:
+    return ("--wordnet", words, "--embedder", embedder, "--limit", 8)
+
+
+@pytest.fixture(scope="module")
+def prepared(plain_run: Path, options: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    done = call(main, plain_run, "--tasks", TASKS, "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    assert "wordnet-definition: " in done.stdout
+    assert f"{out}: 16 samples" in done.stdout
+    return out
+
+
+def test_success_is_what_the_evaluation_says(prepared: Path, plain_run: Path, words: Path, tmp_path: Path) -> None:
+    said = ("--split", "train", "--rotations", "--wordnet", words, "--limit", 8, "--out", tmp_path, "--json")
+    record = json.loads(call(evaluate, plain_run, "--tasks", TASKS, *said).stdout)
+    wanted = {
+        (task, answer["id"]): answer["normalised"] == [answer["answer"]] * 4
+        for task, found in record["tasks"].items()
+        for answer in found["answers"]
+    }
+    lines = [json.loads(line) for line in (prepared / "questions.jsonl").read_text().splitlines()]
+    assert {(line["task"], line["id"]): line["right"] for line in lines} == wanted
+    manifest = load_tuning_manifest(prepared)
+    assert manifest.right == sum(wanted.values()) == sum(line["right"] for line in lines[: manifest.right])
+
+
+def test_embeddings_are_of_the_questions_with_their_choices(prepared: Path, embedder: Path) -> None:
+    lines = [json.loads(line) for line in (prepared / "questions.jsonl").read_text().splitlines()]
+    assert all(line["text"].count("; ") == 4 for line in lines)
+    np.testing.assert_allclose(
+        Samples(prepared).embeddings_SE, Embedder(embedder)([line["text"] for line in lines]), atol=1e-6
+    )
+
+
+def test_routing_is_the_softmax_at_the_prompts_last_token(prepared: Path, plain_run: Path) -> None:
+    """Each prompt alone, logits taken inside the routers."""
+    samples, trained = Samples(prepared), find_trained(plain_run)
+    model, groups = trained.load(torch.device("cpu")), torch.tensor(trained.group_of_modality)
+    seen: list[torch.Tensor] = []
+
+    def look(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        assert isinstance(router, TopKRouter)
+        seen.append(router._logits(inputs[0])[-1].detach())
+
+    for layer in model.moe_modules():
+        layer.router.register_forward_hook(look)
+    text = np.array([group == 0 for group in model.moe_modules()[0].router.group_of_column_C.tolist()])  # pyright: ignore
+    for number in range(len(samples)):
+        seen.clear()
+        sample = samples.sample(number)
+        batch = SampleMaker(trained.manifest).make([type(sample)(sample.prompt, sample.answer[:1])])
+        with torch.no_grad():
+            forward(model, batch, groups)
+        for layer, logits_C in enumerate(seen):
+            wanted = np.zeros(len(logits_C))
+            wanted[text] = torch.softmax(logits_C[torch.from_numpy(text)], 0).numpy()
+            np.testing.assert_allclose(samples.routing_SLC[number, layer], wanted, atol=1e-6)
+
+
+def test_without_rotations_choices_are_not_listed(
+    plain_run: Path, options: tuple[object, ...], prepared: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "unlisted"
+    done = call(main, plain_run, "--tasks", TASKS, "--out", out, "--no-rotations", "--layers", "1", *options)
+    assert done.exit_code == 0, done.output
+    assert "; " not in json.loads((out / "questions.jsonl").read_text().splitlines()[0])["text"]
+    manifest, listed = load_tuning_manifest(out), load_tuning_manifest(prepared)
+    assert manifest.longest < listed.longest
+    assert manifest.layers == (1,)
+    assert (manifest.checkpoint, manifest.embedder) == (listed.checkpoint, listed.embedder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--tasks", "wordnet-defintion"), 78, "did you mean wordnet-definition?"),
+        (("--tasks", TASKS, "--layers", "2"), 78, "--layers 2: must be some of the MoE layers 0, 1"),
+        (("--tasks", TASKS, "--embedder", "nowhere"), 78, "--embedder nowhere: no modules.json there"),
+        (("--tasks", "pictures-naming", "--no-rotations"), 78, "--tasks pictures-naming: its questions are pictures alone"),
+        (("--tasks", TASKS, "--out", "."), 78, "--out .: exists already, and nothing is overwritten"),
+        (("--tasks", TASKS, "--out", "/proc/self/x/out"), 78, "--out /proc/self/x/out: cannot be written: "),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(
+    plain_run: Path,
+    options: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    done = call(main, plain_run, "--out", tmp_path / "out", *options, *arguments)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "message"),
+    [
+        (lambda folder, _: (folder / "tokenizer.json").write_text("{}"), 65, "tokenizer.json: cannot be read"),
+        (lambda folder, _: (folder / "model.safetensors").write_bytes(b"x" * 99), 65, "its model cannot be loaded"),
+        (
+            lambda _, patch: patch.setattr("importlib.util.find_spec", lambda name: None),
+            78,
+            "needs the package transformers; `pip install -e '.[router-tuning]'`",
+        ),
+    ],
+    ids=["tokenizer", "weights", "package"],
+)
+def test_a_damaged_embedder_is_refused_before_hours_of_scoring(
+    plain_run: Path,
+    options: tuple[object, ...],
+    embedder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path, pytest.MonkeyPatch], object],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    damaged = shutil.copytree(embedder, tmp_path / "damaged")
+    spoil(damaged, monkeypatch)
+    done = call(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", *options, "--embedder", damaged)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+
+
+def test_runs_without_a_routing_to_compare_and_foreign_tokenizers_are_refused(
+    own_run: Path, plain_run: Path, own_data: Path, options: tuple[object, ...], tmp_path: Path
+) -> None:
+    done = call(main, own_run, "--tasks", TASKS, "--out", tmp_path / "out", *options)
+    assert done.exit_code == 78, done.output
+    assert "model.depths: a token that a layer passes by" in done.stderr
+    moved = shutil.copytree(own_data, tmp_path / "moved")
+    tokenizer = json.loads((moved / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["foreign"] = 310
+    (moved / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = call(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", "--data", moved, *options)
+    assert done.exit_code == 65, done.output
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,90 @@
+"""Neighbours against a search over all pairs: nearest, within a radius, at random; never the sample itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_dist.train.router_tuning.loss import neighbour_weights_reference
+from moe_dist.train.router_tuning.neighbours import NeighbourIndex
+
+SAMPLES, MEMBERS = 60, 40
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    vectors = np.random.default_rng(0).normal(size=(SAMPLES, 5)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    path: Path = tmp_path_factory.mktemp("index") / "embeddings.npy"
+    np.save(path, vectors)
+    return np.load(path, mmap_mode="r")
+
+
+def squared(embeddings: np.ndarray, sample: int) -> np.ndarray:
+    return np.square(embeddings.astype(np.float64) - embeddings[sample].astype(np.float64)).sum(1)
+
+
+@pytest.mark.parametrize("k", [1, 3, MEMBERS - 1])
+def test_the_k_nearest_members_but_itself(embeddings: np.ndarray, k: int) -> None:
+    index = NeighbourIndex(embeddings, MEMBERS, bandwidth=0.7, k=k)
+    for sample in range(SAMPLES):
+        others = [number for number in range(MEMBERS) if number != sample]
+        wanted = sorted(others, key=lambda number: squared(embeddings, sample)[number])[:k]
+        found = index(sample)
+        assert found.number_K.tolist() == wanted
+        expected = neighbour_weights_reference(embeddings[sample], embeddings[wanted], 0.7)
+        np.testing.assert_allclose(found.weight_K, expected, rtol=1e-6)
+
+
+def test_all_members_that_are_similar_enough(embeddings: np.ndarray) -> None:
+    index = NeighbourIndex(embeddings, MEMBERS, bandwidth=0.7, similarity=0.5)
+    counts = set()
+    for sample in range(SAMPLES):
+        similarity = np.exp(-squared(embeddings, sample)[:MEMBERS] / (2 * 0.7**2))
+        wanted = {number for number in range(MEMBERS) if similarity[number] >= 0.5 and number != sample}
+        assert set(index(sample).number_K.tolist()) == wanted
+        counts.add(len(wanted))
+    assert len(counts) > 3, "the case is of no use if all have as many"
+
+
+def test_a_sample_may_have_no_neighbour(embeddings: np.ndarray) -> None:
+    index = NeighbourIndex(embeddings, MEMBERS, bandwidth=0.7, similarity=0.999)
+    assert any(not len(index(sample).number_K) for sample in range(SAMPLES))
+
+
+def test_random_neighbours_are_members_and_the_same_each_time(embeddings: np.ndarray) -> None:
+    drawn = [
+        [
+            NeighbourIndex(embeddings, MEMBERS, bandwidth=1.0, k=3, random_seed=seed)(n).number_K.tolist()
+            for n in range(SAMPLES)
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for sample, numbers in enumerate(drawn[0]):
+        assert len(set(numbers)) == 3
+        assert sample not in numbers
+        assert max(numbers) < MEMBERS
+    assert len({number for numbers in drawn[0] for number in numbers}) > MEMBERS // 2
+
+
+def test_many_with_the_same_embedding_are_neighbours_of_each_other() -> None:
+    index = NeighbourIndex(np.ones((9, 2), np.float32), 9, bandwidth=1.0, k=3)
+    for sample in range(9):
+        found = index(sample)
+        assert len(found.number_K) == 3
+        assert sample not in found.number_K
+        np.testing.assert_allclose(found.weight_K, 1 / 3)
+
+
+def test_answers_do_not_depend_on_what_was_asked_before(embeddings: np.ndarray) -> None:
+    forward, backward = (NeighbourIndex(embeddings, MEMBERS, bandwidth=1.0, k=3) for _ in range(2))
+    first = {sample: forward(sample) for sample in range(SAMPLES)}
+    for sample in reversed(range(SAMPLES)):
+        np.testing.assert_array_equal(backward(sample).number_K, first[sample].number_K)
+        np.testing.assert_array_equal(backward(sample).weight_K, first[sample].weight_K)
+
+
+def test_the_file_is_not_copied(embeddings: np.ndarray) -> None:
+    index = NeighbourIndex(embeddings, MEMBERS, bandwidth=1.0, k=3)
+    assert np.shares_memory(index._search._fit_X, embeddings)

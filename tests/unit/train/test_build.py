@@ -1,0 +1,73 @@
+"""What is only known when the device is: refused before anything is built."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.config.balance_rules import even_loads
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError
+from moe_dist.train.build import check_expert_gemm, state_specs
+
+
+def config(expert_gemm: str, precision: str = "bf16") -> Config:
+    values: dict[str, Any] = {
+        "run": {"name": "build"},
+        "model": {
+            "hidden_dim": 32,
+            "num_layers": 1,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "vocab_size": 48,
+            "max_seq_len": 16,
+            "moe": {"groups": {"text": {"num_experts": 4, "top_k": 2, "ffn_dim": 16}}},
+        },
+        "data": {"path": "none", "seq_len": 16},
+        "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
+        "optimizer": {"lr": 1e-3},
+        "evaluation": {"every": 1},
+        "parallel": {"expert_gemm": expert_gemm, "precision": precision},
+    }
+    return Config.model_validate_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "bf16"), ((9, 0), "fp32")])
+def test_a_device_without_the_grouped_kernel_is_named(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    with pytest.raises(ConfigError, match="expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 on compute"):
+        check_expert_gemm(config("grouped", precision), torch.device("cuda"))
+    check_expert_gemm(config("auto", precision), torch.device("cuda"))
+
+
+def test_what_can_be_had_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    check_expert_gemm(config("grouped"), torch.device("cuda"))
+    check_expert_gemm(config("grouped", "fp32"), torch.device("cpu"))
+
+
+def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
+    """4 true and 4 null experts, k = 2: even is 1; a null weight of 3 makes it 2 x 4 / 16, a controller its target."""
+    values = config("loop").model_dump(mode="json")
+    values["model"]["moe"]["groups"]["text"]["num_null"] = 4
+
+    def even(**balance: Any) -> dict[str, float]:
+        return even_loads(Config.model_validate_json(json.dumps({**values, **balance})))
+
+    assert even() == {}
+    assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 0.5}
+    assert even(loss={"balance": {"kind": "null_split", "null_weight": {"text": 3.0}}}) == {"text": 0.5}
+    values["model"]["moe"]["balance"] = [{"kind": "load_target", "target": {"text": 1.25}, "rate": 0.1}]
+    assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 1.25}
+
+
+def test_a_bias_is_part_of_a_checkpoint_and_has_no_moments() -> None:
+    values = config("loop").model_dump(mode="json")
+    values["model"]["moe"]["router"]["selection_bias"] = True
+    specs = state_specs(Config.model_validate_json(json.dumps(values)))
+    biases = [name for name in specs if name.endswith(".bias")]
+    assert biases == ["layers.0.moe.router.text.bias"]
+    assert "optimizer.exp_avg.layers.0.moe.router.text.true" in specs

@@ -1,0 +1,113 @@
+"""Dry runs of all presets, without data; and their figures in configs/README.md."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from moe_dist.config.load import load_config
+from moe_dist.errors import ConfigError
+from moe_dist.train.dry_run import bytes_text, count_text, dry_run, estimate, render
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("olmoe_1b7b_8gpu.yaml", 6.92, 1.28),
+        ("adamoe_mixtral8x7b_64gpu.yaml", 46.7, 10.1),  # 1.5 of 8 experts where Mixtral's 12.9 takes 2
+        ("moma_1b4_4t4i_32gpu.yaml", 7.09, 1.47),
+    ],
+)
+def test_large_presets_have_the_published_sizes(name: str, billions: float, active: float) -> None:
+    result = estimate(load_config(CONFIGS / name))
+    assert result.parts.total / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert result.active_parameters / 1e9 == pytest.approx(active, rel=5e-3)
+    assert result.rank_memory.total < 72 * 1024**3, "must fit a GPU of 80 GB with room for the allocator"
+    assert result.checkpoint_bytes == 12 * result.parts.total
+
+
+def test_prints_everything_without_data() -> None:
+    console = Console(width=200, record=True)
+    result = dry_run(load_config(CONFIGS / "moma_1b4_4t4i_32gpu.yaml"), tokens_per_second=1e6, console=console)
+    text = console.export_text()
+    for row in ("parameters", "active parameters", "FLOPs a token", "memory a rank", "optimizer state", "activations",
+                "exchange buffers", "checkpoint", "tokens", "hours"):  # fmt: skip
+        assert row in text
+    assert "spread evenly over text, image" in text
+    assert result.tokens == 120000 * 2048 * 4096
+    assert f"{result.tokens / 1e6 / 3600:,.0f}" in text
+
+
+def test_router_tuning_is_told_by_what_it_trains() -> None:
+    config = load_config(CONFIGS / "roma_tiny_cpu.yaml", ["router_tuning.data=none"])
+    result = estimate(config)
+    routers = 2 * 8 * 96  # two layers of the four, 8 experts, width 96: what docs/router-tuning.md measured
+    assert result.rank_memory.gradients == 4 * routers == 6144
+    assert result.rank_memory.optimizer == 8 * routers == 12288
+    assert result.checkpoint_bytes == 4 * result.parts.total + 8 * routers
+    console = Console(width=200, record=True)
+    console.print(render(config, result))
+    assert "moments of the tuned routers in fp32" in console.export_text()
+
+
+def test_no_hours_without_a_rate() -> None:
+    config = load_config(CONFIGS / "olmoe_1b7b_8gpu.yaml")
+    console = Console(width=200, record=True)
+    console.print(render(config, estimate(config)))
+    assert "hours" not in console.export_text()
+
+
+def test_a_placement_that_cannot_work_is_refused() -> None:
+    path = CONFIGS / "moma_1b4_4t4i_32gpu.yaml"
+    for overrides, words in (
+        (["parallel.ep=1"], "use placement.policy=interleaved"),
+        (["placement.groups.text.ranks=[0, 8]"], r"\[8\] out of range"),
+        (["placement.groups.text.ranks=[0]", "placement.groups.image.ranks=[0]"], "ranks of their own"),
+        (["placement.policy=explicit", "placement.slots=[[text/0]]"], "lists 1 ranks"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            estimate(load_config(path, overrides))
+
+
+def test_the_command_ends_with_78_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from moe_dist.train.__main__ import main
+
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, [str(CONFIGS / "olmoe_1b7b_8gpu.yaml"), "data.seq_len=8192", "--dry-run"])
+    assert result.exit_code == 78
+    assert "data.seq_len=8192: longer than model.max_seq_len=4096" in result.output + result.stderr
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_presets_has_the_dry_runs_figures(name: str) -> None:
+    config = load_config(CONFIGS / name, ["data.path=/none"])
+    result = estimate(config)
+    row = next(line for line in (CONFIGS / "README.md").read_text().splitlines() if f"`{name}`" in line)
+    cells = [cell.strip() for cell in row.split("|")]
+    figures = [
+        f"{result.world_size}",
+        count_text(result.parts.total).strip(),
+        count_text(result.active_parameters).strip(),
+        count_text(result.training_flops[0]).strip(),
+        bytes_text(result.rank_memory.total),
+        bytes_text(result.checkpoint_bytes),
+    ]
+    assert cells[2:8] == figures, "write these into configs/README.md"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (999, "999"), (1000, "1 K"), (6.92e9, "6.92 G"), (1.5e21, "1.5e+03 E")]
+)
+def test_counts_in_short(number: float, text: str) -> None:
+    assert count_text(number).strip() == text
+
+
+def test_bytes_in_short() -> None:
+    assert [bytes_text(n) for n in (0, 1023, 1024, 3 << 30)] == ["0 B", "1.02e+03 B", "1 KiB", "3 GiB"]

@@ -1,0 +1,232 @@
+"""What a run goes on from, on one rank. Several ranks and layouts: tests/distributed/test_resume.py."""
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import JsonValue
+
+from moe_dist.checkpoint.generators import generator_states, restore_generators
+from moe_dist.checkpoint.manager import Restored
+from moe_dist.errors import DataError
+from moe_dist.optim.adamw import step_count
+from moe_dist.train.resume import progress_of
+from moe_dist.train.trainer import Progress
+from tests.support.one_rank import OneRank, world_of_one
+from tests.support.tiny import tiny_config, tiny_dataset
+
+GOOD = {"step": 4, "position": 32, "tokens": 1000, "skipped_steps": 2, "skipped_in_a_row": 1, "evaluated": 4}
+
+
+def found(progress: Any, tmp_path: Path, *, step: int = 4) -> Progress:
+    restored = Restored(step, {"progress": progress}, {})
+    return progress_of(restored, tiny_config(tmp_path, tmp_path), Path("step_4"))
+
+
+def test_counters_come_back(tmp_path: Path) -> None:
+    assert found(GOOD, tmp_path) == Progress(**GOOD)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 3},
+        {"position": 31},
+        {"position": 33},
+        {"tokens": 32 * 64 + 1},
+        {"tokens": -1},
+        {"tokens": True},
+        {"tokens": 1.0},
+        {"tokens": "1"},
+        {"tokens": None},
+        {"tokens": 1 << 70},
+        {"skipped_steps": 5},
+        {"skipped_in_a_row": 3},
+        {"evaluated": 5},
+        {"surplus": 0},
+    ],
+    ids=str,
+)
+def test_counters_that_contradict_each_other_are_a_data_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="counters"):
+        found({**GOOD, **change}, tmp_path)
+
+
+@pytest.mark.parametrize("progress", [None, [], 3, {}, {"step": 4}], ids=str)
+def test_no_counters_are_a_data_error(tmp_path: Path, progress: Any) -> None:
+    with pytest.raises(DataError):
+        found(progress, tmp_path)
+
+
+def test_generators_go_on_where_they_were() -> None:
+    cpu = torch.device("cpu")
+    states = generator_states(cpu)
+    drawn = (torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist())
+    restore_generators(states, cpu)
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()) == drawn
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"torch": "00"},
+        {"torch": "zz"},
+        {"torch": 5},
+        {"python": [3, [1], None]},
+        {"python": None},
+        {"numpy": ["MT", [], 1]},
+    ],
+    ids=str,
+)
+def test_states_that_are_none_are_a_data_error(change: dict[str, Any]) -> None:
+    cpu = torch.device("cpu")
+    before = generator_states(cpu)
+    with pytest.raises(DataError, match="generators"):
+        restore_generators({**before, **change}, cpu)  # type: ignore[arg-type]
+    restore_generators(before, cpu)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    with world_of_one():
+        yield
+
+
+def drawn() -> tuple[Any, ...]:
+    return torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_run_goes_on_with_its_tensors_counters_and_draws(tiny_data: Path, tmp_path: Path) -> None:
+    first = OneRank(tiny_data, tmp_path)
+    progress = first.train_and_save()
+    next_draws = drawn()
+    resumed = OneRank(tiny_data, tmp_path)
+    assert not torch.equal(resumed.weights(), first.weights())
+    assert resumed.resumable.restore() == progress
+    assert drawn() == next_draws
+    assert torch.equal(resumed.weights(), first.weights())
+    assert torch.equal(resumed.moments(), first.moments())
+    assert step_count(resumed.training.optimizer) == 2
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_an_earlier_writer_left_is_gone_before_anything_is_loaded(tiny_data: Path, tmp_path: Path) -> None:
+    first = OneRank(tiny_data, tmp_path)
+    first.train_and_save()
+    (first.folder / "step_4.0123456789ab.tmp").mkdir()
+    (first.folder / "latest.0123456789ab.tmp").write_text("step_4\n")
+    OneRank(tiny_data, tmp_path).resumable.restore()
+    assert sorted(path.name for path in first.folder.iterdir()) == ["latest", "step_2"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_checkpoint_of_another_run_is_refused_with_what_differs(tiny_data: Path, tmp_path: Path) -> None:
+    a = OneRank(tiny_data, tmp_path, run__name="a")
+    a.train_and_save()
+    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, optimizer__lr=1e-2)
+    shutil.copytree(a.folder, b.folder)
+    with pytest.raises(DataError) as raised:
+        b.resumable.restore()
+    text = str(raised.value)
+    assert raised.value.exit_code == 65
+    assert "another run saved this checkpoint" in text
+    assert "run.seed: 0 in the checkpoint, 7 now" in text
+    assert "optimizer.lr: 0.003 in the checkpoint, 0.01 now" in text
+    assert f"run.init_from={b.folder / 'step_2'}" in text
+    assert "run.name" not in text
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_may_change_on_resume_does_not_make_it_another_run(tiny_data: Path, tmp_path: Path) -> None:
+    a = OneRank(tiny_data, tmp_path / "here", run__name="a")
+    progress = a.train_and_save()
+    b = OneRank(tiny_data, tmp_path / "there", run__name="b", train__steps=90, checkpoint__every=7)
+    shutil.copytree(a.folder, b.folder)
+    assert b.resumable.restore() == progress
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_checkpoint_without_a_configuration_is_a_data_error(tiny_data: Path, tmp_path: Path) -> None:
+    run = OneRank(tiny_data, tmp_path)
+    run.train_and_save()
+    for config in (None, {"run": {"nam": "x"}}):
+        with pytest.raises(DataError, match="config"):
+            run.resumable._check_origin(run.folder / "step_2", Restored(2, {"config": config}, {}))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_new_run_may_begin_with_the_weights_of_another(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = OneRank(tiny_data, tmp_path, run__name="a")
+    a.train_and_save()
+    b = OneRank(tiny_data, tmp_path, run__name="b", run__seed=7, run__init_from=str(tmp_path / "a"))
+    assert b.resumable.restore() == Progress()
+    assert torch.equal(b.weights(), a.weights())
+    assert step_count(b.training.optimizer) == 0
+    assert not b.moments().any()
+    told = capsys.readouterr().out
+    assert f"run.init_from: weights from {a.folder / 'step_2'}" in told
+    assert f"{a.weights().numel():,} numbers" in told
+    assert "kept 0 tensors" in told
+    assert "left 0 tensors" in told
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_other_data_under_the_same_path_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    tiny_dataset(data)
+    OneRank(data, tmp_path).train_and_save()
+    shutil.rmtree(data)
+    tiny_dataset(data, seed=1)
+    with pytest.raises(DataError, match="not the data that") as raised:
+        OneRank(data, tmp_path).resumable.restore()
+    assert raised.value.exit_code == 65
+    assert "captions_train.bin: 4032 bytes, sha256" in str(raised.value)
+
+
+class Counter:
+    """A controller."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def state(self) -> JsonValue:
+        return {"value": self.value}
+
+    def restore(self, state: JsonValue) -> None:
+        assert isinstance(state, dict)
+        assert isinstance(state["value"], int)
+        self.value = state["value"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
+    OneRank(tiny_data, tmp_path, {"bias": Counter(5), "decay": Counter(6)}).train_and_save()
+    mine = {"bias": Counter(0), "decay": Counter(0)}
+    OneRank(tiny_data, tmp_path, mine).resumable.restore()
+    assert {name: counter.value for name, counter in mine.items()} == {"bias": 5, "decay": 6}
+    with pytest.raises(DataError, match=r"has states of \['bias', 'decay'\], the run needs those of \['bias'\]"):
+        OneRank(tiny_data, tmp_path, {"bias": Counter(0)}).resumable.restore()
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "every", "last", "owed"),
+    [
+        (0, 0, 5, 60, False),
+        (10, 5, 5, 60, True),
+        (10, 10, 5, 60, False),
+        (10, 5, 4, 60, False),  # the interval was changed on resume
+        (10, 8, 4, 10, True),  # so was the last step
+    ],
+)
+def test_an_evaluation_is_owed_where_one_is_due_and_not_kept(
+    step: int, evaluated: int, every: int, last: int, owed: bool
+) -> None:
+    assert Progress(step=step, evaluated=evaluated).owes_evaluation(every, last) is owed

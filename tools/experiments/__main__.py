@@ -1,0 +1,95 @@
+"""Runs an experiment and tells what it says: python -m tools.experiments NAME [--pilot | --status | --report]
+
+configs/reproduce/NAME.yaml has the question, the arms and the rules. See docs/reproductions.md.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from filelock import FileLock, Timeout
+
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.plan.preflight import check, layout_without_data
+from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.signals import StopRequest
+from tools.experiments.asking import check_questions
+from tools.experiments.oracle import check_routers
+from tools.experiments.progress import status_text
+from tools.experiments.report import write_report
+from tools.experiments.results import check_rules, make_header, results_path
+from tools.experiments.runner import STOP_SECONDS, Runner
+from tools.experiments.study import FOLDER, Job, Study, config_of, jobs_of, load_study
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="Of configs/reproduce/NAME.yaml.")],
+    pilot: Annotated[
+        bool, typer.Option("--pilot", help="The pilot on its own seeds; its records are never reported.")
+    ] = False,
+    only: Annotated[list[str], typer.Option(help="An arm; may be repeated. What it needs must be there.")] = [],  # noqa: B006
+    status: Annotated[bool, typer.Option("--status", help="What is done and what is left; starts nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write tables, plots and verdicts; starts nothing.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")] = 2,
+) -> None:
+    """Run what is missing, then report. Ctrl-C saves and stops; the same command goes on."""
+    try:
+        path = FOLDER / f"{name}.yaml"
+        study = load_study(path)
+        jobs = _chosen(study, jobs_of(study, pilot=pilot), only)
+        if status:
+            print(status_text(study, jobs, pilot=pilot))
+            return
+        if not report:
+            _run(path, study, jobs, pilot=pilot, processes=processes)
+        if not pilot:
+            print(write_report(study))
+    except MoeDistError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _chosen(study: Study, jobs: list[Job], only: list[str]) -> list[Job]:
+    labels = {job.label for job in jobs}
+    if unknown := sorted(set(only) - labels):
+        raise ConfigError(f"--only {', '.join(unknown)}: {study.name} has the arms {', '.join(sorted(labels))}")
+    return [job for job in jobs if not only or job.label in only]
+
+
+def _run(path: Path, study: Study, jobs: list[Job], *, pilot: bool, processes: int) -> None:
+    for job in {job.label: job for job in jobs}.values():
+        config = config_of(study, job, pilot=pilot)  # a fault of the last arm is told before the first runs
+        if config.router_tuning is None:
+            check(config, world_size=1)
+        else:
+            layout_without_data(config)  # its samples are made of a run that is still to come; the tuning run checks them
+        if "oracle" in job.arm.asks:
+            check_routers(config.model.moe)
+    if study.measure.questions is not None and jobs:
+        asks = {ask for job in jobs for ask in job.arm.asks}
+        check_questions(study.measure.questions, config_of(study, jobs[0], pilot=pilot), samples="samples" in asks)
+    results = results_path(study, pilot=pilot)
+    rules = None if pilot else check_rules(results, path, study)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path("runs/reproduce") / f".{study.name}{'-pilot' if pilot else ''}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0), StopRequest(STOP_SECONDS) as stop:
+            Runner(
+                path,
+                study,
+                pilot=pilot,
+                path=results,
+                header=make_header(path, study, rules),
+                side_by_side=processes,
+                stop_requested=lambda: stop.requested,
+                say=lambda text: print(text, flush=True),
+            ).run(jobs)
+    except Timeout as error:
+        raise ConfigError(f"{lock} is held: another process (not {os.getpid()}) runs {study.name}; wait for it") from error
+
+
+if __name__ == "__main__":
+    run_command(main)

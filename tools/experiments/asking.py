@@ -1,0 +1,181 @@
+"""Multiple-choice questions to a finished run, and what router tuning is given of it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.config.manifest import Manifest, load_manifest
+from moe_dist.config.schema import Config
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.inference.likelihood import Likelihood
+from moe_dist.inference.material import Material
+from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, write
+from moe_dist.inference.questions.catalogue import Catalogue, task_names
+from moe_dist.inference.questions.fact import Question
+from moe_dist.inference.questions.split import Side
+from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
+from moe_dist.model.transformer import Transformer
+from moe_dist.runtime.signals import child_of
+from moe_dist.train.router_tuning.loader import SampleMaker
+from moe_dist.train.router_tuning.samples import Samples
+from tools.experiments.measure_schema import QuestionsSection
+from tools.experiments.oracle import Oracle
+
+MEASURE = MEASURES[0]  # by token
+SAMPLES = "samples"
+
+
+class Asking:
+    """Asks one model the questions of one side, choices by their log-likelihood a token.
+
+    Args:
+        model: All of it, on this process.
+        config, manifest: Of the run and its data.
+        group_of_modality: int64 [M].
+        section: Which questions.
+        side: Of them.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: Config,
+        manifest: Manifest,
+        *,
+        group_of_modality: Tensor,
+        section: QuestionsSection,
+        side: Side,
+    ) -> None:
+        self._model, self._config, self._manifest, self._section = model, config, manifest, section
+        self._group_of_modality = group_of_modality
+        tasks, catalogue = catalogue_of(section, config, manifest)
+        self._prompts, self._side = Prompts(catalogue.material, listed=section.listed), side
+        self._questions = {task: catalogue.questions(task, side, limit=section.limit) for task in tasks}
+        self._likelihood = Likelihood(
+            model, manifest, group_of_modality=group_of_modality.tolist(), max_seq_len=config.model.max_seq_len
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Accuracy: the mean over tasks, and of each."""
+        by_task = {task: _counted(self._answered(questions)) for task, questions in self._questions.items()}
+        return {"side": str(self._side), **_mean(by_task)}
+
+    def oracle(self) -> dict[str, Any]:
+        """The same of the first questions of each task, with routing of the last layers fitted to the labels; `before` is
+        without that."""
+        layers = len(self._config.model.moe_layers)
+        oracle = Oracle(
+            self._model,
+            SampleMaker(self._manifest),
+            group_of_modality=self._group_of_modality,
+            places=range(max(0, layers - self._section.oracle_layers), layers),
+        )
+        by_task = {}
+        for task, questions in self._questions.items():
+            few = questions[: self._section.oracle_questions]
+            taken = oracle([self._prompts(each) for each in few], [each.answer for each in few])
+            right = [choice == each.answer for choice, each in zip(taken, few, strict=True)]
+            by_task[task] = {**_counted(right), "before": _counted(self._answered(few))["accuracy"]}
+        before = sum(each["before"] for each in by_task.values()) / len(by_task)
+        return {"side": str(self._side), **_mean(by_task), "before": before}
+
+    def _answered(self, questions: Sequence[Question]) -> list[bool]:
+        written = write(questions, self._prompts, rotations=False, max_seq_len=self._config.model.max_seq_len)
+        return [each.right(MEASURE) for each in ask(questions, written, self._likelihood)]
+
+
+def _counted(right: Sequence[bool]) -> dict[str, Any]:
+    return {"questions": len(right), "right": sum(right), "accuracy": sum(right) / len(right)}
+
+
+def _mean(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "questions": sum(each["questions"] for each in by_task.values()),
+        "accuracy": sum(each["accuracy"] for each in by_task.values()) / len(by_task),
+        "by_task": dict(by_task),
+    }
+
+
+def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) -> tuple[list[str], Catalogue]:
+    """The tasks by name, and what makes their questions.
+
+    Raises:
+        ConfigError: a task is unknown, or a package that it needs is missing.
+    """
+    tasks = task_names(",".join(section.tasks))
+    material = Material(config.data.path, manifest, vocab_size=config.model.vocab_size)
+    catalogue = Catalogue(material, tuple(manifest.sources), Path(section.wordnet))
+    catalogue.check(tasks)
+    return tasks, catalogue
+
+
+def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
+    """Looks for all that a measurement will need, before anything is trained.
+
+    Raises:
+        ConfigError: measure.questions asks for what is not there (`make wordnet embedder` fetches it), or has too few test
+            questions.
+    """
+    try:
+        tasks, catalogue = catalogue_of(section, config, load_manifest(config.data.path))
+        if samples:
+            Embedder(_embedder(section))
+    except ConfigError as error:
+        raise ConfigError([f"measure.questions: {error}", "what is not there, `make wordnet embedder` fetches"]) from error
+    count = sum(len(catalogue.questions(task, Side.TEST, limit=section.limit)) for task in tasks)
+    if count < section.least:
+        raise ConfigError(
+            f"measure.questions.least={section.least}: {', '.join(tasks)} have {count} test questions in all; take more "
+            "tasks, or say in the study that fewer are enough"
+        )
+
+
+def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
+    """What router tuning of a run is trained on, by `tools.prepare_router_tuning`; kept where it is there already.
+
+    Raises:
+        DataError: it could not be made (what the tool says stands above), or what is there was made otherwise.
+    """
+    folder = run / SAMPLES
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "tools.prepare_router_tuning", str(run), "--device", "cpu"]
+        command += ["--rotations" if section.listed else "--no-rotations"]
+        command += ["--tasks", ",".join(section.tasks), "--limit", str(section.left), "--wordnet", section.wordnet]
+        command += ["--embedder", str(_embedder(section)), "--out", str(folder)]
+        ended = subprocess.run(command, check=False, preexec_fn=child_of(os.getpid(), ignore_stop=False))
+        if ended.returncode:
+            raise DataError(f"{folder}: tools.prepare_router_tuning ended with {ended.returncode}")
+    manifest = Samples(folder).manifest
+    made = (
+        list(manifest.tasks),
+        manifest.options["limit"],
+        manifest.options["rotations"],
+        manifest.embedder,
+        manifest.checkpoint,
+    )
+    asked = (
+        task_names(",".join(section.tasks)),
+        section.left,
+        section.listed,
+        Embedder(_embedder(section)).sha256,
+        content_hash(open_checkpoint(find_checkpoint(run)).index),
+    )
+    names = ("tasks", "left", "listed", "embedder", "checkpoint")
+    if differ := [name for name, one, other in zip(names, made, asked, strict=True) if one != other]:
+        raise DataError(
+            f"{folder}: was made with other {', '.join(differ)} than are asked for; remove it and the runs that were tuned "
+            "on it, and start again"
+        )
+    return {"folder": str(folder), "samples": manifest.samples, "right": manifest.right}
+
+
+def _embedder(section: QuestionsSection) -> Path:
+    return Path(section.embedder) if section.embedder else PACKAGED

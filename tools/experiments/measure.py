@@ -1,0 +1,263 @@
+"""Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
+
+Writes measured.json into the run's folder: held-out losses, loads, rows on the wire, the curve of loss over FLOPs and
+seconds, and the probes that the arm asks for. Then the checkpoints that only the curve needed are removed.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+
+from moe_dist.config.lora_rules import has_lora_experts
+from moe_dist.config.manifest import Manifest, load_manifest
+from moe_dist.config.schema import Config
+from moe_dist.data.batch import Batch
+from moe_dist.data.indexed import IndexedSplit
+from moe_dist.data.loader import heldout_batches, source_shares
+from moe_dist.errors import MoeDistError
+from moe_dist.inference.questions.split import Side
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers.expert_choice import choice_of_training
+from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.train.build import build_loader, build_plan, group_of_modality
+from moe_dist.train.evaluation.calibration import by_threshold, calibrate
+from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.trainer import Loader
+from tools.experiments import probes
+from tools.experiments.answers import answers
+from tools.experiments.asking import Asking, make_samples
+from tools.experiments.measure_schema import CurveSection, MeasureSection, QuestionsSection
+from tools.experiments.runner import MEASURED
+from tools.experiments.spending import Spent, spent_by_step
+from tools.experiments.study import load_study
+from tools.experiments.tokens import Tokens, binned, evaluate, loads, losses, watched_routers
+from tools.experiments.trained import TrainedRun
+from tools.experiments.wire import ROWS, WireCount, rank_of_tokens, spread
+
+
+class Measurement:
+    """One run and its held-out batches.
+
+    Args:
+        folder: Of the run.
+        section: What is measured.
+        before: What was spent before the run began, and counts as its own.
+        side: Of multiple-choice questions.
+    """
+
+    def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
+        self._folder, self._section, self._side = RunFolder(folder), section, side
+        self._config: Config = self._folder.read_config()
+        self._manifest: Manifest = load_manifest(self._config.data.path)
+        self._run = TrainedRun(folder, self._config)
+        self._before = before
+        self._groups = torch.tensor(group_of_modality(self._manifest, self._run.placement))
+
+    def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
+        """Everything that is kept of the run; `wanted` names the probes, `asks` what more is asked."""
+        last = self._run.steps()[-1]
+        spent = spent_by_step(
+            self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before
+        )
+        section, by_source = self._section, self._batches_by_source(self._section.sequences)
+        batches = [batch for of_source in by_source.values() for batch in of_source]
+        curve = [] if section.curve is None else self._curve(section.curve, spent)
+        tokens = evaluate(model := self._model_at(last), batches, self._groups)
+        found = {
+            "steps": last,
+            **spent[last].to_json(),
+            "loss": losses(tokens),
+            "tokens_scored": len(tokens.loss_N),
+            "load": loads(tokens),
+            "load_by_loss": binned(tokens, tokens.loss_N),
+            "load_by_frequency": binned(tokens, self._frequency()[tokens.input_N]),
+            "wire": {"ep": section.wire.ep, **self._wire(batches)},
+            "curve": curve,
+            "probes": {name: getattr(self, f"_probe_{name}")(batches, tokens) for name in wanted},
+        }
+        asked = {name: each for name, each in by_source.items() if self._manifest.sources[name].train.prompt is not None}
+        if asked:
+            found["answers"] = answers(model, asked, self._groups)
+        if section.questions is not None:
+            found |= self._asked(section.questions, asks)
+        self._run.keep_only_last()
+        return found
+
+    def _asked(self, section: QuestionsSection, asks: Sequence[str]) -> dict[str, Any]:
+        asking = Asking(
+            self._run.model,
+            self._config,
+            self._manifest,
+            group_of_modality=self._groups,
+            section=section,
+            side=self._side,
+        )
+        found: dict[str, Any] = {"questions": asking.record()}
+        if "oracle" in asks:
+            found["oracle"] = asking.oracle()
+        if "samples" in asks:
+            found["samples"] = make_samples(self._folder.path, section)
+        return found
+
+    def _batches(self, sequences: int) -> list[Batch]:
+        return [batch for of_source in self._batches_by_source(sequences).values() for batch in of_source]
+
+    def _batches_by_source(self, sequences: int) -> dict[str, list[Batch]]:
+        """Held-out batches of each source that the run was trained on."""
+        return {
+            source: heldout_batches(
+                self._config.data.path,
+                self._manifest,
+                source=source,
+                seq_len=self._config.data.seq_len,
+                sequences=sequences,
+                micro_batch=self._config.train.micro_batch,
+                rank=0,
+                world_size=1,
+            )
+            for source in source_shares(self._manifest, self._config.data.weights)
+        }
+
+    def _model_at(self, step: int) -> Transformer:
+        """The model that stands for a step. Thresholds are those of its own weights: a mean of weights is another model, so
+        they are set anew on training sequences that it has seen."""
+        model = self._run.load(self._averaged(step))
+        if by_threshold(model):
+            config = self._config
+            first = max(0, step - config.evaluation.calibration) * config.train.global_batch
+            steps = range(first, step * config.train.global_batch, config.train.global_batch)
+            trained = [batch for position in steps for batch in self._loader.batches(position)]
+            calibrate(model, trained, group_of_modality=self._groups, world=None)
+        return model
+
+    @cached_property
+    def _loader(self) -> Loader:
+        return build_loader(self._config, self._manifest, rank=0, world_size=1)
+
+    def _averaged(self, step: int) -> list[int]:
+        """The checkpoints whose mean stands for a step: the step alone, or the last share of those up to it."""
+        curve = self._section.curve
+        if curve is None:
+            return [step]
+        return [each for each in self._planned() if (1 - curve.average) * step <= each <= step]
+
+    def _planned(self) -> list[int]:
+        return planned(self._run.steps(), every=self._config.checkpoint.every, last=self._config.train.steps)
+
+    def _curve(self, section: CurveSection, spent: Mapping[int, Spent]) -> list[dict[str, Any]]:
+        batches, points = self._batches(section.sequences), []
+        for step in self._planned():
+            tokens = evaluate(self._model_at(step), batches, self._groups)
+            load = loads(tokens)["all"]
+            points.append({"step": step, **spent[step].to_json(), "loss": losses(tokens), "load": load})
+        return points
+
+    def _frequency(self) -> np.ndarray:
+        """ln(1 + times that each id stands in the training tokens) [V]."""
+        counts = np.zeros(self._manifest.vocab_size, np.int64)
+        for source in self._manifest.sources.values():
+            split = IndexedSplit(self._config.data.path, source.train)
+            counts += np.bincount(split.tokens(0, split.header.tokens), minlength=len(counts))
+        return np.log1p(counts)
+
+    @torch.no_grad()
+    def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
+        if has_lora_experts(self._config.model):
+            return dict.fromkeys(ROWS, 0.0)  # they are on every rank
+        count = WireCount(spread(self._run.placement, self._section.wire.ep))
+        with watched_routers(self._run.model) as seen:
+            for batch in batches:
+                seen.clear()
+                forward(self._run.model, batch, self._groups)
+                ranks = rank_of_tokens(len(batch.tokens_BS), batch.tokens_BS.shape[1], self._section.wire.ep)
+                for each in seen:
+                    count.add(each.routing, ranks[each.index_T.numpy()])
+        return count.per_token()
+
+    @torch.no_grad()
+    def _probe_threshold(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
+        """The loss at lower loads, by dropping second experts of little weight. The bound comes from a first pass."""
+        del tokens
+        second: list[torch.Tensor] = []
+        with watched_routers(self._run.model) as seen:
+            for batch in batches:
+                seen.clear()
+                forward(self._run.model, batch, self._groups)
+                real_T = ~batch.padding_BS.flatten()
+                second += [probes.second_weights(each.routing, len(each.index_T))[real_T] for each in seen]
+        points = []
+        for load in self._section.threshold_loads:
+            bound = probes.bound_for_load(torch.cat(second), load)
+            points.append(
+                self._changed(batches, probes.routers(self._run.model), probes.threshold(bound), at=load) | {"bound": bound}
+            )
+        return points
+
+    def _probe_flip(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
+        """The loss when some of the chosen and the unchosen change places."""
+        del tokens
+        modules: Sequence[nn.Module] = self._run.model.depth_routers()
+        flip = probes.flip_depths
+        if not modules:
+            modules, flip = probes.routers(self._run.model), probes.flip
+        return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
+
+    def _probe_hindsight(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
+        """The loss when experts choose as in training, looking at later tokens: what that choice leaks."""
+        del tokens
+        with choice_of_training(probes.routers(self._run.model)):
+            return [self._changed(batches, [], _as_it_is, at=0.0)]
+
+    def _changed(
+        self, batches: Sequence[Batch], modules: Sequence[nn.Module], change: probes.Change, *, at: float
+    ) -> dict[str, Any]:
+        with probes.changed_routing(modules, change):
+            tokens = evaluate(self._run.model, batches, self._groups)
+        return {"at": at, "loss": losses(tokens), "load": loads(tokens)["all"]}
+
+
+def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
+    """Of a run's checkpoints those that all runs of its configuration have.
+
+    A run that was stopped and went on has one more, which would count in its means of weights.
+    """
+    return [step for step in steps if step % every == 0 or step == last]
+
+
+def _as_it_is(place: int, module: nn.Module, arguments: tuple[Any, ...], found: Any) -> Any:
+    del place, module, arguments
+    return found
+
+
+def main(
+    study: Annotated[Path, typer.Argument(help="The experiment's file.")],
+    folder: Annotated[Path, typer.Argument(help="Of the run.")],
+    wanted: Annotated[str, typer.Argument(help="Probes, with commas between them; may be empty.")] = "",
+    before: Annotated[str, typer.Argument(help="JSON: tokens, flops, seconds spent before it.")] = "{}",
+    asks: Annotated[str, typer.Option(help="What more is asked: samples, oracle.")] = "",
+    pilot: Annotated[bool, typer.Option("--pilot", help="Ask questions of the validation side.")] = False,
+) -> None:
+    """Measure one finished run."""
+    torch.set_num_threads(1)
+    try:
+        side = Side.VALID if pilot else Side.TEST
+        measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)), side=side)
+        record = measurement.record(*([name for name in names.split(",") if name] for names in (wanted, asks)))
+    except MoeDistError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    write_atomically(folder / MEASURED, json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

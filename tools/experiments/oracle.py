@@ -1,0 +1,130 @@
+"""What routing can do with the label's help: for each question, logits of its own that make the right answer likelier.
+
+    r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
+
+What is moved is an offset of the logits of the chosen layers, at the last token of the prompt and at the answer's tokens.
+The accuracy under it is an estimate, no bound and no result.
+
+Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config.model_schema import MoESection
+from moe_dist.data.batch import IGNORED
+from moe_dist.errors import ConfigError
+from moe_dist.inference.likelihood import Continuation
+from moe_dist.model.transformer import Transformer
+from moe_dist.plan.policies import expert_groups
+from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import token_losses
+from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
+from moe_dist.train.router_tuning.samples import Sample
+
+STEPS, RATE = 10, 0.3  # of Adam, in logits
+# An expert that is not taken has no gradient but for rounding, of 1e-8 or less, which Adam would make a whole step of.
+EPSILON = 1e-4
+_BATCH = 16  # questions
+
+
+class Oracle:
+    """Answers questions with routing that was fitted to their labels.
+
+    Args:
+        model: In evaluation mode; its routers are as `check_routers` has them.
+        maker: Of its batches.
+        group_of_modality: int64 [M].
+        places: Of the layers whose routing moves, among the MoE layers.
+    """
+
+    def __init__(self, model: Transformer, maker: SampleMaker, *, group_of_modality: Tensor, places: Sequence[int]) -> None:
+        self._model, self._maker, self._group_of_modality = model, maker, group_of_modality
+        routers = [layer.router for layer in model.moe_modules()]
+        self._routers: list[nn.Module] = [routers[place] for place in places]
+        # logits = h W^T, and W has full row rank: h + offset pinv(W)^T has the logits + offset.
+        rows = [next(router.parameters()).detach() for router in self._routers]
+        self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
+
+    def __call__(self, written: Sequence[Sequence[Continuation]], answers: Sequence[int]) -> list[int]:
+        """The choice that is likeliest by token for each question, given its choices and the right one."""
+        order = sorted(range(len(written)), key=lambda place: -max(len(c.context) + len(c.tokens) for c in written[place]))
+        taken = [0] * len(written)
+        for begin in range(0, len(order), _BATCH):
+            places = order[begin : begin + _BATCH]
+            offset_BLC = self._fitted([written[place][answers[place]] for place in places])
+            scores = [
+                self._nats([written[place][choice] for place in places], offset_BLC)
+                for choice in range(len(written[places[0]]))
+            ]
+            for place, choice in zip(places, torch.stack(scores).argmax(0).tolist(), strict=True):
+                taken[place] = choice
+        return taken
+
+    def _fitted(self, right: Sequence[Continuation]) -> Tensor:
+        """Offsets of the logits [B, L, C]; questions do not see each other."""
+        batch = self._batch(right)
+        offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
+        optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
+        for _ in range(STEPS):
+            (offset_BLC.grad,) = torch.autograd.grad(self._losses(batch, offset_BLC).sum(), [offset_BLC])
+            optimizer.step()
+        return offset_BLC.detach()
+
+    @torch.no_grad()
+    def _nats(self, choices: Sequence[Continuation], offset_BLC: Tensor) -> Tensor:
+        """Log-likelihood by token [B]."""
+        return -self._losses(self._batch(choices), offset_BLC)
+
+    def _losses(self, batch: SampleBatch, offset_BLC: Tensor) -> Tensor:
+        """Mean cross entropy of each answer's tokens [B]."""
+        scored_BS = batch.labels_BS != IGNORED
+        with self._moved(scored_BS, offset_BLC):
+            logits_BSV, _ = forward(self._model, batch, self._group_of_modality)
+        losses_BS = token_losses(logits_BSV, batch.labels_BS)
+        return torch.where(scored_BS, losses_BS, 0.0).sum(1) / scored_BS.sum(1)
+
+    @contextmanager
+    def _moved(self, scored_BS: Tensor, offset_BLC: Tensor) -> Iterator[None]:
+        """Inside, routers see tokens whose label is scored with an offset: they predict the answer's tokens."""
+
+        def hook(place: int) -> Any:
+            def change(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+                del module
+                moved_BD = offset_BLC[:, place] @ self._inverse_LCD[place]
+                moved_TD = (scored_BS[:, :, None] * moved_BD[:, None]).flatten(0, 1)
+                return (arguments[0] + moved_TD, *arguments[1:])
+
+            return change
+
+        handles = [router.register_forward_pre_hook(hook(place)) for place, router in enumerate(self._routers)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _batch(self, continuations: Sequence[Continuation]) -> SampleBatch:
+        return self._maker.make(
+            [Sample(np.array(each.context, np.int64), np.array(each.tokens, np.int64)) for each in continuations]
+        )
+
+
+def check_routers(section: MoESection) -> None:
+    """Looks at what an oracle can move: the logits of one group's true experts, by token choice.
+
+    Raises:
+        ConfigError: another router.
+    """
+    groups, kind = expert_groups(section), section.router.kind
+    if kind != "top_k" or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):
+        there = ", ".join(f"{group.name} ({group.num_experts} true of {group.num_columns} columns)" for group in groups)
+        raise ConfigError(
+            f"asks: oracle: takes a top_k router of one group without null or free experts, not {kind} over {there}; leave "
+            "it out of the arm's asks"
+        )

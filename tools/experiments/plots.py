@@ -1,0 +1,200 @@
+"""The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds,
+accuracy of arms."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tools.experiments.statistics import at_equal_cost
+from tools.experiments.study import Study
+from tools.experiments.values import arms_of
+from tools.experiments.verdicts import Records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INCHES = (7.0, 4.2)
+BOTH_INCHES = (11.0, 4.2)
+DOTS = 110
+STYLES = ("o-", "s--", "^:")  # each for ten colours
+IN_FRAME = 0.25  # nats above the best: what lies farther off is named and does not flatten the rest
+
+
+def draw(study: Study, records: Records, folder: Path) -> list[Path]:
+    """Writes the pictures that these records have something for."""
+    made = []
+    loads = {record["load"]["all"] for (arm, _), record in records.items() if arm in study.arms}
+    if len(loads) > 1:
+        made.append(
+            _figure(folder / f"{study.name}_loss_over_load.png", lambda axes: _loss_over_load(axes, study, records))
+        )
+    if any(map(_adaptive, records.values())):
+        made.append(
+            _figure(folder / f"{study.name}_load_over_loss.png", lambda axes: _load_over_loss(axes, study, records))
+        )
+    if any(record.get("curve") for record in records.values()):
+        for cost, label in (("flops", "training FLOPs"), ("seconds", "seconds of training steps")):
+            path = folder / f"{study.name}_loss_over_{cost}.png"
+            made.append(_curves(path, study, records, cost, label))
+    for key, label in (
+        ("answers", "held-out documents answered right"),
+        ("questions", "held-out questions answered right"),
+    ):
+        if any(key in record for record in records.values()):
+            path = folder / f"{study.name}_{key}.png"
+            made.append(_figure(path, lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)))
+    return made
+
+
+def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
+    """One or two panels beside each other."""
+    from matplotlib.figure import Figure  # seconds to import; no window system is asked for
+
+    figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
+    for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
+        panel(axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the version and the time, equal records give equal files.
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
+    """A dot for each run; a line joins those of one seed, which are what is compared."""
+    shown = [name for name in study.arms if name not in _only_begun_with(study)]
+    means = {name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := _of(records, name))}
+    top = min(means.values(), default=0.0) + IN_FRAME
+    kept = [name for name, mean in means.items() if mean <= top]
+    for seed in study.seeds.decisive:
+        mine = [(each["load"]["all"], each["loss"]["all"]) for name in kept if (each := records.get((name, seed)))]
+        if mine:
+            axes.plot(*zip(*sorted(mine), strict=True), "-", color="0.85", linewidth=0.8, zorder=0)
+    for place, name in enumerate(kept):
+        mine = _of(records, name)
+        load, loss = ([each[part]["all"] for each in mine] for part in ("load", "loss"))
+        points = axes.plot(load, loss, _style(place)[0], markersize=4, label=name)
+        probed = [point for each in mine for point in each["probes"].get("threshold", [])]
+        ats = sorted({point["at"] for point in probed})
+        if ats:
+            chosen = [[point for point in probed if point["at"] == at] for at in ats]
+            x = [_mean(point["load"] for point in here) for here in chosen] + [_mean(load)]
+            y = [_mean(point["loss"]["all"] for point in here) for here in chosen] + [_mean(loss)]
+            axes.plot(x, y, "--", color=points[0].get_color(), label=f"{name}, second experts dropped afterwards")
+    for name in [name for name in means if name not in kept]:
+        axes.plot([], [], " ", label=f"{name}: at {means[name]:.2f}, above the frame")
+    axes.set_xlabel("true experts a token")
+    axes.set_ylabel("held-out nats a token")
+    axes.legend(fontsize=7)
+
+
+def _only_begun_with(study: Study) -> set[str]:
+    """Arms that others begin with and no rule looks at: where training stood before, not what is compared."""
+    judged = {arm for rule in study.rules for value in (rule.lower, rule.higher) for arm in arms_of(value)}
+    return {arm.after for arm in study.arms.values() if arm.after} - judged
+
+
+def _adaptive(record: Mapping[str, Any]) -> bool:
+    """Whether tokens may take different numbers of experts."""
+    return bool(record["load"]["all"] % 1 and record.get("load_by_loss"))
+
+
+def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
+    for name in study.arms:
+        tables = [each["load_by_loss"] for each in _of(records, name) if _adaptive(each)]
+        if not tables:
+            continue
+        places = min(len(table) for table in tables)
+        y = [_mean(_total(table[place]) for table in tables) for place in range(places)]
+        axes.plot(np.arange(1, places + 1), y, "o-", markersize=3, label=name)
+    axes.set_xlabel("tenth of the held-out tokens, by their loss")
+    axes.set_ylabel("true experts a token")
+    axes.legend(fontsize=7)
+
+
+def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -> Path:
+    """Loss over cost; beside it, where an arm is named to compare with, the distance from that at equal cost, by seed."""
+    section = study.measure.curve
+    of = {} if section is None or section.of is None else _points(records, section.of, cost)
+    found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
+
+    def losses(axes: "Axes") -> None:
+        for place, (name, curves) in enumerate(found.items()):
+            axes.plot(*_averaged(curves.values()), _style(place), markersize=3, label=name)
+        _logarithmic(axes, label)
+        axes.set_ylabel("held-out nats a token")
+        axes.legend(fontsize=7)
+
+    def differences(axes: "Axes") -> None:
+        for place, curves in enumerate(found.values()):
+            over = [at_equal_cost(curve, of[seed]) for seed, curve in curves.items() if seed in of]
+            if over:
+                axes.plot(*_averaged(over), _style(place), markersize=3)
+        axes.set_ylim(-IN_FRAME / 2, IN_FRAME / 2)
+        _logarithmic(axes, label)
+        axes.set_ylabel(f"the same over {section.of if section else ''} at equal cost")
+        axes.set_title("what is farther off is outside the frame", fontsize=8, loc="right")
+        axes.grid(alpha=0.3)
+
+    return _figure(path, losses, *([differences] if of else []))
+
+
+def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
+    """Each seed's curve, [2, points]: cost and loss. One point is no curve."""
+    return {
+        seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
+        for (name, seed), record in sorted(records.items())
+        if name == arm and len(record.get("curve", [])) > 1
+    }
+
+
+def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
+    """The mean of several seeds, point by point; a point that one of them lacks is left out."""
+    every = list(curves)
+    points = min(curve.shape[1] for curve in every)
+    mean = np.mean([curve[:, :points] for curve in every], axis=0)
+    return mean[:, ~np.isnan(mean[1])]
+
+
+def _logarithmic(axes: "Axes", label: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+
+
+def _style(place: int) -> str:
+    """Mark and stroke: ten colours come round, and the next ten arms have others."""
+    return STYLES[place // 10 % len(STYLES)]
+
+
+def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
+    """Each seed a dot, and a stroke at their mean."""
+    found = {name: [each[key]["accuracy"] for each in _of(records, name) if key in each] for name in study.arms}
+    names = [name for name, values in found.items() if values]
+    for place, name in enumerate(names):
+        axes.plot(found[name], [place] * len(found[name]), "o", markersize=4, color="C0", alpha=0.6)
+        axes.plot(_mean(found[name]), place, "|", markersize=14, color="C1")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _total(row: dict[str, Any]) -> float:
+    """Mean load of a bin over both modalities."""
+    parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
+    tokens = sum(part["tokens"] for part in parts)
+    return sum(part["load"] * part["tokens"] for part in parts) / tokens if tokens else float("nan")
+
+
+def _of(records: Records, arm: str) -> Sequence[dict[str, Any]]:
+    return [dict(record) for (name, _), record in sorted(records.items()) if name == arm]
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))

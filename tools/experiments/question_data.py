@@ -1,0 +1,146 @@
+"""The data of the experiment roma: what the base is trained on before its routers are tuned.
+
+    python -m tools.experiments.question_data --base .cache/data/reproduce --out .cache/data/questions
+
+The sources of the base data as they are, and beside them questions of WordNet and of reasoning-gym with their right
+answers, written as `tools.evaluate` asks them. They are training questions by the sides of
+`moe_dist.inference.questions.split`, and none of the first ones of each task, nor one with the same numbers or the same
+two opposites: those are left to `tools.prepare_router_tuning --limit`, so that the base was not trained on what it is
+scored on there. (Another question about the same noun may have been.) reasoning-gym makes up more of them from further
+seeds; one that comes up under the evaluation's own seed as well has the same side, which follows from its numbers.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_dist.config.index_header import index_paths
+from moe_dist.config.manifest import Manifest, SourceSection, load_manifest, write_manifest
+from moe_dist.config.split_files import BITS
+from moe_dist.data.baselines import count_baselines
+from moe_dist.data.prepare import renamed_when_complete
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.inference.material import Material
+from moe_dist.inference.multiple_choice import Prompts
+from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
+from moe_dist.inference.questions.fact import Part, Question
+from moe_dist.inference.questions.make import make_questions
+from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
+from moe_dist.inference.questions.split import Side
+from moe_dist.runtime.command_line import run_command
+from tools.experiments.instructed import Document, instructed_document, write_split
+from tools.experiments.measure_schema import LEFT
+
+SLOW = ("reasoning-number_sequence",)  # half a minute for 2,000 questions, the others a second or less
+TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
+LICENCES = {
+    "wordnet": ("WordNet licence", "WordNet, Princeton University"),
+    "reasoning": ("Apache-2.0", "reasoning-gym"),
+}
+
+
+def main(
+    base: Annotated[Path, typer.Option(help="Data whose sources, tokenizer and codebook are taken over.")] = Path(
+        ".cache/data/reproduce"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(".cache/data/questions"),
+    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET,
+    left: Annotated[int, typer.Option(min=1, help="Questions of each task that are left to router tuning.")] = LEFT,
+    seeds: Annotated[int, typer.Option(min=1, help="Further seeds of reasoning-gym, 2,000 questions of each task.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sides; that of tools.evaluate.")] = 0,
+) -> None:
+    """Make the data: the base's sources, `wordnet` and `reasoning`."""
+    try:
+        made = make(base, out, wordnet=wordnet, left=left, seeds=seeds, seed=seed)
+    except MoeDistError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
+
+
+def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: int) -> Manifest:
+    """Makes the folder.
+
+    Raises:
+        ConfigError: `out` is there, or a package is missing.
+        DataError: the base is damaged.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out}: is there already; remove it, or name another")
+    manifest = load_manifest(base)
+    material = Material(base, manifest, vocab_size=manifest.vocab_size)
+    catalogue = Catalogue(material, tuple(manifest.sources), wordnet, seed=seed)
+    catalogue.check([task for tasks in TASKS.values() for task in tasks])
+    prompts = Prompts(material, listed=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with renamed_when_complete(out) as folder:
+        _copy(base, folder, manifest)
+        sections = dict(manifest.sources)
+        for name, (licence, attribution) in LICENCES.items():
+            questions = {"train": list(_trained_on(name, catalogue, left=left, seeds=seeds))}
+            questions["valid"] = [q for task in TASKS[name] for q in catalogue.questions(task, Side.VALID, limit=None)]
+            splits = {
+                side: write_split(
+                    folder, f"{name}_{side}", (_document(each, prompts, manifest.eos_id) for each in of_side), manifest
+                )
+                for side, of_side in questions.items()
+            }
+            sections[name] = SourceSection(**splits, licence=licence, attribution=attribution)
+        found = manifest.model_copy(update={"name": "questions", "sources": sections, "baselines": {}})
+        found = found.model_copy(update={"baselines": count_baselines(folder, found)})
+        write_manifest(found, folder)
+    return found
+
+
+def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
+    """Training questions of a family, but for the first `left` of each task."""
+    for task in TASKS[family]:
+        of_task = catalogue.questions(task, Side.TRAIN, limit=None)
+        left_out = {_matter(question) for question in of_task[:left]}
+        if family == "reasoning":
+            of_task = list(_made_up(task, seeds=seeds, seed=catalogue.seed))
+        yield from (question for question in of_task if _matter(question) not in left_out)
+
+
+def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
+    """Each training question of a task that further seeds give, once."""
+    seen: set[Part] = set()
+    # Question i of a seed is made of seed + i: seeds that are nearer have questions in common.
+    for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
+        for question in make_questions(task, reasoning(task.partition("-")[2], seed=further), Side.TRAIN, seed=seed):
+            if question.asked not in seen:
+                seen.add(question.asked)
+                yield question
+
+
+def _matter(question: Question) -> object:
+    """What two questions of one task have in common if the one gives the other away."""
+    family, _, name = question.task.partition("-")
+    if family == "reasoning":
+        return key_of(name, str(question.asked))
+    if name == "antonym":
+        return frozenset({question.id, question.choices[question.answer]})  # the id is the word that is asked about
+    return question.asked
+
+
+def _document(question: Question, prompts: Prompts, eos_id: int) -> Document:
+    right = prompts(question)[question.answer]
+    return instructed_document(right.context, right.tokens, eos_id=eos_id)
+
+
+def _copy(base: Path, folder: Path, manifest: Manifest) -> None:
+    """All files that a manifest names."""
+    names = [manifest.tokenizer, manifest.image.codebook if manifest.image is not None else None]
+    for _, split in manifest.splits():
+        names += [path.name for path in index_paths(Path(split.path))]
+        names += [getattr(split, bits) for bits in BITS]
+    for name in filter(None, names):
+        shutil.copyfile(base / name, folder / name)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,301 @@
+"""Writes what an experiment found into docs/reproductions.md, whatever it says: verdicts, tables, plots.
+
+The section of one experiment by one set of rules stands between two comments and is written anew each time. Results by
+other rules (an earlier attempt) have a section of their own, which stays.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_dist.errors import DataError
+from moe_dist.runtime.files import write_atomically
+from tools.experiments.plots import draw
+from tools.experiments.results import read_header, read_records, results_path
+from tools.experiments.study import Study, jobs_of
+from tools.experiments.values import EtaValue
+from tools.experiments.verdicts import Records, Verdict, judge, number_at, value_of
+
+PAGE = Path("docs/reproductions.md")
+LOSSES = ("all", "text", "image", "image_no_filler")
+ROWS = {
+    "rows_remote": "one row a (token, rank)",
+    "rows_per_pair": "one row a (token, expert)",
+    "rows_topk": "naive top-k of the same k",
+    "rows_same_active": "top-k at equal active experts",
+    "rows_null_remapped": "nulls sent to true experts",
+}
+
+
+def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None) -> str:
+    """Writes the section of the records that are there, and returns its verdicts as text.
+
+    Raises:
+        DataError: the records are damaged.
+    """
+    path = results or results_path(study, pilot=False)
+    header, records = read_header(path), read_records(path)
+    if header is None:
+        return f"{study.name}: no results yet; python -m tools.experiments {study.name} makes them"
+    verdicts = judge(study, records)
+    pictures = draw(study, records, path.parent)
+    text = "\n".join(_section(study, header, records, verdicts, [each.name for each in pictures]))
+    write_atomically(page, _replaced(page.read_text() if page.is_file() else "", study, header, text))
+    return "\n".join(f"{each.outcome}: {each.rule.claim} {_numbers(each)}" for each in verdicts)
+
+
+def _replaced(page: str, study: Study, header: Mapping[str, Any], text: str) -> str:
+    begin, end = (f"<!-- {word} {study.name} {header['fingerprint']} -->" for word in ("begin", "end"))
+    section = f"{begin}\n{text}\n{end}\n"
+    if begin not in page:
+        return f"{page.rstrip()}\n\n{section}".lstrip()
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}\n?", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise DataError(f"{PAGE}: {begin} has no {end}, or stands twice; mend it, it is written by this tool alone")
+    return pattern.sub(lambda _: section, page)
+
+
+def _section(
+    study: Study, header: Mapping[str, Any], records: Records, verdicts: Sequence[Verdict], pictures: Sequence[str]
+) -> list[str]:
+    jobs = jobs_of(study)
+    done = sum((job.label, job.seed) in records for job in jobs)
+    lines = [f"## {study.name}", "", study.question.strip(), ""]
+    lines += [
+        f"Rules of commit `{str(header['rules'])[:12]}` (configs/reproduce/{study.name}.yaml), {done} of {len(jobs)} runs; "
+        f"code of {_commits(records.values())}. Seeds {', '.join(map(str, study.seeds.decisive))}, other arms the first "
+        f"{len(study.seeds.other)}. `make reproduce-{study.name}` made it; raw records: reproductions/{study.name}.jsonl.",
+        "",
+    ]
+    lines += ["### Verdicts", "", *_verdicts(verdicts), "", "### Arms", "", *_arms(study, records), ""]
+    if any("answers" in record for record in records.values()):
+        lines += ["### Answers", "", *_answers(study, records), ""]
+    if any("questions" in record for record in records.values()):
+        lines += ["### Questions", "", *_questions(study, records), ""]
+    lines += ["### Rows on the wire", "", *_wire(study, records), "", "### Load", "", *_loads(study, records), ""]
+    if any(record.get("probes") for record in records.values()):
+        lines += ["### Changed afterwards", "", *_probes(study, records), ""]
+    if study.measure.curve is not None and study.measure.curve.of is not None:
+        lines += ["### eta", "", *_etas(study, records, study.measure.curve.of), ""]
+    for key, what in (
+        ("load_by_loss", "their loss"),
+        ("load_by_frequency", "how often their id stands in the training data"),
+    ):
+        if rows := _bins(study, records, key):
+            lines += [f"### Load of text / image tokens, by {what}", "", *rows, ""]
+    return [*lines, *(f"![{name}](reproductions/{name})" for name in pictures)]
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
+    rows = [[each.rule.claim, _numbers(each), f"**{each.outcome}**"] for each in verdicts]
+    return _table(["claim", "mean difference, one-sided 95 % bounds, seeds", "verdict"], rows)
+
+
+def _numbers(verdict: Verdict) -> str:
+    if verdict.paired is None:
+        return f"({verdict.reason})"
+    found = verdict.paired
+    asked = f"upper < {verdict.rule.margin:g}" if verdict.rule.by == "bound" else f"mean <= {verdict.rule.margin:g}"
+    return f"{found.mean:+.4f} [{found.lower:+.4f}, {found.upper:+.4f}], n = {found.n}; asked: {asked}"
+
+
+def _arms(study: Study, records: Records) -> list[str]:
+    rows = []
+    for name, arm in study.arms.items():
+        mine = _of(records, name)
+        if not mine:
+            rows.append([f"`{name}`", arm.about, "0", *["-"] * (len(LOSSES) + 4)])
+            continue
+        speed = _mean(each["tokens"] / each["seconds"] for each in mine.values())
+        rows.append(
+            [
+                f"`{name}`",
+                arm.about,
+                str(len(mine)),
+                *(_spread(mine, f"loss.{part}") for part in LOSSES),
+                _spread(mine, "load.all", digits=3),
+                f"{_mean(each['flops'] for each in mine.values()) / 1e12:.2f}",
+                f"{_mean(each['seconds'] for each in mine.values()):.0f}",
+                f"{speed:,.0f}",
+            ]
+        )
+    heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
+    return _table([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s"], rows)
+
+
+def _answers(study: Study, records: Records) -> list[str]:
+    """Share of held-out documents whose answer is right, over the sources that the arm was trained on and of each."""
+    sources = list(
+        dict.fromkeys(name for record in records.values() for name in record.get("answers", {}).get("by_source", ()))
+    )
+    rows = [
+        [
+            f"`{name}`",
+            _spread(mine, "answers.accuracy"),
+            *(_spread(mine, f"answers.by_source.{source}.accuracy") for source in sources),
+        ]
+        for name in study.arms
+        if (mine := _of(records, name))
+    ]
+    return _table(["arm", "accuracy", *sources], rows)
+
+
+def _questions(study: Study, records: Records) -> list[str]:
+    """Share of questions that are answered right, and where an arm has it, under routing fitted to the labels."""
+    tasks = list(
+        dict.fromkeys(task for record in records.values() for task in record.get("questions", {}).get("by_task", ()))
+    )
+    shown = (
+        ("questions", "accuracy", "`{}`"),
+        ("oracle", "before", "`{}`, the first questions"),
+        ("oracle", "accuracy", "`{}`, these with routing fitted to their labels"),
+    )
+    rows = []
+    for name in study.arms:
+        for kind, value, what in shown:
+            mine = {seed: record for seed, record in _of(records, name).items() if kind in record}
+            if mine:
+                count = next(iter(mine.values()))[kind]["questions"]
+                cells = [_spread(mine, f"{kind}.by_task.{task}.{value}", digits=3) for task in tasks]
+                rows.append([what.format(name), f"{count:,}", _spread(mine, f"{kind}.{value}"), *cells])
+    lines = [
+        "Share of held-out questions of four choices that are answered right, by log-likelihood a token; mean over tasks.",
+        "",
+    ]
+    return [*lines, *_table(["arm", "questions", "accuracy", *tasks], rows)]
+
+
+def _wire(study: Study, records: Records) -> list[str]:
+    wire = study.measure.wire
+    lines = [
+        f"Forward rows a token and layer, had the routing of the held-out tokens gone over EP = {wire.ep} "
+        f"({wire.placement}): what is sent here, and what others would have sent for the same choices.",
+        "",
+    ]
+    rows = [
+        [f"`{name}`", *(f"{_mean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
+        for name in study.arms
+        if (mine := _of(records, name))
+    ]
+    return [*lines, *_table(["arm", *ROWS.values()], rows)]
+
+
+def _loads(study: Study, records: Records) -> list[str]:
+    kinds = ("text", "image", "image_drawn", "image_filler")
+    rows = []
+    for name in study.arms:
+        if not (mine := _of(records, name)):
+            continue
+        cells = [
+            _spread(mine, f"load.{by}.{kind}", digits=3, plain=True) for by in ("by_input", "by_label") for kind in kinds
+        ]
+        layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
+        rows.append([f"`{name}`", layers, f"{_mean(each['load']['idle'] for each in mine.values()):.3f}", *cells])
+    heads = [
+        *(f"{kind.replace('_', ' ')} (token)" for kind in kinds),
+        *(f"{kind.replace('_', ' ')} (next)" for kind in kinds),
+    ]
+    return _table(["arm", "by layer", "no expert", *heads], rows)
+
+
+def _probes(study: Study, records: Records) -> list[str]:
+    rows = []
+    for name in study.arms:
+        mine = _of(records, name)
+        points = {
+            (kind, point["at"]) for each in mine.values() for kind, found in each["probes"].items() for point in found
+        }
+        for kind, at in sorted(points):
+            rises, loads = {}, []
+            for seed, each in mine.items():
+                for point in each["probes"].get(kind, []):
+                    if point["at"] == at:
+                        rises[seed] = point["loss"]["all"] - each["loss"]["all"]
+                        loads.append(point["load"])
+            text = f"{_mean(rises.values()):+.4f}"
+            rows.append([f"`{name}`", kind, f"{at:g}", f"{_mean(loads):.3f}", text])
+    return _table(["arm", "change", "at", "true experts a token", "held-out loss over unchanged, nats"], rows)
+
+
+def _etas(study: Study, records: Records, dense: str) -> list[str]:
+    """Geometric mean over seeds of eta against an arm, and the least and largest; overall and for each modality."""
+    rows = []
+    for name in study.with_whole_cost():
+        cells = []
+        for cost in ("flops", "seconds"):
+            for part in ("all", "text", "image"):
+                value = EtaValue(eta=name, of=dense, part=part, cost=cost)
+                seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
+                logs = [value_of(value, records, seed) for seed in seeds]
+                # A mean without the seeds whose eta is not known would lean to one side.
+                cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
+        if name != dense and any(cell != "-" for cell in cells):
+            rows.append([f"`{name}`", *cells])
+    heads = [f"{part}, {cost}" for cost in ("FLOPs", "seconds") for part in ("all", "text", "image")]
+    return [
+        f"Against `{dense}`; in brackets the least and the largest of the seeds. Arms that another has trained first, at a "
+        "cost that is not counted, have none.",
+        "",
+        *_table(["arm", *heads], rows),
+    ]
+
+
+def _eta(logs: Sequence[float]) -> str:
+    if not logs:
+        return "-"
+    return f"{math.exp(_mean(logs)):.2f} [{math.exp(min(logs)):.2f}, {math.exp(max(logs)):.2f}]"
+
+
+def _bins(study: Study, records: Records, key: str) -> list[str]:
+    """Mean loads of arms whose load is not the same for all tokens, bin by bin."""
+    rows, most = [], 0
+    for name in study.arms:
+        tables = [each[key] for each in _of(records, name).values() if each.get(key) and each["load"]["all"] % 1]
+        if not tables:
+            continue
+        cells = []
+        for place in range(min(len(table) for table in tables)):
+            both = []
+            for modality in ("text", "image"):
+                found = [table[place][modality]["load"] for table in tables if table[place][modality]["tokens"]]
+                both.append(f"{_mean(found):.2f}" if found else "-")
+            cells.append(" / ".join(both))
+        most = max(most, len(cells))
+        rows.append([f"`{name}`", *cells])
+    if not rows:
+        return []
+    return _table(
+        ["arm", *(f"bin {place + 1}" for place in range(most))], [[*row, *["-"] * (most + 1 - len(row))] for row in rows]
+    )
+
+
+def _of(records: Records, arm: str) -> dict[int, Mapping[str, Any]]:
+    return {seed: record for (name, seed), record in sorted(records.items()) if name == arm}
+
+
+def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int = 4, plain: bool = False) -> str:
+    values = [value for each in mine.values() if (value := number_at(each, metric)) is not None]
+    if not values:
+        return "-"
+    mean = _mean(values)
+    if plain or len(values) < 2:
+        return f"{mean:.{digits}f}"
+    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _commits(records: Iterable[Mapping[str, Any]]) -> str:
+    codes = {(str(each["code"]["commit"])[:12], each["code"]["changed"]) for each in records}
+    return ", ".join(f"`{commit}`{' with changes' if changed else ''}" for commit, changed in sorted(codes))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(each) + " |" for each in lines]

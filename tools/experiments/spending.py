@@ -1,0 +1,53 @@
+"""What a run had spent at each step: tokens, FLOPs and seconds, from its records."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moe_dist.train.trainer import Plan
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Up to a step.
+
+    Attributes:
+        tokens: Padding excluded.
+        flops: Of forward and backward, by moe_dist.plan.flops from the experts that were really taken.
+        seconds: Of the steps; evaluations, checkpoints and starts are left out.
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def spent_by_step(metrics: Path, plan: Plan, before: Spent) -> dict[int, Spent]:
+    """What had been spent after each step, with what had been spent `before` the run."""
+    spent, sums = {}, before
+    for line in metrics.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] != "step":
+            continue
+        scalars = record["scalars"]
+        experts, share = _routed(scalars, record["arrays"])
+        tokens = before.tokens + int(scalars["optim/tokens"]) - sums.tokens
+        flops = sums.flops + tokens * plan.flops_per_token(experts, share)
+        sums = Spent(sums.tokens + tokens, flops, sums.seconds + scalars["perf/step_seconds"])
+        spent[record["step"]] = sums
+    return spent
+
+
+def _routed(
+    scalars: Mapping[str, float], arrays: Mapping[str, list[list[float]]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """True experts a token of each group, and each group's share of the tokens."""
+    prefix = "moe/experts_per_token/"
+    experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
+    tokens_G = [sum(column) for column in zip(*arrays["tokens_LG"], strict=True)]
+    total = max(1.0, sum(tokens_G))
+    return experts, {name: tokens / total for name, tokens in zip(experts, tokens_G, strict=True)}

@@ -1,0 +1,79 @@
+"""Rows on the wire for the routing of an evaluation, had its tokens been spread over the ranks of an EP group.
+
+A run here has one rank, so nothing travels; what would have is a matter of the choices alone. Sequences go to the ranks in
+turn, as the loader deals them out. Rows are forward ones, a token and layer; others' are those of `moe_dist.moe.dispatch.ledger`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from moe_dist.config.parallel_schema import InterleavedSection
+from moe_dist.moe.dispatch.ledger import compare
+from moe_dist.moe.routing import Routing
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.plan.policies import make_placement
+
+ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_null_remapped")
+
+
+def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
+    """The experts of a run, spread over `ep` ranks."""
+    return make_placement(InterleavedSection(), placement.groups, num_ranks=ep, token_mix={})
+
+
+class WireCount:
+    """Adds up what each rank would have sent.
+
+    Args:
+        placement: Over the ranks of an EP group.
+    """
+
+    def __init__(self, placement: ExpertPlacement) -> None:
+        self._placement = placement
+        self._rank_of_expert = torch.tensor(placement.rank_of_expert)
+        self._sums = dict.fromkeys(ROWS, 0.0)
+        self._tokens = 0
+
+    def add(self, routing: Routing, rank_T: np.ndarray) -> None:
+        """One layer's routing of T tokens, of which token t is rank_T[t]'s."""
+        pairs, num_tokens = routing.assignments.taken(), len(rank_T)
+        ranks, own_T = self._placement.num_ranks, torch.from_numpy(rank_T)
+        goes_TR = torch.zeros(num_tokens, ranks, dtype=torch.bool)
+        goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
+        goes_TR[torch.arange(num_tokens), own_T] = False
+        remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
+        # Which token made a null choice is not kept: each rank has its share of them, and of the tokens of each group.
+        sums, groups = routing.sums, self._placement.groups
+        experts = [group.num_experts for group in groups]
+        nulls = [group.num_null for group in groups]
+        null_G = [float(part.sum()) for part in sums.choices_C[sum(experts) :][: sum(nulls)].split(nulls)]
+        group_of_expert = torch.tensor([i for i, group in enumerate(groups) for _ in group.experts])
+        for rank in range(ranks):
+            mine_T = own_T == rank
+            share = float(mine_T.float().mean())
+            mine_N = mine_T[pairs.token_N]
+            true_G = torch.bincount(group_of_expert[pairs.expert_N[mine_N]], minlength=len(groups)).tolist()
+            ledger = compare(
+                self._placement,
+                rank,
+                true_choices_G=true_G,
+                null_choices_G=[round(share * each) for each in null_G],
+                tokens_G=[round(share * each) for each in sums.tokens_G.tolist()],
+                rows_remote=int(goes_TR[mine_T].sum()),
+                pairs=int(mine_N.sum()),
+                pairs_remote=int((remote_N & mine_N).sum()),
+            )
+            for key in ROWS:
+                self._sums[key] += ledger[key]
+        self._tokens += int(sums.tokens_G.sum())
+
+    def per_token(self) -> Mapping[str, float]:
+        """Rows a token and layer."""
+        return {key: value / max(1, self._tokens) for key, value in self._sums.items()}
+
+
+def rank_of_tokens(num_sequences: int, seq_len: int, ranks: int) -> np.ndarray:
+    """The rank of each token of a batch [T]: sequences in turn."""
+    return np.repeat(np.arange(num_sequences) % ranks, seq_len)
