@@ -75,7 +75,7 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
         return StoppedError.exit_code, reason
     elif cause is not None:
         if outcome.silent or verdict is None:
-            said = _last_fault(last_words(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
+            said = _last_problem(last_words(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
                 said = reason  # of the peer that waited: in which collective, and how long
             reason = f"rank {cause}: {_how(outcome, cause)}" + (f"; {said}" if said else "")
@@ -106,7 +106,7 @@ def last_words(log: Path, offset: int, *, most_lines: int = 200) -> str:
     return "\n".join(lines[first:][-most_lines:])
 
 
-def _last_fault(words: str) -> str:
+def _last_problem(words: str) -> str:
     """The last line; not that which only names the page of the docs."""
     lines = [line for line in words.splitlines() if line.strip() and not line.startswith("see docs/")]
     return lines[-1].strip().removeprefix("- ") if lines else ""

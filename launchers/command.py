@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError, PlacementError
 from moe_dist.plan.nodes import demands, groups_of_rank, pack
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import PUBLISHED
-from moe_dist.runtime.place import PLACE, Place
+from moe_dist.runtime.place import PLACE, RunPlace
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
@@ -75,7 +75,7 @@ class JobPlan:
     def _index_of_rank(self) -> Mapping[int, int]:
         return {rank: node.index for node in self.nodes for rank in node.ranks}
 
-    def place_of(self, rank: int, hosts: Sequence[str] = ()) -> Place:
+    def place_of(self, rank: int, hosts: Sequence[str] = ()) -> RunPlace:
         """Where a rank belongs.
 
         Args:
@@ -83,7 +83,7 @@ class JobPlan:
         """
         node = self.node_of(rank)
         local = node.ranks.index(rank)
-        return Place(
+        return RunPlace(
             rank=rank,
             node=node.index,
             local_rank=local,
@@ -193,7 +193,7 @@ class RankCommand:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """A start of a run.
 
     Attributes:
@@ -242,7 +242,7 @@ def tcp_rendezvous(host: str, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
-def rank_commands(plan: Plan) -> tuple[RankCommand, ...]:
+def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
     """Program, arguments and environment of each rank, in the order of the ranks."""
     shared = {
         **plan.rendezvous,

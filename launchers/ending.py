@@ -14,7 +14,7 @@ LINGER_SECONDS = 300.0  # from the first rank that ends well until those that st
 
 
 @dataclass(frozen=True)
-class Patience:
+class ShutdownTimeouts:
     """How long ranks may take, in seconds.
 
     Attributes:
@@ -68,15 +68,15 @@ class Outcome:
         return max(shell_codes) if self.first_failed is None else shell_codes[self.first_failed]
 
 
-class Course:
+class RankTracker:
     """An attempt up to its last end: when ranks are asked to end, when they are killed, which of them was the cause.
 
     Is told what happens, with the seconds of a monotonic clock; does nothing to a rank itself.
     """
 
-    def __init__(self, num_ranks: int, patience: Patience) -> None:
+    def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts) -> None:
         self.codes: dict[int, int] = {}
-        self._num_ranks, self._patience = num_ranks, patience
+        self._num_ranks, self._patience = num_ranks, timeouts
         self._failed: list[int] = []  # in the order of their ends, before we ended any
         self._frozen: tuple[int, ...] = ()
         self._lost: dict[int, str] = {}

@@ -13,7 +13,7 @@ import typer
 from launchers.attempts import begin_logs, until_it_ends
 from launchers.command import (
     TRAIN,
-    Plan,
+    LaunchPlan,
     RankCommand,
     file_rendezvous,
     fit_world_size,
@@ -21,7 +21,7 @@ from launchers.command import (
     rank_commands,
     threads_per_rank,
 )
-from launchers.ending import Outcome, Patience
+from launchers.ending import Outcome, ShutdownTimeouts
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import Ranks, StopSignals
 from moe_dist.config.load import read_draft
@@ -74,8 +74,8 @@ def launch(
     print(f"{world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}", file=sys.stderr)
     threads = threads_per_rank(world_size, os.environ)
 
-    def plan(restarts: int, attempt_id: str, meeting_place: str) -> Plan:
-        return Plan(
+    def plan(restarts: int, attempt_id: str, meeting_place: str) -> LaunchPlan:
+        return LaunchPlan(
             config=config_path,
             overrides=tuple(overrides),
             job=one_node(world_size),
@@ -92,7 +92,7 @@ def launch(
 
 
 def _until_it_ends(
-    folder: RunFolder, plan: Callable[[int, str, str], Plan], *, grace_seconds: float, max_restarts: int
+    folder: RunFolder, plan: Callable[[int, str, str], LaunchPlan], *, grace_seconds: float, max_restarts: int
 ) -> int:
     """One attempt after the other, each with a rendezvous of its own."""
     with StopSignals() as signals:  # also while no rank runs
@@ -113,7 +113,7 @@ def _run(
     offsets = begin_logs(folder, len(commands), attempt_id)
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab", buffering=0)) for command in commands]
-        ranks = Ranks(commands, logs, patience=Patience(stop=grace_seconds + KILL_AFTER_GRACE_SECONDS))
+        ranks = Ranks(commands, logs, timeouts=ShutdownTimeouts(stop=grace_seconds + KILL_AFTER_GRACE_SECONDS))
         outcome = ranks.see_through(signals)
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor; a killed one does not bring it back

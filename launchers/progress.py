@@ -19,7 +19,7 @@ from moe_dist.errors import ConfigError, DataError, DivergedError, PlacementErro
 from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
-from moe_dist.runtime.status import Ending
+from moe_dist.runtime.status import AttemptRecord
 from moe_dist.runtime.tail import lines_from_end
 
 RATE_STEPS = 20  # the median of so many steps is the throughput that is shown
@@ -85,7 +85,7 @@ class Progress:
     checkpoint_age: float | None = None
     save_seconds: float | None = None
     losses: Mapping[str, float] | None = None
-    attempts: tuple[Ending, ...] = ()
+    attempts: tuple[AttemptRecord, ...] = ()
     holder: Holder | None = None
 
     @property
@@ -144,7 +144,7 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "status.json").is_file()
 
 
-def _state(latest: Ending | None, holder: Holder | None, beat_age: float | None) -> State:
+def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float | None) -> State:
     if holder is not None and not holder.is_dead():
         return State.RUNNING if beat_age is not None and beat_age < SILENT_SECONDS else State.SILENT
     if latest is None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from launchers.progress import Progress, State, is_run, read_progress
 from moe_dist.errors import EXIT_DONE, ConfigError
 from moe_dist.runtime.command_line import run_command
-from moe_dist.runtime.status import Ending
+from moe_dist.runtime.status import AttemptRecord
 
 WIDTH = 120  # where the output is no terminal
 BAR = 60  # columns
@@ -184,7 +184,7 @@ def _attempts(run: Progress) -> Table:
     return table
 
 
-def _verdict(ending: Ending, current: State | None) -> Text:
+def _verdict(ending: AttemptRecord, current: State | None) -> Text:
     if ending.verdict is None:
         word = current.value if current in (State.RUNNING, State.SILENT) else "died"
         return Text(word, style=_STYLES.get(current, "red") if current is not None else "red")
@@ -193,7 +193,7 @@ def _verdict(ending: Ending, current: State | None) -> Text:
     return Text(f"{word} ({ending.verdict})", style=style)
 
 
-def _reason(ending: Ending) -> str:
+def _reason(ending: AttemptRecord) -> str:
     if ending.verdict is None:
         return ""
     by = f"rank {ending.rank}: " if ending.rank is not None and not ending.reason.startswith("rank ") else ""

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import IO
 
 from launchers.command import RankCommand
-from launchers.ending import Course, Outcome, Patience
+from launchers.ending import Outcome, RankTracker, ShutdownTimeouts
 from moe_dist.runtime.signals import STOP_SIGNALS, child_of, unblock_stop_signals
 
 TICK_SECONDS = 0.1
@@ -100,7 +100,7 @@ class Ranks:
     Args:
         commands: One a rank.
         logs: For each rank its log file, opened for appending, without a buffer.
-        patience: How long things may take.
+        timeouts: How long things may take.
         base_env: Environment that the commands' variables go on top of.
         terminal: Where standard error of rank 0 is shown.
     """
@@ -110,11 +110,11 @@ class Ranks:
         commands: Sequence[RankCommand],
         logs: Sequence[IO[bytes]],
         *,
-        patience: Patience,
+        timeouts: ShutdownTimeouts,
         base_env: Mapping[str, str] = os.environ,
         terminal: IO[bytes] | None = None,
     ) -> None:
-        self._course = Course(len(commands), patience)
+        self._course = RankTracker(len(commands), timeouts)
         self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ranks: list[subprocess.Popen[bytes]] = []
         prepare = child_of(os.getpid(), ignore_stop=False)

@@ -14,7 +14,7 @@ class MoeDistError(Exception):
     """Base of all errors that a user can cause and mend. Each fault names field, value, rule and the way out.
 
     Args:
-        faults: One fault, or every one that was found, so that one look mends them all.
+        problems: One fault, or every one that was found, so that one look mends them all.
         see: Page of the docs.
     """
 
@@ -22,9 +22,9 @@ class MoeDistError(Exception):
     retry: bool = True  # whether a launcher may start the same command again
     consequence: bool = False  # of an error on another rank, which gives the reason
 
-    def __init__(self, faults: str | Sequence[str], *, see: str | None = None) -> None:
-        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
-        lines = self.faults if len(self.faults) == 1 else [f"{len(self.faults)} faults:", *self.faults]
+    def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        lines = self.problems if len(self.problems) == 1 else [f"{len(self.problems)} faults:", *self.problems]
         super().__init__("\n  - ".join(lines) + (f"\nsee {see}" if see else ""))
 
 

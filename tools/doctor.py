@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launchers.doctor.examine import examine
-from moe_dist.doctor.finding import Finding, Level, exit_code
+from moe_dist.doctor.check_result import CheckResult, Level, exit_code
 from moe_dist.errors import MoeDistError
 from moe_dist.runtime.command_line import run_command
 
@@ -34,7 +34,7 @@ def main(
     """One line a check, with the way out. Ends with the worst: 0 all is well; 1 warnings; 78, 69 or 65 the verdict that the
     run would end with."""
     console = Console(highlight=False, soft_wrap=True)
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     try:
         for finding in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):
             found.append(finding)

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.inference.causal import causal_faults
+from moe_dist.inference.causal import causal_problems
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
-from moe_dist.inference.material import Material
+from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.split import Side
-from moe_dist.inference.trained import Trained, choose_device, find_trained
+from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.parallel.one_group import one_group
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
@@ -30,7 +30,7 @@ from moe_dist.runtime.files import make_writable
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """The command line."""
 
     run: Path
@@ -71,7 +71,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
     """Evaluates a trained run."""
-    options = Options(
+    options = EvaluateOptions(
         run, tasks, harness, split, limit, rotations, wordnet, quiz, seed, step, data, out, device, as_json
     )  # fmt: skip
     try:
@@ -81,12 +81,12 @@ def main(
         raise typer.Exit(error.exit_code) from error
 
 
-def _evaluate(options: Options, env: RankEnv) -> None:
+def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
     """Everything that can be refused is, before the model is loaded."""
     tasks = _check(options, env)
     device = choose_device(options.device)
     trained = find_trained(
-        options.run, step=options.step, data=options.data, allow=lambda config: causal_faults(config.model)
+        options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)
     )
     model = trained.config.model
     material = trained.material()
@@ -120,7 +120,7 @@ def _evaluate(options: Options, env: RankEnv) -> None:
         _show(options, record, _keep(folder, trained.step, record))
 
 
-def _check(options: Options, env: RankEnv) -> list[str]:
+def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
     """The tasks. Raises: ConfigError: nothing is asked for, or the harness cannot be."""
     if not options.tasks and not options.harness:
         raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
@@ -148,7 +148,7 @@ def _check(options: Options, env: RankEnv) -> list[str]:
     return task_names(options.tasks) if options.tasks else []
 
 
-def _harness(options: Options, trained: Trained, material: Material, likelihood: Likelihood) -> dict[str, Any]:
+def _harness(options: EvaluateOptions, trained: LoadedRun, material: Vocabulary, likelihood: Likelihood) -> dict[str, Any]:
     """What lm_eval measures."""
     from lm_eval.api.task import Task
     from lm_eval.evaluator import simple_evaluate
@@ -173,7 +173,7 @@ def _harness(options: Options, trained: Trained, material: Material, likelihood:
     return {} if found is None else {name: dict(each) for name, each in found.get("results", {}).items()}
 
 
-def _folder(options: Options, trained: Trained) -> Path:
+def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
     """Where the results go; made now, so that a folder that cannot be written is known before anything long runs."""
     shelf = trained.folder.parent
     folder = options.out or (shelf.parent if shelf.name == "checkpoints" else shelf) / "evaluations"
@@ -194,7 +194,7 @@ def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
     raise AssertionError("numbers do not end")
 
 
-def _show(options: Options, record: dict[str, Any], path: Path) -> None:
+def _show(options: EvaluateOptions, record: dict[str, Any], path: Path) -> None:
     """A line for each task: both accuracies with their 95 % intervals."""
     if options.as_json:
         print(json.dumps(record))

@@ -10,18 +10,26 @@ import numpy as np
 import typer
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.inference.causal import causal_faults
+from moe_dist.inference.causal import causal_problems
 from moe_dist.inference.generate import Generator
-from moe_dist.inference.material import Material, picture_of, png
+from moe_dist.inference.loaded_run import choose_device, find_trained
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.sheet import make_sheet
-from moe_dist.inference.tasks import Sample, Task, choose_captions, continue_text, describe_picture, draw_captions, run_task
-from moe_dist.inference.trained import choose_device, find_trained
+from moe_dist.inference.tasks import (
+    GeneratedSample,
+    Task,
+    choose_captions,
+    continue_text,
+    describe_picture,
+    draw_captions,
+    run_task,
+)
+from moe_dist.inference.vocabulary import Vocabulary, picture_of, png
 from moe_dist.runtime.command_line import run_command
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     """The command line."""
 
     run: Path
@@ -87,7 +95,7 @@ def main(
     """Samples from a trained run."""
     try:
         _generate(
-            Options(
+            GenerateOptions(
                 run,
                 prompt,
                 draw,
@@ -114,12 +122,12 @@ def main(
         raise typer.Exit(error.exit_code) from error
 
 
-def _generate(options: Options) -> None:
+def _generate(options: GenerateOptions) -> None:
     """Everything that can be refused is, before the model is loaded."""
     options.check()
     device = choose_device(options.device)
     trained = find_trained(
-        options.run, step=options.step, data=options.data, allow=lambda config: causal_faults(config.model)
+        options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)
     )
     model = trained.config.model
     material = trained.material()
@@ -140,7 +148,7 @@ def _generate(options: Options) -> None:
         _show(options, label, sample, number)
 
 
-def _task(options: Options, material: Material) -> tuple[Task, list[str]]:
+def _task(options: GenerateOptions, material: Vocabulary) -> tuple[Task, list[str]]:
     """What to do, and a label for each of its prompts."""
     drawing = Sampling(options.temperature, options.top_p)
     many = {"samples": options.samples, "sampling": drawing, "seed": options.seed}
@@ -157,7 +165,7 @@ def _task(options: Options, material: Material) -> tuple[Task, list[str]]:
     return describe_picture(material, codes, options.prompt or "", tokens=options.tokens, **many), labels
 
 
-def _codes(picture: str, material: Material) -> np.ndarray:
+def _codes(picture: str, material: Vocabulary) -> np.ndarray:
     """Of a file, or of a held-out picture by its number."""
     if not picture.isdecimal() or Path(picture).is_file():
         return material.read_picture(Path(picture))
@@ -168,7 +176,7 @@ def _codes(picture: str, material: Material) -> np.ndarray:
     return heldout[int(picture)].codes
 
 
-def _show(options: Options, label: str, sample: Sample, number: int) -> None:
+def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number: int) -> None:
     """Prints a sample, and writes its pictures."""
     files = [options.out / f"sample_{number}_{index}.png" for index in range(len(sample.pictures))]
     for file, picture in zip(files, sample.pictures, strict=True):
@@ -189,7 +197,9 @@ def _first_number(folder: Path) -> int:
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
-def _write_sheet(options: Options, path: Path, labels: list[str], samples: list[Sample], material: Material) -> None:
+def _write_sheet(
+    options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], material: Vocabulary
+) -> None:
     """All drawings of a caption side by side, beside the held-out picture, as its codes show it, where that is wanted."""
     each, rows = options.samples, []
     originals = {found.caption: found.codes for found in reversed(material.heldout())} if options.originals else {}

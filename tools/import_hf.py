@@ -24,10 +24,10 @@ def main(
 ) -> None:
     """Import a model. The same command goes on where a killed one stopped."""
     from moe_dist.hf.importing import import_model
-    from moe_dist.hf.plan import Options
+    from moe_dist.hf.plan import ImportOptions
     from moe_dist.runtime.progress import shown_progress
 
-    options = Options(null_experts, top_k, experts, experts_top_k, seed, tuple(modalities.split(",")))
+    options = ImportOptions(null_experts, top_k, experts, experts_top_k, seed, tuple(modalities.split(",")))
     try:
         with shown_progress() as report:
             done = import_model(folder, out, options, data_path=data, shard_bytes=shard_mb * 10**6, report=report)

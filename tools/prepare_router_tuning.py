@@ -19,13 +19,13 @@ from moe_dist.config.tuning_manifest import TuningManifest
 from moe_dist.config.tuning_rules import tokenizer_digest
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.inference.likelihood import Likelihood
+from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
 from moe_dist.inference.multiple_choice import Prompts, Written, ask, check_vocabulary, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.fact import Question
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
-from moe_dist.inference.trained import Trained, choose_device, find_trained
 from moe_dist.parallel.one_group import one_group
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
@@ -42,7 +42,7 @@ class MeasureName(StrEnum):
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareOptions:
     """The command line."""
 
     run: Path
@@ -78,7 +78,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Scores a run on the training side of question sets, for router tuning."""
-    options = Options(
+    options = PrepareOptions(
         run, tasks, out, embedder, limit, rotations, measure, layers, wordnet, quiz, seed, step, data, device
     )  # fmt: skip
     try:
@@ -88,7 +88,7 @@ def main(
         raise typer.Exit(error.exit_code) from error
 
 
-def _prepare(options: Options, env: RankEnv) -> None:
+def _prepare(options: PrepareOptions, env: RankEnv) -> None:
     """Everything that can be refused is, before the model is loaded; rank 0 embeds and writes when the others are done."""
     check_place(options.out)
     tasks, device = task_names(options.tasks), choose_device(options.device)
@@ -121,11 +121,11 @@ def _prepare(options: Options, env: RankEnv) -> None:
 
 
 def _score(
-    options: Options,
+    options: PrepareOptions,
     questions: list[Question],
     written: Written,
     likelihood: Likelihood,
-    trained: Trained,
+    trained: LoadedRun,
     layers: tuple[int, ...],
     env: RankEnv,
 ) -> tuple[list[Scored], np.ndarray]:
@@ -145,19 +145,21 @@ def _score(
 
 def _faults(config: Config) -> list[str]:
     """Why a run has no routing to be compared."""
-    kind, faults = config.model.moe.router.kind, []
+    kind, problems = config.model.moe.router.kind, []
     if kind != "top_k":
-        faults.append(
+        problems.append(
             f"model.moe.router.kind={kind}: router tuning compares a softmax by which tokens choose; take a top_k run"
         )
-    if config.model.depths is not None:
-        faults.append("model.depths: a token that a layer passes by has no routing there; take a run without depths")
+    if config.model.mixture_of_depths is not None:
+        problems.append(
+            "model.mixture_of_depths: a token that a layer passes by has no routing there; take a run without depths"
+        )
     if has_adapters(config.model):
-        faults.append(
+        problems.append(
             "model.moe.experts, model.attention_lora: adapters stand on a frozen base and are trained with their routers; "
             "take a run without adapters"
         )
-    return faults
+    return problems
 
 
 def _layers(wanted: str, config: Config) -> tuple[int, ...]:
@@ -170,7 +172,7 @@ def _layers(wanted: str, config: Config) -> tuple[int, ...]:
     return tuple(sorted(int(part) for part in parts))
 
 
-def _facts(options: Options, trained: Trained, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
+def _facts(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
     return TuningManifest(
         checkpoint=content_hash(open_checkpoint(trained.folder).index),
         run=str(trained.folder),
@@ -191,7 +193,7 @@ def _facts(options: Options, trained: Trained, embedder: Embedder, layers: tuple
     )  # fmt: skip
 
 
-def _show(options: Options, manifest: TuningManifest) -> None:
+def _show(options: PrepareOptions, manifest: TuningManifest) -> None:
     for name, count in manifest.tasks.items():
         print(f"{name}: {count.right:,} of {count.questions:,} right")
     if not manifest.right:

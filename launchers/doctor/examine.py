@@ -9,11 +9,11 @@ from pathlib import Path
 
 from launchers.command import JobPlan, one_node, plan_job
 from launchers.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
-from launchers.doctor.slurm_checks import check_slurm, judge_grace
+from launchers.doctor.slurm_checks import check_grace, check_slurm
 from launchers.doctor.slurm_nodes import run_on_nodes
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
-from moe_dist.doctor.finding import Finding, Level, error, note, ok
+from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
 from moe_dist.doctor.node_checks import check_folders, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
 from moe_dist.errors import ConfigError, MoeDistError, PlacementError
@@ -33,7 +33,7 @@ class Site:
         run: Runs a module on its nodes.
     """
 
-    check: Callable[[float | None], list[Finding]]
+    check: Callable[[float | None], list[CheckResult]]
     run: RunOnNodes
 
 
@@ -46,7 +46,7 @@ def examine(
     probe: bool = False,
     fabric: bool = False,
     env: Mapping[str, str] = os.environ,
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """The findings, one after the other.
 
     Args:
@@ -64,17 +64,19 @@ def examine(
         plan = _plan(preflight, site_file, on)
         yield ok("plan", _plan_text(plan))
     except MoeDistError as failed:
-        for fault in failed.faults:
-            yield error("configuration", fault, "", kind=type(failed))
+        for problem in failed.problems:
+            yield error("configuration", problem, "", kind=type(failed))
         return
-    if on == "ray" and (faults := relative_paths(config)):
-        yield from (error("configuration", fault, "--submit makes it so by itself", kind=ConfigError) for fault in faults)
+    if on == "ray" and (problems := relative_paths(config)):
+        yield from (
+            error("configuration", problem, "--submit makes it so by itself", kind=ConfigError) for problem in problems
+        )
         return
     needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)
     if on == "local":
         yield from check_nodes([here], needs)
-        yield judge_grace({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
+        yield check_grace({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
         if probe or fabric:
             yield note("probe", "one node, which was looked at; --probe and --fabric go with --on slurm or --on ray")
         return
@@ -82,7 +84,7 @@ def examine(
         with _site(on, config, plan, site_file, env) as site:
             yield from _on_cluster(site, config, plan, here, save_seconds, probe=probe, fabric=fabric)
     except PlacementError as failed:
-        yield error("scheduler", str(failed.faults[0]), "")
+        yield error("scheduler", str(failed.problems[0]), "")
 
 
 def _on_cluster(
@@ -94,7 +96,7 @@ def _on_cluster(
     *,
     probe: bool,
     fabric: bool,
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     scheduled = site.check(save_seconds)
     yield from scheduled
     if any(finding.level is Level.ERROR for finding in scheduled):

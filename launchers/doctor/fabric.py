@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from moe_dist.doctor.finding import Finding, names, note, ok, warning
-from moe_dist.parallel.round_robin import Exchange, Pair, usual
+from moe_dist.doctor.check_result import CheckResult, names, note, ok, warning
+from moe_dist.parallel.round_robin import Pair, PairExchange, usual
 
 CHECK = "fabric"
 
 
 def judge(
-    measured: Mapping[Pair, Exchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
-) -> list[Finding]:
+    measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
+) -> list[CheckResult]:
     """One line a cause: a node that is slow with every other, or else a pair.
 
     Args:

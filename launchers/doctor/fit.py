@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moe_dist.doctor.finding import Finding, error, names, ok
+from moe_dist.doctor.check_result import CheckResult, error, names, ok
 from moe_dist.plan.matching import match
 
 CHECK = "nodes"
@@ -54,7 +54,7 @@ class Want:
         return self.has_traits(offer) and all(offer.amounts.get(name, 0) >= much for name, much in self.amounts.items())
 
 
-def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str, where: str) -> Finding:
+def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str, where: str) -> CheckResult:
     """One line: the first that holds of no such node, none large enough, too few of them up, all well.
 
     Args:
@@ -76,7 +76,7 @@ def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str
     return ok(CHECK, f"{len(wants)} of the {len(up)} nodes of {where} can take the plan{less}")
 
 
-def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: str) -> Finding:
+def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: str) -> CheckResult:
     for trait in sorted(want.traits):
         if not any(trait in offer.traits for offer in offers):
             there = ", ".join(sorted({each for offer in offers for each in offer.traits})) or "none"
@@ -95,7 +95,7 @@ def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: s
     )
 
 
-def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str) -> Finding:
+def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str) -> CheckResult:
     missing = [name for name, much in want.amounts.items() if all(o.amounts.get(name, 0) < much for o in having)]
     name = missing[0] if missing else next(iter(want.amounts))
     most = max(offer.amounts.get(name, 0) for offer in having)
@@ -107,7 +107,7 @@ def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str)
     )
 
 
-def _too_few(wants: Sequence[Want], offers: Sequence[Offer], left: Want, trait_word: str, where: str) -> Finding:
+def _too_few(wants: Sequence[Want], offers: Sequence[Offer], left: Want, trait_word: str, where: str) -> CheckResult:
     alike = sum(want.traits == left.traits for want in wants)
     fitting = [offer for offer in offers if left.fits(offer)]
     up = sum(offer.up for offer in fitting)

@@ -13,11 +13,11 @@ from pathlib import Path
 from launchers.command import JobPlan
 from launchers.doctor import fabric
 from moe_dist.config.schema import Config
-from moe_dist.doctor.finding import Finding, error
+from moe_dist.doctor.check_result import CheckResult, error
 from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, from_line, nearest
 from moe_dist.errors import MoeDistError
-from moe_dist.parallel.round_robin import Exchange, Pair
+from moe_dist.parallel.round_robin import Pair, PairExchange
 from moe_dist.plan.sizes import folder_bytes
 
 PROBE_MINUTES, FABRIC_MINUTES = 2, 10
@@ -38,7 +38,7 @@ def needs_of(config: Config, plan: JobPlan) -> Needs:
     )
 
 
-def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[Finding]:
+def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[CheckResult]:
     """One task on each node for at most two minutes.
 
     Args:
@@ -67,7 +67,7 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
     return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
 
 
-def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Finding]:
+def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[CheckResult]:
     """All-reduce and all-to-all over every pair of the plan's nodes; a task for each GPU, or one a node."""
     if len(plan.nodes) < 2:
         return fabric.judge({}, [], ["here"], payload_bytes=0)
@@ -88,19 +88,21 @@ def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Findi
 MARK = "moe_dist fabric: "
 
 
-def report_line(measured: Mapping[Pair, Exchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int) -> str:
+def report_line(
+    measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int
+) -> str:
     """What the first task of a measurement prints."""
     pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
     return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
 
 
-def read_report(line: str) -> list[Finding] | None:
+def read_report(line: str) -> list[CheckResult] | None:
     """The findings in a line of output; None where it holds none."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None
     values = json.loads(text)
-    measured = {(first, second): Exchange(*seconds) for first, second, *seconds in values["pairs"]}
+    measured = {(first, second): PairExchange(*seconds) for first, second, *seconds in values["pairs"]}
     slow = [(first, second) for first, second in values["slow"]]
     return fabric.judge(measured, slow, values["nodes"], payload_bytes=values["payload_bytes"])
 
@@ -125,7 +127,7 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _enough(heard: int, wanted: int) -> Finding:
+def _enough(heard: int, wanted: int) -> CheckResult:
     return error(
         "probe",
         f"{heard} of {wanted} nodes answered within {PROBE_MINUTES} minutes",

@@ -13,14 +13,14 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launchers.command import JobPlan
-from launchers.doctor.slurm_checks import judge_grace
+from launchers.doctor.slurm_checks import check_grace
 from launchers.ray.driver import STOP_WAIT_DEFAULT, stop_grace
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
 from launchers.ray.gang import live_nodes
 from launchers.ray.nodes import RayNode, assign, bundle_of_rank
 from launchers.ray.submit import STOP_WAIT
 from moe_dist.config.cluster import Cluster
-from moe_dist.doctor.finding import Finding, Level, note, ok, warning
+from moe_dist.doctor.check_result import CheckResult, Level, note, ok, warning
 from moe_dist.errors import PlacementError
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
@@ -29,7 +29,7 @@ START_SECONDS = 300.0  # for a task: GPUs may be in use
 
 def check_ray(
     plan: JobPlan, cluster: Cluster, parts: Mapping[str, str], save_seconds: float | None, env: Mapping[str, str]
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Nodes, labels and sizes of bundles; who else reaches Ray; how long a stop may take.
 
     Args:
@@ -72,7 +72,7 @@ def run_on_nodes(
         pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)
         command = [cluster.python or sys.executable, "-m", module, argument]
         waiting.append(task.options(scheduling_strategy=pinned).remote(command, variables, 60.0 * minutes))
-    deadline, faults = time.monotonic() + START_SECONDS + 60.0 * minutes, []
+    deadline, problems = time.monotonic() + START_SECONDS + 60.0 * minutes, []
     while waiting:
         ended, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ended:
@@ -85,9 +85,9 @@ def run_on_nodes(
             raise PlacementError(f"a task was lost: {str(error).splitlines()[0]}") from error
         yield from ((time.time(), line) for line in printed.splitlines())
         if code:
-            faults.append(complaint.strip().rpartition("\n")[2] or f"exit code {code}")
-    if faults:
-        raise PlacementError(f"{len(faults)} of {world} tasks failed: {faults[0]}")
+            problems.append(complaint.strip().rpartition("\n")[2] or f"exit code {code}")
+    if problems:
+        raise PlacementError(f"{len(problems)} of {world} tasks failed: {problems[0]}")
 
 
 def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -> tuple[int, str, str]:
@@ -97,12 +97,12 @@ def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -
     return done.returncode, done.stdout, done.stderr
 
 
-def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Finding:
+def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> CheckResult:
     assignment = _chosen(plan, cluster, nodes)
-    if not assignment.faults:
+    if not assignment.problems:
         return ok("nodes", f"{len(plan.nodes)} of the {len(nodes)} nodes of Ray can take the bundles of the plan")
-    more = f" ({len(assignment.faults) - 1} more nodes of the plan likewise)" if len(assignment.faults) > 1 else ""
-    return Finding("nodes", Level.ERROR, assignment.faults[0] + more, verdict=PlacementError.exit_code)
+    more = f" ({len(assignment.problems) - 1} more nodes of the plan likewise)" if len(assignment.problems) > 1 else ""
+    return CheckResult("nodes", Level.ERROR, assignment.problems[0] + more, verdict=PlacementError.exit_code)
 
 
 def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:
@@ -116,7 +116,7 @@ def _names(nodes: Sequence[RayNode]) -> list[str]:
     return hosts if len(set(hosts)) == len(hosts) else [node.address for node in nodes]
 
 
-def _exposure(parts: Mapping[str, str]) -> Finding:
+def _exposure(parts: Mapping[str, str]) -> CheckResult:
     if exposure_text(listening(parts), token=asks_for_token()):
         return warning(
             "exposure",
@@ -126,7 +126,7 @@ def _exposure(parts: Mapping[str, str]) -> Finding:
     return ok("exposure", "Ray listens on the loopback alone, or asks for a token")
 
 
-def _grace(grace: float | None, save_seconds: float | None) -> Finding:
+def _grace(grace: float | None, save_seconds: float | None) -> CheckResult:
     if grace is None:
         return note("stop grace", "this is no job of Ray: nobody kills the driver after a stop")
     if grace <= STOP_WAIT_DEFAULT:
@@ -135,4 +135,4 @@ def _grace(grace: float | None, save_seconds: float | None) -> Finding:
             f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})",
             "set it in the runtime environment of the job, as the README's command does",
         )
-    return judge_grace({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)
+    return check_grace({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from launchers.command import JobPlan
 from launchers.doctor.fit import Offer, Want, check_fit
 from moe_dist.config.cluster import Cluster, seconds_of
-from moe_dist.doctor.finding import Finding, error, note, ok, warning
+from moe_dist.doctor.check_result import CheckResult, error, note, ok, warning
 from moe_dist.errors import ConfigError
 
 ASK_SECONDS = 30.0
@@ -31,7 +31,7 @@ def ask(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[Finding]:
+def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
     """Whether Slurm answers; nodes, features and sizes; the time limit; how long a stop may take.
 
     Args:
@@ -93,7 +93,7 @@ def gpus_of(gres: str) -> int:
     return sum(int(number) for number in re.findall(r"(?:^|,)gpu:(?:[A-Za-z][^:,(]*:)?(\d+)", gres))
 
 
-def check_time(asked: str, limit: str | None, where: str) -> Finding:
+def check_time(asked: str, limit: str | None, where: str) -> CheckResult:
     """The time that the cluster file asks for, against the partition's limit."""
     if limit is None:
         return note("time limit", f"{where} does not say its limit; the job asks for {asked}")
@@ -103,17 +103,17 @@ def check_time(asked: str, limit: str | None, where: str) -> Finding:
     return ok("time limit", f"{asked} of {limit} that {where} allows")
 
 
-def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float | None) -> Finding:
+def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float | None) -> CheckResult:
     """The time between a stop signal and the kill, at the time limit and on preemption, against what a save takes."""
     preempts = settings.get("PreemptType", "(null)").strip() not in ("(null)", "preempt/none", "")
     kill_wait = re.match(r"\d+", settings.get("KillWait", ""))
     graces = {"before the time limit (signal_seconds)": float(cluster.signal_seconds)}
     if preempts and kill_wait:
         graces["on preemption (KillWait)"] = float(kill_wait[0])
-    return judge_grace(graces, save_seconds)
+    return check_graces(graces, save_seconds)
 
 
-def judge_grace(graces: dict[str, float], save_seconds: float | None) -> Finding:
+def check_graces(graces: dict[str, float], save_seconds: float | None) -> CheckResult:
     """Holds every grace against the measured save time."""
     shown = ", ".join(f"{seconds:g} s {when}" for when, seconds in graces.items())
     if save_seconds is None:

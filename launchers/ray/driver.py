@@ -13,13 +13,13 @@ from dataclasses import replace
 import ray
 
 from launchers.attempts import begin_logs, until_it_ends
-from launchers.command import JobPlan, Plan, published_rendezvous, rank_commands
-from launchers.ending import Outcome, Patience
+from launchers.command import JobPlan, LaunchPlan, published_rendezvous, rank_commands
+from launchers.ending import Outcome, ShutdownTimeouts
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
 from launchers.ray.gang import gather_gang
-from launchers.ray.job import ROOT, Job
+from launchers.ray.job import ROOT, RayJob
 from launchers.ray.nodes import bundle_of_rank
-from launchers.ray.rank import Seat
+from launchers.ray.rank import WorkerInfo
 from launchers.ray.submit import STOP_WAIT
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster
@@ -38,7 +38,7 @@ LAST_LINES_SECONDS = 1.0  # that Ray takes to bring what rank 0 has printed here
 REPLACE_SECONDS = 300.0  # after a failure: a node that was lost is being replaced
 
 
-def drive(job: Job, signals: StopSignals) -> int:
+def drive(job: RayJob, signals: StopSignals) -> int:
     """Runs attempts until one is the last; returns its verdict.
 
     Raises:
@@ -62,7 +62,7 @@ def drive(job: Job, signals: StopSignals) -> int:
 
 
 def _attempt(
-    job: Job, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float
+    job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float
 ) -> tuple[Outcome, list[int]]:
     """How the ranks of one attempt ended, and where it begins in their logs."""
     wait = REPLACE_SECONDS if restarts else SETTLE_SECONDS
@@ -78,7 +78,7 @@ def _attempt(
     try:
         print(seats_table(job.plan, gang.seats), flush=True)
         offsets = begin_logs(job.folder, job.plan.world_size, attempt_id)
-        plan = Plan(
+        plan = LaunchPlan(
             config=job.config,
             overrides=job.overrides,
             job=job.plan,
@@ -92,21 +92,21 @@ def _attempt(
             hosts=gang.hosts,
         )
         commands = [
-            replace(command, env={**site_variables(job.cluster, gang.seats, command.rank), **seat, **command.env})
-            for command, seat in zip(rank_commands(plan), seat_variables(job.plan, gang.seats), strict=True)
+            replace(command, env={**site_variables(job.cluster, gang.seats, command.rank), **worker, **command.env})
+            for command, worker in zip(rank_commands(plan), seat_variables(job.plan, gang.seats), strict=True)
         ]
         gang.start(commands, [job.folder.log_of(command.rank) for command in commands])
-        return gang.see_through(signals, Patience(stop=grace_seconds * (1 + MARGIN / 2))), offsets
+        return gang.see_through(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2))), offsets
     finally:
         gang.close()
 
 
-def seat_variables(plan: JobPlan, seats: Sequence[Seat]) -> list[dict[str, str]]:
+def seat_variables(plan: JobPlan, seats: Sequence[WorkerInfo]) -> list[dict[str, str]]:
     """For each rank what it finds where it is: the labels of its node; and the GPUs that Ray gave to all ranks of the node,
     in the order of their local ranks, so that a rank's own has its local rank as index and peers can reach it directly."""
     variables = []
-    for rank, seat in enumerate(seats):
-        found = {LABELS: json.dumps(dict(seat.labels), sort_keys=True)}
+    for rank, worker in enumerate(seats):
+        found = {LABELS: json.dumps(dict(worker.labels), sort_keys=True)}
         gpus = [gpu for other in plan.node_of(rank).ranks for gpu in seats[other].gpus]
         if gpus:
             found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -114,7 +114,7 @@ def seat_variables(plan: JobPlan, seats: Sequence[Seat]) -> list[dict[str, str]]
     return variables
 
 
-def site_variables(cluster: Cluster, seats: Sequence[Seat], rank: int) -> dict[str, str]:
+def site_variables(cluster: Cluster, seats: Sequence[WorkerInfo], rank: int) -> dict[str, str]:
     """What the cluster file says of the network. Without an interface rank 0 listens at the address by which Ray's nodes
     reach each other."""
     variables = {name: each.value for name, each in cluster.nccl.items()}
@@ -123,16 +123,16 @@ def site_variables(cluster: Cluster, seats: Sequence[Seat], rank: int) -> dict[s
     return {**variables, **({HOST_VARIABLE: seats[0].host} if rank == 0 else {})}
 
 
-def seats_table(plan: JobPlan, seats: Sequence[Seat]) -> str:
+def seats_table(plan: JobPlan, seats: Sequence[WorkerInfo]) -> str:
     """A line for each rank: where it is, and the experts that live on it."""
     lines = []
-    for rank, seat in enumerate(seats):
+    for rank, worker in enumerate(seats):
         labels = ",".join(
-            f"{name}={value}" for name, value in sorted(seat.labels.items()) if not name.startswith("ray.io/")
+            f"{name}={value}" for name, value in sorted(worker.labels.items()) if not name.startswith("ray.io/")
         )
-        gpus = f"  GPU {','.join(seat.gpus)}" if seat.gpus else ""
+        gpus = f"  GPU {','.join(worker.gpus)}" if worker.gpus else ""
         experts = f"  experts of {', '.join(plan.groups[rank])}" if plan.groups and plan.groups[rank] else ""
-        lines.append(f"rank {rank}  {seat.host}  {labels or '-'}{gpus}{experts}")
+        lines.append(f"rank {rank}  {worker.host}  {labels or '-'}{gpus}{experts}")
     return "\n".join(lines)
 
 

@@ -20,9 +20,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launchers.command import JobPlan, RankCommand
-from launchers.ending import Course, Outcome, Patience
+from launchers.ending import Outcome, RankTracker, ShutdownTimeouts
 from launchers.ray.nodes import NODE_ID, RayNode, assign
-from launchers.ray.rank import RankActor, Seat
+from launchers.ray.rank import RankActor, WorkerInfo
 from launchers.supervise import StopSignals
 from moe_dist.errors import ConfigError, PlacementError, StoppedError
 
@@ -52,7 +52,7 @@ class Gang:
 
     def __init__(self, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> None:
         self._job, self._nodes = job, nodes
-        self.seats: list[Seat] = []
+        self.seats: list[WorkerInfo] = []
         self._actors: list[Any] = []
         labels = [{**job.node_of(r).ray_labels, NODE_ID: self._node(r).node_id} for r in range(job.world_size)]
         self._group = placement_group([dict(bundle)] * job.world_size, bundle_label_selector=labels)
@@ -81,13 +81,13 @@ class Gang:
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             self._actors.append(actor.options(**size, max_concurrency=4, scheduling_strategy=place).remote(rank))
         try:
-            self.seats = ray.get([each.seat.remote(paths) for each in self._actors], timeout=ANSWER_SECONDS)
+            self.seats = ray.get([each.worker.remote(paths) for each in self._actors], timeout=ANSWER_SECONDS)
         except (RayActorError, GetTimeoutError) as error:
             raise LostError(f"an actor did not come up ({type(error).__name__})") from error
-        for rank, seat in enumerate(self.seats):
-            if seat.missing:
+        for rank, worker in enumerate(self.seats):
+            if worker.missing:
                 raise ConfigError(
-                    f"rank {rank} on {seat.host} does not see {', '.join(seat.missing)}; run.root, data.path and a "
+                    f"rank {rank} on {worker.host} does not see {', '.join(worker.missing)}; run.root, data.path and a "
                     "configuration outside the job's working directory must be folders that all nodes share (docs/ray.md)"
                 )
 
@@ -106,9 +106,9 @@ class Gang:
         except (RayError, GetTimeoutError) as error:
             raise LostError(f"a rank could not be started: {_first_line(error)}") from error
 
-    def see_through(self, signals: StopSignals, patience: Patience) -> Outcome:
+    def see_through(self, signals: StopSignals, timeouts: ShutdownTimeouts) -> Outcome:
         """Returns when all ranks have ended, or what held them is gone."""
-        course, told = Course(len(self._actors), patience), False
+        course, told = RankTracker(len(self._actors), timeouts), False
         running = {actor.wait.options(concurrency_group=WAIT).remote(): rank for rank, actor in enumerate(self._actors)}
         while not course.over:
             ended, _ = ray.wait(list(running), num_returns=len(running), timeout=TICK_SECONDS)
@@ -167,7 +167,7 @@ class Gang:
         for rank in ranks:
             self._actors[rank].send.remote(number)
 
-    def _end_the_rest(self, course: Course, running: dict[Any, int]) -> None:
+    def _end_the_rest(self, course: RankTracker, running: dict[Any, int]) -> None:
         """Ranks that are late are killed with their actors; one whose node does not answer was lost, and is the cause."""
         for rank in running.values():
             ray.kill(self._actors[rank])
@@ -212,10 +212,10 @@ def gather_gang(
         if signals.first is not None:
             raise StoppedError(f"{signals.first.name} came while the job waited for its nodes; start me again")
         assignment = assign(job, live_nodes(), bundle, together)
-        if assignment.faults:
+        if assignment.problems:
             if time.monotonic() - began >= wait_seconds:
-                raise PlacementError(assignment.faults, see="docs/ray.md")
-            say_once(f"waiting {wait_seconds:g} s for nodes: {assignment.faults[0]}")
+                raise PlacementError(assignment.problems, see="docs/ray.md")
+            say_once(f"waiting {wait_seconds:g} s for nodes: {assignment.problems[0]}")
         elif assignment.waits_for:
             ranks = [str(rank) for node in assignment.waits_for for rank in node.ranks]
             say_once(f"waiting for nodes that others use, for the ranks {', '.join(ranks)}")

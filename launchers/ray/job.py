@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJob:
     """A run as the driver carries it out.
 
     Attributes:
@@ -58,7 +58,7 @@ def check_job(
     wait_seconds: float | None = None,
     forwarded: Sequence[str] = (),
     program: tuple[str, ...] = TRAIN,
-) -> Job | None:
+) -> RayJob | None:
     """Checks a run and plans its job; None where it is finished already, and its summary was shown.
 
     Args:
@@ -72,9 +72,9 @@ def check_job(
     site = load_cluster(cluster, os.environ)
     preflight = check_file(config_path, overrides)
     config = preflight.config
-    if faults := relative_paths(config):
-        way_out = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
-        raise ConfigError([f"{fault}; {way_out}" for fault in faults], see="docs/ray.md")
+    if problems := relative_paths(config):
+        fix = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
+        raise ConfigError([f"{problem}; {fix}" for problem in problems], see="docs/ray.md")
     plan, folder = plan_job(preflight, site), RunFolder.of(config)
     if overwrite and (old := folder.move_aside()) is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)
@@ -83,7 +83,7 @@ def check_job(
         print(folder.read_summary())
         return None
     print(f"{plan.world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}\n{plan.table()}")
-    return Job(
+    return RayJob(
         config=seen_from_the_job(config_path),
         overrides=tuple(overrides),
         plan=plan,

@@ -50,12 +50,12 @@ class Assignment:
 
     Attributes:
         nodes: For each node of the plan, if all are there and free.
-        faults: What no node of this cluster can give, however long one waits, in words.
+        problems: What no node of this cluster can give, however long one waits, in words.
         waits_for: Nodes of the plan whose nodes are taken by others at this moment.
     """
 
     nodes: tuple[RayNode, ...] = ()
-    faults: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
     waits_for: tuple[NodePlan, ...] = ()
 
 
@@ -109,8 +109,8 @@ def assign(
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
         if None not in alone:  # there would be nodes, but no domain has enough of them
-            return Assignment(faults=(_domain_fault(missing, nodes),))
-        return Assignment(faults=tuple(_fault(each, job, nodes, bundle) for each in missing))
+            return Assignment(problems=(_domain_problem(missing, nodes),))
+        return Assignment(problems=tuple(_fault(each, job, nodes, bundle) for each in missing))
     found = chosen("free")
     if None in found:
         return Assignment(waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
@@ -144,7 +144,7 @@ def _match_domains(
     return found
 
 
-def _domain_fault(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> str:
+def _domain_problem(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> str:
     ranks = sorted(rank for each in missing for rank in each.ranks)
     sizes: dict[str, int] = {}
     for node in nodes:
@@ -165,8 +165,8 @@ def _fault(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mappi
     labelled = [node for node in nodes if node.has(labels)]
     wish = f"placement.groups.{each.groups[0]}.node.labels" if each.groups and labels else "the placement"
     if not labelled:
-        way_out = f"start one with `ray start --labels {_pairs(labels)} ...`, or change {wish}"
-        return f"{who}: needs {what}, and no live node has it; there are {_shown(nodes)}; {way_out}"
+        fix = f"start one with `ray start --labels {_pairs(labels)} ...`, or change {wish}"
+        return f"{who}: needs {what}, and no live node has it; there are {_shown(nodes)}; {fix}"
     need = {name: len(each.ranks) * amount for name, amount in bundle.items()}
     roomy = [node for node in labelled if _fits(each, node, node.total, bundle)]
     if not roomy:

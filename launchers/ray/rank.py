@@ -30,7 +30,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerInfo:
     """Where an actor is.
 
     Attributes:
@@ -60,7 +60,7 @@ class RankActor:
     def __repr__(self) -> str:  # what Ray puts before the lines that it brings to the driver
         return f"rank {self._rank}"
 
-    def seat(self, paths: Sequence[str]) -> Seat:
+    def worker(self, paths: Sequence[str]) -> WorkerInfo:
         """Where this is. An actor that has answered is really there.
 
         Args:
@@ -71,7 +71,7 @@ class RankActor:
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         context = ray.get_runtime_context()
-        return Seat(
+        return WorkerInfo(
             node_id=context.get_node_id(),
             host=ray.util.get_node_ip_address(),
             labels={key: str(value) for key, value in context.get_node_labels().items()},

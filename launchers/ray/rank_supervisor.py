@@ -53,7 +53,7 @@ class Order:
         return json.dumps(asdict(self)).encode() + b"\n"
 
 
-class Keeper:
+class RankSupervisor:
     """One rank from its start to the end of the last process it has started."""
 
     def __init__(self, order: Order) -> None:
@@ -163,7 +163,7 @@ def main() -> None:
         if not byte:
             return
         line += byte
-    Keeper(Order(**json.loads(line))).keep()
+    RankSupervisor(Order(**json.loads(line))).keep()
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def _tasks(
         try:
             found = plan_job(check_file(config_path, (*overrides, *task)), cluster)
         except MoeDistError as error:
-            raise type(error)([f"--array, task {index}: {fault}" for fault in error.faults]) from error
+            raise type(error)([f"--array, task {index}: {problem}" for problem in error.problems]) from error
         if found.nodes != plan.nodes or found.gpus_per_node != plan.gpus_per_node:
             raise ConfigError(f"--array, task {index}: needs other nodes than the rest; all tasks of an array get the same")
         tasks.append(task)
@@ -157,14 +157,14 @@ def _refusal(job: Submission, words: str) -> MoeDistError:
         )
     known = set(re.split(r"[,\s]+", ask("sinfo", "--noheader", "--format=%f").strip()))
     missing = [part for part in parts(job.plan) if part.feature is not None and part.feature not in known]
-    faults = [
+    problems = [
         f"ranks {', '.join(str(rank) for node in part.nodes for rank in node.ranks)} (experts of "
         f"{', '.join(dict.fromkeys(name for node in part.nodes for name in node.groups))}) need nodes with the feature "
         f"{part.feature!r}, which no node has; the nodes have {', '.join(sorted(known))}; change "
         "placement.groups.<group>.node.feature, or ask the site"
         for part in missing
     ]
-    return PlacementError(faults or f"the cluster has no such nodes: {words}; the plan is\n{job.plan.table()}")
+    return PlacementError(problems or f"the cluster has no such nodes: {words}; the plan is\n{job.plan.table()}")
 
 
 def main(
@@ -188,8 +188,8 @@ def main(
         options = _options(limit, dependency)
         if limit is not None:
             site = site.model_copy(update={"time": limit})
-            if broken := site.broken_relations():
-                raise ConfigError([f"--time={limit}: {relation.fault}" for relation in broken])
+            if broken := site.violations():
+                raise ConfigError([f"--time={limit}: {violation.problem}" for violation in broken])
         if array is not None and overwrite:
             raise ConfigError("--overwrite: goes with one run, not with --array; move the sweep's folder aside by hand")
         sweep = read_sweep(array) if array is not None else []

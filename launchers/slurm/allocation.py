@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.command import JobPlan
-from launchers.slurm.script import Part, parts
+from launchers.slurm.script import ScriptPart, parts
 from moe_dist.errors import MoeDistError
 
 _SECONDS = 60.0  # for an answer of slurmctld, which may be busy
@@ -97,11 +97,13 @@ def differences(job: JobPlan, allocation: Allocation) -> list[str]:
     wanted, given = parts(job), allocation.parts
     if len(wanted) != len(given):
         return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'part')}"]
-    faults = []
+    problems = []
     for index, (part, have) in enumerate(zip(wanted, given, strict=True)):
         where = f"part {index}: " if len(wanted) > 1 else ""
-        faults += [f"{where}{fault}" for fault in _part_differences(part, have, job.gpus_per_node, allocation.features)]
-    return faults
+        problems += [
+            f"{where}{problem}" for problem in _part_differences(part, have, job.gpus_per_node, allocation.features)
+        ]
+    return problems
 
 
 def hosts_of(job: JobPlan, allocation: Allocation) -> tuple[str, ...]:
@@ -114,21 +116,21 @@ def hosts_of(job: JobPlan, allocation: Allocation) -> tuple[str, ...]:
     return tuple(host_of[node.index] for node in job.nodes)
 
 
-def _part_differences(part: Part, have: GivenPart, gpus: int, features: Mapping[str, str]) -> list[str]:
-    faults = []
+def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Mapping[str, str]) -> list[str]:
+    problems = []
     size = part.ranks_per_node
     if len(have.hosts) != len(part.nodes):
-        faults.append(f"the plan needs {_count(len(part.nodes), 'node')}, the job has {_count(len(have.hosts), 'node')}")
+        problems.append(f"the plan needs {_count(len(part.nodes), 'node')}, the job has {_count(len(have.hosts), 'node')}")
     if set(have.tasks) != {size}:
         shown = " and ".join(str(count) for count in sorted(set(have.tasks)))
-        faults.append(f"the plan needs {_count(size, 'task')} a node, the job has {shown}")
+        problems.append(f"the plan needs {_count(size, 'task')} a node, the job has {shown}")
     if have.gpus >= 0 and have.gpus < gpus:
-        faults.append(f"the plan needs {_count(gpus, 'GPU')} a node, the job has {have.gpus}")
+        problems.append(f"the plan needs {_count(gpus, 'GPU')} a node, the job has {have.gpus}")
     if part.feature is not None:
         without = [host for host in have.hosts if part.feature not in features.get(host, "").split(",")]
         if without:
-            faults.append(f"the plan needs nodes with the feature {part.feature!r}, which {_listed(without)} has not")
-    return faults
+            problems.append(f"the plan needs nodes with the feature {part.feature!r}, which {_listed(without)} has not")
+    return problems
 
 
 def _count(number: int, noun: str) -> str:

@@ -17,11 +17,11 @@ from typing import Annotated
 
 import typer
 
-from launchers.command import TRAIN, JobPlan, Plan, absolute_paths, plan_job, published_rendezvous, rank_commands
+from launchers.command import TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, published_rendezvous, rank_commands
 from launchers.restart import Ended, committed_step, exhausted
 from launchers.slurm.allocation import Allocation, differences, hosts_of
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
-from launchers.slurm.step import STOPPED, Job, conclude, held, run_step, start_again
+from launchers.slurm.step import STOPPED, SlurmJob, conclude, held, run_step, start_again
 from launchers.snapshot import Snapshot, take_snapshot
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -34,7 +34,7 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder, Start
 
 
-def carry_out(job: Job, arguments: Sequence[str], env: dict[str, str]) -> int:
+def carry_out(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> int:
     """Everything that a start of a job does; returns its exit code.
 
     Args:
@@ -52,9 +52,9 @@ def carry_out(job: Job, arguments: Sequence[str], env: dict[str, str]) -> int:
         return EXIT_DONE
     plan = plan_job(check(config), cluster)
     allocation = Allocation.read(env)
-    if faults := differences(plan, allocation):
+    if problems := differences(plan, allocation):
         line = sbatch_line(plan, cluster, ["slurm/train.sbatch", *arguments])
-        raise ConfigError([*faults, f"the line that asks for what the plan needs:\n    {line}"])
+        raise ConfigError([*problems, f"the line that asks for what the plan needs:\n    {line}"])
     folder.prepare()
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
     begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))
@@ -73,11 +73,11 @@ def carry_out(job: Job, arguments: Sequence[str], env: dict[str, str]) -> int:
     return verdict
 
 
-def _read_snapshot(job: Job, snapshot: Snapshot) -> tuple[Cluster, Config]:
+def _read_snapshot(job: SlurmJob, snapshot: Snapshot) -> tuple[Cluster, Config]:
     return snapshot.cluster(), load_config(snapshot.config_yaml, snapshot.overrides_of(job.task))
 
 
-def _read_clone(job: Job, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
+def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
     """Cluster file and configuration of the first attempt after a plain sbatch; paths are from where that was typed."""
     if not arguments:
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
@@ -91,7 +91,7 @@ def _read_clone(job: Job, arguments: Sequence[str], env: dict[str, str]) -> tupl
     return load_cluster(None, env), load_config(path, (*overrides, *absolute_paths(loaded, job.submitted)))
 
 
-def _take_snapshot(job: Job, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> Snapshot:
+def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> Snapshot:
     """What this attempt and all further ones run, and a pointer to it in the folder that the job was submitted from."""
     place = RunFolder.of(config).path / "slurm" / f"job_{job.id}_{os.urandom(3).hex()}"
     place.parent.mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def visible_folders(config: Config, snapshot: Snapshot) -> list[str]:
 
 
 def _step(
-    job: Job,
+    job: SlurmJob,
     snapshot: Snapshot,
     config: Config,
     cluster: Cluster,
@@ -144,7 +144,7 @@ def _step(
 ) -> list[str]:
     """Writes the table of this attempt's ranks, and returns the srun that reads it."""
     folder, hosts = RunFolder.of(config), hosts_of(plan, allocation)
-    rank_plan = Plan(
+    rank_plan = LaunchPlan(
         config=snapshot.config_yaml,
         overrides=snapshot.overrides_of(job.task),
         job=plan,
@@ -180,7 +180,7 @@ def main(
     """Carry out a job that Slurm has started; the end of slurm/train.sbatch."""
     try:
         arguments = [] if config is None else [config, *(overrides or [])]
-        code = carry_out(Job.from_environment(), arguments, dict(os.environ))
+        code = carry_out(SlurmJob.from_environment(), arguments, dict(os.environ))
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code

@@ -22,7 +22,7 @@ HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 
 
 @dataclass(frozen=True)
-class Part:
+class ScriptPart:
     """Nodes of one kind: a job, or one part of a heterogeneous job.
 
     Attributes:
@@ -40,15 +40,15 @@ class Part:
         return len(self.nodes[0].ranks)
 
 
-def parts(job: JobPlan) -> tuple[Part, ...]:
+def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
     """The nodes of a plan by kind: feature, number of ranks, whether they are a group's own. Rank 0 is in the first."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
-    return tuple(Part(tuple(nodes)) for nodes in kinds.values())
+    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())
 
 
-def part_options(part: Part, job: JobPlan, cluster: Cluster) -> list[str]:
+def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
     """Options of sbatch that say which nodes, without those of the site."""
     size = part.ranks_per_node
     # Without --ntasks the second part of a heterogeneous job starts a single task.

@@ -24,7 +24,7 @@ _ENDED = re.compile(r"srun: error: (?:(\S+): tasks? [\d,-]+: (?:Exited with exit
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What Slurm says about this start.
 
     Attributes:
@@ -40,7 +40,7 @@ class Job:
     submitted: Path
 
     @classmethod
-    def from_environment(cls) -> "Job":
+    def from_environment(cls) -> "SlurmJob":
         """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and SLURM_SUBMIT_DIR.
 
         Raises:
@@ -99,7 +99,13 @@ def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def conclude(
-    folder: RunFolder, job: Job, code: int, ended: Sequence[str], *, stopped: bool, ranks_of: Mapping[str, Sequence[int]]
+    folder: RunFolder,
+    job: SlurmJob,
+    code: int,
+    ended: Sequence[str],
+    *,
+    stopped: bool,
+    ranks_of: Mapping[str, Sequence[int]],
 ) -> int:
     """The verdict of this attempt, with its reason on standard error: that in status.json, since srun returns other codes
     where tasks are killed. Puts one there where the ranks could not.
@@ -134,7 +140,7 @@ def conclude(
     return verdict
 
 
-def start_again(job: Job, snapshot: Snapshot, no: str | None) -> None:
+def start_again(job: SlurmJob, snapshot: Snapshot, no: str | None) -> None:
     """Requeues the job after 75, unless its attempts are enough, or Slurm ends it already: preempted jobs are requeued by
     then, cancelled ones are to stay away.
 
@@ -156,14 +162,14 @@ def start_again(job: Job, snapshot: Snapshot, no: str | None) -> None:
         _say(f"Slurm refuses to requeue the job: {error}; go on with: {again}")
 
 
-def _show_cause(folder: RunFolder, job: Job, suspects: Sequence[int], ended: Sequence[str]) -> None:
+def _show_cause(folder: RunFolder, job: SlurmJob, slow_pairs: Sequence[int], ended: Sequence[str]) -> None:
     """What the rank that failed first said last, then how all ended.
 
     Args:
-        suspects: That rank; or all of the node that srun named, of which the first with a traceback is taken.
+        slow_pairs: That rank; or all of the node that srun named, of which the first with a traceback is taken.
     """
     said: dict[int, str] = {}
-    for rank in suspects:
+    for rank in slow_pairs:
         with contextlib.suppress(OSError):
             log = folder.log_of(rank)
             said[rank] = last_words(log, max(0, log.read_bytes().rfind(f"--- attempt {job.attempt_id}".encode())))

@@ -98,27 +98,27 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
     """
     index = contents.index
     only = _only_experts(index)
-    sources, faults = {}, []
+    sources, problems = {}, []
     for name, spec in specs.items():
         source = next((each for each in _candidates(name, only) if each in index.tensors), None)
         if source is None:
-            faults.append(f"{name}: the base has none")
+            problems.append(f"{name}: the base has none")
         elif (entry := index.tensors[source]).shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
-            faults.append(f"{name}: {spec.dtype} {spec.shape} in the model, {entry.dtype} {entry.shape} in {source}")
+            problems.append(f"{name}: {spec.dtype} {spec.shape} in the model, {entry.dtype} {entry.shape} in {source}")
         else:
             sources[name] = source
     used = set(sources.values())
-    faults += [
+    problems += [
         f"{name}: the model has no place for it"
         for name in index.tensors
         if name not in used and not name.startswith(OPTIMIZER_PREFIX) and _ROUTER not in name
     ]
-    if faults:
+    if problems:
         head = (
             f"run.init_rules: adapt cannot stand on {contents.folder}; give the model the widths and layers of the base, "
             "which has one dense FFN (or one expert) a layer under LoRA experts"
         )
-        raise ConfigError(listed(head, faults), see=GUIDE)
+        raise ConfigError(listed(head, problems), see=GUIDE)
     return sources
 
 

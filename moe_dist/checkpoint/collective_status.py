@@ -7,7 +7,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 
 _UNWRITABLE = 2  # a rank's report in a vote: it could not write; other errors are 1000 + their exit code
@@ -18,17 +18,19 @@ class Ballot:
 
     Args:
         place: In words, for messages.
-        watch: For the watchdog.
+        tracker: For the watchdog.
     """
 
-    def __init__(self, place: str, process_group: dist.ProcessGroup | None, watch: Watch | None = None) -> None:
-        self._place, self._group, self._watch = place, process_group, watch
+    def __init__(
+        self, place: str, process_group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
+    ) -> None:
+        self._place, self._group, self._watch = place, process_group, tracker
         self.rank = dist.get_rank(process_group) if process_group else 0
         self.world_size = dist.get_world_size(process_group) if process_group else 1
 
     def add(self, numbers: list[int], name: str = "checkpoint numbers") -> list[int]:
         """Sums over all ranks, modulo 2^64 as int64. One all-reduce."""
-        summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, watch=self._watch)
+        summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, tracker=self._watch)
         return summed.tolist()
 
     def phase(

@@ -26,7 +26,7 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-class Shelf:
+class CheckpointDirectory:
     """The checkpoints in a folder.
 
     Args:
@@ -59,7 +59,7 @@ class Shelf:
             if self.steps():
                 raise DataError(
                     f"{path} is missing, but there are checkpoints beside it; nothing is begun anew over them. "
-                    f"{self.way_out()}"
+                    f"{self.fix()}"
                 ) from None
             return -1
         if content == NONE_YET:
@@ -67,10 +67,10 @@ class Shelf:
         match = _POINTER.fullmatch(content)
         name = match[1].decode() if match else content.decode(errors="replace").strip()
         if match is None or not (self.folder / name / STATE_FILE).is_file():
-            raise DataError(f"{path} names {name!r}, which is no checkpoint in that folder. {self.way_out()}")
+            raise DataError(f"{path} names {name!r}, which is no checkpoint in that folder. {self.fix()}")
         return int(name.removeprefix("step_"))
 
-    def way_out(self, failed: Path | None = None) -> str:
+    def fix(self, failed: Path | None = None) -> str:
         """How to go on without the checkpoint that failed, as a sentence: the others that are there."""
         others = [self.path_of(step).name for step in self.steps() if self.path_of(step) != failed]
         if not others:
@@ -108,11 +108,11 @@ def find_checkpoint(path: Path) -> Path:
     if looks_like_one and path.is_dir():
         return path
     for folder in (path, path / "checkpoints"):
-        shelf = Shelf(folder)
-        if (folder / LATEST_FILE).is_file() or shelf.steps():
-            step = shelf.latest_step()
+        directory = CheckpointDirectory(folder)
+        if (folder / LATEST_FILE).is_file() or directory.steps():
+            step = directory.latest_step()
             if step >= 0:
-                return shelf.path_of(step)
+                return directory.path_of(step)
     raise ConfigError(
         f"{path}: no checkpoint there; give the folder of one (step_N), a folder of checkpoints with `{LATEST_FILE}` in "
         "it, or the folder of a run"

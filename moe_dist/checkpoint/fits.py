@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moe_dist.checkpoint.index import Index, index_faults, listed
+from moe_dist.checkpoint.index import Index, index_problems, listed
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError
 
@@ -31,24 +31,24 @@ _EXPERT = re.compile(r"layers\.\d+\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\
 
 def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> list[str]:
     """What a checkpoint and a model do not share: missing, surplus, other shape, other dtype; one line a tensor."""
-    faults = []
+    problems = []
     for name, spec in specs.items():
         entry = index.tensors.get(name)
         if not math.prod(spec.shape):
             continue  # nothing to keep, as the null experts of a group that has none
         if entry is None:
-            faults.append(f"{name}: {ABSENT}")
+            problems.append(f"{name}: {ABSENT}")
         elif entry.shape != spec.shape:
-            faults.append(f"{name}: shape {spec.shape} in the model, {entry.shape} in the checkpoint")
+            problems.append(f"{name}: shape {spec.shape} in the model, {entry.shape} in the checkpoint")
         elif DTYPES.get(entry.dtype) != spec.dtype:
-            faults.append(f"{name}: {spec.dtype} in the model, {entry.dtype} in the checkpoint")
+            problems.append(f"{name}: {spec.dtype} in the model, {entry.dtype} in the checkpoint")
     surplus = index.tensors.keys() - specs.keys()
-    faults += [
+    problems += [
         f"{name}: the checkpoint has it, the model does not"
         for name in sorted(surplus)
         if ignore_prefix is None or not name.startswith(ignore_prefix)
     ]
-    return faults
+    return problems
 
 
 def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
@@ -57,8 +57,8 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
     Raises:
         ConfigError: with all that differs.
     """
-    faults = differences(index, specs, ignore_prefix=ignore_prefix)
-    if faults:
+    problems = differences(index, specs, ignore_prefix=ignore_prefix)
+    if problems:
         here = sizes({name: spec.shape for name, spec in specs.items()})
         there = sizes({name: entry.shape for name, entry in index.tensors.items()})
         heads = [
@@ -68,18 +68,18 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
         ]
         raise ConfigError(
             listed(
-                f"checkpoint {folder} is of another model ({len(faults)} tensors differ); resume with the configuration it "
+                f"checkpoint {folder} is of another model ({len(problems)} tensors differ); resume with the configuration it "
                 "was written with (config.yaml of its run), start a new run, or take over what fits with run.init_from",
-                heads + faults,
+                heads + problems,
             )
         )
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
     """Before a commit: every tensor of the model is in the index exactly once. A fault is a bug of ours."""
-    faults = index_faults(index) + differences(index, specs)
-    if faults:
-        raise AssertionError(listed("the written shards are not the whole state", faults))
+    problems = index_problems(index) + differences(index, specs)
+    if problems:
+        raise AssertionError(listed("the written shards are not the whole state", problems))
 
 
 def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:

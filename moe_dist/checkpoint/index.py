@@ -115,24 +115,24 @@ def read_index(folder: Path) -> Index:
         DataError: it is missing or damaged, or a tensor's boxes do not fill it exactly once.
     """
     index = read_stored(folder / INDEX_FILE, Index)
-    faults = index_faults(index)
-    if faults:
-        raise DataError(listed(f"checkpoint {folder}: {INDEX_FILE} is damaged", faults))
+    problems = index_problems(index)
+    if problems:
+        raise DataError(listed(f"checkpoint {folder}: {INDEX_FILE} is damaged", problems))
     return index
 
 
-def index_faults(index: Index) -> list[str]:
+def index_problems(index: Index) -> list[str]:
     """Tensors that the boxes do not fill exactly once, or that name unknown dtypes or shards."""
-    faults = []
+    problems = []
     for name, entry in index.tensors.items():
         if entry.dtype not in ITEMSIZE:
-            faults.append(f"{name}: unknown dtype {entry.dtype!r}")
+            problems.append(f"{name}: unknown dtype {entry.dtype!r}")
         if any(chunk.shard >= index.num_shards for chunk in entry.chunks):
-            faults.append(f"{name}: names a shard beyond the {index.num_shards} there are")
+            problems.append(f"{name}: names a shard beyond the {index.num_shards} there are")
         if not _filled_once(entry):
             boxes = [(chunk.shard, chunk.offsets, chunk.shape) for chunk in entry.chunks]
-            faults.append(f"{name}: shape {entry.shape} is not filled exactly once by (shard, offsets, shape) {boxes}")
-    return faults
+            problems.append(f"{name}: shape {entry.shape} is not filled exactly once by (shard, offsets, shape) {boxes}")
+    return problems
 
 
 def _filled_once(entry: Entry) -> bool:
@@ -156,8 +156,8 @@ def _filled_once(entry: Entry) -> bool:
     return end == entry.shape[dim]
 
 
-def listed(head: str, faults: Sequence[str]) -> str:
+def listed(head: str, problems: Sequence[str]) -> str:
     """A head line and the first MAX_FAULTS faults under it."""
-    shown = list(faults[:MAX_FAULTS])
-    more = [f"and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
+    shown = list(problems[:MAX_FAULTS])
+    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])

@@ -22,18 +22,18 @@ from pydantic import JsonValue
 from moe_dist.checkpoint.checksums import SEAL_FILE, seal_of
 from moe_dist.checkpoint.collective_status import Ballot
 from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
-from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, Shelf, find_checkpoint
+from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import check_complete, check_fits
 from moe_dist.checkpoint.index import INDEX_FILE, read_index, shard_file
 from moe_dist.checkpoint.partial_load import Taken, fitting, taken_from
-from moe_dist.checkpoint.problems import DamagedError, Finding
+from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
 from moe_dist.checkpoint.state_file import STATE_FILE
 from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.adamw import set_step_count
 
@@ -68,7 +68,7 @@ class CheckpointManager:
         lease_check: Called on rank 0 before anything is written, and before each rename; raises if this process may not
             write to the run any more.
         process_group: Of all ranks, with gloo; None is one rank alone.
-        watch: For the watchdog. `write` is not noted in it: it has a thread of its own, so its place among the collectives
+        tracker: For the watchdog. `write` is not noted in it: it has a thread of its own, so its place among the collectives
             of the training is another on each rank.
     """
 
@@ -79,11 +79,11 @@ class CheckpointManager:
         keep: int,
         lease_check: Callable[[], None],
         process_group: dist.ProcessGroup | None = None,
-        watch: Watch | None = None,
+        tracker: CollectiveTracker | None = None,
     ) -> None:
         self._folder, self._keep, self._lease_check = folder, keep, lease_check
-        self._shelf = Shelf(folder)
-        self._ballot = Ballot(str(folder), process_group, watch)
+        self._shelf = CheckpointDirectory(folder)
+        self._ballot = Ballot(str(folder), process_group, tracker)
         self._unwatched = Ballot(str(folder), process_group)
 
     @property
@@ -182,7 +182,7 @@ class CheckpointManager:
             shared = state.specs.keys() & contents.index.tensors.keys()
             self._check_loaded(contents, state, {name: name for name in shared})
         except DataError as error:
-            raise self._with_way_out(error, folder) from error
+            raise self._with_fix(error, folder) from error
         return Restored(contents.state.step, contents.state.values, rank_values)
 
     def load_fitting(
@@ -352,15 +352,15 @@ class CheckpointManager:
 
         self._ballot.phase("check what was loaded", tell, kind=DataError)
 
-    def _with_way_out(self, error: DataError, folder: Path) -> DataError:
-        way_out = self._shelf.way_out(folder)
+    def _with_fix(self, error: DataError, folder: Path) -> DataError:
+        fix = self._shelf.fix(folder)
         if isinstance(error, DamagedError):
-            return DamagedError(error.head, error.findings, way_out=way_out)
-        told = DataError([*error.faults, way_out], see="docs/checkpoints.md")
+            return DamagedError(error.head, error.findings, fix=fix)
+        told = DataError([*error.problems, fix], see="docs/checkpoints.md")
         told.consequence = error.consequence
         return told
 
 
-def _damaged(contents: Contents, name: str) -> Finding:
+def _damaged(contents: Contents, name: str) -> CheckpointProblem:
     files = dict.fromkeys(shard_file(chunk.shard) for chunk in contents.index.tensors[name].chunks)
-    return Finding("damaged", ", ".join(files), "its bits are not those that were saved", name)
+    return CheckpointProblem("damaged", ", ".join(files), "its bits are not those that were saved", name)

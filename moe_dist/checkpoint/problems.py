@@ -11,7 +11,7 @@ Kind = Literal["missing", "truncated", "damaged", "mixed up", "foreign", "incomp
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckpointProblem:
     """One fault of a checkpoint.
 
     Attributes:
@@ -34,7 +34,7 @@ class Finding:
 class DamagedError(DataError):
     """A checkpoint is not what was saved. `findings` has each fault with its kind."""
 
-    def __init__(self, head: str, findings: Sequence[Finding], *, way_out: str = "") -> None:
+    def __init__(self, head: str, findings: Sequence[CheckpointProblem], *, fix: str = "") -> None:
         self.head, self.findings = head, tuple(findings)
         text = listed(head, [str(finding) for finding in findings])
-        super().__init__(text + (f"\n{way_out}" if way_out else ""), see="docs/checkpoints.md")
+        super().__init__(text + (f"\n{fix}" if fix else ""), see="docs/checkpoints.md")

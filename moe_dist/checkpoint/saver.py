@@ -20,7 +20,7 @@ import torch
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.snapshot import HostBuffers, Snapshot, take_snapshot
 from moe_dist.checkpoint.state import CheckpointState
-from moe_dist.comm.watch import Watch, watched
+from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,13 @@ class Saver:
         checkpoints: Of the run; its process group is used by nothing else.
         asynchronous: Whether saves that need not be durable at once are written by a thread. It takes host memory for what
             this rank writes. Else the training waits for each, and nothing is copied.
-        watch: For the watchdog: the training waiting for a save counts as a collective.
+        tracker: For the watchdog: the training waiting for a save counts as a collective.
     """
 
-    def __init__(self, checkpoints: CheckpointManager, *, asynchronous: bool, watch: Watch | None = None) -> None:
-        self._checkpoints, self._asynchronous, self._watch = checkpoints, asynchronous, watch
+    def __init__(
+        self, checkpoints: CheckpointManager, *, asynchronous: bool, tracker: CollectiveTracker | None = None
+    ) -> None:
+        self._checkpoints, self._asynchronous, self._watch = checkpoints, asynchronous, tracker
         self._buffers = HostBuffers()
         self._in_flight: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -73,7 +75,7 @@ class Saver:
                 logger.info("checkpoint step_%d: training went on after %.3f s", step, blocked)
         else:
             snapshot = take_snapshot(step, state)
-            with watched(self._watch, "checkpoint", device=_HOST):
+            with track_collective(self._watch, "checkpoint", device=_HOST):
                 self._write(snapshot, began)
         if durable:
             self._join()
@@ -101,7 +103,7 @@ class Saver:
 
     def _join(self) -> None:
         if self._in_flight is not None:
-            with watched(self._watch, "checkpoint", device=_HOST):
+            with track_collective(self._watch, "checkpoint", device=_HOST):
                 self._in_flight.join()
             self._in_flight = None
 

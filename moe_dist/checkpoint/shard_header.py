@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from moe_dist.checkpoint.index import ITEMSIZE, Chunk, StoredModel, shard_file
-from moe_dist.checkpoint.problems import DamagedError, Finding
+from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
@@ -81,8 +81,10 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
     """
     path = folder / shard_file(number)
 
-    def fault(kind: Any, detail: str) -> DamagedError:
-        return DamagedError(f"checkpoint {folder}: a file is not what was saved", [Finding(kind, path.name, detail)])
+    def problem(kind: Any, detail: str) -> DamagedError:
+        return DamagedError(
+            f"checkpoint {folder}: a file is not what was saved", [CheckpointProblem(kind, path.name, detail)]
+        )
 
     try:
         size = path.stat().st_size
@@ -91,25 +93,25 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
     except FileNotFoundError as error:
-        raise fault("missing", "is not there") from error
+        raise problem("missing", "is not there") from error
     except OSError as error:
-        raise fault("damaged", f"cannot be read: {error.strerror or error}") from error
+        raise problem("damaged", f"cannot be read: {error.strerror or error}") from error
     if size <= 8 or (raw[:1] == b"{" and len(raw) < length):
-        raise fault("truncated", f"{size:,} bytes, cut short inside its header")
+        raise problem("truncated", f"{size:,} bytes, cut short inside its header")
     if raw[:1] != b"{":
-        raise fault("foreign", "no safetensors file (it begins neither with a header's length nor with a header)")
+        raise problem("foreign", "no safetensors file (it begins neither with a header's length nor with a header)")
     try:
         shard = _parse(start, raw, number)
     except (ValidationError, KeyError, ValueError) as error:
-        raise fault(*_unreadable(raw, error)) from error
+        raise problem(*_unreadable(raw, error)) from error
     if size < shard.size:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = (
             f"; lost are {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         )
-        raise fault("truncated", f"{size:,} bytes of {shard.size:,}{named}")
+        raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
     if size > shard.size:
-        raise fault("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
+        raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 
 

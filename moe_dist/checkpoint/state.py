@@ -58,7 +58,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShard:
     """A logical tensor, or a shard of it, on this rank.
 
     Attributes:
@@ -84,7 +84,7 @@ class CheckpointState:
         rank_values: Plain JSON values of this rank, such as RNG states; they resume only at the same number of ranks.
     """
 
-    held: Mapping[str, Held]
+    held: Mapping[str, LocalShard]
     specs: Mapping[str, TensorSpec]
     layout: RankLayout
     optimizer: Optimizer | None = None
@@ -161,9 +161,9 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout
-) -> tuple[dict[str, Held], dict[str, TensorSpec]]:
+) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
     """Logical pieces of `tensors`, and the specs of everything that `like` names, on any rank."""
-    held: dict[str, Held] = {}
+    held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
         stack = _STACK.fullmatch(name)
@@ -182,7 +182,7 @@ def _logical(
     return held, specs
 
 
-def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, Held]]:
+def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
     """Logical id and piece of each expert in a stack [e, ...], as views."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
@@ -196,7 +196,7 @@ def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -
         assert sum(isinstance(p, Shard) for p in stack.placements) == 1, f"{name}: {stack.placements} cuts experts twice"
         copies, position = _replicas(stack)
         for slot in range(shape[0]):
-            yield experts[offset[0] + slot], Held(local[slot], copies, position)
+            yield experts[offset[0] + slot], LocalShard(local[slot], copies, position)
         return
     placements = [Shard(p.dim - 1) if isinstance(p, Shard) else Replicate() for p in stack.placements]
     whole = torch.empty(stack.shape[1:], device="meta")
@@ -204,11 +204,11 @@ def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -
         piece = DTensor.from_local(
             local[slot], stack.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
-        yield expert, Held(piece, *_replicas(piece))
+        yield expert, LocalShard(piece, *_replicas(piece))
 
 
-def _hold(tensor: Tensor, copies: int, position: int) -> Held:
-    return Held(tensor, *_replicas(tensor)) if isinstance(tensor, DTensor) else Held(tensor, copies, position)
+def _hold(tensor: Tensor, copies: int, position: int) -> LocalShard:
+    return LocalShard(tensor, *_replicas(tensor)) if isinstance(tensor, DTensor) else LocalShard(tensor, copies, position)
 
 
 def _replicas(tensor: DTensor) -> tuple[int, int]:
@@ -223,7 +223,7 @@ def _replicas(tensor: DTensor) -> tuple[int, int]:
     return copies, position
 
 
-def _writes(name: str, held: Held) -> bool:
+def _writes(name: str, held: LocalShard) -> bool:
     return _local(held.tensor).numel() > 0 and zlib.crc32(name.encode()) % held.copies == held.position
 
 

@@ -44,7 +44,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
     """
     there, here = _experts_by_layer(index.tensors), _experts_by_layer(specs)
     sources: dict[str, str] = {}
-    faults: dict[str, None] = {}  # in order, each once
+    problems: dict[str, None] = {}  # in order, each once
     for name in specs:
         if norm := _NORM.fullmatch(name):
             source = f"{norm['layer']}.ffn.norm.weight"
@@ -54,16 +54,16 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             layer, group = expert["layer"], expert["group"]
             source = _source_of(expert, index, there[layer], here[layer][group])
             if source is None:
-                faults[f"{layer}.moe.experts.{group}: {_nothing(len(here[layer][group]), group, there[layer])}"] = None
+                problems[f"{layer}.moe.experts.{group}: {_nothing(len(here[layer][group]), group, there[layer])}"] = None
             else:
                 sources[name] = source
-    faults |= {fault: None for name, source in sources.items() if (fault := _misfit(name, source, index, specs))}
-    if faults:
+    problems |= {problem: None for name, source in sources.items() if (problem := _misfit(name, source, index, specs))}
+    if problems:
         head = (
             f"run.init_rules: upcycle cannot make all experts from {folder}; give the model its widths (model.hidden_dim, "
             "model.moe.groups.*.ffn_dim) and groups"
         )
-        raise ConfigError(listed(head, list(faults)))
+        raise ConfigError(listed(head, list(problems)))
     sources = {name: source for name, source in sources.items() if source != name}
     if not sources:
         raise ConfigError(

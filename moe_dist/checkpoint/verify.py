@@ -11,7 +11,7 @@ from moe_dist.checkpoint.contents import Examined, examine
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import INDEX_FILE, Index, shard_file
-from moe_dist.checkpoint.problems import Finding
+from moe_dist.checkpoint.problems import CheckpointProblem
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.checkpoint.storage import open_tensors
@@ -21,7 +21,7 @@ from moe_dist.optim.adamw import MOMENTS
 _EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>\w+)")
 
 
-def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[Finding]]:
+def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
     """What is wrong with a checkpoint; nothing if the list is empty. Reads every byte, holds one tensor
     in memory at a time.
 
@@ -46,11 +46,11 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
         # What a shard's header says of its own parts was checked already; here that the whole is the sum of them.
         if not files & unread and hexadecimal(sums[name]) != entry.fingerprint and not _named(findings, name):
-            findings.append(Finding("damaged", INDEX_FILE, "its fingerprint is not that of its parts", name))
+            findings.append(CheckpointProblem("damaged", INDEX_FILE, "its fingerprint is not that of its parts", name))
     return examined, findings
 
 
-def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, int]) -> list[Finding]:
+def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, int]) -> list[CheckpointProblem]:
     header, file, findings = examined.headers[number], shard_file(number), []
     assert examined.index is not None
     try:
@@ -60,15 +60,15 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
                 found = fingerprint(tensor, offsets=chunk.offsets, shape=examined.index.tensors[name].shape)
                 sums[name] += found
                 if found != header.fingerprints[name]:
-                    findings.append(Finding("damaged", file, "its bits are not those that were saved", name))
+                    findings.append(CheckpointProblem("damaged", file, "its bits are not those that were saved", name))
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    findings.append(Finding("not finite", file, "holds nan or inf, and was saved so", name))
+                    findings.append(CheckpointProblem("not finite", file, "holds nan or inf, and was saved so", name))
     except DataError as error:
-        findings.append(Finding("damaged", file, str(error)))
+        findings.append(CheckpointProblem("damaged", file, str(error)))
     return findings
 
 
-def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[Finding]:
+def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointProblem]:
     """Against the tensors that the configuration in state.json calls for."""
     findings = []
     for name, spec in specs.items():
@@ -76,15 +76,17 @@ def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[Finding]:
         if 0 in spec.shape:
             continue
         if entry is None:
-            findings.append(Finding("incomplete", INDEX_FILE, "is not there", name))
+            findings.append(CheckpointProblem("incomplete", INDEX_FILE, "is not there", name))
         elif entry.shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
             detail = f"{entry.dtype} {entry.shape}, where its configuration says {spec.dtype} {spec.shape}"
-            findings.append(Finding("foreign", INDEX_FILE, detail, name))
+            findings.append(CheckpointProblem("foreign", INDEX_FILE, detail, name))
     surplus = sorted(index.tensors.keys() - specs.keys())
-    return findings + [Finding("foreign", INDEX_FILE, "its configuration knows no such tensor", name) for name in surplus]
+    return findings + [
+        CheckpointProblem("foreign", INDEX_FILE, "its configuration knows no such tensor", name) for name in surplus
+    ]
 
 
-def _missing_moments(index: Index) -> list[Finding]:
+def _missing_moments(index: Index) -> list[CheckpointProblem]:
     """Both moments of a parameter, or none of any (a checkpoint without optimizer), in the parameter's shape."""
     moments = [f"{OPTIMIZER_PREFIX}{moment}." for moment in MOMENTS]
     known = {name.removeprefix(moment) for moment in moments for name in index.tensors if name.startswith(moment)}
@@ -93,15 +95,17 @@ def _missing_moments(index: Index) -> list[Finding]:
         for moment in moments:
             entry = index.tensors.get(moment + parameter)
             if entry is None:
-                findings.append(Finding("incomplete", INDEX_FILE, "is not there", moment + parameter))
+                findings.append(CheckpointProblem("incomplete", INDEX_FILE, "is not there", moment + parameter))
             elif parameter not in index.tensors:
-                findings.append(Finding("incomplete", INDEX_FILE, "is not there, but its moments are", parameter))
+                findings.append(CheckpointProblem("incomplete", INDEX_FILE, "is not there, but its moments are", parameter))
             elif entry.shape != index.tensors[parameter].shape:
-                findings.append(Finding("foreign", INDEX_FILE, "has another shape than its parameter", moment + parameter))
+                findings.append(
+                    CheckpointProblem("foreign", INDEX_FILE, "has another shape than its parameter", moment + parameter)
+                )
     return findings
 
 
-def _missing_experts(index: Index, state: StateFile) -> list[Finding]:
+def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
     """Each expert of each group in each layer that has experts, with the same matrices."""
     groups = state.placement.get("groups")
     expected: dict[str, int] = {}
@@ -120,14 +124,14 @@ def _missing_experts(index: Index, state: StateFile) -> list[Finding]:
                 for tensor in sorted(tensors):
                     if (expert, tensor) not in seen[layer, group]:
                         name = f"{layer}.moe.experts.{group}.{expert}.{tensor}"
-                        findings.append(Finding("incomplete", INDEX_FILE, "is not there", name))
+                        findings.append(CheckpointProblem("incomplete", INDEX_FILE, "is not there", name))
     for (layer, group), each in sorted(seen.items()):
         beyond = sorted({expert for expert, _ in each if expert >= expected.get(group, 0)})
         if beyond:
             detail = f"{STATE_FILE} says that group {group} has {expected.get(group, 0)} experts"
-            findings.append(Finding("foreign", INDEX_FILE, detail, f"{layer}.moe.experts.{group}.{beyond[0]}"))
+            findings.append(CheckpointProblem("foreign", INDEX_FILE, detail, f"{layer}.moe.experts.{group}.{beyond[0]}"))
     return findings
 
 
-def _named(findings: list[Finding], tensor: str) -> bool:
+def _named(findings: list[CheckpointProblem], tensor: str) -> bool:
     return any(finding.tensor == tensor for finding in findings)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.traffic import Traffic
-from moe_dist.comm.watch import Watch, watched
+from moe_dist.comm.stats import CommStats
+from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,21 @@ class Pending:
     """
 
     def __init__(
-        self, *, layer: str, name: str, splits: Splits, received: Tensor, traffic: Traffic, watch: Watch | None = None
+        self,
+        *,
+        layer: str,
+        name: str,
+        splits: Splits,
+        received: Tensor,
+        comm_stats: CommStats,
+        tracker: CollectiveTracker | None = None,
     ) -> None:
         self.layer = layer
         self.name = name
         self.splits = splits
         self._received = received
-        self._traffic = traffic
-        self._watch = watch
+        self._traffic = comm_stats
+        self._watch = tracker
         self._work: dist.Work | None = None
         self._items: Tensor | None = None  # the collective reads it until it has ended
         self._waited = False
@@ -71,7 +78,7 @@ class Pending:
     def _watched(self) -> AbstractContextManager[None]:
         """For the watchdog: in the call too, since a first call may have to meet its peers. While only the device is at
         work the rank itself is in no collective."""
-        return watched(
+        return track_collective(
             self._watch,
             self.name,
             device=self._received.device,
@@ -81,25 +88,25 @@ class Pending:
         )
 
 
-class Wire:
+class AllToAll:
     """One process group as a wire. Without a group it is the identity wire of a single rank: the same calls, no traffic.
 
     Args:
-        watch: Where its collectives are noted, for the watchdog.
+        tracker: Where its collectives are noted, for the watchdog.
         between_nodes: Its ranks are on different nodes; its payload is counted apart as well.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
-        traffic: Traffic,
-        watch: Watch | None = None,
+        comm_stats: CommStats,
+        tracker: CollectiveTracker | None = None,
         *,
         between_nodes: bool = False,
     ) -> None:
         self.group = group
-        self.traffic = traffic
-        self.watch = watch
+        self.comm_stats = comm_stats
+        self.tracker = tracker
         self.between_nodes = between_nodes
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -125,12 +132,14 @@ class Wire:
             out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
         """
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
-        pending = Pending(layer=layer, name=name, splits=splits, received=received, traffic=self.traffic, watch=self.watch)
+        pending = Pending(
+            layer=layer, name=name, splits=splits, received=received, comm_stats=self.comm_stats, tracker=self.tracker
+        )
         if self.group is None:
             return pending
         remote = sum(splits.send) - splits.send[self.rank]  # the own slice is a local copy
         row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
-        self.traffic.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
+        self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
         pending.issue(items.contiguous(), self.group)
         return pending
 
@@ -143,7 +152,9 @@ class _ExchangeRows(torch.autograd.Function):
     """Rows and pair weights one way, their gradients the other, always both and always in this order."""
 
     @staticmethod
-    def forward(ctx: Any, rows_SD: Tensor, weights_P: Tensor, wire: Wire, rows: Splits, pairs: Splits, layer: str) -> Any:
+    def forward(
+        ctx: Any, rows_SD: Tensor, weights_P: Tensor, wire: AllToAll, rows: Splits, pairs: Splits, layer: str
+    ) -> Any:
         ctx.wire, ctx.rows, ctx.pairs, ctx.layer = wire, rows, pairs, layer
         weights_Q = wire.exchange(weights_P, pairs, name="dispatch weights", layer=layer)
         rows_RD = wire.exchange(rows_SD, rows, name="dispatch rows", layer=layer, payload=True)
@@ -160,7 +171,7 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 def exchange_rows(
-    rows_SD: Tensor, weights_P: Tensor, wire: Wire, rows: Splits, pairs: Splits, *, layer: str = ""
+    rows_SD: Tensor, weights_P: Tensor, wire: AllToAll, rows: Splits, pairs: Splits, *, layer: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Differentiable exchange of rows [S, D] and pair weights [P]: returns [R, D] and [Q].
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Pending, Splits, Wire
+from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
 from moe_dist.errors import IntegrityError
 
 MODULUS = (1 << 61) - 1
@@ -61,15 +61,15 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
     return torch.cat(terms)
 
 
-class CheckedWire(Wire):
+class CheckedAllToAll(AllToAll):
     """A wire with the same calls, on top of another that carries the rows.
 
     Costs two more exchanges of metadata, two host syncs and some passes over the rows each; the exchange itself, its order
     and its bits stay what they are.
     """
 
-    def __init__(self, transport: Wire) -> None:
-        super().__init__(transport.group, transport.traffic, transport.watch)
+    def __init__(self, transport: AllToAll) -> None:
+        super().__init__(transport.group, transport.comm_stats, transport.tracker)
         self.transport = transport
 
     def start(
@@ -82,7 +82,7 @@ class CheckedWire(Wire):
         payload: bool = False,
         out: Tensor | None = None,
     ) -> Pending:
-        """As `Wire.start`.
+        """As `AllToAll.start`.
 
         Raises:
             IntegrityError: the ranks do not agree about what is sent; nothing has been sent yet.
@@ -131,8 +131,8 @@ class CheckedWire(Wire):
             part = slice(at, at + count)
             at += count
             if wrong[part].any():
-                fault = _fault(wrong[part], content[part], sent[part])
-                raise IntegrityError(f"{self._where(rows.name, rows.layer, source)}: {fault}")
+                problem = _fault(wrong[part], content[part], sent[part])
+                raise IntegrityError(f"{self._where(rows.name, rows.layer, source)}: {problem}")
 
     def _where(self, name: str, layer: str, source: int) -> str:
         ranks = dist.get_process_group_ranks(self.group)
@@ -143,7 +143,7 @@ class CheckedWire(Wire):
 class _Checked(Pending):
     """An exchange in flight together with its rows' checksums."""
 
-    def __init__(self, wire: CheckedWire, rows: Pending, checks: Pending) -> None:
+    def __init__(self, wire: CheckedAllToAll, rows: Pending, checks: Pending) -> None:
         self.layer, self.name, self.splits = rows.layer, rows.name, rows.splits
         self._wire, self._rows, self._checks = wire, rows, checks
 

@@ -1,29 +1,31 @@
 """Reductions over a process group; without a group (one rank) they return what they were given.
 
-With a `watch` the watchdog knows of them, under their `name`.
+With a `tracker` the watchdog knows of them, under their `name`.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.comm.watch import Watch, watched
+from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 
-def sum_over(tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "sum", watch: Watch | None = None) -> Tensor:
+def sum_over(
+    tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "sum", tracker: CollectiveTracker | None = None
+) -> Tensor:
     """Sum of `tensor` over the ranks of `group`, in place; the same bits on every rank."""
     if group is not None:
-        with watched(watch, name, device=tensor.device):
+        with track_collective(tracker, name, device=tensor.device):
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
 
 
 def max_over(
-    tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "maximum", watch: Watch | None = None
+    tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "maximum", tracker: CollectiveTracker | None = None
 ) -> Tensor:
     """Maximum of `tensor` over the ranks of `group`, in place."""
     if group is not None:
-        with watched(watch, name, device=tensor.device):
+        with track_collective(tracker, name, device=tensor.device):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return tensor
 
@@ -33,11 +35,11 @@ def sum_gradients(
     group: dist.ProcessGroup | None,
     *,
     name: str = "gradients",
-    watch: Watch | None = None,
+    tracker: CollectiveTracker | None = None,
 ) -> None:
     """Sums the gradients of `parameters` over `group`, in place, one all-reduce each: for few large tensors."""
     for gradient in _gradients(parameters):
-        sum_over(gradient, group, name=name, watch=watch)
+        sum_over(gradient, group, name=name, tracker=tracker)
 
 
 def sum_small_gradients(
@@ -45,14 +47,14 @@ def sum_small_gradients(
     group: dist.ProcessGroup | None,
     *,
     name: str = "gradients",
-    watch: Watch | None = None,
+    tracker: CollectiveTracker | None = None,
 ) -> None:
     """The same in one all-reduce of a concatenated copy: for many small tensors."""
     gradients = _gradients(parameters)
     if group is None or not gradients:
         return
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    flat = sum_over(flat, group, name=name, watch=watch)
+    flat = sum_over(flat, group, name=name, tracker=tracker)
     for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(summed.view_as(gradient))
 

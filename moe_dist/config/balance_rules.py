@@ -3,42 +3,46 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-from moe_dist.config.model_schema import GroupSection, LoadTargetSection, MoESection
+from moe_dist.config.model_schema import ActiveExpertsSection, GroupSection, MoESection
 from moe_dist.config.schema import Config
-from moe_dist.config.section import Relation
+from moe_dist.config.section import Violation
 
 
-def balance_relations(config: Config) -> list[Relation]:
+def balance_violations(config: Config) -> list[Violation]:
     """Rules of `model.moe.balance` and `loss.balance` that do not hold."""
     moe, key = config.model.moe, "model.moe.balance"
     broken = [
-        Relation(("loss.balance.null_weight", "model.moe.groups"), f"loss.balance.null_weight.{name}: {fault}")
+        Violation(("loss.balance.null_weight", "model.moe.groups"), f"loss.balance.null_weight.{name}: {problem}")
         for name in config.loss.balance.null_weight
-        if (fault := _unknown_group(name, moe.groups))
+        if (problem := _unknown_group(name, moe.groups))
     ]
     kinds = [section.kind for section in moe.balance]
     for kind in dict.fromkeys(kinds):
         if kinds.count(kind) > 1:
-            fault = f"{key}: {kinds.count(kind)} controllers of kind {kind}; leave one, its target may name several groups"
-            broken.append(Relation((key,), fault))
+            problem = (
+                f"{key}: {kinds.count(kind)} controllers of kind {kind}; leave one, its target may name several groups"
+            )
+            broken.append(Violation((key,), problem))
     if moe.balance and not getattr(moe.router, "selection_bias", False):
-        fault = (
+        problem = (
             f"{key}: controllers move the bias that the router chooses by, and model.moe.router has none; set "
             "model.moe.router.selection_bias=true (kind top_k), or leave out the controllers"
         )
-        broken.append(Relation((key, "model.moe.router"), fault))
+        broken.append(Violation((key, "model.moe.router"), problem))
     for index, section in enumerate(moe.balance):
-        if isinstance(section, LoadTargetSection):
-            broken += _target_relations(section, f"{key}.{index}.target", moe.groups)
+        if isinstance(section, ActiveExpertsSection):
+            broken += _target_violations(section, f"{key}.{index}.target", moe.groups)
     return broken
 
 
-def load_targets(section: MoESection) -> dict[str, float]:
+def active_targets(section: MoESection) -> dict[str, float]:
     """True experts a token that a controller holds each group at, by group."""
-    return {name: target for each in section.balance if each.kind == "load_target" for name, target in each.target.items()}
+    return {
+        name: target for each in section.balance if each.kind == "active_experts" for name, target in each.target.items()
+    }
 
 
-def even_loads(config: Config) -> dict[str, float]:
+def even_active(config: Config) -> dict[str, float]:
     """True experts a token that a run is led to, by group: the controller's target, else where a weighted loss is even,
     k n / (n + m w). Groups of which neither speaks are not named."""
     groups, found = config.model.moe.groups, {}
@@ -47,20 +51,20 @@ def even_loads(config: Config) -> dict[str, float]:
         weighted = group.num_null + (_free(group) if config.loss.balance.kind == "null_split" else 0)
         rest = _free(group) if config.loss.balance.kind == "null_averaged" else 0
         found[name] = group.top_k * group.num_experts / (group.num_experts + weighted * weight + rest)
-    return found | load_targets(config.model.moe)
+    return found | active_targets(config.model.moe)
 
 
 def _free(group: GroupSection) -> int:
     return group.num_identity + group.num_constant
 
 
-def _target_relations(section: LoadTargetSection, key: str, groups: dict[str, GroupSection]) -> list[Relation]:
+def _target_violations(section: ActiveExpertsSection, key: str, groups: dict[str, GroupSection]) -> list[Violation]:
     broken = []
     for name, target in section.target.items():
-        fault = _unknown_group(name, groups) or _unreachable(target, groups[name])
-        if fault:
+        problem = _unknown_group(name, groups) or _unreachable(target, groups[name])
+        if problem:
             where = f"{key}.{name}={target:g}" if name in groups else f"{key}.{name}"
-            broken.append(Relation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {fault}"))
+            broken.append(Violation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {problem}"))
     return broken
 
 
@@ -70,7 +74,7 @@ def _unreachable(target: float, group: GroupSection) -> str:
     least, most = max(0, group.top_k - others), min(group.top_k, group.num_experts)
     if not others:
         return (
-            f"the group has neither null nor free experts, so that each token takes top_k={group.top_k} true ones; give it "
+            f"the group has neither null nor zero-computation experts, so that each token takes top_k={group.top_k} true ones; give it "
             "num_null, or leave it out of the target"
         )
     if target > most:
@@ -81,7 +85,7 @@ def _unreachable(target: float, group: GroupSection) -> str:
     if target < least:
         return (
             f"a token takes at least {least} true experts, since {group.top_k - least} of its top_k={group.top_k} choices "
-            "can be others (num_null and free ones); raise the target or num_null, or lower top_k"
+            "can be others (num_null and zero-computation ones); raise the target or num_null, or lower top_k"
         )
     return ""
 

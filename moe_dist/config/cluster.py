@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.draft import draft
-from moe_dist.config.section import Count, Name, PathText, Relation, Section
+from moe_dist.config.partial import draft
+from moe_dist.config.section import Count, Name, PathText, Section, Violation
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 
@@ -126,20 +126,20 @@ class Cluster(Section):
     )
     max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         """A signal that comes at once would stop every start of a job as soon as it trains; an option that stands twice
         would win over the plan, or lose against it."""
         broken, limit = [], seconds_of(self.time)
         if 0.0 < limit <= self.signal_seconds:  # a limit of 0 is none
-            fault = (
+            problem = (
                 f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to save "
                 "and stop as soon as they have begun; lower it, or ask for more time"
             )
-            broken.append(Relation(("time", "signal_seconds"), fault))
+            broken.append(Violation(("time", "signal_seconds"), problem))
         ours = [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]
         if ours:
-            fault = f"options: {', '.join(ours)}: the launcher says that; use the other keys of the cluster file"
-            broken.append(Relation(("options",), fault))
+            problem = f"options: {', '.join(ours)}: the launcher says that; use the other keys of the cluster file"
+            broken.append(Violation(("options",), problem))
         return broken
 
 
@@ -172,7 +172,7 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
     if path is None:
         return Cluster()
     try:
-        values, faults = load_yaml(path.read_text(encoding="utf-8"))
+        values, problems = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         there = ", ".join(sorted(each.stem for each in FOLDER.glob("*.yaml"))) or "none"
         raise ConfigError(
@@ -180,13 +180,13 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
             f"of those in configs/clusters: {there}"
         ) from error
     if values is not None and not isinstance(values, dict):
-        faults = [*faults, f"must be a mapping of keys (account, partition, gpus, ...), got {type(values).__name__}"]
-    if faults:
-        raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
+        problems = [*problems, f"must be a mapping of keys (account, partition, gpus, ...), got {type(values).__name__}"]
+    if problems:
+        raise ConfigError([f"{path}: {problem}" for problem in problems], see=GUIDE)
     read = draft(Cluster, values or {})
-    faults = [*read.faults, *(read.broken(read.value.broken_relations()) if read.value is not None else [])]
-    if faults or read.value is None:
-        raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
+    problems = [*read.problems, *(read.broken(read.value.violations()) if read.value is not None else [])]
+    if problems or read.value is None:
+        raise ConfigError([f"{path}: {problem}" for problem in problems], see=GUIDE)
     return read.value
 
 

@@ -38,7 +38,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
     return digests
 
 
-def digest_faults(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
+def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
     """One line for each file that is not what it was."""
     return [
         f"{name}: {saved.get(name, 'was not there')} when the checkpoint was written, {found.get(name, 'is not there')} now"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from moe_dist.config.model_schema import GroupSection, TopKRouterSection
 from moe_dist.config.schema import Config
-from moe_dist.config.section import Relation
+from moe_dist.config.section import Violation
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
@@ -22,51 +22,53 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
     return range((true_choices - 1) * block + 1, true_choices * block + 1)
 
 
-def init_relations(config: Config) -> list[Relation]:
+def init_violations(config: Config) -> list[Violation]:
     """Rules of `run.init_rules` that do not hold, whatever the checkpoint."""
     rules, key = config.run.init_rules, "run.init_rules"
     broken = []
     if rules and config.run.init_from is None:
-        fault = f"{key}={list(rules)}: there are no weights to make anything of; set run.init_from, or leave the rules out"
-        broken.append(Relation((key, "run.init_from"), fault))
+        problem = (
+            f"{key}={list(rules)}: there are no weights to make anything of; set run.init_from, or leave the rules out"
+        )
+        broken.append(Violation((key, "run.init_from"), problem))
     if len(set(rules)) < len(rules):
-        broken.append(Relation((key,), f"{key}={list(rules)}: a rule stands there twice; once is enough"))
+        broken.append(Violation((key,), f"{key}={list(rules)}: a rule stands there twice; once is enough"))
     if "adapt" in rules and len(set(rules)) > 1:
-        fault = f"{key}={list(rules)}: under adapters the base stays as it is; leave the other rules out, or adapt"
-        broken.append(Relation((key,), fault))
+        problem = f"{key}={list(rules)}: under adapters the base stays as it is; leave the other rules out, or adapt"
+        broken.append(Violation((key,), problem))
     if "copy_nulls" in rules:
-        broken += _copy_relations(config)
+        broken += _copy_violations(config)
     return broken
 
 
-def _copy_relations(config: Config) -> list[Relation]:
+def _copy_violations(config: Config) -> list[Violation]:
     moe, key = config.model.moe, "run.init_rules"
-    name, way_out = f"{key}: copy_nulls", "or leave copy_nulls out: null rows then begin as new ones"
+    name, fix = f"{key}: copy_nulls", "or leave copy_nulls out: null rows then begin as new ones"
     if moe.router.kind != "top_k":
-        fault = f"{name}: {no_identity(moe.router.kind)}; take model.moe.router.kind=top_k, {way_out}"
-        return [Relation((key, "model.moe.router.kind"), fault)]
+        problem = f"{name}: {no_identity(moe.router.kind)}; take model.moe.router.kind=top_k, {fix}"
+        return [Violation((key, "model.moe.router.kind"), problem)]
     broken = []
     if getattr(moe.router, "null_logit", "each") == "single":
-        fault = (
-            f"{name}: model.moe.router.null_logit=single has one null row, which cannot copy several; take each, {way_out}"
+        problem = (
+            f"{name}: model.moe.router.null_logit=single has one null row, which cannot copy several; take each, {fix}"
         )
-        broken.append(Relation((key, "model.moe.router.null_logit"), fault))
+        broken.append(Violation((key, "model.moe.router.null_logit"), problem))
     if not any(group.num_null for group in moe.groups.values()):
-        broken.append(Relation((key, "model.moe.groups"), f"{name}: no group has null experts; give one num_null"))
+        broken.append(Violation((key, "model.moe.groups"), f"{name}: no group has null experts; give one num_null"))
     for group_name, group in moe.groups.items():
         if group.num_null % group.num_experts:
             near = -(-group.num_null // group.num_experts) * group.num_experts
-            fault = (
+            problem = (
                 f"{name}: model.moe.groups.{group_name}.num_null={group.num_null} is no multiple of num_experts="
-                f"{group.num_experts}, so that some true rows would have more copies than others; take {near}, {way_out}"
+                f"{group.num_experts}, so that some true rows would have more copies than others; take {near}, {fix}"
             )
-            broken.append(Relation((key, f"model.moe.groups.{group_name}"), fault))
+            broken.append(Violation((key, f"model.moe.groups.{group_name}"), problem))
         if group.num_identity or group.num_constant:
-            fault = (
+            problem = (
                 f"{name}: model.moe.groups.{group_name} has num_identity={group.num_identity} and num_constant="
-                f"{group.num_constant} free experts, which would be chosen before some copies; set both to 0, {way_out}"
+                f"{group.num_constant} zero-computation experts, which would be chosen before some copies; set both to 0, {fix}"
             )
-            broken.append(Relation((key, f"model.moe.groups.{group_name}"), fault))
+            broken.append(Violation((key, f"model.moe.groups.{group_name}"), problem))
     return broken
 
 
@@ -79,7 +81,7 @@ def no_identity(kind: object) -> str:
     )
 
 
-def source_faults(config: Config, source: Mapping[str, object]) -> list[str]:
+def source_problems(config: Config, source: Mapping[str, object]) -> list[str]:
     """Why the trained top-k model that `source` (the configuration in its checkpoint) describes would not begin as it is
     with the null rows of `config` copied from its true ones; empty where it does.
 
@@ -93,37 +95,39 @@ def source_faults(config: Config, source: Mapping[str, object]) -> list[str]:
         return ["the checkpoint does not say by which router it was trained (model.moe in its state.json)"]
     if router.get("kind") != "top_k" or not isinstance(here.router, TopKRouterSection):
         return [no_identity(router.get("kind") if router.get("kind") != "top_k" else here.router.kind)]
-    faults = []
+    problems = []
     if router.get("selection_bias"):
-        faults.append(
+        problems.append(
             "the checkpoint's router chooses by softmax + bias: with m / n copies of each row every probability is 1 / "
             "(1 + m / n) of what it was and the bias is not, so that the choice would be another; leave copy_nulls out"
         )
     wanted = "true_all" if router.get("normalise") in ("none", "true_all") else "true_chosen"
     if here.router.normalise != wanted:
-        faults.append(
+        problems.append(
             f"model.moe.router.normalise={here.router.normalise}: the checkpoint's {router.get('normalise')} gives its "
             f"weights from true experts alone, since it has no null ones; take {wanted}"
         )
     if router.get("scale", 1.0) != here.router.scale:
-        faults.append(f"model.moe.router.scale={here.router.scale:g}: the checkpoint's is {router.get('scale')}; take that")
+        problems.append(
+            f"model.moe.router.scale={here.router.scale:g}: the checkpoint's is {router.get('scale')}; take that"
+        )
     for name, group in here.groups.items():
         old = groups.get(name)
         if not isinstance(old, Mapping):
-            faults.append(
+            problems.append(
                 f"model.moe.groups.{name}: the checkpoint has no such group; it has {', '.join(map(str, groups))}"
             )
             continue
-        faults += _group_faults(name, group, old)
-    return faults
+        problems += _group_problems(name, group, old)
+    return problems
 
 
-def _group_faults(name: str, group: GroupSection, old: Mapping[str, object]) -> list[str]:
+def _group_problems(name: str, group: GroupSection, old: Mapping[str, object]) -> list[str]:
     key = f"model.moe.groups.{name}"
     before = {field: value for field, value in old.items() if isinstance(value, int)}
     if before.get("num_null") or before.get("num_identity") or before.get("num_constant"):
         return [
-            f"{key}: the checkpoint's group has null or free experts already; its null rows are taken as they are where "
+            f"{key}: the checkpoint's group has null or zero-computation experts already; its null rows are taken as they are where "
             "num_null agrees, without copy_nulls"
         ]
     if before.get("num_experts") != group.num_experts:

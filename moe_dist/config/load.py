@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
-from moe_dist.config.draft import Draft, draft
 from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
+from moe_dist.config.partial import PartialConfig, draft
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
-from moe_dist.config.section import Relation
+from moe_dist.config.section import Violation
 from moe_dist.config.yaml_text import dump_yaml, load_yaml
 from moe_dist.errors import ConfigError
 
@@ -36,32 +36,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with every fault of the file and the overrides.
     """
     read = read_draft(path, overrides)
-    faults = [*read.faults, *(read.broken(model_relations(read.value)) if read.value else [])]
-    if faults or read.value is None:
-        raise ConfigError(faults, see=GUIDE)
+    problems = [*read.problems, *(read.broken(model_violations(read.value)) if read.value else [])]
+    if problems or read.value is None:
+        raise ConfigError(problems, see=GUIDE)
     return read.value
 
 
-def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft[Config]:
+def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
     """As `load_config`, but hands back the faults with what could be read, for those who have more to check."""
-    values, faults = _read_file(Path(path))
+    values, problems = _read_file(Path(path))
     if values is None:
-        return Draft(None, tuple(faults))
-    faults += apply_overrides(values, overrides)
+        return PartialConfig(None, tuple(problems))
+    problems += apply_overrides(values, overrides)
     read = draft(Config, values)
-    return Draft(read.value, (*faults, *read.faults), read.wrong)
+    return PartialConfig(read.value, (*problems, *read.problems), read.wrong)
 
 
-def model_relations(config: Config) -> list[Relation]:
+def model_violations(config: Config) -> list[Violation]:
     """Every rule inside a section that does not hold, with full keys."""
     holders = [("model", config.model), ("model.moe", config.model.moe), ("loss.balance", config.loss.balance)]
     holders += [("model.moe.experts", config.model.moe.experts)]
     holders += [("model.attention_lora", lora)] if (lora := config.model.attention_lora) else []
     holders += [(f"model.moe.groups.{name}", group) for name, group in config.model.moe.groups.items()]
     return [
-        Relation(tuple(f"{prefix}.{key}" for key in relation.keys), f"{prefix}: {relation.fault}")
+        Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
         for prefix, section in holders
-        for relation in section.broken_relations()
+        for violation in section.violations()
     ]
 
 
@@ -70,27 +70,27 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
 
     Choosing another variant of a section (`placement.policy=pinned`) drops the keys that only the old one had.
     """
-    faults: list[str] = []
+    problems: list[str] = []
     pairs: list[tuple[str, Any]] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            faults.append(f"{override!r}: an override is key=value with a dotted key, as in train.steps=200")
+            problems.append(f"{override!r}: an override is key=value with a dotted key, as in train.steps=200")
             continue
         if not find(Config, key):
             near = nearest(Config, key)
-            faults.append(f"{key}: unknown key" + (f"; did you mean {near}?" if near else ""))
+            problems.append(f"{key}: unknown key" + (f"; did you mean {near}?" if near else ""))
             continue
         value, wrong = _override_value(key, text)
         if wrong:
-            faults += [f"{key}: {fault}" for fault in wrong]
+            problems += [f"{key}: {problem}" for problem in wrong]
         else:
             pairs.append((key, value))
     for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
-        if fault := _set(values, key, value):
-            faults.append(fault)
-    return faults
+        if problem := _set(values, key, value):
+            problems.append(problem)
+    return problems
 
 
 def resolved_yaml(config: Config) -> str:
@@ -125,15 +125,15 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
         near = difflib.get_close_matches(str(path), there, 1)
         hint = f"; did you mean {near[0]}?" if near else "; configs/README.md lists those that come with the project"
         return None, [f"configuration {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}{hint}"]
-    values, faults = load_yaml(text)
-    faults = [f"{path}: {fault}" for fault in faults]
-    if values is None and not faults:
+    values, problems = load_yaml(text)
+    problems = [f"{path}: {problem}" for problem in problems]
+    if values is None and not problems:
         values = {}
     if not isinstance(values, dict):
-        return None, faults or [
+        return None, problems or [
             f"{path}: must be a mapping of sections (run, model, data, ...), got {type(values).__name__}"
         ]
-    return values, faults
+    return values, problems
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moe_dist.config.section import Decay, Relation, Section
+from moe_dist.config.section import Decay, Section, Violation
 
 
 class FFNExpertsSection(Section):
@@ -34,8 +34,8 @@ class LoRAExpertsSection(Section):
         "gradient is p's; or 1 as published, where the task teaches the router nothing.",
     )
 
-    def broken_relations(self) -> list[Relation]:
-        return target_relations(self.targets)
+    def violations(self) -> list[Violation]:
+        return target_violations(self.targets)
 
 
 ExpertsSection = Annotated[FFNExpertsSection | LoRAExpertsSection, Field(discriminator="kind")]
@@ -51,13 +51,13 @@ class AttentionLoRASection(Section):
         default=("q", "k", "v", "o"), description="Projections that have an adapter."
     )
 
-    def broken_relations(self) -> list[Relation]:
-        return target_relations(self.targets)
+    def violations(self) -> list[Violation]:
+        return target_violations(self.targets)
 
 
-def target_relations(targets: tuple[str, ...]) -> list[Relation]:
+def target_violations(targets: tuple[str, ...]) -> list[Violation]:
     """Some target, and each once."""
     if targets and len(set(targets)) == len(targets):
         return []
-    way_out = "name each once" if targets else "name one at least, or leave the section out"
-    return [Relation(("targets",), f"targets={list(targets)}: {way_out}")]
+    fix = "name each once" if targets else "name one at least, or leave the section out"
+    return [Violation(("targets",), f"targets={list(targets)}: {fix}")]

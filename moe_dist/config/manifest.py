@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from moe_dist.config.draft import draft
-from moe_dist.config.section import Count, Name, PathText, Relation, Section
+from moe_dist.config.partial import draft
+from moe_dist.config.section import Count, Name, PathText, Section, Violation
 from moe_dist.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
@@ -85,30 +85,30 @@ class Manifest(Section):
         "'image/left_bigram', 'image_no_filler/unigram', ...",
     )
 
-    def broken_relations(self) -> list[Relation]:
-        faults = [Relation(("modalities", "vocab_size"), fault) for fault in self._range_faults()]
+    def violations(self) -> list[Violation]:
+        problems = [Violation(("modalities", "vocab_size"), problem) for problem in self._range_problems()]
         for name in self.modalities:
             if name in RESERVED_MODALITIES or name.endswith("_no_filler"):
-                fault = f"modalities: the name {name!r} means something else in loss/{name}; choose another"
-                faults.append(Relation(("modalities",), fault))
+                problem = f"modalities: the name {name!r} means something else in loss/{name}; choose another"
+                problems.append(Violation(("modalities",), problem))
         marks = {"pad_id": self.pad_id, "eos_id": self.eos_id}
         if self.image is not None:
             marks |= {"image.begin_id": self.image.begin_id, "image.end_id": self.image.end_id}
         for key, value in marks.items():
             if value >= self.vocab_size:
-                fault = f"{key}={value} lies outside [0, vocab_size={self.vocab_size})"
-                faults.append(Relation((key, "vocab_size"), fault))
+                problem = f"{key}={value} lies outside [0, vocab_size={self.vocab_size})"
+                problems.append(Violation((key, "vocab_size"), problem))
         for key, split in self.splits():
             counts = split.tokens_by_modality
             if unknown := [name for name in counts if name not in self.modalities]:
-                fault = (
+                problem = (
                     f"{key}.tokens_by_modality: {', '.join(unknown)} not among the modalities {', '.join(self.modalities)}"
                 )
-                faults.append(Relation((key, "modalities"), fault))
+                problems.append(Violation((key, "modalities"), problem))
             elif counts and sum(counts.values()) != split.tokens:
-                fault = f"{key}: tokens={split.tokens}, but tokens_by_modality adds up to {sum(counts.values())}"
-                faults.append(Relation((key,), fault))
-        return faults
+                problem = f"{key}: tokens={split.tokens}, but tokens_by_modality adds up to {sum(counts.values())}"
+                problems.append(Violation((key,), problem))
+        return problems
 
     def splits(self) -> Iterator[tuple[str, SplitSection]]:
         """Every split with its dotted key."""
@@ -117,25 +117,25 @@ class Manifest(Section):
             if source.valid is not None:
                 yield f"sources.{name}.valid", source.valid
 
-    def _range_faults(self) -> list[str]:
+    def _range_problems(self) -> list[str]:
         """One fault for each gap, overlap and range outside the vocabulary."""
-        faults, at = [], 0
+        problems, at = [], 0
         ranges = sorted((first, end, name) for name, every in self.modalities.items() for first, end in every)
         for first, end, name in ranges:
             where = f"modalities.{name}: [{first}, {end})"
             if end <= first:
-                faults.append(f"{where} is empty; a range is [first, past the last)")
+                problems.append(f"{where} is empty; a range is [first, past the last)")
             elif first != at:
                 what = "leaves a gap after" if first > at else "overlaps"
-                faults.append(f"{where} {what} what ends at {at}; each id belongs to one modality")
+                problems.append(f"{where} {what} what ends at {at}; each id belongs to one modality")
             if end > self.vocab_size:
-                faults.append(f"{where} lies outside [0, vocab_size={self.vocab_size})")
+                problems.append(f"{where} lies outside [0, vocab_size={self.vocab_size})")
             at = max(at, end)
         if at < self.vocab_size:
-            faults.append(
+            problems.append(
                 f"modalities cover ids below {at} only, but vocab_size={self.vocab_size}; each id needs a modality"
             )
-        return faults
+        return problems
 
     def tokens_by_modality(self) -> dict[str, int]:
         """Training tokens of each modality over all sources."""
@@ -166,9 +166,9 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not isinstance(values, dict):
         raise DataError(f"{path}: must be an object with the keys {', '.join(Manifest.model_fields)}; see docs/data.md")
     read = draft(Manifest, values)
-    faults = [*read.faults, *(read.broken(read.value.broken_relations()) if read.value else [])]
-    if faults or read.value is None:
-        raise DataError([f"{path}: {fault}" for fault in faults], see="docs/data.md")
+    problems = [*read.problems, *(read.broken(read.value.violations()) if read.value else [])]
+    if problems or read.value is None:
+        raise DataError([f"{path}: {problem}" for problem in problems], see="docs/data.md")
     return read.value
 
 

@@ -14,8 +14,8 @@ from moe_dist.config.section import (
     Name,
     NonNegative,
     NullExperts,
-    Relation,
     Section,
+    Violation,
 )
 
 
@@ -43,19 +43,19 @@ class GroupSection(Section):
         default=(), description="Modalities routed to this group; empty means the one that has the group's name."
     )
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         free = self.num_identity + self.num_constant
         if self.top_k <= self.num_experts + self.num_null + free:
             return []
-        fault = (
+        problem = (
             f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null"
             f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
         )
-        return [Relation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), fault)]
+        return [Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)]
 
 
 class TopKRouterSection(Section):
-    """Top-k over true, null and free experts (AdaMoE); plain top-k where a group has true ones alone."""
+    """Top-k over true, null and zero-computation experts (AdaMoE); plain top-k where a group has true ones alone."""
 
     kind: Literal["top_k"] = Field(
         default="top_k",
@@ -86,10 +86,10 @@ class ExpertChoiceRouterSection(Section):
     )
     capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         default=None,
-        description="Share of its group's tokens in the choice set that each expert takes (c); null is top_k / num_experts "
+        description="Share of its group's tokens in the selection scope that each expert takes (c); null is top_k / num_experts "
         "of the group, so that a token is taken by top_k experts on average.",
     )
-    set: Literal["rank", "ep_group", "world"] = Field(
+    scope: Literal["rank", "ep_group", "world"] = Field(
         default="rank",
         description="Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all "
         "ranks'. The latter two exchange the router's logits in each layer.",
@@ -110,18 +110,18 @@ class ExpertChoiceRouterSection(Section):
 
 
 # The router's kind is filled in before it is validated, and what is read by then is Python: a list, never a tuple.
-LayerLoads = Annotated[tuple[NonNegative, ...], Field(strict=False)]
+LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]
 
 
-class FixedLoadRouterSection(Section):
+class ScheduledTopKRouterSection(Section):
     """Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are compared with."""
 
-    kind: Literal["fixed_load"] = Field(
-        default="fixed_load",
+    kind: Literal["scheduled_top_k"] = Field(
+        default="scheduled_top_k",
         description="Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are "
         "compared with.",
     )
-    loads: dict[GroupName, LayerLoads] = Field(
+    active_experts: dict[GroupName, LayerActiveExperts] = Field(
         min_length=1,
         description="By group, true experts a token in each MoE layer, at most the group's top_k: its floor for every "
         "token, the best ones, and one more for a random part of them. Whole numbers are a k by layer.",
@@ -133,7 +133,7 @@ class FixedLoadRouterSection(Section):
 
 
 RouterSection = Annotated[
-    TopKRouterSection | ExpertChoiceRouterSection | FixedLoadRouterSection, Field(discriminator="kind")
+    TopKRouterSection | ExpertChoiceRouterSection | ScheduledTopKRouterSection, Field(discriminator="kind")
 ]
 
 
@@ -147,16 +147,16 @@ class CapacitySection(Section):
         default="probability",
         description="Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token.",
     )
-    set: Literal["rank"] = Field(
+    scope: Literal["rank"] = Field(
         default="rank", description="Tokens that compete for an expert's room: those of one rank's micro-batch."
     )
 
 
-class LoadTargetSection(Section):
+class ActiveExpertsSection(Section):
     """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
 
-    kind: Literal["load_target"] = Field(
-        default="load_target",
+    kind: Literal["active_experts"] = Field(
+        default="active_experts",
         description="Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash).",
     )
     target: dict[GroupName, PositiveFloat] = Field(
@@ -184,7 +184,7 @@ class LossFreeSection(Section):
     rate: PositiveFloat = Field(default=1e-3, description="By how much a bias moves in a step.")
 
 
-ControllerSection = Annotated[LoadTargetSection | LossFreeSection, Field(discriminator="kind")]
+ControllerSection = Annotated[ActiveExpertsSection | LossFreeSection, Field(discriminator="kind")]
 
 
 class MoESection(Section):
@@ -210,11 +210,11 @@ class MoESection(Section):
         default=False, description="Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."
     )
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         if not self.shared_gate or self.shared_ffn_dim:
             return []
-        fault = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
-        return [Relation(("shared_gate", "shared_ffn_dim"), fault)]
+        problem = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
+        return [Violation(("shared_gate", "shared_ffn_dim"), problem)]
 
     @field_validator("router", mode="before")
     @classmethod
@@ -223,15 +223,15 @@ class MoESection(Section):
         return {"kind": "top_k", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
-class DepthsSection(Section):
+class MixtureOfDepthsSection(Section):
     """Mixture of depths: some layers compute a share of the tokens alone, and the others pass them by the residual."""
 
     every: PositiveInt = Field(default=2, description="Every how many layers a layer chooses its tokens.")
     first: Count = Field(default=0, description="Index of the first layer that does.")
     capacity: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.25, description="Share of the choice set's tokens that such a layer computes (c); MoMa takes 0.25."
+        default=0.25, description="Share of the selection scope's tokens that such a layer computes (c); MoMa takes 0.25."
     )
-    set: Literal["rank", "ep_group", "world"] = Field(
+    scope: Literal["rank", "ep_group", "world"] = Field(
         default="rank",
         description="Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all "
         "ranks'. The latter two exchange a score for each token in each such layer.",
@@ -273,7 +273,7 @@ class ModelSection(Section):
     attention_lora: AttentionLoRASection | None = Field(
         default=None, description="LoRA adapters on the attention, trained by train.only=adapters; null for none."
     )
-    depths: DepthsSection | None = Field(
+    mixture_of_depths: MixtureOfDepthsSection | None = Field(
         default=None, description="Layers that compute a share of the tokens alone (mixture of depths); null for none."
     )
 
@@ -289,39 +289,43 @@ class ModelSection(Section):
     @property
     def depth_layers(self) -> tuple[int, ...]:
         """Indices of the layers that choose their tokens."""
-        return () if self.depths is None else tuple(range(self.depths.first, self.num_layers, self.depths.every))
+        return (
+            ()
+            if self.mixture_of_depths is None
+            else tuple(range(self.mixture_of_depths.first, self.num_layers, self.mixture_of_depths.every))
+        )
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         heads, kv_heads, broken = self.num_heads, self.num_kv_heads, []
         if heads % kv_heads:
-            fault = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
-            broken.append(Relation(("num_heads", "num_kv_heads"), fault))
+            problem = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
+            broken.append(Violation(("num_heads", "num_kv_heads"), problem))
         head_keys = ("hidden_dim", "num_heads", "head_dim")
         if self.head_dim is None and self.hidden_dim % heads:
-            fault = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
-            broken.append(Relation(head_keys, fault))
+            problem = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
+            broken.append(Violation(head_keys, problem))
         elif self.resolved_head_dim % 2:
-            fault = f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs"
-            broken.append(Relation(head_keys, fault))
+            problem = f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs"
+            broken.append(Violation(head_keys, problem))
         if not self.moe_layers:
-            fault = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
-            broken.append(Relation(("moe.first", "num_layers"), fault))
+            problem = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
+            broken.append(Violation(("moe.first", "num_layers"), problem))
         elif len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
-            fault = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
-            broken.append(Relation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), fault))
-        return [*broken, *self._depth_relations()]
+            problem = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
+            broken.append(Violation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), problem))
+        return [*broken, *self._depth_violations()]
 
-    def _depth_relations(self) -> list[Relation]:
-        if self.depths is None:
+    def _depth_violations(self) -> list[Violation]:
+        if self.mixture_of_depths is None:
             return []
         if not self.depth_layers:
-            fault = f"depths.first={self.depths.first} leaves no layer that chooses among num_layers={self.num_layers}"
-            return [Relation(("depths.first", "num_layers"), f"{fault}; lower it, or set depths to null")]
+            problem = f"mixture_of_depths.first={self.mixture_of_depths.first} leaves no layer that chooses among num_layers={self.num_layers}"
+            return [Violation(("mixture_of_depths.first", "num_layers"), f"{problem}; lower it, or set depths to null")]
         dense = sorted(set(self.depth_layers) - set(self.moe_layers))
         if not dense:
             return []
-        fault = (
+        problem = (
             f"depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first={self.moe.first}, "
-            f"moe.every={self.moe.every}); set depths.first={self.moe.first} and depths.every to a multiple of moe.every"
+            f"moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and mixture_of_depths.every to a multiple of moe.every"
         )
-        return [Relation(("depths.first", "depths.every", "moe.first", "moe.every"), fault)]
+        return [Violation(("mixture_of_depths.first", "mixture_of_depths.every", "moe.first", "moe.every"), problem)]

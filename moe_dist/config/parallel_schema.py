@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Relation, Section
+from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Section, Violation
 
 
-class PerRankDispatchSection(Section):
+class AllToAllDispatchSection(Section):
     """One row for each (token, destination rank), whatever the number of experts it takes there."""
 
-    kind: Literal["per_rank"] = Field(
-        default="per_rank",
+    kind: Literal["all_to_all"] = Field(
+        default="all_to_all",
         description="One row for each (token, destination rank), whatever the number of experts it takes there.",
     )
     overlap: bool = Field(
@@ -25,21 +25,21 @@ class PerRankDispatchSection(Section):
     )
 
 
-class PerNodeDispatchSection(Section):
+class HierarchicalDispatchSection(Section):
     """One row for each (token, destination node) between nodes, then one for each (token, rank) inside the node."""
 
-    kind: Literal["per_node"] = Field(
-        default="per_node",
+    kind: Literal["hierarchical"] = Field(
+        default="hierarchical",
         description="One row for each (token, destination node) between nodes, then one for each (token, rank) inside it.",
     )
     ranks_per_node: PositiveInt = Field(description="Neighbouring ranks that make a node; divides parallel.ep.")
 
 
-class PerPairDispatchSection(Section):
+class KnownCountsDispatchSection(Section):
     """One row for each (token, expert), without a host sync; for routers whose counts are known beforehand."""
 
-    kind: Literal["per_pair"] = Field(
-        default="per_pair",
+    kind: Literal["known_counts"] = Field(
+        default="known_counts",
         description="One row for each (token, expert), without a host sync; for routers whose counts are known beforehand.",
     )
 
@@ -59,9 +59,9 @@ class HybridEPDispatchSection(Section):
 
 
 DispatchSection = Annotated[
-    PerRankDispatchSection
-    | PerNodeDispatchSection
-    | PerPairDispatchSection
+    AllToAllDispatchSection
+    | HierarchicalDispatchSection
+    | KnownCountsDispatchSection
     | DeepEPDispatchSection
     | HybridEPDispatchSection,
     Field(discriminator="kind"),
@@ -100,7 +100,7 @@ class ParallelSection(Section):
         "null bounds it by (ep - 1) x the micro-batch's tokens alone.",
     )
     dispatch: DispatchSection = Field(
-        default_factory=PerRankDispatchSection, description="How rows travel to the ranks of their experts and back."
+        default_factory=AllToAllDispatchSection, description="How rows travel to the ranks of their experts and back."
     )
     deterministic: bool = Field(
         default=False,
@@ -123,20 +123,20 @@ class ParallelSection(Section):
     def resolved_watchdog_seconds(self) -> float:
         return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         if self.resolved_watchdog_seconds <= WATCHDOG_SHARE * self.timeout_seconds:
             return []
-        fault = (
+        problem = (
             f"watchdog_seconds={self.watchdog_seconds:g} must be at most {WATCHDOG_SHARE:g} x timeout_seconds="
             f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
         )
-        return [Relation(("watchdog_seconds", "timeout_seconds"), fault)]
+        return [Violation(("watchdog_seconds", "timeout_seconds"), problem)]
 
     @field_validator("dispatch", mode="before")
     @classmethod
     def _per_rank_unless_said(cls, value: Any) -> Any:
         """`parallel.dispatch.overlap=true` alone means the default kind, which has that key."""
-        return {"kind": "per_rank", **value} if isinstance(value, dict) and "kind" not in value else value
+        return {"kind": "all_to_all", **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 class NodeSection(Section):

@@ -20,8 +20,8 @@ from moe_dist.config.section import (
     Name,
     NonNegative,
     PathText,
-    Relation,
     Section,
+    Violation,
 )
 from moe_dist.config.tuning_schema import RouterTuningSection
 
@@ -55,14 +55,14 @@ class RunSection(Section):
         "same data, data section and seed. Steps and learning rate begin anew.",
     )
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         if self.init_from is not None or not self.keep_position:
             return []
-        fault = (
+        problem = (
             "keep_position=true: there is no init_from whose position could be kept; name a checkpoint in init_from, or "
             "set keep_position to false"
         )
-        return [Relation(("keep_position", "init_from"), fault)]
+        return [Violation(("keep_position", "init_from"), problem)]
 
 
 class DataSection(Section):
@@ -143,13 +143,13 @@ class BalanceSection(Section):
         default=((0, 0.02),), description="[first step, coefficient] pairs; each holds until the next one's first step."
     )
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         starts, broken = [start for start, _ in self.schedule], []
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            broken.append(Relation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}"))
+            broken.append(Violation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}"))
         if self.null_weight and self.kind == "vanilla":
-            fault = "null_weight: kind=vanilla gives every null expert its own load; take null_averaged or null_split"
-            broken.append(Relation(("null_weight", "kind"), fault))
+            problem = "null_weight: kind=vanilla gives every null expert its own load; take null_averaged or null_split"
+            broken.append(Violation(("null_weight", "kind"), problem))
         return broken
 
 
@@ -187,7 +187,7 @@ class EvaluationSection(Section):
     )
     calibration: Count = Field(
         default=4,
-        description="Of router.causal=threshold and depths.causal=threshold: before each evaluation, thresholds are set so "
+        description="Of router.causal=threshold and mixture_of_depths.causal=threshold: before each evaluation, thresholds are set so "
         "that the last training micro-batches of each rank, so many, give each expert, or layer of depths, as many tokens "
         "as it takes of them in training; 0 leaves the running means as they are.",
     )

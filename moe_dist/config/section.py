@@ -43,25 +43,25 @@ Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
 WATCHDOG_SHARE = 0.8  # of the process groups' timeout: the rest is for the ranks' reports
 
-RELATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
+VIOLATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
 
 
-class Relation(NamedTuple):
+class Violation(NamedTuple):
     """A rule between keys that does not hold: the keys (dotted, from the section that states it) and the fault in words."""
 
     keys: tuple[str, ...]
-    fault: str
+    problem: str
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         """Rules between this section's keys that do not hold."""
         return []
 
     @model_validator(mode="after")
-    def _relations_hold(self, info: ValidationInfo) -> "Section":
-        if not (info.context or {}).get(RELATIONS_LATER) and (broken := self.broken_relations()):
-            raise ValueError("; ".join(relation.fault for relation in broken))
+    def _no_violations(self, info: ValidationInfo) -> "Section":
+        if not (info.context or {}).get(VIOLATIONS_LATER) and (broken := self.violations()):
+            raise ValueError("; ".join(violation.problem for violation in broken))
         return self

@@ -129,25 +129,25 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
 _AGAIN = "prepare the folder again"
 
 
-def file_faults(folder: str | Path, manifest: TuningManifest) -> list[str]:
+def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
     """What is wrong with the files: missing, other bytes than were written, other shapes than the manifest's. Reads at most
     4 MiB of each, spread evenly."""
-    folder, faults = Path(folder), []
+    folder, problems = Path(folder), []
     for name in (*ARRAYS, "questions.jsonl"):
         path = folder / name
         try:
             found = sampled_digest(path)
         except OSError as error:
-            faults.append(f"{path}: cannot be read: {error.strerror or error}; {_AGAIN}")
+            problems.append(f"{path}: cannot be read: {error.strerror or error}; {_AGAIN}")
             continue
         if found != manifest.digests.get(name):
-            faults.append(f"{path}: {found}, but {manifest.digests.get(name, 'nothing')} was written; {_AGAIN}")
+            problems.append(f"{path}: {found}, but {manifest.digests.get(name, 'nothing')} was written; {_AGAIN}")
         elif name in ARRAYS:
             try:
                 open_array(folder, name, manifest)
             except DataError as error:
-                faults += error.faults
-    return faults
+                problems += error.problems
+    return problems
 
 
 def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:

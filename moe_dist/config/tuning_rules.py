@@ -9,8 +9,8 @@ from pydantic import JsonValue
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
-from moe_dist.config.section import Relation
-from moe_dist.config.tuning_manifest import TuningManifest, file_faults, load_tuning_manifest
+from moe_dist.config.section import Violation
+from moe_dist.config.tuning_manifest import TuningManifest, file_problems, load_tuning_manifest
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 
@@ -24,89 +24,89 @@ def chosen_layers(section: RouterTuningSection, moe_layers: tuple[int, ...]) -> 
     return tuple(sorted(section.layers)) or moe_layers[-section.last_layers :]
 
 
-def tuning_relations(config: Config) -> list[Relation]:
+def tuning_violations(config: Config) -> list[Violation]:
     """Rules of `router_tuning` that do not hold, whatever the data."""
     section, only = config.router_tuning, config.train.only
     if section is None and only != "routers":
         return []
     if section is None:
-        fault = f"train.only=routers: needs the section {KEY}, which names its data; add it, or set train.only to null"
-        return [Relation(("train.only", KEY), fault)]
+        problem = f"train.only=routers: needs the section {KEY}, which names its data; add it, or set train.only to null"
+        return [Violation(("train.only", KEY), problem)]
     broken = []
     if only != "routers":
-        fault = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or leave {KEY} out"
-        broken.append(Relation(("train.only", KEY), fault))
-    return [*broken, *_start_relations(config), *_model_relations(config), *_layer_relations(config, section)]
+        problem = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or leave {KEY} out"
+        broken.append(Violation(("train.only", KEY), problem))
+    return [*broken, *_start_violations(config), *_model_violations(config), *_layer_violations(config, section)]
 
 
-def _start_relations(config: Config) -> list[Relation]:
+def _start_violations(config: Config) -> list[Violation]:
     """A run begins with the very weights that were scored, at the beginning of its samples."""
     run, broken = config.run, []
     if run.init_from is None:
-        fault = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
-        broken.append(Relation(("run.init_from", KEY), fault))
+        problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
+        broken.append(Violation(("run.init_from", KEY), problem))
     if run.init_rules:
-        fault = (
+        problem = (
             f"run.init_rules={list(run.init_rules)}: makes another model than the one that {KEY}.data was read from; leave "
             "them out, or train that model first"
         )
-        broken.append(Relation(("run.init_rules", KEY), fault))
+        broken.append(Violation(("run.init_rules", KEY), problem))
     if run.keep_position:
-        fault = (
+        problem = (
             f"run.keep_position=true: {KEY} reads samples of its own, where that checkpoint has no place; set it to false"
         )
-        broken.append(Relation(("run.keep_position", KEY), fault))
+        broken.append(Violation(("run.keep_position", KEY), problem))
     return broken
 
 
-def _model_relations(config: Config) -> list[Relation]:
+def _model_violations(config: Config) -> list[Violation]:
     moe, broken = config.model.moe, []
     if config.loss.z:
-        fault = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, which would pull all routing together; set it to 0"
-        broken.append(Relation(("loss.z", KEY), fault))
+        problem = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, which would pull all routing together; set it to 0"
+        broken.append(Violation(("loss.z", KEY), problem))
     if moe.router.kind != "top_k":
-        fault = (
+        problem = (
             f"model.moe.router.kind={moe.router.kind}: {KEY} compares the softmax by which tokens choose experts, and "
             "there experts choose, or the number of choices is fixed or drawn; tune a run with kind=top_k"
         )
-        broken.append(Relation(("model.moe.router.kind", KEY), fault))
-    if config.model.depths is not None:
-        fault = (
-            f"model.depths: a token that a layer passes by has no routing there to compare; {KEY} needs model.depths=null"
-        )
-        broken.append(Relation(("model.depths", KEY), fault))
+        broken.append(Violation(("model.moe.router.kind", KEY), problem))
+    if config.model.mixture_of_depths is not None:
+        problem = f"model.mixture_of_depths: a token that a layer passes by has no routing there to compare; {KEY} needs model.mixture_of_depths=null"
+        broken.append(Violation(("model.mixture_of_depths", KEY), problem))
     if moe.balance:
-        fault = (
+        problem = (
             f"model.moe.balance: its controllers would move selection biases, which {KEY} leaves alone; set it to []: "
             "the biases of the checkpoint are kept"
         )
-        broken.append(Relation(("model.moe.balance", KEY), fault))
+        broken.append(Violation(("model.moe.balance", KEY), problem))
     return broken
 
 
-def _layer_relations(config: Config, section: RouterTuningSection) -> list[Relation]:
+def _layer_violations(config: Config, section: RouterTuningSection) -> list[Violation]:
     there, broken = config.model.moe_layers, []
     if section.weight and section.regulariser == "manifold" and importlib.util.find_spec("sklearn") is None:
-        fault = f"{KEY}.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or {KEY}.weight=0"
-        broken.append(Relation((f"{KEY}.neighbours",), fault))
+        problem = (
+            f"{KEY}.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or {KEY}.weight=0"
+        )
+        broken.append(Violation((f"{KEY}.neighbours",), problem))
     if not section.layers and section.last_layers > len(there):
-        fault = (
+        problem = (
             f"{KEY}.last_layers={section.last_layers}: the model has {len(there)} MoE layers; take no more, all "
             "of them at most"
         )
-        broken.append(Relation((f"{KEY}.last_layers", "model.num_layers"), fault))
+        broken.append(Violation((f"{KEY}.last_layers", "model.num_layers"), problem))
     wrong = sorted(set(section.layers) - set(there))
     if wrong or len(set(section.layers)) < len(section.layers):
         what = f"layers {wrong} hold no experts" if wrong else "a layer stands there twice"
-        fault = f"{KEY}.layers={list(section.layers)}: {what}; take some of {list(there)}, each once"
-        broken.append(Relation((f"{KEY}.layers", "model.num_layers", "model.moe"), fault))
+        problem = f"{KEY}.layers={list(section.layers)}: {what}; take some of {list(there)}, each once"
+        broken.append(Violation((f"{KEY}.layers", "model.num_layers", "model.moe"), problem))
     if section.weight == 0.0 and no_task_gradient(config):
-        fault = (
+        problem = (
             f"{KEY}.weight=0: with model.moe.router.normalise={_normalise(config)} and top_k=1 each weight is always 1, so "
             f"that cross entropy gives no router a gradient and nothing would move; set {KEY}.weight above 0, or tune a "
             "run with top_k of 2 or more"
         )
-        broken.append(Relation((f"{KEY}.weight", "model.moe.router", "model.moe.groups"), fault))
+        broken.append(Violation((f"{KEY}.weight", "model.moe.router", "model.moe.groups"), problem))
     return broken
 
 
@@ -120,8 +120,8 @@ def _normalise(config: Config) -> str:
     return str(getattr(config.model.moe.router, "normalise", ""))
 
 
-def judge_tuning_data(config: Config, data: Manifest | None, data_faults: list[str]) -> list[Relation]:
-    """Holds the folder of samples against the configuration; what is wrong with its files goes to `data_faults`.
+def check_tuning_data(config: Config, data: Manifest | None, data_problems: list[str]) -> list[Violation]:
+    """Holds the folder of samples against the configuration; what is wrong with its files goes to `data_problems`.
 
     Args:
         data: Manifest of `data.path`; None where it could not be read.
@@ -132,35 +132,35 @@ def judge_tuning_data(config: Config, data: Manifest | None, data_faults: list[s
     try:
         manifest = load_tuning_manifest(section.data)
     except ConfigError as error:
-        return [Relation((f"{KEY}.data",), fault) for fault in error.faults]
+        return [Violation((f"{KEY}.data",), problem) for problem in error.problems]
     except DataError as error:
-        data_faults += error.faults
+        data_problems += error.problems
         return []
-    data_faults += file_faults(section.data, manifest)
-    faults = [*model_faults(config, manifest), *_member_faults(section, manifest)]
+    data_problems += file_problems(section.data, manifest)
+    problems = [*model_problems(config, manifest), *_member_problems(section, manifest)]
     if data is not None:
-        faults += _tokenizer_faults(config, data, manifest)
+        problems += _tokenizer_problems(config, data, manifest)
     lost = sorted(set(chosen_layers(section, config.model.moe_layers)) - set(manifest.layers))
     if lost and section.weight:
-        faults.append(
+        problems.append(
             f"has no routing of the layers {lost}, only of {list(manifest.layers)}; prepare it with --layers for them, "
             f"or choose among these in {KEY}.layers"
         )
     if section.embedder is not None and not manifest.embedder.startswith(section.embedder.lower()):
-        faults.append(
+        problems.append(
             f"its embedder is {manifest.embedder[:16]}... ({manifest.embedder_name}), but {KEY}.embedder="
             f"{section.embedder}; prepare it with that embedder, or set {KEY}.embedder to null"
         )
     if manifest.longest > config.data.seq_len:
-        faults.append(
+        problems.append(
             f"its longest sample has {manifest.longest} tokens, more than data.seq_len={config.data.seq_len}; raise it, or "
             "leave the task with long questions out of --tasks"
         )
     keys = (f"{KEY}.data", KEY, "model", "data")
-    return [Relation(keys, f"{KEY}.data={section.data!r}: {fault}") for fault in faults]
+    return [Violation(keys, f"{KEY}.data={section.data!r}: {problem}") for problem in problems]
 
 
-def model_faults(config: Config, manifest: TuningManifest) -> list[str]:
+def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
     """Keys of `model` that are not the scored run's."""
     here, there = _flat(config.model.model_dump(mode="json")), _flat(manifest.model)
     return [
@@ -178,7 +178,7 @@ def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _tokenizer_faults(config: Config, data: Manifest, manifest: TuningManifest) -> list[str]:
+def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest) -> list[str]:
     try:
         found = tokenizer_digest(config.data.path, data)
     except OSError:  # a data set that lacks its tokenizer is a fault of its own
@@ -191,7 +191,7 @@ def _tokenizer_faults(config: Config, data: Manifest, manifest: TuningManifest) 
     ]
 
 
-def _member_faults(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
+def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
     """There must be as many neighbours as are asked for, of samples that have themselves among them."""
     if section.regulariser == "l2" or section.weight == 0.0:
         return []

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from moe_dist.config.section import Count, NonNegative, PathText, Relation, Section
+from moe_dist.config.section import Count, NonNegative, PathText, Section, Violation
 
 
 class NearestSection(Section):
@@ -75,15 +75,15 @@ class RouterTuningSection(Section):
         """`neighbours: {k: 5}` means the default kind, which has that key."""
         return {"kind": "nearest", **value} if isinstance(value, dict) and "kind" not in value else value
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         broken = []
         if self.random_neighbours and self.neighbours.kind == "radius":
-            fault = (
+            problem = (
                 "random_neighbours=true: draws neighbours.k of them, and kind=radius has no k; take neighbours.kind=nearest"
             )
-            broken.append(Relation(("random_neighbours", "neighbours"), fault))
+            broken.append(Violation(("random_neighbours", "neighbours"), problem))
         if self.refresh_every is not None and (self.regulariser == "l2" or self.weight == 0.0):
             why = "regulariser=l2 pulls towards the routing before the first step" if self.weight else "weight=0 uses none"
-            fault = f"refresh_every={self.refresh_every}: {why}, so that there is nothing to compute anew; set it to null"
-            broken.append(Relation(("refresh_every", "regulariser", "weight"), fault))
+            problem = f"refresh_every={self.refresh_every}: {why}, so that there is nothing to compute anew; set it to null"
+            broken.append(Violation(("refresh_every", "regulariser", "weight"), problem))
         return broken

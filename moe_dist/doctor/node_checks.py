@@ -6,7 +6,7 @@ The same checks run from the login node (on facts that a probe job brings back) 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_dist.doctor.finding import Finding, error, names, note, ok, warning
+from moe_dist.doctor.check_result import CheckResult, error, names, note, ok, warning
 from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
 from moe_dist.errors import ConfigError
 
@@ -41,7 +41,7 @@ class Needs:
 
 def check_nodes(
     nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None, *, here: NodeFacts | None = None
-) -> list[Finding]:
+) -> list[CheckResult]:
     """One line a check over all nodes.
 
     Args:
@@ -65,12 +65,12 @@ def check_nodes(
     ]
 
 
-def check_folders(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
+def check_folders(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
     """What a login node can tell as well: folders, and the room in them."""
     return [_folder(nodes, needs), _room(nodes, needs), _data(nodes, needs)]
 
 
-def _resolve(nodes: Sequence[NodeFacts]) -> Finding:
+def _resolve(nodes: Sequence[NodeFacts]) -> CheckResult:
     broken = {host: [n for n in nodes if host in n.unresolved] for n in nodes for host in n.unresolved}
     if not broken:
         return ok("rendezvous host", f"resolves on {_all(nodes)}")
@@ -84,7 +84,7 @@ def _resolve(nodes: Sequence[NodeFacts]) -> Finding:
     )
 
 
-def _ports(nodes: Sequence[NodeFacts]) -> Finding:
+def _ports(nodes: Sequence[NodeFacts]) -> CheckResult:
     # A name that does not resolve is `_resolve`'s line.
     cut_off = [n for n in nodes if n.unreachable and not n.unresolved]
     if len(nodes) == 1:
@@ -98,13 +98,13 @@ def _ports(nodes: Sequence[NodeFacts]) -> Finding:
     )
 
 
-def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
-    broken = [n for n in nodes if n.folder_fault]
-    blind = [n for n in nodes if n.sees_token is False and not n.folder_fault]
+def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
+    broken = [n for n in nodes if n.folder_problem]
+    blind = [n for n in nodes if n.sees_token is False and not n.folder_problem]
     if broken:
         return error(
             "shared folder",
-            f"run.root={needs.folder!r} cannot be written on {_named(broken)}: {broken[0].folder_fault}",
+            f"run.root={needs.folder!r} cannot be written on {_named(broken)}: {broken[0].folder_problem}",
             "mend the mount or its permissions there, or choose another run.root",
             kind=ConfigError,
         )
@@ -118,8 +118,8 @@ def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
     return ok("shared folder", f"run.root={needs.folder!r} can be written on {_all(nodes)}")
 
 
-def _room(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
-    known = [n for n in nodes if n.free_bytes is not None and not n.folder_fault]  # else that is `_folder`'s line
+def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
+    known = [n for n in nodes if n.free_bytes is not None and not n.folder_problem]  # else that is `_folder`'s line
     if not known:
         return note("room", f"run.root={needs.folder!r}: nobody says how much is free there")
     least = min(known, key=lambda n: n.free_bytes or 0)
@@ -134,7 +134,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
     )
 
 
-def _data(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
+def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     without = [n for n in nodes if not n.sees_data]
     if not without:
         return ok("data", f"data.path={needs.data!r} is there on {_all(nodes)}")
@@ -153,7 +153,7 @@ def answered_at(clock: float, *, asked: float, seen: float) -> float:
     return min(max(clock, asked), seen)
 
 
-def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> Finding:
+def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> CheckResult:
     off = {n.node: n.clock - at for n, at in zip(nodes, heard, strict=True)}
     wrong = {node: seconds for node, seconds in off.items() if abs(seconds) > CLOCK_SECONDS}
     if not wrong:
@@ -166,7 +166,7 @@ def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> Finding:
     )
 
 
-def _versions(nodes: Sequence[NodeFacts]) -> Finding:
+def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
     """Equal everywhere: ranks of different versions may disagree on a wire format or a bit, or hang."""
     differing = []
     for package in PACKAGES:
@@ -191,7 +191,7 @@ def _versions(nodes: Sequence[NodeFacts]) -> Finding:
     return ok("versions", f"{shown} on {_all(nodes)}")
 
 
-def _apex(nodes: Sequence[NodeFacts]) -> Finding:
+def _apex(nodes: Sequence[NodeFacts]) -> CheckResult:
     wrong = [n for n in nodes if n.apex == "other"]
     if wrong:
         return warning(
@@ -209,7 +209,7 @@ def _apex(nodes: Sequence[NodeFacts]) -> Finding:
     return ok("apex", "NVIDIA Apex is installed" if "nvidia" in kinds else "not installed: torch's fused optimizer is used")
 
 
-def _gpus(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
+def _gpus(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
     if not needs.gpus_per_node:
         return []
     blind = [n for n in nodes if n.gpus is None]
@@ -218,8 +218,8 @@ def _gpus(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
         text = f"{_named(few)} shows {few[0].gpus} GPUs, the plan puts {needs.gpus_per_node} ranks there"
         return [error("GPUs", text, "ask for nodes with more (cluster file: gpus), or for fewer ranks a node")]
     if blind:
-        way_out = "install nvidia-ml-py and look at the driver (nvidia-smi); without it nothing shows what the GPUs do"
-        return [warning("GPUs", f"NVML does not answer on {_named(blind)}: {blind[0].driver}", way_out)]
+        fix = "install nvidia-ml-py and look at the driver (nvidia-smi); without it nothing shows what the GPUs do"
+        return [warning("GPUs", f"NVML does not answer on {_named(blind)}: {blind[0].driver}", fix)]
     drivers = _grouped(nodes, lambda n: n.driver)
     if len(drivers) > 1:
         text = ", ".join(f"{driver} on {_named(on)}" for driver, on in drivers.items())
@@ -227,7 +227,7 @@ def _gpus(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
     return [ok("GPUs", f"NVML shows {needs.gpus_per_node} or more on {_all(nodes)}, driver {nodes[0].driver}")]
 
 
-def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
+def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     need = SHM_BYTES_PER_RANK * needs.ranks_per_node
     small = [n for n in nodes if n.shm_bytes is not None and n.shm_bytes < need] if needs.ranks_per_node > 1 else []
     if not small:
@@ -239,7 +239,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
     )
 
 
-def _files(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
+def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     need = OWN_FILES + FILES_PER_PEER * needs.world_size
     low = [n for n in nodes if n.open_files != NO_LIMIT and n.open_files < need]
     if not low:
@@ -251,7 +251,7 @@ def _files(nodes: Sequence[NodeFacts], needs: Needs) -> Finding:
     )
 
 
-def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[Finding]:
+def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
     """Only where it matters: GPUs that send through InfiniBand register their memory, which counts as locked."""
     if not needs.gpus_per_node or needs.num_nodes < 2:
         return []

@@ -60,7 +60,7 @@ class NodeFacts:
         shm_bytes: Size of /dev/shm.
         open_files, locked_memory: Soft limits; NO_LIMIT for none.
         infiniband: Whether it has such cards.
-        folder_fault: Why a file cannot be written and read back in the folder; empty where it can.
+        folder_problem: Why a file cannot be written and read back in the folder; empty where it can.
         free_bytes: Room in the folder, for this user.
         sees_token: Whether it sees the file of whoever asks; None where none was put there.
         sees_data: Whether data.path is there.
@@ -78,7 +78,7 @@ class NodeFacts:
     open_files: int
     locked_memory: int
     infiniband: bool
-    folder_fault: str
+    folder_problem: str
     free_bytes: int | None
     sees_token: bool | None
     sees_data: bool
@@ -101,7 +101,7 @@ def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFa
         open_files=_soft_limit(resource.RLIMIT_NOFILE),
         locked_memory=_soft_limit(resource.RLIMIT_MEMLOCK),
         infiniband=INFINIBAND.is_dir() and any(INFINIBAND.iterdir()),
-        folder_fault=write_fault(folder),
+        folder_problem=write_problem(folder),
         free_bytes=_free(folder),
         sees_token=_sees(questions.token_file),
         sees_data=Path(questions.data).exists(),
@@ -134,7 +134,7 @@ def apex_kind() -> str:
     return "nvidia" if any((Path(f) / "optimizers" / "fused_adam.py").is_file() for f in folders) else "other"
 
 
-def write_fault(folder: Path) -> str:
+def write_problem(folder: Path) -> str:
     """Why a file cannot be written and read back there; empty where it can. A folder that is not there yet is judged by the
     nearest one above it."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

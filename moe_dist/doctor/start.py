@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_dist.config.schema import Config
-from moe_dist.doctor.finding import Finding, Level, raise_errors
+from moe_dist.doctor.check_result import CheckResult, Level, raise_errors
 from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look
 from moe_dist.plan.sizes import folder_bytes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
-from moe_dist.runtime.place import Place
+from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def check_at_start(
     *,
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Call on every rank, once rank 0 has opened the run folder and all see it. On all but the first rank of each node it
     does nothing. Warnings are logged, each once in a job.
 
@@ -81,7 +81,7 @@ def _questions(config: Config, variables: Mapping[str, str]) -> Questions:
 
 
 def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
-    place = Place.from_environment(variables)
+    place = RunPlace.from_environment(variables)
     return Needs(
         world_size=env.world_size,
         ranks_per_node=env.local_world_size,

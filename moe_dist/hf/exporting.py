@@ -28,7 +28,7 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES as OURS
 from moe_dist.checkpoint.index import shard_file
-from moe_dist.checkpoint.problems import DamagedError, Finding
+from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.model_schema import ModelSection
@@ -143,7 +143,7 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
     Raises:
         ConfigError: the model is none that a family could hold, with every reason.
     """
-    moe, faults = model.moe, []
+    moe, problems = model.moe, []
     if len(moe.groups) > 1:
         raise ConfigError(
             f"model.moe.groups: {', '.join(moe.groups)}: families have one group of experts, not one a modality"
@@ -151,16 +151,16 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
     ((name, group),) = moe.groups.items()
     if group.num_identity or group.num_constant:
         free = f"num_identity={group.num_identity}, num_constant={group.num_constant}"
-        faults.append(f"model.moe.groups.{name}: {free}: no known family has identity or constant experts")
+        problems.append(f"model.moe.groups.{name}: {free}: no known family has identity or constant experts")
     router = top_k_router(model)
-    if model.depths:
-        faults.append("model.depths: no known family leaves tokens out of its layers")
+    if model.mixture_of_depths:
+        problems.append("model.mixture_of_depths: no known family leaves tokens out of its layers")
     if router.selection_bias:
-        faults.append("model.moe.router.selection_bias=true: no known family chooses by a bias")
+        problems.append("model.moe.router.selection_bias=true: no known family chooses by a bias")
     if router.scale != 1.0:
-        faults.append(f"model.moe.router.scale={router.scale}: no known family has such a factor")
-    if faults:
-        raise ConfigError(faults, see="docs/huggingface.md")
+        problems.append(f"model.moe.router.scale={router.scale}: no known family has such a factor")
+    if problems:
+        raise ConfigError(problems, see="docs/huggingface.md")
     top_k, normalise = group.top_k, router.normalise
     if group.num_null:
         top_k = _folded(model, reader)
@@ -183,8 +183,8 @@ def _folded(model: ModelSection, reader: "_Reader") -> int:
     normalise = top_k_router(model).normalise
     if normalise not in ("true_chosen", "true_all"):
         raise ConfigError(f"{key}: {out}, and weights do not see them; router.normalise={normalise}")
-    if fault := uneven_twins(group.num_experts, group.num_null):
-        raise ConfigError(f"{key}: {out}: {fault}")
+    if problem := uneven_twins(group.num_experts, group.num_null):
+        raise ConfigError(f"{key}: {out}: {problem}")
     for layer in model.moe_layers:
         true, null = (reader.read(router_name(model, layer, kind)) for kind in ("true", "null"))
         if not torch.equal(null, true.repeat(group.num_null // group.num_experts, 1)):
@@ -217,17 +217,17 @@ def _account(contents: Contents, model: ModelSection, section: ModelSection, fam
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
     nulls = {router_name(model, layer, "null") for layer in model.moe_layers}
-    faults = [f"{slot.name}: is missing" for slot in needed if slot.name not in there]
-    faults += [
+    problems = [f"{slot.name}: is missing" for slot in needed if slot.name not in there]
+    problems += [
         f"{name}: is left over: {family.name} has no place for it" for name in there - nulls - {s.name for s in needed}
     ]
-    faults += [
+    problems += [
         f"{slot.name}: shape {contents.index.tensors[slot.name].shape}, its configuration calls for {slot.shape}"
         for slot in needed
         if slot.name in there and contents.index.tensors[slot.name].shape != slot.shape
     ]
-    if faults:
-        raise DataError([f"{contents.folder}: {fault}" for fault in sorted(faults)])
+    if problems:
+        raise DataError([f"{contents.folder}: {problem}" for problem in sorted(problems)])
     return [slot for slot in needed if slot.places]
 
 
@@ -306,7 +306,7 @@ class _Reader:
                 whole[box] = file.get_tensor(name)
         if hexadecimal(fingerprint(whole)) != entry.fingerprint:
             files = ", ".join(dict.fromkeys(shard_file(chunk.shard) for chunk in entry.chunks))
-            found = Finding("damaged", files, "its bits are not those that were saved", name)
+            found = CheckpointProblem("damaged", files, "its bits are not those that were saved", name)
             raise DamagedError(f"checkpoint {contents.folder} is not what was saved", [found])
         return whole
 

@@ -37,7 +37,7 @@ from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.hf.families import read_section
-from moe_dist.hf.plan import ITEMSIZE, Options, Plan, changed_section, make_plan, refused
+from moe_dist.hf.plan import ITEMSIZE, ImportOptions, ImportPlan, changed_section, make_plan, refused
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.hf.tokenizer import check_tokenizer
 from moe_dist.placement.placement import ExpertPlacement
@@ -74,7 +74,7 @@ class Imported:
 def import_model(
     folder: Path,
     out: Path,
-    options: Options | None = None,
+    options: ImportOptions | None = None,
     *,
     data_path: str = ".cache/data/openmoji",
     shard_bytes: int = SHARD_BYTES,
@@ -87,7 +87,7 @@ def import_model(
         DataError: the folder is damaged, holds something else than its config.json says, or its tokenizer does not fit.
         CheckpointError: the result cannot be written; what is written stays, and the same command goes on.
     """
-    options = options or Options()
+    options = options or ImportOptions()
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
     source = open_source(folder)
@@ -125,7 +125,7 @@ def import_model(
     )
 
 
-def run_config(plan: Plan, out: Path, options: Options, data_path: str) -> Config:
+def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: str) -> Config:
     """A configuration that fine-tunes the model on one device; `data` is the user's to set."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
     groups = plan.section.moe.groups.values()
@@ -160,7 +160,7 @@ def _workplace(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{place}: cannot be made: {error.strerror or error}") from error
 
 
-def _begin(place: Path, source: Source, plan: Plan, options: Options) -> str:
+def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions) -> str:
     """The id of the save that is being written; of an earlier attempt where one was at the same.
 
     Raises:
@@ -193,7 +193,9 @@ def _begin(place: Path, source: Source, plan: Plan, options: Options) -> str:
     return save_id
 
 
-def _write_shards(place: Path, source: Source, plan: Plan, options: Options, save_id: str, report: Report) -> int:
+def _write_shards(
+    place: Path, source: Source, plan: ImportPlan, options: ImportOptions, save_id: str, report: Report
+) -> int:
     """Writes what is not there yet, each shard by one rename; returns how many were."""
     target, writing = place / _TREE / "step_0", place / "writing"
     for folder in (target, writing):
@@ -226,7 +228,7 @@ def _is_whole(folder: Path, number: int, save_id: str) -> bool:
         return False
 
 
-def _conclude(tree: Path, plan: Plan, config: Config, values: Mapping[str, JsonValue], save_id: str) -> None:
+def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str) -> None:
     """Index, state and digests of the checkpoint, and the configuration beside it; all durable."""
     folder = tree / "step_0"
     specs = {part.name: _spec(part.shape) for part in plan.parts}

@@ -33,27 +33,27 @@ def check_mergeable(model: ModelSection) -> None:
     Raises:
         ConfigError: with every reason.
     """
-    experts, groups, faults = model.moe.experts, model.moe.groups, []
+    experts, groups, problems = model.moe.experts, model.moe.groups, []
     if not isinstance(experts, LoRAExpertsSection):
         return
     if len(groups) > 1:
-        faults.append(f"model.moe.groups: {', '.join(groups)}: tokens of different groups have different adapters")
+        problems.append(f"model.moe.groups: {', '.join(groups)}: tokens of different groups have different adapters")
     for name, group in groups.items():
         key = f"model.moe.groups.{name}"
         if group.num_null:
-            faults.append(f"{key}.num_null={group.num_null}: a token that chooses null experts passes the FFN as it is")
+            problems.append(f"{key}.num_null={group.num_null}: a token that chooses null experts passes the FFN as it is")
         if group.top_k < group.num_experts:
-            faults.append(f"{key}.top_k={group.top_k} of num_experts={group.num_experts}: which adapters act is learned")
+            problems.append(f"{key}.top_k={group.top_k} of num_experts={group.num_experts}: which adapters act is learned")
         elif group.num_experts > 1 and experts.weight == "probability":
-            faults.append(
+            problems.append(
                 f"model.moe.experts.weight=probability: the weights of {key}'s experts differ from token to token"
             )
-    if faults:
-        way_out = (
+    if problems:
+        fix = (
             "no family has LoRA experts; export a run with one expert in one group (num_experts=1, num_null=0), or use the "
             "run itself (tools.evaluate, tools.generate)"
         )
-        raise ConfigError([f"{fault}; {way_out}" for fault in faults], see=GUIDE)
+        raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
 
 
 def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:

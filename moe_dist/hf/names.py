@@ -14,7 +14,7 @@ from moe_dist.hf.families import Family
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A run of elements of one of their tensors.
 
     Attributes:
@@ -37,7 +37,7 @@ class Slot:
 
     name: str
     shape: tuple[int, ...]
-    places: tuple[Place, ...]
+    places: tuple[TensorPlace, ...]
 
     @property
     def numel(self) -> int:
@@ -70,7 +70,7 @@ def router_name(section: ModelSection, layer: int, kind: str) -> str:
 
 
 def _whole(ours: str, theirs: str, *shape: int) -> Slot:
-    return Slot(ours, shape, (Place(theirs, shape),))
+    return Slot(ours, shape, (TensorPlace(theirs, shape),))
 
 
 def _attention(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
@@ -103,7 +103,7 @@ def _moe(section: ModelSection, family: Family, ours: str, theirs: str) -> Itera
         gates = [f"{theirs}.mlp.gate.weight"]
         if family.name == "mixtral":
             gates.insert(0, f"{theirs}.block_sparse_moe.gate.weight")
-        yield Slot(router, (num, dim), tuple(Place(gate, (num, dim)) for gate in gates))
+        yield Slot(router, (num, dim), tuple(TensorPlace(gate, (num, dim)) for gate in gates))
     for expert in range(num):
         for part, shape in _matrices(dim, group.ffn_dim).items():
             places = tuple(_expert_places(family, theirs, expert, part, num, shape))
@@ -115,21 +115,21 @@ def _moe(section: ModelSection, family: Family, ours: str, theirs: str) -> Itera
 
 def _expert_places(
     family: Family, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
-) -> Iterator[Place]:
+) -> Iterator[TensorPlace]:
     if not family.experts:  # the experts of a model that was dense are copies of its FFN
-        yield Place(f"{theirs}.mlp.{part}_proj.weight", shape)
+        yield TensorPlace(f"{theirs}.mlp.{part}_proj.weight", shape)
         return
     if family.name == "mixtral":
         letter = {"gate": "w1", "up": "w3", "down": "w2"}[part]
-        yield Place(f"{theirs}.block_sparse_moe.experts.{expert}.{letter}.weight", shape)
+        yield TensorPlace(f"{theirs}.block_sparse_moe.experts.{expert}.{letter}.weight", shape)
     else:
-        yield Place(f"{theirs}.mlp.experts.{expert}.{part}_proj.weight", shape)
+        yield TensorPlace(f"{theirs}.mlp.experts.{expert}.{part}_proj.weight", shape)
     rows, columns = shape
     if part == "down":
-        yield Place(f"{theirs}.mlp.experts.down_proj", (num, rows, columns), expert * rows * columns)
+        yield TensorPlace(f"{theirs}.mlp.experts.down_proj", (num, rows, columns), expert * rows * columns)
     else:
         begin = (2 * expert + (part == "up")) * rows * columns
-        yield Place(f"{theirs}.mlp.experts.gate_up_proj", (num, 2 * rows, columns), begin)
+        yield TensorPlace(f"{theirs}.mlp.experts.gate_up_proj", (num, 2 * rows, columns), begin)
 
 
 def _matrices(dim: int, ffn_dim: int) -> dict[str, tuple[int, int]]:

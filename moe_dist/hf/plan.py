@@ -28,7 +28,7 @@ _TOGETHER = "take config.json and weights of one model"
 
 
 @dataclass(frozen=True)
-class Options:
+class ImportOptions:
     """What an import changes on the way.
 
     Attributes:
@@ -47,7 +47,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """Rows of a logical tensor, and where they come from.
 
     Attributes:
@@ -91,7 +91,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """What an import writes.
 
     Attributes:
@@ -101,11 +101,11 @@ class Plan:
     """
 
     section: ModelSection
-    shards: Sequence[Sequence[Part]]
+    shards: Sequence[Sequence[TensorPart]]
     dtypes: Mapping[str, str]
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TensorPart]:
         return [part for shard in self.shards for part in shard]
 
     @property
@@ -113,7 +113,7 @@ class Plan:
         return sum(part.nbytes for part in self.parts)
 
 
-def changed_section(section: Mapping[str, Any], family: Family, options: Options) -> ModelSection:
+def changed_section(section: Mapping[str, Any], family: Family, options: ImportOptions) -> ModelSection:
     """The `model` section of what is written: the source's, with null experts, copies and modalities.
 
     Raises:
@@ -143,19 +143,19 @@ def changed_section(section: Mapping[str, Any], family: Family, options: Options
 
 def refused(what: str, error: ValidationError) -> ConfigError:
     """What pydantic found wrong with values that a user gave in other words."""
-    faults = []
+    problems = []
     for each in error.errors(include_url=False):
         where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
         value = "" if each["type"] == "value_error" else f"={each['input']!r:.80}"
         prefix = f"{where}{value}: " if where else ""
-        faults.append(f"{what} (in this system's words): {prefix}{rule}; change that field, or the option it comes of")
-    return ConfigError(faults, see="docs/huggingface.md")
+        problems.append(f"{what} (in this system's words): {prefix}{rule}; change that field, or the option it comes of")
+    return ConfigError(problems, see="docs/huggingface.md")
 
 
-def _with_nulls(group: Mapping[str, Any], options: Options) -> dict[str, int]:
+def _with_nulls(group: Mapping[str, Any], options: ImportOptions) -> dict[str, int]:
     num, null, top_k = group["num_experts"], options.null_experts, group["top_k"]
-    if fault := uneven_twins(num, null):
-        raise ConfigError(f"--null-experts={null}: {fault}")
+    if problem := uneven_twins(num, null):
+        raise ConfigError(f"--null-experts={null}: {problem}")
     allowed = identity_choices(num, null, top_k)
     if options.top_k is None or options.top_k not in allowed:
         raise ConfigError(
@@ -166,7 +166,7 @@ def _with_nulls(group: Mapping[str, Any], options: Options) -> dict[str, int]:
     return {"num_null": null, "top_k": options.top_k}
 
 
-def make_plan(source: Source, family: Family, section: ModelSection, *, shard_bytes: int) -> Plan:
+def make_plan(source: Source, family: Family, section: ModelSection, *, shard_bytes: int) -> ImportPlan:
     """Accounts for every tensor on both sides.
 
     Args:
@@ -176,8 +176,8 @@ def make_plan(source: Source, family: Family, section: ModelSection, *, shard_by
     Raises:
         DataError: tensors are missing, left over or of another shape; names all of them.
     """
-    faults: list[str] = []
-    parts: list[Part] = []
+    problems: list[str] = []
+    parts: list[TensorPart] = []
     used: set[str] = set()
     dtypes: dict[str, str] = {}
     for slot in slots(section, family):
@@ -187,32 +187,32 @@ def make_plan(source: Source, family: Family, section: ModelSection, *, shard_by
             used.add(place.name)
             dtypes[slot.name] = stored.dtype
             if stored.shape != place.shape:
-                faults.append(f"{place.name}: shape {stored.shape}, config.json calls for {place.shape}; {_TOGETHER}")
-            parts.append(Part(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin))
+                problems.append(f"{place.name}: shape {stored.shape}, config.json calls for {place.shape}; {_TOGETHER}")
+            parts.append(TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin))
         elif slot.places:
-            faults.append(f"{slot.places[0].name}: is missing; {_TOGETHER}")
+            problems.append(f"{slot.places[0].name}: is missing; {_TOGETHER}")
         else:
             parts.append(_drawn(slot, section))
     parts += [_tiled(part, section) for part in parts if _is_gate(part, section)]
-    faults += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
+    problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"
                for name in source.tensors if name not in used]  # fmt: skip
-    if faults:
-        raise DataError(sorted(set(faults)), see="docs/huggingface.md")
-    return Plan(section, list(_shards(parts, shard_bytes)), dtypes)
+    if problems:
+        raise DataError(sorted(set(problems)), see="docs/huggingface.md")
+    return ImportPlan(section, list(_shards(parts, shard_bytes)), dtypes)
 
 
-def _drawn(slot: Slot, section: ModelSection) -> Part:
+def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
     """Router rows that a dense model does not have: of a single expert they weigh nothing."""
     kind = "zeros" if slot.shape[0] == 1 else "normal"
-    return Part(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
+    return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
-def _is_gate(part: Part, section: ModelSection) -> bool:
+def _is_gate(part: TensorPart, section: ModelSection) -> bool:
     (group,) = section.moe.groups.values()
     return group.num_null > 0 and ".moe.router." in part.name and part.name.endswith(".true")
 
 
-def _tiled(gate: Part, section: ModelSection) -> Part:
+def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
     (group,) = section.moe.groups.values()
     if gate.kind != "stored":
         raise ConfigError(
@@ -220,12 +220,12 @@ def _tiled(gate: Part, section: ModelSection) -> Part:
         )
     layer = int(gate.name.split(".")[1])
     shape = (group.num_null, section.hidden_dim)
-    return Part(router_name(section, layer, "null"), shape, 0, group.num_null, "tiled", gate.source)
+    return TensorPart(router_name(section, layer, "null"), shape, 0, group.num_null, "tiled", gate.source)
 
 
-def _shards(parts: Sequence[Part], shard_bytes: int) -> Iterator[list[Part]]:
+def _shards(parts: Sequence[TensorPart], shard_bytes: int) -> Iterator[list[TensorPart]]:
     """Parts in order, as many a shard as fit; larger ones cut by rows."""
-    shard: list[Part] = []
+    shard: list[TensorPart] = []
     size = 0
     for part in (piece for each in parts for piece in _cut(each, shard_bytes)):
         if shard and size + part.nbytes > shard_bytes:
@@ -236,7 +236,7 @@ def _shards(parts: Sequence[Part], shard_bytes: int) -> Iterator[list[Part]]:
     yield shard
 
 
-def _cut(part: Part, shard_bytes: int) -> Iterator[Part]:
+def _cut(part: TensorPart, shard_bytes: int) -> Iterator[TensorPart]:
     if part.kind != "stored" or part.nbytes <= shard_bytes:
         yield part
         return
@@ -244,4 +244,4 @@ def _cut(part: Part, shard_bytes: int) -> Iterator[Part]:
     rows = max(1, shard_bytes // (row * ITEMSIZE))
     for at in range(0, part.rows, rows):
         count = min(rows, part.rows - at)
-        yield Part(part.name, part.shape, at, count, "stored", part.source, part.begin + at * row)
+        yield TensorPart(part.name, part.shape, at, count, "stored", part.source, part.begin + at * row)

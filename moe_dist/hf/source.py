@@ -126,21 +126,21 @@ def open_source(folder: Path) -> Source:
     index = _weight_map(folder, names, pickles)
     tensors: dict[str, Stored] = {}
     files: dict[str, tuple[int, int, str]] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     for file in sorted(set(index.values())) if index is not None else [WEIGHTS_FILE]:
         try:
             path = inside(folder, file)
             found, digest = _read_header(path)
         except DataError as error:
-            faults += error.faults
+            problems += error.problems
             continue
         status = path.stat()
         files[file] = (status.st_size, status.st_mtime_ns, digest)
         for name, stored in found.items():
             if index is not None and index.get(name) != file:
-                faults.append(f"{path}: holds {name}, of which {INDEX_FILE} says {index.get(name, 'nothing')}")
+                problems.append(f"{path}: holds {name}, of which {INDEX_FILE} says {index.get(name, 'nothing')}")
             elif stored.dtype not in DTYPES and not _DERIVED.fullmatch(name):
-                faults.append(
+                problems.append(
                     f"{path}: {name} is of dtype {stored.dtype}; weights must be {', '.join(DTYPES)}, not quantised; "
                     "save the model in one of these (transformers: model.to(torch.bfloat16).save_pretrained)"
                 )
@@ -148,9 +148,9 @@ def open_source(folder: Path) -> Source:
                 tensors[name] = stored
         if index is not None:
             lost = sorted(name for name, where in index.items() if where == file and name not in found)
-            faults += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it; {AGAIN}" for name in lost]
-    if faults:
-        raise DataError(faults, see="docs/huggingface.md")
+            problems += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it; {AGAIN}" for name in lost]
+    if problems:
+        raise DataError(problems, see="docs/huggingface.md")
     companions = [name for name in COMPANIONS if name in names and inside(folder, name)]
     return Source(folder, config, tensors, files, pickles, companions)
 

@@ -6,7 +6,7 @@ from moe_dist.config.model_schema import ExpertChoiceRouterSection, ModelSection
 CAUSAL_ROUTERS = frozenset({"top_k"})
 
 
-def causal_faults(model: ModelSection) -> list[str]:
+def causal_problems(model: ModelSection) -> list[str]:
     """Why a model's routing of a token depends on later ones also in evaluation; empty where it does not."""
     router = model.moe.router
     if isinstance(router, ExpertChoiceRouterSection):

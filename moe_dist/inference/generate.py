@@ -48,10 +48,10 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
     longest = max(map(len, prompts), default=0)
     if longest + max_new_tokens > max_seq_len:
         room = max_seq_len - longest
-        way_out = f"ask for {room} at most, or shorten the prompt" if room > 0 else "shorten the prompt"
+        fix = f"ask for {room} at most, or shorten the prompt" if room > 0 else "shorten the prompt"
         raise ConfigError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than model.max_seq_len={max_seq_len}, "
-            f"the longest the model is made for; {way_out}"
+            f"the longest the model is made for; {fix}"
         )
 
 

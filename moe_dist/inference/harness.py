@@ -14,8 +14,8 @@ from moe_dist.data.tokenizer import encode_texts
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.likelihood import Continuation, Likelihood
-from moe_dist.inference.material import Material
 from moe_dist.inference.sampling import Sampling
+from moe_dist.inference.vocabulary import Vocabulary
 
 _MAX_NEW_TOKENS = 256  # where a task does not say
 
@@ -33,7 +33,7 @@ class HarnessModel(LM):
     """
 
     def __init__(
-        self, likelihood: Likelihood, generator: Generator, material: Material, *, max_seq_len: int, seed: int = 0
+        self, likelihood: Likelihood, generator: Generator, material: Vocabulary, *, max_seq_len: int, seed: int = 0
     ) -> None:
         super().__init__()
         self._likelihood, self._generator, self._material = likelihood, generator, material

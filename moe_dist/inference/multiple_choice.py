@@ -19,8 +19,8 @@ from moe_dist.errors import DataError
 from moe_dist.inference.grammar import IMAGE
 from moe_dist.inference.intervals import bootstrap_mean, wilson
 from moe_dist.inference.likelihood import Continuation, Likelihood, Score, check_lengths
-from moe_dist.inference.material import Material
 from moe_dist.inference.questions.fact import Codes, Part, Question
+from moe_dist.inference.vocabulary import Vocabulary
 
 Measure = Literal["normalised", "plain"]
 MEASURES: tuple[Measure, ...] = ("normalised", "plain")
@@ -49,7 +49,7 @@ class Prompts:
         listed: Whether a question names all choices.
     """
 
-    def __init__(self, material: Material, *, listed: bool) -> None:
+    def __init__(self, material: Vocabulary, *, listed: bool) -> None:
         self._material, self._listed = material, listed
 
     def __call__(self, question: Question) -> list[Continuation]:
@@ -127,7 +127,7 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
     return values.index(max(values))
 
 
-def check_vocabulary(material: Material, *, vocab_size: int) -> None:
+def check_vocabulary(material: Vocabulary, *, vocab_size: int) -> None:
     """Whether each id of the tokenizer is a text token of the data and has a row in the model.
 
     Raises:

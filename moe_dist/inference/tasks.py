@@ -8,8 +8,8 @@ from PIL import Image
 
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator, Request, check_lengths
-from moe_dist.inference.material import Heldout, Material, picture_of
 from moe_dist.inference.sampling import Sampling
+from moe_dist.inference.vocabulary import Heldout, Vocabulary, picture_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Sample:
+class GeneratedSample:
     """What came of one prompt.
 
     Attributes:
@@ -46,7 +46,7 @@ class Sample:
     pictures: list[Image.Image]
 
 
-def continue_text(material: Material, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
+def continue_text(material: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
     """`samples` times how a text goes on, with pictures where the model puts some.
 
     Raises:
@@ -57,7 +57,7 @@ def continue_text(material: Material, text: str, *, samples: int, tokens: int, s
 
 
 def draw_captions(
-    material: Material, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
+    material: Vocabulary, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
 ) -> Task:
     """`samples` pictures of each caption, one caption after the other.
 
@@ -74,14 +74,14 @@ def draw_captions(
 
 
 def describe_picture(
-    material: Material, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
+    material: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
 ) -> Task:
     """`samples` captions of a picture, which begin with `beginning`. Raises as `draw_captions`."""
     request = Request(tokens, sampling, seed, text_only=True)
     return Task([material.caption_prompt(codes, beginning)] * samples, request)
 
 
-def run_task(task: Task, generator: Generator, material: Material) -> list[Sample]:
+def run_task(task: Task, generator: Generator, material: Vocabulary) -> list[GeneratedSample]:
     """The samples of each prompt, in order."""
     grammar = material.grammar
     made = generator(task.prompts, task.request, plain=task.plain)
@@ -90,7 +90,7 @@ def run_task(task: Task, generator: Generator, material: Material) -> list[Sampl
         before = len(grammar.pictures(prompt))
         codes = grammar.pictures([*prompt, *tokens])[before:]
         samples.append(
-            Sample(
+            GeneratedSample(
                 tokens=tokens,
                 modalities=[grammar.modalities[grammar.modality_of_id[token]] for token in tokens],
                 text=material.text(tokens),

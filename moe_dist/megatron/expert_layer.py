@@ -14,8 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.errors import PlacementError
 from moe_dist.megatron.aux_terms import AuxTerms
 from moe_dist.megatron.initialise import initialise_layer
@@ -23,14 +23,14 @@ from moe_dist.megatron.modality import PADDING, groups_of_rank
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.tracker import tracker
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, Recompute
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertPlacement
 
 
-class UntimedTraffic(Traffic):
+class UntimedCommStats(CommStats):
     """Counts bytes and takes no times: nobody drains CUDA events in Megatron's loop."""
 
     @contextlib.contextmanager
@@ -68,8 +68,8 @@ class ExpertLayer(MegatronModule):
         ep_group = pg_collection.ep
         self.ep_rank = ep_group.rank()
         self.placement = settings.place(ep_group.size())
-        self.traffic = UntimedTraffic()  # what this layer sent from this rank since `take` was last called
-        wire = Wire(ep_group if ep_group.size() > 1 else None, self.traffic)
+        self.comm_stats = UntimedCommStats()  # what this layer sent from this rank since `take` was last called
+        wire = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
         self.moe = _build(config, settings, self.placement, wire, name=f"layers.{layer_number - 1}")
         self.moe.shared = shared
         group_of_modality = torch.tensor([*settings.group_of_modality(), PADDING], device=_device(config))
@@ -125,7 +125,7 @@ def _check_groups(groups: ProcessGroupCollection) -> None:
 
 
 def _build(
-    config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, wire: Wire, *, name: str
+    config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, wire: AllToAll, *, name: str
 ) -> MoELayer:
     """The layer without a shared expert, its parameters in memory but not yet set."""
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def _build(
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
             ),
-            dispatcher=PerRankDispatcher(placement, wire, max_receive_rows=settings.max_receive_rows),
+            dispatcher=AllToAllDispatcher(placement, wire, max_receive_rows=settings.max_receive_rows),
             recompute=_recompute(config),
             name=name,
         )

@@ -44,55 +44,55 @@ def check(config: TransformerConfig, settings: ExpertSettings) -> None:
     Raises:
         ConfigError: with every fault: field, value, rule and way out.
     """
-    if faults := [*_parallel_faults(config), *_expert_faults(config, settings), *_option_faults(config)]:
-        raise ConfigError(faults, see=GUIDE)
+    if problems := [*_parallel_problems(config), *_expert_problems(config, settings), *_option_problems(config)]:
+        raise ConfigError(problems, see=GUIDE)
 
 
-def _parallel_faults(config: TransformerConfig) -> list[str]:
-    faults = []
+def _parallel_problems(config: TransformerConfig) -> list[str]:
+    problems = []
     if (etp := config.expert_tensor_parallel_size) not in (None, 1):
-        faults.append(
+        problems.append(
             f"expert_tensor_parallel_size={etp}: an expert is whole on one rank; set it to 1 (its default is the tensor-"
             "parallel size), and raise expert_model_parallel_size: expert parallelism folds over TP x DP"
         )
     if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
-        faults.append(
+        problems.append(
             f"sequence_parallel={config.sequence_parallel} with tensor_model_parallel_size="
             f"{config.tensor_model_parallel_size}: every rank would route the same tokens; set sequence_parallel"
         )
-    return faults
+    return problems
 
 
-def _expert_faults(config: TransformerConfig, settings: ExpertSettings) -> list[str]:
-    faults = []
+def _expert_problems(config: TransformerConfig, settings: ExpertSettings) -> list[str]:
+    problems = []
     num_experts = sum(group.num_experts for group in settings.groups.values())
     if config.num_moe_experts != num_experts:
-        faults.append(
+        problems.append(
             f"num_moe_experts={config.num_moe_experts}: the groups of the expert settings have {num_experts} true experts; "
             "make them equal (null experts do not count)"
         )
     if not config.gated_linear_unit or config.activation_func is not F.silu:
         name = getattr(config.activation_func, "__name__", config.activation_func)
-        faults.append(
+        problems.append(
             f"gated_linear_unit={config.gated_linear_unit}, activation_func={name}: experts are SwiGLU; set swiglu "
             "(gated_linear_unit with silu)"
         )
     balance = config.moe_router_load_balancing_type
     if balance not in _BALANCE_TYPES:
-        faults.append(
+        problems.append(
             f"moe_router_load_balancing_type={balance}: the load-balance loss counts over all ranks of a micro-batch; "
             f"set one of {', '.join(_BALANCE_TYPES)}"
         )
     elif balance != "none" and not isinstance(config.moe_aux_loss_coeff, int | float):
-        faults.append(f"moe_aux_loss_coeff={config.moe_aux_loss_coeff}: there is one load-balance loss; give one number")
-    return faults
+        problems.append(f"moe_aux_loss_coeff={config.moe_aux_loss_coeff}: there is one load-balance loss; give one number")
+    return problems
 
 
-def _option_faults(config: TransformerConfig) -> list[str]:
-    faults = []
+def _option_problems(config: TransformerConfig) -> list[str]:
+    problems = []
     for field, off, reason in _OFF:
         # Not every version has every field; None, False and 0 all mean off.
         value = getattr(config, field, off)
         if value != off and (value or off):
-            faults.append(f"{field}={value}: must be {off}; {reason}")
-    return faults
+            problems.append(f"{field}={value}: must be {off}; {reason}")
+    return problems

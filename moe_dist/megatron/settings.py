@@ -11,15 +11,15 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.draft import draft
 from moe_dist.config.model_schema import GroupSection, MoESection, TopKRouterSection
 from moe_dist.config.parallel_schema import InterleavedSection, PlacementSection
-from moe_dist.config.section import Count, GroupName, Relation, Section
+from moe_dist.config.partial import draft
+from moe_dist.config.section import Count, GroupName, Section, Violation
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.plan.preflight import group_relations
+from moe_dist.plan.preflight import group_violations
 
 GUIDE = "docs/megatron.md"
 VARIABLE = "MOE_DIST_EXPERTS"
@@ -65,19 +65,23 @@ class ExpertSettings(Section):
         """
         return make_placement(self.placement, self.expert_groups(), num_ranks=num_ranks, token_mix={})
 
-    def broken_relations(self) -> list[Relation]:
+    def violations(self) -> list[Violation]:
         broken = [
-            Relation(relation.keys, relation.fault.replace("model.moe.groups", "groups"))
-            for relation in group_relations(self.expert_groups())
+            Violation(violation.keys, violation.problem.replace("model.moe.groups", "groups"))
+            for violation in group_violations(self.expert_groups())
         ]
         for name, group in self.groups.items():
             for key in ("num_identity", "num_constant"):
                 if count := getattr(group, key):
-                    fault = f"groups.{name}.{key}={count}: free experts are not covered inside Megatron; set 0"
-                    broken.append(Relation((f"groups.{name}.{key}",), fault))
+                    problem = (
+                        f"groups.{name}.{key}={count}: zero-computation experts are not covered inside Megatron; set 0"
+                    )
+                    broken.append(Violation((f"groups.{name}.{key}",), problem))
         if self.router.selection_bias:
-            fault = "router.selection_bias=true: not covered inside Megatron; set false, and balance by moe_aux_loss_coeff"
-            broken.append(Relation(("router.selection_bias",), fault))
+            problem = (
+                "router.selection_bias=true: not covered inside Megatron; set false, and balance by moe_aux_loss_coeff"
+            )
+            broken.append(Violation(("router.selection_bias",), problem))
         return broken
 
 
@@ -92,14 +96,14 @@ def read_settings(path: str | Path) -> ExpertSettings:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"expert settings {str(path)!r} cannot be read: {reason}", see=GUIDE) from error
-    values, faults = load_yaml(text)
+    values, problems = load_yaml(text)
     if not isinstance(values, dict):
-        faults = faults or [f"must be a mapping with the key groups, got {type(values).__name__}"]
-        raise ConfigError([f"{path}: {fault}" for fault in faults], see=GUIDE)
+        problems = problems or [f"must be a mapping with the key groups, got {type(values).__name__}"]
+        raise ConfigError([f"{path}: {problem}" for problem in problems], see=GUIDE)
     read = draft(ExpertSettings, values)
     broken = [] if read.value is None else read.broken(_relations(read.value))
-    if read.value is None or faults or read.faults or broken:
-        raise ConfigError([f"{path}: {fault}" for fault in (*faults, *read.faults, *broken)], see=GUIDE)
+    if read.value is None or problems or read.problems or broken:
+        raise ConfigError([f"{path}: {problem}" for problem in (*problems, *read.problems, *broken)], see=GUIDE)
     return read.value
 
 
@@ -119,10 +123,10 @@ def settings_from_environment(environment: Mapping[str, str] = os.environ) -> Ex
     return read_settings(path)
 
 
-def _relations(settings: ExpertSettings) -> list[Relation]:
+def _relations(settings: ExpertSettings) -> list[Violation]:
     inside = [
-        Relation(tuple(f"groups.{name}.{key}" for key in relation.keys), f"groups.{name}: {relation.fault}")
+        Violation(tuple(f"groups.{name}.{key}" for key in violation.keys), f"groups.{name}: {violation.problem}")
         for name, group in settings.groups.items()
-        for relation in group.broken_relations()
+        for violation in group.violations()
     ]
-    return inside + settings.broken_relations()
+    return inside + settings.violations()

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import LayerCache
 from moe_dist.model.layers import Projection, RMSNorm, rotate
-from moe_dist.moe.routing import BatchFacts
+from moe_dist.moe.routing import GlobalBatchInfo
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class Attention(nn.Module):
         self.adapters: AttentionLoRA | None = None
 
     def forward(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, facts: BatchFacts | None = None
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None = None
     ) -> Tensor:
-        """`facts` name the draws of the adapters' dropout."""
+        """`batch_info` name the draws of the adapters' dropout."""
         if self.recompute and x_BSD.requires_grad:
             return checkpoint(  # pyright: ignore[reportReturnType]
-                self._forward, x_BSD, rotary, mask, facts, use_reentrant=False, preserve_rng_state=False
+                self._forward, x_BSD, rotary, mask, batch_info, use_reentrant=False, preserve_rng_state=False
             )
-        return self._forward(x_BSD, rotary, mask, facts)
+        return self._forward(x_BSD, rotary, mask, batch_info)
 
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
@@ -133,23 +133,23 @@ class Attention(nn.Module):
         return self._linear("o", attend(q, k, v, DenseMask(visible)).transpose(1, 2).flatten(2), None)
 
     def _forward(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, facts: BatchFacts | None
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None
     ) -> Tensor:
-        q, k, v = self._project(x_BSD, rotary, facts)
-        return self._linear("o", attend(q, k, v, mask).transpose(1, 2).flatten(2), facts)
+        q, k, v = self._project(x_BSD, rotary, batch_info)
+        return self._linear("o", attend(q, k, v, mask).transpose(1, 2).flatten(2), batch_info)
 
-    def _linear(self, name: str, x: Tensor, facts: BatchFacts | None) -> Tensor:
+    def _linear(self, name: str, x: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
         y = self.get_submodule(name)(x)
-        return y if self.adapters is None else self.adapters(name, x, y, facts)
+        return y if self.adapters is None else self.adapters(name, x, y, batch_info)
 
     def _project(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], facts: BatchFacts | None = None
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, and values, each [B, heads, S, d]."""
         h = self.norm(x_BSD)
-        q = rotate(self._normed_heads(self._linear("q", h, facts), self.q_norm), rotary)
-        k = rotate(self._normed_heads(self._linear("k", h, facts), self.k_norm), rotary)
-        return q, k, self._heads(self._linear("v", h, facts))
+        q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary)
+        k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary)
+        return q, k, self._heads(self._linear("v", h, batch_info))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_dist.moe.draws import dropped
 from moe_dist.moe.lora import adapter_draw
-from moe_dist.moe.routing import BatchFacts
+from moe_dist.moe.routing import GlobalBatchInfo
 
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -53,12 +53,12 @@ class AttentionLoRA(nn.Module):
         for target, (inputs, outputs) in widths.items():
             self.add_module(target, Adapter(inputs, outputs, rank))
 
-    def forward(self, target: str, x: Tensor, y: Tensor, facts: BatchFacts | None) -> Tensor:
+    def forward(self, target: str, x: Tensor, y: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
         """y + the adapter of one projection of x; y itself where it has none."""
         if target not in self._modules:
             return y
         if self.training and self.dropout:
-            assert facts is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
-            draw = adapter_draw(self.seed, self.layer, facts)
+            assert batch_info is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
+            draw = adapter_draw(self.seed, self.layer, batch_info)
             x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
         return y + self.scale * self.get_submodule(target)(x)

@@ -1,7 +1,7 @@
 """Mixture of depths: a block computes a share of the tokens, the others pass it by the residual (Raposo et al. 2024, arXiv
 2404.02258; MoMa, arXiv 2407.21770, section 2.3, before the tokens are split by modality).
 
-    s = <w, x / rms(x)>,  the ceil(c T) tokens of largest s in the choice set are taken; ties go to the earlier token
+    s = <w, x / rms(x)>,  the ceil(c T) tokens of largest s in the selection scope are taken; ties go to the earlier token
     x <- x + sigmoid(s) block(x) for them, with their positions and among themselves; x <- x for the others
 
 The choice looks at all tokens of its set, later ones among them, so it is for training only. In evaluation each token is
@@ -12,7 +12,7 @@ judged by itself, causally:
     auxiliary   taken where SiLU(x W_1) W_2 > 0 (MoMa, section 2.4); W_1 and W_2 learn the choice by binary cross entropy
                 while the model trains, from inputs without gradient, so that they move nothing else
 
-The choice sets: the tokens of one rank's micro-batch (`rank`; no collective), of an EP group's or of all ranks'. The larger
+The selection scopes: the tokens of one rank's micro-batch (`rank`; no collective), of an EP group's or of all ranks'. The larger
 two exchange scores: one all-gather a block and training forward, called `depth scores`, T numbers from each rank, and one
 host sync for how many tokens of this rank were taken. A token's number in the set is its rank's place and its place there.
 
@@ -29,8 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.comm.traffic import Traffic
-from moe_dist.comm.watch import Watch, watched
+from moe_dist.comm.stats import CommStats
+from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.routing import DepthSums, accumulation_dtype
 
 Causal = Literal["threshold", "auxiliary"]
@@ -54,7 +54,7 @@ class Chosen(NamedTuple):
     sums: DepthSums
 
 
-class ChoiceSet(Protocol):
+class SelectionScope(Protocol):
     """The tokens that compete for a block's room."""
 
     def choose(self, score_T: Tensor, capacity: float, *, name: str) -> tuple[Tensor, Tensor, int | None]:
@@ -74,31 +74,31 @@ class ChoiceSet(Protocol):
 
 
 @dataclass(frozen=True)
-class DepthSet:
-    """A choice set over the ranks of a group.
+class DepthScope:
+    """A selection scope over the ranks of a group.
 
     Attributes:
         group: None for this rank alone.
         own, size: This rank's place, and the number of ranks.
-        traffic, watch: Where the collective is counted and noted.
+        comm_stats, tracker: Where the collective is counted and noted.
     """
 
     group: dist.ProcessGroup | None = None
     own: int = 0
     size: int = 1
-    traffic: Traffic | None = None
-    watch: Watch | None = None
+    comm_stats: CommStats | None = None
+    tracker: CollectiveTracker | None = None
 
     def choose(self, score_T: Tensor, capacity: float, *, name: str) -> tuple[Tensor, Tensor, int | None]:
-        """See `ChoiceSet`. All ranks of the group must bring as many tokens."""
+        """See `SelectionScope`. All ranks of the group must bring as many tokens."""
         length = score_T.shape[0]
         if self.group is None:
             taken_T, cut = take_best(score_T, capacity)
             return taken_T, cut, room(capacity, length)
         gathered = score_T.new_empty(self.size * length)
-        if self.traffic is not None:
-            self.traffic.count("depth scores", (self.size - 1) * score_T.nbytes, payload=False)
-        with watched(self.watch, "depth scores", device=score_T.device, layer=name):
+        if self.comm_stats is not None:
+            self.comm_stats.count("depth scores", (self.size - 1) * score_T.nbytes, payload=False)
+        with track_collective(self.tracker, "depth scores", device=score_T.device, layer=name):
             dist.all_gather_into_tensor(gathered, score_T.contiguous(), group=self.group)
         taken, cut = take_best(gathered, capacity)
         return taken[self.own * length :][:length], cut, None
@@ -150,7 +150,7 @@ class DepthRouter(nn.Module):
         capacity: c, the share of the set's tokens that the block computes.
         causal: How a token is judged in evaluation.
         threshold_decay: Of the running mean, a step.
-        choice_set: The tokens that compete.
+        selection_scope: The tokens that compete.
         name: Of the layer, for reports.
     """
 
@@ -165,13 +165,13 @@ class DepthRouter(nn.Module):
         capacity: float,
         causal: Causal,
         threshold_decay: float = 0.99,
-        choice_set: ChoiceSet | None = None,
+        selection_scope: SelectionScope | None = None,
         name: str = "",
     ) -> None:
         super().__init__()
         self.capacity, self.threshold_decay, self.name = capacity, threshold_decay, name
         self.causal: Causal = causal
-        self.choice_set: ChoiceSet = choice_set or DepthSet()
+        self.selection_scope: SelectionScope = selection_scope or DepthScope()
         self.router = nn.Parameter(torch.empty(1, hidden_dim))
         self.auxiliary = AuxiliaryRouter(hidden_dim) if causal == "auxiliary" else None
         self.reset_buffers()
@@ -197,7 +197,7 @@ class DepthRouter(nn.Module):
         taken_T = causal_taken_T
         if self.training:
             score_T = logit_T.detach().masked_fill(~real_T, _OUT)
-            taken_T, cut, slots = self.choice_set.choose(score_T, self.capacity, name=self.name)
+            taken_T, cut, slots = self.selection_scope.choose(score_T, self.capacity, name=self.name)
         index_C, full_C = _compact(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
         return Chosen(index_C, full_C, weight_C, self._sums(causal_T, causal_taken_T, taken_T, cut, weight_C, real_T))
@@ -257,9 +257,9 @@ class DepthThresholds:
         self._routers = routers
 
     @torch.no_grad()
-    def __call__(self, cut_L: Tensor, tokens_L: Tensor) -> None:
+    def __call__(self, kth_score_L: Tensor, tokens_L: Tensor) -> None:
         """After a step that was taken: sums of `DepthSums` over its micro-batches and ranks, by depth layer. No sync."""
-        for router, cut, tokens in zip(self._routers, cut_L, tokens_L, strict=True):
+        for router, cut, tokens in zip(self._routers, kth_score_L, tokens_L, strict=True):
             seen = tokens > 0
             steps = router.steps + seen.to(router.steps.dtype)
             weight = torch.where(seen, (1.0 / steps.clamp_min(1.0)).clamp_min(1.0 - router.threshold_decay), 0.0)

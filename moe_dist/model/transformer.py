@@ -17,7 +17,7 @@ from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
-from moe_dist.moe.routing import BatchFacts, LayerReport
+from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """x + attention(x), then x + moe(x) or x + ffn(x); with `depths`, for the tokens that it chooses."""
+    """x + attention(x), then x + moe(x) or x + ffn(x); with `mixture_of_depths`, for the tokens that it chooses."""
 
     def __init__(
         self,
         args: ModelArgs,
         moe: MoELayer | LoRALayer | None,
-        depths: DepthRouter | None = None,
+        mixture_of_depths: DepthRouter | None = None,
         adapters: AttentionLoRA | None = None,
     ) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.depths = depths
+        self.mixture_of_depths = mixture_of_depths
 
 
 class Transformer(nn.Module):
@@ -128,8 +128,8 @@ class Transformer(nn.Module):
         positions_BS: Tensor,
         documents_BS: Tensor,
         group_BS: Tensor,
-        facts: BatchFacts | None = None,
-        asked_A: Tensor | None = None,
+        batch_info: GlobalBatchInfo | None = None,
+        probe_tokens_A: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Logits [B, S, V] in the compute dtype, and one report for each MoE layer.
 
@@ -138,9 +138,9 @@ class Transformer(nn.Module):
             positions_BS: int64 position inside the document.
             documents_BS: Document of each token; tokens see earlier tokens of their own document only.
             group_BS: int64 expert group of each token, -1 for padding.
-            facts: What is known of a training micro-batch beforehand, for routers that ask for it; those of a layer that
+            batch_info: What is known of a training micro-batch beforehand, for routers that ask for it; those of a layer that
                 computes a share of the tokens get none, since it is not known which.
-            asked_A: int64 indices into the B x S tokens whose routing softmax the reports are to have (`prob_AC`); layers
+            probe_tokens_A: int64 indices into the B x S tokens whose routing softmax the reports are to have (`prob_AC`); layers
                 that compute a share of the tokens report none.
         """
         mask = make_mask(documents_BS)
@@ -148,11 +148,11 @@ class Transformer(nn.Module):
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
         for layer in self.layers:
-            if layer.depths is not None:
+            if layer.mixture_of_depths is not None:
                 x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS)  # pyright: ignore
             else:
-                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, facts)  # pyright: ignore[reportCallIssue]
-                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, facts, asked_A)  # pyright: ignore
+                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, batch_info)  # pyright: ignore[reportCallIssue]
+                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, batch_info, probe_tokens_A)  # pyright: ignore
                 x_BSD = x_BSD + y_BSD
             if report is not None:
                 reports.append(report)
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
         x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
         for layer, entries in zip(self.layers, cache.layers, strict=True):
             taken_BN, taken_group_BN, weight_BN = real_BN, group_BN, None
-            if layer.depths is not None:
-                taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
+            if layer.mixture_of_depths is not None:
+                taken_T, weight_T = layer.mixture_of_depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
                 taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
                 taken_group_BN = torch.where(taken_BN, group_BN, -1)
                 if not taken_BN.any():  # host sync; one token a sequence is often passed by in all of them
@@ -214,9 +214,9 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, LayerReport | None]:
         """A layer for the tokens that it chooses, among themselves: C of them in one row, by their own positions and
         documents. The others stay as they are."""
-        assert layer.depths is not None
+        assert layer.mixture_of_depths is not None
         x_TD, group_T = x_BSD.flatten(0, 1), group_BS.flatten()
-        chosen = layer.depths(x_TD, group_T >= 0)
+        chosen = layer.mixture_of_depths(x_TD, group_T >= 0)
         x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
         group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
         rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)
@@ -240,13 +240,13 @@ class Transformer(nn.Module):
         layer: Layer,
         x_BSD: Tensor,
         group_BS: Tensor,
-        facts: BatchFacts | None = None,
-        asked_A: Tensor | None = None,
+        batch_info: GlobalBatchInfo | None = None,
+        probe_tokens_A: Tensor | None = None,
     ) -> tuple[Tensor, LayerReport | None]:
         """What a layer's experts, or its dense FFN, add; and the report of its experts."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
-        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), facts, asked_A)
+        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), batch_info, probe_tokens_A)
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.free_experts import FreeExperts
-from moe_dist.moe.routing import BatchFacts, LayerReport, Routing, RoutingTape
+from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, Routing, RoutingCache
+from moe_dist.moe.zero_computation import ZeroComputationExperts
 
 Recompute = Literal["none", "experts", "block"]
 
@@ -17,11 +17,11 @@ Recompute = Literal["none", "experts", "block"]
 class Router(Protocol):
     """Any module that routes T tokens inside their groups."""
 
-    def __call__(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing: ...
+    def __call__(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing: ...
 
 
 class MoELayer(nn.Module):
-    """y = experts(norm(x)) (+ free experts) (+ shared expert); the caller adds the residual.
+    """y = experts(norm(x)) (+ zero-computation experts) (+ shared expert); the caller adds the residual.
 
     Args:
         norm: Applied before the router, or identity.
@@ -43,7 +43,7 @@ class MoELayer(nn.Module):
         experts: Experts,
         dispatcher: Dispatcher[Any] | PipelinedDispatcher,
         shared: nn.Module | None = None,
-        free: FreeExperts | None = None,
+        free: ZeroComputationExperts | None = None,
         recompute: Recompute = "none",
         name: str = "",
     ) -> None:
@@ -56,33 +56,33 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
         self.name = name
-        self.ablated = False
+        self.experts_off = False
         experts.recompute = recompute == "experts"
 
     def forward(
-        self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None, asked_A: Tensor | None = None
+        self, x_TD: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None = None, probe_tokens_A: Tensor | None = None
     ) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
-        What is known of the micro-batch beforehand, `facts`, is for routers that ask for it; the report has the softmax of
-        the tokens `asked_A` (int64). With `ablated` set the experts' output is zero while everything else, collectives
+        What is known of the micro-batch beforehand, `batch_info`, is for routers that ask for it; the report has the softmax of
+        the tokens `probe_tokens_A` (int64). With `experts_off` set the experts' output is zero while everything else, collectives
         included, goes on.
         """
-        tape = RoutingTape(facts=facts, asked_A=asked_A)
+        cache = RoutingCache(batch_info=batch_info, probe_tokens_A=probe_tokens_A)
         if self.recompute == "block" and x_TD.requires_grad:
             return checkpoint(  # pyright: ignore[reportReturnType]
-                self._forward, x_TD, group_T, tape, use_reentrant=False, preserve_rng_state=False
+                self._forward, x_TD, group_T, cache, use_reentrant=False, preserve_rng_state=False
             )
-        return self._forward(x_TD, group_T, tape)
+        return self._forward(x_TD, group_T, cache)
 
-    def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
+    def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, free_weight_TF, prob_AC = self.router(h_TD, group_T, tape)
-        repeated = tape.plan is not None
-        plan: Any = tape.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
-        tape.plan = plan
+        assignments, sums, zero_weight_TF, prob_AC = self.router(h_TD, group_T, cache)
+        repeated = cache.plan is not None
+        plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
+        cache.plan = plan
         # Nothing that saves a tensor may follow the way home, or `block` would repeat that exchange too.
-        free_TD = None if self.free is None or free_weight_TF is None else self.free(h_TD, free_weight_TF)
+        zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
         if isinstance(self.dispatcher, PipelinedDispatcher):
             y_TD, shared_TD = self.dispatcher.run(
                 h_TD, assignments.weight_N, plan, experts=self.experts, shared=self.shared, repeated=repeated
@@ -91,9 +91,9 @@ class MoELayer(nn.Module):
             shared_TD = None if self.shared is None else self.shared(h_TD)
             dispatched = self.dispatcher.dispatch(h_TD, assignments.weight_N, plan)
             y_TD = self.dispatcher.combine(self.experts(dispatched, plan), plan)
-        if free_TD is not None:
-            y_TD = y_TD + free_TD
-        if self.ablated:
+        if zero_TD is not None:
+            y_TD = y_TD + zero_TD
+        if self.experts_off:
             y_TD = y_TD * 0.0
         report = LayerReport(
             sums=sums,

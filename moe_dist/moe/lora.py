@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.moe.dispatch.rows import gather_rows
 from moe_dist.moe.draws import dropped
 from moe_dist.moe.layer import Recompute
-from moe_dist.moe.routing import ABSENT, Assignments, BatchFacts, LayerReport, RoutingTape
+from moe_dist.moe.routing import ABSENT, Assignments, GlobalBatchInfo, LayerReport, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 Weight = Literal["probability", "straight_through", "published"]
@@ -48,12 +48,12 @@ class LoRAPlan:
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, assignments: Assignments, num_experts: int, traffic: Traffic) -> "LoRAPlan":
+    def of(cls, assignments: Assignments, num_experts: int, comm_stats: CommStats) -> "LoRAPlan":
         """Syncs with the host once, for the counts."""
         expert_N = torch.where(assignments.expert_N == ABSENT, num_experts, assignments.expert_N)
         bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
         bins.scatter_add_(0, expert_N, torch.ones_like(expert_N))
-        counts = tuple(traffic.to_host("LoRA pairs of each expert", bins[:num_experts]))
+        counts = tuple(comm_stats.to_host("LoRA pairs of each expert", bins[:num_experts]))
         pair_Q = expert_N.argsort(stable=True)[: sum(counts)]
         return cls(pair_Q, assignments.token_N[pair_Q], counts)
 
@@ -153,7 +153,7 @@ class LoRALayer(nn.Module):
         adapters: The experts.
         recompute: `experts` computes the FFN and the adapters again in backward, `block` the whole layer but the routing.
         seed, layer: Name the dropout's draws, with the step and the tokens.
-        traffic: Where host syncs are noted.
+        comm_stats: Where host syncs are noted.
     """
 
     def __init__(
@@ -166,46 +166,46 @@ class LoRALayer(nn.Module):
         recompute: Recompute = "none",
         seed: int = 0,
         layer: int = 0,
-        traffic: Traffic | None = None,
+        comm_stats: CommStats | None = None,
     ) -> None:
         super().__init__()
         self.norm, self.router, self.ffn, self.adapters = norm, router, ffn, adapters
         self.recompute: Recompute = recompute
-        self.ablated = False
-        self._seed, self._layer, self._traffic = seed, layer, traffic or Traffic()
+        self.experts_off = False
+        self._seed, self._layer, self._traffic = seed, layer, comm_stats or CommStats()
 
     def forward(
-        self, x_TD: Tensor, group_T: Tensor, facts: BatchFacts | None = None, asked_A: Tensor | None = None
+        self, x_TD: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None = None, probe_tokens_A: Tensor | None = None
     ) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report, with the routing
-        softmax of the tokens `asked_A` (int64).
+        softmax of the tokens `probe_tokens_A` (int64).
 
-        With `ablated` set the adapters add nothing.
+        With `experts_off` set the adapters add nothing.
         """
-        tape = RoutingTape(facts=facts, asked_A=asked_A)
+        cache = RoutingCache(batch_info=batch_info, probe_tokens_A=probe_tokens_A)
         # Not x_TD.requires_grad, as elsewhere: below the first adapter nothing has a gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
-            return self._again(self._forward, x_TD, group_T, tape)
-        return self._forward(x_TD, group_T, tape)
+            return self._again(self._forward, x_TD, group_T, cache)
+        return self._forward(x_TD, group_T, cache)
 
-    def _forward(self, x_TD: Tensor, group_T: Tensor, tape: RoutingTape) -> tuple[Tensor, LayerReport]:
+    def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
-        assignments, sums, _, prob_AC = self.router(h_TD, group_T, tape)
-        plan: Any = tape.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._traffic)
-        tape.plan = plan
+        assignments, sums, _, prob_AC = self.router(h_TD, group_T, cache)
+        plan: Any = cache.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._traffic)
+        cache.plan = plan
         weight_N = assignments.weight_N
         if self.recompute == "experts" and torch.is_grad_enabled():
-            y_TD = self._again(self._ffn, h_TD, weight_N, plan, tape.facts)
+            y_TD = self._again(self._ffn, h_TD, weight_N, plan, cache.batch_info)
         else:
-            y_TD = self._ffn(h_TD, weight_N, plan, tape.facts)
+            y_TD = self._ffn(h_TD, weight_N, plan, cache.batch_info)
         return y_TD, LayerReport(sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0, prob_AC=prob_AC)
 
-    def _ffn(self, h_TD: Tensor, weight_N: Tensor, plan: LoRAPlan, facts: BatchFacts | None) -> Tensor:
-        draw = None if facts is None else adapter_draw(self._seed, self._layer, facts)
+    def _ffn(self, h_TD: Tensor, weight_N: Tensor, plan: LoRAPlan, batch_info: GlobalBatchInfo | None) -> Tensor:
+        draw = None if batch_info is None else adapter_draw(self._seed, self._layer, batch_info)
 
         def projected(target: str, x_TI: Tensor) -> Tensor:
             y_TO = self.ffn.get_submodule(target)(x_TI)
-            return y_TO if self.ablated else self.adapters(target, x_TI, y_TO, weight_N, plan, draw=draw)
+            return y_TO if self.experts_off else self.adapters(target, x_TI, y_TO, weight_N, plan, draw=draw)
 
         return projected("down", F.silu(projected("gate", h_TD)) * projected("up", h_TD))
 
@@ -214,6 +214,6 @@ class LoRALayer(nn.Module):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def adapter_draw(seed: int, layer: int, facts: BatchFacts) -> tuple[int, ...]:
+def adapter_draw(seed: int, layer: int, batch_info: GlobalBatchInfo) -> tuple[int, ...]:
     """The name of a layer's draws in this micro-batch on this rank."""
-    return (seed, facts.step, layer, facts.first_token_of(facts.rank))
+    return (seed, batch_info.step, layer, batch_info.first_token_of(batch_info.rank))

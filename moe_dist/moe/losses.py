@@ -25,7 +25,7 @@ class ColumnTables:
         groups: All groups, in logical order.
         group_C: int64, each column's group.
         member_CG: Whether a column belongs to a group, as 0 and 1.
-        size_G: Columns of each group; n + m without free experts.
+        size_G: Columns of each group; n + m without zero-computation experts.
     """
 
     groups: tuple[ExpertGroup, ...]

@@ -1,7 +1,7 @@
 """The types at the heart: what a router hands to the dispatcher, and what a layer reports.
 
 Shape letters: T tokens on this rank, D hidden size, E true experts (logical, over all groups), K choices a token,
-N (token, expert) pairs, G groups, W ranks, A tokens whose routing is asked for, F free columns (identity and constant
+N (token, expert) pairs, G groups, W ranks, A tokens whose routing is asked for, F zero-computation columns (identity and constant
 experts), C choice columns: the E true
 experts, then each group's null experts, each group's identity experts, each group's constant experts.
 """
@@ -48,14 +48,14 @@ class ChoiceSums(NamedTuple):
     """What expert choice counts on top, without gradient: local sums of one layer, float64.
 
     Attributes:
-        cut_E: The k-th largest score of each expert in its choice set, times this rank's tokens of its group.
+        kth_score_E: The k-th largest score of each expert in its selection scope, times this rank's tokens of its group.
         above_E: This rank's tokens whose score lies above the expert's threshold.
-        idle_G: Tokens that no expert takes.
+        unrouted_G: Tokens that no expert takes.
     """
 
-    cut_E: Tensor
+    kth_score_E: Tensor
     above_E: Tensor
-    idle_G: Tensor
+    unrouted_G: Tensor
 
 
 class RouterSums(NamedTuple):
@@ -89,15 +89,15 @@ class Routing(NamedTuple):
     Attributes:
         assignments: The pairs, for the dispatcher.
         sums: Local sums, for losses and monitoring.
-        free_weight_TF: Routing weight of each free expert, fp32 with gradient, 0 where it was not chosen: evaluated where
-            the token is, never a pair. None where no group has free experts.
-        prob_AC: The softmax of the tokens that were asked for (`RoutingTape.asked_A`) over all columns of their group, 0 in
+        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 where it was not chosen: evaluated where
+            the token is, never a pair. None where no group has zero-computation experts.
+        prob_AC: The softmax of the tokens that were asked for (`RoutingCache.probe_tokens_A`) over all columns of their group, 0 in
             the others; fp32 with gradient. None where none was.
     """
 
     assignments: Assignments
     sums: RouterSums
-    free_weight_TF: Tensor | None = None
+    zero_weight_TF: Tensor | None = None
     prob_AC: Tensor | None = None
 
 
@@ -108,7 +108,7 @@ class DepthSums(NamedTuple):
         tokens: int64, tokens of this rank that are not padding.
         taken: int64, those that the block computes.
         agreed: int64, those on which the causal decision of evaluation and the choice agree.
-        cut: float64, score of the last token that the choice set takes, times `tokens`.
+        cut: float64, score of the last token that the selection scope takes, times `tokens`.
         weight: float64, sum of the weights of those that are taken, without gradient.
         auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without one.
     """
@@ -144,7 +144,7 @@ class LayerReport(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BatchFacts:
+class GlobalBatchInfo:
     """What is known of a training micro-batch on all ranks before any layer runs: plain numbers, known on the host.
 
     Attributes:
@@ -172,17 +172,17 @@ class ExpertsChoice(NamedTuple):
     Attributes:
         taken_TE: bool, which of this rank's tokens each expert takes.
         order_TE: int64, this rank's tokens by falling logit of each expert; only where the set is one rank.
-        cut_E: Score of the last token that an expert takes (the k-th largest of the set, noise left out); 0 where it takes
+        kth_score_E: Score of the last token that an expert takes (the k-th largest of the set, noise left out); 0 where it takes
             all tokens of its group by its capacity, or where the group has none.
     """
 
     taken_TE: Tensor
     order_TE: Tensor | None
-    cut_E: Tensor
+    kth_score_E: Tensor
 
 
 @dataclass
-class RoutingTape:
+class RoutingCache:
     """The discrete decisions of one layer's forward, kept for its recomputation, and what was known and asked before it.
 
     Under recompute the routing is saved, never recomputed: bits of a second forward may differ, and another choice would
@@ -191,8 +191,8 @@ class RoutingTape:
 
     choice_TK: Tensor | None = None
     dropped_TK: Tensor | None = None
-    facts: BatchFacts | None = None
-    asked_A: Tensor | None = None  # int64, tokens whose softmax the caller wants
+    batch_info: GlobalBatchInfo | None = None
+    probe_tokens_A: Tensor | None = None  # int64, tokens whose softmax the caller wants
     choice: ExpertsChoice | None = None
     plan: Any = None
 

@@ -35,7 +35,7 @@ class Record:
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
         load: For each group that a controller holds, its `target` and the `achieved` true experts a token (choices, before
             any capacity), mean over layers, `lowest` and `highest` of them; None where the step had no token of it.
-        depths: Sums of the layers that compute a share of the tokens alone; None without any.
+        mixture_of_depths: Sums of the layers that compute a share of the tokens alone; None without any.
     """
 
     step: int
@@ -50,7 +50,7 @@ class Record:
     host: Mapping[str, float | None] = field(default_factory=dict)
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
     load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    depths: DepthStatistics | None = None
+    mixture_of_depths: DepthStatistics | None = None
 
 
 def build_record(
@@ -75,7 +75,7 @@ def build_record(
     Raises:
         ValueError: a modality has the name of a loss term.
     """
-    plan = tag_plan(len(groups), len(modalities), depths=stats.depths is not None)
+    plan = tag_plan(len(groups), len(modalities), mixture_of_depths=stats.mixture_of_depths is not None)
     readings = readings or {}
     losses = {name: _ratio(stats.loss_sum.get(name, 0.0), stats.labels.get(name, 0)) for name in modalities}
     epochs = {name: float(stats.epochs.get(name, 0.0)) for name in modalities}
@@ -95,7 +95,11 @@ def build_record(
         **perf_scalars(stats, peak_flops),
         **{f"device/{name}": readings.get(f"device/{name}") for name in ("utilisation", "memory", "power")},
         **_epoch_scalars(epochs, plan.epochs_per_modality),
-        **({} if stats.depths is None else depth_scalars(stats.depths, split=DEPTH_FAMILY in plan.by_group)),
+        **(
+            {}
+            if stats.mixture_of_depths is None
+            else depth_scalars(stats.mixture_of_depths, split=DEPTH_FAMILY in plan.by_group)
+        ),
     }
     return Record(
         step=stats.step,
@@ -120,12 +124,12 @@ def build_record(
             **slowest_rank(stats.busy_seconds_W),
         },
         busy_seconds_W=stats.busy_seconds_W,
-        load=load_against_target(stats.choices_LC, stats.tokens_LG, groups, stats.load_target),
-        depths=stats.depths,
+        load=active_against_target(stats.choices_LC, stats.tokens_LG, groups, stats.active_target),
+        mixture_of_depths=stats.mixture_of_depths,
     )
 
 
-def load_against_target(
+def active_against_target(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], target: Mapping[str, float]
 ) -> dict[str, dict[str, float | None]]:
     """`Record.load`: what a load controller holds, and at what."""
@@ -144,12 +148,12 @@ def load_against_target(
 
 def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
     """Scalars of a held-out evaluation: eval/..., the two balance efficiencies where they were measured, and
-    depths/load_over_target, the mean over the layers that compute a share of the tokens alone.
+    mixture_of_depths/load_over_target, the mean over the layers that compute a share of the tokens alone.
 
     With more modalities than fit, eval/mean is the mean over their tokens.
     """
     scalars: dict[str, float | None]
-    if tag_plan(num_groups, len(modalities), depths=result.depths is not None).loss_per_modality:
+    if tag_plan(num_groups, len(modalities), mixture_of_depths=result.mixture_of_depths is not None).loss_per_modality:
         scalars = {f"eval/{name}": float(value) for name, value in result.loss.items()}
     else:
         named = [name for name in modalities if name in result.loss]
@@ -159,58 +163,65 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
         scalars["moe/balance_efficiency_by_count"] = result.balance_efficiency_by_count
     if result.balance_efficiency is not None:
         scalars["perf/balance_efficiency"] = result.balance_efficiency
-    if result.depths is not None:
-        scalars["depths/load_over_target"] = layer_mean(depth_computed(result.depths) / result.depths.capacity)
+    if result.mixture_of_depths is not None:
+        scalars["mixture_of_depths/load_over_target"] = layer_mean(
+            depth_computed(result.mixture_of_depths) / result.mixture_of_depths.capacity
+        )
     return scalars
 
 
-def depth_computed(depths: DepthStatistics) -> np.ndarray:
+def depth_computed(mixture_of_depths: DepthStatistics) -> np.ndarray:
     """Share of the tokens that each layer computes, float64 [L]; nan without tokens."""
-    return _divide(depths.taken_LG.sum(1), depths.tokens_LG.sum(1))
+    return _divide(mixture_of_depths.taken_LG.sum(1), mixture_of_depths.tokens_LG.sum(1))
 
 
-def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
+def depth_metrics(mixture_of_depths: DepthStatistics) -> dict[str, np.ndarray]:
     """By layer, float64 [L]: `computed`, a share of the tokens, and `computed_by_group` [L, G]; in training `agreement`,
     the share on which the causal decision is the choice, and `gate_weight`, the mean over computed tokens. nan without any.
     """
-    metrics = {"computed": depth_computed(depths), "computed_by_group": _divide(depths.taken_LG, depths.tokens_LG)}
-    if depths.agreed_L is not None:
-        metrics["agreement"] = _divide(depths.agreed_L, depths.tokens_LG.sum(1))
-    if depths.weight_L is not None:
-        metrics["gate_weight"] = _divide(depths.weight_L, depths.taken_LG.sum(1))
+    metrics = {
+        "computed": depth_computed(mixture_of_depths),
+        "computed_by_group": _divide(mixture_of_depths.taken_LG, mixture_of_depths.tokens_LG),
+    }
+    if mixture_of_depths.agreed_L is not None:
+        metrics["agreement"] = _divide(mixture_of_depths.agreed_L, mixture_of_depths.tokens_LG.sum(1))
+    if mixture_of_depths.weight_L is not None:
+        metrics["gate_weight"] = _divide(mixture_of_depths.weight_L, mixture_of_depths.taken_LG.sum(1))
     return metrics
 
 
-def depth_line(depths: DepthStatistics) -> dict[str, Any]:
+def depth_line(mixture_of_depths: DepthStatistics) -> dict[str, Any]:
     """What metrics.jsonl has of them: lists by layer, beside the `layers` and their `target`."""
-    metrics = depth_metrics(depths)
+    metrics = depth_metrics(mixture_of_depths)
     by_group_LG = metrics.pop("computed_by_group")
     return {
-        "layers": list(depths.layers),
-        "target": depths.capacity,
+        "layers": list(mixture_of_depths.layers),
+        "target": mixture_of_depths.capacity,
         **{name: values_L.tolist() for name, values_L in metrics.items()},
-        "computed_by_group": {name: by_group_LG[:, g].tolist() for g, name in enumerate(depths.groups)},
+        "computed_by_group": {name: by_group_LG[:, g].tolist() for g, name in enumerate(mixture_of_depths.groups)},
     }
 
 
-def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
-    """depths/computed/<group>, or depths/computed/mean over the groups that had tokens; depths/agreement and
-    depths/gate_weight. Shares are of the sums over layers."""
-    taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
-    shares = {name: _ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
+def depth_scalars(mixture_of_depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
+    """mixture_of_depths/computed/<group>, or mixture_of_depths/computed/mean over the groups that had tokens; mixture_of_depths/agreement and
+    mixture_of_depths/gate_weight. Shares are of the sums over layers."""
+    taken_G, tokens_G = mixture_of_depths.taken_LG.sum(0), mixture_of_depths.tokens_LG.sum(0)
+    shares = {name: _ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(mixture_of_depths.groups)}
     if not split:
         shares = {"mean": _mean_of_known(list(shares.values()))}
-    scalars = {f"depths/{DEPTH_FAMILY}/{name}": value for name, value in shares.items()}
-    if depths.agreed_L is not None:
-        scalars["depths/agreement"] = _ratio(depths.agreed_L.sum(), depths.tokens_LG.sum())
-    if depths.weight_L is not None:
-        scalars["depths/gate_weight"] = _ratio(depths.weight_L.sum(), depths.taken_LG.sum())
+    scalars = {f"mixture_of_depths/{DEPTH_FAMILY}/{name}": value for name, value in shares.items()}
+    if mixture_of_depths.agreed_L is not None:
+        scalars["mixture_of_depths/agreement"] = _ratio(mixture_of_depths.agreed_L.sum(), mixture_of_depths.tokens_LG.sum())
+    if mixture_of_depths.weight_L is not None:
+        scalars["mixture_of_depths/gate_weight"] = _ratio(
+            mixture_of_depths.weight_L.sum(), mixture_of_depths.taken_LG.sum()
+        )
     return scalars
 
 
 def _choice_arrays(stats: StepStatistics) -> dict[str, np.ndarray]:
     """What there is to count where experts choose their tokens."""
-    return {"above_LE": stats.above_LE, "idle_LG": stats.idle_LG} if stats.idle_LG.size else {}
+    return {"above_LE": stats.above_LE, "idle_LG": stats.unrouted_LG} if stats.unrouted_LG.size else {}
 
 
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:

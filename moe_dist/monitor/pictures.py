@@ -26,16 +26,16 @@ class Subject:
         placement: Which rank holds which expert.
         moe_layers: Index in the model of each MoE layer.
         num_modalities: Modalities of the data; it decides with the groups which tags are split.
-        load_target: True experts a token that a controller holds a group at, by group.
-        depths: Some layers compute a share of the tokens alone.
+        active_target: True experts a token that a controller holds a group at, by group.
+        mixture_of_depths: Some layers compute a share of the tokens alone.
     """
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
     moe_layers: tuple[int, ...]
     num_modalities: int
-    load_target: Mapping[str, float] = field(default_factory=dict)
-    depths: bool = False
+    active_target: Mapping[str, float] = field(default_factory=dict)
+    mixture_of_depths: bool = False
 
     @property
     def layer_axis(self) -> Axis:
@@ -75,7 +75,7 @@ class Window:
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
         self._load.append(record.load)
-        self._depths = _sum_depths(self._depths, record.depths)
+        self._depths = _sum_depths(self._depths, record.mixture_of_depths)
 
     def load_curves(self) -> np.ndarray | None:
         """Achieved true experts a token over the window's steps against what a controller holds; None where none does."""
@@ -133,7 +133,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
         yield "moe/rank_load", draw(_over_mean(rows_LR), layers, ranks, scale=scale, title="Load of the ranks")
 
     metrics = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups, dropped_LG=sums["dropped_LG"])
-    metrics["free_fraction"] = free_fraction(sums["choices_LC"], groups)
+    metrics["zero_computation_fraction"] = zero_computation_fraction(sums["choices_LC"], groups)
     wanted = _per_group_maps(subject, metrics)
     if "idle_LG" in sums:
         tokens_LG = sums["tokens_LG"]
@@ -142,8 +142,8 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     for name, (title, caption, top) in wanted.items():
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(metrics[name], layers, subject.group_axis, scale=scale, title=title)
-    if subject.load_target:
-        target_G = np.array([subject.load_target.get(group.name, np.nan) for group in groups])
+    if subject.active_target:
+        target_G = np.array([subject.active_target.get(group.name, np.nan) for group in groups])
         chosen_LG = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)["experts_per_token"]
         scale = ratio_scale(f"true experts a token over the target, {steps}")
         title = "Load over its target"
@@ -159,7 +159,7 @@ def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tup
         yield group, _over_mean(true_Ln)
 
 
-def free_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
+def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
     """Share of each group's choices that went to identity and constant experts, float64 [L, G]; nan without choices."""
     shares = []
     for choices in group_choices(choices_LC, groups):
@@ -181,8 +181,12 @@ def _per_group_maps(subject: Subject, metrics: Mapping[str, np.ndarray]) -> dict
     if any(group.num_null for group in subject.groups):
         wanted["null_fraction"] = ("Null fraction", "share of choices that went to null experts", 1.0)
     if any(group.num_identity or group.num_constant for group in subject.groups):
-        wanted["free_fraction"] = ("Free fraction", "share of choices that went to identity and constant experts", 1.0)
-    split = tag_plan(len(subject.groups), subject.num_modalities, depths=subject.depths).by_group
+        wanted["zero_computation_fraction"] = (
+            "Free fraction",
+            "share of choices that went to identity and constant experts",
+            1.0,
+        )
+    split = tag_plan(len(subject.groups), subject.num_modalities, mixture_of_depths=subject.mixture_of_depths).by_group
     if "experts_per_token" not in split:
         largest_k = float(max(group.top_k for group in subject.groups))
         wanted["experts_per_token"] = ("Experts a token", "true experts a token took", largest_k)
@@ -195,12 +199,12 @@ def _per_group_maps(subject: Subject, metrics: Mapping[str, np.ndarray]) -> dict
     return wanted
 
 
-def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) -> DepthStatistics | None:
+def _sum_depths(sums: DepthStatistics | None, mixture_of_depths: DepthStatistics | None) -> DepthStatistics | None:
     """Over steps of one run: only the sums change."""
-    if sums is None or depths is None:
-        return depths
+    if sums is None or mixture_of_depths is None:
+        return mixture_of_depths
     counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
-    return replace(sums, **{name: getattr(sums, name) + getattr(depths, name) for name in counted})
+    return replace(sums, **{name: getattr(sums, name) + getattr(mixture_of_depths, name) for name in counted})
 
 
 def _number(value: float | None) -> float:

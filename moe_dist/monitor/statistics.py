@@ -56,7 +56,7 @@ class StepStatistics:
         entropy_sum_LG: float64, sum over tokens of the entropy (nats) of the router's softmax.
         rows_LR: int64, (token, expert) pairs computed by each EP position, summed over the EP groups.
         dropped_LG: int64, pairs dropped by a capacity; zeros where there is none.
-        above_LE, idle_LG: int64, where experts choose their tokens: tokens above each expert's threshold, and tokens that
+        above_LE, unrouted_LG: int64, where experts choose their tokens: tokens above each expert's threshold, and tokens that
             no expert took; without columns where tokens choose.
         auxiliary_loss: The term of auxiliary routers, or of router tuning, as it entered the loss; 0 without either.
         ledger: Sums over ranks and layers of the dispatch ledger, see `moe_dist.moe.dispatch.ledger`. Bytes and rows.
@@ -65,8 +65,8 @@ class StepStatistics:
         epochs: Epochs seen of each modality.
         flops_per_token: Forward and backward FLOPs a token at the measured number of experts; None if unknown.
         busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
-        load_target: True experts a token that a controller holds a group at, by group.
-        depths: Of the layers that compute a share of the tokens alone; None without any.
+        active_target: True experts a token that a controller holds a group at, by group.
+        mixture_of_depths: Of the layers that compute a share of the tokens alone; None without any.
     """
 
     step: int
@@ -93,10 +93,10 @@ class StepStatistics:
     flops_per_token: float | None = None
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
     above_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    idle_LG: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    unrouted_LG: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     auxiliary_loss: float = 0.0
-    load_target: Mapping[str, float] = field(default_factory=dict)
-    depths: DepthStatistics | None = None
+    active_target: Mapping[str, float] = field(default_factory=dict)
+    mixture_of_depths: DepthStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class EvaluationResult:
         choice_loss: `loss` where experts choose as in training, looking at later tokens; empty where not measured.
         experts_per_token, choice_experts_per_token: True experts a token takes, by group: as evaluated, and with the choice
             of training.
-        depths: Of the layers that compute a share of the tokens alone, by their causal decision; None without any.
+        mixture_of_depths: Of the layers that compute a share of the tokens alone, by their causal decision; None without any.
     """
 
     step: int
@@ -127,4 +127,4 @@ class EvaluationResult:
     choice_loss: Mapping[str, float] = field(default_factory=dict)
     experts_per_token: Mapping[str, float] = field(default_factory=dict)
     choice_experts_per_token: Mapping[str, float] = field(default_factory=dict)
-    depths: DepthStatistics | None = None
+    mixture_of_depths: DepthStatistics | None = None

@@ -15,7 +15,7 @@ TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
-DEPTH_FAMILY = "computed"  # depths/computed
+DEPTH_FAMILY = "computed"  # mixture_of_depths/computed
 
 # family -> meaning; families with a label end in its name in braces.
 MEANING: dict[str, str] = {
@@ -51,17 +51,17 @@ MEANING: dict[str, str] = {
     "device/power": "Rank 0's GPU power in watts.",
 }
 
-# With model.depths alone: then they take the places of what is split by group.
+# With model.mixture_of_depths alone: then they take the places of what is split by group.
 DEPTH_MEANING: dict[str, str] = {
-    "depths/computed/{group}": "Share of the tokens that the layers which choose among them compute, in training.",
-    "depths/agreement": "Share of the tokens on which the causal decision of evaluation is the choice of training.",
-    "depths/gate_weight": "Weight of a computed token's block, mean over tokens and layers.",
-    "depths/load_over_target": "Share of held-out tokens that these layers compute over their capacity; 1 is on target.",
+    "mixture_of_depths/computed/{group}": "Share of the tokens that the layers which choose among them compute, in training.",
+    "mixture_of_depths/agreement": "Share of the tokens on which the causal decision of evaluation is the choice of training.",
+    "mixture_of_depths/gate_weight": "Weight of a computed token's block, mean over tokens and layers.",
+    "mixture_of_depths/load_over_target": "Share of held-out tokens that these layers compute over their capacity; 1 is on target.",
 }
 
 # loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.
 FIXED_SCALARS = 24
-DEPTH_SCALARS = 3  # depths/{agreement,gate_weight,load_over_target}
+DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ class TagPlan:
     loss_per_modality: bool
 
 
-def tag_plan(num_groups: int, num_modalities: int, *, depths: bool = False) -> TagPlan:
+def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
     """Splits as many families as fit into `MAX_SCALARS`: groups and losses go before epochs, losses before groups.
 
     Args:
-        depths: The run has layers that compute a share of the tokens alone. Their scalars need room: families are split by
+        mixture_of_depths: The run has layers that compute a share of the tokens alone. Their scalars need room: families are split by
             group one by one, in order, as far as it goes; without depths all of them or none.
     """
-    families = (DEPTH_FAMILY, *GROUP_FAMILIES) if depths else GROUP_FAMILIES
-    room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if depths else 0)
-    splits = [families[:count] for count in range(len(families), -1, -1)] if depths else [families, ()]
+    families = (DEPTH_FAMILY, *GROUP_FAMILIES) if mixture_of_depths else GROUP_FAMILIES
+    room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if mixture_of_depths else 0)
+    splits = [families[:count] for count in range(len(families), -1, -1)] if mixture_of_depths else [families, ()]
     for by_group in splits:
         for epochs in (True, False):
             used = len(by_group) * num_groups + len(families) - len(by_group)
@@ -106,7 +106,7 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
     name, _, label = rest.partition("/")
     if head == "data":
         return f"{head}/{name}", "modality", label
-    if (head == "moe" and name in GROUP_FAMILIES) or (head == "depths" and name == DEPTH_FAMILY):
+    if (head == "moe" and name in GROUP_FAMILIES) or (head == "mixture_of_depths" and name == DEPTH_FAMILY):
         return f"{head}/{name}", "group", label
     return tag, None, None
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-_NO_DECAY_PARTS = frozenset({"embedding", "router", "free", "depths"})
+_NO_DECAY_PARTS = frozenset({"embedding", "router", "free", "mixture_of_depths"})
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 
 CHECKPOINT_TIMEOUT = timedelta(hours=2)
 
@@ -35,7 +35,7 @@ class Mesh:
         checkpoint: All ranks once more, with gloo on the host: checkpoints are written by a thread that votes over it while
             the other groups are busy with the training.
         world_mesh, edp_mesh: The same as 1-D device meshes, for FSDP2.
-        watch: Where every collective of this rank is noted, for the watchdog.
+        tracker: Where every collective of this rank is noted, for the watchdog.
         intra_node, inter_node: Cuts of the EP group into nodes, in the order of EP positions; None where that is one rank,
             or where no nodes were asked for.
     """
@@ -53,7 +53,7 @@ class Mesh:
     checkpoint: dist.ProcessGroup
     world_mesh: DeviceMesh
     edp_mesh: DeviceMesh
-    watch: Watch
+    tracker: CollectiveTracker
     intra_node: dist.ProcessGroup | None = None
     inter_node: dist.ProcessGroup | None = None
 
@@ -90,7 +90,12 @@ def init_world(
 
 
 def make_mesh(
-    *, ep: int, device: torch.device, timeout: float, ranks_per_node: int | None = None, watch: Watch | None = None
+    *,
+    ep: int,
+    device: torch.device,
+    timeout: float,
+    ranks_per_node: int | None = None,
+    tracker: CollectiveTracker | None = None,
 ) -> Mesh:
     """Cuts the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
 
@@ -119,7 +124,7 @@ def make_mesh(
         checkpoint=_checkpoint_group(),
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
-        watch=watch or Watch(),
+        tracker=tracker or CollectiveTracker(),
         intra_node=intra_node,
         inter_node=inter_node,
     )

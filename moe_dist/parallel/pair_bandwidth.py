@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.parallel.mesh import group_of
-from moe_dist.parallel.round_robin import Exchange, Pair, is_slow, suspects, tournament, usual_pair
+from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
 REPEATS, SECONDS = 100, 0.5  # the best of so many, or of those that fit into the time
@@ -20,7 +20,7 @@ LOOKS = 3  # at a pair that looks slow
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a measurement: `per_node` on each of `nodes` nodes, in order."""
+    """The ranks of a measurement: `hierarchical` on each of `nodes` nodes, in order."""
 
     rank: int
     nodes: int
@@ -36,7 +36,7 @@ class Ranks:
 
 def measure_pairs(
     ranks: Ranks, *, payload_bytes: int, device: torch.device, timeout: float
-) -> tuple[dict[Pair, Exchange], list[Pair]]:
+) -> tuple[dict[Pair, PairExchange], list[Pair]]:
     """What every pair took at its best, and the slow ones; the same on every rank.
 
     What looks slow beside the usual pair is measured again in turns with that, with nothing else going on: what the nodes
@@ -47,13 +47,13 @@ def measure_pairs(
         timeout: Seconds, for every collective.
     """
     task = Task(ranks, payload_bytes, device)
-    measured: dict[Pair, Exchange] = {}
-    for pairs in tournament(ranks.nodes):
+    measured: dict[Pair, PairExchange] = {}
+    for pairs in round_robin(ranks.nodes):
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
             dist.destroy_process_group(group)
-    doubted = suspects(measured)
+    doubted = slow_pairs(measured)
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
@@ -92,7 +92,7 @@ class Task:
     payload_bytes: int
     device: torch.device
 
-    def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, Exchange]:
+    def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, PairExchange]:
         """Measures disjoint pairs at the same time. Collective over all ranks; syncs with the host.
 
         Args:
@@ -105,7 +105,7 @@ class Task:
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)  # the slower of both ends; and nobody goes on before all are done
-        return {pair: Exchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
+        return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
         """Seconds of an all-reduce and an all-to-all on this rank, each the best."""

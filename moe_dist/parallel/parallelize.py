@@ -81,7 +81,7 @@ class ParallelModel:
         """Around forward and backward of one micro-batch. DDP reduces in the last one only; FSDP2 in each, into shards."""
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
-            self.mesh.watch.among(f"forward or backward with {self.data}"),
+            self.mesh.tracker.among(f"forward or backward with {self.data}"),
             self._module.no_sync() if skip else nullcontext(),  # pyright: ignore[reportCallIssue]
         ):
             yield
@@ -89,11 +89,11 @@ class ParallelModel:
     def reduce_gradients(self) -> None:
         """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
         routers = [info.parameter for info in self.parameters if info.kind == "router" and info.parameter.requires_grad]
-        sum_small_gradients(routers, self.mesh.world, name="router gradients", watch=self.mesh.watch)
+        sum_small_gradients(routers, self.mesh.world, name="router gradients", tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
             experts = [info.parameter for info in self.parameters if info.kind == "expert"]
             experts = [parameter for parameter in experts if parameter.numel() and parameter.requires_grad]
-            sum_gradients(experts, self.mesh.edp, name="expert gradients", watch=self.mesh.watch)
+            sum_gradients(experts, self.mesh.edp, name="expert gradients", tracker=self.mesh.tracker)
 
 
 def freeze_all_but(model: nn.Module, *parts: str) -> None:

@@ -14,7 +14,7 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Exchange:
+class PairExchange:
     """How long a pair took, the best of its repetitions.
 
     Attributes:
@@ -25,7 +25,7 @@ class Exchange:
     all_to_all: float
 
 
-def tournament(num_nodes: int) -> list[list[Pair]]:
+def round_robin(num_nodes: int) -> list[list[Pair]]:
     """Rounds of disjoint pairs in which every two nodes meet exactly once (the circle method: one stays, the others turn).
     With an odd number one node rests in each round."""
     if num_nodes < 2:
@@ -47,20 +47,20 @@ def usual(seconds: Iterable[float]) -> float:
     return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)
 
 
-def usual_pair(measured: Mapping[Pair, Exchange]) -> Pair:
+def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
     """The pair whose all-to-all took the usual time."""
     seconds = usual(each.all_to_all for each in measured.values())
     return min(pair for pair, each in measured.items() if each.all_to_all == seconds)
 
 
-def is_slow(exchange: Exchange, *, than: Exchange) -> bool:
+def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
     """Whether one of the collectives took more than SLOW times as long."""
     return exchange.all_reduce > SLOW * than.all_reduce or exchange.all_to_all > SLOW * than.all_to_all
 
 
-def suspects(measured: Mapping[Pair, Exchange]) -> list[Pair]:
+def slow_pairs(measured: Mapping[Pair, PairExchange]) -> list[Pair]:
     """Pairs that look slow beside the usual one. Three pairs are the fewest that can tell."""
     if len(measured) < 3:
         return []
     reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))
-    return sorted(pair for pair, each in measured.items() if is_slow(each, than=Exchange(reduce, exchange)))
+    return sorted(pair for pair, each in measured.items() if is_slow(each, than=PairExchange(reduce, exchange)))

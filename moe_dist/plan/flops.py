@@ -152,7 +152,7 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 
 
 def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Parameters by part, routers with the rows of null and free experts.
+    """Parameters by part, routers with the rows of null and zero-computation experts.
 
     Args:
         experts_held: Experts of each group to count in each layer: by default all of them; a rank's own; or, weighted by

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config.schema import Config
-from moe_dist.config.section import Relation
+from moe_dist.config.section import Violation
 from moe_dist.runtime.secrets import secrets_of
 
 
-def host_relations(config: Config) -> list[Relation]:
+def host_violations(config: Config) -> list[Violation]:
     """What this machine cannot give."""
-    packages = [*apex_relations(config), *deep_ep_relations(config)]
-    return [*packages, *group_relations(config), *secret_relations(config)]
+    packages = [*apex_violations(config), *deep_ep_violations(config)]
+    return [*packages, *group_violations(config), *secret_violations(config)]
 
 
-def apex_relations(config: Config) -> list[Relation]:
+def apex_violations(config: Config) -> list[Violation]:
     """Whether optimizer.backend=apex can be had: its kernels take whole parameters on CUDA, and Apex must be installed.
 
     Looked for without importing it; not looked for where torch is missing too, since then the ranks run elsewhere.
@@ -27,27 +27,27 @@ def apex_relations(config: Config) -> list[Relation]:
         return []
     broken = []
     if config.parallel.data == "fsdp2":
-        fault = (
+        problem = (
             "optimizer.backend=apex: its kernels cannot take the sharded parameters of parallel.data=fsdp2; set "
             "parallel.data=ddp or optimizer.backend=torch"
         )
-        broken.append(Relation(("optimizer.backend", "parallel.data"), fault))
+        broken.append(Violation(("optimizer.backend", "parallel.data"), problem))
     if config.parallel.device == "cpu":
-        fault = (
+        problem = (
             "optimizer.backend=apex: its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or "
             "another device"
         )
-        broken.append(Relation(("optimizer.backend", "parallel.device"), fault))
+        broken.append(Violation(("optimizer.backend", "parallel.device"), problem))
     if importlib.util.find_spec("torch") is not None and not _has_apex():
-        fault = (
+        problem = (
             "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package `apex` on "
             "the Python index is another project); build it from NVIDIA's repository, or set optimizer.backend=torch"
         )
-        broken.append(Relation(("optimizer.backend",), fault))
+        broken.append(Violation(("optimizer.backend",), problem))
     return broken
 
 
-def deep_ep_relations(config: Config) -> list[Relation]:
+def deep_ep_violations(config: Config) -> list[Violation]:
     """Whether DeepEP, or its branch HybridEP, is installed where it dispatches; looked for, or not, as Apex is."""
     kind = config.parallel.dispatch.kind
     # HybridEP's extension is a module of its own, which the main branch of DeepEP does not have.
@@ -58,14 +58,14 @@ def deep_ep_relations(config: Config) -> list[Relation]:
     if not missing:
         return []
     what = "DeepEP from its repository" if kind == "deep_ep" else "DeepEP from the branch hybrid-ep of its repository"
-    fault = (
+    problem = (
         f"parallel.dispatch.kind={kind}: the package {' and '.join(missing)} is not installed here; build {what}, or take "
-        "parallel.dispatch.kind=per_rank"
+        "parallel.dispatch.kind=all_to_all"
     )
-    return [Relation(("parallel.dispatch.kind",), fault)]
+    return [Violation(("parallel.dispatch.kind",), problem)]
 
 
-def group_relations(config: Config) -> list[Relation]:
+def group_violations(config: Config) -> list[Violation]:
     """Whether `run.group` exists and this user may give files to it."""
     name = config.run.group
     if name is None:
@@ -73,18 +73,18 @@ def group_relations(config: Config) -> list[Relation]:
     try:
         group = grp.getgrnam(name)
     except KeyError:
-        return [Relation(("run.group",), f"run.group={name!r}: no group of that name here; `id -Gn` lists yours")]
+        return [Violation(("run.group",), f"run.group={name!r}: no group of that name here; `id -Gn` lists yours")]
     if os.geteuid() == 0 or group.gr_gid in (os.getegid(), *os.getgroups()):
         return []
-    fault = f"run.group={name!r}: you are not in that group, and cannot give it a folder; `id -Gn` lists yours"
-    return [Relation(("run.group",), fault)]
+    problem = f"run.group={name!r}: you are not in that group, and cannot give it a folder; `id -Gn` lists yours"
+    return [Violation(("run.group",), problem)]
 
 
-def secret_relations(config: Config) -> list[Relation]:
+def secret_violations(config: Config) -> list[Violation]:
     """Values that are secrets of the environment: a configuration is written into the run folder and every checkpoint."""
     found = secrets_of(os.environ)
     return [
-        Relation(
+        Violation(
             (key,),
             f"{key}: its value contains that of the environment variable {name}, and would be written down; no key of a "
             "configuration takes a secret: leave it in the environment (docs/security.md)",

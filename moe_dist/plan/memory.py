@@ -9,7 +9,7 @@ bytes for each token:
                 + pairs (2 D + 4 F)                             pairs likewise; inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; 4 F of the frozen FFN above
                 + 12 C bytes in fp32                            router (C: the columns of all kinds)
-                + 4 D bytes in fp32 where a < 4                 the router's input, and as much the free experts'
+                + 4 D bytes in fp32 where a < 4                 the router's input, and as much the zero-computation experts'
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
 
@@ -48,7 +48,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MemoryLayout:
     """How ranks share the model and what of it is trained, as plain values.
 
     Attributes:
@@ -95,7 +95,7 @@ class RankMemory:
 
 
 def rank_memory(
-    shape: Shape, placement: ExpertPlacement, layout: Layout, *, rank: int, rows: float, pairs: float
+    shape: Shape, placement: ExpertPlacement, layout: MemoryLayout, *, rank: int, rows: float, pairs: float
 ) -> RankMemory:
     """Memory of EP position `rank`.
 
@@ -117,7 +117,7 @@ def rank_memory(
     )
 
 
-def held_parameters(shape: Shape, placement: ExpertPlacement, layout: Layout, *, rank: int) -> float:
+def held_parameters(shape: Shape, placement: ExpertPlacement, layout: MemoryLayout, *, rank: int) -> float:
     """Parameters whose master values EP position `rank` holds."""
     parts = parameters(shape, experts_held=_local(shape, placement, rank))
     dense = parts.total - parts.router - parts.experts
@@ -125,7 +125,7 @@ def held_parameters(shape: Shape, placement: ExpertPlacement, layout: Layout, *,
     return parts.router + (dense / world + parts.experts / layout.edp if layout.sharded else dense + parts.experts)
 
 
-def trained_parameters(shape: Shape, layout: Layout) -> float:
+def trained_parameters(shape: Shape, layout: MemoryLayout) -> float:
     """Adapters and routers on a rank, where these or some of the routers alone are trained."""
     if layout.tuned is not None:
         return tuned_parameters(shape, layout.tuned)
@@ -151,7 +151,7 @@ def _local(shape: Shape, placement: ExpertPlacement, rank: int) -> dict[str, flo
     return {group.name: len(placement.local_experts(rank, group)) for group in shape.groups}
 
 
-def _casts(shape: Shape, placement: ExpertPlacement, layout: Layout, rank: int) -> float:
+def _casts(shape: Shape, placement: ExpertPlacement, layout: MemoryLayout, rank: int) -> float:
     parts = parameters(shape, experts_held=_local(shape, placement, rank))
     if not layout.sharded:
         return parts.total - parts.router if layout.itemsize < FP32 else 0.0
@@ -162,7 +162,7 @@ def _casts(shape: Shape, placement: ExpertPlacement, layout: Layout, rank: int) 
     return parts.embedding + parts.output + attention + max(moe, ffn)
 
 
-def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs: float) -> float:
+def _activation_bytes_per_token(shape: Shape, layout: MemoryLayout, rows: float, pairs: float) -> float:
     if layout.tuned is not None:
         return _tuned_bytes_per_token(shape, layout, layout.tuned, rows, pairs)
     s, dim, a = shape, shape.hidden_dim, layout.itemsize
@@ -185,7 +185,7 @@ def _activation_bytes_per_token(shape: Shape, layout: Layout, rows: float, pairs
     return layers * attention + moe_layers * moe + s.num_dense_layers * dense + once + output
 
 
-def _tuned_bytes_per_token(shape: Shape, layout: Layout, tuned: Tuned, rows: float, pairs: float) -> float:
+def _tuned_bytes_per_token(shape: Shape, layout: MemoryLayout, tuned: Tuned, rows: float, pairs: float) -> float:
     s, dim, a = shape, shape.hidden_dim, layout.itemsize
     attention = a * (dim + 2 * (s.num_heads + s.num_kv_heads) * s.head_dim)
     columns = sum(group.num_columns for group in s.groups)

@@ -20,7 +20,7 @@ _SAME = 1e-9  # relative difference below which two plans are equal
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlacementPlan:
     """One placement and its expected cost, a token of the mix and of the whole EP group.
 
     Attributes:
@@ -55,16 +55,16 @@ class PlanComparison:
         missing: Why a policy cannot be, by its name.
     """
 
-    plans: tuple[Plan, ...]
+    plans: tuple[PlacementPlan, ...]
     missing: Mapping[str, str]
 
     @property
-    def fastest_compute(self) -> Plan | None:
+    def fastest_compute(self) -> PlacementPlan | None:
         """The plan whose busiest rank has least to do; None on a tie."""
         return _least(self.plans, [max(plan.load_R) for plan in self.plans])
 
     @property
-    def least_traffic(self) -> Plan | None:
+    def least_traffic(self) -> PlacementPlan | None:
         """The plan that sends fewest rows; None on a tie."""
         return _least(self.plans, [plan.remote_rows_per_token for plan in self.plans])
 
@@ -72,20 +72,20 @@ class PlanComparison:
         """Which plan wins, and by how much, in words. `itemsize`: bytes of an element on the wire."""
         if len(self.plans) < 2:
             return "; ".join(f"{name} cannot be: {why}" for name, why in self.missing.items())
-        compute, traffic = self.fastest_compute, self.least_traffic
+        compute, comm_stats = self.fastest_compute, self.least_traffic
         words = [
             _gain("busiest rank", compute, [(p, max(p.load_R)) for p in self.plans], "less work"),
-            _gain("exchange", traffic, [(p, p.remote_rows_per_token) for p in self.plans], "fewer rows"),
+            _gain("exchange", comm_stats, [(p, p.remote_rows_per_token) for p in self.plans], "fewer rows"),
         ]
-        winners = {plan.name for plan in (compute, traffic) if plan}
+        winners = {plan.name for plan in (compute, comm_stats) if plan}
         if len(winners) == 1:
             words.append(f"{winners.pop()} wins")
-        elif compute and traffic:
-            words.append(_trade(compute, traffic, itemsize))
+        elif compute and comm_stats:
+            words.append(_trade(compute, comm_stats, itemsize))
         return "; ".join(words)
 
 
-def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> Plan:
+def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementPlan:
     """Expected load and traffic of a placement.
 
     A token of a group with k of n + m choices reaches a rank with e of its experts with probability
@@ -99,7 +99,7 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
             here = len(placement.local_experts(rank, group))
             load[rank] += share * group.expected_experts_per_token * here / group.num_experts * group.ffn_dim
             remote[rank] += share * _reached(group, here) * (ranks - 1) / ranks
-    return Plan(name, placement, tuple(load), tuple(remote))
+    return PlacementPlan(name, placement, tuple(load), tuple(remote))
 
 
 def _reached(group: ExpertGroup, here: int) -> float:
@@ -124,7 +124,7 @@ def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[st
         try:
             placement = make_placement(section, groups, num_ranks=num_ranks, token_mix=token_mix)
         except ConfigError as error:
-            missing[section.policy] = "; ".join(error.faults)
+            missing[section.policy] = "; ".join(error.problems)
         else:
             plans.append(expected_plan(placement, token_mix, name=section.policy))
     return PlanComparison(tuple(plans), missing)
@@ -183,13 +183,13 @@ def experts_text(placement: ExpertPlacement, rank: int) -> str:
     return " ".join(parts) or "none"
 
 
-def _least(plans: Sequence[Plan], costs: Sequence[float]) -> Plan | None:
+def _least(plans: Sequence[PlacementPlan], costs: Sequence[float]) -> PlacementPlan | None:
     best, *others = sorted(zip(costs, range(len(plans)), strict=True))
     tie = any(cost <= best[0] * (1 + _SAME) + 1e-12 for cost, _ in others)
     return None if tie or not others else plans[best[1]]
 
 
-def _gain(what: str, winner: Plan | None, costs: Sequence[tuple[Plan, float]], unit: str) -> str:
+def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[PlacementPlan, float]], unit: str) -> str:
     if winner is None:
         return f"{what}: both equal"
     worst = max(cost for _, cost in costs)
@@ -197,17 +197,17 @@ def _gain(what: str, winner: Plan | None, costs: Sequence[tuple[Plan, float]], u
     return f"{what}: {winner.name} has {1 - best / worst:.1%} {unit}" if worst else f"{what}: both equal"
 
 
-def _trade(compute: Plan, traffic: Plan, itemsize: int) -> str:
+def _trade(compute: PlacementPlan, comm_stats: PlacementPlan, itemsize: int) -> str:
     """Where each of two plans wins.
 
     A token costs the busiest rank 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward: D cancels.
     """
-    flops = 6 * (max(traffic.load_R) - max(compute.load_R))
-    data = 2 * itemsize * (max(compute.remote_R) - max(traffic.remote_R))
+    flops = 6 * (max(comm_stats.load_R) - max(compute.load_R))
+    data = 2 * itemsize * (max(compute.remote_R) - max(comm_stats.remote_R))
     if data <= 0:
-        return f"{compute.name} wins: its busiest receiver has no more rows than {traffic.name}'s"
+        return f"{compute.name} wins: its busiest receiver has no more rows than {comm_stats.name}'s"
     ratio = data / flops * 1000
     return (
         f"{compute.name} wins where a rank's link moves more than {ratio:.3g} GB/s for each TFLOP/s it computes, "
-        f"{traffic.name} below that"
+        f"{comm_stats.name} below that"
     )

@@ -100,9 +100,9 @@ def pinned_ranks(
         ConfigError: with everything that cannot be.
     """
     given = {name: pinned.ranks for name, pinned in section.groups.items() if pinned.ranks}
-    faults = _pinned_faults(section, given, groups, num_ranks)
-    if faults:
-        raise ConfigError(faults)
+    problems = _pinned_problems(section, given, groups, num_ranks)
+    if problems:
+        raise ConfigError(problems)
     taken = {rank for ranks in given.values() for rank in ranks}
     free = [rank for rank in range(num_ranks) if rank not in taken]
     open_groups = [group for group in groups if group.name not in given]
@@ -113,20 +113,22 @@ def pinned_ranks(
     return ranks
 
 
-def _pinned_faults(
+def _pinned_problems(
     section: PinnedSection, given: Mapping[str, tuple[int, ...]], groups: Sequence[ExpertGroup], num_ranks: int
 ) -> list[str]:
     names = [group.name for group in groups]
-    faults = [f"placement.groups.{name}: no such group{_near(name, names)}" for name in section.groups if name not in names]
+    problems = [
+        f"placement.groups.{name}: no such group{_near(name, names)}" for name in section.groups if name not in names
+    ]
     owner: dict[int, str] = {}
     for name, ranks in given.items():
         key = f"placement.groups.{name}.ranks={list(ranks)}"
         if outside := sorted({rank for rank in ranks if rank >= num_ranks}):
-            faults.append(f"{key}: {outside} out of range; an EP group has the ranks 0 to {num_ranks - 1} (parallel.ep)")
+            problems.append(f"{key}: {outside} out of range; an EP group has the ranks 0 to {num_ranks - 1} (parallel.ep)")
         if len(set(ranks)) != len(ranks):
-            faults.append(f"{key}: a rank stands twice; name each once")
+            problems.append(f"{key}: a rank stands twice; name each once")
         if shared := sorted({rank for rank in ranks if owner.get(rank, name) != name}):
-            faults.append(
+            problems.append(
                 f"{key}: {shared} already hold group {owner[shared[0]]!r}; pinned groups live on ranks of their own: "
                 "give other ranks, or use placement.policy=explicit, or interleaved"
             )
@@ -134,11 +136,11 @@ def _pinned_faults(
     without = [name for name in names if name not in given]
     free = num_ranks - len([rank for rank in owner if rank < num_ranks])
     if len(without) > free:
-        faults.append(
+        problems.append(
             f"placement.policy=pinned: {free} of parallel.ep={num_ranks} ranks are free for {len(without)} groups "
             f"({', '.join(without)}), each needs one of its own; raise parallel.ep or use placement.policy=interleaved"
         )
-    return faults
+    return problems
 
 
 def _shares(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> list[int]:
@@ -178,9 +180,9 @@ def _even_runs(experts: range, parts: int) -> list[range]:
 
 
 def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num_ranks: int) -> Slots:
-    faults: list[str] = []
+    problems: list[str] = []
     if len(section.slots) != num_ranks:
-        faults.append(
+        problems.append(
             f"placement.slots: lists {len(section.slots)} ranks, parallel.ep={num_ranks}; give one list a rank, [] for none"
         )
     by_name = {group.name: group for group in groups}
@@ -189,17 +191,17 @@ def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num
         for name in names:
             expert = _expert_id(name, by_name)
             if isinstance(expert, str):
-                faults.append(f"placement.slots.{rank}: {expert}")
+                problems.append(f"placement.slots.{rank}: {expert}")
             else:
                 places.setdefault(expert, []).append(rank)
     labels = {expert: f"{g.name}/{i}" for g in groups for i, expert in enumerate(g.experts)}
     if missing := [label for expert, label in labels.items() if expert not in places]:
-        faults.append(f"placement.slots: no rank has {', '.join(missing)}; every expert needs one slot")
+        problems.append(f"placement.slots: no rank has {', '.join(missing)}; every expert needs one slot")
     for expert, ranks in places.items():
         if len(ranks) > 1:
-            faults.append(f"placement.slots: {labels[expert]} stands on ranks {ranks}; give it one slot")
-    if faults:
-        raise ConfigError(faults)
+            problems.append(f"placement.slots: {labels[expert]} stands on ranks {ranks}; give it one slot")
+    if problems:
+        raise ConfigError(problems)
     slots: Slots = [[] for _ in range(num_ranks)]
     for expert, (rank, *_) in places.items():
         slots[rank].append(expert)

@@ -9,22 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.config.balance_rules import balance_relations
-from moe_dist.config.dispatch_rules import dispatch_relations
-from moe_dist.config.draft import Draft
+from moe_dist.config.balance_rules import balance_violations
+from moe_dist.config.dispatch_rules import dispatch_violations
 from moe_dist.config.index_header import largest_id
-from moe_dist.config.init_rules import init_relations
-from moe_dist.config.load import GUIDE, model_relations, read_draft
-from moe_dist.config.lora_rules import has_lora_experts, lora_relations
+from moe_dist.config.init_rules import init_violations
+from moe_dist.config.load import GUIDE, model_violations, read_draft
+from moe_dist.config.lora_rules import has_lora_experts, lora_violations
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
-from moe_dist.config.router_rules import router_relations
+from moe_dist.config.partial import PartialConfig
+from moe_dist.config.router_rules import router_violations
 from moe_dist.config.schema import Config
-from moe_dist.config.section import RESERVED_GROUP_NAMES, Relation
+from moe_dist.config.section import RESERVED_GROUP_NAMES, Violation
 from moe_dist.config.split_files import check_split, count_by_modality
-from moe_dist.config.tuning_rules import judge_tuning_data, tuning_relations
+from moe_dist.config.tuning_rules import check_tuning_data, tuning_violations
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.plan.host import host_relations
+from moe_dist.plan.host import host_violations
 from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
@@ -67,7 +67,7 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
         ConfigError: with every fault, those of the data among them, if any of them is the configuration's.
         DataError: with every fault, if all of them are the data's.
     """
-    return _check(Draft(config, ()), manifest, world_size)
+    return _check(PartialConfig(config, ()), manifest, world_size)
 
 
 def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
@@ -80,7 +80,7 @@ def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: i
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlannedLayout:
     """Experts on ranks, for a configuration whose data need not be there.
 
     Attributes:
@@ -93,51 +93,51 @@ class Layout:
     token_mix: Mapping[str, int]
 
 
-def layout_without_data(config: Config) -> Layout:
+def layout_without_data(config: Config) -> PlannedLayout:
     """Checks what can be checked without data (for a dry run), and against the manifest where there is one.
 
     Raises:
         ConfigError, DataError: as `check`.
     """
     groups = expert_groups(config.model.moe)
-    relations = _own_relations(config, groups)
-    data_faults: list[str] = []
-    manifest = _manifest_or_fault(config, [], data_faults)
+    violations = _own_violations(config, groups)
+    data_problems: list[str] = []
+    manifest = _manifest_or_problem(config, [], data_problems)
     counted = False
     if manifest is not None:
-        relations += manifest_relations(config, groups, manifest)
+        violations += manifest_violations(config, groups, manifest)
         counted = all(source.train.tokens_by_modality for source in manifest.sources.values())
     mix = token_mix(config, manifest) if manifest is not None and counted else {}
-    placement = _placement_or_fault(config, groups, mix, relations)
-    _raise_if_any([relation.fault for relation in relations], data_faults)
+    placement = _placement_or_problem(config, groups, mix, violations)
+    _raise_if_any([violation.problem for violation in violations], data_problems)
     if placement is None:
         raise AssertionError("a fault was found but not reported")
-    return Layout(groups, placement, mix)
+    return PlannedLayout(groups, placement, mix)
 
 
-def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | None) -> Preflight:
+def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: int | None) -> Preflight:
     config = read.value
     if config is None:
-        raise ConfigError(read.faults, see=GUIDE)
+        raise ConfigError(read.problems, see=GUIDE)
     groups = expert_groups(config.model.moe)
-    relations = [*_own_relations(config, groups), *host_relations(config)]
-    data_faults: list[str] = []
+    violations = [*_own_violations(config, groups), *host_violations(config)]
+    data_problems: list[str] = []
     if manifest is None:
-        manifest = _manifest_or_fault(config, relations, data_faults)
+        manifest = _manifest_or_problem(config, violations, data_problems)
     if manifest is not None:
-        relations += manifest_relations(config, groups, manifest)
-        data_faults += data_set_faults(config.data.path, manifest)
-    relations += judge_tuning_data(config, manifest, data_faults)
+        violations += manifest_violations(config, groups, manifest)
+        data_problems += data_set_problems(config.data.path, manifest)
+    violations += check_tuning_data(config, manifest, data_problems)
     if world_size not in (None, config.parallel.ep * config.parallel.edp):
-        relations.append(_world_relation(config, world_size))
-    sound = manifest is not None and not data_faults
+        violations.append(_world_relation(config, world_size))
+    sound = manifest is not None and not data_problems
     mix = token_mix(config, manifest) if sound and manifest else {}
-    placement = _placement_or_fault(config, groups, mix, relations)
+    placement = _placement_or_problem(config, groups, mix, violations)
 
-    faults = [*read.faults, *read.broken(relations)]
+    problems = [*read.problems, *read.broken(violations)]
     _raise_if_any(
-        faults,
-        [] if _distrusted(read, "data.path") else data_faults,
+        problems,
+        [] if _distrusted(read, "data.path") else data_problems,
         pages="docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md",
     )
     if placement is None or manifest is None:
@@ -147,65 +147,65 @@ def _check(read: Draft[Config], manifest: Manifest | None, world_size: int | Non
     return Preflight(config, manifest, groups, placement, micro_batches, mix, comparison)
 
 
-def _own_relations(config: Config, groups: Sequence[ExpertGroup]) -> list[Relation]:
+def _own_violations(config: Config, groups: Sequence[ExpertGroup]) -> list[Violation]:
     """What the configuration breaks by itself."""
-    rules = [*model_relations(config), *batch_relations(config), *gemm_relations(config), *group_relations(groups)]
-    rules += [*dispatch_relations(config), *balance_relations(config)]
-    rules += [*lora_relations(config), *tuning_relations(config)]
-    return [*rules, *router_relations(config), *init_relations(config)]
+    rules = [*model_violations(config), *batch_violations(config), *gemm_violations(config), *group_violations(groups)]
+    rules += [*dispatch_violations(config), *balance_violations(config)]
+    rules += [*lora_violations(config), *tuning_violations(config)]
+    return [*rules, *router_violations(config), *init_violations(config)]
 
 
-def batch_relations(config: Config) -> list[Relation]:
+def batch_violations(config: Config) -> list[Violation]:
     """Sequence length and batch against the model and the ranks."""
     broken = []
     if config.data.seq_len > config.model.max_seq_len:
-        fault = (
+        problem = (
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={config.model.max_seq_len}; "
             "shorten it, or make the model for longer sequences"
         )
-        broken.append(Relation(("data.seq_len", "model.max_seq_len"), fault))
+        broken.append(Violation(("data.seq_len", "model.max_seq_len"), problem))
     train, ranks = config.train, config.parallel.ep * config.parallel.edp
     each = train.micro_batch * ranks
     if train.global_batch % each:
         below = train.global_batch // each * each
         near = f"{below} or {below + each}" if below else str(each)
-        fault = (
+        problem = (
             f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch={train.micro_batch} x "
             f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of ranks"
         )
         keys = ("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp")
-        broken.append(Relation(keys, fault))
+        broken.append(Violation(keys, problem))
     return broken
 
 
-def gemm_relations(config: Config) -> list[Relation]:
+def gemm_violations(config: Config) -> list[Violation]:
     """`parallel.expert_gemm: grouped` against what is known of types and widths before any device is looked at."""
     parallel, broken = config.parallel, []
     if parallel.expert_gemm != "grouped":
         return []
     if parallel.device == "cuda" and parallel.precision != "bf16":
-        fault = (
+        problem = (
             f"parallel.expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 only, not for "
             f"parallel.precision={parallel.precision}; take bf16, or parallel.expert_gemm=auto"
         )
-        broken.append(Relation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), fault))
+        broken.append(Violation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), problem))
     step = _GROUPED_STEP[parallel.precision]
     widths = {"model.hidden_dim": config.model.hidden_dim}
     widths |= {f"model.moe.groups.{name}.ffn_dim": group.ffn_dim for name, group in config.model.moe.groups.items()}
     for key, width in widths.items():
         if width % step:
-            fault = (
+            problem = (
                 f"{key}={width}: must be a multiple of {step} for parallel.expert_gemm=grouped in {parallel.precision} "
                 f"(rows of 16 bytes); take {width + -width % step}, or parallel.expert_gemm=auto"
             )
-            broken.append(Relation((key, "parallel.expert_gemm", "parallel.precision"), fault))
+            broken.append(Violation((key, "parallel.expert_gemm", "parallel.precision"), problem))
     return broken
 
 
-def group_relations(groups: Sequence[ExpertGroup]) -> list[Relation]:
+def group_violations(groups: Sequence[ExpertGroup]) -> list[Violation]:
     """No group is named like a part of a torch module, and no modality belongs to two groups."""
     reserved = [
-        Relation(
+        Violation(
             (f"model.moe.groups.{name}",), f"model.moe.groups: the name {name!r} is taken; call the group {name}_experts"
         )
         for name in (group.name for group in groups)
@@ -216,7 +216,7 @@ def group_relations(groups: Sequence[ExpertGroup]) -> list[Relation]:
         for modality in group.modalities:
             owners.setdefault(modality, []).append(group.name)
     return reserved + [
-        Relation(
+        Violation(
             ("model.moe.groups",),
             f"model.moe.groups: modality {modality!r} is routed to {' and '.join(names)}; leave it to one of them",
         )
@@ -225,32 +225,32 @@ def group_relations(groups: Sequence[ExpertGroup]) -> list[Relation]:
     ]
 
 
-def manifest_relations(config: Config, groups: Sequence[ExpertGroup], manifest: Manifest) -> list[Relation]:
+def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest: Manifest) -> list[Violation]:
     """Vocabulary, modalities, sources and ranks against the data set."""
     return [
-        *_vocabulary_relations(config, manifest),
-        *_modality_relations(groups, manifest),
-        *_source_relations(config, manifest),
+        *_vocabulary_violations(config, manifest),
+        *_modality_violations(groups, manifest),
+        *_source_violations(config, manifest),
     ]
 
 
-def data_set_faults(folder: str | Path, manifest: Manifest) -> list[str]:
+def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
     """What is wrong with the files of a data set: missing, cut short, other counts than the manifest's, ids outside it."""
-    faults: list[str] = []
+    problems: list[str] = []
     for key, split in manifest.splits():
         try:
             check_split(folder, split)
         except DataError as error:
-            faults += [f"data set {key}: {fault}" for fault in error.faults]
+            problems += [f"data set {key}: {problem}" for problem in error.problems]
         else:
-            faults += _id_faults(Path(folder), key, split, manifest)
+            problems += _id_problems(Path(folder), key, split, manifest)
     named = {"tokenizer": manifest.tokenizer, "image.codebook": manifest.image and manifest.image.codebook}
-    faults += [
+    problems += [
         f"data set {key}: {Path(folder) / name} is missing; prepare the data again, or take it out of the manifest"
         for key, name in named.items()
         if name and not (Path(folder) / name).is_file()
     ]
-    return faults
+    return problems
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
@@ -266,42 +266,42 @@ def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
     return {modality: round(total) for modality, total in totals.items()}
 
 
-def _vocabulary_relations(config: Config, manifest: Manifest) -> list[Relation]:
+def _vocabulary_violations(config: Config, manifest: Manifest) -> list[Violation]:
     size = config.model.vocab_size
     if size >= manifest.vocab_size:
         return []
     outside = [
         f"{name} [{first}, {end})" for name, ranges in manifest.modalities.items() for first, end in ranges if end > size
     ]
-    fault = (
+    problem = (
         f"model.vocab_size={size}: smaller than the data's {manifest.vocab_size} ids; outside lie those of "
         f"{', '.join(outside)}; set model.vocab_size={manifest.vocab_size} or more"
     )
-    return [Relation(("model.vocab_size", "data.path"), fault)]
+    return [Violation(("model.vocab_size", "data.path"), problem)]
 
 
-def _modality_relations(groups: Sequence[ExpertGroup], manifest: Manifest) -> list[Relation]:
+def _modality_violations(groups: Sequence[ExpertGroup], manifest: Manifest) -> list[Violation]:
     keys = ("model.moe.groups", "data.path")
     routed = {modality: group.name for group in groups for modality in group.modalities}
     broken = [
-        Relation(keys, f"model.moe.groups: no group routes the data's modality {name!r}; add it to a group's modalities")
+        Violation(keys, f"model.moe.groups: no group routes the data's modality {name!r}; add it to a group's modalities")
         for name in manifest.modalities
         if name not in routed
     ]
     for modality, group in routed.items():
         if modality not in manifest.modalities:
-            fault = (
+            problem = (
                 f"model.moe.groups.{group}: the data has no modality {modality!r}; "
                 f"it has {', '.join(manifest.modalities)}{_near(modality, manifest.modalities)}"
             )
-            broken.append(Relation((f"model.moe.groups.{group}", "data.path"), fault))
+            broken.append(Violation((f"model.moe.groups.{group}", "data.path"), problem))
     return broken
 
 
-def _source_relations(config: Config, manifest: Manifest) -> list[Relation]:
+def _source_violations(config: Config, manifest: Manifest) -> list[Violation]:
     sources, weights = manifest.sources, config.data.weights
     broken = [
-        Relation(
+        Violation(
             ("data.weights", "data.path"),
             f"data.weights.{name}: the data has no such source; it has {', '.join(sources)}{_near(name, sources)}",
         )
@@ -311,29 +311,29 @@ def _source_relations(config: Config, manifest: Manifest) -> list[Relation]:
     used = [source for name, source in sources.items() if not weights or name in weights]
     documents, ranks = sum(source.train.documents for source in used), config.parallel.ep * config.parallel.edp
     if used and documents < ranks:
-        fault = (
+        problem = (
             f"parallel.ep x parallel.edp = {ranks} ranks, but the data has {documents} training documents, fewer than one "
             "a rank; take fewer ranks, or cut the data into more documents"
         )
-        broken.append(Relation(("parallel.ep", "parallel.edp", "data.path", "data.weights"), fault))
+        broken.append(Violation(("parallel.ep", "parallel.edp", "data.path", "data.weights"), problem))
     return broken
 
 
-def _world_relation(config: Config, world_size: int | None) -> Relation:
+def _world_relation(config: Config, world_size: int | None) -> Violation:
     ep, edp = config.parallel.ep, config.parallel.edp
-    fault = (
+    problem = (
         f"{world_size} ranks were started, but parallel.ep={ep} x parallel.edp={edp} = {ep * edp}; start that many, or set "
         f"parallel.edp to ranks / {ep}"
     )
-    return Relation(("parallel.ep", "parallel.edp"), fault)
+    return Violation(("parallel.ep", "parallel.edp"), problem)
 
 
-def _id_faults(folder: Path, key: str, split: SplitSection, manifest: Manifest) -> list[str]:
+def _id_problems(folder: Path, key: str, split: SplitSection, manifest: Manifest) -> list[str]:
     prefix = folder / split.path
     try:
         largest = largest_id(prefix, max_bytes=_LOOKED_AT)
     except DataError as error:
-        return [f"data set {key}: {fault}" for fault in error.faults]
+        return [f"data set {key}: {problem}" for problem in error.problems]
     if largest < manifest.vocab_size:
         return []
     return [
@@ -348,18 +348,18 @@ def _counted(folder: str, split: SplitSection, manifest: Manifest) -> dict[str, 
     return count_by_modality(Path(folder) / split.path, manifest.modalities)
 
 
-def _manifest_or_fault(config: Config, relations: list[Relation], data_faults: list[str]) -> Manifest | None:
+def _manifest_or_problem(config: Config, violations: list[Violation], data_problems: list[str]) -> Manifest | None:
     try:
         return load_manifest(config.data.path)
     except ConfigError as error:
-        relations += [Relation(("data.path",), fault) for fault in error.faults]
+        violations += [Violation(("data.path",), problem) for problem in error.problems]
     except DataError as error:
-        data_faults += error.faults
+        data_problems += error.problems
     return None
 
 
-def _placement_or_fault(
-    config: Config, groups: Sequence[ExpertGroup], mix: Mapping[str, int], relations: list[Relation]
+def _placement_or_problem(
+    config: Config, groups: Sequence[ExpertGroup], mix: Mapping[str, int], violations: list[Violation]
 ) -> ExpertPlacement | None:
     if has_lora_experts(config.model):
         return replicated_placement(groups)
@@ -367,20 +367,20 @@ def _placement_or_fault(
         return make_placement(config.placement, groups, num_ranks=config.parallel.ep, token_mix=mix)
     except ConfigError as error:
         keys = ("placement", "parallel.ep", "model.moe.groups")
-        relations += [Relation(keys, fault) for fault in error.faults]
+        violations += [Violation(keys, problem) for problem in error.problems]
     return None
 
 
-def _distrusted(read: Draft[Config], key: str) -> bool:
-    return not read.broken([Relation((key,), key)])
+def _distrusted(read: PartialConfig[Config], key: str) -> bool:
+    return not read.broken([Violation((key,), key)])
 
 
-def _raise_if_any(faults: Sequence[str], data_faults: Sequence[str], *, pages: str = "docs/data.md") -> None:
+def _raise_if_any(problems: Sequence[str], data_problems: Sequence[str], *, pages: str = "docs/data.md") -> None:
     error: MoeDistError | None = None
-    if faults:
-        error = ConfigError([*faults, *data_faults], see=GUIDE)
-    elif data_faults:
-        error = DataError(data_faults, see=pages)
+    if problems:
+        error = ConfigError([*problems, *data_problems], see=GUIDE)
+    elif data_problems:
+        error = DataError(data_problems, see=pages)
     if error is not None:
         raise error
 

@@ -34,10 +34,10 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         and section.moe.router.causal == "auxiliary",
         single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
         num_depth_layers=len(section.depth_layers),
-        depth_capacity=1.0 if section.depths is None else section.depths.capacity,
+        depth_capacity=1.0 if section.mixture_of_depths is None else section.mixture_of_depths.capacity,
         lora=_adapters(section.moe.experts if has_lora_experts(section) else None),
         attention_lora=_adapters(section.attention_lora),
-        depth_auxiliary=section.depths is not None and section.depths.causal == "auxiliary",
+        depth_auxiliary=section.mixture_of_depths is not None and section.mixture_of_depths.causal == "auxiliary",
     )
 
 

@@ -48,14 +48,16 @@ class RankEnv:
         Raises:
             ConfigError: variables are missing, are no numbers, or contradict each other; all faults at once.
         """
-        faults: list[str] = []
+        problems: list[str] = []
 
         def number(name: str, default: int | None = None) -> int:
             text = env.get(name)
             if text is None and default is not None:
                 return default
             if text is None or not text.strip().isdecimal():
-                faults.append(f"environment variable {name}={text!r}: must be a whole number; start ranks with a launcher")
+                problems.append(
+                    f"environment variable {name}={text!r}: must be a whole number; start ranks with a launcher"
+                )
                 return 0
             return int(text)
 
@@ -64,23 +66,23 @@ class RankEnv:
         local_rank = number("LOCAL_RANK", 0 if world_size == 1 else None)
         local_world_size = number("LOCAL_WORLD_SIZE", 1 if world_size == 1 else None)
         attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))
-        if not faults:
+        if not problems:
             for name, value, size in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_world_size)):
                 if value >= size:
-                    faults.append(f"environment variable {name}={value}: must be below the number of ranks, {size}")
+                    problems.append(f"environment variable {name}={value}: must be below the number of ranks, {size}")
             if local_world_size > world_size:
-                faults.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
+                problems.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
         init_method = _init_method(env, world_size)
         if not init_method:
-            faults.append(
+            problems.append(
                 "the ranks cannot find each other: set MOE_DIST_INIT_METHOD (published, file:///a/shared/path or "
                 "tcp://host:port), or MASTER_ADDR and MASTER_PORT"
             )
         attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # it becomes part of file names
-            faults.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
-        if faults:
-            raise ConfigError(faults)
+            problems.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
+        if problems:
+            raise ConfigError(problems)
         return cls(
             rank=rank,
             world_size=world_size,

@@ -17,7 +17,7 @@ LABELS = "MOE_DIST_NODE_LABELS"  # likewise, a JSON mapping; by launchers.ray
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPlace:
     """Where the plan puts one rank.
 
     Attributes:
@@ -43,7 +43,7 @@ class Place:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_environment(cls, env: Mapping[str, str]) -> "Place | None":
+    def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
         """The place in MOE_DIST_PLACE; None where nobody planned one (torchrun).
 
         Raises:
@@ -92,7 +92,7 @@ class Found:
         )
 
 
-def check_place(place: Place | None, found: Found) -> None:
+def check_place(place: RunPlace | None, found: Found) -> None:
     """Holds a rank's place against what is there. No plan, no complaint.
 
     Raises:
@@ -100,36 +100,38 @@ def check_place(place: Place | None, found: Found) -> None:
     """
     if place is None:
         return
-    faults = [*_where(place, found), *_what(place, found)]
-    if faults:
+    problems = [*_where(place, found), *_what(place, found)]
+    if problems:
         groups = f" (experts of {', '.join(place.groups)})" if place.groups else ""
         raise PlacementError(
-            f"rank {place.rank}{groups} is not where the plan puts it: {'; '.join(faults)}; start the job with a launcher, "
+            f"rank {place.rank}{groups} is not where the plan puts it: {'; '.join(problems)}; start the job with a launcher, "
             "which asks for such nodes, or change placement.groups.<group>.node"
         )
 
 
-def _where(place: Place, found: Found) -> list[str]:
-    faults = []
+def _where(place: RunPlace, found: Found) -> list[str]:
+    problems = []
     if place.host is not None and found.host != place.host:
-        faults.append(f"it belongs on {place.host} and runs on {found.host}")
+        problems.append(f"it belongs on {place.host} and runs on {found.host}")
     if found.local_rank is not None and found.local_rank != place.local_rank:
-        faults.append(f"it is to be number {place.local_rank} on its node and is number {found.local_rank}")
+        problems.append(f"it is to be number {place.local_rank} on its node and is number {found.local_rank}")
     if place.gpu is not None and found.gpus is not None and place.gpu >= len(found.gpus):
         shown = ",".join(found.gpus) or "none"
-        faults.append(f"it is to compute on GPU {place.gpu} of {found.host}, which shows it {shown} (CUDA_VISIBLE_DEVICES)")
-    return faults
+        problems.append(
+            f"it is to compute on GPU {place.gpu} of {found.host}, which shows it {shown} (CUDA_VISIBLE_DEVICES)"
+        )
+    return problems
 
 
-def _what(place: Place, found: Found) -> list[str]:
-    faults = []
+def _what(place: RunPlace, found: Found) -> list[str]:
+    problems = []
     if place.feature is not None and found.features is not None and place.feature not in found.features:
         has = ", ".join(sorted(found.features)) or "none"
-        faults.append(f"its node must have the feature {place.feature!r}; {found.host} has {has}")
+        problems.append(f"its node must have the feature {place.feature!r}; {found.host} has {has}")
     if found.labels is not None:
-        faults += [
+        problems += [
             f"its node must have the label {name}={value!r}; {found.host} has {name}={found.labels.get(name)!r}"
             for name, value in place.labels.items()
             if found.labels.get(name) != value
         ]
-    return faults
+    return problems

@@ -27,7 +27,7 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, LeaseError, read_holder
 from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, refuse_planted_links
 from moe_dist.runtime.provenance import record_provenance
-from moe_dist.runtime.status import Ending, Status, read_status, write_status
+from moe_dist.runtime.status import AttemptRecord, Status, read_status, write_status
 
 BEFORE_OPENING = frozenset(
     {"log", "slurm", "lease.json", "status.json"}
@@ -139,7 +139,7 @@ class RunFolder:
                 [
                     f"{self.config_yaml}: cannot be read by this version of moe_dist; go on with the version in "
                     "provenance.json, choose another run.name, or start with --overwrite",
-                    *error.faults,
+                    *error.problems,
                 ]
             ) from error
 
@@ -320,7 +320,7 @@ class RunFolder:
         me = Holder.this_process(env.attempt_id)
         for claim in self.path.glob(".verdict_*"):
             claim.unlink(missing_ok=True)
-        ending = Ending(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
+        ending = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
         write_status(self.status_json, ending, before_rename=lease.check)
 
     def _claim(self, attempt_id: str) -> Path:

@@ -12,7 +12,7 @@ from moe_dist.runtime.files import write_atomically
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptRecord:
     """One attempt in status.json.
 
     Attributes:
@@ -41,13 +41,13 @@ class Ending:
 class Status:
     """All attempts of a run, the latest last."""
 
-    attempts: tuple[Ending, ...] = ()
+    attempts: tuple[AttemptRecord, ...] = ()
 
     @property
-    def latest(self) -> Ending | None:
+    def latest(self) -> AttemptRecord | None:
         return self.attempts[-1] if self.attempts else None
 
-    def of(self, attempt_id: str) -> Ending | None:
+    def of(self, attempt_id: str) -> AttemptRecord | None:
         """The entry of one attempt."""
         return next((ending for ending in self.attempts if ending.attempt_id == attempt_id), None)
 
@@ -63,7 +63,7 @@ def read_status(path: Path) -> Status:
     except FileNotFoundError:
         return Status()
     try:
-        attempts = TypeAdapter(tuple[Ending, ...]).validate_python(json.loads(text)["attempts"])
+        attempts = TypeAdapter(tuple[AttemptRecord, ...]).validate_python(json.loads(text)["attempts"])
     except (ValueError, TypeError, KeyError) as error:  # a ValidationError is a ValueError
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"
@@ -74,7 +74,7 @@ def read_status(path: Path) -> Status:
     return Status(attempts)
 
 
-def write_status(path: Path, ending: Ending, *, before_rename: Callable[[], None] | None = None) -> None:
+def write_status(path: Path, ending: AttemptRecord, *, before_rename: Callable[[], None] | None = None) -> None:
     """Adds an attempt, or replaces its entry; the fields of the latest also stand at the top, for `jq .verdict`.
 
     Args:

@@ -2,7 +2,7 @@
 
     log/watchdog_<attempt>/rank_R.json     where rank R stood, one JSON object: collective, layer, splits, seconds, step
 
-Each rank has a thread that looks at its `Watch`. Where a collective has not finished in time the rank reports; the others
+Each rank has a thread that looks at its `CollectiveTracker`. Where a collective has not finished in time the rank reports; the others
 see the folder and report as well, also those that wait for nothing. A little later each reads all reports, writes the
 verdict (the first one counts) and ends its process, since its main thread is inside a collective and cannot be asked to. A
 rank that has written nothing is stopped, dead or cut off.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_dist.comm.watch import Position, Watch
+from moe_dist.comm.tracker import CollectiveTracker, Position
 from moe_dist.runtime.run_folder import write_atomically
 
 POLLS = 20  # looks during the time allowed; so a collective is ended after at most 1.2 times that
@@ -138,7 +138,7 @@ class Watchdog:
     """The thread, from `start` to `stop`.
 
     Args:
-        watch: Of this rank.
+        tracker: Of this rank.
         attempt_id: The same on all ranks.
         seconds: How long a collective may take.
         logs: Log folder of the run.
@@ -148,7 +148,7 @@ class Watchdog:
 
     def __init__(
         self,
-        watch: Watch,
+        tracker: CollectiveTracker,
         *,
         rank: int,
         world_size: int,
@@ -158,7 +158,7 @@ class Watchdog:
         step: Callable[[], int],
         end: Callable[[str], None],
     ) -> None:
-        self._watch, self._seconds = watch, seconds
+        self._watch, self._seconds = tracker, seconds
         self._rank, self._world_size, self._attempt_id = rank, world_size, attempt_id
         self._folder = report_folder(logs, attempt_id)
         self._step, self._end = step, end

@@ -19,7 +19,7 @@ from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.place import Found, Place, check_place
+from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.shared_folder import shared_with_rank_0
 from moe_dist.runtime.signals import StopRequest
@@ -79,12 +79,12 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
     timeout = config.parallel.timeout_seconds
     startup.now("waiting for the other ranks")
     with shared_with_rank_0(folder.path, env):
-        check_place(Place.from_environment(os.environ), Found.from_environment(os.environ))
+        check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
         check_at_start(config, env, folder.path)
         with published_store(env, folder.path, timeout=timeout) as store:
             init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
     mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout, ranks_per_node=ranks_per_node(config))
-    watchdog = session.start_watchdog(config, env, folder, mesh.watch, attempt)
+    watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
     training = build.build_training(config, plan.manifest, plan.placement, mesh)
     startup.now("reading data")
@@ -95,7 +95,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         keep=config.checkpoint.keep,
         lease_check=attempt.check_commit,
         process_group=mesh.checkpoint,
-        watch=mesh.watch,
+        tracker=mesh.tracker,
     )
     resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=training.controllers())
     startup.now("looking for a checkpoint, and loading it")

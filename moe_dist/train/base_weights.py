@@ -31,7 +31,7 @@ _FUNCTION = (
     "qk_norm",
     "attention_bias",
     "tie_embeddings",
-    "depths",
+    "mixture_of_depths",
 )
 
 
@@ -46,8 +46,8 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
     found: list[Base] = []
 
     def check(contents: Contents) -> None:
-        if faults := base_faults(config.model, contents):
-            raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {fault}" for fault in faults], see=GUIDE)
+        if problems := base_problems(config.model, contents):
+            raise ConfigError([f"run.init_rules: adapt: {contents.folder}: {problem}" for problem in problems], see=GUIDE)
         found.append(Base(str(contents.folder), content_hash(contents.index)))
 
     def sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> Mapping[str, str]:
@@ -88,7 +88,7 @@ def load_base(
     return base
 
 
-def base_faults(model: ModelSection, contents: Contents) -> list[str]:
+def base_problems(model: ModelSection, contents: Contents) -> list[str]:
     """Why a checkpoint is no base of a model, beyond what its tensors say."""
     values = contents.state.values
     if KEY in values:
@@ -98,35 +98,35 @@ def base_faults(model: ModelSection, contents: Contents) -> list[str]:
         there = ModelSection.model_validate_json(json.dumps(config.get("model") if isinstance(config, dict) else None))
     except ValidationError as error:
         return [f"its state.json has no model that this version can read: {str(error)[:200]}"]
-    faults = [
+    problems = [
         f"model.{name.removeprefix('resolved_')}={getattr(model, name)!r}, the base's is {getattr(there, name)!r}"
         for name in _FUNCTION
         if getattr(model, name) != getattr(there, name)
     ]
     if not has_lora_experts(model):
         here, base = (each.moe.model_dump(mode="json", exclude={"capacity", "balance"}) for each in (model, there))
-        return [*faults, *(f"model.moe.{key}={value!r}, the base's is {base[key]!r}" for key, value in here.items()
+        return [*problems, *(f"model.moe.{key}={value!r}, the base's is {base[key]!r}" for key, value in here.items()
                            if value != base[key])]  # fmt: skip
-    return [*faults, *_not_dense(there)]
+    return [*problems, *_not_dense(there)]
 
 
 def _not_dense(base: ModelSection) -> list[str]:
     """Why the experts of a base are not one FFN that every token passes, whole."""
-    moe, faults = base.moe, []
+    moe, problems = base.moe, []
     groups = ", ".join(
         f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"
         for name, group in moe.groups.items()
     )
     counts = [(g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in moe.groups.values()]
     if counts != [(1, 0, 0, 0)]:
-        faults.append(
+        problems.append(
             f"its groups are {groups}; LoRA experts stand on one dense FFN, which is one group of one true expert"
         )
     if moe.router.kind != "top_k" or moe.router.scale != 1.0:
-        faults.append("its router weighs the expert's output by other than 1 (router.kind, router.scale)")
+        problems.append("its router weighs the expert's output by other than 1 (router.kind, router.scale)")
     if moe.shared_ffn_dim:
-        faults.append(f"it has a shared expert beside (shared_ffn_dim={moe.shared_ffn_dim})")
-    return faults
+        problems.append(f"it has a shared expert beside (shared_ffn_dim={moe.shared_ffn_dim})")
+    return problems
 
 
 def _of_base(name: str, model: ModelSection) -> bool:

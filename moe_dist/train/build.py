@@ -9,32 +9,32 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
-from moe_dist.comm.traffic import Traffic
-from moe_dist.comm.watch import Watch
-from moe_dist.config.balance_rules import even_loads, load_targets
+from moe_dist.comm.stats import CommStats
+from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.config.balance_rules import active_targets, even_active
 from moe_dist.config.lora_rules import has_lora_experts, largest_dropout
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.model_schema import (
     ExpertChoiceRouterSection,
-    FixedLoadRouterSection,
     ModelSection,
+    ScheduledTopKRouterSection,
 )
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
-from moe_dist.model.mixture_of_depths import DepthRouter, DepthSet
+from moe_dist.model.mixture_of_depths import DepthRouter, DepthScope
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.dispatch.known_counts import SyncFreeDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.expert_gemm import choose_gemm
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.choice_sets import ChoiceRanks, ChoiceSet
-from moe_dist.moe.routers.thresholds import ThresholdKeeper
+from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
+from moe_dist.moe.routers.thresholds import ThresholdUpdater
+from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.optim.schedules import coefficient_at, lr_factor
@@ -45,16 +45,16 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.flops import forward_flops, training_flops
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.sizes import flops_left_out, model_shape
-from moe_dist.train.build_dispatch import NodeGroups, build_dispatcher, build_wire
+from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all, build_dispatcher
 from moe_dist.train.build_lora import attention_adapters, lora_layers
-from moe_dist.train.build_routing import build_balance, build_depth_set, build_router, choice_ranks_of, depth_thresholds
+from moe_dist.train.build_routing import build_balance, build_depth_scope, build_router, depth_thresholds, scope_ranks_of
 from moe_dist.train.build_tuning import build_sample_loader, build_tuning
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
-from moe_dist.train.trainer import Plan
+from moe_dist.train.trainer import TrainingPlan
 
 TRAINED_PARTS = {"auxiliary_routers": ("auxiliary",), "adapters": ("adapters", "router")}  # in a parameter's path
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,37 +89,37 @@ def build_model(
     ep_rank: int,
     ep_group: dist.ProcessGroup | None,
     node_groups: NodeGroups = (None, None),
-    traffic: Traffic | None = None,
-    watch: Watch | None = None,
+    comm_stats: CommStats | None = None,
+    tracker: CollectiveTracker | None = None,
     compute_dtype: torch.dtype | None = None,
-    choice_ranks: ChoiceRanks | None = None,
-    depth_set: DepthSet | None = None,
+    scope_ranks: ScopeRanks | None = None,
+    depth_scope: DepthScope | None = None,
 ) -> Transformer:
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
 
     Args:
         placement: Which expert lives on which rank; without an `ep_group` it must not need the wire.
         node_groups: The EP group's cuts between and inside nodes, for a dispatcher that knows nodes.
-        traffic: Counter of all layers' wires.
-        watch: Where the wires' collectives are noted.
+        comm_stats: Counter of all layers' wires.
+        tracker: Where the wires' collectives are noted.
         compute_dtype: Instead of `parallel.precision`, for tests in float64.
-        choice_ranks: Over which ranks experts may choose their tokens; by default this rank alone.
-        depth_set: The ranks among whose tokens layers choose (mixture of depths); by default this one.
+        scope_ranks: Over which ranks experts may choose their tokens; by default this rank alone.
+        depth_scope: The ranks among whose tokens layers choose (mixture of depths); by default this one.
     """
     section, moe = config.model, config.model.moe
-    wire = build_wire(config.parallel, ep_group, traffic or Traffic(), watch)
+    wire = build_all_to_all(config.parallel, ep_group, comm_stats or CommStats(), tracker)
     make_adapters = attention_adapters(config)
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
     if has_lora_experts(section):
         new_router = partial(build_router, moe.router, section.hidden_dim, placement.groups)
-        return Transformer(args, lora_layers(config, placement.groups, wire.traffic, new_router), None, make_adapters)
+        return Transformer(args, lora_layers(config, placement.groups, wire.comm_stats, new_router), None, make_adapters)
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(config.parallel, placement, wire, hidden_dim=section.hidden_dim, node_groups=node_groups)
 
-    kind = moe.router.set if isinstance(moe.router, ExpertChoiceRouterSection) else "rank"
-    choice_set = ChoiceSet.over(kind, choice_ranks or ChoiceRanks(), traffic=wire.traffic, watch=watch)
-    known_counts = isinstance(dispatcher, SyncFreeDispatcher) and dispatcher.distinct and choice_set.kind == "rank"
+    kind = moe.router.scope if isinstance(moe.router, ExpertChoiceRouterSection) else "rank"
+    selection_scope = SelectionScope.over(kind, scope_ranks or ScopeRanks(), comm_stats=wire.comm_stats, tracker=tracker)
+    known_counts = isinstance(dispatcher, KnownCountsDispatcher) and dispatcher.distinct and selection_scope.kind == "rank"
     capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
     make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
 
@@ -131,7 +131,7 @@ def build_model(
                 section.hidden_dim,
                 placement.groups,
                 capacity=capacity,
-                choice_set=choice_set,
+                selection_scope=selection_scope,
                 seed=config.run.seed,
                 layer=layer,
                 place=section.moe_layers.index(layer),
@@ -146,15 +146,17 @@ def build_model(
             ),
             dispatcher=dispatcher,
             shared=make_shared(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
-            free=FreeExperts(section.hidden_dim, placement.groups) if has_free_experts(placement.groups) else None,
+            free=ZeroComputationExperts(section.hidden_dim, placement.groups)
+            if has_zero_computation_experts(placement.groups)
+            else None,
             recompute=config.parallel.recompute,
             name=f"layers.{layer}",
         )
 
     def make_depths(layer: int) -> DepthRouter:
-        assert section.depths is not None
-        fields = section.depths.model_dump(exclude={"every", "first", "set"})
-        return DepthRouter(section.hidden_dim, choice_set=depth_set, name=f"layers.{layer}", **fields)
+        assert section.mixture_of_depths is not None
+        fields = section.mixture_of_depths.model_dump(exclude={"every", "first", "scope"})
+        return DepthRouter(section.hidden_dim, selection_scope=depth_scope, name=f"layers.{layer}", **fields)
 
     return Transformer(args, make_moe, make_depths, make_adapters)
 
@@ -201,7 +203,7 @@ class Training:
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
     """Builds on the meta device, shards, gives memory and initial weights, wraps, and makes the optimizer."""
-    traffic = Traffic()
+    comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
     with torch.device("meta"):
         model = build_model(
@@ -210,10 +212,10 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             ep_rank=mesh.ep_rank,
             ep_group=mesh.ep,
             node_groups=(mesh.inter_node, mesh.intra_node),
-            traffic=traffic,
-            watch=mesh.watch,
-            choice_ranks=choice_ranks_of(mesh),
-            depth_set=build_depth_set(config, mesh, traffic),
+            comm_stats=comm_stats,
+            tracker=mesh.tracker,
+            scope_ranks=scope_ranks_of(mesh),
+            depth_scope=build_depth_scope(config, mesh, comm_stats),
         )
     freeze(model, config)
     if config.parallel.data == "fsdp2":
@@ -237,12 +239,12 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         placement=placement,
         group_of_modality=groups,
         clip_norm=section.clip_norm,
-        traffic=traffic,
-        thresholds=ThresholdKeeper.of(model.moe_modules()) if whole else None,
-        needs_facts=isinstance(config.model.moe.router, ExpertChoiceRouterSection | FixedLoadRouterSection)
+        comm_stats=comm_stats,
+        thresholds=ThresholdUpdater.of(model.moe_modules()) if whole else None,
+        needs_global_batch_info=isinstance(config.model.moe.router, ExpertChoiceRouterSection | ScheduledTopKRouterSection)
         or largest_dropout(config.model) > 0.0,
         balance=build_balance(config.model.moe, model, placement.groups),
-        depths=depth_thresholds(model) if whole else None,
+        mixture_of_depths=depth_thresholds(model) if whole else None,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
     )
     return Training(parallel, optimizer, step, tuning)
@@ -308,7 +310,7 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
     )
 
 
-def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
+def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> TrainingPlan:
     """Steps, schedules and intervals of the loop."""
     shape, peak = model_shape(config.model, groups), config.monitor.peak_tflops
     schedule, balance = config.optimizer.schedule.model_dump(), config.loss.balance
@@ -326,7 +328,7 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
         # Model FLOPs: what recompute repeats is left out.
         return training_flops(forward, frozen=flops_left_out(config, shape, forward))
 
-    return Plan(
+    return TrainingPlan(
         steps=config.train.steps,
         global_batch=config.train.global_batch,
         lr=lr,
@@ -335,7 +337,7 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> Plan:
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
         flops_per_token=flops_per_token,
-        load_target=load_targets(config.model.moe),
-        even_load=even_loads(config),
+        active_target=active_targets(config.model.moe),
+        even_active=even_active(config),
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
     )

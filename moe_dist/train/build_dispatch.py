@@ -4,40 +4,40 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.integrity import CheckedWire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.integrity import CheckedAllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.parallel_schema import ParallelSection
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.deep_ep import DeepEPDispatcher
-from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
-from moe_dist.moe.dispatch.known_counts import PerPairDispatcher, SyncFreeDispatcher, pairs_are_rows
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, PairDispatcher, pairs_are_rows
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.placement.placement import ExpertPlacement
 
 NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside the node
 
 
-def build_wire(
+def build_all_to_all(
     section: ParallelSection,
     group: dist.ProcessGroup | None,
-    traffic: Traffic,
-    watch: Watch | None,
+    comm_stats: CommStats,
+    tracker: CollectiveTracker | None,
     *,
     between_nodes: bool = False,
-) -> Wire:
+) -> AllToAll:
     """One process group as a wire, checked where the configuration says so."""
-    wire = Wire(group, traffic, watch, between_nodes=between_nodes)
-    return CheckedWire(wire) if section.check_exchanges else wire
+    wire = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
+    return CheckedAllToAll(wire) if section.check_exchanges else wire
 
 
 def build_dispatcher(
     parallel: ParallelSection,
     placement: ExpertPlacement,
-    wire: Wire,
+    wire: AllToAll,
     *,
     hidden_dim: int,
     node_groups: NodeGroups = (None, None),
@@ -45,30 +45,30 @@ def build_dispatcher(
     """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
     section, bound = parallel.dispatch, parallel.max_receive_rows
     fields = section.model_dump(exclude={"kind"})
-    if section.kind == "per_node":
+    if section.kind == "hierarchical":
         between, inside = (
-            build_wire(parallel, group, wire.traffic, wire.watch, between_nodes=i == 0)
+            build_all_to_all(parallel, group, wire.comm_stats, wire.tracker, between_nodes=i == 0)
             for i, group in enumerate(node_groups)
         )
-        return PerNodeDispatcher(placement, between, inside, max_receive_rows=bound, **fields)
+        return HierarchicalDispatcher(placement, between, inside, max_receive_rows=bound, **fields)
     if section.kind == "deep_ep":
         top_k = max(group.top_k for group in placement.groups)
         return DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k, **fields)
     if section.kind == "hybrid_ep":
         return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim, **fields)
-    pairs = PerPairDispatcher(placement, wire, max_receive_rows=bound)
-    if section.kind == "per_pair":  # evaluation routes each token by itself: then the counts are not known
-        return SyncFreeDispatcher(PerRankDispatcher(placement, wire, max_receive_rows=bound), pairs, always=True)
-    per_rank = _per_rank(placement, wire, max_receive_rows=bound, **fields)
-    if isinstance(per_rank, PipelinedDispatcher) or not pairs_are_rows(placement):
-        return per_rank
-    return SyncFreeDispatcher(per_rank, pairs)
+    pairs = PairDispatcher(placement, wire, max_receive_rows=bound)
+    if section.kind == "known_counts":  # evaluation routes each token by itself: then the counts are not known
+        return KnownCountsDispatcher(AllToAllDispatcher(placement, wire, max_receive_rows=bound), pairs, always=True)
+    all_to_all = _per_rank(placement, wire, max_receive_rows=bound, **fields)
+    if isinstance(all_to_all, PipelinedDispatcher) or not pairs_are_rows(placement):
+        return all_to_all
+    return KnownCountsDispatcher(all_to_all, pairs)
 
 
 def _per_rank(
-    placement: ExpertPlacement, wire: Wire, *, max_receive_rows: int | None, overlap: bool, chunks: int
-) -> PerRankDispatcher | PipelinedDispatcher:
+    placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None, overlap: bool, chunks: int
+) -> AllToAllDispatcher | PipelinedDispatcher:
     """The plain dispatcher, unless a timetable is asked for."""
     if not overlap and chunks == 1:
-        return PerRankDispatcher(placement, wire, max_receive_rows=max_receive_rows)
+        return AllToAllDispatcher(placement, wire, max_receive_rows=max_receive_rows)
     return PipelinedDispatcher(placement, wire, max_receive_rows=max_receive_rows, overlap=overlap, chunks=chunks)

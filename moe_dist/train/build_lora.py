@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.config.lora_schema import LoRAExpertsSection
 from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA
@@ -14,7 +14,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 def lora_layers(
-    config: Config, groups: Sequence[ExpertGroup], traffic: Traffic, make_router: Callable[[], nn.Module]
+    config: Config, groups: Sequence[ExpertGroup], comm_stats: CommStats, make_router: Callable[[], nn.Module]
 ) -> Callable[[int], LoRALayer]:
     """Makes a layer of LoRA experts; the section's fields are `LoRAExperts`'s keywords."""
     section, experts = config.model, config.model.moe.experts
@@ -30,7 +30,7 @@ def lora_layers(
             recompute=config.parallel.recompute,
             seed=config.run.seed,
             layer=layer,
-            traffic=traffic,
+            comm_stats=comm_stats,
         )
 
     return make

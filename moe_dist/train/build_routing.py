@@ -5,18 +5,18 @@ from typing import Any
 
 from torch import nn
 
-from moe_dist.comm.traffic import Traffic
-from moe_dist.config.model_schema import ExpertChoiceRouterSection, FixedLoadRouterSection, MoESection, RouterSection
+from moe_dist.comm.stats import CommStats
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, MoESection, RouterSection, ScheduledTopKRouterSection
 from moe_dist.config.schema import Config
-from moe_dist.model.mixture_of_depths import DepthSet, DepthThresholds
+from moe_dist.model.mixture_of_depths import DepthScope, DepthThresholds
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.balance.load_target import LoadTarget
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.choice_sets import ChoiceRanks
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routers.fixed_load import FixedLoadRouter
+from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
+from moe_dist.moe.routers.selection import ScopeRanks
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup
@@ -30,25 +30,25 @@ def build_router(
     capacity: Capacity | None = None,
     **choice: Any,
 ) -> nn.Module:
-    """The router of one layer; a section's fields are its constructor's keywords (the choice set's kind is part of one).
+    """The router of one layer; a section's fields are its constructor's keywords (the selection scope's kind is part of one).
 
     Args:
         capacity: Of routers by token choice.
-        choice: `choice_set`, `seed`, `layer` and `known_counts` of routers by expert choice; `seed` and `place` (among the
+        choice: `selection_scope`, `seed`, `layer` and `known_counts` of routers by expert choice; `seed` and `place` (among the
             MoE layers) of those with a fixed load.
     """
-    if isinstance(section, FixedLoadRouterSection):
+    if isinstance(section, ScheduledTopKRouterSection):
         own = {key: choice[key] for key in ("seed", "place") if key in choice}
-        return FixedLoadRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}), **own)
+        return ScheduledTopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}), **own)
     choice.pop("place", None)
     if isinstance(section, ExpertChoiceRouterSection):
-        return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "set"}), **choice)
+        return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "scope"}), **choice)
     return TopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}))
 
 
 def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
     """The controller of the model's selection biases; None where there are no rules. A rule's fields are its keywords."""
-    kinds = {"load_target": LoadTarget, "loss_free": LossFree}
+    kinds = {"active_experts": ActiveExperts, "loss_free": LossFree}
     rules = [kinds[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
@@ -56,21 +56,21 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 
-def choice_ranks_of(mesh: Mesh) -> ChoiceRanks:
+def scope_ranks_of(mesh: Mesh) -> ScopeRanks:
     """Over which ranks experts may choose, from the mesh."""
-    return ChoiceRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
+    return ScopeRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
 
 
-def build_depth_set(config: Config, mesh: Mesh, traffic: Traffic) -> DepthSet | None:
-    """The ranks among whose tokens layers choose, by `model.depths.set`."""
-    if config.model.depths is None:
+def build_depth_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> DepthScope | None:
+    """The ranks among whose tokens layers choose, by `model.mixture_of_depths.scope`."""
+    if config.model.mixture_of_depths is None:
         return None
     group, own, size = {
         "rank": (None, 0, 1),
         "ep_group": (mesh.ep, mesh.ep_rank, mesh.ep_size),
         "world": (mesh.world if mesh.world_size > 1 else None, mesh.rank, mesh.world_size),
-    }[config.model.depths.set]
-    return DepthSet(group, own, size, traffic, mesh.watch)
+    }[config.model.mixture_of_depths.scope]
+    return DepthScope(group, own, size, comm_stats, mesh.tracker)
 
 
 def depth_thresholds(model: Transformer) -> DepthThresholds | None:

@@ -41,7 +41,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
         world=mesh.world,
         rank=mesh.rank,
         world_size=mesh.world_size,
-        watch=mesh.watch,
+        tracker=mesh.tracker,
     )
     return RouterTuning(
         samples,

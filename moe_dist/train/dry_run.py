@@ -17,8 +17,8 @@ from moe_dist.config.lora_rules import has_adapters
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan import flops, memory
-from moe_dist.plan.planner import Plan, expected_plan, group_shares
-from moe_dist.plan.preflight import Layout, layout_without_data
+from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
+from moe_dist.plan.preflight import PlannedLayout, layout_without_data
 from moe_dist.plan.sizes import flops_left_out, model_shape, tuned_routers
 from moe_dist.train.build import COMPUTE_DTYPES, build_model
 
@@ -41,13 +41,13 @@ class DryRun:
         tokens: Tokens of the whole run, padding included.
     """
 
-    layout: Layout
+    layout: PlannedLayout
     world_size: int
     parts: flops.Parts
     active_parameters: float
     forward: flops.Parts
     training_flops: tuple[float, float]
-    plan: Plan
+    plan: PlacementPlan
     rank: int
     rank_memory: memory.RankMemory
     exchange_bytes: float
@@ -83,7 +83,7 @@ def estimate(config: Config) -> DryRun:
     forward = flops.forward_flops(shape, seq_len=config.data.seq_len, **per_token)
     plan = expected_plan(layout.placement, layout.token_mix, name=config.placement.policy)
     itemsize = COMPUTE_DTYPES[parallel.precision].itemsize
-    shared = memory.Layout(
+    shared = memory.MemoryLayout(
         ep=parallel.ep,
         edp=parallel.edp,
         sharded=parallel.data == "fsdp2",
@@ -178,7 +178,12 @@ def bytes_text(number: float) -> str:
 
 
 def _memory(
-    shape: flops.Shape, layout: Layout, shared: memory.Layout, plan: Plan, rank: int, share: dict[str, float]
+    shape: flops.Shape,
+    layout: PlannedLayout,
+    shared: memory.MemoryLayout,
+    plan: PlacementPlan,
+    rank: int,
+    share: dict[str, float],
 ) -> memory.RankMemory:
     """Memory of one EP position, its rows and pairs by the plan (which counts them for a token of the whole EP group)."""
     placement, ranks = layout.placement, layout.placement.num_ranks
@@ -188,7 +193,7 @@ def _memory(
     return memory.rank_memory(shape, placement, shared, rank=rank, rows=rows, pairs=pairs)
 
 
-def _agree_with_model(config: Config, layout: Layout, parts: flops.Parts) -> None:
+def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
     """Holds the analytic count against the model that would run, each rank's experts included."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
@@ -232,7 +237,7 @@ def _experts_text(result: DryRun) -> str:
 
 
 def _others_text(group: ExpertGroup) -> str:
-    """Null and free experts of a group, where it has any."""
+    """Null and zero-computation experts of a group, where it has any."""
     counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
     named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f" (top {group.top_k} with {named})" if named else ""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import LayerReport
@@ -33,16 +33,16 @@ class AuxSettings:
 class GlobalCounts(NamedTuple):
     """Counts of one micro-batch over all ranks: choices [L, C], tokens and entropy [L, G], dropped ones [L, E]; float64.
 
-    Where experts choose their tokens also `cut_LE`, `above_LE` and `idle_LG`, see `ChoiceSums`; else these have no columns.
+    Where experts choose their tokens also `kth_score_LE`, `above_LE` and `unrouted_LG`, see `ChoiceSums`; else these have no columns.
     """
 
     choices_LC: Tensor
     tokens_LG: Tensor
     entropy_LG: Tensor
     dropped_LE: Tensor
-    cut_LE: Tensor
+    kth_score_LE: Tensor
     above_LE: Tensor
-    idle_LG: Tensor
+    unrouted_LG: Tensor
 
 
 class DepthCounts(NamedTuple):
@@ -52,7 +52,7 @@ class DepthCounts(NamedTuple):
     tokens_L: Tensor
     taken_L: Tensor
     agreed_L: Tensor
-    cut_L: Tensor
+    kth_score_L: Tensor
     weight_L: Tensor
     members_LG: Tensor
     taken_LG: Tensor
@@ -67,7 +67,7 @@ class MicroLoss(NamedTuple):
         balance, z, auxiliary: This rank's shares of the terms as they entered `total`, the last of what is trained alone
             (auxiliary routers, router tuning); float64, no gradient.
         counts: Routing counts over all ranks.
-        depths: Those of layers that compute a share of the tokens; None without any.
+        mixture_of_depths: Those of layers that compute a share of the tokens; None without any.
     """
 
     total: Tensor
@@ -76,7 +76,7 @@ class MicroLoss(NamedTuple):
     z: Tensor
     auxiliary: Tensor
     counts: GlobalCounts
-    depths: DepthCounts | None = None
+    mixture_of_depths: DepthCounts | None = None
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, 
 
 
 def global_counts(
-    reports: Sequence[LayerReport], group: dist.ProcessGroup | None, watch: Watch | None = None
+    reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> GlobalCounts:
     """Sums the layers' counts over all ranks: one all-reduce a micro-batch, outside any recomputation."""
     sums = [report.sums for report in reports]
@@ -105,7 +105,7 @@ def global_counts(
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    packed = sum_over(torch.cat(parts, dim=1), group, name="routing counts", watch=watch)
+    packed = sum_over(torch.cat(parts, dim=1), group, name="routing counts", tracker=tracker)
     return GlobalCounts(*packed.split([part.shape[1] for part in parts], dim=1))
 
 
@@ -124,7 +124,7 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
 
 
 def depth_counts(
-    reports: Sequence[LayerReport], group: dist.ProcessGroup | None, watch: Watch | None = None
+    reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> DepthCounts | None:
     """Sums the depth layers' counts over all ranks: one more all-reduce a micro-batch where there are such layers."""
     rows = []
@@ -135,7 +135,7 @@ def depth_counts(
             rows.append(torch.cat([single, report.members_G, report.sums.tokens_G]))
     if not rows:
         return None
-    summed = sum_over(torch.stack(rows), group, name="depth counts", watch=watch)
+    summed = sum_over(torch.stack(rows), group, name="depth counts", tracker=tracker)
     single_L5, by_group = summed[:, :5], summed[:, 5:]
     return DepthCounts(*single_L5.unbind(1), *by_group.chunk(2, dim=1))
 
@@ -143,8 +143,8 @@ def depth_counts(
 def depth_auxiliary(reports: Sequence[LayerReport], tokens_L: Tensor) -> Tensor:
     """This rank's share of the auxiliary depth routers' loss: the mean binary cross entropy over all tokens, summed over
     the layers. Its gradient reaches these routers alone."""
-    depths = [report.depth for report in reports if report.depth is not None]
-    terms = [depth.auxiliary / tokens for depth, tokens in zip(depths, tokens_L.clamp_min(1.0), strict=True)
+    mixture_of_depths = [report.depth for report in reports if report.depth is not None]
+    terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_L.clamp_min(1.0), strict=True)
              if depth.auxiliary is not None]  # fmt: skip
     return torch.stack(terms).sum() if terms else tokens_L.new_zeros(())
 
@@ -161,7 +161,7 @@ def micro_loss(
     labels_in_step: Tensor,
     share: Tensor,
     world: dist.ProcessGroup | None,
-    watch: Watch | None = None,
+    tracker: CollectiveTracker | None = None,
 ) -> MicroLoss:
     """This rank's share of the step's loss for one micro-batch.
 
@@ -173,10 +173,10 @@ def micro_loss(
         labels_in_step: Scored labels of the whole step over all ranks and micro-batches.
         share: The micro-batch's part of them; the auxiliary statistic's unit is one micro-batch over all ranks.
         world: Group over which counts are summed.
-        watch: For the watchdog.
+        tracker: For the watchdog.
     """
     losses_BS = token_losses(logits_BSV, labels_BS)
-    counts = global_counts(reports, world, watch)
+    counts = global_counts(reports, world, tracker)
     prob_LC = torch.stack([report.sums.prob_C for report in reports])
     log_z_LG = torch.stack([report.sums.log_z_squared_G for report in reports])
     balance_LG = balance_terms(
@@ -186,9 +186,9 @@ def micro_loss(
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
     auxiliary = share * auxiliary_terms(reports, counts.tokens_LG, tables).sum()
     total = losses_BS.sum() / labels_in_step + balance + z + auxiliary
-    depths = depth_counts(reports, world, watch)
-    if depths is not None:
-        total = total + share * depth_auxiliary(reports, depths.tokens_L)
+    mixture_of_depths = depth_counts(reports, world, tracker)
+    if mixture_of_depths is not None:
+        total = total + share * depth_auxiliary(reports, mixture_of_depths.tokens_L)
     return MicroLoss(
         total=total,
         nll_M=sums_by_modality(losses_BS, labels_BS, label_modality_BS, num_modalities),
@@ -196,5 +196,5 @@ def micro_loss(
         z=z.detach().to(torch.float64),
         auxiliary=auxiliary.detach().to(torch.float64),
         counts=counts,
-        depths=depths,
+        mixture_of_depths=mixture_of_depths,
     )

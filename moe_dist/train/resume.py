@@ -26,7 +26,7 @@ from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
-from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.data_digest import data_digest, digest_problems
 from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.manifest import Manifest
 from moe_dist.config.schema import Config
@@ -80,7 +80,7 @@ class Resumable:
         mesh = training.parallel.mesh
         self._training, self._checkpoints, self._config, self._manifest = training, checkpoints, config, manifest
         self._controllers = dict(controllers or {})
-        self._saver = Saver(checkpoints, asynchronous=config.checkpoint.asynchronous, watch=mesh.watch)
+        self._saver = Saver(checkpoints, asynchronous=config.checkpoint.asynchronous, tracker=mesh.tracker)
         self._device = mesh.device
         self._data: dict[str, str] = {}
         self._base: Base | None = None
@@ -198,13 +198,13 @@ class Resumable:
         return Progress(position=position, first_position=position)
 
     def _check_data(self, folder: Path, restored: Restored) -> None:
-        faults = digest_faults(mapping_of(restored.values, "data", folder), self._data)
-        if faults:
+        problems = digest_problems(mapping_of(restored.values, "data", folder), self._data)
+        if problems:
             raise DataError(
                 [
                     f"data.path={self._config.data.path!r}: these are not the data that {folder} was trained on; put those "
                     "back, or start a new run with run.init_from to go on with other data",
-                    *faults,
+                    *problems,
                 ],
                 see="docs/checkpoints.md",
             )
@@ -259,22 +259,22 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
     state = open_checkpoint(folder).state
     restored = Restored(state.step, state.values, {})
     saved = saved_config(state.values, folder)
-    faults = [
+    problems = [
         f"run.keep_position=true: {key} is {old!r} in {folder} and {new!r} here, so that its position is of another "
         f"stream; set it to {old!r}, or run.keep_position=false"
         for key, old, new in difference(saved, config)
         if key == "run.seed" or (key.startswith("data.") and key != "data.path")
     ]
-    faults += [
-        f"run.keep_position=true: {fault}; take the data of {folder}, or run.keep_position=false"
-        for fault in digest_faults(mapping_of(restored.values, "data", folder), data)
+    problems += [
+        f"run.keep_position=true: {problem}; take the data of {folder}, or run.keep_position=false"
+        for problem in digest_problems(mapping_of(restored.values, "data", folder), data)
     ]
     if saved.router_tuning is not None:
-        faults.append(
+        problems.append(
             f"run.keep_position=true: {folder} stands among samples of router tuning; set run.keep_position=false"
         )
-    if faults:
-        raise ConfigError(faults, see="docs/checkpoints.md")
+    if problems:
+        raise ConfigError(problems, see="docs/checkpoints.md")
     return progress_of(restored, saved, folder).position
 
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config import schema
-from moe_dist.config.balance_rules import load_targets
+from moe_dist.config.balance_rules import active_targets
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.schema import Config
@@ -55,12 +55,14 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
     return device
 
 
-def start_watchdog(config: Config, env: RankEnv, folder: RunFolder, watch: Watch, attempt: Attempt) -> Watchdog:
+def start_watchdog(
+    config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
+) -> Watchdog:
     """Watches this rank's collectives from now on; a rank alone waits for nobody. Call it when the process group stands:
     rank 0 has opened the run folder by then, and all ranks take the attempt's name from its lease."""
     holder = read_holder(folder.lease_json)
     watchdog = Watchdog(
-        watch,
+        tracker,
         rank=env.rank,
         world_size=env.world_size,
         attempt_id=holder.attempt_id if holder is not None else env.attempt_id,
@@ -116,8 +118,8 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
         placement,
         config.model.moe_layers,
         len(plan.manifest.modalities),
-        load_targets(config.model.moe),
-        depths=config.model.depths is not None,
+        active_targets(config.model.moe),
+        mixture_of_depths=config.model.mixture_of_depths is not None,
     )
     sinks: list[Sink] = []
     resume_step, owed = progress.step, progress.owes_evaluation(config.evaluation.every, config.train.steps)

@@ -21,7 +21,7 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.partial_load import Taken, fitting
 from moe_dist.checkpoint.state import CheckpointState
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
-from moe_dist.config.init_rules import source_faults
+from moe_dist.config.init_rules import source_problems
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.errors import ConfigError
@@ -55,8 +55,10 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 see=GUIDE,
             )
         # Upcycled experts are alike, so that it does not matter which of them a token takes.
-        if copy and not upcycle and (faults := source_faults(config, source)):
-            raise ConfigError([f"run.init_rules: copy_nulls: {path}: {fault}" for fault in faults], see="docs/routing.md")
+        if copy and not upcycle and (problems := source_problems(config, source)):
+            raise ConfigError(
+                [f"run.init_rules: copy_nulls: {path}: {problem}" for problem in problems], see="docs/routing.md"
+            )
 
     if config.router_tuning is not None:
         checkpoints.agree("look at the weights to be tuned", lambda: _check_scored(config))
@@ -103,18 +105,18 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
     """Where the two models are at odds, router rows aside: another shape, a tensor without a place, another `model.*`."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
-    faults = [
+    problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
     ]
-    faults += [
+    problems += [
         f"{name} of the checkpoint has no place in the model; give the model what it is part of"
         for name in taken.left
         if ".moe.router." not in name
     ][:1]
     other = _other_keys(config, source)
     if "upcycle" in config.run.init_rules:
-        other.pop("depths", None)  # a seed may grow into depths
-    return faults + [f"{fault}; take that" for fault in other.values()]
+        other.pop("mixture_of_depths", None)  # a seed may grow into depths
+    return problems + [f"{problem}; take that" for problem in other.values()]
 
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
@@ -124,8 +126,8 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     if "upcycle" not in config.run.init_rules:
         return changes
-    depths = [fault for key, fault in _other_keys(config, source).items() if key == "depths"]
-    return [*changes, *depths, *_upcycled_changes(config, source.get("model"), taken)]
+    mixture_of_depths = [problem for key, problem in _other_keys(config, source).items() if key == "mixture_of_depths"]
+    return [*changes, *mixture_of_depths, *_upcycled_changes(config, source.get("model"), taken)]
 
 
 def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
@@ -168,7 +170,7 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
     for name, group in moe.groups.items():
         free = group.num_identity + group.num_constant
         if free:
-            changes.append(f"free experts of group {name} add something of their own")
+            changes.append(f"zero-computation experts of group {name} add something of their own")
         elif group.top_k <= group.num_null and "copy_nulls" not in config.run.init_rules:
             changes.append(
                 f"a token of group {name} may choose null experts alone (top_k={group.top_k}, num_null={group.num_null})"

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.traffic import Traffic
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.stats import CommStats
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.mixture_of_depths import DepthThresholds
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
-from moe_dist.moe.routers.thresholds import ThresholdKeeper
+from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routing import LayerReport
 from moe_dist.monitor.statistics import DepthStatistics
 from moe_dist.optim.adamw import set_lr
 from moe_dist.optim.grad_norm import clip_by_norm, local_norm_squared
-from moe_dist.parallel.batch_facts import count_members, facts_of
+from moe_dist.parallel.global_batch_info import batch_info_of, count_members
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.evaluation.heldout import forward
@@ -47,12 +47,12 @@ class StepResult:
         tokens: Input tokens without padding.
         choices_LC, tokens_LG, entropy_LG: Routing counts, see `moe_dist.monitor.statistics`.
         dropped_LE: int64, choices of each true expert that a capacity dropped.
-        above_LE, idle_LG: int64, where experts choose: tokens above each expert's threshold, and tokens that none took.
+        above_LE, unrouted_LG: int64, where experts choose: tokens above each expert's threshold, and tokens that none took.
             Else without columns.
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`.
         comm_seconds: Mean over ranks of the time inside the exchanges.
         stop_requested: At least one rank was asked to stop.
-        depths: Of the layers that compute a share of the tokens alone; None without any.
+        mixture_of_depths: Of the layers that compute a share of the tokens alone; None without any.
         busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
             empty in the first step.
     """
@@ -70,11 +70,11 @@ class StepResult:
     entropy_LG: np.ndarray
     dropped_LE: np.ndarray
     above_LE: np.ndarray
-    idle_LG: np.ndarray
+    unrouted_LG: np.ndarray
     ledger: Mapping[str, int]
     comm_seconds: float
     stop_requested: bool
-    depths: DepthStatistics | None = None
+    mixture_of_depths: DepthStatistics | None = None
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
@@ -87,12 +87,12 @@ class TrainingStep:
         placement: For the ledger's closed forms.
         group_of_modality: Expert group of each modality, in the data's order of modalities.
         clip_norm: Bound of the global gradient norm, or None.
-        traffic: Counter of the model's wires.
+        comm_stats: Counter of the model's wires.
         balance: Moves the selection biases after each step that was taken; None where nothing does.
         thresholds: Follows each step that was taken, where experts choose their tokens and the router is trained.
-        needs_facts: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
+        needs_global_batch_info: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
             costs a host sync at the step's beginning.
-        depths: Moves the thresholds of depth routers after each step that was taken, where the model has some.
+        mixture_of_depths: Moves the thresholds of depth routers after each step that was taken, where the model has some.
         tuning: Adds the term of router tuning; the batches are of its samples then.
     """
 
@@ -104,11 +104,11 @@ class TrainingStep:
         placement: ExpertPlacement,
         group_of_modality: Sequence[int],
         clip_norm: float | None,
-        traffic: Traffic,
+        comm_stats: CommStats,
         balance: BiasController | None = None,
-        thresholds: ThresholdKeeper | None = None,
-        needs_facts: bool = False,
-        depths: DepthThresholds | None = None,
+        thresholds: ThresholdUpdater | None = None,
+        needs_global_batch_info: bool = False,
+        mixture_of_depths: DepthThresholds | None = None,
         tuning: RouterTuning | None = None,
     ) -> None:
         self.parallel = parallel
@@ -116,11 +116,11 @@ class TrainingStep:
         self.placement = placement
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
-        self.traffic = traffic
+        self.comm_stats = comm_stats
         self.balance = balance
         self.thresholds = thresholds
-        self.needs_facts = needs_facts
-        self.depths = depths
+        self.needs_global_batch_info = needs_global_batch_info
+        self.mixture_of_depths = mixture_of_depths
         self.tuning = tuning
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
         self._times = self._no_times[:0]
@@ -143,26 +143,28 @@ class TrainingStep:
         of, and for the summed vector and counts.
         """
         mesh = self.parallel.mesh
-        clock = _BusyClock(mesh.watch, time.perf_counter() if began is None else began)
+        clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches)
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = self._count_labels(batches)
         # The times of the step before ride along: sums of counts are exact in any order, so they change no bit.
-        members = count_members(batches, self.group_of_modality, mesh, len(self.placement.groups), asked=self.needs_facts)
+        members = count_members(
+            batches, self.group_of_modality, mesh, len(self.placement.groups), asked=self.needs_global_batch_info
+        )
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
-        counts = sum_over(counts, mesh.world, name="label counts", watch=mesh.watch)
+        counts = sum_over(counts, mesh.world, name="label counts", tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
         labels_in_step = micro_labels.sum().clamp_min(1.0)
-        facts = facts_of(batches, flat.view_as(members), mesh, number, self.traffic)
-        self.traffic.take()
+        batch_info = batch_info_of(batches, flat.view_as(members), mesh, number, self.comm_stats)
+        self.comm_stats.take()
 
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
         own = _OwnCounts(self.placement)
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
-                asked_A = None if targets is None else targets[i].asked_B
-                logits, reports = forward(self.parallel, batch, self.group_of_modality, facts[i], asked_A)
+                probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
+                logits, reports = forward(self.parallel, batch, self.group_of_modality, batch_info[i], probe_tokens_A)
                 loss = micro_loss(
                     logits,
                     reports,
@@ -174,7 +176,7 @@ class TrainingStep:
                     labels_in_step=labels_in_step,
                     share=micro_labels[i] / labels_in_step,
                     world=mesh.world,
-                    watch=mesh.watch,
+                    tracker=mesh.tracker,
                 )
                 del logits
                 if self.tuning is not None and targets is not None:
@@ -187,9 +189,9 @@ class TrainingStep:
             own.add(reports)
         self.parallel.reduce_gradients()
         self._times = self._no_times.clone()
-        self._times[mesh.rank] = clock.seconds(self.traffic.seconds)
+        self._times[mesh.rank] = clock.seconds(self.comm_stats.seconds)
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
-        summed = sum_over(local, mesh.world, name="norm, vote and statistics", watch=mesh.watch)
+        summed = sum_over(local, mesh.world, name="norm, vote and statistics", tracker=mesh.tracker)
         return replace(self._vote_and_update(summed, losses, lr), busy_seconds_W=times_W.cpu().numpy())
 
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
@@ -212,8 +214,8 @@ class TrainingStep:
         """This rank's part of norm, vote and statistics as one float64 vector, so that they take one all-reduce."""
         device = self.parallel.mesh.device
         squared = local_norm_squared(((info.parameter, info.replicas) for info in self.parallel.parameters), device=device)
-        between_nodes = self.traffic.inter_node_bytes
-        payload, metadata, seconds = self.traffic.take()
+        between_nodes = self.comm_stats.inter_node_bytes
+        payload, metadata, seconds = self.comm_stats.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
@@ -262,17 +264,17 @@ class TrainingStep:
             set_lr(self.optimizer, lr)
             self.optimizer.step()
             if self.thresholds is not None:
-                self.thresholds(counts.cut_LE, counts.tokens_LG)
+                self.thresholds(counts.kth_score_LE, counts.tokens_LG)
             if self.balance is not None:
                 self.balance.update(counts.choices_LC, counts.tokens_LG)
-        depths = _sum_depths(losses)
-        if finite and self.depths is not None and depths is not None:
-            self.depths(depths.cut_L, depths.tokens_L)
+        mixture_of_depths = _sum_depths(losses)
+        if finite and self.mixture_of_depths is not None and mixture_of_depths is not None:
+            self.mixture_of_depths(mixture_of_depths.kth_score_L, mixture_of_depths.tokens_L)
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
         widths = [part.shape[1] for part in counts]
         shown = np.split(torch.cat(counts, dim=1).cpu().numpy(), np.cumsum(widths)[:-1], axis=1)
-        choices_LC, tokens_LG, entropy_LG, dropped_LE, _, above_LE, idle_LG = shown
+        choices_LC, tokens_LG, entropy_LG, dropped_LE, _, above_LE, unrouted_LG = shown
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
@@ -288,16 +290,21 @@ class TrainingStep:
             entropy_LG=entropy_LG,
             dropped_LE=dropped_LE.astype(np.int64),
             above_LE=above_LE.astype(np.int64),
-            idle_LG=idle_LG.astype(np.int64),
+            unrouted_LG=unrouted_LG.astype(np.int64),
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,
-            depths=None if depths is None else self._depth_statistics(depths),
+            mixture_of_depths=None if mixture_of_depths is None else self._depth_statistics(mixture_of_depths),
         )
 
-    def _depth_statistics(self, depths: DepthCounts) -> DepthStatistics:
+    def _depth_statistics(self, mixture_of_depths: DepthCounts) -> DepthStatistics:
         """On the host, in one copy behind that of the counts."""
-        columns = [depths.agreed_L[:, None], depths.weight_L[:, None], depths.members_LG, depths.taken_LG]
+        columns = [
+            mixture_of_depths.agreed_L[:, None],
+            mixture_of_depths.weight_L[:, None],
+            mixture_of_depths.members_LG,
+            mixture_of_depths.taken_LG,
+        ]
         table = torch.cat(columns, dim=1).cpu().numpy()
         tokens_LG, taken_LG = np.split(table[:, 2:].astype(np.int64), 2, axis=1)
         model = self.parallel.model
@@ -314,17 +321,17 @@ class TrainingStep:
 
 def _sum_depths(losses: Sequence[MicroLoss]) -> DepthCounts | None:
     """Over the step's micro-batches."""
-    parts = [loss.depths for loss in losses if loss.depths is not None]
+    parts = [loss.mixture_of_depths for loss in losses if loss.mixture_of_depths is not None]
     return DepthCounts(*(torch.stack(each).sum(0) for each in zip(*parts, strict=True))) if parts else None
 
 
 class _BusyClock:
     """Times what a rank does in a step, without what it waits for: the host's time inside collectives, or on CUDA, where
-    the host does not wait in them, the device's time inside the exchanges (known only after `Traffic.drain`)."""
+    the host does not wait in them, the device's time inside the exchanges (known only after `CommStats.drain`)."""
 
-    def __init__(self, watch: Watch | None, began: float) -> None:
-        self._watch, self._began = watch, began
-        self._waited = watch.waited if watch is not None else 0.0
+    def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
+        self._watch, self._began = tracker, began
+        self._waited = tracker.waited if tracker is not None else 0.0
 
     def seconds(self, in_exchanges: float) -> float:
         waited = self._watch.waited - self._waited if self._watch is not None else 0.0

@@ -85,7 +85,7 @@ class Saver(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Numbers of the loop, as plain values.
 
     Attributes:
@@ -98,8 +98,8 @@ class Plan:
         flops_per_token: Forward and backward FLOPs a token, from the mean true experts a token and the share of the tokens
             of each group.
         peak_flops: Of all devices together; None where unknown.
-        load_target: True experts a token that a controller holds each group at, by group.
-        even_load: Those that controllers and balance loss lead to, where it is not k n over all columns, by group.
+        active_target: True experts a token that a controller holds each group at, by group.
+        even_active: Those that controllers and balance loss lead to, where it is not k n over all columns, by group.
     """
 
     steps: int
@@ -111,8 +111,8 @@ class Plan:
     max_skipped_in_a_row: int
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None = None
-    load_target: Mapping[str, float] = field(default_factory=dict)
-    even_load: Mapping[str, float] = field(default_factory=dict)
+    active_target: Mapping[str, float] = field(default_factory=dict)
+    even_active: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Trainer:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: TrainingPlan,
         step: TrainingStep,
         loader: Loader,
         evaluator: Evaluator,
@@ -240,15 +240,15 @@ class Trainer:
             rows_LR=rows_by_rank(taken_LE, self._placement),
             dropped_LG=dropped_LG,
             above_LE=result.above_LE,
-            idle_LG=result.idle_LG,
+            unrouted_LG=result.unrouted_LG,
             ledger=result.ledger,
             comm_seconds=result.comm_seconds,
             step_seconds=seconds,
             epochs=self._loader.epochs(self.progress.position),
             flops_per_token=self._plan.flops_per_token(experts, share),
             busy_seconds_W=result.busy_seconds_W,
-            load_target=self._plan.load_target,
-            depths=result.depths,
+            active_target=self._plan.active_target,
+            mixture_of_depths=result.mixture_of_depths,
         )
 
     def _show(self, stats: StepStatistics) -> None:
@@ -301,7 +301,7 @@ class Trainer:
             groups=self._placement.groups,
             skipped_steps=self.progress.skipped_steps,
             window=len(self._recent),
-            even_load=self._plan.even_load,
+            even_active=self._plan.even_active,
         )
 
     def _divergence(self) -> str:

@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.hf_families import gradients, load
@@ -75,8 +75,8 @@ def run_layer(
         norm=torch.nn.Identity(),
         router=TopKRouter(D, GROUPS, selection_bias=True, capacity=Capacity(0.6, drop)),  # pyright: ignore
         experts=Experts(D, GROUPS, [len(placement.local_experts(rank.rank, group)) for group in GROUPS]),
-        dispatcher=PerRankDispatcher(placement, Wire(mesh.ep, Traffic())),
-        free=FreeExperts(D, GROUPS),
+        dispatcher=AllToAllDispatcher(placement, AllToAll(mesh.ep, CommStats())),
+        free=ZeroComputationExperts(D, GROUPS),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     load(layer, weights(), placement, rank.rank)

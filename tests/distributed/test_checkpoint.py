@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.errors import MoeDistError
 from moe_dist.optim.adamw import MOMENTS, make_optimizer, materialise_moments, set_step_count, step_count
 from moe_dist.optim.param_groups import split_parameters
@@ -51,7 +51,7 @@ class Setup:
     def __init__(self, rank: RankContext, layout: Layout, seed: int) -> None:
         self.layout = layout
         self.mesh: Mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-        self.parallel: ParallelModel = build(layout, self.mesh, Traffic())
+        self.parallel: ParallelModel = build(layout, self.mesh, CommStats())
         self.fill(seed)
 
     def fill(self, seed: int) -> None:

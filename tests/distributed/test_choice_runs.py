@@ -112,21 +112,25 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
 
 
 def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
-    depths = {"model.depths": {"capacity": 0.5, "set": "rank", "causal": "threshold"}}
+    mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "scope": "rank", "causal": "threshold"}}
     router = {"kind": "expert_choice", "causal": "threshold"}
-    before = run({**CHOICE, **depths, "run.name": "deep", "model.moe.router": router, "evaluation.calibration": 0})
-    after = run({**AUXILIARY, **depths, "run.name": "deep-second", "run.init_from": "deep", "evaluation.calibration": 0})
+    before = run(
+        {**CHOICE, **mixture_of_depths, "run.name": "deep", "model.moe.router": router, "evaluation.calibration": 0}
+    )
+    after = run(
+        {**AUXILIARY, **mixture_of_depths, "run.name": "deep-second", "run.init_from": "deep", "evaluation.calibration": 0}
+    )
     for first, second in zip(before, after, strict=True):
         named = {name: value for name, value in first.tensors.items() if ".depths." in name}
-        assert {"layers.0.depths.threshold", "layers.0.depths.mean"} <= named.keys()
+        assert {"layers.0.mixture_of_depths.threshold", "layers.0.depths.mean"} <= named.keys()
         assert same(named, {name: second.tensors[name] for name in named})
 
 
 def second_stage(run: Run, ranks: int, ep: int) -> list[WholeRun]:
-    """Over one choice set, that of all ranks."""
+    """Over one selection scope, that of all ranks."""
     layout = {"parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
     layout |= {"run.name": f"world-{ranks}-{ep}", "placement.policy": "interleaved", "train.steps": 4}
-    router = {"kind": "expert_choice", "causal": "auxiliary", "set": "world"}
+    router = {"kind": "expert_choice", "causal": "auxiliary", "scope": "world"}
     return run({**AUXILIARY, **layout, "run.init_from": "first", "model.moe.router": router}, ranks)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.moe.routing import Routing
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
@@ -27,7 +27,7 @@ def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
     """Events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they move."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
     events: list[str] = []
-    parallel = build(layout, mesh, Traffic(events=events))
+    parallel = build(layout, mesh, CommStats(events=events))
     gather, reduce = param_group.foreach_all_gather, param_group.foreach_reduce
 
     def note(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,8 +94,8 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
 def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     """Every call of torch.distributed in two training steps: its name, and how many ranks took part."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
-    traffic = Traffic()
-    parallel = build(layout, mesh, traffic)
+    comm_stats = CommStats()
+    parallel = build(layout, mesh, comm_stats)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(
@@ -104,7 +104,7 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
         placement=placement_of(layout.placement, layout.ep),
         group_of_modality=[0, 1],
         clip_norm=0.5,
-        traffic=traffic,
+        comm_stats=comm_stats,
     )
     calls: list[str] = []
 
@@ -142,7 +142,7 @@ def test_every_rank_issues_the_same_collectives_in_the_same_order(
 def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
     """Dtypes on the router's path in a bf16 run."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    parallel = build(layout, mesh, Traffic())
+    parallel = build(layout, mesh, CommStats())
     layer = parallel.model.moe_modules()[0]
     seen: dict[str, str] = {}
 

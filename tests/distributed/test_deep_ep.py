@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.moe.dispatch.deep_ep import LAYOUT, DeepEPDispatcher
 from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.parallel.mesh import make_mesh
@@ -21,8 +21,8 @@ def run_cases(rank: RankContext, seeds: range) -> int:
     """Body of a standing world: random cases, ranks with different numbers of slots among them."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
     assert mesh.ep is not None
-    traffic = Traffic(events=[])
-    wire, buffer = Wire(mesh.ep, traffic), GlooBuffer(mesh.ep, any_dtype=True)
+    comm_stats = CommStats(events=[])
+    wire, buffer = AllToAll(mesh.ep, comm_stats), GlooBuffer(mesh.ep, any_dtype=True)
     for seed in seeds:
         case = random_case(seed, rank.world_size)
         chosen = case.experts_TK[rank.rank]
@@ -33,7 +33,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         assignments = case.assignments(rank.rank, torch.empty(wide.size))
         dispatcher = DeepEPDispatcher(case.placement, wire, hidden_dim=D, top_k=width, buffer=buffer)
         trip = round_trip(
-            dispatcher, assignments, case.placement, rank.rank, len(wide), traffic=traffic, seed=seed,
+            dispatcher, assignments, case.placement, rank.rank, len(wide), comm_stats=comm_stats, seed=seed,
             dtype=torch.float32, tolerance=2e-5,
         )  # fmt: skip
         tokens, experts = case.taken(rank.rank)
@@ -43,7 +43,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         received = sum(plan.arrival.handle.received) - plan.own_rows
         assert trip.forward_bytes == (rows + received) * D * 4
         assert trip.total_bytes == 2 * trip.forward_bytes
-        assert traffic.events == [
+        assert comm_stats.events == [
             f"sync {LAYOUT}", "DeepEP dispatch", "DeepEP dispatch weights", "DeepEP combine",
             "DeepEP combine backward",
             "DeepEP dispatch backward", "DeepEP dispatch backward weights",
@@ -69,7 +69,7 @@ HAND = Case(((0, 1, 3), (2,)), (np.array([[3, 2], [-1, 1], [-1, -1]]), np.array(
 def hand(rank: RankContext) -> dict[str, Any]:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
     assert mesh.ep is not None
-    wire = Wire(mesh.ep, Traffic())
+    wire = AllToAll(mesh.ep, CommStats())
     dispatcher = DeepEPDispatcher(HAND.placement, wire, hidden_dim=8, top_k=2, buffer=GlooBuffer(mesh.ep))
     chosen = HAND.experts_TK[rank.rank]
     weight_N = torch.arange(1.0, chosen.size + 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.determinism import make_deterministic
@@ -41,15 +41,15 @@ def trained(rank: RankContext, layout: Layout, threads: int) -> str:
     """A hash over losses, norms and parameters of every step on this rank."""
     with switched_on(threads):
         mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-        traffic = Traffic()
-        parallel = build(layout, mesh, traffic)
+        comm_stats = CommStats()
+        parallel = build(layout, mesh, comm_stats)
         placement = placement_of(layout.placement, layout.ep)
         optimizer = make_optimizer(
             split_parameters(parallel.model.named_parameters(), weight_decay=0.1),
             backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
         )  # fmt: skip
         step = TrainingStep(
-            parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic
+            parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
         )
         digest = hashlib.sha256()
         for number in range(STEPS):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
@@ -97,7 +97,7 @@ class Timetable:
 PLAIN = Timetable()
 
 
-def run_case(rank: int, case: Case, wire: Wire, seed: int, timetable: Timetable = PLAIN) -> None:
+def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timetable = PLAIN) -> None:
     """Sends a case through dispatch and combine, with 'experts' that multiply a row by their id + 1."""
     chosen = torch.from_numpy(case.experts_TK[rank])
     num_tokens, top_k = chosen.shape
@@ -105,10 +105,10 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int, timetable: Timetable 
     h_TD = torch.randn(num_tokens, D, dtype=torch.double, generator=generator).requires_grad_()
     weight_N = torch.rand(num_tokens * top_k, dtype=torch.double, generator=generator).requires_grad_()
     assignments = Assignments(torch.arange(num_tokens).repeat_interleave(top_k), chosen.flatten(), weight_N)
-    placement, traffic = case.placement, wire.traffic
-    traffic.take()
-    assert traffic.events is not None
-    traffic.events.clear()
+    placement, comm_stats = case.placement, wire.comm_stats
+    comm_stats.take()
+    assert comm_stats.events is not None
+    comm_stats.events.clear()
 
     def experts(dispatched: DispatchedRows, layout: PairLayout) -> torch.Tensor:
         factor_Q = factors(placement, rank, layout)
@@ -116,7 +116,7 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int, timetable: Timetable 
         return torch.zeros_like(dispatched.rows_RD).index_add(0, layout.row_of_pair_Q, pairs_QD)
 
     if timetable == PLAIN:
-        dispatcher = PerRankDispatcher(placement, wire)
+        dispatcher = AllToAllDispatcher(placement, wire)
         plan = dispatcher.plan(assignments, num_tokens)
         received = sum(plan.rows.receive)
         y_TD = dispatcher.combine(experts(dispatcher.dispatch(h_TD, weight_N, plan), plan), plan)
@@ -132,7 +132,7 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int, timetable: Timetable 
     assert plan.num_remote_pairs == pairs
     assert plan.num_pairs == len(taken.token_N)
     forward_bytes = (rows + received) * D * 8
-    assert traffic.payload_bytes == forward_bytes
+    assert comm_stats.payload_bytes == forward_bytes
 
     scale_T = torch.zeros(num_tokens, dtype=torch.double)
     scale_T = scale_T.index_add(0, taken.token_N, taken.weight_N * (taken.expert_N + 1))
@@ -143,13 +143,13 @@ def run_case(rank: int, case: Case, wire: Wire, seed: int, timetable: Timetable 
     ours = torch.autograd.grad((y_TD * direction).sum(), [h_TD, weight_N])
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    assert traffic.payload_bytes == 2 * forward_bytes
+    assert comm_stats.payload_bytes == 2 * forward_bytes
     expected_events = [] if wire.group is None else timetable.forward_events() + timetable.backward_events()
-    assert [event for event in traffic.events if event.startswith(EXCHANGES)] == expected_events
-    assert sorted(event for event in traffic.events if event.startswith("wait")) == sorted(
+    assert [event for event in comm_stats.events if event.startswith(EXCHANGES)] == expected_events
+    assert sorted(event for event in comm_stats.events if event.startswith("wait")) == sorted(
         f"wait {name}" for name in expected_events
     )
-    assert [event for event in traffic.events if event.startswith("sync")] == [f"sync {SPLIT_SIZES}"]
+    assert [event for event in comm_stats.events if event.startswith("sync")] == [f"sync {SPLIT_SIZES}"]
 
 
 def factors(placement: ExpertPlacement, rank: int, plan: PairLayout) -> torch.Tensor:
@@ -161,7 +161,7 @@ def factors(placement: ExpertPlacement, rank: int, plan: PairLayout) -> torch.Te
 def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> int:
     """Body of a standing world: a run of random cases, and their total payload against 2 R D itemsize each way."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
-    wire = Wire(mesh.ep if rank.world_size > 1 else None, Traffic(events=[]))
+    wire = AllToAll(mesh.ep if rank.world_size > 1 else None, CommStats(events=[]))
     for seed in seeds:
         run_case(rank.rank, random_case(seed, rank.world_size), wire, seed, timetable)
     return len(seeds)
@@ -215,8 +215,8 @@ def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
     chosen = torch.from_numpy(HAND.experts_TK[rank.rank])
     weights = torch.ones(chosen.numel())
     assignments = Assignments(torch.arange(chosen.shape[0]).repeat_interleave(2), chosen.flatten(), weights)
-    plan = PerRankDispatcher(HAND.placement, Wire(mesh.ep, Traffic())).plan(assignments, chosen.shape[0])
-    run_case(rank.rank, HAND, Wire(mesh.ep, Traffic(events=[])), 0)
+    plan = AllToAllDispatcher(HAND.placement, AllToAll(mesh.ep, CommStats())).plan(assignments, chosen.shape[0])
+    run_case(rank.rank, HAND, AllToAll(mesh.ep, CommStats(events=[])), 0)
     return {
         "rows": (plan.rows.send, plan.rows.receive),
         "pairs": (plan.pairs.send, plan.pairs.receive),
@@ -260,15 +260,15 @@ def overflow(rank: RankContext) -> tuple[str, list[str]]:
     case = Case(((0,), (1,)), (np.ones((5, 1), np.int64), np.ones((2, 1), np.int64)))
     chosen = torch.from_numpy(case.experts_TK[rank.rank])
     assignments = Assignments(torch.arange(len(chosen)), chosen.flatten(), torch.ones(len(chosen)))
-    traffic = Traffic(events=[])
+    comm_stats = CommStats(events=[])
     # Rank 0 receives nothing and would go on to the next exchange alone: its bound stops it at the same place.
     bound = 4 if rank.rank == 1 else -1
-    dispatcher = PerRankDispatcher(case.placement, Wire(mesh.ep, traffic), max_receive_rows=bound)
+    dispatcher = AllToAllDispatcher(case.placement, AllToAll(mesh.ep, comm_stats), max_receive_rows=bound)
     try:
         dispatcher.plan(assignments, len(chosen))
     except PlacementError as error:
-        return str(error), traffic.events or []
-    return "no error", traffic.events or []
+        return str(error), comm_stats.events or []
+    return "no error", comm_stats.events or []
 
 
 def test_more_rows_than_the_bound_are_an_error_before_any_row_is_exchanged(

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.moe.dispatch import rows
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
-from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.dispatch.known_counts import PerPairDispatcher
+from moe_dist.moe.dispatch.known_counts import PairDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -64,18 +64,18 @@ class Live(TorchDispatchMode):
 
 
 def make(rank: RankContext, mode: str) -> Any:
-    nodes = 2 if mode == "per_node" else None
+    nodes = 2 if mode == "hierarchical" else None
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0, ranks_per_node=nodes)
-    placement, traffic = PLACEMENTS[rank.world_size], Traffic()
-    wire = Wire(mesh.ep, traffic)
+    placement, comm_stats = PLACEMENTS[rank.world_size], CommStats()
+    wire = AllToAll(mesh.ep, comm_stats)
     match mode:
-        case "per_rank":
-            return PerRankDispatcher(placement, wire)
-        case "per_pair":
-            return PerPairDispatcher(placement, wire)
-        case "per_node":
-            wires = Wire(mesh.inter_node, traffic), Wire(mesh.intra_node, traffic)
-            return PerNodeDispatcher(placement, *wires, ranks_per_node=2)
+        case "all_to_all":
+            return AllToAllDispatcher(placement, wire)
+        case "known_counts":
+            return PairDispatcher(placement, wire)
+        case "hierarchical":
+            wires = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
+            return HierarchicalDispatcher(placement, *wires, ranks_per_node=2)
         case "overlap":
             return PipelinedDispatcher(placement, wire, overlap=True)
         case "chunks":
@@ -86,9 +86,9 @@ def make(rank: RankContext, mode: str) -> Any:
 
 
 def assignments_of(rank: int, size: int, mode: str) -> Assignments:
-    """Token choice with nulls; for `per_pair` each expert's choice of a fixed number of tokens."""
+    """Token choice with nulls; for `known_counts` each expert's choice of a fixed number of tokens."""
     generator = torch.Generator().manual_seed(rank)
-    if mode == "per_pair":
+    if mode == "known_counts":
         counts = tuple(tuple(40 + 5 * source + expert for expert in range(E)) for source in range(size))
         token_N = torch.cat([torch.randperm(T, generator=generator)[:count] for count in counts[rank]])
         expert_N = torch.arange(E).repeat_interleave(torch.tensor(counts[rank]))
@@ -146,9 +146,9 @@ def held(rank: RankContext, mode: str, dtype: torch.dtype) -> dict[str, Any]:
 def stated(mode: str, dtype: torch.dtype, R: list[int], S: list[int]) -> tuple[float, float]:
     """The formulas of docs/parallelism.md in rows of D elements, forward and backward."""
     wide = 4 / dtype.itemsize if dtype == torch.bfloat16 else 0.0  # an fp32 sum beside the row it is rounded to
-    if mode in ("per_rank", "per_pair"):
+    if mode in ("all_to_all", "known_counts"):
         return (R[0] + S[0] + T * (1 + wide),) * 2
-    if mode == "per_node":
+    if mode == "hierarchical":
         (middle, here), (crossing, inside) = R, S
         within = here + inside + middle * (1 + wide)
         between = middle + crossing + T * (1 + wide)
@@ -160,10 +160,10 @@ def stated(mode: str, dtype: torch.dtype, R: list[int], S: list[int]) -> tuple[f
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ["per_rank", "per_pair", "per_node", "overlap", "chunks", "overlap, chunks"])
+@pytest.mark.parametrize("mode", ["all_to_all", "known_counts", "hierarchical", "overlap", "chunks", "overlap, chunks"])
 def test_memory_is_as_stated(run_in_world: Callable[..., list[Any]], mode: str, dtype: torch.dtype) -> None:
     """Exactly, but with chunks, whose sizes differ: there the formula is a bound, and no loose one."""
-    for seen in run_in_world(4 if mode == "per_node" else 2, held, mode, dtype):
+    for seen in run_in_world(4 if mode == "hierarchical" else 2, held, mode, dtype):
         assert seen["kept"] == 0
         forward, backward = stated(mode, dtype, seen["R"], seen["S"])
         if "chunks" in mode:
@@ -175,7 +175,7 @@ def test_memory_is_as_stated(run_in_world: Callable[..., list[Any]], mode: str, 
 
 def buffer_rows(rank: RankContext) -> tuple[list[float], int]:
     """Rows that lie in the shared buffers after dispatch, combine and backward; and S."""
-    dispatcher, assignments = make(rank, "per_rank"), assignments_of(rank.rank, rank.world_size, "per_rank")
+    dispatcher, assignments = make(rank, "all_to_all"), assignments_of(rank.rank, rank.world_size, "all_to_all")
     buffers, found = dispatcher.lane.buffers, []
     h_TD, plan = torch.ones(T, D).requires_grad_(), dispatcher.plan(assignments, T)
     here = dispatcher.dispatch(h_TD, assignments.weight_N, plan)

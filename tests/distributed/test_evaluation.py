@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -33,7 +33,7 @@ def with_filler(batch: Batch) -> Batch:
 
 def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict[str, int], dict[str, float], list[Any]]:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    parallel = build(layout, mesh, Traffic())
+    parallel = build(layout, mesh, CommStats())
     each = SEQUENCES // rank.world_size
     batches = [with_filler(batch_of(0, 0, rank.rank * each, each))]
     options: dict[str, Any] = {
@@ -41,34 +41,34 @@ def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict
     }  # fmt: skip
     heldout = heldout_losses(parallel.model, batches, **options)
     with experts_ablated(parallel.model):
-        ablated = heldout_losses(parallel.model, batches, **options).loss
+        experts_off = heldout_losses(parallel.model, batches, **options).loss
     assert heldout_losses(parallel.model, batches, **options).loss == heldout.loss
-    assert (heldout.depth_2LG is None) == (layout.depths is None)
+    assert (heldout.depth_2LG is None) == (layout.mixture_of_depths is None)
     counts = [heldout.choices_LC, heldout.tokens_LG, *([] if heldout.depth_2LG is None else heldout.depth_2LG)]
-    return dict(heldout.loss), dict(heldout.tokens), dict(ablated), counts
+    return dict(heldout.loss), dict(heldout.tokens), dict(experts_off), counts
 
 
 @pytest.mark.parametrize("layout", [Layout(4, 1, "uneven"), Layout(2, 2, "pinned", "fsdp2")], ids=str)
 def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
-    loss, tokens, ablated, counts = run_in_world(1, evaluated, Layout())[0]
+    loss, tokens, experts_off, counts = run_in_world(1, evaluated, Layout())[0]
     assert set(loss) == {"text", "image", "image_no_filler"}
     batch = with_filler(batch_of(0, 0, 0, SEQUENCES))
     scored = batch.labels_BS >= 0
     assert tokens["text"] == int((scored & (batch.label_modality_BS == 0)).sum())
     assert tokens["image_no_filler"] == int((scored & (batch.label_modality_BS == 1) & ~batch.filler_BS).sum())
-    assert all(abs(ablated[name] - loss[name]) > 1e-3 for name in loss)
+    assert all(abs(experts_off[name] - loss[name]) > 1e-3 for name in loss)
     for got, got_tokens, got_ablated, got_counts in run_in_world(layout.world_size, evaluated, layout):
         assert got_tokens == tokens
         for got_count, count in zip(got_counts, counts, strict=True):
             np.testing.assert_array_equal(got_count, count)
         np.testing.assert_allclose([got[name] for name in loss], list(loss.values()), rtol=1e-9)
-        np.testing.assert_allclose([got_ablated[name] for name in loss], list(ablated.values()), rtol=1e-9)
+        np.testing.assert_allclose([got_ablated[name] for name in loss], list(experts_off.values()), rtol=1e-9)
 
 
 def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callable[..., list[Any]]) -> None:
     """By the auxiliary router, each token by itself: layer 0 computes some tokens, layer 1 all."""
-    layout = Layout(2, 1, "pinned", depths="rank", depth_causal="auxiliary")
-    alone = run_in_world(1, evaluated, Layout(depths="rank", depth_causal="auxiliary"))[0]
+    layout = Layout(2, 1, "pinned", mixture_of_depths="rank", depth_causal="auxiliary")
+    alone = run_in_world(1, evaluated, Layout(mixture_of_depths="rank", depth_causal="auxiliary"))[0]
     _, tokens_LG, members_LG, taken_LG = alone[3]
     assert 0 < taken_LG.sum() < members_LG.sum()
     np.testing.assert_array_equal(tokens_LG, np.concatenate([taken_LG, members_LG]))
@@ -79,7 +79,7 @@ def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callabl
 
 def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
-    parallel = build(Layout(2), mesh, Traffic())
+    parallel = build(Layout(2), mesh, CommStats())
     manifest = Manifest(
         name="no held-out side",
         vocab_size=IMAGE[1],
@@ -104,11 +104,13 @@ def test_data_without_a_held_out_side_evaluates_to_nothing(run_in_world: Callabl
 def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str, np.ndarray], list[float], float | None]:
     """Two steps, with or without a measurement between them."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic()
-    parallel, placement = build(layout, mesh, traffic), placement_of(layout.placement, layout.ep)
+    comm_stats = CommStats()
+    parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    step = TrainingStep(
+        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
+    )
     losses, timed = [], None
     before = torch.get_rng_state()
     for number in range(2):

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
-from moe_dist.moe.dispatch.known_counts import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsPlan, PairDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.choice_sets import ChoiceSet
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routing import BatchFacts, RoutingTape
+from moe_dist.moe.routers.selection import SelectionScope
+from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.evaluation.calibration import calibrate
@@ -51,8 +51,8 @@ LAYOUTS = [
     Layout(4, 2, "pinned", "fsdp2", "experts", choice="ep_group"),
     Layout(4, 1, "uneven", "ddp", "block", choice="world", noise=1.0),
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
-    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", depths="rank"),
-    Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", depths="rank"),
+    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
+    Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", mixture_of_depths="rank"),
     # The loss of auxiliary routers is a mean over each micro-batch: only one set over all ranks is one process with it.
     Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
     Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
@@ -74,7 +74,7 @@ def one_process(
     made: dict[Layout, Outcome] = {}
 
     def of(layout: Layout) -> tuple[Path, Outcome]:
-        same = {"choice_causal": layout.choice_causal, "depths": layout.depths, "noise": layout.noise}
+        same = {"choice_causal": layout.choice_causal, "mixture_of_depths": layout.mixture_of_depths, "noise": layout.noise}
         oracle = Layout(choice="rank", parts=sets_of(layout), **same)
         weights = folder / f"{layout.depths}-{layout.choice_causal}"
         if oracle not in made:
@@ -122,7 +122,7 @@ def test_ranks_equal_one_process_over_the_same_sets(
     hop = "inter-node " if layout.ranks_per_node else ""
     assert outcomes[0].events.count(f"{hop}counts") == planned
     assert oracle.steps[0].choices_LC.any()
-    assert oracle.steps[0].idle_LG.any()
+    assert oracle.steps[0].unrouted_LG.any()
 
 
 def test_recompute_changes_no_bit(
@@ -152,20 +152,20 @@ PLACEMENTS = {
 def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type]:
     """Reads and named syncs of a layer's forward and backward, and which way it took."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
-    traffic, placement = Traffic(events=[]), PLACEMENTS[rank.world_size]
-    wire = Wire(mesh.ep, traffic)
-    pairs = PerPairDispatcher(placement, wire)
+    comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
+    wire = AllToAll(mesh.ep, comm_stats)
+    pairs = PairDispatcher(placement, wire)
     ranks = tuple(range(rank.world_size))
     router = ExpertChoiceRouter(
         D, GROUPS, noise=1.0, causal="threshold", known_counts=True,
-        choice_set=ChoiceSet(ranks=(rank.rank,), ep_ranks=ranks),
+        selection_scope=SelectionScope(ranks=(rank.rank,), ep_ranks=ranks),
     )  # fmt: skip
     local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
     layer = MoELayer(
         norm=torch.nn.RMSNorm(D),
         router=router,
         experts=Experts(D, GROUPS, local),
-        dispatcher=SyncFreeDispatcher(PerRankDispatcher(placement, wire), pairs, always=True),
+        dispatcher=KnownCountsDispatcher(AllToAllDispatcher(placement, wire), pairs, always=True),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     )
     for parameter in layer.parameters():
@@ -175,7 +175,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
     if rank.world_size > 1:
         groups[1] = torch.full((T,), -1)
     members = tuple(tuple(int((group_T == index).sum()) for index in range(2)) for group_T in groups)
-    facts = BatchFacts(3, 0, rank.rank, (T,) * rank.world_size, members)
+    batch_info = GlobalBatchInfo(3, 0, rank.rank, (T,) * rank.world_size, members)
     x_TD = torch.randn(T, D, requires_grad=True)
     plans: list[Any] = []
     reads: list[str] = []
@@ -183,11 +183,11 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
     layer.dispatcher.plan = lambda *args, **options: plans.append(plan(*args, **options)) or plans[-1]  # type: ignore
     for _ in range(2):
         with host_syncs() as seen:
-            y_TD, _ = layer(x_TD, groups[rank.rank], facts)
+            y_TD, _ = layer(x_TD, groups[rank.rank], batch_info)
             y_TD.sum().backward()
         reads += seen
     assert len(plans) == 2
-    return reads, [event for event in traffic.events or [] if event.startswith("sync")], type(plans[0])
+    return reads, [event for event in comm_stats.events or [] if event.startswith("sync")], type(plans[0])
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
@@ -196,7 +196,7 @@ def test_a_layer_whose_counts_are_known_waits_for_nothing(
     run_in_world: Callable[..., list[Any]], world_size: int, recompute: str
 ) -> None:
     for seen, named, plan in run_in_world(world_size, syncs, recompute):
-        assert (seen, named, plan) == ([], [], PerPairPlan)
+        assert (seen, named, plan) == ([], [], KnownCountsPlan)
 
 
 def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
@@ -207,9 +207,9 @@ def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
     h_TD = torch.randint(-2, 3, (sum(lengths), D), generator=generator).double()  # exact products: ties
     group_T = torch.randint(-1, 2, (sum(lengths),), generator=generator)
     options: dict[str, Any] = {"capacity": 0.3, "causal": "threshold"}
-    traffic = Traffic(events=[])
-    where = ChoiceSet("world", mesh.world, (0, 1, 2, 3), rank.rank, mesh.ep_ranks, traffic)
-    routers = [ExpertChoiceRouter(D, GROUPS, choice_set=each, **options).double() for each in (where, None)]
+    comm_stats = CommStats(events=[])
+    where = SelectionScope("world", mesh.world, (0, 1, 2, 3), rank.rank, mesh.ep_ranks, comm_stats)
+    routers = [ExpertChoiceRouter(D, GROUPS, selection_scope=each, **options).double() for each in (where, None)]
     for router in routers:
         for parameter in router.parameters():
             torch.nn.init.constant_(parameter, 1.0)
@@ -219,14 +219,14 @@ def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
     members = tuple(
         tuple(int((part == index).sum()) for index in range(2)) for part in group_T.split(lengths)
     )  # fmt: skip
-    facts = BatchFacts(0, 0, rank.rank, lengths, members)
+    batch_info = GlobalBatchInfo(0, 0, rank.rank, lengths, members)
     taken = []
-    for router, h, group, given in ((routers[0], h_TD[mine], group_T[mine], facts), (routers[1], h_TD, group_T, None)):
-        tape = RoutingTape(facts=given)
-        router(h, group, tape)
-        assert tape.choice is not None
-        taken.append(tape.choice.taken_TE.tolist())
-    assert (traffic.events, traffic.metadata_bytes) == (["choice logits"], 3 * max(lengths) * 8 * 8)
+    for router, h, group, given in ((routers[0], h_TD[mine], group_T[mine], batch_info), (routers[1], h_TD, group_T, None)):
+        cache = RoutingCache(batch_info=given)
+        router(h, group, cache)
+        assert cache.choice is not None
+        taken.append(cache.choice.taken_TE.tolist())
+    assert (comm_stats.events, comm_stats.metadata_bytes) == (["choice logits"], 3 * max(lengths) * 8 * 8)
     return taken[0], taken[1][mine]
 
 
@@ -238,20 +238,22 @@ def test_ranks_of_different_lengths_choose_alike(run_in_world: Callable[..., lis
 def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
     """Thresholds that one rank has after a calibration on its part of two micro-batches."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    model, each = build(layout, mesh, Traffic()).model, SEQUENCES // rank.world_size
+    model, each = build(layout, mesh, CommStats()).model, SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]
     calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=mesh.world)
     return {name: buffer.numpy().copy() for name, buffer in model.named_buffers() if name.endswith("threshold")}
 
 
-@pytest.mark.parametrize(("choice", "depths", "thresholds"), [("world", None, 2 * LAYERS), (None, "world", 1)])
+@pytest.mark.parametrize(("choice", "mixture_of_depths", "thresholds"), [("world", None, 2 * LAYERS), (None, "world", 1)])
 def test_calibration_is_over_all_ranks(
-    run_in_world: Callable[..., list[Any]], choice: str | None, depths: str | None, thresholds: int
+    run_in_world: Callable[..., list[Any]], choice: str | None, mixture_of_depths: str | None, thresholds: int
 ) -> None:
-    (alone,) = run_in_world(1, calibrated, Layout(choice=choice, depths=depths))
+    (alone,) = run_in_world(1, calibrated, Layout(choice=choice, mixture_of_depths=mixture_of_depths))
     assert len(alone) == thresholds
     assert all((value > 0).all() for value in alone.values())
     for data in ("ddp", "fsdp2"):
-        for got in run_in_world(4, calibrated, Layout(2, 2, "pinned", data, choice=choice, depths=depths)):
+        for got in run_in_world(
+            4, calibrated, Layout(2, 2, "pinned", data, choice=choice, mixture_of_depths=mixture_of_depths)
+        ):
             for name, value in alone.items():
                 np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-8)

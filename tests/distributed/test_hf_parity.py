@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.model.layers import SwiGLU
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.agreement import SMALLEST_GAP, Arrays, arrays, assert_agree, merged, smallest_gap
@@ -48,9 +48,9 @@ def our_block(
         norm=nn.Identity(),
         router=TopKRouter(D, groups, **options["router"]),
         experts=Experts(D, groups, [len(placement.local_experts(rank.rank, group)) for group in groups]),
-        dispatcher=PerRankDispatcher(placement, Wire(mesh.ep, Traffic())),
+        dispatcher=AllToAllDispatcher(placement, AllToAll(mesh.ep, CommStats())),
         shared=SwiGLU(D, shared_dim) if shared_dim else None,
-        free=FreeExperts(D, groups) if has_free_experts(groups) else None,
+        free=ZeroComputationExperts(D, groups) if has_zero_computation_experts(groups) else None,
     )
     load(layer, {name: torch.from_numpy(value) for name, value in weights.items()}, placement, rank.rank)
     h_TD, group_T, direction = (

@@ -1,4 +1,4 @@
-"""The whole layer waits for the device once, where it says so: router, capacity, free experts, experts, way out and home.
+"""The whole layer waits for the device once, where it says so: router, capacity, zero-computation experts, experts, way out and home.
 
 Orders by counting are made as on CUDA, so that what is read here is what would be waited for there.
 """
@@ -11,17 +11,17 @@ from unittest import mock
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.moe.dispatch import counting
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
-from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.syncs import host_syncs
@@ -37,17 +37,17 @@ PLACEMENTS = {
     2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5))),
 }
 TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}, "both": {"overlap": True, "chunks": 2}}
-CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "per_node")))
+CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "hierarchical")))
 
 
-def layer_of(rank: RankContext, mesh: Mesh, traffic: Traffic, case: tuple[Any, ...]) -> MoELayer:
+def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[Any, ...]) -> MoELayer:
     gemm, budget, recompute, way = case
-    placement, wire = PLACEMENTS[rank.world_size], Wire(mesh.ep, traffic)
-    if way == "per_node":
-        wires = Wire(mesh.inter_node, traffic), Wire(mesh.intra_node, traffic)
-        dispatcher: Any = PerNodeDispatcher(placement, *wires, ranks_per_node=rank.world_size)
+    placement, wire = PLACEMENTS[rank.world_size], AllToAll(mesh.ep, comm_stats)
+    if way == "hierarchical":
+        wires = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
+        dispatcher: Any = HierarchicalDispatcher(placement, *wires, ranks_per_node=rank.world_size)
     elif way == "plain":
-        dispatcher = PerRankDispatcher(placement, wire)
+        dispatcher = AllToAllDispatcher(placement, wire)
     else:
         dispatcher = PipelinedDispatcher(placement, wire, **TIMETABLES[way])
     local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
@@ -57,7 +57,7 @@ def layer_of(rank: RankContext, mesh: Mesh, traffic: Traffic, case: tuple[Any, .
         experts=Experts(D, GROUPS, local, gemm=gemm, pair_budget=budget),
         dispatcher=dispatcher,
         shared=torch.nn.Linear(D, D),
-        free=FreeExperts(D, GROUPS),
+        free=ZeroComputationExperts(D, GROUPS),
         recompute=recompute,
     )
     for parameter in layer.parameters():
@@ -71,13 +71,13 @@ def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[st
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0, ranks_per_node=rank.world_size)
     for case in cases:
         torch.manual_seed(rank.rank)
-        traffic = Traffic(events=[])
-        layer = layer_of(rank, mesh, traffic, case)
+        comm_stats = CommStats(events=[])
+        layer = layer_of(rank, mesh, comm_stats, case)
         x_TD, group_T = torch.randn(T, D, requires_grad=True), torch.randint(-1, 2, (T,))
         with mock.patch.object(counting, "_host_order", counting._device_order), host_syncs() as seen:
             y_TD, _ = layer(x_TD, group_T)
             y_TD.sum().backward()
-        found.append(([event for event in traffic.events or [] if event.startswith("sync")], seen))
+        found.append(([event for event in comm_stats.events or [] if event.startswith("sync")], seen))
     return found
 
 
@@ -85,7 +85,7 @@ def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[st
 def test_the_whole_layer_syncs_once_and_by_name(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
     for found in run_in_world(world_size, syncs, CASES, seconds=110):
         for case, (named, seen) in zip(CASES, found, strict=True):
-            assert named == ["sync split sizes of both hops" if "per_node" in case else "sync split sizes"], case
+            assert named == ["sync split sizes of both hops" if "hierarchical" in case else "sync split sizes"], case
             assert seen == ["tolist"], case
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hybrid_ep import COUNTS, HybridEPDispatcher
 from moe_dist.moe.dispatch.slot_numbers import SlotNumbers
 from moe_dist.moe.experts import Experts
@@ -40,8 +40,8 @@ def buffer_of(group: Any, placement: ExpertPlacement, *, any_dtype: bool = False
 def run_cases(rank: RankContext, domain: int, seeds: range) -> int:
     """Body of a standing world: random cases, ranks with different numbers of slots among them."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic(events=[])
-    wire = Wire(mesh.ep, traffic)
+    comm_stats = CommStats(events=[])
+    wire = AllToAll(mesh.ep, comm_stats)
     for seed in seeds:
         case = equal_tokens(random_case(seed, rank.world_size))
         chosen = case.experts_TK[rank.rank]
@@ -49,7 +49,7 @@ def run_cases(rank: RankContext, domain: int, seeds: range) -> int:
         buffer = buffer_of(mesh.ep, case.placement, any_dtype=True, domain=domain)
         dispatcher = HybridEPDispatcher(case.placement, wire, hidden_dim=D, buffer=buffer)
         trip = round_trip(
-            dispatcher, assignments, case.placement, rank.rank, len(chosen), traffic=traffic, seed=seed,
+            dispatcher, assignments, case.placement, rank.rank, len(chosen), comm_stats=comm_stats, seed=seed,
             dtype=torch.float32, tolerance=2e-5,
         )  # fmt: skip
         tokens, experts = case.taken(rank.rank)
@@ -59,7 +59,7 @@ def run_cases(rank: RankContext, domain: int, seeds: range) -> int:
         received = sum(plan.arrival.handle[1]) - plan.arrival.own_rows
         assert trip.forward_bytes == (rows + received) * D * 4
         assert trip.total_bytes == 2 * trip.forward_bytes
-        assert traffic.events == [
+        assert comm_stats.events == [
             f"sync {COUNTS}", "HybridEP dispatch", "HybridEP dispatch weights", "HybridEP routing map", "HybridEP combine",
             "HybridEP combine backward",
             "HybridEP dispatch backward", "HybridEP dispatch backward weights",
@@ -87,7 +87,7 @@ HAND = Case(((0, 1, 3), (2,)), (np.array([[3, 2], [-1, 1], [-1, -1]]), np.array(
 def hand(rank: RankContext) -> dict[str, Any]:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
     buffer = buffer_of(mesh.ep, HAND.placement)
-    dispatcher = HybridEPDispatcher(HAND.placement, Wire(mesh.ep, Traffic()), hidden_dim=8, buffer=buffer)
+    dispatcher = HybridEPDispatcher(HAND.placement, AllToAll(mesh.ep, CommStats()), hidden_dim=8, buffer=buffer)
     chosen = HAND.experts_TK[rank.rank]
     weight_N = torch.arange(1.0, chosen.size + 1)
     plan = dispatcher.plan(HAND.assignments(rank.rank, weight_N), len(chosen))
@@ -125,11 +125,11 @@ PLACEMENT = ExpertPlacement(GROUPS, ((0, 1, 2, 4, 5), (3, 6)))
 
 
 def layers(rank: RankContext, recompute: str) -> list[float]:
-    """Largest differences of y and all gradients between the whole layer over HybridEP and over `per_rank`."""
+    """Largest differences of y and all gradients between the whole layer over HybridEP and over `all_to_all`."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
     found = []
     for make in (
-        lambda wire: PerRankDispatcher(PLACEMENT, wire),
+        lambda wire: AllToAllDispatcher(PLACEMENT, wire),
         lambda wire: HybridEPDispatcher(
             PLACEMENT, wire, hidden_dim=16, buffer=buffer_of(mesh.ep, PLACEMENT, any_dtype=True)
         ),
@@ -139,7 +139,7 @@ def layers(rank: RankContext, recompute: str) -> list[float]:
             norm=torch.nn.Identity(),
             router=TopKRouter(16, GROUPS),
             experts=Experts(16, GROUPS, [len(PLACEMENT.local_experts(rank.rank, group)) for group in GROUPS]),
-            dispatcher=make(Wire(mesh.ep, Traffic())),
+            dispatcher=make(AllToAll(mesh.ep, CommStats())),
             recompute=recompute,  # pyright: ignore[reportArgumentType]
         )
         for parameter in layer.parameters():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Pending, Splits, Wire, exchange_rows
-from moe_dist.comm.integrity import CheckedWire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll, Pending, Splits, exchange_rows
+from moe_dist.comm.integrity import CheckedAllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.errors import IntegrityError
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -24,7 +24,7 @@ NAMES = ("dispatch rows", "dispatch rows backward")
 TRIALS = 240  # of each world size
 
 
-class FaultyWire(Wire):
+class FaultyWire(AllToAll):
     """A transport that damages the result of one named exchange."""
 
     damage: tuple[str, Callable[[torch.Tensor], None]] | None = None
@@ -66,8 +66,8 @@ def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
     """Exchanges in each of which one rank's receipt from one peer is damaged: that rank must raise, the others must not.
     Returns what was injected into this rank and what was found."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
-    transport = FaultyWire(mesh.ep, Traffic())
-    wire, found = CheckedWire(transport), []
+    transport = FaultyWire(mesh.ep, CommStats())
+    wire, found = CheckedAllToAll(transport), []
     for trial in range(count):
         rng = np.random.default_rng([trial, rank.world_size])  # the same on all ranks
         kind, dtype, name = KINDS[trial % 4], DTYPES[trial // 4 % 3], NAMES[trial // 12 % 2]
@@ -89,7 +89,7 @@ def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
     return found
 
 
-def _exchange(wire: Wire, splits: Splits, dtype: torch.dtype, name: str, *, seed: int) -> None:
+def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, seed: int) -> None:
     """One exchange as dispatch makes it, in backward by autograd; integers by the wire itself."""
     generator = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
@@ -123,7 +123,7 @@ def test_each_kind_of_damage_is_found_and_named(run_in_world: Callable[..., list
 def pairs_of_disagreement(rank: RankContext, change: str) -> str:
     """Both ranks start an exchange about which they do not agree; nothing of it may be sent, for it would hang."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
-    transport = Wire(mesh.ep, Traffic(events=[]))
+    transport = AllToAll(mesh.ep, CommStats(events=[]))
     odd = rank.rank == 1
     count = change == "count"  # each of the two sends one more than the other expects
     splits = Splits((4 if odd else 0, 0 if odd else 3), (3 + count if odd else 0, 0 if odd else 4 + count))
@@ -131,10 +131,10 @@ def pairs_of_disagreement(rank: RankContext, change: str) -> str:
     layer = "layers.1" if odd and change == "call" else "layers.0"
     message = ""
     try:
-        CheckedWire(transport).start(rows, splits, name="rows", layer=layer)
+        CheckedAllToAll(transport).start(rows, splits, name="rows", layer=layer)
     except IntegrityError as error:
         message = str(error)
-    assert transport.traffic.events is not None
+    assert transport.comm_stats.events is not None
     return message or f"sent {len(transport.traffic.events)}"
 
 
@@ -158,9 +158,9 @@ def clean_routings(rank: RankContext, seeds: range) -> int:
     """Random routings through dispatch, combine and their backward, which give the bits that they give without checks;
     returns how many exchanges were checked."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic(events=[])
-    unchecked = Wire(mesh.ep, Traffic())
-    wire = CheckedWire(Wire(mesh.ep, traffic))
+    comm_stats = CommStats(events=[])
+    unchecked = AllToAll(mesh.ep, CommStats())
+    wire = CheckedAllToAll(AllToAll(mesh.ep, comm_stats))
     for seed in seeds:
         shared = np.random.default_rng([seed, 0])
         num_experts, top_k = int(shared.integers(1, 9)), int(shared.integers(1, 4))
@@ -173,14 +173,14 @@ def clean_routings(rank: RankContext, seeds: range) -> int:
         chosen = chosen.reshape(tokens, min(top_k, num_experts))
         chosen[own.random(chosen.shape) < own.random()] = ABSENT
         given = torch.from_numpy(chosen), DTYPES[seed % 2], seed
-        checked = _clean_pass(PerRankDispatcher(placement, wire), *given)
+        checked = _clean_pass(AllToAllDispatcher(placement, wire), *given)
         if seed % 7 == 0:
-            assert torch.equal(checked, _clean_pass(PerRankDispatcher(placement, unchecked), *given))
-    assert traffic.events is not None
-    return sum(event.startswith("checksums of") for event in traffic.events)
+            assert torch.equal(checked, _clean_pass(AllToAllDispatcher(placement, unchecked), *given))
+    assert comm_stats.events is not None
+    return sum(event.startswith("checksums of") for event in comm_stats.events)
 
 
-def _clean_pass(dispatcher: PerRankDispatcher, chosen: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+def _clean_pass(dispatcher: AllToAllDispatcher, chosen: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Forward and backward; returns the gradient of the hidden states."""
     num_tokens, generator = chosen.shape[0], torch.Generator().manual_seed(seed)
     h_TD = torch.randn(num_tokens, 6, generator=generator).to(dtype).requires_grad_()

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.moe.reference.layer import bias_steps
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
@@ -131,15 +131,15 @@ class Controlled:
     """One rank of a training under controllers, which saves and goes on."""
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
-        self.rank, mesh, traffic = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0), Traffic()
-        self.parallel, placement = build(layout, mesh, traffic), placement_of(layout.placement, layout.ep)
+        self.rank, mesh, comm_stats = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0), CommStats()
+        self.parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
         groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
         self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
         balance = build_balance(config_of(layout).model.moe, self.parallel.model, placement.groups)
         assert balance is not None
         self.balance = balance
         self.step = TrainingStep(
-            self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic,
+            self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats,
             balance=balance,
         )  # fmt: skip
         self.layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -243,7 +243,7 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
     }
     changes["model.moe.router"] = {"selection_bias": True}
     changes["model.moe.balance"] = [
-        {"kind": "load_target", "target": TARGETS, "rate": 2.0, "decay_steps": 100},
+        {"kind": "active_experts", "target": TARGETS, "rate": 2.0, "decay_steps": 100},
         {"kind": "loss_free", "rate": 1e-3},
     ]
     config = tiny_config(data, root, {**changes, "parallel.ep": rank.world_size, "placement.policy": "interleaved"})

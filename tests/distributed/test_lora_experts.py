@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.evaluation.heldout import forward
@@ -140,7 +140,7 @@ def reduced(rank: RankContext, layout: Layout) -> tuple[int, int, int]:
         return call
 
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    parallel = build(layout, mesh, Traffic())
+    parallel = build(layout, mesh, CommStats())
     each = SEQUENCES // rank.world_size
     batch = batch_of(0, 0, rank.rank * each, each)
     for name in names:

@@ -66,11 +66,11 @@ def one_routing(layer: Any, routings: list[Any], rank: int, seed: int, ep_group:
     ids = modalities(seed, rank, (batch, length), own)
     h = torch.randn(length, batch, HIDDEN_DIM, generator=own).requires_grad_()
     routings.clear()
-    layer.traffic.take()
+    layer.comm_stats.take()
     y, _ = layer(h, ids)
-    forward = layer.traffic.payload_bytes
+    forward = layer.comm_stats.payload_bytes
     y.backward(torch.randn(y.shape, generator=own))
-    backward = layer.traffic.payload_bytes - forward
+    backward = layer.comm_stats.payload_bytes - forward
 
     to = rows_to(routings[0], layer.placement)
     everywhere = [torch.empty_like(to) for _ in range(ep_group.size())]

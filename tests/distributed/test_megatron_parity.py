@@ -71,13 +71,13 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
             logits = gather_from_tensor_model_parallel_region(logits)
             model.train()
         for layer in with_layers_of(model):
-            layer.traffic.take()
+            layer.comm_stats.take()
         losses = model(mine.tokens_BS, mine.positions, causal_mask(), labels=mine.labels_BS, padding_mask=mine.modality_BS)
-        forward = sum(layer.traffic.payload_bytes for layer in with_layers_of(model))
+        forward = sum(layer.comm_stats.payload_bytes for layer in with_layers_of(model))
         per_token = model.config.calculate_per_token_loss
         counted = mine.modality_BS >= 0
         (losses[counted].sum() if per_token else losses.mean()).backward()
-        both = sum(layer.traffic.payload_bytes for layer in with_layers_of(model))
+        both = sum(layer.comm_stats.payload_bytes for layer in with_layers_of(model))
         finalize_model_grads([model], counted.sum() if per_token else None)
 
         loss, expected_logits = our_loss(ours, whole, layout.settings, aux=layout.aux, masked=per_token)

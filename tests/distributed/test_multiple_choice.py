@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dist.inference.likelihood import Continuation, Likelihood
-from moe_dist.inference.trained import find_trained
+from moe_dist.inference.loaded_run import find_trained
 from moe_dist.parallel.mesh import make_mesh
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.worlds import RankContext

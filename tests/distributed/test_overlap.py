@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -101,7 +101,7 @@ def assignments_of(rank: int) -> tuple[Assignments, torch.Tensor]:
     return Assignments(torch.arange(T).repeat_interleave(K), chosen_TK.flatten(), weight_N), weight_N
 
 
-def whole_way(dispatcher: PerRankDispatcher | PipelinedDispatcher, rank: int, dim: int, *, backward: bool) -> Any:
+def whole_way(dispatcher: AllToAllDispatcher | PipelinedDispatcher, rank: int, dim: int, *, backward: bool) -> Any:
     """Plan, dispatch, experts that do nothing, combine, and the gradients; returns the plan."""
     assignments, weight_N = assignments_of(rank)
     h_TD = torch.ones(T, dim).requires_grad_()
@@ -116,12 +116,12 @@ def whole_way(dispatcher: PerRankDispatcher | PipelinedDispatcher, rank: int, di
     return plan
 
 
-def make(rank: RankContext, overlap: bool, chunks: int) -> PerRankDispatcher | PipelinedDispatcher:
+def make(rank: RankContext, overlap: bool, chunks: int) -> AllToAllDispatcher | PipelinedDispatcher:
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
     placement = ExpertPlacement((ExpertGroup("all", E, 0, K, 4, 0, ("text",)),), ((0, 3), (1, 2, 4, 5)))
-    wire = Wire(mesh.ep, Traffic(events=[]))
+    wire = AllToAll(mesh.ep, CommStats(events=[]))
     if not overlap and chunks == 1:
-        return PerRankDispatcher(placement, wire)
+        return AllToAllDispatcher(placement, wire)
     return PipelinedDispatcher(placement, wire, overlap=overlap, chunks=chunks)
 
 
@@ -129,7 +129,7 @@ def syncs(rank: RankContext, overlap: bool, chunks: int) -> tuple[list[str], int
     """Named syncs, lists read from tensors, and other operations that wait, in one forward and backward."""
     dispatcher = make(rank, overlap, chunks)
     whole_way(dispatcher, rank.rank, 4, backward=True)  # the placement's tables are made once
-    events = dispatcher.lane.wire.traffic.events
+    events = dispatcher.lane.wire.comm_stats.events
     assert events is not None
     events.clear()
     lists, tolist = [], torch.Tensor.tolist

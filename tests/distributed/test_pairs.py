@@ -5,7 +5,7 @@ import torch
 
 from moe_dist.parallel import pair_bandwidth as pairs
 from moe_dist.parallel.pair_bandwidth import Ranks, measure_pairs, names_of_nodes
-from moe_dist.parallel.round_robin import Exchange
+from moe_dist.parallel.round_robin import PairExchange
 from tests.support.worlds import RankContext
 
 CPU = torch.device("cpu")
@@ -47,8 +47,8 @@ def test_a_pair_is_slow_only_if_it_is_at_every_look() -> None:
         def __init__(self, *own: float) -> None:
             self._own = list(own)
 
-        def measure(self, wanted: list[tuple[int, int]], groups: object) -> dict[tuple[int, int], Exchange]:
-            return {pair: Exchange(1.0, self._own.pop(0) if pair == (0, 1) else 1.0) for pair in wanted}
+        def measure(self, wanted: list[tuple[int, int]], groups: object) -> dict[tuple[int, int], PairExchange]:
+            return {pair: PairExchange(1.0, self._own.pop(0) if pair == (0, 1) else 1.0) for pair in wanted}
 
     assert pairs._stays_slow((0, 1), (1, 2), Looks(3.0, 3.0, 3.0), {})  # pyright: ignore
     assert not pairs._stays_slow((0, 1), (1, 2), Looks(3.0, 3.0, 1.9), {})  # pyright: ignore

@@ -13,7 +13,7 @@ from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.state import RankLayout, capture
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
@@ -40,13 +40,18 @@ class Resumed:
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
         self.rank, mesh = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-        traffic = Traffic()
-        self.parallel = build(layout, mesh, traffic)
+        comm_stats = CommStats()
+        self.parallel = build(layout, mesh, comm_stats)
         placement = placement_of(layout.placement, layout.ep)
         groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
         self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
         self.step = TrainingStep(
-            self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic
+            self.parallel,
+            self.optimizer,
+            placement=placement,
+            group_of_modality=[0, 1],
+            clip_norm=0.5,
+            comm_stats=comm_stats,
         )
         self.layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
         self.manager = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)

@@ -118,7 +118,7 @@ COPIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             **groups((3, 6, 5), (2, 2, 1)),
             "model.moe.router.scale": 1.5,
             "model.moe.router.selection_bias": True,
-            "model.moe.balance": [{"kind": "load_target", "target": {"text": 1.5}, "rate": 0.1}],
+            "model.moe.balance": [{"kind": "active_experts", "target": {"text": 1.5}, "rate": 0.1}],
         },
     ),
     "sharded, with a shared expert": (
@@ -259,7 +259,10 @@ def test_what_cannot_be_upcycled_is_refused(
         ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.router.scale": 2.0}, "scale=2, the experts were scaled by 1.0"),
         (groups((4, 2, 2), (2, 0, 1)), "group text may choose null experts alone (top_k=2, num_null=2)"),
         ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
-        ({**groups((4, 0, 2), (2, 0, 1)), "model.depths": {"capacity": 0.5, "causal": "threshold"}}, "model.depths="),
+        (
+            {**groups((4, 0, 2), (2, 0, 1)), "model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},
+            "model.mixture_of_depths=",
+        ),
     ],
 )
 def test_an_upcycled_model_that_computes_something_else_says_why(

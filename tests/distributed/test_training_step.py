@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.optim.adamw import make_optimizer, step_count
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
@@ -26,14 +26,16 @@ def poisoned_training(
 ) -> tuple[list[StepResult], list[dict[str, np.ndarray]], int]:
     """Three steps; in the second, rank 1 gets a NaN in its activations or in one gradient."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic()
-    parallel = build(layout, mesh, traffic)
+    comm_stats = CommStats()
+    parallel = build(layout, mesh, comm_stats)
     placement = placement_of(layout.placement, layout.ep)
     optimizer = make_optimizer(
         split_parameters(parallel.model.named_parameters(), weight_decay=0.1),
         backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
     )  # fmt: skip
-    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    step = TrainingStep(
+        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
+    )
     poison = {"on": False}
     target = parallel.model.norm if where == "activation" else parallel.model.layers[0].moe.experts  # pyright: ignore
 
@@ -82,11 +84,13 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
 def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
     """One step with a capacity, and the pairs that the first layer takes of the same batch in evaluation."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic()
-    parallel, placement = build(layout, mesh, traffic), placement_of(layout.placement, layout.ep)
+    comm_stats = CommStats()
+    parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    step = TrainingStep(parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, traffic=traffic)
+    step = TrainingStep(
+        parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats
+    )
     batch = batch_of(0, 0, 2 + 2 * rank.rank, 2)
     parallel.model.eval()
     with torch.no_grad():

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Splits, Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.stats import CommStats
 from moe_dist.parallel.mesh import make_mesh
 from tests.support.worlds import RankContext
 
@@ -15,8 +15,8 @@ from tests.support.worlds import RankContext
 def two_in_flight(rank: RankContext) -> dict[str, Any]:
     """Rank r sends r + 1 rows to its peer, twice; the second exchange goes into a part of a larger buffer."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic(events=[])
-    wire = Wire(mesh.ep, traffic, mesh.watch)
+    comm_stats = CommStats(events=[])
+    wire = AllToAll(mesh.ep, comm_stats, mesh.tracker)
     sizes = [[0, 1], [2, 0]]
     splits = Splits(tuple(sizes[rank.rank]), tuple(sizes[peer][rank.rank] for peer in range(2)))
     items = torch.full((sum(splits.send), 3), float(rank.rank + 1))
@@ -24,18 +24,18 @@ def two_in_flight(rank: RankContext) -> dict[str, Any]:
     first = wire.start(items, splits, name="first", layer="layers.7", payload=True)
     second = wire.start(items * 10, splits, name="second", out=buffer[1:])
     flying = [(pending.layer, pending.name, pending.splits == splits) for pending in (first, second)]
-    unwatched = mesh.watch.oldest()
+    unwatched = mesh.tracker.oldest()
     got_second, got_first = second.wait(), first.wait()
     with pytest.raises(AssertionError, match="has been waited for"):
         first.wait()
     return {
         "flying": flying,
-        "watched": (unwatched, mesh.watch.oldest(), mesh.watch.entered),
+        "watched": (unwatched, mesh.tracker.oldest(), mesh.tracker.entered),
         "first": got_first.tolist(),
         "second": got_second.tolist(),
         "buffer": buffer.tolist(),
-        "events": traffic.events,
-        "bytes": (traffic.payload_bytes, traffic.metadata_bytes),
+        "events": comm_stats.events,
+        "bytes": (comm_stats.payload_bytes, comm_stats.metadata_bytes),
     }
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
-from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -50,23 +50,26 @@ class Ranks:
     shape: WorkloadShape
     placement: ExpertPlacement
     dispatcher: Dispatcher[Any]
-    traffic: Traffic
+    comm_stats: CommStats
     group: Any
     per_node: int | None
 
     @classmethod
     def of(cls, context: RankContext, kind: str) -> "Ranks":
         world = context.world_size
-        per_node = {"per_rank": None, "per_node": max(1, world // 2)}[kind]
+        per_node = {"all_to_all": None, "hierarchical": max(1, world // 2)}[kind]
         mesh = make_mesh(ep=world, device=torch.device("cpu"), timeout=60.0, ranks_per_node=per_node)
         shape = WorkloadShape(T, E, K, world)
         placement = ExpertPlacement((GROUP,), tuple(tuple(shape.shard(rank)) for rank in range(world)))
-        traffic = Traffic()
-        dispatcher: Dispatcher[Any] = PerRankDispatcher(placement, Wire(mesh.ep, traffic))
+        comm_stats = CommStats()
+        dispatcher: Dispatcher[Any] = AllToAllDispatcher(placement, AllToAll(mesh.ep, comm_stats))
         if per_node is not None:
-            between, inside = Wire(mesh.inter_node, traffic, between_nodes=True), Wire(mesh.intra_node, traffic)
-            dispatcher = PerNodeDispatcher(placement, between, inside, ranks_per_node=per_node)
-        return cls(context.rank, shape, placement, dispatcher, traffic, mesh.world, per_node)
+            between, inside = (
+                AllToAll(mesh.inter_node, comm_stats, between_nodes=True),
+                AllToAll(mesh.intra_node, comm_stats),
+            )
+            dispatcher = HierarchicalDispatcher(placement, between, inside, ranks_per_node=per_node)
+        return cls(context.rank, shape, placement, dispatcher, comm_stats, mesh.world, per_node)
 
     def step(self, workload: str, number: int) -> WorkloadStep:
         return workload_step(workload, seed=0, step=number, shape=self.shape)
@@ -98,7 +101,7 @@ def dispatch_only(context: RankContext, kind: str) -> dict[str, int]:
             direction = torch.randint(-8, 9, (num_tokens, D), generator=generator).double()
             weight_N = torch.from_numpy(step.weight_TK[step.rows_of(ranks.rank)]).flatten().requires_grad_()
             token_N = torch.arange(num_tokens).repeat_interleave(K)
-            ranks.traffic.take()
+            ranks.comm_stats.take()
             plan = ranks.dispatcher.plan(Assignments(token_N, chosen.flatten(), weight_N), num_tokens)
             got = ranks.dispatcher.dispatch(h_TD, weight_N, plan)
             load = np.bincount(step.expert_TK.ravel(), minlength=E)[list(ranks.placement.slots[ranks.rank])]
@@ -115,7 +118,7 @@ def dispatch_only(context: RankContext, kind: str) -> dict[str, int]:
             assert all(torch.equal(mine, wanted) for mine, wanted in zip(ours, theirs, strict=True))
             rows, between = ranks.rows_sent(step)
             assert plan.num_remote_rows == rows
-            total = torch.tensor([rows, between, ranks.traffic.payload_bytes, ranks.traffic.inter_node_bytes])
+            total = torch.tensor([rows, between, ranks.comm_stats.payload_bytes, ranks.comm_stats.inter_node_bytes])
             dist.all_reduce(total, group=ranks.group)
             rows, between, payload, payload_between = total.tolist()
             assert (payload, payload_between) == (4 * rows * D * 8, 4 * between * D * 8)
@@ -210,7 +213,7 @@ def training_step(context: RankContext, kind: str) -> dict[str, float]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["per_rank", "per_node"])
+@pytest.mark.parametrize("kind", ["all_to_all", "hierarchical"])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("mode", [dispatch_only, moe_fwd_bwd, training_step], ids=lambda mode: mode.__name__)
 def test_all_eight_pass_and_none_hangs(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_dist.checkpoint.directory import Shelf
+from moe_dist.checkpoint.directory import CheckpointDirectory
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,8 +36,8 @@ STUDY: dict[str, Any] = {
             **ARM,
             "after": "base",
             "carry": True,
-            "set": {"train.steps": 4, "model.moe.router.kind": "fixed_load"},
-            "measured": {"model.moe.router.loads.all": {"arm": "base", "metric": "load.by_layer"}},
+            "set": {"train.steps": 4, "model.moe.router.kind": "scheduled_top_k"},
+            "measured": {"model.moe.router.active_experts.all": {"arm": "base", "metric": "load.by_layer"}},
         },
         "choice": {
             **ARM,
@@ -96,7 +96,7 @@ def ended(folder: Path, *arguments: str, code: int = 0) -> str:
 def test_killed_gone_on_with_measured_and_done_once(folder: Path) -> None:
     run = folder / "runs" / "reproduce" / "tiny-pilot" / "base" / "seed-9"
     killed = started(folder, "--pilot")
-    shelf = Shelf(run / "checkpoints")
+    shelf = CheckpointDirectory(run / "checkpoints")
     while killed.poll() is None and not shelf.steps():
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_dist.hf.families import read_section
 from moe_dist.hf.names import slots
-from moe_dist.hf.plan import Options, changed_section
+from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.moe.routers.top_k import column_counts
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -114,7 +114,7 @@ def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> A
     """
     family, plain, _ = read_section(config)
     found: dict[str, Tensor] = {}
-    for slot in slots(changed_section(plain, family, Options()), family):
+    for slot in slots(changed_section(plain, family, ImportOptions()), family):
         place = next((place for place in slot.places if place.name in named), None)
         found[slot.name] = torch.zeros(slot.shape)
         if place is not None:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.moe.losses import BalanceKind
-from moe_dist.moe.routers.thresholds import ThresholdKeeper
+from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.initialise import initialise, normal_tensor, set_whole
@@ -22,7 +22,7 @@ from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import replicated_placement
 from moe_dist.train.build import build_model, freeze
-from moe_dist.train.build_routing import build_balance, build_depth_set, choice_ranks_of, depth_thresholds
+from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.train.step import StepResult, TrainingStep
@@ -68,13 +68,13 @@ class Layout:
     noise: float = 0.0
     parts: int = 1  # micro-batches that each micro-batch of a rank is cut into
     per_pair: bool = False
-    depths: str | None = None  # the choice set of layer 0, which computes 0.3 of the tokens
+    mixture_of_depths: str | None = None  # the selection scope of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
     tuned: tuple[int, ...] = ()  # layers whose routers alone are trained
     lora: str | None = None  # LoRA experts of that weight, and LoRA on the attention, over a frozen base
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
-    depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are choice sets of their own
+    depth_parts: int = 1  # for one rank as the oracle: equal parts of its tokens that are selection scopes of their own
 
     @property
     def world_size(self) -> int:
@@ -98,7 +98,7 @@ class Layout:
         budget += f"-balance-{self.balance_per}" if self.balance else ""
         budget += "-fixed" if self.fixed else ""
         budget += f"-lora-{self.lora}" if self.lora else ""
-        budget += f"-depths-{self.depths}-{self.depth_causal}" if self.depths else ""
+        budget += f"-depths-{self.depths}-{self.depth_causal}" if self.mixture_of_depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""
@@ -110,7 +110,7 @@ class Layout:
 
 
 CONTROLLERS = (
-    {"kind": "load_target", "target": {"text": 1.2, "image": 0.9}, "rate": 0.5, "decay_steps": 2, "per": "expert"},
+    {"kind": "active_experts", "target": {"text": 1.2, "image": 0.9}, "rate": 0.5, "decay_steps": 2, "per": "expert"},
     {"kind": "loss_free", "rate": 0.01},
 )
 LOADS = {"text": [1.5, 2.0], "image": [0.5, 1.0]}
@@ -158,11 +158,11 @@ def placement_for(layout: Layout) -> ExpertPlacement:
 
 def config_of(layout: Layout) -> Config:
     """A configuration with the layout's keys; its data section is not used."""
-    dispatch: dict[str, Any] = {"kind": "per_rank", "overlap": layout.overlap, "chunks": layout.chunks}
+    dispatch: dict[str, Any] = {"kind": "all_to_all", "overlap": layout.overlap, "chunks": layout.chunks}
     if layout.per_pair:
-        dispatch = {"kind": "per_pair"}
+        dispatch = {"kind": "known_counts"}
     if layout.ranks_per_node:
-        dispatch = {"kind": "per_node", "ranks_per_node": layout.ranks_per_node}
+        dispatch = {"kind": "hierarchical", "ranks_per_node": layout.ranks_per_node}
     router: dict[str, Any] = {"kind": "top_k", "selection_bias": layout.free or layout.balance}
     router["null_logit"] = layout.null_logit
     experts: dict[str, Any] = {"kind": "ffn"}
@@ -176,7 +176,7 @@ def config_of(layout: Layout) -> Config:
         router["threshold_decay"] = 0.5
         only = {"only": "auxiliary_routers"} if layout.choice_causal == "auxiliary" else {}
     if layout.fixed:
-        router = {"kind": "fixed_load", "loads": LOADS}
+        router = {"kind": "scheduled_top_k", "loads": LOADS}
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -189,9 +189,14 @@ def config_of(layout: Layout) -> Config:
                 "max_seq_len": SEQ_LEN,
                 "qk_norm": "full",
                 "init_std": 0.3,
-                "depths": None
-                if layout.depths is None
-                else {"capacity": 0.3, "set": layout.depths, "causal": layout.depth_causal, "threshold_decay": 0.5},
+                "mixture_of_depths": None
+                if layout.mixture_of_depths is None
+                else {
+                    "capacity": 0.3,
+                    "set": layout.mixture_of_depths,
+                    "causal": layout.depth_causal,
+                    "threshold_decay": 0.5,
+                },
                 "attention_lora": {"rank": 3, "alpha": 4.0} if layout.lora else None,
                 "moe": {
                     "shared_ffn_dim": 0 if layout.lora else 4,
@@ -251,7 +256,7 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
     return maker.make(rows)
 
 
-def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
+def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
     """The model of a layout, initialised, on its mesh."""
     config, placement = config_of(layout), placement_for(layout)
     dtype = getattr(torch, layout.precision)
@@ -266,14 +271,14 @@ def build(layout: Layout, mesh: Mesh, traffic: Traffic) -> ParallelModel:
                 ep_rank=mesh.ep_rank,
                 ep_group=mesh.ep,
                 node_groups=(mesh.inter_node, mesh.intra_node),
-                traffic=traffic,
+                comm_stats=comm_stats,
                 compute_dtype=dtype,
-                choice_ranks=choice_ranks_of(mesh),
-                depth_set=build_depth_set(config, mesh, traffic),
+                scope_ranks=scope_ranks_of(mesh),
+                depth_scope=build_depth_scope(config, mesh, comm_stats),
             )
         if layout.depth_parts > 1:
             for router in model.depth_routers():
-                router.choice_set = PartedSet(layout.depth_parts)
+                router.selection_scope = PartedSet(layout.depth_parts)
         freeze(model, config)
         if layout.tuned:
             freeze_all_but_routers(model, layout.tuned)
@@ -300,8 +305,8 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         checkpoint: Folder from which the initial weights come; one rank alone writes its own there first.
     """
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
-    traffic = Traffic(events=[])
-    parallel = build(layout, mesh, traffic)
+    comm_stats = CommStats(events=[])
+    parallel = build(layout, mesh, comm_stats)
     placement = placement_for(layout)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
@@ -311,11 +316,11 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         placement=placement,
         group_of_modality=[0, 1],
         clip_norm=0.5,
-        traffic=traffic,
+        comm_stats=comm_stats,
         balance=build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
-        thresholds=ThresholdKeeper.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
-        needs_facts=layout.choice is not None or layout.fixed,
-        depths=depth_thresholds(parallel.model),
+        thresholds=ThresholdUpdater.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
+        needs_global_batch_info=layout.choice is not None or layout.fixed,
+        mixture_of_depths=depth_thresholds(parallel.model),
     )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)
@@ -350,7 +355,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         steps=results,
         gradients=gradients,
         parameters=parameters,
-        events=traffic.events or [],
+        events=comm_stats.events or [],
         logits=logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy(),
         biases={name: each.numpy().copy() for name, each in parallel.model.named_buffers() if name.endswith(".bias")},
         buffers={name: buffer.numpy().copy() for name, buffer in parallel.model.named_buffers() if "router" in name},

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.model.transformer import ModelArgs, Transformer
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
@@ -180,14 +180,14 @@ def stage_layers(layout: Layout, stage: int) -> range:
 
 def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
     """Our transformer on one rank, with weights drawn from `seed`."""
-    placement, wire = settings.model_copy(update={"placement": _interleaved()}).place(1), Wire(None, Traffic())
+    placement, wire = settings.model_copy(update={"placement": _interleaved()}).place(1), AllToAll(None, CommStats())
 
     def make_moe(_: int) -> MoELayer:
         return MoELayer(
             norm=RMSNorm(HIDDEN_DIM, EPS),
             router=TopKRouter(HIDDEN_DIM, placement.groups),
             experts=Experts(HIDDEN_DIM, placement.groups, [group.num_experts for group in placement.groups]),
-            dispatcher=PerRankDispatcher(placement, wire),
+            dispatcher=AllToAllDispatcher(placement, wire),
             shared=SwiGLU(HIDDEN_DIM, SHARED_FFN_DIM),
         )
 

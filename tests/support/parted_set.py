@@ -9,7 +9,7 @@ from moe_dist.model.depths_reference import choose
 
 
 class PartedSet:
-    """A choice set of equal parts of the tokens, each a set of its own, chosen by the slow reference."""
+    """A selection scope of equal parts of the tokens, each a set of its own, chosen by the slow reference."""
 
     def __init__(self, parts: int) -> None:
         self.parts = parts

@@ -18,7 +18,7 @@ from moe_dist.config.load import load_config
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.place import Found, Place, check_place
+from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.shared_folder import shared_with_rank_0
 from moe_dist.runtime.signals import StopRequest
@@ -35,7 +35,7 @@ def main(config_path: Path, overrides: list[str]) -> int:
         config = load_config(config_path, overrides)
         folder = attempt.open(config)
         with shared_with_rank_0(folder.path, env):
-            check_place(Place.from_environment(os.environ), Found.from_environment(os.environ))
+            check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
             print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
             time.sleep(1.0)  # for the slowest to come
         step = committed_step(folder.checkpoints) + int(gained or 0)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -83,7 +83,7 @@ class RoundTrip:
 
 def round_trip(
     dispatcher: Any, assignments: Assignments, placement: ExpertPlacement, rank: int, num_tokens: int, *,
-    traffic: Traffic, seed: int, dtype: torch.dtype = torch.double, tolerance: float = 1e-12,
+    comm_stats: CommStats, seed: int, dtype: torch.dtype = torch.double, tolerance: float = 1e-12,
 ) -> RoundTrip:  # fmt: skip
     """Sends assignments through dispatch and combine, and holds values and gradients to the oracle.
 
@@ -94,9 +94,9 @@ def round_trip(
     h_TD = torch.randn(num_tokens, D, dtype=torch.double, generator=generator).to(dtype).requires_grad_()
     weight_N = torch.rand(assignments.token_N.shape[0], dtype=torch.double, generator=generator).to(weights_dtype)
     weight_N.requires_grad_()
-    traffic.take()
-    if traffic.events is not None:
-        traffic.events.clear()
+    comm_stats.take()
+    if comm_stats.events is not None:
+        comm_stats.events.clear()
     plan = dispatcher.plan(assignments._replace(weight_N=weight_N), num_tokens)
     dispatched = dispatcher.dispatch(h_TD, weight_N, plan)
     ids = torch.tensor(placement.slots[rank], dtype=weights_dtype) + 1
@@ -104,7 +104,7 @@ def round_trip(
     pairs_QD = dispatched.rows_RD[plan.row_of_pair_Q].to(weights_dtype) * (dispatched.weight_Q * factor_Q)[:, None]
     summed_RD = torch.zeros(dispatched.rows_RD.shape, dtype=weights_dtype).index_add(0, plan.row_of_pair_Q, pairs_QD)
     y_TD = dispatcher.combine(summed_RD.to(dtype), plan)
-    forward_bytes = traffic.payload_bytes
+    forward_bytes = comm_stats.payload_bytes
 
     taken = assignments._replace(weight_N=weight_N).taken()
     scale_T = torch.zeros(num_tokens, dtype=weights_dtype)
@@ -116,7 +116,7 @@ def round_trip(
     ours = torch.autograd.grad((y_TD * direction).sum(), [h_TD, weight_N])
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
-    return RoundTrip(plan, forward_bytes, traffic.payload_bytes)
+    return RoundTrip(plan, forward_bytes, comm_stats.payload_bytes)
 
 
 def all_ranks(values: Callable[[int], Any], world_size: int) -> list[Any]:

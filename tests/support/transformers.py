@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.model.layers import RMSNorm
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import ModelArgs, Transformer
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -32,7 +32,7 @@ def make_transformer(
 ) -> Transformer:
     """Three layers; those in `moe_layers` have the layouts' groups with null experts, the others are dense."""
     placement = ExpertPlacement(GROUPS, (tuple(range(sum(group.num_experts for group in GROUPS))),))
-    dispatcher = PerRankDispatcher(placement, Wire(None, Traffic(), None))
+    dispatcher = AllToAllDispatcher(placement, AllToAll(None, CommStats(), None))
 
     def make_moe(layer: int) -> MoELayer:
         return MoELayer(

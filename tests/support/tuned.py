@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.config.manifest import Manifest
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
@@ -51,8 +51,8 @@ class Tuned:
 def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refresh_every: int | None) -> Tuned:
     """Body of a standing world: tunes the routers of `layout.tuned` and returns what this rank saw."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic(events=[])
-    parallel = build(layout, mesh, traffic)
+    comm_stats = CommStats(events=[])
+    parallel = build(layout, mesh, comm_stats)
     placement = placement_of(layout.placement, layout.ep, layout.groups)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
@@ -83,7 +83,7 @@ def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refr
         placement=placement,
         group_of_modality=[0, 1],
         clip_norm=0.5,
-        traffic=traffic,
+        comm_stats=comm_stats,
         tuning=tuning,
     )
     loader = SampleLoader(
@@ -113,7 +113,7 @@ def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refr
         parameters=logical(parallel, placement, mesh, gradient=False),
         gradients=gradients,
         moments={named[parameter] for parameter in optimizer.state},
-        events=traffic.events or [],
+        events=comm_stats.events or [],
         savings=savings(parallel),
     )
 

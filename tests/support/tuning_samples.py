@@ -10,7 +10,7 @@ from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.config.tuning_manifest import TuningManifest
-from moe_dist.train.router_tuning.samples import Sample, Scored, write_samples
+from moe_dist.train.router_tuning.samples import Scored, TuningSample, write_samples
 
 WIDTH = 6
 
@@ -44,7 +44,7 @@ def made_samples(
             "made-up",
             str(number),
             f"question {number}",
-            Sample(rng.integers(*ids, rng.integers(2, longest + 1)), rng.integers(*ids, rng.integers(1, 4))),
+            TuningSample(rng.integers(*ids, rng.integers(2, longest + 1)), rng.integers(*ids, rng.integers(1, 4))),
             number % count < right,
         )
         for number in range(count)

@@ -17,15 +17,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_time_inside_collectives_is_left_out(clock: Any) -> None:
-    watch: Any = SimpleNamespace(waited=7.0)
-    busy = _BusyClock(watch, began=98.0)  # two seconds of reading data before
-    clock.seconds, watch.waited = 110.0, 15.0
+    tracker: Any = SimpleNamespace(waited=7.0)
+    busy = _BusyClock(tracker, began=98.0)  # two seconds of reading data before
+    clock.seconds, tracker.waited = 110.0, 15.0
     assert busy.seconds(0.0) == pytest.approx(4.0)
 
 
 def test_on_cuda_the_exchanges_are_left_out_where_the_host_did_not_wait(clock: Any) -> None:
-    watch: Any = SimpleNamespace(waited=0.0)
-    busy = _BusyClock(watch, began=100.0)
-    clock.seconds, watch.waited = 110.0, 0.5
+    tracker: Any = SimpleNamespace(waited=0.0)
+    busy = _BusyClock(tracker, began=100.0)
+    clock.seconds, tracker.waited = 110.0, 0.5
     assert busy.seconds(3.0) == pytest.approx(7.0)
     assert _BusyClock(None, began=100.0).seconds(99.0) == 0.0

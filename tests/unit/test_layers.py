@@ -109,14 +109,14 @@ def sources() -> list[Source]:
 
 
 def floor_faults(files: list[Source]) -> list[str]:
-    faults = [
+    problems = [
         f"{f.path}: room {f.room!r} has no floor in {__file__}" for f in files if f.room not in FLOOR_OF | {"__init__": 0}
     ]
     for file in files:
         for line, room in file.rooms_imported():
             if FLOOR_OF.get(room, -1) < FLOOR_OF.get(file.room, -1):
-                faults.append(f"{file.path}:{line}: {file.room} imports {room}, which is on a floor above it")
-    return faults
+                problems.append(f"{file.path}:{line}: {file.room} imports {room}, which is on a floor above it")
+    return problems
 
 
 def circle_faults(files: list[Source]) -> list[str]:
@@ -202,7 +202,7 @@ def object_collective_faults(files: list[Source]) -> list[str]:
 
 
 def unpickling_faults(files: list[Source]) -> list[str]:
-    faults = []
+    problems = []
     for file in files:
         for call, name in file.calls():
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
@@ -215,13 +215,13 @@ def unpickling_faults(files: list[Source]) -> list[str]:
                 or name in ("eval", "exec")
             )
             if runs_code:
-                faults.append(
+                problems.append(
                     f"{file.path}:{call.lineno}: {name} can run code from a file; read safetensors, JSON or safe YAML"
                 )
         for line, name in file.imports():
             if name.partition(".")[0] in ("dill", "cloudpickle", "shelve", "marshal", "joblib"):
-                faults.append(f"{file.path}:{line}: {name} can run code from a file")
-    return faults
+                problems.append(f"{file.path}:{line}: {name} can run code from a file")
+    return problems
 
 
 def command_line_faults(files: list[Source]) -> list[str]:
@@ -292,7 +292,7 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_holds(rule: Callable[[list[Source]], list[str]], sources: list[Source]) -> None:
-    assert not (faults := rule(sources)), "\n".join(faults)
+    assert not (problems := rule(sources)), "\n".join(problems)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -302,7 +302,7 @@ def test_would_fail(rule: Callable[[list[Source]], list[str]]) -> None:
 
 
 def test_rooms_make_no_circle(sources: list[Source]) -> None:
-    assert not (faults := circle_faults(sources)), "\n".join(faults)
+    assert not (problems := circle_faults(sources)), "\n".join(problems)
 
 
 def test_a_circle_would_fail() -> None:

@@ -14,7 +14,7 @@ import moe_dist
 from moe_dist.errors import EXIT_FAILED, ConfigError
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.provenance import code_state
-from tools.bench.ranks import Job, measure, read_results
+from tools.bench.ranks import BenchJob, measure, read_results
 from tools.bench.report import draw, markdown, text
 
 DEFAULT_JSON = Path(".cache/bench/dispatch.json")
@@ -41,7 +41,7 @@ def main(
             print(f"--world {world}: more ranks than the {cores} cores; their times would say nothing", file=sys.stderr)
             raise typer.Exit(ConfigError.exit_code)
         try:
-            measure(Job(world, path, tuple(only), quick, rounds, seed, _commit()), fresh=fresh)
+            measure(BenchJob(world, path, tuple(only), quick, rounds, seed, _commit()), fresh=fresh)
         except ConfigError as error:
             print(error, file=sys.stderr)
             raise typer.Exit(error.exit_code) from error

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import Mesh
@@ -56,10 +56,10 @@ class Case:
     weight_TK: Tensor
     taken: Assignments
     equal_active: Assignments
-    dispatcher: PerRankDispatcher = field(init=False)
+    dispatcher: AllToAllDispatcher = field(init=False)
 
     def __post_init__(self) -> None:
-        self.dispatcher = PerRankDispatcher(self.placement, Wire(self.mesh.ep, Traffic()))
+        self.dispatcher = AllToAllDispatcher(self.placement, AllToAll(self.mesh.ep, CommStats()))
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -58,7 +58,7 @@ EXPLANATIONS: Mapping[str, Mapping[str, Explanation]] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class BenchResult:
     """One judged comparison.
 
     Attributes:
@@ -80,13 +80,13 @@ class Finding:
     reason: str = ""
 
 
-def judge(rows: Mapping[str, Any]) -> list[Finding]:
+def judge(rows: Mapping[str, Any]) -> list[BenchResult]:
     """All judged comparisons of a file, those that fail first."""
     findings = [finding for key, row in rows.items() for finding in _judge_row(key, row)]
     return sorted(findings, key=lambda finding: finding.met)
 
 
-def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[Finding]:
+def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
     if key.startswith("scaling/"):
         yield from _judge_scaling(key, row)
         return
@@ -106,21 +106,21 @@ def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[Finding]:
             yield _finding(key, comparison, rule, ratio, high <= 1 / NAIVE_FACTOR)
 
 
-def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[Finding]:
+def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
     if row["by"] == "tokens":
         slope = row["log-log slope of time"]
         met = SLOPE[0] <= slope <= SLOPE[1]
         reason = "" if met else _reason("time over tokens", key)
-        yield Finding(key, "time over tokens", f"log-log slope in {SLOPE}", slope, slope, slope, met, reason)
+        yield BenchResult(key, "time over tokens", f"log-log slope in {SLOPE}", slope, slope, slope, met, reason)
         return
     for label, ratio in row["cost a row / the first's"].items():
         met = FLATNESS[0] <= ratio["median"] <= FLATNESS[1]
         yield _finding(f"{key} {label}", "cost a row / the first's", f"within {FLATNESS}", ratio, met)
 
 
-def _finding(key: str, comparison: str, rule: str, ratio: Mapping[str, float], met: bool) -> Finding:
+def _finding(key: str, comparison: str, rule: str, ratio: Mapping[str, float], met: bool) -> BenchResult:
     reason = "" if met else _reason(comparison, key)
-    return Finding(key, comparison, rule, ratio["median"], ratio["low"], ratio["high"], met, reason)
+    return BenchResult(key, comparison, rule, ratio["median"], ratio["low"], ratio["high"], met, reason)
 
 
 def _reason(comparison: str, key: str) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
@@ -99,7 +99,7 @@ def _our_layer(
         norm=nn.Identity(),
         router=TopKRouter(hidden, placement.groups),
         experts=Experts(hidden, placement.groups, [len(placement.local_experts(mesh.ep_rank, group))]),
-        dispatcher=build_dispatcher(section, placement, Wire(mesh.ep, Traffic()), hidden_dim=hidden),
+        dispatcher=build_dispatcher(section, placement, AllToAll(mesh.ep, CommStats()), hidden_dim=hidden),
     )
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -177,9 +177,9 @@ def _random_batches(config: Config, mesh: Mesh, vocabulary: int, seed: int) -> l
 
 def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
     """A step over a model of its own; with `capacity` given its MoE layers are Megatron-Core's, in that branch or not."""
-    placement, traffic = _placement(config), Traffic()
+    placement, comm_stats = _placement(config), CommStats()
     with torch.device("meta"):
-        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, traffic=traffic)
+        model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, comm_stats=comm_stats)
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=0, std=config.model.init_std)
     if capacity is not None:
         for layer in model.layers:
@@ -202,7 +202,7 @@ def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> Trainin
         placement=placement,
         group_of_modality=[0, 1],
         clip_norm=1.0,
-        traffic=traffic,
+        comm_stats=comm_stats,
     )
 
 

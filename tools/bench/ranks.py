@@ -31,7 +31,7 @@ SCALING_TOKENS = 2048  # below that fixed costs hide the slope
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """What the ranks measure.
 
     Attributes:
@@ -62,7 +62,7 @@ class Job:
         return not self.only or key.partition("/")[0] in self.only
 
 
-def measure(job: Job, *, fresh: bool = False) -> None:
+def measure(job: BenchJob, *, fresh: bool = False) -> None:
     """Blocks until all ranks have ended; results are in `job.path`.
 
     Args:
@@ -113,7 +113,7 @@ def _wait(ranks: Sequence[BaseProcess]) -> list[int]:
     return [index for index, process in enumerate(ranks) if process.exitcode]
 
 
-def _rank(job: Job, rank: int, folder: str, parent: int) -> None:
+def _rank(job: BenchJob, rank: int, folder: str, parent: int) -> None:
     child_of(parent, ignore_stop=False)()
     import torch
 
@@ -135,7 +135,7 @@ def _rank(job: Job, rank: int, folder: str, parent: int) -> None:
         os._exit(1)  # without waiting for a peer
 
 
-def _measure_all(job: Job, mesh: Any) -> None:
+def _measure_all(job: BenchJob, mesh: Any) -> None:
     """All rows that the file does not have. Every rank reads it before anything is written."""
     from tools.bench.measure import Effort
 
@@ -155,7 +155,7 @@ def _measure_all(job: Job, mesh: Any) -> None:
         print(f"{number + 1}/{len(todo)} {key}: {seconds:.1f} s", flush=True)
 
 
-def _tasks(job: Job, mesh: Any, effort: Any) -> Mapping[str, Callable[[], dict[str, Any]]]:
+def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], dict[str, Any]]]:
     """Every row by key, '<sweep>/<label>', in the order of measurement."""
     from tools.bench.dispatch_rows import measure_point, measure_scaling
     from tools.bench.layers import LAYERS, QUICK_LAYERS, measure_layer, measure_step

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.bench.judgement import LOST_ABOVE, Finding, judge
+from tools.bench.judgement import LOST_ABOVE, BenchResult, judge
 
 Table = list[list[str]]
 SHOWN_RATIOS = (
@@ -44,9 +44,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _failures(findings: Sequence[Finding]) -> list[str]:
+def _failures(findings: Sequence[BenchResult]) -> list[str]:
     """One paragraph for each rule that is not met for one reason, with all its rows."""
-    alike: dict[tuple[str, str, str], list[Finding]] = {}
+    alike: dict[tuple[str, str, str], list[BenchResult]] = {}
     for each in findings:
         if not each.met:
             alike.setdefault((each.comparison, each.rule, each.reason), []).append(each)
@@ -56,7 +56,7 @@ def _failures(findings: Sequence[Finding]) -> list[str]:
     ]
 
 
-def _range(finding: Finding) -> str:
+def _range(finding: BenchResult) -> str:
     if finding.low == finding.high:
         return f"{finding.ratio:.2f}"
     return f"{finding.ratio:.2f} [{finding.low:.2f}, {finding.high:.2f}]"
@@ -110,7 +110,7 @@ def _scaling_table(row: Mapping[str, Any]) -> Table:
     return [*table, ["slope", f"{row['log-log slope of time']:.2f}", "", "", ""]]
 
 
-def _findings_table(findings: Sequence[Finding]) -> Table:
+def _findings_table(findings: Sequence[BenchResult]) -> Table:
     table = [["", "row", "comparison", "rule", "ratio"]]
     return table + [["holds", each.row, each.comparison, each.rule, _range(each)] for each in findings]
 

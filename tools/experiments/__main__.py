@@ -21,7 +21,7 @@ from tools.experiments.progress import status_text
 from tools.experiments.report import write_report
 from tools.experiments.results import check_rules, make_header, results_path
 from tools.experiments.runner import STOP_SECONDS, Runner
-from tools.experiments.study import FOLDER, Job, Study, config_of, jobs_of, load_study
+from tools.experiments.study import FOLDER, Study, StudyJob, config_of, jobs_of, load_study
 
 
 def main(
@@ -51,14 +51,14 @@ def main(
         raise typer.Exit(error.exit_code) from error
 
 
-def _chosen(study: Study, jobs: list[Job], only: list[str]) -> list[Job]:
+def _chosen(study: Study, jobs: list[StudyJob], only: list[str]) -> list[StudyJob]:
     labels = {job.label for job in jobs}
     if unknown := sorted(set(only) - labels):
         raise ConfigError(f"--only {', '.join(unknown)}: {study.name} has the arms {', '.join(sorted(labels))}")
     return [job for job in jobs if not only or job.label in only]
 
 
-def _run(path: Path, study: Study, jobs: list[Job], *, pilot: bool, processes: int) -> None:
+def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
         config = config_of(study, job, pilot=pilot)  # a fault of the last arm is told before the first runs
         if config.router_tuning is None:

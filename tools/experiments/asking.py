@@ -16,12 +16,12 @@ from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.likelihood import Likelihood
-from moe_dist.inference.material import Material
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, write
 from moe_dist.inference.questions.catalogue import Catalogue, task_names
 from moe_dist.inference.questions.fact import Question
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
+from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.signals import child_of
 from moe_dist.train.router_tuning.loader import SampleMaker
@@ -111,7 +111,7 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
         ConfigError: a task is unknown, or a package that it needs is missing.
     """
     tasks = task_names(",".join(section.tasks))
-    material = Material(config.data.path, manifest, vocab_size=config.model.vocab_size)
+    material = Vocabulary(config.data.path, manifest, vocab_size=config.model.vocab_size)
     catalogue = Catalogue(material, tuple(manifest.sources), Path(section.wordnet))
     catalogue.check(tasks)
     return tasks, catalogue

@@ -36,9 +36,9 @@ from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.answers import answers
 from tools.experiments.asking import Asking, make_samples
+from tools.experiments.cost import Spent, spent_by_step
 from tools.experiments.measure_schema import CurveSection, MeasureSection, QuestionsSection
 from tools.experiments.runner import MEASURED
-from tools.experiments.spending import Spent, spent_by_step
 from tools.experiments.study import load_study
 from tools.experiments.tokens import Tokens, binned, evaluate, loads, losses, watched_routers
 from tools.experiments.trained import TrainedRun

@@ -25,7 +25,7 @@ from moe_dist.plan.policies import expert_groups
 from moe_dist.train.evaluation.heldout import forward
 from moe_dist.train.loss import token_losses
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
-from moe_dist.train.router_tuning.samples import Sample
+from moe_dist.train.router_tuning.samples import TuningSample
 
 STEPS, RATE = 10, 0.3  # of Adam, in logits
 # An expert that is not taken has no gradient but for rounding, of 1e-8 or less, which Adam would make a whole step of.
@@ -111,7 +111,7 @@ class Oracle:
 
     def _batch(self, continuations: Sequence[Continuation]) -> SampleBatch:
         return self._maker.make(
-            [Sample(np.array(each.context, np.int64), np.array(each.tokens, np.int64)) for each in continuations]
+            [TuningSample(np.array(each.context, np.int64), np.array(each.tokens, np.int64)) for each in continuations]
         )
 
 
@@ -125,6 +125,6 @@ def check_routers(section: MoESection) -> None:
     if kind != "top_k" or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):
         there = ", ".join(f"{group.name} ({group.num_experts} true of {group.num_columns} columns)" for group in groups)
         raise ConfigError(
-            f"asks: oracle: takes a top_k router of one group without null or free experts, not {kind} over {there}; leave "
+            f"asks: oracle: takes a top_k router of one group without null or zero-computation experts, not {kind} over {there}; leave "
             "it out of the arm's asks"
         )

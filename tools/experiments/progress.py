@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from moe_dist.runtime.run_folder import RunFolder
 from tools.experiments.results import read_records, results_path
-from tools.experiments.study import Job, Study, config_of, run_folder
+from tools.experiments.study import Study, StudyJob, config_of, run_folder
 from tools.experiments.verdicts import Records
 
 
-def status_text(study: Study, jobs: Sequence[Job], *, pilot: bool) -> str:
+def status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:
     """A line for each arm: what each seed has reached."""
     records = read_records(results_path(study, pilot=pilot))
     by_arm: dict[str, list[str]] = {}
@@ -20,7 +20,7 @@ def status_text(study: Study, jobs: Sequence[Job], *, pilot: bool) -> str:
     return "\n".join([f"{study.name}{' (pilot)' if pilot else ''}: {done} of {len(jobs)} runs done", *lines])
 
 
-def _state(study: Study, job: Job, records: Records, *, pilot: bool) -> str:
+def _state(study: Study, job: StudyJob, records: Records, *, pilot: bool) -> str:
     if (job.label, job.seed) in records:
         record = records[job.label, job.seed]
         return f"done, {record['loss']['all']:.4f} nats at load {record['load']['all']:.3f} in {record['seconds']:.0f} s"

@@ -24,13 +24,13 @@ from moe_dist.config.split_files import BITS
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.inference.material import Material
 from moe_dist.inference.multiple_choice import Prompts
 from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
 from moe_dist.inference.questions.fact import Part, Question
 from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.inference.questions.split import Side
+from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.runtime.command_line import run_command
 from tools.experiments.instructed import Document, instructed_document, write_split
 from tools.experiments.measure_schema import LEFT
@@ -72,7 +72,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
     if out.exists():
         raise ConfigError(f"--out {out}: is there already; remove it, or name another")
     manifest = load_manifest(base)
-    material = Material(base, manifest, vocab_size=manifest.vocab_size)
+    material = Vocabulary(base, manifest, vocab_size=manifest.vocab_size)
     catalogue = Catalogue(material, tuple(manifest.sources), wordnet, seed=seed)
     catalogue.check([task for tasks in TASKS.values() for task in tasks])
     prompts = Prompts(material, listed=False)

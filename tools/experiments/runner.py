@@ -17,7 +17,7 @@ from typing import Any
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError, StoppedError
 from moe_dist.runtime.signals import child_of
 from tools.experiments.results import add_record, code_of_now, read_records
-from tools.experiments.study import Job, Study, overrides_of, run_folder
+from tools.experiments.study import Study, StudyJob, overrides_of, run_folder
 from tools.experiments.verdicts import Record
 
 MEASURED = "measured.json"
@@ -35,7 +35,7 @@ class JobFailedError(MoeDistError):
 
 @dataclass
 class _Running:
-    job: Job
+    job: StudyJob
     process: subprocess.Popen[bytes]
     training: bool  # else it is being measured
     began: float
@@ -71,7 +71,7 @@ class Runner:
         self._running: list[_Running] = []
         self._records = read_records(path)
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[StudyJob]) -> None:
         """Runs what has no record yet.
 
         Raises:
@@ -93,18 +93,18 @@ class Runner:
             self._stop()
         raise StoppedError("stopped on request; the same command goes on")
 
-    def _waiting(self, jobs: Sequence[Job]) -> list[Job]:
+    def _waiting(self, jobs: Sequence[StudyJob]) -> list[StudyJob]:
         busy = {(each.job.label, each.job.seed) for each in self._running}
         return [job for job in jobs if (job.label, job.seed) not in self._records.keys() | busy]
 
-    def _start(self, waiting: Sequence[Job]) -> None:
+    def _start(self, waiting: Sequence[StudyJob]) -> None:
         for job in waiting:
             if len(self._running) >= self._side_by_side:
                 return
             if all((name, job.seed) in self._records for name in job.needs):
                 self._train(job)
 
-    def _train(self, job: Job) -> None:
+    def _train(self, job: StudyJob) -> None:
         measured = {
             key: _reach(self._records[value.arm, job.seed], value.metric, job) for key, value in job.arm.measured.items()
         }
@@ -112,14 +112,14 @@ class Runner:
         command = [sys.executable, "-m", "launchers.local", self._study.base, *overrides]
         self._launch(job, command, training=True)
 
-    def _measure(self, job: Job) -> None:
+    def _measure(self, job: StudyJob) -> None:
         command = [sys.executable, "-m", "tools.experiments.measure", str(self._study_path), str(self._folder(job))]
         before = self._records[job.after, job.seed] if job.arm.carry and job.after else {}
         spent = json.dumps({key: before[key] for key in SPENT if key in before})
         command += [",".join(job.arm.probes), spent, "--asks", ",".join(job.arm.asks)]
         self._launch(job, [*command, "--pilot"] if self._pilot else command, training=False)
 
-    def _launch(self, job: Job, command: Sequence[str], *, training: bool) -> None:
+    def _launch(self, job: StudyJob, command: Sequence[str], *, training: bool) -> None:
         folder = self._folder(job)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.out").open("ab") as out:
@@ -148,7 +148,7 @@ class Runner:
             else:
                 self._keep(each.job)
 
-    def _keep(self, job: Job) -> None:
+    def _keep(self, job: StudyJob) -> None:
         measured = json.loads((self._folder(job) / MEASURED).read_text())
         record = {"arm": job.label, "seed": job.seed, "code": code_of_now(), **measured}
         add_record(self._path, self._header, record)
@@ -176,18 +176,18 @@ class Runner:
             "start again: what is finished stays"
         )
 
-    def _explain(self, waiting: Sequence[Job]) -> None:
+    def _explain(self, waiting: Sequence[StudyJob]) -> None:
         lacking = [
             f"{job.label} seed {job.seed} needs {', '.join(n for n in job.needs if (n, job.seed) not in self._records)}"
             for job in waiting
         ]
         raise ConfigError([*lacking, "--only leaves out what these need: run it first, or without --only"])
 
-    def _folder(self, job: Job) -> Path:
+    def _folder(self, job: StudyJob) -> Path:
         return run_folder(self._study, job.label, job.seed, pilot=self._pilot)
 
 
-def _reach(record: Record, path: str, job: Job) -> Any:
+def _reach(record: Record, path: str, job: StudyJob) -> Any:
     found: Any = record
     for part in path.split("."):
         if not isinstance(found, Mapping) or part not in found:

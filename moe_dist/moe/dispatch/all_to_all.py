@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.dispatch.plan import PerRankPlan
+from moe_dist.moe.dispatch.plan import AllToAllPlan
 from moe_dist.moe.dispatch.planning import Planner
 from moe_dist.moe.dispatch.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 
-class PerRankDispatcher:
+class AllToAllDispatcher:
     """Dispatch and combine over one EP group; without a group the same code on an identity wire.
 
     Args:
@@ -42,11 +42,11 @@ class PerRankDispatcher:
             (ep - 1) x T rows of D: every token of every other rank.
     """
 
-    def __init__(self, placement: ExpertPlacement, wire: Wire, *, max_receive_rows: int | None = None) -> None:
+    def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
         self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows)
         self.lane = Lane(wire)
 
-    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PerRankPlan:
+    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
         """Decides rows and pairs from the assignments. Two metadata collectives and the layer's one host sync.
 
         Raises:
@@ -55,11 +55,11 @@ class PerRankDispatcher:
         (plan,), _ = self.planner.plan(assignments, num_tokens, layer)
         return plan
 
-    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: PerRankPlan) -> DispatchedRows:
+    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: AllToAllPlan) -> DispatchedRows:
         """Brings each row and its pairs' weights to the experts. One autograd node, gather and exchange together."""
         return DispatchedRows(*_Dispatch.apply(h_TD, weight_N, plan, self.lane))  # pyright: ignore[reportCallIssue]
 
-    def combine(self, rows_RD: Tensor, plan: PerRankPlan) -> Tensor:
+    def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
         """Brings the summed rows [R, D] home: y_TD, zero for tokens without an expert. One autograd node."""
         return _Combine.apply(rows_RD, plan, self.lane)  # pyright: ignore[reportReturnType]
 
@@ -68,7 +68,7 @@ class _Dispatch(torch.autograd.Function):
     """Rows and pair weights one way, their gradients the other, always both and always in this order."""
 
     @staticmethod
-    def forward(ctx: Any, h_TD: Tensor, weight_N: Tensor, plan: PerRankPlan, lane: Lane) -> Any:
+    def forward(ctx: Any, h_TD: Tensor, weight_N: Tensor, plan: AllToAllPlan, lane: Lane) -> Any:
         ctx.plan, ctx.lane, ctx.num_assignments = plan, lane, weight_N.shape[0]
         return RowsOut(h_TD, weight_N, plan, lane).land()
 
@@ -85,7 +85,7 @@ class _Combine(torch.autograd.Function):
     recomputation ends before this exchange, which is therefore not repeated."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, plan: PerRankPlan, lane: Lane) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, plan: AllToAllPlan, lane: Lane) -> Tensor:
         ctx.plan, ctx.lane = plan, lane
         return RowsHome(rows_RD, plan, lane).land()
 

@@ -4,7 +4,7 @@ DeepEP takes for each token a row of K expert ids, -1 for no selection, and weig
 experts: its ids are the numbers of `slot_numbers`, as many on every rank. A null choice is -1, and a token of null choices
 alone goes nowhere.
 
-Contract and results are those of `per_rank`: one row for each (token, destination rank), weighted and summed there, and
+Contract and results are those of `all_to_all`: one row for each (token, destination rank), weighted and summed there, and
 DeepEP's combine adds the ranks' rows without weights. What differs: rows for the own rank pass through DeepEP's buffer too;
 rows are bf16 and weights fp32; the receive buffer is DeepEP's, so that `max_receive_rows` cannot be checked before it.
 
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.watch import watched
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.tracker import track_collective
 from moe_dist.errors import PlacementError
 from moe_dist.moe.dispatch.counting import counting_order
 from moe_dist.moe.dispatch.interface import DispatchedRows
@@ -56,7 +56,7 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
         raise PlacementError(
             f"parallel.dispatch.kind=deep_ep takes {top_k} choices of each of {num_tokens} tokens, and got "
             f"{assignments.expert_N.shape[0]} pairs; a router whose experts choose tokens needs "
-            "parallel.dispatch.kind=per_rank"
+            "parallel.dispatch.kind=all_to_all"
         )
     token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)
     # Checked on the device: no sync, one comparison of N numbers.
@@ -157,7 +157,7 @@ class DeepEPDispatcher:
     """
 
     def __init__(
-        self, placement: ExpertPlacement, wire: Wire, *, hidden_dim: int, top_k: int, buffer: Buffer | None = None
+        self, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, top_k: int, buffer: Buffer | None = None
     ) -> None:
         self.placement = placement
         self.wire = wire
@@ -185,7 +185,7 @@ class DeepEPDispatcher:
             self._number_of_expert[device] = torch.tensor(self.numbers.number_of_expert, device=device)
         topk_idx_TK = topk_idx_of(assignments, num_tokens, self.top_k, self._number_of_expert[device])
         rows_W, rdma_rows, pairs_E, in_rank_TW, _ = self.buffer.get_dispatch_layout(topk_idx_TK, self.num_experts)
-        counts = self.wire.traffic.to_host(LAYOUT, torch.cat([rows_W, pairs_E]))
+        counts = self.wire.comm_stats.to_host(LAYOUT, torch.cat([rows_W, pairs_E]))
         size, own, slots = self.placement.num_ranks, self.wire.rank, self.numbers.slots_per_rank
         rows, pairs = counts[:size], counts[size:]
         return DeepEPPlan(
@@ -211,14 +211,14 @@ class DeepEPDispatcher:
     def send(self, rows_TD: Tensor, plan: DeepEPPlan, *, name: str) -> Tensor:
         """The exchange of rows by the handle of a plan that has been dispatched; carries no weights."""
         self._count(name, plan.num_remote_rows, rows_TD, with_pairs=False)
-        with watched(self.wire.watch, f"DeepEP {name}", device=rows_TD.device, layer=plan.layer):
+        with track_collective(self.wire.tracker, f"DeepEP {name}", device=rows_TD.device, layer=plan.layer):
             return self.buffer.dispatch(rows_TD, handle=plan.arrival.handle)[0]
 
     def send_first(self, h_TD: Tensor, weight_TK: Tensor, plan: DeepEPPlan) -> Tensor:
         """The exchange of rows and weights that settles the plan. DeepEP waits on the host for the number of rows."""
         self._count("dispatch", plan.num_remote_rows, h_TD, with_pairs=True)
         rows_W, rdma_rows, pairs_E, in_rank_TW = plan.layout
-        with watched(self.wire.watch, "DeepEP dispatch", device=h_TD.device, layer=plan.layer):
+        with track_collective(self.wire.tracker, "DeepEP dispatch", device=h_TD.device, layer=plan.layer):
             rows_RD, idx_RK, weight_RK, counts, handle, _ = self.buffer.dispatch(
                 h_TD,
                 topk_idx=plan.topk_idx_TK,
@@ -237,15 +237,15 @@ class DeepEPDispatcher:
     def send_back(self, rows_RD: Tensor, plan: DeepEPPlan, *, name: str, weight_RK: Tensor | None = None) -> Any:
         """The reduction of rows, and of weights where they are given, into this rank's tokens."""
         self._count(name, rows_RD.shape[0] - plan.own_rows, rows_RD, with_pairs=weight_RK is not None)
-        with watched(self.wire.watch, f"DeepEP {name}", device=rows_RD.device, layer=plan.layer):
+        with track_collective(self.wire.tracker, f"DeepEP {name}", device=rows_RD.device, layer=plan.layer):
             return self.buffer.combine(rows_RD, plan.arrival.handle, topk_weights=weight_RK)[:2]
 
     def _count(self, name: str, rows: int, like: Tensor, *, with_pairs: bool) -> None:
         """What is handed to DeepEP for other ranks; what its protocol adds is not known here."""
-        traffic = self.wire.traffic
-        traffic.count(f"DeepEP {name}", rows * like.shape[1] * like.element_size(), payload=True)
+        comm_stats = self.wire.comm_stats
+        comm_stats.count(f"DeepEP {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if with_pairs:
-            traffic.count(f"DeepEP {name} weights", rows * self.top_k * _PAIR_BYTES, payload=False)
+            comm_stats.count(f"DeepEP {name} weights", rows * self.top_k * _PAIR_BYTES, payload=False)
 
 
 class _Dispatch(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import Splits, Wire
+from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.moe.dispatch.rows import add_rows
 from moe_dist.moe.routing import accumulation_dtype
 
@@ -45,12 +45,12 @@ class Hop:
         return f"{self.name} {what}".lstrip()
 
 
-def dispatch_hop(table_MD: Tensor, weight_P: Tensor, wire: Wire, hop: Hop) -> tuple[Tensor, Tensor]:
+def dispatch_hop(table_MD: Tensor, weight_P: Tensor, wire: AllToAll, hop: Hop) -> tuple[Tensor, Tensor]:
     """Rows [M, D] and pair weights [P] over the hop: [R, D] and [Q]. One autograd node, two collectives each way."""
     return _DispatchHop.apply(table_MD, weight_P, wire, hop)  # pyright: ignore[reportReturnType]
 
 
-def combine_hop(rows_RD: Tensor, wire: Wire, hop: Hop) -> Tensor:
+def combine_hop(rows_RD: Tensor, wire: AllToAll, hop: Hop) -> Tensor:
     """Rows [R, D] back over the hop and summed into the table [M, D]; zero where no row came. One autograd node.
 
     Saves no tensor: under recompute of a whole block the recomputation ends before this exchange, which is not repeated.
@@ -60,7 +60,7 @@ def combine_hop(rows_RD: Tensor, wire: Wire, hop: Hop) -> Tensor:
 
 class _DispatchHop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table_MD: Tensor, weight_P: Tensor, wire: Wire, hop: Hop) -> Any:
+    def forward(ctx: Any, table_MD: Tensor, weight_P: Tensor, wire: AllToAll, hop: Hop) -> Any:
         ctx.wire, ctx.hop = wire, hop
         sent_P, own_P = weight_P.split([sum(hop.pairs.send), weight_P.shape[0] - sum(hop.pairs.send)])
         weights = wire.start(sent_P, hop.pairs, name=hop.call("dispatch weights"), layer=hop.layer)
@@ -85,7 +85,7 @@ class _DispatchHop(torch.autograd.Function):
 
 class _CombineHop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, wire: Wire, hop: Hop) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, wire: AllToAll, hop: Hop) -> Tensor:
         ctx.wire, ctx.hop = wire, hop
         own = hop.row_O.shape[0]
         back = wire.exchange(
@@ -101,7 +101,7 @@ class _CombineHop(torch.autograd.Function):
         return _rows_out(grad_MD, wire, hop, "combine rows backward"), None, None
 
 
-def _rows_out(table_MD: Tensor, wire: Wire, hop: Hop, what: str) -> Tensor:
+def _rows_out(table_MD: Tensor, wire: AllToAll, hop: Hop, what: str) -> Tensor:
     """Rows [R, D] of the table, own and received, each put where it stays; own rows are copied while the others fly."""
     own = hop.row_O.shape[0]
     rows_RD = table_MD.new_empty(own + sum(hop.rows.receive), table_MD.shape[1])

@@ -3,7 +3,7 @@
 A row crosses to the rank of its destination node that has the sender's position there, and from that rank to the experts'.
 Coming home, each rank's weighted sum goes back to the forwarding rank, which sums over the ranks of its node, and one row
 for each row that crossed goes back to its token. Sums are fp32, rounded to the wire's dtype once by the experts' rank, once
-by the forwarding rank and once at home: one rounding more than with `per_rank`.
+by the forwarding rank and once at home: one rounding more than with `all_to_all`.
 
 Shape letters: T tokens on this rank, D hidden size, N pairs (static), M rows of the middle table (rows of own tokens with
 experts in this node, then rows that crossed), A pairs of the middle table, R rows here, Q pairs computed here. G nodes of L
@@ -22,15 +22,15 @@ beside them. Nothing is kept for backward but the plan.
 
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import combine_hop, dispatch_hop
-from moe_dist.moe.dispatch.hierarchical_planning import NodePlanner, PerNodePlan
+from moe_dist.moe.dispatch.hierarchical_planning import HierarchicalPlan, NodePlanner
 from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 
-class PerNodeDispatcher:
+class HierarchicalDispatcher:
     """Dispatch and combine over one EP group of several nodes.
 
     Args:
@@ -45,8 +45,8 @@ class PerNodeDispatcher:
     def __init__(
         self,
         placement: ExpertPlacement,
-        inter: Wire,
-        intra: Wire,
+        inter: AllToAll,
+        intra: AllToAll,
         *,
         ranks_per_node: int,
         max_receive_rows: int | None = None,
@@ -57,7 +57,7 @@ class PerNodeDispatcher:
         self.inter = inter
         self.intra = intra
 
-    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PerNodePlan:
+    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:
         """Decides both hops from the assignments. Four metadata collectives and the layer's one host sync.
 
         Raises:
@@ -65,12 +65,12 @@ class PerNodeDispatcher:
         """
         return self.planner.plan(assignments, num_tokens, layer)
 
-    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: PerNodePlan) -> DispatchedRows:
+    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: HierarchicalPlan) -> DispatchedRows:
         """Brings each row and its pairs' weights to the experts. One autograd node a hop."""
         middle_MD, weight_A = dispatch_hop(h_TD, weight_N[plan.pair_N], self.inter, plan.inter)
         rows_RD, weight_Q = dispatch_hop(middle_MD, weight_A[plan.order_A], self.intra, plan.intra)
         return DispatchedRows(rows_RD=rows_RD, weight_Q=weight_Q[plan.order_Q])
 
-    def combine(self, rows_RD: Tensor, plan: PerNodePlan) -> Tensor:
+    def combine(self, rows_RD: Tensor, plan: HierarchicalPlan) -> Tensor:
         """Brings the summed rows [R, D] home: y_TD, zero for tokens without an expert. One autograd node a hop."""
         return combine_hop(combine_hop(rows_RD, self.intra, plan.intra), self.inter, plan.inter)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Splits, Wire, split_sizes
+from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.errors import PlacementError
 from moe_dist.moe.dispatch.counting import compact, counting_order
 from moe_dist.moe.dispatch.exchange import Hop
@@ -28,7 +28,7 @@ SPLIT_SIZES = "split sizes of both hops"  # the host sync of a layer, as Traffic
 
 
 @dataclass(frozen=True)
-class PerNodePlan:
+class HierarchicalPlan:
     """Who goes where, for one layer and micro-batch; all of it without gradient, and kept under recompute.
 
     Attributes:
@@ -130,10 +130,16 @@ class _Sizes:
 
 
 class NodePlanner:
-    """Makes the plans of one EP group of several nodes. Arguments as of `PerNodeDispatcher`."""
+    """Makes the plans of one EP group of several nodes. Arguments as of `HierarchicalDispatcher`."""
 
     def __init__(
-        self, placement: ExpertPlacement, inter: Wire, intra: Wire, *, ranks_per_node: int, max_receive_rows: int | None
+        self,
+        placement: ExpertPlacement,
+        inter: AllToAll,
+        intra: AllToAll,
+        *,
+        ranks_per_node: int,
+        max_receive_rows: int | None,
     ) -> None:
         self.placement = placement
         self.inter = inter
@@ -148,7 +154,7 @@ class NodePlanner:
         self._lengths_G = [1 + sum(1 + slots for slots in ranks) for ranks in self._slots_GL]
         self._tables: dict[torch.device, _Tables] = {}
 
-    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> PerNodePlan:
+    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> HierarchicalPlan:
         """Both hops. Four metadata collectives and one host sync.
 
         Raises:
@@ -178,7 +184,7 @@ class NodePlanner:
         code_A = self._exchange_codes(self.inter, inter, tables.node_slot_E[expert_P], first_P)
         return self._plan_inside(tables, inter, code_A, pair_N, sizes)
 
-    def _plan_inside(self, tables: _Tables, inter: Hop, code_A: Tensor, pair_N: Tensor, sizes: _Sizes) -> PerNodePlan:
+    def _plan_inside(self, tables: _Tables, inter: Hop, code_A: Tensor, pair_N: Tensor, sizes: _Sizes) -> HierarchicalPlan:
         """The hop inside the node, from the pairs of the middle table (own node's, then received), in the order of rows."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
@@ -192,7 +198,7 @@ class NodePlanner:
         code_Q = self._exchange_codes(self.intra, intra, slot_A, first_A)
         order_Q = counting_order(code_Q // 2, len(sizes.slot_counts))
         row_Q = (code_Q % 2).cumsum(0) - 1
-        return PerNodePlan(
+        return HierarchicalPlan(
             inter=inter,
             intra=intra,
             pair_N=pair_N,
@@ -203,7 +209,7 @@ class NodePlanner:
             num_own_pairs=sizes.own_pairs,
         )
 
-    def _exchange_codes(self, wire: Wire, hop: Hop, slot_P: Tensor, first_P: Tensor) -> Tensor:
+    def _exchange_codes(self, wire: AllToAll, hop: Hop, slot_P: Tensor, first_P: Tensor) -> Tensor:
         """Slots of pairs, and whether a row begins with one, over a hop: of those that stay, then of those received."""
         code_P, num_out = slot_P * 2 + first_P, sum(hop.pairs.send)
         ids = code_P[:num_out].to(torch.int32)
@@ -243,7 +249,7 @@ class NodePlanner:
             splits = Splits(send=ranks, receive=(ranks[local],) * size)
             arriving = self.intra.exchange(forward_X, splits, name=f"{INTRA} counts", layer=layer)
         parts = [counts, received_GX.reshape(-1), forward_X, arriving]
-        flat = self.inter.traffic.to_host(SPLIT_SIZES, torch.cat(parts))
+        flat = self.inter.comm_stats.to_host(SPLIT_SIZES, torch.cat(parts))
         sent, received, forward, arrived = _cut(flat, [part.numel() for part in parts])
         sent_G, arrived_L = _cut(sent, self._lengths_G), _cut(arrived, [ranks[local]] * size)
         to_nodes = [_rows_and_pairs(each, self._slots_GL[i]) for i, each in enumerate(sent_G)]

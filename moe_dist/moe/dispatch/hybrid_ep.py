@@ -4,7 +4,7 @@ HybridEP takes for each token a row of a map, one bool for each expert of all ra
 choice leaves no mark. (It takes ids as well, but scatters them unmasked, so that it must not see a -1.) Experts have the
 numbers of `slot_numbers`, as many on every rank: a multiple of 4, which its kernels ask of the experts of an NVLink domain.
 
-Contract and results are those of `per_rank`: one row for each (token, destination rank), weighted and summed there, and
+Contract and results are those of `all_to_all`: one row for each (token, destination rank), weighted and summed there, and
 HybridEP's combine adds the ranks' rows without weights. What differs: rows for the own rank pass through HybridEP's buffer
 too; rows are bf16 and weights fp32; all ranks must have the same number of tokens, in whole multiples of 4; D is one of 16;
 the receive buffer is HybridEP's, so that `max_receive_rows` cannot be checked before it.
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.watch import watched
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.tracker import track_collective
 from moe_dist.moe.dispatch.counting import compact
 from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.dispatch.slot_numbers import SlotNumbers
@@ -161,7 +161,9 @@ class HybridEPDispatcher:
         buffer: HybridEP's; made at the first plan if None.
     """
 
-    def __init__(self, placement: ExpertPlacement, wire: Wire, *, hidden_dim: int, buffer: Buffer | None = None) -> None:
+    def __init__(
+        self, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, buffer: Buffer | None = None
+    ) -> None:
         self.placement = placement
         self.wire = wire
         self.hidden_dim = hidden_dim
@@ -199,7 +201,7 @@ class HybridEPDispatcher:
         """The exchange of rows by the handle of a plan that has been dispatched; carries no weights, and does not sync."""
         arrival = plan.arrival
         self._count(name, arrival.num_remote_rows, rows_TD)
-        with watched(self.wire.watch, f"HybridEP {name}", device=rows_TD.device, layer=plan.layer):
+        with track_collective(self.wire.tracker, f"HybridEP {name}", device=rows_TD.device, layer=plan.layer):
             return self.buffer.dispatch(
                 rows_TD,
                 num_of_experts=self.num_slots,
@@ -209,12 +211,12 @@ class HybridEPDispatcher:
 
     def send_first(self, h_TD: Tensor, weight_TX: Tensor, plan: HybridEPPlan) -> Tensor:
         """The exchange of map, rows and weights that settles the plan. Syncs with the host twice: see the module."""
-        with watched(self.wire.watch, "HybridEP dispatch", device=h_TD.device, layer=plan.layer):
+        with track_collective(self.wire.tracker, "HybridEP dispatch", device=h_TD.device, layer=plan.layer):
             rows_RD, weight_RY, _, handle = self.buffer.dispatch(h_TD, routing_map=plan.routing_map_TX, probs=weight_TX)
         plan.arrive(self._settle(plan.routing_map_TX, handle, weight_RY))
         self._count("dispatch", plan.num_remote_rows, h_TD, weights=weight_RY.shape[1])
         mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)
-        self.wire.traffic.count("HybridEP routing map", mapped, payload=False)
+        self.wire.comm_stats.count("HybridEP routing map", mapped, payload=False)
         return rows_RD
 
     def send_back(self, rows_RD: Tensor, plan: HybridEPPlan, *, name: str, weight_RE: Tensor | None = None) -> Any:
@@ -225,7 +227,7 @@ class HybridEPDispatcher:
             probs_RY[:, self._own_columns] = weight_RE
         weights = 0 if probs_RY is None else arrival.width
         self._count(name, rows_RD.shape[0] - arrival.own_rows, rows_RD, weights=weights)
-        with watched(self.wire.watch, f"HybridEP {name}", device=rows_RD.device, layer=plan.layer):
+        with track_collective(self.wire.tracker, f"HybridEP {name}", device=rows_RD.device, layer=plan.layer):
             return self.buffer.combine(rows_RD, probs=probs_RY, handle=arrival.handle)
 
     @property
@@ -241,7 +243,7 @@ class HybridEPDispatcher:
         here_ER = handle[_LOCAL_MAP][:num_rows].t()
         rows_W = routing_map_TX.view(-1, size, slots).any(2).sum(0)
         pairs_W = routing_map_TX.view(-1, size, slots).sum((0, 2))
-        counts = self.wire.traffic.to_host(COUNTS, torch.cat([rows_W, pairs_W, here_ER.sum(1)]))
+        counts = self.wire.comm_stats.to_host(COUNTS, torch.cat([rows_W, pairs_W, here_ER.sum(1)]))
         rows, pairs, here = counts[:size], counts[size : 2 * size], counts[2 * size :]
         cell_Q = compact(torch.arange(here_ER.numel(), device=here_ER.device), here_ER.reshape(-1), sum(here))
         return _Arrival(
@@ -259,10 +261,10 @@ class HybridEPDispatcher:
 
     def _count(self, name: str, rows: int, like: Tensor, *, weights: int = 0) -> None:
         """What is handed to HybridEP for other ranks; what its protocol adds is not known here."""
-        traffic = self.wire.traffic
-        traffic.count(f"HybridEP {name}", rows * like.shape[1] * like.element_size(), payload=True)
+        comm_stats = self.wire.comm_stats
+        comm_stats.count(f"HybridEP {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weights:
-            traffic.count(f"HybridEP {name} weights", rows * weights * 4, payload=False)
+            comm_stats.count(f"HybridEP {name} weights", rows * weights * 4, payload=False)
 
 
 class _Dispatch(torch.autograd.Function):

@@ -3,7 +3,7 @@
 It takes assignments that carry `counts_WE`: how many pairs each rank sends to each expert, known without reading the
 routing. Per-rank expert choice is of that kind, since every expert takes its capacity of each rank's tokens. Token choice
 is not. Where a rank holds at most one expert of a group, a pair is a distinct (token, rank), so that nothing is left to
-deduplicate: `SyncFreeDispatcher` then takes this way, whatever the dispatcher it stands before.
+deduplicate: `KnownCountsDispatcher` then takes this way, whatever the dispatcher it stands before.
 
 Closed form: a rank sends the sum of `counts_WE` of its row over all experts of other ranks: that many rows of D forward, as
 many come home, and the same in backward. No row is padding. Shape letters: T tokens on this rank, D hidden size, N pairs
@@ -13,7 +13,7 @@ Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and thei
 Host syncs: none. The order of pairs is a function of the counts, made on the host and copied once for all layers of a
 micro-batch; the last few are kept.
 
-Memory: the formula of `per_rank`, (R + S + T) x D, with S rows for the pairs sent.
+Memory: the formula of `all_to_all`, (R + S + T) x D, with S rows for the pairs sent.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Splits, Wire, split_sizes
+from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.errors import PlacementError
 from moe_dist.moe.dispatch.exchange import Hop, combine_hop, dispatch_hop
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, DispatchPlan
@@ -35,7 +35,7 @@ KEPT_ORDERS = 16  # counts differ between micro-batches; recomputation and all l
 
 
 @dataclass(frozen=True)
-class PerPairPlan:
+class KnownCountsPlan:
     """Who goes where, for one layer and micro-batch; all of it without gradient, and kept under recompute.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Order:
     slot_counts: tuple[int, ...]
 
 
-class PerPairDispatcher:
+class PairDispatcher:
     """Dispatch and combine over one EP group; without a group the same code on an identity wire.
 
     Args:
@@ -83,13 +83,13 @@ class PerPairDispatcher:
         max_receive_rows: Bound of the receive buffer in rows; None for none.
     """
 
-    def __init__(self, placement: ExpertPlacement, wire: Wire, *, max_receive_rows: int | None = None) -> None:
+    def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
         self.placement = placement
         self.wire = wire
         self.max_receive_rows = max_receive_rows
         self._orders: dict[tuple[Counts, torch.device], _Order] = {}
 
-    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PerPairPlan:
+    def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> KnownCountsPlan:
         """Decides who goes where, without a collective or a host sync (but for the first plan of new counts).
 
         Raises:
@@ -98,8 +98,8 @@ class PerPairDispatcher:
         counts = assignments.counts_WE
         if counts is None:
             raise PlacementError(
-                "parallel.dispatch.kind=per_pair needs the number of pairs of each rank and expert beforehand, which this "
-                "router's choices do not fix (token choice never does); take parallel.dispatch.kind=per_rank, or a router "
+                "parallel.dispatch.kind=known_counts needs the number of pairs of each rank and expert beforehand, which this "
+                "router's choices do not fix (token choice never does); take parallel.dispatch.kind=all_to_all, or a router "
                 "whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
@@ -114,14 +114,14 @@ class PerPairDispatcher:
         token_N = assignments.token_N[order.pair_N]
         num_out = sum(order.splits.send)
         hop = Hop("", layer, num_tokens, order.splits, order.splits, row_S=token_N[:num_out], row_O=token_N[num_out:])
-        return PerPairPlan(hop, order.pair_N, order.order_Q, order.slot_counts)
+        return KnownCountsPlan(hop, order.pair_N, order.order_Q, order.slot_counts)
 
-    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: PerPairPlan) -> DispatchedRows:
+    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: KnownCountsPlan) -> DispatchedRows:
         """Brings each pair's row and weight to its expert. One autograd node."""
         rows_RD, weight_R = dispatch_hop(h_TD, weight_N[plan.pair_N], self.wire, plan.hop)
         return DispatchedRows(rows_RD=rows_RD, weight_Q=weight_R[plan.row_of_pair_Q])
 
-    def combine(self, rows_RD: Tensor, plan: PerPairPlan) -> Tensor:
+    def combine(self, rows_RD: Tensor, plan: KnownCountsPlan) -> Tensor:
         """Brings the weighted rows [R, D] home and sums them: y_TD, zero for tokens without an expert. One autograd
         node."""
         return combine_hop(rows_RD, self.wire, plan.hop)
@@ -173,11 +173,11 @@ def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class SyncFreeDispatcher:
+class KnownCountsDispatcher:
     """The way without a sync where there is one, else the dispatcher behind it.
 
     It is taken where the counts are known and each rank holds at most one expert of a group: then pairs are rows, and the
-    bytes are those of `per_rank`. Every rank decides alike, since counts and placement are the same on all.
+    bytes are those of `all_to_all`. Every rank decides alike, since counts and placement are the same on all.
 
     Args:
         general: For all other assignments.
@@ -186,7 +186,7 @@ class SyncFreeDispatcher:
             once for each.
     """
 
-    def __init__(self, general: Dispatcher[Any], pairs: PerPairDispatcher, *, always: bool = False) -> None:
+    def __init__(self, general: Dispatcher[Any], pairs: PairDispatcher, *, always: bool = False) -> None:
         self.general = general
         self.pairs = pairs
         self.distinct = always or pairs_are_rows(pairs.placement)
@@ -205,7 +205,7 @@ class SyncFreeDispatcher:
         return self._way(plan).combine(rows_RD, plan)
 
     def _way(self, plan: DispatchPlan) -> Dispatcher[Any]:
-        return self.pairs if isinstance(plan, PerPairPlan) else self.general
+        return self.pairs if isinstance(plan, KnownCountsPlan) else self.general
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import Wire
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
-from moe_dist.moe.dispatch.plan import OwnPairs, PerRankPlan
+from moe_dist.moe.dispatch.plan import AllToAllPlan, OwnPairs
 from moe_dist.moe.dispatch.planning import Planner
 from moe_dist.moe.dispatch.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
 from moe_dist.moe.routing import Assignments
@@ -49,7 +49,7 @@ RunExperts = Callable[[DispatchedRows, PairLayout], Tensor]
 class PipelinedPlan:
     """Plans of all chunks, and the own pairs where they are computed apart."""
 
-    chunks: tuple[PerRankPlan, ...]
+    chunks: tuple[AllToAllPlan, ...]
     own: OwnPairs
 
     @property
@@ -69,7 +69,7 @@ class PipelinedDispatcher:
     """The rows of the per-rank dispatcher, on a timetable.
 
     Args:
-        placement, wire, max_receive_rows: As of `PerRankDispatcher`.
+        placement, wire, max_receive_rows: As of `AllToAllDispatcher`.
         overlap: Own rows and the shared expert are computed while the first remote rows are in flight. It doubles the
             number of expert GEMMs.
         chunks: Ranges of tokens; one is dispatched while the one before it is computed.
@@ -78,7 +78,7 @@ class PipelinedDispatcher:
     def __init__(
         self,
         placement: ExpertPlacement,
-        wire: Wire,
+        wire: AllToAll,
         *,
         max_receive_rows: int | None = None,
         overlap: bool = False,
@@ -113,7 +113,7 @@ class PipelinedDispatcher:
             shared: The shared expert, called with h.
             repeated: This is a recomputation: nothing is brought home, and y is NaN, so that whoever uses it is found.
         """
-        lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.lane.wire.traffic.mark
+        lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.lane.wire.comm_stats.mark
         parts, flights = h_TD.split(lengths), [_Flight(chunk, self.lane, repeated) for chunk in plan.chunks]
         shared_TD = None if shared is None or self.overlap else shared(h_TD)
         bases: list[Tensor | None] = [None] * len(flights)
@@ -141,7 +141,7 @@ class PipelinedDispatcher:
 class _Flight:
     """What the nodes of one chunk hand each other outside of the graph: the exchanges in flight, never kept longer."""
 
-    def __init__(self, plan: PerRankPlan, lane: Lane, repeated: bool) -> None:
+    def __init__(self, plan: AllToAllPlan, lane: Lane, repeated: bool) -> None:
         self.plan, self.lane, self.repeated = plan, lane, repeated
         self.rows_out: RowsOut | None = None
         self.rows_home: RowsHome | None = None

@@ -11,7 +11,7 @@ from moe_dist.comm.all_to_all import Splits
 
 
 @dataclass(frozen=True)
-class PerRankPlan:
+class AllToAllPlan:
     """Who goes where, for one layer and range of tokens; all of it without gradient, and kept under recompute.
 
     Attributes:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Pending, Splits, Wire, split_sizes
+from moe_dist.comm.all_to_all import AllToAll, Pending, Splits, split_sizes
 from moe_dist.errors import PlacementError
 from moe_dist.moe.dispatch.counting import counting_order, runs_in_order, spread
-from moe_dist.moe.dispatch.plan import OwnPairs, PerRankPlan
+from moe_dist.moe.dispatch.plan import AllToAllPlan, OwnPairs
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -100,7 +100,7 @@ class Planner:
     def __init__(
         self,
         placement: ExpertPlacement,
-        wire: Wire,
+        wire: AllToAll,
         *,
         max_receive_rows: int | None = None,
         chunks: int = 1,
@@ -118,7 +118,7 @@ class Planner:
         length = self._chunk_length(num_tokens)
         return tuple(max(0, min(num_tokens - chunk * length, length)) for chunk in range(self.chunks))
 
-    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[PerRankPlan, ...], OwnPairs]:
+    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         """One plan a chunk, and the own pairs (none unless `own_apart`). Two metadata collectives and one host sync.
 
         Raises:
@@ -143,7 +143,7 @@ class Planner:
         for chunk, length in enumerate(self.chunk_lengths(num_tokens)):
             order_Q, row_Q = self._by_slot(indices[chunk], received_WCX[tables.holder_H, chunk])
             plans.append(
-                PerRankPlan(
+                AllToAllPlan(
                     layer=layer,
                     chunk=f" {chunk}" if self.chunks > 1 else "",
                     num_tokens=length,
@@ -203,14 +203,14 @@ class Planner:
         """
         message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
         lengths = [1 + len(slots) for slots in self.placement.slots]
-        own, size, chunks, traffic = self.wire.rank, self.wire.size, self.chunks, self.wire.traffic
+        own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         splits = Splits(send=tuple(chunks * x for x in lengths), receive=(chunks * lengths[own],) * size)
         if self.wire.group is None:
             received = message
-            sent_values = received_values = traffic.to_host(SPLIT_SIZES, message)
+            sent_values = received_values = comm_stats.to_host(SPLIT_SIZES, message)
         else:
             received = self.wire.exchange(message, splits, name="counts", layer=layer)
-            values = traffic.to_host(SPLIT_SIZES, torch.cat([message, received]))
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
         sent = _table(sent_values, [[x] * chunks for x in lengths])
         counts = _Counts(own, sent, _table(received_values, [[lengths[own]] * chunks] * size))

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Pending, Wire
+from moe_dist.comm.all_to_all import AllToAll, Pending
 from moe_dist.comm.buffers import RowBuffers
-from moe_dist.moe.dispatch.plan import PerRankPlan
+from moe_dist.moe.dispatch.plan import AllToAllPlan
 from moe_dist.moe.dispatch.rows import add_rows
 from moe_dist.moe.routing import accumulation_dtype
 
@@ -26,14 +26,14 @@ from moe_dist.moe.routing import accumulation_dtype
 class Lane:
     """A wire, and the buffers that all exchanges on it share."""
 
-    wire: Wire
+    wire: AllToAll
     buffers: RowBuffers = field(default_factory=RowBuffers)
 
 
 class RowsOut:
     """Rows h[token] and their pairs' weights, to the experts."""
 
-    def __init__(self, h_TD: Tensor, weight_N: Tensor, plan: PerRankPlan, lane: Lane) -> None:
+    def __init__(self, h_TD: Tensor, weight_N: Tensor, plan: AllToAllPlan, lane: Lane) -> None:
         self.plan, self.lane = plan, lane
         num_own = plan.token_of_row_O.shape[0]
         weight_P = weight_N.index_select(0, plan.pair_P)
@@ -56,7 +56,7 @@ class RowsOut:
 class RowsHome:
     """Sums of the rows, back to their tokens."""
 
-    def __init__(self, rows_RD: Tensor, plan: PerRankPlan, lane: Lane) -> None:
+    def __init__(self, rows_RD: Tensor, plan: AllToAllPlan, lane: Lane) -> None:
         self.plan, self.lane, self.rows_RD = plan, lane, rows_RD
         self.back = lane.buffers.take(plan.token_of_row_S.shape[0], rows_RD)
         remote = rows_RD[plan.token_of_row_O.shape[0] :]
@@ -79,7 +79,7 @@ class RowsHome:
 class GradientsOut:
     """Gradients of y, to the ranks that made its sums."""
 
-    def __init__(self, grad_TD: Tensor, plan: PerRankPlan, lane: Lane) -> None:
+    def __init__(self, grad_TD: Tensor, plan: AllToAllPlan, lane: Lane) -> None:
         self.plan, self.lane = plan, lane
         num_own = plan.token_of_row_O.shape[0]
         self.send = lane.buffers.take(plan.token_of_row_S.shape[0], grad_TD)
@@ -98,7 +98,7 @@ class GradientsOut:
 class GradientsHome:
     """Gradients of the rows and of the pairs' weights, back to their tokens and assignments."""
 
-    def __init__(self, grad_RD: Tensor, grad_weight_Q: Tensor, plan: PerRankPlan, lane: Lane) -> None:
+    def __init__(self, grad_RD: Tensor, grad_weight_Q: Tensor, plan: AllToAllPlan, lane: Lane) -> None:
         self.plan, self.lane, self.grad_RD = plan, lane, grad_RD
         num_own, num_own_pairs = plan.token_of_row_O.shape[0], plan.num_pairs - plan.num_remote_pairs
         arrived_Q = torch.empty_like(grad_weight_Q).index_copy_(0, plan.order_Q, grad_weight_Q)
@@ -121,7 +121,7 @@ class GradientsHome:
 
 
 def _start(
-    lane: Lane, items: Tensor, plan: PerRankPlan, name: str, *, out: Tensor | None = None, home: bool = False
+    lane: Lane, items: Tensor, plan: AllToAllPlan, name: str, *, out: Tensor | None = None, home: bool = False
 ) -> Pending:
     """Issues one exchange of a plan: rows (where there is a buffer for them) or pair weights."""
     splits = plan.pairs if out is None else plan.rows

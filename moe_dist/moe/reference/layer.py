@@ -48,19 +48,19 @@ def weights_of(
 ) -> dict[int, Tensor]:
     """Routing weight of each chosen column that is not null: columns [num_true, num_true + num_null) are; without a number,
     all behind the true ones."""
-    first_free = len(logits_C) if num_null is None else num_true + num_null
-    kept = [column for column in chosen if column < num_true or column >= first_free]
+    first_zero_computation = len(logits_C) if num_null is None else num_true + num_null
+    kept = [column for column in chosen if column < num_true or column >= first_zero_computation]
     if normalise == "none":
         return {column: logits_C.softmax(0)[column] for column in kept}
     if normalise == "true_all":
-        not_null = [column for column in range(len(logits_C)) if column < num_true or column >= first_free]
+        not_null = [column for column in range(len(logits_C)) if column < num_true or column >= first_zero_computation]
         return {column: logits_C[column].exp() / logits_C[not_null].exp().sum() for column in kept}
     among = kept if normalise == "true_chosen" else list(chosen)
     return {column: logits_C[column].exp() / logits_C[among].exp().sum() for column in kept}
 
 
 def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, int], drop: str) -> set[tuple[int, int]]:
-    """The (token, expert) pairs that their experts have room for, of (token, expert, probability) in one choice set.
+    """The (token, expert) pairs that their experts have room for, of (token, expert, probability) in one selection scope.
 
     An expert serves its pairs one after the other until it is full: the most probable first, or the earliest token's.
     """
@@ -98,7 +98,7 @@ def moe_forward(
     capacity: tuple[float, str] | None = None,
     choice_sets: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """y_TD of the routed and free experts (no norm, no shared expert); zero for padding and for tokens without an expert.
+    """y_TD of the routed and zero-computation experts (no norm, no shared expert); zero for padding and for tokens without an expert.
 
     Args:
         capacity: Factor and what is dropped (`probability`, `position`), or None.
@@ -135,7 +135,7 @@ def _drop(
     probability: Mapping[int, Tensor],
     capacity: tuple[float, str],
 ) -> None:
-    """Takes the choices without room out of `chosen`, for one choice set."""
+    """Takes the choices without room out of `chosen`, for one selection scope."""
     factor, drop = capacity
     for index, group in enumerate(groups):
         members = [token for token in tokens if group_T[token] == index]

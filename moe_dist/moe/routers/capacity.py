@@ -1,6 +1,6 @@
 """Capacity: at most so many pairs an expert, and which pairs go. A choice over sets, with no shape that depends on data.
 
-The choice set is one rank's micro-batch. A dropped pair becomes absent: nothing of it is on any wire, nothing is padded.
+The selection scope is one rank's micro-batch. A dropped pair becomes absent: nothing of it is on any wire, nothing is padded.
 Shape letters: N (token, expert) pairs in token order, E true experts.
 """
 
@@ -20,15 +20,15 @@ class Capacity:
     """How many pairs an expert takes, and which ones it loses.
 
     Attributes:
-        factor: An expert takes at most ceil(factor * k T / columns) pairs of the T tokens of its group in the choice set,
+        factor: An expert takes at most ceil(factor * k T / columns) pairs of the T tokens of its group in the selection scope,
             columns being the group's true, null, identity and constant experts: factor 1 is the even share.
         drop: The pairs of least probability go first, or those of the last tokens. Ties go to the earlier token.
-        set: The choice set; `rank` is one rank's micro-batch.
+        scope: The selection scope; `rank` is one rank's micro-batch.
     """
 
     factor: float
     drop: Drop = "probability"
-    set: Literal["rank"] = "rank"
+    scope: Literal["rank"] = "rank"
 
 
 def capacity_of(factor: float, choices: Tensor, columns: Tensor) -> Tensor:

@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.draws import logistic
-from moe_dist.moe.routers.choice_sets import OUTSIDE, ChoiceSet, by_token, choose, counted_pairs, token_pairs
+from moe_dist.moe.routers.selection import OUTSIDE, SelectionScope, by_token, choose, counted_pairs, token_pairs
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.moe.routing import (
     ABSENT,
     Assignments,
-    BatchFacts,
     ChoiceSums,
     ExpertsChoice,
+    GlobalBatchInfo,
     RouterSums,
     Routing,
-    RoutingTape,
+    RoutingCache,
     accumulation_dtype,
 )
 from moe_dist.placement.placement import ExpertGroup
@@ -76,15 +76,15 @@ class ExpertChoiceRouter(nn.Module):
 
     Args:
         hidden_dim: D.
-        groups: All groups, in logical order, without null or free experts.
+        groups: All groups, in logical order, without null or zero-computation experts.
         capacity: c, the share of its group's tokens that each expert takes; None for each group's own (`ExpertGroup`).
         noise: Scale of the noise on the logits in training, as Gumbel-sigmoid adds it; 1 is MoMa's, 0 none.
         causal: How tokens are routed in evaluation; None refuses to.
         threshold_decay: Of the running means behind the thresholds.
-        choice_set: Whose tokens compete.
+        selection_scope: Whose tokens compete.
         seed, layer: Name the noise, with the step, token and expert.
         known_counts: Hand out the number of pairs of all ranks, where it is known beforehand, for dispatch without a host
-            sync: while training, with a choice set of one rank.
+            sync: while training, with a selection scope of one rank.
     """
 
     group_of_expert_E: Tensor
@@ -100,7 +100,7 @@ class ExpertChoiceRouter(nn.Module):
         noise: float = 0.0,
         causal: Causal | None = None,
         threshold_decay: float = 0.99,
-        choice_set: ChoiceSet | None = None,
+        selection_scope: SelectionScope | None = None,
         seed: int = 0,
         layer: int = 0,
         known_counts: bool = False,
@@ -110,11 +110,11 @@ class ExpertChoiceRouter(nn.Module):
         self.noise = noise
         self.causal: Causal | None = causal
         self.threshold_decay = threshold_decay
-        self.choice_set = choice_set or ChoiceSet()
+        self.selection_scope = selection_scope or SelectionScope()
         self.seed = seed
         self.layer = layer
         self.known_counts = known_counts
-        self.hindsight = False
+        self.noncausal = False
         self.num_experts = sum(group.num_experts for group in groups)
         self.share_of_group = tuple(capacity or capacity_of_group(group) for group in groups)
         for group in groups:
@@ -139,33 +139,33 @@ class ExpertChoiceRouter(nn.Module):
         """The gates, in the order of the groups."""
         return [self.get_submodule(group.name) for group in self.groups]  # pyright: ignore[reportReturnType]
 
-    def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
+    def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
         All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and the tape's facts alone: no host sync.
-        One collective where the choice set has several ranks, see `choice_sets`.
+        One collective where the selection scope has several ranks, see `choice_sets`.
 
         Raises:
             AssertionError: in evaluation without a causal way, and with noise without facts.
         """
         dtype = accumulation_dtype(h_TD.dtype)
-        tape = tape or RoutingTape()
+        cache = cache or RoutingCache()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             h_TD = h_TD.to(dtype)
             logits_TE = self._logits(h_TD)
             member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
             inside_TE = member_TG[:, self.group_of_expert_E]
-            noisy_TE = self._with_noise(logits_TE, tape.facts)
+            noisy_TE = self._with_noise(logits_TE, cache.batch_info)
             weight_TE = noisy_TE.sigmoid()
-            by_choice = self.training or self.hindsight
-            if tape.choice is None:
+            by_choice = self.training or self.noncausal
+            if cache.choice is None:
                 with torch.no_grad():
                     made = self._experts_choose if by_choice else self._tokens_pass
-                    tape.choice = made(h_TD, logits_TE, inside_TE, tape.facts)
-            sums = self._sums(logits_TE, tape.choice, inside_TE, member_TG)
+                    cache.choice = made(h_TD, logits_TE, inside_TE, cache.batch_info)
+            sums = self._sums(logits_TE, cache.choice, inside_TE, member_TG)
             if self.training and self.causal == "auxiliary":
-                sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, tape.choice.taken_TE, inside_TE))
-        return Routing(self._pairs(tape.choice, weight_TE, group_T, tape.facts if by_choice else None), sums)
+                sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, cache.choice.taken_TE, inside_TE))
+        return Routing(self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None), sums)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Logits of all experts [T, E], whatever the tokens' groups."""
@@ -179,40 +179,42 @@ class ExpertChoiceRouter(nn.Module):
             logits_TE = self._logits(h_TD.to(dtype))
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
-    def _with_noise(self, logits_TE: Tensor, facts: BatchFacts | None) -> Tensor:
+    def _with_noise(self, logits_TE: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
         """Of this rank's tokens; the same tensor where there is no noise."""
         if not (self.training and self.noise):
             return logits_TE
-        assert facts is not None, "noise needs the step and the tokens' numbers, which come with the micro-batch"
-        token_T = torch.arange(logits_TE.shape[0], device=logits_TE.device) + facts.first_token_of(facts.rank)
-        return logits_TE + self._draw(token_T, facts, logits_TE.dtype)
+        assert batch_info is not None, "noise needs the step and the tokens' numbers, which come with the micro-batch"
+        token_T = torch.arange(logits_TE.shape[0], device=logits_TE.device) + batch_info.first_token_of(batch_info.rank)
+        return logits_TE + self._draw(token_T, batch_info, logits_TE.dtype)
 
-    def _draw(self, token_T: Tensor, facts: BatchFacts, dtype: torch.dtype) -> Tensor:
+    def _draw(self, token_T: Tensor, batch_info: GlobalBatchInfo, dtype: torch.dtype) -> Tensor:
         expert_E = torch.arange(self.num_experts, device=token_T.device)
-        return self.noise * logistic((self.seed, facts.step, self.layer), token_T, expert_E, dtype)
+        return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
     def _experts_choose(
-        self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, facts: BatchFacts | None
+        self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None
     ) -> ExpertsChoice:
         """The choice of training. Every rank of the set draws the noise of all its tokens: only logits travel."""
-        where, device = self.choice_set, logits_TE.device
-        lengths = where.lengths(logits_TE.shape[0], facts)
+        where, device = self.selection_scope, logits_TE.device
+        lengths = where.lengths(logits_TE.shape[0], batch_info)
         assert lengths[where.own] == logits_TE.shape[0], f"{logits_TE.shape[0]} tokens here, {lengths} were announced"
         masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
         logits_UE = noisy_UE = where.gather(masked_TE, lengths, layer=f"layers.{self.layer}")
         if self.training and self.noise:
-            assert facts is not None
-            ranks = [facts.rank] if where.kind == "rank" else where.ranks
-            starts = [facts.first_token_of(rank) for rank in ranks]
+            assert batch_info is not None
+            ranks = [batch_info.rank] if where.kind == "rank" else where.ranks
+            starts = [batch_info.first_token_of(rank) for rank in ranks]
             tokens = [torch.arange(n, device=device) + start for n, start in zip(lengths, starts, strict=True)]
-            noisy_UE = logits_UE + self._draw(torch.cat(tokens), facts, logits_UE.dtype)
+            noisy_UE = logits_UE + self._draw(torch.cat(tokens), batch_info, logits_UE.dtype)
         first = sum(lengths[: where.own])
         mine = slice(first, first + lengths[where.own])
         return choose(logits_UE, noisy_UE, self.capacity_E, mine, keep_order=len(lengths) == 1)
 
-    def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, facts: BatchFacts | None) -> ExpertsChoice:
+    def _tokens_pass(
+        self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None
+    ) -> ExpertsChoice:
         """The choice of evaluation: of each token by itself."""
-        del facts
+        del batch_info
         if self.causal == "threshold":
             passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)
         elif self.causal == "auxiliary":
@@ -234,11 +236,13 @@ class ExpertChoiceRouter(nn.Module):
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
         return torch.stack([by_expert_E[list(group.experts)].sum() for group in self.groups])
 
-    def _pairs(self, choice: ExpertsChoice, weight_TE: Tensor, group_T: Tensor, facts: BatchFacts | None) -> Assignments:
-        if facts is None or choice.order_TE is None:
+    def _pairs(
+        self, choice: ExpertsChoice, weight_TE: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None
+    ) -> Assignments:
+        if batch_info is None or choice.order_TE is None:
             return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
         shares = [self.share_of_group[index] for index in self.group_of_E]
-        pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, facts, self.choice_set.ep_ranks)
+        pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, batch_info, self.selection_scope.ep_ranks)
         return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])
 
     @torch.no_grad()
@@ -259,9 +263,9 @@ class ExpertChoiceRouter(nn.Module):
             entropy_G=entropy_T @ member,
             dropped_E=torch.zeros_like(self.group_of_expert_E),
             choice=ChoiceSums(
-                cut_E=choice.cut_E.to(torch.float64) * tokens_G[self.group_of_expert_E],
+                kth_score_E=choice.kth_score_E.to(torch.float64) * tokens_G[self.group_of_expert_E],
                 above_E=above_TE.sum(0).to(torch.float64),
-                idle_G=(member_TG & idle_T[:, None]).sum(0).to(torch.float64),
+                unrouted_G=(member_TG & idle_T[:, None]).sum(0).to(torch.float64),
             ),
         )
 
@@ -277,9 +281,9 @@ def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
     to measure what that is worth. Others stay as they are."""
     mine = [router for router in routers if isinstance(router, ExpertChoiceRouter)]
     for router in mine:
-        router.hindsight = True
+        router.noncausal = True
     try:
         yield
     finally:
         for router in mine:
-            router.hindsight = False
+            router.noncausal = False

@@ -1,6 +1,6 @@
 """The thresholds by which expert choice is causal in evaluation: running means of the k-th largest score, and a correction.
 
-Expert Threshold (arXiv 2603.11535): c_i is the running mean of the k-th largest score of expert i over its choice sets.
+Expert Threshold (arXiv 2603.11535): c_i is the running mean of the k-th largest score of expert i over its selection scopes.
 With q the mean of a step (sets weighted by their tokens) and w the weight of one step (1 / steps at first, then 1 - decay):
 
     m <- m + w (q - m)      running mean of the k-th largest score
@@ -23,7 +23,7 @@ from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routers.expert_choice import STATISTICS, ExpertChoiceRouter
 
 
-class ThresholdKeeper:
+class ThresholdUpdater:
     """Updates the thresholds of a model's routers after each step. Their state is in the routers' buffers.
 
     Args:
@@ -34,27 +34,29 @@ class ThresholdKeeper:
         self._routers = list(routers)
 
     @classmethod
-    def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdKeeper | None":
+    def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdUpdater | None":
         """For a model's MoE layers; None where tokens choose."""
         routers = [layer.router for layer in layers if isinstance(layer.router, ExpertChoiceRouter)]
         return cls(routers) if routers else None
 
     @torch.no_grad()
-    def __call__(self, cut_LE: Tensor, tokens_LG: Tensor) -> None:
+    def __call__(self, kth_score_LE: Tensor, tokens_LG: Tensor) -> None:
         """After a step that was taken: sums over all its micro-batches and ranks. Does not sync.
 
         Args:
-            cut_LE: As `ChoiceSums`.
+            kth_score_LE: As `ChoiceSums`.
             tokens_LG: Tokens of each group; one that had none stays as it is.
         """
         gates = [gate for router in self._routers for gate in router.gates()]
         groups, router = self._routers[0].groups, self._routers[0]
         num_layers, sizes = len(self._routers), [group.num_experts for group in groups]
         tokens_LE = tokens_LG[:, router.group_of_expert_E].to(torch.float64)
-        cut_LE = cut_LE.to(torch.float64) / tokens_LE.clamp_min(1.0)
+        kth_score_LE = kth_score_LE.to(torch.float64) / tokens_LE.clamp_min(1.0)
         threshold_LE = torch.cat([gate.threshold for gate in gates]).view(num_layers, -1)
         statistics_2LE = torch.cat([gate.statistics for gate in gates], dim=1).view(STATISTICS, num_layers, -1)
-        new_threshold_LE, new_statistics_2LE = updated(threshold_LE, statistics_2LE, cut_LE, decay=router.threshold_decay)
+        new_threshold_LE, new_statistics_2LE = updated(
+            threshold_LE, statistics_2LE, kth_score_LE, decay=router.threshold_decay
+        )
         seen_LE = tokens_LE > 0
         threshold_LE = torch.where(seen_LE, new_threshold_LE, threshold_LE)
         statistics_2LE = torch.where(seen_LE, new_statistics_2LE, statistics_2LE)
@@ -69,11 +71,11 @@ class ThresholdKeeper:
         )
 
 
-def updated(threshold_n: Tensor, statistics_2n: Tensor, cut_n: Tensor, *, decay: float) -> tuple[Tensor, Tensor]:
-    """Thresholds and statistics [2, ...] (mean, steps) after one step with q = `cut_n`; n stands for any shape."""
+def updated(threshold_n: Tensor, statistics_2n: Tensor, kth_score_n: Tensor, *, decay: float) -> tuple[Tensor, Tensor]:
+    """Thresholds and statistics [2, ...] (mean, steps) after one step with q = `kth_score_n`; n stands for any shape."""
     mean_n, steps_n = statistics_2n
     weight_n = (1.0 / (steps_n + 1.0)).clamp_min(1.0 - decay)
-    new_mean_n = mean_n + weight_n * (cut_n - mean_n)
+    new_mean_n = mean_n + weight_n * (kth_score_n - mean_n)
     new_threshold_n = new_mean_n + (threshold_n - mean_n)
     statistics_2n = torch.stack([new_mean_n, steps_n + 1.0]).to(statistics_2n.dtype)
     return new_threshold_n.to(threshold_n.dtype), statistics_2n

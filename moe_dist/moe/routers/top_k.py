@@ -1,4 +1,4 @@
-"""Top-k over true, null and free experts, inside the group of each token (AdaMoE, arXiv 2406.13233; top-k where m = 0).
+"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233; top-k where m = 0).
 
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); a token whose A is empty gets 0, and the residual carries it.
@@ -21,7 +21,7 @@ from moe_dist.moe.routing import (
     Assignments,
     RouterSums,
     Routing,
-    RoutingTape,
+    RoutingCache,
     accumulation_dtype,
     group_columns,
 )
@@ -71,7 +71,7 @@ class TopKRouter(nn.Module):
         hidden_dim: D.
         groups: All groups, in logical order.
         normalise: Weights are a softmax over the chosen experts that are not null (AdaMoE's own), over all chosen experts
-            with the null ones left out afterwards, over all true experts, chosen or not (free experts, where there are
+            with the null ones left out afterwards, over all true experts, chosen or not (zero-computation experts, where there are
             any, among them), or the plain softmax over the group.
         scale: Factor on every weight.
         null_logit: The null columns have a row `each`, or share a `single` row, so that one logit stands in all of them
@@ -108,8 +108,8 @@ class TopKRouter(nn.Module):
         self.capacity = capacity
         self.num_choices = max(group.top_k for group in groups)
         self.num_experts = sum(group.num_experts for group in groups)
-        self.first_free = self.num_experts + sum(group.num_null for group in groups)
-        self.num_free = sum(group.num_columns for group in groups) - self.first_free
+        self.first_zero_computation = self.num_experts + sum(group.num_null for group in groups)
+        self.num_zero_computation = sum(group.num_columns for group in groups) - self.first_zero_computation
         for group in groups:
             self.add_module(group.name, GroupGate(hidden_dim, group, null_logit=null_logit))
         self.reset_buffers()
@@ -132,13 +132,13 @@ class TopKRouter(nn.Module):
             for group in groups:
                 self.get_submodule(group.name).register_buffer("bias", torch.zeros(group.num_columns))
 
-    def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
+    def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
         All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T alone: no host sync.
         """
         dtype = accumulation_dtype(h_TD.dtype)
-        tape = tape or RoutingTape()
+        cache = cache or RoutingCache()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
@@ -146,12 +146,12 @@ class TopKRouter(nn.Module):
             # Padding keeps finite logits, so that no softmax sees a row of -inf; it is masked out of every sum.
             masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
             probs_TC = masked_TC.softmax(dim=-1)
-            chosen = self._choose(masked_TC, probs_TC, group_T, tape)
+            chosen = self._choose(masked_TC, probs_TC, group_T, cache)
             sums = self._sums(masked_TC, probs_TC, chosen, group_T)
             weight_TK = self._weights(masked_TC, probs_TC, chosen)
             taken_TK = chosen.true_TK
             if self.capacity is not None and self.training:
-                dropped_TK = self._dropped(probs_TC, chosen, sums.tokens_G, tape)
+                dropped_TK = self._dropped(probs_TC, chosen, sums.tokens_G, cache)
                 taken_TK = taken_TK & ~dropped_TK
                 sums = sums._replace(dropped_E=self._count(chosen.column_TK, dropped_TK, self.num_experts))
             free_TF = self._free_weights(weight_TK, chosen)
@@ -161,7 +161,7 @@ class TopKRouter(nn.Module):
             expert_N=torch.where(taken_TK, chosen.column_TK, ABSENT).flatten(),
             weight_N=torch.where(taken_TK, weight_TK, 0.0).flatten(),
         )
-        return Routing(assignments, sums, free_TF, None if tape.asked_A is None else probs_TC[tape.asked_A])
+        return Routing(assignments, sums, free_TF, None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A])
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Logits of all columns [T, C]. Rows that are not true go in slices of n, each a product of the true rows' shape:
@@ -186,9 +186,9 @@ class TopKRouter(nn.Module):
         parts = [self._gate(group, "bias").split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
-    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, tape: RoutingTape) -> _Chosen:
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
         """The K best columns of each token. A stable sort: torch.topk would not let ties go to true experts."""
-        if tape.choice_TK is None:
+        if cache.choice_TK is None:
             score_TC = masked_TC.detach()
             if self.selection_bias:
                 biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
@@ -196,11 +196,11 @@ class TopKRouter(nn.Module):
                 biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])
                 score_TC = torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
-            tape.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
-        column_TK = tape.choice_TK
+            cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
+        column_TK = cache.choice_TK
         valid_TK = torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
         true_TK = valid_TK & (column_TK < self.num_experts)
-        null_TK = valid_TK & (column_TK >= self.num_experts) & (column_TK < self.first_free)
+        null_TK = valid_TK & (column_TK >= self.num_experts) & (column_TK < self.first_zero_computation)
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
@@ -218,23 +218,23 @@ class TopKRouter(nn.Module):
     def _true_probs(self, masked_TC: Tensor) -> Tensor:
         """Softmax over the group's columns that are not null, [T, C]; 0 for null ones. Without null columns, the bits of
         the softmax over all: the same kernel over as many columns."""
-        true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_free), dim=1)
+        true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_zero_computation), dim=1)
         # Contiguous, so that the bits cannot depend on how wide the row was that the true columns were cut from.
         kept = torch.cat([true_TE, free_TF], dim=1).softmax(-1)
         return torch.cat([kept[:, : self.num_experts], torch.zeros_like(null_TN), kept[:, self.num_experts :]], dim=1)
 
     def _free_weights(self, weight_TK: Tensor, chosen: _Chosen) -> Tensor | None:
-        if not self.num_free:
+        if not self.num_zero_computation:
             return None
-        free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_free)
-        slot_TK = torch.where(free_TK, chosen.column_TK - self.first_free, self.num_free)
-        table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_free + 1)
-        return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_free]
+        free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
+        slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
+        table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
+        return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
-    def _dropped(self, probs_TC: Tensor, chosen: _Chosen, tokens_G: Tensor, tape: RoutingTape) -> Tensor:
+    def _dropped(self, probs_TC: Tensor, chosen: _Chosen, tokens_G: Tensor, cache: RoutingCache) -> Tensor:
         """True choices beyond their expert's capacity, [T, K]; by the first forward under recompute."""
         assert self.capacity is not None
-        if tape.dropped_TK is None:
+        if cache.dropped_TK is None:
             choices_E = self.choices_E * tokens_G[self.group_of_expert_E]
             over_N = over_capacity(
                 torch.where(chosen.true_TK, chosen.column_TK, ABSENT).flatten(),
@@ -242,8 +242,8 @@ class TopKRouter(nn.Module):
                 capacity_of(self.capacity.factor, choices_E, self.columns_E),
                 self.capacity.drop,
             )
-            tape.dropped_TK = over_N.view_as(chosen.column_TK)
-        return tape.dropped_TK
+            cache.dropped_TK = over_N.view_as(chosen.column_TK)
+        return cache.dropped_TK
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:

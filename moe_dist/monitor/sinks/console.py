@@ -84,8 +84,8 @@ class ConsoleSink:
         self._print(evaluation_line(result, self._previous), style="bold")
         for line in choice_lines(result):
             self._print(line)
-        if result.depths is not None and result.depths.tokens_LG.any():
-            self._print(depth_text(result.depths))
+        if result.mixture_of_depths is not None and result.mixture_of_depths.tokens_LG.any():
+            self._print(depth_text(result.mixture_of_depths))
         self._previous = result
 
     def text(self, tag: str, markdown: str) -> None:
@@ -170,12 +170,16 @@ def choice_lines(result: EvaluationResult) -> list[str]:
     return losses + loads
 
 
-def depth_text(depths: DepthStatistics) -> str:
+def depth_text(mixture_of_depths: DepthStatistics) -> str:
     """What layers that choose among the tokens computed of the held-out ones, against what they are meant to."""
-    computed_L, taken_G, tokens_G = depth_computed(depths), depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
-    shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(depths.groups) if tokens_G[g]]
+    computed_L, taken_G, tokens_G = (
+        depth_computed(mixture_of_depths),
+        mixture_of_depths.taken_LG.sum(0),
+        mixture_of_depths.tokens_LG.sum(0),
+    )
+    shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(mixture_of_depths.groups) if tokens_G[g]]
     return (
-        f"layers of depths computed {computed_L.mean():.3f} of the held-out tokens, target {depths.capacity:g} "
+        f"layers of depths computed {computed_L.mean():.3f} of the held-out tokens, target {mixture_of_depths.capacity:g} "
         f"(layers {computed_L.min():.3f} to {computed_L.max():.3f}; {', '.join(shares[:SHOWN_GROUPS])})"
     )
 

@@ -69,7 +69,7 @@ class JsonlSink:
             "ledger": record.ledger,
             "host": record.host,
             **({"load": record.load} if record.load else {}),
-            **({} if record.depths is None else {"depths": depth_line(record.depths)}),
+            **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
         }
         if record.step % self._arrays_every == 0:
             line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}
@@ -89,7 +89,7 @@ class JsonlSink:
                 "experts_per_token": result.experts_per_token,
                 "choice_experts_per_token": result.choice_experts_per_token,
                 "balance_note": result.balance_note,
-                **({} if result.depths is None else {"depths": depth_line(result.depths)}),
+                **({} if result.mixture_of_depths is None else {"mixture_of_depths": depth_line(result.mixture_of_depths)}),
             }
         )
 

@@ -58,7 +58,7 @@ class PrometheusSink:
         os.replace(scratch, self._path)
 
 
-class Sample(NamedTuple):
+class MetricSample(NamedTuple):
     """One number as monitoring systems take it: metric, its meaning, its labels, its value."""
 
     name: str
@@ -67,15 +67,15 @@ class Sample(NamedTuple):
     value: float
 
 
-def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> Iterator[Sample]:
+def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> Iterator[MetricSample]:
     """The step and every scalar that has a value; tags with a label become one metric with a label."""
-    yield Sample(f"{PREFIX}step", "Steps taken.", {"run": run_name}, step)
+    yield MetricSample(f"{PREFIX}step", "Steps taken.", {"run": run_name}, step)
     for tag, value in scalars.items():
         if value is None:
             continue
         family, label, label_value = split_tag(tag)
         labels = {"run": run_name} | ({label: label_value} if label and label_value else {})
-        yield Sample(PREFIX + family.replace("/", "_"), meaning(tag), labels, value)
+        yield MetricSample(PREFIX + family.replace("/", "_"), meaning(tag), labels, value)
 
 
 def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:
@@ -89,7 +89,7 @@ def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str)
     return "".join(line + "\n" for lines in families.values() for line in lines)
 
 
-def _line(sample: Sample) -> str:
+def _line(sample: MetricSample) -> str:
     pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in sample.labels.items())
     return f"{sample.name}{{{pairs}}} {_number(sample.value)}"
 

@@ -87,9 +87,9 @@ class TensorBoardSink:
         curves = self._window.load_curves()
         if curves is not None:
             self._open.add_summary(summary.image("moe/load_against_target", curves, dataformats="HWC"), self._last_step)
-        depths = self._window.depth_map()
-        if depths is not None:
-            self._open.add_summary(summary.image("depths/layers", depths, dataformats="HWC"), self._last_step)
+        mixture_of_depths = self._window.depth_map()
+        if mixture_of_depths is not None:
+            self._open.add_summary(summary.image("depths/layers", mixture_of_depths, dataformats="HWC"), self._last_step)
         sums, steps = self._window.take()
         for tag, picture in heat_maps(sums, self._subject, steps):
             self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)
@@ -104,7 +104,7 @@ class TensorBoardSink:
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
     """The custom scalars page: what one looks at first, several curves to a chart."""
-    plan = tag_plan(len(subject.groups), len(modalities), depths=subject.depths)
+    plan = tag_plan(len(subject.groups), len(modalities), mixture_of_depths=subject.mixture_of_depths)
     losses = [f"loss/{name}" for name in modalities] if plan.loss_per_modality else []
 
     def chart(*tags: str) -> list[str | list[str]]:
@@ -114,11 +114,11 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
         split = tag.split("/")[1] in plan.by_group
         return chart(*(f"{tag}/{name}" for name in ([group.name for group in subject.groups] if split else ["mean"])))
 
-    depths = {
-        "share of the tokens computed": by_group(f"depths/{DEPTH_FAMILY}"),
-        "held-out load over its target": chart("depths/load_over_target"),
-        "agreement of the causal decision with the choice": chart("depths/agreement"),
-        "weight of a computed token": chart("depths/gate_weight"),
+    mixture_of_depths = {
+        "share of the tokens computed": by_group(f"mixture_of_depths/{DEPTH_FAMILY}"),
+        "held-out load over its target": chart("mixture_of_depths/load_over_target"),
+        "agreement of the causal decision with the choice": chart("mixture_of_depths/agreement"),
+        "weight of a computed token": chart("mixture_of_depths/gate_weight"),
     }
     return {
         "Is it learning?": {
@@ -128,7 +128,7 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
         },
         "Where do the tokens go?": {family.replace("_", " "): by_group(f"moe/{family}") for family in GROUP_FAMILIES}
         | {"dead experts": chart("moe/dead_experts"), "rank imbalance": chart("moe/rank_imbalance")},
-        **({"Which tokens pass layers by?": depths} if subject.depths else {}),
+        **({"Which tokens pass layers by?": mixture_of_depths} if subject.mixture_of_depths else {}),
         "What does it cost?": {
             "tokens a second": chart("perf/tokens_per_second"),
             "balance efficiency": chart("perf/balance_efficiency", "moe/balance_efficiency_by_count"),

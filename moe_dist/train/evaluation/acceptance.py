@@ -33,7 +33,7 @@ def run_checks(
     groups: Sequence[ExpertGroup],
     skipped_steps: int,
     window: int,
-    even_load: Mapping[str, float] | None = None,
+    even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
     """All checks that the data's baselines allow.
 
@@ -41,7 +41,7 @@ def run_checks(
         baselines: Held-out nats a token of count models, from the data set's manifest.
         choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
         skipped_steps: Of the whole run.
-        even_load: True experts a token by group, where a controller or a null weight leads to others than k n / columns.
+        even_active: True experts a token by group, where a controller or a null weight leads to others than k n / columns.
     """
     checks = loss_checks(evaluation.loss, baselines)
     checks += [
@@ -55,7 +55,7 @@ def run_checks(
         if name in evaluation.ablated_loss and not name.endswith("_no_filler")
     ]
     if window:  # none in an attempt that resumed at the very end
-        checks += routing_checks(choices_LC, tokens_LG, groups, window, even_load or {})
+        checks += routing_checks(choices_LC, tokens_LG, groups, window, even_active or {})
     checks.append(Check("no step skipped", f"{skipped_steps} skipped", "0", skipped_steps == 0))
     return checks
 
@@ -86,10 +86,10 @@ def routing_checks(
     tokens_LG: np.ndarray,
     groups: Sequence[ExpertGroup],
     window: int,
-    even_load: Mapping[str, float],
+    even_active: Mapping[str, float],
 ) -> list[Check]:
     """No expert of any layer unused over the window; each group's null share where balance puts it, m over its columns or
-    what its even load leaves over (to null and free columns in proportion)."""
+    what its even load leaves over (to null and zero-computation columns in proportion)."""
     num_experts = sum(group.num_experts for group in groups)
     dead = int((choices_LC[:, :num_experts] == 0).sum())
     total = choices_LC.shape[0] * num_experts
@@ -99,7 +99,7 @@ def routing_checks(
         if group.num_null and choices:
             nulls = sum(other.num_null for other in groups[:index])
             share = choices_LC[:, num_experts + nulls : num_experts + nulls + group.num_null].sum() / choices
-            load = even_load.get(group.name, group.expected_experts_per_token)
+            load = even_active.get(group.name, group.expected_experts_per_token)
             others = group.num_columns - group.num_experts
             expected = (1.0 - load / group.top_k) * group.num_null / others
             checks.append(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_dist.comm.reduce import max_over
 from moe_dist.data.batch import Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import ABSENT, Routing, RoutingTape
+from moe_dist.moe.routing import ABSENT, Routing, RoutingCache
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.evaluation.heldout import forward
@@ -41,8 +41,8 @@ class EvenRouter(nn.Module):
         self.router = router
         self.groups = tuple(groups)
 
-    def forward(self, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> Routing:
-        routing = self.router(h_TD, group_T, tape)
+    def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
+        routing = self.router(h_TD, group_T, cache)
         assignments = routing.assignments
         expert_N = assignments.expert_N
         group_N = group_T[assignments.token_N]
@@ -114,7 +114,7 @@ def _timed(
         seconds = time.perf_counter() - begin
     model.train(training)
     slowest = torch.tensor(seconds, dtype=torch.float64, device=mesh.device)
-    return float(max_over(slowest, mesh.world, name="seconds of the slowest rank", watch=mesh.watch).item())
+    return float(max_over(slowest, mesh.world, name="seconds of the slowest rank", tracker=mesh.tracker).item())
 
 
 def _synchronise(device: torch.device) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import Batch
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
@@ -42,7 +42,7 @@ def calibrate(
     *,
     group_of_modality: Tensor,
     world: dist.ProcessGroup | None,
-    watch: Watch | None = None,
+    tracker: CollectiveTracker | None = None,
 ) -> None:
     """Sets the thresholds of all layers, in place. Collective: every rank brings as many batches; without any nothing
     changes. An expert whose group has no token in them keeps its threshold."""
@@ -51,12 +51,12 @@ def calibrate(
         return
     scores, taken = _seen(model, routers, batches, group_of_modality)
     sizes = [len(taken_n) for taken_n in taken]
-    taken_N = sum_over(torch.cat(taken), world, name="calibration counts", watch=watch)
+    taken_N = sum_over(torch.cat(taken), world, name="calibration counts", tracker=tracker)
     low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)
     for _ in range(HALVINGS):
         middle_N = (low_N + high_N) / 2
         above = [(scores_Tn > middle_n).sum(0) for scores_Tn, middle_n in zip(scores, middle_N.split(sizes), strict=True)]
-        above_N = sum_over(torch.cat(above).to(torch.float64), world, name="calibration counts", watch=watch)
+        above_N = sum_over(torch.cat(above).to(torch.float64), world, name="calibration counts", tracker=tracker)
         too_many_N = above_N > taken_N
         low_N = torch.where(too_many_N, middle_N, low_N)
         high_N = torch.where(too_many_N, high_N, middle_N)

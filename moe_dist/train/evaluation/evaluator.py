@@ -69,20 +69,20 @@ class Evaluator:
                 experts choose.
             trained: This rank's last `calibration` training micro-batches, or as many as there are.
         """
-        with self._mesh.watch.among("calibration"):
+        with self._mesh.tracker.among("calibration"):
             calibrate(
                 self._model,
                 trained,
                 group_of_modality=self._group_of_modality,
                 world=self._mesh.world,
-                watch=self._mesh.watch,
+                tracker=self._mesh.tracker,
             )
         batches = self._batches(self._final_sequences if final else self._sequences)
         heldout = self._losses(batches)
-        ablated: Mapping[str, float] = {}
+        experts_off: Mapping[str, float] = {}
         if final and self._ablate:
             with experts_ablated(self._model):
-                ablated = self._losses(batches).loss
+                experts_off = self._losses(batches).loss
         seen = Heldout({}, {}, None)
         if final and any(isinstance(layer.router, ExpertChoiceRouter) for layer in self._model.moe_modules()):
             with choice_of_training([layer.router for layer in self._model.moe_modules()]):
@@ -100,25 +100,25 @@ class Evaluator:
             step=step,
             loss=heldout.loss,
             tokens=heldout.tokens,
-            ablated_loss=ablated,
+            ablated_loss=experts_off,
             choice_loss=seen.loss,
             experts_per_token=self._experts_per_token(heldout),
             choice_experts_per_token=self._experts_per_token(seen),
             balance_efficiency=balance.timed,
             balance_efficiency_by_count=self._by_count(heldout.choices_LC),
             balance_note=balance.note,
-            depths=self._depths(heldout),
+            mixture_of_depths=self._depths(heldout),
         )
 
     def _losses(self, batches: Sequence[Batch]) -> Heldout:
-        with self._mesh.watch.among("evaluation"):
+        with self._mesh.tracker.among("evaluation"):
             return heldout_losses(
                 self._model,
                 batches,
                 modalities=tuple(self._manifest.modalities),
                 group_of_modality=self._group_of_modality,
                 world=self._mesh.world,
-                watch=self._mesh.watch,
+                tracker=self._mesh.tracker,
             )
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import BatchFacts, LayerReport
+from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
 from moe_dist.train.loss import sums_by_modality, token_losses
 
 
@@ -46,7 +46,7 @@ def heldout_losses(
     modalities: Sequence[str],
     group_of_modality: Tensor,
     world: dist.ProcessGroup | None,
-    watch: Watch | None = None,
+    tracker: CollectiveTracker | None = None,
 ) -> Heldout:
     """Losses by modality. Collective: every rank must bring the same number of batches.
 
@@ -70,10 +70,10 @@ def heldout_losses(
     model.train(training)
     if not counts:  # nothing is held out; on no rank, since all have the same number of batches
         return Heldout({}, {}, None)
-    summed = sum_over(torch.stack(counts).sum(0), world, name="evaluation counts", watch=watch).cpu()
+    summed = sum_over(torch.stack(counts).sum(0), world, name="evaluation counts", tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
     choices_LC, tokens_LG, *depth = (part.view(shape).numpy() for part, shape in zip(flat, shapes, strict=True))
-    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", watch=watch).tolist()
+    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", tracker=tracker).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):
         parts = [(name, nll_M[i], labels_M[i])]
@@ -89,12 +89,12 @@ def forward(
     model: Callable[..., tuple[Tensor, Sequence[LayerReport]]],
     batch: Batch,
     group_of_modality: Tensor,
-    facts: BatchFacts | None = None,
-    asked_A: Tensor | None = None,
+    batch_info: GlobalBatchInfo | None = None,
+    probe_tokens_A: Tensor | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Logits and reports of one batch on its device: a transformer, or its parallel wrapper, over a `Batch`."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
-    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, facts, asked_A)
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, batch_info, probe_tokens_A)
 
 
 @contextmanager
@@ -102,12 +102,12 @@ def experts_ablated(model: Transformer) -> Iterator[None]:
     """Inside, the routed experts' output is zero: what the loss rises by is what they contribute."""
     layers = model.moe_modules()
     for layer in layers:
-        layer.ablated = True
+        layer.experts_off = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.ablated = False
+            layer.experts_off = False
 
 
 def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
@@ -115,8 +115,8 @@ def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
     group, and those that were taken, [2, L, G]: they ride in the same all-reduce."""
     parts = [torch.stack([report.sums.choices_C for report in reports])]
     parts.append(torch.stack([report.sums.tokens_G for report in reports]))
-    depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
-    return [*parts, torch.stack(depths, dim=1)] if depths else parts
+    mixture_of_depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
+    return [*parts, torch.stack(mixture_of_depths, dim=1)] if mixture_of_depths else parts
 
 
 def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:

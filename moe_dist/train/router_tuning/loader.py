@@ -12,7 +12,7 @@ import torch
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
 from moe_dist.data.stream import ShuffledEpochs, micro_batches
-from moe_dist.train.router_tuning.samples import Sample, Samples
+from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class SampleBatch(Batch):
 
     Attributes:
         numbers: Of the samples.
-        asked_B: int64, where each prompt's last token stands among the B x S tokens: the one whose logits are of the
+        probe_tokens_B: int64, where each prompt's last token stands among the B x S tokens: the one whose logits are of the
             answer's first token, and whose routing is the sample's.
     """
 
     numbers: tuple[int, ...]
-    asked_B: torch.Tensor
+    probe_tokens_B: torch.Tensor
 
 
 class SampleMaker:
@@ -39,7 +39,7 @@ class SampleMaker:
     def __init__(self, manifest: Manifest) -> None:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
 
-    def make(self, samples: Sequence[Sample], numbers: Sequence[int] = ()) -> SampleBatch:
+    def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
         """One row for each sample; none gives one row of padding.
 
         Raises:
@@ -57,9 +57,9 @@ class SampleMaker:
                 labels_BS=batch.labels_BS.masked_fill(in_prompt_BS, IGNORED),
                 label_modality_BS=batch.label_modality_BS.masked_fill(in_prompt_BS, 0),
             )
-        asked_B = torch.arange(len(samples)) * width + last_B
+        probe_tokens_B = torch.arange(len(samples)) * width + last_B
         plain = {field.name: getattr(batch, field.name) for field in fields(Batch)}
-        return SampleBatch(**plain, numbers=tuple(numbers), asked_B=asked_B)
+        return SampleBatch(**plain, numbers=tuple(numbers), probe_tokens_B=probe_tokens_B)
 
 
 class SampleLoader:

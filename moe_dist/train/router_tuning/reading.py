@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import LayerReport
 from moe_dist.train.evaluation.heldout import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
-from moe_dist.train.router_tuning.samples import Sample
+from moe_dist.train.router_tuning.samples import TuningSample
 
 _BATCH_LOGITS = 1 << 26  # 256 MiB in fp32
 
@@ -33,7 +33,7 @@ class RoutingReader:
         world: All ranks; None for one.
         rank, world_size: This rank among them.
         batch_tokens: Tokens, padding included, that a rank computes at once; fewer where the vocabulary is large.
-        watch: For the watchdog.
+        tracker: For the watchdog.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class RoutingReader:
         rank: int = 0,
         world_size: int = 1,
         batch_tokens: int = 4096,
-        watch: Watch | None = None,
+        tracker: CollectiveTracker | None = None,
     ) -> None:
         self._model, self._maker, self._group_of_modality = model, maker, group_of_modality
-        self._places, self._watch = tuple(places), watch
+        self._places, self._watch = tuple(places), tracker
         self._world, self._rank, self._world_size = world, rank, world_size
         self._batch_tokens = max(1, min(batch_tokens, _BATCH_LOGITS // model.args.vocab_size))
 
@@ -65,7 +65,7 @@ class RoutingReader:
         with self._watch.among("routing of samples") if self._watch is not None else nullcontext():
             found = self._all(prompts)
         self._model.train(training)
-        return sum_over(found, self._world, name="routing of samples", watch=self._watch).cpu()
+        return sum_over(found, self._world, name="routing of samples", tracker=self._watch).cpu()
 
     def _all(self, prompts: Sequence[np.ndarray]) -> Tensor:
         """This rank's share, and zeros."""
@@ -83,10 +83,10 @@ class RoutingReader:
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
         filler = np.zeros(1, np.int64)  # a token that is never read
-        batch = self._maker.make([Sample(each, filler) for each in prompts])
+        batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         _, reports = forward(
-            self._model, batch.to(device), self._group_of_modality, asked_A=batch.asked_B.to(device)
+            self._model, batch.to(device), self._group_of_modality, probe_tokens_A=batch.probe_tokens_B.to(device)
         )  # fmt: skip
         return routing_of(reports, self._places)
 

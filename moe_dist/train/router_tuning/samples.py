@@ -17,7 +17,7 @@ from moe_dist.config.tuning_manifest import (
     ARRAYS,
     MANIFEST_FILE,
     TuningManifest,
-    file_faults,
+    file_problems,
     load_tuning_manifest,
     open_array,
     write_tuning_manifest,
@@ -27,7 +27,7 @@ from moe_dist.runtime.files import make_writable
 
 
 @dataclass(frozen=True)
-class Sample:
+class TuningSample:
     """Token ids of a prompt and of its right answer, one at least of each."""
 
     prompt: np.ndarray
@@ -52,8 +52,8 @@ class Samples:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.manifest = load_tuning_manifest(folder)
-        if faults := file_faults(folder, self.manifest):
-            raise DataError(faults)
+        if problems := file_problems(folder, self.manifest):
+            raise DataError(problems)
         self.digest = hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()
         arrays = {name: open_array(folder, name, self.manifest) for name in ARRAYS}
         self.embeddings_SE, self.routing_SLC = arrays["embeddings.npy"], arrays["routing.npy"]
@@ -70,11 +70,11 @@ class Samples:
     def __len__(self) -> int:
         return self.manifest.samples
 
-    def sample(self, number: int) -> Sample:
+    def sample(self, number: int) -> TuningSample:
         """One sample; its tokens are copied."""
         start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
         tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
-        return Sample(tokens[:prompt], tokens[prompt:])
+        return TuningSample(tokens[:prompt], tokens[prompt:])
 
     def prompts(self) -> list[np.ndarray]:
         """The prompts of all samples."""
@@ -93,7 +93,7 @@ class Scored:
     task: str
     id: str
     text: str
-    sample: Sample
+    sample: TuningSample
     right: bool
 
 

@@ -44,7 +44,7 @@ class Targets(NamedTuple):
     """What one micro-batch is to be compared with, on its device: positions that are asked for, int64 [B]; the neighbours'
     routing [B, K, R] and weights [B, K], 0 where a sample has fewer."""
 
-    asked_B: Tensor
+    probe_tokens_B: Tensor
     target_BKR: Tensor
     weight_BK: Tensor
 
@@ -113,7 +113,7 @@ class RouterTuning:
             rows_BKR[row, : len(each.number_K)] = self._rows(each.number_K)
             weight_BK[row, : len(each.weight_K)] = each.weight_K
         on_device = [torch.from_numpy(part).to(device) for part in (rows_BKR, weight_BK)]
-        return Targets(batch.asked_B.to(device), *on_device)
+        return Targets(batch.probe_tokens_B.to(device), *on_device)
 
     def _rows(self, number_K: np.ndarray) -> np.ndarray:
         """Routing of samples in the chosen layers, [K, R]."""

@@ -17,10 +17,10 @@ from moe_dist.checkpoint.index import shard_file
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.checkpoint.verify import verify
-from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.data_digest import data_digest, digest_problems
 from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import DataError, MoeDistError
-from moe_dist.plan.preflight import data_set_faults
+from moe_dist.plan.preflight import data_set_problems
 from tests.support.damage import KINDS, damage
 from tests.support.fake_ranks import load_all, save_all
 from tests.support.small_run import SmallRun
@@ -118,9 +118,9 @@ def test_damaged_data_sets_are_found_on_resume(tmp_path: Path) -> None:
         done = damage(folder, files, draw, other=other)
         try:
             manifest = load_manifest(folder)
-            found = data_set_faults(folder, manifest) or digest_faults(saved, data_digest(folder, manifest))
+            found = data_set_problems(folder, manifest) or digest_problems(saved, data_digest(folder, manifest))
         except MoeDistError as error:
-            found = list(error.faults)
+            found = list(error.problems)
         assert found, (number, done)
         shutil.rmtree(folder)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dist.checkpoint.fits import check_fits
-from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, index_faults, read_index
+from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, index_problems, read_index
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError, DataError
 
@@ -29,7 +29,7 @@ def index(**tensors: Entry) -> Index:
     ],
 )
 def test_boxes_that_tile_a_tensor_pass(good: Entry) -> None:
-    assert index_faults(index(w=good)) == []
+    assert index_problems(index(w=good)) == []
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_boxes_that_tile_a_tensor_pass(good: Entry) -> None:
     ],
 )
 def test_boxes_that_do_not_are_named(bad: Entry) -> None:
-    faults = index_faults(index(good=entry((2,), ((0,), (2,))), bad=bad))
-    assert faults
-    assert all(fault.startswith("bad: ") for fault in faults)
+    problems = index_problems(index(good=entry((2,), ((0,), (2,))), bad=bad))
+    assert problems
+    assert all(fault.startswith("bad: ") for fault in problems)
 
 
 def test_a_missing_or_damaged_index_is_a_data_error(tmp_path: Path) -> None:

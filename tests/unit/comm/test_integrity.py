@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Splits, Wire
-from moe_dist.comm.integrity import MAX_ROW_BYTES, CheckedWire, content_sums, position_terms
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.integrity import MAX_ROW_BYTES, CheckedAllToAll, content_sums, position_terms
+from moe_dist.comm.stats import CommStats
 
 
 def slow_sum(row: torch.Tensor) -> int:
@@ -63,6 +63,6 @@ def test_every_place_has_a_term_of_its_own() -> None:
 
 
 def test_the_identity_wire_is_not_checked() -> None:
-    wire = CheckedWire(Wire(None, Traffic(events=[])))
+    wire = CheckedAllToAll(AllToAll(None, CommStats(events=[])))
     assert wire.exchange(torch.ones(0, 4), Splits((0,), (0,)), name="rows").shape == (0, 4)
-    assert wire.traffic.events == []
+    assert wire.comm_stats.events == []

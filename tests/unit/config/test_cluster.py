@@ -49,7 +49,7 @@ def test_all_faults_are_shown_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         load_cluster(str(path), {})
     text = str(raised.value)
-    assert all(fault.startswith(f"{path}: ") for fault in raised.value.faults)
+    assert all(fault.startswith(f"{path}: ") for fault in raised.value.problems)
     assert "acount: unknown key; did you mean account?" in text
     assert "partition='gpu; rm -rf /': must be" in text
     assert "nccl.NCCL_DEBUG.reason: missing" in text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config.init_rules import identity_choices, init_relations, source_faults
+from moe_dist.config.init_rules import identity_choices, init_violations, source_problems
 from moe_dist.moe.reference.layer import choose
 from tests.support.tiny import tiny_config
 
@@ -70,11 +70,11 @@ def source(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
-    assert init_relations(config(tmp_path)) == []
-    assert source_faults(config(tmp_path), source()) == []
-    assert source_faults(config(tmp_path), source(router__normalise="all_chosen")) == []
+    assert init_violations(config(tmp_path)) == []
+    assert source_problems(config(tmp_path), source()) == []
+    assert source_problems(config(tmp_path), source(router__normalise="all_chosen")) == []
     plain = config(tmp_path, model__moe__router={"normalise": "true_all"})
-    assert source_faults(plain, source(router__normalise="none")) == []
+    assert source_problems(plain, source(router__normalise="none")) == []
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
          "takes the checkpoint's 1 true experts only for top_k from 1 to 2; take one of these, or another num_null"),
         ({"model__moe__groups__image__top_k": 4}, {}, "image.top_k=4: with num_null=4 copies of 2 true rows"),
         ({}, {"groups__text__num_experts": 4}, "model.moe.groups.text.num_experts=3: the checkpoint has 4"),
-        ({}, {"groups__text__num_null": 3}, "has null or free experts already"),
+        ({}, {"groups__text__num_null": 3}, "has null or zero-computation experts already"),
         ({}, {"groups": {"all": {}}}, "the checkpoint has no such group; it has all"),
         ({}, {"router": None}, "does not say by which router it was trained"),
     ],
@@ -98,7 +98,7 @@ def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
 def test_what_would_not_begin_as_it_was_is_refused(
     tmp_path: Path, here: dict[str, Any], trained: dict[str, Any], fault: str
 ) -> None:
-    assert any(fault in each for each in source_faults(config(tmp_path, **here), source(**trained)))
+    assert any(fault in each for each in source_problems(config(tmp_path, **here), source(**trained)))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_what_would_not_begin_as_it_was_is_refused(
         ({"model__moe__router": {"null_logit": "single"}}, "null_logit=single has one null row"),
         ({"model__moe__router": {"kind": "expert_choice", "causal": "threshold"}},
          "with a router of kind expert_choice copies of true rows do not leave"),
-        ({"model__moe__router": {"kind": "fixed_load", "loads": {"text": [1.0, 1.0], "image": [1.0, 1.0]}}},
-         "with a router of kind fixed_load copies of true rows do not leave"),
+        ({"model__moe__router": {"kind": "scheduled_top_k", "loads": {"text": [1.0, 1.0], "image": [1.0, 1.0]}}},
+         "with a router of kind scheduled_top_k copies of true rows do not leave"),
         ({"model__moe__groups__text__num_identity": 1}, "num_identity=1"),
         ({"model__moe__groups__text__num_null": 0, "model__moe__groups__text__top_k": 2,
           "model__moe__groups__image__num_null": 0, "model__moe__groups__image__top_k": 1}, "no group has null experts"),
     ],
 )  # fmt: skip
 def test_rules_of_the_configuration_alone(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
-    assert any(fault in relation.fault for relation in init_relations(config(tmp_path, **changes)))
+    assert any(fault in relation.problem for relation in init_violations(config(tmp_path, **changes)))

@@ -21,11 +21,11 @@ from moe_dist.errors import ConfigError
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
-def faults(path: Path, *overrides: str) -> tuple[str, ...]:
+def problems(path: Path, *overrides: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as raised:
         load_config(path, overrides)
     assert raised.value.exit_code == 78
-    return raised.value.faults
+    return raised.value.problems
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda preset: preset.stem)
@@ -41,7 +41,7 @@ def test_an_override_reaches_into_a_list_that_the_file_leaves_to_its_default(pat
     assert [sink.kind for sink in config.monitor.sinks] == ["console", "jsonl", "tensorboard"]
     assert (config.monitor.sinks[0].model_dump()["every"], config.monitor.sinks[2].model_dump()["pictures_every"]) == (5, 7)
     assert load_config(path, ["loss.balance.schedule.0=[0, 0.5]"]).loss.balance.schedule == ((0, 0.5),)
-    assert "monitor.sinks.3 is not there" in faults(path, "monitor.sinks.3.every=5")[0]
+    assert "monitor.sinks.3 is not there" in problems(path, "monitor.sinks.3.every=5")[0]
 
 
 def test_values_have_their_types(path: Path) -> None:
@@ -98,7 +98,7 @@ def test_names_stay_text(path: Path, name: str, read: str) -> None:
 
 def test_a_number_as_name_in_a_file_must_be_quoted(path: Path) -> None:
     path.write_text(path.read_text().replace("name: small", "name: 2024"))
-    assert any("run.name=2024" in fault and "put it in quotes" in fault for fault in faults(path))
+    assert any("run.name=2024" in fault and "put it in quotes" in fault for fault in problems(path))
     path.write_text(path.read_text().replace("name: 2024", "name: no"))
     assert load_config(path).run.name == "no"
 
@@ -152,7 +152,7 @@ def test_an_absent_optional_text_stays_absent(path: Path) -> None:
     ],
 )
 def test_a_fault_is_named_with_its_way_out(path: Path, overrides: list[str], fault: str) -> None:
-    found = faults(path, *overrides)
+    found = problems(path, *overrides)
     assert len(found) == 1, found
     assert fault in found[0]
 
@@ -161,7 +161,7 @@ def test_a_fault_is_named_with_its_way_out(path: Path, overrides: list[str], fau
     "name", ["a; touch x", "../up", "a/b", '"a\\nb"', '"a\\n"', "-rf", ".", "", "a" * 65, "$(x)", "'a b'"]
 )
 def test_names_that_are_no_names(path: Path, name: str) -> None:
-    found = faults(path, f"run.name={name}")
+    found = problems(path, f"run.name={name}")
     assert len(found) == 1
     assert "run.name" in found[0]
     assert "letters, digits" in found[0]
@@ -169,8 +169,8 @@ def test_names_that_are_no_names(path: Path, name: str) -> None:
 
 
 def test_paths_without_control_characters(path: Path) -> None:
-    assert "without control characters" in faults(path, 'data.path="a\\nb"')[0]
-    assert "without control characters" in faults(path, "data.path=a\nb")[0]
+    assert "without control characters" in problems(path, 'data.path="a\\nb"')[0]
+    assert "without control characters" in problems(path, "data.path=a\nb")[0]
     for text in ("/mnt/a b/ü", "a # b", "a: b", "[x", "~", "null"):
         assert load_config(path, [f"data.path={text}"]).data.path == text
 
@@ -180,7 +180,7 @@ def test_all_faults_at_once(path: Path) -> None:
     text = text.replace("seq_len: 64}", "seq_len: 64, seqlen: 1}").replace("steps: 4", "steps: many, stpes: 4")
     text = text.replace("top_k: 2, ffn_dim: 16", "top_k: 9, ffn_dim: 16").replace("num_heads: 4", "num_heads: 3")
     path.write_text(text + "evaluaton: {every: 3}\n")
-    found = "\n".join(faults(path, "run.name=a; touch x", "parallel.ep=two", "optimizer.schedule.kind=wds"))
+    found = "\n".join(problems(path, "run.name=a; touch x", "parallel.ep=two", "optimizer.schedule.kind=wds"))
     for part in (
         "data.seqlen: unknown key; did you mean data.seq_len?",
         "train.stpes: unknown key; did you mean train.steps?",
@@ -195,20 +195,20 @@ def test_all_faults_at_once(path: Path) -> None:
         assert part in found
 
 
-def test_a_misspelt_required_key_is_one_fault(path: Path) -> None:
+def test_a_misspelt_required_key_is_one_problem(path: Path) -> None:
     path.write_text(path.read_text().replace("steps: 4,", "stpes: 4,"))
-    assert faults(path) == ("train.stpes: unknown key; did you mean train.steps?",)
+    assert problems(path) == ("train.stpes: unknown key; did you mean train.steps?",)
 
 
-def test_a_missing_section_is_one_fault(path: Path) -> None:
+def test_a_missing_section_is_one_problem(path: Path) -> None:
     path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("evaluation")))
-    (fault,) = faults(path)
+    (fault,) = problems(path)
     assert fault.startswith("evaluation: missing; give section")
 
 
 def test_what_cannot_be_read_is_not_judged(path: Path) -> None:
     """num_heads is replaced by a stand-in, from which nothing must follow about its multiples."""
-    (fault,) = faults(path, "model.num_heads=four")
+    (fault,) = problems(path, "model.num_heads=four")
     assert fault.startswith("model.num_heads='four'")
 
 
@@ -233,24 +233,24 @@ def test_a_draft_keeps_what_can_be_read(path: Path) -> None:
 def test_files_that_are_no_configuration(tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    assert any(fault in found for found in faults(path))
+    assert any(fault in found for found in problems(path))
 
 
 def test_an_empty_file_lists_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("")
-    missing = {fault.partition(":")[0] for fault in faults(path)}
+    missing = {problem.partition(":")[0] for fault in problems(path)}
     assert missing == {"run", "model", "data", "train", "optimizer", "evaluation"}
 
 
 def test_a_missing_file_shows_the_nearest(path: Path) -> None:
-    (fault,) = faults(path.with_name("smal.yaml"))
+    (fault,) = problems(path.with_name("smal.yaml"))
     assert "cannot be read" in fault
     assert str(path) in fault
-    (fault,) = faults(path.parent)  # a folder
+    (fault,) = problems(path.parent)  # a folder
     assert "cannot be read" in fault
     path.write_bytes(b"run: \xff")
-    assert "cannot be read" in faults(path)[0]
+    assert "cannot be read" in problems(path)[0]
 
 
 def test_resolved_yaml_loads_back_equal(path: Path, tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ GROUPS = {
 }
 SOUND: dict[str, Any] = {
     "model.moe.groups": GROUPS,
-    "model.moe.router": {"kind": "fixed_load", "loads": {"text": [1.5, 2.0], "image": [1.0, 0.5]}},
+    "model.moe.router": {"kind": "scheduled_top_k", "loads": {"text": [1.5, 2.0], "image": [1.0, 0.5]}},
 }
 
 
 def loads(**by_group: list[float]) -> dict[str, Any]:
-    return {"model.moe.router": {"kind": "fixed_load", "loads": by_group}}
+    return {"model.moe.router": {"kind": "scheduled_top_k", "loads": by_group}}
 
 
 def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
-    assert check(tiny_config(tiny_data, tmp_path, SOUND)).config.model.moe.router.kind == "fixed_load"
-    depths = {"model.depths": {"capacity": 0.5, "causal": "threshold"}}  # of layer 0
-    check(tiny_config(tiny_data, tmp_path, {**SOUND, **loads(text=[2.0, 1.5], image=[1.0, 0.5]), **depths}))
+    assert check(tiny_config(tiny_data, tmp_path, SOUND)).config.model.moe.router.kind == "scheduled_top_k"
+    mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}  # of layer 0
+    check(tiny_config(tiny_data, tmp_path, {**SOUND, **loads(text=[2.0, 1.5], image=[1.0, 0.5]), **mixture_of_depths}))
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,16 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
         (loads(text=[1.0, 2.5], image=[1.0, 1.0]), "loads.text has 2.5, above model.moe.groups.text.top_k=2: lower it"),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
-            "model.moe.groups.text has null or free experts: model.moe.router.kind=fixed_load takes true ones alone",
+            "model.moe.groups.text has null or zero-computation experts: model.moe.router.kind=scheduled_top_k takes true ones alone",
         ),
         (
-            {"model.depths": {"capacity": 0.5, "causal": "threshold"}},
-            "loads.text=[1.5, 2.0] with model.depths: draws cannot be told by token in the layers [0], which compute some",
+            {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},
+            "loads.text=[1.5, 2.0] with model.mixture_of_depths: draws cannot be told by token in the layers [0], which compute some",
         ),
-        ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=fixed_load has no auxiliary routers"),
+        ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=scheduled_top_k has no auxiliary routers"),
         (
-            {"parallel.dispatch": {"kind": "per_pair"}},
-            "with model.moe.router.kind=fixed_load the tokens choose, so that it is not known",
+            {"parallel.dispatch": {"kind": "known_counts"}},
+            "with model.moe.router.kind=scheduled_top_k the tokens choose, so that it is not known",
         ),
     ],
 )

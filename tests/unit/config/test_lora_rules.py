@@ -81,11 +81,11 @@ LORA_ALONE = {"rank": 2, "alpha": 4.0, "targets": ["q"]}
         ({**SOUND, "model.moe.shared_ffn_dim": 8}, "model.moe.shared_ffn_dim=8", "set it to 0"),
         ({**SOUND, "placement.policy": "pinned"}, "placement.policy=pinned: LoRA experts are on every rank",
          "leave placement out"),
-        ({**SOUND, "parallel.dispatch": {"kind": "per_rank", "overlap": True}}, "parallel.dispatch: LoRA experts are on",
+        ({**SOUND, "parallel.dispatch": {"kind": "all_to_all", "overlap": True}}, "parallel.dispatch: LoRA experts are on",
          "leave it out"),
         ({**SOUND, "parallel.expert_pair_budget": 10}, "parallel.expert_pair_budget=10: LoRA experts", "leave it out"),
         ({**SOUND, "parallel.check_exchanges": True}, "parallel.check_exchanges=True: LoRA experts", "leave it out"),
-        ({**SOUND, "model.depths": {"capacity": 0.5}}, "model.depths: a frozen base", "set it to null"),
+        ({**SOUND, "model.mixture_of_depths": {"capacity": 0.5}}, "model.mixture_of_depths: a frozen base", "set it to null"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], text: str, way_out: str) -> None:

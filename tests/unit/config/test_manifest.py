@@ -66,7 +66,7 @@ def test_several_ranges_of_one_modality(tmp_path: Path) -> None:
 def test_every_fault_is_named(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(DataError) as raised:
         load_manifest(write(tmp_path, values(**changes)))
-    assert len(raised.value.faults) == len(parts)
+    assert len(raised.value.problems) == len(parts)
     for part in parts:
         assert part in str(raised.value)
     assert "docs/data.md" in str(raised.value)
@@ -85,7 +85,7 @@ def test_a_file_outside_the_folder_is_refused(tmp_path: Path, key: str, path: st
     holder[key] = path
     with pytest.raises(DataError) as raised:
         load_manifest(write(tmp_path, content))
-    (fault,) = raised.value.faults
+    (fault,) = raised.value.problems
     assert key in fault
     assert "leads out of the data set's folder" in fault or "without control characters" in fault
     holder[key] = "part/a..b"

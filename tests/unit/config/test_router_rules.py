@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, TopKRouterSection
-from moe_dist.config.router_rules import router_relations
+from moe_dist.config.router_rules import router_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.plan.planner import expected_plan
@@ -37,7 +37,7 @@ def config(changes: dict[str, Any]) -> Config:
 
 @pytest.mark.parametrize("changes", [SOUND, SECOND, {}], ids=["threshold", "second stage", "token choice"])
 def test_what_fits_passes(changes: dict[str, Any]) -> None:
-    assert router_relations(config(changes)) == []
+    assert router_violations(config(changes)) == []
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,14 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
         ),
         *(
             (
-                {"model.depths": {}, "model.moe.router": {"kind": "expert_choice", "causal": "threshold", **each}},
-                f"model.moe.router.{said} with model.depths: which tokens reach the experts",
-                "set model.moe.router.set=rank and model.moe.router.noise=0, or model.depths to null",
+                {
+                    "model.mixture_of_depths": {},
+                    "model.moe.router": {"kind": "expert_choice", "causal": "threshold", **each},
+                },
+                f"model.moe.router.{said} with model.mixture_of_depths: which tokens reach the experts",
+                "set model.moe.router.scope=rank and model.moe.router.noise=0, or model.mixture_of_depths to null",
             )
-            for each, said in (({"noise": 0.5}, "noise=0.5"), ({"set": "world"}, "set=world"))
+            for each, said in (({"noise": 0.5}, "noise=0.5"), ({"scope": "world"}, "scope=world"))
         ),
         (
             {"model.moe.router": {"kind": "top_k"}, "train.only": "auxiliary_routers"},
@@ -102,8 +105,8 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
     ids=lambda each: "" if isinstance(each, dict) else None,
 )
 def test_what_does_not_is_named_with_the_way_out(changes: dict[str, Any], text: str, way_out: str) -> None:
-    faults = [relation.fault for relation in router_relations(config({**SOUND, **changes}))]
-    assert any(text in fault and way_out in fault for fault in faults), faults
+    problems = [relation.problem for relation in router_violations(config({**SOUND, **changes}))]
+    assert any(text in fault and way_out in fault for fault in problems), problems
 
 
 def test_evaluation_without_a_causal_way_is_refused_before_anything_starts(tiny_data: Path, tmp_path: Path) -> None:
@@ -119,13 +122,13 @@ def test_evaluation_without_a_causal_way_is_refused_before_anything_starts(tiny_
 def test_dispatchers_that_cannot_take_it_are_refused(tiny_data: Path, tmp_path: Path) -> None:
     for router_set, dispatch, fault in (
         ("rank", "deep_ep", "a token may be taken by any number of experts"),
-        ("world", "per_pair", "model.moe.router.set=world it depends on the other ranks' scores"),
+        ("world", "known_counts", "model.moe.router.scope=world it depends on the other ranks' scores"),
     ):
         router = {"kind": "expert_choice", "causal": "threshold", "set": router_set}
         changes = {**SOUND, "model.moe.router": router, "parallel.dispatch": {"kind": dispatch}}
         with pytest.raises(ConfigError, match=fault):
             check(tiny_config(tiny_data, tmp_path, changes))
-    check(tiny_config(tiny_data, tmp_path, {**SOUND, "parallel.dispatch": {"kind": "per_pair"}}))
+    check(tiny_config(tiny_data, tmp_path, {**SOUND, "parallel.dispatch": {"kind": "known_counts"}}))
 
 
 def test_a_position_is_kept_of_something() -> None:

@@ -10,7 +10,7 @@ from moe_dist.config.load import resolved_yaml
 from moe_dist.config.manifest import load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import load_tuning_manifest
-from moe_dist.config.tuning_rules import chosen_layers, judge_tuning_data, model_faults, tuning_relations
+from moe_dist.config.tuning_rules import check_tuning_data, chosen_layers, model_problems, tuning_violations
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.plan.preflight import check
@@ -23,7 +23,7 @@ SOUND: dict[str, Any] = {
     "router_tuning": {"data": "none", "last_layers": 1},
 }
 CHOICE = {"kind": "expert_choice", "causal": "threshold"}
-FIXED = {"kind": "fixed_load", "loads": {"text": [1, 1], "image": [1, 1]}}
+FIXED = {"kind": "scheduled_top_k", "loads": {"text": [1, 1], "image": [1, 1]}}
 ONE = {
     "text": {"num_experts": 3, "top_k": 1, "ffn_dim": 16},
     "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
@@ -44,8 +44,8 @@ def tuned(**changes: Any) -> dict[str, Any]:
     ids=str,
 )
 def test_what_fits_passes(changes: dict[str, Any]) -> None:
-    assert tuning_relations(config(changes)) == []
-    assert tuning_relations(tiny_config(Path("none"), Path("runs"))) == []
+    assert tuning_violations(config(changes)) == []
+    assert tuning_violations(tiny_config(Path("none"), Path("runs"))) == []
 
 
 def test_chosen_layers() -> None:
@@ -72,8 +72,12 @@ def test_chosen_layers() -> None:
         ({"loss.z": 0.1}, "loss.z=0.1: router_tuning has no z-loss", "set it to 0"),
         ({"run.keep_position": True}, "run.keep_position=true: router_tuning reads samples", "set it to false"),
         ({"model.moe.router": CHOICE}, "model.moe.router.kind=expert_choice: router_tuning", "tune a run with kind=top_k"),
-        ({"model.moe.router": FIXED}, "model.moe.router.kind=fixed_load: router_tuning", "tune a run with kind=top_k"),
-        ({"model.depths": {"capacity": 0.5}}, "model.depths: a token that a layer passes by", "needs model.depths=null"),
+        ({"model.moe.router": FIXED}, "model.moe.router.kind=scheduled_top_k: router_tuning", "tune a run with kind=top_k"),
+        (
+            {"model.mixture_of_depths": {"capacity": 0.5}},
+            "model.mixture_of_depths: a token that a layer passes by",
+            "needs model.mixture_of_depths=null",
+        ),
         (
             {"model.moe.router": {"selection_bias": True}, "model.moe.balance": [{"kind": "loss_free"}]},
             "model.moe.balance: its controllers would move selection biases",
@@ -91,8 +95,8 @@ def test_chosen_layers() -> None:
     ids=lambda value: str(value)[:60],
 )
 def test_each_rule_is_named_with_its_way_out(changes: dict[str, Any], text: str, way_out: str) -> None:
-    faults = [relation.fault for relation in tuning_relations(config(changes))]
-    assert any(text in fault and way_out in fault for fault in faults), faults
+    problems = [relation.problem for relation in tuning_violations(config(changes))]
+    assert any(text in fault and way_out in fault for fault in problems), problems
 
 
 @pytest.mark.parametrize(
@@ -116,16 +120,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_samples(out, ids=(4, IMAGE_IDS[0]), layers=(1,), columns=8, model=model, count=10, right=4)
 
 
-def data_faults(made: Path, changes: dict[str, Any], **section: Any) -> tuple[list[str], list[str]]:
+def data_problems(made: Path, changes: dict[str, Any], **section: Any) -> tuple[list[str], list[str]]:
     """Faults of the configuration, and of the files."""
     files: list[str] = []
     found = config({**changes, **tuned(data=str(made), **section)})
-    return [relation.fault for relation in judge_tuning_data(found, None, files)], files
+    return [relation.problem for relation in check_tuning_data(found, None, files)], files
 
 
 def test_a_folder_that_fits_passes(made: Path) -> None:
-    assert data_faults(made, {}) == ([], [])
-    assert data_faults(made, {"model.moe.capacity": {"factor": 1.0}}, neighbours={"k": 3}) == ([], [])
+    assert data_problems(made, {}) == ([], [])
+    assert data_problems(made, {"model.moe.capacity": {"factor": 1.0}}, neighbours={"k": 3}) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -145,8 +149,8 @@ def test_a_folder_that_fits_passes(made: Path) -> None:
 def test_a_folder_of_another_making_is_refused(
     made: Path, changes: dict[str, Any], section: dict[str, Any], text: str
 ) -> None:
-    faults, files = data_faults(made, changes, **section)
-    assert any(text in fault for fault in faults), faults
+    problems, files = data_problems(made, changes, **section)
+    assert any(text in fault for fault in problems), problems
     assert not files
 
 
@@ -154,7 +158,7 @@ def test_one_successful_sample_has_no_neighbour_however_they_are_chosen(tmp_path
     model = config({}).model.model_dump(mode="json")
     one = made_samples(tmp_path / "one", ids=(4, 48), layers=(1,), columns=8, model=model, right=1)
     for neighbours in ({"k": 1}, {"kind": "radius", "similarity": 0.5}):
-        (fault,), _ = data_faults(one, {}, neighbours=neighbours)
+        (fault,), _ = data_problems(one, {}, neighbours=neighbours)
         assert fault.endswith("it has 1 successful samples, and router_tuning.neighbours wants 1 of them beside the sample "
                               "itself; prepare more questions")  # fmt: skip
 
@@ -164,7 +168,7 @@ def test_samples_in_the_ids_of_another_tokenizer(made: Path, tiny_data: Path, tm
     data = load_manifest(tiny_data).model_copy(update={"tokenizer": "tokenizer.json"})
     files: list[str] = []
     found = config({"data.path": str(tmp_path), **tuned(data=str(made))})
-    (fault,) = [relation.fault for relation in judge_tuning_data(found, data, files)]
+    (fault,) = [relation.problem for relation in check_tuning_data(found, data, files)]
     assert fault.startswith(f"router_tuning.data={str(made)!r}: its samples were written with another tokenizer than that")
     assert "set data.path to the data of the run" in fault
     assert files == []
@@ -172,23 +176,23 @@ def test_samples_in_the_ids_of_another_tokenizer(made: Path, tiny_data: Path, tm
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    faults = [relation.fault for relation in tuning_relations(config({**SOUND, **tuned()}))]
-    assert faults == ["router_tuning.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or "
+    problems = [relation.problem for relation in tuning_violations(config({**SOUND, **tuned()}))]
+    assert problems == ["router_tuning.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or "
                       "router_tuning.weight=0"]  # fmt: skip
-    assert tuning_relations(config({**SOUND, **tuned(weight=0.0)})) == []
+    assert tuning_violations(config({**SOUND, **tuned(weight=0.0)})) == []
 
 
 def test_cross_entropy_alone_needs_neither_neighbours_nor_their_routing(made: Path) -> None:
-    assert data_faults(made, {}, weight=0.0, layers=[0], neighbours={"k": 99}) == ([], [])
-    assert data_faults(made, {}, regulariser="l2", neighbours={"k": 99}) == ([], [])
+    assert data_problems(made, {}, weight=0.0, layers=[0], neighbours={"k": 99}) == ([], [])
+    assert data_problems(made, {}, regulariser="l2", neighbours={"k": 99}) == ([], [])
 
 
 def test_no_successful_sample(tmp_path: Path) -> None:
     model = config({}).model.model_dump(mode="json")
     none = made_samples(tmp_path / "none", ids=(4, 48), layers=(1,), columns=8, model=model, right=0)
-    faults, _ = data_faults(none, {})
-    assert "there is no successful sample to be a neighbour" in faults[0]
-    assert data_faults(none, {}, filter_by_success=False) == ([], [])
+    problems, _ = data_problems(none, {})
+    assert "there is no successful sample to be a neighbour" in problems[0]
+    assert data_problems(none, {}, filter_by_success=False) == ([], [])
 
 
 def test_preflight_tells_all_of_it(made: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -209,5 +213,5 @@ def test_preflight_tells_all_of_it(made: Path, tiny_data: Path, tmp_path: Path) 
 def test_a_run_with_more_in_its_model_is_another(made: Path) -> None:
     manifest = load_tuning_manifest(made)
     adapted = {**manifest.model, "attention_lora": {"rank": 2, "alpha": 4.0}}
-    faults = model_faults(config({}), manifest.model_copy(update={"model": adapted}))
-    assert any("model.attention_lora.rank=2, here it is None" in fault for fault in faults), faults
+    problems = model_problems(config({}), manifest.model_copy(update={"model": adapted}))
+    assert any("model.attention_lora.rank=2, here it is None" in fault for fault in problems), problems

@@ -40,8 +40,8 @@ from moe_dist.config.yaml_text import dump_yaml, load_yaml
     ],
 )
 def test_scalars(text: str, value: object) -> None:
-    read, faults = load_yaml(text)
-    assert (read, faults) == (value, [])
+    read, problems = load_yaml(text)
+    assert (read, problems) == (value, [])
     assert type(read) is type(value)
 
 
@@ -50,10 +50,10 @@ def test_keys_are_text() -> None:
 
 
 def test_every_repeated_key_is_named() -> None:
-    _, faults = load_yaml("a: 1\nb: {c: 1, c: 2}\na: 3\n")
-    assert len(faults) == 2
-    assert any("'a' stands in line 1 and again in line 3" in fault for fault in faults)
-    assert any("'c' stands in line 2 and again in line 2" in fault for fault in faults)
+    _, problems = load_yaml("a: 1\nb: {c: 1, c: 2}\na: 3\n")
+    assert len(problems) == 2
+    assert any("'a' stands in line 1 and again in line 3" in fault for fault in problems)
+    assert any("'c' stands in line 2 and again in line 2" in fault for fault in problems)
 
 
 def test_anchors_and_merges_work() -> None:
@@ -64,9 +64,9 @@ def test_anchors_and_merges_work() -> None:
     "text", ["!!python/name:os.system", "!!set {a}", "!!binary aGk=", "!!timestamp 2024-01-01", "? [a]\n: 1"]
 )
 def test_nothing_but_plain_values(text: str) -> None:
-    value, faults = load_yaml(text)
+    value, problems = load_yaml(text)
     assert value is None
-    assert len(faults) == 1
+    assert len(problems) == 1
 
 
 VALUES = st.recursive(

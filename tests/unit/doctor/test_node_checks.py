@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.doctor.finding import Finding, Level
+from moe_dist.doctor.check_result import CheckResult, Level
 from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
 
@@ -21,7 +21,7 @@ GOOD = NodeFacts(
     open_files=65536,
     locked_memory=NO_LIMIT,
     infiniband=True,
-    folder_fault="",
+    folder_problem="",
     free_bytes=900 * GIB,
     sees_token=True,
     sees_data=True,
@@ -32,7 +32,7 @@ NEEDS = Needs(
 HEARD = [1000.0] * 3
 
 
-def examine(on_second: dict[str, Any], *, needs: Needs = NEEDS, heard: list[float] | None = HEARD) -> list[Finding]:
+def examine(on_second: dict[str, Any], *, needs: Needs = NEEDS, heard: list[float] | None = HEARD) -> list[CheckResult]:
     """Three nodes, of which the second is different."""
     nodes = [replace(GOOD, node=f"n{index}", **(on_second if index == 1 else {})) for index in range(3)]
     return check_nodes(nodes, needs, heard)
@@ -53,7 +53,11 @@ def test_three_good_nodes() -> None:
     [
         ({"unresolved": {"n0": "Unknown"}}, 78, "rendezvous host: 'n0' does not resolve on n1: Unknown; enter it"),
         ({"unreachable": "timed out"}, 69, "ports: n1 cannot connect to a free port of rank 0's node: timed out; open"),
-        ({"folder_fault": "/runs: Read-only"}, 78, "shared folder: run.root='/runs' cannot be written on n1: /runs: Read"),
+        (
+            {"folder_problem": "/runs: Read-only"},
+            78,
+            "shared folder: run.root='/runs' cannot be written on n1: /runs: Read",
+        ),
         ({"sees_token": False}, 78, "shared folder: run.root='/runs' is another folder on n1"),
         ({"free_bytes": 1 << 20}, 0, "room: run.root='/runs' has 1 MiB free on n1, and its checkpoints need 1 GiB; make"),
         ({"sees_data": False}, 78, "data: data.path='/data/x' is not there on n1; put"),
@@ -71,11 +75,11 @@ def test_three_good_nodes() -> None:
     ],
 )
 def test_each_fault_is_exactly_its_own_line(different: dict[str, Any], verdict: int, line: str) -> None:
-    faults = [finding for finding in examine(different) if finding.is_fault]
-    assert len(faults) == 1
-    assert str(faults[0]).startswith(line)
-    assert faults[0].verdict == verdict
-    assert faults[0].way_out
+    problems = [finding for finding in examine(different) if finding.is_problem]
+    assert len(problems) == 1
+    assert str(problems[0]).startswith(line)
+    assert problems[0].verdict == verdict
+    assert problems[0].fix
 
 
 @pytest.mark.parametrize(("clock", "off"), [(1005.0, 0.0), (1012.0, 2.0), (990.0, -10.0), (1000.0, 0.0)])
@@ -84,25 +88,25 @@ def test_a_late_answer_is_no_wrong_clock(clock: float, off: float) -> None:
 
 
 def test_a_name_that_does_not_resolve_is_not_told_again_as_a_closed_port() -> None:
-    faults = [f for f in examine({"unresolved": {"n0": "Unknown"}, "unreachable": "refused"}) if f.is_fault]
-    assert [finding.check for finding in faults] == ["rendezvous host"]
+    problems = [f for f in examine({"unresolved": {"n0": "Unknown"}, "unreachable": "refused"}) if f.is_problem]
+    assert [finding.check for finding in problems] == ["rendezvous host"]
 
 
 def test_what_no_run_on_the_cpu_needs_is_not_asked_for() -> None:
     needs = replace(NEEDS, gpus_per_node=0, ranks_per_node=1)
     odd = {"gpus": None, "shm_bytes": 1 << 20, "locked_memory": 1 << 16}
-    assert not [finding for finding in examine(odd, needs=needs) if finding.is_fault]
+    assert not [finding for finding in examine(odd, needs=needs) if finding.is_problem]
 
 
 def test_torch_that_is_nowhere() -> None:
     bare = replace(GOOD, node="n0", versions={**GOOD.versions, "torch": None})
-    faults = [f for f in check_nodes([bare, replace(bare, node="n1")], NEEDS) if f.is_fault]
-    assert [str(f).partition(";")[0] for f in faults] == ["versions: torch is not installed on all 2 nodes"]
+    problems = [f for f in check_nodes([bare, replace(bare, node="n1")], NEEDS) if f.is_problem]
+    assert [str(f).partition(";")[0] for f in problems] == ["versions: torch is not installed on all 2 nodes"]
 
 
 def test_here_only_folders_count() -> None:
-    here = replace(GOOD, node="login", versions={}, gpus=None, apex="other", folder_fault="/runs: Permission denied")
+    here = replace(GOOD, node="login", versions={}, gpus=None, apex="other", folder_problem="/runs: Permission denied")
     nodes = [replace(GOOD, node=f"n{index}") for index in range(2)]
-    faults = [finding for finding in check_nodes(nodes, NEEDS, here=here) if finding.is_fault]
-    assert len(faults) == 1
-    assert "cannot be written on login" in faults[0].text
+    problems = [finding for finding in check_nodes(nodes, NEEDS, here=here) if finding.is_problem]
+    assert len(problems) == 1
+    assert "cannot be written on login" in problems[0].text

@@ -20,7 +20,7 @@ from moe_dist.doctor.node_facts import (
     to_line,
     unreachable,
     unresolved,
-    write_fault,
+    write_problem,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +31,7 @@ def test_a_look_at_this_node(tmp_path: Path) -> None:
     facts = look(Questions(str(tmp_path), str(tmp_path / "none"), token_file=(str(tmp_path / "token"), "abc")), env={})
     assert facts.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts.versions["torch"]
-    assert (facts.folder_fault, facts.sees_token, facts.sees_data) == ("", True, False)
+    assert (facts.folder_problem, facts.sees_token, facts.sees_data) == ("", True, False)
     assert facts.free_bytes
     assert [path.name for path in tmp_path.iterdir()] == ["token"], "nothing is left"
     assert from_line(f"3: {to_line(facts)}\n") == facts
@@ -45,8 +45,8 @@ def test_another_folder_of_that_name_is_seen_by_the_token(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path: Path) -> None:
-    assert write_fault(tmp_path / "runs" / "of" / "mine") == ""
-    assert write_fault(Path("/proc/none")).startswith("/proc: ")
+    assert write_problem(tmp_path / "runs" / "of" / "mine") == ""
+    assert write_problem(Path("/proc/none")).startswith("/proc: ")
 
 
 def test_names_and_ports() -> None:

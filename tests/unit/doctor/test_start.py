@@ -12,7 +12,7 @@ import pytest
 
 from moe_dist.config.schema import Config
 from moe_dist.doctor import start
-from moe_dist.doctor.finding import Finding
+from moe_dist.doctor.check_result import CheckResult
 from moe_dist.doctor.node_facts import NodeFacts, look
 from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import ConfigError, PlacementError
@@ -34,9 +34,9 @@ def folder_of(config: Config) -> Path:
     return Path(config.run.root) / config.run.name
 
 
-def all_ranks(config: Config, variables: dict[str, str] | None = None) -> list[list[Finding] | BaseException]:
+def all_ranks(config: Config, variables: dict[str, str] | None = None) -> list[list[CheckResult] | BaseException]:
     """What each of four ranks on two nodes found, or ended with."""
-    found: dict[int, list[Finding] | BaseException] = {}
+    found: dict[int, list[CheckResult] | BaseException] = {}
 
     def run(rank: int) -> None:
         try:
@@ -80,7 +80,7 @@ def test_another_version_on_one_node_ends_rank_0_naming_it(config: Config, monke
 
 
 def test_a_node_that_cannot_write_ends_by_itself(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    change_on("node1", {"folder_fault": "/runs: Read-only file system"}, monkeypatch)
+    change_on("node1", {"folder_problem": "/runs: Read-only file system"}, monkeypatch)
     found = all_ranks(config)
     assert isinstance(found[2], ConfigError)
     assert "cannot be written on node1" in str(found[2])
@@ -122,5 +122,5 @@ def test_a_late_node_is_not_waited_for_long(config: Config, caplog: pytest.LogCa
 
 def test_a_job_on_one_node_waits_for_nobody_and_writes_nothing(config: Config) -> None:
     found = check_at_start(config, rank_env(0, world_size=2), folder_of(config), wait_seconds=100.0)
-    assert json.dumps([finding.check for finding in found if finding.is_fault]) == "[]"
+    assert json.dumps([finding.check for finding in found if finding.is_problem]) == "[]"
     assert not list(folder_of(config).iterdir())

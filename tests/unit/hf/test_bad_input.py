@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import Options
+from moe_dist.hf.plan import ImportOptions
 from moe_dist.hf.source import open_source
 from tests.support.tiny_hf import save, tiny_model
 
@@ -219,11 +219,11 @@ def test_is_refused(theirs: Path, case: str, capfd: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("options", "data", "message"),
     [
-        (Options(modalities=("",)), "data", "modalities.*change that field, or the option"),
-        (Options(), "", "data.path.*change that field, or the option"),
+        (ImportOptions(modalities=("",)), "data", "modalities.*change that field, or the option"),
+        (ImportOptions(), "", "data.path.*change that field, or the option"),
     ],
 )
-def test_an_option_that_cannot_be(original: Path, tmp_path: Path, options: Options, data: str, message: str) -> None:
+def test_an_option_that_cannot_be(original: Path, tmp_path: Path, options: ImportOptions, data: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         import_model(original, tmp_path / "ours", options, data_path=data)
     assert not list(tmp_path.iterdir())
@@ -234,7 +234,7 @@ def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:
     (theirs / FIRST).unlink()
     with pytest.raises(DataError) as told:
         import_model(theirs, theirs.parent / "ours")
-    assert len(told.value.faults) == 2
+    assert len(told.value.problems) == 2
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

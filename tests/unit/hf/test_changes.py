@@ -11,7 +11,7 @@ from moe_dist.config.init_rules import identity_choices
 from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import Options
+from moe_dist.hf.plan import ImportOptions
 from moe_dist.moe.routers.copy_init import folded_choices
 from tests.support.agreement import assert_agree
 from tests.support.imported import load_imported, logits_of, manager
@@ -37,7 +37,7 @@ def test_null_experts_change_no_bit(tmp_path: Path, kind: str, null: int, choice
     import_model(theirs, tmp_path / "plain")
     plain, pairs = logits_of(load_imported(tmp_path / "plain")[0], TOKENS)
     for top_k in choices:
-        import_model(theirs, tmp_path / f"null{top_k}", Options(null_experts=null, top_k=top_k))
+        import_model(theirs, tmp_path / f"null{top_k}", ImportOptions(null_experts=null, top_k=top_k))
         found, pairs_with_null = logits_of(load_imported(tmp_path / f"null{top_k}")[0], TOKENS)
         assert pairs_with_null == pairs
         assert torch.equal(found, plain)
@@ -47,7 +47,7 @@ def test_many_choices_change_no_bit_either(tmp_path: Path) -> None:
     """Top-8 as Qwen3 and OLMoE have it: the sum over 8 weights must not depend on where the null choices stand."""
     theirs = save(tiny_model("qwen3_moe", num_experts=16, num_experts_per_tok=8), tmp_path / "theirs")
     import_model(theirs, tmp_path / "plain")
-    import_model(theirs, tmp_path / "null", Options(null_experts=32, top_k=23))
+    import_model(theirs, tmp_path / "null", ImportOptions(null_experts=32, top_k=23))
     plain, found = (logits_of(load_imported(tmp_path / name)[0], TOKENS)[0] for name in ("plain", "null"))
     assert torch.equal(found, plain)
 
@@ -55,15 +55,15 @@ def test_many_choices_change_no_bit_either(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(null_experts=8, top_k=2), r"top-2 stays as it was for 3 <= top_k <= 4"),
-        (Options(null_experts=8, top_k=5), r"top-2 stays as it was for 3 <= top_k <= 4"),
-        (Options(null_experts=8), r"--top-k=None"),
-        (Options(null_experts=12, top_k=3), r"num_null=12 must be a multiple of num_experts=8.*take 16"),
-        (Options(top_k=3), r"--null-experts; set that as well"),
-        (Options(experts=4, experts_top_k=2), r"mixtral has experts already"),
+        (ImportOptions(null_experts=8, top_k=2), r"top-2 stays as it was for 3 <= top_k <= 4"),
+        (ImportOptions(null_experts=8, top_k=5), r"top-2 stays as it was for 3 <= top_k <= 4"),
+        (ImportOptions(null_experts=8), r"--top-k=None"),
+        (ImportOptions(null_experts=12, top_k=3), r"num_null=12 must be a multiple of num_experts=8.*take 16"),
+        (ImportOptions(top_k=3), r"--null-experts; set that as well"),
+        (ImportOptions(experts=4, experts_top_k=2), r"mixtral has experts already"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_with_what_would(tmp_path: Path, options: Options, message: str) -> None:
+def test_options_that_do_not_fit_are_refused_with_what_would(tmp_path: Path, options: ImportOptions, message: str) -> None:
     theirs = save(tiny_model("mixtral"), tmp_path / "theirs")
     with pytest.raises(ConfigError, match=message):
         import_model(theirs, tmp_path / "ours", options)
@@ -82,7 +82,7 @@ def test_the_range_of_choices_by_trying_every_one() -> None:
 
 def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_path: Path) -> None:
     theirs = save(tiny_model("olmoe", dtype=torch.bfloat16), tmp_path / "theirs")
-    import_model(theirs, tmp_path / "ours", Options(null_experts=16, top_k=8))
+    import_model(theirs, tmp_path / "ours", ImportOptions(null_experts=16, top_k=8))
     assert export_model(tmp_path / "ours", tmp_path / "back").folded == 16
     assert_same(tensors_of(tmp_path / "back"), tensors_of(theirs))
     model, state = load_imported(tmp_path / "ours")
@@ -98,7 +98,10 @@ def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_pat
     ("changed", "message"),
     [
         ({"moe": {"router": {"kind": "expert_choice"}}}, r"router\.kind=expert_choice: known families choose by top-k"),
-        ({"depths": {"every": 1, "capacity": 0.5}}, r"model\.depths: no known family leaves tokens out of its layers"),
+        (
+            {"mixture_of_depths": {"every": 1, "capacity": 0.5}},
+            r"model\.depths: no known family leaves tokens out of its layers",
+        ),
         ({"moe": {"router": {"scale": 2.5}}}, r"router\.scale=2\.5: no known family"),
     ],
 )
@@ -140,7 +143,7 @@ def test_copies_of_a_dense_ffn_are_the_same_function(tmp_path: Path) -> None:
 
     model = tiny_model("llama")
     theirs = save(model, tmp_path / "theirs")
-    import_model(theirs, tmp_path / "ours", Options(experts=4, experts_top_k=2, seed=5))
+    import_model(theirs, tmp_path / "ours", ImportOptions(experts=4, experts_top_k=2, seed=5))
     ours, pairs = logits_of(load_imported(tmp_path / "ours")[0], TOKENS)
     with torch.no_grad():
         dense = model(TOKENS).logits
@@ -158,7 +161,7 @@ def test_copies_of_a_dense_ffn_are_the_same_function(tmp_path: Path) -> None:
 def test_a_dense_model_has_no_gate_rows_to_copy(tmp_path: Path) -> None:
     theirs = save(tiny_model("llama"), tmp_path / "theirs")
     with pytest.raises(ConfigError, match="a dense model has none"):
-        import_model(theirs, tmp_path / "ours", Options(null_experts=4, top_k=4, experts=4, experts_top_k=2))
+        import_model(theirs, tmp_path / "ours", ImportOptions(null_experts=4, top_k=4, experts=4, experts_top_k=2))
 
 
 def test_the_shape_of_smollm2(tmp_path: Path) -> None:

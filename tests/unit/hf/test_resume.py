@@ -21,7 +21,7 @@ from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import Options
+from moe_dist.hf.plan import ImportOptions
 from moe_dist.train.build import state_specs
 from tests.support.tiny_hf import save, tiny_config, tiny_model
 
@@ -167,7 +167,7 @@ def test_the_limit_would_be_met_without_shards(large: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     theirs = save(tiny_model("qwen2_moe"), tmp_path / "theirs")
-    options = Options(null_experts=8, top_k=5)
+    options = ImportOptions(null_experts=8, top_k=5)
     import_model(theirs, tmp_path / "straight", options, shard_bytes=20_000)
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -199,7 +199,7 @@ def test_an_import_of_something_else_does_not_go_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         import_model(theirs, tmp_path / "ours", report=stop)
     with pytest.raises(ConfigError, match="of another model, with other options, or of files that have changed"):
-        import_model(theirs, tmp_path / "ours", Options(experts=2))
+        import_model(theirs, tmp_path / "ours", ImportOptions(experts=2))
     save(tiny_model("llama", seed=2), tmp_path / "theirs")
     with pytest.raises(ConfigError, match="files that have changed"):
         import_model(theirs, tmp_path / "ours")

@@ -19,7 +19,7 @@ from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.plan import Options
+from moe_dist.hf.plan import ImportOptions
 from moe_dist.plan.flops import parameters
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.sizes import model_shape
@@ -167,7 +167,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     import_model(theirs, tmp_path / "ours")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "ours").rglob("*"))
     with pytest.raises(ConfigError, match="exists; nothing is overwritten"):
-        import_model(theirs, tmp_path / "ours", Options(seed=1))
+        import_model(theirs, tmp_path / "ours", ImportOptions(seed=1))
     with pytest.raises(ConfigError, match="exists; nothing is overwritten"):
         export_model(tmp_path / "ours", theirs)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "ours").rglob("*")) == before

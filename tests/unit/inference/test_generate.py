@@ -61,11 +61,11 @@ def test_cached_logits_are_the_whole_ones(
 
 
 @pytest.mark.parametrize("parts", [[1] * 12, [7, 5]], ids=str)
-@pytest.mark.parametrize("depths", [None, "rank"])
+@pytest.mark.parametrize("mixture_of_depths", [None, "rank"])
 @pytest.mark.parametrize("causal", ["threshold", "auxiliary"])
 @torch.no_grad()
-def test_cached_logits_of_experts_that_choose(causal: str, depths: str | None, parts: list[int]) -> None:
-    layout = Layout(choice="rank", choice_causal=causal, depths=depths, depth_causal=causal)
+def test_cached_logits_of_experts_that_choose(causal: str, mixture_of_depths: str | None, parts: list[int]) -> None:
+    layout = Layout(choice="rank", choice_causal=causal, mixture_of_depths=mixture_of_depths, depth_causal=causal)
     model = evaluated_model(config_of(layout))
     tokens = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
     expected = whole(model, tokens)

@@ -12,14 +12,14 @@ from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.harness import HarnessModel
 from moe_dist.inference.likelihood import Continuation, Likelihood
-from moe_dist.inference.material import Material
-from moe_dist.inference.trained import Trained, find_trained
+from moe_dist.inference.loaded_run import LoadedRun, find_trained
+from moe_dist.inference.vocabulary import Vocabulary
 
 
 @dataclass
 class Parts:
-    trained: Trained
-    material: Material
+    trained: LoadedRun
+    material: Vocabulary
     likelihood: Likelihood
     generator: Generator
 
@@ -29,7 +29,7 @@ def parts(own_run: Path) -> Parts:
     trained = find_trained(own_run)
     model = trained.load(torch.device("cpu"))
     options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": 192}
-    material = Material(trained.config.data.path, trained.manifest, vocab_size=trained.config.model.vocab_size)
+    material = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=trained.config.model.vocab_size)
     return Parts(
         trained, material, Likelihood(model, trained.manifest, **options), Generator(model, material.grammar, **options)
     )

@@ -21,8 +21,8 @@ from moe_dist.hf.exporting import export_model
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.harness import HarnessModel
 from moe_dist.inference.likelihood import Likelihood
-from moe_dist.inference.material import Material
-from moe_dist.inference.trained import find_trained
+from moe_dist.inference.loaded_run import find_trained
+from moe_dist.inference.vocabulary import Vocabulary
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
 
@@ -62,7 +62,7 @@ def both(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
 
     trained = find_trained(run)
     model = trained.load(torch.device("cpu"))
-    material = Material(trained.config.data.path, trained.manifest, vocab_size=VOCAB)
+    material = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=VOCAB)
     options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
     likelihood, generator = Likelihood(model, trained.manifest, **options), Generator(model, material.grammar, **options)
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4}

@@ -6,8 +6,8 @@ import pytest
 
 from launchers.command import (
     JobPlan,
+    LaunchPlan,
     NodePlan,
-    Plan,
     absolute_paths,
     file_rendezvous,
     fit_world_size,
@@ -20,11 +20,11 @@ from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ConfigError, PlacementError
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.place import Place
+from moe_dist.runtime.place import RunPlace
 from tests.support.tiny import tiny_config
 
 
-def plan(**changes: object) -> Plan:
+def plan(**changes: object) -> LaunchPlan:
     values: dict[str, object] = {
         "config": Path("configs/x.yaml"),
         "overrides": ("train.steps=3",),
@@ -33,7 +33,7 @@ def plan(**changes: object) -> Plan:
         "attempt": 4,
         "attempt_id": "job.4",
     }
-    return Plan(**{**values, **changes})  # pyright: ignore[reportArgumentType]
+    return LaunchPlan(**{**values, **changes})  # pyright: ignore[reportArgumentType]
 
 
 def test_ranks_are_counted_node_by_node() -> None:
@@ -116,7 +116,7 @@ def test_groups_live_on_nodes_of_their_kind_however_their_ranks_are_ordered(tiny
     changes = pinned([0, 2], [1, 3], text={"feature": "text"}, image={"feature": "vision", "labels": {"modality": "image"}})
     plan = job(tiny_data, {"ranks_per_node": 2}, changes)
     assert ranks(plan) == [("text", (0, 2)), ("vision", (1, 3))]
-    assert plan.place_of(3, ("a", "b")) == Place(
+    assert plan.place_of(3, ("a", "b")) == RunPlace(
         3, 1, 1, groups=("image",), host="b", feature="vision", labels={"modality": "image"}
     )
     assert plan.place_of(0).labels == {"feature": "text"}, "without labels Ray goes by the feature"
@@ -149,7 +149,7 @@ def test_an_ep_group_larger_than_the_domain_is_refused(tiny_data: Path) -> None:
 
 
 def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
-    cluster: dict[str, object] = {"gpus": {"per_node": 2}, "ranks_per_node": 1}
+    cluster: dict[str, object] = {"gpus": {"hierarchical": 2}, "ranks_per_node": 1}
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).gpus_per_node == 2
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).place_of(1).gpu == 1
     assert len(job(tiny_data, cluster, {}).nodes) == 2, "on the CPU, ranks_per_node counts"
@@ -158,7 +158,7 @@ def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
 
 
 def test_the_dispatchers_nodes_are_the_plans(tiny_data: Path) -> None:
-    changes: dict[str, object] = {"parallel.dispatch": {"kind": "per_node", "ranks_per_node": 2}}
+    changes: dict[str, object] = {"parallel.dispatch": {"kind": "hierarchical", "ranks_per_node": 2}}
     assert len(job(tiny_data, {"ranks_per_node": 2}, changes).nodes) == 1
     with pytest.raises(ConfigError, match=r"ranks_per_node=2: the ranks 0 to 1 are to be one node, .* the nodes 0, 1"):
         job(tiny_data, {"ranks_per_node": 1}, changes)
@@ -167,10 +167,10 @@ def test_the_dispatchers_nodes_are_the_plans(tiny_data: Path) -> None:
 def test_a_rank_is_told_its_place() -> None:
     job_plan = JobPlan((NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,))), 8, (("text",), (), ("text",)))
     commands = rank_commands(plan(job=job_plan, hosts=("node5", "node9")))
-    assert [Place.from_environment(command.env) for command in commands] == [
-        Place(0, 0, 0, ("text",), "node5", "text", {"feature": "text"}, 0),
-        Place(1, 1, 0, (), "node9", None, {}, 0),
-        Place(2, 0, 1, ("text",), "node5", "text", {"feature": "text"}, 1),
+    assert [RunPlace.from_environment(command.env) for command in commands] == [
+        RunPlace(0, 0, 0, ("text",), "node5", "text", {"feature": "text"}, 0),
+        RunPlace(1, 1, 0, (), "node9", None, {}, 0),
+        RunPlace(2, 0, 1, ("text",), "node5", "text", {"feature": "text"}, 1),
     ]
     assert [(c.node, c.env["LOCAL_RANK"], c.env["LOCAL_WORLD_SIZE"]) for c in commands] == [
         (0, "0", "2"),

@@ -2,9 +2,9 @@
 
 import signal
 
-from launchers.ending import Course, Outcome, Patience
+from launchers.ending import Outcome, RankTracker, ShutdownTimeouts
 
-PATIENCE = Patience(stop=60.0, peers=2.0, kill=4.0)
+PATIENCE = ShutdownTimeouts(stop=60.0, peers=2.0, kill=4.0)
 
 
 def nobody() -> tuple[int, ...]:
@@ -12,7 +12,7 @@ def nobody() -> tuple[int, ...]:
 
 
 def test_a_lost_rank_is_the_cause_though_peers_fell_over_it_first() -> None:
-    course = Course(3, PATIENCE)
+    course = RankTracker(3, PATIENCE)
     course.end(0, 1, 10.0, frozen=nobody)
     assert not course.must_terminate(11.9)
     assert course.must_terminate(12.0)
@@ -28,14 +28,14 @@ def test_a_lost_rank_is_the_cause_though_peers_fell_over_it_first() -> None:
 
 
 def test_who_is_killed_for_being_late_is_no_cause() -> None:
-    course = Course(2, PATIENCE)
+    course = RankTracker(2, PATIENCE)
     course.end(0, 65, 0.0, frozen=nobody)
     course.end(1, -9, 6.0, frozen=nobody)
     assert course.outcome(None).first_failed == 0
 
 
 def test_a_frozen_rank_is_the_cause_and_is_looked_for_once() -> None:
-    course, looks = Course(3, PATIENCE), []
+    course, looks = RankTracker(3, PATIENCE), []
 
     def look() -> tuple[int, ...]:
         looks.append(1)
@@ -48,7 +48,7 @@ def test_a_frozen_rank_is_the_cause_and_is_looked_for_once() -> None:
 
 
 def test_a_stop_has_its_own_patience_and_ends_well() -> None:
-    course = Course(2, PATIENCE)
+    course = RankTracker(2, PATIENCE)
     course.stop(100.0)
     assert not course.must_kill(159.0)
     assert course.must_kill(160.0)

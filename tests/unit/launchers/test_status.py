@@ -15,7 +15,7 @@ from launchers.progress import State, read_progress
 from launchers.status import duration, find_runs, main, many_runs, one_run
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.lease import Holder, Lease
-from moe_dist.runtime.status import Ending, write_status
+from moe_dist.runtime.status import AttemptRecord, write_status
 
 NOW = 1_800_000_000.0
 
@@ -30,7 +30,7 @@ class Folder:
 
     def attempt(self, number: int, verdict: int | None, reason: str = "", step: int = 0) -> "Folder":
         ended = NOW - 100 if verdict is not None else None
-        ending = Ending(f"a{number}", number, "node1", 1, NOW - 1000, ended, verdict, reason, 2, step)
+        ending = AttemptRecord(f"a{number}", number, "node1", 1, NOW - 1000, ended, verdict, reason, 2, step)
         write_status(self.path / "status.json", ending)
         return self
 

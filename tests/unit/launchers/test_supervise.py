@@ -15,11 +15,11 @@ import pytest
 
 from launchers.attempts import last_words
 from launchers.command import RankCommand
-from launchers.ending import ABORTED, Outcome, Patience
+from launchers.ending import ABORTED, Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks, StopSignals
 from moe_dist.runtime.signals import STOP_SIGNALS
 
-PATIENT = Patience(stop=60.0, peers=0.3, kill=60.0)
+PATIENT = ShutdownTimeouts(stop=60.0, peers=0.3, kill=60.0)
 PRELUDE = """
 import os, signal, sys, time
 rank, here = int(os.environ["RANK"]), sys.argv[1]
@@ -49,8 +49,8 @@ mark("asked", " ".join(str(int(n)) for n in asked)); sys.exit(75)
 class Run:
     """A set of ranks that run one program; what they leave is in `folder`."""
 
-    def __init__(self, folder: Path, program: str, patience: Patience = PATIENT) -> None:
-        self.folder, self.patience = folder, patience
+    def __init__(self, folder: Path, program: str, timeouts: ShutdownTimeouts = PATIENT) -> None:
+        self.folder, self.timeouts = folder, timeouts
         self.terminal = BytesIO()
         (folder / "program.py").write_text(PRELUDE + textwrap.dedent(program))
 
@@ -58,7 +58,7 @@ class Run:
         argv = (sys.executable, str(self.folder / "program.py"), str(self.folder))
         commands = [RankCommand(rank, 0, argv, {"RANK": str(rank)}) for rank in range(num_ranks)]
         logs = [stack.enter_context(self.log(rank).open("ab")) for rank in range(num_ranks)]
-        return Ranks(commands, logs, patience=self.patience, terminal=self.terminal)
+        return Ranks(commands, logs, timeouts=self.timeouts, terminal=self.terminal)
 
     def to_the_end(self, num_ranks: int) -> Outcome:
         with ExitStack() as stack:
@@ -106,7 +106,7 @@ def test_the_first_failure_is_the_cause_and_ends_all_even_those_that_refuse(tmp_
             raise ConnectionError("the consequence")
         time.sleep(100)
         """,
-        Patience(stop=60.0, peers=3.0, kill=0.5),
+        ShutdownTimeouts(stop=60.0, peers=3.0, kill=0.5),
     )
     outcome = run.to_the_end(4)
     assert outcome == Outcome((-9, 1, 1, -9), 2, None, aborted=False)
@@ -177,7 +177,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_stop_within_the_grace_are_killed(tmp_path: Path) -> None:
-    run = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)", Patience(stop=0.2))
+    run = Run(tmp_path, REFUSES + "mark('ready'); time.sleep(100)", ShutdownTimeouts(stop=0.2))
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         ranks = run.start(stack, 1)

@@ -56,4 +56,4 @@ def test_refuses(change: dict[str, Any], said: str) -> None:
 def test_says_everything_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         check(Layout(), expert_tensor_parallel_size=2, num_moe_experts=1, fp8="hybrid")
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.problems) == 3

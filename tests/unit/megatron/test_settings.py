@@ -42,7 +42,7 @@ placment: {policy: interleaved}
     with pytest.raises(ConfigError) as caught:
         read_settings(written(tmp_path, text))
     said = str(caught.value)
-    assert "groups.image.num_identity=2: free experts are not covered" in said
+    assert "groups.image.num_identity=2: zero-computation experts are not covered" in said
     assert "router.selection_bias=true: not covered" in said
     for part in ("groups.text: top_k=3", "groups.image.num_experts", "modality 'text'", "placment", "docs/megatron.md"):
         assert part in said

@@ -15,15 +15,21 @@ from tests.support.layouts import IMAGE, SEQ_LEN, Layout, config_of
 
 ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "top_k with nulls": (Layout(), {}),
-    "top_k, free experts, capacity": (Layout(free=True, capacity=0.5), {}),
+    "top_k, zero-computation experts, capacity": (Layout(free=True, capacity=0.5), {}),
     "top_k, one logit for all nulls": (Layout(null_logit="single"), {}),
     "top_k, weights over all true experts": (Layout(), {"normalise": "true_all"}),
     "top_k, bias of a controller": (Layout(balance=True), {}),
-    "fixed_load": (Layout(choice="rank"), {"kind": "fixed_load", "loads": {"text": [0.5, 1.5], "image": [1.0, 0.5]}}),
+    "scheduled_top_k": (
+        Layout(choice="rank"),
+        {"kind": "scheduled_top_k", "loads": {"text": [0.5, 1.5], "image": [1.0, 0.5]}},
+    ),
     "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
     "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),
-    "threshold, under depths": (Layout(choice="rank", depths="rank"), {"causal": "threshold"}),
-    "auxiliary, under depths": (Layout(choice="rank", depths="rank", depth_causal="auxiliary"), {"causal": "auxiliary"}),
+    "threshold, under depths": (Layout(choice="rank", mixture_of_depths="rank"), {"causal": "threshold"}),
+    "auxiliary, under depths": (
+        Layout(choice="rank", mixture_of_depths="rank", depth_causal="auxiliary"),
+        {"causal": "auxiliary"},
+    ),
 }
 EXACT = 1e-5
 

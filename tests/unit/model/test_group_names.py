@@ -6,9 +6,9 @@ import pytest
 
 from moe_dist.config.section import GROUP_PATTERN
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.free_experts import FreeExperts
 from moe_dist.moe.lora import LoRAExperts
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.preflight import group_relations
 
@@ -17,7 +17,7 @@ GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",), num_identity=1, num_consta
 
 def names_in_use() -> set[str]:
     """With what transformers adds to every module once it has made a model, be it here or not."""
-    modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,)), FreeExperts(4, (GROUP,))]
+    modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,)), ZeroComputationExperts(4, (GROUP,))]
     modules.append(LoRAExperts(4, 4, (GROUP,), rank=1, alpha=1.0))
     return {name for module in modules for name in dir(module) if re.match(GROUP_PATTERN, name)} - {"text"} | {
         "smart_apply"
@@ -38,4 +38,4 @@ def test_other_names_build(name: str) -> None:
     assert group_relations((group,)) == []
     Experts(4, (group,), (2,))
     TopKRouter(4, (group,))
-    FreeExperts(4, (group,))
+    ZeroComputationExperts(4, (group,))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Splits, Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.dispatch.plan import PerRankPlan
+from moe_dist.moe.dispatch.plan import AllToAllPlan
 from moe_dist.moe.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
@@ -24,7 +24,7 @@ def make_layer(pair_budget: int | None, recompute: str) -> MoELayer:
         norm=torch.nn.Identity(),
         router=TopKRouter(D, GROUPS),
         experts=Experts(D, GROUPS, (4, 3), pair_budget=pair_budget),
-        dispatcher=PerRankDispatcher(ExpertPlacement(GROUPS, (tuple(range(7)),)), Wire(None, Traffic())),
+        dispatcher=AllToAllDispatcher(ExpertPlacement(GROUPS, (tuple(range(7)),)), AllToAll(None, CommStats())),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     for parameter in layer.parameters():
@@ -74,7 +74,7 @@ def test_ablation_zeroes_the_output_and_nothing_else() -> None:
     layer = make_layer(None, "none")
     h_TD, group_T = torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,))
     _, before = layer(h_TD, group_T)
-    layer.ablated = True
+    layer.experts_off = True
     y_TD, after = layer(h_TD, group_T)
     assert (y_TD == 0).all()
     assert torch.equal(before.sums.choices_C, after.sums.choices_C)
@@ -100,7 +100,7 @@ def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None
     counts = torch.full((4,), len(row_of) // 4).tolist()
     none = Splits((0,), (0,))
     empty = torch.zeros(0, dtype=torch.int64)
-    plan = PerRankPlan(
+    plan = AllToAllPlan(
         "", "", 64, none, none, empty, empty, torch.arange(64), torch.arange(len(row_of)), row_of, tuple(counts)
     )
     known = {p.untyped_storage().data_ptr() for p in (rows_RD, weight_Q, row_of, *experts.parameters())}
@@ -143,7 +143,7 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
             norm=torch.nn.Identity(),
             router=TopKRouter(16, groups),
             experts=Experts(16, groups, (4, 3), pair_budget=pair_budget, gemm=gemm),  # pyright: ignore[reportArgumentType]
-            dispatcher=PerRankDispatcher(ExpertPlacement(groups, (tuple(range(7)),)), Wire(None, Traffic())),
+            dispatcher=AllToAllDispatcher(ExpertPlacement(groups, (tuple(range(7)),)), AllToAll(None, CommStats())),
             recompute=recompute,  # pyright: ignore[reportArgumentType]
         )
         for parameter in layer.parameters():

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.free_experts import FreeExperts, has_free_experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import RoutingTape
+from moe_dist.moe.routing import RoutingCache
+from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 D = 6
@@ -36,8 +36,10 @@ def make_layer(groups: Sequence[ExpertGroup], *, recompute: str = "none", **rout
         norm=torch.nn.Identity(),
         router=TopKRouter(D, groups, **router),
         experts=Experts(D, groups, [group.num_experts for group in groups]),
-        dispatcher=PerRankDispatcher(ExpertPlacement(tuple(groups), (tuple(range(num_experts)),)), Wire(None, Traffic())),
-        free=FreeExperts(D, groups) if has_free_experts(groups) else None,
+        dispatcher=AllToAllDispatcher(
+            ExpertPlacement(tuple(groups), (tuple(range(num_experts)),)), AllToAll(None, CommStats())
+        ),
+        free=ZeroComputationExperts(D, groups) if has_zero_computation_experts(groups) else None,
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     for tensor in [*layer.parameters(), *(b for name, b in layer.named_buffers() if name.endswith("bias"))]:
@@ -109,7 +111,7 @@ def test_evaluation_drops_nothing() -> None:
 
 
 def test_free_choices_are_no_pairs() -> None:
-    """Tokens whose free columns win take none of their experts: no pair, no row, no byte."""
+    """Tokens whose zero-computation columns win take none of their experts: no pair, no row, no byte."""
     group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=1, num_constant=1)
     layer = make_layer((group,))
     gate = layer.router.get_submodule("text")
@@ -124,7 +126,7 @@ def test_free_choices_are_no_pairs() -> None:
 
 def test_ablation_zeroes_free_experts_too() -> None:
     layer = make_layer(CASES["all kinds"])
-    layer.ablated = True
+    layer.experts_off = True
     y_TD, _ = layer(torch.randn(10, D, dtype=torch.double), torch.randint(0, 2, (10,)))
     assert (y_TD == 0).all()
 
@@ -142,9 +144,9 @@ def test_recompute_keeps_what_was_dropped() -> None:
     groups = CASES["all kinds"]
     router = make_layer(groups, capacity=Capacity(0.5)).router
     h_TD, group_T = torch.randn(40, D, dtype=torch.double), torch.randint(0, 2, (40,))
-    tape = RoutingTape()
-    first = router(h_TD, group_T, tape)
-    second = router(h_TD.flip(0), group_T, tape)
+    cache = RoutingCache()
+    first = router(h_TD, group_T, cache)
+    second = router(h_TD.flip(0), group_T, cache)
     assert torch.equal(first.assignments.expert_N, second.assignments.expert_N)
     assert torch.equal(first.sums.dropped_E, second.sums.dropped_E)
 
@@ -155,12 +157,12 @@ def test_the_routing_of_asked_tokens_leaves_by_value(recompute: str) -> None:
     groups = CASES["all kinds"]
     layer = make_layer(groups, recompute=recompute)
     h_TD = torch.randn(12, D, dtype=torch.double, requires_grad=True)
-    group_T, asked_A = torch.tensor([0, 1, -1, 0] * 3), torch.tensor([9, 0, 3])
-    _, report = layer(h_TD, group_T, None, asked_A)
+    group_T, probe_tokens_A = torch.tensor([0, 1, -1, 0] * 3), torch.tensor([9, 0, 3])
+    _, report = layer(h_TD, group_T, None, probe_tokens_A)
     assert layer(h_TD, group_T)[1].prob_AC is None
     router = layer.router
-    logits_AC = router._logits(layer.norm(h_TD))[asked_A]  # pyright: ignore
-    inside_AC = router.group_of_column_C == group_T[asked_A][:, None]  # pyright: ignore
+    logits_AC = router._logits(layer.norm(h_TD))[probe_tokens_A]  # pyright: ignore
+    inside_AC = router.group_of_column_C == group_T[probe_tokens_A][:, None]  # pyright: ignore
     expected_AC = torch.where(inside_AC, logits_AC.exp(), 0.0)
     expected_AC = expected_AC / expected_AC.sum(1, keepdim=True)
     torch.testing.assert_close(report.prob_AC, expected_AC)

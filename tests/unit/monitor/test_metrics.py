@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.metrics import Record, build_record, evaluation_scalars, group_choices, group_metrics
-from moe_dist.monitor.pictures import Subject, Window, free_fraction, heat_maps
+from moe_dist.monitor.pictures import Subject, Window, heat_maps, zero_computation_fraction
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -163,7 +163,7 @@ def test_columns_of_every_kind_by_hand() -> None:
     np.testing.assert_allclose(metrics["experts_per_token"], [[3 / 6, 4 / 10]])
     np.testing.assert_allclose(metrics["null_fraction"], [[2 / 12, 0.0]])
     np.testing.assert_allclose(metrics["capacity_used"], [[3 / (12 / 5), 4 / (10 / 2)]])
-    np.testing.assert_allclose(free_fraction(choices_LC, (text, image)), [[6 / 12, 6 / 10]])
+    np.testing.assert_allclose(zero_computation_fraction(choices_LC, (text, image)), [[6 / 12, 6 / 10]])
 
 
 def test_nothing_sent(make_record: MakeRecord) -> None:
@@ -258,9 +258,9 @@ def test_tokens_that_no_expert_takes_are_in_the_record_and_in_a_map(
 ) -> None:
     """Where experts choose; the records of token choice have neither."""
     assert not {"idle_LG", "above_LE"} & make_record(1).arrays.keys()
-    idle_LG = make_statistics(1).tokens_LG // 2
-    record = make_record(1, idle_LG=idle_LG, above_LE=np.ones((3, 8), np.int64), auxiliary_loss=0.25, z_loss=0.0)
-    np.testing.assert_array_equal(record.arrays["idle_LG"], idle_LG)
+    unrouted_LG = make_statistics(1).tokens_LG // 2
+    record = make_record(1, unrouted_LG=unrouted_LG, above_LE=np.ones((3, 8), np.int64), auxiliary_loss=0.25, z_loss=0.0)
+    np.testing.assert_array_equal(record.arrays["idle_LG"], unrouted_LG)
     assert record.scalars["loss/auxiliary"] == 0.25
     assert len(record.scalars) == len(make_record(1).scalars), "in place of the z-loss, which it never stands beside"
     window = Window()

@@ -83,10 +83,10 @@ def test_the_load_over_its_target_by_hand(
     groups: tuple[ExpertGroup, ...], subject: Subject, make_record: MakeRecord
 ) -> None:
     """A map of layers x groups and a curve, only where a controller holds a group."""
-    held = replace(subject, load_target={"image": 1.25})
-    record = make_record(3, load_target={"image": 1.25})
+    held = replace(subject, active_target={"image": 1.25})
+    record = make_record(3, active_target={"image": 1.25})
     window = Window()
-    window.add(make_record(2, load_target={"image": 1.25}))
+    window.add(make_record(2, active_target={"image": 1.25}))
     window.add(record)
     curves = window.load_curves()
     assert curves is not None
@@ -109,9 +109,9 @@ def test_the_load_over_its_target_by_hand(
 def test_a_curve_has_a_gap_where_there_was_no_token(make_record: MakeRecord) -> None:
     window = Window()
     empty = np.zeros((3, 2), np.int64)
-    record = make_record(1, load_target={"text": 1.0}, tokens_LG=empty, choices_LC=np.zeros((3, 12), np.int64))
+    record = make_record(1, active_target={"text": 1.0}, tokens_LG=empty, choices_LC=np.zeros((3, 12), np.int64))
     assert record.load["text"] == {"target": 1.0, "achieved": None, "lowest": None, "highest": None}
     window.add(record)
     assert window.load_curves() is not None
-    window.add(make_record(2, load_target={"text": 1.0}))
+    window.add(make_record(2, active_target={"text": 1.0}))
     assert window.load_curves() is not None

@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.parallel.round_robin import Exchange, suspects, tournament, usual_pair
+from moe_dist.parallel.round_robin import PairExchange, round_robin, slow_pairs, usual_pair
 
 
 def test_four_nodes_by_hand() -> None:
-    assert tournament(4) == [[(0, 3), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]
+    assert round_robin(4) == [[(0, 3), (1, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]
 
 
 def test_of_three_nodes_one_rests_in_each_round() -> None:
-    assert tournament(3) == [[(1, 2)], [(0, 2)], [(0, 1)]]
-    assert tournament(1) == tournament(0) == []
+    assert round_robin(3) == [[(1, 2)], [(0, 2)], [(0, 1)]]
+    assert round_robin(1) == round_robin(0) == []
 
 
 @given(st.integers(2, 40))
 def test_every_two_meet_once_and_no_node_twice_in_a_round(nodes: int) -> None:
-    rounds = tournament(nodes)
+    rounds = round_robin(nodes)
     assert len(rounds) == nodes - 1 + nodes % 2
     assert sorted(pair for pairs in rounds for pair in pairs) == list(combinations(range(nodes), 2))
     for pairs in rounds:
@@ -29,25 +29,25 @@ def test_every_two_meet_once_and_no_node_twice_in_a_round(nodes: int) -> None:
 
 def measured(
     nodes: int, slow: dict[tuple[int, int], float], *, kind: str = "all_to_all"
-) -> dict[tuple[int, int], Exchange]:
+) -> dict[tuple[int, int], PairExchange]:
     """Every pair takes 1 s but those in `slow`, in one of the collectives."""
     other = "all_reduce" if kind == "all_to_all" else "all_to_all"
-    return {pair: Exchange(**{kind: slow.get(pair, 1.0), other: 1.0}) for pair in combinations(range(nodes), 2)}
+    return {pair: PairExchange(**{kind: slow.get(pair, 1.0), other: 1.0}) for pair in combinations(range(nodes), 2)}
 
 
 @pytest.mark.parametrize("kind", ["all_reduce", "all_to_all"])
 @pytest.mark.parametrize("nodes", [3, 4, 8])
 def test_a_pair_is_suspected_from_twice_the_usual_time_on(nodes: int, kind: str) -> None:
-    assert suspects(measured(nodes, {(0, 2): 2.1}, kind=kind)) == [(0, 2)]
-    assert suspects(measured(nodes, {(0, 2): 1.9}, kind=kind)) == []
+    assert slow_pairs(measured(nodes, {(0, 2): 2.1}, kind=kind)) == [(0, 2)]
+    assert slow_pairs(measured(nodes, {(0, 2): 1.9}, kind=kind)) == []
 
 
 @pytest.mark.parametrize("nodes", [3, 4, 5, 9])
 def test_a_slow_node_does_not_become_the_usual(nodes: int) -> None:
     its_own = {pair: 5.0 for pair in combinations(range(nodes), 2) if 1 in pair}
-    assert suspects(measured(nodes, its_own)) == sorted(its_own)
+    assert slow_pairs(measured(nodes, its_own)) == sorted(its_own)
     assert 1 not in usual_pair(measured(nodes, its_own))
 
 
 def test_two_nodes_have_nothing_to_be_compared_with() -> None:
-    assert suspects(measured(2, {(0, 1): 9.0})) == []
+    assert slow_pairs(measured(2, {(0, 1): 9.0})) == []

@@ -106,7 +106,7 @@ def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...],
     assert round(active.total / 1e9, 1) == published[1]
 
 
-def config(*, free: bool = False, depths: dict[str, Any] | None = None, **parallel: Any) -> Config:
+def config(*, free: bool = False, mixture_of_depths: dict[str, Any] | None = None, **parallel: Any) -> Config:
     others = {"num_identity": 1, "num_constant": 2} if free else {}
     values = {
         "run": {"name": "flops"},
@@ -119,7 +119,7 @@ def config(*, free: bool = False, depths: dict[str, Any] | None = None, **parall
             "max_seq_len": 16,
             "qk_norm": "full",
             "dense_ffn_dim": 40,
-            "depths": depths,
+            "mixture_of_depths": mixture_of_depths,
             "moe": {
                 "first": 1,
                 "shared_ffn_dim": 24,
@@ -168,7 +168,7 @@ def test_depths_agree_with_torchs_counter(causal: str) -> None:
     """One sequence, since slots of several sequences stand in one row, whose products the CPU's dense mask computes all.
     Not seen by the counter: scores (sums of products), and the auxiliary routers' backward, whose loss is not here.
     """
-    cfg = config(depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
+    cfg = config(mixture_of_depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
     counted, experts, tokens = count_training(cfg, batch=1)
     assert experts < 0.6  # of all tokens, while those that are taken have 4 / 3
     model = model_shape(cfg.model, expert_groups(cfg.model.moe))

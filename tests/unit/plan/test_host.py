@@ -9,7 +9,7 @@ import pytest
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.plan.host import apex_relations, group_relations
+from moe_dist.plan.host import apex_violations, group_violations
 from moe_dist.plan.preflight import check_file
 from tests.support.tiny import tiny_config, write_config
 
@@ -33,27 +33,28 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_apex_is_found_without_importing_it(tmp_path: Path, installed: Path) -> None:
-    (relation,) = apex_relations(with_apex(tmp_path))
-    assert "NVIDIA Apex is not installed" in relation.fault
-    assert "optimizer.backend=torch" in relation.fault
+    (relation,) = apex_violations(with_apex(tmp_path))
+    assert "NVIDIA Apex is not installed" in relation.problem
+    assert "optimizer.backend=torch" in relation.problem
     (installed / "optimizers").mkdir()
     (installed / "optimizers" / "fused_adam.py").touch()
-    assert apex_relations(with_apex(tmp_path)) == []
+    assert apex_violations(with_apex(tmp_path)) == []
     assert "apex" not in sys.modules
 
 
 def test_what_apex_cannot_do_is_said_all_at_once(tmp_path: Path) -> None:
-    faults = [
-        relation.fault for relation in apex_relations(with_apex(tmp_path, parallel__data="fsdp2", parallel__device="cpu"))
+    problems = [
+        relation.problem
+        for relation in apex_violations(with_apex(tmp_path, parallel__data="fsdp2", parallel__device="cpu"))
     ]
-    assert len(faults) == 3
-    assert "parallel.data=ddp" in faults[0]
-    assert "parallel.device=cpu" in faults[1]
+    assert len(problems) == 3
+    assert "parallel.data=ddp" in problems[0]
+    assert "parallel.device=cpu" in problems[1]
 
 
 def test_where_torch_is_missing_too_nothing_is_concluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert apex_relations(with_apex(tmp_path)) == []
+    assert apex_violations(with_apex(tmp_path)) == []
 
 
 def test_preflight_tells(tmp_path: Path, tiny_data: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_group_one_is_not_in_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     other = next(group for group in grp.getgrall() if group.gr_gid not in own)
     config = tiny_config(tmp_path, tmp_path, {"run.group": other.gr_name})
     monkeypatch.setattr(os, "geteuid", lambda: 1234)
-    (relation,) = group_relations(config)
-    assert "you are not in that group" in relation.fault
+    (relation,) = group_violations(config)
+    assert "you are not in that group" in relation.problem
     monkeypatch.setattr(os, "getgroups", lambda: [other.gr_gid])
-    assert group_relations(config) == []
+    assert group_violations(config) == []

@@ -8,7 +8,7 @@ import torch
 
 from moe_dist.config.schema import Config
 from moe_dist.plan.flops import parameters
-from moe_dist.plan.memory import Layout, Tuned, checkpoint_bytes, held_parameters, rank_memory
+from moe_dist.plan.memory import MemoryLayout, Tuned, checkpoint_bytes, held_parameters, rank_memory
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.plan.sizes import model_shape
 from moe_dist.train.build import build_model
@@ -42,10 +42,10 @@ def config(*, ep: int = 1, recompute: str = "none", **model: Any) -> Config:
     return Config.model_validate_json(json.dumps(values))
 
 
-def layout(cfg: Config, **changes: Any) -> Layout:
+def layout(cfg: Config, **changes: Any) -> MemoryLayout:
     tokens = cfg.train.micro_batch * cfg.data.seq_len
     values = {"ep": cfg.parallel.ep, "edp": 1, "sharded": False, "itemsize": 4, "recompute": "none", "tokens": tokens}
-    return Layout(**{**values, **changes})
+    return MemoryLayout(**{**values, **changes})
 
 
 def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:

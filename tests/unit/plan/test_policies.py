@@ -101,12 +101,12 @@ def test_explicit_as_written() -> None:
         (pinned(a=(7,), b=(7,)), ["[7] out of range", "[7] out of range", "[7] already hold group 'a'"]),
     ],
 )  # fmt: skip
-def test_every_fault_is_named(section: Any, faults: list[str]) -> None:
+def test_every_fault_is_named(section: Any, problems: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
         place(section, groups(3, 1), 4)
-    assert len(raised.value.faults) == len(faults)
-    for fault in faults:
-        assert any(fault in found for found in raised.value.faults), raised.value.faults
+    assert len(raised.value.problems) == len(problems)
+    for fault in problems:
+        assert any(fault in found for found in raised.value.problems), raised.value.problems
 
 
 def test_more_groups_than_ranks_says_interleaved() -> None:

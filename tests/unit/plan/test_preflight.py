@@ -15,7 +15,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.plan.preflight import Preflight, check, check_file, layout_without_data, token_mix
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
-BALANCE = "model.moe.balance=[{kind: load_target, target: "
+BALANCE = "model.moe.balance=[{kind: active_experts, target: "
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ class Site:
     def check(self, *overrides: str, **options: Any) -> Preflight:
         return check_file(self.config, overrides, **options)
 
-    def faults(self, *overrides: str, error: type[ConfigError | DataError] = ConfigError, **options: Any) -> str:
+    def problems(self, *overrides: str, error: type[ConfigError | DataError] = ConfigError, **options: Any) -> str:
         """The error's text; it must be of this very class."""
         with pytest.raises((ConfigError, DataError)) as raised:
             self.check(*overrides, **options)
@@ -110,14 +110,20 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         (["placement.groups={text: {ranks: [0]}, image: {ranks: [2]}}"], "[2] out of range"),
         (["placement.groups={text: {ranks: [0]}, image: {ranks: [0]}}"], "live on ranks of their own"),
         (["placement.groups={txt: {ranks: [0]}}"], "placement.groups.txt: no such group; did you mean 'text'?"),
-        (["model.depths={first: 2}"], "depths.first=2 leaves no layer that chooses among num_layers=2; lower it"),
-        (["model.depths={capacity: 0}"], "model.depths.capacity=0"),
         (
-            ["model.depths={every: 1}", "model.moe.first=1", "model.dense_ffn_dim=8"],
+            ["model.mixture_of_depths={first: 2}"],
+            "mixture_of_depths.first=2 leaves no layer that chooses among num_layers=2; lower it",
+        ),
+        (["model.mixture_of_depths={capacity: 0}"], "model.mixture_of_depths.capacity=0"),
+        (
+            ["model.mixture_of_depths={every: 1}", "model.moe.first=1", "model.dense_ffn_dim=8"],
             "depths: layer 0 would choose its tokens",
         ),
-        (["model.depths={set: node}"], "model.depths.set='node'"),
-        (["model.depths={}", "parallel.dispatch.kind=deep_ep"], "parallel.dispatch.kind=deep_ep: its buffers are made for"),
+        (["model.mixture_of_depths={set: node}"], "model.mixture_of_depths.scope='node'"),
+        (
+            ["model.mixture_of_depths={}", "parallel.dispatch.kind=deep_ep"],
+            "parallel.dispatch.kind=deep_ep: its buffers are made for",
+        ),
         (["parallel.ep=1"], "1 of parallel.ep=1 ranks are free for 2 groups"),
         (["placement.policy=explicit", "placement.slots=[[text/0, text/1, text/2, image/0], []]"], "no rank has image/1"),
         (
@@ -159,7 +165,7 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         ([f"{BALANCE}{{text: 1.0}}}}]"], "model.moe.balance.0.rate: missing"),
         (
             [f"{BALANCE}{{image: 2.0}}, rate: 0.1}}]", "model.moe.groups.image.num_null=0"],
-            "target.image=2: the group has neither null nor free experts, so that each token takes top_k=2 true ones",
+            "target.image=2: the group has neither null nor zero-computation experts, so that each token takes top_k=2 true ones",
         ),
         (
             ["model.moe.balance=[{kind: loss_free}, {kind: loss_free}]", "model.moe.router.selection_bias=true"],
@@ -182,11 +188,11 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
     ],
 )
 def test_bad_configurations(site: Site, overrides: list[str], fault: str) -> None:
-    assert fault in site.faults(*overrides)
+    assert fault in site.problems(*overrides)
 
 
 def test_other_numbers_of_ranks_than_configured(site: Site) -> None:
-    assert "3 ranks were started, but parallel.ep=2 x parallel.edp=1 = 2" in site.faults(world_size=3)
+    assert "3 ranks were started, but parallel.ep=2 x parallel.edp=1 = 2" in site.problems(world_size=3)
 
 
 def cut(name: str, count: int) -> Callable[[Site], None]:
@@ -243,7 +249,7 @@ def test_bad_data(site: Site, damage: Callable[[Site], None], fault: str | None)
     if fault is None:
         site.check()
     else:
-        assert fault in site.faults(error=DataError)
+        assert fault in site.problems(error=DataError)
 
 
 def test_tokens_that_disagree_with_the_index(site: Site) -> None:
@@ -253,14 +259,14 @@ def test_tokens_that_disagree_with_the_index(site: Site) -> None:
         split["tokens_by_modality"]["text"] += 1
 
     site.edit_manifest(change)
-    assert "tokens, but its manifest says" in site.faults(error=DataError)
+    assert "tokens, but its manifest says" in site.problems(error=DataError)
 
 
 def test_everything_at_once(site: Site) -> None:
     cut("captions_train.bin", 2)(site)
     remove("prose_valid.idx")(site)
     edit("sources", "prose", "train", "documents", value=97)(site)
-    text = site.faults(
+    text = site.problems(
         "train.stpes=3",
         "train.max_skipped_in_a_row=none",
         "run.name=a; touch x",
@@ -292,13 +298,13 @@ def test_everything_at_once(site: Site) -> None:
 
 
 def test_nothing_follows_from_what_could_not_be_read(site: Site) -> None:
-    text = site.faults("parallel.ep=two", "data.path=3\n4", "placement.groups.text.ranks=[1]")
+    text = site.problems("parallel.ep=two", "data.path=3\n4", "placement.groups.text.ranks=[1]")
     assert "parallel.ep='two'" in text
     for spurious in ("multiple", "out of range", "no manifest.json", "free for"):
         assert spurious not in text
 
 
-def test_a_draft_without_sense_shows_its_faults(tmp_path: Path) -> None:
+def test_a_draft_without_sense_shows_its_problems(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("- 1\n")
     with pytest.raises(ConfigError, match="must be a mapping of sections"):
@@ -317,21 +323,21 @@ def test_layout_for_a_dry_run_needs_no_data(site: Site) -> None:
 
 
 def test_nodes_must_divide_the_ep_group(site: Site) -> None:
-    text = site.faults("parallel.dispatch.kind=per_node", "parallel.dispatch.ranks_per_node=4")
+    text = site.problems("parallel.dispatch.kind=hierarchical", "parallel.dispatch.ranks_per_node=4")
     assert "parallel.dispatch.ranks_per_node=4: an EP group of parallel.ep=2 ranks cannot be cut into nodes" in text
     assert "take 1 or 2, or another parallel.ep" in text
-    site.check("parallel.dispatch.kind=per_node", "parallel.dispatch.ranks_per_node=1")
-    assert "ranks_per_node" in site.faults("parallel.dispatch.kind=per_node"), "it has no default"
+    site.check("parallel.dispatch.kind=hierarchical", "parallel.dispatch.ranks_per_node=1")
+    assert "ranks_per_node" in site.problems("parallel.dispatch.kind=hierarchical"), "it has no default"
 
 
 def test_one_row_a_pair_needs_known_counts(site: Site) -> None:
-    text = site.faults("parallel.dispatch.kind=per_pair")
+    text = site.problems("parallel.dispatch.kind=known_counts")
     assert "with model.moe.router.kind=top_k the tokens choose" in text
-    assert "take parallel.dispatch.kind=per_rank" in text
+    assert "take parallel.dispatch.kind=all_to_all" in text
 
 
 def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = site.faults(
+    text = site.problems(
         "parallel.dispatch.kind=deep_ep", "parallel.max_receive_rows=8", "parallel.ep=1", "parallel.check_exchanges=true"
     )
     for fault in (
@@ -344,7 +350,7 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
     ):
         assert fault in text
     sound = ("parallel.dispatch.kind=deep_ep", "parallel.precision=bf16", "parallel.device=cuda")
-    assert site.faults(*sound).count("deep_ep") == site.faults(*sound).count("parallel.dispatch.kind=deep_ep") + 1
+    assert site.problems(*sound).count("deep_ep") == site.problems(*sound).count("parallel.dispatch.kind=deep_ep") + 1
     layout_without_data(load_config(site.config, sound))  # a dry run may be anywhere
     (tmp_path / "deep_ep").mkdir()
     (tmp_path / "deep_ep" / "__init__.py").write_text("raise ImportError('preflight must not import it')")
@@ -354,7 +360,7 @@ def test_deep_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch
 
 def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kind = "parallel.dispatch.kind=hybrid_ep"
-    text = site.faults(
+    text = site.problems(
         kind, "parallel.max_receive_rows=8", "parallel.ep=1", "parallel.check_exchanges=true", "train.micro_batch=1",
         "data.seq_len=30", "model.hidden_dim=72", "model.num_heads=9",
     )  # fmt: skip
@@ -370,7 +376,7 @@ def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPat
     ):
         assert fault in text
     sound = (kind, "parallel.precision=bf16", "parallel.device=cuda")
-    assert "hybrid_ep_cpp is not installed" in site.faults(*sound)
+    assert "hybrid_ep_cpp is not installed" in site.problems(*sound)
     for module in ("deep_ep", "hybrid_ep_cpp"):
         (tmp_path / module).mkdir()
         (tmp_path / module / "__init__.py").write_text("raise ImportError('preflight must not import it')")
@@ -379,12 +385,12 @@ def test_hybrid_ep_demands_all_at_once(site: Site, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_key_of_the_default_dispatcher_needs_no_kind(site: Site) -> None:
-    assert site.check("parallel.dispatch.chunks=2").config.parallel.dispatch.kind == "per_rank"
-    assert "parallel.dispatch" in site.faults("parallel.dispatch.ranks_per_node=2")
+    assert site.check("parallel.dispatch.chunks=2").config.parallel.dispatch.kind == "all_to_all"
+    assert "parallel.dispatch" in site.problems("parallel.dispatch.ranks_per_node=2")
 
 
 def test_a_target_that_can_be_reached_passes(site: Site) -> None:
     bias = "model.moe.router.selection_bias=true"
     for text in (1.0, 1.3, 2.0):  # 3 true, 1 null, k = 2: from 1 to 2
         plan = site.check(f"{BALANCE}{{text: {text}, image: 0.1}}, rate: 0.1}}, {{kind: loss_free}}]", bias)
-        assert [section.kind for section in plan.config.model.moe.balance] == ["load_target", "loss_free"]
+        assert [section.kind for section in plan.config.model.moe.balance] == ["active_experts", "loss_free"]

@@ -49,8 +49,8 @@ def test_torchrun_is_understood() -> None:
         ({"MOE_DIST_GRACE_SECONDS": "-1"}, ["MOE_DIST_GRACE_SECONDS='-1'"]),
     ],
 )
-def test_faults_are_named_all_at_once(changes: dict[str, str | None], faults: list[str]) -> None:
+def test_faults_are_named_all_at_once(changes: dict[str, str | None], problems: list[str]) -> None:
     env = {k: v for k, v in {**FULL, **changes}.items() if v is not None}
     with pytest.raises(ConfigError) as caught:
         RankEnv.from_environment(env)
-    assert [fault for fault in faults if fault not in str(caught.value)] == []
+    assert [fault for fault in problems if fault not in str(caught.value)] == []

@@ -313,11 +313,11 @@ def test_a_writer_that_wakes_up_after_its_commit_removes_nothing_of_the_second_o
 
 def test_the_watch_stands_before_every_record(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "lease.json", "me").acquire(0.0)
-    watch = LeaseWatch(lease.check)
-    watch.step(record(1))
+    tracker = LeaseWatch(lease.check)
+    tracker.step(record(1))
     lease.path.unlink()
-    for act in (lambda: watch.step(record(2)), lambda: watch.text("a", "b")):
+    for act in (lambda: tracker.step(record(2)), lambda: tracker.text("a", "b")):
         with pytest.raises(LeaseError):
             act()
-    watch.flush()
-    watch.close()
+    tracker.flush()
+    tracker.close()

@@ -3,17 +3,17 @@
 import pytest
 
 from moe_dist.errors import ConfigError, PlacementError
-from moe_dist.runtime.place import Found, Place, check_place
+from moe_dist.runtime.place import Found, RunPlace, check_place
 
-PLACE = Place(3, 1, 1, ("image",), "node2", "vision", {"modality": "image"}, 1)
+PLACE = RunPlace(3, 1, 1, ("image",), "node2", "vision", {"modality": "image"}, 1)
 RIGHT = Found("node2", 1, frozenset({"vision", "h100"}), {"modality": "image", "x": "y"}, ("0", "1"))
 
 
 def test_a_place_survives_the_environment() -> None:
-    assert Place.from_environment({"MOE_DIST_PLACE": PLACE.to_json()}) == PLACE
-    assert Place.from_environment({}) is None
+    assert RunPlace.from_environment({"MOE_DIST_PLACE": PLACE.to_json()}) == PLACE
+    assert RunPlace.from_environment({}) is None
     with pytest.raises(ConfigError, match="MOE_DIST_PLACE"):
-        Place.from_environment({"MOE_DIST_PLACE": '{"rank": 3}'})
+        RunPlace.from_environment({"MOE_DIST_PLACE": '{"rank": 3}'})
 
 
 def test_the_right_place_passes_and_so_does_one_that_nobody_can_judge() -> None:

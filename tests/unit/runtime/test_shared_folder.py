@@ -52,5 +52,5 @@ def test_ranks_of_one_node_have_nothing_to_prove(tmp_path: Path) -> None:
 
 def test_relative_paths_are_named() -> None:
     assert relative_paths(tiny_config(Path("/data"), Path("/runs"))) == []
-    faults = relative_paths(tiny_config(Path("data"), Path("runs")))
-    assert [fault.partition(":")[0] for fault in faults] == ["run.root='runs'", "data.path='data'"]
+    problems = relative_paths(tiny_config(Path("data"), Path("runs")))
+    assert [fault.partition(":")[0] for fault in problems] == ["run.root='runs'", "data.path='data'"]

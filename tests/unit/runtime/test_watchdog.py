@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.comm.watch import Watch
+from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.runtime.watchdog import Report, Watchdog, judge, read_reports, report_folder
 
 WAITS = Report(
@@ -69,21 +69,27 @@ def test_many_ranks_are_not_all_listed() -> None:
 
 
 def dog(
-    watch: Watch, logs: Path, rank: int, ends: list[str], done: threading.Event, *, step: Callable[[], int] = lambda: 7
+    tracker: CollectiveTracker,
+    logs: Path,
+    rank: int,
+    ends: list[str],
+    done: threading.Event,
+    *,
+    step: Callable[[], int] = lambda: 7,
 ) -> Watchdog:
     def end(reason: str) -> None:
         ends.append(reason)
         done.set()
 
     return Watchdog(
-        watch, rank=rank, world_size=2, attempt_id="a", seconds=0.2, logs=logs, step=step, end=end
+        tracker, rank=rank, world_size=2, attempt_id="a", seconds=0.2, logs=logs, step=step, end=end
     ).start()  # fmt: skip
 
 
 def test_a_late_collective_is_written_down_and_ends_the_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    watch, ends, done = Watch(), [], threading.Event()
-    with watch.inside("combine rows", device=torch.device("cpu"), layer="layers.0", send=[0, 2], receive=[0, 1]):
-        dog(watch, tmp_path, 0, ends, done)
+    tracker, ends, done = CollectiveTracker(), [], threading.Event()
+    with tracker.inside("combine rows", device=torch.device("cpu"), layer="layers.0", send=[0, 2], receive=[0, 1]):
+        dog(tracker, tmp_path, 0, ends, done)
         assert done.wait(60.0)
     (report,) = read_reports(report_folder(tmp_path, "a"))
     assert (report.rank, report.step, report.collective, report.layer) == (0, 7, "combine rows", "layers.0")
@@ -98,7 +104,7 @@ def test_a_rank_that_waits_for_nothing_reports_when_a_peer_does(tmp_path: Path) 
     ends, done = [], threading.Event()
     folder = report_folder(tmp_path, "a")
     folder.mkdir()
-    dog(Watch(), tmp_path, 1, ends, done)
+    dog(CollectiveTracker(), tmp_path, 1, ends, done)
     assert done.wait(60.0)
     (report,) = read_reports(folder)
     assert (report.rank, report.collective) == (1, None)
@@ -107,9 +113,9 @@ def test_a_rank_that_waits_for_nothing_reports_when_a_peer_does(tmp_path: Path) 
 
 def test_a_report_that_cannot_be_written_does_not_keep_the_process(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("no folder")
-    watch, ends, done = Watch(), [], threading.Event()
-    with watch.inside("combine rows", device=torch.device("cpu"), layer="layers.0"):
-        dog(watch, tmp_path / "logs", 0, ends, done)
+    tracker, ends, done = CollectiveTracker(), [], threading.Event()
+    with tracker.inside("combine rows", device=torch.device("cpu"), layer="layers.0"):
+        dog(tracker, tmp_path / "logs", 0, ends, done)
         assert done.wait(60.0)
     assert "rank 0 has been in 'combine rows' of layers.0 for" in ends[0]
     assert "cannot exchange reports with its peers" in ends[0]
@@ -117,13 +123,13 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process(tmp_path: Pat
 
 
 def test_whatever_fails_the_process_is_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    watch, ends, done = Watch(), [], threading.Event()
+    tracker, ends, done = CollectiveTracker(), [], threading.Event()
 
     def no_step() -> int:
         raise ZeroDivisionError("no step")
 
-    with watch.inside("combine rows", device=torch.device("cpu")):
-        dog(watch, tmp_path, 0, ends, done, step=no_step)
+    with tracker.inside("combine rows", device=torch.device("cpu")):
+        dog(tracker, tmp_path, 0, ends, done, step=no_step)
         assert done.wait(60.0)
     assert ends == ["a collective did not finish in 0.2 s, and the watchdog cannot say which"]
     assert "no step" in caplog.text
@@ -131,7 +137,7 @@ def test_whatever_fails_the_process_is_ended(tmp_path: Path, caplog: pytest.LogC
 
 def test_nothing_is_written_while_all_goes_well(tmp_path: Path) -> None:
     ends, done = [], threading.Event()
-    watchdog = dog(Watch(), tmp_path, 0, ends, done)
+    watchdog = dog(CollectiveTracker(), tmp_path, 0, ends, done)
     assert not done.wait(0.5)
     watchdog.stop()
     assert list(tmp_path.iterdir()) == []

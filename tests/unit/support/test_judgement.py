@@ -19,7 +19,7 @@ EXCEPTION = Fault(1, rank=0, step=12, phase="forward", kind="exception")
 class Broken:
     """A run of one attempt that faults struck, as it lies on the disk."""
 
-    def __init__(self, tmp_path: Path, *, verdict: int, log: str, faults: tuple[Fault, ...] = (ENOSPC,)) -> None:
+    def __init__(self, tmp_path: Path, *, verdict: int, log: str, problems: tuple[Fault, ...] = (ENOSPC,)) -> None:
         config = tiny_config(tmp_path / "data", tmp_path / "runs")
         self.run, struck = RunFolder.of(config), tmp_path / "struck"
         struck.mkdir()
@@ -27,8 +27,8 @@ class Broken:
         reason = "RuntimeError: a fault that a test injected" if verdict else "done"
         assert self.run.write_status(verdict=verdict, reason=reason, last_step=20, attempt_id="first")
         lease.release()
-        self.plan = FaultPlan(faults, struck, tmp_path / "data", None)
-        for fault in faults:
+        self.plan = FaultPlan(problems, struck, tmp_path / "data", None)
+        for fault in problems:
             step = 5 if fault is ENOSPC else fault.step
             record = {"time": 100.0, "attempt": "first", "step": step}
             (struck / f"struck_{fault.number}").write_text(json.dumps(record))
@@ -46,12 +46,12 @@ def test_a_save_that_failed_must_not_end_the_attempt(tmp_path: Path) -> None:
 
 
 def test_unless_something_else_did(tmp_path: Path) -> None:
-    assert Broken(tmp_path, verdict=1, log=f"{TRIED_AGAIN}\n", faults=(ENOSPC, EXCEPTION)).problems() == []
+    assert Broken(tmp_path, verdict=1, log=f"{TRIED_AGAIN}\n", problems=(ENOSPC, EXCEPTION)).problems() == []
 
 
 def test_two_saves_that_failed_are_no_excuse_for_each_other(tmp_path: Path) -> None:
     other = Fault(1, rank=0, step=12, phase="commit", kind="EIO")
-    assert len(Broken(tmp_path, verdict=1, log=f"{TRIED_AGAIN}\n", faults=(ENOSPC, other)).problems()) == 2
+    assert len(Broken(tmp_path, verdict=1, log=f"{TRIED_AGAIN}\n", problems=(ENOSPC, other)).problems()) == 2
 
 
 def test_a_save_that_failed_must_be_in_the_log_of_its_attempt(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_save_that_failed_must_be_in_the_log_of_its_attempt(tmp_path: Path) ->
 
 
 def test_or_have_ended_before_it_could_be_told(tmp_path: Path) -> None:
-    broken = Broken(tmp_path, verdict=1, log="nothing\n", faults=(ENOSPC, EXCEPTION))
+    broken = Broken(tmp_path, verdict=1, log="nothing\n", problems=(ENOSPC, EXCEPTION))
     assert broken.problems(step=8, committed=0) == []
     assert broken.problems(step=11, committed=0) != []
 

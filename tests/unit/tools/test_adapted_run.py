@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from moe_dist.config.data_digest import data_digest
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
-from moe_dist.inference.trained import find_trained
+from moe_dist.inference.loaded_run import find_trained
 from moe_dist.train import resume
 from moe_dist.train.resume import kept_position
 from tests.support.imported import logits_of

@@ -27,13 +27,13 @@ def config(tiny_data: Path, tmp_path: Path) -> Path:
     return write_config(tiny_config(tiny_data, tmp_path / "runs"), tmp_path / "x.yaml")
 
 
-def faults(lines: list[str]) -> list[str]:
+def problems(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith(("WARN", "FAIL"))]
 
 
 def test_a_good_machine(config: Path, tmp_path: Path) -> None:
     code, lines = says(config)
-    assert (code, faults(lines)) == (0, [])
+    assert (code, problems(lines)) == (0, [])
     assert len({line[5:].partition(":")[0] for line in lines}) == len(lines), "one line a check"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.yaml"], "nothing is made"
 
@@ -51,8 +51,8 @@ def test_a_good_machine(config: Path, tmp_path: Path) -> None:
 def test_each_fault_is_its_own_line(arguments: list[str], code: int, line: str, config: Path) -> None:
     found, lines = says(config, *arguments)
     assert found == code
-    assert len(faults(lines)) == 1, lines
-    assert faults(lines)[0].startswith(line)
+    assert len(problems(lines)) == 1, lines
+    assert problems(lines)[0].startswith(line)
 
 
 def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
     log.write_text("checkpoint step_2: durable after 400.000 s (1 MB of it from rank 0)\n")
     code, lines = says(config)
     assert code == 1
-    (line,) = faults(lines)
+    (line,) = problems(lines)
     assert line.startswith("WARN stop grace: 300 s until the launcher kills (--grace), the last saves took up to 400.0 s")
 
 
@@ -84,7 +84,7 @@ def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launchers.doctor.slurm_checks.subprocess.run", missing)
     code, lines = says(config, "--on=slurm", "--probe")
     assert code == 69
-    assert [line.partition(";")[0] for line in faults(lines)] == [
+    assert [line.partition(";")[0] for line in problems(lines)] == [
         "FAIL scheduler: Slurm: [Errno 2] No such file or directory: 'sinfo'"
     ]
     assert lines[-1] == "--   probe: not started: it would wait for what is not there"

@@ -11,8 +11,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from moe_dist.data.tokenizer import fit_tokenizer
+from moe_dist.inference.loaded_run import LoadedRun
 from moe_dist.inference.multiple_choice import MEASURES
-from moe_dist.inference.trained import Trained
 from tests.support.one_rank import OneRank, world_of_one
 from tools.evaluate import main
 
@@ -93,7 +93,7 @@ def test_under_rotations_every_one_must_be_right(own_run: Path, words: Path, tmp
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     own_run: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, message: str
 ) -> None:
-    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
     done = call(own_run, *options)
     assert done.exit_code == code, done.output
     assert message in done.stderr

@@ -13,11 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest, write_manifest
-from moe_dist.config.model_schema import ExpertChoiceRouterSection, FixedLoadRouterSection, RouterSection
-from moe_dist.inference.causal import causal_faults
-from moe_dist.inference.material import picture_of
+from moe_dist.config.model_schema import ExpertChoiceRouterSection, RouterSection, ScheduledTopKRouterSection
+from moe_dist.inference.causal import causal_problems
+from moe_dist.inference.loaded_run import LoadedRun, find_trained
 from moe_dist.inference.tasks import choose_captions
-from moe_dist.inference.trained import Trained, find_trained
+from moe_dist.inference.vocabulary import picture_of
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import pictured_data, pictured_run
 from tests.support.tiny import tiny_config
@@ -125,7 +125,7 @@ def test_a_sheet_has_the_held_out_captions(run: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     run: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, message: str
 ) -> None:
-    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
     done = call(run, *options)
     assert done.exit_code == code, done.output
     assert message in done.stderr
@@ -158,13 +158,13 @@ def test_other_data_are_refused(run: Path, data: Path, tmp_path: Path) -> None:
 
 def test_only_routers_that_route_each_token_by_itself_generate(tiny_data: Path, tmp_path: Path) -> None:
     model = tiny_config(tiny_data, tmp_path).model
-    assert causal_faults(model) == []
+    assert causal_problems(model) == []
 
-    def faults(router: RouterSection) -> list[str]:
-        return causal_faults(model.model_copy(update={"moe": model.moe.model_copy(update={"router": router})}))
+    def problems(router: RouterSection) -> list[str]:
+        return causal_problems(model.model_copy(update={"moe": model.moe.model_copy(update={"router": router})}))
 
-    assert faults(ExpertChoiceRouterSection(kind="expert_choice", causal="threshold")) == []
-    (fault,) = faults(ExpertChoiceRouterSection(kind="expert_choice"))
+    assert problems(ExpertChoiceRouterSection(kind="expert_choice", causal="threshold")) == []
+    (fault,) = problems(ExpertChoiceRouterSection(kind="expert_choice"))
     assert fault.startswith("model.moe.router.causal=null: the choice of experts looks at later tokens")
-    (fault,) = faults(FixedLoadRouterSection(kind="fixed_load", loads={"text": (1.5,)}))
-    assert fault.startswith("model.moe.router.kind=fixed_load: its choice hangs on the place in a batch")
+    (fault,) = problems(ScheduledTopKRouterSection(kind="scheduled_top_k", loads={"text": (1.5,)}))
+    assert fault.startswith("model.moe.router.kind=scheduled_top_k: its choice hangs on the place in a batch")

@@ -14,8 +14,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from moe_dist.config.tuning_manifest import load_tuning_manifest
+from moe_dist.inference.loaded_run import LoadedRun, find_trained
 from moe_dist.inference.router_tuning.embedder import Embedder
-from moe_dist.inference.trained import Trained, find_trained
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.train.evaluation.heldout import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     code: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
     done = call(main, plain_run, "--out", tmp_path / "out", *options, *arguments)
     assert done.exit_code == code, done.output
     assert message in done.stderr
@@ -170,7 +170,7 @@ def test_a_damaged_embedder_is_refused_before_hours_of_scoring(
     code: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
     damaged = shutil.copytree(embedder, tmp_path / "damaged")
     spoil(damaged, monkeypatch)
     done = call(main, plain_run, "--tasks", TASKS, "--out", tmp_path / "out", *options, "--embedder", damaged)
@@ -183,7 +183,7 @@ def test_runs_without_a_routing_to_compare_and_foreign_tokenizers_are_refused(
 ) -> None:
     done = call(main, own_run, "--tasks", TASKS, "--out", tmp_path / "out", *options)
     assert done.exit_code == 78, done.output
-    assert "model.depths: a token that a layer passes by" in done.stderr
+    assert "model.mixture_of_depths: a token that a layer passes by" in done.stderr
     moved = shutil.copytree(own_data, tmp_path / "moved")
     tokenizer = json.loads((moved / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["foreign"] = 310

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.inference.material import Heldout, Material
 from moe_dist.inference.questions.catalogue import task_names
 from moe_dist.inference.questions.fact import Codes, Fact, Question, lemma_keys
 from moe_dist.inference.questions.make import make_questions
@@ -19,6 +18,7 @@ from moe_dist.inference.questions.pictures import pictures
 from moe_dist.inference.questions.split import Side, on_side, side_of
 from moe_dist.inference.questions.trivia import alternatives, trivia
 from moe_dist.inference.questions.wordnet import WordNet
+from moe_dist.inference.vocabulary import Heldout, Vocabulary
 from tests.support.wordnet_files import offset_of, write_wordnet
 
 WORDS = [
@@ -180,9 +180,9 @@ def test_of_a_family_that_is_trained_on_no_picture_is_asked_about_elsewhere() ->
     families = {"en: elf": "elf", "en: elf dark skin tone": "elf", "en: cat": "cat"}
     train = [("en: elf", 1), ("en: house", 2)]
     held_out = [("en: elf dark skin tone", 3), ("en: cat", 4), ("en: house", 5)]
-    for facts in pictures(cast(Material, Pictured(train, held_out)), families, Side.TEST):
+    for facts in pictures(cast(Vocabulary, Pictured(train, held_out)), families, Side.TEST):
         assert [fact.id for fact in facts] == ["en: cat"]
-    for facts in pictures(cast(Material, Pictured(train, held_out)), families, Side.TRAIN):
+    for facts in pictures(cast(Vocabulary, Pictured(train, held_out)), families, Side.TRAIN):
         assert [fact.id for fact in facts] == ["en: elf", "en: house"]
     with pytest.raises(ConfigError, match="was trained on others of the family"):
-        pictures(cast(Material, Pictured(train, held_out[:1])), families, Side.VALID)
+        pictures(cast(Vocabulary, Pictured(train, held_out[:1])), families, Side.VALID)

@@ -4,14 +4,14 @@ from itertools import combinations
 
 from launchers.doctor.fabric import judge
 from launchers.doctor.probe import read_report, report_line
-from moe_dist.doctor.finding import Level
-from moe_dist.parallel.round_robin import Exchange, Pair
+from moe_dist.doctor.check_result import Level
+from moe_dist.parallel.round_robin import Pair, PairExchange
 
 NODES = ["n1", "n2", "n3", "n4"]
 
 
-def measured(slow: list[Pair]) -> dict[Pair, Exchange]:
-    return {pair: Exchange(0.05, 0.1 if pair in slow else 0.01) for pair in combinations(range(4), 2)}
+def measured(slow: list[Pair]) -> dict[Pair, PairExchange]:
+    return {pair: PairExchange(0.05, 0.1 if pair in slow else 0.01) for pair in combinations(range(4), 2)}
 
 
 def test_no_slow_pair() -> None:

@@ -1,7 +1,7 @@
 """Whether nodes can take a plan: one line, the first that is true."""
 
 from launchers.doctor.fit import Offer, Want, check_fit
-from moe_dist.doctor.finding import Finding, Level
+from moe_dist.doctor.check_result import CheckResult, Level
 from moe_dist.plan.matching import match
 
 TEXT, VISION = frozenset(["text"]), frozenset(["vision"])
@@ -11,7 +11,7 @@ def offer(name: str, traits: frozenset[str] = frozenset(), *, up: bool = True, *
     return Offer(name, "idle" if up else "down", up, traits, amounts or {"CPU": 8})
 
 
-def fit(wants: list[Want], offers: list[Offer]) -> Finding:
+def fit(wants: list[Want], offers: list[Offer]) -> CheckResult:
     return check_fit(wants, offers, trait_word="feature", where="partition 'gpu'")
 
 
@@ -20,7 +20,7 @@ def test_enough() -> None:
     assert (found.level, str(found)) == (Level.OK, "nodes: 2 of the 2 nodes of partition 'gpu' can take the plan")
 
 
-def test_a_node_that_is_down_and_not_needed_is_no_fault() -> None:
+def test_a_node_that_is_down_and_not_needed_is_no_problem() -> None:
     found = fit([Want("0", TEXT)], [offer("a", TEXT, up=False), offer("b", TEXT)])
     assert found.level is Level.OK
     assert "a cannot be used (down), and need not be" in found.text

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.doctor.slurm_checks import ask, check_slurm, gpus_of, judge_grace, read_offers
+from launchers.doctor.slurm_checks import ask, check_grace, check_slurm, gpus_of, read_offers
 from moe_dist.config.cluster import Cluster
-from moe_dist.doctor.finding import Finding, Level
+from moe_dist.doctor.check_result import CheckResult, Level
 
 NODES = """\
 n1|idle|vision|96|gpu:h100:8(S:0-1)|gpu*
@@ -33,7 +33,7 @@ def slurm(nodes: str = NODES, config: str = CONFIG, limit: str = "gpu*|1-00:00:0
 
 def check(
     plan: JobPlan = PLAN, save_seconds: float | None = 20.0, cluster: Cluster | None = None, **words: str
-) -> list[Finding]:
+) -> list[CheckResult]:
     return check_slurm(plan, cluster or Cluster(time="12:00:00"), save_seconds, ask=slurm(**words))
 
 
@@ -68,21 +68,21 @@ def test_what_a_command_of_slurm_complains_of_is_one_line() -> None:
 
 
 def test_a_time_that_the_partition_does_not_allow() -> None:
-    faults = [found for found in check(cluster=Cluster(time="2-00:00:00")) if found.is_fault]
-    assert [(found.check, found.verdict) for found in faults] == [("time limit", 78)]
-    assert "time: 2-00:00:00, the default partition allows 1-00:00:00" in faults[0].text
+    problems = [found for found in check(cluster=Cluster(time="2-00:00:00")) if found.is_problem]
+    assert [(found.check, found.verdict) for found in problems] == [("time limit", 78)]
+    assert "time: 2-00:00:00, the default partition allows 1-00:00:00" in problems[0].text
 
 
 def test_preemption_that_kills_before_the_save_is_done() -> None:
     config = CONFIG.replace("preempt/none", "preempt/partition_prio")
-    assert not [found for found in check(save_seconds=40.0) if found.is_fault], "nothing preempts"
-    (found,) = [found for found in check(save_seconds=40.0, config=config) if found.is_fault]
+    assert not [found for found in check(save_seconds=40.0) if found.is_problem], "nothing preempts"
+    (found,) = [found for found in check(save_seconds=40.0, config=config) if found.is_problem]
     assert str(found).startswith("stop grace: 30 s on preemption (KillWait), the last saves took up to 40.0 s; lengthen")
 
 
 def test_the_grace_needs_a_measured_save() -> None:
-    assert judge_grace({"x": 1.0}, None).level is Level.NOTE
-    assert judge_grace({"x": 1.0, "y": 60.0}, 0.5).level is Level.OK
+    assert check_grace({"x": 1.0}, None).level is Level.NOTE
+    assert check_grace({"x": 1.0, "y": 60.0}, 0.5).level is Level.OK
 
 
 @pytest.mark.parametrize(

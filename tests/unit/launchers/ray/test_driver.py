@@ -7,27 +7,30 @@ import pytest
 
 from launchers.command import JobPlan, NodePlan
 from launchers.ray.driver import connected, grace_text, seat_variables, seats_table, site_variables, stop_grace
-from launchers.ray.rank import Seat
+from launchers.ray.rank import WorkerInfo
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import PlacementError
 
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 PLAN = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3))), gpus_per_node=2, groups=(("text",), ("image",), (), ("image",)))
-SEATS = [Seat("n0", "10.0.0.1", {"modality": "text", "ray.io/node-id": "n0"}, ("3",)), Seat("n1", "10.0.0.2", {}, ("0",))]
-SEATS += [Seat("n0", "10.0.0.1", {}, ("1",)), Seat("n1", "10.0.0.2", {}, ("5",))]
+SEATS = [
+    WorkerInfo("n0", "10.0.0.1", {"modality": "text", "ray.io/node-id": "n0"}, ("3",)),
+    WorkerInfo("n1", "10.0.0.2", {}, ("0",)),
+]
+SEATS += [WorkerInfo("n0", "10.0.0.1", {}, ("1",)), WorkerInfo("n1", "10.0.0.2", {}, ("5",))]
 
 
 def test_a_rank_sees_the_gpus_of_its_node_with_its_own_at_its_local_rank() -> None:
     variables = seat_variables(PLAN, SEATS)
     assert [each["CUDA_VISIBLE_DEVICES"] for each in variables] == ["3,1", "0,5", "3,1", "0,5"]
-    for rank, seat in enumerate(SEATS):
+    for rank, worker in enumerate(SEATS):
         local = PLAN.place_of(rank).local_rank
-        assert variables[rank]["CUDA_VISIBLE_DEVICES"].split(",")[local] == seat.gpus[0]
+        assert variables[rank]["CUDA_VISIBLE_DEVICES"].split(",")[local] == worker.gpus[0]
     assert json.loads(variables[0]["MOE_DIST_NODE_LABELS"]) == dict(SEATS[0].labels)
 
 
 def test_without_gpus_what_the_node_says_of_them_is_left_alone() -> None:
-    seats = [Seat("n", "10.0.0.1", {}, ())] * 4
+    seats = [WorkerInfo("n", "10.0.0.1", {}, ())] * 4
     assert all("CUDA_VISIBLE_DEVICES" not in each for each in seat_variables(PLAN, seats))
 
 

@@ -25,7 +25,7 @@ def plan(*wants: Mapping[str, str], ranks: int = 1) -> JobPlan:
 
 def names(job: JobPlan, *nodes: RayNode, bundle: Mapping[str, float] | None = None) -> list[str]:
     found = assign(job, nodes, bundle or {"CPU": 1.0})
-    assert not found.faults
+    assert not found.problems
     return [each.node_id for each in found.nodes]
 
 
@@ -50,7 +50,7 @@ def test_the_feature_of_slurm_is_a_label_where_no_labels_are_given() -> None:
 def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
     assert names(plan(TEXT), node("a", TEXT, free=0), node("b", TEXT)) == ["b"]
     found = assign(plan(TEXT, IMAGE), [node("a", TEXT, free=0), node("b", IMAGE)], {"CPU": 1.0})
-    assert (found.nodes, found.faults) == ((), ())
+    assert (found.nodes, found.problems) == ((), ())
     assert [each.index for each in found.waits_for] == [0]
 
 
@@ -80,7 +80,7 @@ def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
     ids=["label", "room", "too few", "none at all"],
 )
 def test_what_no_node_can_give_is_named(job: JobPlan, nodes: list[RayNode], message: str) -> None:
-    (fault,) = assign(job, nodes, {"CPU": 1.0}).faults
+    (fault,) = assign(job, nodes, {"CPU": 1.0}).problems
     assert fault.startswith(message)
 
 
@@ -107,8 +107,8 @@ def test_an_ep_group_on_several_nodes_stays_inside_a_domain_and_leaves_the_large
 
 def test_domains_that_are_too_small_or_unknown_are_named() -> None:
     racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abc", "xyy", strict=True)]
-    (fault,) = assign(plan({}, {}, {}), racks, {"CPU": 1.0}, [(0, 1, 2)]).faults
+    (fault,) = assign(plan({}, {}, {}), racks, {"CPU": 1.0}, [(0, 1, 2)]).problems
     assert fault.startswith("ranks 0, 1, 2: an EP group must stay inside one domain")
     assert "there are x: 1 nodes, y: 2 nodes" in fault
-    (fault,) = assign(plan({}, {}), [node("a"), node("b")], {"CPU": 1.0}, [(0, 1)]).faults
+    (fault,) = assign(plan({}, {}), [node("a"), node("b")], {"CPU": 1.0}, [(0, 1)]).problems
     assert "no node has the label" in fault

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.command import JobPlan, NodePlan, Plan, published_rendezvous, rank_commands
+from launchers.command import JobPlan, LaunchPlan, NodePlan, published_rendezvous, rank_commands
 from launchers.slurm.script import (
     TRAIN_SBATCH,
     output_pattern,
@@ -164,7 +164,7 @@ class Task:
         (folder / "log").mkdir()
 
     def run(self, host: str, local: int, show: str) -> subprocess.CompletedProcess[str]:
-        plan = Plan(
+        plan = LaunchPlan(
             config=Path("c.yaml"),
             overrides=("run.name=it's",),
             job=JobPlan((NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"))),

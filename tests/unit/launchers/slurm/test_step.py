@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launchers.slurm.step import Job, conclude, run_step, start_again
+from launchers.slurm.step import SlurmJob, conclude, run_step, start_again
 from launchers.snapshot import Snapshot
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config
 
-JOB = Job("12", 1, None, Path("/clone"))
+JOB = SlurmJob("12", 1, None, Path("/clone"))
 HOSTS = {"n1": (0,), "n2": (1, 2)}
 
 
@@ -139,5 +139,5 @@ def test_one_task_of_an_array_goes_on_by_itself(
     slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm("RUNNING", 1)
-    start_again(Job("12", 1, 3, Path("/clone")), Snapshot(Path("/s")), None)
+    start_again(SlurmJob("12", 1, 3, Path("/clone")), Snapshot(Path("/s")), None)
     assert "go on with: sbatch --array=3 /s/train.sbatch" in capsys.readouterr().err

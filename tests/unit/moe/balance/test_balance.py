@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.errors import DataError
+from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.balance.load_target import LoadTarget
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.reference.layer import bias_steps
 from moe_dist.moe.routers.top_k import TopKRouter
@@ -58,7 +58,7 @@ def loads(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
 )
 def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: int | None) -> None:
     target = {"text": 1.5, "image": 0.7}
-    moved, gates = controller(LoadTarget(target, rate=0.3, decay_steps=decay, per=per), LossFree(rate=1e-2))
+    moved, gates = controller(ActiveExperts(target, rate=0.3, decay_steps=decay, per=per), LossFree(rate=1e-2))
     expected = [[[0.0] * group.num_experts for group in GROUPS] for _ in range(2)]
     for number, (choices, tokens) in enumerate(steps):
         moved.update(torch.tensor(choices, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64))
@@ -80,7 +80,7 @@ def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: i
         for index, group in enumerate(GROUPS):
             bias = gates[layer][index].bias
             torch.testing.assert_close(bias[: group.num_experts].tolist(), expected[layer][index], rtol=0, atol=1e-13)
-            assert not bias[group.num_experts :].any(), "null and free columns stay where they are"
+            assert not bias[group.num_experts :].any(), "null and zero-computation columns stay where they are"
     assert moved.state() == {"step": len(steps)}
 
 
@@ -93,7 +93,7 @@ def counts_of(true_text: Sequence[int], tokens: int) -> tuple[torch.Tensor, torc
 
 def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
     for true, sign in (([2, 3, 1, 4], 1), ([20, 3, 7, 8], -1), ([5, 0, 9, 1], 0)):
-        moved, gates = controller(LoadTarget({"text": 1.5}, rate=1.0), layers=1)
+        moved, gates = controller(ActiveExperts({"text": 1.5}, rate=1.0), layers=1)
         moved.update(*counts_of(true, 10))
         load = sum(true) / 10
         assert torch.sign(gates[0][0].bias[:4]).tolist() == [sign] * 4
@@ -103,7 +103,7 @@ def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
 
 def test_each_expert_by_the_published_formula() -> None:
     """mu (K_e / (K N) - T_i / (K T)) by hand: K = 3, N = 4, K_e = 1.5, T = 10."""
-    moved, gates = controller(LoadTarget({"text": 1.5}, rate=0.2, per="expert"), layers=1)
+    moved, gates = controller(ActiveExperts({"text": 1.5}, rate=0.2, per="expert"), layers=1)
     moved.update(*counts_of([0, 10, 3, 2], 10))
     by_hand = [0.2 * (1.5 / 12 - count / 30) for count in (0, 10, 3, 2)]
     assert gates[0][0].bias[:4].tolist() == pytest.approx(by_hand)
@@ -121,7 +121,7 @@ def test_the_sign_rule_moves_by_the_rate_and_leaves_the_mean() -> None:
 
 
 def test_the_rate_halves_after_its_steps() -> None:
-    rule = LoadTarget({"text": 1.5}, rate=0.4, decay_steps=100)
+    rule = ActiveExperts({"text": 1.5}, rate=0.4, decay_steps=100)
     true, tokens = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     first, later = (rule.delta(TEXT, true, tokens, step) for step in (0, 100))
     assert first is not None
@@ -157,7 +157,7 @@ def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple
 @pytest.mark.parametrize("per", ["group", "expert"])
 @pytest.mark.parametrize("target", [0.5, 1.25, 3.0])
 def test_the_mean_load_converges_to_its_target(target: float, per: Any) -> None:
-    loads, _ = closed_loop([LoadTarget({"text": target}, rate=1.0, decay_steps=60, per=per)], steps=400)
+    loads, _ = closed_loop([ActiveExperts({"text": target}, rate=1.0, decay_steps=60, per=per)], steps=400)
     assert abs(loads[0] - target) > 0.2
     last = loads[-150:]
     assert abs(sum(last) / 150 - target) <= 0.01 * target
@@ -165,8 +165,8 @@ def test_the_mean_load_converges_to_its_target(target: float, per: Any) -> None:
 
 
 def test_together_they_hold_the_load_and_even_out_the_experts() -> None:
-    alone, before = closed_loop([LoadTarget({"text": 1.5}, rate=0.3, decay_steps=60)], steps=300)
-    both, after = closed_loop([LoadTarget({"text": 1.5}, rate=0.3, decay_steps=60), LossFree(rate=1e-3)], steps=300)
+    alone, before = closed_loop([ActiveExperts({"text": 1.5}, rate=0.3, decay_steps=60)], steps=300)
+    both, after = closed_loop([ActiveExperts({"text": 1.5}, rate=0.3, decay_steps=60), LossFree(rate=1e-3)], steps=300)
     for loads in (alone, both):
         assert sum(loads[-60:]) / 60 == pytest.approx(1.5, rel=0.01)
     assert before.max() / before.mean() > 1.5

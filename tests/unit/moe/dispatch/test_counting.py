@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.counting import counting_order, runs_in_order
-from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.routers.capacity import over_capacity
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -43,12 +43,12 @@ class Sorted(TorchDispatchMode):
 
 def test_no_plan_sorts_its_pairs_and_capacity_sorts_scores_alone() -> None:
     placement = ExpertPlacement((ExpertGroup("all", 4, 0, 2, 4, 0, ("text",)),), ((0, 1, 2, 3),))
-    wire = Wire(None, Traffic())
+    wire = AllToAll(None, CommStats())
     expert_N = torch.tensor([3, 0, -1, 1, 1, 0])
     assignments = Assignments(torch.arange(3).repeat_interleave(2), expert_N, torch.ones(6))
     with Sorted() as sorting:
-        PerRankDispatcher(placement, wire).plan(assignments, 3)
-        PerNodeDispatcher(placement, wire, wire, ranks_per_node=1).plan(assignments, 3)
+        AllToAllDispatcher(placement, wire).plan(assignments, 3)
+        HierarchicalDispatcher(placement, wire, wire, ranks_per_node=1).plan(assignments, 3)
         over_capacity(expert_N, torch.ones(6), torch.ones(4, dtype=torch.int64), "position")
     assert sorting.seen == []
     with Sorted() as sorting:

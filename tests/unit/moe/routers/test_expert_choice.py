@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher
-from moe_dist.moe.dispatch.known_counts import PerPairDispatcher, SyncFreeDispatcher
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, PairDispatcher
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -26,10 +26,10 @@ from moe_dist.moe.reference.expert_choice import (
     room,
 )
 from moe_dist.moe.reference.layer import ReferenceWeights
-from moe_dist.moe.routers.choice_sets import capacity_of_tokens
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.expert_choice import choice_of_training as as_in_training
-from moe_dist.moe.routing import ABSENT, BatchFacts, RoutingTape
+from moe_dist.moe.routers.selection import capacity_of_tokens
+from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 D = 5
@@ -47,8 +47,8 @@ def make_router(init: int = 0, groups: tuple[ExpertGroup, ...] = GROUPS, **optio
     return router
 
 
-def facts_of(group_T: Tensor, step: int = 2, first: int = 0) -> BatchFacts:
-    return BatchFacts(step, first, 0, (len(group_T),), (tuple(int((group_T == i).sum()) for i in range(2)),))
+def batch_info_of(group_T: Tensor, step: int = 2, first: int = 0) -> GlobalBatchInfo:
+    return GlobalBatchInfo(step, first, 0, (len(group_T),), (tuple(int((group_T == i).sum()) for i in range(2)),))
 
 
 def reference_weights(router: ExpertChoiceRouter, experts: Experts | None = None) -> dict[str, ReferenceWeights]:
@@ -60,8 +60,8 @@ def reference_weights(router: ExpertChoiceRouter, experts: Experts | None = None
     return made
 
 
-def pairs_of(router: ExpertChoiceRouter, h_TD: Tensor, group_T: Tensor, tape: RoutingTape | None = None) -> set[Any]:
-    taken = router(h_TD, group_T, tape).assignments.taken()
+def pairs_of(router: ExpertChoiceRouter, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> set[Any]:
+    taken = router(h_TD, group_T, cache).assignments.taken()
     pairs = list(zip(taken.token_N.tolist(), taken.expert_N.tolist(), strict=True))
     assert len(pairs) == len(set(pairs))
     return set(pairs)
@@ -89,8 +89,8 @@ def test_the_choice_equals_the_oracle(
         for parameter in router.parameters():
             parameter.data = torch.randint(-1, 2, parameter.shape, generator=generator).double()
     group_T = torch.randint(*modality, (tokens,), generator=generator)
-    facts = facts_of(group_T)
-    routing = router(h_TD, group_T, RoutingTape(facts=facts))
+    batch_info = batch_info_of(group_T)
+    routing = router(h_TD, group_T, RoutingCache(batch_info=batch_info))
     shares = [capacity or 1 / 4, capacity or 1 / 2]
     logits = logits_of(h_TD, GROUPS, reference_weights(router)).tolist() if tokens else []
     expected = choice_of_training(logits, group_T.tolist(), GROUPS, shares, [range(tokens)])
@@ -107,12 +107,12 @@ def test_the_choice_equals_the_oracle(
     assert sums.tokens_G.tolist() == [int((group_T == index).sum()) for index in range(2)]
     assert sums.choice is not None
     without = [token for token in range(tokens) if not any(t == token for t, _ in expected)]
-    assert sums.choice.idle_G.tolist() == [sum(int(group_T[t]) == index for t in without) for index in range(2)]
+    assert sums.choice.unrouted_G.tolist() == [sum(int(group_T[t]) == index for t in without) for index in range(2)]
     for expert in range(E):
         index = int(expert >= 4)
         scores = [1 / (1 + 2.718281828459045 ** -logits[t][expert]) for t in range(tokens) if group_T[t] == index]
         cut = cut_of(scores, shares[index]) * len(scores)
-        assert sums.choice.cut_E[expert].item() == pytest.approx(cut, abs=1e-9)
+        assert sums.choice.kth_score_E[expert].item() == pytest.approx(cut, abs=1e-9)
     assert routing.assignments.token_N.shape[0] == len(expected), "N is the sum of capacities"
     assert not (routing.assignments.expert_N == ABSENT).any()
     assert routing.assignments.counts_WE == ((tuple(sums.choices_C.tolist()),) if counted else None)
@@ -128,12 +128,12 @@ def test_capacities_are_the_reference_s_on_host_and_device() -> None:
 
 def layer_of(router: ExpertChoiceRouter, recompute: str = "none") -> MoELayer:
     placement = ExpertPlacement(GROUPS, (tuple(range(E)),))
-    wire = Wire(None, Traffic())
+    wire = AllToAll(None, CommStats())
     layer = MoELayer(
         norm=torch.nn.Identity(),
         router=router,
         experts=Experts(D, GROUPS, [4, 2]),
-        dispatcher=SyncFreeDispatcher(PerRankDispatcher(placement, wire), PerPairDispatcher(placement, wire), always=True),
+        dispatcher=KnownCountsDispatcher(AllToAllDispatcher(placement, wire), PairDispatcher(placement, wire), always=True),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     generator = torch.Generator().manual_seed(9)
@@ -157,7 +157,7 @@ def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counte
     logits = logits_of(h_TD.detach(), GROUPS, weights)
     pairs = choice_of_training((logits + drawn).tolist(), group_T.tolist(), GROUPS, [1 / 4, 1 / 2], [range(23)])
     expected = moe_forward(h_TD, pairs, group_T.tolist(), GROUPS, weights, noise_TE=drawn)
-    y_TD, _ = layer(h_TD, group_T, facts_of(group_T, first=100))
+    y_TD, _ = layer(h_TD, group_T, batch_info_of(group_T, first=100))
     torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-12)
     parameters = [h_TD, *layer.parameters()]
     theirs = torch.autograd.grad((expected * direction).sum(), parameters)
@@ -277,9 +277,9 @@ def test_a_choice_drawn_by_hand() -> None:
     assert pairs_of(router, table, group_T) == expected
     sums = router(table, group_T).sums
     assert sums.choice is not None
-    assert sums.choice.idle_G.tolist() == [1.0, 0.0]
+    assert sums.choice.unrouted_G.tolist() == [1.0, 0.0]
     cuts = torch.tensor([2.0, 1, 2, -5, 7, -7]).double().sigmoid() * torch.tensor([5, 5, 5, 5, 1, 1])
-    torch.testing.assert_close(sums.choice.cut_E, cuts)
+    torch.testing.assert_close(sums.choice.kth_score_E, cuts)
     router.gates()[0].threshold.copy_(torch.tensor([2.0, 1.0, -9.0, 9.0]).double().sigmoid())
     router.gates()[1].threshold.copy_(torch.tensor([0.0, 0.0]).sigmoid())
     above = {(0, 0), *((token, 2) for token in (0, 1, 2, 4, 5)), (6, 4)}  # strictly above: 2 is not above 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_dist.moe.routers.expert_choice import STATISTICS, ExpertChoiceRouter, choice_of_training
-from moe_dist.moe.routers.thresholds import ThresholdKeeper, updated
+from moe_dist.moe.routers.thresholds import ThresholdUpdater, updated
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.build import build_model
@@ -41,18 +41,18 @@ def test_the_threshold_is_the_running_mean_and_its_correction_stays() -> None:
 
 def test_all_layers_and_groups_are_followed_and_a_group_without_tokens_waits() -> None:
     routers = [ExpertChoiceRouter(3, GROUPS, causal="threshold", threshold_decay=0.8) for _ in range(2)]
-    keeper = ThresholdKeeper(routers)
+    keeper = ThresholdUpdater(routers)
     generator = torch.Generator().manual_seed(0)
     series: dict[tuple[int, int], list[float]] = {}
     for step in range(6):
         tokens_LG = torch.tensor([[10, 7], [10, 7]]) * torch.tensor([1, int(step != 2)])
         tokens_LE = tokens_LG[:, [0, 0, 1]].double()
-        cut_LE = torch.rand(2, 3, generator=generator).double()
-        keeper(cut_LE * tokens_LE, tokens_LG.double())
+        kth_score_LE = torch.rand(2, 3, generator=generator).double()
+        keeper(kth_score_LE * tokens_LE, tokens_LG.double())
         for layer in range(2):
             for expert in range(3):
                 if tokens_LE[layer, expert]:
-                    series.setdefault((layer, expert), []).append(cut_LE[layer, expert].item())
+                    series.setdefault((layer, expert), []).append(kth_score_LE[layer, expert].item())
     for (layer, expert), cuts in series.items():
         gate = routers[layer].gates()[int(expert == 2)]
         assert abs(gate.threshold[expert % 2].item() - slow(cuts, 0.8)) < 1e-6
@@ -97,12 +97,12 @@ def test_calibrated_thresholds_give_each_expert_the_load_of_training() -> None:
 def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> None:
     """Layer 0 computes 0.3 of the tokens, and its experts choose among those; with experts that tokens choose it has the
     only threshold."""
-    model = model_of(Layout(choice=choice, depths="rank"))
+    model = model_of(Layout(choice=choice, mixture_of_depths="rank"))
     batches = [batch_of(0, 0, first, 1) for first in range(8)]
     taken: list[int] = []
     choices: list[torch.Tensor] = []
-    (depths,) = model.depth_routers()
-    hooks = [depths.register_forward_hook(lambda module, inputs, chosen: taken.append(int(chosen.sums.taken)))]
+    (mixture_of_depths,) = model.depth_routers()
+    hooks = [mixture_of_depths.register_forward_hook(lambda module, inputs, chosen: taken.append(int(chosen.sums.taken)))]
     experts = model.moe_modules()[0].router
     hooks += [experts.register_forward_hook(lambda module, inputs, routing: choices.append(routing.sums.choices_C))]
     loads(model, batches)
@@ -111,7 +111,7 @@ def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> 
     choices.clear()
     model.eval()
     calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=None)
-    assert not depths.training, "it is as it was"
+    assert not mixture_of_depths.training, "it is as it was"
     wanted, wanted_E = sum(taken), torch.stack(choices).sum(0)
     assert wanted == pytest.approx(0.3 * everything, abs=len(batches))
     taken.clear()

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.reference.layer import choose, weights_of
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import ABSENT, RoutingTape
+from moe_dist.moe.routing import ABSENT, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 D = 6
@@ -221,9 +221,9 @@ def test_sums_equal_loops() -> None:
 def test_the_tape_keeps_the_choice_when_the_input_has_moved() -> None:
     router = make_router(TEXT)
     group_T = torch.zeros(20, dtype=torch.int64)
-    tape = RoutingTape()
-    first = router(torch.randn(20, D, dtype=torch.double), group_T, tape).assignments
-    again = router(torch.randn(20, D, dtype=torch.double), group_T, tape).assignments
+    cache = RoutingCache()
+    first = router(torch.randn(20, D, dtype=torch.double), group_T, cache).assignments
+    again = router(torch.randn(20, D, dtype=torch.double), group_T, cache).assignments
     assert torch.equal(first.expert_N, again.expert_N)
 
 

@@ -226,7 +226,7 @@ def test_a_disk_that_stays_full_does_not_keep_the_sink_from_closing(tmp_path: Pa
 
 def test_a_held_load_is_in_the_line_with_its_target(tmp_path: Path, make_record: MakeRecord) -> None:
     sink = JsonlSink(path=tmp_path / "metrics.jsonl")
-    held = make_record(1, load_target={"text": 1.5})
+    held = make_record(1, active_target={"text": 1.5})
     sink.step(held)
     sink.step(make_record(2))
     sink.close()

@@ -196,8 +196,8 @@ def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_reco
 
 
 def test_a_held_load_is_a_picture_beside_its_target(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    held = replace(subject, load_target={"text": 1.5})
-    records = [make_record(step, load_target={"text": 1.5}) for step in (1, 2, 3)]
+    held = replace(subject, active_target={"text": 1.5})
+    records = [make_record(step, active_target={"text": 1.5}) for step in (1, 2, 3)]
     write(tmp_path, held, records)
     tags = read(tmp_path).Tags()
     assert {"moe/load_against_target", "moe/load_over_target"} <= set(tags["images"])

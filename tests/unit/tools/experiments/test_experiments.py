@@ -7,9 +7,9 @@ import pytest
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.plan.preflight import layout_without_data, manifest_relations
+from moe_dist.plan.preflight import layout_without_data, manifest_violations
 from tools.experiments.conventions import CONVENTIONS
-from tools.experiments.study import Job, Study, config_of, jobs_of, load_study
+from tools.experiments.study import Study, StudyJob, config_of, jobs_of, load_study
 
 NAMES = ("adamoe", "adamoe-held", "moma", "moma-narrow", "nulls-by-modality", "mole", "roma")
 REPOSITORY = Path(__file__).parents[4]
@@ -44,7 +44,7 @@ def manifest(path: str) -> Manifest:
     )
 
 
-def jobs_once(study: Study) -> list[Job]:
+def jobs_once(study: Study) -> list[StudyJob]:
     """One job of each arm, and of each variant of the pilot."""
     every = {job.label: job for job in (*jobs_of(study), *jobs_of(study, pilot=True))}
     return list(every.values())
@@ -54,13 +54,13 @@ def jobs_once(study: Study) -> list[Job]:
 def test_every_arm_is_a_run_that_could_start(name: str) -> None:
     study = study_of(name)
     for job in jobs_once(study):
-        if "model.depths" in job.settings and "depths" not in ModelSection.model_fields:
+        if "model.mixture_of_depths" in job.settings and "mixture_of_depths" not in ModelSection.model_fields:
             with pytest.raises(ConfigError, match=r"^model\.depths: unknown key"):
                 config_of(study, job)
             continue
         config = config_of(study, job)
         layout = layout_without_data(config)
-        assert not manifest_relations(config, layout.groups, manifest(config.data.path))
+        assert not manifest_violations(config, layout.groups, manifest(config.data.path))
         assert layout.placement.num_ranks == 1
         assert config.run.seed == job.seed
         if config.router_tuning is None:
@@ -81,7 +81,7 @@ def test_the_budget_is_about_sixty_million_tokens_an_experiment() -> None:
         steps = [
             config_of(study, job).train.steps
             for job in jobs_of(study)
-            if "model.depths" not in job.settings or "depths" in ModelSection.model_fields
+            if "model.mixture_of_depths" not in job.settings or "mixture_of_depths" in ModelSection.model_fields
         ]
         assert sum(steps) * 2048 < 66e6, name
         assert max(steps) <= 1500

@@ -10,12 +10,12 @@ import torch
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.inference.material import Material
+from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.multiple_choice import Prompts, results
 from moe_dist.inference.questions import reasoning
 from moe_dist.inference.questions.catalogue import Catalogue
 from moe_dist.inference.questions.split import Side
-from moe_dist.inference.trained import find_trained
+from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.train.router_tuning.samples import Samples
 from tests.support.pictured import pictured_run
 from tests.support.tiny_embedder import tiny_embedder
@@ -45,15 +45,15 @@ def made(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def catalogue_of(folder: Path, words: Path) -> tuple[Manifest, Material, Catalogue]:
+def catalogue_of(folder: Path, words: Path) -> tuple[Manifest, Vocabulary, Catalogue]:
     manifest = load_manifest(folder)
-    material = Material(folder, manifest, vocab_size=manifest.vocab_size)
+    material = Vocabulary(folder, manifest, vocab_size=manifest.vocab_size)
     return manifest, material, Catalogue(material, tuple(manifest.sources), words)
 
 
 def documents(folder: Path, manifest: Manifest, source: str, side: str) -> dict[str, str]:
     """Answers by prompt."""
-    tokenizer = Material(folder, manifest, vocab_size=manifest.vocab_size).tokenizer
+    tokenizer = Vocabulary(folder, manifest, vocab_size=manifest.vocab_size).tokenizer
     split = getattr(manifest.sources[source], side)
     data, found = IndexedSplit(folder, split), {}
     for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):

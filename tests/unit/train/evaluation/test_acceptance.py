@@ -74,6 +74,6 @@ def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
             groups=GROUPS,
             skipped_steps=0,
             window=100,
-            even_load={"text": load},
+            even_active={"text": load},
         )
         assert {check.name: check.passed for check in checks}["null fraction of text"] == good

@@ -7,7 +7,7 @@ import torch
 
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleLoader, SampleMaker
-from moe_dist.train.router_tuning.samples import Sample, Samples
+from moe_dist.train.router_tuning.samples import Samples, TuningSample
 from tests.support.tuned import MANIFEST
 
 
@@ -19,14 +19,14 @@ def loader(folder: Path, rank: int = 0, world_size: int = 1, micro_batch: int = 
 
 def test_rows_are_scored_on_the_answer_alone() -> None:
     """Prompt 1 2 3 and answer 4 5 beside prompt 6 and the picture 100: two rows of four."""
-    samples = [Sample(np.array([1, 2, 3]), np.array([4, 5])), Sample(np.array([6]), np.array([100]))]
+    samples = [TuningSample(np.array([1, 2, 3]), np.array([4, 5])), TuningSample(np.array([6]), np.array([100]))]
     batch = SampleMaker(MANIFEST).make(samples, [7, 9])
     no = IGNORED
     assert batch.tokens_BS.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
     assert batch.labels_BS.tolist() == [[no, no, 4, 5], [100, no, no, no]]
     assert batch.label_modality_BS.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
     assert batch.padding_BS.tolist() == [[False] * 4, [False, True, True, True]]
-    assert batch.asked_B.tolist() == [2, 4], "the last token of each prompt, among all tokens of the batch"
+    assert batch.probe_tokens_B.tolist() == [2, 4], "the last token of each prompt, among all tokens of the batch"
     assert batch.numbers == (7, 9)
     assert batch.num_tokens == 5
     assert type(batch.to("cpu")) is Batch
@@ -35,7 +35,7 @@ def test_rows_are_scored_on_the_answer_alone() -> None:
 def test_no_sample_is_a_row_of_padding() -> None:
     batch = SampleMaker(MANIFEST).make([])
     assert batch.padding_BS.tolist() == [[True]]
-    assert batch.asked_B.shape == (0,)
+    assert batch.probe_tokens_B.shape == (0,)
 
 
 def test_ranks_and_micro_batches_share_one_stream(folder: Path) -> None:
@@ -69,4 +69,4 @@ def test_rows_hold_their_samples(folder: Path) -> None:
         sample = samples.sample(number)
         scored = batch.labels_BS[row] != IGNORED
         torch.testing.assert_close(batch.labels_BS[row][scored], torch.from_numpy(sample.answer))
-        assert batch.tokens_BS.flatten()[batch.asked_B[row]] == sample.prompt[-1]
+        assert batch.tokens_BS.flatten()[batch.probe_tokens_B[row]] == sample.prompt[-1]

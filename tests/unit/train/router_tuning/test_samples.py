@@ -10,7 +10,7 @@ import pytest
 
 from moe_dist.config.tuning_manifest import ARRAYS, TuningManifest, write_tuning_manifest
 from moe_dist.errors import ConfigError, DataError, MoeDistError
-from moe_dist.train.router_tuning.samples import Sample, Samples, Scored, write_samples
+from moe_dist.train.router_tuning.samples import Samples, Scored, TuningSample, write_samples
 from tests.support.tuning_samples import made_samples
 
 
@@ -24,7 +24,11 @@ def scored() -> list[Scored]:
     """Four samples of the lengths (1, 2), (2, 1), (3, 2), (4, 1), the second and fourth of them right."""
     return [
         Scored(
-            "a" if n < 3 else "b", str(n), f"text {n}", Sample(np.arange(n + 1) + 10 * n, np.arange(2 - n % 2)), n % 2 == 1
+            "a" if n < 3 else "b",
+            str(n),
+            f"text {n}",
+            TuningSample(np.arange(n + 1) + 10 * n, np.arange(2 - n % 2)),
+            n % 2 == 1,
         )
         for n in range(4)
     ]

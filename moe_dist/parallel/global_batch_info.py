@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.stats import CommStats
 from moe_dist.data.batch import Batch
-from moe_dist.moe.routing import BatchFacts
+from moe_dist.moe.routing import GlobalBatchInfo
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -29,9 +29,9 @@ def count_members(
     return members_WIG
 
 
-def facts_of(
-    batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, traffic: Traffic
-) -> list[BatchFacts | None]:
+def batch_info_of(
+    batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, comm_stats: CommStats
+) -> list[GlobalBatchInfo | None]:
     """The facts of each micro-batch from the sums over all ranks; None where no router asked.
 
     Syncs with the host where one did: these are the sizes of all that layers then exchange without a sync of their own.
@@ -39,12 +39,12 @@ def facts_of(
     """
     if not members_WIG.numel():
         return [None] * len(batches)
-    flat = traffic.to_host("tokens of each rank and group", members_WIG.to(torch.int64).flatten())
-    counts_WIG, facts, first = np.array(flat).reshape(members_WIG.shape), [], 0
+    flat = comm_stats.to_host("tokens of each rank and group", members_WIG.to(torch.int64).flatten())
+    counts_WIG, batch_info, first = np.array(flat).reshape(members_WIG.shape), [], 0
     for i, batch in enumerate(batches):
         length = batch.tokens_BS.numel()
-        facts.append(
-            BatchFacts(
+        batch_info.append(
+            GlobalBatchInfo(
                 step=step,
                 first_token=first,
                 rank=mesh.rank,
@@ -53,4 +53,4 @@ def facts_of(
             )
         )
         first += length * mesh.world_size
-    return facts
+    return batch_info

@@ -33,7 +33,7 @@ class Position:
     since: float
 
 
-class Watch:
+class CollectiveTracker:
     """The collectives of one rank. Costs two dictionary operations each, and on CUDA one event; no sync.
 
     Attributes:
@@ -103,8 +103,8 @@ class Watch:
             return None if self._among is None else Position(self.entered, self._among, "", (), (), self._moved)
 
 
-def watched(
-    watch: Watch | None,
+def track_collective(
+    tracker: CollectiveTracker | None,
     collective: str,
     *,
     device: "torch.device",
@@ -112,10 +112,10 @@ def watched(
     send: Sequence[int] = (),
     receive: Sequence[int] = (),
 ) -> AbstractContextManager[None]:
-    """`watch.inside(...)`; without a watch nothing is noted."""
-    if watch is None:
+    """`tracker.inside(...)`; without a watch nothing is noted."""
+    if tracker is None:
         return nullcontext()
-    return watch.inside(collective, device=device, layer=layer, send=send, receive=receive)
+    return tracker.inside(collective, device=device, layer=layer, send=send, receive=receive)
 
 
 def _passed(device: "torch.device") -> Callable[[], bool]:

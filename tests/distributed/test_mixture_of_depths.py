@@ -10,12 +10,12 @@ import pytest
 from tests.support.layouts import MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
 
 LAYOUTS = [
-    Layout(2, 1, "interleaved", depths="rank"),
-    Layout(2, 1, "pinned", "ddp", "block", depths="world", depth_causal="auxiliary"),
-    Layout(4, 1, "uneven", "ddp", "experts", depths="rank", depth_causal="auxiliary"),
-    Layout(4, 1, "pinned", "fsdp2", "block", depths="world"),
-    Layout(2, 2, "pinned", "fsdp2", depths="ep_group", depth_causal="auxiliary"),
-    Layout(4, 1, "uneven", overlap=True, chunks=2, depths="ep_group"),
+    Layout(2, 1, "interleaved", mixture_of_depths="rank"),
+    Layout(2, 1, "pinned", "ddp", "block", mixture_of_depths="world", depth_causal="auxiliary"),
+    Layout(4, 1, "uneven", "ddp", "experts", mixture_of_depths="rank", depth_causal="auxiliary"),
+    Layout(4, 1, "pinned", "fsdp2", "block", mixture_of_depths="world"),
+    Layout(2, 2, "pinned", "fsdp2", mixture_of_depths="ep_group", depth_causal="auxiliary"),
+    Layout(4, 1, "uneven", overlap=True, chunks=2, mixture_of_depths="ep_group"),
 ]
 
 
@@ -27,12 +27,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle_of(run_in_world: Callable[..., list[Any]], start: Path) -> Callable[[str, int], Outcome]:
-    """`oracle_of(causal, parts)`: one process whose tokens are so many choice sets."""
+    """`oracle_of(causal, parts)`: one process whose tokens are so many selection scopes."""
     known: dict[tuple[str, int], Outcome] = {}
 
     def oracle(causal: str, parts: int) -> Outcome:
         if (causal, parts) not in known:
-            layout = Layout(depths="world", depth_causal=causal, depth_parts=parts)
+            layout = Layout(mixture_of_depths="world", depth_causal=causal, depth_parts=parts)
             known[causal, parts] = run_in_world(1, train, layout, start / causal)[0]
         return known[causal, parts]
 
@@ -40,7 +40,7 @@ def oracle_of(run_in_world: Callable[..., list[Any]], start: Path) -> Callable[[
 
 
 def parts_of(layout: Layout) -> int:
-    return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.depths or "world"]
+    return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.mixture_of_depths or "world"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -49,7 +49,7 @@ def test_layout_equals_one_process_over_the_same_sets(
 ) -> None:
     oracle = oracle_of(layout.depth_causal, parts_of(layout))
     outcomes = run_in_world(layout.world_size, train, layout, start / layout.depth_causal)
-    first = oracle.steps[0].depths
+    first = oracle.steps[0].mixture_of_depths
     assert first is not None
     assert (first.layers, first.capacity, first.groups) == ((0,), 0.3, ("text", "image"))
     assert 0.29 < first.taken_LG.sum() / first.tokens_LG.sum() < 0.4  # rounded up in each set
@@ -57,15 +57,17 @@ def test_layout_equals_one_process_over_the_same_sets(
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, oracle.steps, strict=True):
             for counted in ("tokens_LG", "taken_LG", "agreed_L"):
-                np.testing.assert_array_equal(getattr(step.depths, counted), getattr(expected.depths, counted))
-            np.testing.assert_allclose(step.depths.weight_L, expected.depths.weight_L, rtol=1e-9)
+                np.testing.assert_array_equal(
+                    getattr(step.mixture_of_depths, counted), getattr(expected.mixture_of_depths, counted)
+                )
+            np.testing.assert_allclose(step.mixture_of_depths.weight_L, expected.mixture_of_depths.weight_L, rtol=1e-9)
             np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
             np.testing.assert_array_equal(step.tokens_LG, expected.tokens_LG)
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(
                 [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
             )
-        scores = 0 if layout.depths == "rank" else STEPS * MICRO_BATCHES + 1
+        scores = 0 if layout.mixture_of_depths == "rank" else STEPS * MICRO_BATCHES + 1
         assert outcome.events.count("depth scores") == scores
         assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
     for field in ("gradients", "parameters"):
@@ -73,10 +75,10 @@ def test_layout_equals_one_process_over_the_same_sets(
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
-    depths = {name for name in oracle.parameters if ".depths." in name}
+    mixture_of_depths = {name for name in oracle.parameters if ".depths." in name}
     last = "threshold" if layout.depth_causal == "threshold" else "auxiliary.outer"
-    assert {"layers.0.depths.router", f"layers.0.depths.{last}"} <= depths
-    assert all(np.abs(oracle.gradients[name]).max() > 0 for name in depths & oracle.gradients.keys())
+    assert {"layers.0.depths.router", f"layers.0.depths.{last}"} <= mixture_of_depths
+    assert all(np.abs(oracle.gradients[name]).max() > 0 for name in mixture_of_depths & oracle.gradients.keys())
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
 

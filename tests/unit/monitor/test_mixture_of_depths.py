@@ -37,22 +37,22 @@ DEPTHS = DepthStatistics(
     weight_L=np.array([16.0, 36.0]),
 )
 HELD_OUT = replace(DEPTHS, taken_LG=np.array([[8, 0], [100, 60]]), agreed_L=None, weight_L=None)
-RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, depths=HELD_OUT)
+RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, mixture_of_depths=HELD_OUT)
 
 
 def test_scalars_by_hand(make_record: MakeRecord) -> None:
-    scalars = make_record(1, depths=DEPTHS).scalars
+    scalars = make_record(1, mixture_of_depths=DEPTHS).scalars
     assert {tag: value for tag, value in scalars.items() if tag.startswith("depths/")} == pytest.approx(
         {
-            "depths/computed/text": 46 / 200,
-            "depths/computed/image": 34 / 120,
-            "depths/agreement": 272 / 320,
-            "depths/gate_weight": 52 / 80,
+            "mixture_of_depths/computed/text": 46 / 200,
+            "mixture_of_depths/computed/image": 34 / 120,
+            "mixture_of_depths/agreement": 272 / 320,
+            "mixture_of_depths/gate_weight": 52 / 80,
         }
     )
     assert evaluation_scalars(RESULT, MODALITIES, 2) == {
         "eval/text": 3.0,
-        "depths/load_over_target": pytest.approx((8 / 160 + 1.0) / 2 / 0.25),
+        "mixture_of_depths/load_over_target": pytest.approx((8 / 160 + 1.0) / 2 / 0.25),
     }
 
 
@@ -84,29 +84,29 @@ def test_no_token_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> Non
         agreed_L=np.zeros(2, int),
         weight_L=np.zeros(2),
     )
-    record = make_record(1, depths=empty)
+    record = make_record(1, mixture_of_depths=empty)
     assert [record.scalars[tag] for tag in record.scalars if tag.startswith("depths/")] == [None] * 4
     JsonlSink(path=tmp_path / "m.jsonl").step(record)
-    assert json.loads((tmp_path / "m.jsonl").read_text())["depths"]["computed"] == [None, None]
+    assert json.loads((tmp_path / "m.jsonl").read_text())["mixture_of_depths"]["computed"] == [None, None]
     text_alone = replace(DEPTHS, tokens_LG=np.array([[100, 0]] * 2), taken_LG=np.array([[25, 0]] * 2))
-    scalars = make_record(1, depths=text_alone).scalars
-    assert (scalars["depths/computed/text"], scalars["depths/computed/image"]) == (0.25, None)
+    scalars = make_record(1, mixture_of_depths=text_alone).scalars
+    assert (scalars["mixture_of_depths/computed/text"], scalars["mixture_of_depths/computed/image"]) == (0.25, None)
 
 
 def test_runs_without_depths_are_as_before(make_record: MakeRecord, tmp_path: Path) -> None:
-    plain, deep = make_record(1), make_record(1, depths=DEPTHS)
+    plain, deep = make_record(1), make_record(1, mixture_of_depths=DEPTHS)
     assert not [tag for tag in plain.scalars if tag.startswith("depths/")]
     assert {f"moe/{family}/{name}" for family in GROUP_FAMILIES for name in MODALITIES} < set(plain.scalars)
     lines: dict[str, list[dict[str, Any]]] = {}
-    for name, record, result in (("plain", plain, replace(RESULT, depths=None)), ("deep", deep, RESULT)):
+    for name, record, result in (("plain", plain, replace(RESULT, mixture_of_depths=None)), ("deep", deep, RESULT)):
         sink = JsonlSink(path=tmp_path / name, clock=lambda: 0.0)
         sink.step(record)
         sink.evaluation(result, evaluation_scalars(result, MODALITIES, 2))
         lines[name] = [json.loads(text) for text in (tmp_path / name).read_text().splitlines()]
     for without, having in zip(lines["plain"], lines["deep"], strict=True):
-        assert list(without) == [name for name in having if name != "depths"]
-        assert "depths" in having
-        assert having["depths"]["layers"] == [1, 3]
+        assert list(without) == [name for name in having if name != "mixture_of_depths"]
+        assert "mixture_of_depths" in having
+        assert having["mixture_of_depths"]["layers"] == [1, 3]
     assert lines["plain"][0]["arrays"] == lines["deep"][0]["arrays"]
 
 
@@ -114,10 +114,10 @@ def test_runs_without_depths_are_as_before(make_record: MakeRecord, tmp_path: Pa
 def test_at_most_forty_scalars(wide_record: Callable[..., tuple[Record, Subject]], num_groups: int) -> None:
     counts_LG = np.ones((2, num_groups), int)
     names = tuple(f"group{g}" for g in range(num_groups))
-    depths = replace(DEPTHS, groups=names, tokens_LG=4 * counts_LG, taken_LG=counts_LG)
-    record, _ = wide_record(num_groups, num_layers=4, num_experts=8, depths=depths)
+    mixture_of_depths = replace(DEPTHS, groups=names, tokens_LG=4 * counts_LG, taken_LG=counts_LG)
+    record, _ = wide_record(num_groups, num_layers=4, num_experts=8, mixture_of_depths=mixture_of_depths)
     losses = dict.fromkeys([*names, "image_no_filler"], 2.0)
-    result = EvaluationResult(1, losses, dict.fromkeys(losses, 10), {}, 0.9, 0.8, depths=depths)
+    result = EvaluationResult(1, losses, dict.fromkeys(losses, 10), {}, 0.9, 0.8, mixture_of_depths=mixture_of_depths)
     scalars = {**record.scalars, **evaluation_scalars(result, names, num_groups)}
     assert len(scalars) <= MAX_SCALARS
     shown = {split_tag(tag)[0] for tag in scalars}
@@ -127,9 +127,9 @@ def test_at_most_forty_scalars(wide_record: Callable[..., tuple[Record, Subject]
 
 
 def test_what_gives_way_to_depths() -> None:
-    assert tag_plan(2, 2, depths=True).by_group == ("computed", "experts_per_token")
-    assert tag_plan(1, 2, depths=True).by_group == ("computed", *GROUP_FAMILIES)
-    assert tag_plan(3, 3, depths=True).by_group == ()
+    assert tag_plan(2, 2, mixture_of_depths=True).by_group == ("computed", "experts_per_token")
+    assert tag_plan(1, 2, mixture_of_depths=True).by_group == ("computed", *GROUP_FAMILIES)
+    assert tag_plan(3, 3, mixture_of_depths=True).by_group == ()
     assert tag_plan(2, 2).by_group == GROUP_FAMILIES
 
 
@@ -143,8 +143,8 @@ def test_the_map_is_of_all_steps_since_the_last(make_record: MakeRecord) -> None
     nothing = replace(DEPTHS, **{name: 0 * getattr(DEPTHS, name) for name in counted})
     window, maps = Window(), []
     for steps in ((DEPTHS, other), (summed, nothing), (DEPTHS, DEPTHS)):
-        for step, depths in enumerate(steps, start=2):
-            window.add(make_record(step, depths=depths))
+        for step, mixture_of_depths in enumerate(steps, start=2):
+            window.add(make_record(step, mixture_of_depths=mixture_of_depths))
         maps.append(window.depth_map())
         window.take()
     assert maps[0] is not None
@@ -155,17 +155,20 @@ def test_the_map_is_of_all_steps_since_the_last(make_record: MakeRecord) -> None
 
 
 def test_tensorboard_has_curves_charts_and_the_map(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
-    deep = replace(subject, depths=True)
+    deep = replace(subject, mixture_of_depths=True)
     sink = TensorBoardSink(folder=tmp_path, subject=deep, modalities=MODALITIES, pictures_every=2)
     for step in (1, 2, 3):
-        sink.step(make_record(step, depths=DEPTHS))
+        sink.step(make_record(step, mixture_of_depths=DEPTHS))
     sink.evaluation(RESULT, evaluation_scalars(RESULT, MODALITIES, 2))
     sink.close()
     accumulator = EventAccumulator(str(tmp_path)).Reload()
     tags = accumulator.Tags()
-    assert {"depths/computed/text", "depths/agreement", "depths/gate_weight", "depths/load_over_target"} < set(
-        tags["scalars"]
-    )
+    assert {
+        "mixture_of_depths/computed/text",
+        "mixture_of_depths/agreement",
+        "mixture_of_depths/gate_weight",
+        "mixture_of_depths/load_over_target",
+    } < set(tags["scalars"])
     assert len(tags["scalars"]) <= MAX_SCALARS
     assert {"depths/layers", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"} < set(tags["images"])
     assert "moe/experts_per_token" not in tags["images"]
@@ -175,22 +178,24 @@ def test_tensorboard_has_curves_charts_and_the_map(tmp_path: Path, subject: Subj
     charted = {tag for category in page.category for chart in category.chart for tag in chart.multiline.tag}
     assert {tag for tag in tags["scalars"] if tag.startswith(("depths/", "moe/load_imbalance"))} <= charted
     measured_elsewhere = {"eval/.*", "perf/balance_efficiency", "moe/balance_efficiency_by_count"}
-    assert charted - measured_elsewhere <= set(make_record(1, depths=DEPTHS).scalars) | {"depths/load_over_target"}
+    assert charted - measured_elsewhere <= set(make_record(1, mixture_of_depths=DEPTHS).scalars) | {
+        "mixture_of_depths/load_over_target"
+    }
 
 
 def test_the_console_says_what_the_held_out_tokens_met(make_record: MakeRecord) -> None:
     file = io.StringIO()
     sink = ConsoleSink(total_steps=4, console=Console(file=file))
     sink.evaluation(RESULT, {})
-    sink.evaluation(replace(RESULT, depths=None), {})
-    assert [line for line in file.getvalue().splitlines() if "depths" in line] == [
+    sink.evaluation(replace(RESULT, mixture_of_depths=None), {})
+    assert [line for line in file.getvalue().splitlines() if "mixture_of_depths" in line] == [
         "layers of depths computed 0.525 of the held-out tokens, target 0.25 "
         "(layers 0.050 to 1.000; text 0.540, image 0.500)"
     ]
 
 
 def test_prometheus_labels_the_group(make_record: MakeRecord) -> None:
-    text = exposition(make_record(1, depths=DEPTHS).scalars, step=1, run_name="r")
+    text = exposition(make_record(1, mixture_of_depths=DEPTHS).scalars, step=1, run_name="r")
     assert 'moe_dist_depths_computed{run="r",group="text"} 0.23' in text
     assert 'moe_dist_depths_agreement{run="r"} 0.85' in text
 
@@ -199,4 +204,4 @@ def test_prometheus_labels_the_group(make_record: MakeRecord) -> None:
 def test_every_tag_and_field_is_explained(name: str) -> None:
     assert f"`{name.replace('{', '<').replace('}', '>')}`" in GUIDE
     section = GUIDE[GUIDE.index("## metrics.jsonl") : GUIDE.index("## Prometheus")]
-    assert all(f"`{field}`" in section for field in ["depths", *depth_line(DEPTHS)])
+    assert all(f"`{field}`" in section for field in ["mixture_of_depths", *depth_line(DEPTHS)])

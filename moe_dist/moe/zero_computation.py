@@ -4,7 +4,7 @@
     constant  E(x) = a1 x + a2 v,  [a1, a2] = softmax(W x)      (MoE++, arXiv 2410.07348), v and W [2, D] learned
 
 x is what the true experts see, the normed input. Null experts, E(x) = 0, need nothing. Shape letters: T tokens, D hidden
-size, F free columns: all groups' identity experts, then all groups' constant ones (c of them).
+size, F zero-computation columns: all groups' identity experts, then all groups' constant ones (c of them).
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class ConstantStack(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_constant, 2, hidden_dim))
 
 
-class FreeExperts(nn.Module):
-    """The free experts of all groups.
+class ZeroComputationExperts(nn.Module):
+    """The zero-computation experts of all groups.
 
     Every token meets every constant expert's gate, whatever it chose: shapes do not depend on the routing, and every
     parameter has a gradient on every rank.
@@ -41,7 +41,7 @@ class FreeExperts(nn.Module):
                 self.add_module(group.name, ConstantStack(hidden_dim, group.num_constant))
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
-        """Weighted sum of the free experts, [T, D] in the dtype of `h_TD`, summed in the weights' dtype and rounded once.
+        """Weighted sum of the zero-computation experts, [T, D] in the dtype of `h_TD`, summed in the weights' dtype and rounded once.
 
         As they are all x times a number plus vectors, it is one product with x and one with the stacked vectors.
         """
@@ -61,6 +61,6 @@ class FreeExperts(nn.Module):
         return y_TD.to(h_TD.dtype)
 
 
-def has_free_experts(groups: Sequence[ExpertGroup]) -> bool:
+def has_zero_computation_experts(groups: Sequence[ExpertGroup]) -> bool:
     """Whether any group has an identity or a constant expert."""
     return any(group.num_identity or group.num_constant for group in groups)

@@ -2,31 +2,31 @@
 
 import torch
 
-from moe_dist.comm.all_to_all import Splits, Wire, exchange_rows, split_sizes
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll, Splits, exchange_rows, split_sizes
+from moe_dist.comm.stats import CommStats
 
 
 def test_payload_and_metadata_are_apart_and_taken_once() -> None:
-    traffic = Traffic(events=[])
-    traffic.count("rows", 100, payload=True)
-    traffic.count("counts", 8, payload=False)
-    traffic.count("rows back", 50, payload=True)
-    assert traffic.take() == (150, 8, 0.0)
-    assert traffic.take() == (0, 0, 0.0)
-    assert traffic.events == ["rows", "counts", "rows back"]
+    comm_stats = CommStats(events=[])
+    comm_stats.count("rows", 100, payload=True)
+    comm_stats.count("counts", 8, payload=False)
+    comm_stats.count("rows back", 50, payload=True)
+    assert comm_stats.take() == (150, 8, 0.0)
+    assert comm_stats.take() == (0, 0, 0.0)
+    assert comm_stats.events == ["rows", "counts", "rows back"]
 
 
 def test_the_identity_wire_moves_and_counts_nothing() -> None:
-    traffic = Traffic(events=[])
-    wire = Wire(None, traffic)
+    comm_stats = CommStats(events=[])
+    wire = AllToAll(None, comm_stats)
     rows, weights = torch.ones(0, 4, requires_grad=True), torch.ones(0, requires_grad=True)
     none = Splits((0,), (0,))
     got, got_weights = exchange_rows(rows, weights, wire, none, none)
     assert got.shape == (0, 4)
     (got.sum() + got_weights.sum()).backward()
     assert rows.grad is not None
-    assert traffic.take() == (0, 0, 0.0)
-    assert traffic.events == []
+    assert comm_stats.take() == (0, 0, 0.0)
+    assert comm_stats.events == []
 
 
 def test_own_entries_are_left_out_of_the_splits() -> None:

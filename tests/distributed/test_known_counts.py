@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatch.all_to_all import PerRankDispatcher, PerRankPlan
-from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
-from moe_dist.moe.dispatch.known_counts import PerPairDispatcher, PerPairPlan, SyncFreeDispatcher
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, AllToAllPlan
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsPlan, PairDispatcher
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -37,16 +37,18 @@ def expert_choice(seed: int, tokens_W: list[int], capacity_E: list[int], rank: i
 def run_cases(rank: RankContext, seeds: range) -> int:
     """Body of a standing world: random capacities and placements against the oracle, the bytes against the counts."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
-    traffic = Traffic(events=[])
-    wire = Wire(mesh.ep, traffic)
+    comm_stats = CommStats(events=[])
+    wire = AllToAll(mesh.ep, comm_stats)
     for seed in seeds:
         rng = np.random.default_rng([seed, rank.world_size])
         placement = random_case(seed, rank.world_size).placement
         capacity_E = rng.integers(0, 5, placement.num_experts).tolist()
         tokens_W = rng.integers(0, 9, rank.world_size).tolist()
         assignments = expert_choice(seed, tokens_W, capacity_E, rank.rank)
-        dispatcher = PerPairDispatcher(placement, wire)
-        trip = round_trip(dispatcher, assignments, placement, rank.rank, tokens_W[rank.rank], traffic=traffic, seed=seed)
+        dispatcher = PairDispatcher(placement, wire)
+        trip = round_trip(
+            dispatcher, assignments, placement, rank.rank, tokens_W[rank.rank], comm_stats=comm_stats, seed=seed
+        )
         counts = assignments.counts_WE
         assert counts is not None
         mine, ranks = set(placement.slots[rank.rank]), range(rank.world_size)
@@ -55,7 +57,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         assert (trip.plan.num_remote_rows, trip.plan.num_remote_pairs) == (sent, sent)
         assert trip.forward_bytes == (sent + received) * D * 8
         assert trip.total_bytes == 2 * trip.forward_bytes
-        events = [event for event in traffic.events or [] if not event.startswith("wait ")]
+        events = [event for event in comm_stats.events or [] if not event.startswith("wait ")]
         assert events == ([] if mesh.ep is None else FORWARD + BACKWARD)
     return len(seeds)
 
@@ -73,23 +75,25 @@ ONE_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 4), (1, 5), (2, 6), (3, 7)))
 TWO_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
-def dispatchers(placement: ExpertPlacement, traffic: Traffic) -> dict[str, Any]:
+def dispatchers(placement: ExpertPlacement, comm_stats: CommStats) -> dict[str, Any]:
     mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=60.0, ranks_per_node=2)
-    wire = Wire(mesh.ep, traffic)
-    per_rank, per_pair = PerRankDispatcher(placement, wire), PerPairDispatcher(placement, wire)
-    nodes = PerNodeDispatcher(placement, Wire(mesh.inter_node, traffic), Wire(mesh.intra_node, traffic), ranks_per_node=2)
+    wire = AllToAll(mesh.ep, comm_stats)
+    all_to_all, per_pair = AllToAllDispatcher(placement, wire), PairDispatcher(placement, wire)
+    nodes = HierarchicalDispatcher(
+        placement, AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats), ranks_per_node=2
+    )
     return {
-        "per_rank": per_rank,
-        "per_pair": per_pair,
-        "per_node": nodes,
-        "sync_free": SyncFreeDispatcher(per_rank, per_pair),
+        "all_to_all": all_to_all,
+        "known_counts": per_pair,
+        "hierarchical": nodes,
+        "sync_free": KnownCountsDispatcher(all_to_all, per_pair),
     }
 
 
 def count_syncs(rank: RankContext, kind: str, placement: ExpertPlacement) -> dict[str, Any]:
     """Every read of a tensor by the host in one forward and backward, after one that makes the constant tables."""
-    traffic = Traffic(events=[])
-    dispatcher = dispatchers(placement, traffic)[kind]
+    comm_stats = CommStats(events=[])
+    dispatcher = dispatchers(placement, comm_stats)[kind]
     seen: list[list[str]] = []
     for seed in (0, 1):
         assignments = expert_choice(seed, [6, 6, 0, 5], [2] * 8, rank.rank)
@@ -101,16 +105,16 @@ def count_syncs(rank: RankContext, kind: str, placement: ExpertPlacement) -> dic
             got = dispatcher.dispatch(h_TD, weight_N, plan)
             dispatcher.combine(got.rows_RD * got.weight_Q.sum(), plan).sum().backward()
         seen.append(list(syncs))
-    named = [event for event in traffic.events or [] if event.startswith("sync ")]
+    named = [event for event in comm_stats.events or [] if event.startswith("sync ")]
     return {"syncs": seen[1], "named": len(named), "plan": type(plan)}
 
 
 @pytest.mark.parametrize(("kind", "placement", "syncs", "plan"), [
-    ("per_pair", TWO_OF_A_GROUP, 0, PerPairPlan),
-    ("sync_free", ONE_OF_A_GROUP, 0, PerPairPlan),
-    ("sync_free", TWO_OF_A_GROUP, 1, PerRankPlan),
-    ("per_rank", ONE_OF_A_GROUP, 1, PerRankPlan),
-    ("per_node", ONE_OF_A_GROUP, 1, None),
+    ("known_counts", TWO_OF_A_GROUP, 0, KnownCountsPlan),
+    ("sync_free", ONE_OF_A_GROUP, 0, KnownCountsPlan),
+    ("sync_free", TWO_OF_A_GROUP, 1, AllToAllPlan),
+    ("all_to_all", ONE_OF_A_GROUP, 1, AllToAllPlan),
+    ("hierarchical", ONE_OF_A_GROUP, 1, None),
 ], ids=lambda each: each if isinstance(each, str) else "")  # fmt: skip
 def test_host_syncs_of_a_layer(
     run_in_world: Callable[..., list[Any]], kind: str, placement: ExpertPlacement, syncs: int, plan: type | None
@@ -124,8 +128,8 @@ def test_host_syncs_of_a_layer(
 
 
 def bytes_of(rank: RankContext, kind: str) -> int:
-    traffic = Traffic()
-    dispatcher = dispatchers(ONE_OF_A_GROUP, traffic)[kind]
+    comm_stats = CommStats()
+    dispatcher = dispatchers(ONE_OF_A_GROUP, comm_stats)[kind]
     tokens_W = [8, 3, 0, 5]
     # Tokens of a group go to its experts alone: text to 0 1 2 3, image to 4 5 6 7.
     counts = tuple((min(2, t),) * 4 + (min(1, t),) * 4 for t in tokens_W)
@@ -139,23 +143,23 @@ def bytes_of(rank: RankContext, kind: str) -> int:
     token_N = torch.from_numpy(np.concatenate(chosen).astype(np.int64))
     expert_N = torch.arange(8).repeat_interleave(torch.tensor(counts[rank.rank]))
     assignments = Assignments(token_N, expert_N, torch.ones(len(token_N)), counts)
-    round_trip(dispatcher, assignments, ONE_OF_A_GROUP, rank.rank, tokens_W[rank.rank], traffic=traffic, seed=0)
-    return traffic.payload_bytes
+    round_trip(dispatcher, assignments, ONE_OF_A_GROUP, rank.rank, tokens_W[rank.rank], comm_stats=comm_stats, seed=0)
+    return comm_stats.payload_bytes
 
 
 def test_with_one_expert_of_a_group_on_a_rank_nothing_is_left_to_deduplicate(
     run_in_world: Callable[..., list[Any]],
 ) -> None:
-    deduplicated, pairs = run_in_world(4, bytes_of, "per_rank"), run_in_world(4, bytes_of, "sync_free")
+    deduplicated, pairs = run_in_world(4, bytes_of, "all_to_all"), run_in_world(4, bytes_of, "sync_free")
     assert deduplicated == pairs
     assert sum(pairs) > 0
 
 
 def test_token_choice_is_refused_with_the_way_out() -> None:
     placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
-    dispatcher = PerPairDispatcher(placement, Wire(None, Traffic()), max_receive_rows=0)
+    dispatcher = PairDispatcher(placement, AllToAll(None, CommStats()), max_receive_rows=0)
     assignments = Assignments(torch.arange(2), torch.tensor([0, 4]), torch.ones(2))
-    with pytest.raises(PlacementError, match="kind=per_pair needs the number of pairs"):
+    with pytest.raises(PlacementError, match="kind=known_counts needs the number of pairs"):
         dispatcher.plan(assignments, 2)
     with pytest.raises(AssertionError, match="counts_WE"):
         dispatcher.plan(assignments._replace(counts_WE=((2, 0, 0, 0, 1, 0, 0, 0),)), 2)
@@ -163,7 +167,7 @@ def test_token_choice_is_refused_with_the_way_out() -> None:
 
 def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
     placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
-    dispatcher = PerPairDispatcher(placement, Wire(None, Traffic()))
+    dispatcher = PairDispatcher(placement, AllToAll(None, CommStats()))
     counts = ((1, 1, 0, 0, 0, 0, 0, 0),)
     for expert_N in ([0, 4], [1, 0], [0, -1]):
         assignments = Assignments(torch.arange(2), torch.tensor(expert_N), torch.ones(2), counts)
@@ -174,7 +178,7 @@ def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
 def overflow(rank: RankContext) -> str:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
     placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
-    dispatcher = PerPairDispatcher(placement, Wire(mesh.ep, Traffic()), max_receive_rows=4)
+    dispatcher = PairDispatcher(placement, AllToAll(mesh.ep, CommStats()), max_receive_rows=4)
     try:
         dispatcher.plan(expert_choice(0, [9, 9], [3, 5], rank.rank), 9)
     except PlacementError as error:

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from moe_dist.moe.draws import logistic
-from moe_dist.moe.reference.fixed_load import fixed_load_weights
-from moe_dist.moe.routers.fixed_load import HELD_OUT, FixedLoadRouter
+from moe_dist.moe.reference.scheduled_top_k import fixed_load_weights
+from moe_dist.moe.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import ABSENT, BatchFacts, Routing, RoutingTape
+from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 T, D, N = 40, 8, 6
 GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_expert=0, modalities=("text",))
 
 
-def made(loads: list[float], *, place: int = 0, seed: int = 3) -> FixedLoadRouter:
-    router = FixedLoadRouter(D, [GROUP], loads={"all": loads}, place=place, seed=seed).double()
+def made(loads: list[float], *, place: int = 0, seed: int = 3) -> ScheduledTopKRouter:
+    router = ScheduledTopKRouter(D, [GROUP], loads={"all": loads}, place=place, seed=seed).double()
     with torch.no_grad():
         router.get_parameter("all.true").copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
     return router
@@ -93,8 +93,8 @@ def test_draws_follow_step_and_token_and_not_the_layout() -> None:
     router, (h_TD, group_T) = made([1.5]), inputs()
 
     def counts(step: int, first: int, rank: int, tokens_W: tuple[int, ...], part: slice) -> list[int]:
-        facts = BatchFacts(step, first, rank, tokens_W, ((0,),) * len(tokens_W))
-        routing = router(h_TD[part], group_T[part], RoutingTape(facts=facts))
+        batch_info = GlobalBatchInfo(step, first, rank, tokens_W, ((0,),) * len(tokens_W))
+        routing = router(h_TD[part], group_T[part], RoutingCache(batch_info=batch_info))
         return (routing.assignments.expert_N.view(-1, 3) != ABSENT).sum(1).tolist()
 
     whole = counts(7, 0, 0, (T,), slice(0, T))

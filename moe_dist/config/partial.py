@@ -27,7 +27,7 @@ from moe_dist.config.keys import (
     type_text,
     variants_of,
 )
-from moe_dist.config.section import RELATIONS_LATER, Relation
+from moe_dist.config.section import VIOLATIONS_LATER, Violation
 
 _ROUNDS = 20  # a replaced section shows its missing keys in the next round; schemas are not nested deeper
 Where = tuple[str | int, ...]
@@ -35,33 +35,33 @@ S = TypeVar("S", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Draft(Generic[S]):
+class PartialConfig(Generic[S]):
     """Values as far as they could be read.
 
     Attributes:
         value: The section; None if nothing sensible could be made of it.
-        faults: Every fault of single keys, in words. Relations between keys are not judged here.
+        problems: Every fault of single keys, in words. Relations between keys are not judged here.
         wrong: Dotted paths whose values were replaced: nothing must be concluded from them.
     """
 
     value: S | None
-    faults: tuple[str, ...]
+    problems: tuple[str, ...]
     wrong: frozenset[str] = frozenset()
 
-    def broken(self, relations: Sequence[Relation]) -> list[str]:
-        """The faults among `relations` that rest on keys which could be read."""
-        return [r.fault for r in relations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
+    def broken(self, violations: Sequence[Violation]) -> list[str]:
+        """The faults among `violations` that rest on keys which could be read."""
+        return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
 
-def draft(schema: type[S], values: dict[str, Any]) -> Draft[S]:
+def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
     """Reads plain values (as JSON has them) into `schema`, replacing what is wrong until it fits."""
     values = json.loads(json.dumps(values))
-    faults: dict[Where, str] = {}
+    problems: dict[Where, str] = {}
     wrong: set[str] = set()
     for _ in range(_ROUNDS):
         try:
-            value = schema.model_validate_json(json.dumps(values), context={RELATIONS_LATER: True})
-            return Draft(value, tuple(faults.values()), frozenset(wrong))
+            value = schema.model_validate_json(json.dumps(values), context={VIOLATIONS_LATER: True})
+            return PartialConfig(value, tuple(problems.values()), frozenset(wrong))
         except ValidationError as error:
             before = frozenset(wrong)  # what an earlier round put in place is no fault of the user's
             # Misspelt keys first: their repair may fill a key that is reported missing.
@@ -71,9 +71,9 @@ def draft(schema: type[S], values: dict[str, Any]) -> Draft[S]:
                 if detail["type"] == "missing" and _get(values, where) is not None:
                     continue
                 if not any(_overlap(dotted(where), known) for known in before):
-                    faults.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))
+                    problems.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))
                 _repair(schema, values, keys, detail, wrong)
-    return Draft(None, tuple(faults.values()), frozenset(wrong))
+    return PartialConfig(None, tuple(problems.values()), frozenset(wrong))
 
 
 def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: ErrorDetails) -> str:

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 
 from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.checkpoint.directory import Shelf, find_checkpoint
+from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
-from moe_dist.config.data_digest import data_digest, digest_faults
+from moe_dist.config.data_digest import data_digest, digest_problems
 from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.manifest import Manifest, load_manifest
-from moe_dist.config.parallel_schema import InterleavedSection, PerRankDispatchSection
+from moe_dist.config.parallel_schema import AllToAllDispatchSection, InterleavedSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.likelihood import Likelihood
-from moe_dist.inference.material import Material
+from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import allocate
 from moe_dist.parallel.mesh import Mesh
@@ -29,7 +29,7 @@ from moe_dist.train.resume import mapping_of, saved_config
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """A checkpoint that is known to be there, and what it was trained on; nothing is loaded yet.
 
     Attributes:
@@ -54,7 +54,7 @@ class Trained:
         """
         ep, ep_rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
         placement = self._placement(ep)
-        alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": PerRankDispatchSection()}
+        alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
         config = self.config.model_copy(update={"parallel": self.config.parallel.model_copy(update=alone)})
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
@@ -68,9 +68,9 @@ class Trained:
             load_base(restored.values, self.folder, manager, model, layout)
         return model.eval()
 
-    def material(self) -> Material:
-        """Tokenizer, grammar and codebook of its data; raises as `Material`."""
-        return Material(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
+    def material(self) -> Vocabulary:
+        """Tokenizer, grammar and codebook of its data; raises as `Vocabulary`."""
+        return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
         """What scores continuations with the model, a share of them on each rank of a mesh. Collective, and raises, as
@@ -117,7 +117,7 @@ def choose_device(wanted: str) -> torch.device:
 
 def find_trained(
     path: Path, *, step: int | None = None, data: Path | None = None, allow: Callable[[Config], list[str]] = lambda _: []
-) -> Trained:
+) -> LoadedRun:
     """The checkpoint of a run, with the data that it was trained on.
 
     Args:
@@ -133,19 +133,19 @@ def find_trained(
     folder = find_checkpoint(path) if step is None else _of_step(path, step)
     values = open_checkpoint(folder).state.values
     config = saved_config(values, folder)
-    if faults := allow(config):
-        raise ConfigError([f"{folder}: {fault}" for fault in faults])
+    if problems := allow(config):
+        raise ConfigError([f"{folder}: {problem}" for problem in problems])
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
     manifest = load_manifest(config.data.path)
-    if faults := digest_faults(mapping_of(values, "data", folder), data_digest(config.data.path, manifest)):
-        raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *faults])
-    return Trained(folder, open_checkpoint(folder).state.step, config, manifest)
+    if problems := digest_problems(mapping_of(values, "data", folder), data_digest(config.data.path, manifest)):
+        raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *problems])
+    return LoadedRun(folder, open_checkpoint(folder).state.step, config, manifest)
 
 
 def _of_step(path: Path, step: int) -> Path:
     for folder in (path, path / "checkpoints"):
-        shelf = Shelf(folder)
+        shelf = CheckpointDirectory(folder)
         if shelf.steps():
             if step in shelf.steps():
                 return shelf.path_of(step)

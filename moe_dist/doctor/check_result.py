@@ -17,64 +17,64 @@ class Level(IntEnum):
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line.
 
     Attributes:
         check: What was looked at, as 'shared folder'.
         level: How bad it is.
         text: What is there; of a fault with field, value and rule.
-        way_out: What to do about it; of warnings and errors.
+        fix: What to do about it; of warnings and errors.
         verdict: That the run would end with; of errors.
     """
 
     check: str
     level: Level
     text: str
-    way_out: str = ""
+    fix: str = ""
     verdict: int = EXIT_DONE
 
     def __str__(self) -> str:
-        return f"{self.check}: {self.text}" + (f"; {self.way_out}" if self.way_out else "")
+        return f"{self.check}: {self.text}" + (f"; {self.fix}" if self.fix else "")
 
     @property
-    def is_fault(self) -> bool:
+    def is_problem(self) -> bool:
         return self.level >= Level.WARNING
 
 
-def ok(check: str, text: str) -> Finding:
+def ok(check: str, text: str) -> CheckResult:
     """Nothing is wrong there."""
-    return Finding(check, Level.OK, text)
+    return CheckResult(check, Level.OK, text)
 
 
-def note(check: str, text: str) -> Finding:
+def note(check: str, text: str) -> CheckResult:
     """Nothing to judge."""
-    return Finding(check, Level.NOTE, text)
+    return CheckResult(check, Level.NOTE, text)
 
 
-def warning(check: str, text: str, way_out: str) -> Finding:
+def warning(check: str, text: str, fix: str) -> CheckResult:
     """The run would start, and go worse for it."""
-    return Finding(check, Level.WARNING, text, way_out)
+    return CheckResult(check, Level.WARNING, text, fix)
 
 
-def error(check: str, text: str, way_out: str, *, kind: type[MoeDistError] = PlacementError) -> Finding:
+def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = PlacementError) -> CheckResult:
     """The run would end, with the verdict of `kind`."""
-    return Finding(check, Level.ERROR, text, way_out, kind.exit_code)
+    return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
 _WORST_FIRST = (ConfigError.exit_code, DataError.exit_code, PlacementError.exit_code)
 
 
-def exit_code(findings: Iterable[Finding]) -> int:
+def exit_code(findings: Iterable[CheckResult]) -> int:
     """The worst of all: of errors 78, 65 or 69, the first of these that is among them; 1 where there are warnings alone; 0
     where nothing is wrong."""
-    faults = [finding for finding in findings if finding.is_fault]
-    verdicts = {fault.verdict for fault in faults if fault.level is Level.ERROR}
+    problems = [finding for finding in findings if finding.is_problem]
+    verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
     worst = [code for code in (*_WORST_FIRST, *sorted(verdicts)) if code in verdicts]
-    return worst[0] if worst else EXIT_FAILED if faults else EXIT_DONE
+    return worst[0] if worst else EXIT_FAILED if problems else EXIT_DONE
 
 
-def raise_errors(findings: Sequence[Finding]) -> None:
+def raise_errors(findings: Sequence[CheckResult]) -> None:
     """Ends a run that cannot go on here.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_dist.train.trainer import Plan
+from moe_dist.train.trainer import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Spent:
         return asdict(self)
 
 
-def spent_by_step(metrics: Path, plan: Plan, before: Spent) -> dict[int, Spent]:
+def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
     """What had been spent after each step, with what had been spent `before` the run."""
     spent, sums = {}, before
     for line in metrics.read_text().splitlines():

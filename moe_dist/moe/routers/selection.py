@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.comm.traffic import Traffic
-from moe_dist.comm.watch import Watch, watched
+from moe_dist.comm.stats import CommStats
+from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.counting import counting_order
-from moe_dist.moe.routing import ABSENT, Assignments, BatchFacts, ExpertsChoice
+from moe_dist.moe.routing import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo
 
-SetKind = Literal["rank", "ep_group", "world"]
+ScopeKind = Literal["rank", "ep_group", "world"]
 OUTSIDE = float("-inf")  # logit of an expert that is not of the token's group
 
 
 @dataclass(frozen=True)
-class ChoiceRanks:
+class ScopeRanks:
     """The ranks over which experts may choose, as seen from one of them: process groups and places in the world."""
 
     world: dist.ProcessGroup | None = None
@@ -41,7 +41,7 @@ class ChoiceRanks:
 
 
 @dataclass(frozen=True)
-class ChoiceSet:
+class SelectionScope:
     """Over which ranks experts choose, as plain values.
 
     Attributes:
@@ -49,19 +49,21 @@ class ChoiceSet:
         group: Process group of the set's ranks; None where that is one rank.
         ranks: The set's ranks in the world, in the group's order; this rank's place among them is `own`.
         ep_ranks: This rank's EP group likewise, for counts that the dispatcher is told beforehand.
-        traffic, watch: Where the collective is counted and noted.
+        comm_stats, tracker: Where the collective is counted and noted.
     """
 
-    kind: SetKind = "rank"
+    kind: ScopeKind = "rank"
     group: dist.ProcessGroup | None = None
     ranks: tuple[int, ...] = (0,)
     own: int = 0
     ep_ranks: tuple[int, ...] = (0,)
-    traffic: Traffic | None = None
-    watch: Watch | None = None
+    comm_stats: CommStats | None = None
+    tracker: CollectiveTracker | None = None
 
     @classmethod
-    def over(cls, kind: SetKind, where: ChoiceRanks, *, traffic: Traffic | None, watch: Watch | None) -> "ChoiceSet":
+    def over(
+        cls, kind: ScopeKind, where: ScopeRanks, *, comm_stats: CommStats | None, tracker: CollectiveTracker | None
+    ) -> "SelectionScope":
         """The set of a kind; without a group where it has but one rank."""
         ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
         group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
@@ -71,13 +73,13 @@ class ChoiceSet:
             ranks=ranks,
             own=ranks.index(where.rank),
             ep_ranks=where.ep_ranks,
-            traffic=traffic,
-            watch=watch,
+            comm_stats=comm_stats,
+            tracker=tracker,
         )
 
-    def lengths(self, num_tokens: int, facts: BatchFacts | None) -> list[int]:
+    def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
         """T of each rank of the set. Without facts (evaluation) all bring as many as this one."""
-        return [num_tokens if facts is None else facts.tokens_W[rank] for rank in self.ranks]
+        return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
     def gather(self, logits_TE: Tensor, lengths: Sequence[int], *, layer: str = "") -> Tensor:
         """The logits of the whole set [U, E]; the collective of this module, where the set has several ranks."""
@@ -87,9 +89,9 @@ class ChoiceSet:
         padded = logits_TE.new_full((longest, logits_TE.shape[1]), OUTSIDE)
         padded[: logits_TE.shape[0]] = logits_TE
         gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))
-        if self.traffic is not None:
-            self.traffic.count("choice logits", (len(lengths) - 1) * padded.nbytes, payload=False)
-        with watched(self.watch, "choice logits", device=padded.device, layer=layer):
+        if self.comm_stats is not None:
+            self.comm_stats.count("choice logits", (len(lengths) - 1) * padded.nbytes, payload=False)
+        with track_collective(self.tracker, "choice logits", device=padded.device, layer=layer):
             dist.all_gather_into_tensor(gathered, padded, group=self.group)
         parts = gathered.split(longest)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
@@ -126,7 +128,7 @@ def choose(
     return ExpertsChoice(
         taken_TE=taken_UE[own],
         order_TE=order_UE if keep_order else None,
-        cut_E=_cut(logits_UE, order_UE if noisy_UE is logits_UE else None, room_E, capacity_E),
+        kth_score_E=_cut(logits_UE, order_UE if noisy_UE is logits_UE else None, room_E, capacity_E),
     )
 
 
@@ -136,24 +138,24 @@ def _cut(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor, capacity_E:
     last_1E = (room_E - 1).clamp_min(0)[None]
     if order_UE is None:
         order_UE = torch.sort(logits_UE, dim=0, descending=True).indices
-    cut_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
-    return torch.where((room_E > 0) & (capacity_E < 1.0), cut_E, 0.0)
+    kth_score_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
+    return torch.where((room_E > 0) & (capacity_E < 1.0), kth_score_E, 0.0)
 
 
 def counted_pairs(
-    choice: ExpertsChoice, weight_TE: Tensor, capacity_E: Sequence[float], group_of_E: Sequence[int], facts: BatchFacts,
+    choice: ExpertsChoice, weight_TE: Tensor, capacity_E: Sequence[float], group_of_E: Sequence[int], batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:  # fmt: skip
     """The pairs by expert and falling logit, their number known beforehand on all ranks: N is the sum of capacities."""
     assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
     counts_WE = tuple(
         tuple(
-            capacity_of_tokens(capacity, facts.members_WG[rank][group])
+            capacity_of_tokens(capacity, batch_info.members_WG[rank][group])
             for capacity, group in zip(capacity_E, group_of_E, strict=True)
         )
         for rank in ep_ranks
     )
-    mine = counts_WE[list(ep_ranks).index(facts.rank)]
+    mine = counts_WE[list(ep_ranks).index(batch_info.rank)]
     token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])
     expert_N = torch.cat(
         [torch.full((count,), expert, dtype=torch.int64, device=token_N.device) for expert, count in enumerate(mine)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_dist.doctor.finding import Finding, error, exit_code, names, note, ok, raise_errors, warning
+from moe_dist.doctor.check_result import CheckResult, error, exit_code, names, note, ok, raise_errors, warning
 from moe_dist.errors import ConfigError, DataError, PlacementError
 
 CONFIG = error("a", "x", "y", kind=ConfigError)
@@ -21,7 +21,7 @@ PLACE = error("a", "x", "y")
         ([PLACE, DATA, CONFIG], 78),
     ],
 )
-def test_the_exit_code_says_the_worst(findings: list[Finding], code: int) -> None:
+def test_the_exit_code_says_the_worst(findings: list[CheckResult], code: int) -> None:
     assert exit_code(findings) == code
 
 

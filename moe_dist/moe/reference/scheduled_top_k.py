@@ -1,4 +1,4 @@
-"""The slow oracle of `moe_dist.moe.routers.fixed_load`: a loop over tokens, with the uniform numbers given."""
+"""The slow oracle of `moe_dist.moe.routers.scheduled_top_k`: a loop over tokens, with the uniform numbers given."""
 
 import math
 from collections.abc import Sequence

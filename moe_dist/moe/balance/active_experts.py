@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_dist.placement.placement import ExpertGroup
 
 
-class LoadTarget:
+class ActiveExperts:
     """The rule.
 
     Args:

@@ -31,7 +31,7 @@ class Heldout:
     codes: np.ndarray
 
 
-class Material:
+class Vocabulary:
     """The files of one data set that text and pictures go through.
 
     Args:

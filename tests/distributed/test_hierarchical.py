@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import Wire
-from moe_dist.comm.traffic import Traffic
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.stats import CommStats
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatch.hierarchical import PerNodeDispatcher
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
 from moe_dist.moe.reference.layer import expected_node_traffic
 from moe_dist.moe.routing import ABSENT
@@ -27,22 +27,22 @@ BACKWARD = ["inter-node combine rows backward", "intra-node combine rows backwar
             "inter-node dispatch weights backward", "inter-node dispatch rows backward"]  # fmt: skip
 
 
-def make(world_size: int, per_node: int) -> tuple[Callable[[Case], PerNodeDispatcher], Traffic]:
+def make(world_size: int, per_node: int) -> tuple[Callable[[Case], HierarchicalDispatcher], CommStats]:
     mesh = make_mesh(ep=world_size, device=torch.device("cpu"), timeout=60.0, ranks_per_node=per_node)
-    traffic = Traffic(events=[])
-    inter, intra = Wire(mesh.inter_node, traffic), Wire(mesh.intra_node, traffic)
-    return lambda case: PerNodeDispatcher(case.placement, inter, intra, ranks_per_node=per_node), traffic
+    comm_stats = CommStats(events=[])
+    inter, intra = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
+    return lambda case: HierarchicalDispatcher(case.placement, inter, intra, ranks_per_node=per_node), comm_stats
 
 
 def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
     """Body of a standing world: random cases, each against the oracle and both hops' closed forms."""
-    dispatcher_of, traffic = make(rank.world_size, per_node)
+    dispatcher_of, comm_stats = make(rank.world_size, per_node)
     for seed in seeds:
         case = random_case(seed, rank.world_size)
         num_tokens = len(case.experts_TK[rank.rank])
         assignments = case.assignments(rank.rank, torch.empty(case.experts_TK[rank.rank].size))
         trip = round_trip(
-            dispatcher_of(case), assignments, case.placement, rank.rank, num_tokens, traffic=traffic, seed=seed
+            dispatcher_of(case), assignments, case.placement, rank.rank, num_tokens, comm_stats=comm_stats, seed=seed
         )
         taken = [case.taken(each) for each in range(rank.world_size)]
         sent = [
@@ -63,15 +63,15 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
         _, experts = taken[rank.rank]
         assert plan.num_pairs == len(experts)
         assert plan.num_remote_pairs == sum(case.placement.rank_of_expert[e] != rank.rank for e in experts)
-        assert traffic.events is not None
+        assert comm_stats.events is not None
         missing = {"inter-node": per_node == rank.world_size, "intra-node": per_node == 1}
         wanted = [e for e in PLAN + FORWARD + BACKWARD if not missing.get(e.partition(" ")[0])]
-        assert [event for event in traffic.events if not event.startswith("wait ")] == wanted
+        assert [event for event in comm_stats.events if not event.startswith("wait ")] == wanted
     return len(seeds)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "per_node", "seeds"),
+    ("world_size", "hierarchical", "seeds"),
     [(1, 1, range(20)), (2, 1, range(40)), (2, 2, range(40)), (4, 2, range(100)), (4, 1, range(30)), (4, 4, range(30))],
     ids=str,
 )
@@ -106,17 +106,17 @@ HAND = Case(
 
 
 def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
-    dispatcher_of, traffic = make(4, 2)
+    dispatcher_of, comm_stats = make(4, 2)
     chosen = HAND.experts_TK[rank.rank]
     plan = dispatcher_of(HAND).plan(HAND.assignments(rank.rank, torch.ones(chosen.size)), len(chosen))
-    assert traffic.events is not None
+    assert comm_stats.events is not None
     return {
         "between": plan.inter.rows.send,
         "inside": plan.intra.rows.send,
         "stays": (plan.inter.row_O.tolist(), plan.intra.row_O.tolist()),
         "rows by slot": plan.row_of_pair_Q.tolist(),
         "slots": plan.slot_counts,
-        "syncs": [event for event in traffic.events if event.startswith("sync")],
+        "syncs": [event for event in comm_stats.events if event.startswith("sync")],
     }
 
 
@@ -134,7 +134,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
 
 def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
     """bf16 rows: every token takes experts on all four ranks, of which rank 0 gives back 1 and the others 1/256."""
-    dispatcher_of, traffic = make(4, per_node)
+    dispatcher_of, comm_stats = make(4, per_node)
     every = np.tile(np.arange(8), (64, 1))
     case = Case(((0, 1), (2, 3), (4, 5), (6, 7)), (every, every, every, every))
     assignments = case.assignments(rank.rank, torch.empty(every.size))
@@ -147,13 +147,13 @@ def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
     y_TD = dispatcher.combine(got.rows_RD * (1.0 if rank.rank == 0 else 1 / 256), plan)
     assert y_TD.dtype == torch.bfloat16
     hops = (plan.inter.rows, plan.intra.rows)
-    assert traffic.payload_bytes == sum(sum(rows.send) + sum(rows.receive) for rows in hops) * D * 2
+    assert comm_stats.payload_bytes == sum(sum(rows.send) + sum(rows.receive) for rows in hops) * D * 2
     return float(y_TD.min()), float(y_TD.max())
 
 
 # 1 + 3/256 lies between 1 + 1/128 and 1 + 2/128 and is rounded to the even one. Summed in bf16 it would stay 1.
 # Two nodes round 1 + 1/256 and 2/256 apart, then their sum.
-@pytest.mark.parametrize(("per_node", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
+@pytest.mark.parametrize(("hierarchical", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
 def test_rows_travel_in_bf16_and_are_summed_in_fp32(
     run_in_world: Callable[..., list[Any]], per_node: int, rounded: float
 ) -> None:
@@ -162,12 +162,12 @@ def test_rows_travel_in_bf16_and_are_summed_in_fp32(
 
 def overflow(rank: RankContext, hop: str) -> str:
     mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=60.0, ranks_per_node=2)
-    wires = Wire(mesh.inter_node, Traffic()), Wire(mesh.intra_node, Traffic())
+    wires = AllToAll(mesh.inter_node, CommStats()), AllToAll(mesh.intra_node, CommStats())
     target = {"inter-node": 2, "intra-node": 1}[hop]
     chosen = np.full((5, 1), target)
     case = Case(((0,), (1,), (2,), (3,)), (chosen, chosen[:2], chosen[:0], chosen[:0]))
     bound = 4 if rank.rank == target else -1  # the others stop at the same place
-    dispatcher = PerNodeDispatcher(case.placement, *wires, ranks_per_node=2, max_receive_rows=bound)
+    dispatcher = HierarchicalDispatcher(case.placement, *wires, ranks_per_node=2, max_receive_rows=bound)
     try:
         dispatcher.plan(case.assignments(rank.rank, torch.ones(len(case.experts_TK[rank.rank]))), 5)
     except PlacementError as error:

@@ -19,17 +19,17 @@ from torch import Tensor
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
-from moe_dist.moe.routing import BatchFacts, RoutingTape
+from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
 HELD_OUT = -1  # the step under which evaluation draws
 
 
-class FixedLoadRouter(TopKRouter):
+class ScheduledTopKRouter(TopKRouter):
     """Routes T tokens, each inside its group, by the load of this layer.
 
     Args:
-        hidden_dim, groups, normalise, scale, capacity: As `TopKRouter`; without null or free experts.
+        hidden_dim, groups, normalise, scale, capacity: As `TopKRouter`; without null or zero-computation experts.
         loads: For each group, by name, true experts a token in each MoE layer; at most the group's top_k.
         place: This layer's place among the MoE layers.
         seed: Names the draws, with the step, layer and token.
@@ -64,14 +64,14 @@ class FixedLoadRouter(TopKRouter):
         self.register_buffer("whole_G", torch.tensor([*wholes, 0]), persistent=False)
         self.register_buffer("fraction_G", torch.tensor([*fractions, 0.0], dtype=torch.float64), persistent=False)
 
-    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, tape: RoutingTape) -> _Chosen:
-        chosen = super()._choose(masked_TC, probs_TC, group_T, tape)
-        kept_TK = chosen.valid_TK & self._kept(group_T, tape.facts)
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
+        chosen = super()._choose(masked_TC, probs_TC, group_T, cache)
+        kept_TK = chosen.valid_TK & self._kept(group_T, cache.batch_info)
         return chosen._replace(valid_TK=kept_TK, true_TK=chosen.true_TK & kept_TK, null_TK=chosen.null_TK & kept_TK)
 
-    def _kept(self, group_T: Tensor, facts: BatchFacts | None) -> Tensor:
+    def _kept(self, group_T: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
         """Which of the K places a token has [T, K]. The draws have no state: a recomputed forward has the same."""
-        step, first = (HELD_OUT, 0) if facts is None else (facts.step, facts.first_token_of(facts.rank))
+        step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
         token_T = torch.arange(group_T.shape[0], device=group_T.device) + first
         column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
         uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass
-class Traffic:
+class CommStats:
     """A running count, owned by whoever reads it; one for all layers of a model.
 
     Attributes:
