@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launchers.command import JobPlan, one_node, plan_job
 from launchers.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
-from launchers.doctor.slurm_checks import check_grace, check_slurm
+from launchers.doctor.slurm_checks import check_graces, check_slurm
 from launchers.doctor.slurm_nodes import run_on_nodes
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
@@ -76,7 +76,7 @@ def examine(
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)
     if on == "local":
         yield from check_nodes([here], needs)
-        yield check_grace({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
+        yield check_graces({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
         if probe or fabric:
             yield note("probe", "one node, which was looked at; --probe and --fabric go with --on slurm or --on ray")
         return

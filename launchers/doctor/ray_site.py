@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launchers.command import JobPlan
-from launchers.doctor.slurm_checks import check_grace
+from launchers.doctor.slurm_checks import check_graces
 from launchers.ray.driver import STOP_WAIT_DEFAULT, stop_grace
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
 from launchers.ray.gang import live_nodes
@@ -135,4 +135,4 @@ def _grace(grace: float | None, save_seconds: float | None) -> CheckResult:
             f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})",
             "set it in the runtime environment of the job, as the README's command does",
         )
-    return check_grace({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)
+    return check_graces({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)

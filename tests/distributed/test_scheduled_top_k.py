@@ -14,7 +14,7 @@ LOADS = {
         "text": {"num_experts": 3, "top_k": 2, "ffn_dim": 16},
         "image": {"num_experts": 2, "top_k": 2, "ffn_dim": 24},
     },
-    "model.moe.router": {"kind": "scheduled_top_k", "loads": {"text": [1.5, 2.0], "image": [0.5, 1.0]}},
+    "model.moe.router": {"kind": "scheduled_top_k", "active_experts": {"text": [1.5, 2.0], "image": [0.5, 1.0]}},
     "placement.policy": "interleaved",
     "train.steps": 4,
     "evaluation.every": 100,

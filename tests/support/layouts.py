@@ -172,11 +172,11 @@ def config_of(layout: Layout) -> Config:
         router["normalise"] = "none"
         experts = {"kind": "lora", "rank": 2, "alpha": 3.0, "weight": layout.lora}
     if layout.choice:
-        router = {"kind": "expert_choice", "set": layout.choice, "noise": layout.noise, "causal": layout.choice_causal}
+        router = {"kind": "expert_choice", "scope": layout.choice, "noise": layout.noise, "causal": layout.choice_causal}
         router["threshold_decay"] = 0.5
         only = {"only": "auxiliary_routers"} if layout.choice_causal == "auxiliary" else {}
     if layout.fixed:
-        router = {"kind": "scheduled_top_k", "loads": LOADS}
+        router = {"kind": "scheduled_top_k", "active_experts": LOADS}
     return Config.model_validate(
         {
             "run": {"name": "layout"},
@@ -193,7 +193,7 @@ def config_of(layout: Layout) -> Config:
                 if layout.mixture_of_depths is None
                 else {
                     "capacity": 0.3,
-                    "set": layout.mixture_of_depths,
+                    "scope": layout.mixture_of_depths,
                     "causal": layout.depth_causal,
                     "threshold_decay": 0.5,
                 },

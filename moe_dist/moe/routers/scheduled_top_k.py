@@ -1,7 +1,7 @@
 """Top-k whose number of experts is fixed in each layer: what adaptive routers are compared with.
 
 At a load L of its layer and group a token takes its floor(L) best experts, and the next best with probability L - floor(L),
-drawn for each token alone: no token is thought more of than another. Whole loads are a k by layer, without any draw.
+drawn for each token alone: no token is thought more of than another. Whole numbers are a k by layer, without any draw.
 
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
@@ -30,7 +30,7 @@ class ScheduledTopKRouter(TopKRouter):
 
     Args:
         hidden_dim, groups, normalise, scale, capacity: As `TopKRouter`; without null or zero-computation experts.
-        loads: For each group, by name, true experts a token in each MoE layer; at most the group's top_k.
+        active_experts: For each group, by name, true experts a token in each MoE layer; at most the group's top_k.
         place: This layer's place among the MoE layers.
         seed: Names the draws, with the step, layer and token.
     """
@@ -44,7 +44,7 @@ class ScheduledTopKRouter(TopKRouter):
         hidden_dim: int,
         groups: Sequence[ExpertGroup],
         *,
-        loads: Mapping[str, Sequence[float]],
+        active_experts: Mapping[str, Sequence[float]],
         place: int = 0,
         seed: int = 0,
         normalise: Normalise = "true_chosen",
@@ -53,11 +53,11 @@ class ScheduledTopKRouter(TopKRouter):
     ) -> None:
         super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
         self.place, self.seed = place, seed
-        self.load_G = tuple(float(loads[group.name][place]) for group in groups)
+        self.load_G = tuple(float(active_experts[group.name][place]) for group in groups)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """As `TopKRouter`, and the loads."""
+        """As `TopKRouter`, and `active_experts`."""
         super().reset_buffers()
         wholes = [math.floor(load) for load in self.load_G]
         fractions = [load - whole for load, whole in zip(self.load_G, wholes, strict=True)]

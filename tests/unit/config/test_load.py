@@ -239,7 +239,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, fault: str) 
 def test_an_empty_file_lists_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("")
-    missing = {problem.partition(":")[0] for fault in problems(path)}
+    missing = {problem.partition(":")[0] for problem in problems(path)}
     assert missing == {"run", "model", "data", "train", "optimizer", "evaluation"}
 
 

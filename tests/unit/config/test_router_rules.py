@@ -124,7 +124,7 @@ def test_dispatchers_that_cannot_take_it_are_refused(tiny_data: Path, tmp_path: 
         ("rank", "deep_ep", "a token may be taken by any number of experts"),
         ("world", "known_counts", "model.moe.router.scope=world it depends on the other ranks' scores"),
     ):
-        router = {"kind": "expert_choice", "causal": "threshold", "set": router_set}
+        router = {"kind": "expert_choice", "causal": "threshold", "scope": router_set}
         changes = {**SOUND, "model.moe.router": router, "parallel.dispatch": {"kind": dispatch}}
         with pytest.raises(ConfigError, match=fault):
             check(tiny_config(tiny_data, tmp_path, changes))

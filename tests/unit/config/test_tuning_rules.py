@@ -23,7 +23,7 @@ SOUND: dict[str, Any] = {
     "router_tuning": {"data": "none", "last_layers": 1},
 }
 CHOICE = {"kind": "expert_choice", "causal": "threshold"}
-FIXED = {"kind": "scheduled_top_k", "loads": {"text": [1, 1], "image": [1, 1]}}
+FIXED = {"kind": "scheduled_top_k", "active_experts": {"text": [1, 1], "image": [1, 1]}}
 ONE = {
     "text": {"num_experts": 3, "top_k": 1, "ffn_dim": 16},
     "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},

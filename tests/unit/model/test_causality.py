@@ -21,7 +21,7 @@ ROUTERS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "top_k, bias of a controller": (Layout(balance=True), {}),
     "scheduled_top_k": (
         Layout(choice="rank"),
-        {"kind": "scheduled_top_k", "loads": {"text": [0.5, 1.5], "image": [1.0, 0.5]}},
+        {"kind": "scheduled_top_k", "active_experts": {"text": [0.5, 1.5], "image": [1.0, 0.5]}},
     ),
     "threshold": (Layout(choice="rank"), {"causal": "threshold"}),
     "auxiliary": (Layout(choice="rank"), {"causal": "auxiliary"}),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.doctor.slurm_checks import ask, check_grace, check_slurm, gpus_of, read_offers
+from launchers.doctor.slurm_checks import ask, check_graces, check_slurm, gpus_of, read_offers
 from moe_dist.config.cluster import Cluster
 from moe_dist.doctor.check_result import CheckResult, Level
 
@@ -81,8 +81,8 @@ def test_preemption_that_kills_before_the_save_is_done() -> None:
 
 
 def test_the_grace_needs_a_measured_save() -> None:
-    assert check_grace({"x": 1.0}, None).level is Level.NOTE
-    assert check_grace({"x": 1.0, "y": 60.0}, 0.5).level is Level.OK
+    assert check_graces({"x": 1.0}, None).level is Level.NOTE
+    assert check_graces({"x": 1.0, "y": 60.0}, 0.5).level is Level.OK
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_
 
 
 def made(loads: list[float], *, place: int = 0, seed: int = 3) -> ScheduledTopKRouter:
-    router = ScheduledTopKRouter(D, [GROUP], loads={"all": loads}, place=place, seed=seed).double()
+    router = ScheduledTopKRouter(D, [GROUP], active_experts={"all": loads}, place=place, seed=seed).double()
     with torch.no_grad():
         router.get_parameter("all.true").copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
     return router

@@ -15,33 +15,33 @@ GROUPS = {
 }
 SOUND: dict[str, Any] = {
     "model.moe.groups": GROUPS,
-    "model.moe.router": {"kind": "scheduled_top_k", "loads": {"text": [1.5, 2.0], "image": [1.0, 0.5]}},
+    "model.moe.router": {"kind": "scheduled_top_k", "active_experts": {"text": [1.5, 2.0], "image": [1.0, 0.5]}},
 }
 
 
-def loads(**by_group: list[float]) -> dict[str, Any]:
-    return {"model.moe.router": {"kind": "scheduled_top_k", "loads": by_group}}
+def active_experts(**by_group: list[float]) -> dict[str, Any]:
+    return {"model.moe.router": {"kind": "scheduled_top_k", "active_experts": by_group}}
 
 
 def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
     assert check(tiny_config(tiny_data, tmp_path, SOUND)).config.model.moe.router.kind == "scheduled_top_k"
     mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}  # of layer 0
-    check(tiny_config(tiny_data, tmp_path, {**SOUND, **loads(text=[2.0, 1.5], image=[1.0, 0.5]), **mixture_of_depths}))
+    check(tiny_config(tiny_data, tmp_path, {**SOUND, **active_experts(text=[2.0, 1.5], image=[1.0, 0.5]), **mixture_of_depths}))
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        (loads(text=[1.0, 1.0]), "loads names text; model.moe.groups are text, image: name each of them"),
-        (loads(text=[1.0], image=[1.0, 1.0]), "loads.text has 1 numbers for 2 MoE layers: give one for each"),
-        (loads(text=[1.0, 2.5], image=[1.0, 1.0]), "loads.text has 2.5, above model.moe.groups.text.top_k=2: lower it"),
+        (active_experts(text=[1.0, 1.0]), "active_experts names text; model.moe.groups are text, image: name each of them"),
+        (active_experts(text=[1.0], image=[1.0, 1.0]), "active_experts.text has 1 numbers for 2 MoE layers: give one for each"),
+        (active_experts(text=[1.0, 2.5], image=[1.0, 1.0]), "active_experts.text has 2.5, above model.moe.groups.text.top_k=2: lower it"),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
             "model.moe.groups.text has null or zero-computation experts: model.moe.router.kind=scheduled_top_k takes true ones alone",
         ),
         (
             {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},
-            "loads.text=[1.5, 2.0] with model.mixture_of_depths: draws cannot be told by token in the layers [0], which compute some",
+            "active_experts.text=[1.5, 2.0] with model.mixture_of_depths: draws cannot be told by token in the layers [0], which compute some",
         ),
         ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=scheduled_top_k has no auxiliary routers"),
         (
