@@ -58,8 +58,7 @@ class CheckpointDirectory:
         except FileNotFoundError:
             if self.steps():
                 raise DataError(
-                    f"{path} is missing, but there are checkpoints beside it; nothing is begun anew over them. "
-                    f"{self.fix()}"
+                    f"{path} is missing, but there are checkpoints beside it; nothing is begun anew over them. {self.fix()}"
                 ) from None
             return -1
         if content == NONE_YET:

@@ -1,8 +1,8 @@
-"""Count models as a bar for training: what one gets by counting the training tokens, with nothing learned.
+"""Baselines for held-out loss: unigram and bigram models counted on the training tokens.
 
-A label is any token but a document's first and those of a prompt, as in the loader; it belongs to the modality of its id.
-Both models predict the id within the label's modality, which a language model is not told: as a bar this is a little too
-high, never too low.
+As in the loader, every token is a label except the first of a document and those of a prompt. A label has the modality of
+its id. Both models are given the modality of the label, which a language model has to predict: their loss is slightly too
+low, so a model that beats them does so fairly.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
@@ -19,7 +19,7 @@ import numpy as np
 from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.data.indexed import IndexedSplit
 
-BIGRAM_PRIOR = 200.0  # about the best for text and for image codes of the default corpus
+BIGRAM_PRIOR = 200.0  # close to the best value for text and for image codes of the default corpus
 
 
 class _Labels:
@@ -66,7 +66,7 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 
 
 def _score(model: "_Model", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str) -> dict[str, float]:
-    """Mean nats of the masked labels over all sources, and over each where there are several."""
+    """Mean nats of the masked labels over all sources, and for each source if there are several."""
     nats = {name: model.nats(labels.label[masks[name]], labels.left[masks[name]]) for name, labels in heldout.items()}
     parts = {f"{name}/{key}": part for name, part in nats.items()} if len(nats) > 1 else {}
     whole = {key: np.concatenate(list(nats.values()))} if nats else {}
@@ -99,7 +99,10 @@ class _LeftBigram:
         self._unigram = _Unigram(train, ranges)
         self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
         pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)  # -1: found by no search, count 0
+        self._pairs, self._pair_counts = (
+            np.append(pairs, -1),
+            np.append(counts, 0),
+        )  # sentinel: no pair is -1, so a search past the end counts 0
 
     def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:
         return left * self._vocab_size + label

@@ -1,4 +1,4 @@
-"""What the model sees of the data: token ids, labels, and to which document and modality each token belongs.
+"""One micro-batch: token ids, labels, and the document and modality of each token.
 
 Shape letters: B sequences of a micro-batch, S tokens of a sequence.
 """
@@ -19,16 +19,16 @@ class Batch:
     """One micro-batch of one rank. All tensors are [B, S].
 
     Attributes:
-        tokens_BS: int64, input ids; pad_id where there is no token.
-        labels_BS: int64, the next token of the same document; IGNORED at padding, at a document's last token, and where
-            the next token is a prompt's.
+        tokens_BS: int64, input ids; pad_id at padding.
+        labels_BS: int64, the next token of the same document; IGNORED at padding, at the last token of a document, and
+            where the next token belongs to a prompt.
         positions_BS: int64, restarting at 0 with each document (or piece of one).
-        documents_BS: int32, number of the document in its sequence; the padding of a sequence is one more document.
-            A token may attend to tokens of the same number only.
+        documents_BS: int32, number of the document in its sequence; padding counts as one more document. A token attends
+            only to tokens with the same number.
         modality_BS: int64, modality of the input token, an index into tuple(manifest.modalities).
         label_modality_BS: int64, modality of the label; 0 where there is none.
         filler_BS: bool, the next token is an empty cell of a picture.
-        padding_BS: bool, there is no token.
+        padding_BS: bool, the position holds padding.
     """
 
     tokens_BS: torch.Tensor
@@ -46,7 +46,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding. On a GPU this waits for the device: ask before moving the batch."""
+        """Tokens that are not padding. Host sync on a GPU: call it before the batch moves there."""
         return int((~self.padding_BS).sum())
 
 
@@ -55,10 +55,10 @@ class Segment:
     """A piece of a document as it comes from disk.
 
     Attributes:
-        tokens: int64 [length], with one more token behind where the document goes on.
-        filler: bool, of the same tokens.
+        tokens: int64 [length], or [length + 1] where the document continues: the last token is then only a label.
+        filler: bool, one for each of `tokens`: an empty cell of a picture.
         length: Tokens that are input.
-        prompt: bool, of the same tokens: those that are read and not scored. None where all are scored.
+        prompt: bool, one for each of `tokens`: read but not scored. None where all tokens are scored.
     """
 
     tokens: np.ndarray
@@ -84,7 +84,7 @@ class BatchMaker:
                 self._modality_of_id[first:end] = modality
 
     def make(self, sequences: Sequence[Sequence[Segment]]) -> Batch:
-        """One row for each list of segments; an empty list gives a row of padding.
+        """Fills one row for each list of segments; an empty list gives a row of padding.
 
         Raises:
             DataError: an id lies outside the vocabulary.

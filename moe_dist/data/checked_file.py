@@ -1,8 +1,7 @@
-"""Reading a data file that may be cut short, or lose its disk, while the run reads it.
+"""Reads a data file that may be truncated, or whose disk may fail, while the run uses it.
 
-A memory map answers both with SIGBUS: the process is gone without a word. Here each read is a `pread` on a descriptor that
-stays open, so that a file that is replaced by a rename goes on being read as it was, and every short or failed read is an
-error that names the file.
+With a memory map either fault raises SIGBUS, which kills the process without a message. Here each read is a `pread` on an
+open descriptor. A short or failed read raises an error that names the file; a file replaced by rename is read as it was.
 """
 
 import os
@@ -13,10 +12,10 @@ from moe_dist.errors import DataError, StorageError
 
 
 class CheckedFile:
-    """A file opened for reading at random. Any number of threads may read.
+    """A file opened for random reads. Thread-safe.
 
     Args:
-        path: Of the file.
+        path: The file.
 
     Raises:
         StorageError: it cannot be opened.
@@ -32,10 +31,10 @@ class CheckedFile:
         self.size = self._size()
 
     def read(self, offset: int, num_bytes: int) -> bytes:
-        """`num_bytes` from byte `offset` on. One system call as a rule; the page cache is what makes it cheap.
+        """Reads `num_bytes` from byte `offset` on. Costs one system call, usually answered by the page cache.
 
         Raises:
-            DataError: the file ends before: it was cut short since it was opened.
+            DataError: the file ends earlier; it was truncated after it was opened.
             StorageError: the file system does not answer.
         """
         parts: list[bytes] = []

@@ -1,7 +1,7 @@
-"""Pictures as codes: a picture is a grid of patches, and each patch is replaced by the nearest entry of a codebook.
+"""Encodes pictures: a picture is a grid of patches, and each patch becomes the number of the nearest codebook entry.
 
-Codebook entries are uint8, and so are patches. All distances are then whole numbers below 2^24, which float32 holds
-exactly: codes do not depend on the machine, its BLAS, or its number of threads.
+Patches and entries are uint8, so every distance is an integer below 2^24, which float32 holds exactly. Codes therefore do
+not depend on the machine, its BLAS or the number of threads.
 
 Shape letters: N pictures, P patches, K codebook entries, V values of a patch (patch * patch * 3).
 """
@@ -25,11 +25,11 @@ def to_patches(pictures: np.ndarray) -> np.ndarray:
 
 
 def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
-    """Index of the nearest codebook entry of each patch; the lower index where two are equally near.
+    """Index of the nearest codebook entry of each patch; a tie takes the lower index.
 
     Args:
         patches_PV: uint8.
-        codebook_KV: uint8; of shape [K, PATCH, PATCH, 3] as well.
+        codebook_KV: uint8, [K, V] or [K, PATCH, PATCH, 3].
 
     Returns:
         uint16 [P].
@@ -53,7 +53,7 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
     """k-means from random distinct patches; entries are rounded to uint8 in each round.
 
     Args:
-        patches_PV: uint8; what the codebook must not know must not be in here.
+        patches_PV: uint8, of training pictures only.
         codes: Entries wanted (K).
 
     Returns:
@@ -67,12 +67,12 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
         raise DataError(f"codes={codes}: the pictures have only {len(distinct_PV)} distinct patches; ask for fewer codes")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # Each patch weighs as often as it occurs: flat backgrounds then get entries of their own, exact to the last bit.
+    # Each distinct patch is weighted by its count, so that flat backgrounds get exact entries of their own.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)
         weight_K = np.bincount(nearest_P, weights=counts_P, minlength=codes)
-        # Whole numbers below 2^53: bincount's float64 sums are exact.
+        # The sums are integers below 2^53, so bincount's float64 sums are exact.
         sums_VK = np.stack([np.bincount(nearest_P, weights=values_P, minlength=codes) for values_P in weighted_VP])
         entries_KV = np.rint(sums_VK / np.maximum(weight_K, 1)).T.astype(np.uint8)
         unused = np.flatnonzero(weight_K == 0)
@@ -84,7 +84,7 @@ def load_codebook(path: str | Path) -> np.ndarray:
     """Reads a codebook, uint8 [K, PATCH, PATCH, 3].
 
     Raises:
-        DataError: the file is missing, no .npy, or of another shape.
+        DataError: the file is missing, is no .npy file, or has another shape.
     """
     try:
         codebook = np.load(path, allow_pickle=False)

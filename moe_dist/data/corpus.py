@@ -1,4 +1,4 @@
-"""What a data set is made from, before anything is coded: pictures with captions, and texts."""
+"""The sources of a data set before encoding: pictures with captions, texts and instructions."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ VARIATIONS = ("place", "flip", "background")  # place is scale and shift
 
 
 class HoldOut(StrEnum):
-    """What is on the held-out side: whole families, of which nothing is trained on; or variants, each near no training
-    picture, of families that have others in training."""
+    """What is held out: whole families of pictures; or single variants, none close to a training picture, of families that
+    are trained on."""
 
     FAMILIES = "families"
     VARIANTS = "variants"
@@ -19,10 +19,10 @@ class HoldOut(StrEnum):
 @dataclass(frozen=True)
 class Picture:
     """Attributes:
-    key: Name of the picture, unique in its source; its renders are drawn from it.
-    family: Pictures of one family are on one side of the split, unless variants are held out.
+    key: Name of the picture, unique in its source; seeds the random draws of its renders.
+    family: Pictures of one family go to the same side of the split, unless variants are held out.
     path: SVG, or any file that Pillow reads.
-    captions: What it shows, e.g. in several languages; may be empty.
+    captions: Captions, e.g. in several languages; may be empty.
     """
 
     key: str
@@ -44,10 +44,10 @@ class Text:
 class Instruction:
     """Attributes:
     family: As of a picture.
-    prompt: What is read and not scored.
-    answer: What is to be learned.
-    image: A picture before the prompt.
-    side: train or valid; empty where the split decides.
+    prompt: Read but not scored.
+    answer: Scored.
+    image: A picture that stands before the prompt.
+    side: train or valid; empty to let the split decide.
     """
 
     family: str
@@ -91,19 +91,19 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the sources become tokens.
+    """Settings by which the sources become tokens.
 
     Attributes:
         seed: Seed of the split, the renders and the codebook.
         renders: Augmented renders of each training picture, each a document.
-        heldout_renders: The same of each held-out picture.
+        heldout_renders: Likewise for each held-out picture.
         val_fraction: Share of pictures, and of each text source's characters, on the held-out side.
         vocab_size: Tokens of the BPE, special ones included.
         codes: Entries of the codebook.
         tokenizer: A tokenizer.json to use instead of fitting one.
         codebook: A codebook.npy to use instead of fitting one.
-        hold_out: Which pictures are on the held-out side.
-        vary: Which of `VARIATIONS` the renders of a picture differ in.
+        hold_out: Which pictures are held out.
+        vary: The `VARIATIONS` in which the renders of a picture differ.
         caption_first: Share of a picture's documents that have the caption before the picture.
     """
 
@@ -121,5 +121,5 @@ class Recipe:
 
 
 def content_family(content: bytes) -> str:
-    """The family of things that have nothing but their bytes to tell them apart."""
+    """The family of an item known only by its bytes: equal bytes are one family."""
     return hashlib.sha256(content).hexdigest()

@@ -1,6 +1,6 @@
-"""From sources to a data set folder: split, fit the tokenizer and the codebook, code, write, count.
+"""Builds a data set folder from its sources: split, fit tokenizer and codebook, encode, write, count baselines.
 
-Everything fitted is fitted on the training side alone.
+Tokenizer and codebook are fitted on the training side only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,10 +33,10 @@ from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
-_FIT_CHARACTERS = 4_000_000  # of each source that the BPE is fitted on: seconds, where all would be minutes
-_OF_PICTURES = ("hold_out", "vary", "caption_first")  # what a recipe says of pictures and nothing else
+_FIT_CHARACTERS = 4_000_000  # of each source, to fit the BPE: takes seconds, all of it would take minutes
+_OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
 _TEXT_CHUNK = 64  # texts encoded at once
-_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler bits of no picture
+_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags where there is no picture
 
 Figures = dict[str, float]
 Item = TypeVar("Item")
@@ -46,18 +46,18 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
-        The manifest, and figures worth knowing: pictures of each side and the families that they are (where variants are
-        held out, the components of near-equal ones), PSNR of the codes in dB.
+        The manifest, and figures to show: number of pictures and families on each side (with held-out variants, components
+        of near-equal pictures instead of families), PSNR of the codes in dB.
 
     Raises:
-        ConfigError: the recipe asks for what cannot be.
-        DataError: a picture is damaged, or there are too few for the codebook.
+        ConfigError: the recipe has picture options, and the data set has no pictures.
+        DataError: a picture is damaged, or there are too few patches for the codebook.
     """
     pictures, texts, division = corpus.pictures, corpus.texts, None
     asked = [key for key in _OF_PICTURES if getattr(recipe, key) != getattr(Recipe, key)]
     if asked and not pictures:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in asked)
-        raise ConfigError(f"{options}: of pictures only, and this data set has none; leave it out")
+        raise ConfigError(f"{options}: applies to pictures, and this data set has none; leave it out")
     if pictures:
         division = divide(pictures.pictures, rasterise_all(pictures.pictures, report), recipe, report)
     held_out = {source.name: _held_out_texts(source.texts, recipe) for source in texts}
@@ -93,8 +93,8 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 
 def _held_out_instructions(sources: Sequence[InstructionSource], recipe: Recipe) -> dict[str, np.ndarray]:
-    """For each source which of its instructions are held out: a family is on one side in all of them, the one that some of
-    its lines name.
+    """For each source a mask of its held-out instructions. A family goes to one side in all sources: the side that any of
+    its lines names, else the one that the split draws.
 
     Raises:
         DataError: lines of one family name both sides, or a source has nothing to train on.
@@ -139,7 +139,7 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
 
 
 class _Writer:
-    """Codes source after source and keeps what the manifest will say of them."""
+    """Encodes one source after the other and collects their manifest entries."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, recipe: Recipe, report: Report) -> None:
         self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
@@ -151,7 +151,7 @@ class _Writer:
         tokenizer.save(str(folder / TOKENIZER_FILE))
 
     def take_codebook(self, codebook: np.ndarray) -> None:
-        """Pictures are coded by this one, and its codes have ids, whether or not there are pictures."""
+        """Sets the codebook. Its codes get token ids even if the data set has no pictures."""
         np.save(self._folder / CODEBOOK_FILE, codebook)
         self._codebook, self._codes = codebook, len(codebook)
 
@@ -186,12 +186,12 @@ class _Writer:
         self._sources[source.name] = _section(source, splits)
 
     def add_instructions(self, source: InstructionSource, held_out: np.ndarray) -> None:
-        """A document is the picture, the prompt, and the answer behind a space; the answer and the end are scored."""
+        """A document is the picture, the prompt, a space and the answer; answer and end token are scored."""
         pictured = [each for each in source.instructions if each.image is not None]
         if pictured and self._codebook is None:
             raise ConfigError(
-                f"--instructions {source.name}: {len(pictured)} lines have an image, and there is no codebook; give "
-                "that of the model's data: --codebook DATA/codebook.npy --tokenizer DATA/tokenizer.json"
+                f"--instructions {source.name}: {len(pictured)} lines have an image, but there is no codebook; give "
+                "the one of the model's data: --codebook DATA/codebook.npy --tokenizer DATA/tokenizer.json"
             )
         coder = None if self._codebook is None else self._coder(self._codebook, [])
         splits = {}
@@ -273,6 +273,8 @@ def _section(
     source: PictureSource | TextSource | InstructionSource, splits: dict[str, SplitSection | None]
 ) -> SourceSection:
     train = splits["train"]
-    assert train is not None  # hold_out leaves one component at least, and instructions with sides have some of it
+    assert (
+        train is not None
+    )  # hold_out keeps at least one component in training, and all-held-out instructions were refused
     attribution = "" if isinstance(source, InstructionSource) else source.attribution
     return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=attribution)

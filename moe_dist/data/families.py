@@ -1,9 +1,9 @@
-"""Picture families and the split between training and held-out side.
+"""Picture families, and the split into training and held-out pictures.
 
-A model that memorises wins any comparison in which a held-out picture has a twin on the training side. So pictures are
-joined into families first (same emoji but for skin tone, gender or direction; equal or near-equal code grids), and a
-family is on one side as a whole, with all its languages and renders. Where the question is what a model makes of known
-parts, variants are held out instead: near no training picture, but of families that have others in training.
+If a held-out picture has a near copy in training, memorising looks like learning. So pictures are first joined into
+families (one emoji in all skin tones, genders and directions; equal or near-equal code grids), and a family goes to one
+side whole, with all its languages and renders. With held-out variants, single pictures are held out whose family is trained
+on but which are not close to any training picture.
 
 Shape letters: N pictures or documents, C cells of a grid.
 """
@@ -16,9 +16,9 @@ VARIATION_SELECTOR = 0xFE0F
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 JOINER = 0x200D
 GENDER_SIGNS = frozenset({0x2640, 0x2642})
-FACING_RIGHT = 0x27A1  # after a joiner: the mirror picture of the emoji before it
+FACING_RIGHT = 0x27A1  # after a joiner: the mirror image of the emoji before it
 
-# Men and women of one thing are one family: each code point is written as its neutral form.
+# Male and female forms are one family: each code point is replaced by its neutral form.
 _PERSON, _CHILD, _ELDER, _ROYAL, _CLAUS, _HEART, _KISS = 0x1F9D1, 0x1F9D2, 0x1F9D3, 0x1FAC5, 0x1F384, 0x2764, 0x1F48B
 _HOLDING_HANDS = (_PERSON, JOINER, 0x1F91D, JOINER, _PERSON)
 NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
@@ -43,7 +43,7 @@ NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
 def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
     """The code points that an emoji shares with its variants in skin tone, gender and direction.
 
-    A gender sign or arrow counts as a variant only behind a joiner; alone it is a picture of its own.
+    A gender sign or arrow marks a variant only after a joiner; alone it is a picture of its own.
     """
     bare = [point for point in code_points if point != VARIATION_SELECTOR and point not in SKIN_TONES]
     family: list[int] = []
@@ -58,7 +58,7 @@ def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
 def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> list[tuple[int, int]]:
     """Pairs (i, j) with at most `most` cells in which grids_NC[i] and others_NC[j] differ.
 
-    Compares every pair, in N^2 C byte operations: 4,000 pictures of 64 cells take a second, 40,000 take minutes.
+    Compares every pair: N^2 C byte operations. 4,000 pictures of 64 cells take a second, 40,000 take minutes.
     """
     pairs: list[tuple[int, int]] = []
     others_CN = np.ascontiguousarray(others_NC.T)
@@ -73,7 +73,7 @@ def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> lis
 
 
 def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.ndarray:
-    """Union-find: items with equal keys are joined, and so are those of each pair.
+    """Union-find: joins items with equal keys, and the two items of each pair.
 
     Returns:
         int64 [N]: for each item the smallest index of its component.
@@ -95,12 +95,12 @@ def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.nd
 
 
 def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray:
-    """Which pictures may be held out while each family keeps some in training: a component that has the first picture of
-    any family stays there.
+    """Mask of the pictures that may be held out while each family keeps some in training: a component that contains the
+    first picture of any family stays in training.
 
     Args:
-        families: Of each picture.
-        components_N: int64, pictures that are on one side; see `join`.
+        families: Family of each picture.
+        components_N: int64, see `join`.
 
     Returns:
         bool [N].
@@ -112,13 +112,12 @@ def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
     """Draws whole components for the held-out side until it holds about `fraction` of the total size.
 
-    A component larger than a tenth of the held-out side is passed over, unless most are that large: one family must not
-    decide what is measured.
-    With fraction > 0 and two components or more, each side gets at least one.
+    A component larger than a tenth of the held-out side stays in training, unless most are that large, so that no single
+    family dominates the measurement. With fraction > 0 and at least two components, each side gets at least one.
 
     Args:
         components_N: int64, see `join`.
-        sizes_N: int64, what an item weighs: 1 for a picture, characters for a text.
+        sizes_N: int64, size of an item: 1 for a picture, the number of characters for a text.
 
     Returns:
         bool [N]: whether the item is held out.

@@ -1,8 +1,8 @@
-"""Megatron's indexed data sets: written by Megatron's builder, read here.
+"""Megatron's indexed data sets: written with Megatron's builder, read by code of our own.
 
-Megatron's own readers are not used while training: its memory map ends the process with SIGBUS where the file is cut short
-or its disk fails, its plain reader returns whatever lay in memory there, and importing either takes each rank 3 s. Tests
-hold both directions to Megatron. Its builder is imported when something is written.
+Training does not use Megatron's readers. If a file is truncated or its disk fails, the memory-mapped reader kills the
+process with SIGBUS, and the plain reader returns uninitialised memory. Importing either costs each rank 3 s. Tests compare
+reading and writing with Megatron.
 """
 
 import warnings
@@ -27,7 +27,7 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 
 
 def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
-    """Writes <prefix>.bin and <prefix>.idx with Megatron's builder, one sequence a document.
+    """Writes <prefix>.bin and <prefix>.idx with Megatron's builder, one sequence for each document.
 
     Args:
         documents: Token ids of each document, integer [length].
@@ -39,14 +39,14 @@ def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_
 
 
 class IndexedSplit:
-    """Random access to the tokens of one split; a document is what Megatron's index calls one.
+    """Random access to the tokens of one split. Documents are those of Megatron's index.
 
     Attributes:
-        starts_D, lengths_D: int64, first token (counted over the whole file) and number of tokens of each document.
+        starts_D, lengths_D: int64, number in the file of each document's first token, and its number of tokens.
 
     Raises:
         DataError: the files are damaged or disagree with the manifest.
-        StorageError: they cannot be read.
+        StorageError: the files cannot be read.
     """
 
     def __init__(self, folder: str | Path, split: SplitSection) -> None:
@@ -67,21 +67,21 @@ class IndexedSplit:
         self._bit_bytes = -(-split.tokens // 8)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from token `start` of the file on, int64.
+        """`count` tokens, int64, starting at token `start` of the file.
 
         Raises:
-            DataError: the file was cut short since it was opened.
-            StorageError: it cannot be read any more.
+            DataError: the file was truncated after it was opened.
+            StorageError: the file can no longer be read.
         """
         size = self.header.itemsize
         return np.frombuffer(self._tokens.read(start * size, count * size), self.header.dtype).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
-        """Filler bits of the same tokens, bool; all False where the split has none. Raises as `tokens`."""
+        """Filler flags of these tokens, bool; all False if the split has no filler file. Raises as `tokens`."""
         return self._read_bits("filler", start, count)
 
     def prompt(self, start: int, count: int) -> np.ndarray:
-        """Prompt bits of the same tokens, bool; all False where the split has none. Raises as `tokens`."""
+        """Prompt flags of these tokens, bool; all False if the split has no prompt file. Raises as `tokens`."""
         return self._read_bits("prompt", start, count)
 
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
@@ -89,7 +89,7 @@ class IndexedSplit:
         if file is None:
             return np.zeros(count, bool)
         first = start // 8
-        begin = file.size - self._bit_bytes  # an .npy has a header before the bits; bare bytes have none
+        begin = file.size - self._bit_bytes  # skips the header of an .npy file; raw bytes have none
         raw = file.read(begin + first, -(-(start + count) // 8) - first)
         return np.unpackbits(np.frombuffer(raw, np.uint8))[start - 8 * first :][:count].astype(bool)
 
@@ -106,6 +106,6 @@ class IndexedSplit:
 
 def _megatron() -> ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tells that Transformer Engine and Apex are absent, which matters not here
+        warnings.simplefilter("ignore")  # it warns that Transformer Engine and Apex are absent; the builder needs neither
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

@@ -1,7 +1,7 @@
-"""From a prepared folder to batches: the stream of training sequences, and the held-out ones.
+"""Batches from a prepared data set: the stream of training sequences, and the held-out sequences.
 
-The training stream is a pure function of (data, seed, position): sequence q of the stream is the same for any number of
-ranks and any micro-batch size, and nothing but the number of sequences drawn has to be saved to go on.
+The training stream is a pure function of (data, seed, position). Sequence q is the same for any number of ranks and any
+micro-batch size, so the only state to save is the number of sequences drawn.
 """
 
 import zlib
@@ -25,23 +25,24 @@ _HELDOUT_WINDOW = 512
 class TrainLoader:
     """Training batches of one rank.
 
-    Documents are shuffled and packed once for (seed, source); the order of the sequences is drawn anew for each epoch of
-    the source. Each document is thus seen exactly once an epoch, an epoch has a fixed number of sequences, and any position
-    is reached without replaying. Packing takes about 3 s for a million documents and is kept in memory (32 bytes a piece).
+    Documents are shuffled and packed once for (seed, source). Each epoch of a source draws a new order of its sequences. So
+    each document is seen exactly once in an epoch, every epoch has the same number of sequences, and any position is
+    reached without replay. Packing a million documents takes about 3 s; the result stays in memory (32 bytes for each
+    piece).
 
     Args:
         folder: Folder of the data set.
         manifest: Its manifest.
         seq_len: Tokens of a sequence.
-        weights: Share of sequences of each source; a source that is not named is left out. Empty: in proportion to tokens.
-        pack_window: Pieces among which the packer looks for a best fit.
-        seed: Seed of all orders.
+        weights: Share of sequences from each source; unnamed sources are not used. Empty: in proportion to tokens.
+        pack_window: Pieces that the packer fits at a time.
+        seed: Seeds all shuffles.
         global_batch: Sequences a step over all ranks; a multiple of world_size * micro_batch.
         micro_batch: Sequences of a batch.
-        rank, world_size: Which share of each step is this rank's.
+        rank, world_size: Select this rank's share of each step.
 
     Raises:
-        ConfigError: weights name a source that is not there.
+        ConfigError: weights name an unknown source.
         DataError: files are damaged or disagree with the manifest.
     """
 
@@ -87,9 +88,9 @@ class TrainLoader:
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """How often the training tokens of each modality have been seen when `position` sequences are drawn.
+        """Epochs of each modality after `position` sequences: how often its training tokens have been seen.
 
-        A modality's epochs are those of the sources in use, weighted by their tokens of it; 0 where there are none.
+        The mean over the sources in use, weighted by their tokens of the modality; 0 if they have none.
         """
         drawn = self._mixture.drawn(position)
         modalities = next(iter(self._tokens.values()))
@@ -112,13 +113,13 @@ def heldout_batches(
     rank: int,
     world_size: int,
 ) -> list[Batch]:
-    """This rank's batches of at most `sequences` held-out sequences of a source, evenly spread over its held-out side.
+    """This rank's batches of at most `sequences` held-out sequences of a source, spread evenly over its held-out split.
 
-    Every rank gets the same number of batches; rows (and whole batches) of padding fill up. A source without a held-out
-    side gives none. The same sequences come for any world_size and micro_batch.
+    Every rank gets the same number of batches, filled up with padding. A source without a held-out split gives no batch.
+    The choice of sequences does not depend on world_size or micro_batch.
 
     Raises:
-        ConfigError: there is no such source.
+        ConfigError: the source is unknown.
         DataError: files are damaged or disagree with the manifest.
     """
     if source not in manifest.sources:
@@ -142,10 +143,10 @@ def heldout_batches(
 
 
 def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str, float]:
-    """Share of sequences of each source in use, adding up to 1, in the manifest's order.
+    """Share of sequences of each source in use, in the manifest's order; the shares sum to 1.
 
     Raises:
-        ConfigError: weights name a source that is not there.
+        ConfigError: weights name an unknown source.
     """
     unknown = sorted(set(weights) - set(manifest.sources))
     if unknown:
@@ -168,7 +169,7 @@ class _Stream:
         self._pieces = cut(self._data.starts_D[order], self._data.lengths_D[order], seq_len=seq_len)
         self._packing = pack(self._pieces.length_P, seq_len=seq_len, window=window)
         if not len(self._packing):
-            raise DataError(f"{self._data.prefix}: holds no token")
+            raise DataError(f"{self._data.prefix}: holds no token; name a source with training tokens")
         self._epochs = ShuffledEpochs(named, len(self._packing))
 
     def __len__(self) -> int:
@@ -192,7 +193,7 @@ def _batch_maker(manifest: Manifest, seq_len: int) -> BatchMaker:
 
 
 def _tokens_by_modality(folder: str | Path, manifest: Manifest, source: str) -> dict[str, int]:
-    """Counts of the manifest; counted from the file where a hand-written manifest leaves them out."""
+    """Token counts from the manifest, or counted in the file if a hand-written manifest has none."""
     split = manifest.sources[source].train
     counts = split.tokens_by_modality or count_by_modality(Path(folder) / split.path, manifest.modalities)
     return {modality: counts.get(modality, 0) for modality in manifest.modalities}

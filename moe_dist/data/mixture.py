@@ -1,7 +1,7 @@
-"""Which source each sequence of the global stream comes from: a closed form of the sequence's number.
+"""Assigns each sequence of the global stream to a source, as a closed form of its number.
 
-A pattern of SLOTS slots repeats for ever. So the state of the whole data stream is one integer, the number of sequences
-drawn, whatever the number of sources, ranks or epochs.
+A pattern of SLOTS slots repeats. So the state of the data stream is a single integer, the number of sequences drawn, for
+any number of sources, ranks and epochs.
 
 Shape letters: S sources.
 """
@@ -16,10 +16,10 @@ SLOTS = 1000
 
 
 class Mixture:
-    """Sources interleaved in proportion to their shares, to 1 / SLOTS; each source gets at least one slot.
+    """Interleaves sources in proportion to their shares, rounded to 1 / SLOTS; each source gets at least one slot.
 
     Args:
-        shares: Share of each source, positive, of any sum.
+        shares: Positive share of each source; any sum.
 
     Raises:
         ConfigError: more sources than slots, or a share that is not positive.
@@ -31,7 +31,7 @@ class Mixture:
         self.names = tuple(shares)
         self._slots_S = _slots(np.array(list(shares.values()), np.float64))
         self._pattern = _pattern(self._slots_S)
-        # Row s: slots before slot s that belong to each source.
+        # Row s counts, for each source, its slots before slot s.
         self._before = np.zeros((SLOTS + 1, len(self.names)), np.int64)
         np.cumsum(self._pattern[:, None] == np.arange(len(self.names)), axis=0, out=self._before[1:])
 
@@ -48,7 +48,7 @@ class Mixture:
 
 
 def _slots(shares_S: np.ndarray) -> np.ndarray:
-    """Whole slots by largest remainder, at least one for each source; they add up to SLOTS."""
+    """Number of slots of each source, by largest remainder, at least 1; their sum is SLOTS."""
     wanted_S = np.maximum(shares_S / shares_S.sum() * SLOTS, 1)
     slots_S = np.floor(wanted_S).astype(np.int64)
     while slots_S.sum() != SLOTS:
@@ -60,7 +60,7 @@ def _slots(shares_S: np.ndarray) -> np.ndarray:
 
 
 def _pattern(slots_S: np.ndarray) -> np.ndarray:
-    """Source of each slot, by largest deficit: each goes to the source that is furthest behind its due."""
+    """Source of each slot: always the source that is furthest behind its share."""
     given_S = np.zeros_like(slots_S)
     pattern = np.empty(SLOTS, np.int64)
     for slot in range(SLOTS):

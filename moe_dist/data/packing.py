@@ -1,7 +1,7 @@
-"""Packing documents into sequences of a fixed length: pure functions of their arguments.
+"""Packs documents into sequences of a fixed length. Pure functions.
 
-A document longer than a sequence is cut into pieces; pieces are put together by best fit. Attention and positions restart
-at each piece, so which pieces share a sequence does not matter to the model, only to how little padding is left.
+A document longer than a sequence is cut into pieces, and pieces are combined by best fit. Attention and positions restart
+at each piece, so the choice of pieces in a sequence affects only the amount of padding.
 
 Shape letters: D documents, P pieces, Q sequences.
 """
@@ -17,9 +17,9 @@ class Pieces:
     """Runs of tokens, each within one document.
 
     Attributes:
-        start_P: int64, first token, counted over the whole file.
+        start_P: int64, number in the file of the first token.
         length_P: int64, tokens, at most the sequence length.
-        goes_on_P: bool, whether the document goes on behind the piece: its last token then has a label as well.
+        goes_on_P: bool, whether the document continues after the piece; the last token then has a label too.
     """
 
     start_P: np.ndarray
@@ -48,7 +48,7 @@ class Packing:
 
 
 def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
-    """Cuts documents into pieces of at most `seq_len` tokens, in document order; an empty document gives none."""
+    """Cuts documents into pieces of at most `seq_len` tokens, in document order; an empty document gives no piece."""
     count_D = -(-lengths_D // seq_len)
     document_P = np.repeat(np.arange(len(lengths_D)), count_D)
     within_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
@@ -57,9 +57,9 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
 
 
 def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
-    """Best fit, longest first, among `window` pieces at a time; sequences left open at a window's end stay as they are.
+    """Best fit, longest first, over windows of `window` pieces; sequences not full at the end of a window get padding.
 
-    Within a sequence pieces lie from long to short. 100,000 pieces take about a quarter of a second.
+    Pieces in a sequence are sorted from long to short. 100,000 pieces take about a quarter of a second.
 
     Args:
         lengths_P: int64, from 1 to seq_len.
@@ -76,7 +76,7 @@ def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
 
 def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     sequences: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, sequence) of the open sequences, rising
+    room: list[tuple[int, int]] = []  # (free tokens, sequence) of the sequences with room, sorted
     for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
         tightest = bisect_left(room, (lengths[piece], 0))
         if tightest < len(room):

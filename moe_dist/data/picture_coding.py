@@ -1,11 +1,13 @@
-"""Pictures to documents: split them by family, fit the codebook on the training side, code the renders.
+"""Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes the renders.
 
-Near-equal pictures must be on one side before the codebook is fitted, but are recognised by codes. So there are two
-codebooks. A provisional one, fitted on the plain renders of all pictures, serves the comparison alone and is thrown away.
-Families that it joins are split; the real codebook is fitted on training renders only. Then the comparison is repeated with
-the real one: a held-out family that it brings near to a training picture goes over to the training side (the codebook stays
-as it is, fitted on a part of the training side). The two sides are thus apart by either codebook. Where variants are held
-out, all of this is done with pictures in the place of families.
+Near-equal pictures must be on one side before the codebook is fitted, but they are recognised by their codes. So there are
+two codebooks:
+1. A provisional one, fitted on plain renders of all pictures, finds near-equal pictures and is then discarded. The families
+   that it joins are split.
+2. The final one is fitted on training renders only. The comparison is repeated with it: a held-out family that is now close
+   to a training picture moves to training, and the codebook is not fitted again.
+The two sides are therefore apart under both codebooks. With held-out variants the same happens with pictures instead of
+families.
 
 Shape letters: N pictures, R renders of a picture, C cells of a grid.
 """
@@ -23,18 +25,18 @@ from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.progress import Report
 
-NEAR_CELLS = 8  # grids that differ in at most so many of their 64 cells are near-equal
-_FIT_RENDERS = 4000  # training renders that the codebook is fitted on: 256,000 patches, 3 s
-_CHUNK = 64  # pictures coded at once
+NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
+_FIT_RENDERS = 4000  # training renders to fit the codebook on: 256,000 patches, 3 s
+_CHUNK = 64  # pictures encoded at once
 
 
 @dataclass(frozen=True)
 class Division:
-    """The pictures' two sides.
+    """The pictures of both sides of the split.
 
     Attributes:
         rasters_N: uint8 RGBA [N, RASTER, RASTER, 4].
-        component_N: int64, pictures with one number are on one side: a family, or near-equal variants.
+        component_N: int64, equal for pictures that must stay on one side: a family, or near-equal variants.
         held_out_N: bool; equal within a component.
         codebook: uint8 [codes, PATCH, PATCH, 3], fitted on training pictures.
     """
@@ -50,7 +52,7 @@ class Document:
     """Attributes:
     tokens: int64.
     filler: bool, of the same length: the token is an empty cell of a picture.
-    prompt: bool, of the same length: the token is read and not scored; None where all are scored.
+    prompt: bool, of the same length: the token is read but not scored; None if all are scored.
     """
 
     tokens: np.ndarray
@@ -68,17 +70,17 @@ def rasterise_all(pictures: Sequence[Picture], report: Report) -> np.ndarray:
 
 
 def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, report: Report) -> Division:
-    """Splits pictures by family and near-equality, and fits (or loads) the codebook, as the module's text says.
+    """Splits pictures by family and near-equality, and fits or loads the codebook (see the module docstring).
 
     Raises:
-        ConfigError: variants are to be held out, and there are none that could be.
+        ConfigError: variants are to be held out, but no picture qualifies.
     """
     report("split families", 0, 2)
     plain_patches = to_patches(np.stack([plain(raster).pixels for raster in rasters]))
     mirrored_patches = to_patches(np.stack([plain(raster, mirrored=True).pixels for raster in rasters]))
 
     def joined(keys: Sequence[object], codebook: np.ndarray) -> np.ndarray:
-        # Renders are flipped at random, so a mirror picture is near as well.
+        # Renders are flipped at random, so a mirror image counts as near too.
         grids_NC = encode(plain_patches, codebook).reshape(-1, GRID * GRID)
         mirrored_NC = encode(mirrored_patches, codebook).reshape(-1, GRID * GRID)
         near = near_pairs(grids_NC, grids_NC, most=NEAR_CELLS) + near_pairs(grids_NC, mirrored_NC, most=NEAR_CELLS)
@@ -95,15 +97,15 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     held_out_N &= ~np.isin(component_N, component_N[~held_out_N])
     if recipe.hold_out == HoldOut.VARIANTS and recipe.val_fraction > 0 and not held_out_N.any():
         raise ConfigError(
-            "--hold-out variants: no picture is a variant of another and unlike all of those that stay in training; hold "
-            "out families, the default (docs/data.md)"
+            "--hold-out variants: no picture has a variant in training without being close to a training picture; hold out "
+            "families, the default (docs/data.md)"
         )
     report("split families", 2, 2)
     return Division(rasters, component_N, held_out_N, codebook)
 
 
 def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """The pictures that are held out for now, bool [N]: `val_fraction` of all, as far as there are so many variants."""
+    """Mask of the pictures held out at first, bool [N]: `val_fraction` of all, or fewer if there are fewer variants."""
     may_N = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
     held_out_N = np.zeros(len(families), bool)
     if may_N.any():
@@ -113,7 +115,7 @@ def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> 
 
 
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """A codebook of the chosen pictures' renders, or of an even sample of them."""
+    """Fits a codebook on the renders of the chosen pictures, or on an even sample of them."""
     every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
     sample = every[:: -(-len(every) // _FIT_RENDERS)]
     renders = [
@@ -124,17 +126,17 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 
 
 class PictureCoder:
-    """Makes the documents of pictures: each render with one of the captions, before or behind the picture.
+    """Makes documents from pictures: each render with one of its captions, before or after the picture.
 
-    Captions rotate over the renders of a picture. Their place is chosen anew each time round, so that they are before the
-    picture in the recipe's share of the documents. Both by number alone.
+    Captions rotate over the renders of a picture. The caption stands first in `recipe.caption_first` of the documents. Both
+    follow from the numbers of picture and render, without random draws.
 
     Args:
         codebook: uint8 [codes, PATCH, PATCH, 3].
         first_code: Token id of code 0.
         special: Id of each special token.
         captions: Token ids of each caption.
-        recipe: Of the renders, and of the captions' place.
+        recipe: Settings of the renders and of the caption's position.
     """
 
     def __init__(
@@ -168,13 +170,14 @@ class PictureCoder:
             report(stage, start + len(chunk), len(pictures))
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A picture as it is, between its marks: token ids, and filler bits of the same length."""
+        """A picture without augmentation, between its begin and end tokens: token ids, and filler flags of the same
+        length."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 
     @property
     def psnr(self) -> float:
-        """Peak signal-to-noise ratio of everything coded so far, in dB."""
+        """Peak signal-to-noise ratio of all pictures encoded so far, in dB."""
         return float(10 * np.log10(255**2 * self._values / max(self._squared_error, 1e-9)))
 
     def _code(self, pixels: np.ndarray) -> np.ndarray:
@@ -196,7 +199,7 @@ class PictureCoder:
             turn, which = divmod(index, len(picture.captions))
             caption = self._captions[picture.captions[which]]
             share, time = self._recipe.caption_first, turn + number
-            at = 0 if int(share * (time + 1)) > int(share * time) else 1  # before the picture, or behind it
+            at = 0 if int(share * (time + 1)) > int(share * time) else 1  # 0: caption before the picture, 1: after it
             parts.insert(at, caption)
             fillers.insert(at, np.zeros(len(caption), bool))
         return Document(

@@ -1,7 +1,7 @@
-"""From a picture file to small renders: rasterise once, then scale, shift, flip and lay on a background.
+"""Renders picture files: rasterises once, then scales, shifts, flips and puts them on a background.
 
-A raster is uint8 RGBA [RASTER, RASTER, 4]. A render is what gets coded: RGB pixels [SIDE, SIDE, 3] and, for each patch,
-whether nothing of the picture is in it (`empty`, bool [GRID, GRID]).
+A raster is uint8 RGBA [RASTER, RASTER, 4]. A render is the input of the codebook: RGB pixels [SIDE, SIDE, 3], and for each
+patch whether it shows only background (`empty`, bool [GRID, GRID]).
 """
 
 import io
@@ -19,7 +19,7 @@ from moe_dist.errors import DataError
 
 RASTER = 64
 SCALES = (0.75, 1.1)
-# Light colours: the black outlines of drawings stay visible on all of them.
+# Light colours, so that black outlines stay visible on each.
 BACKGROUNDS = (
     (255, 255, 255),
     (216, 216, 216),
@@ -34,14 +34,14 @@ BACKGROUNDS = (
 
 @dataclass(frozen=True)
 class Render:
-    """Attributes: pixels: uint8 [SIDE, SIDE, 3]; empty: bool [GRID, GRID], patches without any of the picture."""
+    """Attributes: pixels: uint8 [SIDE, SIDE, 3]; empty: bool [GRID, GRID], patches that show only background."""
 
     pixels: np.ndarray
     empty: np.ndarray
 
 
 def rasterise(path: str | Path) -> np.ndarray:
-    """A picture file (SVG, or what Pillow reads) as a raster; other shapes are centred, with transparent margins.
+    """Rasterises a picture file (SVG, or a format of Pillow); a picture that is not square gets transparent margins.
 
     Raises:
         DataError: the file is damaged or of an unknown kind.
@@ -65,17 +65,17 @@ def rasterise(path: str | Path) -> np.ndarray:
 
 
 def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
-    """The picture as it is, on white: what near-equal pictures are recognised by."""
+    """The picture without augmentation on white; near-equal pictures are found by these renders."""
     return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
 
 
 def augmented(raster: np.ndarray, *, seed: int, key: str, index: int, vary: Collection[str] = VARIATIONS) -> Render:
-    """Render `index` of the picture called `key`: scale, shift, flip and background drawn from (seed, key, index) alone;
-    those that do not vary are as in `plain`.
+    """Render `index` of picture `key`. Scale, shift, flip and background are drawn from (seed, key, index) alone; what
+    `vary` leaves out is as in `plain`.
     """
     rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
     side = round(SIDE * rng.uniform(*SCALES))
-    room = SIDE - side  # negative where the picture is larger than the frame, which then cuts it
+    room = SIDE - side  # negative if the picture is larger than the frame and gets cropped
     x, y = rng.integers(min(room, 0), max(room, 0), size=2, endpoint=True).tolist()
     background, mirrored = BACKGROUNDS[rng.integers(len(BACKGROUNDS))], bool(rng.integers(2))
     if "place" not in vary:

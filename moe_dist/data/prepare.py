@@ -1,7 +1,7 @@
-"""Prepares a data set folder: one writer, all or nothing.
+"""Prepares a data set folder atomically, with one writer.
 
-The folder is built under a hidden name beside its place and renamed when it is complete. A lock file beside it keeps other
-writers waiting; what an interrupted one left is removed by the next.
+The folder is built under a hidden name beside its final place and renamed when complete. A lock file makes other writers
+wait. The next writer removes the remains of an interrupted one.
 """
 
 import json
@@ -25,7 +25,7 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the contents come from; with neither text nor images it is the default corpus.
+    """Sources of the data set; without text, images and instructions it is the default corpus.
 
     Attributes:
         text: Folder or JSONL of the user's texts.
@@ -33,7 +33,7 @@ class Inputs:
         extra_text: More text sources by name, each a folder or JSONL.
         licence: Licence of the user's own contents.
         instructions: Sources of instructions by name, each a JSONL file.
-        languages: Of the default pictures' names; empty is all that there are.
+        languages: Languages of the captions of the default pictures; empty for all.
     """
 
     text: str | None = None
@@ -45,16 +45,16 @@ class Inputs:
 
 
 def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[Manifest, bool]:
-    """Builds the data set in folder `out`, unless it is there already: then the call costs a second.
+    """Builds the data set in folder `out`. If it exists already, it is only checked, which takes a second.
 
     Returns:
-        The manifest, and whether it was built now.
+        The manifest, and whether this call built it.
 
     Raises:
-        ConfigError: `out` holds something else, or a data set made otherwise; or an input is missing.
+        ConfigError: `out` holds other files or a data set made with other options; or an input is missing.
         DataError: an input, or the finished data set, is damaged.
     """
-    out = out.resolve()  # a link's target is what is renamed over
+    out = out.resolve()  # the rename must replace the target of a link, not the link
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked):
         return done, False
@@ -68,7 +68,7 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report) -> tuple[
     with held:
         if done := _finished(out, asked):
             return done, False
-        from moe_dist.data.corpus_build import build  # seconds of imports that a finished folder can do without
+        from moe_dist.data.corpus_build import build  # imports take seconds and are not needed for a finished folder
 
         with renamed_when_complete(out) as folder:
             manifest, figures = build(folder, out.name, _sources(inputs), recipe, report)
@@ -81,15 +81,15 @@ def _as_json(inputs: Inputs, recipe: Recipe) -> dict:
 
 
 def _finished(out: Path, asked: dict) -> Manifest | None:
-    """The manifest if `out` holds a whole data set of the same making, None if it is free."""
+    """The manifest if `out` holds a complete data set made with the same options; None if `out` is empty or missing."""
     from moe_dist.config.split_files import check_split
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
-        raise ConfigError(f"--out {out}: holds what prepare_data did not make; name an empty or new folder")
+        raise ConfigError(f"--out {out}: holds files that prepare-data did not write; name an empty or new folder")
     written = json.loads((out / RECIPE_FILE).read_text())
-    # An option that is not written down is younger than the folder, which was made as its default has it.
+    # An option missing from the record did not exist yet: the folder was made with its default.
     made = {section: values | written[section] for section, values in _as_json(Inputs(), Recipe()).items()}
     differ = [
         f"{section}.{key} is {made[section][key]!r}, asked for {value!r}"
@@ -98,12 +98,14 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
         if made[section][key] != value
     ]
     differ += [
-        f"{section}.{key} is {written[section][key]!r}, and this version has no such option"
+        f"{section}.{key} is {written[section][key]!r}, an option that this version does not have"
         for section, values in asked.items()
         for key in sorted(written[section].keys() - values.keys())
     ]
     if differ:
-        raise ConfigError(f"--out {out}: made otherwise ({'; '.join(differ)}); name another folder, or remove this one")
+        raise ConfigError(
+            f"--out {out}: made with other options ({'; '.join(differ)}); name another folder, or remove this one"
+        )
     manifest = load_manifest(out)
     for source in manifest.sources.values():
         for split in filter(None, (source.train, source.valid)):
@@ -113,19 +115,19 @@ def _finished(out: Path, asked: dict) -> Manifest | None:
 
 @contextmanager
 def renamed_when_complete(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, which takes its place when the block ends well and is removed when it does not."""
+    """A hidden folder beside `out` that replaces it when the block succeeds and is removed when the block fails."""
     folder = out.parent / f".{out.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
-        folder.replace(out)  # over an empty folder, or none
+        folder.replace(out)  # `out` is missing or an empty folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sources(inputs: Inputs) -> Corpus:
-    """What to build from. Imports only what these inputs need."""
+    """The sources to build from. Imports only the modules that these inputs need."""
     from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 
     _check_names(inputs)
@@ -139,8 +141,8 @@ def _sources(inputs: Inputs) -> Corpus:
         pictures, texts = openmoji(inputs.languages or LANGUAGES), [python_library()]
     elif inputs.languages:
         raise ConfigError(
-            f"--languages {','.join(inputs.languages)}: chooses among the names of the default pictures, which this data "
-            "set is without; leave it out"
+            f"--languages {','.join(inputs.languages)}: selects captions of the default pictures, which this data "
+            "set does not use; leave it out"
         )
     if inputs.images is not None:
         pictures = picture_files("images", Path(inputs.images), inputs.licence)
@@ -162,6 +164,6 @@ def _check_names(inputs: Inputs) -> None:
         except ValidationError as error:
             raise ConfigError(f"{option} {name!r}: a name has letters, digits, '.', '_' and '-' only") from error
         if name in taken:
-            raise ConfigError(f"{option} {name!r}: one of {', '.join(sorted(taken))}, which have a meaning; rename it")
+            raise ConfigError(f"{option} {name!r}: one of {', '.join(sorted(taken))}; these names are reserved, rename it")
     if both := sorted(set(inputs.extra_text) & set(inputs.instructions)):
         raise ConfigError(f"--instructions {', '.join(both)}: --extra-text has the same name; rename one")

@@ -1,4 +1,4 @@
-"""Byte-level BPE, a thin layer over `tokenizers`: any text encodes, and decodes to itself."""
+"""Byte-level BPE with `tokenizers`: every text can be encoded, and decodes to itself."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,13 +13,16 @@ SMALLEST_VOCAB = len(SPECIALS) + 256
 
 
 def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Fits a BPE with the special tokens first. A small corpus may yield fewer than `vocab_size` tokens.
+    """Fits a BPE; the special tokens get the first ids. A small corpus may yield fewer than `vocab_size` tokens.
 
     Raises:
-        ConfigError: vocab_size has no room for the special tokens and the bytes.
+        ConfigError: vocab_size is too small for the special tokens and the bytes.
     """
     if vocab_size < SMALLEST_VOCAB:
-        raise ConfigError(f"vocab_size={vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes need room")
+        raise ConfigError(
+            f"vocab_size={vocab_size} is too small for {len(SPECIALS)} special tokens and 256 bytes; take at least "
+            f"{SMALLEST_VOCAB}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +48,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f"tokenizer {str(path)!r} cannot be read: {error}") from error
     missing = [token for token in SPECIALS if tokenizer.token_to_id(token) is None]
     if missing:
-        raise DataError(f"tokenizer {str(path)!r} lacks {', '.join(missing)}; use one that prepare_data made")
+        raise DataError(f"tokenizer {str(path)!r} lacks {', '.join(missing)}; use one written by prepare-data")
     return _plain_specials(tokenizer)
 
 
@@ -55,11 +58,11 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Id of each special token; `fit_tokenizer` and `load_tokenizer` see to it that all are there."""
+    """Id of each special token; `fit_tokenizer` and `load_tokenizer` guarantee that all exist."""
     return {token: found for token in SPECIALS if (found := tokenizer.token_to_id(token)) is not None}
 
 
 def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
-    # A text that happens to say "<eos>" is text: without this it would end its document. The file does not keep it.
+    # Encode a literal "<eos>" in a text as plain text; it must not end the document. The setting is not stored in the file.
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -26,15 +26,25 @@ def active_experts(**by_group: list[float]) -> dict[str, Any]:
 def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
     assert check(tiny_config(tiny_data, tmp_path, SOUND)).config.model.moe.router.kind == "scheduled_top_k"
     mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}  # of layer 0
-    check(tiny_config(tiny_data, tmp_path, {**SOUND, **active_experts(text=[2.0, 1.5], image=[1.0, 0.5]), **mixture_of_depths}))
+    check(
+        tiny_config(
+            tiny_data, tmp_path, {**SOUND, **active_experts(text=[2.0, 1.5], image=[1.0, 0.5]), **mixture_of_depths}
+        )
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
         (active_experts(text=[1.0, 1.0]), "active_experts names text; model.moe.groups are text, image: name each of them"),
-        (active_experts(text=[1.0], image=[1.0, 1.0]), "active_experts.text has 1 numbers for 2 MoE layers: give one for each"),
-        (active_experts(text=[1.0, 2.5], image=[1.0, 1.0]), "active_experts.text has 2.5, above model.moe.groups.text.top_k=2: lower it"),
+        (
+            active_experts(text=[1.0], image=[1.0, 1.0]),
+            "active_experts.text has 1 numbers for 2 MoE layers: give one for each",
+        ),
+        (
+            active_experts(text=[1.0, 2.5], image=[1.0, 1.0]),
+            "active_experts.text has 2.5, above model.moe.groups.text.top_k=2: lower it",
+        ),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
             "model.moe.groups.text has null or zero-computation experts: model.moe.router.kind=scheduled_top_k takes true ones alone",

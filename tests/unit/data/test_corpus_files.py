@@ -100,7 +100,7 @@ def test_instructions(tmp_path: Path) -> None:
         ('{"prompt": " ", "answer": "b"}', 'line 2: needs a "prompt" that is not empty'),
         ('{"prompt": "a", "answer": 3}', '"answer" is int, not a string'),
         ('{"prompt": "a", "answer": "b", "picture": "c"}', "unknown key picture; an instruction has prompt, answer"),
-        ('{"prompt": "a", "answer": "b", "image": "c.png"}', r"c\.png', and there is no such file"),
+        ('{"prompt": "a", "answer": "b", "image": "c.png"}', r"c\.png', which does not exist"),
         ('{"prompt": "a", "answer": "b", "side": "test"}', "'test'; it is train or valid"),
         ('{"prompt": "a", "answer": "b", "side": "train"}', 'some lines have a "side" and some have none'),
     ],
@@ -113,7 +113,7 @@ def test_a_wrong_instruction_is_named(tmp_path: Path, line: str, words: str) -> 
 
 def test_instructions_without_a_training_side_are_refused(tmp_path: Path) -> None:
     (tmp_path / "i.jsonl").write_text('{"prompt": "a", "answer": "b", "side": "valid"}\n')
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="nothing is left to train on"):
         instruction_files("i", tmp_path / "i.jsonl", "")
     (tmp_path / "i.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="holds no line"):

@@ -163,7 +163,7 @@ def test_instructions_on_the_ids_of_another_set(own: Path, made: Path, tmp_path:
     arguments = ("--tokenizer", made / "tokenizer.json", "--instructions", f"asked={own / 'asked.jsonl'}", *OPTIONS)
     result = command("--out", tmp_path / "without", *arguments)
     assert result.exit_code == 78
-    assert "20 lines have an image, and there is no codebook" in result.output.replace("\n", " ")
+    assert "20 lines have an image, but there is no codebook" in result.output.replace("\n", " ")
     result = command("--out", tmp_path / "set", *arguments, "--codebook", made / "codebook.npy")
     assert result.exit_code == 0, result.output
     manifest, base = load_manifest(tmp_path / "set"), load_manifest(made)
@@ -242,9 +242,9 @@ def test_a_set_made_otherwise_is_not_touched(own: Path, made: Path) -> None:
 
 def test_a_folder_of_something_else_is_not_touched(own: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="holds what prepare_data did not make"):
+    with pytest.raises(ConfigError, match="holds files that prepare-data did not write"):
         prepare(tmp_path, inputs(own), RECIPE, silent)
-    with pytest.raises(ConfigError, match="holds what prepare_data did not make"):
+    with pytest.raises(ConfigError, match="holds files that prepare-data did not write"):
         prepare(tmp_path / "thesis.txt", inputs(own), RECIPE, silent)
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
 
@@ -308,7 +308,7 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
         (("--instructions", "a=missing", "--extra-text", "a=missing"), "has the same name"),
         (("--vary", "place,colour"), "--vary colour: renders differ in some of place,flip,background"),
         (("--languages", "en,it"), "--languages it: the pictures have names in en, de, fr, ja, es"),
-        (("--languages", "en,fr,en", "--text", "missing"), "--languages en,fr: chooses among the names of the default"),
+        (("--languages", "en,fr,en", "--text", "missing"), "--languages en,fr: selects captions of the default"),
     ],
 )
 def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words: str) -> None:
@@ -321,7 +321,7 @@ def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words:
 def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> None:
     result = command("--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS)
     assert result.exit_code == 78
-    assert "no picture is a variant of another" in result.output.replace("\n", " ")
+    assert "no picture has a variant in training" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
     recipe = replace(RECIPE, hold_out=HoldOut.VARIANTS, val_fraction=0.0)
     manifest, _ = prepare(tmp_path / "all", Inputs(images=str(own / "pictures")), recipe, silent)
@@ -333,7 +333,7 @@ def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, as
     result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked.split(), *OPTIONS)
     assert result.exit_code == 78
     named = ", ".join(word for word in asked.split() if word.startswith("--"))
-    assert f"{named}: of pictures only, and this data set has none; leave it out" in result.output.replace("\n", " ")
+    assert f"{named}: applies to pictures, and this data set has none; leave it out" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
 
 
@@ -346,7 +346,7 @@ def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     if one_component:
         variants = [number for number in range(40) if number % 4]
         monkeypatch.setattr(picture_coding, "near_pairs", lambda *_, most: [(1, each) for each in variants])
-        with pytest.raises(ConfigError, match="unlike all of those that stay in training"):
+        with pytest.raises(ConfigError, match="without being close to a training picture"):
             prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
         return
     manifest, _ = prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
@@ -387,7 +387,7 @@ def test_a_set_that_is_older_than_an_option_was_made_by_its_default(own: Path, t
         prepare(tmp_path / "set", inputs(own), replace(RECIPE, caption_first=0.9), silent)
     older["recipe"]["colours"] = "few"
     path.write_text(json.dumps(older))
-    with pytest.raises(ConfigError, match=r"recipe\.colours is 'few', and this version has no such option"):
+    with pytest.raises(ConfigError, match=r"recipe\.colours is 'few', an option that this version does not have"):
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
 
 
