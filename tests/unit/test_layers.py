@@ -1,51 +1,35 @@
-"""The nevers of the design, each a rule over the imports or the syntax tree, and each shown to fail on a planted line."""
+"""The import graph stays small, and the nevers hold. Each rule reads imports or syntax trees and is seen to fail on a plant.
+
+Rooms, floors and arrows are defined and computed in docs/import_graph.py. Imports inside functions and under TYPE_CHECKING
+count like all others; those that exist in no other form are printed apart.
+"""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from docs.import_graph import DRAWING, TOPS, ImportGraph, Source, draw, read_sources, room_of
+
 ROOT = Path(__file__).parents[2]
 
-# Top down: a room imports from lower floors, and on its own floor only where no circle comes of it.
-FLOORS = (
-    {"train", "dry_run", "tools"},
-    {
-        "trainer",
-        "build",
-        "build_dispatch",
-        "build_routing",
-        "build_tuning",
-        "build_lora",
-        "base_weights",
-        "session",
-        "resume",
-        "starting_weights",
-        "trained",
-        "training_step",
-        "sizes",
-        "doctor",
-    },
-    {"router_tuning"},
-    {"parallel", "megatron", "evaluation", "generation", "hf"},
-    {"model", "monitor", "checkpoint", "loss"},
-    {"moe", "data", "optim"},
-    {"preflight", "runtime", "launchers"},
-    {"placement", "config", "comm", "errors"},
-)
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MOST_FLOORS, MOST_ROOMS, MOST_ARROWS = 8, 22, 110
+LOOSE_FILES = ("__init__.py", "__main__.py", "errors.py", "command_line.py")
+# The console command starts launchers and tools by name; no other file of the package may know them.
+COMMAND_LINE = "moe_dist/command_line.py"
 SINGLE_DEVICE = ("moe", "model")
+# Folders and files that a login node imports without torch.
 TORCH_FREE = (
     "moe_dist/__init__.py",
     "moe_dist/errors.py",
     "moe_dist/config",
     "moe_dist/placement",
-    "moe_dist/plan/preflight.py",
+    "moe_dist/plan",
     "moe_dist/runtime",
+    "moe_dist/doctor",
     "moe_dist/train/__main__.py",
     "moe_dist/checkpoint/contents.py",
     "moe_dist/checkpoint/describe.py",
@@ -54,48 +38,26 @@ TORCH_FREE = (
     "tools/compare_runs.py",
     "tools/doctor.py",
     "tools/inspect_checkpoint.py",
-    "moe_dist/doctor",
-    "moe_dist/plan/sizes.py",
-    "moe_dist/plan/flops.py",
-    "moe_dist/plan/memory.py",
     "launchers",
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """One file: its path below the root, its room, its syntax tree."""
+def imports(file: Source) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported, inside functions as well."""
+    return ((each.line, each.name) for each in file.imports)
 
-    path: str
-    tree: ast.Module
 
-    @property
-    def room(self) -> str:
-        parts = Path(self.path).with_suffix("").parts
-        return parts[1] if parts[0] == "moe_dist" else parts[0]
+def calls(file: Source) -> Iterator[tuple[ast.Call, str]]:
+    """Every call with the dotted name of the called function."""
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Call):
+            yield node, ast.unparse(node.func)
 
-    def imports(self) -> Iterator[tuple[int, str]]:
-        """Line and dotted name of everything imported, inside functions as well."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import):
-                yield from ((node.lineno, alias.name) for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
-    def calls(self) -> Iterator[tuple[ast.Call, str]]:
-        """Every call with the dotted name of what is called."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Call):
-                yield node, ast.unparse(node.func)
-
-    def rooms_imported(self) -> Iterator[tuple[int, str]]:
-        for line, name in self.imports():
-            top, _, rest = name.partition(".")
-            room = rest.partition(".")[0]
-            if top == "moe_dist" and room not in ("", "__version__"):
-                yield line, room
-            elif top in ("launchers", "tools"):
-                yield line, top
+def rooms_imported(file: Source) -> Iterator[tuple[int, str]]:
+    for line, name in imports(file):
+        if name.partition(".")[0] in TOPS:
+            yield line, room_of(name)
 
 
 def planted(path: str, code: str) -> Source:
@@ -104,37 +66,56 @@ def planted(path: str, code: str) -> Source:
 
 @pytest.fixture(scope="module")
 def sources() -> list[Source]:
-    paths = [path for top in ("moe_dist", "launchers", "tools") for path in sorted((ROOT / top).rglob("*.py"))]
-    return [Source(str(path.relative_to(ROOT)), ast.parse(path.read_text())) for path in paths]
+    return read_sources()
 
 
-def floor_faults(files: list[Source]) -> list[str]:
-    problems = [
-        f"{f.path}: room {f.room!r} has no floor in {__file__}" for f in files if f.room not in FLOOR_OF | {"__init__": 0}
-    ]
-    for file in files:
-        for line, room in file.rooms_imported():
-            if FLOOR_OF.get(room, -1) < FLOOR_OF.get(file.room, -1):
-                problems.append(f"{file.path}:{line}: {file.room} imports {room}, which is on a floor above it")
+@pytest.fixture(scope="module")
+def graph(sources: list[Source]) -> ImportGraph:
+    return ImportGraph(sources)
+
+
+def size_faults(graph: ImportGraph) -> list[str]:
+    """Too many floors, rooms or arrows; the thin arrows are named, because they are the first to ask about."""
+    arrows, floors = sum(map(len, graph.arrows.values())), graph.floors()
+    problems = []
+    if max(floors.values()) > MOST_FLOORS:
+        problems.append(f"{max(floors.values())} floors, at most {MOST_FLOORS}: {' > '.join(longest_chain(graph))}")
+    if len(graph.arrows) > MOST_ROOMS:
+        problems.append(f"{len(graph.arrows)} rooms, at most {MOST_ROOMS}: {', '.join(sorted(graph.arrows))}")
+    if arrows > MOST_ARROWS:
+        thin = "\n  ".join(f"{room} -> {other}: {file}" for room, other, file in graph.thin_arrows())
+        problems.append(f"{arrows} arrows between rooms, at most {MOST_ARROWS}; these rest on one file each:\n  {thin}")
     return problems
 
 
-def circle_faults(files: list[Source]) -> list[str]:
-    """Rooms that import each other, over any number of rooms between."""
-    direct: dict[str, set[str]] = {}
-    for file in files:
-        direct.setdefault(file.room, set()).update(room for _, room in file.rooms_imported() if room != file.room)
+def longest_chain(graph: ImportGraph) -> list[str]:
+    floors = graph.floors()
+    chain = [max(sorted(floors), key=lambda room: floors[room])]
+    while below := [other for other in sorted(graph.arrows[chain[-1]]) if floors[other] == floors[chain[-1]] - 1]:
+        chain.append(below[0])
+    return chain
 
-    def reachable(room: str) -> set[str]:
-        seen: set[str] = set()
-        stack = [room]
-        while stack:
-            for other in direct.get(stack.pop(), set()) - seen:
-                seen.add(other)
-                stack.append(other)
-        return seen
 
-    return [f"{room} imports itself through other rooms" for room in direct if room in reachable(room)]
+def circle_faults(graph: ImportGraph) -> list[str]:
+    return [f"these files import each other: {', '.join(circle)}" for circle in graph.circles()]
+
+
+def loose_file_faults(files: list[Source]) -> list[str]:
+    return [
+        f"{file.path}: a file of the package lives in a room; only {', '.join(LOOSE_FILES)} stand loose"
+        for file in files
+        if Path(file.path).parent == Path("moe_dist") and Path(file.path).name not in LOOSE_FILES
+    ]
+
+
+def package_faults(files: list[Source]) -> list[str]:
+    return [
+        f"{file.path}:{line}: an installed package without the clone has no {room}"
+        for file in files
+        if file.path.startswith("moe_dist/") and file.path != COMMAND_LINE
+        for line, room in rooms_imported(file)
+        if room in ("launchers", "tools")
+    ]
 
 
 def single_device_faults(files: list[Source]) -> list[str]:
@@ -142,8 +123,8 @@ def single_device_faults(files: list[Source]) -> list[str]:
         f"{file.path}:{line}: {file.room}/ is written for one device and takes plain values; it must not import {room}"
         for file in files
         if file.room in SINGLE_DEVICE
-        for line, room in file.rooms_imported()
-        if room in ("parallel", "megatron", "trainer", "config")
+        for line, room in rooms_imported(file)
+        if room in ("parallel", "megatron", "train", "config")
     ]
 
 
@@ -152,7 +133,7 @@ def comm_faults(files: list[Source]) -> list[str]:
         f"{file.path}:{line}: comm/ knows process groups and tensors only; it must not import {room}"
         for file in files
         if file.room == "comm"
-        for line, room in file.rooms_imported()
+        for line, room in rooms_imported(file)
         if room not in ("comm", "errors")
     ]
 
@@ -163,7 +144,7 @@ def process_group_faults(files: list[Source]) -> list[str]:
         f"{file.path}:{call.lineno}: {name} makes process groups; they are made in moe_dist/parallel/mesh.py"
         for file in files
         if file.path != "moe_dist/parallel/mesh.py" and file.room != "megatron"
-        for call, name in file.calls()
+        for call, name in calls(file)
         if any(name == maker or name.endswith(f".{maker}") for maker in makers)
     ]
 
@@ -173,7 +154,7 @@ def rank_faults(files: list[Source]) -> list[str]:
         f"{file.path}:{call.lineno}: {name}() asks for the rank in the world; take it from the mesh or RankEnv"
         for file in files
         if file.path != "moe_dist/parallel/mesh.py" and file.room != "megatron"
-        for call, name in file.calls()
+        for call, name in calls(file)
         if name.rpartition(".")[2] in ("get_rank", "get_world_size") and not call.args and not call.keywords
     ]
 
@@ -183,7 +164,7 @@ def megatron_faults(files: list[Source]) -> list[str]:
         f"{file.path}:{line}: imports {name}; only moe_dist/megatron may (and data/ its datasets)"
         for file in files
         if file.room != "megatron"
-        for line, name in file.imports()
+        for line, name in imports(file)
         if name.partition(".")[0] == "megatron"
         and not (file.room == "data" and name.startswith("megatron.core.datasets."))
         and file.path != "tools/bench/megatron_core.py"  # the peer that is measured
@@ -204,7 +185,7 @@ def object_collective_faults(files: list[Source]) -> list[str]:
 def unpickling_faults(files: list[Source]) -> list[str]:
     problems = []
     for file in files:
-        for call, name in file.calls():
+        for call, name in calls(file):
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             runs_code = (
                 name.endswith(
@@ -218,7 +199,7 @@ def unpickling_faults(files: list[Source]) -> list[str]:
                 problems.append(
                     f"{file.path}:{call.lineno}: {name} can run code from a file; read safetensors, JSON or safe YAML"
                 )
-        for line, name in file.imports():
+        for line, name in imports(file):
             if name.partition(".")[0] in ("dill", "cloudpickle", "shelve", "marshal", "joblib"):
                 problems.append(f"{file.path}:{line}: {name} can run code from a file")
     return problems
@@ -228,7 +209,7 @@ def command_line_faults(files: list[Source]) -> list[str]:
     return [
         f"{file.path}:{call.lineno}: {name} decorates tracebacks, which can print secrets; use runtime/command_line.py"
         for file in files
-        for call, name in file.calls()
+        for call, name in calls(file)
         if name == "typer.run"
         or (
             name == "typer.Typer"
@@ -247,16 +228,18 @@ def name_faults(files: list[Source]) -> list[str]:
 
 
 RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
-    floor_faults: (
-        planted("moe_dist/config/x.py", "from moe_dist.plan.preflight import check"),
-        planted("moe_dist/moe/x.py", "def f():\n    import moe_dist.model.transformer"),
-        planted("moe_dist/data/x.py", "from moe_dist import loss"),
-        planted("moe_dist/comm/x.py", "from launchers.local import launch"),
-        planted("moe_dist/new_room/x.py", "pass"),
+    loose_file_faults: (planted("moe_dist/trainer.py", "pass"), planted("moe_dist/sizes.py", "pass")),
+    package_faults: (
+        planted("moe_dist/doctor/x.py", "from launchers.doctor import fit"),
+        planted("moe_dist/train/x.py", "def f():\n    import tools.evaluate"),
+        planted("moe_dist/hf/x.py", "if TYPE_CHECKING:\n    from tools import import_hf"),
+        planted("moe_dist/__init__.py", "from launchers import command"),
     ),
     single_device_faults: (
         planted("moe_dist/moe/x.py", "from moe_dist.config.schema import Config"),
         planted("moe_dist/model/x.py", "from moe_dist.parallel import mesh"),
+        planted("moe_dist/moe/x.py", "def f():\n    from moe_dist.train.step import Step"),
+        planted("moe_dist/model/x.py", "import moe_dist.megatron"),
     ),
     comm_faults: (planted("moe_dist/comm/x.py", "from moe_dist.placement.placement import ExpertPlacement"),),
     process_group_faults: (
@@ -301,16 +284,70 @@ def test_would_fail(rule: Callable[[list[Source]], list[str]]) -> None:
         assert rule([plant]), f"{rule.__name__} does not see {ast.unparse(plant.tree)!r} in {plant.path}"
 
 
-def test_rooms_make_no_circle(sources: list[Source]) -> None:
-    assert not (problems := circle_faults(sources)), "\n".join(problems)
+def test_the_import_graph_stays_small(graph: ImportGraph) -> None:
+    assert not (problems := circle_faults(graph)), "\n".join(problems)
+    assert not (problems := size_faults(graph)), "\n".join(problems)
+    for kind in ("typing", "function"):
+        print(f"imported in this way only ({kind}):", *graph.apart(kind), sep="\n  ")
 
 
-def test_a_circle_would_fail() -> None:
-    there = planted("moe_dist/train/build.py", "from moe_dist import trainer")
-    back = planted("moe_dist/train/trainer.py", "def f():\n    from moe_dist.train.resume import x")
+CHAIN = tuple(f"moe_dist/room_{n}/x.py" for n in range(MOST_FLOORS + 1))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [(path, f"import moe_dist.room_{n + 1}.x" if n < MOST_FLOORS else "pass") for n, path in enumerate(CHAIN)],
+        [(path, f"def f():\n    import moe_dist.room_{n + 1}.x") for n, path in enumerate(CHAIN)],
+        [(f"moe_dist/room_{n}/x.py", "pass") for n in range(MOST_ROOMS + 1)],
+        [
+            *(
+                (f"moe_dist/top_{n}/x.py", f"import {', '.join(f'moe_dist.low_{m}.x' for m in range(11))}")
+                for n in range(11)
+            ),
+            *((f"moe_dist/low_{m}/x.py", "pass") for m in range(11)),
+        ],
+    ],
+    ids=["nine floors", "nine floors by imports in functions", "23 rooms", "121 arrows"],
+)
+def test_a_larger_graph_would_fail(files: list[tuple[str, str]]) -> None:
+    assert len(size_faults(ImportGraph(planted(*file) for file in files))) == 1
+    assert not size_faults(ImportGraph(planted(*file) for file in files[1:-1]))
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from moe_dist.train import resume",
+        "def f():\n    from moe_dist.train.resume import x",
+        "if TYPE_CHECKING:\n    from moe_dist.train.resume import x",
+        "from .resume import x",
+    ],
+)
+def test_a_circle_of_files_would_fail(back: str) -> None:
+    there = planted("moe_dist/train/build.py", "from moe_dist.train.trainer import Trainer")
+    between = planted("moe_dist/train/trainer.py", back)
     close = planted("moe_dist/train/resume.py", "import moe_dist.train.build")
-    assert circle_faults([there, back, close])
-    assert not circle_faults([there, back])
+    assert circle_faults(ImportGraph([there, between, close]))
+    assert not circle_faults(ImportGraph([there, between, planted(close.path, "import torch")]))
+
+
+def test_imports_are_told_apart() -> None:
+    file = planted(
+        "moe_dist/moe/x.py",
+        "import moe_dist.errors\nif TYPE_CHECKING:\n    import moe_dist.comm.y\ndef f():\n    from moe_dist.comm import z",
+    )
+    others = [planted(f"moe_dist/{name}.py", "pass") for name in ("errors", "comm/y", "comm/z")]
+    graph = ImportGraph([file, *others])
+    assert graph.apart("typing") == ["moe_dist/moe/x.py:3 imports moe_dist.comm.y"]
+    assert graph.apart("function") == ["moe_dist/moe/x.py:5 imports moe_dist.comm.z"]
+    assert graph.arrows["moe"] == {"errors", "comm"}
+
+
+def test_the_drawing_is_current(graph: ImportGraph) -> None:
+    assert DRAWING.read_text() == draw(graph), (
+        "the rooms' imports have changed: python docs/import_graph.py draws them anew"
+    )
 
 
 def import_without_torch(modules: list[str]) -> subprocess.CompletedProcess[str]:
