@@ -1,4 +1,4 @@
-"""The import graph stays small, and the nevers hold. Each rule reads imports or syntax trees and is seen to fail on a plant.
+"""The import graph stays small, and the nevers hold. Each rule reads imports or syntax trees and fails on a planted line.
 
 Rooms, floors and arrows are defined and computed in docs/import_graph.py. Imports inside functions and under TYPE_CHECKING
 count like all others; those that exist in no other form are printed apart.
