@@ -20,7 +20,7 @@ REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-smollm2 test-faults test-clusters cluster-packages chaos bench check format data embedder wordnet tensorboard clean \
+.PHONY: help train test test-full test-one quick test-smollm2 test-faults test-clusters cluster-packages chaos bench check format data embedder wordnet tensorboard clean \
   reproduce-data conventions-data questions-data $(REPRODUCTIONS)
 
 help:  ## List the targets
@@ -30,18 +30,32 @@ help:  ## List the targets
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
 
-test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-faults and test-clusters
-	@$(TEST) $(BESIDE) tests/unit
-	@$(TEST) --ignore=tests/unit --ignore=tests/pretrained --ignore=tests/faults --ignore=tests/clusters tests
+# The second half runs whatever the first returns; the exit code is non-zero if either failed.
+BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \
+  $(TEST) $(1) tests/distributed tests/integration && exit $$unit
+
+test: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run all tests but those of test-full, test-faults and test-clusters
+	@$(call BOTH_HALVES,)
+
+test-full: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run these with every case of the exhaustive products
+	@$(call BOTH_HALVES,-m "")
+
+quick: $(INSTALLED)  ## Run the fast unit tests, within two minutes
+	@$(TEST) -m "not full and not slow" $(BESIDE) tests/unit
+
+# A file given as a goal exists, so make itself has nothing to do for it.
+FILE ?= $(filter-out test-one,$(MAKECMDGOALS))
+test-one: $(INSTALLED)  ## Run one file or test, full cases included (make test-one FILE, or FILE=path::name)
+	@$(TEST) -m "" $(FILE)
 
 test-smollm2: $(SMOLLM2)/.installed  ## Take a real model, SmolLM2-135M, in and out of Hugging Face's form
 	@$(TEST) -rP tests/pretrained
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
-	@$(TEST) tests/faults
+	@$(TEST) -m "" tests/faults
 
 test-clusters: $(INSTALLED) data cluster-packages  ## Start a real Slurm and a real Ray here, as root, and run jobs on them
-	@$(TEST) tests/clusters
+	@$(TEST) -m "" tests/clusters
 
 # Debian's own Slurm; modules for a prelude, network namespaces for the nodes.
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux
