@@ -132,7 +132,8 @@ def test_swapping_keeps_the_number_and_changes_the_share_that_it_says() -> None:
     assert abs(given_up - 100) < 4 * 100**0.5
     assert not (found_T & ~taken_T & ~may_T).any(), "none goes to who may not"
     assert torch.equal(swapped(taken_T, may_T, 0.0, generator), taken_T)
-    assert torch.equal(swapped(torch.ones(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool), 50.0, generator), torch.ones(5, dtype=torch.bool))  # fmt: skip  # noqa: E501
+    ones_T = torch.ones(5, dtype=torch.bool)
+    assert torch.equal(swapped(ones_T, ones_T, 50.0, generator), ones_T)
 
 
 def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
@@ -149,7 +150,8 @@ def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
     assert torch.equal(once.expert_N, again.expert_N)
     assert len(once.token_N) == 400
     torch.testing.assert_close(once.weight_N, h_TD.sigmoid()[once.token_N, once.expert_N])
-    assert set(zip(*(each.tolist() for each in once[:2]), strict=True)) != set(zip(*(each.tolist() for each in pairs(0.0)[:2]), strict=True))  # fmt: skip  # noqa: E501
+    chosen, unflipped = (set(zip(*(each.tolist() for each in found[:2]), strict=True)) for found in (once, pairs(0.0)))
+    assert chosen != unflipped
 
 
 def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score() -> None:
