@@ -22,9 +22,10 @@ GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
 RESERVED_GROUP_NAMES = frozenset((
     "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "capacity", "children",
     "choices_E", "columns_E", "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr",
-    "first_free", "float", "forward", "group_of_column_C", "group_of_expert_E", "groups", "half", "ipu",
+    "first_zero_computation", "float", "forward", "group_of_column_C", "group_of_expert_E", "groups", "half", "ipu",
     "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children", "named_modules",
-    "named_parameters", "normalise", "null_logit", "num_choices", "num_experts", "num_free", "num_identity", "pair_budget",
+    "named_parameters", "normalise", "null_logit", "num_choices", "num_experts", "num_identity",
+    "num_zero_computation", "pair_budget",
     "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
     "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
     "zero_grad",

@@ -86,7 +86,7 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.mixture_of_depths = mixture_of_depths
+        self.depths = mixture_of_depths
 
 
 class Transformer(nn.Module):
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
         for layer in self.layers:
-            if layer.mixture_of_depths is not None:
+            if layer.depths is not None:
                 x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS)  # pyright: ignore
             else:
                 x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, batch_info)  # pyright: ignore[reportCallIssue]
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
         x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
         for layer, entries in zip(self.layers, cache.layers, strict=True):
             taken_BN, taken_group_BN, weight_BN = real_BN, group_BN, None
-            if layer.mixture_of_depths is not None:
-                taken_T, weight_T = layer.mixture_of_depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
+            if layer.depths is not None:
+                taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
                 taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
                 taken_group_BN = torch.where(taken_BN, group_BN, -1)
                 if not taken_BN.any():  # host sync; one token a sequence is often passed by in all of them
@@ -214,9 +214,9 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, LayerReport | None]:
         """A layer for the tokens that it chooses, among themselves: C of them in one row, by their own positions and
         documents. The others stay as they are."""
-        assert layer.mixture_of_depths is not None
+        assert layer.depths is not None
         x_TD, group_T = x_BSD.flatten(0, 1), group_BS.flatten()
-        chosen = layer.mixture_of_depths(x_TD, group_T >= 0)
+        chosen = layer.depths(x_TD, group_T >= 0)
         x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
         group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
         rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)

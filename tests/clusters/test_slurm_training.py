@@ -99,7 +99,7 @@ def lose_a_node(job: SlurmJob) -> None:
 
 
 @pytest.mark.parametrize(
-    ("disturb", "verdict", "steps", "hierarchical"),
+    ("disturb", "verdict", "steps", "per_node"),
     [(lose_time, 75, LONG, 1), (preempt, 75, SHORT, 1), (lose_a_node, 1, SHORT, 2)],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -122,7 +122,7 @@ def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
     )
     for first, second in zip(before, after, strict=True):
         named = {name: value for name, value in first.tensors.items() if ".depths." in name}
-        assert {"layers.0.mixture_of_depths.threshold", "layers.0.depths.mean"} <= named.keys()
+        assert {"layers.0.depths.threshold", "layers.0.depths.mean"} <= named.keys()
         assert same(named, {name: second.tensors[name] for name in named})
 
 

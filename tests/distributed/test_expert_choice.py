@@ -76,7 +76,7 @@ def one_process(
     def of(layout: Layout) -> tuple[Path, Outcome]:
         same = {"choice_causal": layout.choice_causal, "mixture_of_depths": layout.mixture_of_depths, "noise": layout.noise}
         oracle = Layout(choice="rank", parts=sets_of(layout), **same)
-        weights = folder / f"{layout.depths}-{layout.choice_causal}"
+        weights = folder / f"{layout.mixture_of_depths}-{layout.choice_causal}"
         if oracle not in made:
             made[oracle] = run_in_world(1, train, oracle, weights)[0]
         return weights, made[oracle]

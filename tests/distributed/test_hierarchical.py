@@ -71,7 +71,7 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "hierarchical", "seeds"),
+    ("world_size", "per_node", "seeds"),
     [(1, 1, range(20)), (2, 1, range(40)), (2, 2, range(40)), (4, 2, range(100)), (4, 1, range(30)), (4, 4, range(30))],
     ids=str,
 )
@@ -153,7 +153,7 @@ def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
 
 # 1 + 3/256 lies between 1 + 1/128 and 1 + 2/128 and is rounded to the even one. Summed in bf16 it would stay 1.
 # Two nodes round 1 + 1/256 and 2/256 apart, then their sum.
-@pytest.mark.parametrize(("hierarchical", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
+@pytest.mark.parametrize(("per_node", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
 def test_rows_travel_in_bf16_and_are_summed_in_fp32(
     run_in_world: Callable[..., list[Any]], per_node: int, rounded: float
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.support.problems import PROGRAM, fault
+from tests.support.faults import PROGRAM, fault
 
 from launchers.local import launch
 from moe_dist.monitor.tags import reproducible_part

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.problems import PROGRAM, fault
+from tests.support.faults import PROGRAM, fault
 
 from launchers.local import launch
 from moe_dist.runtime.run_folder import RunFolder

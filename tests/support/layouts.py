@@ -98,7 +98,7 @@ class Layout:
         budget += f"-balance-{self.balance_per}" if self.balance else ""
         budget += "-fixed" if self.fixed else ""
         budget += f"-lora-{self.lora}" if self.lora else ""
-        budget += f"-depths-{self.depths}-{self.depth_causal}" if self.mixture_of_depths else ""
+        budget += f"-depths-{self.mixture_of_depths}-{self.depth_causal}" if self.mixture_of_depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
         budget += f"-{self.choice}-{self.choice_causal}-noise{self.noise:g}-parts{self.parts}" if self.choice else ""
         budget += "-per_pair" if self.per_pair else ""

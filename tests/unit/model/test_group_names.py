@@ -10,7 +10,7 @@ from moe_dist.moe.lora import LoRAExperts
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.zero_computation import ZeroComputationExperts
 from moe_dist.placement.placement import ExpertGroup
-from moe_dist.plan.preflight import group_relations
+from moe_dist.plan.preflight import group_violations
 
 GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",), num_identity=1, num_constant=1)
 
@@ -28,14 +28,14 @@ def test_every_name_in_use_is_refused_with_a_way_out() -> None:
     names = names_in_use()
     assert {"type", "train", "groups", "pair_budget"} <= names
     for name in names:
-        (relation,) = group_relations((ExpertGroup(name, 2, 1, 1, 4, 0, (name,)),))
-        assert f"call the group {name}_experts" in relation.fault
+        (violation,) = group_violations((ExpertGroup(name, 2, 1, 1, 4, 0, (name,)),))
+        assert f"call the group {name}_experts" in violation.problem
 
 
 @pytest.mark.parametrize("name", ["text", "image", "type_experts", "all", "speech-2"])
 def test_other_names_build(name: str) -> None:
     group = ExpertGroup(name, 2, 1, 1, 4, 0, (name,))
-    assert group_relations((group,)) == []
+    assert group_violations((group,)) == []
     Experts(4, (group,), (2,))
     TopKRouter(4, (group,))
     ZeroComputationExperts(4, (group,))

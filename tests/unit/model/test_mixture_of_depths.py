@@ -86,7 +86,7 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
             y, _ = moe((x_1nD + a)[0], group.flatten()[list(members)])
             return a + y
 
-        mixture_of_depths = layer.mixture_of_depths
+        mixture_of_depths = layer.depths
         x_TD, documents = x.flatten(0, 1), [(b, d) for b, row in enumerate(DOCUMENTS.tolist()) for d in row]
         router = mixture_of_depths.router[0]
         normed = x_TD / (x_TD.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -148,7 +148,7 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
     tokens, group = draw_tokens()
     counts = depth_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)
     assert counts is not None
-    mixture_of_depths = model.layers[0].mixture_of_depths
+    mixture_of_depths = model.layers[0].depths
     x_TD, groups = model.embedding.weight[tokens].detach().flatten(0, 1), group.flatten().tolist()
     scores = [torch.dot(mixture_of_depths.router[0], x / (x.square().mean() + 1e-6).sqrt()).item() for x in x_TD]
     causally = {token for token in range(24) if groups[token] >= 0 and bool(mixture_of_depths.takes(x_TD[token][None])[0])}
@@ -175,7 +175,7 @@ def test_a_batch_of_padding_computes_nothing_and_has_zero_gradients(training: bo
     logits, reports = model(tokens, POSITIONS, DOCUMENTS, torch.full_like(group, -1))
     (logits.sum() + sum(r.depth.auxiliary for r in reports if r.depth and r.depth.auxiliary is not None)).backward()
     assert logits.isfinite().all()
-    assert model.layers[0].mixture_of_depths.router.grad.abs().max() == 0
+    assert model.layers[0].depths.router.grad.abs().max() == 0
     assert all(int(report.depth.taken) == 0 for report in reports if report.depth is not None)
 
 
@@ -273,7 +273,7 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
         assert moved == (".depths.auxiliary." in name), name
     # By hand for the first layer: mean over the real tokens of -log of the probability of what was chosen.
     x = model.embedding.weight[tokens].flatten(0, 1)
-    mixture_of_depths, real = model.layers[0].mixture_of_depths, group.flatten() >= 0
+    mixture_of_depths, real = model.layers[0].depths, group.flatten() >= 0
     h = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     taken = choose((h @ mixture_of_depths.router[0]).tolist(), real.tolist(), 0.3, [range(24)])
     hidden = h @ mixture_of_depths.auxiliary.inner.T

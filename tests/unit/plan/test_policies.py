@@ -83,7 +83,7 @@ def test_explicit_as_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "faults"),
+    ("section", "problems"),
     [
         (pinned(a=(4, 0), b=(1,)), ["placement.groups.a.ranks=[4, 0]: [4] out of range; an EP group has the ranks 0 to 3"]),
         (pinned(a=(0, 1), b=(1, 2)), ["placement.groups.b.ranks=[1, 2]: [1] already hold group 'a'"]),

@@ -36,7 +36,7 @@ def test_torchrun_is_understood() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "faults"),
+    ("changes", "problems"),
     [
         ({"RANK": "8"}, ["RANK=5", "RANK=8"][1:]),
         ({"LOCAL_RANK": "4"}, ["LOCAL_RANK=4: must be below the number of ranks, 4"]),
