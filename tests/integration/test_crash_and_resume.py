@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.support.faults import PROGRAM, fault
 
 from launchers.local import launch
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 
 STEPS = 6

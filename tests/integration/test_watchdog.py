@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.faults import PROGRAM, fault
 
 from launchers.local import launch
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import read_reports, report_folder
+from tests.support.faults import PROGRAM, fault
 from tests.support.tiny import tiny_config, write_config
 
 SECONDS = 20.0  # longer than ranks may take to meet on a busy machine
