@@ -146,7 +146,7 @@ $(INSTALLED): setup.py pyproject.toml
 	@echo "installing into $(VENV): a minute or two, longer where torch is a CUDA build"
 	@touch $(INSTALLING)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install -qq --editable '.[data,test,check,reproduce,router-tuning]'
+	@$(BIN)/python -m pip install -qq --editable '.[test,check]'
 	@touch $@ && rm $(INSTALLING)
 
 $(NEXT_MEGATRON)/.installed: | $(INSTALLED)

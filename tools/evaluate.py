@@ -126,7 +126,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
         raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
     if options.harness and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            f"--harness {options.harness}: the package lm_eval is not installed; `pip install -e '.[evaluate]'`, or "
+            f"--harness {options.harness}: the package lm_eval is not installed; install moe_dist[evaluate], or "
             "leave it out"
         )
     if options.harness and env.world_size > 1:

@@ -42,7 +42,7 @@ def main(
     print(
         f"{done.family}: {done.tensors} tensors (stored: {stored}) as F32 in {done.shards} shards, {done.kept} of them kept"
     )
-    print(f"train it: python -m launchers.local {out / 'config.yaml'}")
+    print(f"train it: moe-dist launch local {out / 'config.yaml'}")
 
 
 if __name__ == "__main__":

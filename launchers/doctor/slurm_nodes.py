@@ -6,14 +6,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from launchers.command import JobPlan
 from launchers.slurm.script import container_prefix, interpreter, part_options, parts, pyxis_options, site_options
+from launchers.snapshot import code_folder
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import PlacementError
 
-CLONE = Path(__file__).parents[2]
 START_SECONDS = 300.0  # how long the job may wait in the queue
 
 
@@ -40,7 +39,7 @@ def run_on_nodes(
     """
     command = srun_command(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes, visible=visible)
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CLONE
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code_folder()
     ) as srun:
         assert srun.stdout is not None
         assert srun.stderr is not None
@@ -75,7 +74,7 @@ def srun_command(
     visible: Sequence[str] = (),
 ) -> list[str]:
     """One srun; the nodes of each kind are a component of their own, as in the job itself. Arguments as `run_on_nodes`."""
-    visible = list(dict.fromkeys([str(CLONE), *visible]))
+    visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
     site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
     common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
@@ -96,10 +95,11 @@ def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, v
     variables = {name: variable.value for name, variable in cluster.nccl.items()}
     if cluster.interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
-    command = [*container_prefix(cluster, visible, CLONE), interpreter(cluster), "-m", module, argument]
+    code = code_folder()
+    command = [*container_prefix(cluster, visible, code), interpreter(cluster), "-m", module, argument]
     return "\n".join(
         [
-            f"cd {shlex.quote(str(CLONE))} || exit 78",  # pyxis begins in a folder of the image
+            f"cd {shlex.quote(str(code))} || exit 78",  # pyxis begins in a folder of the image
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             *cluster.prelude,
             "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",

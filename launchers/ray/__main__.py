@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +26,6 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.shared_folder import relative_paths
 
-GUIDE = "docs/ray.md"
 DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
@@ -45,8 +43,11 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
         MoeDistError: found before a rank was started, or while there is no node for it.
     """
     with StopSignals() as signals:  # also while nothing runs yet
-        job = check_job(config_path, overrides, **options)
-        return EXIT_DONE if job is None else _with_ray().drive(job, signals)
+        if (job := check_job(config_path, overrides, **options)) is None:
+            return EXIT_DONE
+        from launchers.ray.driver import drive  # imports Ray, which takes seconds: what can be refused is refused before
+
+        return drive(job, signals)
 
 
 def submitted(
@@ -154,21 +155,6 @@ def main(
     if drives:
         print(ray_submit.verdict_line(code), flush=True)
     raise typer.Exit(code)
-
-
-def _with_ray() -> ModuleType:
-    """What needs Ray, which is an extra.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        from launchers.ray import driver as ray_driver
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "ray":
-            raise
-        raise ConfigError("Ray is not installed here: pip install -e '.[ray]'", see=GUIDE) from error
-    return ray_driver
 
 
 if __name__ == "__main__":

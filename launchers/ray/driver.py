@@ -17,10 +17,11 @@ from launchers.command import JobPlan, LaunchPlan, published_rendezvous, rank_co
 from launchers.ending import Outcome, ShutdownTimeouts
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
 from launchers.ray.gang import gather_gang
-from launchers.ray.job import ROOT, RayJob
+from launchers.ray.job import RayJob
 from launchers.ray.nodes import bundle_of_rank
 from launchers.ray.rank import WorkerInfo
 from launchers.ray.submit import STOP_WAIT
+from launchers.snapshot import code_folder
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import PlacementError
@@ -149,7 +150,9 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
     Raises:
         PlacementError: there is no cluster.
     """
-    shipped = {} if IN_A_JOB in env else {"working_dir": str(ROOT), "env_vars": {name: env[name] for name in forwarded}}
+    shipped = (
+        {} if IN_A_JOB in env else {"working_dir": str(code_folder()), "env_vars": {name: env[name] for name in forwarded}}
+    )
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     try:

@@ -9,13 +9,12 @@ from pathlib import Path
 from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
 from launchers.ray.nodes import islands
 from launchers.restart import DEFAULT_MAX_RESTARTS
+from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.shared_folder import relative_paths
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,6 @@ def require_variables(names: Sequence[str], env: Mapping[str, str]) -> None:
 
 
 def seen_from_the_job(path: Path) -> Path:
-    """A path as every node has it: relative where it lies in this clone, which Ray ships; else absolute."""
-    absolute = path.absolute()
-    return absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute
+    """A configuration's path as every node has it: relative where it comes with the code, which Ray ships; else absolute."""
+    absolute, root = find_config(path).absolute(), source_root()
+    return absolute.relative_to(root) if absolute.is_relative_to(root) else absolute

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launchers.ending import ABORTED
-from launchers.ray.job import ROOT
+from launchers.snapshot import code_folder
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, PlacementError
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ def submit(address: str, line: str, variables: Mapping[str, str]) -> int:
         PlacementError: nobody answers there.
     """
     client = connect(address)
-    job_id = client.submit_job(entrypoint=line, runtime_env={"working_dir": str(ROOT), "env_vars": dict(variables)})
-    again = f"python -m launchers.ray --stop {job_id} --submit {address}"
+    job_id = client.submit_job(
+        entrypoint=line, runtime_env={"working_dir": str(code_folder()), "env_vars": dict(variables)}
+    )
+    again = f"moe-dist launch ray --stop {job_id} --submit {address}"
     print(f"job {job_id}: {line}\nstop it, and wait for its save, with: {again}", file=sys.stderr, flush=True)
     try:
         return follow_job(client, job_id)
@@ -78,14 +80,11 @@ def connect(address: str) -> "JobSubmissionClient":
     """A client of the job API.
 
     Raises:
-        ConfigError: Ray is not installed here.
         PlacementError: nobody answers at the address.
     """
-    try:
-        from ray.exceptions import RayError
-        from ray.job_submission import JobSubmissionClient
-    except ImportError as error:
-        raise ConfigError("Ray is not installed here: pip install -e '.[ray]'", see="docs/ray.md") from error
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # without http:// Ray takes it for that of a GCS

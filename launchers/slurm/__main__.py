@@ -19,7 +19,7 @@ import typer
 from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
 from launchers.slurm.allocation import SlurmError, ask
 from launchers.slurm.script import PROGRAM, output_pattern, parts, script
-from launchers.snapshot import CLONE, read_sweep, take_snapshot
+from launchers.snapshot import code_folder, read_sweep, take_snapshot
 from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
@@ -113,7 +113,7 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
     array = [f"--array=0-{len(job.sweep) - 1}"] if job.sweep else []
     command = ["sbatch", "--parsable", *array, *options, str(path)]
     try:
-        return ask(*command, cwd=CLONE).strip().partition(";")[0]
+        return ask(*command, cwd=code_folder()).strip().partition(";")[0]
     except SlurmError as error:
         shutil.rmtree(job.snapshot, ignore_errors=True)
         raise _refusal(job, str(error)) from error

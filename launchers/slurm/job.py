@@ -24,6 +24,7 @@ from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_ta
 from launchers.slurm.step import STOPPED, SlurmJob, conclude, held, run_step, start_again
 from launchers.snapshot import Snapshot, take_snapshot
 from launchers.supervise import StopSignals
+from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
@@ -83,10 +84,10 @@ def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
     if job.task is not None:
         raise ConfigError(
-            "an array needs a sweep file, which says what each of its tasks runs: python -m launchers.slurm CONFIG --array "
+            "an array needs a sweep file, which says what each of its tasks runs: moe-dist launch slurm CONFIG --array "
             "FILE, not sbatch --array"
         )
-    path, overrides = job.submitted / arguments[0], arguments[1:]
+    path, overrides = job.submitted / find_config(arguments[0]), arguments[1:]
     loaded = check_file(path, overrides).config
     return load_cluster(None, env), load_config(path, (*overrides, *absolute_paths(loaded, job.submitted)))
 

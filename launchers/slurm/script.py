@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.command import JobPlan, NodePlan, RankCommand
+from moe_dist.config.bundled import source_root
 from moe_dist.config.cluster import ApptainerContainer, Cluster, PyxisContainer
 from moe_dist.runtime.place import FEATURES
 
-TRAIN_SBATCH = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
 PROGRAM = "MOE_DIST_PROGRAM"  # what ranks run in place of the training
 STOP_SIGNAL = "USR2"  # NCCL may take USR1
 # A rank that has ended leaves its peers so long to say what they saw, in seconds; then srun ends them.

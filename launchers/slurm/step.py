@@ -47,7 +47,7 @@ class SlurmJob:
             ConfigError: this is no batch script.
         """
         if "SLURM_JOB_ID" not in os.environ:
-            raise ConfigError("this is the end of slurm/train.sbatch; submit that, or use python -m launchers.slurm CONFIG")
+            raise ConfigError("this is the end of slurm/train.sbatch; submit that, or use moe-dist launch slurm CONFIG")
         task = os.environ.get("SLURM_ARRAY_TASK_ID")
         return cls(
             id=os.environ["SLURM_JOB_ID"],

@@ -12,12 +12,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from moe_dist.config.bundled import source_root
 from moe_dist.config.partial import draft
 from moe_dist.config.section import Count, Name, PathText, Section, Violation
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 
-FOLDER = Path(__file__).parents[2] / "configs" / "clusters"
+FOLDER = source_root() / "configs" / "clusters"
 VARIABLE = "MOE_DIST_CLUSTER"
 GUIDE = "docs/scaling.md"
 

@@ -1,12 +1,12 @@
 """From a YAML file and dotted overrides to a Config; and from a Config back to YAML, and to what differs between two."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
+from moe_dist.config.bundled import find_config, hint_for_missing
 from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
 from moe_dist.config.partial import PartialConfig, draft
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's configuration.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of one, as `find_config`.
         overrides: `key=value` with a dotted key; the value is read as YAML. Later ones win.
 
     Raises:
@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
     """As `load_config`, but hands back the faults with what could be read, for those who have more to check."""
-    values, problems = _read_file(Path(path))
+    values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
     problems += apply_overrides(values, overrides)
@@ -121,10 +121,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        there = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), there, 1)
-        hint = f"; did you mean {near[0]}?" if near else "; configs/README.md lists those that come with the project"
-        return None, [f"configuration {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}{hint}"]
+        reason = getattr(error, "strerror", None) or error
+        return None, [f"configuration {str(path)!r} cannot be read: {reason}; {hint_for_missing(path)}"]
     values, problems = load_yaml(text)
     problems = [f"{path}: {problem}" for problem in problems]
     if values is None and not problems:

@@ -157,7 +157,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise ConfigError(
             f"data.path={str(folder)!r}: no {MANIFEST_FILE} there; make the default data with "
-            f"`python -m tools.prepare_data --out {shlex.quote(str(folder))}`, or your own (docs/data.md)"
+            f"`moe-dist prepare-data --out {shlex.quote(str(folder))}`, or your own (docs/data.md)"
         )
     try:
         values = json.loads(path.read_bytes())

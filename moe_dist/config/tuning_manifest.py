@@ -103,8 +103,8 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         raise ConfigError(
-            f"router_tuning.data={str(folder)!r}: no {MANIFEST_FILE} there; make the folder with `python -m "
-            "tools.prepare_router_tuning RUN --tasks ... --out FOLDER`; one that was interrupted has none",
+            f"router_tuning.data={str(folder)!r}: no {MANIFEST_FILE} there; make the folder with `moe-dist "
+            "prepare-router-tuning RUN --tasks ... --out FOLDER`; one that was interrupted has none",
             see=GUIDE,
         )
     try:

@@ -85,9 +85,7 @@ def _model_violations(config: Config) -> list[Violation]:
 def _layer_violations(config: Config, section: RouterTuningSection) -> list[Violation]:
     there, broken = config.model.moe_layers, []
     if section.weight and section.regulariser == "manifold" and importlib.util.find_spec("sklearn") is None:
-        problem = (
-            f"{KEY}.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or {KEY}.weight=0"
-        )
+        problem = f"{KEY}.neighbours: needs the package scikit-learn; install moe_dist[router-tuning], or {KEY}.weight=0"
         broken.append(Violation((f"{KEY}.neighbours",), problem))
     if not section.layers and section.last_layers > len(there):
         problem = (

@@ -30,7 +30,7 @@ NeighboursSection = Annotated[NearestSection | RadiusSection, Field(discriminato
 class RouterTuningSection(Section):
     """Router tuning (RoMA): cross entropy of right answers, and routing pulled towards that of successful neighbours."""
 
-    data: PathText = Field(description="Folder that `python -m tools.prepare_router_tuning` made from the run to be tuned.")
+    data: PathText = Field(description="Folder that `moe-dist prepare-router-tuning` made from the run to be tuned.")
     last_layers: PositiveInt = Field(default=5, description="Routers of how many MoE layers move, counted from the last.")
     layers: tuple[Count, ...] = Field(
         default=(), description="Indices of the layers whose routers move, instead of the last ones."

@@ -64,7 +64,7 @@ class Vocabulary:
         if image is None or image.codebook is None:
             raise ConfigError(
                 f"data set {self._folder}: its manifest has no {'image' if image is None else 'image.codebook'}: pictures "
-                "can be neither read nor drawn; train on data with pictures, as `python -m tools.prepare_data` makes them"
+                "can be neither read nor drawn; train on data with pictures, as `moe-dist prepare-data` makes them"
             )
         if image.grid != (GRID, GRID):
             raise ConfigError(

@@ -5,7 +5,6 @@ Weights and routing are the same on both sides; outputs, gradients and losses ar
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.stats import CommStats
+from moe_dist.config.bundled import source_root
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
@@ -35,7 +35,7 @@ from tools.bench.megatron_core import MegatronMoE, copy_experts
 from tools.bench.points import Point, slots
 from tools.bench.statistics import median_interval, paired_ratio
 
-DEFAULT_JOB = Path(__file__).parents[2] / "configs" / "adamoe_moma_tiny_cpu.yaml"
+DEFAULT_JOB = source_root() / "configs" / "adamoe_moma_tiny_cpu.yaml"
 LEARNING_RATE = 1e-3
 
 

@@ -38,7 +38,7 @@ def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None
     path = results or results_path(study, pilot=False)
     header, records = read_header(path), read_records(path)
     if header is None:
-        return f"{study.name}: no results yet; python -m tools.experiments {study.name} makes them"
+        return f"{study.name}: no results yet; moe-dist reproduce {study.name} makes them"
     verdicts = judge(study, records)
     pictures = draw(study, records, path.parent)
     text = "\n".join(_section(study, header, records, verdicts, [each.name for each in pictures]))

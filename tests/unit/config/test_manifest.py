@@ -112,4 +112,4 @@ def test_missing_data_names_the_command(tmp_path: Path) -> None:
     folder = tmp_path / "not there; touch x"
     with pytest.raises(ConfigError) as raised:
         load_manifest(folder)
-    assert f"python -m tools.prepare_data --out '{folder}'" in str(raised.value)  # quoted for the shell
+    assert f"moe-dist prepare-data --out '{folder}'" in str(raised.value)  # quoted for the shell

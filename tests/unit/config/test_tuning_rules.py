@@ -177,7 +177,7 @@ def test_samples_in_the_ids_of_another_tokenizer(made: Path, tiny_data: Path, tm
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     problems = [relation.problem for relation in tuning_violations(config({**SOUND, **tuned()}))]
-    assert problems == ["router_tuning.neighbours: needs the package scikit-learn; `pip install -e '.[router-tuning]'`, or "
+    assert problems == ["router_tuning.neighbours: needs the package scikit-learn; install moe_dist[router-tuning], or "
                       "router_tuning.weight=0"]  # fmt: skip
     assert tuning_violations(config({**SOUND, **tuned(weight=0.0)})) == []
 
@@ -203,7 +203,7 @@ def test_preflight_tells_all_of_it(made: Path, tiny_data: Path, tmp_path: Path) 
     (broken / "routing.npy").unlink()
     with pytest.raises(DataError, match=r"routing\.npy: cannot be read"):
         check(tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(broken))}))
-    with pytest.raises(ConfigError, match=r"no manifest.json there; make the folder with `python -m tools.prepare_router"):
+    with pytest.raises(ConfigError, match=r"no manifest.json there; make the folder with `moe-dist prepare-router-tuning"):
         check(tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(tmp_path))}))
     fits = tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(made))})
     assert check(fits).config == fits

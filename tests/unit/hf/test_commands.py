@@ -36,7 +36,7 @@ def imported(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.exit_code == 0, done.output
     assert "not opened, since reading them can run code: training_args.bin" in done.stdout
     assert "mixtral: " in done.stdout
-    assert f"train it: python -m launchers.local {out / 'config.yaml'}" in done.stdout.replace("\n", "")
+    assert f"train it: moe-dist launch local {out / 'config.yaml'}" in done.stdout.replace("\n", "")
     return out
 
 

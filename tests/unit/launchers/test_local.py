@@ -86,7 +86,7 @@ def test_nproc_stretches_edp_and_the_ranks_hear_of_it(site: Site) -> None:
     ("overrides", "options", "message"),
     [
         (["trian.steps=3"], {}, "did you mean"),
-        (["data.path=/nowhere"], {}, "prepare_data"),
+        (["data.path=/nowhere"], {}, "prepare-data"),
         (["train.global_batch=7"], {}, "global_batch=7"),
         ([], {"nproc": 3}, "3 ranks"),
         ([], {"nproc": 8}, "global_batch"),  # the data are checked against the ranks that would run

@@ -143,7 +143,7 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         (["data.weights={captoins: 1}"], "data.weights.captoins: the data has no such source; it has captions, prose; did"),
         (["model.moe.groups.text.modalities=[text, image]"], "modality 'image' is routed to text and image"),
         (["model.moe.groups.image.modalities=[picture]"], "no group routes the data's modality 'image'"),
-        (["data.path=/nowhere"], "python -m tools.prepare_data --out /nowhere"),
+        (["data.path=/nowhere"], "moe-dist prepare-data --out /nowhere"),
         (
             ["model.moe.balance=[{kind: loss_free}]"],
             "controllers move the bias that the router chooses by, and model.moe.router has none; set "

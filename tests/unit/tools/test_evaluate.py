@@ -104,7 +104,7 @@ def test_packages_that_are_not_there_are_named(own_run: Path, monkeypatch: pytes
     for option, value in (("--tasks", "reasoning-gcd"), ("--harness", "lambada")):
         done = call(own_run, option, value)
         assert done.exit_code == 78, done.output
-        assert "pip install -e '.[evaluate]'" in done.stderr
+        assert "install moe_dist[evaluate]" in done.stderr
 
 
 def test_a_tokenizer_of_other_data_is_refused(own_run: Path, own_data: Path, tmp_path: Path) -> None:

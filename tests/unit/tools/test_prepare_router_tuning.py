@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
         (
             lambda _, patch: patch.setattr("importlib.util.find_spec", lambda name: None),
             78,
-            "needs the package transformers; `pip install -e '.[router-tuning]'`",
+            "needs the package transformers; install moe_dist[router-tuning]",
         ),
     ],
     ids=["tokenizer", "weights", "package"],

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.doctor.slurm_nodes import CLONE, run_on_nodes, srun_command
+from launchers.doctor.slurm_nodes import run_on_nodes, srun_command
+from moe_dist.config.bundled import source_root
 from moe_dist.config.cluster import ApptainerContainer, Cluster, GpuSection, NcclVariable
 from moe_dist.errors import PlacementError
 
@@ -56,16 +57,16 @@ def test_a_task_runs_the_prelude_and_then_python_in_the_container() -> None:
 def test_a_container_sees_what_the_run_would_and_brings_its_own_python(kind: str) -> None:
     cluster = Cluster.model_validate({"container": {"kind": kind, "image": "/img/torch", "mounts": ("/more:/more:ro",)}})
     asked = srun_command(PLAN, cluster, "a.module", "x", tasks_per_node=1, minutes=2, visible=["/runs", "/data"])
-    mounts = [f"{CLONE}:{CLONE}", "/runs:/runs", "/data:/data", "/more:/more:ro"]
+    mounts = [f"{source_root()}:{source_root()}", "/runs:/runs", "/data:/data", "/more:/more:ro"]
     script = asked[-1].splitlines()
-    assert script[0] == f"cd {CLONE} || exit 78", "the container may begin elsewhere"
+    assert script[0] == f"cd {source_root()} || exit 78", "the container may begin elsewhere"
     if kind == "pyxis":
         assert asked.count("--container-image=/img/torch") == 2, "for each kind of node"
         assert asked.count(f"--container-mounts={','.join(mounts)}") == 2
         assert script[-1] == "exec python3 -m a.module x"
     else:
         binds = " ".join(f"--bind={mount}" for mount in mounts)
-        assert script[-1] == f"exec apptainer exec --nv {binds} --pwd={CLONE} /img/torch python3 -m a.module x"
+        assert script[-1] == f"exec apptainer exec --nv {binds} --pwd={source_root()} /img/torch python3 -m a.module x"
 
 
 def srun(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ from ray.exceptions import RpcError
 
 from launchers.ray import submit as ray_submit
 from launchers.ray.__main__ import launch, submitted
-from launchers.ray.job import ROOT, seen_from_the_job
+from launchers.ray.job import seen_from_the_job
 from launchers.ray.submit import follow_job, stop, verdict, verdict_line
+from moe_dist.config.bundled import source_root
 from moe_dist.errors import ConfigError, PlacementError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
@@ -96,7 +97,7 @@ def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_ray_ships_is_named_from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT / "configs")
+    monkeypatch.chdir(source_root() / "configs")
     assert seen_from_the_job(Path("x.yaml")) == Path("configs/x.yaml")
     assert seen_from_the_job(Path("/elsewhere/x.yaml")) == Path("/elsewhere/x.yaml")
 
