@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import PlacementError
-from tests.support.megatron_cpu import megatron_on_cpu
 from tests.support.megatron_model import MOE_LAYERS, Layout, gpt_model, transformer_config, with_layers_of
 from tests.support.megatron_run import megatron
 from tests.support.worlds import RankContext
+from tools.bench.megatron_cpu import megatron_on_cpu
 
 EXPERTS = """
 groups:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tests.support.megatron_cpu import megatron_on_cpu, model_parallel
 from tests.support.megatron_model import (
     LAYERS,
     Layout,
@@ -22,6 +21,7 @@ from tests.support.megatron_model import (
     set_weights,
     transformer_config,
 )
+from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
 
 SEQUENCES = 8  # of a micro-batch, over all data-parallel ranks
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from moe_dist.moe.layer import Router
 from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, LayerReport
 from moe_dist.placement.placement import ExpertPlacement
-from tests.support.megatron_cpu import megatron_on_cpu, model_parallel
 from tools.bench.contenders import Case, Run
+from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
 
 
 @contextmanager

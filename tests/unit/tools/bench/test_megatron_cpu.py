@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.megatron_cpu import CPU, cuda_replacements, megatron_on_cpu, model_parallel
 from tests.support.worlds import RankContext
+from tools.bench.megatron_cpu import CPU, cuda_replacements, megatron_on_cpu, model_parallel
 
 
 def test_replaces_what_it_lists_and_puts_all_of_it_back() -> None:

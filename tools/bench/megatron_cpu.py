@@ -1,4 +1,4 @@
-"""A CUDA stand-in: megatron-core on CPU and gloo. For tests and measurements only; never part of the package.
+"""A CUDA stand-in: megatron-core on CPU and gloo, for measurements and tests.
 
     with megatron_on_cpu(), model_parallel(ep=2):
         ...                                       # megatron builds, computes and communicates on CPU tensors
@@ -149,36 +149,16 @@ def cuda_replacements() -> Sequence[Replacement]:
 def megatron_replacements() -> Sequence[Replacement]:
     """What is replaced in megatron-core itself; imports it, so torch's replacements must stand already."""
     core = "megatron.core"
-    random = importlib.import_module(f"{core}.tensor_parallel.random")
-    dispatchers = importlib.import_module(f"{core}.transformer.moe.token_dispatcher")
-    moe = importlib.import_module(f"{core}.transformer.moe.moe_utils")
-    return [
-        Replacement(
-            f"{core}.tensor_parallel.random._get_cuda_rng_state",
-            random,
-            "_get_cuda_rng_state",
-            lambda *_, **__: torch.get_rng_state(),
-        ),
-        Replacement(
-            f"{core}.tensor_parallel.random._set_cuda_rng_state",
-            random,
-            "_set_cuda_rng_state",
-            lambda state, *_, **__: torch.set_rng_state(state),
-        ),
-        Replacement(
-            f"{core}.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
-            dispatchers,
-            "maybe_move_tensor_to_cpu",
-            _stay,
-        ),
+    random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
+    dispatchers = f"{core}.transformer.moe.token_dispatcher"
+    values = [
+        (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (dispatchers, "maybe_move_tensor_to_cpu", _stay),
         # 0.16.1 binds this name only where TransformerEngine is there, and reads it in every router.
-        Replacement(
-            f"{core}.transformer.moe.moe_utils.te_general_gemm",
-            moe,
-            "te_general_gemm",
-            getattr(moe, "te_general_gemm", None),
-        ),
+        (moe, "te_general_gemm", getattr(importlib.import_module(moe), "te_general_gemm", None)),
     ]
+    return [Replacement(f"{owner}.{name}", importlib.import_module(owner), name, value) for owner, name, value in values]
 
 
 @contextlib.contextmanager
@@ -231,7 +211,7 @@ def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: 
 
 def _forget_losses() -> None:
     try:
-        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # pyright: ignore[reportMissingImports]
     except ImportError:  # before 0.17 or later, see moe_dist.megatron.tracker
         from megatron.core.transformer.moe import moe_utils
 

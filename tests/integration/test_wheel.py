@@ -1,0 +1,141 @@
+"""A wheel of this clone, installed by itself, in an empty folder: nothing that it needs is left in the clone."""
+
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "adamoe_moma_tiny_cpu"
+Done = subprocess.CompletedProcess[str]
+# Every module and the help of every subcommand, in one process, since each of its own would import torch again.
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+from moe_dist.__main__ import COMMANDS, _load, main
+_load("doctor")  # puts launchers and tools on the path
+for top in ("moe_dist", "launchers", "tools"):
+    package = importlib.import_module(top)
+    assert "wheel-environment" in package.__file__, package.__file__
+    for found in pkgutil.walk_packages(package.__path__, f"{top}."):
+        if not found.name.startswith("moe_dist.bundled"):
+            importlib.import_module(found.name)
+for words in ["", "launch", *(words for words, _, _ in COMMANDS)]:
+    sys.argv = ["moe-dist", *words.split(), "--help"]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheel alone; dependencies are those of this environment, this clone is not seen."""
+    folder = tmp_path_factory.mktemp("wheel-environment")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
+            (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "clone" / name)
+    pip, offline = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"], ["--no-deps", "--no-index"]
+    built = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "clone")]
+    subprocess.run(built, check=True)
+    shutil.rmtree(folder / "clone")
+    venv.create(folder / "venv")
+    python = folder / "venv" / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "--python", str(python), "install", *offline, str(wheel)], check=True)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    # The .pth files inside a folder that a .pth file names are not read: so the editable clone stays out.
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+    return folder / "venv"
+
+
+@pytest.fixture
+def call(environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs `moe-dist` of the installed wheel in an empty folder."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def run(*arguments: str, program: str = "moe-dist") -> Done:
+        command = [str(environment / "bin" / program), *arguments]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_every_module_imports_and_every_subcommand_has_a_help(call: Callable[..., Done]) -> None:
+    done = call("-c", IMPORT_ALL, program="python")
+    assert done.returncode == 0, done.stderr
+    assert "moe-dist launch slurm" in done.stdout
+
+
+def test_its_help_fits_on_a_screen_and_imports_no_torch(call: Callable[..., Done]) -> None:
+    done = call("-X", "importtime", "-m", "moe_dist", "--help", program="python")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) <= 40
+    assert not re.search(r"\|\s+torch$", done.stderr, re.MULTILINE)
+
+
+def test_launchers_and_tools_are_no_names_of_the_environment(call: Callable[..., Done]) -> None:
+    for name in ("launchers", "tools"):
+        assert "ModuleNotFoundError" in call("-c", f"import {name}.doctor", program="python").stderr
+
+
+def test_names_of_before_and_names_that_are_almost_right(call: Callable[..., Done]) -> None:
+    assert "moe-dist bench`" in call("bench_dispatch").stderr
+    assert "'compare'" in call("compar").stderr
+    done = call("launch", "local", "adamoe_moma_tiny")
+    assert done.returncode == 78
+    assert f"did you mean {CONFIG}" in done.stderr
+
+
+def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> None:
+    assert "Peak learning rate" in call("explain", "optimizer.lr").stdout
+    missing = call("launch", "local", CONFIG)
+    assert (missing.returncode, "moe-dist prepare-data" in missing.stderr) == (78, True)
+
+    made = call("prepare-data", "--renders", "1", "--heldout-renders", "1")
+    assert made.returncode == 0, made.stderr
+    assert call("doctor", CONFIG).returncode in (0, 1), "warnings of this machine are no fault of the package"
+    slurm = call("launch", "slurm", CONFIG, "--cluster", "cpu", "--dry-run")
+    assert slurm.returncode == 0, slurm.stderr
+    assert "#SBATCH --nodes=1" in slurm.stdout
+    assert not (tmp_path / ".moe_dist").exists(), "a dry run leaves nothing"
+
+    quick = [
+        "train.steps=2",
+        "evaluation.sequences=4",
+        "evaluation.final_sequences=4",
+        "evaluation.balance_efficiency=false",
+    ]
+    trained = call("launch", "local", CONFIG, *quick, "run.name=short")
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    records = (tmp_path / "runs" / "short" / "metrics.jsonl").read_text().splitlines()
+    assert len([line for line in records if "loss/total" in json.loads(line).get("scalars", json.loads(line))]) == 2
+    assert "short" in call("status").stdout
+    assert call("verify", "runs/short").returncode == 0
+
+
+def test_nodes_get_the_code_laid_out_as_a_clone(call: Callable[..., Done], tmp_path: Path) -> None:
+    """What Slurm's and Ray's nodes run: a copy of the installed files, made once, that needs no installed moe_dist."""
+    where = "import moe_dist.__main__ as command; command._load('slurm'); import launchers.snapshot as s; print(s.code_folder())"
+    first, second = (call("-c", where, program="python") for _ in range(2))
+    assert first.stdout == second.stdout, first.stderr
+    folder = Path(first.stdout.strip())
+    assert {each.name for each in folder.iterdir()} == {"configs", "launchers", "moe_dist", "slurm", "tools"}
+    assert [each.name for each in (tmp_path / ".moe_dist").iterdir()] == [folder.name]
+    command = [sys.executable, "-m", "launchers.slurm.job"]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert "sbatch" in done.stderr
+    assert "Traceback" not in done.stderr
