@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 

@@ -1,11 +1,15 @@
-"""Megatron's indexed data sets: written with Megatron's builder, read by code of our own.
+"""Megatron's indexed data sets: written by Megatron's builder, read here.
 
-Training does not use Megatron's readers. If a file is truncated or its disk fails, the memory-mapped reader kills the
-process with SIGBUS, and the plain reader returns uninitialised memory. Importing either costs each rank 3 s. Tests compare
-reading and writing with Megatron.
+Megatron's own readers are not used while training. Its memory map ends the process with SIGBUS if the file is cut short or
+its disk fails; its plain reader returns whatever lies in memory; importing either takes each rank 3 s. Here each read is a
+`pread` on a descriptor that stays open: a file replaced by a rename is read on as it was, and every short or failed read
+is an error that names the file. Tests compare reading and writing with Megatron's. Its builder is imported when something
+is written.
 """
 
+import os
 import warnings
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +19,66 @@ import numpy as np
 from moe_dist.config.index_header import index_paths, list_offsets
 from moe_dist.config.manifest import SplitSection
 from moe_dist.config.split_files import BITS, Bits, check_split
-from moe_dist.data.checked_file import CheckedFile
-from moe_dist.errors import DataError
+from moe_dist.errors import DataError, StorageError
+
+
+class CheckedFile:
+    """A file opened for random reads. Thread-safe.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StorageError: it cannot be opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        weakref.finalize(self, os.close, self._fd)
+        self.size = self._size()
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Reads `num_bytes` from byte `offset` on. Costs one system call, usually answered by the page cache.
+
+        Raises:
+            DataError: the file ends earlier; it was truncated after it was opened.
+            StorageError: the file system does not answer.
+        """
+        parts: list[bytes] = []
+        missing = num_bytes
+        while missing:
+            try:
+                part = os.pread(self._fd, missing, offset + num_bytes - missing)
+            except OSError as error:
+                raise _unreadable(self.path, error) from error
+            if not part:
+                raise DataError(
+                    f"{self.path}: {self._size()} bytes, but there were {self.size} when it was opened: cut short while "
+                    "the run reads it; copy or prepare it again, then start again from the last checkpoint",
+                    see="docs/reliability.md",
+                )
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _size(self) -> int:
+        try:
+            return os.fstat(self._fd).st_size
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path}: cannot be read: {error.strerror or error}; look at the disk or file system that holds it, then start "
+        "again from the last checkpoint",
+        see="docs/reliability.md",
+    )
+
 
 _UINT16_BELOW = 65500  # Megatron's own bound (DType.optimal_dtype)
 

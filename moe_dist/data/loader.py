@@ -14,9 +14,7 @@ from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.data.indexed import IndexedSplit
-from moe_dist.data.mixture import Mixture
-from moe_dist.data.packing import Packing, Pieces, cut, pack
-from moe_dist.data.stream import ShuffledEpochs, micro_batches
+from moe_dist.data.order import Mixture, Packing, Pieces, ShuffledEpochs, cut, micro_batches, pack
 from moe_dist.errors import ConfigError, DataError
 
 _HELDOUT_WINDOW = 512

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.collectives import sum_over
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.errors import ConfigError

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.collectives import sum_over
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import RouterSums
 from moe_dist.placement.placement import ExpertGroup

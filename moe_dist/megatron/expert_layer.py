@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import PlacementError
 from moe_dist.megatron.aux_terms import AuxTerms
 from moe_dist.megatron.initialise import initialise_layer

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.routing import DepthSums, accumulation_dtype
 

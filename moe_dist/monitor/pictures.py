@@ -5,14 +5,12 @@ Shape letters as in `metrics.py`.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_dist.monitor.curves import draw_against_targets
 from moe_dist.monitor.heatmaps import Axis, draw, linear_scale, ratio_scale
-from moe_dist.monitor.metrics import Record, depth_metrics, group_choices, group_metrics
-from moe_dist.monitor.statistics import DepthStatistics
+from moe_dist.monitor.metrics import group_choices, group_metrics
 from moe_dist.monitor.tags import tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -51,68 +49,6 @@ class Subject:
         return Axis(
             "expert, and the rank that holds it", [str(i) for i in range(len(ranks))], [f"{word}{r}" for r in ranks]
         )
-
-
-class Window:
-    """Sums of the arrays of consecutive steps."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, np.ndarray] = {}
-        self._steps: list[int] = []
-        self._load: list[Mapping[str, Mapping[str, float | None]]] = []
-        self._depths: DepthStatistics | None = None
-
-    def add(self, record: Record) -> None:
-        tokens_LG = record.arrays["tokens_LG"]
-        arrays = {
-            "choices_LC": record.arrays["choices_LC"],
-            "tokens_LG": tokens_LG,
-            "dropped_LG": record.arrays["dropped_LG"],
-            "entropy_sum_LG": np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0),
-            "weighted_rows_LR": record.arrays["weighted_rows_LR"],
-            **{name: record.arrays[name] for name in ("idle_LG",) if name in record.arrays},
-        }
-        self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
-        self._steps.append(record.step)
-        self._load.append(record.load)
-        self._depths = _sum_depths(self._depths, record.mixture_of_depths)
-
-    def load_curves(self) -> np.ndarray | None:
-        """Achieved true experts a token over the window's steps against what a controller holds; None where none does."""
-        targets = {name: each["target"] or 0.0 for name, each in self._load[-1].items()} if self._load else {}
-        if not targets:
-            return None
-        values = {name: [_number(load.get(name, {}).get("achieved")) for load in self._load] for name in targets}
-        caption = "mean over layers, each step; dashed: the target of the load controller"
-        return draw_against_targets(self._steps, values, targets, title="True experts a token", caption=caption)
-
-    def depth_map(self) -> np.ndarray | None:
-        """What the layers do that compute a share of the tokens alone, one row each; None without any."""
-        if self._depths is None:
-            return None
-        metrics = depth_metrics(self._depths)
-        names, columns = ["all tokens", *self._depths.groups], [metrics["computed"], *metrics["computed_by_group"].T]
-        for name in ("agreement", "gate_weight"):
-            if name in metrics:
-                names, columns = [*names, name.replace("_", " ")], [*columns, metrics[name]]
-        target = f"{self._depths.capacity:g}"
-        caption = f"share of tokens computed, target {target}; agreement and gate weight; {self._words()}"
-        scale = linear_scale(caption, 1.0)
-        rows = Axis("layer", [str(layer) for layer in self._depths.layers])
-        return draw(np.stack(columns, axis=1), rows, Axis("", names), scale=scale, title="Mixture of depths")
-
-    def take(self) -> tuple[dict[str, np.ndarray], str]:
-        """The sums and the steps they are of, in words; the window starts again empty."""
-        taken = self._sums, self._words()
-        self._sums, self._steps, self._load, self._depths = {}, [], [], None
-        return taken
-
-    def _words(self) -> str:
-        first, last = self._steps[0], self._steps[-1]
-        return f"step {first}" if first == last else f"steps {first} to {last}"
-
-    def __bool__(self) -> bool:
-        return bool(self._steps)
 
 
 def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -197,18 +133,6 @@ def _per_group_maps(subject: Subject, metrics: Mapping[str, np.ndarray]) -> dict
         if name not in split:
             wanted[name] = (title, caption, float(np.nanmax(metrics[name], initial=1.0)))
     return wanted
-
-
-def _sum_depths(sums: DepthStatistics | None, mixture_of_depths: DepthStatistics | None) -> DepthStatistics | None:
-    """Over steps of one run: only the sums change."""
-    if sums is None or mixture_of_depths is None:
-        return mixture_of_depths
-    counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
-    return replace(sums, **{name: getattr(sums, name) + getattr(mixture_of_depths, name) for name in counted})
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _over_mean(load_LX: np.ndarray) -> np.ndarray:

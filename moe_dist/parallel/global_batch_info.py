@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routing import GlobalBatchInfo
 from moe_dist.parallel.mesh import Mesh

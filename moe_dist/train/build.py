@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, moment_specs
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.balance_rules import active_targets, even_active
 from moe_dist.config.lora_rules import has_lora_experts, largest_dropout

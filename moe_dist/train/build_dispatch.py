@@ -5,8 +5,8 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import CheckedAllToAll
-from moe_dist.comm.stats import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.parallel_schema import ParallelSection
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.config.lora_schema import LoRAExpertsSection
 from moe_dist.config.schema import Config
 from moe_dist.model.attention_lora import AttentionLoRA

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, MoESection, RouterSection, ScheduledTopKRouterSection
 from moe_dist.config.schema import Config
 from moe_dist.model.mixture_of_depths import DepthScope, DepthThresholds

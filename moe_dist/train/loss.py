@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms

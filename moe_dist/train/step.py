@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats, sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.mixture_of_depths import DepthThresholds
@@ -24,8 +23,7 @@ from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routing import LayerReport
 from moe_dist.monitor.statistics import DepthStatistics
-from moe_dist.optim.adamw import set_lr
-from moe_dist.optim.grad_norm import clip_by_norm, local_norm_squared
+from moe_dist.optim.adamw import clip_by_norm, local_norm_squared, set_lr
 from moe_dist.parallel.global_batch_info import batch_info_of, count_members
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement

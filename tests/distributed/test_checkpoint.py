@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import MoeDistError
 from moe_dist.optim.adamw import MOMENTS, make_optimizer, materialise_moments, set_step_count, step_count
 from moe_dist.optim.param_groups import split_parameters

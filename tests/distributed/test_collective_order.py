@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.routing import Routing
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.deep_ep import LAYOUT, DeepEPDispatcher
 from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.parallel.mesh import make_mesh

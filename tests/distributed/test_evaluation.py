@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.data.batch import Batch
 from moe_dist.moe.routers.top_k import TopKRouter

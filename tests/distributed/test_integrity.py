@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, Splits, exchange_rows
+from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import CheckedAllToAll
-from moe_dist.comm.stats import CommStats
 from moe_dist.errors import IntegrityError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.routing import ABSENT, Assignments

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.evaluation.heldout import forward

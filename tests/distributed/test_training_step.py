@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.optim.adamw import make_optimizer, step_count
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh

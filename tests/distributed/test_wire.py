@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_dist.comm.all_to_all import AllToAll, Splits
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.parallel.mesh import make_mesh
 from tests.support.worlds import RankContext
 

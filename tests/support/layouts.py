@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.moe.losses import BalanceKind

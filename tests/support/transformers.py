@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.model.layers import RMSNorm
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import ModelArgs, Transformer

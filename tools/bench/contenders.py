@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
 from moe_dist.moe.routing import ABSENT, Assignments

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.config.bundled import source_root
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config

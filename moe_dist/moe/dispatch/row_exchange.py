@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll, Pending
-from moe_dist.comm.buffers import RowBuffers
+from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers
 from moe_dist.moe.dispatch.plan import AllToAllPlan
 from moe_dist.moe.dispatch.rows import add_rows
 from moe_dist.moe.routing import accumulation_dtype

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.counting import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo

@@ -1,16 +1,20 @@
 """TensorBoard: curves, heat maps of where every token went, histograms, and pages of text."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: made at import
 from torch.utils.tensorboard import FileWriter, summary
 
-from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.pictures import Subject, Window, heat_maps, loads
+from moe_dist.monitor.curves import draw_against_targets
+from moe_dist.monitor.heatmaps import Axis, draw, linear_scale
+from moe_dist.monitor.metrics import Record, depth_metrics
+from moe_dist.monitor.pictures import Subject, heat_maps, loads
 from moe_dist.monitor.sinks.event_files import drop_events_after
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 
 FLUSH_SECONDS = 10  # how old the page may be
@@ -100,6 +104,80 @@ class TensorBoardSink:
                 bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
                 histogram = summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins)
                 self._open.add_summary(histogram, self._last_step)
+
+
+class Window:
+    """Sums of the arrays of consecutive steps."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._steps: list[int] = []
+        self._load: list[Mapping[str, Mapping[str, float | None]]] = []
+        self._depths: DepthStatistics | None = None
+
+    def add(self, record: Record) -> None:
+        tokens_LG = record.arrays["tokens_LG"]
+        arrays = {
+            "choices_LC": record.arrays["choices_LC"],
+            "tokens_LG": tokens_LG,
+            "dropped_LG": record.arrays["dropped_LG"],
+            "entropy_sum_LG": np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0),
+            "weighted_rows_LR": record.arrays["weighted_rows_LR"],
+            **{name: record.arrays[name] for name in ("idle_LG",) if name in record.arrays},
+        }
+        self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
+        self._steps.append(record.step)
+        self._load.append(record.load)
+        self._depths = _sum_depths(self._depths, record.mixture_of_depths)
+
+    def load_curves(self) -> np.ndarray | None:
+        """Achieved true experts a token over the window's steps against what a controller holds; None where none does."""
+        targets = {name: each["target"] or 0.0 for name, each in self._load[-1].items()} if self._load else {}
+        if not targets:
+            return None
+        values = {name: [_number(load.get(name, {}).get("achieved")) for load in self._load] for name in targets}
+        caption = "mean over layers, each step; dashed: the target of the load controller"
+        return draw_against_targets(self._steps, values, targets, title="True experts a token", caption=caption)
+
+    def depth_map(self) -> np.ndarray | None:
+        """What the layers do that compute a share of the tokens alone, one row each; None without any."""
+        if self._depths is None:
+            return None
+        metrics = depth_metrics(self._depths)
+        names, columns = ["all tokens", *self._depths.groups], [metrics["computed"], *metrics["computed_by_group"].T]
+        for name in ("agreement", "gate_weight"):
+            if name in metrics:
+                names, columns = [*names, name.replace("_", " ")], [*columns, metrics[name]]
+        target = f"{self._depths.capacity:g}"
+        caption = f"share of tokens computed, target {target}; agreement and gate weight; {self._words()}"
+        scale = linear_scale(caption, 1.0)
+        rows = Axis("layer", [str(layer) for layer in self._depths.layers])
+        return draw(np.stack(columns, axis=1), rows, Axis("", names), scale=scale, title="Mixture of depths")
+
+    def take(self) -> tuple[dict[str, np.ndarray], str]:
+        """The sums and the steps they are of, in words; the window starts again empty."""
+        taken = self._sums, self._words()
+        self._sums, self._steps, self._load, self._depths = {}, [], [], None
+        return taken
+
+    def _words(self) -> str:
+        first, last = self._steps[0], self._steps[-1]
+        return f"step {first}" if first == last else f"steps {first} to {last}"
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+
+def _sum_depths(sums: DepthStatistics | None, mixture_of_depths: DepthStatistics | None) -> DepthStatistics | None:
+    """Over steps of one run: only the sums change."""
+    if sums is None or mixture_of_depths is None:
+        return mixture_of_depths
+    counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
+    return replace(sums, **{name: getattr(sums, name) + getattr(mixture_of_depths, name) for name in counted})
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:

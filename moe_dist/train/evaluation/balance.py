@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_dist.comm.reduce import max_over
+from moe_dist.comm.collectives import max_over
 from moe_dist.data.batch import Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import ABSENT, Routing, RoutingCache

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED, Batch, BatchMaker, Segment
-from moe_dist.data.stream import ShuffledEpochs, micro_batches
+from moe_dist.data.order import ShuffledEpochs, micro_batches
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
 

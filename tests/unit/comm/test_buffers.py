@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_dist.comm.buffers import RowBuffers
+from moe_dist.comm.all_to_all import RowBuffers
 
 
 def test_what_was_given_back_is_used_again() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import MAX_ROW_BYTES, CheckedAllToAll, content_sums, position_terms
-from moe_dist.comm.stats import CommStats
 
 
 def slow_sum(row: torch.Tensor) -> int:

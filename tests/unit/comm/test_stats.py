@@ -3,7 +3,7 @@
 import torch
 
 from moe_dist.comm.all_to_all import AllToAll, Splits, exchange_rows, split_sizes
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 
 
 def test_payload_and_metadata_are_apart_and_taken_once() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dist.comm import tracker as watch_file
-from moe_dist.comm.reduce import sum_over
+from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 CPU = torch.device("cpu")

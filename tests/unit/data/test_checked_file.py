@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from moe_dist.config.manifest import SplitSection
-from moe_dist.data.checked_file import CheckedFile
-from moe_dist.data.indexed import IndexedSplit, write_indexed
+from moe_dist.data.indexed import CheckedFile, IndexedSplit, write_indexed
 from moe_dist.errors import DataError, StorageError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.data.mixture import SLOTS, Mixture
+from moe_dist.data.order import SLOTS, Mixture
 from moe_dist.errors import ConfigError
 
 

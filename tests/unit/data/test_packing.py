@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.data.packing import cut, pack
+from moe_dist.data.order import cut, pack
 
 
 def test_cut_by_hand() -> None:

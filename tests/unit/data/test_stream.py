@@ -1,6 +1,6 @@
 """The stream of shuffled epochs, and the ranks' parts of a step, drawn by hand."""
 
-from moe_dist.data.stream import ShuffledEpochs, micro_batches
+from moe_dist.data.order import ShuffledEpochs, micro_batches
 
 
 def test_each_thing_comes_once_an_epoch_from_any_position_on() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dist.comm.all_to_all import AllToAll, Splits
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows
 from moe_dist.moe.dispatch.plan import AllToAllPlan

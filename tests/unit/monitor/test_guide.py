@@ -10,8 +10,9 @@ import yaml
 
 from moe_dist.config.schema import MonitorSection
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.pictures import Subject, Window, heat_maps
+from moe_dist.monitor.pictures import Subject, heat_maps
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
+from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import MEANING
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.metrics import Record, build_record, evaluation_scalars, group_choices, group_metrics
-from moe_dist.monitor.pictures import Subject, Window, heat_maps, zero_computation_fraction
+from moe_dist.monitor.pictures import Subject, heat_maps, zero_computation_fraction
+from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from moe_dist.monitor.metrics import Record, depth_line, evaluation_scalars
-from moe_dist.monitor.pictures import Subject, Window
+from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.jsonl import JsonlSink
 from moe_dist.monitor.sinks.prometheus import exposition
-from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
+from moe_dist.monitor.sinks.tensorboard import TensorBoardSink, Window
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_MEANING, GROUP_FAMILIES, MAX_SCALARS, meaning, split_tag, tag_plan
 

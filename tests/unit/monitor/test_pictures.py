@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.pictures import Subject, Window, heat_maps, loads, relative_entropy
+from moe_dist.monitor.pictures import Subject, heat_maps, loads, relative_entropy
+from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 MakeRecord = Callable[..., Record]

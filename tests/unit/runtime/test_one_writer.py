@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.sinks.guarded import LeaseWatch
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
-from moe_dist.monitor.sinks.lease_watch import LeaseWatch
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease, LeaseError
 from moe_dist.runtime.run_folder import RunFolder
@@ -106,7 +106,7 @@ def sleeper(tmp_path: Path):
 SINKS = """
     import numpy as np
     from moe_dist.monitor.sinks.jsonl import JsonlSink
-    from moe_dist.monitor.sinks.lease_watch import LeaseWatch
+    from moe_dist.monitor.sinks.guarded import LeaseWatch
     from moe_dist.monitor.metrics import Record
     from moe_dist.runtime.lease import LeaseError
     def record(step):

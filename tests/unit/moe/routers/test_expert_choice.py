@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, PairDispatcher
 from moe_dist.moe.draws import logistic

@@ -1,0 +1,187 @@
+"""The order of the training sequences: a pure function of seed and position.
+
+Documents are packed into sequences of a fixed length (`cut`, `pack`). A fixed pattern says from which source each sequence
+of the stream comes (`Mixture`). Each source is shuffled anew for each epoch (`ShuffledEpochs`). `micro_batches` gives each
+rank its share of a step. A document longer than a sequence is cut into pieces. Attention and positions restart at each
+piece, so the model does not notice which pieces share a sequence; only the amount of padding depends on it.
+
+Shape letters: D documents, P pieces, Q sequences, S sources.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Runs of tokens, each within one document.
+
+    Attributes:
+        start_P: int64, number in the file of the first token.
+        length_P: int64, tokens, at most the sequence length.
+        goes_on_P: bool, whether the document continues after the piece; the last token then has a label too.
+    """
+
+    start_P: np.ndarray
+    length_P: np.ndarray
+    goes_on_P: np.ndarray
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Pieces of each sequence: sequence q holds piece_P[first_Q[q] : first_Q[q + 1]], in this order.
+
+    Attributes:
+        piece_P: int64, each piece exactly once.
+        first_Q: int64 [Q + 1].
+    """
+
+    piece_P: np.ndarray
+    first_Q: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first_Q) - 1
+
+    def pieces_of(self, sequence: int) -> list[int]:
+        """Indices of the sequence's pieces."""
+        return self.piece_P[self.first_Q[sequence] : self.first_Q[sequence + 1]].tolist()
+
+
+def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
+    """Cuts documents into pieces of at most `seq_len` tokens, in document order; an empty document gives no piece."""
+    count_D = -(-lengths_D // seq_len)
+    document_P = np.repeat(np.arange(len(lengths_D)), count_D)
+    within_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
+    left_P = lengths_D[document_P] - within_P * seq_len
+    return Pieces(starts_D[document_P] + within_P * seq_len, np.minimum(left_P, seq_len), left_P > seq_len)
+
+
+def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
+    """Best fit, longest first, over windows of `window` pieces; sequences not full at the end of a window get padding.
+
+    Pieces in a sequence are sorted from long to short. 100,000 pieces take about a quarter of a second.
+
+    Args:
+        lengths_P: int64, from 1 to seq_len.
+    """
+    pieces: list[int] = []
+    counts: list[int] = []
+    for start in range(0, len(lengths_P), window):
+        lengths = lengths_P[start : start + window].tolist()
+        for members in _best_fit(lengths, seq_len):
+            pieces.extend(start + member for member in members)
+            counts.append(len(members))
+    return Packing(np.array(pieces, np.int64), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+
+
+def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
+    sequences: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, sequence) of the sequences with room, sorted
+    for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
+        tightest = bisect_left(room, (lengths[piece], 0))
+        if tightest < len(room):
+            free, sequence = room.pop(tightest)
+        else:
+            free, sequence = seq_len, len(sequences)
+            sequences.append([])
+        sequences[sequence].append(piece)
+        if free > lengths[piece]:
+            insort(room, (free - lengths[piece], sequence))
+    return sequences
+
+
+SLOTS = 1000
+
+
+class Mixture:
+    """Interleaves sources in proportion to their shares, rounded to 1 / SLOTS; each source gets at least one slot.
+
+    Args:
+        shares: Positive share of each source; any sum.
+
+    Raises:
+        ConfigError: more sources than slots, or a share that is not positive.
+    """
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        if len(shares) > SLOTS or any(not share > 0 for share in shares.values()):
+            raise ConfigError(f"data.weights={dict(shares)}: shares must be positive, of at most {SLOTS} sources")
+        self.names = tuple(shares)
+        self._slots_S = _slots(np.array(list(shares.values()), np.float64))
+        self._pattern = _pattern(self._slots_S)
+        # Row s counts, for each source, its slots before slot s.
+        self._before = np.zeros((SLOTS + 1, len(self.names)), np.int64)
+        np.cumsum(self._pattern[:, None] == np.arange(len(self.names)), axis=0, out=self._before[1:])
+
+    def place(self, sequence: int) -> tuple[str, int]:
+        """Source of a sequence of the global stream, and its number in that source's own stream."""
+        block, slot = divmod(sequence, SLOTS)
+        source = int(self._pattern[slot])
+        return self.names[source], block * int(self._slots_S[source]) + int(self._before[slot, source])
+
+    def drawn(self, position: int) -> dict[str, int]:
+        """Sequences of each source among the first `position` of the global stream."""
+        block, slot = divmod(position, SLOTS)
+        return dict(zip(self.names, (block * self._slots_S + self._before[slot]).tolist(), strict=True))
+
+
+def _slots(shares_S: np.ndarray) -> np.ndarray:
+    """Number of slots of each source, by largest remainder, at least 1; their sum is SLOTS."""
+    wanted_S = np.maximum(shares_S / shares_S.sum() * SLOTS, 1)
+    slots_S = np.floor(wanted_S).astype(np.int64)
+    while slots_S.sum() != SLOTS:
+        if slots_S.sum() < SLOTS:
+            slots_S[np.argmax(wanted_S - slots_S)] += 1
+        else:
+            slots_S[np.argmax(np.where(slots_S > 1, slots_S - wanted_S, -np.inf))] -= 1
+    return slots_S
+
+
+def _pattern(slots_S: np.ndarray) -> np.ndarray:
+    """Source of each slot: always the source that is furthest behind its share."""
+    given_S = np.zeros_like(slots_S)
+    pattern = np.empty(SLOTS, np.int64)
+    for slot in range(SLOTS):
+        deficit_S = slots_S * (slot + 1) - given_S * SLOTS
+        pattern[slot] = np.argmax(np.where(given_S < slots_S, deficit_S, np.iinfo(np.int64).min))
+        given_S[pattern[slot]] += 1
+    return pattern
+
+
+class ShuffledEpochs:
+    """`count` items in each epoch; the order of an epoch is drawn from (seed, epoch) alone.
+
+    Args:
+        seed: Integers of the seed.
+        count: Items in an epoch, at least 1.
+    """
+
+    def __init__(self, seed: Sequence[int], count: int) -> None:
+        self._seed, self._count = tuple(seed), count
+        self._orders: dict[int, np.ndarray] = {}
+
+    def at(self, position: int) -> int:
+        """Index of the item at a position of the stream."""
+        epoch, within = divmod(position, self._count)
+        if epoch not in self._orders:
+            # A step may straddle two epochs, so the orders of neighbouring epochs are kept.
+            self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
+            self._orders[epoch] = np.random.default_rng((*self._seed, 1 + epoch)).permutation(self._count)
+        return int(self._orders[epoch][within])
+
+
+def micro_batches(position: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
+    """Positions of a rank's micro-batches in the step that starts at `position`.
+
+    Micro-batch i of all ranks covers the i-th run of world_size * micro_batch positions, and rank r takes the r-th part of
+    the run. So a step has the same positions for any number of ranks. `global_batch` is a multiple of the run's length.
+    """
+    run = world_size * micro_batch
+    assert global_batch % run == 0, (global_batch, world_size, micro_batch)
+    first = position + rank * micro_batch
+    return [range(start, start + micro_batch) for start in range(first, first + global_batch, run)]
