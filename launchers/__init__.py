@@ -1,4 +1,4 @@
-"""Start a run: on this machine, or on a cluster. Run as `python -m launchers.<where>`. Never imports torch."""
+"""Commands that start a run: `python -m launchers.local`, `.slurm` or `.ray`. They never import torch."""
 
 from moe_dist.runtime.renamed import name_renamed_modules
 

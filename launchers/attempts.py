@@ -1,4 +1,4 @@
-"""One attempt of a run after the other, on whatever machines: what each ended with, and whether another follows."""
+"""Runs the attempts of a run for the local and the Ray launcher: why each ended, and whether it is restarted."""
 
 import contextlib
 import signal
@@ -9,26 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launchers.ending import Outcome
-from launchers.restart import Ended, committed_step, is_final, refusal
+from launchers.restart import Ended, committed_step, is_final, why_not_restarted
 from launchers.supervise import StopSignals
 from moe_dist.errors import EXIT_FAILED, StoppedError
 from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder
 
-# Starts the ranks and sees them through, given how often the job was restarted and the name of the attempt; returns how
-# they ended, and where the attempt begins in each of their logs.
+# (number of restarts, attempt_id) -> (outcome, for each rank's log the offset at which the attempt begins)
 RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
 
 
-def until_it_ends(
+def run_attempts(
     folder: RunFolder, run: RunAttempt, signals: StopSignals, *, prefix: str, max_restarts: int, option: str
 ) -> int:
-    """Runs attempts until one is not followed by a restart; returns the verdict of the last.
+    """Runs attempts until one is not restarted; returns the exit code of the last one.
 
     Args:
-        signals: Stop signals, caught while no rank runs as well.
-        prefix: How names of attempts begin.
-        option: The command's name for `max_restarts`.
+        signals: Stop signals; they also count between two attempts.
+        prefix: Start of every attempt_id.
+        option: Name of the command line option for `max_restarts`, for messages.
     """
     attempts: list[Ended] = []
     while True:
@@ -39,61 +38,63 @@ def until_it_ends(
         attempts.append(Ended(code, begin, committed_step(folder.checkpoints)))
         if signals.first is not None or is_final(code):
             return code
-        no = refusal(attempts, max_restarts, option=option) or _taken(folder, attempt_id)
-        if no is not None:
+        obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)
+        if obstacle is not None:
             if max_restarts:
-                print(f"not restarted: {no}", file=sys.stderr)
+                print(f"not restarted: {obstacle}", file=sys.stderr)
             return code
         step = f"the checkpoint of step {attempts[-1].end}" if attempts[-1].end else "the beginning"
         print(f"restart {len(attempts)} of {max_restarts}, from {step}: {reason.partition(chr(10))[0]}", file=sys.stderr)
 
 
 def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
-    """Marks the attempt in the log of each rank; returns where it begins in each."""
+    """Writes a header line for the attempt into each rank's log; returns for each log the offset after it."""
     offsets = []
     for rank in range(num_ranks):
         with folder.log_of(rank).open("ab", buffering=0) as log:
-            with contextlib.suppress(OSError):  # a full disk: the ranks say so, if it matters to them
+            with contextlib.suppress(OSError):  # on a full disk the ranks report the error themselves
                 log.write(f"--- attempt {attempt_id}, {time.strftime('%F %T %z')}\n".encode())
             offsets.append(log.tell())
     return offsets
 
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequence[int]) -> tuple[int, str]:
-    """Says why an attempt ended if it was not by its own will, puts that into status.json where the ranks could not, and
-    returns its verdict and the reason."""
-    ending = folder.read_status().of(attempt_id)
-    verdict = ending.verdict if ending is not None else None
-    reason = ending.reason if ending is not None else ""
+    """Reports on standard error why an attempt failed, completes its record in status.json if no rank could, and returns
+    its verdict (the exit code on record) and the reason."""
+    record = folder.read_status().of(attempt_id)
+    verdict = record.verdict if record is not None else None
+    reason = record.reason if record is not None else ""
     cause = outcome.first_failed
-    if cause is not None and not outcome.silent and verdict and ending is not None and ending.rank is not None:
-        cause = ending.rank  # it wrote the verdict before it left, hence before any peer could fail of it
+    if cause is not None and not outcome.silent and verdict and record is not None and record.rank is not None:
+        cause = record.rank  # it wrote the verdict before it exited, so before its exit could make a peer fail
     if outcome.aborted:
-        print("ended at once; what the last checkpoint has is safe", file=sys.stderr)
+        print("killed; the last checkpoint is intact", file=sys.stderr)
     elif cause is not None and outcome.stop is not None and outcome.codes[cause] == -outcome.stop:
-        print(f"{outcome.stop.name} came before the ranks were ready; nothing was lost, start me again", file=sys.stderr)
+        print(
+            f"{outcome.stop.name} came before the ranks were ready; nothing was lost, start the run again", file=sys.stderr
+        )
         return StoppedError.exit_code, reason
     elif cause is not None:
         if outcome.silent or verdict is None:
-            said = _last_problem(last_words(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
+            detail = _last_problem(last_output(folder.log_of(cause), offsets[cause])) if not outcome.silent else ""
             if cause in outcome.frozen:
-                said = reason  # of the peer that waited: in which collective, and how long
-            reason = f"rank {cause}: {_how(outcome, cause)}" + (f"; {said}" if said else "")
-        if ending is not None and (outcome.silent or verdict is None):
-            # A rank that refuses its start knows its verdict, and has none to write: the run is not open yet.
+                detail = reason  # a waiting peer recorded its collective and how long it waited
+            reason = f"rank {cause}: {_describe_end(outcome, cause)}" + (f"; {detail}" if detail else "")
+        if record is not None and (outcome.silent or verdict is None):
+            # A rank that fails before it opens the run folder exits with its verdict but cannot record it.
             verdict = outcome.exit_code if not outcome.silent and is_final(outcome.exit_code) else EXIT_FAILED
-            last_step = max(ending.last_step, committed_step(folder.checkpoints))
-            with contextlib.suppress(OSError):  # a full disk: the exit code still tells
+            last_step = max(record.last_step, committed_step(folder.checkpoints))
+            with contextlib.suppress(OSError):  # on a full disk the exit code alone reports the failure
                 folder.amend_status(attempt_id, verdict=verdict, reason=reason, rank=cause, last_step=last_step)
         _report(folder, cause, outcome, offsets[cause])
     return (outcome.exit_code if verdict is None else verdict), reason
 
 
-def last_words(log: Path, offset: int, *, most_lines: int = 200) -> str:
-    """What a rank said last: its last traceback with all that led to it, or its last 20 lines.
+def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
+    """The last traceback in a rank's log, with the exceptions that caused it; without a traceback the last 20 lines.
 
     Args:
-        offset: Where this attempt begins in the log.
+        offset: Byte of the log at which this attempt begins.
     """
     with log.open("rb") as stream:
         stream.seek(offset)
@@ -106,14 +107,14 @@ def last_words(log: Path, offset: int, *, most_lines: int = 200) -> str:
     return "\n".join(lines[first:][-most_lines:])
 
 
-def _last_problem(words: str) -> str:
-    """The last line; not that which only names the page of the docs."""
-    lines = [line for line in words.splitlines() if line.strip() and not line.startswith("see docs/")]
+def _last_problem(output: str) -> str:
+    """The last line that is no reference to a page of the docs."""
+    lines = [line for line in output.splitlines() if line.strip() and not line.startswith("see docs/")]
     return lines[-1].strip().removeprefix("- ") if lines else ""
 
 
-def _taken(folder: RunFolder, attempt_id: str) -> str | None:
-    """Whether somebody else writes to the run: then starting again only waits again."""
+def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
+    """Names a live attempt that holds the run's lease: a restart would only wait for it. None without one."""
     holder = read_holder(folder.lease_json)
     if holder is None or holder.attempt_id == attempt_id or holder.is_dead():
         return None
@@ -122,18 +123,17 @@ def _taken(folder: RunFolder, attempt_id: str) -> str | None:
 
 def _report(folder: RunFolder, cause: int, outcome: Outcome, offset: int) -> None:
     log = folder.log_of(cause)
-    lines = [f"rank {cause} failed first ({_how(outcome, cause)}); {log} ends with:", "", last_words(log, offset)]
-    others = [f"{rank} ({_how(outcome, rank)})" for rank in range(len(outcome.codes)) if rank != cause]
+    lines = [f"rank {cause} failed first ({_describe_end(outcome, cause)}); {log} ends with:", "", last_output(log, offset)]
+    others = [f"{rank} ({_describe_end(outcome, rank)})" for rank in range(len(outcome.codes)) if rank != cause]
     if others:
         lines += ["", f"the other ranks ended after it: {', '.join(others)}"]
     print("\n".join(lines), file=sys.stderr)
 
 
-def _how(outcome: Outcome, rank: int) -> str:
-    """How a rank ended, in words."""
+def _describe_end(outcome: Outcome, rank: int) -> str:
     code = outcome.codes[rank]
     if rank in outcome.frozen:
-        return "frozen by SIGSTOP, and killed when a peer had waited too long"
+        return "frozen by SIGSTOP, and killed after a peer's collective timed out"
     if rank in outcome.lost:
         return outcome.lost[rank]
     if code >= 0:

@@ -1,4 +1,4 @@
-"""The one place that turns a plan into ranks. Launchers only carry out what it says."""
+"""Plans the nodes and ranks of a job, and the command and environment of each rank, for every launcher."""
 
 import os
 import sys
@@ -25,11 +25,11 @@ class NodePlan:
     """One node of a job.
 
     Attributes:
-        index: Among the nodes of the job.
-        ranks: That run on it, in the order of their local ranks; they need not be neighbours.
-        feature, labels: What the node must have: under Slurm the feature, under Ray the labels.
-        groups: Expert groups that live on it.
-        own: No rank of another group, and of no other job, goes there.
+        index: Number of the node in the job, from 0.
+        ranks: Ranks on this node, ordered by local rank; their numbers need not be consecutive.
+        feature, labels: Requirements on the node: Slurm checks the feature, Ray the labels.
+        groups: Names of the expert groups on this node.
+        own: The node is reserved for these groups: no other group and no other job may use it.
     """
 
     index: int
@@ -41,18 +41,18 @@ class NodePlan:
 
     @property
     def ray_labels(self) -> Mapping[str, str]:
-        """The labels; where there are none, the feature as the label `feature`."""
+        """The labels; without labels, the Slurm feature as a label called `feature`."""
         return self.labels or ({"feature": self.feature} if self.feature is not None else {})
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The nodes of a job and what runs on each: what every launcher carries out.
+    """The nodes of a job and the ranks on each.
 
     Attributes:
-        nodes: In order.
-        gpus_per_node: That each node must have; 0 where ranks compute on the CPU.
-        groups: For each rank the expert groups that live on it.
+        nodes: Ordered by index.
+        gpus_per_node: GPUs that each node must have; 0 for a run on CPUs.
+        groups: For each rank, the names of its expert groups.
     """
 
     nodes: tuple[NodePlan, ...]
@@ -65,7 +65,7 @@ class JobPlan:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks of the fullest node."""
+        """Largest number of ranks on one node."""
         return max(len(node.ranks) for node in self.nodes)
 
     def node_of(self, rank: int) -> NodePlan:
@@ -76,10 +76,10 @@ class JobPlan:
         return {rank: node.index for node in self.nodes for rank in node.ranks}
 
     def place_of(self, rank: int, hosts: Sequence[str] = ()) -> RunPlace:
-        """Where a rank belongs.
+        """The planned node, local rank and GPU of a rank.
 
         Args:
-            hosts: Names of the nodes in order, once they are known.
+            hosts: Host names ordered by node index; empty before the nodes are allocated.
         """
         node = self.node_of(rank)
         local = node.ranks.index(rank)
@@ -95,27 +95,28 @@ class JobPlan:
         )
 
     def table(self, hosts: Sequence[str] = ()) -> str:
-        """A line for each node, for people; `hosts` as in `place_of`."""
+        """A readable table with one line per node; `hosts` as in `place_of`."""
         rows = [("node", "ranks", "needs", "experts of")]
         for node in self.nodes:
             needs = [node.feature] if node.feature else []
             needs += [f"{name}={value}" for name, value in node.labels.items()]
             name = hosts[node.index] if hosts else str(node.index)
-            rows.append((name, _runs(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
+            rows.append((name, _ranges(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def one_node(world_size: int) -> JobPlan:
-    """All ranks on one node, which need nothing of it."""
+    """A plan with all ranks on one node and no requirements on that node."""
     return JobPlan((NodePlan(0, tuple(range(world_size))),))
 
 
 def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
-    """Turns configuration, placement and cluster file into nodes and the ranks of each.
+    """Assigns ranks to nodes by the configuration, the expert placement and the cluster file.
 
     Raises:
-        ConfigError: an EP group does not fit into the cluster's fastest domain, or the nodes of the dispatcher are others.
+        ConfigError: an EP group is larger than a fast-interconnect domain of the cluster, or
+            parallel.dispatch.ranks_per_node does not match the planned nodes.
         PlacementError: the run needs GPUs and the cluster has none.
     """
     config, placement = preflight.config, preflight.placement
@@ -158,14 +159,14 @@ def _check_dispatch_nodes(config: Config, plan: JobPlan) -> None:
         nodes = sorted({plan.node_of(rank).index for rank in range(first, first + size)})
         if len(nodes) > 1:
             raise ConfigError(
-                f"parallel.dispatch.ranks_per_node={size}: the ranks {first} to {first + size - 1} are to be one node, and "
-                f"the plan puts them on the nodes {', '.join(map(str, nodes))}; set it to a divisor of the ranks that a "
-                "node has in the cluster file, or change placement.groups.<group>.node"
+                f"parallel.dispatch.ranks_per_node={size}: ranks {first} to {first + size - 1} must share a node, but "
+                f"the plan puts them on the nodes {', '.join(map(str, nodes))}; set it to a divisor of the number of "
+                "ranks per node in the cluster file, or change placement.groups.<group>.node"
             )
 
 
-def _runs(ranks: Sequence[int]) -> str:
-    """Ranks as people write them: 0-3, 6."""
+def _ranges(ranks: Sequence[int]) -> str:
+    """Ranks in short form, as `0-3, 6`."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][-1] + 1:
@@ -177,13 +178,13 @@ def _runs(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """What to start for one rank.
+    """The command that starts one rank.
 
     Attributes:
-        rank: Over all nodes.
-        node: Index of the node it belongs on.
+        rank: Global rank.
+        node: Index of its node.
         argv: Program and arguments.
-        env: Variables to set on top of those of the node; all others, CUDA's above all, are left alone.
+        env: Variables added to the node's environment; all others (CUDA_VISIBLE_DEVICES above all) stay as they are.
     """
 
     rank: int
@@ -194,22 +195,22 @@ class RankCommand:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """A start of a run.
+    """One attempt of a run, before its ranks are started.
 
     Attributes:
         config: Path of the YAML file, readable on every node.
-        overrides: `key=value`.
+        overrides: `key=value` strings.
         job: Which rank runs on which node.
-        rendezvous: Variables by which the ranks find each other, see `published_rendezvous`, `file_rendezvous` and
+        rendezvous: Environment variables for torch's rendezvous, from `published_rendezvous`, `file_rendezvous` or
             `tcp_rendezvous`.
-        attempt: How often this job was restarted.
-        attempt_id: Name of this start, never used before.
-        grace_seconds: Time that a rank has to stop when asked to.
-        loopback: All ranks are on this machine: gloo stays off the network cards.
-        threads: CPU threads of a rank; None leaves them alone.
+        attempt: Number of restarts before this attempt.
+        attempt_id: Unique name of this attempt.
+        grace_seconds: Time from a stop signal until a rank that has not ended is killed.
+        loopback: All ranks are on this machine, so gloo binds to the loopback interface.
+        threads: OMP_NUM_THREADS of each rank; None does not set it.
         python: Interpreter.
-        program: What it runs, before the configuration.
-        hosts: Names of the nodes in order, where they are known.
+        program: Arguments of the interpreter before the configuration.
+        hosts: Host names ordered by node index; empty where they are not known.
     """
 
     config: Path
@@ -227,30 +228,30 @@ class LaunchPlan:
 
 
 def file_rendezvous(path: Path) -> dict[str, str]:
-    """Ranks meet in a new file on a file system that all of them see."""
+    """Rendezvous in a new file on a file system that all ranks share."""
     return {"MOE_DIST_INIT_METHOD": f"file://{path.absolute()}"}
 
 
 def published_rendezvous() -> dict[str, str]:
-    """Ranks meet at a port that the kernel gives rank 0, which publishes it in the run folder for them alone: for ranks on
-    several nodes that share the folder."""
+    """Rendezvous at a free port that the kernel assigns to rank 0. Rank 0 writes the address into the shared run folder,
+    readable by the run's user only."""
     return {"MOE_DIST_INIT_METHOD": PUBLISHED}
 
 
 def tcp_rendezvous(host: str, port: int) -> dict[str, str]:
-    """Ranks meet at a port of the node of rank 0 that somebody has chosen and kept free."""
+    """Rendezvous at a fixed port on rank 0's node; the caller keeps this port free."""
     return {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
 def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
-    """Program, arguments and environment of each rank, in the order of the ranks."""
+    """Program, arguments and environment of each rank, ordered by rank."""
     shared = {
         **plan.rendezvous,
         "WORLD_SIZE": str(plan.job.world_size),
         "MOE_DIST_ATTEMPT": str(plan.attempt),
         "MOE_DIST_ATTEMPT_ID": plan.attempt_id,
         "MOE_DIST_GRACE_SECONDS": f"{plan.grace_seconds:g}",
-        "PYTHONUNBUFFERED": "1",  # what a rank said before it was killed is in its log
+        "PYTHONUNBUFFERED": "1",  # the log keeps the last output of a rank that is killed
         "PYTHONFAULTHANDLER": "1",
     }
     if plan.loopback:
@@ -267,17 +268,17 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """The overrides that make the paths of a run mean the same from every working directory.
+    """Overrides that make the paths of a run absolute, so that they hold in every working directory.
 
     Args:
-        base: What relative ones are relative to, an absolute path.
+        base: Absolute folder for relative paths.
     """
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths.items() if path is not None)
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
-    """The overrides that make a configuration fit a number of ranks; none where it does already, or None is asked for.
+    """Overrides that set parallel.edp for a number of ranks; empty if it fits already or `num_ranks` is None.
 
     Raises:
         ConfigError: the number is no multiple of parallel.ep.
@@ -287,15 +288,15 @@ def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
         return ()
     if num_ranks < 1 or num_ranks % ep:
         raise ConfigError(
-            f"{num_ranks} ranks: must be a positive multiple of parallel.ep={ep}, since EP groups are whole; choose "
-            "another number, or set parallel.ep"
+            f"{num_ranks} ranks: must be a positive multiple of parallel.ep={ep}, so that every EP group is complete; "
+            "choose another number, or set parallel.ep"
         )
     return (f"parallel.edp={num_ranks // ep}",)
 
 
 def threads_per_rank(ranks: int, env: Mapping[str, str]) -> int | None:
-    """CPU threads of each of `ranks` ranks on this machine: an even share of the cores we may use, at least 1. None where
-    OMP_NUM_THREADS is set already: then somebody has decided."""
+    """CPU threads per rank: an equal share of the usable cores of this machine, at least 1. None if the user has set
+    OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in env:
         return None
     return max(1, len(os.sched_getaffinity(0)) // ranks)

@@ -1,4 +1,4 @@
-"""How the ranks of an attempt end, and what was the cause: pure values and a clock that others read, for every launcher."""
+"""Tracks the ends of an attempt's ranks and finds the one that failed first. Pure: callers pass events and the time."""
 
 import signal
 from collections.abc import Callable, Mapping
@@ -8,19 +8,19 @@ from moe_dist.errors import EXIT_DONE, StoppedError
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
-# A rank that dies of one of these has said nothing, and does not die of a peer's failure (of SIGABRT it may).
+# A rank killed by one of these cannot log a reason, and no failed peer causes it (a failed peer can cause SIGABRT).
 SUDDEN = tuple(-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
-LINGER_SECONDS = 300.0  # from the first rank that ends well until those that still run are ended
+LINGER_SECONDS = 300.0  # from the first rank that ends successfully until ranks that still run are killed
 
 
 @dataclass(frozen=True)
 class ShutdownTimeouts:
-    """How long ranks may take, in seconds.
+    """Time limits in seconds.
 
     Attributes:
-        stop: From a stop signal to the end.
-        peers: From a rank's failure until its peers are asked to end, so that they can say what they saw.
-        kill: From then until they are killed.
+        stop: From a stop signal until ranks that still run are killed.
+        peers: From the first failure until the other ranks get SIGTERM; they log their own errors in this time.
+        kill: From that SIGTERM until they are killed.
     """
 
     stop: float
@@ -33,12 +33,12 @@ class Outcome:
     """How the ranks ended.
 
     Attributes:
-        codes: Of each rank; negative is the signal that killed it.
-        first_failed: The rank whose failure is the cause; None where none failed by itself.
-        stop: The first stop signal that came, if any.
-        aborted: Ended at once by a second Ctrl-C.
-        frozen: Ranks that stood stopped (SIGSTOP) when the first failed; where there are any, the first is the cause.
-        lost: Ranks that went with what held them (a node, a worker of Ray), in words; their code is that of SIGKILL.
+        codes: Exit code of each rank; a negative one is the signal that killed it.
+        first_failed: The rank that caused the failure; None if no rank failed by itself.
+        stop: The first stop signal that the launcher got; None without one.
+        aborted: A second Ctrl-C killed the ranks.
+        frozen: Ranks that SIGSTOP had suspended when the first rank failed; the first of them is the cause.
+        lost: For ranks that died with their node or their Ray worker, a description; their code is that of SIGKILL.
     """
 
     codes: tuple[int, ...]
@@ -50,18 +50,18 @@ class Outcome:
 
     @property
     def silent(self) -> bool:
-        """Whether the cause is a rank that could say nothing, being killed or frozen: what its peers wrote down is only a
-        consequence."""
+        """Whether the failed rank was killed or frozen. It could not record a reason, so status.json holds a peer's
+        follow-up error."""
         return self.sudden or self.first_failed in self.frozen
 
     @property
     def sudden(self) -> bool:
-        """Whether the cause is a rank that was killed."""
+        """Whether the failed rank was killed by a signal."""
         return self.first_failed is not None and self.codes[self.first_failed] in SUDDEN
 
     @property
     def exit_code(self) -> int:
-        """For a shell: that of the first failure; without one, the worst of the ranks."""
+        """Shell exit code: that of the rank that failed first; without a failure, the largest of all ranks."""
         if self.aborted:
             return ABORTED
         shell_codes = [128 - code if code < 0 else code for code in self.codes]
@@ -69,15 +69,15 @@ class Outcome:
 
 
 class RankTracker:
-    """An attempt up to its last end: when ranks are asked to end, when they are killed, which of them was the cause.
+    """Decides when the ranks of an attempt get SIGTERM, when they are killed, and which rank caused the failure.
 
-    Is told what happens, with the seconds of a monotonic clock; does nothing to a rank itself.
+    The caller reports events with the seconds of a monotonic clock, and sends the signals itself.
     """
 
     def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts) -> None:
         self.codes: dict[int, int] = {}
-        self._num_ranks, self._patience = num_ranks, timeouts
-        self._failed: list[int] = []  # in the order of their ends, before we ended any
+        self._num_ranks, self._timeouts = num_ranks, timeouts
+        self._failed: list[int] = []  # in the order of failure; without ranks that the launcher killed
         self._frozen: tuple[int, ...] = ()
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")
@@ -93,46 +93,47 @@ class RankTracker:
         return bool(self._failed)
 
     def end(self, rank: int, code: int, now: float, *, frozen: Callable[[], tuple[int, ...]], lost: str = "") -> None:
-        """A rank has ended.
+        """Reports that a rank has ended.
 
         Args:
-            frozen: Asked at the first failure: which ranks stand stopped.
-            lost: What held it is gone, in words; empty where the rank ended by itself.
+            frozen: Returns the ranks suspended by SIGSTOP; called at the first failure.
+            lost: Description if its node or Ray worker is gone; empty if the process ended by itself.
         """
         self.codes[rank] = code
         if lost:
             self._lost[rank] = lost
         if code in CLEAN:
             self._kill_at = min(self._kill_at, now + LINGER_SECONDS)
-        elif lost or self._kill_at > now:  # what was killed for being late is no failure of its own
+        elif lost or self._kill_at > now:  # a rank that the launcher killed for a timeout has not failed by itself
             if not self._failed:
                 self._frozen = frozen()
-                self._terminate_at = now + self._patience.peers
-                self._kill_at = min(self._kill_at, self._terminate_at + self._patience.kill)
+                self._terminate_at = now + self._timeouts.peers
+                self._kill_at = min(self._kill_at, self._terminate_at + self._timeouts.kill)
             self._failed.append(rank)
 
     def stop(self, now: float) -> None:
-        """All ranks were asked to stop."""
-        self._kill_at = min(self._kill_at, now + self._patience.stop)
+        """Reports that all ranks got the stop signal."""
+        self._kill_at = min(self._kill_at, now + self._timeouts.stop)
 
     def abort(self, now: float) -> None:
-        """Somebody wants the end at once."""
+        """Reports that the user wants all ranks killed immediately."""
         if not self._aborted:
             self._aborted, self._kill_at = True, now
 
     def must_terminate(self, now: float) -> bool:
-        """Whether the peers of a failed rank are to be asked to end, now; once."""
+        """Whether the peers of a failed rank must get SIGTERM now; True once."""
         due = now >= self._terminate_at
         if due:
             self._terminate_at = float("inf")
         return due
 
     def must_kill(self, now: float) -> bool:
-        """Whether all that still run are to be killed."""
+        """Whether all ranks that still run must be killed now."""
         return now >= self._kill_at
 
     def outcome(self, stop: signal.Signals | None) -> Outcome:
-        """How it ended, once all have: the cause is a rank that was killed, else one that stood still, else the first."""
+        """The outcome once all ranks have ended. The cause is the first killed rank, else the first frozen one, else the
+        first that failed."""
         killed = [rank for rank in self._failed if self.codes[rank] in SUDDEN]
         cause = next(iter([*killed, *self._frozen, *self._failed]), None)
         codes = tuple(self.codes[rank] for rank in range(self._num_ranks))

@@ -1,4 +1,4 @@
-"""Run on this machine: python -m launchers.local CONFIG [key=value ...] [--nproc N] [--overwrite]"""
+"""Start a run on this machine: python -m launchers.local CONFIG [key=value ...] [--nproc N] [--overwrite]"""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.attempts import begin_logs, until_it_ends
+from launchers.attempts import begin_logs, run_attempts
 from launchers.command import (
     TRAIN,
     LaunchPlan,
@@ -31,7 +31,7 @@ from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
-KILL_AFTER_GRACE_SECONDS = 10.0  # the ranks end themselves when the grace is over; this is for one that cannot
+KILL_AFTER_GRACE_SECONDS = 10.0  # a rank ends itself after the grace period; later than this the launcher kills it
 
 
 def launch(
@@ -44,23 +44,23 @@ def launch(
     max_restarts: int = 0,
     program: tuple[str, ...] = TRAIN,
 ) -> int:
-    """Checks a run, starts its ranks on this machine and sees them through, again from the last checkpoint where they
-    failed. Call it in the main thread.
+    """Checks a run, starts its ranks on this machine and waits for their end. Failed ranks are restarted from the last
+    checkpoint. Must be called in the main thread, because it installs signal handlers.
 
     Args:
-        nproc: Ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.
-        overwrite: Move an old run of this name aside, once: a restart goes on with the new one.
-        max_restarts: How often a failure is followed by a new start, see `launchers.restart`.
-        program: What each rank's interpreter runs.
+        nproc: Number of ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.
+        overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
+        max_restarts: Limit for restarts after failures, see `launchers.restart`.
+        program: Arguments of each rank's interpreter before the configuration.
 
     Returns:
-        The verdict of the run.
+        The exit code of the run.
 
     Raises:
-        MoeDistError: found before any process was started.
+        MoeDistError: the run is invalid; no process was started.
     """
     read = read_draft(config_path, overrides)
-    if read.value is not None:  # else `check_file` tells what is wrong with it
+    if read.value is not None:  # an invalid configuration is reported by `check_file` below
         overrides = (*overrides, *fit_world_size(read.value, nproc))
     config = check_file(config_path, overrides).config
     world_size = config.parallel.ep * config.parallel.edp
@@ -88,35 +88,35 @@ def launch(
             program=program,
         )
 
-    return _until_it_ends(folder, plan, grace_seconds=grace_seconds, max_restarts=max_restarts)
+    return _run_attempts(folder, plan, grace_seconds=grace_seconds, max_restarts=max_restarts)
 
 
-def _until_it_ends(
+def _run_attempts(
     folder: RunFolder, plan: Callable[[int, str, str], LaunchPlan], *, grace_seconds: float, max_restarts: int
 ) -> int:
-    """One attempt after the other, each with a rendezvous of its own."""
-    with StopSignals() as signals:  # also while no rank runs
+    """Runs attempts; each has its own rendezvous file."""
+    with StopSignals() as signals:  # signals between two attempts count, too
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             with tempfile.TemporaryDirectory(prefix="moe_dist_") as meeting_place:
                 commands = rank_commands(plan(restarts, attempt_id, meeting_place))
                 return _run(commands, folder, attempt_id, signals, grace_seconds)
 
-        return until_it_ends(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
+        return run_attempts(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
 
 
 def _run(
     commands: Sequence[RankCommand], folder: RunFolder, attempt_id: str, signals: StopSignals, grace_seconds: float
 ) -> tuple[Outcome, list[int]]:
-    """The outcome, and where this attempt begins in each log."""
+    """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
     folder.prepare()
     offsets = begin_logs(folder, len(commands), attempt_id)
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab", buffering=0)) for command in commands]
         ranks = Ranks(commands, logs, timeouts=ShutdownTimeouts(stop=grace_seconds + KILL_AFTER_GRACE_SECONDS))
-        outcome = ranks.see_through(signals)
+        outcome = ranks.supervise(signals)
     if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor; a killed one does not bring it back
+        sys.stdout.write("\x1b[?25h")  # shows the cursor again: a killed progress bar leaves it hidden
         sys.stdout.flush()
     return outcome, offsets
 
@@ -127,14 +127,14 @@ def main(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Ranks; default parallel.ep x parallel.edp. Sets parallel.edp.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an old run of this name aside.")] = False,
-    grace: Annotated[float, typer.Option(min=1.0, help="Seconds that a stop may take.")] = DEFAULT_GRACE_SECONDS,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
+    grace: Annotated[float, typer.Option(min=1.0, help="Seconds for saving and stopping.")] = DEFAULT_GRACE_SECONDS,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="New starts from the last checkpoint after failures that may pass.")
+        int, typer.Option(min=0, help="Restarts from the last checkpoint after transient failures.")
     ] = DEFAULT_MAX_RESTARTS,
-    init_from: Annotated[str | None, typer.Option(help="The same as run.init_from=PATH: begin with those weights.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="Start from these weights, as run.init_from=PATH.")] = None,
 ) -> None:
-    """Run on this machine, one process a rank. Ctrl-C saves and stops; a second one ends at once."""
+    """Run on this machine, one process per rank. Ctrl-C saves a checkpoint and stops; a second Ctrl-C kills the run."""
     overrides = [*(overrides or []), *([f"run.init_from={init_from}"] if init_from is not None else [])]
     options = {"nproc": nproc, "overwrite": overwrite, "grace_seconds": grace, "max_restarts": max_restarts}
     try:
@@ -143,7 +143,7 @@ def main(
         print(error, file=sys.stderr)
         code = error.exit_code
     except OSError as error:
-        print(f"{error}; the run folder is <run.root>/<run.name>: mend it, or choose another run.root", file=sys.stderr)
+        print(f"{error}; the run folder is <run.root>/<run.name>: repair it, or choose another run.root", file=sys.stderr)
         code = EXIT_FAILED
     raise typer.Exit(code)
 

@@ -1,7 +1,4 @@
-"""A run seen from outside: how far it is, how fast, what is saved, how its attempts ended. From its folder alone.
-
-Reads the ends of the files, whatever their size, and writes nothing: anybody may look who may read the folder.
-"""
+"""Reads a run's state, throughput, checkpoints and attempts from its run folder; of large files it reads only the end."""
 
 import contextlib
 import json
@@ -22,24 +19,24 @@ from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.status import AttemptRecord
 from moe_dist.runtime.tail import lines_from_end
 
-RATE_STEPS = 20  # the median of so many steps is the throughput that is shown
-RECORDS_READ = 8 << 20  # bytes of the records' end
-SILENT_SECONDS = 90.0  # a lease is renewed every 5 s; the rest is for clocks that differ
+RATE_STEPS = 20  # throughput is the median over this many steps
+RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
+SILENT_SECONDS = 90.0  # a lease is renewed every 5 s; the rest allows for clock skew between hosts
 _STEP_LINE = b'"kind":"step"'
 
 
 class State(Enum):
-    """What a run is doing."""
+    """State of a run."""
 
     NEW = "not begun"
     RUNNING = "running"
-    SILENT = "silent"  # somebody holds the lease and does not renew it
-    DIED = "died"  # the latest attempt left no verdict
+    SILENT = "silent"  # a process holds the lease but has stopped renewing it
+    DIED = "died"  # the latest attempt recorded no verdict
     DONE = "done"
     STOPPED = "stopped"
     FAILED = "failed"
     DIVERGED = "diverged"
-    REFUSED = "refused"  # wrong configuration or data, or no place on the cluster
+    REFUSED = "refused"  # invalid configuration or data, or no suitable nodes
     UNREADABLE = "unreadable"
 
 
@@ -58,17 +55,17 @@ class Progress:
     """A run at one moment.
 
     Attributes:
-        name, folder: Of the run.
-        state: What it is doing.
-        why: In words: the latest attempt's reason, or what cannot be read.
-        step, total_steps: Last step on record, and the one it is to end at; None where no configuration says so.
-        tokens_per_second, step_seconds: Medians of the last steps; None before the first.
-        record_age, beat_age, checkpoint_age: Seconds since the last record, the last sign of its writer, the last commit.
-        checkpoint_step: Of the newest committed checkpoint; 0 where there is none.
-        save_seconds: The longest of the last saves; None where none was logged.
-        losses: Of the last step, by name.
-        attempts: All of them, the latest last.
-        holder: Who writes to it; None where nobody does.
+        name, folder: Name and folder of the run.
+        state: State of the run.
+        why: Reason of the latest attempt, or the error in reading the run folder.
+        step, total_steps: Last recorded step and train.steps; total_steps is None if the configuration cannot be read.
+        tokens_per_second, step_seconds: Medians over the last steps; None before the first step.
+        record_age, beat_age, checkpoint_age: Seconds since the last record, lease renewal and checkpoint commit.
+        checkpoint_step: Step of the newest committed checkpoint; 0 without one.
+        save_seconds: Longest of the last saves; None if no save was logged.
+        losses: Losses of the last step, by name.
+        attempts: All attempts, latest last.
+        holder: Holder of the run's lease; None without one.
     """
 
     name: str
@@ -90,22 +87,22 @@ class Progress:
 
     @property
     def restarts(self) -> int:
-        """How often it was started again."""
+        """Number of attempts after the first."""
         return max(0, len(self.attempts) - 1)
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Until the last step, at the present pace; None where it does not run or the pace is unknown."""
+        """Seconds to the last step at the current throughput; None if the run is not running or has no throughput yet."""
         if self.state is not State.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds
 
 
 def read_progress(path: Path, *, now: float | None = None) -> Progress:
-    """Looks at the run in `path`. What is damaged or not to be read makes it UNREADABLE, and is named in `why`.
+    """Reads the run in `path`. If status.json is damaged or unreadable, the state is UNREADABLE and `why` is the error.
 
     Args:
-        now: Unix seconds; default this host's clock.
+        now: Unix seconds; the default is this host's clock.
     """
     now = time.time() if now is None else now
     folder = RunFolder(path)
@@ -140,7 +137,7 @@ def read_progress(path: Path, *, now: float | None = None) -> Progress:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is that of a run."""
+    """Whether a folder is a run folder."""
     return (path / "config.yaml").is_file() or (path / "status.json").is_file()
 
 
@@ -160,15 +157,14 @@ def _holder(path: Path) -> Holder | None:
 
 
 def _last_records(path: Path) -> list[dict[str, Any]]:
-    """Up to RATE_STEPS records of steps, the last first; without lines that cannot be read."""
+    """Up to RATE_STEPS step records, last first; skips lines that are not valid JSON."""
     found: list[dict[str, Any]] = []
     with contextlib.suppress(OSError):
         for line in lines_from_end(path, most_bytes=RECORDS_READ):
             if _STEP_LINE not in line[:100]:
                 continue
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                found.append(record)
+                found.append(json.loads(line))
             if len(found) == RATE_STEPS:
                 break
     return found
@@ -185,7 +181,7 @@ def _losses(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _total_steps(config_yaml: Path) -> int | None:
-    """train.steps of a run, also of one whose configuration this version cannot read as a whole."""
+    """train.steps. Reads this one key, so it also works for configurations that this version would reject."""
     try:
         values, _ = load_yaml(config_yaml.read_text(encoding="utf-8"))
         return int(values["train"]["steps"])

@@ -1,4 +1,4 @@
-"""Whether a run that ended is started again at once, from its last checkpoint. Pure functions of how its attempts ended."""
+"""Decides whether an attempt that ended is restarted from the last checkpoint. Pure functions of the earlier attempts."""
 
 import re
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from moe_dist.errors import (
 )
 
 DEFAULT_MAX_RESTARTS = 3
-WITHOUT_GAIN = 2  # attempts in a row that commit no later checkpoint: the fault is there to stay
+WITHOUT_GAIN = 2  # after this many attempts in a row without a later checkpoint, a restart will not help
 _KINDS: tuple[type[MoeDistError], ...] = (ConfigError, DataError, DivergedError, PlacementError)
-# What would only happen again; and what is no failure.
+# Exit codes without a restart: errors that would only repeat, success, and a stop on request.
 FINAL = frozenset(kind.exit_code for kind in _KINDS) | {EXIT_DONE, StoppedError.exit_code}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """One attempt of a job.
+    """One attempt that has ended.
 
     Attributes:
-        code: Its verdict, or the exit code of its ranks where it left none.
-        begin, end: Step of the newest committed checkpoint before and after it.
+        code: Its recorded verdict; without one, the exit code of its ranks.
+        begin, end: Step of the newest committed checkpoint before and after the attempt.
     """
 
     code: int
@@ -37,7 +37,7 @@ class Ended:
 
 
 def committed_step(checkpoints: Path) -> int:
-    """Step of the newest committed checkpoint; 0 where there is none, or `latest` cannot be read."""
+    """Step of the newest committed checkpoint; 0 without one, or if `latest` cannot be read."""
     try:
         match = re.fullmatch(r"step_(\d+)", (checkpoints / "latest").read_text(errors="replace").strip())
     except OSError:
@@ -46,30 +46,30 @@ def committed_step(checkpoints: Path) -> int:
 
 
 def is_final(code: int) -> bool:
-    """Whether a verdict is never followed by a restart: done, stopped on request, or bound to repeat."""
+    """Whether an exit code rules out a restart: success, stopped on request, or an error that would repeat."""
     return code in FINAL
 
 
-def refusal(attempts: Sequence[Ended], max_restarts: int, *, option: str = "--max-restarts") -> str | None:
-    """Why the job is not started again after the last of `attempts`, in words; None where it is.
+def why_not_restarted(attempts: Sequence[Ended], max_restarts: int, *, option: str = "--max-restarts") -> str | None:
+    """Why the job is not restarted after the last of `attempts`; None if it is restarted.
 
     Args:
-        option: The command's name for `max_restarts`.
+        option: Name of the option for `max_restarts`, for the message.
     """
     if is_final(attempts[-1].code):
-        return "its verdict would only repeat"
+        return "a restart would end in the same way"
     return exhausted(attempts, max_restarts, option=option)
 
 
 def exhausted(attempts: Sequence[Ended], max_restarts: int, *, option: str = "max_restarts") -> str | None:
-    """Why attempts like these are enough, whatever their verdicts: too many, or without gain; None where they are not.
+    """Whether the limit of restarts is reached, or the last attempts committed no later checkpoint; None if neither.
 
     Args:
-        option: As in `refusal`; by default the cluster file's key.
+        option: As in `why_not_restarted`; the default is the key in the cluster file.
     """
     if len(attempts) > max_restarts:
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]
     if len(last) == WITHOUT_GAIN and all(each.end <= each.begin for each in last):
-        return f"{WITHOUT_GAIN} attempts in a row came no step further than the checkpoint of step {last[-1].end}"
+        return f"{WITHOUT_GAIN} attempts in a row committed no checkpoint after step {last[-1].end}"
     return None

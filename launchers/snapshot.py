@@ -1,7 +1,7 @@
-"""Code, configuration and cluster file as they were when a job was submitted: every attempt of the job runs these, whatever
-has become of the clone while it waited.
+"""A copy of the code, configuration and cluster file at submission. Every attempt of the job runs this copy, so later
+changes of the clone do not affect a waiting job.
 
-    <folder>/code/          the clone's files, those that git tracks with their changes, and new code beside them
+    <folder>/code/          tracked files with their uncommitted changes, and untracked source files
     <folder>/config.yaml    resolved, with absolute paths
     <folder>/cluster.yaml, sweep.txt, train.sbatch
 """
@@ -26,16 +26,16 @@ from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.provenance import SNAPSHOT_JSON, SNAPSHOT_PATCH, code_state
 
-_PARTS = ("moe_dist", "launchers", "slurm", "tools", "configs")  # of a clone without git
-_NEW_CODE = (".py", ".sh", ".sbatch", ".yaml")  # endings of untracked files that are taken
+_PARTS = ("moe_dist", "launchers", "slurm", "tools", "configs")  # folders copied without git
+_NEW_CODE = (".py", ".sh", ".sbatch", ".yaml")  # suffixes of untracked files that are copied
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a job runs.
+    """The snapshot of one job.
 
     Attributes:
-        folder: On a file system that all nodes share.
+        folder: Folder on a file system that all nodes share.
     """
 
     folder: Path
@@ -50,14 +50,14 @@ class Snapshot:
 
     @property
     def script(self) -> Path:
-        """For sbatch: submits the same again."""
+        """The batch script; `sbatch` on it submits the same job again."""
         return self.folder / "train.sbatch"
 
     def cluster(self) -> Cluster:
         return load_cluster(str(self.folder / "cluster.yaml"), {})
 
     def overrides_of(self, task: int | None) -> tuple[str, ...]:
-        """The overrides of one task of an array: a run of its own in `<root>/<name>/<task>`. None: no array.
+        """The overrides of one array task, whose run folder is `<root>/<name>/<task>`; empty for None (no array).
 
         Raises:
             ConfigError: the sweep has no such task.
@@ -73,13 +73,13 @@ class Snapshot:
 def take_snapshot(
     folder: Path, config: Config, cluster: Cluster, *, sweep: Sequence[Sequence[str]] = (), clone: Path | None = None
 ) -> Snapshot:
-    """Writes a snapshot, whole or not at all. Copies a few MB.
+    """Writes a snapshot atomically; copies a few MB.
 
     Args:
         clone: Where the code is taken from; None takes `code_folder`.
 
     Raises:
-        OSError: there is no room, or no permission.
+        OSError: the disk is full or the folder is not writable.
     """
     clone = clone or code_folder()
     new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -120,22 +120,22 @@ def code_folder() -> Path:
 
 
 def read_sweep(path: Path) -> list[tuple[str, ...]]:
-    """The overrides of each task of an array: one line a task, quoted as for a shell; `#` begins a comment.
+    """The overrides of each array task: one line per task, with shell quoting; `#` begins a comment.
 
     Raises:
-        ConfigError: the file cannot be read, a line is not closed, or there is no line.
+        ConfigError: the file cannot be read, has an unclosed quote, or has no task.
     """
     try:
         lines = [shlex.split(line, comments=True) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"sweep file {path}: {error}; one line of key=value for each task") from error
+        raise ConfigError(f"sweep file {path}: {error}; write one line of key=value for each task") from error
     if not (tasks := [tuple(line) for line in lines if line]):
-        raise ConfigError(f"sweep file {path}: has no task; one line of key=value for each")
+        raise ConfigError(f"sweep file {path}: has no task; write one line of key=value for each task")
     return tasks
 
 
 def _code_files(clone: Path) -> list[str]:
-    """Relative paths of what a job may need."""
+    """Relative paths of the files to copy."""
 
     def listed(*options: str) -> list[str] | None:
         command = ["git", "-C", str(clone), "ls-files", "-z", *options]

@@ -1,4 +1,4 @@
-"""What runs are doing: python -m launchers.status [RUN ...] [--root runs]. Reads run folders alone, and changes nothing."""
+"""Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. Only reads run folders."""
 
 import sys
 import time
@@ -16,8 +16,8 @@ from moe_dist.errors import EXIT_DONE, ConfigError
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.status import AttemptRecord
 
-WIDTH = 120  # where the output is no terminal
-BAR = 60  # columns
+WIDTH = 120  # columns if the output is no terminal
+BAR = 60  # columns of the progress bar
 ATTEMPTS_SHOWN = 8
 _STYLES = {
     State.RUNNING: "green",
@@ -33,7 +33,7 @@ def main(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Name or folder; default all.")] = None,
     root: Annotated[Path, typer.Option(help="Folder that holds the runs, as run.root.")] = Path("runs"),
 ) -> None:
-    """State, step, tokens/s, last checkpoint, restarts and their reasons: of one run in full, of several as a table."""
+    """Show state, step, tokens/s, last checkpoint and restarts: one named run in full, several runs as a table."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
@@ -47,11 +47,11 @@ def main(
 
 
 def find_runs(names: Sequence[str], root: Path) -> list[Path]:
-    """The folders of the named runs, or of all below `root`: a run <root>/<name>, or a task of an array,
-    <root>/<name>/<task>. The one that was written to last comes first.
+    """Folders of the named runs, or of all runs below `root`, most recently written first. A run lies in <root>/<name>, an
+    array task in <root>/<name>/<task>.
 
     Raises:
-        ConfigError: there is none, or none of that name.
+        ConfigError: there is no run, or none of that name.
     """
     if not names:
         folders = [path for path in root.glob("*") if path.is_dir()] if root.is_dir() else []
@@ -63,24 +63,24 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
     for name in names:
         path = next((path for path in (root / name, Path(name)) if path.is_dir()), None)
         if path is None:
-            there = ", ".join(sorted(run.name for run in root.glob("*") if is_run(run))) or "no run"
+            existing = ", ".join(sorted(run.name for run in root.glob("*") if is_run(run))) or "no run"
             raise ConfigError(
-                f"{name!r}: no run of that name in {root} (which holds {there}) and no such folder; see --root"
+                f"{name!r}: no run of that name in {root} (which holds {existing}) and no such folder; see --root"
             )
         found += [path] if is_run(path) or not any(map(is_run, path.glob("*"))) else sorted(filter(is_run, path.glob("*")))
     return found
 
 
 def many_runs(runs: Sequence[Progress], *, width: int = WIDTH) -> RenderableType:
-    """A table, one line a run; the last word has what the other columns leave of `width`."""
+    """A table with one line per run; the last column, the reason, gets the rest of `width`."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
     rows = [_row(run) for run in runs]
     widths = [max(len(name), *(len(row[column]) for row in rows)) for column, name in enumerate(names)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, name in enumerate(names):
         table.add_column(name, width=widths[column], no_wrap=True, justify="left" if column < 2 else "right")
-    left = max(len("last word"), width - sum(widths) - 2 * len(names))
-    table.add_column("last word", width=left, overflow="ellipsis", no_wrap=True)
+    left = max(len("last reason"), width - sum(widths) - 2 * len(names))
+    table.add_column("last reason", width=left, overflow="ellipsis", no_wrap=True)
     for run, row in zip(runs, rows, strict=True):
         table.add_row(row[0], _state(run), *row[2:], _first_line(run.why))
     return table
@@ -94,7 +94,7 @@ def _row(run: Progress) -> list[str]:
 
 
 def one_run(run: Progress) -> RenderableType:
-    """All that the folder says about a run."""
+    """All details of one run."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -110,7 +110,7 @@ def one_run(run: Progress) -> RenderableType:
 
 
 def duration(seconds: float | None) -> str:
-    """In one or two units, as '3 h 05 min'; empty for None."""
+    """Seconds in one or two units, as '3 h 05 min'; empty for None."""
     if seconds is None:
         return ""
     if seconds < 60:
@@ -137,10 +137,10 @@ def _facts(run: Progress) -> list[tuple[str, RenderableType]]:
     saves = f"; the last saves took {run.save_seconds:.1f} s at most" if run.save_seconds is not None else ""
     facts.append(("checkpoint", (f"step {_checkpoint(run)}" if run.checkpoint_step else "none yet") + saves))
     if run.holder is not None:
-        beat = f", last sign of life {duration(run.beat_age)} ago" if run.beat_age is not None else ""
+        beat = f", last heartbeat {duration(run.beat_age)} ago" if run.beat_age is not None else ""
         facts.append(("writer", f"process {run.holder.pid} on {run.holder.host}{beat}"))
     if run.state is State.UNREADABLE:
-        facts.append(("fault", run.why))
+        facts.append(("problem", run.why))
     advice = _advice(run)
     if advice:
         facts.append(("next", advice))
@@ -150,17 +150,17 @@ def _facts(run: Progress) -> list[tuple[str, RenderableType]]:
 def _advice(run: Progress) -> str:
     match run.state:
         case State.STOPPED | State.DIED | State.FAILED:
-            return "the same command goes on from the last checkpoint"
+            return "the same command resumes from the last checkpoint"
         case State.SILENT:
-            return "its writer is suspended, or died with its node: a new attempt takes over after 30 s"
+            return "its writer is suspended or died with its node; a new attempt takes the lease over after 30 s"
         case State.REFUSED | State.DIVERGED:
-            return "mend what the last attempt names; starting it again as it is would only repeat it"
+            return "fix the problem that the last attempt names; an unchanged restart would fail again"
         case _:
             return ""
 
 
 def _attempts(run: Progress) -> Table:
-    """The attempts, the latest last; the first start and then the restarts, each with the reason of the one before."""
+    """The last attempts in order, each with how and why it ended."""
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     for column in ("start", "on", "began", "lasted", "to step"):
         table.add_column(column, no_wrap=True, justify="right" if column in ("start", "lasted", "to step") else "left")
@@ -226,7 +226,7 @@ def _checkpoint(run: Progress) -> str:
 
 
 def _short_name(run: Progress) -> str:
-    """The name; with its array's before it for a task of one."""
+    """The run's name; for an array task <name>/<task>."""
     return f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name
 
 

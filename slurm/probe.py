@@ -1,4 +1,4 @@
-"""What each task of a job finds, without torch: one line in its log. Start it in place of the training:
+"""Logs the place and environment of each task of a job, without torch. Start it instead of the training:
 
 python -m launchers.slurm CONFIG --program slurm/probe.py && grep -h '^probe' <run folder>/log/rank_*.log
 """

@@ -177,7 +177,7 @@ def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
     """Where the results go; made now, so that a folder that cannot be written is known before anything long runs."""
     shelf = trained.folder.parent
     folder = options.out or (shelf.parent if shelf.name == "checkpoints" else shelf) / "evaluations"
-    make_writable(folder, said=f"--out {folder}")
+    make_writable(folder, option=f"--out {folder}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""All checks of a run, in order: configuration, plan, scheduler, nodes, network. A line is shown as soon as it is known."""
+"""Runs all checks of a run in order: configuration, plan, scheduler, nodes, network; yields each result immediately."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +26,11 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 @dataclass(frozen=True)
 class Site:
-    """Where a run is to run.
+    """A connection to a scheduler.
 
     Attributes:
-        check: What its scheduler says, given how long a save takes.
-        run: Runs a module on its nodes.
+        check: Checks the scheduler and its nodes, given the measured seconds of a save (None: not measured).
+        run: Runs a module on the planned nodes.
     """
 
     check: Callable[[float | None], list[CheckResult]]
@@ -47,14 +47,14 @@ def examine(
     fabric: bool = False,
     env: Mapping[str, str] = os.environ,
 ) -> Iterator[CheckResult]:
-    """The findings, one after the other.
+    """Yields the results of all checks.
 
     Args:
         on: 'local', 'slurm' or 'ray'.
-        cluster: Cluster file, as `load_cluster`.
-        probe: Visit each node by a job of at most two minutes.
-        fabric: Measure every pair of nodes.
-        env: The environment.
+        cluster: Name or path of the cluster file.
+        probe: Start a job of at most two minutes that checks each node.
+        fabric: Measure the network between every pair of nodes.
+        env: Environment variables.
     """
     try:
         site_file = load_cluster(cluster, env)
@@ -69,7 +69,8 @@ def examine(
         return
     if on == "ray" and (problems := relative_paths(config)):
         yield from (
-            error("configuration", problem, "--submit makes it so by itself", kind=ConfigError) for problem in problems
+            error("configuration", problem, "with --submit this is done automatically", kind=ConfigError)
+            for problem in problems
         )
         return
     needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
@@ -78,7 +79,7 @@ def examine(
         yield from check_nodes([here], needs)
         yield check_graces({"until the launcher kills (--grace)": DEFAULT_GRACE_SECONDS}, save_seconds)
         if probe or fabric:
-            yield note("probe", "one node, which was looked at; --probe and --fabric go with --on slurm or --on ray")
+            yield note("probe", "this node was checked directly; --probe and --fabric need --on slurm or --on ray")
         return
     try:
         with _site(on, config, plan, site_file, env) as site:
@@ -99,16 +100,16 @@ def _on_cluster(
 ) -> Iterator[CheckResult]:
     scheduled = site.check(save_seconds)
     yield from scheduled
-    if any(finding.level is Level.ERROR for finding in scheduled):
+    if any(result.level is Level.ERROR for result in scheduled):
         yield from check_folders([here], needs_of(config, plan))
         if probe or fabric:
-            yield note("probe", "not started: it would wait for what is not there")
+            yield note("probe", "not started: its job would wait for nodes that the cluster lacks")
         return
     if probe:
         yield from probe_nodes(config, plan, site.run, here=here)
     else:
         yield from check_folders([here], needs_of(config, plan))
-        yield note("nodes of the job", "not visited; --probe looks at each, as the job itself does when it starts")
+        yield note("nodes of the job", "not checked; --probe checks each node, as the job itself does when it starts")
     if fabric:
         yield from measure_fabric(config, plan, site.run)
 
@@ -127,10 +128,10 @@ def _plan_text(plan: JobPlan) -> str:
 
 @contextmanager
 def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]) -> Iterator[Site]:
-    """A connection to the scheduler.
+    """Connects to the scheduler.
 
     Raises:
-        PlacementError: there is none.
+        PlacementError: there is no cluster.
     """
     if on == "slurm":
         visible = [str(nearest(Path(config.run.root))), str(Path(config.data.path).absolute())]

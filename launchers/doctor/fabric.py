@@ -1,4 +1,4 @@
-"""What the measured pairs of nodes say about the network between them."""
+"""Finds slow nodes and slow pairs of nodes in the measured bandwidths."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,45 +11,45 @@ CHECK = "fabric"
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """One line a cause: a node that is slow with every other, or else a pair.
+    """One result per cause: a node that is slow with every other node, or a single slow pair.
 
     Args:
-        measured: The best of every pair.
-        slow: The pairs that stay slow when they are measured again.
-        nodes: Names by number.
-        payload_bytes: What a node sends to the other in an all-to-all.
+        measured: Best time of each pair.
+        slow: Pairs that were slow in two measurements.
+        nodes: Node names by index.
+        payload_bytes: Bytes that each node of a pair sends in an all-to-all.
     """
     if len(nodes) < 2:
         return [note(CHECK, "one node: no pair to measure")]
     rate = _rate(payload_bytes, usual(each.all_to_all for each in measured.values()))
     if not slow:
-        few = "; too few pairs to compare" if len(measured) < 3 else ", none twice as slow as the usual one"
+        few = "; too few pairs to compare" if len(measured) < 3 else ", none twice as slow as the median"
         return [ok(CHECK, f"{len(measured)} pairs of {len(nodes)} nodes{few}: {rate} each way in all-to-all")]
-    findings, left = [], list(slow)
+    results, left = [], list(slow)
     for node, name in enumerate(nodes):
         own = [pair for pair in left if node in pair]
         if len(own) == len(nodes) - 1 and len(nodes) > 2:
             worst = max(measured[pair].all_to_all for pair in own)
             left = [pair for pair in left if node not in pair]
-            findings.append(
+            results.append(
                 warning(
                     CHECK,
-                    f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, others {rate}",
-                    "look at its network card, cable and interface (cluster file), or leave it out (cluster file: "
+                    f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, other pairs {rate}",
+                    "check its network card, cable and interface (cluster file), or exclude it (cluster file: "
                     f"options: [--exclude={name}])",
                 )
             )
     for first, second in left:
         each = measured[first, second]
-        findings.append(
+        results.append(
             warning(
                 CHECK,
                 f"{names([nodes[first], nodes[second]])} are slow with each other: {_rate(payload_bytes, each.all_to_all)} "
-                f"in all-to-all, {each.all_reduce * 1e3:.3g} ms an all-reduce; the usual pair has {rate}",
-                "look at switches and cables between the two, or leave one out (cluster file: options: [--exclude=NAME])",
+                f"in all-to-all, {each.all_reduce * 1e3:.3g} ms per all-reduce; the median pair has {rate}",
+                "check switches and cables between the two, or exclude one (cluster file: options: [--exclude=NAME])",
             )
         )
-    return findings
+    return results
 
 
 def _rate(payload_bytes: int, seconds: float) -> str:

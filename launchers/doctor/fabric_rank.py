@@ -1,4 +1,4 @@
-"""One task of the fabric's measurement: `python -m launchers.doctor.fabric_rank OPTIONS`; the first prints what came out."""
+"""One task of the network measurement: `python -m launchers.doctor.fabric_rank OPTIONS`; rank 0 prints the result."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = 120.0
 
 
 def main(folder: Path, device_type: str) -> None:
-    """Meets the other tasks through the folder, measures every pair of nodes, and tells on the first task."""
+    """Joins the process group through the shared folder, measures every pair of nodes, and prints the result on rank 0."""
     meeting = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
     env = RankEnv.from_environment({**os.environ, **meeting})
     import torch

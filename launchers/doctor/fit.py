@@ -1,4 +1,4 @@
-"""Whether the nodes of a cluster can take the nodes that a plan wants. Pure functions, the same for every scheduler."""
+"""Checks whether a cluster has the nodes that a plan requires. Pure functions for every scheduler."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ CHECK = "nodes"
 
 @dataclass(frozen=True)
 class Offer:
-    """A node that the scheduler knows.
+    """A node of the cluster.
 
     Attributes:
-        name: Of the node.
-        state: The scheduler's word.
-        up: Whether jobs can be placed there, now or when others end.
-        traits: What can be asked for: features, or labels as 'name=value'.
-        amounts: What can be counted, as {'GPU': 8, 'CPU': 96}.
+        name: Node name.
+        state: State as the scheduler calls it.
+        up: Whether jobs can run there, now or after other jobs end.
+        traits: Features, or labels as 'name=value'.
+        amounts: Countable resources, as {'GPU': 8, 'CPU': 96}.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Offer:
 
 @dataclass(frozen=True)
 class Want:
-    """What one node of the plan asks for.
+    """Requirements of one planned node.
 
     Attributes:
-        ranks: In words, as '0-3'.
-        traits: All of which the node must have.
-        amounts: As of an offer.
+        ranks: Its ranks as text, as '0-3'.
+        traits: Features or labels that the node must have.
+        amounts: Minimum of each resource.
     """
 
     ranks: str
@@ -44,8 +44,8 @@ class Want:
 
     @property
     def who(self) -> str:
-        """Subject and verb of a sentence."""
-        return f"ranks {self.ranks} want" if {",", "-"} & set(self.ranks) else f"rank {self.ranks} wants"
+        """Subject and verb of a message."""
+        return f"ranks {self.ranks} need" if {",", "-"} & set(self.ranks) else f"rank {self.ranks} needs"
 
     def has_traits(self, offer: Offer) -> bool:
         return self.traits <= offer.traits
@@ -55,11 +55,11 @@ class Want:
 
 
 def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str, where: str) -> CheckResult:
-    """One line: the first that holds of no such node, none large enough, too few of them up, all well.
+    """Reports the first problem: no node with the traits, none large enough, or too few in operation; otherwise OK.
 
     Args:
-        trait_word: What the scheduler calls a trait: 'feature' or 'label'.
-        where: The part of the cluster that was asked, as "partition 'gpu'".
+        trait_word: The scheduler's word for a trait: 'feature' or 'label'.
+        where: Part of the cluster, as "partition 'gpu'".
     """
     for want in wants:
         if not any(want.has_traits(offer) for offer in offers):
@@ -72,26 +72,26 @@ def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str
     if None in matched:
         return _too_few(wants, offers, wants[matched.index(None)], trait_word, where)
     down = [offer for offer in offers if not offer.up]
-    less = f"; {names([each.name for each in down])} cannot be used ({down[0].state}), and need not be" if down else ""
-    return ok(CHECK, f"{len(wants)} of the {len(up)} nodes of {where} can take the plan{less}")
+    less = f"; {names([each.name for each in down])} ({down[0].state}) cannot be used, and is not needed" if down else ""
+    return ok(CHECK, f"the plan fits on {len(wants)} of the {len(up)} nodes of {where}{less}")
 
 
 def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: str) -> CheckResult:
     for trait in sorted(want.traits):
         if not any(trait in offer.traits for offer in offers):
-            there = ", ".join(sorted({each for offer in offers for each in offer.traits})) or "none"
+            existing = ", ".join(sorted({each for offer in offers for each in offer.traits})) or "none"
             return error(
                 CHECK,
-                f"{want.who} a node with the {trait_word} {trait!r}, and no node of {where} has it (it has: {there})",
+                f"{want.who} a node with the {trait_word} {trait!r}, but no node of {where} has it (existing: {existing})",
                 "correct placement.groups.<group>.node, or choose another partition or cluster",
             )
     if not offers:
-        return error(CHECK, f"{where} has no node at all", "correct the cluster file's partition, or start the cluster")
+        return error(CHECK, f"{where} has no nodes", "correct the cluster file's partition, or start the cluster")
     both = ", ".join(sorted(want.traits))
     return error(
         CHECK,
-        f"{want.who} one node with the {trait_word}s {both}, and no node of {where} has all of them",
-        "ask for less in placement.groups.<group>.node",
+        f"{want.who} one node with the {trait_word}s {both}, but no node of {where} has all of them",
+        f"require fewer {trait_word}s in placement.groups.<group>.node",
     )
 
 
@@ -102,8 +102,8 @@ def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str)
     kind = f" with the {trait_word} {', '.join(sorted(want.traits))}" if want.traits else ""
     return error(
         CHECK,
-        f"{want.who} {want.amounts[name]:g} {name} on one node, and no node of {where}{kind} has more than {most:g}",
-        "ask for fewer ranks a node (cluster file: gpus.per_node, ranks_per_node) or for less a rank (cpus_per_rank)",
+        f"{want.who} {want.amounts[name]:g} {name} on one node, but no node of {where}{kind} has more than {most:g}",
+        "use fewer ranks per node (cluster file: gpus.per_node, ranks_per_node) or fewer cores per rank (cpus_per_rank)",
     )
 
 
@@ -116,6 +116,6 @@ def _too_few(wants: Sequence[Want], offers: Sequence[Offer], left: Want, trait_w
     reason = f" ({', '.join(down)})" if down else ""
     return error(
         CHECK,
-        f"the plan wants {alike} nodes{kind} (of {len(wants)} in all), and {where} has {up} that can be used{reason}",
+        f"the plan needs {alike} nodes{kind} (of {len(wants)} in all), but {where} has {up} that can be used{reason}",
         "wait for them, choose another partition or cluster, or lower parallel.edp",
     )

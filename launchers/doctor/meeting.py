@@ -1,6 +1,6 @@
-"""Whether the nodes of a job can reach the node of rank 0: it listens at a free port, the others connect. No torch.
+"""Tests whether every node can connect to a free port of rank 0's node. Does not import torch.
 
-As at the start of a run (runtime/rendezvous.py), and with its rules for the address; but here each node tells what it saw.
+It uses the same address as the rendezvous of a run (moe_dist/runtime/rendezvous.py), and every node reports its result.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from moe_dist.doctor.node_facts import node_name, unreachable, unresolved
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.rendezvous import HOST_VARIABLE, node_address
 
-WAIT_SECONDS = 45.0  # nodes may be slow to start one after the other
+WAIT_SECONDS = 45.0  # timeout; the scheduler may start the nodes one after the other
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one node saw: names that do not resolve there, with the resolver's words; and why it reached nobody, or ''."""
+    """Result of one node: names that do not resolve with the resolver's error, and the connection error or ''."""
 
     unresolved: Mapping[str, str]
     unreachable: str = ""
@@ -31,11 +31,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Where:
-    """Where the first node listens.
+    """Address of rank 0's node.
 
     Attributes:
-        host: Its name, which the others must be able to resolve.
-        address, port: Empty and 0 where it has no address that others could reach.
+        host: Host name, which the other nodes must be able to resolve.
+        address, port: Listening address; empty and 0 if the node has no reachable address.
     """
 
     host: str
@@ -44,7 +44,7 @@ class Where:
 
 
 def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Seen:
-    """On the first node: says in `path` where it listens, and waits for the others to have come."""
+    """On rank 0's node: writes its address to `path`, and waits until the others have connected."""
     name = variables.get(HOST_VARIABLE) or node_name(variables)
     try:
         address = node_address(variables)
@@ -63,9 +63,9 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
     return Seen({})
 
 
-def come(path: Path) -> Seen:
-    """On the others: looks up the first node's name and connects to it. A file that never comes leaves both open: then
-    the folder is not shared, which is another check's line."""
+def connect(path: Path) -> Seen:
+    """On the other nodes: resolves the name of rank 0's node and connects to it. If `path` never appears, the folder is not
+    shared; another check reports that."""
     deadline = time.monotonic() + WAIT_SECONDS
     while (where := _read(path)) is None:
         if time.monotonic() >= deadline:
@@ -76,7 +76,7 @@ def come(path: Path) -> Seen:
 
 def _publish(path: Path, where: Where) -> None:
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with contextlib.suppress(OSError):  # that nobody can write here is another check's line
+    with contextlib.suppress(OSError):  # another check reports a folder that is not writable
         new.write_text(json.dumps(asdict(where)))
         os.replace(new, path)
 

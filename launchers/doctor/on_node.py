@@ -1,4 +1,4 @@
-"""The doctor's visit to a node: `python -m launchers.doctor.on_node QUESTIONS`, one on each, meets the others and tells."""
+"""The doctor's task on each node: `python -m launchers.doctor.on_node QUESTIONS` prints the node's facts as one line."""
 
 import os
 import sys
@@ -12,17 +12,17 @@ from moe_dist.doctor.node_facts import NodeFacts, Questions, look, questions_fro
 
 
 def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.environ) -> NodeFacts:
-    """What this node says, after it has met the others.
+    """The facts of this node, with the result of the connection test.
 
     Args:
-        first: Whether it is the node at which the others meet: that of rank 0.
+        first: Whether this is rank 0's node, to which the others connect.
     """
     facts = look(questions, env=env)
     if questions.meeting is not None and questions.num_nodes > 1:
         path = Path(questions.meeting)
-        seen = meeting.listen(path, questions.num_nodes, env) if first else meeting.come(path)
+        seen = meeting.listen(path, questions.num_nodes, env) if first else meeting.connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **seen.unresolved}, unreachable=seen.unreachable)
-    return replace(facts, clock=time.time())  # as late as can be: whoever hears it notes when
+    return replace(facts, clock=time.time())  # read last: the receiver compares it with the arrival time
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Visits the nodes that a plan wants and judges what they say; and measures the network between them. No torch here."""
+"""Checks the planned nodes with a short job, and measures the network between them. Does not import torch."""
 
 import contextlib
 import json
@@ -21,12 +21,13 @@ from moe_dist.parallel.round_robin import Pair, PairExchange
 from moe_dist.plan.sizes import folder_bytes
 
 PROBE_MINUTES, FABRIC_MINUTES = 2, 10
-# Runs `python -m MODULE ARGUMENT` in so many tasks on each node of the plan; gives each line with when it was heard.
+# (module, argument, tasks per node, minutes) -> (Unix time of arrival, line) of each line that
+# `python -m MODULE ARGUMENT` prints on the planned nodes
 RunOnNodes = Callable[[str, str, int, int], Iterator[tuple[float, str]]]
 
 
 def needs_of(config: Config, plan: JobPlan) -> Needs:
-    """What the run asks of its nodes."""
+    """The run's requirements on its nodes."""
     return Needs(
         world_size=plan.world_size,
         ranks_per_node=plan.ranks_per_node,
@@ -39,10 +40,10 @@ def needs_of(config: Config, plan: JobPlan) -> Needs:
 
 
 def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[CheckResult]:
-    """One task on each node for at most two minutes.
+    """Runs one task on each node for at most two minutes, and checks the answers.
 
     Args:
-        here: What this node said; its folder is judged together with the others'.
+        here: Facts of this node; its folders are checked together with the others'.
     """
     heard: dict[str, tuple[float, NodeFacts]] = {}
     asked = time.time()
@@ -60,7 +61,7 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
                     heard[facts.node] = (answered_at(facts.clock, asked=asked, seen=seen), facts)
         except MoeDistError as failed:
             if not heard:
-                return [error("probe", str(failed), "start one task a node there by hand, and see what it says")]
+                return [error("probe", str(failed), "start one task per node by hand and read its error")]
     found = [_enough(len(heard), len(plan.nodes))] if len(heard) < len(plan.nodes) else []
     answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
     nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
@@ -68,21 +69,21 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[CheckResult]:
-    """All-reduce and all-to-all over every pair of the plan's nodes; a task for each GPU, or one a node."""
+    """Measures all-reduce and all-to-all between every pair of nodes, with one task per GPU, or one per node on CPUs."""
     if len(plan.nodes) < 2:
         return fabric.judge({}, [], ["here"], payload_bytes=0)
     tasks = plan.gpus_per_node or 1
     with _token_folder(config) as (_, meeting):
         if meeting is None:
-            return [error("fabric", "needs a folder that all nodes share", "mend the shared folder first")]
+            return [error("fabric", "needs a folder that all nodes share", "repair the shared folder first")]
         options = {"folder": str(meeting.parent), "device": "cuda" if plan.gpus_per_node else "cpu"}
-        why, found = "it ended without a result", None
+        why, found = "the job ended without a result", None
         try:
             for _, line in run("launchers.doctor.fabric_rank", json.dumps(options), tasks, FABRIC_MINUTES):
                 found = read_report(line) or found
         except MoeDistError as failed:
             why = str(failed)
-    return found or [error("fabric", f"not measured: {why}", "--probe looks at each node alone")]
+    return found or [error("fabric", f"not measured: {why}", "--probe checks each node by itself")]
 
 
 MARK = "moe_dist fabric: "
@@ -91,13 +92,13 @@ MARK = "moe_dist fabric: "
 def report_line(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int
 ) -> str:
-    """What the first task of a measurement prints."""
+    """The line that rank 0 of the measurement prints."""
     pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
     return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
 
 
 def read_report(line: str) -> list[CheckResult] | None:
-    """The findings in a line of output; None where it holds none."""
+    """The check results for a line of output; None for a line without `MARK`."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None
@@ -109,8 +110,8 @@ def read_report(line: str) -> list[CheckResult] | None:
 
 @contextmanager
 def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path | None]]:
-    """A folder of our own in run.root, with a file that every node should see, and the path of the meeting's file in it;
-    Nones where this node cannot make it, which is a check's line. Gone at the end."""
+    """A temporary folder in run.root. Yields (path, content) of a file that every node should see, and the path for the
+    connection test; Nones if this node cannot create the folder, which another check reports."""
     token = secrets.token_hex(16)
     folder = nearest(Path(config.run.root)) / f".doctor-{token[:8]}"
     try:
@@ -131,5 +132,5 @@ def _enough(heard: int, wanted: int) -> CheckResult:
     return error(
         "probe",
         f"{heard} of {wanted} nodes answered within {PROBE_MINUTES} minutes",
-        "look at the others: is the clone there, and the environment (cluster file: prelude, python, container)?",
+        "check that the others see this clone and its environment (cluster file: prelude, python, container)",
     )

@@ -1,4 +1,4 @@
-"""What Ray says about the nodes that a plan wants, and tasks of ours on each of them. Imports Ray."""
+"""Checks a Ray cluster against a plan, and runs the doctor's tasks on its nodes. Imports Ray."""
 
 import os
 import subprocess
@@ -24,17 +24,17 @@ from moe_dist.doctor.check_result import CheckResult, Level, note, ok, warning
 from moe_dist.errors import PlacementError
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
-START_SECONDS = 300.0  # for a task: GPUs may be in use
+START_SECONDS = 300.0  # wait for the start of a task; GPUs may be in use
 
 
 def check_ray(
     plan: JobPlan, cluster: Cluster, parts: Mapping[str, str], save_seconds: float | None, env: Mapping[str, str]
 ) -> list[CheckResult]:
-    """Nodes, labels and sizes of bundles; who else reaches Ray; how long a stop may take.
+    """Checks nodes, labels and resources, whether Ray is exposed without a token, and the grace period of a stop.
 
     Args:
-        parts: The address of each part of Ray that others may reach.
-        save_seconds: Measured time of a save; None where none was measured.
+        parts: Network address of each part of Ray.
+        save_seconds: Measured seconds of a save; None if not measured.
     """
     nodes = live_nodes()
     return [
@@ -48,14 +48,14 @@ def check_ray(
 def run_on_nodes(
     plan: JobPlan, cluster: Cluster, module: str, argument: str, tasks_per_node: int, minutes: int
 ) -> Iterator[tuple[float, str]]:
-    """As `slurm_nodes.run_on_nodes`: one task of Ray for each of ours, pinned to its node.
+    """As `slurm_nodes.run_on_nodes`, with Ray tasks that are pinned to their nodes.
 
     Raises:
-        PlacementError: no such nodes, or a task did not start, failed, or did not end in time.
+        PlacementError: the cluster lacks the nodes, or a task did not start, failed, or exceeded the time limit.
     """
     chosen = _chosen(plan, cluster, live_nodes()).nodes
     if not chosen:
-        raise PlacementError("the nodes of the plan are not there")
+        raise PlacementError("the cluster lacks the nodes of the plan; the check `nodes` names them")
     shared = {name: variable.value for name, variable in cluster.nccl.items()}
     if cluster.interface is not None:
         shared |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
@@ -91,7 +91,7 @@ def run_on_nodes(
 
 
 def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -> tuple[int, str, str]:
-    """On a node: exit code, output and standard error of a command."""
+    """Runs a command on a node; returns exit code, standard output and standard error."""
     env = {**os.environ, **variables}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -100,15 +100,15 @@ def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -
 def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> CheckResult:
     assignment = _chosen(plan, cluster, nodes)
     if not assignment.problems:
-        return ok("nodes", f"{len(plan.nodes)} of the {len(nodes)} nodes of Ray can take the bundles of the plan")
+        return ok("nodes", f"the plan fits on {len(plan.nodes)} of the {len(nodes)} nodes of Ray")
     more = f" ({len(assignment.problems) - 1} more nodes of the plan likewise)" if len(assignment.problems) > 1 else ""
     return CheckResult("nodes", Level.ERROR, assignment.problems[0] + more, verdict=PlacementError.exit_code)
 
 
 def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:
-    """Nodes for the plan, whatever others use of them at this moment."""
-    emptied = [replace(node, free=node.total) for node in nodes]
-    return assign(plan, emptied, bundle_of_rank(plan, cluster.cpus_per_rank))
+    """Assigns the plan to the nodes as if no other job used them."""
+    idle = [replace(node, free=node.total) for node in nodes]
+    return assign(plan, idle, bundle_of_rank(plan, cluster.cpus_per_rank))
 
 
 def _names(nodes: Sequence[RayNode]) -> list[str]:
@@ -120,19 +120,19 @@ def _exposure(parts: Mapping[str, str]) -> CheckResult:
     if exposure_text(listening(parts), token=asks_for_token()):
         return warning(
             "exposure",
-            "this Ray listens beyond the loopback and asks for no token: whoever reaches it runs any code, as you",
-            "start all of it with RAY_AUTH_MODE=token, or keep its ports inside a network of its own (docs/ray.md)",
+            "Ray accepts connections from other machines without a token: anyone who connects can run any code as you",
+            "start all of Ray with RAY_AUTH_MODE=token, or keep its ports inside a private network (docs/ray.md)",
         )
-    return ok("exposure", "Ray listens on the loopback alone, or asks for a token")
+    return ok("exposure", "Ray listens only on the loopback, or requires a token")
 
 
 def _grace(grace: float | None, save_seconds: float | None) -> CheckResult:
     if grace is None:
-        return note("stop grace", "this is no job of Ray: nobody kills the driver after a stop")
+        return note("stop grace", "the driver does not run in a Ray job, so Ray does not kill it after a stop")
     if grace <= STOP_WAIT_DEFAULT:
         return warning(
             "stop grace",
             f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})",
-            "set it in the runtime environment of the job, as the README's command does",
+            "set this variable in the job's runtime environment, as the command in the README does",
         )
     return check_graces({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)

@@ -1,4 +1,4 @@
-"""What Slurm says about the nodes that a plan wants, and about how it stops jobs. Asks sinfo and scontrol; no torch."""
+"""Checks a Slurm cluster (nodes, time limit, stop signals) against a plan, with sinfo and scontrol. No torch."""
 
 import re
 import subprocess
@@ -16,33 +16,33 @@ Ask = Callable[[Sequence[str]], str]
 
 
 def ask(command: Sequence[str]) -> str:
-    """What one of Slurm's commands prints.
+    """Runs a Slurm command and returns its output.
 
     Raises:
-        OSError: it is not there, does not answer, or refuses; with its words.
+        OSError: the command is missing, times out, or fails; with its error message.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{command[0]} does not answer within {ASK_SECONDS:g} s") from error
     if done.returncode:
-        words = " / ".join(filter(None, map(str.strip, done.stderr.splitlines())))  # one line, as all that the doctor says
+        words = " / ".join(filter(None, map(str.strip, done.stderr.splitlines())))  # results are one line each
         raise OSError(f"{command[0]}: {words or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
-    """Whether Slurm answers; nodes, features and sizes; the time limit; how long a stop may take.
+    """Checks that Slurm answers, nodes with features and resources, the time limit, and the grace period of a stop.
 
     Args:
-        save_seconds: Measured time of a save; None where none was measured.
+        save_seconds: Measured seconds of a save; None if not measured.
     """
     try:
         offers = read_offers(cluster.partition, ask)
         limit = _partition_limit(cluster.partition, ask)
         settings = dict(re.findall(r"^(\w+)\s*= (.*)$", ask(["scontrol", "show", "config"]), re.MULTILINE))
     except OSError as failed:
-        return [error("scheduler", f"Slurm: {failed}", "look for slurmctld, or run this on a login node of the cluster")]
+        return [error("scheduler", f"Slurm: {failed}", "check slurmctld, or run this on a login node of the cluster")]
     where = f"partition {cluster.partition!r}" if cluster.partition else "the default partition"
     return [
         ok("scheduler", f"Slurm {settings.get('SLURM_VERSION', '').strip()} answers"),
@@ -53,7 +53,7 @@ def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, 
 
 
 def wants(plan: JobPlan, cluster: Cluster) -> list[Want]:
-    """The plan's nodes as Slurm would be asked for them."""
+    """The requirements of the planned nodes in Slurm's terms."""
     found = []
     for node in plan.nodes:
         amounts: dict[str, float] = {"GPU": plan.gpus_per_node} if plan.gpus_per_node else {}
@@ -64,7 +64,7 @@ def wants(plan: JobPlan, cluster: Cluster) -> list[Want]:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """'0-3' where they are neighbours, else each."""
+    """'0-3' for three or more consecutive ranks, otherwise each rank."""
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"{ranks[0]}-{ranks[-1]}"
     return ", ".join(map(str, ranks))
@@ -83,7 +83,7 @@ def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
             continue
         traits = frozenset() if features == "(null)" else frozenset(features.split(","))
         amounts = {"CPU": float(cpus), "GPU": float(gpus_of(gres))}
-        # A mark behind the state: not responding (*), rebooting (@), powered down (~) and the like.
+        # A suffix of the state means not usable: not responding (*), rebooting (@), powered down (~).
         offers.append(Offer(name, state, state in UP, traits, amounts))
     return offers
 
@@ -94,17 +94,17 @@ def gpus_of(gres: str) -> int:
 
 
 def check_time(asked: str, limit: str | None, where: str) -> CheckResult:
-    """The time that the cluster file asks for, against the partition's limit."""
+    """Compares the cluster file's time limit with the partition's."""
     if limit is None:
-        return note("time limit", f"{where} does not say its limit; the job asks for {asked}")
+        return note("time limit", f"{where} shows no limit; the job requests {asked}")
     if seconds_of(asked) > seconds_of(limit):
-        text = f"the cluster file asks for time: {asked}, {where} allows {limit}"
+        text = f"the cluster file has time: {asked}, but {where} allows {limit}"
         return error("time limit", f"{text}; the job would wait forever or be refused", "lower it", kind=ConfigError)
-    return ok("time limit", f"{asked} of {limit} that {where} allows")
+    return ok("time limit", f"{asked}; {where} allows {limit}")
 
 
 def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float | None) -> CheckResult:
-    """The time between a stop signal and the kill, at the time limit and on preemption, against what a save takes."""
+    """Compares the time from a stop signal to the kill, at the time limit and on preemption, with the time of a save."""
     preempts = settings.get("PreemptType", "(null)").strip() not in ("(null)", "preempt/none", "")
     kill_wait = re.match(r"\d+", settings.get("KillWait", ""))
     graces = {"before the time limit (signal_seconds)": float(cluster.signal_seconds)}
@@ -114,17 +114,17 @@ def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float 
 
 
 def check_graces(graces: dict[str, float], save_seconds: float | None) -> CheckResult:
-    """Holds every grace against the measured save time."""
+    """Compares every grace period with the measured save time."""
     shown = ", ".join(f"{seconds:g} s {when}" for when, seconds in graces.items())
     if save_seconds is None:
-        return note("stop grace", f"{shown}; this run has saved nothing yet that it could be held against")
+        return note("stop grace", f"{shown}; this run has no save yet to compare with")
     short = {when: seconds for when, seconds in graces.items() if seconds < save_seconds}
     if short:
         when, seconds = min(short.items(), key=lambda each: each[1])
         return warning(
             "stop grace",
-            f"{seconds:g} s {when}, the last saves took up to {save_seconds:.1f} s",
-            "lengthen it, or save more often (checkpoint.every): a stop would lose the steps since the last checkpoint",
+            f"{seconds:g} s {when}, but the last saves took up to {save_seconds:.1f} s",
+            "increase it, or save more often (checkpoint.every): a stop would lose the steps since the last checkpoint",
         )
     return ok("stop grace", f"{shown}; the last saves took up to {save_seconds:.1f} s")
 

@@ -1,4 +1,4 @@
-"""Runs a module of ours on the nodes that a plan wants, by Slurm: one srun from the login node, and no file in between."""
+"""Runs a module on the planned nodes with one srun from the login node, and returns its output."""
 
 import shlex
 import signal
@@ -26,16 +26,16 @@ def run_on_nodes(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> Iterator[tuple[float, str]]:
-    """Lines that the tasks print, each with the Unix time when it was heard. The first task is on the first node of the
-    plan. The job asks for what the plan's nodes have, GPUs included, so that it lands where the run would.
+    """Yields the lines that the tasks print, each with its Unix time of arrival. Task 0 runs on node 0 of the plan. The job
+    requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
 
     Args:
         module, argument: `python -m MODULE ARGUMENT`, with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set.
         minutes: Time limit of the job.
-        visible: Folders that the site's container must see under their own names, besides the clone.
+        visible: Further folders to mount in the site's container under the same path.
 
     Raises:
-        PlacementError: Slurm refuses the job, does not start it in time, or it does not end; with srun's words.
+        PlacementError: Slurm refuses the job, does not start it in time, or it fails; with srun's error message.
     """
     command = srun_command(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes, visible=visible)
     with subprocess.Popen(
@@ -46,7 +46,7 @@ def run_on_nodes(
         said: list[str] = []
         listener = threading.Thread(target=lambda stream: said.extend(stream), args=(srun.stderr,), daemon=True)
         listener.start()
-        # TERM makes srun give back its allocation, also one that it still waits for.
+        # On SIGTERM srun releases its allocation, also a pending one.
         timer = threading.Timer(START_SECONDS + 60.0 * minutes, srun.send_signal, (signal.SIGTERM,))
         timer.start()
         try:
@@ -73,7 +73,7 @@ def srun_command(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> list[str]:
-    """One srun; the nodes of each kind are a component of their own, as in the job itself. Arguments as `run_on_nodes`."""
+    """The srun command; each kind of node is one component, as in the job itself. Arguments as in `run_on_nodes`."""
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
     site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
@@ -91,7 +91,7 @@ def srun_command(
 
 
 def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, visible: Sequence[str]) -> str:
-    """What a task runs: the site's variables and prelude, then Python, in the site's container."""
+    """Shell text of a task: the site's variables and prelude, then Python in the site's container."""
     variables = {name: variable.value for name, variable in cluster.nccl.items()}
     if cluster.interface is not None:
         variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
@@ -99,7 +99,7 @@ def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, v
     command = [*container_prefix(cluster, visible, code), interpreter(cluster), "-m", module, argument]
     return "\n".join(
         [
-            f"cd {shlex.quote(str(code))} || exit 78",  # pyxis begins in a folder of the image
+            f"cd {shlex.quote(str(code))} || exit 78",  # pyxis starts in a folder of the image
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             *cluster.prelude,
             "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",

@@ -1,8 +1,8 @@
-"""Run on a Ray cluster: ray job submit --working-dir . -- python -m launchers.ray CONFIG [key=value ...]
+"""Runs on a Ray cluster: ray job submit --working-dir . -- python -m launchers.ray CONFIG [key=value ...]
 
-python -m launchers.ray CONFIG [key=value ...]                     the driver, inside a job or on a node of the cluster
-python -m launchers.ray CONFIG [key=value ...] --submit ADDRESS    submits the driver as a job, and follows it
-python -m launchers.ray --stop ID [--submit ADDRESS]               stops a job, and waits for its save
+python -m launchers.ray CONFIG [key=value ...]                     runs the driver, in a job or on a node of the cluster
+python -m launchers.ray CONFIG [key=value ...] --submit ADDRESS    submits the driver as a job and follows its log
+python -m launchers.ray --stop ID [--submit ADDRESS]               stops a job and waits until it has saved
 """
 
 import os
@@ -15,7 +15,7 @@ import typer
 
 from launchers.command import absolute_paths
 from launchers.ray import submit as ray_submit
-from launchers.ray.job import check_job, require_variables, seen_from_the_job
+from launchers.ray.job import check_job, path_on_nodes, require_variables
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import FOLDER as CLUSTERS
@@ -30,22 +30,22 @@ DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
-    """The driver: checks a run, starts its ranks on the cluster that this process belongs to, and sees them through. Call
-    it in the main thread.
+    """The driver: checks a run, starts its ranks on this process's Ray cluster, and waits for them. Must be called in the
+    main thread, because it installs signal handlers.
 
     Args:
-        options: As of `launchers.ray.job.check_job`.
+        options: Keyword arguments of `launchers.ray.job.check_job`.
 
     Returns:
-        The verdict of the run.
+        The exit code of the run.
 
     Raises:
-        MoeDistError: found before a rank was started, or while there is no node for it.
+        MoeDistError: the run is invalid, or the cluster lacks its nodes; no rank was started.
     """
-    with StopSignals() as signals:  # also while nothing runs yet
+    with StopSignals() as signals:  # signals before the first attempt count, too
         if (job := check_job(config_path, overrides, **options)) is None:
             return EXIT_DONE
-        from launchers.ray.driver import drive  # imports Ray, which takes seconds: what can be refused is refused before
+        from launchers.ray.driver import drive  # imports Ray, which takes seconds; so errors of the run come first
 
         return drive(job, signals)
 
@@ -60,31 +60,31 @@ def submitted(
     grace_seconds: int,
     forwarded: Sequence[str],
 ) -> int:
-    """Submits the driver as a job and follows it. Relative paths of the run are taken from here on as those of this clone.
+    """Submits the driver as a job and follows its log. Relative paths of the run are resolved against the current folder.
 
     Args:
-        address: Of Ray's dashboard.
-        options: Of the driver.
+        address: Address of Ray's dashboard.
+        options: Command line options of the driver.
         cluster: Name or path of the cluster file.
-        grace_seconds: From a stop until Ray kills the driver.
-        forwarded: Variables of this process that the job gets as well.
+        grace_seconds: Time from a stop until Ray kills the driver.
+        forwarded: Names of environment variables to pass to the job.
 
     Returns:
-        The verdict of the run.
+        The exit code of the run.
 
     Raises:
-        ConfigError: the configuration, the cluster file or a variable is wrong.
-        PlacementError: nobody answers at the address.
+        ConfigError: the configuration or the cluster file is invalid, or a variable is not set.
+        PlacementError: no Ray answers at the address.
     """
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)
     require_variables(forwarded, os.environ)
-    asked = cluster or os.environ.get(CLUSTER_VARIABLE)
+    name = cluster or os.environ.get(CLUSTER_VARIABLE)
     file = cluster_file(cluster, os.environ)
-    if asked and file is not None:
-        options = [*options, f"--cluster={asked if file.parent == CLUSTERS else seen_from_the_job(file)}"]
+    if name and file is not None:
+        options = [*options, f"--cluster={name if file.parent == CLUSTERS else path_on_nodes(file)}"]
     paths = absolute_paths(config, Path.cwd()) if relative_paths(config) else ()
-    arguments = [str(seen_from_the_job(config_path)), *overrides, *paths, *options]
+    arguments = [str(path_on_nodes(config_path)), *overrides, *paths, *options]
     variables = {name: os.environ[name] for name in forwarded} | {ray_submit.STOP_WAIT: str(grace_seconds)}
     return ray_submit.submit(address, ray_submit.entrypoint(arguments, site.python), variables)
 
@@ -94,29 +94,29 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200; later ones win.")] = None,
     submit: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Submit as a job at this address of Ray's dashboard, and follow it."),
+        typer.Option(metavar="ADDRESS", help="Submit as a job to this address of Ray's dashboard, and follow its log."),
     ] = None,
-    stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop this job, and wait until it has saved.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop this job and wait until it has saved.")] = None,
     cluster: Annotated[
         str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an old run of this name aside.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
     max_failures: Annotated[
-        int, typer.Option(min=0, help="New attempts from the last checkpoint after failures that may pass.")
+        int, typer.Option(min=0, help="Restarts from the last checkpoint after transient failures.")
     ] = DEFAULT_MAX_RESTARTS,
     wait_for_nodes: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Seconds to wait for nodes that are not there; default 5 at first, 300 once the run has failed."
+            min=0.0, help="Seconds to wait for missing nodes; default 5 for the first attempt, 300 for a restart."
         ),
     ] = None,
-    grace: Annotated[int, typer.Option(min=1, help="With --submit: seconds that a stop may take.")] = 300,
+    grace: Annotated[int, typer.Option(min=1, help="With --submit: seconds for saving and stopping.")] = 300,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A variable of this process that the ranks get as well.")
+        list[str] | None, typer.Option(metavar="NAME", help="An environment variable to pass to the ranks.")
     ] = None,
 ) -> None:
-    """Run on a Ray cluster, one actor and one process a rank. Without --submit or --stop this is the driver itself: run it
-    inside a job (`ray job submit`) or on a node of the cluster."""
+    """Run on a Ray cluster, with one actor and one process per rank. Without --submit or --stop this is the driver: run it
+    in a job (`ray job submit`) or on a node of the cluster."""
     drives = False
     options = [f"--max-failures={max_failures}", *(["--overwrite"] if overwrite else [])]
     options += [f"--wait-for-nodes={wait_for_nodes:g}"] if wait_for_nodes is not None else []
@@ -124,7 +124,7 @@ def main(
         if stop is not None:
             code = ray_submit.stop(submit or DASHBOARD, stop)
         elif config is None:
-            raise ConfigError("CONFIG is missing: the YAML file of the run, as configs/adamoe_moma_tiny_cpu.yaml")
+            raise ConfigError("CONFIG is missing: name the YAML file of the run, as configs/adamoe_moma_tiny_cpu.yaml")
         elif submit is not None:
             code = submitted(
                 config,
@@ -150,7 +150,7 @@ def main(
         print(error, file=sys.stderr)
         code = error.exit_code
     except OSError as error:
-        print(f"{error}; the run folder is <run.root>/<run.name>: mend it, or choose another run.root", file=sys.stderr)
+        print(f"{error}; the run folder is <run.root>/<run.name>: repair it, or choose another run.root", file=sys.stderr)
         code = EXIT_FAILED
     if drives:
         print(ray_submit.verdict_line(code), flush=True)

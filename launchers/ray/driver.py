@@ -1,4 +1,4 @@
-"""The driver of a run on Ray: connects, warns of what is unsafe, and carries attempts out until one is the last."""
+"""The driver of a run on Ray: connects to the cluster, warns of security problems, and runs the attempts."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import ray
 
-from launchers.attempts import begin_logs, until_it_ends
+from launchers.attempts import begin_logs, run_attempts
 from launchers.command import JobPlan, LaunchPlan, published_rendezvous, rank_commands
 from launchers.ending import Outcome, ShutdownTimeouts
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
@@ -30,21 +30,21 @@ from moe_dist.runtime.rendezvous import HOST_VARIABLE
 from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API for what it starts
-CONNECT_SECONDS = 10.0  # for the head to take a connection
-STOP_WAIT_DEFAULT = 3.0  # seconds, Ray's own
-MARGIN = 0.1  # share of Ray's grace that is left for the driver when that of the ranks is over
-SETTLE_SECONDS = 5.0  # at the first start: a node that is not there by then will not come
-LAST_LINES_SECONDS = 1.0  # that Ray takes to bring what rank 0 has printed here
-REPLACE_SECONDS = 300.0  # after a failure: a node that was lost is being replaced
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's environment
+CONNECT_SECONDS = 10.0  # connection timeout to the head
+STOP_WAIT_DEFAULT = 3.0  # seconds; Ray's own default
+MARGIN = 0.1  # fraction of Ray's grace period reserved for the driver; the ranks get the rest
+SETTLE_SECONDS = 5.0  # wait for missing nodes before the first attempt
+LAST_LINES_SECONDS = 1.0  # Ray's delay in forwarding rank 0's output
+REPLACE_SECONDS = 300.0  # wait for missing nodes before a restart, while a lost node is replaced
 
 
 def drive(job: RayJob, signals: StopSignals) -> int:
-    """Runs attempts until one is the last; returns its verdict.
+    """Runs attempts until one is not restarted; returns the exit code of the last one.
 
     Raises:
-        PlacementError: there is no cluster to connect to, or it does not have the nodes.
-        ConfigError, StoppedError: as `gather_gang`.
+        PlacementError: there is no cluster, or it lacks the nodes of the plan.
+        ConfigError, StoppedError: from `gather_gang`.
     """
     grace = stop_grace(os.environ)
     with connected(os.environ, job.forwarded) as parts:
@@ -57,7 +57,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             return _attempt(job, restarts, attempt_id, signals, grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS)
 
-        code = until_it_ends(job.folder, run, signals, prefix="ray", max_restarts=job.max_failures, option="--max-failures")
+        code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=job.max_failures, option="--max-failures")
         time.sleep(LAST_LINES_SECONDS)
     return code
 
@@ -65,7 +65,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
 def _attempt(
     job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float
 ) -> tuple[Outcome, list[int]]:
-    """How the ranks of one attempt ended, and where it begins in their logs."""
+    """Runs one attempt; returns its outcome and, for each rank's log, the offset at which the attempt begins."""
     wait = REPLACE_SECONDS if restarts else SETTLE_SECONDS
     gang = gather_gang(
         job.plan,
@@ -77,7 +77,7 @@ def _attempt(
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     try:
-        print(seats_table(job.plan, gang.seats), flush=True)
+        print(workers_table(job.plan, gang.workers), flush=True)
         offsets = begin_logs(job.folder, job.plan.world_size, attempt_id)
         plan = LaunchPlan(
             config=job.config,
@@ -88,46 +88,45 @@ def _attempt(
             attempt_id=attempt_id,
             grace_seconds=grace_seconds,
             threads=job.cluster.cpus_per_rank,
-            python=job.cluster.python or "",  # that of its actor
+            python=job.cluster.python or "",  # empty: the interpreter of the rank's actor
             program=job.program,
             hosts=gang.hosts,
         )
         commands = [
-            replace(command, env={**site_variables(job.cluster, gang.seats, command.rank), **worker, **command.env})
-            for command, worker in zip(rank_commands(plan), seat_variables(job.plan, gang.seats), strict=True)
+            replace(command, env={**site_variables(job.cluster, gang.workers, command.rank), **worker, **command.env})
+            for command, worker in zip(rank_commands(plan), worker_variables(job.plan, gang.workers), strict=True)
         ]
         gang.start(commands, [job.folder.log_of(command.rank) for command in commands])
-        return gang.see_through(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2))), offsets
+        return gang.supervise(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2))), offsets
     finally:
         gang.close()
 
 
-def seat_variables(plan: JobPlan, seats: Sequence[WorkerInfo]) -> list[dict[str, str]]:
-    """For each rank what it finds where it is: the labels of its node; and the GPUs that Ray gave to all ranks of the node,
-    in the order of their local ranks, so that a rank's own has its local rank as index and peers can reach it directly."""
+def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[str, str]]:
+    """Environment variables of each rank: the labels of its node, and the GPUs of all ranks on the node. A rank sees all
+    of these GPUs, ordered by local rank, so that peer-to-peer access between them works."""
     variables = []
-    for rank, worker in enumerate(seats):
+    for rank, worker in enumerate(workers):
         found = {LABELS: json.dumps(dict(worker.labels), sort_keys=True)}
-        gpus = [gpu for other in plan.node_of(rank).ranks for gpu in seats[other].gpus]
+        gpus = [gpu for other in plan.node_of(rank).ranks for gpu in workers[other].gpus]
         if gpus:
             found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         variables.append(found)
     return variables
 
 
-def site_variables(cluster: Cluster, seats: Sequence[WorkerInfo], rank: int) -> dict[str, str]:
-    """What the cluster file says of the network. Without an interface rank 0 listens at the address by which Ray's nodes
-    reach each other."""
+def site_variables(cluster: Cluster, workers: Sequence[WorkerInfo], rank: int) -> dict[str, str]:
+    """Network variables from the cluster file. Without an interface, rank 0 listens at its node's address in Ray."""
     variables = {name: each.value for name, each in cluster.nccl.items()}
     if cluster.interface is not None:
         return {**variables, "GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
-    return {**variables, **({HOST_VARIABLE: seats[0].host} if rank == 0 else {})}
+    return {**variables, **({HOST_VARIABLE: workers[0].host} if rank == 0 else {})}
 
 
-def seats_table(plan: JobPlan, seats: Sequence[WorkerInfo]) -> str:
-    """A line for each rank: where it is, and the experts that live on it."""
+def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:
+    """One line per rank: host, labels, GPUs and expert groups."""
     lines = []
-    for rank, worker in enumerate(seats):
+    for rank, worker in enumerate(workers):
         labels = ",".join(
             f"{name}={value}" for name, value in sorted(worker.labels.items()) if not name.startswith("ray.io/")
         )
@@ -139,13 +138,13 @@ def seats_table(plan: JobPlan, seats: Sequence[WorkerInfo]) -> str:
 
 @contextmanager
 def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """Joins the cluster that this process belongs to. Outside of a job this clone is shipped to the nodes, as a job would.
+    """Connects to this process's Ray cluster. Outside a job, Ray copies this clone to the nodes, as it does for a job.
 
     Args:
-        forwarded: Variables of this process that the ranks get as well; in a job its runtime environment says that.
+        forwarded: Names of environment variables for the ranks; ignored in a job, whose runtime environment sets them.
 
     Returns:
-        The address of each part of Ray that others may reach.
+        The network address of Ray's GCS and dashboard.
 
     Raises:
         PlacementError: there is no cluster.
@@ -156,7 +155,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     try:
-        if port.isdecimal():  # Ray itself goes on trying for minutes
+        if port.isdecimal():  # test the connection first: ray.init retries for minutes
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         context = ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
     except OSError as error:
@@ -173,7 +172,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
 
 
 def stop_grace(env: Mapping[str, str]) -> float | None:
-    """Seconds from `ray job stop` until Ray kills the driver; None where it is no job, and nobody does."""
+    """Seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill it."""
     if IN_A_JOB not in env:
         return None
     try:
@@ -183,12 +182,12 @@ def stop_grace(env: Mapping[str, str]) -> float | None:
 
 
 def grace_text(grace: float | None, save_seconds: float | None) -> str:
-    """The grace beside what a save has taken; a warning where it is too short."""
+    """Compares the grace period with the measured save time; a warning if the grace is too short."""
     if grace is None:
         return ""
-    saves = "this run has saved nothing yet" if save_seconds is None else f"its last saves took up to {save_seconds:.1f} s"
-    text = f"a stop may take {grace:g} s ({STOP_WAIT}); {saves}"
+    saves = "this run has not saved yet" if save_seconds is None else f"its last saves took up to {save_seconds:.1f} s"
+    text = f"the grace period for a stop is {grace:g} s ({STOP_WAIT}); {saves}"
     if grace > STOP_WAIT_DEFAULT and (save_seconds is None or save_seconds <= grace * (1 - MARGIN)):
         return text
     advice = f'submit with --runtime-env-json \'{{"env_vars": {{"{STOP_WAIT}": "300"}}}}\''
-    return f"WARNING: {text}: `ray job stop` will kill the run before it has saved; {advice}"
+    return f"WARNING: {text}: `ray job stop` may kill the run before it has saved; {advice}"

@@ -1,4 +1,4 @@
-"""Whether others than this machine reach Ray: it runs what it is sent, and asks for a token only where that was set up."""
+"""Checks whether Ray is reachable from other machines without a token: Ray runs any code that a client sends."""
 
 import ipaddress
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ import psutil
 
 
 def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
-    """The addresses at which parts of Ray listen. Of those on this machine by its sockets, since Ray listens at more than
-    the address it goes by; of others by that address.
+    """The addresses at which parts of Ray listen. A part on this machine is looked up in the list of sockets, because it
+    may listen at more addresses than it announces; for a remote part the announced address is returned.
 
     Args:
-        parts: host:port of each, by name.
+        parts: Announced host:port of each part, by name.
     """
     found: dict[str, list[str]] = {}
     sockets = [each.laddr for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN and each.laddr]
@@ -22,27 +22,27 @@ def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str:
-    """A warning where a part of Ray can be reached from beyond the loopback without a token; else nothing.
+    """A warning if a part of Ray accepts connections from other machines without a token; empty otherwise.
 
     Args:
-        addresses: At which each part listens.
+        addresses: Addresses at which each part listens.
     """
     beyond = [f"{part} at {each}" for part, listens in addresses.items() for each in listens if not _is_loopback(each)]
     if token or not beyond:
         return ""
     line = "!" * 100
     return (
-        f"{line}\nWARNING: this Ray listens beyond the loopback ({', '.join(beyond)}) and asks for no token:\n"
-        "whoever reaches it runs any code, as you, on every node. Start all of it with RAY_AUTH_MODE=token,\n"
-        f"or keep its ports inside a network of its own (docs/ray.md).\n{line}"
+        f"{line}\nWARNING: Ray accepts connections from other machines ({', '.join(beyond)}) without a token:\n"
+        "anyone who connects can run any code as you on every node. Start all of Ray with RAY_AUTH_MODE=token,\n"
+        f"or keep its ports inside a private network (docs/ray.md).\n{line}"
     )
 
 
 def asks_for_token() -> bool:
-    """Whether the Ray that this process is connected to asks for a token."""
+    """Whether the connected Ray requires a token."""
     try:
         from ray._raylet import AuthenticationMode, get_authentication_mode  # pyright: ignore
-    except ImportError:  # a Ray from before tokens
+    except ImportError:  # an older Ray without tokens
         return False
     return get_authentication_mode() == AuthenticationMode.TOKEN
 

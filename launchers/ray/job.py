@@ -1,4 +1,4 @@
-"""A run as the driver for Ray carries it out: checked and planned, before anything is connected to. No Ray here."""
+"""Checks and plans a run for the Ray driver, before it connects to a cluster. Does not import Ray."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
-from launchers.ray.nodes import islands
+from launchers.ray.nodes import nodes_sharing_ep_groups
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -19,19 +19,19 @@ from moe_dist.runtime.shared_folder import relative_paths
 
 @dataclass(frozen=True)
 class RayJob:
-    """A run as the driver carries it out.
+    """A checked and planned run.
 
     Attributes:
-        config: Path of the YAML file, the same on every node: absolute, or relative to the working directory of the job.
-        overrides: `key=value`.
+        config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
+        overrides: `key=value` strings.
         plan: Nodes and their ranks.
-        cluster: The site.
-        folder, data: The run's folder and the data's, which all nodes share.
-        max_failures: How often a failure is followed by a new attempt, see `launchers.restart`.
-        wait_seconds: For nodes that the cluster does not have; None takes SETTLE_SECONDS at first, REPLACE_SECONDS later.
-        program: What each rank's interpreter runs.
-        forwarded: Variables of this process that the ranks get as well, outside of a job.
-        together: Nodes of the plan that must share a domain; empty where the site declares none.
+        cluster: The cluster file.
+        folder, data: Run folder and data folder, on a file system that all nodes share.
+        max_failures: Limit for restarts after failures, see `launchers.restart`.
+        wait_seconds: Wait for nodes that the cluster lacks; None takes SETTLE_SECONDS at first, REPLACE_SECONDS later.
+        program: Arguments of each rank's interpreter before the configuration.
+        forwarded: Names of environment variables for the ranks, outside a job.
+        together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
     """
 
     config: Path
@@ -58,14 +58,14 @@ def check_job(
     forwarded: Sequence[str] = (),
     program: tuple[str, ...] = TRAIN,
 ) -> RayJob | None:
-    """Checks a run and plans its job; None where it is finished already, and its summary was shown.
+    """Checks a run and plans its nodes. For a finished run it prints the summary and returns None.
 
     Args:
         cluster: Name or path of the cluster file.
-        overwrite: Move an old run of this name aside.
+        overwrite: Rename the folder of an old run of this name first.
 
     Raises:
-        MoeDistError: the run cannot be as it is written, or not at this site.
+        MoeDistError: the configuration is invalid, or does not fit the cluster.
     """
     require_variables(forwarded, os.environ)
     site = load_cluster(cluster, os.environ)
@@ -83,7 +83,7 @@ def check_job(
         return None
     print(f"{plan.world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}\n{plan.table()}")
     return RayJob(
-        config=seen_from_the_job(config_path),
+        config=path_on_nodes(config_path),
         overrides=tuple(overrides),
         plan=plan,
         cluster=site,
@@ -93,21 +93,21 @@ def check_job(
         wait_seconds=wait_seconds,
         program=program,
         forwarded=tuple(forwarded),
-        together=() if site.domain_nodes is None else tuple(islands(plan, config.parallel.ep)),
+        together=() if site.domain_nodes is None else tuple(nodes_sharing_ep_groups(plan, config.parallel.ep)),
     )
 
 
 def require_variables(names: Sequence[str], env: Mapping[str, str]) -> None:
-    """For --env NAME.
+    """Checks --env NAME.
 
     Raises:
-        ConfigError: a variable is not there.
+        ConfigError: a variable is not set.
     """
     if missing := [name for name in names if name not in env]:
-        raise ConfigError([f"--env {name}: there is no such variable here" for name in missing])
+        raise ConfigError([f"--env {name}: this variable is not set; export it first" for name in missing])
 
 
-def seen_from_the_job(path: Path) -> Path:
-    """A configuration's path as every node has it: relative where it comes with the code, which Ray ships; else absolute."""
+def path_on_nodes(path: Path) -> Path:
+    """A configuration's path on every node: relative inside the code that Ray copies to the nodes; otherwise absolute."""
     absolute, root = find_config(path).absolute(), source_root()
     return absolute.relative_to(root) if absolute.is_relative_to(root) else absolute

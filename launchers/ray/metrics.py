@@ -1,7 +1,7 @@
-"""Numbers of rank 0 as metrics of Ray: it sends them to a socket of its node, where its actor hands them to Ray.
+"""Forwards rank 0's metrics to Ray, which exports them as `ray_moe_dist_...` at the metrics port of rank 0's node.
 
-A rank is no worker of Ray and cannot report there itself. A datagram holds the samples of a step
-(`moe_dist.monitor.sinks.ray`); they show as `ray_moe_dist_...` at the metrics port of rank 0's node.
+A rank is a plain process and cannot use Ray's API. It sends one datagram per step (`moe_dist.monitor.sinks.ray`) to a Unix
+socket that its actor reads.
 """
 
 import json
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from ray.util.metrics import Gauge
 
-LARGEST = 1 << 18  # bytes of a datagram; 40 scalars take 10 KB
+LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 
 
 def serve_metrics(path: Path) -> None:
-    """Listens at a new Unix socket from now on, from a thread that ends with the process.
+    """Starts a daemon thread that reads a new Unix socket.
 
     Args:
-        path: At most 107 characters, as for all Unix sockets.
+        path: Path of the socket, at most 107 characters (a limit of Unix sockets).
     """
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(str(path))

@@ -1,7 +1,6 @@
-"""Which node of a Ray cluster becomes which node of the plan. Pure functions; no Ray here.
+"""Assigns the planned nodes to nodes of a Ray cluster, for each attempt anew. Pure functions; does not import Ray.
 
-Bundles are pinned to the nodes that were chosen, since no strategy of Ray's keeps neighbouring bundles on one node. The
-driver chooses again for each attempt.
+The driver pins each bundle to its node, because no scheduling strategy of Ray keeps the ranks of a node together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,22 +9,22 @@ from dataclasses import dataclass
 from launchers.command import JobPlan, NodePlan
 from moe_dist.plan.matching import match
 
-NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
-DOMAIN = "ray.io/gpu-domain"  # the label of nodes that share a fastest interconnect, as an NVLink rack
+NODE_ID = "ray.io/node-id"  # label that Ray sets on every node
+DOMAIN = "ray.io/gpu-domain"  # label of nodes with a common fast interconnect, as an NVLink rack
 _SHOWN = 8
 
 
 @dataclass(frozen=True)
 class RayNode:
-    """A live node.
+    """A live node of Ray.
 
     Attributes:
-        node_id: Ray's name of it.
-        host: Its host name.
-        address, port: Where its raylet listens.
-        labels: Those of Ray among them.
-        total: Resources, by name.
-        free: What of them nobody has at this moment.
+        node_id: Ray's id of the node.
+        host: Host name.
+        address, port: Address and port of its raylet.
+        labels: All labels, with those set by Ray.
+        total: Amount of each resource.
+        free: Amount of each resource that is not in use.
     """
 
     node_id: str
@@ -46,12 +45,12 @@ class RayNode:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Nodes for a plan.
+    """The result of `assign`; one of the three is not empty.
 
     Attributes:
-        nodes: For each node of the plan, if all are there and free.
-        problems: What no node of this cluster can give, however long one waits, in words.
-        waits_for: Nodes of the plan whose nodes are taken by others at this moment.
+        nodes: A free Ray node for each planned node.
+        problems: Requirements that no node of this cluster meets, even when idle.
+        waits_for: Planned nodes whose Ray nodes other jobs are using.
     """
 
     nodes: tuple[RayNode, ...] = ()
@@ -60,19 +59,20 @@ class Assignment:
 
 
 def bundle_of_rank(job: JobPlan, cpus: int | None) -> dict[str, float]:
-    """What a rank takes of its node.
+    """Resources of one rank.
 
     Args:
-        cpus: CPU cores; None is one.
+        cpus: CPU cores; None means one.
     """
     return {"CPU": float(cpus or 1), **({"GPU": 1.0} if job.gpus_per_node else {})}
 
 
-def islands(job: JobPlan, ep: int) -> list[tuple[int, ...]]:
-    """Nodes of the plan that must share a domain, since an EP group lies on them: index by index, each node in one.
+def nodes_sharing_ep_groups(job: JobPlan, ep: int) -> list[tuple[int, ...]]:
+    """Partitions the planned nodes (by index) so that every EP group lies within one part: each part must share a
+    fast-interconnect domain.
 
     Args:
-        ep: Ranks of an EP group, which are neighbours.
+        ep: Size of an EP group, whose ranks are consecutive.
     """
     found: list[set[int]] = []
     for first in range(0, job.world_size, ep):
@@ -90,12 +90,12 @@ def assign(
     bundle: Mapping[str, float],
     together: Sequence[tuple[int, ...]] = (),
 ) -> Assignment:
-    """Chooses a node for each node of the plan: one that has its labels, and room for all its ranks.
+    """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks.
 
     Args:
-        nodes: The live ones; earlier ones are taken first where several will do.
+        nodes: Live nodes; earlier ones are preferred.
         bundle: Resources of one rank.
-        together: Nodes of the plan that must share a domain; empty where the site declares none.
+        together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
     """
 
     def chosen(resources: str) -> list[int | None]:
@@ -108,9 +108,9 @@ def assign(
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
-        if None not in alone:  # there would be nodes, but no domain has enough of them
+        if None not in alone:  # there are enough nodes, but not in one domain
             return Assignment(problems=(_domain_problem(missing, nodes),))
-        return Assignment(problems=tuple(_fault(each, job, nodes, bundle) for each in missing))
+        return Assignment(problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
     found = chosen("free")
     if None in found:
         return Assignment(waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
@@ -125,19 +125,19 @@ def _fits(each: NodePlan, node: RayNode, resources: Mapping[str, float], bundle:
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """As `match`, with each island inside one domain: the largest first, each in the fullest domain that still takes it.
-    A node without the label is in no domain, and takes an island of one node at most."""
+    """As `match`, with each group of `together` inside one domain. Greedy: the largest group first, each in the smallest
+    domain that has room. A node without the label is a domain by itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
-    for island in sorted(together, key=len, reverse=True):
+    for group in sorted(together, key=len, reverse=True):
         domains: dict[str, set[int]] = {}
         for n in left:
             domain = nodes[n].labels.get(DOMAIN, f"{NODE_ID}={nodes[n].node_id}")
             domains.setdefault(domain, set()).add(n)
         for within in sorted(domains.values(), key=lambda each: (len(each), min(each))):
-            matched = match([[n for n in possible[which] if n in within] for which in island])
+            matched = match([[n for n in possible[which] if n in within] for which in group])
             if None not in matched:
-                for which, node in zip(island, matched, strict=True):
+                for which, node in zip(group, matched, strict=True):
                     found[which] = node
                 left -= set(matched)  # pyright: ignore[reportArgumentType]  # none of them is None
                 break
@@ -150,45 +150,42 @@ def _domain_problem(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> st
     for node in nodes:
         if DOMAIN in node.labels:
             sizes[node.labels[DOMAIN]] = sizes.get(node.labels[DOMAIN], 0) + 1
-    there = ", ".join(f"{name}: {size} nodes" for name, size in sorted(sizes.items())) or "no node has the label"
+    existing = ", ".join(f"{name}: {size} nodes" for name, size in sorted(sizes.items())) or "no labelled node"
     return (
-        f"{_ranks(ranks)}: an EP group must stay inside one domain (domain_nodes in the cluster file), by the label "
-        f"{DOMAIN}; there are {there}; label the nodes, lower parallel.ep, or declare another domain"
+        f"{_ranks(ranks)}: the nodes of an EP group must share one domain (domain_nodes in the cluster file), by the label "
+        f"{DOMAIN}; the cluster has {existing}; label the nodes, lower parallel.ep, or set another domain_nodes"
     )
 
 
-def _fault(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> str:
-    """Why there is no node for this one of the plan: no such label, no room, or too few of them."""
+def _node_problem(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> str:
+    """Why no Ray node fits this planned node: no node with its labels, none large enough, or too few."""
     labels = each.ray_labels
-    who = f"{_ranks(each.ranks)}{f' (experts of {_list(each.groups)})' if each.groups else ''}"
+    experts = f" (experts of {', '.join(each.groups)})" if each.groups else ""
+    who = f"{_ranks(each.ranks)}{experts}"
     what = f"a Ray node with the label {_pairs(labels)}" if labels else "a Ray node"
     labelled = [node for node in nodes if node.has(labels)]
     wish = f"placement.groups.{each.groups[0]}.node.labels" if each.groups and labels else "the placement"
     if not labelled:
         fix = f"start one with `ray start --labels {_pairs(labels)} ...`, or change {wish}"
-        return f"{who}: needs {what}, and no live node has it; there are {_shown(nodes)}; {fix}"
+        return f"{who}: needs {what}, and no live node has it; the live nodes are {_shown(nodes)}; {fix}"
     need = {name: len(each.ranks) * amount for name, amount in bundle.items()}
     roomy = [node for node in labelled if _fits(each, node, node.total, bundle)]
     if not roomy:
         most = {name: max(node.total.get(name, 0.0) for node in labelled) for name in need}
         return (
-            f"{who}: needs {_amounts(need)} on {what}, and the largest has {_amounts(most)}; put fewer ranks on a node "
+            f"{who}: needs {_amounts(need)} on {what}, but the largest has {_amounts(most)}; put fewer ranks on a node "
             "(ranks_per_node, gpus.per_node and cpus_per_rank in the cluster file), or start larger nodes"
         )
     alike = sum(other.ray_labels == labels for other in job.nodes)
     return (
-        f"{who}: needs {what} and {_amounts(need)} free of other ranks; the plan has {alike} such nodes, the cluster "
-        f"{len(roomy)}: {_shown(roomy)}; start more, or put more ranks on a node (ranks_per_node and gpus.per_node in the "
-        "cluster file)"
+        f"{who}: needs {what} with {_amounts(need)}; the plan needs {alike} such nodes, the cluster has {len(roomy)}: "
+        f"{_shown(roomy)}; start more nodes, or put more ranks on a node (ranks_per_node and gpus.per_node in the cluster "
+        "file)"
     )
 
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)
 
 
 def _pairs(labels: Mapping[str, str]) -> str:

@@ -1,7 +1,7 @@
-"""The actor of one rank: says where it is, starts the rank through a keeper, and tells how it ended. Runs on Ray's nodes.
+"""The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns its exit code.
 
-The rank is a process of its own and not this one: signals reach its main thread, its output goes into its log, it may end
-itself at any moment (a failed rank does), and it never shares an interpreter with Ray's threads.
+The rank is a separate process, not the actor's: so it gets signals in its main thread, can exit at any time, and shares no
+interpreter with Ray's threads.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from launchers.ray.rank_supervisor import Order
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
-SEEN_SECONDS = 30.0
+SEEN_SECONDS = 30.0  # an NFS client may cache for this long that a new file does not exist
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Where an actor is.
+    """The node and GPUs of an actor.
 
     Attributes:
-        node_id: Ray's name of the node.
-        host: Address of the node, as its peers reach it.
-        labels: Of the node.
-        gpus: Ids of the GPUs that Ray has given this actor.
-        missing: Paths that were asked for and are not there.
+        node_id: Ray's id of the node.
+        host: Address at which other nodes reach this one.
+        labels: Labels of the node.
+        gpus: Ids of the GPUs that Ray has assigned to this actor.
+        missing: Requested paths that do not exist on this node.
     """
 
     node_id: str
@@ -49,23 +49,22 @@ class WorkerInfo:
 
 
 class RankActor:
-    """Methods but `wait` answer at any time; they run in threads, since `wait` lasts as long as the rank."""
+    """Controls one rank. Methods run in threads, because `wait` blocks until the rank has ended."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._keeper: subprocess.Popen[bytes] | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
         self._socket_folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __repr__(self) -> str:  # what Ray puts before the lines that it brings to the driver
+    def __repr__(self) -> str:  # Ray prefixes forwarded output lines with this
         return f"rank {self._rank}"
 
     def worker(self, paths: Sequence[str]) -> WorkerInfo:
-        """Where this is. An actor that has answered is really there.
+        """The node and GPUs of this actor. The answer proves that the actor runs.
 
         Args:
-            paths: Files or folders that must be seen from here; waited for, since the clients of a file server may remember
-                for a while that something was not there.
+            paths: Files and folders that must exist here; waits for them up to SEEN_SECONDS.
         """
         deadline = time.monotonic() + SEEN_SECONDS
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
@@ -83,13 +82,13 @@ class RankActor:
         """Starts the rank.
 
         Args:
-            argv: An empty first word is this interpreter.
-            env: Variables on top of this node's.
+            argv: Program and arguments; an empty program means this interpreter.
+            env: Variables added to this node's environment.
             log: File for its output.
-            shown: Whether it is rank 0, whose output is shown and whose numbers become Ray's metrics.
+            shown: True for rank 0: its output goes to the driver and its metrics to Ray.
 
         Raises:
-            RuntimeError: it could not be started; its words are in the worker's log.
+            RuntimeError: the rank could not be started; the error is in the Ray worker's log.
         """
         variables = {**os.environ, **env}
         if shown:
@@ -97,7 +96,7 @@ class RankActor:
             path = Path(self._socket_folder.name) / "metrics"
             serve_metrics(path)
             variables[RAY_METRICS] = str(path)
-        self._keeper = subprocess.Popen(
+        self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "launchers.ray.rank_supervisor"],
             env=variables,
             stdin=subprocess.PIPE,
@@ -111,29 +110,29 @@ class RankActor:
 
     def wait(self) -> int:
         """The rank's exit code, once it has ended; negative is the signal that killed it."""
-        code = self._hear().get("code", -signal.SIGKILL)  # no word: the keeper itself was killed, and the rank with it
+        code = self._hear().get("code", -signal.SIGKILL)  # no answer: the supervisor was killed, and with it the rank
         self._pid = None
-        assert self._keeper is not None
-        self._keeper.wait()  # until nothing that the rank has started is left
+        assert self._supervisor is not None
+        self._supervisor.wait()  # the supervisor exits after the last process that the rank has started
         return code
 
     def send(self, number: signal.Signals) -> None:
-        """Passes a signal on to the rank."""
+        """Forwards a signal to the rank."""
         self._tell(f"{number.name}\n".encode())
 
     def frozen(self) -> bool:
-        """Whether the rank stands still after SIGSTOP."""
+        """Whether the rank is suspended by SIGSTOP."""
         return self._pid is not None and is_stopped(self._pid)
 
     def _tell(self, line: bytes) -> None:
-        assert self._keeper is not None
-        assert self._keeper.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended
-            self._keeper.stdin.write(line)
-            self._keeper.stdin.flush()
+        assert self._supervisor is not None
+        assert self._supervisor.stdin is not None
+        with contextlib.suppress(OSError):  # the supervisor has ended
+            self._supervisor.stdin.write(line)
+            self._supervisor.stdin.flush()
 
     def _hear(self) -> dict[str, Any]:
-        assert self._keeper is not None
-        assert self._keeper.stdout is not None
-        line = self._keeper.stdout.readline()
+        assert self._supervisor is not None
+        assert self._supervisor.stdout is not None
+        line = self._supervisor.stdout.readline()
         return json.loads(line) if line else {}

@@ -1,15 +1,14 @@
-"""Between an actor of Ray and its rank: starts the rank, passes signals on to it, and leaves nothing of it behind.
+"""A process between a Ray actor and its rank: starts the rank, forwards signals, and kills all processes of the rank.
 
     python -m launchers.ray.rank_supervisor <started by launchers/ray/rank.py>
 
-    standard input     one line of JSON, an `Order`; then the names of signals for the rank, one a line
+    standard input     one line of JSON, an `Order`; then one signal name per line
     standard output    {"pid": ...} once the rank runs, {"code": ...} when it has ended
-    standard error     where rank 0 is shown
+    standard error     the output of rank 0
 
-A worker of Ray that is killed can do nothing any more, and neither what Ray does at its end nor PDEATHSIG reaches a process
-that a rank has put into a session of its own. So the keeper outlives both: it is in a session of its own too, adopts
-whatever the rank starts and leaves (PR_SET_CHILD_SUBREAPER), and when its standard input ends, which happens however the
-actor ends, kills the rank and all of them.
+A killed Ray worker cannot clean up, and neither Ray nor PDEATHSIG reaches a process that a rank started in a new session.
+The supervisor can: it runs in its own session and becomes the parent of orphaned processes (PR_SET_CHILD_SUBREAPER). Its
+standard input closes when the actor ends for any reason; it then kills the rank and all orphans.
 """
 
 import contextlib
@@ -29,19 +28,19 @@ from moe_dist.runtime.signals import STOP_SIGNALS, child_of
 
 _PR_SET_CHILD_SUBREAPER = 36
 TICK_SECONDS = 0.1
-LINGER_SECONDS = 2.0  # that what a rank has started may go on after its end
-ADOPTED_SECONDS = 10.0  # for the kernel to end what was killed
+LINGER_SECONDS = 2.0  # from the end of the rank until its remaining child processes are killed
+ADOPTED_SECONDS = 10.0  # timeout for killed processes to disappear
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to start.
+    """The command of a rank.
 
     Attributes:
         argv: Program and arguments.
-        env: Its whole environment.
-        log: File that its output is added to.
-        shown: Whether it is rank 0: its standard output is shown, its standard error is shown and goes into the log.
+        env: The complete environment.
+        log: File to which the output is appended.
+        shown: True for rank 0: both outputs go to the driver, and standard error also into the log.
     """
 
     argv: Sequence[str]
@@ -54,7 +53,7 @@ class Order:
 
 
 class RankSupervisor:
-    """One rank from its start to the end of the last process it has started."""
+    """Runs one rank, until the last process that it has started is gone."""
 
     def __init__(self, order: Order) -> None:
         self._code: int | None = None
@@ -65,7 +64,7 @@ class RankSupervisor:
                 order.argv,
                 env=order.env,
                 stdin=subprocess.DEVNULL,
-                stdout=2 if order.shown else log,  # ours is the actor's
+                stdout=2 if order.shown else log,  # standard output (1) carries the messages to the actor
                 stderr=subprocess.PIPE if order.shown else log,
                 preexec_fn=child_of(os.getpid(), ignore_stop=False),
             )
@@ -73,20 +72,20 @@ class RankSupervisor:
             self._inputs.append(self._rank.stderr.fileno())
 
     def keep(self) -> None:
-        """Returns when nothing of the rank is left."""
+        """Blocks until all processes of the rank are gone."""
         _report(pid=self._rank.pid)
         while self._code is None and 0 in self._inputs:
             self._look(TICK_SECONDS)
-        if self._code is None:  # the actor is gone
+        if self._code is None:  # the actor has ended
             self._rank.send_signal(signal.SIGKILL)
         else:
             _report(code=self._code)
         self._end_the_adopted(time.monotonic() + (LINGER_SECONDS if 0 in self._inputs else 0.0))
-        while self._look(0.0):  # what is left in the pipe
+        while self._look(0.0):  # drain the pipe
             pass
 
     def _look(self, seconds: float) -> bool:
-        """Waits for input and collects ends; whether there was input."""
+        """Waits for input and reaps ended children; returns whether there was input."""
         ready, _, _ = select.select(self._inputs, [], [], seconds)
         for descriptor in ready:
             read = os.read(descriptor, 1 << 16)
@@ -101,7 +100,7 @@ class RankSupervisor:
 
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
-            if self._code is None:  # else its pid may have been given out again
+            if self._code is None:  # after its end the pid may belong to another process
                 os.kill(self._rank.pid, signal.Signals[name])
 
     def _show(self, text: bytes) -> None:
@@ -112,7 +111,7 @@ class RankSupervisor:
             os.write(2, text)
 
     def _reap(self) -> bool:
-        """Collects all children that have ended; whether some are left."""
+        """Reaps all ended children; returns whether some still run."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -123,7 +122,7 @@ class RankSupervisor:
         return False
 
     def _end_the_adopted(self, kill_at: float) -> None:
-        """Waits until `kill_at` for all that is left to end, then kills it: whose parent ends becomes our child."""
+        """Waits until `kill_at` for the remaining processes, then kills them. Orphans become children of this process."""
         while self._reap() and (now := time.monotonic()) < kill_at + ADOPTED_SECONDS:
             if now >= kill_at:
                 for pid in _children():
@@ -148,7 +147,7 @@ def _report(**values: Any) -> None:
 
 
 def main() -> None:
-    # Ray kills the children of a worker that ends, but not theirs: the first process only waits.
+    # Ray kills the direct children of an ended worker, but not grandchildren: so the work is done in a grandchild.
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -158,7 +157,7 @@ def main() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the rank would inherit
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     line = b""
-    while not line.endswith(b"\n"):  # byte by byte: what follows is read with select
+    while not line.endswith(b"\n"):  # byte by byte: the rest of the input is read with select
         byte = os.read(0, 1)
         if not byte:
             return

@@ -1,4 +1,4 @@
-"""A job of Ray's job API from outside: submit it, follow it, stop it, and get its verdict."""
+"""A client of Ray's job API: submits a job, follows its log, stops it, and returns its verdict (the run's exit code)."""
 
 import asyncio
 import re
@@ -16,42 +16,42 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, PlacementError
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray kills the driver so many seconds after `ray job stop`
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # seconds from `ray job stop` until Ray kills the driver
 POLL_SECONDS = 1.0
 _VERDICT = re.compile(r"^moe_dist ends with verdict (\d+)$", re.MULTILINE)
 
 
 def verdict_line(code: int) -> str:
-    """The last line of a job's log. A stopped job has no exit code in Ray's API, so it is read from here."""
+    """The last line of a job's log. Ray's API gives no exit code for a stopped job; `verdict` reads it from this line."""
     return f"moe_dist ends with verdict {code}"
 
 
 def entrypoint(arguments: Sequence[str], python: str | None) -> str:
-    """The shell line that a job runs, every word quoted."""
+    """The shell command of a job, with every word quoted."""
     return shlex.join([python or "python", "-m", "launchers.ray", *arguments])
 
 
 def submit(address: str, line: str, variables: Mapping[str, str]) -> int:
-    """Submits a job from this clone, shows its log and returns its verdict.
+    """Submits a job from this clone, prints its log and returns its verdict.
 
     Args:
-        address: Of Ray's dashboard, as http://127.0.0.1:8265.
-        line: What to run.
-        variables: Of the job and its ranks, RAY_JOB_STOP_WAIT_TIME_S among them.
+        address: Address of Ray's dashboard, as http://127.0.0.1:8265.
+        line: Shell command of the job.
+        variables: Environment variables of the job and its ranks, with RAY_JOB_STOP_WAIT_TIME_S.
 
     Raises:
-        PlacementError: nobody answers there.
+        PlacementError: no Ray answers at the address.
     """
     client = connect(address)
     job_id = client.submit_job(
         entrypoint=line, runtime_env={"working_dir": str(code_folder()), "env_vars": dict(variables)}
     )
     again = f"moe-dist launch ray --stop {job_id} --submit {address}"
-    print(f"job {job_id}: {line}\nstop it, and wait for its save, with: {again}", file=sys.stderr, flush=True)
+    print(f"job {job_id}: {line}\nto stop it and wait for its save: {again}", file=sys.stderr, flush=True)
     try:
         return follow_job(client, job_id)
     except KeyboardInterrupt:
-        print(f"\nno longer following; job {job_id} goes on. Stop it with: {again}", file=sys.stderr)
+        print(f"\nno longer following the log; job {job_id} continues. Stop it with: {again}", file=sys.stderr)
         return ABORTED
 
 
@@ -60,7 +60,7 @@ def stop(address: str, job_id: str) -> int:
 
     Raises:
         ConfigError: there is no such job.
-        PlacementError: nobody answers there.
+        PlacementError: no Ray answers at the address.
     """
     client = connect(address)
     try:
@@ -80,14 +80,14 @@ def connect(address: str) -> "JobSubmissionClient":
     """A client of the job API.
 
     Raises:
-        PlacementError: nobody answers at the address.
+        PlacementError: no Ray answers at the address.
     """
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # without http:// Ray takes it for that of a GCS
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # without http:// Ray expects a GCS there
         raise PlacementError(
             f"--submit {address}: {str(error).splitlines()[0]}; it must be the address of the dashboard, as "
             "http://127.0.0.1:8265 on the head",
@@ -96,13 +96,13 @@ def connect(address: str) -> "JobSubmissionClient":
 
 
 def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
-    """Shows a job's log until it has ended; returns its verdict."""
+    """Prints a job's log until the job has ended; returns its verdict."""
     shown = _Shown()
     while True:
         broken: Exception | None = None
         try:
             asyncio.run(_show(client, job_id, shown))
-        except (RuntimeError, OSError) as error:  # the connection broke; what became of the job is asked below
+        except (RuntimeError, OSError) as error:  # the connection broke; the job's state is queried below
             broken = error
         details = client.get_job_info(job_id)
         if details.status.is_terminal():
@@ -115,7 +115,7 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
 
 
 def verdict(details: "JobDetails", log: str) -> int:
-    """The verdict of a job that has ended: its exit code, or what its last line says where Ray keeps none."""
+    """The verdict of an ended job: its exit code, or the one in its log's last line if Ray gives none."""
     if details.driver_exit_code is not None:
         return details.driver_exit_code
     if found := _VERDICT.findall(log):
@@ -123,8 +123,8 @@ def verdict(details: "JobDetails", log: str) -> int:
     if str(details.status) == "SUCCEEDED":
         return EXIT_DONE
     print(
-        f"the job ended without a verdict ({details.status}): {details.message or 'no word from Ray'}; if it was stopped, "
-        f"its grace was too short for its save ({STOP_WAIT})",
+        f"the job ended without a verdict ({details.status}): {details.message or 'no message from Ray'}; if it was "
+        f"stopped, the grace period was shorter than its save ({STOP_WAIT})",
         file=sys.stderr,
     )
     return EXIT_FAILED
@@ -132,13 +132,13 @@ def verdict(details: "JobDetails", log: str) -> int:
 
 @dataclass
 class _Shown:
-    """How much of a log was shown, over all connections."""
+    """How much of a log was printed, over all connections."""
 
     characters: int = 0
 
 
 async def _show(client: Any, job_id: str, shown: _Shown) -> None:
-    """Prints what of the log was not yet shown; each connection gets it from the beginning."""
+    """Prints the new part of the log; each connection sends the log from the beginning."""
     seen = 0
     async for text in client.tail_job_logs(job_id):
         new = text[max(0, shown.characters - seen) :]

@@ -1,6 +1,6 @@
-"""Submit a run to Slurm: python -m launchers.slurm CONFIG [key=value ...] [--cluster SITE] [--dry-run] [--array SWEEP]
+"""Submits a run to Slurm: python -m launchers.slurm CONFIG [key=value ...] [--cluster SITE] [--dry-run] [--array SWEEP]
 
-configuration, placement and cluster file -> plan -> script; code and configuration -> snapshot in the run folder -> sbatch
+It plans the nodes, writes the batch script, copies code and configuration into the run folder, and calls sbatch.
 """
 
 import os
@@ -28,7 +28,7 @@ from moe_dist.plan.preflight import check, check_file
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 
-# What sbatch says where the cluster has no such nodes; all else that it refuses is a wrong account, partition, limit.
+# Errors of sbatch about missing nodes. Its other errors concern account, partition or limits.
 _NO_SUCH_NODES = (
     "Invalid feature specification",
     "Requested node configuration is not available",
@@ -39,15 +39,16 @@ _NO_SUCH_NODES = (
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that can be submitted.
+    """A job ready for submission.
 
     Attributes:
-        config: Of the run; of an array, what its tasks have in common.
-        cluster: The site.
-        plan: Which rank goes on which node.
-        sweep: The overrides of each task of an array; empty without one.
-        folder: That holds snapshot and output: the run's, or that of all runs of an array.
-        text: The script.
+        config: Configuration of the run; for an array, before each task's overrides.
+        cluster: The cluster file.
+        plan: Which rank runs on which node.
+        sweep: Overrides of each array task; empty for a single run.
+        folder: Run folder; for an array, the parent of all its run folders.
+        snapshot: Folder for the copy of the code.
+        text: The batch script.
     """
 
     config: Config
@@ -67,14 +68,14 @@ def prepare(
     sweep: Sequence[Sequence[str]] = (),
     program: Sequence[str] = TRAIN,
 ) -> Submission:
-    """Plans a job and writes its script; touches nothing.
+    """Plans a job and renders its script; writes no file.
 
     Args:
-        sweep: Overrides of each task of an array, which is a run of its own in `<root>/<name>/<task>`.
-        program: What ranks run in place of the training.
+        sweep: Overrides of each array task; each task is a run in `<root>/<name>/<task>`.
+        program: Arguments of the ranks' interpreter, instead of the training.
 
     Raises:
-        ConfigError, DataError, PlacementError: what is wrong with the run, its tasks, or its nodes.
+        ConfigError, DataError, PlacementError: the run, a task or the nodes are invalid.
     """
     loaded = check_file(config_path, overrides).config
     fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))
@@ -93,15 +94,15 @@ def prepare(
 
 
 def submit(job: Submission, options: Sequence[str] = ()) -> str:
-    """Takes the snapshot and submits; returns Slurm's number of the job.
+    """Writes the snapshot and submits the job; returns Slurm's job id.
 
     Args:
-        options: Further ones of sbatch.
+        options: Further options of sbatch.
 
     Raises:
-        ConfigError: sbatch refuses what the site file asks for.
+        ConfigError: sbatch rejects an option of the cluster file.
         PlacementError: the cluster has no such nodes.
-        SlurmError: there is no sbatch, or no answer.
+        SlurmError: sbatch is missing or does not answer.
     """
     if job.sweep:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ def _tasks(
     folder: Path,
     plan: JobPlan,
 ) -> tuple[tuple[str, ...], ...]:
-    """The overrides of each task, with a run of its own; every task must fit the nodes that all of them get."""
+    """Overrides of each array task with its own run name. All tasks must need the same nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:
@@ -144,16 +145,19 @@ def _tasks(
         except MoeDistError as error:
             raise type(error)([f"--array, task {index}: {problem}" for problem in error.problems]) from error
         if found.nodes != plan.nodes or found.gpus_per_node != plan.gpus_per_node:
-            raise ConfigError(f"--array, task {index}: needs other nodes than the rest; all tasks of an array get the same")
+            raise ConfigError(
+                f"--array, task {index}: needs other nodes than the base configuration; all tasks of an array get the same "
+                "nodes: submit this run by itself"
+            )
         tasks.append(task)
     return tuple(tasks)
 
 
 def _refusal(job: Submission, words: str) -> MoeDistError:
-    """Sbatch's refusal as one of ours: in which group, on which ranks and for what, where it is about nodes."""
+    """Converts an error of sbatch; for missing nodes it names the ranks, the expert groups and the feature."""
     if not any(each in words for each in _NO_SUCH_NODES):
         return ConfigError(
-            f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from you"
+            f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from --dependency"
         )
     known = set(re.split(r"[,\s]+", ask("sinfo", "--noheader", "--format=%f").strip()))
     missing = [part for part in parts(job.plan) if part.feature is not None and part.feature not in known]
@@ -174,15 +178,17 @@ def main(
         str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
     ] = None,
     limit: Annotated[
-        str | None, typer.Option("--time", help="Time limit of a start, in place of the cluster file's.")
+        str | None, typer.Option("--time", help="Time limit of one attempt, instead of the cluster file's.")
     ] = None,
     array: Annotated[Path | None, typer.Option(help="Sweep file: one line of key=value for each task.")] = None,
-    dependency: Annotated[str | None, typer.Option(help="When it may start, as afterok:1234.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an old run of this name aside.")] = False,
+    dependency: Annotated[str | None, typer.Option(help="Condition for the start, as afterok:1234.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and the plan; submit nothing.")] = False,
-    program: Annotated[str, typer.Option(help="What ranks run in place of the training, for probes.")] = shlex.join(TRAIN),
+    program: Annotated[str, typer.Option(help="Program of the ranks instead of the training, for tests.")] = shlex.join(
+        TRAIN
+    ),
 ) -> None:
-    """Plan a run for a Slurm cluster, keep its code and configuration in the run folder, and submit it."""
+    """Plan a run for a Slurm cluster, copy its code and configuration into the run folder, and submit it."""
     try:
         site = load_cluster(cluster, os.environ)
         options = _options(limit, dependency)
@@ -191,7 +197,7 @@ def main(
             if broken := site.violations():
                 raise ConfigError([f"--time={limit}: {violation.problem}" for violation in broken])
         if array is not None and overwrite:
-            raise ConfigError("--overwrite: goes with one run, not with --array; move the sweep's folder aside by hand")
+            raise ConfigError("--overwrite: cannot be combined with --array; rename the folder of the sweep by hand")
         sweep = read_sweep(array) if array is not None else []
         job = prepare(config, overrides or [], site, sweep=sweep, program=shlex.split(program))
         if dry_run:
@@ -203,12 +209,12 @@ def main(
         print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
-        print(f"{error}; the run folder is <run.root>/<run.name>: mend it, or choose another run.root", file=sys.stderr)
+        print(f"{error}; the run folder is <run.root>/<run.name>: repair it, or choose another run.root", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED) from error
 
 
 def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None:
-    """Submits and says what was submitted; a finished run shows its summary instead."""
+    """Submits the job and prints its id and paths; for a finished run prints its summary instead."""
     folder, old = RunFolder.of(job.config), None
     if not job.sweep:
         old = folder.move_aside() if overwrite else None
@@ -237,7 +243,7 @@ def _options(limit: str | None, dependency: str | None) -> list[str]:
     if dependency is None:
         return []
     if not re.fullmatch(r"[a-z]+(:[0-9_+]+)*([,?][a-z]+(:[0-9_+]+)*)*", dependency):
-        raise ConfigError(f"--dependency={dependency!r}: must be as afterok:1234, afterany:12:13 or singleton")
+        raise ConfigError(f"--dependency={dependency!r}: must have the form afterok:1234, afterany:12:13 or singleton")
     return [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
 
 

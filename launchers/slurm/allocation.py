@@ -1,4 +1,4 @@
-"""The nodes that a Slurm job was given, held against its plan; and which of them is which node of the plan."""
+"""Reads a Slurm job's allocation, compares it with the plan, and maps the planned nodes to host names."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ from launchers.command import JobPlan
 from launchers.slurm.script import ScriptPart, parts
 from moe_dist.errors import MoeDistError
 
-_SECONDS = 60.0  # for an answer of slurmctld, which may be busy
+_SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
 
 
 class SlurmError(MoeDistError):
@@ -19,12 +19,12 @@ class SlurmError(MoeDistError):
 
 @dataclass(frozen=True)
 class GivenPart:
-    """What Slurm gave: for the whole job, or for one part of a heterogeneous one.
+    """The nodes allocated to a job, or to one component of a heterogeneous job.
 
     Attributes:
-        hosts: Names of its nodes, in Slurm's order.
-        tasks: Of each node.
-        gpus: Of each node; 0 for none.
+        hosts: Host names, in Slurm's order.
+        tasks: Number of tasks on each node.
+        gpus: GPUs per node; -1 if unknown.
     """
 
     hosts: tuple[str, ...]
@@ -34,11 +34,11 @@ class GivenPart:
 
 @dataclass(frozen=True)
 class Allocation:
-    """All that Slurm gave a job.
+    """All nodes allocated to a job.
 
     Attributes:
-        parts: One, or those of a heterogeneous job.
-        features: Of each host, comma-separated.
+        parts: One element, or one per component of a heterogeneous job.
+        features: Comma-separated features of each host.
     """
 
     parts: tuple[GivenPart, ...]
@@ -46,12 +46,12 @@ class Allocation:
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> "Allocation":
-        """Reads the job's environment, and asks Slurm for names and features of its nodes: two questions a part, from the
-        batch script alone, so that a thousand ranks ask nothing.
+        """Reads the job's environment, and queries host names and features from Slurm.
 
         Raises:
             SlurmError: Slurm does not answer.
         """
+        # Two queries per component, only in the batch script: queries from every rank would overload slurmctld.
         size = int(env.get("SLURM_HET_SIZE", "0"))
         suffixes = [f"_HET_GROUP_{index}" for index in range(size)] if size else [""]
         given, features = [], {}
@@ -67,36 +67,36 @@ class Allocation:
 
 
 def ask(*command: str, cwd: Path | None = None) -> str:
-    """What a command of Slurm prints.
+    """Runs a Slurm command and returns its output.
 
     Raises:
-        SlurmError: it failed, or is not installed.
+        SlurmError: the command failed or is not installed.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SlurmError(f"{command[0]}: {error}; this must run where Slurm's commands do") from error
+        raise SlurmError(f"{command[0]}: {error}; run this on a machine with the Slurm commands") from error
     if done.returncode:
         raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def expand_counts(text: str) -> tuple[int, ...]:
-    """`2(x3),1` of SLURM_TASKS_PER_NODE: 2, 2, 2, 1."""
+    """Expands SLURM_TASKS_PER_NODE: `2(x3),1` to 2, 2, 2, 1."""
     counts: list[int] = []
     for each in filter(None, text.split(",")):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", each)
         if match is None:
-            raise SlurmError(f"SLURM_TASKS_PER_NODE={text!r}: not what Slurm writes there")
+            raise SlurmError(f"SLURM_TASKS_PER_NODE={text!r}: must have the form 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return tuple(counts)
 
 
 def differences(job: JobPlan, allocation: Allocation) -> list[str]:
-    """Where an allocation is not what the plan asks for, in words."""
+    """Describes each difference between an allocation and the plan; empty if it matches."""
     wanted, given = parts(job), allocation.parts
     if len(wanted) != len(given):
-        return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'part')}"]
+        return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'component')}"]
     problems = []
     for index, (part, have) in enumerate(zip(wanted, given, strict=True)):
         where = f"part {index}: " if len(wanted) > 1 else ""
@@ -107,7 +107,7 @@ def differences(job: JobPlan, allocation: Allocation) -> list[str]:
 
 
 def hosts_of(job: JobPlan, allocation: Allocation) -> tuple[str, ...]:
-    """The host of each node of the plan; the allocation has no differences."""
+    """The host name of each planned node; requires an allocation without differences."""
     host_of = {
         node.index: host
         for part, have in zip(parts(job), allocation.parts, strict=True)
@@ -123,13 +123,13 @@ def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Ma
         problems.append(f"the plan needs {_count(len(part.nodes), 'node')}, the job has {_count(len(have.hosts), 'node')}")
     if set(have.tasks) != {size}:
         shown = " and ".join(str(count) for count in sorted(set(have.tasks)))
-        problems.append(f"the plan needs {_count(size, 'task')} a node, the job has {shown}")
+        problems.append(f"the plan needs {_count(size, 'task')} per node, the job has {shown}")
     if have.gpus >= 0 and have.gpus < gpus:
-        problems.append(f"the plan needs {_count(gpus, 'GPU')} a node, the job has {have.gpus}")
+        problems.append(f"the plan needs {_count(gpus, 'GPU')} per node, the job has {have.gpus}")
     if part.feature is not None:
         without = [host for host in have.hosts if part.feature not in features.get(host, "").split(",")]
         if without:
-            problems.append(f"the plan needs nodes with the feature {part.feature!r}, which {_listed(without)} has not")
+            problems.append(f"the plan needs nodes with the feature {part.feature!r}, missing on {_listed(without)}")
     return problems
 
 

@@ -1,9 +1,7 @@
-"""One start of a Slurm job, on the node of its batch script: slurm/train.sbatch ends as this.
+"""One attempt of a Slurm job; slurm/train.sbatch calls this on the node of the batch script.
 
-configuration of the first attempt -> plan -> what Slurm gave -> one task a rank (srun) -> verdict -> requeue, or the end
-
-The job's exit code is the run's verdict, and 75 alone is followed by a requeue: the run was told to stop (time limit,
-preemption) and has saved. Where a node dies, Slurm itself requeues the job on the rest.
+It plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job if
+the run has stopped after a signal and saved (exit code 75). After a node failure Slurm itself requeues the job.
 """
 
 import itertools
@@ -21,7 +19,7 @@ from launchers.command import TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_j
 from launchers.restart import Ended, committed_step, exhausted
 from launchers.slurm.allocation import Allocation, differences, hosts_of
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
-from launchers.slurm.step import STOPPED, SlurmJob, conclude, held, run_step, start_again
+from launchers.slurm.step import STOPPED, SlurmJob, conclude, hold_signals_prefix, requeue_job, run_step
 from launchers.snapshot import Snapshot, take_snapshot
 from launchers.supervise import StopSignals
 from moe_dist.config.bundled import find_config
@@ -35,15 +33,16 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder, Start
 
 
-def carry_out(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> int:
-    """Everything that a start of a job does; returns its exit code.
+def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> int:
+    """Runs one attempt of a job; returns the job's exit code.
 
     Args:
-        arguments: Configuration and overrides, for the first attempt after a plain sbatch; all others have a snapshot.
-        env: Of the batch script.
+        arguments: Configuration and overrides on the first attempt of `sbatch slurm/train.sbatch`; otherwise the snapshot
+            in MOE_DIST_SNAPSHOT replaces them.
+        env: Environment of the batch script.
 
     Raises:
-        MoeDistError: found before any task was started.
+        MoeDistError: the run or its allocation is invalid; no task was started.
     """
     snapshot = Snapshot(Path(env["MOE_DIST_SNAPSHOT"])) if env.get("MOE_DIST_SNAPSHOT") else None
     cluster, config = _read_snapshot(job, snapshot) if snapshot else _read_clone(job, arguments, env)
@@ -55,12 +54,12 @@ def carry_out(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> i
     allocation = Allocation.read(env)
     if problems := differences(plan, allocation):
         line = sbatch_line(plan, cluster, ["slurm/train.sbatch", *arguments])
-        raise ConfigError([*problems, f"the line that asks for what the plan needs:\n    {line}"])
+        raise ConfigError([*problems, f"this command requests the nodes of the plan:\n    {line}"])
     folder.prepare()
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
     begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))
-    if job.restarts and (no := _enough(begins, cluster)):
-        print(f"job {job.id} does not go on: {no}", file=sys.stderr)
+    if job.restarts and (reason := _restart_limit(begins, cluster)):
+        print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return EXIT_FAILED
     hosts = hosts_of(plan, allocation)
     print(f"attempt {job.restarts} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
@@ -70,7 +69,7 @@ def carry_out(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> i
         ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
         verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, ranks_of=ranks_of)
         if verdict == STOPPED:
-            start_again(job, snapshot, _enough([*begins, committed_step(folder.checkpoints)], cluster))
+            requeue_job(job, snapshot, _restart_limit([*begins, committed_step(folder.checkpoints)], cluster))
     return verdict
 
 
@@ -79,13 +78,13 @@ def _read_snapshot(job: SlurmJob, snapshot: Snapshot) -> tuple[Cluster, Config]:
 
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
-    """Cluster file and configuration of the first attempt after a plain sbatch; paths are from where that was typed."""
+    """Cluster file and configuration of a direct sbatch; paths are relative to the folder of submission."""
     if not arguments:
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
     if job.task is not None:
         raise ConfigError(
-            "an array needs a sweep file, which says what each of its tasks runs: moe-dist launch slurm CONFIG --array "
-            "FILE, not sbatch --array"
+            "an array needs a sweep file with the overrides of each task: submit with moe-dist launch slurm CONFIG "
+            "--array FILE, not with sbatch --array"
         )
     path, overrides = job.submitted / find_config(arguments[0]), arguments[1:]
     loaded = check_file(path, overrides).config
@@ -93,7 +92,8 @@ def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 
 def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> Snapshot:
-    """What this attempt and all further ones run, and a pointer to it in the folder that the job was submitted from."""
+    """Copies code and configuration for all attempts of this job, and records the copy's path in the folder of submission,
+    where slurm/train.sbatch finds it after a requeue."""
     place = RunFolder.of(config).path / "slurm" / f"job_{job.id}_{os.urandom(3).hex()}"
     place.parent.mkdir(exist_ok=True)
     snapshot = take_snapshot(place, config, cluster, clone=Path.cwd())
@@ -106,19 +106,21 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
         pointer.parent.mkdir(exist_ok=True)
         write_atomically(pointer, str(place))
     except OSError as error:
-        print(f"{pointer}: {error.strerror}; a requeued job will run the clone as it is by then", file=sys.stderr)
+        print(
+            f"{pointer}: {error.strerror}; after a requeue the job will run the current code of the clone", file=sys.stderr
+        )
     return snapshot
 
 
 def _begin(path: Path, step: int) -> list[int]:
-    """Adds this start to the steps at which each start of the job began: what it takes to see that they gain nothing."""
+    """Appends this attempt's first step to the list of the job's attempts; returns the list."""
     steps = json.loads(path.read_text()) if path.is_file() else []
     write_atomically(path, json.dumps([*steps, step]))
     return [*steps, step]
 
 
-def _enough(steps: Sequence[int], cluster: Cluster) -> str | None:
-    """Why the attempts between these steps are not followed by another; whether their verdicts allow one is not asked."""
+def _restart_limit(steps: Sequence[int], cluster: Cluster) -> str | None:
+    """Why there is no attempt after those that began at these steps; None if another one may start."""
     attempts = [Ended(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
     return exhausted(attempts, cluster.max_restarts)
 
@@ -128,7 +130,7 @@ def _program(env: dict[str, str]) -> tuple[str, ...]:
 
 
 def visible_folders(config: Config, snapshot: Snapshot) -> list[str]:
-    """What a container must see under its own name. Weights to begin with may be gone by the time a run goes on."""
+    """Folders to mount in a container under the same path. On a resume, run.init_from may have been deleted."""
     begin = [config.run.init_from] if config.run.init_from is not None and Path(config.run.init_from).exists() else []
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
 
@@ -143,13 +145,13 @@ def _step(
     allocation: Allocation,
     program: tuple[str, ...],
 ) -> list[str]:
-    """Writes the table of this attempt's ranks, and returns the srun that reads it."""
+    """Writes this attempt's rank table, and returns the srun command that uses it."""
     folder, hosts = RunFolder.of(config), hosts_of(plan, allocation)
     rank_plan = LaunchPlan(
         config=snapshot.config_yaml,
         overrides=snapshot.overrides_of(job.task),
         job=plan,
-        # MASTER_ADDR is for programs of others: our ranks meet where rank 0 publishes.
+        # Only other programs use MASTER_ADDR; moe_dist's ranks read the address that rank 0 publishes.
         rendezvous={**published_rendezvous(), "MASTER_ADDR": hosts[plan.node_of(0).index]},
         attempt=job.restarts,
         attempt_id=job.attempt_id,
@@ -171,17 +173,17 @@ def _step(
     table = snapshot.folder / f"job_{job.id}_{job.restarts}.sh"
     write_atomically(table, text)
     node_env = snapshot.code / "slurm" / "node_env.sh"
-    return srun_command(plan, cluster, table=table, node_env=node_env, visible=visible, hold=held(cluster))
+    return srun_command(plan, cluster, table=table, node_env=node_env, visible=visible, hold=hold_signals_prefix(cluster))
 
 
 def main(
     config: Annotated[str | None, typer.Argument(help="Configuration of the run, a YAML file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200.")] = None,
 ) -> None:
-    """Carry out a job that Slurm has started; the end of slurm/train.sbatch."""
+    """Run one attempt of a job that Slurm has started; called by slurm/train.sbatch."""
     try:
         arguments = [] if config is None else [config, *(overrides or [])]
-        code = carry_out(SlurmJob.from_environment(), arguments, dict(os.environ))
+        code = run_attempt(SlurmJob.from_environment(), arguments, dict(os.environ))
     except MoeDistError as error:
         print(error, file=sys.stderr)
         code = error.exit_code

@@ -1,6 +1,4 @@
-"""What Slurm is asked for, as text: the options of a job or of the parts of a heterogeneous one, the script, the step, and
-the table from which each task learns its rank. Pure functions of the plan and the cluster file.
-"""
+"""Renders sbatch options, the batch script, the srun command and the rank table. Pure functions."""
 
 import shlex
 import sys
@@ -14,20 +12,19 @@ from moe_dist.config.cluster import ApptainerContainer, Cluster, PyxisContainer
 from moe_dist.runtime.place import FEATURES
 
 TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
-PROGRAM = "MOE_DIST_PROGRAM"  # what ranks run in place of the training
-STOP_SIGNAL = "USR2"  # NCCL may take USR1
-# A rank that has ended leaves its peers so long to say what they saw, in seconds; then srun ends them.
-LINGER_SECONDS = 60
-# Until a process has its handlers, signals wait: neither lost nor deadly (moe_dist/runtime/signals.py lets them in).
+PROGRAM = "MOE_DIST_PROGRAM"  # arguments of the ranks' interpreter, instead of the training
+STOP_SIGNAL = "USR2"  # NCCL may use USR1
+LINGER_SECONDS = 60  # from the end of one rank until srun kills the others; they log their own errors in this time
+# Blocked signals stay pending until the process has its handlers (moe_dist/runtime/signals.py unblocks them).
 HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 
 
 @dataclass(frozen=True)
 class ScriptPart:
-    """Nodes of one kind: a job, or one part of a heterogeneous job.
+    """Nodes of one kind: a whole job, or one component of a heterogeneous job.
 
     Attributes:
-        nodes: Of the plan, in order.
+        nodes: Planned nodes, in order.
     """
 
     nodes: tuple[NodePlan, ...]
@@ -42,7 +39,7 @@ class ScriptPart:
 
 
 def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
-    """The nodes of a plan by kind: feature, number of ranks, whether they are a group's own. Rank 0 is in the first."""
+    """Groups the nodes of a plan by feature, number of ranks and exclusiveness. Rank 0 is in the first group."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
@@ -50,9 +47,9 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
-    """Options of sbatch that say which nodes, without those of the site."""
+    """Options of sbatch for the nodes of one part, without the site's options."""
     size = part.ranks_per_node
-    # Without --ntasks the second part of a heterogeneous job starts a single task.
+    # Without --ntasks the second component of a heterogeneous job starts a single task.
     options = [f"--nodes={len(part.nodes)}", f"--ntasks={len(part.nodes) * size}", f"--ntasks-per-node={size}"]
     if cluster.cpus_per_rank is not None:
         options.append(f"--cpus-per-task={cluster.cpus_per_rank}")
@@ -61,35 +58,35 @@ def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
         options.append(f"--gres=gpu:{count}" if cluster.gpus.syntax == "gres" else f"--gpus-per-node={count}")
     if part.feature is not None:
         options.append(f"--constraint={part.feature}")
-    if part.nodes[0].own or len(parts(job)) > 1:  # two parts must not meet on a node: its tasks would be counted twice
+    if part.nodes[0].own or len(parts(job)) > 1:  # two components on one node would give two tasks the same SLURM_LOCALID
         options.append("--exclusive")
     return options
 
 
 def site_options(cluster: Cluster) -> list[str]:
-    """Options of sbatch that come from the site; every part of a heterogeneous job repeats them."""
+    """Options of sbatch from the cluster file; every component of a heterogeneous job repeats them."""
     named = {"--account": cluster.account, "--partition": cluster.partition, "--qos": cluster.qos, "--time": cluster.time}
     options = [f"{option}={value}" for option, value in named.items() if value is not None]
     return [*options, f"--signal={STOP_SIGNAL}@{cluster.signal_seconds}", *cluster.options]
 
 
 def sbatch_line(job: JobPlan, cluster: Cluster, arguments: Sequence[str]) -> str:
-    """The command that asks for exactly the nodes of the plan.
+    """The sbatch command that requests exactly the nodes of the plan.
 
     Args:
         arguments: Script, configuration and overrides.
     """
-    asked = " : ".join(shlex.join([*part_options(part, job, cluster), *site_options(cluster)]) for part in parts(job))
-    return f"sbatch {asked} {shlex.join(arguments)}"
+    options = " : ".join(shlex.join([*part_options(part, job, cluster), *site_options(cluster)]) for part in parts(job))
+    return f"sbatch {options} {shlex.join(arguments)}"
 
 
 def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: Mapping[str, str]) -> str:
-    """A script for sbatch: what the plan needs, then what slurm/train.sbatch does.
+    """A batch script: the plan's #SBATCH options, then the commands of slurm/train.sbatch.
 
     Args:
-        name: Of the job.
-        output: Path of its output, with Slurm's %j, %A, %a.
-        exports: Variables of slurm/train.sbatch: MOE_DIST_SNAPSHOT, MOE_DIST_PYTHON, MOE_DIST_PROGRAM.
+        name: Job name.
+        output: Path of the job's output, with Slurm's %j, %A, %a.
+        exports: Variables for slurm/train.sbatch: MOE_DIST_SNAPSHOT, MOE_DIST_PYTHON, MOE_DIST_PROGRAM.
     """
     first = [f"--job-name={name}", "--requeue", "--open-mode=append", f"--output={output}"]
     heads = [[*part_options(part, job, cluster), *site_options(cluster)] for part in parts(job)]
@@ -100,7 +97,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
 
 
 def output_pattern(folder: Path, *, array: bool = False) -> str:
-    """Path of a job's output, with what Slurm replaces in it; a % of the folder's own stays one."""
+    """Path of a job's output with Slurm's placeholders; a % in the folder's name is escaped."""
     return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
 
 
@@ -113,19 +110,19 @@ def srun_command(
     visible: Sequence[str],
     hold: Sequence[str] = HOLD_SIGNALS,
 ) -> list[str]:
-    """The step that starts one task for each rank.
+    """The srun command that starts one task per rank.
 
     Args:
-        hold: Words before a command that begin it with its stop signals blocked.
-        table: As `rank_table` wrote it.
-        node_env: slurm/node_env.sh of the snapshot.
-        visible: Folders that a container must see under their own names.
+        hold: Command prefix that blocks the stop signals, or empty.
+        table: File with the text of `rank_table`.
+        node_env: slurm/node_env.sh in the snapshot.
+        visible: Folders to mount in a container under the same path.
     """
     (first, *others) = parts(job)
     command = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER_SECONDS}", "--input=none", "--export=ALL"]
     if others:
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")
-        # Since 22.05 srun does not take it from the job.
+        # Since Slurm 22.05 srun does not inherit --cpus-per-task from the job.
         command += [] if cluster.cpus_per_rank is None else [f"--cpus-per-task={cluster.cpus_per_rank}"]
     else:
         command += [option for option in part_options(first, job, cluster) if option.startswith(("--n", "--cpus"))]
@@ -142,17 +139,17 @@ def rank_table(
     logs: Path,
     visible: Sequence[str],
 ) -> str:
-    """Shell text that slurm/node_env.sh reads in every task: by node and number on the node, who it is.
+    """Shell text that slurm/node_env.sh sources in every task; maps host and SLURM_LOCALID to the rank's variables.
 
-    Ranks are found by place, not by SLURM_PROCID: those of a group need not be neighbours, and Slurm counts the parts of
-    a heterogeneous job one after the other.
+    SLURM_PROCID is not used: ranks on a node need not be consecutive, and Slurm numbers the components of a heterogeneous
+    job one after the other.
 
     Args:
-        hosts: Names of the nodes in the order of the plan.
-        features: Of each host, comma-separated, as Slurm says now.
-        code: Folder of the code that runs.
+        hosts: Host names in the order of the plan.
+        features: Comma-separated features of each host, as allocated.
+        code: Working directory of the ranks.
         logs: Folder of the ranks' logs.
-        visible: Folders that a container must see under their own names.
+        visible: Folders to mount in a container under the same path.
     """
     common = {
         name: value for name, value in commands[0].env.items() if all(command.env[name] == value for command in commands)
@@ -160,7 +157,7 @@ def rank_table(
     site = {name: variable.value for name, variable in cluster.nccl.items()}
     if cluster.interface is not None:
         site |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
-    lines = ["# Who each task is; read by slurm/node_env.sh.", f"cd {shlex.quote(str(code))} || exit 78"]
+    lines = ["# The rank of each task; sourced by slurm/node_env.sh.", f"cd {shlex.quote(str(code))} || exit 78"]
     lines += [_export({**site, **common}), 'case "$SLURMD_NODENAME" in']
     lines += [f"{host}) {_export({FEATURES: features.get(host, '')})} ;;" for host in dict.fromkeys(hosts)]
     lines += ["esac", 'case "$SLURMD_NODENAME/$SLURM_LOCALID" in']
@@ -171,22 +168,22 @@ def rank_table(
         lines.append(f"{hosts[command.node]}/{local}) {_export(own)}; log={log} ;;")
     lines += ["*) misplaced ;;", "esac", "prelude() {", ":"]
     for line in cluster.prelude:
-        # By eval: a line that is no whole shell command fails by itself.
+        # With eval an incomplete shell command fails in its own line and does not break the whole file.
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(commands[0].argv)})", ""])
 
 
 def interpreter(cluster: Cluster) -> str:
-    """Python on the nodes: the cluster file's, else the one that runs this; a container has its own."""
+    """Python on the nodes: the cluster file's; by default this interpreter, or `python3` of the container."""
     return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
 
 
 def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
-    """Options of srun for pyxis; none for other containers.
+    """Options of srun for a pyxis container; empty otherwise.
 
     Args:
-        visible: Folders that the container must see under their own names.
+        visible: Folders to mount in the container under the same path.
     """
     container = cluster.container
     if not isinstance(container, PyxisContainer):
@@ -196,7 +193,7 @@ def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
 
 
 def container_prefix(cluster: Cluster, visible: Sequence[str], code: Path) -> list[str]:
-    """What goes before the command of a rank: apptainer's own command; pyxis and no container need nothing."""
+    """Command prefix of a rank for an apptainer container; empty otherwise."""
     container = cluster.container
     if not isinstance(container, ApptainerContainer):
         return []

@@ -1,4 +1,4 @@
-"""The step of a Slurm job, srun with one task a rank: run it, tell its verdict, and see to the next attempt."""
+"""Runs the srun step of a Slurm job, determines its verdict (the exit code on record), and requeues the job."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.attempts import last_words
+from launchers.attempts import last_output
 from launchers.restart import committed_step
 from launchers.slurm.allocation import SlurmError, ask
 from launchers.slurm.script import HOLD_SIGNALS
@@ -25,13 +25,13 @@ _ENDED = re.compile(r"srun: error: (?:(\S+): tasks? [\d,-]+: (?:Exited with exit
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What Slurm says about this start.
+    """This job, from Slurm's environment variables.
 
     Attributes:
-        id: Number of the job; each task of an array has its own.
-        restarts: How often Slurm has requeued it.
-        task: Of an array; None without.
-        submitted: Folder it was submitted from.
+        id: Job id; each array task has its own.
+        restarts: How often Slurm has requeued the job.
+        task: Array task; None without an array.
+        submitted: Folder of submission.
     """
 
     id: str
@@ -44,10 +44,13 @@ class SlurmJob:
         """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and SLURM_SUBMIT_DIR.
 
         Raises:
-            ConfigError: this is no batch script.
+            ConfigError: the process does not run in a Slurm job.
         """
         if "SLURM_JOB_ID" not in os.environ:
-            raise ConfigError("this is the end of slurm/train.sbatch; submit that, or use moe-dist launch slurm CONFIG")
+            raise ConfigError(
+                "SLURM_JOB_ID is not set: this command runs inside a Slurm job; submit slurm/train.sbatch, or use "
+                "moe-dist launch slurm CONFIG"
+            )
         task = os.environ.get("SLURM_ARRAY_TASK_ID")
         return cls(
             id=os.environ["SLURM_JOB_ID"],
@@ -58,32 +61,32 @@ class SlurmJob:
 
     @property
     def attempt_id(self) -> str:
-        """A name that no other start has."""
+        """A unique name of this attempt."""
         return f"slurm-{re.sub('[^A-Za-z0-9]', '', os.environ.get('SLURM_CLUSTER_NAME', ''))}-{self.id}-{self.restarts}"
 
     def state(self) -> str:
-        """In Slurm's words, as RUNNING; empty where Slurm does not say."""
+        """Slurm's state of the job, as RUNNING; empty if Slurm does not answer."""
         with contextlib.suppress(SlurmError):
             match = re.search(r"JobState=(\S+)", ask("scontrol", "--oneliner", "show", "job", self.id))
             return match[1] if match else ""
         return ""
 
 
-def held(cluster: Cluster) -> tuple[str, ...]:
-    """`HOLD_SIGNALS` where this node's `env` can; else nothing (coreutils before 8.31, as on RHEL 8): a signal that comes
-    before a rank has its handlers then ends it unsaved. The `env` of a pyxis container cannot be asked from here."""
-    if isinstance(cluster.container, PyxisContainer):
+def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
+    """Command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils before
+    8.31, as on RHEL 8). Without it, a signal before a rank has its handlers kills that rank unsaved."""
+    if isinstance(cluster.container, PyxisContainer):  # the container's own `env` cannot be tested from here
         return HOLD_SIGNALS
-    can = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
-    return HOLD_SIGNALS if can else ()
+    supported = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
+    return HOLD_SIGNALS if supported else ()
 
 
 def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
     """Runs srun to its end.
 
     Returns:
-        Its exit code, and its lines about tasks that ended badly, in order; those are held back, for what the cause said
-        comes first.
+        Its exit code, and its error lines about failed tasks, in order. They are printed later, after the failed rank's
+        own output.
     """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     ended: list[str] = []
@@ -107,32 +110,32 @@ def conclude(
     stopped: bool,
     ranks_of: Mapping[str, Sequence[int]],
 ) -> int:
-    """The verdict of this attempt, with its reason on standard error: that in status.json, since srun returns other codes
-    where tasks are killed. Puts one there where the ranks could not.
+    """The verdict of this attempt; prints its reason on standard error. The verdict in status.json wins, because srun's
+    exit code is different after killed tasks. Completes status.json if the ranks recorded no verdict.
 
     Args:
-        code, ended: As `run_step` returned them.
-        stopped: Whether a stop signal has reached the batch script.
+        code, ended: Results of `run_step`.
+        stopped: Whether the batch script got a stop signal.
         ranks_of: The ranks of each host.
     """
-    ending = folder.read_status().of(job.attempt_id)
+    record = folder.read_status().of(job.attempt_id)
     lost = next((line for line in ended if "Node failure on" in line), "")
-    # Who was killed, by a signal or with its node, could say nothing; what its peers say is a consequence.
+    # A rank that was killed, or lost with its node, recorded no reason: status.json holds a peer's follow-up error.
     silent = lost or next((line for line in ended[:1] if "Exited" not in line), "")
-    if ending is not None and ending.verdict is not None and not (silent and ending.verdict == EXIT_FAILED):
-        if ending.verdict not in (EXIT_DONE, STOPPED):
-            _show_cause(folder, job, [] if ending.rank is None else [ending.rank], ended)
-        _say(f"verdict {ending.verdict}: {ending.reason.partition(chr(10))[0]}")
-        return ending.verdict
+    if record is not None and record.verdict is not None and not (silent and record.verdict == EXIT_FAILED):
+        if record.verdict not in (EXIT_DONE, STOPPED):
+            _show_cause(folder, job, [] if record.rank is None else [record.rank], ended)
+        _say(f"verdict {record.verdict}: {record.reason.partition(chr(10))[0]}")
+        return record.verdict
     if stopped and not lost:
-        _say("a stop signal ended the ranks before they could save; what the last checkpoint has is safe")
+        _say("a stop signal ended the ranks before they could save; the last checkpoint is intact")
         return STOPPED
     ends = [match for line in ended if (match := _ENDED.match(line))]
     verdict = EXIT_FAILED if silent else next((int(match[2]) for match in ends if match[2]), code)
     if verdict:
         reason = (silent or ended[0]).removeprefix("srun: error: ") if ended else f"srun ended with {code}"
-        if ending is not None:
-            last = max(ending.last_step, committed_step(folder.checkpoints))
+        if record is not None:
+            last = max(record.last_step, committed_step(folder.checkpoints))
             with contextlib.suppress(OSError, MoeDistError):
                 folder.amend_status(job.attempt_id, verdict=verdict, reason=reason, rank=None, last_step=last)
         _show_cause(folder, job, ranks_of.get(ends[0][1], []) if ends and not lost else [], ended)
@@ -140,42 +143,42 @@ def conclude(
     return verdict
 
 
-def start_again(job: SlurmJob, snapshot: Snapshot, no: str | None) -> None:
-    """Requeues the job after 75, unless its attempts are enough, or Slurm ends it already: preempted jobs are requeued by
-    then, cancelled ones are to stay away.
+def requeue_job(job: SlurmJob, snapshot: Snapshot, limit: str | None) -> None:
+    """Requeues the job, unless it has reached its restart limit or Slurm is already ending it. Slurm requeues a preempted
+    job itself, and a cancelled job must not come back.
 
     Args:
-        no: Why its attempts are enough; None where they are not.
+        limit: The restart limit that the job has reached; None if it has reached none.
     """
     array = [] if job.task is None else [f"--array={job.task}"]
     again = shlex.join(["sbatch", *array, str(snapshot.script)])
-    if no is not None:
-        _say(f"not requeued: {no}; to go on all the same: {again}")
+    if limit is not None:
+        _say(f"not requeued: {limit}; to continue anyway: {again}")
         return
-    if (state := job.state()) not in ("RUNNING", ""):  # its fate is decided, and a requeue would undo a scancel
-        _say(f"Slurm takes the job away by itself ({state}): preempted it comes back, cancelled it goes on with: {again}")
+    if (state := job.state()) not in ("RUNNING", ""):  # a requeue would undo a scancel
+        _say(f"Slurm is ending the job ({state}): a preempted job is requeued; continue a cancelled one with: {again}")
         return
     try:
         ask("scontrol", "requeue", job.id)
-        _say("requeued: the next attempt goes on from here")
+        _say("requeued: the next attempt resumes from the last checkpoint")
     except SlurmError as error:
-        _say(f"Slurm refuses to requeue the job: {error}; go on with: {again}")
+        _say(f"Slurm refuses to requeue the job: {error}; continue with: {again}")
 
 
-def _show_cause(folder: RunFolder, job: SlurmJob, slow_pairs: Sequence[int], ended: Sequence[str]) -> None:
-    """What the rank that failed first said last, then how all ended.
+def _show_cause(folder: RunFolder, job: SlurmJob, candidates: Sequence[int], ended: Sequence[str]) -> None:
+    """Prints the last output of the rank that failed first, then srun's lines about all failed tasks.
 
     Args:
-        slow_pairs: That rank; or all of the node that srun named, of which the first with a traceback is taken.
+        candidates: The failed rank, or all ranks of the node that srun names: the first with a traceback is shown.
     """
-    said: dict[int, str] = {}
-    for rank in slow_pairs:
+    outputs: dict[int, str] = {}
+    for rank in candidates:
         with contextlib.suppress(OSError):
             log = folder.log_of(rank)
-            said[rank] = last_words(log, max(0, log.read_bytes().rfind(f"--- attempt {job.attempt_id}".encode())))
-    if said:
-        rank = next((rank for rank, words in said.items() if words.startswith("Traceback")), next(iter(said)))
-        _say(f"rank {rank} failed first; {folder.log_of(rank)} ends with:\n\n{said[rank]}\n")
+            outputs[rank] = last_output(log, max(0, log.read_bytes().rfind(f"--- attempt {job.attempt_id}".encode())))
+    if outputs:
+        rank = next((rank for rank, text in outputs.items() if text.startswith("Traceback")), next(iter(outputs)))
+        _say(f"rank {rank} failed first; {folder.log_of(rank)} ends with:\n\n{outputs[rank]}\n")
     if ended:
         _say("\n".join(["the tasks ended in this order:", *ended]))
 

@@ -1,1 +1,1 @@
-"""Whether a run can run where it is to: what the login node, the scheduler, each node and the network between them say."""
+"""Checks of the nodes of a run: collects facts on each node and finds problems in them."""

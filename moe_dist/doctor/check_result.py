@@ -1,4 +1,4 @@
-"""What a check found: one line each, with the way out."""
+"""The result of one check, printed as one line with the fix."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,24 +8,24 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, MoeD
 
 
 class Level(IntEnum):
-    """How bad it is, from nothing to an end."""
+    """Severity of a result."""
 
     OK = 0
-    NOTE = 1  # could not be checked, or has nothing to be held against; nothing is wrong
-    WARNING = 2  # the run would start, and go worse for it
-    ERROR = 3  # the run would end with the finding's verdict
+    NOTE = 1  # could not be checked, or there is nothing to compare with
+    WARNING = 2  # the run would start, but work worse
+    ERROR = 3  # the run would end with the result's exit code
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line.
+    """The result of one check.
 
     Attributes:
-        check: What was looked at, as 'shared folder'.
-        level: How bad it is.
-        text: What is there; of a fault with field, value and rule.
-        fix: What to do about it; of warnings and errors.
-        verdict: That the run would end with; of errors.
+        check: Name of the check, as 'shared folder'.
+        level: Severity.
+        text: The observed state; for a problem with field, value and rule.
+        fix: How to fix a warning or an error.
+        verdict: Exit code that an error would cause.
     """
 
     check: str
@@ -43,51 +43,50 @@ class CheckResult:
 
 
 def ok(check: str, text: str) -> CheckResult:
-    """Nothing is wrong there."""
+    """A check without problems."""
     return CheckResult(check, Level.OK, text)
 
 
 def note(check: str, text: str) -> CheckResult:
-    """Nothing to judge."""
+    """A check that could not be made."""
     return CheckResult(check, Level.NOTE, text)
 
 
 def warning(check: str, text: str, fix: str) -> CheckResult:
-    """The run would start, and go worse for it."""
+    """A problem with which the run would start, but work worse."""
     return CheckResult(check, Level.WARNING, text, fix)
 
 
 def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = PlacementError) -> CheckResult:
-    """The run would end, with the verdict of `kind`."""
+    """A problem that would end the run with the exit code of `kind`."""
     return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
 _WORST_FIRST = (ConfigError.exit_code, DataError.exit_code, PlacementError.exit_code)
 
 
-def exit_code(findings: Iterable[CheckResult]) -> int:
-    """The worst of all: of errors 78, 65 or 69, the first of these that is among them; 1 where there are warnings alone; 0
-    where nothing is wrong."""
-    problems = [finding for finding in findings if finding.is_problem]
+def exit_code(results: Iterable[CheckResult]) -> int:
+    """Exit code for all results: with errors the first of 78, 65, 69 that occurs; 1 with warnings only; otherwise 0."""
+    problems = [result for result in results if result.is_problem]
     verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
     worst = [code for code in (*_WORST_FIRST, *sorted(verdicts)) if code in verdicts]
     return worst[0] if worst else EXIT_FAILED if problems else EXIT_DONE
 
 
-def raise_errors(findings: Sequence[CheckResult]) -> None:
-    """Ends a run that cannot go on here.
+def raise_errors(results: Sequence[CheckResult]) -> None:
+    """Raises all errors among the results as one exception.
 
     Raises:
-        ConfigError, DataError, PlacementError: with every error, of the kind that `exit_code` gives.
+        ConfigError, DataError, PlacementError: there are errors; the class is that of `exit_code`.
     """
-    errors = [finding for finding in findings if finding.level is Level.ERROR]
+    errors = [result for result in results if result.level is Level.ERROR]
     if errors:
         kinds: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, PlacementError)}
-        raise kinds[exit_code(errors)]([str(finding) for finding in errors], see="docs/scaling.md")
+        raise kinds[exit_code(errors)]([str(result) for result in errors], see="docs/scaling.md")
 
 
 def names(nodes: Sequence[str], *, most: int = 6) -> str:
-    """Nodes in a sentence: 'node3', 'node1 and node2', 'node1, node2, ... (64 nodes)'."""
+    """A list of nodes for a sentence: 'node3', 'node1 and node2', 'node1, node2, ... (64 nodes)'."""
     if len(nodes) > most:
         return f"{', '.join(nodes[:most])}, ... ({len(nodes)} nodes)"
     return " and ".join([", ".join(nodes[:-1]), nodes[-1]]) if len(nodes) > 1 else "".join(nodes)

@@ -1,6 +1,6 @@
-"""Judges what nodes say about themselves, each for itself and against each other. Pure functions, no torch.
+"""Checks the facts of nodes, each by itself and in comparison with the others. Pure functions without torch.
 
-The same checks run from the login node (on facts that a probe job brings back) and in the job itself, before it trains.
+The doctor's probe job and the start of every run use the same checks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,23 +11,23 @@ from moe_dist.doctor.node_facts import NO_LIMIT, NodeFacts
 from moe_dist.errors import ConfigError
 
 CLOCK_SECONDS = 5.0
-SHM_BYTES_PER_RANK = 64 << 20  # NCCL's buffers between two ranks of a node, with room; containers often have 64 MiB in all
-# Connections of a rank: to each peer in the world, EP, edp and checkpoint groups, twice over; and what Python holds itself.
+SHM_BYTES_PER_RANK = 64 << 20  # NCCL's buffers between two ranks of a node; many containers have only 64 MiB in all
+# Connections of a rank: two to each peer in each of the world, EP, edp and checkpoint groups; and files of Python itself.
 FILES_PER_PEER, OWN_FILES = 8, 256
 PACKAGES = ("python", "torch", "nccl", "moe_dist")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of its nodes.
+    """Requirements of a run on its nodes.
 
     Attributes:
-        world_size: Ranks of the run.
-        ranks_per_node: The most on one node.
-        gpus_per_node: Likewise; 0 where it computes on the CPU.
-        num_nodes: Nodes of the run.
-        folder_bytes: Room that run.root needs.
-        folder, data: run.root and data.path, to be named.
+        world_size: Number of ranks.
+        ranks_per_node: Largest number of ranks on one node.
+        gpus_per_node: Largest number of GPUs on one node; 0 for a run on CPUs.
+        num_nodes: Number of nodes.
+        folder_bytes: Bytes that the run writes to run.root.
+        folder, data: run.root and data.path, for messages.
     """
 
     world_size: int
@@ -42,12 +42,12 @@ class Needs:
 def check_nodes(
     nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None, *, here: NodeFacts | None = None
 ) -> list[CheckResult]:
-    """One line a check over all nodes.
+    """One result per check, over all nodes.
 
     Args:
-        nodes: Their facts.
-        heard: When each answered by one and the same clock, to hold their clocks against; None leaves that out.
-        here: What the node says from which the job is submitted: only its folders count.
+        nodes: Facts of the nodes.
+        heard: When each node answered, in Unix seconds of this host's clock; None skips the check of clocks.
+        here: Facts of the node that submits the job; only its folders are checked.
     """
     if not nodes:
         return check_folders([here], needs) if here is not None else []
@@ -66,7 +66,7 @@ def check_nodes(
 
 
 def check_folders(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
-    """What a login node can tell as well: folders, and the room in them."""
+    """The checks that also apply to a login node: folders and free space."""
     return [_folder(nodes, needs), _room(nodes, needs), _data(nodes, needs)]
 
 
@@ -85,16 +85,15 @@ def _resolve(nodes: Sequence[NodeFacts]) -> CheckResult:
 
 
 def _ports(nodes: Sequence[NodeFacts]) -> CheckResult:
-    # A name that does not resolve is `_resolve`'s line.
-    cut_off = [n for n in nodes if n.unreachable and not n.unresolved]
+    cut_off = [n for n in nodes if n.unreachable and not n.unresolved]  # `_resolve` reports names that do not resolve
     if len(nodes) == 1:
-        return note("ports", "one node: its ranks meet on the loopback, or in a file")
+        return note("ports", "one node: its ranks connect on the loopback or through a file")
     if not cut_off:
-        return ok("ports", f"a free port of rank 0's node can be reached from {_all(nodes)}")
+        return ok("ports", f"{_all(nodes)} can connect to a free port of rank 0's node")
     return error(
         "ports",
         f"{_named(cut_off)} cannot connect to a free port of rank 0's node: {cut_off[0].unreachable}",
-        "open the ports between the nodes of a job (docs/security.md), or name the right interface in the cluster file",
+        "open the ports between the nodes of a job (docs/security.md), or correct `interface` in the cluster file",
     )
 
 
@@ -105,13 +104,13 @@ def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
         return error(
             "shared folder",
             f"run.root={needs.folder!r} cannot be written on {_named(broken)}: {broken[0].folder_problem}",
-            "mend the mount or its permissions there, or choose another run.root",
+            "repair the mount or its permissions there, or choose another run.root",
             kind=ConfigError,
         )
     if blind:
         return error(
             "shared folder",
-            f"run.root={needs.folder!r} is another folder on {_named(blind)}: a file written there from here is not seen",
+            f"run.root={needs.folder!r} is a different folder on {_named(blind)}: it lacks a file written from here",
             "choose a run.root on a file system that all nodes mount, as an absolute path",
             kind=ConfigError,
         )
@@ -119,37 +118,37 @@ def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    known = [n for n in nodes if n.free_bytes is not None and not n.folder_problem]  # else that is `_folder`'s line
+    known = [n for n in nodes if n.free_bytes is not None and not n.folder_problem]  # `_folder` reports the others
     if not known:
-        return note("room", f"run.root={needs.folder!r}: nobody says how much is free there")
+        return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
     free = least.free_bytes or 0
     if free >= needs.folder_bytes:
-        return ok("room", f"{_bytes(free)} free in run.root, its checkpoints need {_bytes(needs.folder_bytes)}")
+        return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     return warning(
         "room",
-        f"run.root={needs.folder!r} has {_bytes(free)} free on {least.node}, and its checkpoints need "
+        f"run.root={needs.folder!r} has {_bytes(free)} free on {least.node}, but the checkpoints need "
         f"{_bytes(needs.folder_bytes)}",
-        "make room, choose another run.root, or keep fewer (checkpoint.keep)",
+        "free space, choose another run.root, or keep fewer checkpoints (checkpoint.keep)",
     )
 
 
 def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     without = [n for n in nodes if not n.sees_data]
     if not without:
-        return ok("data", f"data.path={needs.data!r} is there on {_all(nodes)}")
+        return ok("data", f"data.path={needs.data!r} exists on {_all(nodes)}")
     return error(
         "data",
-        f"data.path={needs.data!r} is not there on {_named(without)}",
-        "put the data on a file system that all nodes mount, and name it by its absolute path",
+        f"data.path={needs.data!r} does not exist on {_named(without)}",
+        "put the data on a file system that all nodes mount, and use its absolute path",
         kind=ConfigError,
     )
 
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
-    """When a node answered, by our clock: the moment nearest to what its own said, after it was asked and before its answer
-    was seen. What lies between, a slow start or a busy machine, is no fault of its clock; one that is behind by less than
-    that goes unnoticed."""
+    """When a node answered, by this host's clock: the node's own time, clamped to the interval from the request to the
+    arrival of the answer. So a slow start does not count as a wrong clock; a clock error smaller than the delay is missed.
+    """
     return min(max(clock, asked), seen)
 
 
@@ -157,17 +156,17 @@ def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> CheckResult:
     off = {n.node: n.clock - at for n, at in zip(nodes, heard, strict=True)}
     wrong = {node: seconds for node, seconds in off.items() if abs(seconds) > CLOCK_SECONDS}
     if not wrong:
-        return ok("clocks", f"of {_all(nodes)} agree within {CLOCK_SECONDS:g} s")
+        return ok("clocks", f"the clocks of {_all(nodes)} agree within {CLOCK_SECONDS:g} s")
     node, seconds = max(wrong.items(), key=lambda each: abs(each[1]))
     return warning(
         "clocks",
         f"{names(sorted(wrong))}: off by {seconds:+.0f} s ({node})",
-        "set its clock (chrony or ntpd); log files and ages are wrong until then, and tokens may be refused",
+        "synchronise its clock (chrony or ntpd); until then times in logs are wrong and access tokens may be rejected",
     )
 
 
 def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
-    """Equal everywhere: ranks of different versions may disagree on a wire format or a bit, or hang."""
+    """All nodes need the same versions: otherwise ranks may hang or compute different results."""
     differing = []
     for package in PACKAGES:
         by_version = _grouped(nodes, lambda n, p=package: n.versions.get(p) or "none")
@@ -178,14 +177,14 @@ def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
         return error(
             "versions",
             "; ".join(differing),
-            "give all nodes one environment: in the cluster file's prelude or container, or on a shared file system",
+            "use one environment on all nodes: by the cluster file's prelude or container, or on a shared file system",
         )
     versions = nodes[0].versions
     if versions.get("torch") is None:
         return error(
             "versions",
             f"torch is not installed on {_all(nodes)}",
-            "activate the environment in the cluster file's prelude, or start from it",
+            "activate the Python environment in the cluster file's prelude, or before the command",
         )
     shown = ", ".join(f"{package} {version}" for package in PACKAGES if (version := versions.get(package)))
     return ok("versions", f"{shown} on {_all(nodes)}")
@@ -196,15 +195,15 @@ def _apex(nodes: Sequence[NodeFacts]) -> CheckResult:
     if wrong:
         return warning(
             "apex",
-            f"the package `apex` on {_named(wrong)} is not NVIDIA's but an unrelated one of that name",
-            "pip uninstall apex; NVIDIA Apex is built from its repository, and is not needed",
+            f"the package `apex` on {_named(wrong)} is not NVIDIA Apex but an unrelated package",
+            "pip uninstall apex; NVIDIA Apex is optional and must be built from its repository",
         )
     kinds = _grouped(nodes, lambda n: n.apex)
     if len(kinds) > 1:
         return warning(
             "apex",
-            f"NVIDIA Apex is installed on {_named(kinds['nvidia'])}, and not on {_named(kinds['none'])}",
-            "install it everywhere, or set optimizer.backend=torch",
+            f"NVIDIA Apex is installed on {_named(kinds['nvidia'])}, but not on {_named(kinds['none'])}",
+            "install it on all nodes, or set optimizer.backend=torch",
         )
     return ok("apex", "NVIDIA Apex is installed" if "nvidia" in kinds else "not installed: torch's fused optimizer is used")
 
@@ -215,16 +214,16 @@ def _gpus(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
     blind = [n for n in nodes if n.gpus is None]
     few = [n for n in nodes if n.gpus is not None and n.gpus < needs.gpus_per_node]
     if few:
-        text = f"{_named(few)} shows {few[0].gpus} GPUs, the plan puts {needs.gpus_per_node} ranks there"
-        return [error("GPUs", text, "ask for nodes with more (cluster file: gpus), or for fewer ranks a node")]
+        text = f"{_named(few)} has {few[0].gpus} GPUs, but the plan puts {needs.gpus_per_node} ranks there"
+        return [error("GPUs", text, "request nodes with more GPUs (cluster file: gpus), or use fewer ranks per node")]
     if blind:
-        fix = "install nvidia-ml-py and look at the driver (nvidia-smi); without it nothing shows what the GPUs do"
+        fix = "install nvidia-ml-py and check the driver (nvidia-smi); without NVML there are no GPU metrics"
         return [warning("GPUs", f"NVML does not answer on {_named(blind)}: {blind[0].driver}", fix)]
     drivers = _grouped(nodes, lambda n: n.driver)
     if len(drivers) > 1:
         text = ", ".join(f"{driver} on {_named(on)}" for driver, on in drivers.items())
-        return [warning("GPUs", f"drivers differ: {text}", "bring the nodes to one driver")]
-    return [ok("GPUs", f"NVML shows {needs.gpus_per_node} or more on {_all(nodes)}, driver {nodes[0].driver}")]
+        return [warning("GPUs", f"drivers differ: {text}", "install the same driver on all nodes")]
+    return [ok("GPUs", f"NVML finds {needs.gpus_per_node} or more on {_all(nodes)}, driver {nodes[0].driver}")]
 
 
 def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
@@ -234,7 +233,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
         return ok("/dev/shm", f"large enough for {needs.ranks_per_node} ranks on {_all(nodes)}")
     return warning(
         "/dev/shm",
-        f"{_bytes(small[0].shm_bytes or 0)} on {_named(small)}, {needs.ranks_per_node} ranks want {_bytes(need)}",
+        f"{_bytes(small[0].shm_bytes or 0)} on {_named(small)}, but {needs.ranks_per_node} ranks need {_bytes(need)}",
         "enlarge it: --shm-size of a container, or mount -o remount,size=...",
     )
 
@@ -246,22 +245,21 @@ def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
         return ok("open files", f"the limit is high enough for {needs.world_size} ranks on {_all(nodes)}")
     return warning(
         "open files",
-        f"{low[0].open_files} on {_named(low)}, a rank among {needs.world_size} may open {need}",
-        f"ulimit -n {need} in the cluster file's prelude, or a higher limit in limits.conf",
+        f"the limit is {low[0].open_files} on {_named(low)}, but a rank of {needs.world_size} may open {need}",
+        f"put ulimit -n {need} into the cluster file's prelude, or raise the limit in limits.conf",
     )
 
 
 def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
-    """Only where it matters: GPUs that send through InfiniBand register their memory, which counts as locked."""
+    """Checked for GPUs with InfiniBand only: registered memory counts as locked memory."""
     if not needs.gpus_per_node or needs.num_nodes < 2:
         return []
     low = [n for n in nodes if n.infiniband and n.locked_memory != NO_LIMIT]
     if not low:
         return []
-    text = f"the limit on {_named(low)} is {_bytes(low[0].locked_memory)}; InfiniBand wants none"
-    return [
-        warning("locked memory", text, "ulimit -l unlimited in the prelude, or in limits.conf and the scheduler's daemon")
-    ]
+    text = f"the limit on {_named(low)} is {_bytes(low[0].locked_memory)}; InfiniBand needs no limit"
+    fix = "put ulimit -l unlimited into the prelude, or set it in limits.conf and for the scheduler's daemon"
+    return [warning("locked memory", text, fix)]
 
 
 def _grouped(nodes: Sequence[NodeFacts], key: Callable[[NodeFacts], str]) -> Mapping[str, list[NodeFacts]]:
@@ -280,7 +278,7 @@ def _all(nodes: Sequence[NodeFacts]) -> str:
 
 
 def _bytes(number: float) -> str:
-    """With three digits and the unit that suits it."""
+    """Three digits and a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.3g} {unit}"

@@ -1,6 +1,6 @@
-"""What one node is and can do, found out on it, and the line of JSON in which it says so.
+"""Collects facts about a node (versions, limits, folders, GPUs) in a second or two, and encodes them as one line of JSON.
 
-Imports no torch: versions are those of the installed packages, and the whole takes a second or two.
+Does not import torch: versions are read from the installed packages.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MARK = "moe_dist node facts: "  # before the JSON, so that the line is found among what a prelude prints
+MARK = "moe_dist node facts: "  # prefix that distinguishes the line from the output of a prelude
 CONNECT_SECONDS = 5.0
 INFINIBAND = Path("/sys/class/infiniband")
 NO_LIMIT = -1
@@ -27,15 +27,15 @@ NO_LIMIT = -1
 
 @dataclass(frozen=True)
 class Questions:
-    """What a node is asked.
+    """Parameters of the checks on a node.
 
     Attributes:
         folder: run.root; every node must be able to write there.
         data: data.path.
-        token_file: A file that whoever asks has put into `folder`, and what is in it; None for none.
-        hosts: Names that the node must be able to resolve: where the ranks meet.
-        meeting: Path of the file by which the nodes find the first of them, see `meeting.py`; None for no meeting.
-        num_nodes: That come to it.
+        token_file: Path and content of a file that the doctor has written into `folder`; None without one.
+        hosts: Host names that the node must be able to resolve (the rendezvous host).
+        meeting: File with the address for the connection test, see `launchers/doctor/meeting.py`; None for no test.
+        num_nodes: Number of nodes in the connection test.
     """
 
     folder: str
@@ -48,24 +48,24 @@ class Questions:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """The answers. None stands for what could not be found out.
+    """Facts about one node; None means unknown.
 
     Attributes:
-        node: Name, as the scheduler has it.
-        clock: Unix seconds when it answered.
-        versions: Of Python and of packages; None where one is not installed.
-        apex: 'nvidia', 'other' for the unrelated package of that name, or 'none'.
-        gpus: Number that NVML shows; None where there is no NVML.
-        driver: Version of NVIDIA's driver, or why NVML does not work.
+        node: Name that the scheduler uses.
+        clock: Unix seconds at the time of the answer.
+        versions: Versions of Python and of packages; None for a package that is not installed.
+        apex: 'nvidia', 'other' (an unrelated package of that name), or 'none'.
+        gpus: Number of GPUs that NVML finds; None without NVML.
+        driver: Version of NVIDIA's driver, or the error of NVML.
         shm_bytes: Size of /dev/shm.
         open_files, locked_memory: Soft limits; NO_LIMIT for none.
-        infiniband: Whether it has such cards.
-        folder_problem: Why a file cannot be written and read back in the folder; empty where it can.
-        free_bytes: Room in the folder, for this user.
-        sees_token: Whether it sees the file of whoever asks; None where none was put there.
-        sees_data: Whether data.path is there.
-        unresolved: Names that do not resolve, with the resolver's words.
-        unreachable: Why the first node does not answer; empty where it does, or was not asked.
+        infiniband: Whether the node has InfiniBand cards.
+        folder_problem: Why a file cannot be written to the folder and read back; empty without a problem.
+        free_bytes: Free space in the folder for this user.
+        sees_token: Whether the node sees the doctor's token file; None without one.
+        sees_data: Whether data.path exists.
+        unresolved: Host names that do not resolve, with the resolver's error.
+        unreachable: Error on connecting to rank 0's node; empty after success or without the test.
     """
 
     node: str
@@ -87,7 +87,7 @@ class NodeFacts:
 
 
 def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFacts:
-    """Answers on this node."""
+    """Collects the facts of this node."""
     folder = Path(questions.folder)
     gpus, driver = _nvml()
     return NodeFacts(
@@ -110,20 +110,19 @@ def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFa
 
 
 def node_name(env: Mapping[str, str]) -> str:
-    """As the scheduler calls this node; without one its host name."""
+    """The scheduler's name of this node; without a scheduler its host name."""
     return env.get("SLURMD_NODENAME") or env.get("MOE_DIST_NODE_NAME") or socket.gethostname()
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what must be the same on all nodes. NCCL comes as a package of its own beside torch; a torch that was
-    built with another one, or on the CPU, has none."""
+    """Versions that must be equal on all nodes. NCCL is None if torch was not installed with NVIDIA's NCCL package."""
     found = {name: _version(name) for name in ("torch", "moe_dist")}
     nccl = next((v for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if (v := _version(name)) is not None), None)
     return {"python": platform.python_version(), **found, "nccl": nccl}
 
 
 def apex_kind() -> str:
-    """Which package answers to `import apex`, without importing it."""
+    """Which package `import apex` would import; does not import it."""
     try:
         spec = importlib.util.find_spec("apex")
     except (ImportError, ValueError):
@@ -135,11 +134,11 @@ def apex_kind() -> str:
 
 
 def write_problem(folder: Path) -> str:
-    """Why a file cannot be written and read back there; empty where it can. A folder that is not there yet is judged by the
-    nearest one above it."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        return f"{there}: {os.strerror(errno.ENOTDIR)}"
+    """Why a file cannot be written to the folder and read back; empty without a problem. For a missing folder, tests the
+    nearest existing parent."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return f"{existing}: {os.strerror(errno.ENOTDIR)}"
     folder = nearest(folder)
     path, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(4096)
     try:
@@ -150,17 +149,17 @@ def write_problem(folder: Path) -> str:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         return f"{folder}: {error.strerror or error}"
-    return "" if read == content else f"{folder}: what was written is not what is read back"
+    return "" if read == content else f"{folder}: a file that was written reads back with different content"
 
 
 def nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+    """The folder itself, or its nearest existing parent."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def unresolved(hosts: Iterable[str]) -> dict[str, str]:
-    """The names that do not resolve here, each with the resolver's words."""
+    """The host names that do not resolve on this node, each with the resolver's error."""
     found = {}
     for host in hosts:
         try:
@@ -171,7 +170,7 @@ def unresolved(hosts: Iterable[str]) -> dict[str, str]:
 
 
 def unreachable(host: str, port: int) -> str:
-    """Why nobody answers there; empty where somebody does."""
+    """The error on connecting to host:port; empty after success."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -180,12 +179,12 @@ def unreachable(host: str, port: int) -> str:
 
 
 def to_line(facts: NodeFacts) -> str:
-    """One line, to be found by `from_lines`."""
+    """The facts as one line for `from_line`."""
     return MARK + json.dumps(asdict(facts), separators=(",", ":"))
 
 
 def from_line(line: str) -> NodeFacts | None:
-    """The facts in a line of output; None where it holds none."""
+    """The facts in a line of output; None for any other line."""
     _, mark, text = line.partition(MARK)
     if not mark:
         return None
@@ -196,7 +195,7 @@ def from_line(line: str) -> NodeFacts | None:
 
 
 def questions_from(text: str) -> Questions:
-    """From the JSON that `json.dumps(asdict(questions))` gives."""
+    """Inverse of `json.dumps(asdict(questions))`."""
     values: dict[str, Any] = json.loads(text)
     pairs = {name: tuple(values[name]) for name in ("token_file", "hosts") if values.get(name) is not None}
     return Questions(**{**values, **pairs})
@@ -210,7 +209,7 @@ def _version(package: str) -> str | None:
 
 
 def _nvml() -> tuple[int | None, str]:
-    """Number of GPUs and the driver's version; or None and why."""
+    """Number of GPUs and the driver's version; or None and NVML's error."""
     try:
         import pynvml
 

@@ -1,9 +1,9 @@
-"""The job's own repetition of the node checks, before its ranks meet: within seconds, on every node, without torch.
+"""Checks the nodes at the start of every run, before the rendezvous: takes seconds and does not import torch.
 
-    <run folder>/.nodes_<attempt>/<rank>.json     what the first rank of each node found, for rank 0 to compare
+    <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
-What a node finds wrong with itself ends that rank. Rank 0 compares the nodes and names what differs: a wrong version of
-torch on one of 64 nodes would else be a hang in NCCL's bootstrap, or numbers that nobody can explain.
+A rank that finds an error on its own node ends. Rank 0 also compares the nodes: without this, a different torch version on
+one node would show as a hang in NCCL's initialisation or as wrong results.
 """
 
 import json
@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # for the facts of nodes that start later; the rendezvous waits for the ranks themselves
+WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of other nodes; the rendezvous has its own timeout
 POLL_SECONDS = 0.1
 
 
@@ -38,18 +38,18 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Call on every rank, once rank 0 has opened the run folder and all see it. On all but the first rank of each node it
-    does nothing. Warnings are logged, each once in a job.
+    """Checks this node; on rank 0 all nodes. Call it on every rank after rank 0 has opened the run folder. Only the first
+    rank of each node works; only rank 0 logs warnings.
 
     Args:
-        variables: The environment.
-        wait_seconds: How long rank 0 waits for the other nodes; those that are late are not compared.
+        variables: Environment variables.
+        wait_seconds: How long rank 0 waits for the other nodes; later ones are not compared.
 
     Returns:
-        The findings of rank 0 over all nodes, of another node's first rank over its own.
+        On rank 0 the results for all nodes; on the first rank of another node those for this node; otherwise empty.
 
     Raises:
-        ConfigError, PlacementError: this node, or on rank 0 the nodes together, cannot do what the run needs.
+        ConfigError, PlacementError: this node, or on rank 0 any node, does not meet the run's requirements.
     """
     if env.local_rank > 0:
         return []
@@ -58,21 +58,21 @@ def check_at_start(
     folder = run_folder / f".nodes_{env.attempt_id}_{env.attempt}"
     if env.rank > 0:
         _publish(folder, env, facts)
-        findings = check_nodes([facts], needs)
-        raise_errors(findings)
-        return findings
+        results = check_nodes([facts], needs)
+        raise_errors(results)
+        return results
     others = _gather(folder, env, wait_seconds) if env.local_world_size < env.world_size else {}
     nodes, heard = [facts], [facts.clock]
     for _, (seen, other) in sorted(others.items()):
         nodes.append(other)
         heard.append(answered_at(other.clock, asked=began, seen=seen))
-    findings = check_nodes(nodes, needs, heard)
-    raise_errors(findings)
-    warnings = [finding for finding in findings if finding.level is Level.WARNING]
-    for finding in warnings:
-        logger.warning("%s", finding)
-    logger.info("%d nodes looked at in %.1f s, %d warnings", len(nodes), time.time() - began, len(warnings))
-    return findings
+    results = check_nodes(nodes, needs, heard)
+    raise_errors(results)
+    warnings = [result for result in results if result.level is Level.WARNING]
+    for result in warnings:
+        logger.warning("%s", result)
+    logger.info("%d nodes checked in %.1f s, %d warnings", len(nodes), time.time() - began, len(warnings))
+    return results
 
 
 def _questions(config: Config, variables: Mapping[str, str]) -> Questions:
@@ -100,9 +100,8 @@ def _publish(folder: Path, env: RankEnv, facts: NodeFacts) -> None:
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
-    """Facts of the other nodes by their first rank, and when we saw them by our clock; complete once their ranks and ours
-    are all ranks.
-    """
+    """Facts of the other nodes by their first rank, each with its time of arrival by this host's clock. Returns once the
+    nodes cover all ranks, or after `wait_seconds`."""
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():
@@ -113,7 +112,7 @@ def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[
         time.sleep(POLL_SECONDS)
     if ranks < env.world_size:
         logger.warning(
-            "the nodes of %d ranks have not said within %g s what they are, and are not compared with the others",
+            "the nodes of %d ranks have not reported their facts within %g s, so they were not compared with the others",
             env.world_size - ranks,
             wait_seconds,
         )

@@ -1,1 +1,1 @@
-"""The process itself: its rank, its signals, its log and its run folder."""
+"""One process of a run: rank, signals, log, watchdog and run folder."""

@@ -1,4 +1,4 @@
-"""One start of a run on one rank. Every way out of it leaves a verdict: in status.json, and as the exit code.
+"""One attempt of a run on one rank. It always ends with a verdict: an exit code that is also recorded in status.json.
 
 with Attempt(env) as attempt:
     attempt.open(config)                      # rank 0: lease, configuration, status
@@ -25,7 +25,7 @@ from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.secrets import without_secrets
 
-CAUSE_SECONDS = 1.5  # within which a rank that heard of a peer's error lets the peer give the reason
+CAUSE_SECONDS = 1.5  # how long a rank that learned of a peer's error waits for the peer to record the reason
 STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 )
@@ -38,8 +38,8 @@ def verdict_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (
-            f"{where}{os.strerror(error.errno)}; mend that (room, permissions, the file system of the run folder), then "
-            "start again: the run goes on from its last checkpoint (docs/reliability.md)"
+            f"{where}{os.strerror(error.errno)}; repair this (free space, permissions, file system of the run folder) and "
+            "start again: the run resumes from its last checkpoint (docs/reliability.md)"
         )
     return EXIT_FAILED, f"{type(error).__name__}: {error}"
 
@@ -52,13 +52,13 @@ def _say(text: str) -> None:
 class Attempt:
     """Turns the end of the `with` body into a verdict.
 
-    The body may end by an exception, which is shown (users' errors as their message, ours with a traceback) and does not
-    leave the block: after it the process must end without another collective, for its peers may be gone. So a failed
-    rank ends right here, by `os._exit`, and its closed connections tell the peers.
+    An exception of the body is printed (a `MoeDistError` as its message, any other with a traceback), and the process ends
+    with `os._exit` inside `__exit__`: it must issue no further collective, because its peers may be gone. The peers notice
+    the closed connections.
 
     Attributes:
-        last_step: Where the run stands; set it once that is known.
-        commit_needs: Called before each commit; raises where something else has to be on the disk first.
+        last_step: Returns the current step; set it once the step is known.
+        commit_needs: Called before each commit; raises if something else must be written to disk first.
         exit_code: The verdict, after the block.
     """
 
@@ -73,15 +73,15 @@ class Attempt:
     def open(
         self, config: Config, *, wait_seconds: float = WAIT_SECONDS, stopped: Callable[[], bool] | None = None
     ) -> RunFolder:
-        """The folder of the run, opened for writing on rank 0. Before the process group is made, so that no rank gets
-        past the rendezvous in a folder that rank 0 may not have.
+        """The run folder; rank 0 opens it for writing. Call it before the process group is created: then no rank passes the
+        rendezvous unless rank 0 holds the lease.
 
         Args:
-            wait_seconds: How long rank 0 waits for another attempt to leave; it says so at once on standard error.
-            stopped: Whether a stop was asked for, which ends that wait.
+            wait_seconds: How long rank 0 waits for another attempt to end; a message on standard error announces the wait.
+            stopped: Whether a stop signal has come; ends the wait.
 
         Raises:
-            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: as `RunFolder.open`.
+            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: from `RunFolder.open`.
         """
         folder = RunFolder.of(config)
         if self._env.rank == 0:
@@ -90,31 +90,31 @@ class Attempt:
         return folder
 
     def check_lease(self) -> None:
-        """Call right before each write to the run; on ranks other than 0 it does nothing.
+        """Call right before each write to the run folder; does nothing on ranks other than 0.
 
         Raises:
-            LeaseError: another attempt writes to this run now.
+            LeaseError: another attempt has taken over the run.
         """
         if self._lease is not None:
             self._lease.check()
 
     def check_commit(self) -> None:
-        """Call right before each commit; on ranks other than 0 it does nothing.
+        """Call right before each commit; checks the lease on rank 0, and `commit_needs` on every rank.
 
         Raises:
-            LeaseError: as `check_lease`.
-            CheckpointError: what `commit_needs` waits for is not on the disk.
+            LeaseError: from `check_lease`.
+            CheckpointError: from `commit_needs`.
         """
         self.check_lease()
         self.commit_needs()
 
     def expire(self) -> None:
-        """For the grace timer of `StopRequest`: leaves the verdict of a run that did not stop in time."""
-        self._leave(EXIT_FAILED, "did not stop within the grace after a stop signal; what the last checkpoint has is safe")
+        """For the timer of `StopRequest`: records the verdict of a run that did not stop within the grace period."""
+        self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal; the last checkpoint is intact")
 
     def give_up(self, reason: str) -> NoReturn:
-        """For the watchdog's thread: leaves the verdict of a run whose main thread hangs, and ends the process here."""
-        with contextlib.suppress(Exception):  # nobody else ends this process
+        """For the watchdog's thread: records the verdict of a run whose main thread hangs, and ends the process."""
+        with contextlib.suppress(Exception):  # the process must end even if the record cannot be written
             self._leave(EXIT_FAILED, reason)
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(f"{reason}\n")
@@ -134,7 +134,7 @@ class Attempt:
             sys.stderr.write(f"{reason}\n")
         else:
             sys.stderr.write(without_secrets("".join(traceback.format_exception(error)), os.environ))
-        with contextlib.suppress(OSError, MoeDistError):  # a full disk must not hide the error; the exit code still tells
+        with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the error
             self._let_the_cause_speak(error)
             self._leave(self.exit_code, reason)
         self._end(self.exit_code)
@@ -148,7 +148,8 @@ class Attempt:
         os._exit(code)
 
     def _let_the_cause_speak(self, error: BaseException) -> None:
-        """Ranks that voted learn of an error at the same moment as the rank that has it: that one writes the verdict."""
+        """If this rank failed only because a peer did, waits until the peer has recorded the verdict. Ranks that vote learn
+        of an error at the same moment, and the first record counts."""
         if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):
             return
         deadline = time.monotonic() + CAUSE_SECONDS

@@ -1,4 +1,4 @@
-"""How a command of ours is started."""
+"""Starts a command line program."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,8 @@ import typer
 
 
 def command_app(main: Callable[..., Any]) -> typer.Typer:
-    """A function as a command, with Python's own traceback: typer's decorated one can print the locals of every frame, and
-    what is in them (a token, a key of a service) would stand in the logs."""
+    """A command with Python's plain traceback: typer's can print local variables, and so write tokens and keys into
+    logs."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     return app

@@ -1,4 +1,4 @@
-"""What a process is told by whoever started it: its rank, how ranks find each other, and which attempt of a run it is."""
+"""Reads rank, rendezvous and attempt of a process from the environment variables that its launcher set."""
 
 import os
 import re
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
-PUBLISHED = "published"  # rank 0 says in the run folder where it listens (runtime/rendezvous.py)
-RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: the socket to which rank 0 sends its numbers (monitor/sinks/ray.py)
-ALONE = "tcp://127.0.0.1:0"  # a world of one process finds itself on any free port
+PUBLISHED = "published"  # rank 0 writes its address into the run folder (runtime/rendezvous.py)
+RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: the socket to which rank 0 sends its metrics (monitor/sinks/ray.py)
+ALONE = "tcp://127.0.0.1:0"  # rendezvous of a single process, on any free port
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """The place of one process.
+    """Rank and rendezvous of one process.
 
     Attributes:
-        rank, world_size: Over all nodes.
-        local_rank, local_world_size: On this node; local_rank is also the index of the GPU.
-        init_method: For `torch.distributed.init_process_group`; or PUBLISHED.
-        attempt: How often a launcher has restarted this job; 0 is the first start.
-        attempt_id: Name of this start, the same on all its ranks and different from all other starts.
-        launched: Whether a launcher of ours started it: then standard error already goes into the rank's log file.
-        grace_seconds: Time from a stop signal until the process is ended.
+        rank, world_size: Global rank, and number of ranks on all nodes.
+        local_rank, local_world_size: The same on this node; local_rank is also the index of the GPU.
+        init_method: Argument of `torch.distributed.init_process_group`, or PUBLISHED.
+        attempt: Number of restarts by the launcher; 0 for the first attempt.
+        attempt_id: Unique name of this attempt, equal on all its ranks.
+        launched: Whether a launcher of moe_dist started it: then standard error already goes into the rank's log.
+        grace_seconds: Time from a stop signal until the process ends itself.
     """
 
     rank: int
@@ -43,10 +43,10 @@ class RankEnv:
     def from_environment(cls, env: Mapping[str, str]) -> "RankEnv":
         """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MOE_DIST_INIT_METHOD (or MASTER_ADDR and MASTER_PORT, as
         torchrun sets them), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
-        MOE_DIST_GRACE_SECONDS. Without RANK and WORLD_SIZE the process is alone.
+        MOE_DIST_GRACE_SECONDS. Without RANK and WORLD_SIZE the run has one process.
 
         Raises:
-            ConfigError: variables are missing, are no numbers, or contradict each other; all faults at once.
+            ConfigError: variables are missing, are no numbers, or contradict each other; lists all problems.
         """
         problems: list[str] = []
 
@@ -75,7 +75,7 @@ class RankEnv:
         init_method = _init_method(env, world_size)
         if not init_method:
             problems.append(
-                "the ranks cannot find each other: set MOE_DIST_INIT_METHOD (published, file:///a/shared/path or "
+                "no rendezvous for the ranks: set MOE_DIST_INIT_METHOD (published, file:///a/shared/path or "
                 "tcp://host:port), or MASTER_ADDR and MASTER_PORT"
             )
         attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -97,11 +97,11 @@ class RankEnv:
 
 
 def _init_method(env: Mapping[str, str], world_size: int) -> str:
-    """The rendezvous; empty where nothing names one."""
+    """The init method; empty if no variable sets one."""
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
-        return "env://"  # not tcp://: under torchrun the agent holds the store, and only env:// knows
+        return "env://"  # not tcp://: under torchrun the agent owns the store, and only env:// connects to it
     return ALONE if world_size == 1 else ""
 
 

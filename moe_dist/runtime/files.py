@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and whether there is a place for it."""
+"""Atomic writes, and a check that a folder is writable."""
 
 import errno
 import os
@@ -10,21 +10,20 @@ from moe_dist.errors import ConfigError
 
 
 def write_atomically(path: Path, content: str | bytes, *, before_rename: Callable[[], None] | None = None) -> None:
-    """Replaces a file: a reader sees the old or the new content whole, also after a crash of the machine. Permissions are
-    as the umask says.
+    """Replaces a file atomically: a reader sees either the old or the new content, also after a crash of the machine.
+    Permissions follow the umask.
 
     Args:
-        before_rename: The last look before the new content takes its place (a lease's `check`); what it raises keeps the
-            old.
+        before_rename: Called right before the rename (a lease's `check`); if it raises, the old file stays.
     """
-    # A name that nobody can have prepared, and O_EXCL: never through a link that somebody left there.
+    # A random name with O_EXCL and O_NOFOLLOW: another user cannot have placed a link there to redirect the write.
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with open(descriptor, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(stream.fileno())  # before the rename: otherwise a crash can leave an empty file under the final name
         if before_rename is not None:
             before_rename()
         os.replace(new, path)
@@ -33,18 +32,18 @@ def write_atomically(path: Path, content: str | bytes, *, before_rename: Callabl
         raise
 
 
-def make_writable(folder: Path, *, said: str) -> None:
-    """Makes a folder where there is none, before long work whose results are to lie in it.
+def make_writable(folder: Path, *, option: str) -> None:
+    """Creates a folder if it is missing, and checks that it is writable; call it before long work that writes there.
 
     Args:
-        said: The option and its value, for the message.
+        option: The option and its value, for the message.
 
     Raises:
-        ConfigError: it cannot be made, or nothing can be written in it.
+        ConfigError: the folder cannot be created or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise ConfigError(f"{said}: cannot be written: {error.strerror}; choose another place") from error
+        raise ConfigError(f"{option}: not writable: {error.strerror}; choose another folder") from error

@@ -1,9 +1,9 @@
-"""One writer a run folder: a lease file that the writer keeps warm and that is looked at before each commit.
+"""A lease file that allows one writer per run folder. The writer renews it, and checks it before each commit.
 
-The file is made with O_EXCL and carries a token of its maker, which holds it open and writes a beat into it, through the
-open descriptor, from a thread. Whoever finds the beat unchanged for `stale_seconds` of its own clock (the clocks of hosts
-differ), or finds the maker dead on its own machine, replaces the file by a rename. A maker that was only asleep then beats
-into a file without a name, does no harm, and its next `check` is refused. No flock: network file systems differ about it.
+The holder creates the file with O_EXCL and writes a heartbeat counter into it from a thread. Another process may replace
+the file by a rename once the counter has not changed for `stale_seconds`, or the holder is dead on the same machine. A
+suspended holder that wakes up later writes into the unlinked old file, and its next `check` fails. flock is not used,
+because network file systems implement it differently.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ class LeaseError(MoeDistError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who wrote a lease.
+    """The process that holds a lease.
 
     Attributes:
-        attempt_id: Of the attempt, equal on all its ranks.
-        host, pid: Where the writer runs, for people.
-        machine: Identity of the kernel and process-id namespace; pids compare only where it is equal.
-        born: Start time of the process in clock ticks, so that a reused pid is not taken for it.
-        token: Unique to this acquisition.
-        since: When it was made, Unix seconds of that host's clock, for people.
+        attempt_id: Name of the attempt, equal on all its ranks.
+        host, pid: Host and process id, for messages.
+        machine: Identity of the kernel and pid namespace; pids are comparable only if it is equal.
+        born: Start time of the process in clock ticks; distinguishes it from a later process with the same pid.
+        token: Unique for each acquisition.
+        since: Time of acquisition in Unix seconds of that host's clock, for messages.
     """
 
     attempt_id: str
@@ -55,7 +55,7 @@ class Holder:
         return cls(attempt_id, socket.gethostname(), pid, _machine(), _born(pid), uuid.uuid4().hex, time.time())
 
     def is_dead(self) -> bool:
-        """Whether it is known to have ended; False where that cannot be told from here."""
+        """Whether the process has certainly ended; False if it runs on another machine."""
         return self.machine != "" and self.machine == _machine() and _born(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -64,17 +64,17 @@ class Holder:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds the lease file at `path`; None where nobody does."""
+    """The holder of the lease file at `path`; None without one."""
     return _read(path)[0]
 
 
 class Lease:
-    """The right to write to a run folder. Rank 0 holds it; the other ranks never do.
+    """The right to write to a run folder; only rank 0 of an attempt acquires it.
 
     Args:
         path: The lease file, on the file system of the run folder.
         attempt_id: Name of the attempt.
-        stale_seconds: A beat unchanged for so long means that its writer is gone. It beats six times as often.
+        stale_seconds: A lease counts as abandoned after this time without a heartbeat; the holder sends six in this time.
     """
 
     def __init__(self, path: Path, attempt_id: str, *, stale_seconds: float = STALE_SECONDS) -> None:
@@ -83,7 +83,7 @@ class Lease:
         self._fd = -1
         self._beats = 0
         self._ended = threading.Event()
-        self._closing = threading.Lock()  # the thread must not write to a descriptor that was closed and given out again
+        self._closing = threading.Lock()  # prevents the thread from writing to a closed and reused descriptor
 
     def acquire(
         self,
@@ -92,18 +92,18 @@ class Lease:
         on_wait: Callable[[str], None] | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> "Lease":
-        """Takes the lease, waiting for a holder to leave or to go stale; then keeps it warm from a thread.
+        """Takes the lease, after its current holder has released or abandoned it, and starts the heartbeat thread.
 
         Args:
-            on_wait: Told once, before the first wait, for whom and how long.
-            stopped: Looked at while waiting.
+            on_wait: Called once before waiting, with a message.
+            stopped: Polled while waiting; True ends the wait.
 
         Raises:
-            LeaseError: somebody else still holds it after `wait_seconds`.
-            StoppedError: `stopped` said so.
+            LeaseError: another process still holds the lease after `wait_seconds`.
+            StoppedError: `stopped` returned True.
         """
         deadline = time.monotonic() + wait_seconds
-        told = on_wait is None or wait_seconds <= 0.0
+        announced = on_wait is None or wait_seconds <= 0.0
         seen, since = _read(self.path), time.monotonic()
         while not self._try_create():
             now = time.monotonic()
@@ -111,50 +111,52 @@ class Lease:
                 seen, since = current, now
             holder = current[0]
             dead = holder is not None and holder.is_dead()
+            # Staleness is measured with this host's clock alone, because the clocks of hosts differ.
             if (dead or now - since >= self._stale_seconds) and self._take_over(seen):
                 break
             if now >= deadline:
                 raise LeaseError(
-                    f"{self.path}: {holder or 'another attempt'} writes to this run and did not leave within "
-                    f"{wait_seconds:g} s; stop it, or choose another run.name; if that process is surely gone, remove "
+                    f"{self.path}: {holder or 'another attempt'} writes to this run and did not end within "
+                    f"{wait_seconds:g} s; stop it, or choose another run.name; if that process no longer exists, delete "
                     f"{self.path}*"
                 )
             if stopped is not None and stopped():
                 raise StoppedError(
-                    f"stopped on request while {holder or 'another attempt'} writes to this run; start me again"
+                    f"stopped on request while {holder or 'another attempt'} writes to this run; start the run again later"
                 )
-            if not told and on_wait is not None:
-                told = True
+            if not announced and on_wait is not None:
+                announced = True
                 on_wait(
                     f"{self.path.parent}: {holder or 'another attempt'} writes to this run; waiting up to {wait_seconds:g} "
-                    f"s for it to end, or for {self._stale_seconds:g} s of silence"
+                    f"s for it to end, or for {self._stale_seconds:g} s without a heartbeat"
                 )
             time.sleep(min(0.2, self._stale_seconds / 6))
         threading.Thread(target=self._keep_warm, name="lease", daemon=True).start()
         return self
 
     def renew(self) -> None:
-        """Writes the next beat. Goes to the file we made, whatever its name points to by now."""
+        """Writes the next heartbeat, into the file that this process created, even if it was replaced since."""
         self._beats += 1
-        # A lost file or a full disk raises OSError: `check` tells of the first, the second is no loss.
+        # OSError after a lost file is reported by `check`; on a full disk the fixed-size overwrite may fail harmlessly.
         with self._closing, contextlib.suppress(OSError):
             os.pwrite(self._fd, f"{self._beats:0{_BEAT_DIGITS}d}".encode(), 0)
 
     def check(self) -> None:
-        """Call right before each commit; reads one small file.
+        """Call right before each commit. Costs one read of a small file.
 
         Raises:
-            LeaseError: another attempt has taken over: this one must not write any more.
+            LeaseError: another attempt has taken over; this one must not write any more.
         """
         holder = read_holder(self.path)
         if holder != self._me:
             raise LeaseError(
-                f"{self.path}: this process ({self._me}) lost the lease to {holder or 'somebody who removed it'}; it was "
-                "silent for too long (suspended, or its file system hung) and writes nothing any more"
+                f"{self.path}: this process ({self._me}) lost the lease to {holder or 'somebody who deleted it'}; it sent "
+                "no heartbeat for too long (suspended, or its file system hung) and must not write any more; start the run "
+                "again"
             )
 
     def release(self) -> None:
-        """Gives the lease back if it is still ours; a second call does nothing."""
+        """Deletes the lease if this process still holds it; a second call does nothing."""
         self._ended.set()
         with self._closing:
             if self._fd < 0:
@@ -182,14 +184,15 @@ class Lease:
         return True
 
     def _take_over(self, stale: tuple[Holder | None, bytes]) -> bool:
-        """Replaces a stale lease. Of several that try, one makes the claim; it looks once more before it replaces."""
+        """Replaces a stale lease. If several processes try, O_EXCL lets one create the claim file; it reads the lease once
+        more before it replaces it."""
         token = stale[0].token if stale[0] is not None else "unreadable"
         claim = self.path.with_name(f"{self.path.name}.{token}")
         try:
             fd = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             self._remove_if_dead(claim)
-            return False  # somebody else is doing it, or was
+            return False  # another process is taking over, or died while doing so
         if _read(self.path) != stale:
             os.close(fd)
             claim.unlink()
@@ -197,15 +200,15 @@ class Lease:
         os.pwrite(fd, self._content(), 0)
         try:
             os.replace(claim, self.path)
-        except FileNotFoundError:  # taken for a dead one's
+        except FileNotFoundError:  # another process deleted the claim, believing that this process is dead
             os.close(fd)
             return False
         self._fd = fd
         return True
 
     def _remove_if_dead(self, claim: Path) -> None:
-        """Removes the claim of a process that was killed before it came to the rename. Moved first: of several that see it
-        dead one gets it, and whoever has made a new one meanwhile finds it gone and tries again."""
+        """Deletes the claim of a process that was killed before its rename. Renames it first, so that only one of several
+        processes deletes it; a process whose new claim was hit by this finds its claim missing and tries again."""
         claimer = read_holder(claim)
         if claimer is None or not claimer.is_dead():
             return
@@ -216,7 +219,7 @@ class Lease:
 
 
 def _read(path: Path) -> tuple[Holder | None, bytes]:
-    """The holder and the beat. A file that is absent, or still being written, has no holder."""
+    """The holder and the heartbeat counter; no holder if the file is missing or incomplete."""
     try:
         beat, _, record = path.read_bytes().partition(b"\n")
         return Holder(**json.loads(record)), beat
@@ -225,14 +228,14 @@ def _read(path: Path) -> tuple[Holder | None, bytes]:
 
 
 def _machine() -> str:
-    """Boot id and process-id namespace; empty where there is no /proc."""
+    """Boot id and pid namespace; empty without /proc."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _born(pid: int) -> str:
-    """Start time of a process, field 22 of /proc/PID/stat; empty where there is none, or only its exit status is left."""
+    """Start time of a process, field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]

@@ -1,6 +1,6 @@
-"""Logging of one rank, each line marked with rank and step.
+"""Logging of one rank; each line shows rank and step.
 
-A launcher of ours sends standard error into log/rank_R.log already. So what goes where:
+The launchers already send standard error into log/rank_R.log. Therefore:
 
     launched, rank 0     warnings to standard error (terminal and file), the rest to the file
     launched, others     everything to standard error, which is the file
@@ -18,7 +18,7 @@ from moe_dist.runtime.secrets import without_secrets
 
 
 class WithoutSecrets(logging.Formatter):
-    """The lines of a log, tracebacks included, without the secrets of the environment."""
+    """Removes secrets of the environment from log lines and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record), os.environ)
@@ -33,7 +33,7 @@ class StepPrefix(logging.Filter):
         self._step: Callable[[], int] | None = None
 
     def follow(self, step: Callable[[], int]) -> None:
-        """From now on lines show this step."""
+        """Shows this step in all later lines."""
         self._step = step
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -42,14 +42,14 @@ class StepPrefix(logging.Filter):
 
 
 def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO) -> StepPrefix:
-    """Sends the root logger's records to their places, instead of wherever an earlier call sent them.
+    """Configures the root logger; replaces the handlers of an earlier call.
 
     Args:
-        folder: Its log folder is made if it is not there.
-        level: Lowest level of our own records that is written down; of libraries' it is WARNING.
+        folder: The run folder; its log folder is created if it is missing.
+        level: Lowest level for moe_dist; for libraries it is WARNING.
 
     Returns:
-        The prefix, which wants to be told where to read the step.
+        The prefix; call its `follow` to show steps.
     """
     root, prefix = logging.getLogger(), StepPrefix(env.rank)
     for handler in list(root.handlers):
@@ -62,7 +62,7 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
         folder.logs.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(folder.log_of(env.rank), encoding="utf-8")
         file.setLevel(level)
-        if env.launched:  # warnings are in the file by way of standard error
+        if env.launched:  # the launcher copies warnings from standard error into this file
             file.addFilter(lambda record: record.levelno < logging.WARNING)
         handlers.append(file)
     for handler in handlers:

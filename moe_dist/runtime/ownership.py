@@ -1,7 +1,7 @@
-"""Whose a run folder is: one user writes it, a group may share it, and others are refused by name.
+"""Checks the owner of a run folder: only the owner writes a run; a Unix group may share the files.
 
-What stands here keeps people from each other's runs by accident. Who may write into a folder by its permissions can do
-there what its owner can (docs/security.md).
+This prevents accidents, not attacks: a user with write permission on the folder can do what its owner can
+(docs/security.md).
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from pathlib import Path
 
 from moe_dist.errors import ConfigError, MoeDistError
 
-# What trying again does not mend: the path as given cannot be used by this user.
+# Errors that a retry does not fix: this user cannot use the path.
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class RunFolderError(MoeDistError):
-    """The run folder cannot be read or written just now: a full disk, a lost file system."""
+    """The run folder cannot be read or written at the moment, as on a full disk or a lost file system."""
 
 
 def user_name(uid: int) -> str:
-    """A user as people know him."""
+    """A user's name and uid."""
     try:
         return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
     except KeyError:
@@ -33,10 +33,10 @@ def user_name(uid: int) -> str:
 
 
 def other_owner(folder: Path) -> str | None:
-    """The user that a folder belongs to, if that is another than this process's; None also where there is no folder.
+    """The owner of a folder if it is another user; None for one's own or a missing folder.
 
-    Some file systems give all files one owner whoever makes them (root over NFS, mounts of a container): where a file of
-    ours would have the folder's owner, the folder is ours. Only where the owner differs is such a file made, and removed.
+    Some file systems show one owner for all files (root over NFS, mounts in a container). So if the owner differs, a
+    temporary file is created: if it gets the same owner, the folder counts as one's own.
     """
     try:
         owner = folder.stat().st_uid
@@ -51,30 +51,29 @@ def other_owner(folder: Path) -> str | None:
 
 
 def refuse_planted_links(folder: Path) -> None:
-    """Refuses symbolic links of other users, in a run folder and its logs, that our files would be written through.
+    """Refuses symbolic links of other users in a run folder and its logs: they could redirect writes.
 
-    Links that this user or root has made are meant (checkpoints on another disk).
+    Links of this user or root are allowed (checkpoints on another disk).
 
     Raises:
-        ConfigError: names the link and its maker.
+        ConfigError: there is such a link.
     """
     for place in (folder, folder / "log"):
         for entry in place.iterdir() if place.is_dir() else ():
             found = entry.lstat()
             if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
                 raise ConfigError(
-                    f"{entry} is a symbolic link that {user_name(found.st_uid)} has made: a run does not write through it; "
-                    "remove it, and close the folder to that user (docs/security.md)"
+                    f"{entry} is a symbolic link created by {user_name(found.st_uid)}; a run does not write through links "
+                    "of other users; delete it, and remove that user's write permission (docs/security.md)"
                 )
 
 
 def give_to_group(folder: Path, group: str) -> None:
-    """Gives a folder to a Unix group and sets its setgid bit, so that all that is made in it belongs to the group. All
-    other permissions stay as they are.
+    """Sets a folder's group and its setgid bit, so that new files in it get the group, too. Keeps all other permissions.
 
     Raises:
         ConfigError: there is no such group.
-        OSError: this user may not.
+        OSError: this user may not change the folder.
     """
     try:
         gid = grp.getgrnam(group).gr_gid
@@ -89,11 +88,11 @@ def give_to_group(folder: Path, group: str) -> None:
 
 @contextlib.contextmanager
 def in_words(path: Path) -> Iterator[None]:
-    """Around what reads or writes a run folder: a failure of the file system becomes an error that says the way out.
+    """Converts an OSError of the block into an error that names the fix.
 
     Raises:
-        ConfigError: this user cannot use the path; trying again would not help.
-        RunFolderError: anything else (no room, an I/O error).
+        ConfigError: this user cannot use the path; a retry would not help.
+        RunFolderError: any other error (disk full, I/O error).
     """
     try:
         yield
@@ -102,10 +101,10 @@ def in_words(path: Path) -> Iterator[None]:
         me = user_name(os.geteuid())
         if error.errno in _LASTING:
             raise ConfigError(
-                f"run folder {path}: {error.strerror} ({where}), as {me}; choose another run.root, or have the folder "
-                "opened to you"
+                f"run folder {path}: {error.strerror} ({where}), as {me}; choose another run.root, or ask the owner for "
+                "permission"
             ) from error
         raise RunFolderError(
-            f"run folder {path}: {error.strerror or error} ({where}); mend that file system or choose another run.root, "
-            "then start again: the last checkpoint is untouched"
+            f"run folder {path}: {error.strerror or error} ({where}); repair that file system or choose another run.root, "
+            "then start again: the last checkpoint is intact"
         ) from error

@@ -1,7 +1,7 @@
-"""Whether a rank is where the plan wants it: node feature or label, host, local rank, GPU. Before there is a process group.
+"""Checks that a rank runs on its planned node, local rank and GPU, before the process group is created.
 
-A launcher says where a rank belongs (MOE_DIST_PLACE, from `launchers.command`); what is there comes from the node itself:
-SLURMD_NODENAME, SLURM_LOCALID and the node's features under Slurm, the node's labels under Ray, CUDA_VISIBLE_DEVICES.
+The launcher sets the planned place in MOE_DIST_PLACE. The actual place comes from SLURMD_NODENAME, SLURM_LOCALID, the
+node's features (Slurm) or labels (Ray), and CUDA_VISIBLE_DEVICES.
 """
 
 import json
@@ -12,22 +12,22 @@ from dataclasses import asdict, dataclass, field
 from moe_dist.errors import ConfigError, PlacementError
 
 PLACE = "MOE_DIST_PLACE"
-FEATURES = "MOE_DIST_NODE_FEATURES"  # of the node this process runs on, comma-separated; by launchers.slurm
-LABELS = "MOE_DIST_NODE_LABELS"  # likewise, a JSON mapping; by launchers.ray
+FEATURES = "MOE_DIST_NODE_FEATURES"  # comma-separated features of this node; set by launchers.slurm
+LABELS = "MOE_DIST_NODE_LABELS"  # labels of this node as a JSON mapping; set by launchers.ray
 
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where the plan puts one rank.
+    """The planned place of one rank.
 
     Attributes:
-        rank: Over all nodes.
+        rank: Global rank.
         node: Index of the node in the plan.
-        local_rank: Among the ranks of the node.
-        groups: Expert groups that live on it.
-        host: Name of the node; None where the plan does not know it.
-        feature, labels: What the node must have.
-        gpu: Index among the GPUs that the rank sees; None without GPUs.
+        local_rank: Local rank on the node.
+        groups: Names of the rank's expert groups.
+        host: Host name; None before the nodes are allocated.
+        feature, labels: Requirements on the node.
+        gpu: Index into the visible GPUs; None without GPUs.
     """
 
     rank: int
@@ -44,10 +44,10 @@ class RunPlace:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
-        """The place in MOE_DIST_PLACE; None where nobody planned one (torchrun).
+        """The place in MOE_DIST_PLACE; None without a plan (under torchrun).
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: the variable is not valid.
         """
         text = env.get(PLACE)
         if not text:
@@ -61,13 +61,13 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class Found:
-    """What a rank finds where it runs. None: nobody here can tell.
+    """The actual place of a rank; None means unknown.
 
     Attributes:
-        host: Name of the node.
-        local_rank: Among the tasks of the node.
-        features, labels: Of the node.
-        gpus: The GPUs that the rank sees.
+        host: Host name.
+        local_rank: Index of the task on the node.
+        features, labels: Features and labels of the node.
+        gpus: Visible GPUs.
     """
 
     host: str | None = None
@@ -78,8 +78,8 @@ class Found:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Found":
-        """Reads MOE_DIST_NODE_FEATURES, MOE_DIST_NODE_LABELS and CUDA_VISIBLE_DEVICES; SLURMD_NODENAME and SLURM_LOCALID
-        only where our Slurm launcher has set the first: any other process of a Slurm job inherits those."""
+        """Reads MOE_DIST_NODE_FEATURES, MOE_DIST_NODE_LABELS and CUDA_VISIBLE_DEVICES. SLURMD_NODENAME and SLURM_LOCALID
+        count only with MOE_DIST_NODE_FEATURES, because other launchers inside a Slurm job inherit them, too."""
         features, labels, gpus = (env.get(name) for name in (FEATURES, LABELS, "CUDA_VISIBLE_DEVICES"))
         slurm = env if features is not None else {}
         local = slurm.get("SLURM_LOCALID", "")
@@ -93,10 +93,10 @@ class Found:
 
 
 def check_place(place: RunPlace | None, found: Found) -> None:
-    """Holds a rank's place against what is there. No plan, no complaint.
+    """Compares the actual place with the planned one; does nothing without a plan.
 
     Raises:
-        PlacementError: it is elsewhere; says which rank, what the plan says and what is there, all differences at once.
+        PlacementError: they differ; lists all differences.
     """
     if place is None:
         return
@@ -104,21 +104,21 @@ def check_place(place: RunPlace | None, found: Found) -> None:
     if problems:
         groups = f" (experts of {', '.join(place.groups)})" if place.groups else ""
         raise PlacementError(
-            f"rank {place.rank}{groups} is not where the plan puts it: {'; '.join(problems)}; start the job with a launcher, "
-            "which asks for such nodes, or change placement.groups.<group>.node"
+            f"rank {place.rank}{groups} is not on its planned node: {'; '.join(problems)}; start the job with a launcher, "
+            "which requests the right nodes, or change placement.groups.<group>.node"
         )
 
 
 def _where(place: RunPlace, found: Found) -> list[str]:
     problems = []
     if place.host is not None and found.host != place.host:
-        problems.append(f"it belongs on {place.host} and runs on {found.host}")
+        problems.append(f"its node must be {place.host}, but it runs on {found.host}")
     if found.local_rank is not None and found.local_rank != place.local_rank:
-        problems.append(f"it is to be number {place.local_rank} on its node and is number {found.local_rank}")
+        problems.append(f"its local rank must be {place.local_rank}, but is {found.local_rank}")
     if place.gpu is not None and found.gpus is not None and place.gpu >= len(found.gpus):
         shown = ",".join(found.gpus) or "none"
         problems.append(
-            f"it is to compute on GPU {place.gpu} of {found.host}, which shows it {shown} (CUDA_VISIBLE_DEVICES)"
+            f"it needs GPU {place.gpu} of {found.host}, but its visible GPUs are {shown} (CUDA_VISIBLE_DEVICES)"
         )
     return problems
 

@@ -1,4 +1,4 @@
-"""Progress bars of tools that take minutes, on standard error."""
+"""Progress bars of long-running tools, on standard error."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Report = Callable[[str, int, int], None]  # stage, done, in all
+Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @contextmanager
 def shown_progress() -> Iterator[Report]:
-    """Yields what to call as the work goes on: one bar for each stage, by its name."""
+    """Yields a function that updates the progress bar of a stage."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),

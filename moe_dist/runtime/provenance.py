@@ -1,4 +1,4 @@
-"""Which code ran: commit, what differs from it, and package versions, one entry an attempt."""
+"""Records which code ran: commit, uncommitted changes and package versions, one entry per attempt."""
 
 import hashlib
 import importlib.metadata
@@ -15,15 +15,15 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.secrets import without_secrets
 
 _GIT_SECONDS = 20.0
-SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_state` of the clone a snapshot was made of
+SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # `code_state` of the clone, stored in its snapshot
 
 
 def record_provenance(folder: Path, attempt_id: str) -> None:
-    """Adds an entry to <folder>/provenance.json; the diff goes into diff_<hash>.patch beside it, once for equal diffs."""
+    """Adds an entry to <folder>/provenance.json, and writes the diff to diff_<hash>.patch; equal diffs share a file."""
     path = folder / "provenance.json"
     entries = json.loads(path.read_text()) if path.is_file() else []
     commit, raw, untracked = code_state(Path(moe_dist.__file__).parent)
-    # Bytes that are no UTF-8 stay as they are through latin-1; a secret in ASCII is found all the same.
+    # latin-1 keeps bytes that are not valid UTF-8, and secrets in ASCII are still found.
     diff = without_secrets(raw.decode("latin-1"), os.environ).encode("latin-1")
     patch = None
     if diff:
@@ -49,8 +49,8 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
 
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
-    """Commit, diff to it and untracked files of the clone that holds the folder `code`; (None, b"", []) where the code is
-    not tracked by git (an installed package), or there is no git. A snapshot of a clone says what that was."""
+    """Commit, diff against it and untracked files of the clone that contains the folder `code`. (None, b"", []) without git
+    or for an installed package. A snapshot stores the state of the clone from which it was copied."""
     if (code.parent / SNAPSHOT_JSON).is_file():
         state = json.loads((code.parent / SNAPSHOT_JSON).read_text())
         return state["commit"], (code.parent / SNAPSHOT_PATCH).read_bytes(), state["untracked"]
@@ -67,7 +67,7 @@ def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
-    """Output of a git command; None where it failed. Takes no lock, asks nothing."""
+    """Output of a git command; None if it failed. Takes no lock and never prompts."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

@@ -1,10 +1,9 @@
-"""Where the ranks of an attempt find rank 0: an address that it publishes in the run folder. No torch here.
+"""Rank 0 publishes the rendezvous address in the run folder, and the other ranks read it. Does not import torch.
 
-    rendezvous.json (0600, of the ranks' own user)     attempt_id, attempt, host, port, secret
+    rendezvous.json (mode 0600, owned by the ranks' user)     attempt_id, attempt, host, port, secret
 
-Rank 0 lets the kernel choose a free port and keeps the listening socket, so that nobody can take the port in between. The
-others wait for a file of their own attempt; what an earlier one left is never taken. The secret goes before every key
-in the store: it keeps a stray job out, not an attacker, since the store authenticates nobody (docs/security.md).
+The other ranks only accept a file of their own attempt. The secret is a prefix of every key in torch's store: it separates
+jobs, but does not stop an attacker, because the store has no authentication (docs/security.md).
 """
 
 import json
@@ -29,12 +28,12 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Address:
-    """Where rank 0 listens, and for whom.
+    """The published address of rank 0.
 
     Attributes:
-        attempt_id, attempt: Of the ranks that may come.
-        host, port: An IPv4 address of rank 0's node.
-        secret: Prefix of all keys.
+        attempt_id, attempt: The attempt that this address is for.
+        host, port: An IPv4 address of rank 0's node, and the port.
+        secret: Prefix of all keys in the store.
     """
 
     attempt_id: str
@@ -45,16 +44,16 @@ class Address:
 
 
 def address_file(run_folder: Path) -> Path:
-    """Where an attempt publishes its address."""
+    """The file with the address."""
     return run_folder / "rendezvous.json"
 
 
 def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
-    """The address of this node that its peers reach, and the only one that rank 0 listens at: the loopback where all ranks
-    are on this node and MOE_DIST_RENDEZVOUS_HOST says nothing else, or `node_address`.
+    """The only address at which rank 0 listens: the loopback if all ranks are on this node and MOE_DIST_RENDEZVOUS_HOST is
+    not set, otherwise `node_address`.
 
     Raises:
-        ConfigError: as `node_address`.
+        ConfigError: from `node_address`.
     """
     if env.local_world_size == env.world_size and not variables.get(HOST_VARIABLE):
         return "127.0.0.1"
@@ -62,13 +61,11 @@ def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
 
 
 def node_address(variables: Mapping[str, str]) -> str:
-    """The address of this node that other nodes reach.
-
-    In this order: MOE_DIST_RENDEZVOUS_HOST (a name or address of this node); the interface that GLOO_SOCKET_IFNAME names;
-    what the host's own name stands for.
+    """The address at which other nodes can reach this node: from MOE_DIST_RENDEZVOUS_HOST (a name or address of this node),
+    else of the interface GLOO_SOCKET_IFNAME, else of the host name.
 
     Raises:
-        ConfigError: none of them is an address that other nodes could reach.
+        ConfigError: none of them gives a reachable address.
     """
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")
@@ -80,23 +77,24 @@ def node_address(variables: Mapping[str, str]) -> str:
     host = _resolve(name, f"this node's own name {name!r}")
     if host.startswith("127."):
         raise ConfigError(
-            f"rank 0 cannot tell which of its addresses the other nodes reach: {name!r} stands for {host}; set "
+            f"rank 0 has no address that other nodes can reach: its host name {name!r} resolves to {host}; set "
             f"{HOST_VARIABLE} to a name or address of the node, or GLOO_SOCKET_IFNAME to the network's interface"
         )
     return host
 
 
 def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket]:
-    """On rank 0: listens at a free port of `host`, and says so in `path`, which only this user may read.
+    """On rank 0: listens at a free port of `host`, and writes the address to `path`, readable by this user only.
 
     Returns:
-        The address, and its listening socket.
+        The address, and the listening socket.
 
     Raises:
-        PlacementError: the address is none of this node.
+        PlacementError: `host` is not an address of this node.
         OSError: the file cannot be written.
     """
     try:
+        # The kernel chooses the port, and the socket stays open: no other process can take the port.
         listener = socket.create_server((host, 0))
     except OSError as error:
         raise PlacementError(
@@ -120,8 +118,8 @@ def find(path: Path, env: RankEnv, *, wait_seconds: float) -> Address:
     """On the other ranks: waits for the address of this attempt.
 
     Raises:
-        RunFolderError: it did not come in time.
-        ConfigError: the file is not this user's alone.
+        RunFolderError: the address was not published in time.
+        ConfigError: the file belongs to another user, or others can access it.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -129,35 +127,35 @@ def find(path: Path, env: RankEnv, *, wait_seconds: float) -> Address:
         if address is not None and (address.attempt_id, address.attempt) == (env.attempt_id, env.attempt):
             return address
         if time.monotonic() >= deadline:
-            there = f"; what lies there is of attempt {address.attempt_id}" if address is not None else ""
+            other = f"; the file there is of attempt {address.attempt_id}" if address is not None else ""
             raise RunFolderError(
-                f"rank {env.rank} waited {wait_seconds:g} s for rank 0 to say in {path} where it listens (attempt "
-                f"{env.attempt_id}){there}; the log of rank 0 says why it did not, or this node does not see that folder"
+                f"rank {env.rank} waited {wait_seconds:g} s for rank 0's address in {path} (attempt {env.attempt_id})"
+                f"{other}; see the log of rank 0 for the reason, or check that this node sees that folder"
             )
         time.sleep(POLL_SECONDS)
 
 
 def withdraw(path: Path, address: Address) -> None:
-    """On rank 0, once all ranks have come: nobody needs the file any more."""
+    """On rank 0, after all ranks have connected: deletes the file."""
     if _read(path) == address:
         path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Address | None:
-    """What was published; None where nothing is, or nothing of that form."""
+    """The published address; None without a valid file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; it must be a plain file of this user; remove it") from error
+        raise ConfigError(f"{path}: {error.strerror}; it must be a regular file of this user; delete it") from error
     with open(descriptor, "rb") as stream:
         found = os.fstat(stream.fileno())
-        ours = found.st_uid in (os.geteuid(), path.parent.stat().st_uid)  # that the folder is ours was found before
+        ours = found.st_uid in (os.geteuid(), path.parent.stat().st_uid)  # the folder's owner was checked at the start
         if not ours or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(
-                f"{path}: belongs to {user_name(found.st_uid)} with mode {stat.S_IMODE(found.st_mode):04o}; ranks go only "
-                "where a file of their own user, closed to all others, sends them; remove it"
+                f"{path}: belongs to {user_name(found.st_uid)} with mode {stat.S_IMODE(found.st_mode):04o}; it must belong "
+                "to the user of the ranks with mode 0600; delete it"
             )
         try:
             return Address(**json.load(stream))

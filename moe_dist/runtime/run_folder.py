@@ -1,11 +1,11 @@
-"""A run on disk: what was asked for, what ran, how each attempt ended; and whether a new start goes on with it.
+"""The folder of a run, and whether a start is a new run, a resume, or already finished.
 
-    config.yaml, provenance.json, diff_*.patch    resolved configuration; commit, dirty diff and packages of each attempt
+    config.yaml, provenance.json, diff_*.patch    resolved configuration; commit, diff and packages of each attempt
     metrics.jsonl, tensorboard/, checkpoints/, log/rank_R.log, summary.txt
-    status.json, lease.json                       verdict of each attempt; who writes here now
-    slurm/                                        code and configuration that each Slurm job runs (launchers/snapshot.py)
+    status.json, lease.json                       verdict of each attempt; the current writer
+    slurm/                                        code and configuration of each Slurm job (launchers/snapshot.py)
 
-Rank 0 of an attempt opens the folder; the other ranks only look (`inspect`), before any process group is made.
+Only rank 0 opens the folder for writing; the other ranks only read it (`inspect`), before the process group is created.
 """
 
 import contextlib
@@ -29,13 +29,11 @@ from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, ref
 from moe_dist.runtime.provenance import record_provenance
 from moe_dist.runtime.status import AttemptRecord, Status, read_status, write_status
 
-BEFORE_OPENING = frozenset(
-    {"log", "slurm", "lease.json", "status.json"}
-)  # what may lie in a folder that no attempt has opened yet
+BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json"})  # may exist before the first attempt
 
 
 class Start(Enum):
-    """What a start with a configuration would do."""
+    """Effect of starting a configuration."""
 
     NEW = "new"
     RESUME = "resume"
@@ -47,7 +45,7 @@ class RunFolder:
 
     Args:
         path: <run.root>/<run.name>.
-        group: Unix group that is given what is made; None leaves that to the system.
+        group: Unix group for the folder's files; None keeps the system's default.
     """
 
     def __init__(self, path: str | Path, group: str | None = None) -> None:
@@ -63,20 +61,20 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
-        """The folder that a configuration names; it need not exist."""
+        """The run folder of a configuration; it need not exist."""
         return cls(Path(config.run.root) / config.run.name, config.run.group)
 
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """What a start with `config` would do here. Reads only, so every rank may ask.
+        """What a start with `config` would do. Only reads, so every rank may call it.
 
         Raises:
-            ConfigError: the folder holds another configuration (with the difference), or something that is no run; or it
-                belongs to another user, whose finished run can still be shown; or this user cannot read it.
-            DataError: its status.json is damaged.
-            RunFolderError: it cannot be read just now.
+            ConfigError: the folder holds a run with another configuration, or is no run folder; or it belongs to another
+                user and the run is not finished; or this user cannot read it.
+            DataError: status.json is damaged.
+            RunFolderError: the folder cannot be read at the moment.
         """
         with in_words(self.path):
             owner = other_owner(self.path)
@@ -88,8 +86,8 @@ class RunFolder:
                 if self._inspect(config) is Start.FINISHED:
                     return Start.FINISHED
         raise ConfigError(
-            f"run.name={config.run.name!r}: {self.path} belongs to {owner}; you may look at what you can read of it, but a "
-            "run is written by its owner alone: choose another run.name or run.root"
+            f"run.name={config.run.name!r}: {self.path} belongs to {owner}, and only the owner may continue a run; choose "
+            "another run.name or run.root"
         )
 
     def _inspect(self, config: Config) -> Start:
@@ -100,29 +98,29 @@ class RunFolder:
             raise ConfigError(
                 [
                     f"run.name={config.run.name!r}: {self.path} holds a run with another configuration; choose another "
-                    "run.name, or start with --overwrite to move it aside (what may change on resume: "
-                    f"{', '.join(MAY_CHANGE_ON_RESUME)})",
+                    "run.name, or start with --overwrite, which renames the old run's folder (keys that may change on "
+                    f"resume: {', '.join(MAY_CHANGE_ON_RESUME)})",
                     *(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in changes),
                 ]
             )
         return Start.FINISHED if self.finished(config) else Start.RESUME
 
     def start(self, config: Config, env: RankEnv, *, overwrite: bool = False) -> Start:
-        """Decides how a rank starts, before there is a process group: all ranks decide alike. With `overwrite` rank 0 moves
-        the folder aside; in a restart that is ignored, or it would throw away what the job has done so far.
+        """Decides how a rank starts, before the process group exists; all ranks get the same result. With `overwrite`
+        rank 0 renames the folder of the old run first.
 
         Raises:
-            ConfigError: as `inspect` and `move_aside`.
-            LeaseError: as `move_aside`.
+            ConfigError: from `inspect` and `move_aside`.
+            LeaseError: from `move_aside`.
         """
-        if not overwrite or env.attempt > 0:
+        if not overwrite or env.attempt > 0:  # on a restart --overwrite would discard the job's own progress
             return self.inspect(config)
         if env.rank == 0:
             self.move_aside()
         return Start.NEW
 
     def finished(self, config: Config) -> bool:
-        """Whether the run has reached the last step that `config` asks for."""
+        """Whether the run has completed `train.steps` of `config`."""
         latest = self.read_status().latest
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
@@ -130,25 +128,25 @@ class RunFolder:
         """The configuration of the latest attempt.
 
         Raises:
-            ConfigError: it cannot be read by this version of the code.
+            ConfigError: this version of the code cannot read it.
         """
         try:
             return load_config(self.config_yaml)
         except ConfigError as error:
             raise ConfigError(
                 [
-                    f"{self.config_yaml}: cannot be read by this version of moe_dist; go on with the version in "
-                    "provenance.json, choose another run.name, or start with --overwrite",
+                    f"{self.config_yaml}: this version of moe_dist cannot read it; use the version in provenance.json, "
+                    "choose another run.name, or start with --overwrite",
                     *error.problems,
                 ]
             ) from error
 
     def move_aside(self) -> Path | None:
-        """For --overwrite: renames the folder to <name>.old-1 (or -2, ...). None where there is no run to move.
+        """For --overwrite: renames the folder to <name>.old-1 (or -2, ...); None without a run.
 
         Raises:
-            LeaseError: an attempt writes to it at this moment.
-            ConfigError: it is no run, or another user's.
+            LeaseError: an attempt is writing to the folder.
+            ConfigError: the folder is no run folder, or belongs to another user.
         """
         with in_words(self.path):
             return self._move_aside()
@@ -170,7 +168,7 @@ class RunFolder:
         return old
 
     def put_back(self, old: Path) -> None:
-        """Undoes `move_aside` where no attempt has opened the new folder: the job that was to was refused."""
+        """Undoes `move_aside` if no attempt has opened the new folder, because the job was refused."""
         with in_words(self.path):
             if self.path.exists():
                 if {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING:
@@ -179,17 +177,17 @@ class RunFolder:
             old.rename(self.path)
 
     def prepare(self) -> None:
-        """Makes the folder and its logs, and gives them to `run.group`. Who starts a run calls it after `inspect`.
+        """Creates the folder and its log folder, and sets their group to `run.group`. Launchers call it after `inspect`.
 
         Raises:
-            ConfigError, RunFolderError: this user may not make it, or cannot just now.
+            ConfigError, RunFolderError: the folder cannot be created.
         """
         with in_words(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.logs, self.checkpoints, self.tensorboard):
                 if self._group is not None and folder.is_dir():
                     give_to_group(folder, self._group)
-            self.logs.mkdir(exist_ok=True)  # after its parent has the setgid bit, which it takes on
+            self.logs.mkdir(exist_ok=True)  # after the parent has its setgid bit, which a new folder inherits
 
     def open(
         self,
@@ -200,18 +198,18 @@ class RunFolder:
         on_wait: Callable[[str], None] | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Lease:
-        """On rank 0: takes the lease, writes configuration and provenance, and begins the attempt in status.json.
+        """On rank 0: takes the lease, writes configuration and provenance, and adds the attempt to status.json.
 
         Args:
             on_wait, stopped: As in `Lease.acquire`.
 
         Returns:
-            The lease, to be checked before each commit and released at the end.
+            The lease; check it before each commit and release it at the end.
 
         Raises:
-            ConfigError, DataError, RunFolderError: as `inspect` and `prepare`.
-            LeaseError: another attempt writes here and did not leave within `wait_seconds`.
-            StoppedError: asked to stop while waiting.
+            ConfigError, DataError, RunFolderError: from `inspect` and `prepare`.
+            LeaseError: another attempt writes to the run and did not end within `wait_seconds`.
+            StoppedError: a stop signal came during the wait.
         """
         self.inspect(config)
         with in_words(self.path):
@@ -220,8 +218,7 @@ class RunFolder:
         try:
             self.inspect(config)  # again: the attempt we waited for may have changed the folder
             with in_words(self.path):
-                # Before anything else: until it stands, a rank that looks at a folder with other things in it takes them
-                # for somebody's own.
+                # First of all files: without config.yaml another rank's `inspect` would refuse the folder as no run.
                 write_atomically(self.config_yaml, resolved_yaml(config))
             self.prepare()
             with in_words(self.path):
@@ -234,7 +231,7 @@ class RunFolder:
         return lease
 
     def read_status(self) -> Status:
-        """All attempts; empty where none has begun.
+        """All attempts; empty before the first.
 
         Raises:
             DataError: status.json is damaged.
@@ -242,41 +239,42 @@ class RunFolder:
         return read_status(self.status_json)
 
     def last_step(self) -> int:
-        """Last step that an attempt reported; 0 before the first."""
+        """Last step of the latest attempt; 0 before the first."""
         latest = self.read_status().latest
         return latest.last_step if latest is not None else 0
 
     def has_verdict(self, attempt_id: str) -> bool:
-        """Whether a rank of this attempt has said how it ended."""
+        """Whether a rank of this attempt has recorded a verdict."""
         return self._claim(attempt_id).exists()
 
     def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:
-        """Writes how an attempt ended. Any rank may: the first to do so gives the verdict, since a rank that fails writes
-        before it leaves, and its peers fail only after that.
+        """Records how an attempt ended. Every rank may call it and the first one wins: a failed rank records its verdict
+        before it exits, so before its exit can make a peer fail.
 
         Returns:
-            Whether it was written; False where the attempt has its verdict already, or no longer holds the lease.
+            Whether it was written; False if the attempt already has a verdict or has lost the lease.
         """
         if not self._is_held_by(attempt_id):
             return False
         try:
-            os.close(os.open(self._claim(attempt_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # the file server
-        except FileExistsError:  # decides, not a cache
+            # O_EXCL lets the file server decide which rank is first; a client's cache could be outdated.
+            os.close(os.open(self._claim(attempt_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
             return False
-        ending = self.read_status().of(attempt_id)
-        if ending is None:
+        record = self.read_status().of(attempt_id)
+        if record is None:
             return False
 
         def check() -> None:
-            # Rank 0 may have given the lease back meanwhile, since this rank has the claim; but nobody else may have come.
+            # Rank 0 may have released the lease since; but no other attempt may have taken it.
             writer = read_holder(self.lease_json) or self.read_status().latest
             if writer is None or writer.attempt_id != attempt_id:
-                raise LeaseError(f"{self.path}: another attempt writes here now")
+                raise LeaseError(f"{self.path}: another attempt now writes to this run")
 
         try:
             write_status(
                 self.status_json,
-                replace(ending, verdict=verdict, reason=reason, last_step=last_step, rank=rank, ended=time.time()),
+                replace(record, verdict=verdict, reason=reason, last_step=last_step, rank=rank, ended=time.time()),
                 before_rename=check,
             )
         except LeaseError:
@@ -284,33 +282,33 @@ class RunFolder:
         return True
 
     def amend_status(self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int) -> bool:
-        """For a launcher, once every rank of the attempt has ended and it has seen why: what a peer of a killed or frozen
-        rank wrote down is a consequence, and where all were killed nobody wrote anything.
+        """For a launcher, after all ranks have ended: replaces the recorded verdict. The peer of a killed or frozen rank
+        has recorded only a follow-up error, and if all ranks were killed there is no record.
 
         Returns:
-            Whether it was written; False where the attempt never began, or somebody else writes to the run by now.
+            Whether it was written; False if the attempt never began or another one now writes to the run.
         """
         try:
             lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds=0.0)
         except LeaseError:
             return False
         try:
-            ending = self.read_status().of(attempt_id)
-            if ending is None:
+            record = self.read_status().of(attempt_id)
+            if record is None:
                 return False
-            ended = ending.ended or time.time()
-            amended = replace(ending, verdict=verdict, reason=reason, rank=rank, last_step=last_step, ended=ended)
+            ended = record.ended or time.time()
+            amended = replace(record, verdict=verdict, reason=reason, rank=rank, last_step=last_step, ended=ended)
             write_status(self.status_json, amended, before_rename=lease.check)
         finally:
             lease.release()
         return True
 
     def write_summary(self, text: str) -> None:
-        """Keeps the summary, to be shown when a finished run is started again."""
+        """Stores the summary, which is printed when a finished run is started again."""
         write_atomically(self.summary_txt, text)
 
     def read_summary(self) -> str:
-        """The summary of a finished run, or a line that says how it ended."""
+        """The summary of a finished run; without one a line with its last step."""
         if self.summary_txt.is_file():
             return self.summary_txt.read_text()
         latest = self.read_status().latest
@@ -320,8 +318,8 @@ class RunFolder:
         me = Holder.this_process(env.attempt_id)
         for claim in self.path.glob(".verdict_*"):
             claim.unlink(missing_ok=True)
-        ending = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
-        write_status(self.status_json, ending, before_rename=lease.check)
+        record = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
+        write_status(self.status_json, record, before_rename=lease.check)
 
     def _claim(self, attempt_id: str) -> Path:
         return self.path / f".verdict_{attempt_id}"
@@ -331,7 +329,7 @@ class RunFolder:
         return holder is not None and holder.attempt_id == attempt_id
 
     def _refuse_strangers(self) -> None:
-        """A folder that is not empty and no run is somebody's own: nothing is written into it and it is not moved."""
+        """Refuses a folder with other content that is no run: it must neither be written nor renamed."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -343,6 +341,6 @@ class RunFolder:
         )
         if strangers:
             raise ConfigError(
-                f"run.name={self.path.name!r}: {self.path} is no run (no config.yaml, but {', '.join(strangers[:5])}); "
-                "choose another run.name or run.root"
+                f"run.name={self.path.name!r}: {self.path} is no run folder (it has no config.yaml, but "
+                f"{', '.join(strangers[:5])}); choose another run.name or run.root"
             )

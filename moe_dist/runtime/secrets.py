@@ -1,7 +1,7 @@
-"""Secrets that a process was given in its environment, kept out of what it writes.
+"""Removes secrets of the environment from text before it is logged or stored.
 
-Nothing of ours writes the environment anywhere. What is left are others' messages (an exception of a client that quotes a
-URL with its key) and users' own slips (a key as an override): those are found by value.
+moe_dist never writes environment variables. But an exception may quote a URL with its key, and a user may pass a key as an
+override: such secrets are found by their value.
 """
 
 import re
@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 # Whole words of a variable's name: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM or KEYBOARD.
 _NAMES = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)", re.IGNORECASE)
-SHORTEST = 8  # characters; a shorter value would be found in innocent text
+SHORTEST = 8  # characters; a shorter value would match ordinary text
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Values of the variables that are named like secrets, each with its variable. A path is no secret; its file may be."""
+    """Values of variables with names of secrets, each with its variable's name. Paths do not count as secrets."""
     return {
         value: name
         for name, value in environment.items()
@@ -22,7 +22,7 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:
-    """The text with every secret of the environment replaced by <the name of its variable>; the longest first."""
+    """Replaces every secret of the environment by <name of its variable>; longest first, as one may contain another."""
     for value, name in sorted(secrets_of(environment).items(), key=lambda pair: -len(pair[0])):
         text = text.replace(value, f"<{name}>")
     return text

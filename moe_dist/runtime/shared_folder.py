@@ -1,5 +1,7 @@
-"""Every rank proves that it sees the run folder of rank 0: with a folder of that name on each node's own disk a run would
-train, save a part on each, and never load again. By a file, since the proof comes before ranks can talk. No torch here.
+"""Checks that every rank sees rank 0's run folder. Does not import torch.
+
+With a separate local folder on each node, parts of each checkpoint would lie on different nodes and could not be loaded. The
+check uses a file, because there is no process group yet.
 """
 
 import time
@@ -11,19 +13,19 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.environment import RankEnv
 
-WAIT_SECONDS = 60.0  # a file server may hide a new file for as long as its clients remember that it was not there
+WAIT_SECONDS = 60.0  # an NFS client may cache for a while that a new file does not exist
 _POLL_SECONDS = 0.1
 
 
 @contextmanager
 def shared_with_rank_0(run_folder: Path, env: RankEnv, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """On rank 0: writes a file of this attempt, and takes it away at the end of the block. On the others: waits for it.
+    """On rank 0: writes a file, and deletes it at the end of the block. On other ranks: waits for the file.
 
-    Enter it when rank 0 has opened the run folder; all ranks must have entered before rank 0 leaves, as they have where the
-    process group is made inside. Does nothing where all ranks are on one node.
+    Enter it after rank 0 has opened the run folder. All ranks must enter before rank 0 leaves, so create the process group
+    inside the block. Does nothing if all ranks are on one node.
 
     Raises:
-        ConfigError: the file did not come: this node has another folder of that name, or none.
+        ConfigError: the file did not appear: run.root is a different folder on this node, or missing.
     """
     probe = run_folder / f".shared_{env.attempt_id}_{env.attempt}"
     if env.local_world_size == env.world_size:
@@ -40,7 +42,7 @@ def shared_with_rank_0(run_folder: Path, env: RankEnv, *, wait_seconds: float = 
 
 
 def relative_paths(config: Config) -> list[str]:
-    """Paths that mean something else on each node or in a job's temporary working directory, each with its way out."""
+    """A message for each relative path of the configuration: its meaning depends on a node's working directory."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return [
         f"{key}={path!r}: must be absolute on a cluster, and the same folder on all nodes"
@@ -53,9 +55,9 @@ def _wait_for(probe: Path, env: RankEnv, wait_seconds: float) -> None:
     deadline = time.monotonic() + wait_seconds
     while not probe.exists():
         if time.monotonic() >= deadline:
-            what = "not there" if not probe.parent.exists() else "another folder, or rank 0 has not come"
+            what = "is a different folder, or rank 0 has not started" if probe.parent.exists() else "does not exist"
             raise ConfigError(
-                f"rank {env.rank} waited {wait_seconds:g} s for {probe.name}, which rank 0 writes into {probe.parent}: "
-                f"here that is {what}; run.root must be one folder that all nodes share"
+                f"rank {env.rank} waited {wait_seconds:g} s for {probe.name}, which rank 0 writes into {probe.parent}; "
+                f"on this node it {what}; run.root must be a folder that all nodes share"
             )
         time.sleep(_POLL_SECONDS)

@@ -1,10 +1,9 @@
-"""Stop signals, and children that never outlive their parent. Imports the standard library only, so that handlers stand
-before torch is imported.
+"""Stop signals, and child processes that end with their parent. Imports only the standard library, so that the handlers are
+installed before torch is imported.
 
-TERM, USR2 and INT, in any mix and any number, are one request: they set a flag, and the loop acts on it between steps. A
-signal that arrives while the main thread waits inside a collective does not run its Python handler until that returns;
-therefore a thread reads the wakeup descriptor, which the C handler writes at once, and holds the timer that ends the
-process if the loop does not get there within the grace.
+SIGTERM, SIGUSR2 and SIGINT set a flag, and the training loop stops between two steps. While the main thread waits inside a
+collective, Python runs no signal handler. Therefore a thread reads the wakeup descriptor, which the C-level handler writes
+without delay, and starts the timer that ends the process after the grace period.
 """
 
 import ctypes
@@ -24,14 +23,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """One request to stop, however many signals carry it.
+    """A request to stop; repeated signals count once.
 
-    `install` is called in the main thread, once, as the first thing a rank does. Ranks hear of a stop at different steps:
-    the loop must vote on `requested` over all ranks before it acts.
+    Call `install` once in the main thread, before anything else. Ranks get the signal at different steps: the loop must
+    agree on `requested` over all ranks before it stops.
 
     Args:
-        grace_seconds: Time from the first signal until the process is ended if it has not ended by itself.
-        on_expire: Called by the timer's thread just before that; it must not touch the process group.
+        grace_seconds: Time from the first signal until the process is killed.
+        on_expire: Called by the timer's thread before that; it must not use the process group.
     """
 
     def __init__(self, grace_seconds: float = DEFAULT_GRACE_SECONDS, on_expire: Callable[[], None] | None = None) -> None:
@@ -44,7 +43,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a stop signal has come. Costs nothing: a look at an attribute, no collective."""
+        """Whether this rank got a stop signal. Reads an attribute; no collective."""
         return self._first is not None
 
     @property
@@ -53,7 +52,7 @@ class StopRequest:
         return self._first.name if self._first is not None else ""
 
     def install(self) -> "StopRequest":
-        """Puts the handlers in place; a second call changes nothing.
+        """Installs the handlers; a second call does nothing.
 
         Raises:
             ValueError: called outside the main thread.
@@ -71,13 +70,13 @@ class StopRequest:
         return self
 
     def uninstall(self) -> None:
-        """Puts the earlier handlers back and disarms the timer."""
+        """Restores the earlier handlers and cancels the timer."""
         if self._pipe is None:
             return
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # what signal.signal gave us
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # returned by signal.signal
         signal.set_wakeup_fd(self._previous_fd)
-        os.close(self._pipe[1])  # the watcher reads the end of the pipe and leaves
+        os.close(self._pipe[1])  # ends the thread: its read returns nothing
         self._pipe = None
 
     def __enter__(self) -> "StopRequest":
@@ -105,18 +104,18 @@ class StopRequest:
     def _expire(self) -> None:
         try:
             sys.stderr.write(
-                f"{self.reason} came {self.grace_seconds:g} s ago and the run has not stopped; ending it here:\n"
+                f"{self.reason} came {self.grace_seconds:g} s ago and the run has not stopped; killing it, threads at:\n"
             )
             faulthandler.dump_traceback(all_threads=True)
             if self.on_expire is not None:
                 self.on_expire()
         finally:
-            os._exit(EXIT_FAILED)  # the main thread may hang in a collective: no handler, no atexit, would ever run
+            os._exit(EXIT_FAILED)  # sys.exit would not work: the main thread may hang in a collective
 
 
 def unblock_stop_signals() -> None:
-    """Lets in what has waited: a launcher may start a process with the stop signals blocked, so that none is lost, or ends
-    it, before its handlers stand. Call it when they do."""
+    """Delivers pending signals; call it after the handlers are installed. A launcher may start a process with blocked stop
+    signals, so that an early signal is neither lost nor kills it."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
@@ -129,16 +128,14 @@ def _load_prctl() -> Callable[[int, int], int] | None:
 
 
 def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
-    """Makes the function that a child process calls first: as `preexec_fn`, or at the start of a worker.
-
-    The child is killed by the kernel when the thread that started it ends, so start children from the main thread. All
-    lookups happen here, in the parent: between fork and exec only the system calls are left.
+    """Returns a function that a child process calls first, as `preexec_fn` or at the start of a worker: the kernel then
+    kills the child when the thread that started it ends. So start children from the main thread.
 
     Args:
-        parent_pid: The parent's process id; a child that finds another parent was orphaned before it got here, and ends.
-        ignore_stop: Whether the child ignores the stop signals (workers of a rank do; the ranks themselves do not).
+        parent_pid: Process id of the parent; a child that finds another parent is already orphaned, and exits.
+        ignore_stop: Whether the child ignores stop signals (workers of a rank do; ranks do not).
     """
-    prctl = _load_prctl()
+    prctl = _load_prctl()  # in the parent: between fork and exec only system calls are safe
 
     def prepare() -> None:
         if prctl is not None:

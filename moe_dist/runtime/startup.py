@@ -1,4 +1,4 @@
-"""A line now and then while a run starts and has nothing else to show: importing torch or reading data can take minutes."""
+"""Prints what a starting run is doing: importing torch or reading data can take minutes."""
 
 import sys
 import threading
@@ -9,12 +9,12 @@ QUIET_SECONDS = 10.0
 
 
 class Startup:
-    """Says what is going on, from a thread, until `done`.
+    """Prints a line at intervals from a thread, until `done`.
 
     Args:
-        enabled: On rank 0 only, or every rank would say it.
-        quiet_seconds: Silence before a line, and between two.
-        stream: Where to; default standard error.
+        enabled: True on rank 0 only.
+        quiet_seconds: Interval between lines.
+        stream: Output; default standard error.
     """
 
     def __init__(self, *, enabled: bool, quiet_seconds: float = QUIET_SECONDS, stream: TextIO | None = None) -> None:
@@ -25,11 +25,11 @@ class Startup:
             threading.Thread(target=self._tell, name="startup", daemon=True).start()
 
     def now(self, doing: str) -> None:
-        """What the main thread does from here on, as 'importing torch'."""
+        """Sets what the main thread does now, as 'importing torch'."""
         self._doing = doing
 
     def done(self) -> None:
-        """No more lines. A second call does nothing."""
+        """Ends the output; a second call does nothing."""
         self._done.set()
 
     def _tell(self) -> None:

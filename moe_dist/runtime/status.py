@@ -16,13 +16,13 @@ class AttemptRecord:
     """One attempt in status.json.
 
     Attributes:
-        attempt_id, restarts: Its name, and how often its launcher had restarted the job before.
-        host, pid: Of rank 0.
-        started, ended: Unix seconds; ended is None while it runs, or when it died without a word.
-        verdict: Exit code; None likewise.
-        reason: In words.
-        rank: The rank that gave the verdict.
-        last_step: Last step taken.
+        attempt_id, restarts: Name of the attempt, and number of restarts before it.
+        host, pid: Host and process id of rank 0.
+        started, ended: Unix seconds; ended is None while the attempt runs, or if it died without a record.
+        verdict: Exit code; None as for `ended`.
+        reason: Why it ended.
+        rank: The rank that recorded the verdict.
+        last_step: Last completed step.
     """
 
     attempt_id: str
@@ -49,14 +49,14 @@ class Status:
 
     def of(self, attempt_id: str) -> AttemptRecord | None:
         """The entry of one attempt."""
-        return next((ending for ending in self.attempts if ending.attempt_id == attempt_id), None)
+        return next((record for record in self.attempts if record.attempt_id == attempt_id), None)
 
 
 def read_status(path: Path) -> Status:
-    """All attempts; empty where the file is not there.
+    """All attempts; empty without a file.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
     try:
         text = path.read_bytes()
@@ -68,24 +68,24 @@ def read_status(path: Path) -> Status:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{path}: damaged ({why}); move it away and start again: the run goes on from its checkpoint, and only the "
-            "list of its earlier attempts is lost"
+            f"{path}: damaged ({why}); delete it and start again: the run resumes from its checkpoint and loses only the "
+            "list of earlier attempts"
         ) from error
     return Status(attempts)
 
 
-def write_status(path: Path, ending: AttemptRecord, *, before_rename: Callable[[], None] | None = None) -> None:
-    """Adds an attempt, or replaces its entry; the fields of the latest also stand at the top, for `jq .verdict`.
+def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[], None] | None = None) -> None:
+    """Adds an attempt, or replaces its entry. The file's top level repeats the latest verdict, for `jq .verdict`.
 
     Args:
         before_rename: As in `write_atomically`.
     """
-    attempts = [entry for entry in read_status(path).attempts if entry.attempt_id != ending.attempt_id]
+    attempts = [entry for entry in read_status(path).attempts if entry.attempt_id != record.attempt_id]
     summary = {
-        "verdict": ending.verdict,
-        "reason": ending.reason,
-        "last_step": ending.last_step,
+        "verdict": record.verdict,
+        "reason": record.reason,
+        "last_step": record.last_step,
         "restarts": len(attempts),
-        "attempts": [asdict(entry) for entry in (*attempts, ending)],
+        "attempts": [asdict(entry) for entry in (*attempts, record)],
     }
     write_atomically(path, json.dumps(summary, indent=1) + "\n", before_rename=before_rename)

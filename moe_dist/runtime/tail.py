@@ -1,4 +1,4 @@
-"""The end of a file that may have gigabytes, read backwards."""
+"""Reads the last lines of a large file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +7,9 @@ BLOCK = 1 << 16
 
 
 def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
-    """The whole lines of a file, the last first, as far back as `most_bytes`; none where there is no such file.
+    """Yields the complete lines in the last `most_bytes` of a file, last first; nothing for a missing file.
 
-    A last line without its newline is still being written, or was torn by a crash: it is left out.
+    Skips a last line without newline: it is still being written, or a crash cut it.
     """
     try:
         stream = path.open("rb")

@@ -1,14 +1,13 @@
-"""Ends a run whose ranks wait for each other, and says who keeps whom waiting where.
+"""Ends a run that hangs in a collective, and names the ranks that the others wait for.
 
-    log/watchdog_<attempt>/rank_R.json     where rank R stood, one JSON object: collective, layer, splits, seconds, step
+    log/watchdog_<attempt>/rank_R.json     position of rank R as a JSON object: collective, layer, splits, seconds, step
 
-Each rank has a thread that looks at its `CollectiveTracker`. Where a collective has not finished in time the rank reports; the others
-see the folder and report as well, also those that wait for nothing. A little later each reads all reports, writes the
-verdict (the first one counts) and ends its process, since its main thread is inside a collective and cannot be asked to. A
-rank that has written nothing is stopped, dead or cut off.
+A thread on each rank polls the rank's `CollectiveTracker`. If a collective exceeds its time limit, the rank writes a
+report; the other ranks see the folder and write theirs. Then each reads all reports, records the verdict (the first one
+counts) and ends its process, because its main thread is blocked in the collective. A rank without a report is suspended or
+dead, or has lost the run folder.
 
-The thread needs the file system and nothing else: no collective, no process group. Looking costs one `stat` each POLLS-th
-part of the time allowed.
+The thread uses only the file system, no process group. A poll costs one `stat`.
 """
 
 import json
@@ -25,9 +24,9 @@ from pathlib import Path
 from moe_dist.comm.tracker import CollectiveTracker, Position
 from moe_dist.runtime.run_folder import write_atomically
 
-POLLS = 20  # looks during the time allowed; so a collective is ended after at most 1.2 times that
+POLLS = 20  # polls per time limit; so a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
-SETTLE_POLLS = 3  # looks that peers get to write their reports
+SETTLE_POLLS = 3  # intervals in which the peers write their reports
 SHOWN_RANKS = 8
 
 logger = logging.getLogger(__name__)
@@ -35,16 +34,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """Where one rank stood.
+    """Position of one rank.
 
     Attributes:
-        attempt, rank, step: Who, and the last finished optimizer step.
-        collective: Name of the first collective that had not finished; None where the rank was in none.
-        layer: Name of the layer that called it; empty where no layer did.
-        send, receive: Its split sizes, in items for and from each rank of its group.
-        seconds: Since the rank entered it.
-        entered: Collectives that the rank had entered, the unfinished one included and later ones not.
-        at: Line of the package in which the main thread was.
+        attempt, rank, step: Attempt, rank and last completed optimizer step.
+        collective: Name of the first unfinished collective; None outside a collective.
+        layer: Name of the layer that issued it; empty without a layer.
+        send, receive: Split sizes: items to and from each rank of the group.
+        seconds: Time since the rank entered it.
+        entered: Number of collectives that the rank had entered, up to and including the unfinished one.
+        at: Source line of the main thread inside the package.
     """
 
     attempt: str
@@ -60,13 +59,13 @@ class Report:
 
     @property
     def place(self) -> str:
-        """The collective in words."""
+        """The collective, for a message."""
         if self.collective is None:
             return "no collective"
         return f"'{self.collective}'" + (f" of {self.layer}" if self.layer else "")
 
     def line(self) -> str:
-        """All of it in one line, for the rank's log."""
+        """The report as one line, for the rank's log."""
         if self.collective is None:
             return f"rank {self.rank} is in no collective (step {self.step}, {self.entered} entered); at {self.at}"
         return (
@@ -76,12 +75,12 @@ class Report:
 
 
 def report_folder(logs: Path, attempt_id: str) -> Path:
-    """Where the ranks of an attempt write their reports; it is there only once one of them has."""
+    """Folder for the reports of an attempt; created by the first rank that reports."""
     return logs / f"watchdog_{attempt_id}"
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """The reports that are there, by rank."""
+    """All reports in the folder, ordered by rank."""
     found = [json.loads(path.read_text()) for path in folder.glob("rank_*.json")] if folder.is_dir() else []
     reports = [Report(**{**each, "send": tuple(each["send"]), "receive": tuple(each["receive"])}) for each in found]
     return sorted(reports, key=lambda report: report.rank)
@@ -89,13 +88,13 @@ def read_reports(folder: Path) -> list[Report]:
 
 @dataclass(frozen=True)
 class Hang:
-    """What the reports say together.
+    """Diagnosis of a hang.
 
     Attributes:
-        culprits: Ranks that the others wait for; empty where all are in the same collective.
-        silent: Those of them that wrote no report.
-        waiting: The report of the rank that waits for them most directly.
-        reason: One sentence for people.
+        culprits: Ranks that the others wait for; empty if all ranks are in the same collective.
+        silent: Culprits without a report.
+        waiting: Report of the rank that waits for them most directly.
+        reason: The diagnosis as a message.
     """
 
     culprits: tuple[int, ...]
@@ -105,15 +104,15 @@ class Hang:
 
 
 def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
-    """Who keeps whom waiting where.
+    """Finds the ranks that the others wait for.
 
-    Ranks without a report come first; without any, ranks that are in no collective; without any, those that have entered
-    fewer collectives than others, since all issue the same ones in the same order. Among the ranks that wait the one with
-    the fewest is nearest to them: later ones wait for the waiting.
+    The culprits are the ranks without a report; else the ranks outside any collective; else the ranks that have entered
+    fewer collectives than others (all ranks issue the same collectives in the same order). Of the waiting ranks, the one
+    with the fewest entered collectives waits for the culprits directly.
 
     Args:
         reports: At least one of a rank inside a collective.
-        seconds: The time that was allowed.
+        seconds: The time limit.
     """
     silent = tuple(sorted(set(range(world_size)) - {report.rank for report in reports}))
     inside = [report for report in reports if report.collective is not None]
@@ -125,25 +124,27 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     waiting = min(nearest, key=lambda report: (report.entered, report.rank)) if nearest else inside[0]
     what = f"collective {waiting.place} did not finish in {seconds:g} s at step {waiting.step}"
     if silent:
-        why = f"{_ranks(silent)} did not enter it and wrote no report: stopped, dead, or cut off from the run folder"
+        why = (
+            f"{_ranks(silent)} did not enter it and wrote no report: suspended, dead, or unable to write to the run folder"
+        )
     elif culprits:
         first = next(report for report in reports if report.rank in culprits)
         why = f"{_ranks(culprits)} did not enter it: {first.place}, at {first.at}"
     else:
-        why = "all ranks have entered it: look at the network between them, and at their split sizes"
+        why = "all ranks have entered it: check the network between them, and their split sizes"
     return Hang(culprits, silent, waiting, f"{what}; {why}")
 
 
 class Watchdog:
-    """The thread, from `start` to `stop`.
+    """The watchdog thread of one rank.
 
     Args:
-        tracker: Of this rank.
-        attempt_id: The same on all ranks.
-        seconds: How long a collective may take.
+        tracker: This rank's tracker.
+        attempt_id: Name of the attempt, equal on all ranks.
+        seconds: Time limit of a collective.
         logs: Log folder of the run.
-        step: Where the run stands.
-        end: Called from the thread with the verdict's reason; it must write it down and end the process.
+        step: Returns the current step.
+        end: Called in the thread with the reason; must record it and end the process.
     """
 
     def __init__(
@@ -168,19 +169,19 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> "Watchdog":
-        """Called in the thread that is watched."""
+        """Call it in the thread that issues the collectives."""
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """Ends the thread; one that is writing its report goes on."""
+        """Ends the thread, unless it is already writing its report."""
         self._leave.set()
 
     def _run(self) -> None:
         while not self._leave.wait(self._poll):
             try:
                 due = self._late() or self._folder.exists()
-            except Exception as error:  # a file system that fails for a moment must not end the watch
+            except Exception as error:  # a transient file system error must not end the watchdog
                 logger.warning("watchdog: %s", error)
                 continue
             if due:
@@ -191,8 +192,8 @@ class Watchdog:
         return position is not None and time.monotonic() - position.since > self._seconds
 
     def _conclude(self) -> None:
-        """Ends the process, whatever else fails on the way there."""
-        reason = f"a collective did not finish in {self._seconds:g} s, and the watchdog cannot say which"
+        """Ends the process, even if the diagnosis fails."""
+        reason = f"a collective did not finish in {self._seconds:g} s; the watchdog could not determine which one"
         try:
             reason = self._reason()
         except Exception:
@@ -205,12 +206,12 @@ class Watchdog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
-            time.sleep(self._poll * SETTLE_POLLS)
+            time.sleep(self._poll * SETTLE_POLLS)  # until the peers have written their reports
             reports = read_reports(self._folder)
-        except OSError as error:  # the peers' reports may not be there for the same reason: nobody is blamed
+        except OSError as error:  # the peers may have failed to write for the same reason: so no rank is named as culprit
             return f"{own.line()}; it cannot exchange reports with its peers: {error}"
         if not any(each.collective for each in reports):
-            return "a peer gave up waiting in a collective; its log says which"
+            return "the watchdog of a peer ended the run; the peer's log names the collective"
         hang = judge(reports, self._world_size, self._seconds)
         logger.error("%s; the reports of all ranks are in %s", hang.reason, self._folder)
         return hang.reason
@@ -231,7 +232,7 @@ class Watchdog:
 
 
 def _line_of(thread: threading.Thread) -> str:
-    """The innermost line of the package that a thread is in."""
+    """The innermost source line of the package that a thread executes."""
     frame = sys._current_frames().get(thread.ident or 0)
     frames = traceback.extract_stack(frame) if frame is not None else []
     ours = [each for each in frames if f"{os.sep}moe_dist{os.sep}" in each.filename] or frames

@@ -13,8 +13,8 @@ from tests.support.ray_cluster import CONFIG, DATA, INTERLEAVED, ROOT, RayCluste
 
 pytestmark = pytest.mark.timeout(300)
 Says = Callable[..., tuple[int, list[str]]]
-# Ray's own store of the cluster's state listens at all addresses, and this test's asks for no token.
-EXPOSED = "WARN exposure: this Ray listens beyond the loopback and asks for no token"
+# Ray's own store of the cluster's state listens at all addresses, and this test's without a token.
+EXPOSED = "WARN exposure: Ray accepts connections from other machines without a token"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_bundle_that_is_too_large_for_any_node(says: Says, tmp_path: Path) -> 
     code, lines = says("--probe", f"--cluster={site}")
     (line,) = faults(lines)
     assert code == 69
-    assert line.startswith("FAIL nodes: rank 0 (experts of text): needs 16 CPU on a Ray node, and the largest has 1 CPU; ")
+    assert line.startswith("FAIL nodes: rank 0 (experts of text): needs 16 CPU on a Ray node, but the largest has 1 CPU; ")
 
 
 def test_a_label_that_no_node_has(says: Says) -> None:

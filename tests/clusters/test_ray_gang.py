@@ -83,7 +83,7 @@ def test_an_open_ray_is_warned_of_and_the_verdict_ends_the_log(
     undisturbed: tuple[list[dict[str, Any]], dict[str, Any], str],
 ) -> None:
     printed = undisturbed[2]
-    assert "WARNING: this Ray listens beyond the loopback (GCS at" in printed
+    assert "WARNING: Ray accepts connections from other machines (GCS at" in printed
     assert printed.rstrip().endswith("moe_dist ends with verdict 0")
 
 

@@ -62,9 +62,9 @@ def test_the_command_of_the_readme_trains(ray_head: StartedRay, tmp_path: Path) 
     printed, _ = done.communicate()
     assert done.returncode == 0, printed
     assert [line["step"] for line in steps(RunFolder(tmp_path / "readme"))] == [1, 2, 3]
-    assert "a stop may take 300 s (RAY_JOB_STOP_WAIT_TIME_S); this run has saved nothing yet" in printed
+    assert "the grace period for a stop is 300 s (RAY_JOB_STOP_WAIT_TIME_S); this run has not saved yet" in printed
     assert "moe_dist ends with verdict 0" in printed
-    assert "asks for no token" not in printed
+    assert "without a token" not in printed
 
 
 def test_a_healthy_cluster_gives_no_warning(ray_head: StartedRay, tmp_path: Path) -> None:

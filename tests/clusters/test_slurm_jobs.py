@@ -57,9 +57,9 @@ def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stag
     job = stage.launch("stop+5")
     assert job.end() == StoppedError.exit_code
     assert stage.verdicts() == [75, 75]
-    assert "requeued: the next attempt goes on from here" in job.said
+    assert "requeued: the next attempt resumes from the last checkpoint" in job.said
     assert "not requeued: it was restarted 1 times already" in job.said
-    again = re.search(r"to go on all the same: (sbatch .*train\.sbatch)", job.said)
+    again = re.search(r"to continue anyway: (sbatch .*train\.sbatch)", job.said)
     assert again is not None
 
     more = stage.cluster.sbatch(*shlex.split(again[1])[1:], output=stage.folder / "more.txt", PRETEND="done")
@@ -71,7 +71,7 @@ def test_two_attempts_that_gain_no_step_end_it(stage: Stage) -> None:
     job = stage.launch("stop stop done")
     assert job.end() == StoppedError.exit_code
     assert stage.verdicts() == [75, 75]
-    assert "not requeued: 2 attempts in a row came no step further than the checkpoint of step 0" in job.said
+    assert "not requeued: 2 attempts in a row committed no checkpoint after step than the checkpoint of step 0" in job.said
 
 
 def test_a_failure_is_not_followed_by_a_requeue(stage: Stage) -> None:
@@ -98,7 +98,7 @@ def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     job.wait_for(lambda: all("is here" in log.read_text() for log in logs(stage.run)), "up on all ranks")
     job.cancel()
     job.wait_for(lambda: "verdict 75" in job.said, "concluded")
-    assert "Slurm takes the job away by itself (COMPLETING): preempted it comes back, cancelled" in job.said
+    assert "Slurm is ending the job (COMPLETING): preempted it comes back, cancelled" in job.said
     assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "0")
     assert stage.verdicts() == [75]
 
@@ -152,7 +152,7 @@ def test_nodes_without_the_feature_end_with_78_and_the_heterogeneous_line_that_i
     asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
     job = stage.sbatch("done", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", *plain(stage), *asked)
     assert job.end() == ConfigError.exit_code
-    assert "the plan needs 2 kinds of nodes, the job has 1 part" in job.said
+    assert "the plan needs 2 kinds of nodes, the job has 1 component" in job.said
     (line,) = (line.strip() for line in job.said.splitlines() if line.strip().startswith("sbatch "))
     right = stage.sbatch("done", *shlex.split(line)[1:])
     assert right.end() == 0, right.said
@@ -172,7 +172,7 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
     job = stage.launch("done", *asked)
     assert job.end() == PlacementError.exit_code
     assert (
-        "verdict 69: rank 2 (experts of image) is not where the plan puts it: its node must have the feature 'vision'; "
+        "verdict 69: rank 2 (experts of image) is not on its planned node: its node must have the feature 'vision'; "
         "node3 has text; "
     ) in job.said
     assert stage.verdicts() == [69]

@@ -21,7 +21,7 @@ MODULES = {"moe_dist.train": moe_dist.train.__main__.main, "launchers.slurm": la
 def test_each_stage_has_a_dry_run_and_says_what_to_check_and_what_goes_wrong() -> None:
     for stage in STAGES:
         (text,) = re.findall(rf"^## {stage}\n(.*?)(?=^## |\Z)", GUIDE, re.MULTILINE | re.DOTALL)
-        for part in ("| key | value | why |", "--dry-run", "**Check**", "**Goes wrong:**"):
+        for part in ("| key | value | why |", "--dry-run", "**Check**", "**Common problems:**"):
             assert part in text, f"{stage}: {part}"
 
 

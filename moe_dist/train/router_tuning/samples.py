@@ -166,5 +166,5 @@ def refuse_existing(out: Path) -> None:
 
 def check_place(out: Path) -> None:
     """Whether a folder can be made, before hours of scoring. Raises: ConfigError: it is there, or beside it is no place."""
-    make_writable(out.parent, said=f"--out {out}")
+    make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

@@ -11,7 +11,7 @@ PLACE = error("a", "x", "y")
 
 
 @pytest.mark.parametrize(
-    ("findings", "code"),
+    ("results", "code"),
     [
         ([], 0),
         ([ok("a", "x"), note("a", "x")], 0),
@@ -21,8 +21,8 @@ PLACE = error("a", "x", "y")
         ([PLACE, DATA, CONFIG], 78),
     ],
 )
-def test_the_exit_code_says_the_worst(findings: list[CheckResult], code: int) -> None:
-    assert exit_code(findings) == code
+def test_the_exit_code_says_the_worst(results: list[CheckResult], code: int) -> None:
+    assert exit_code(results) == code
 
 
 def test_a_line_has_the_way_out() -> None:

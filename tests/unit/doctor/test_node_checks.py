@@ -40,11 +40,11 @@ def examine(on_second: dict[str, Any], *, needs: Needs = NEEDS, heard: list[floa
 
 def test_three_good_nodes() -> None:
     found = examine({})
-    assert [finding.check for finding in found] == [
+    assert [result.check for result in found] == [
         *("rendezvous host", "ports", "shared folder", "room", "data", "clocks", "versions", "apex", "GPUs", "/dev/shm"),
         "open files",
     ]
-    assert {finding.level for finding in found} == {Level.OK}
+    assert {result.level for result in found} == {Level.OK}
     assert "python 3.11.7, torch 2.13.0, nccl 2.28.9, moe_dist 0.1.0 on all 3 nodes" in found[6].text
 
 
@@ -58,24 +58,24 @@ def test_three_good_nodes() -> None:
             78,
             "shared folder: run.root='/runs' cannot be written on n1: /runs: Read",
         ),
-        ({"sees_token": False}, 78, "shared folder: run.root='/runs' is another folder on n1"),
-        ({"free_bytes": 1 << 20}, 0, "room: run.root='/runs' has 1 MiB free on n1, and its checkpoints need 1 GiB; make"),
-        ({"sees_data": False}, 78, "data: data.path='/data/x' is not there on n1; put"),
-        ({"clock": 990.0}, 0, "clocks: n1: off by -10 s (n1); set its clock"),
-        ({"versions": {**GOOD.versions, "torch": "2.11.0"}}, 69, "versions: torch 2.13.0 on n0 and n2, 2.11.0 on n1; give"),
-        ({"versions": {**GOOD.versions, "nccl": None}}, 69, "versions: nccl 2.28.9 on n0 and n2, none on n1; give"),
-        ({"apex": "other"}, 0, "apex: the package `apex` on n1 is not NVIDIA's but an unrelated one of that name; pip"),
-        ({"apex": "nvidia"}, 0, "apex: NVIDIA Apex is installed on n1, and not on n0 and n2; install"),
-        ({"gpus": 6}, 69, "GPUs: n1 shows 6 GPUs, the plan puts 8 ranks there; ask"),
+        ({"sees_token": False}, 78, "shared folder: run.root='/runs' is a different folder on n1"),
+        ({"free_bytes": 1 << 20}, 0, "room: run.root='/runs' has 1 MiB free on n1, but the checkpoints need 1 GiB; free"),
+        ({"sees_data": False}, 78, "data: data.path='/data/x' does not exist on n1; put"),
+        ({"clock": 990.0}, 0, "clocks: n1: off by -10 s (n1); synchronise"),
+        ({"versions": {**GOOD.versions, "torch": "2.11.0"}}, 69, "versions: torch 2.13.0 on n0 and n2, 2.11.0 on n1; use"),
+        ({"versions": {**GOOD.versions, "nccl": None}}, 69, "versions: nccl 2.28.9 on n0 and n2, none on n1; use"),
+        ({"apex": "other"}, 0, "apex: the package `apex` on n1 is not NVIDIA Apex but an unrelated package; pip"),
+        ({"apex": "nvidia"}, 0, "apex: NVIDIA Apex is installed on n1, but not on n0 and n2; install"),
+        ({"gpus": 6}, 69, "GPUs: n1 has 6 GPUs, but the plan puts 8 ranks there; request"),
         ({"gpus": None, "driver": "no NVML"}, 0, "GPUs: NVML does not answer on n1: no NVML; install"),
-        ({"driver": "570.0"}, 0, "GPUs: drivers differ: 590.1 on n0 and n2, 570.0 on n1; bring"),
-        ({"shm_bytes": 64 << 20}, 0, "/dev/shm: 64 MiB on n1, 8 ranks want 512 MiB; enlarge"),
-        ({"open_files": 256}, 0, "open files: 256 on n1, a rank among 24 may open 448; ulimit -n 448"),
-        ({"locked_memory": 8 << 20}, 0, "locked memory: the limit on n1 is 8 MiB; InfiniBand wants none; ulimit -l"),
+        ({"driver": "570.0"}, 0, "GPUs: drivers differ: 590.1 on n0 and n2, 570.0 on n1; install"),
+        ({"shm_bytes": 64 << 20}, 0, "/dev/shm: 64 MiB on n1, but 8 ranks need 512 MiB; enlarge"),
+        ({"open_files": 256}, 0, "open files: the limit is 256 on n1, but a rank of 24 may open 448; put ulimit -n 448"),
+        ({"locked_memory": 8 << 20}, 0, "locked memory: the limit on n1 is 8 MiB; InfiniBand needs no limit; put ulimit -l"),
     ],
 )
 def test_each_fault_is_exactly_its_own_line(different: dict[str, Any], verdict: int, line: str) -> None:
-    problems = [finding for finding in examine(different) if finding.is_problem]
+    problems = [result for result in examine(different) if result.is_problem]
     assert len(problems) == 1
     assert str(problems[0]).startswith(line)
     assert problems[0].verdict == verdict
@@ -89,13 +89,13 @@ def test_a_late_answer_is_no_wrong_clock(clock: float, off: float) -> None:
 
 def test_a_name_that_does_not_resolve_is_not_told_again_as_a_closed_port() -> None:
     problems = [f for f in examine({"unresolved": {"n0": "Unknown"}, "unreachable": "refused"}) if f.is_problem]
-    assert [finding.check for finding in problems] == ["rendezvous host"]
+    assert [result.check for result in problems] == ["rendezvous host"]
 
 
 def test_what_no_run_on_the_cpu_needs_is_not_asked_for() -> None:
     needs = replace(NEEDS, gpus_per_node=0, ranks_per_node=1)
     odd = {"gpus": None, "shm_bytes": 1 << 20, "locked_memory": 1 << 16}
-    assert not [finding for finding in examine(odd, needs=needs) if finding.is_problem]
+    assert not [result for result in examine(odd, needs=needs) if result.is_problem]
 
 
 def test_torch_that_is_nowhere() -> None:
@@ -107,6 +107,6 @@ def test_torch_that_is_nowhere() -> None:
 def test_here_only_folders_count() -> None:
     here = replace(GOOD, node="login", versions={}, gpus=None, apex="other", folder_problem="/runs: Permission denied")
     nodes = [replace(GOOD, node=f"n{index}") for index in range(2)]
-    problems = [finding for finding in check_nodes(nodes, NEEDS, here=here) if finding.is_problem]
+    problems = [result for result in check_nodes(nodes, NEEDS, here=here) if result.is_problem]
     assert len(problems) == 1
     assert "cannot be written on login" in problems[0].text

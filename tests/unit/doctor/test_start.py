@@ -66,7 +66,7 @@ def change_on(node: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatc
 def test_nodes_that_agree_go_on(config: Config) -> None:
     first, *others = all_ranks(config)
     assert isinstance(first, list)
-    assert any("all 2 nodes" in finding.text for finding in first)
+    assert any("all 2 nodes" in result.text for result in first)
     assert isinstance(others[1], list), "the first rank of the other node looks at its own"
     assert others[0] == others[2] == []
     assert not [path.name for path in folder_of(config).iterdir()], "nothing is left"
@@ -117,10 +117,10 @@ def test_a_clock_that_is_off_is_told(
 def test_a_late_node_is_not_waited_for_long(config: Config, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_at_start(config, rank_env(0), folder_of(config), wait_seconds=0.3)
-    assert "the nodes of 2 ranks have not said within 0.3 s what they are" in caplog.text
+    assert "the nodes of 2 ranks have not reported their facts within 0.3 s" in caplog.text
 
 
 def test_a_job_on_one_node_waits_for_nobody_and_writes_nothing(config: Config) -> None:
     found = check_at_start(config, rank_env(0, world_size=2), folder_of(config), wait_seconds=100.0)
-    assert json.dumps([finding.check for finding in found if finding.is_problem]) == "[]"
+    assert json.dumps([result.check for result in found if result.is_problem]) == "[]"
     assert not list(folder_of(config).iterdir())

@@ -149,7 +149,7 @@ def test_an_ep_group_larger_than_the_domain_is_refused(tiny_data: Path) -> None:
 
 
 def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
-    cluster: dict[str, object] = {"gpus": {"hierarchical": 2}, "ranks_per_node": 1}
+    cluster: dict[str, object] = {"gpus": {"per_node": 2}, "ranks_per_node": 1}
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).gpus_per_node == 2
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).place_of(1).gpu == 1
     assert len(job(tiny_data, cluster, {}).nodes) == 2, "on the CPU, ranks_per_node counts"
@@ -160,7 +160,7 @@ def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
 def test_the_dispatchers_nodes_are_the_plans(tiny_data: Path) -> None:
     changes: dict[str, object] = {"parallel.dispatch": {"kind": "hierarchical", "ranks_per_node": 2}}
     assert len(job(tiny_data, {"ranks_per_node": 2}, changes).nodes) == 1
-    with pytest.raises(ConfigError, match=r"ranks_per_node=2: the ranks 0 to 1 are to be one node, .* the nodes 0, 1"):
+    with pytest.raises(ConfigError, match=r"ranks_per_node=2: ranks 0 to 1 must share a node, .* the nodes 0, 1"):
         job(tiny_data, {"ranks_per_node": 1}, changes)
 
 

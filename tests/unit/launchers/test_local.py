@@ -203,7 +203,8 @@ def test_a_frozen_rank_is_the_cause_of_the_failure_of_a_peer_that_waited_too_lon
     assert latest is not None
     assert latest.rank == 1
     assert latest.reason == (
-        "rank 1: frozen by SIGSTOP, and killed when a peer had waited too long; TimeoutError: a collective took too long"
+        "rank 1: frozen by SIGSTOP, and killed after a peer's collective timed out; "
+        "TimeoutError: a collective took too long"
     )
 
 
@@ -244,7 +245,7 @@ def test_a_verdict_that_would_repeat_is_not_followed_by_a_start(site: Site, erro
 def test_a_job_that_gains_nothing_is_not_started_for_ever(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     assert site.attempt("raise ValueError('always')", max_restarts=5) == 1
     assert site.run.log_of(0).read_text().count("--- attempt") == 2
-    assert "not restarted: 2 attempts in a row came no step further" in capfd.readouterr().err
+    assert "not restarted: 2 attempts in a row committed no checkpoint after step" in capfd.readouterr().err
 
 
 def test_ranks_that_die_before_they_open_the_run_count_as_attempts(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_a_writer_that_is_silent_and_one_that_is_dead(tmp_path: Path) -> None:
     later = read_progress(folder.path, now=time.time() + 600)
     assert later.state is State.SILENT
     assert "process" in text(one_run(later))
-    assert "on node7, last sign of life 10 min ago" in text(one_run(later))
+    assert "on node7, last heartbeat 10 min ago" in text(one_run(later))
     (folder.path / "lease.json").write_text(f"0\n{json.dumps({**me.__dict__, 'pid': 2**22 - 1})}\n")
     assert read_progress(folder.path).state is State.DIED
 
@@ -114,7 +114,7 @@ def test_restarts_are_shown_with_their_reasons(tmp_path: Path) -> None:
     assert "failed (1)           rank 2: reason 9" in shown
     assert "stopped, saved (75)  stopped on request after step 11" in shown
     assert "more" not in shown
-    assert "the same command goes on from the last checkpoint" in shown
+    assert "the same command resumes from the last checkpoint" in shown
 
 
 def test_evaluations_and_a_torn_line_are_no_steps(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.attempts import last_words
+from launchers.attempts import last_output
 from launchers.command import RankCommand
 from launchers.ending import ABORTED, Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks, StopSignals
@@ -63,7 +63,7 @@ class Run:
     def to_the_end(self, num_ranks: int) -> Outcome:
         with ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
-            return self.start(stack, num_ranks).see_through(signals)
+            return self.start(stack, num_ranks).supervise(signals)
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.log"
@@ -111,7 +111,7 @@ def test_the_first_failure_is_the_cause_and_ends_all_even_those_that_refuse(tmp_
     outcome = run.to_the_end(4)
     assert outcome == Outcome((-9, 1, 1, -9), 2, None, aborted=False)
     assert outcome.exit_code == 1
-    assert "ValueError: the cause" in last_words(run.log(2), 0)
+    assert "ValueError: the cause" in last_output(run.log(2), 0)
     assert not any(is_alive(int((tmp_path / f"pid.{rank}").read_text())) for rank in range(4))
 
 
@@ -158,7 +158,7 @@ def test_a_stop_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> Non
         os.kill(os.getpid(), number)
         if number != signal.SIGINT:  # a second Ctrl-C has a meaning of its own
             os.kill(os.getpid(), number)
-        outcome = ranks.see_through(signals)
+        outcome = ranks.supervise(signals)
     assert outcome == Outcome((75, 75), None, number, aborted=False)
     assert outcome.exit_code == 75
     assert [(tmp_path / f"asked.{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
@@ -172,7 +172,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in range(2)), "ranks are ready")
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        outcome = ranks.see_through(signals)
+        outcome = ranks.supervise(signals)
     assert (outcome.codes, outcome.aborted, outcome.exit_code) == ((-9, -9), True, ABORTED)
 
 
@@ -183,7 +183,7 @@ def test_ranks_that_do_not_stop_within_the_grace_are_killed(tmp_path: Path) -> N
         ranks = run.start(stack, 1)
         wait_until((tmp_path / "ready.0").exists, "rank is ready")
         os.kill(os.getpid(), signal.SIGTERM)
-        assert ranks.see_through(signals).codes == (-9,)
+        assert ranks.supervise(signals).codes == (-9,)
 
 
 def test_handlers_that_somebody_replaced_can_be_put_up_again_and_the_first_ones_come_back() -> None:
@@ -201,12 +201,13 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
     launcher = f"""
 import sys
 from launchers.command import RankCommand
-from launchers.ending import Patience
+from launchers.ending import ShutdownTimeouts
 from launchers.supervise import Ranks, StopSignals
 argv = (sys.executable, {str(tmp_path / "rank.py")!r}, {str(tmp_path)!r})
 logs = [open(f"{tmp_path}/log{{rank}}", "ab") for rank in range(2)]
 with StopSignals() as signals:
-    Ranks([RankCommand(r, 0, argv, {{"RANK": str(r)}}) for r in range(2)], logs, patience=Patience(9)).see_through(signals)
+    commands = [RankCommand(rank, 0, argv, {{"RANK": str(rank)}}) for rank in range(2)]
+    Ranks(commands, logs, timeouts=ShutdownTimeouts(9)).supervise(signals)
 """
     process = subprocess.Popen([sys.executable, "-c", launcher], cwd=Path(__file__).parents[3])
     try:
@@ -257,4 +258,4 @@ def test_last_words(tmp_path: Path, said: Sequence[str], expected: Sequence[str]
     log = tmp_path / "log"
     before = "Traceback (most recent call last):\nof an earlier attempt\n"
     log.write_text(before + "\n".join(said) + "\n")
-    assert last_words(log, len(before)).splitlines() == list(expected)
+    assert last_output(log, len(before)).splitlines() == list(expected)

@@ -53,7 +53,7 @@ def run(tmp_path: Path, body: str, **env: str) -> tuple[subprocess.CompletedProc
         ("raise DataError('damaged')", 65, "damaged", "damaged\n"),
         ("raise DivergedError('nan')", 70, "nan", "nan\n"),
         ("raise KeyError('ours')", 1, "KeyError: 'ours'", "Traceback"),
-        ("attempt.expire(); os._exit(1)", 1, "did not stop within the grace", ""),
+        ("attempt.expire(); os._exit(1)", 1, "did not stop within the grace period", ""),
     ],
 )
 def test_verdicts(tmp_path: Path, body: str, code: int, reason: str, shown: str) -> None:
@@ -127,6 +127,6 @@ def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path
 def test_a_full_or_lost_disk_is_told_with_the_file_and_the_way_out() -> None:
     verdict, reason = verdict_of(OSError(errno.ENOSPC, "No space left on device", "runs/x/config.yaml"))
     assert verdict == 1
-    assert reason.startswith("runs/x/config.yaml: No space left on device; mend that")
-    assert verdict_of(OSError(errno.EIO, "Input/output error"))[1].startswith("Input/output error; mend that")
+    assert reason.startswith("runs/x/config.yaml: No space left on device; repair this")
+    assert verdict_of(OSError(errno.EIO, "Input/output error"))[1].startswith("Input/output error; repair this")
     assert verdict_of(ConnectionError("reset"))[1] == "ConnectionError: reset"

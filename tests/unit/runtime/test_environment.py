@@ -43,14 +43,14 @@ def test_torchrun_is_understood() -> None:
         ({"WORLD_SIZE": "three"}, ["WORLD_SIZE='three': must be a whole number"]),
         ({"WORLD_SIZE": None, "LOCAL_RANK": None}, ["WORLD_SIZE=None", "LOCAL_RANK=None"]),
         ({"LOCAL_WORLD_SIZE": "9"}, ["LOCAL_WORLD_SIZE=9 is larger than WORLD_SIZE=8"]),
-        ({"MOE_DIST_INIT_METHOD": None}, ["the ranks cannot find each other"]),
+        ({"MOE_DIST_INIT_METHOD": None}, ["no rendezvous for the ranks"]),
         ({"MOE_DIST_ATTEMPT_ID": "../x"}, ["MOE_DIST_ATTEMPT_ID='../x'"]),
         ({"MOE_DIST_GRACE_SECONDS": "soon"}, ["MOE_DIST_GRACE_SECONDS='soon'"]),
         ({"MOE_DIST_GRACE_SECONDS": "-1"}, ["MOE_DIST_GRACE_SECONDS='-1'"]),
     ],
 )
-def test_faults_are_named_all_at_once(changes: dict[str, str | None], problems: list[str]) -> None:
+def test_problems_are_named_all_at_once(changes: dict[str, str | None], problems: list[str]) -> None:
     env = {k: v for k, v in {**FULL, **changes}.items() if v is not None}
     with pytest.raises(ConfigError) as caught:
         RankEnv.from_environment(env)
-    assert [fault for fault in problems if fault not in str(caught.value)] == []
+    assert [problem for problem in problems if problem not in str(caught.value)] == []

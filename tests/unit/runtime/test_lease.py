@@ -78,7 +78,7 @@ def test_a_lease_is_held_checked_and_given_back(tmp_path: Path) -> None:
 def test_a_second_attempt_ends_naming_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     with another_process(path, "time.sleep(100)") as process:
-        with pytest.raises(LeaseError, match=rf"attempt other, process {process.pid} on .* did not leave within 1\.5 s"):
+        with pytest.raises(LeaseError, match=rf"attempt other, process {process.pid} on .* did not end within 1\.5 s"):
             Lease(path, "me", stale_seconds=0.6).acquire(1.5)
         holder = read_holder(path)
         assert holder is not None
@@ -209,7 +209,7 @@ def test_who_finds_it_stale_too_late_leaves_the_new_holder_alone(tmp_path: Path)
 def test_a_lease_that_somebody_removed_is_lost(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "lease.json", "me").acquire(0.0)
     lease.path.unlink()
-    with pytest.raises(LeaseError, match="somebody who removed it"):
+    with pytest.raises(LeaseError, match="somebody who deleted it"):
         lease.check()
 
 

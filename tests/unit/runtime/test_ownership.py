@@ -199,7 +199,7 @@ def test_a_link_that_somebody_else_planted_is_refused(place: Path, where: str) -
     link.symlink_to(target)
     assert folder.inspect(config) is Start.RESUME  # one's own is meant
     os.lchown(link, BOB.pw_uid, BOB.pw_gid)
-    with pytest.raises(ConfigError, match=r"symbolic link that nobody \(uid 65534\) has made"):
+    with pytest.raises(ConfigError, match=r"symbolic link created by nobody \(uid 65534\)"):
         folder.inspect(config)
     assert target.read_text() == "x"
 
@@ -238,7 +238,7 @@ def test_a_damaged_status_is_named_with_the_way_out(tmp_path: Path, content: str
     config, folder = a_run(tmp_path)
     folder.status_json.write_text(content)
     for act in (lambda: folder.inspect(config), lambda: folder.open(config, ENV), folder.last_step):
-        with pytest.raises(DataError, match=r"status\.json: damaged.*move it away and start again"):
+        with pytest.raises(DataError, match=r"status\.json: damaged.*delete it and start again"):
             act()
     folder.status_json.unlink()
     assert folder.inspect(config) is Start.RESUME

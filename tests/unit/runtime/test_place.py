@@ -25,19 +25,19 @@ def test_the_right_place_passes_and_so_does_one_that_nobody_can_judge() -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Found("node1"), "it belongs on node2 and runs on node1"),
-        (Found("node2", 0), "it is to be number 1 on its node and is number 0"),
+        (Found("node1"), "its node must be node2, but it runs on node1"),
+        (Found("node2", 0), "its local rank must be 1, but is 0"),
         (Found("node2", features=frozenset({"text"})), "its node must have the feature 'vision'; node2 has text"),
         (Found("node2", features=frozenset()), "'vision'; node2 has none"),
         (Found("node2", labels={"modality": "text"}), "the label modality='image'; node2 has modality='text'"),
-        (Found("node2", gpus=("4",)), r"it is to compute on GPU 1 of node2, which shows it 4 \(CUDA_VISIBLE_DEVICES\)"),
+        (Found("node2", gpus=("4",)), r"it needs GPU 1 of node2, but its visible GPUs are 4 \(CUDA_VISIBLE_DEVICES\)"),
     ],
 )
 def test_a_wrong_place_ends_with_69_in_words(found: Found, words: str) -> None:
     with pytest.raises(PlacementError, match=words) as raised:
         check_place(PLACE, found)
     assert raised.value.exit_code == 69
-    assert str(raised.value).startswith("rank 3 (experts of image) is not where the plan puts it")
+    assert str(raised.value).startswith("rank 3 (experts of image) is not on its planned node")
 
 
 def test_what_is_there_is_read_from_the_environment() -> None:

@@ -93,7 +93,7 @@ def test_a_configuration_of_another_version_is_refused_in_words(tmp_path: Path) 
     config = config_with(tmp_path)
     folder = attempt(config, verdict=75)
     folder.config_yaml.write_text(folder.config_yaml.read_text() + "a_key_of_long_ago: 1\n")
-    with pytest.raises(ConfigError, match=r"cannot be read by this version(.|\n)*a_key_of_long_ago"):
+    with pytest.raises(ConfigError, match=r"this version of moe_dist cannot read it(.|\n)*a_key_of_long_ago"):
         folder.inspect(config)
 
 
@@ -154,7 +154,7 @@ def test_a_folder_that_is_no_run_is_neither_used_nor_moved(tmp_path: Path, overw
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)
     (folder.path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"is no run \(no config\.yaml, but thesis\.tex\)"):
+    with pytest.raises(ConfigError, match=r"is no run folder \(it has no config\.yaml, but thesis\.tex\)"):
         folder.start(config, ENV, overwrite=overwrite)
     assert (folder.path / "thesis.tex").exists()
 

@@ -32,7 +32,10 @@ def test_a_rank_that_sees_the_file_goes_on_and_nothing_is_left(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("attempt_id", "folder", "words"),
-    [("job-6", ".", "another folder, or rank 0 has not come"), ("job-7", "elsewhere", "not there")],
+    [
+        ("job-6", ".", "on this node it is a different folder, or rank 0 has not started"),
+        ("job-7", "elsewhere", "on this node it does not exist"),
+    ],
 )
 def test_another_folder_ends_with_78(tmp_path: Path, attempt_id: str, folder: str, words: str) -> None:
     stranger = replace(RANK_1, attempt_id=attempt_id)

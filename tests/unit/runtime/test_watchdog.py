@@ -30,7 +30,7 @@ def test_a_rank_without_a_report_is_the_one() -> None:
     assert (hang.culprits, hang.silent) == ((1,), (1,))
     assert hang.reason == (
         "collective 'dispatch rows' of layers.1 did not finish in 20 s at step 5; rank 1 did not enter it and wrote no "
-        "report: stopped, dead, or cut off from the run folder"
+        "report: suspended, dead, or unable to write to the run folder"
     )
 
 
@@ -131,7 +131,7 @@ def test_whatever_fails_the_process_is_ended(tmp_path: Path, caplog: pytest.LogC
     with tracker.inside("combine rows", device=torch.device("cpu")):
         dog(tracker, tmp_path, 0, ends, done, step=no_step)
         assert done.wait(60.0)
-    assert ends == ["a collective did not finish in 0.2 s, and the watchdog cannot say which"]
+    assert ends == ["a collective did not finish in 0.2 s; the watchdog could not determine which one"]
     assert "no step" in caplog.text
 
 

@@ -62,7 +62,7 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
     code, lines = says(config)
     assert code == 1
     (line,) = problems(lines)
-    assert line.startswith("WARN stop grace: 300 s until the launcher kills (--grace), the last saves took up to 400.0 s")
+    assert line.startswith("WARN stop grace: 300 s until the launcher kills (--grace), but the last saves took up to 400.0 s")
 
 
 def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
@@ -87,7 +87,7 @@ def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.partition(";")[0] for line in problems(lines)] == [
         "FAIL scheduler: Slurm: [Errno 2] No such file or directory: 'sinfo'"
     ]
-    assert lines[-1] == "--   probe: not started: it would wait for what is not there"
+    assert lines[-1] == "--   probe: not started: its job would wait for nodes that the cluster lacks"
 
 
 def test_the_probe_shows_a_container_the_folders_of_the_run(

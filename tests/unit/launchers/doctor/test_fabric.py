@@ -17,14 +17,14 @@ def measured(slow: list[Pair]) -> dict[Pair, PairExchange]:
 def test_no_slow_pair() -> None:
     (found,) = judge(measured([]), [], NODES, payload_bytes=10_000_000)
     assert found.level is Level.OK
-    assert str(found) == "fabric: 6 pairs of 4 nodes, none twice as slow as the usual one: 1 GB/s each way in all-to-all"
+    assert str(found) == "fabric: 6 pairs of 4 nodes, none twice as slow as the median: 1 GB/s each way in all-to-all"
 
 
 def test_a_slow_pair_is_named_with_its_figures() -> None:
     (found,) = judge(measured([(1, 3)]), [(1, 3)], NODES, payload_bytes=10_000_000)
     assert found.level is Level.WARNING
     assert str(found).startswith(
-        "fabric: n2 and n4 are slow with each other: 100 MB/s in all-to-all, 50 ms an all-reduce; the usual pair has 1 GB/s"
+        "fabric: n2 and n4 are slow with each other: 100 MB/s in all-to-all, 50 ms per all-reduce; the median pair has 1 GB/s"
     )
 
 

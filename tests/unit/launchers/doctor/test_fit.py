@@ -17,26 +17,26 @@ def fit(wants: list[Want], offers: list[Offer]) -> CheckResult:
 
 def test_enough() -> None:
     found = fit([Want("0", TEXT), Want("1", VISION)], [offer("a", VISION), offer("b", TEXT | VISION)])
-    assert (found.level, str(found)) == (Level.OK, "nodes: 2 of the 2 nodes of partition 'gpu' can take the plan")
+    assert (found.level, str(found)) == (Level.OK, "nodes: the plan fits on 2 of the 2 nodes of partition 'gpu'")
 
 
 def test_a_node_that_is_down_and_not_needed_is_no_problem() -> None:
     found = fit([Want("0", TEXT)], [offer("a", TEXT, up=False), offer("b", TEXT)])
     assert found.level is Level.OK
-    assert "a cannot be used (down), and need not be" in found.text
+    assert "a (down) cannot be used, and is not needed" in found.text
 
 
 def test_no_such_feature() -> None:
     found = fit([Want("0", TEXT), Want("2", frozenset(["hearing"]))], [offer("a", TEXT), offer("b", VISION)])
     assert found.verdict == 69
     assert (
-        "rank 2 wants a node with the feature 'hearing', and no node of partition 'gpu' has it (it has: text, vision)"
+        "rank 2 needs a node with the feature 'hearing', but no node of partition 'gpu' has it (existing: text, vision)"
         in str(found)
     )
 
 
 def test_no_node_with_both() -> None:
-    assert "and no node of partition 'gpu' has all of them" in str(
+    assert "but no node of partition 'gpu' has all of them" in str(
         fit([Want("0", TEXT | VISION)], [offer("a", TEXT), offer("b", VISION)])
     )
 
@@ -44,7 +44,7 @@ def test_no_node_with_both() -> None:
 def test_larger_than_any_node_of_its_kind() -> None:
     offers = [offer("a", TEXT, GPU=4), offer("b", VISION, GPU=8)]
     found = fit([Want("0-7", TEXT, {"GPU": 8})], offers)
-    assert "ranks 0-7 want 8 GPU on one node, and no node of partition 'gpu' with the feature text has more than 4" in str(
+    assert "ranks 0-7 need 8 GPU on one node, but no node of partition 'gpu' with the feature text has more than 4" in str(
         found
     )
 
@@ -53,13 +53,13 @@ def test_too_few_that_are_up() -> None:
     wants = [Want("0", TEXT), Want("1", TEXT), Want("2", VISION)]
     found = fit(wants, [offer("a", TEXT), offer("b", TEXT, up=False), offer("c", VISION)])
     assert (
-        "the plan wants 2 nodes with the feature text (of 3 in all), and partition 'gpu' has 1 that can be used (b down)"
+        "the plan needs 2 nodes with the feature text (of 3 in all), but partition 'gpu' has 1 that can be used (b down)"
         in str(found)
     )
 
 
 def test_an_empty_partition() -> None:
-    assert "partition 'gpu' has no node at all" in str(fit([Want("0")], []))
+    assert "partition 'gpu' has no nodes" in str(fit([Want("0")], []))
 
 
 def test_the_choosy_get_their_node_whatever_the_order() -> None:

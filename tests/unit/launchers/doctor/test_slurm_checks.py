@@ -70,14 +70,14 @@ def test_what_a_command_of_slurm_complains_of_is_one_line() -> None:
 def test_a_time_that_the_partition_does_not_allow() -> None:
     problems = [found for found in check(cluster=Cluster(time="2-00:00:00")) if found.is_problem]
     assert [(found.check, found.verdict) for found in problems] == [("time limit", 78)]
-    assert "time: 2-00:00:00, the default partition allows 1-00:00:00" in problems[0].text
+    assert "time: 2-00:00:00, but the default partition allows 1-00:00:00" in problems[0].text
 
 
 def test_preemption_that_kills_before_the_save_is_done() -> None:
     config = CONFIG.replace("preempt/none", "preempt/partition_prio")
     assert not [found for found in check(save_seconds=40.0) if found.is_problem], "nothing preempts"
     (found,) = [found for found in check(save_seconds=40.0, config=config) if found.is_problem]
-    assert str(found).startswith("stop grace: 30 s on preemption (KillWait), the last saves took up to 40.0 s; lengthen")
+    assert str(found).startswith("stop grace: 30 s on preemption (KillWait), but the last saves took up to 40.0 s")
 
 
 def test_the_grace_needs_a_measured_save() -> None:

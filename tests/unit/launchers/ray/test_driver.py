@@ -6,44 +6,44 @@ import socket
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.ray.driver import connected, grace_text, seat_variables, seats_table, site_variables, stop_grace
+from launchers.ray.driver import connected, grace_text, site_variables, stop_grace, worker_variables, workers_table
 from launchers.ray.rank import WorkerInfo
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import PlacementError
 
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 PLAN = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3))), gpus_per_node=2, groups=(("text",), ("image",), (), ("image",)))
-SEATS = [
+WORKERS = [
     WorkerInfo("n0", "10.0.0.1", {"modality": "text", "ray.io/node-id": "n0"}, ("3",)),
     WorkerInfo("n1", "10.0.0.2", {}, ("0",)),
 ]
-SEATS += [WorkerInfo("n0", "10.0.0.1", {}, ("1",)), WorkerInfo("n1", "10.0.0.2", {}, ("5",))]
+WORKERS += [WorkerInfo("n0", "10.0.0.1", {}, ("1",)), WorkerInfo("n1", "10.0.0.2", {}, ("5",))]
 
 
 def test_a_rank_sees_the_gpus_of_its_node_with_its_own_at_its_local_rank() -> None:
-    variables = seat_variables(PLAN, SEATS)
+    variables = worker_variables(PLAN, WORKERS)
     assert [each["CUDA_VISIBLE_DEVICES"] for each in variables] == ["3,1", "0,5", "3,1", "0,5"]
-    for rank, worker in enumerate(SEATS):
+    for rank, worker in enumerate(WORKERS):
         local = PLAN.place_of(rank).local_rank
         assert variables[rank]["CUDA_VISIBLE_DEVICES"].split(",")[local] == worker.gpus[0]
-    assert json.loads(variables[0]["MOE_DIST_NODE_LABELS"]) == dict(SEATS[0].labels)
+    assert json.loads(variables[0]["MOE_DIST_NODE_LABELS"]) == dict(WORKERS[0].labels)
 
 
 def test_without_gpus_what_the_node_says_of_them_is_left_alone() -> None:
-    seats = [WorkerInfo("n", "10.0.0.1", {}, ())] * 4
-    assert all("CUDA_VISIBLE_DEVICES" not in each for each in seat_variables(PLAN, seats))
+    workers = [WorkerInfo("n", "10.0.0.1", {}, ())] * 4
+    assert all("CUDA_VISIBLE_DEVICES" not in each for each in worker_variables(PLAN, workers))
 
 
 def test_rank_0_listens_at_its_own_node_or_at_the_interface_of_the_site() -> None:
-    assert site_variables(Cluster(), SEATS, 0) == {"MOE_DIST_RENDEZVOUS_HOST": "10.0.0.1"}
-    assert site_variables(Cluster(), SEATS, 1) == {}
+    assert site_variables(Cluster(), WORKERS, 0) == {"MOE_DIST_RENDEZVOUS_HOST": "10.0.0.1"}
+    assert site_variables(Cluster(), WORKERS, 1) == {}
     site = Cluster.model_validate({"interface": "ib0", "nccl": {"NCCL_IB_HCA": {"value": "mlx5", "reason": "no RoCE"}}})
     named = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib0", "NCCL_IB_HCA": "mlx5"}
-    assert site_variables(site, SEATS, 0) == named
+    assert site_variables(site, WORKERS, 0) == named
 
 
 def test_each_rank_is_shown_where_it_is() -> None:
-    assert seats_table(PLAN, SEATS).splitlines() == [
+    assert workers_table(PLAN, WORKERS).splitlines() == [
         "rank 0  10.0.0.1  modality=text  GPU 3  experts of text",
         "rank 1  10.0.0.2  -  GPU 0  experts of image",
         "rank 2  10.0.0.1  -  GPU 1",
@@ -68,9 +68,9 @@ def test_the_grace_is_that_of_rays_job_api(env: dict[str, str], seconds: float |
 @pytest.mark.parametrize(
     ("grace", "save", "said", "warned"),
     [
-        (300.0, None, "a stop may take 300 s (RAY_JOB_STOP_WAIT_TIME_S); this run has saved nothing yet", False),
+        (300.0, None, "the grace period for a stop is 300 s (RAY_JOB_STOP_WAIT_TIME_S); this run has not saved yet", False),
         (300.0, 30.0, "its last saves took up to 30.0 s", False),
-        (300.0, 290.0, "`ray job stop` will kill the run before it has saved", True),
+        (300.0, 290.0, "`ray job stop` may kill the run before it has saved", True),
         (3.0, None, "RAY_JOB_STOP_WAIT_TIME_S", True),
         (3.0, 0.1, "RAY_JOB_STOP_WAIT_TIME_S", True),
     ],

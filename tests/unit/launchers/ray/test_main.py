@@ -12,7 +12,7 @@ from ray.exceptions import RpcError
 
 from launchers.ray import submit as ray_submit
 from launchers.ray.__main__ import launch, submitted
-from launchers.ray.job import seen_from_the_job
+from launchers.ray.job import path_on_nodes
 from launchers.ray.submit import follow_job, stop, verdict, verdict_line
 from moe_dist.config.bundled import source_root
 from moe_dist.errors import ConfigError, PlacementError
@@ -98,8 +98,8 @@ def test_a_finished_run_needs_no_cluster(yaml: Path, capsys: pytest.CaptureFixtu
 
 def test_what_ray_ships_is_named_from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(source_root() / "configs")
-    assert seen_from_the_job(Path("x.yaml")) == Path("configs/x.yaml")
-    assert seen_from_the_job(Path("/elsewhere/x.yaml")) == Path("/elsewhere/x.yaml")
+    assert path_on_nodes(Path("x.yaml")) == Path("configs/x.yaml")
+    assert path_on_nodes(Path("/elsewhere/x.yaml")) == Path("/elsewhere/x.yaml")
 
 
 def test_a_submission_quotes_its_words_makes_paths_absolute_and_sets_the_grace(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.ray.nodes import DOMAIN, RayNode, assign, bundle_of_rank, islands
+from launchers.ray.nodes import DOMAIN, RayNode, assign, bundle_of_rank, nodes_sharing_ep_groups
 
 TEXT, IMAGE = {"modality": "text"}, {"modality": "image"}
 
@@ -60,20 +60,20 @@ def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
         (
             plan(TEXT, {"modality": "video"}),
             [node("a", TEXT), node("b", IMAGE)],
-            "rank 1 (experts of video): needs a Ray node with the label modality=video, and no live node has it; there are "
-            "host-a (modality=text), host-b (modality=image); start one with `ray start --labels modality=video ...`, or "
-            "change placement.groups.video.node.labels",
+            "rank 1 (experts of video): needs a Ray node with the label modality=video, and no live node has it; "
+            "the live nodes are host-a (modality=text), host-b (modality=image); "
+            "start one with `ray start --labels modality=video ...`, or change placement.groups.video.node.labels",
         ),
         (
             plan({}, ranks=3),
             [node("a", cpus=2), node("b", cpus=1)],
-            "ranks 0, 1, 2: needs 3 CPU on a Ray node, and the largest has 2 CPU; put fewer ranks on a node",
+            "ranks 0, 1, 2: needs 3 CPU on a Ray node, but the largest has 2 CPU; put fewer ranks on a node",
         ),
         (
             plan(TEXT, TEXT, TEXT),
             [node("a", TEXT), node("b", TEXT), node("c", IMAGE)],
-            "rank 2 (experts of text): needs a Ray node with the label modality=text and 1 CPU free of other ranks; the "
-            "plan has 3 such nodes, the cluster 2: host-a (modality=text), host-b (modality=text); start more",
+            "rank 2 (experts of text): needs a Ray node with the label modality=text with 1 CPU; the "
+            "plan needs 3 such nodes, the cluster has 2: host-a (modality=text), host-b (modality=text); start more",
         ),
         (plan({}), [], "rank 0: needs a Ray node"),
     ],
@@ -91,10 +91,10 @@ def test_a_rank_takes_a_gpu_where_the_plan_has_gpus() -> None:
 
 def test_islands_are_the_nodes_that_ep_groups_tie_together() -> None:
     four = plan({}, {}, {}, {}, ranks=2)
-    assert islands(four, 2) == [(0,), (1,), (2,), (3,)]
-    assert islands(four, 4) == [(0, 1), (2, 3)]
+    assert nodes_sharing_ep_groups(four, 2) == [(0,), (1,), (2,), (3,)]
+    assert nodes_sharing_ep_groups(four, 4) == [(0, 1), (2, 3)]
     interleaved = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3)), NodePlan(2, (4, 5))))
-    assert islands(interleaved, 2) == [(0, 1), (2,)]
+    assert nodes_sharing_ep_groups(interleaved, 2) == [(0, 1), (2,)]
 
 
 def test_an_ep_group_on_several_nodes_stays_inside_a_domain_and_leaves_the_larger_one_whole() -> None:
@@ -108,7 +108,7 @@ def test_an_ep_group_on_several_nodes_stays_inside_a_domain_and_leaves_the_large
 def test_domains_that_are_too_small_or_unknown_are_named() -> None:
     racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abc", "xyy", strict=True)]
     (fault,) = assign(plan({}, {}, {}), racks, {"CPU": 1.0}, [(0, 1, 2)]).problems
-    assert fault.startswith("ranks 0, 1, 2: an EP group must stay inside one domain")
-    assert "there are x: 1 nodes, y: 2 nodes" in fault
+    assert fault.startswith("ranks 0, 1, 2: the nodes of an EP group must share one domain")
+    assert "the cluster has x: 1 nodes, y: 2 nodes" in fault
     (fault,) = assign(plan({}, {}), [node("a"), node("b")], {"CPU": 1.0}, [(0, 1)]).problems
-    assert "no node has the label" in fault
+    assert "no labelled node" in fault

@@ -29,15 +29,15 @@ def test_nodes_of_the_plan_get_the_hosts_of_their_part_in_order() -> None:
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ((GivenPart(("n1",), (5,), 0),), "the plan needs 2 kinds of nodes, the job has 1 part"),
+        ((GivenPart(("n1",), (5,), 0),), "the plan needs 2 kinds of nodes, the job has 1 component"),
         ((GivenPart(("n1",), (2,), 0), RIGHT.parts[1]), "part 0: the plan needs 2 nodes, the job has 1 node"),
         (
             (GivenPart(("n1", "n2"), (3, 1), 0), RIGHT.parts[1]),
-            "part 0: the plan needs 2 tasks a node, the job has 1 and 3",
+            "part 0: the plan needs 2 tasks per node, the job has 1 and 3",
         ),
         (
             (RIGHT.parts[0], GivenPart(("n1",), (1,), 0)),
-            "part 1: the plan needs nodes with the feature 'vision', which n1 has not",
+            "part 1: the plan needs nodes with the feature 'vision', missing on n1",
         ),
     ],
 )
@@ -48,7 +48,7 @@ def test_what_differs_is_said(parts: tuple[GivenPart, ...], words: str) -> None:
 def test_gpus_that_are_missing_are_said() -> None:
     plan = JobPlan((NodePlan(0, (0, 1)),), gpus_per_node=8)
     assert differences(plan, Allocation((GivenPart(("n1",), (2,), 4),), {})) == [
-        "the plan needs 8 GPUs a node, the job has 4"
+        "the plan needs 8 GPUs per node, the job has 4"
     ]
     assert differences(plan, Allocation((GivenPart(("n1",), (2,), 8),), {})) == []
 
@@ -93,5 +93,5 @@ def test_an_allocation_is_read_from_the_environment_and_slurm() -> None:
 def test_a_command_that_fails_or_is_not_there_is_said() -> None:
     with pytest.raises(SlurmError, match="scontrol ping: slurm_load: what is ping"):
         ask("scontrol", "ping")
-    with pytest.raises(SlurmError, match=r"snone: .*this must run where Slurm's commands do"):
+    with pytest.raises(SlurmError, match=r"snone: .*run this on a machine with the Slurm commands"):
         ask("snone", "x")

@@ -138,7 +138,7 @@ def test_each_task_of_an_array_is_a_run_of_its_own(login: Login) -> None:
     [
         ("optimizer.lr=fast", [], ConfigError, "--array, task 1: optimizer.lr='fast'"),
         ("data.path=/none", [], (ConfigError, DataError), "--array, task 1: .*/none"),
-        ("parallel.edp=2", [], ConfigError, "--array, task 1: needs other nodes than the rest"),
+        ("parallel.edp=2", [], ConfigError, "--array, task 1: needs other nodes than the base configuration"),
         ("run.seed=1", ["placement.groups.image.node.feature=vision"], ConfigError, "Slurm has no arrays of heterogeneous"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_finished_run_shows_its_summary_instead(login: Login) -> None:
 def test_an_array_overwrites_nothing(login: Login) -> None:
     done = login.launch("--array=sweep.txt", "--overwrite")
     assert done.returncode == ConfigError.exit_code
-    assert done.stderr.startswith("--overwrite: goes with one run, not with --array;")
+    assert done.stderr.startswith("--overwrite: cannot be combined with --array;")
 
 
 def test_what_slurm_refuses_overwrites_nothing(login: Login) -> None:

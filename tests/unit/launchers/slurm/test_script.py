@@ -17,7 +17,7 @@ from launchers.slurm.script import (
     script,
     srun_command,
 )
-from launchers.slurm.step import held
+from launchers.slurm.step import hold_signals_prefix
 from moe_dist.config.cluster import Cluster
 
 ROOT = Path(__file__).parents[4]
@@ -112,12 +112,12 @@ def test_an_env_that_cannot_hold_signals_does_not_keep_a_job_from_running(
 ) -> None:
     """As coreutils before 8.31."""
     pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "x"}})
-    assert held(Cluster()) == held(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
+    assert hold_signals_prefix(Cluster()) == hold_signals_prefix(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
     for name, body in (("env", "echo unrecognized option >&2; exit 125"), ("python", 'echo "$@"')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert (held(Cluster()), held(pyxis)[0]) == ((), "env")
+    assert (hold_signals_prefix(Cluster()), hold_signals_prefix(pyxis)[0]) == ((), "env")
     places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
     assert srun_command(ONE_KIND, Cluster(), **places, hold=())[-4:] == [
         "--ntasks-per-node=2",
@@ -229,7 +229,7 @@ def test_a_node_that_does_not_see_the_run_folder_says_so(tmp_path: Path) -> None
     command = ["bash", str(ROOT / "slurm" / "node_env.sh"), str(tmp_path / "none.sh")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 78
-    assert "none.sh is not here: run.root must be one folder that all nodes share" in done.stderr
+    assert "none.sh is missing on this node: run.root must be a folder that all nodes share" in done.stderr
 
 
 def test_apptainer_runs_the_command_with_the_folders_it_needs(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.slurm.step import SlurmJob, conclude, run_step, start_again
+from launchers.slurm.step import SlurmJob, conclude, requeue_job, run_step
 from launchers.snapshot import Snapshot
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
@@ -111,10 +111,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int
 @pytest.mark.parametrize(
     ("state", "code", "no", "words", "requeued"),
     [
-        ("RUNNING", 0, None, "requeued: the next attempt goes on from here", True),
-        ("RUNNING", 1, None, "Slurm refuses to requeue the job: scontrol requeue 12: no; go on with: sbatch", True),
-        ("COMPLETING", 0, None, "Slurm takes the job away by itself (COMPLETING)", False),
-        ("RUNNING", 0, "enough", "not requeued: enough; to go on all the same: sbatch", False),
+        ("RUNNING", 0, None, "requeued: the next attempt resumes from the last checkpoint", True),
+        ("RUNNING", 1, None, "Slurm refuses to requeue the job: scontrol requeue 12: no; continue with: sbatch", True),
+        ("COMPLETING", 0, None, "Slurm is ending the job (COMPLETING)", False),
+        ("RUNNING", 0, "enough", "not requeued: enough; to continue anyway: sbatch", False),
     ],
 )
 def test_a_job_is_requeued_where_it_still_runs_and_may(
@@ -127,7 +127,7 @@ def test_a_job_is_requeued_where_it_still_runs_and_may(
     requeued: bool,
 ) -> None:
     asked = slurm(state, code)
-    start_again(JOB, Snapshot(Path("/runs/it's/slurm/x")), no)
+    requeue_job(JOB, Snapshot(Path("/runs/it's/slurm/x")), no)
     said = capsys.readouterr().err
     assert words in said
     assert ("requeue 12" in asked.read_text() if asked.exists() else False) == requeued
@@ -139,5 +139,5 @@ def test_one_task_of_an_array_goes_on_by_itself(
     slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm("RUNNING", 1)
-    start_again(SlurmJob("12", 1, 3, Path("/clone")), Snapshot(Path("/s")), None)
-    assert "go on with: sbatch --array=3 /s/train.sbatch" in capsys.readouterr().err
+    requeue_job(SlurmJob("12", 1, 3, Path("/clone")), Snapshot(Path("/s")), None)
+    assert "continue with: sbatch --array=3 /s/train.sbatch" in capsys.readouterr().err
