@@ -131,9 +131,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     if verdict == StoppedError.exit_code:
         assert first.reason.startswith(f"stopped on request after step {first.last_step};")
         assert f"step {first.last_step + 1}/{steps}" in job.said, "the output is appended"
-        decided = (
-            "requeued: the next attempt" if disturb is lose_time else "Slurm is ending the job (COMPLETING)"
-        )
+        decided = "requeued: the next attempt" if disturb is lose_time else "Slurm is ending the job (COMPLETING)"
         assert decided in job.said
     else:
         assert first.reason == "Node failure on node2", "whatever its peers have seen"

@@ -71,7 +71,11 @@ def test_three_good_nodes() -> None:
         ({"driver": "570.0"}, 0, "GPUs: drivers differ: 590.1 on n0 and n2, 570.0 on n1; install"),
         ({"shm_bytes": 64 << 20}, 0, "/dev/shm: 64 MiB on n1, but 8 ranks need 512 MiB; enlarge"),
         ({"open_files": 256}, 0, "open files: the limit is 256 on n1, but a rank of 24 may open 448; put ulimit -n 448"),
-        ({"locked_memory": 8 << 20}, 0, "locked memory: the limit on n1 is 8 MiB; InfiniBand needs no limit; put ulimit -l"),
+        (
+            {"locked_memory": 8 << 20},
+            0,
+            "locked memory: the limit on n1 is 8 MiB; InfiniBand needs no limit; put ulimit -l",
+        ),
     ],
 )
 def test_each_fault_is_exactly_its_own_line(different: dict[str, Any], verdict: int, line: str) -> None:

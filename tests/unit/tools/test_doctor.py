@@ -62,7 +62,9 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
     code, lines = says(config)
     assert code == 1
     (line,) = problems(lines)
-    assert line.startswith("WARN stop grace: 300 s until the launcher kills (--grace), but the last saves took up to 400.0 s")
+    assert line.startswith(
+        "WARN stop grace: 300 s until the launcher kills (--grace), but the last saves took up to 400.0 s"
+    )
 
 
 def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
