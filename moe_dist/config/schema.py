@@ -177,6 +177,9 @@ class TrainSection(Section):
     )
 
 
+CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "null_fraction", "no_step_skipped"]
+
+
 class EvaluationSection(Section):
     """Held-out evaluation."""
 
@@ -198,6 +201,13 @@ class EvaluationSection(Section):
     )
     ablate_experts: bool = Field(
         default=True, description="At the end, measure held-out loss with the experts' output zeroed."
+    )
+    checks: tuple[CheckName, ...] = Field(
+        default=(),
+        description="What the finished run is checked against, shown as a table of pass and FAIL: count_models compares "
+        "held-out losses with count models of the training tokens, experts_matter the losses with and without experts; "
+        "no_dead_expert and null_fraction look at the routing of the last 100 steps; no_step_skipped counts steps that "
+        "were not finite.",
     )
 
 

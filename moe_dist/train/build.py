@@ -339,5 +339,6 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> TrainingPlan:
         flops_per_token=flops_per_token,
         active_target=active_targets(config.model.moe),
         even_active=even_active(config),
+        checks=config.evaluation.checks,
         peak_flops=None if peak is None else peak * 1e12 * config.parallel.ep * config.parallel.edp,
     )

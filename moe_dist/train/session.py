@@ -172,10 +172,12 @@ def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
         print(folder.read_summary())
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)
-    console.print(summary_table(finished.checks, title=f"Run {plan.config.run.name}, {finished.evaluation.step} steps"))
+    title = f"Run {plan.config.run.name}, {finished.evaluation.step} steps"
+    held_out = ", ".join(f"{name.replace('_', ' ')} {loss:.3f}" for name, loss in finished.evaluation.loss.items())
+    console.print(summary_table(finished.checks, title=title) if finished.checks else f"{title}: held-out {held_out}")
     for line in choice_lines(finished.evaluation):
         console.print(line)
     console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {plan.config.run.root}")
-    if not finished.took_steps:
+    if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
     folder.write_summary(console.export_text())

@@ -100,6 +100,7 @@ class TrainingPlan:
         peak_flops: Of all devices together; None where unknown.
         active_target: True experts a token that a controller holds each group at, by group.
         even_active: Those that controllers and balance loss lead to, where it is not k n over all columns, by group.
+        checks: Names of the checks of the finished run (`evaluation.checks`).
     """
 
     steps: int
@@ -113,6 +114,7 @@ class TrainingPlan:
     peak_flops: float | None = None
     active_target: Mapping[str, float] = field(default_factory=dict)
     even_active: Mapping[str, float] = field(default_factory=dict)
+    checks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,7 @@ class Trainer:
 
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:
         return run_checks(
+            self._plan.checks,
             evaluation,
             self._baselines,
             choices_LC=self._window_sum("choices_LC"),

@@ -1,6 +1,6 @@
 """What a finished run is measured against: count models of its own training tokens, and its own routing. Pure functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ class Check:
 
 
 def run_checks(
+    names: Sequence[str],
     evaluation: EvaluationResult,
     baselines: Mapping[str, float],
     *,
@@ -35,16 +36,28 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """All checks that the data's baselines allow.
+    """The checks of `evaluation.checks`, as far as the data's baselines and the steps of this attempt allow.
 
     Args:
+        names: Of `evaluation.checks`, in the order in which they are shown.
         baselines: Held-out nats a token of count models, from the data set's manifest.
-        choices_LC, tokens_LG: Routing counts summed over the last `window` steps.
+        choices_LC, tokens_LG: Routing counts summed over the last `window` steps; 0 steps if the attempt took none.
         skipped_steps: Of the whole run.
         even_active: True experts a token by group, where a controller or a null weight leads to others than k n / columns.
     """
-    checks = loss_checks(evaluation.loss, baselines)
-    checks += [
+    checks: dict[str, Callable[[], list[Check]]] = {
+        "count_models": lambda: loss_checks(evaluation.loss, baselines),
+        "experts_matter": lambda: ablation_checks(evaluation),
+        "no_dead_expert": lambda: [dead_expert_check(choices_LC, groups, window)] if window else [],
+        "null_fraction": lambda: null_checks(choices_LC, tokens_LG, groups, even_active or {}) if window else [],
+        "no_step_skipped": lambda: [Check("no step skipped", f"{skipped_steps} skipped", "0", skipped_steps == 0)],
+    }
+    return [check for name in names for check in checks[name]()]
+
+
+def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
+    """Zeroing the experts' output must cost each modality `ABLATION_MARGIN`."""
+    return [
         Check(
             f"experts matter to {name}",
             f"+{evaluation.ablated_loss[name] - loss:.3f} nats without them",
@@ -54,10 +67,6 @@ def run_checks(
         for name, loss in evaluation.loss.items()
         if name in evaluation.ablated_loss and not name.endswith("_no_filler")
     ]
-    if window:  # none in an attempt that resumed at the very end
-        checks += routing_checks(choices_LC, tokens_LG, groups, window, even_active or {})
-    checks.append(Check("no step skipped", f"{skipped_steps} skipped", "0", skipped_steps == 0))
-    return checks
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
@@ -81,19 +90,20 @@ def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> li
     return checks
 
 
-def routing_checks(
-    choices_LC: np.ndarray,
-    tokens_LG: np.ndarray,
-    groups: Sequence[ExpertGroup],
-    window: int,
-    even_active: Mapping[str, float],
-) -> list[Check]:
-    """No expert of any layer unused over the window; each group's null share where balance puts it, m over its columns or
-    what its even load leaves over (to null and zero-computation columns in proportion)."""
+def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], window: int) -> Check:
+    """No expert of any layer may stay unused over the window."""
     num_experts = sum(group.num_experts for group in groups)
     dead = int((choices_LC[:, :num_experts] == 0).sum())
     total = choices_LC.shape[0] * num_experts
-    checks = [Check("no dead expert", f"{dead} of {total} unused", f"0 in the last {window} steps", dead == 0)]
+    return Check("no dead expert", f"{dead} of {total} unused", f"0 in the last {window} steps", dead == 0)
+
+
+def null_checks(
+    choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], even_active: Mapping[str, float]
+) -> list[Check]:
+    """Each group's share of null choices must be the one that an even load gives: m over the group's columns, or what the
+    controlled load leaves over, divided among null and zero-computation columns in proportion."""
+    num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()
         if group.num_null and choices:

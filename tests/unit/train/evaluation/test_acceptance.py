@@ -1,11 +1,15 @@
 """What a finished run is measured against, on numbers made by hand."""
 
+from typing import get_args
+
 import numpy as np
 
+from moe_dist.config.schema import CheckName
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.evaluation.acceptance import run_checks
 
+ALL = get_args(CheckName)
 GROUPS = (ExpertGroup("text", 2, 2, 2, 8, 0, ("text",)), ExpertGroup("image", 1, 0, 1, 8, 2, ("image",)))
 BASELINES = {
     "text/unigram": 6.0, "text/left_bigram": 4.0,
@@ -21,7 +25,7 @@ TOKENS = np.array([[10, 7]])
 def passed(loss: dict[str, float], rise: float = 0.2, choices: np.ndarray = CHOICES, skipped: int = 0) -> dict[str, bool]:
     result = EvaluationResult(1, loss, {}, ablated_loss={name: value + rise + 1e-9 for name, value in loss.items()})
     checks = run_checks(
-        result, BASELINES, choices_LC=choices, tokens_LG=TOKENS, groups=GROUPS, skipped_steps=skipped, window=100
+        ALL, result, BASELINES, choices_LC=choices, tokens_LG=TOKENS, groups=GROUPS, skipped_steps=skipped, window=100
     )
     return {check.name: check.passed for check in checks}
 
@@ -57,7 +61,7 @@ def test_each_check_fails_on_its_own() -> None:
 
 def test_a_data_set_without_baselines_is_measured_by_its_routing_alone() -> None:
     result = EvaluationResult(1, GOOD, {})
-    checks = run_checks(result, {}, choices_LC=CHOICES, tokens_LG=TOKENS, groups=GROUPS, skipped_steps=0, window=100)
+    checks = run_checks(ALL, result, {}, choices_LC=CHOICES, tokens_LG=TOKENS, groups=GROUPS, skipped_steps=0, window=100)
     assert [check.name for check in checks] == ["no dead expert", "null fraction of text", "no step skipped"]
 
 
@@ -67,6 +71,7 @@ def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
     for nulls, load, good in (([3, 3], 1.4, True), ([3, 3], 1.0, False), ([5, 5], 1.4, False)):
         true = (20 - sum(nulls)) // 2
         checks = run_checks(
+            ALL,
             result,
             {},
             choices_LC=np.array([[true, true, 7, *nulls]]),
@@ -77,3 +82,11 @@ def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
             even_active={"text": load},
         )
         assert {check.name: check.passed for check in checks}["null fraction of text"] == good
+
+
+def test_only_the_named_checks_are_made() -> None:
+    result = EvaluationResult(1, GOOD, {})
+    options = {"choices_LC": CHOICES, "tokens_LG": TOKENS, "groups": GROUPS, "skipped_steps": 0, "window": 100}
+    assert run_checks((), result, BASELINES, **options) == []  # pyright: ignore[reportArgumentType]
+    named = run_checks(("no_step_skipped", "no_dead_expert"), result, BASELINES, **options)  # pyright: ignore[reportArgumentType]
+    assert [check.name for check in named] == ["no step skipped", "no dead expert"]
