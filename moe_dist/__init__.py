@@ -1,3 +1,34 @@
-"""moe_dist: expert-parallel training of adaptive, multimodal mixture-of-experts transformers."""
+"""moe_dist: expert-parallel training of adaptive, multimodal mixture-of-experts transformers.
+
+The names of `__all__` are for models of your own (docs/api.md). Each is imported when it is first used, so that importing
+moe_dist itself loads no torch.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+_MODULES = {
+    "AllToAll": "moe_dist.comm.all_to_all",
+    "AllToAllDispatcher": "moe_dist.moe.dispatch.all_to_all",
+    "CommStats": "moe_dist.comm.stats",
+    "ExpertGroup": "moe_dist.placement.placement",
+    "ExpertPlacement": "moe_dist.placement.placement",
+    "Experts": "moe_dist.moe.experts",
+    "LayerReport": "moe_dist.moe.routing",
+    "MoELayer": "moe_dist.moe.layer",
+    "TopKRouter": "moe_dist.moe.routers.top_k",
+    "balance_loss": "moe_dist.parallel.own_model",
+    "build_moe_layer": "moe_dist.parallel.own_model",
+}
+__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'moe_dist' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

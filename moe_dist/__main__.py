@@ -1,4 +1,4 @@
-"""The command `moe-dist`, also `python -m moe_dist`. A subcommand's module is imported when it is called: help needs no torch."""
+"""The command `moe-dist`, also `python -m moe_dist`. A subcommand is imported when it is called: help needs no torch."""
 
 import importlib
 import os

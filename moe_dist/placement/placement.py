@@ -4,7 +4,8 @@ A logical expert has one id over all groups, in the order of the groups: group g
 A rank is a position in its EP group; ranks may hold different numbers of slots, or none. Every layer uses the same map.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,8 +35,8 @@ class ExpertGroup:
     num_null: int
     top_k: int
     ffn_dim: int
-    first_expert: int
-    modalities: tuple[str, ...]
+    first_expert: int = 0
+    modalities: tuple[str, ...] = ()
     num_identity: int = 0
     num_constant: int = 0
     capacity: float | None = None
@@ -81,6 +82,17 @@ class ExpertPlacement:
         if any(tuple(sorted(slots)) != slots for slots in self.slots):
             raise ConfigError("placement: the slots of a rank must be sorted by logical expert id")
 
+    @classmethod
+    def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
+        """Every group over all ranks, as evenly as it goes; a group's odd experts begin where the last group's ended."""
+        slots: list[list[int]] = [[] for _ in range(num_ranks)]
+        offset = 0
+        for group in groups:
+            for part, experts in enumerate(even_runs(group.experts, num_ranks)):
+                slots[(offset + part) % num_ranks].extend(experts)
+            offset += group.num_experts
+        return cls(tuple(groups), tuple(map(tuple, slots)))
+
     @property
     def num_ranks(self) -> int:
         return len(self.slots)
@@ -118,3 +130,10 @@ class ExpertPlacement:
                     yield expert, rank, slot
 
         return sorted(every())
+
+
+def even_runs(experts: range, parts: int) -> list[range]:
+    """Cuts a range into runs whose lengths differ by at most one, the longer ones first."""
+    short, longer = divmod(len(experts), parts)
+    edges = [part * short + min(part, longer) for part in range(parts + 1)]
+    return [experts[a:b] for a, b in itertools.pairwise(edges)]

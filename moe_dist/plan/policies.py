@@ -1,13 +1,12 @@
 """From a placement section to the map of experts: pinned, interleaved, explicit. A rank is a position in an EP group."""
 
 import difflib
-import itertools
 from collections.abc import Mapping, Sequence
 
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, GroupSection, MoESection
 from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection, PlacementSection
 from moe_dist.errors import ConfigError
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, even_runs
 
 Slots = list[list[int]]
 
@@ -60,7 +59,7 @@ def make_placement(
     """
     match section:
         case InterleavedSection():
-            slots = interleaved_slots(groups, num_ranks)
+            return ExpertPlacement.interleaved(groups, num_ranks)
         case PinnedSection():
             slots = _spread(groups, pinned_ranks(section, groups, num_ranks=num_ranks, token_mix=token_mix), num_ranks)
         case ExplicitSection():
@@ -77,18 +76,6 @@ def group_load(group: ExpertGroup, token_mix: Mapping[str, int]) -> float:
     """Weighted rows of a group: tokens of its modalities x expected experts a token x ffn_dim. Without a mix, 1 token."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
-
-
-def interleaved_slots(groups: Sequence[ExpertGroup], num_ranks: int) -> Slots:
-    """Every group over all ranks, as evenly as it goes; a group's odd experts begin where the last group's ended."""
-    slots: Slots = [[] for _ in range(num_ranks)]
-    offset = 0
-    for group in groups:
-        order = [(offset + i) % num_ranks for i in range(num_ranks)]
-        for rank, experts in zip(order, _even_runs(group.experts, num_ranks), strict=True):
-            slots[rank].extend(experts)
-        offset = (offset + group.num_experts) % num_ranks
-    return slots
 
 
 def pinned_ranks(
@@ -167,16 +154,9 @@ def _busiest(group: ExpertGroup, load: float, num_ranks: int) -> float:
 def _spread(groups: Sequence[ExpertGroup], ranks: Mapping[str, tuple[int, ...]], num_ranks: int) -> Slots:
     slots: Slots = [[] for _ in range(num_ranks)]
     for group in groups:
-        for rank, experts in zip(ranks[group.name], _even_runs(group.experts, len(ranks[group.name])), strict=True):
+        for rank, experts in zip(ranks[group.name], even_runs(group.experts, len(ranks[group.name])), strict=True):
             slots[rank].extend(experts)
     return slots
-
-
-def _even_runs(experts: range, parts: int) -> list[range]:
-    """Cuts a range into runs whose lengths differ by at most one, the longer ones first."""
-    short, longer = divmod(len(experts), parts)
-    edges = [part * short + min(part, longer) for part in range(parts + 1)]
-    return [experts[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num_ranks: int) -> Slots:

@@ -211,7 +211,9 @@ def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: 
 
 def _forget_losses() -> None:
     try:
-        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # pyright: ignore[reportMissingImports]
+        from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
+            destroy_moe_metrics_tracker,
+        )
     except ImportError:  # before 0.17 or later, see moe_dist.megatron.tracker
         from megatron.core.transformer.moe import moe_utils
 
