@@ -70,17 +70,19 @@ class Experts(nn.Module):
         super().__init__()
         self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
         self.pair_budget = pair_budget
-        self.recompute = False
         for group, count in zip(groups, num_local, strict=True):
             self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count, gemm=gemm))
 
-    def forward(self, dispatched: DispatchedRows, plan: PairLayout) -> Tensor:
-        """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once."""
+    def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
+        """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once.
+
+        With `recompute` backward computes the FFNs again instead of keeping their activations.
+        """
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         budget = self.pair_budget or sum(plan.slot_counts)
         out_RD: Tensor | None = None
         chunks = slot_chunks(plan.slot_counts, budget)
-        recompute = self.recompute or len(chunks) > 1
+        recompute = recompute or len(chunks) > 1
         at = 0
         for counts in chunks:
             row_Q = plan.row_of_pair_Q[at : at + sum(counts)]

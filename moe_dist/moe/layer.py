@@ -1,12 +1,12 @@
 """The mixture-of-experts layer: norm, router, dispatch, experts, combine. Nothing is kept on the module or in globals."""
 
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatch.interface import Dispatcher
-from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, Routing, RoutingCache
 from moe_dist.moe.zero_computation import ZeroComputationExperts
@@ -41,7 +41,7 @@ class MoELayer(nn.Module):
         norm: nn.Module,
         router: nn.Module,
         experts: Experts,
-        dispatcher: Dispatcher[Any] | PipelinedDispatcher,
+        dispatcher: Dispatcher[Any],
         shared: nn.Module | None = None,
         free: ZeroComputationExperts | None = None,
         recompute: Recompute = "none",
@@ -57,16 +57,15 @@ class MoELayer(nn.Module):
         self.recompute: Recompute = recompute
         self.name = name
         self.experts_off = False
-        experts.recompute = recompute == "experts"
 
     def forward(
         self, x_TD: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None = None, probe_tokens_A: Tensor | None = None
     ) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
-        What is known of the micro-batch beforehand, `batch_info`, is for routers that ask for it; the report has the softmax of
-        the tokens `probe_tokens_A` (int64). With `experts_off` set the experts' output is zero while everything else, collectives
-        included, goes on.
+        `batch_info` is for routers that need to know the micro-batch on all ranks; the report has the routing softmax of the
+        tokens `probe_tokens_A` (int64). With `experts_off` set the experts' output is zero, and all else, collectives
+        included, is computed as usual.
         """
         cache = RoutingCache(batch_info=batch_info, probe_tokens_A=probe_tokens_A)
         if self.recompute == "block" and x_TD.requires_grad:
@@ -81,16 +80,16 @@ class MoELayer(nn.Module):
         repeated = cache.plan is not None
         plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
         cache.plan = plan
-        # Nothing that saves a tensor may follow the way home, or `block` would repeat that exchange too.
+        # No op after combine may save a tensor for backward; otherwise block recompute repeats the combine all-to-all.
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
-        if isinstance(self.dispatcher, PipelinedDispatcher):
-            y_TD, shared_TD = self.dispatcher.run(
-                h_TD, assignments.weight_N, plan, experts=self.experts, shared=self.shared, repeated=repeated
-            )
-        else:
-            shared_TD = None if self.shared is None else self.shared(h_TD)
-            dispatched = self.dispatcher.dispatch(h_TD, assignments.weight_N, plan)
-            y_TD = self.dispatcher.combine(self.experts(dispatched, plan), plan)
+        y_TD, shared_TD = self.dispatcher.run(
+            h_TD,
+            assignments.weight_N,
+            plan,
+            experts=partial(self.experts, recompute=self.recompute == "experts"),
+            shared=self.shared,
+            repeated=repeated,
+        )
         if zero_TD is not None:
             y_TD = y_TD + zero_TD
         if self.experts_off:

@@ -27,7 +27,6 @@ from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.mixture_of_depths import DepthRouter, DepthScope
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.expert_gemm import choose_gemm
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -119,7 +118,7 @@ def build_model(
 
     kind = moe.router.scope if isinstance(moe.router, ExpertChoiceRouterSection) else "rank"
     selection_scope = SelectionScope.over(kind, scope_ranks or ScopeRanks(), comm_stats=wire.comm_stats, tracker=tracker)
-    known_counts = isinstance(dispatcher, KnownCountsDispatcher) and dispatcher.distinct and selection_scope.kind == "rank"
+    known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
     capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
     make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
 

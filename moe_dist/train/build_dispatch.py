@@ -14,7 +14,7 @@ from moe_dist.moe.dispatch.deep_ep import DeepEPDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
-from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, PairDispatcher, pairs_are_rows
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, pairs_are_rows
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -41,7 +41,7 @@ def build_dispatcher(
     *,
     hidden_dim: int,
     node_groups: NodeGroups = (None, None),
-) -> Dispatcher[Any] | PipelinedDispatcher:
+) -> Dispatcher[Any]:
     """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
     section, bound = parallel.dispatch, parallel.max_receive_rows
     fields = section.model_dump(exclude={"kind"})
@@ -56,19 +56,11 @@ def build_dispatcher(
         return DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k, **fields)
     if section.kind == "hybrid_ep":
         return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim, **fields)
-    pairs = PairDispatcher(placement, wire, max_receive_rows=bound)
-    if section.kind == "known_counts":  # evaluation routes each token by itself: then the counts are not known
-        return KnownCountsDispatcher(AllToAllDispatcher(placement, wire, max_receive_rows=bound), pairs, always=True)
-    all_to_all = _per_rank(placement, wire, max_receive_rows=bound, **fields)
-    if isinstance(all_to_all, PipelinedDispatcher) or not pairs_are_rows(placement):
-        return all_to_all
-    return KnownCountsDispatcher(all_to_all, pairs)
-
-
-def _per_rank(
-    placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None, overlap: bool, chunks: int
-) -> AllToAllDispatcher | PipelinedDispatcher:
-    """The plain dispatcher, unless a timetable is asked for."""
-    if not overlap and chunks == 1:
-        return AllToAllDispatcher(placement, wire, max_receive_rows=max_receive_rows)
-    return PipelinedDispatcher(placement, wire, max_receive_rows=max_receive_rows, overlap=overlap, chunks=chunks)
+    if section.kind == "all_to_all" and (section.overlap or section.chunks > 1):
+        return PipelinedDispatcher(placement, wire, max_receive_rows=bound, **fields)
+    known = KnownCountsDispatcher(placement, wire, max_receive_rows=bound)
+    # Evaluation routes each token by itself: then the counts are not known.
+    general = AllToAllDispatcher(placement, wire, max_receive_rows=bound)
+    if section.kind == "known_counts":
+        return KnownCountsFirst(known, general, always=True)
+    return KnownCountsFirst(known, general) if pairs_are_rows(placement) else general

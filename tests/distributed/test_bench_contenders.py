@@ -59,7 +59,7 @@ def measure_floor(rank: RankContext) -> dict[str, Any]:
     return {
         "sent": sent,
         "copies": copies,
-        "rows": (sum(plan.rows.send), sum(plan.rows.receive), plan.token_of_row_O.shape[0]),
+        "rows": (sum(plan.rows.send), sum(plan.rows.receive), plan.row_O.shape[0]),
     }
 
 

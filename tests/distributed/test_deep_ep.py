@@ -40,7 +40,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         rows, pairs = expected_traffic(tokens, experts, case.placement.rank_of_expert, rank.rank)
         plan = trip.plan
         assert (plan.num_remote_rows, plan.num_remote_pairs, plan.num_pairs) == (rows, pairs, len(experts))
-        received = sum(plan.arrival.handle.received) - plan.own_rows
+        received = sum(plan.arrival.handle.received) - plan.counts.own_rows
         assert trip.forward_bytes == (rows + received) * D * 4
         assert trip.total_bytes == 2 * trip.forward_bytes
         assert comm_stats.events == [
@@ -82,7 +82,7 @@ def hand(rank: RankContext) -> dict[str, Any]:
     torch.testing.assert_close(again.rows_RD, got.rows_RD, rtol=0, atol=0)
     torch.testing.assert_close(again.weight_Q, got.weight_Q, rtol=0, atol=0)
     return {
-        "experts": dispatcher.num_experts,
+        "experts": dispatcher.num_slots,
         "topk_idx": plan.topk_idx_TK.tolist(),
         "rows": got.rows_RD[:, 0].tolist(),
         "weights": got.weight_Q.tolist(),

@@ -220,8 +220,8 @@ def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
     return {
         "rows": (plan.rows.send, plan.rows.receive),
         "pairs": (plan.pairs.send, plan.pairs.receive),
-        "row tokens": plan.token_of_row_S.tolist(),
-        "own tokens": plan.token_of_row_O.tolist(),
+        "row tokens": plan.row_S.tolist(),
+        "own tokens": plan.row_O.tolist(),
         "rows by slot": plan.row_of_pair_Q.tolist(),
         "slots": plan.slot_counts,
     }

@@ -16,7 +16,7 @@ from moe_dist.moe.dispatch import rows
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.dispatch.known_counts import PairDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
@@ -72,7 +72,7 @@ def make(rank: RankContext, mode: str) -> Any:
         case "all_to_all":
             return AllToAllDispatcher(placement, wire)
         case "known_counts":
-            return PairDispatcher(placement, wire)
+            return KnownCountsDispatcher(placement, wire)
         case "hierarchical":
             wires = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
             return HierarchicalDispatcher(placement, *wires, ranks_per_node=2)
@@ -106,20 +106,16 @@ def experts(here: DispatchedRows, plan: Any) -> Tensor:
 
 
 def way(dispatcher: Any, h_TD: Tensor, weight_N: Tensor, plan: Any) -> Tensor:
-    if isinstance(dispatcher, PipelinedDispatcher):
-        return dispatcher.run(h_TD, weight_N, plan, experts=experts, shared=None, repeated=False)[0]
-    return dispatcher.combine(dispatcher.dispatch(h_TD, weight_N, plan).rows_RD, plan)
+    return dispatcher.run(h_TD, weight_N, plan, experts=experts)[0]
 
 
 def sizes_of(plan: Any) -> dict[str, list[int]]:
     """Rows here and rows sent, of each chunk or hop; rows of the middle table."""
     if hasattr(plan, "inter"):
         hops = [plan.inter, plan.intra]
-    elif hasattr(plan, "hop"):
-        hops = [plan.hop]
     else:
         chunks = getattr(plan, "chunks", (plan,))
-        return {"R": [len(c.token_of_row_O) + sum(c.rows.receive) for c in chunks], "S": [sum(c.rows.send) for c in chunks]}
+        return {"R": [len(c.row_O) + sum(c.rows.receive) for c in chunks], "S": [sum(c.rows.send) for c in chunks]}
     return {"R": [len(h.row_O) + sum(h.rows.receive) for h in hops], "S": [sum(h.rows.send) for h in hops]}
 
 
@@ -176,7 +172,7 @@ def test_memory_is_as_stated(run_in_world: Callable[..., list[Any]], mode: str, 
 def buffer_rows(rank: RankContext) -> tuple[list[float], int]:
     """Rows that lie in the shared buffers after dispatch, combine and backward; and S."""
     dispatcher, assignments = make(rank, "all_to_all"), assignments_of(rank.rank, rank.world_size, "all_to_all")
-    buffers, found = dispatcher.lane.buffers, []
+    buffers, found = dispatcher.exchange.buffers, []
     h_TD, plan = torch.ones(T, D).requires_grad_(), dispatcher.plan(assignments, T)
     here = dispatcher.dispatch(h_TD, assignments.weight_N, plan)
     found.append(buffers.num_bytes / (D * 4))

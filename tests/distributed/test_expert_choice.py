@@ -15,7 +15,7 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsPlan, PairDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, KnownCountsPlan
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
@@ -154,7 +154,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
     comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
     wire = AllToAll(mesh.ep, comm_stats)
-    pairs = PairDispatcher(placement, wire)
+    pairs = KnownCountsDispatcher(placement, wire)
     ranks = tuple(range(rank.world_size))
     router = ExpertChoiceRouter(
         D, GROUPS, noise=1.0, causal="threshold", known_counts=True,
@@ -165,7 +165,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
         norm=torch.nn.RMSNorm(D),
         router=router,
         experts=Experts(D, GROUPS, local),
-        dispatcher=KnownCountsDispatcher(AllToAllDispatcher(placement, wire), pairs, always=True),
+        dispatcher=KnownCountsFirst(pairs, AllToAllDispatcher(placement, wire), always=True),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     )
     for parameter in layer.parameters():

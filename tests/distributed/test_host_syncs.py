@@ -13,7 +13,7 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.dispatch import counting
+from moe_dist.moe.dispatch import rows
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
@@ -74,7 +74,7 @@ def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[st
         comm_stats = CommStats(events=[])
         layer = layer_of(rank, mesh, comm_stats, case)
         x_TD, group_T = torch.randn(T, D, requires_grad=True), torch.randint(-1, 2, (T,))
-        with mock.patch.object(counting, "_host_order", counting._device_order), host_syncs() as seen:
+        with mock.patch.object(rows, "_host_order", rows._device_order), host_syncs() as seen:
             y_TD, _ = layer(x_TD, group_T)
             y_TD.sum().backward()
         found.append(([event for event in comm_stats.events or [] if event.startswith("sync")], seen))

@@ -11,7 +11,7 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hybrid_ep import COUNTS, HybridEPDispatcher
-from moe_dist.moe.dispatch.slot_numbers import SlotNumbers
+from moe_dist.moe.dispatch.kernels import SlotNumbers
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference.layer import expected_traffic
@@ -56,7 +56,7 @@ def run_cases(rank: RankContext, domain: int, seeds: range) -> int:
         rows, pairs = expected_traffic(tokens, experts, case.placement.rank_of_expert, rank.rank)
         plan = trip.plan
         assert (plan.num_remote_rows, plan.num_remote_pairs, plan.num_pairs) == (rows, pairs, len(experts))
-        received = sum(plan.arrival.handle[1]) - plan.arrival.own_rows
+        received = sum(plan.arrival.handle[1]) - plan.counts.own_rows
         assert trip.forward_bytes == (rows + received) * D * 4
         assert trip.total_bytes == 2 * trip.forward_bytes
         assert comm_stats.events == [

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.comm.all_to_all import AllToAll, Pending, Splits, exchange_rows
+from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import CheckedAllToAll
 from moe_dist.errors import IntegrityError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -99,14 +100,20 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
     rows = torch.randn(sum(splits.send), 5, generator=generator).to(dtype)
     weights = torch.rand(sum(splits.send), generator=generator)
     if name == "dispatch rows":
-        exchange_rows(rows, weights, wire, splits, splits, layer="layers.5")
+        Exchange(wire).dispatch(rows, weights, _plan(splits))
         return
     rows, weights = rows.requires_grad_(), weights.requires_grad_()
     back = splits.reversed()  # so that the gradients have the sizes of `splits`
     shape = (sum(back.send), 5)
     leaves = torch.zeros(shape, dtype=dtype).requires_grad_(), torch.zeros(shape[0]).requires_grad_()
-    got, got_weights = exchange_rows(*leaves, wire, back, back, layer="layers.5")
+    got, got_weights = Exchange(wire).dispatch(*leaves, _plan(back))
     torch.autograd.backward([got, got_weights], [rows.detach(), weights.detach()])
+
+
+def _plan(splits: Splits) -> ExchangePlan:
+    """All rows of a table in order, none of them for this rank, with a weight each."""
+    every, none = torch.arange(sum(splits.send)), torch.zeros(0, dtype=torch.int64)
+    return ExchangePlan("layers.5", "", "", len(every), splits, splits, every, none, every, None)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

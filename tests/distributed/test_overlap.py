@@ -106,11 +106,7 @@ def whole_way(dispatcher: AllToAllDispatcher | PipelinedDispatcher, rank: int, d
     assignments, weight_N = assignments_of(rank)
     h_TD = torch.ones(T, dim).requires_grad_()
     plan: Any = dispatcher.plan(assignments, T)
-    if isinstance(dispatcher, PipelinedDispatcher):
-        run = dispatcher.run
-        y_TD, _ = run(h_TD, weight_N, plan, experts=lambda rows, _: rows.rows_RD * 1, shared=None, repeated=False)
-    else:
-        y_TD = dispatcher.combine(dispatcher.dispatch(h_TD, weight_N, plan).rows_RD, plan)
+    y_TD, _ = dispatcher.run(h_TD, weight_N, plan, experts=lambda rows, _: rows.rows_RD * 1)
     if backward:
         y_TD.backward(torch.ones_like(y_TD))
     return plan
@@ -129,7 +125,7 @@ def syncs(rank: RankContext, overlap: bool, chunks: int) -> tuple[list[str], int
     """Named syncs, lists read from tensors, and other operations that wait, in one forward and backward."""
     dispatcher = make(rank, overlap, chunks)
     whole_way(dispatcher, rank.rank, 4, backward=True)  # the placement's tables are made once
-    events = dispatcher.lane.wire.comm_stats.events
+    events = dispatcher.exchange.all_to_all.comm_stats.events
     assert events is not None
     events.clear()
     lists, tolist = [], torch.Tensor.tolist

@@ -98,7 +98,7 @@ def floor(case: Case, *, own_rows: bool) -> Run:
     """Buffers are made once: the floor neither allocates nor looks anything up."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
     send, receive = list(plan.rows.send), list(plan.rows.receive)
-    num_own = plan.token_of_row_O.shape[0] if own_rows else 0
+    num_own = plan.row_O.shape[0] if own_rows else 0
     source, own = (case.h_TD.new_zeros(rows, case.point.hidden) for rows in (sum(send), num_own))
     outgoing, back, own_out, own_back = (torch.empty_like(each) for each in (source, source, own, own))
     incoming = case.h_TD.new_empty(sum(receive), case.point.hidden)

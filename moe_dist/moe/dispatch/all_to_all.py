@@ -1,6 +1,6 @@
-"""Tokens to the ranks of their experts and back: one row for each distinct (token, destination rank).
+"""One row for each distinct (token, destination rank), by one all-to-all each way.
 
-A token that takes three experts on one rank is sent once, weighted and summed there (fp32, rounded once to the wire's
+A token that takes three experts on one rank is sent once, weighted and summed there (fp32, rounded once to the rows'
 dtype), and comes back once. Rows for the own rank never enter a collective. Shape letters: T tokens on this rank,
 D hidden size, N pairs (static), S remote rows sent, O rows of the own rank, R = O + rows received, Q pairs computed here.
 
@@ -17,34 +17,29 @@ counts for). Nothing is kept for backward but the plan: 8 bytes for each taken p
 and O and, twice, for each pair in Q.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.dispatch.plan import AllToAllPlan
+from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange
+from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import Planner
-from moe_dist.moe.dispatch.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 
-class AllToAllDispatcher:
-    """Dispatch and combine over one EP group; without a group the same code on an identity wire.
+class AllToAllDispatcher(TwoStepDispatcher[AllToAllPlan]):
+    """Dispatch and combine over one EP group; without a group the same code on the identity all-to-all.
 
     Args:
         placement: Which expert lives on which rank of the EP group.
-        wire: The EP group's wire; its size must be the placement's number of ranks.
+        wire: The EP group's all-to-all; its size must be the placement's number of ranks.
         max_receive_rows: Bound of the receive buffer in rows; None for none. The bound that always holds is
             (ep - 1) x T rows of D: every token of every other rank.
     """
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
         self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows)
-        self.lane = Lane(wire)
+        self.exchange = Exchange(wire)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
         """Decides rows and pairs from the assignments. Two metadata collectives and the layer's one host sync.
@@ -56,41 +51,9 @@ class AllToAllDispatcher:
         return plan
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: AllToAllPlan) -> DispatchedRows:
-        """Brings each row and its pairs' weights to the experts. One autograd node, gather and exchange together."""
-        return DispatchedRows(*_Dispatch.apply(h_TD, weight_N, plan, self.lane))  # pyright: ignore[reportCallIssue]
+        """As `TwoStepDispatcher`."""
+        return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan))
 
     def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
-        """Brings the summed rows [R, D] home: y_TD, zero for tokens without an expert. One autograd node."""
-        return _Combine.apply(rows_RD, plan, self.lane)  # pyright: ignore[reportReturnType]
-
-
-class _Dispatch(torch.autograd.Function):
-    """Rows and pair weights one way, their gradients the other, always both and always in this order."""
-
-    @staticmethod
-    def forward(ctx: Any, h_TD: Tensor, weight_N: Tensor, plan: AllToAllPlan, lane: Lane) -> Any:
-        ctx.plan, ctx.lane, ctx.num_assignments = plan, lane, weight_N.shape[0]
-        return RowsOut(h_TD, weight_N, plan, lane).land()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_RD, grad_weight_Q = grads
-        grad_TD, grad_weight_N = GradientsHome(grad_RD, grad_weight_Q, ctx.plan, ctx.lane).land(ctx.num_assignments)
-        return grad_TD, grad_weight_N, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Rows back to their tokens, summed in fp32. Keeps the plan, saves no tensor: under recompute of a whole block the
-    recomputation ends before this exchange, which is therefore not repeated."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, plan: AllToAllPlan, lane: Lane) -> Tensor:
-        ctx.plan, ctx.lane = plan, lane
-        return RowsHome(rows_RD, plan, lane).land()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_TD,) = grads
-        return GradientsOut(grad_TD, ctx.plan, ctx.lane).land(), None, None
+        """As `TwoStepDispatcher`."""
+        return self.exchange.combine(rows_RD, plan)

@@ -1,10 +1,17 @@
-"""One hop of rows over one wire: rows of a table to other ranks, and sums of rows back into the table.
+"""Rows of a table to the ranks of their experts, and sums of rows back into the table: the only way rows cross ranks.
 
-A dispatcher of several hops chains them: what arrived of one is the table of the next. Shape letters: M rows of the table,
-D hidden size, S rows sent, O rows that stay on this rank, R = O + rows received, P pairs (sent, then own), Q pairs (own,
-then received).
+    DispatchSend      rows and pair weights to the experts             forward of dispatch
+                      rows alone: gradients of combine's output        backward of combine
+    CombineReceive    sums of rows back into the table                 forward of combine
+                      the same, with gradients of pair weights         backward of dispatch
 
-Sums are made in fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in both directions, once a hop.
+Each of the two issues its collectives when it is made and returns their result from `wait`. Own rows are copied or added
+between the two, while remote rows are in flight. A dispatcher over nodes chains two exchanges: the rows that arrive from
+the first are the table of the second.
+
+Sums are made in fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in both directions.
+Shape letters: M rows of the table, D hidden size, N weights given, P pairs sent (remote, then own), S remote rows sent,
+O own rows, R = O + rows received, Q pairs received (own, then remote).
 """
 
 from dataclasses import dataclass
@@ -14,107 +21,195 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
+from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
 from moe_dist.moe.dispatch.rows import add_rows
 from moe_dist.moe.routing import accumulation_dtype
 
 
 @dataclass(frozen=True)
-class Hop:
-    """Which rows of a table go where; without gradient, and kept under recompute.
+class ExchangePlan:
+    """Which rows of a table go to which rank. Carries no gradient and is kept under recompute.
 
     Attributes:
-        name: Of the wire, first word of every collective's name ("" for none).
         layer: Name of the layer, for records and reports.
+        prefix, suffix: Stand around the names of the plan's collectives: the hop, the chunk.
         table_rows: M.
-        rows, pairs: Split sizes of what is sent and received.
-        row_S: int64, row of the table of each row sent, in sending order.
-        row_O: int64, row of the table of each row that stays.
+        rows, pairs: Split sizes of remote rows and of remote pairs.
+        row_S, row_O: int64, row of the table of each remote row in sending order, and of each own row.
+        pair_P: int64, index into the weights of each pair, remote pairs first, in sending order.
+        order_Q: int64, permutation from the order of arrival (own, then remote) to the order in which pairs are used; None
+            keeps the order of arrival.
     """
 
-    name: str
     layer: str
+    prefix: str
+    suffix: str
     table_rows: int
     rows: Splits
     pairs: Splits
     row_S: Tensor
     row_O: Tensor
+    pair_P: Tensor
+    order_Q: Tensor | None
 
-    def call(self, what: str) -> str:
-        """Name of one of the hop's collectives."""
-        return f"{self.name} {what}".lstrip()
+    @property
+    def num_remote_rows(self) -> int:
+        return sum(self.rows.send)
+
+    @property
+    def num_pairs(self) -> int:
+        return self.pair_P.shape[0]
+
+    @property
+    def num_remote_pairs(self) -> int:
+        return sum(self.pairs.send)
+
+    @property
+    def num_own_rows(self) -> int:
+        return self.row_O.shape[0]
 
 
-def dispatch_hop(table_MD: Tensor, weight_P: Tensor, wire: AllToAll, hop: Hop) -> tuple[Tensor, Tensor]:
-    """Rows [M, D] and pair weights [P] over the hop: [R, D] and [Q]. One autograd node, two collectives each way."""
-    return _DispatchHop.apply(table_MD, weight_P, wire, hop)  # pyright: ignore[reportReturnType]
+@dataclass(frozen=True)
+class AllToAllPlan(ExchangePlan):
+    """An exchange whose rows end at their experts; `order_Q` sorts pairs by slot.
 
-
-def combine_hop(rows_RD: Tensor, wire: AllToAll, hop: Hop) -> Tensor:
-    """Rows [R, D] back over the hop and summed into the table [M, D]; zero where no row came. One autograd node.
-
-    Saves no tensor: under recompute of a whole block the recomputation ends before this exchange, which is not repeated.
+    Attributes:
+        row_of_pair_Q: int64, in slot order, the row of each pair in [own rows, received rows].
+        slot_counts: Pairs of each of this rank's slots.
     """
-    return _CombineHop.apply(rows_RD, wire, hop)  # pyright: ignore[reportReturnType]
+
+    row_of_pair_Q: Tensor
+    slot_counts: tuple[int, ...]
 
 
-class _DispatchHop(torch.autograd.Function):
+class Exchange:
+    """Rows over one process group.
+
+    Args:
+        all_to_all: The group's all-to-all.
+        keep_buffers: Buffers of S rows stay allocated for the next exchange, of whichever layer.
+    """
+
+    def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True) -> None:
+        self.all_to_all = all_to_all
+        self.buffers = RowBuffers(keep=keep_buffers)
+
+    def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
+        """Rows [R, D] and weights [Q]. One autograd node, gather and exchange together; two collectives each way."""
+        return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
+
+    def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
+        """Rows [R, D] summed into the table [M, D], zero where no row came. One autograd node.
+
+        It saves no tensor: recompute of a whole block ends before this exchange and does not repeat it.
+        """
+        return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
+
+    def start(
+        self, items: Tensor, plan: ExchangePlan, name: str, *, out: Tensor | None = None, back: bool = False
+    ) -> Pending:
+        """Issues one collective of a plan: of rows where `out` is given, else of pair weights."""
+        splits = plan.pairs if out is None else plan.rows
+        return self.all_to_all.start(
+            items,
+            splits.reversed() if back else splits,
+            name=f"{plan.prefix}{name}{plan.suffix}",
+            layer=plan.layer,
+            payload=out is not None,
+            out=out,
+        )
+
+
+class DispatchSend:
+    """Rows of the table to the ranks of their experts, with their pairs' weights in forward of dispatch."""
+
+    def __init__(self, table_MD: Tensor, plan: ExchangePlan, exchange: Exchange, *, weight_N: Tensor | None = None) -> None:
+        self.plan, self.exchange = plan, exchange
+        name = COMBINE_ROWS + BACKWARD
+        if weight_N is not None:
+            name, weight_P = DISPATCH_ROWS, weight_N.index_select(0, plan.pair_P)
+            self.own_weight = weight_P[plan.num_remote_pairs :]
+            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)
+        own = plan.num_own_rows
+        self.send_SD = exchange.buffers.take(plan.num_remote_rows, table_MD)
+        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)
+        self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
+        self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
+        torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while the others are in flight
+
+    def wait_weights(self) -> Tensor:
+        """Weights [Q] in the order of use."""
+        weight_Q = torch.cat([self.own_weight, self.weights.wait()])
+        return weight_Q if self.plan.order_Q is None else weight_Q.index_select(0, self.plan.order_Q)
+
+    def wait(self) -> Tensor:
+        """Rows [R, D]: own, then received."""
+        self.rows.wait()
+        self.exchange.buffers.give(self.send_SD)
+        return self.rows_RD
+
+
+class CombineReceive:
+    """Rows back to the ranks of their tokens, with their pairs' weight gradients in backward of dispatch."""
+
+    def __init__(
+        self, rows_RD: Tensor, plan: ExchangePlan, exchange: Exchange, *, grad_weight_Q: Tensor | None = None
+    ) -> None:
+        self.plan, self.exchange, self.rows_RD = plan, exchange, rows_RD
+        name = COMBINE_ROWS
+        if grad_weight_Q is not None:
+            name, num_own = DISPATCH_ROWS + BACKWARD, plan.num_pairs - plan.num_remote_pairs
+            if plan.order_Q is not None:
+                grad_weight_Q = torch.empty_like(grad_weight_Q).index_copy_(0, plan.order_Q, grad_weight_Q)
+            self.own_weight = grad_weight_Q[:num_own]
+            self.weights = exchange.start(grad_weight_Q[num_own:], plan, DISPATCH_WEIGHTS + BACKWARD, back=True)
+        self.back_SD = exchange.buffers.take(plan.num_remote_rows, rows_RD)
+        self.rows = exchange.start(rows_RD[plan.num_own_rows :], plan, name, out=self.back_SD, back=True)
+
+    def wait_weights(self, num_weights: int) -> Tensor:
+        """Gradient of the weights [N], zero where no pair is taken."""
+        weight_P = torch.cat([self.weights.wait(), self.own_weight])
+        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)
+
+    def wait(self, base_MD: Tensor | None = None) -> Tensor:
+        """Sums of the rows [M, D], and of `base_MD` where it is given, rounded once to the rows' dtype."""
+        rows_RD, plan, dtype = self.rows_RD, self.plan, accumulation_dtype(self.rows_RD.dtype)
+        if base_MD is None:
+            sum_MD = rows_RD.new_zeros((plan.table_rows, rows_RD.shape[1]), dtype=dtype)
+        else:
+            sum_MD = base_MD.to(dtype, copy=True)
+        add_rows(sum_MD, plan.row_O, rows_RD[: plan.num_own_rows])
+        add_rows(sum_MD, plan.row_S, self.rows.wait())
+        self.exchange.buffers.give(self.back_SD)
+        return sum_MD.to(rows_RD.dtype)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows and pair weights one way, their gradients the other. Every rank issues both, in this order."""
+
     @staticmethod
-    def forward(ctx: Any, table_MD: Tensor, weight_P: Tensor, wire: AllToAll, hop: Hop) -> Any:
-        ctx.wire, ctx.hop = wire, hop
-        sent_P, own_P = weight_P.split([sum(hop.pairs.send), weight_P.shape[0] - sum(hop.pairs.send)])
-        weights = wire.start(sent_P, hop.pairs, name=hop.call("dispatch weights"), layer=hop.layer)
-        rows_RD = _rows_out(table_MD, wire, hop, "dispatch rows")
-        return rows_RD, torch.cat([own_P, weights.wait()])
+    def forward(ctx: Any, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan, exchange: Exchange) -> Any:
+        ctx.plan, ctx.exchange, ctx.num_weights = plan, exchange, weight_N.shape[0]
+        send = DispatchSend(table_MD, plan, exchange, weight_N=weight_N)
+        weight_Q = send.wait_weights()
+        return send.wait(), weight_Q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_RD, grad_Q = grads
-        wire, hop = ctx.wire, ctx.hop
-        own_rows, own_pairs = hop.row_O.shape[0], grad_Q.shape[0] - sum(hop.pairs.receive)
-        weights = wire.start(
-            grad_Q[own_pairs:], hop.pairs.reversed(), name=hop.call("dispatch weights backward"), layer=hop.layer
-        )
-        rows = wire.start(
-            grad_RD[own_rows:], hop.rows.reversed(), name=hop.call("dispatch rows backward"), layer=hop.layer, payload=True
-        )
-        grad_P = torch.cat([weights.wait(), grad_Q[:own_pairs]])
-        return _sum_back(grad_RD[:own_rows], rows.wait(), hop), grad_P, None, None
+        receive = CombineReceive(grads[0], ctx.plan, ctx.exchange, grad_weight_Q=grads[1])
+        grad_weight_N = receive.wait_weights(ctx.num_weights)
+        return receive.wait(), grad_weight_N, None, None
 
 
-class _CombineHop(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, wire: AllToAll, hop: Hop) -> Tensor:
-        ctx.wire, ctx.hop = wire, hop
-        own = hop.row_O.shape[0]
-        back = wire.exchange(
-            rows_RD[own:], hop.rows.reversed(), name=hop.call("combine rows"), layer=hop.layer, payload=True
-        )
-        return _sum_back(rows_RD[:own], back, hop)
+    def forward(ctx: Any, rows_RD: Tensor, plan: ExchangePlan, exchange: Exchange) -> Tensor:
+        ctx.plan, ctx.exchange = plan, exchange
+        return CombineReceive(rows_RD, plan, exchange).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_MD,) = grads
-        wire, hop = ctx.wire, ctx.hop
-        return _rows_out(grad_MD, wire, hop, "combine rows backward"), None, None
-
-
-def _rows_out(table_MD: Tensor, wire: AllToAll, hop: Hop, what: str) -> Tensor:
-    """Rows [R, D] of the table, own and received, each put where it stays; own rows are copied while the others fly."""
-    own = hop.row_O.shape[0]
-    rows_RD = table_MD.new_empty(own + sum(hop.rows.receive), table_MD.shape[1])
-    send_SD = table_MD.index_select(0, hop.row_S)
-    rows = wire.start(send_SD, hop.rows, name=hop.call(what), layer=hop.layer, payload=True, out=rows_RD[own:])
-    torch.index_select(table_MD, 0, hop.row_O, out=rows_RD[:own])
-    rows.wait()
-    return rows_RD
-
-
-def _sum_back(own_OD: Tensor, back_SD: Tensor, hop: Hop) -> Tensor:
-    """Sums rows into the table [M, D] in fp32, rounded once to their dtype."""
-    table = own_OD.new_zeros((hop.table_rows, own_OD.shape[1]), dtype=accumulation_dtype(own_OD.dtype))
-    add_rows(table, hop.row_O, own_OD)
-    add_rows(table, hop.row_S, back_SD)
-    return table.to(own_OD.dtype)
+        return DispatchSend(grads[0], ctx.plan, ctx.exchange).wait(), None, None

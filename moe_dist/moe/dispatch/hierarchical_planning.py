@@ -12,52 +12,53 @@ of L ranks each: EP position = node * L + local.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
-from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatch.counting import compact, counting_order
-from moe_dist.moe.dispatch.exchange import Hop
+from moe_dist.comm.names import COUNTS, EXPERT_IDS, INTER, INTRA
+from moe_dist.moe.dispatch.exchange import AllToAllPlan, ExchangePlan
+from moe_dist.moe.dispatch.planning import check_receive_rows
+from moe_dist.moe.dispatch.rows import compact, counting_order
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-INTER, INTRA = "inter-node", "intra-node"
-SPLIT_SIZES = "split sizes of both hops"  # the host sync of a layer, as Traffic records it
+SPLIT_SIZES = "split sizes of both hops"  # the host sync of a layer, as CommStats records it
 
 
 @dataclass(frozen=True)
 class HierarchicalPlan:
-    """Who goes where, for one layer and micro-batch; all of it without gradient, and kept under recompute.
+    """Who goes where, for one layer and micro-batch. Carries no gradient and is kept under recompute.
 
     Attributes:
-        inter, intra: The hop between nodes, whose table is the tokens; the hop inside the node, whose table has M rows.
-        pair_N: int64, the taken assignments' indices: pairs for other nodes by (node, token), then those of this node.
-        order_A: int64, sorts the middle table's pairs ([own node's, received]) by (rank, row), the own rank last.
-        order_Q: int64, sorts the pairs computed here ([own, received]) by slot.
-        row_of_pair_Q: int64, in slot order, the row of each pair in [own rows, received rows].
-        slot_counts: Pairs of each of this rank's slots.
+        inter: The exchange between nodes. Its table is the tokens; pairs for other nodes by (node, token), then those of
+            this node.
+        intra: The exchange inside the node. Its table is what `inter` leaves here, M rows; pairs by (rank, row).
         num_own_pairs: Pairs of this rank's tokens with experts on this rank.
     """
 
-    inter: Hop
-    intra: Hop
-    pair_N: Tensor
-    order_A: Tensor
-    order_Q: Tensor
-    row_of_pair_Q: Tensor
-    slot_counts: tuple[int, ...]
+    inter: ExchangePlan
+    intra: AllToAllPlan
     num_own_pairs: int
+
+    @property
+    def row_of_pair_Q(self) -> Tensor:  # noqa: N802
+        return self.intra.row_of_pair_Q
+
+    @property
+    def slot_counts(self) -> tuple[int, ...]:
+        return self.intra.slot_counts
 
     @property
     def num_remote_rows(self) -> int:
         """Rows that leave this rank in forward, over both hops: forwarded rows of other ranks' tokens count here."""
-        return sum(self.inter.rows.send) + sum(self.intra.rows.send)
+        return self.inter.num_remote_rows + self.intra.num_remote_rows
 
     @property
     def num_pairs(self) -> int:
-        return self.pair_N.shape[0]
+        return self.inter.num_pairs
 
     @property
     def num_remote_pairs(self) -> int:
@@ -113,11 +114,6 @@ class _Legs:
         sent, received = ([leg[which] for leg in legs] for legs in (self.sent, self.received))
         return Splits(split_sizes(sent, self.own), split_sizes(received, self.own))
 
-    def hop(self, name: str, layer: str, table_rows: int, row_of_leg: Tensor) -> Hop:
-        """The hop, from the table's row of each leg, own legs last."""
-        rows, num_out = self.rows, sum(self.rows.send)
-        return Hop(name, layer, table_rows, rows, self.pairs, row_S=row_of_leg[:num_out], row_O=row_of_leg[num_out:])
-
 
 @dataclass(frozen=True)
 class _Sizes:
@@ -152,7 +148,7 @@ class NodePlanner:
             for first in range(0, placement.num_ranks, ranks_per_node)
         ]
         self._lengths_G = [1 + sum(1 + slots for slots in ranks) for ranks in self._slots_GL]
-        self._tables: dict[torch.device, _Tables] = {}
+        self._tables_on = cache(lambda device: _make_tables(placement, self._slots_GL, inter.rank, device))
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> HierarchicalPlan:
         """Both hops. Four metadata collectives and one host sync.
@@ -179,41 +175,47 @@ class NodePlanner:
         pair_N = pair_N[: num_out + sizes.inter.num_own_pairs]
         expert_P, token_P = expert_N[pair_N], token_N[pair_N]
         first_P = _changes(place_N[pair_N] * num_tokens + token_P)
+        rows, pairs = sizes.inter.rows, sizes.inter.pairs
         token_of_row = compact(token_P, first_P, sizes.inter.num_rows)
-        inter = sizes.inter.hop(INTER, layer, num_tokens, token_of_row)
-        code_A = self._exchange_codes(self.inter, inter, tables.node_slot_E[expert_P], first_P)
-        return self._plan_inside(tables, inter, code_A, pair_N, sizes)
+        row_S, row_O = token_of_row.tensor_split([sum(rows.send)])
+        inter = ExchangePlan(layer, INTER, "", num_tokens, rows, pairs, row_S, row_O, pair_N, order_Q=None)
+        code_A = self._exchange_codes(self.inter, pairs, tables.node_slot_E[expert_P], first_P, INTER, layer)
+        return self._plan_inside(tables, inter, code_A, sizes)
 
-    def _plan_inside(self, tables: _Tables, inter: Hop, code_A: Tensor, pair_N: Tensor, sizes: _Sizes) -> HierarchicalPlan:
+    def _plan_inside(self, tables: _Tables, inter: ExchangePlan, code_A: Tensor, sizes: _Sizes) -> HierarchicalPlan:
         """The hop inside the node, from the pairs of the middle table (own node's, then received), in the order of rows."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
         place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
-        num_rows = inter.row_O.shape[0] + sum(inter.rows.receive)  # M
+        num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows: M
         first_A = _changes(place_A[order_A] * num_rows + row_A)
-        row_of_leg = compact(row_A, first_A, sizes.intra.num_rows)
-        intra = sizes.intra.hop(INTRA, inter.layer, num_rows, row_of_leg)
-        code_Q = self._exchange_codes(self.intra, intra, slot_A, first_A)
+        row_S, row_O = compact(row_A, first_A, sizes.intra.num_rows).tensor_split([sum(rows.send)])
+        code_Q = self._exchange_codes(self.intra, sizes.intra.pairs, slot_A, first_A, INTRA, inter.layer)
         order_Q = counting_order(code_Q // 2, len(sizes.slot_counts))
-        row_Q = (code_Q % 2).cumsum(0) - 1
-        return HierarchicalPlan(
-            inter=inter,
-            intra=intra,
-            pair_N=pair_N,
-            order_A=order_A,
+        intra = AllToAllPlan(
+            layer=inter.layer,
+            prefix=INTRA,
+            suffix="",
+            table_rows=num_rows,
+            rows=rows,
+            pairs=sizes.intra.pairs,
+            row_S=row_S,
+            row_O=row_O,
+            pair_P=order_A,
             order_Q=order_Q,
-            row_of_pair_Q=row_Q[order_Q],
+            row_of_pair_Q=((code_Q % 2).cumsum(0) - 1)[order_Q],
             slot_counts=sizes.slot_counts,
-            num_own_pairs=sizes.own_pairs,
         )
+        return HierarchicalPlan(inter, intra, sizes.own_pairs)
 
-    def _exchange_codes(self, wire: AllToAll, hop: Hop, slot_P: Tensor, first_P: Tensor) -> Tensor:
+    @staticmethod
+    def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
         """Slots of pairs, and whether a row begins with one, over a hop: of those that stay, then of those received."""
-        code_P, num_out = slot_P * 2 + first_P, sum(hop.pairs.send)
+        code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
         ids = code_P[:num_out].to(torch.int32)
-        arrived = wire.exchange(ids, hop.pairs, name=hop.call("expert ids"), layer=hop.layer)
+        arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
         return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
 
     def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
@@ -242,12 +244,12 @@ class NodePlanner:
         received_GX = counts.view(1, -1)
         if self.inter.group is not None:
             splits = Splits(send=tuple(self._lengths_G), receive=(length,) * self.inter.size)
-            received_GX = self.inter.exchange(counts, splits, name=f"{INTER} counts", layer=layer).view(-1, length)
-        forward_X = received_GX[:, 1:].sum(0)  # what this rank forwards to each rank of its node: rows, and pairs by slot
+            received_GX = self.inter.exchange(counts, splits, name=INTER + COUNTS, layer=layer).view(-1, length)
+        forward_X = received_GX[:, 1:].sum(0)  # to each rank of the node: rows, and pairs by slot
         arriving = forward_X
         if self.intra.group is not None:
             splits = Splits(send=ranks, receive=(ranks[local],) * size)
-            arriving = self.intra.exchange(forward_X, splits, name=f"{INTRA} counts", layer=layer)
+            arriving = self.intra.exchange(forward_X, splits, name=INTRA + COUNTS, layer=layer)
         parts = [counts, received_GX.reshape(-1), forward_X, arriving]
         flat = self.inter.comm_stats.to_host(SPLIT_SIZES, torch.cat(parts))
         sent, received, forward, arrived = _cut(flat, [part.numel() for part in parts])
@@ -261,33 +263,14 @@ class NodePlanner:
             slot_counts=tuple(sum(column) for column in zip(*(each[1:] for each in arrived_L), strict=True)),
             own_pairs=sum(_cut(sent_G[node][1:], ranks)[local][1:]),
         )
-        self._check_budget(INTER, sum(sizes.inter.rows.receive))
-        self._check_budget(INTRA, sum(sizes.intra.rows.receive))
+        position = self.inter.rank * self.intra.size + self.intra.rank
+        for hop, legs in ((INTER, sizes.inter), (INTRA, sizes.intra)):
+            check_receive_rows(sum(legs.rows.receive), self.max_receive_rows, position, f"one layer's {hop}hop")
         return sizes
-
-    def _check_budget(self, hop: str, rows: int) -> None:
-        if self.max_receive_rows is not None and rows > self.max_receive_rows:
-            position = self.inter.rank * self.intra.size + self.intra.rank
-            raise PlacementError(
-                f"EP position {position} would receive {rows} rows in one layer's {hop} hop, more than "
-                f"parallel.max_receive_rows={self.max_receive_rows}; raise it if memory allows, lower train.micro_batch, "
-                "or raise loss.balance so that tokens spread (docs/routing.md)"
-            )
-
-    def _tables_on(self, device: torch.device) -> _Tables:
-        """The placement as tensors, copied to `device` once."""
-        if device not in self._tables:
-            self._tables[device] = _make_tables(self.placement, self._slots_GL, self.inter.rank, device)
-        return self._tables[device]
 
 
 def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: int, device: torch.device) -> _Tables:
-    starts, row_bins, first_slots, at = (
-        [],
-        [],
-        [],
-        0,
-    )  # of nodes and ranks the place of their counts; ranks' first node slots
+    starts, row_bins, first_slots, at = [], [], [], 0  # where nodes' and ranks' counts begin; ranks' first node slots
     for ranks in slots_GL:
         starts.append(at)
         at += 1

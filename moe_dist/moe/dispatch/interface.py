@@ -1,11 +1,14 @@
-"""What every dispatcher offers: tokens to the ranks of their experts and back, in three calls with records between them.
+"""The dispatcher's interface: it plans who goes where, then brings tokens to their experts' ranks and the results back.
 
-A dispatcher is one file beside this one, one section in the tagged union `parallel.dispatch`, and one line in build.py.
-Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here, Q (token, expert) pairs computed here.
+A dispatcher is one file beside this one, one section in the tagged union `parallel.dispatch`, and one line in
+build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here, Q (token, expert)
+pairs computed here.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from moe_dist.moe.routing import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """What arrived: rows [R, D], and in slot order each pair's weight [Q]. Both differentiable."""
+    """Rows here [R, D], and in slot order each pair's weight [Q]. Both differentiable."""
 
     rows_RD: Tensor
     weight_Q: Tensor
@@ -35,7 +38,7 @@ class PairLayout(Protocol):
 
 
 class DispatchPlan(Protocol):
-    """Who goes where, for one layer and micro-batch: without gradient, and kept under recompute.
+    """Who goes where, for one layer and micro-batch. Carries no gradient and is kept under recompute.
 
     Between `dispatch` and `combine` it is a PairLayout as well.
 
@@ -54,19 +57,66 @@ class DispatchPlan(Protocol):
 
 
 P = TypeVar("P", bound=DispatchPlan)
+RunExperts = Callable[[DispatchedRows, PairLayout], Tensor]
+RunShared = Callable[[Tensor], Tensor]
 
 
-class Dispatcher(Protocol[P]):
-    """Dispatch and combine over one EP group. Its ranks make the same calls in the same order, whatever their sizes."""
+class Dispatcher(ABC, Generic[P]):
+    """Tokens through the experts of one EP group. Its ranks make the same calls in the same order, whatever their sizes.
 
+    Attributes:
+        takes_known_counts: It uses `Assignments.counts_WE`, so that routers should hand them out.
+    """
+
+    takes_known_counts: bool = False
+
+    @abstractmethod
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> P:
         """Decides who goes where. All host syncs of a layer are in here; `layer` names it in records and reports."""
-        ...
 
+    @abstractmethod
+    def run(
+        self,
+        h_TD: Tensor,
+        weight_N: Tensor,
+        plan: P,
+        *,
+        experts: RunExperts,
+        shared: RunShared | None = None,
+        repeated: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [T, D] of the routed experts, zero for tokens without one, and the shared expert's output.
+
+        Args:
+            experts: From dispatched rows to their weighted sums [R, D].
+            shared: The shared expert, called with h.
+            repeated: This is a recomputation of a block: y may be anything, since only what experts and dispatch save for
+                backward is used.
+        """
+
+
+class TwoStepDispatcher(Dispatcher[P]):
+    """A dispatcher whose rows all arrive before the experts run."""
+
+    @abstractmethod
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: P) -> DispatchedRows:
-        """Brings each row, and its pairs' weights, to the experts. Differentiable, the exchange one autograd node."""
-        ...
+        """Brings each row, and its pairs' weights, to the experts. Differentiable, each exchange one autograd node."""
 
+    @abstractmethod
     def combine(self, rows_RD: Tensor, plan: P) -> Tensor:
-        """Brings the summed rows [R, D] home: y_TD, zero for tokens without an expert. Differentiable, as one node."""
-        ...
+        """Sums the rows [R, D] of all ranks into y [T, D]. Differentiable, each exchange one autograd node."""
+
+    def run(
+        self,
+        h_TD: Tensor,
+        weight_N: Tensor,
+        plan: P,
+        *,
+        experts: RunExperts,
+        shared: RunShared | None = None,
+        repeated: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The shared expert, dispatch, experts, combine. Needs a plan that is a PairLayout."""
+        shared_TD = None if shared is None else shared(h_TD)
+        dispatched = self.dispatch(h_TD, weight_N, plan)
+        return self.combine(experts(dispatched, plan), plan), shared_TD  # pyright: ignore[reportArgumentType]

@@ -1,22 +1,21 @@
 """One row for each (token, expert) pair, with sizes known beforehand: no counts or ids are exchanged, and nothing syncs.
 
 It takes assignments that carry `counts_WE`: how many pairs each rank sends to each expert, known without reading the
-routing. Per-rank expert choice is of that kind, since every expert takes its capacity of each rank's tokens. Token choice
-is not. Where a rank holds at most one expert of a group, a pair is a distinct (token, rank), so that nothing is left to
-deduplicate: `KnownCountsDispatcher` then takes this way, whatever the dispatcher it stands before.
+routing. Expert choice within one rank is of that kind, since every expert takes its capacity of each rank's tokens. Token
+choice is not. Where a rank holds at most one expert of a group, a pair is a distinct (token, rank), so that nothing is left
+to deduplicate: `KnownCountsFirst` then takes it before any other dispatcher.
 
-Closed form: a rank sends the sum of `counts_WE` of its row over all experts of other ranks: that many rows of D forward, as
-many come home, and the same in backward. No row is padding. Shape letters: T tokens on this rank, D hidden size, N pairs
-(all taken, sorted by expert), R = Q pairs computed here.
+Closed form: a rank sends the sum of `counts_WE` of its row over all experts of other ranks: that many rows of D in
+dispatch, as many back in combine, and the same in backward. No row is padding. Shape letters: T tokens, D hidden size,
+N pairs (all taken, sorted by expert), Q pairs computed here.
 
 Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and their gradients; every rank issues all of them.
 Host syncs: none. The order of pairs is a function of the counts, made on the host and copied once for all layers of a
-micro-batch; the last few are kept.
-
-Memory: the formula of `all_to_all`, (R + S + T) x D, with S rows for the pairs sent.
+micro-batch; the last few are kept. Memory: the formula of `all_to_all`, with S rows for the pairs sent.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatch.exchange import Hop, combine_hop, dispatch_hop
-from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, DispatchPlan
+from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange
+from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
+from moe_dist.moe.dispatch.planning import check_receive_rows
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -34,33 +34,8 @@ Counts = tuple[tuple[int, ...], ...]
 KEPT_ORDERS = 16  # counts differ between micro-batches; recomputation and all layers of one ask for the same
 
 
-@dataclass(frozen=True)
-class KnownCountsPlan:
-    """Who goes where, for one layer and micro-batch; all of it without gradient, and kept under recompute.
-
-    Attributes:
-        hop: The exchange; its rows are the pairs, its table the tokens.
-        pair_N: int64, pairs by (rank, expert), those of the own rank last.
-        row_of_pair_Q: int64, in slot order, the row of each pair in [own rows, received rows].
-        slot_counts: Pairs of each of this rank's slots.
-    """
-
-    hop: Hop
-    pair_N: Tensor
-    row_of_pair_Q: Tensor
-    slot_counts: tuple[int, ...]
-
-    @property
-    def num_remote_rows(self) -> int:
-        return sum(self.hop.rows.send)
-
-    @property
-    def num_pairs(self) -> int:
-        return self.pair_N.shape[0]
-
-    @property
-    def num_remote_pairs(self) -> int:
-        return self.num_remote_rows
+class KnownCountsPlan(AllToAllPlan):
+    """An exchange whose rows are its pairs; those of this rank's tokens by (rank, expert), the own rank's last."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +44,26 @@ class _Order:
 
     splits: Splits
     expert_N: Tensor
-    pair_N: Tensor
+    pair_P: Tensor
     order_Q: Tensor
     slot_counts: tuple[int, ...]
 
 
-class PairDispatcher:
-    """Dispatch and combine over one EP group; without a group the same code on an identity wire.
+class KnownCountsDispatcher(TwoStepDispatcher[KnownCountsPlan]):
+    """Dispatch and combine over one EP group; without a group the same code on the identity all-to-all.
 
     Args:
         placement: Which expert lives on which rank of the EP group.
-        wire: The EP group's wire.
+        wire: The EP group's all-to-all.
         max_receive_rows: Bound of the receive buffer in rows; None for none.
     """
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
         self.placement = placement
         self.wire = wire
+        self.exchange = Exchange(wire)
         self.max_receive_rows = max_receive_rows
-        self._orders: dict[tuple[Counts, torch.device], _Order] = {}
+        self._order = lru_cache(maxsize=KEPT_ORDERS)(self._make_order)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> KnownCountsPlan:
         """Decides who goes where, without a collective or a host sync (but for the first plan of new counts).
@@ -103,28 +79,33 @@ class PairDispatcher:
                 "whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
-        device = assignments.token_N.device
-        order = self._orders.pop((counts, device), None) or self._order(counts, device)
-        self._orders[counts, device] = order  # the last used stands last
-        while len(self._orders) > KEPT_ORDERS:
-            del self._orders[next(iter(self._orders))]
+        order = self._order(counts, assignments.token_N.device)
         # A broken promise would bring rows to the wrong experts. Checked on the device: no sync, one comparison of N ids.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
-        token_N = assignments.token_N[order.pair_N]
-        num_out = sum(order.splits.send)
-        hop = Hop("", layer, num_tokens, order.splits, order.splits, row_S=token_N[:num_out], row_O=token_N[num_out:])
-        return KnownCountsPlan(hop, order.pair_N, order.order_Q, order.slot_counts)
+        row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
+        return KnownCountsPlan(
+            layer=layer,
+            prefix="",
+            suffix="",
+            table_rows=num_tokens,
+            rows=order.splits,
+            pairs=order.splits,
+            row_S=row_S,
+            row_O=row_O,
+            pair_P=order.pair_P,
+            order_Q=order.order_Q,
+            row_of_pair_Q=order.order_Q,
+            slot_counts=order.slot_counts,
+        )
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: KnownCountsPlan) -> DispatchedRows:
-        """Brings each pair's row and weight to its expert. One autograd node."""
-        rows_RD, weight_R = dispatch_hop(h_TD, weight_N[plan.pair_N], self.wire, plan.hop)
-        return DispatchedRows(rows_RD=rows_RD, weight_Q=weight_R[plan.row_of_pair_Q])
+        """As `TwoStepDispatcher`."""
+        return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan))
 
     def combine(self, rows_RD: Tensor, plan: KnownCountsPlan) -> Tensor:
-        """Brings the weighted rows [R, D] home and sums them: y_TD, zero for tokens without an expert. One autograd
-        node."""
-        return combine_hop(rows_RD, self.wire, plan.hop)
+        """As `TwoStepDispatcher`."""
+        return self.exchange.combine(rows_RD, plan)
 
     def _check(self, counts: Counts, num_pairs: int) -> None:
         size, own = self.wire.size, self.wire.rank
@@ -135,14 +116,9 @@ class PairDispatcher:
         rows = sum(
             counts[source][expert] for source in range(size) if source != own for expert in self.placement.slots[own]
         )
-        if self.max_receive_rows is not None and rows > self.max_receive_rows:
-            raise PlacementError(
-                f"EP position {own} receives {rows} rows in each layer, more than "
-                f"parallel.max_receive_rows={self.max_receive_rows}; raise it if memory allows, or lower the experts' "
-                "capacity or train.micro_batch"
-            )
+        check_receive_rows(rows, self.max_receive_rows, own, "each layer")
 
-    def _order(self, counts: Counts, device: torch.device) -> _Order:
+    def _make_order(self, counts: Counts, device: torch.device) -> _Order:
         """Sizes and orders, from the counts alone; three lists of integers go to the device."""
         own, slots = self.wire.rank, [np.array(each, dtype=np.int64) for each in self.placement.slots]
         counts_WE = np.array(counts, dtype=np.int64).reshape(len(counts), -1)
@@ -155,7 +131,7 @@ class PairDispatcher:
         return _Order(
             splits=Splits(split_sizes(send, own), split_sizes(counts_WE[:, slots[own]].sum(1).tolist(), own)),
             expert_N=_on_device(np.repeat(np.arange(len(mine_E)), mine_E), device),
-            pair_N=_on_device(_runs((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), device),
+            pair_P=_on_device(_runs((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), device),
             order_Q=_on_device(_runs(first.T.ravel(), arriving.T.ravel()), device),
             slot_counts=tuple(arriving.sum(0).tolist()),
         )
@@ -173,39 +149,40 @@ def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class KnownCountsDispatcher:
-    """The way without a sync where there is one, else the dispatcher behind it.
+class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
+    """`KnownCountsDispatcher` for assignments that carry counts, another dispatcher for all others.
 
-    It is taken where the counts are known and each rank holds at most one expert of a group: then pairs are rows, and the
+    By default the first is taken only where each rank holds at most one expert of a group: then pairs are rows, and the
     bytes are those of `all_to_all`. Every rank decides alike, since counts and placement are the same on all.
 
     Args:
-        general: For all other assignments.
-        pairs: Over the same ranks.
-        always: Take it wherever the counts are known, also where a rank has several experts of a group and a row travels
-            once for each.
+        known: For assignments with counts.
+        general: For all others, over the same ranks.
+        always: Take the first wherever the counts are known, also where a rank has several experts of a group and a row
+            travels once for each.
     """
 
-    def __init__(self, general: Dispatcher[Any], pairs: PairDispatcher, *, always: bool = False) -> None:
+    def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
+        self.known = known
         self.general = general
-        self.pairs = pairs
-        self.distinct = always or pairs_are_rows(pairs.placement)
+        self.takes_known_counts = always or pairs_are_rows(known.placement)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DispatchPlan:
         """The plan of either; see there for collectives, syncs and errors."""
-        way: Dispatcher[Any] = self.pairs if self.distinct and assignments.counts_WE is not None else self.general
-        return way.plan(assignments, num_tokens, layer=layer)
+        known = self.takes_known_counts and assignments.counts_WE is not None
+        dispatcher: TwoStepDispatcher[Any] = self.known if known else self.general
+        return dispatcher.plan(assignments, num_tokens, layer=layer)
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> DispatchedRows:
-        """Brings each row, and its pairs' weights, to the experts."""
-        return self._way(plan).dispatch(h_TD, weight_N, plan)
+        """As `TwoStepDispatcher`."""
+        return self._of(plan).dispatch(h_TD, weight_N, plan)
 
     def combine(self, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
-        """Brings the summed rows [R, D] home."""
-        return self._way(plan).combine(rows_RD, plan)
+        """As `TwoStepDispatcher`."""
+        return self._of(plan).combine(rows_RD, plan)
 
-    def _way(self, plan: DispatchPlan) -> Dispatcher[Any]:
-        return self.pairs if isinstance(plan, KnownCountsPlan) else self.general
+    def _of(self, plan: DispatchPlan) -> TwoStepDispatcher[Any]:
+        return self.known if isinstance(plan, KnownCountsPlan) else self.general
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:

@@ -4,13 +4,12 @@ Each exchange is two autograd nodes, one that issues it and one that waits for i
 tensor, the token, passes through all of them in forward's order, so backward runs them in exactly the reverse: every rank
 issues the same collectives in the same order, whatever else autograd runs in between. With `overlap` (o) and chunks 0, 1:
 
-    forward     Depart 0   Depart 1   Gate, own pairs, shared   Arrive 0   pairs 0   Return 0   Arrive 1   pairs 1 ...
-                issues     issues     (o)                       waits                issues     waits
-    backward    ... pairs 1   Arrive 1   Return 0   pairs 0   Arrive 0   own pairs, shared, Gate   Depart 1   Depart 0
-                              issues     waits                issues     (o)                       waits      waits
+    forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
+                EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
+    backward    the same in reverse: End issues the gradients, Start waits for them
 
-The nodes keep the plan and save no tensor. Where a whole block is recomputed, only the way out is repeated: what comes
-home is asked for by nobody.
+The nodes keep the plan and save no tensor. Recompute of a whole block repeats dispatch alone, since nothing uses the
+result of combine.
 
 Memory in rows of D: of three chunks at most (n chunks, where there are fewer) the rows R' and the buffers S' are held at
 once; with `overlap` own rows are not copied (R is what was received), and their sums stand beside y:
@@ -26,7 +25,6 @@ Below fp32 the sum of one chunk, T / n rows of 4 bytes an element, stands beside
 Shape letters: T tokens, D hidden size, N assignments, S remote rows sent, R rows here, Q pairs computed here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +33,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
-from moe_dist.moe.dispatch.plan import AllToAllPlan, OwnPairs
-from moe_dist.moe.dispatch.planning import Planner
-from moe_dist.moe.dispatch.row_exchange import GradientsHome, GradientsOut, Lane, RowsHome, RowsOut
+from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
+from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared
+from moe_dist.moe.dispatch.planning import OwnPairs, Planner
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
-
-RunExperts = Callable[[DispatchedRows, PairLayout], Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ class PipelinedPlan:
         return sum(chunk.num_remote_pairs for chunk in self.chunks)
 
 
-class PipelinedDispatcher:
-    """The rows of the per-rank dispatcher, on a timetable.
+class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
+    """The rows of `AllToAllDispatcher`, exchanged while others are computed.
 
     Args:
         placement, wire, max_receive_rows: As of `AllToAllDispatcher`.
@@ -85,7 +80,7 @@ class PipelinedDispatcher:
         chunks: int = 1,
     ) -> None:
         self.planner = Planner(placement, wire, max_receive_rows=max_receive_rows, chunks=chunks, own_apart=overlap)
-        self.lane = Lane(wire)
+        self.exchange = Exchange(wire)
         self.overlap = overlap
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PipelinedPlan:
@@ -103,75 +98,86 @@ class PipelinedDispatcher:
         plan: PipelinedPlan,
         *,
         experts: RunExperts,
-        shared: Callable[[Tensor], Tensor] | None,
-        repeated: bool,
+        shared: RunShared | None = None,
+        repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """y [T, D] of the routed experts, and the shared expert's output.
+        """As `Dispatcher.run`. `experts` is called for each chunk, in order, and for the own pairs first where they are apart.
 
-        Args:
-            experts: Called for each chunk, in order, and for the own pairs first where they are apart.
-            shared: The shared expert, called with h.
-            repeated: This is a recomputation: nothing is brought home, and y is NaN, so that whoever uses it is found.
+        With `repeated`, combine is skipped and y is filled with NaN, so that any accidental use shows.
         """
-        lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.lane.wire.comm_stats.mark
-        parts, flights = h_TD.split(lengths), [_Flight(chunk, self.lane, repeated) for chunk in plan.chunks]
+        lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
+        parts, flights = h_TD.split(lengths), [_Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
         shared_TD = None if shared is None or self.overlap else shared(h_TD)
         bases: list[Tensor | None] = [None] * len(flights)
         y_parts = []
-        token: Any = _Depart.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
+        token: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
             if index + 1 < len(flights):
-                token = _Depart.apply(token, parts[index + 1], weight_N, flights[index + 1])
+                token = _StartDispatch.apply(token, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
                 token, here_TD, here_N = _Gate.apply(token, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
                 shared_TD = None if shared is None else shared(mark("shared", here_TD.view_as(here_TD)))
                 own = DispatchedRows(mark("own pairs", here_TD.view_as(here_TD)), here_N.index_select(0, plan.own.pair_P))
                 bases = list(experts(own, plan.own).split(lengths))
-            token, rows_RD, weight_Q = _Arrive.apply(token, flight)  # pyright: ignore[reportGeneralTypeIssues]
-            rows = DispatchedRows(mark(f"pairs{flight.plan.chunk}", rows_RD), weight_Q)
+            token, rows_RD, weight_Q = _EndDispatch.apply(token, flight)  # pyright: ignore[reportGeneralTypeIssues]
+            rows = DispatchedRows(mark(f"pairs{flight.plan.suffix}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
             if index > 0:
-                token, y_TD = _Home.apply(token, bases.pop(0), flights[index - 1], parts[index - 1])
+                token, y_TD = _EndCombine.apply(token, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
-            token = _Return.apply(token, out_RD, flight)
-        token, y_TD = _Home.apply(token, bases.pop(0), flights[-1], parts[-1])
+            token = _StartCombine.apply(token, out_RD, flight)
+        token, y_TD = _EndCombine.apply(token, bases.pop(0), flights[-1], parts[-1])
         return torch.cat([*y_parts, y_TD]) if y_parts else y_TD, shared_TD
 
 
 class _Flight:
-    """What the nodes of one chunk hand each other outside of the graph: the exchanges in flight, never kept longer."""
+    """One chunk's exchanges in flight: what its nodes hand each other outside of the graph, and no longer than needed."""
 
-    def __init__(self, plan: AllToAllPlan, lane: Lane, repeated: bool) -> None:
-        self.plan, self.lane, self.repeated = plan, lane, repeated
-        self.rows_out: RowsOut | None = None
-        self.rows_home: RowsHome | None = None
-        self.gradients_out: GradientsOut | None = None
-        self.gradients_home: GradientsHome | None = None
+    def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
+        self.plan, self.exchange, self.repeated = plan, exchange, repeated
+        self._sent: DispatchSend | None = None
+        self._returning: CombineReceive | None = None
 
-    def take(self, name: str) -> Any:
-        """The exchange that was issued last under this name; no longer kept here."""
-        exchange = getattr(self, name)
-        setattr(self, name, None)
-        return exchange
+    def send(self, table_TD: Tensor, weight_N: Tensor | None = None) -> None:
+        """Issues rows to the experts' ranks."""
+        self._sent = DispatchSend(table_TD, self.plan, self.exchange, weight_N=weight_N)
+
+    def sent(self) -> DispatchSend:
+        """The send that was issued last; no longer kept here."""
+        sent, self._sent = self._sent, None
+        assert sent is not None
+        return sent
+
+    def bring_back(self, rows_RD: Tensor, grad_weight_Q: Tensor | None = None) -> None:
+        """Issues rows to their tokens' ranks."""
+        self._returning = CombineReceive(rows_RD, self.plan, self.exchange, grad_weight_Q=grad_weight_Q)
+
+    def returning(self) -> CombineReceive:
+        """The return that was issued last; no longer kept here."""
+        returning, self._returning = self._returning, None
+        assert returning is not None
+        return returning
 
 
-class _Depart(torch.autograd.Function):
+class _StartDispatch(torch.autograd.Function):
     """Forward issues rows and weights to the experts; backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight, ctx.num_assignments = flight, weight_N.shape[0]
-        flight.rows_out = RowsOut(h_TD, weight_N, flight.plan, flight.lane)
+        ctx.flight, ctx.num_weights = flight, weight_N.shape[0]
+        flight.send(h_TD, weight_N)
         return token.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grads[0], *ctx.flight.take("gradients_home").land(ctx.num_assignments), None
+        receive = ctx.flight.returning()
+        grad_weight_N = receive.wait_weights(ctx.num_weights)
+        return grads[0], receive.wait(), grad_weight_N, None
 
 
 class _Gate(torch.autograd.Function):
-    """The identity, behind a departure: backward passes only when all that was computed from it has its gradients."""
+    """The identity, behind a dispatch: backward passes only when all that was computed from it has its gradients."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
@@ -183,39 +189,39 @@ class _Gate(torch.autograd.Function):
         return grads
 
 
-class _Arrive(torch.autograd.Function):
+class _EndDispatch(torch.autograd.Function):
     """Forward waits for rows [R, D] and weights [Q]; backward issues their gradients."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, flight: _Flight) -> Any:
-        ctx.flight = flight
-        return token.new_empty(0), *flight.take("rows_out").land()
+        ctx.flight, send = flight, flight.sent()
+        weight_Q = send.wait_weights()
+        return token.new_empty(0), send.wait(), weight_Q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        token, grad_RD, grad_weight_Q = grads
-        ctx.flight.gradients_home = GradientsHome(grad_RD, grad_weight_Q, ctx.flight.plan, ctx.flight.lane)
-        return token, None
+        ctx.flight.bring_back(*grads[1:])
+        return grads[0], None
 
 
-class _Return(torch.autograd.Function):
-    """Forward issues the sums of the rows homewards; backward waits for their gradients."""
+class _StartCombine(torch.autograd.Function):
+    """Forward issues the sums of the rows back to their tokens; backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
         if not flight.repeated:
-            flight.rows_home = RowsHome(rows_RD, flight.plan, flight.lane)
+            flight.bring_back(rows_RD)
         return token.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grads[0], ctx.flight.take("gradients_out").land(), None
+        return grads[0], ctx.flight.sent().wait(), None
 
 
-class _Home(torch.autograd.Function):
+class _EndCombine(torch.autograd.Function):
     """Forward waits for the sums and adds them up; backward issues the gradients of y."""
 
     @staticmethod
@@ -223,11 +229,11 @@ class _Home(torch.autograd.Function):
         ctx.flight, ctx.has_base = flight, base_TD is not None
         if flight.repeated:
             return token.new_empty(0), torch.full_like(like_TD, float("nan"))
-        return token.new_empty(0), flight.take("rows_home").land(base_TD)
+        return token.new_empty(0), flight.returning().wait(base_TD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         token, grad_TD = grads
-        ctx.flight.gradients_out = GradientsOut(grad_TD, ctx.flight.plan, ctx.flight.lane)
+        ctx.flight.send(grad_TD)
         return token, grad_TD if ctx.has_base else None, None, None

@@ -11,18 +11,45 @@ O rows of the own rank, Q pairs computed here, H holders: the own rank, then the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, Splits, split_sizes
+from moe_dist.comm.names import COUNTS, PAIR_ROWS
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatch.counting import counting_order, runs_in_order, spread
-from moe_dist.moe.dispatch.plan import AllToAllPlan, OwnPairs
+from moe_dist.moe.dispatch.exchange import AllToAllPlan
+from moe_dist.moe.dispatch.rows import counting_order, runs_in_order, spread
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-SPLIT_SIZES = "split sizes"  # the one host sync of a layer, as Traffic records it
+SPLIT_SIZES = "split sizes"  # the one host sync of a layer, as CommStats records it
+
+
+@dataclass(frozen=True)
+class OwnPairs:
+    """Pairs of the own rank that are computed apart from the others; their rows are the tokens themselves.
+
+    Attributes:
+        pair_P: int64, the assignments' indices, by slot.
+        row_of_pair_Q: int64, their tokens.
+        slot_counts: Pairs of each of this rank's slots.
+    """
+
+    pair_P: Tensor
+    row_of_pair_Q: Tensor
+    slot_counts: tuple[int, ...]
+
+
+def check_receive_rows(rows: int, limit: int | None, position: int, place: str) -> None:
+    """Raises a PlacementError where more rows would arrive at an EP position than `parallel.max_receive_rows`."""
+    if limit is not None and rows > limit:
+        raise PlacementError(
+            f"EP position {position} would receive {rows} rows in {place}, more than parallel.max_receive_rows={limit}; "
+            "raise it if memory allows, lower train.micro_batch or the experts' capacity, or raise loss.balance so that "
+            "tokens spread (docs/routing.md)"
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +138,7 @@ class Planner:
         self.max_receive_rows = max_receive_rows
         self.chunks = chunks
         self.own_apart = own_apart
-        self._tables: dict[torch.device, _Tables] = {}
+        self._tables_on = cache(self._make_tables)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens of each range: equal ones, and what is left (perhaps nothing) in the last ones."""
@@ -130,14 +157,15 @@ class Planner:
         cells = self._cells(assignments, num_tokens, tables)
         order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)
         counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the host sync
-        self._check_budget(sum(sum(counts.rows(chunk).receive) for chunk in range(self.chunks)))
+        arriving = sum(sum(counts.rows(chunk).receive) for chunk in range(self.chunks))
+        check_receive_rows(arriving, self.max_receive_rows, self.wire.rank, "one layer")
 
         num_remote = sum(sum(counts.pairs(chunk).send) for chunk in range(self.chunks))
         pair_P = order_N[: num_remote + sum(counts.own_pairs(chunk) for chunk in range(self.chunks))]
         index_P, token_P = cells.index_N[pair_P], assignments.token_N[pair_P]
-        arriving = self._start_indices(index_P[:num_remote], counts, layer)
+        indices = self._start_indices(index_P[:num_remote], counts, layer)
         tokens_of_rows = self._tokens_of_rows(token_P, cells.run_N[pair_P], index_P, cells.row_counts, counts, num_tokens)
-        pairs, indices = self._by_chunk(pair_P, index_P, arriving.wait(), counts)
+        pairs, indices = self._by_chunk(pair_P, index_P, indices.wait(), counts)
         mine = slice(0, 0) if self.own_apart else slice(None)
         plans = []
         for chunk, length in enumerate(self.chunk_lengths(num_tokens)):
@@ -145,13 +173,14 @@ class Planner:
             plans.append(
                 AllToAllPlan(
                     layer=layer,
-                    chunk=f" {chunk}" if self.chunks > 1 else "",
-                    num_tokens=length,
+                    prefix="",
+                    suffix=f" {chunk}" if self.chunks > 1 else "",
+                    table_rows=length,
                     rows=counts.rows(chunk),
                     pairs=counts.pairs(chunk),
                     pair_P=pairs[chunk],
-                    token_of_row_S=tokens_of_rows[chunk],
-                    token_of_row_O=tokens_of_rows[self.chunks + chunk][mine],
+                    row_S=tokens_of_rows[chunk],
+                    row_O=tokens_of_rows[self.chunks + chunk][mine],
                     order_Q=order_Q,
                     row_of_pair_Q=row_Q,
                     slot_counts=counts.slot_counts(chunk, with_own=not self.own_apart),
@@ -209,7 +238,7 @@ class Planner:
             received = message
             sent_values = received_values = comm_stats.to_host(SPLIT_SIZES, message)
         else:
-            received = self.wire.exchange(message, splits, name="counts", layer=layer)
+            received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
             values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
         sent = _table(sent_values, [[x] * chunks for x in lengths])
@@ -225,7 +254,7 @@ class Planner:
             tuple(sum(each.receive[rank] for each in sizes) for rank in self._ranks),
         )
         items = index_P if self.chunks == 1 else torch.cat([pieces[c][r] for r in self._ranks for c in range(self.chunks)])
-        return self.wire.start(items, splits, name="pair rows", layer=layer)
+        return self.wire.start(items, splits, name=PAIR_ROWS, layer=layer)
 
     def _by_chunk(
         self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: _Counts
@@ -267,21 +296,8 @@ class Planner:
         order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)
         return order_Q, row_Q[order_Q]
 
-    def _check_budget(self, rows: int) -> None:
-        if self.max_receive_rows is not None and rows > self.max_receive_rows:
-            raise PlacementError(
-                f"EP position {self.wire.rank} would receive {rows} rows in one layer, more than "
-                f"parallel.max_receive_rows={self.max_receive_rows}; raise it if memory allows, lower train.micro_batch, "
-                "or raise loss.balance so that tokens spread (docs/routing.md)"
-            )
-
-    def _tables_on(self, device: torch.device) -> _Tables:
-        """The placement as tensors, copied to `device` once."""
-        if device not in self._tables:
-            self._tables[device] = self._make_tables(device)
-        return self._tables[device]
-
     def _make_tables(self, device: torch.device) -> _Tables:
+        """The placement as tensors, copied to `device` once."""
         slots, own, size, chunks = self.placement.slots, self.wire.rank, self.wire.size, self.chunks
         order = [rank for rank in range(size) if rank != own] + [own]
         place_of = {rank: place for place, rank in enumerate(order)}

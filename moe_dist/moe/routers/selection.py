@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
-from moe_dist.moe.dispatch.counting import counting_order
+from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo
 
 ScopeKind = Literal["rank", "ep_group", "world"]

@@ -2,8 +2,9 @@
 
 import torch
 
-from moe_dist.comm.all_to_all import AllToAll, Splits, exchange_rows, split_sizes
+from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.comm.collectives import CommStats
+from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
 
 
 def test_payload_and_metadata_are_apart_and_taken_once() -> None:
@@ -20,8 +21,9 @@ def test_the_identity_wire_moves_and_counts_nothing() -> None:
     comm_stats = CommStats(events=[])
     wire = AllToAll(None, comm_stats)
     rows, weights = torch.ones(0, 4, requires_grad=True), torch.ones(0, requires_grad=True)
-    none = Splits((0,), (0,))
-    got, got_weights = exchange_rows(rows, weights, wire, none, none)
+    none, empty = Splits((0,), (0,)), torch.zeros(0, dtype=torch.int64)
+    plan = ExchangePlan("", "", "", 0, none, none, empty, empty, empty, None)
+    got, got_weights = Exchange(wire).dispatch(rows, weights, plan)
     assert got.shape == (0, 4)
     (got.sum() + got_weights.sum()).backward()
     assert rows.grad is not None

@@ -6,8 +6,8 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.interface import DispatchedRows
-from moe_dist.moe.dispatch.plan import AllToAllPlan
 from moe_dist.moe.experts import Experts, slot_chunks
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
@@ -92,7 +92,6 @@ def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None
     """Bytes that autograd keeps of one bf16 forward over 64 rows with `row_of` pairs; parameters, inputs and plan apart."""
     group = ExpertGroup("all", 4, 0, 4, 16, 0, ("text",))
     experts = Experts(32, (group,), (4,), pair_budget=pair_budget)
-    experts.recompute = recompute
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     rows_RD = torch.randn(64, 32).bfloat16().requires_grad_()
@@ -101,7 +100,7 @@ def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None
     none = Splits((0,), (0,))
     empty = torch.zeros(0, dtype=torch.int64)
     plan = AllToAllPlan(
-        "", "", 64, none, none, empty, empty, torch.arange(64), torch.arange(len(row_of)), row_of, tuple(counts)
+        "", "", "", 64, none, none, empty, torch.arange(64), empty, torch.arange(len(row_of)), row_of, tuple(counts)
     )
     known = {p.untyped_storage().data_ptr() for p in (rows_RD, weight_Q, row_of, *experts.parameters())}
     kept: dict[int, int] = {}
@@ -113,7 +112,7 @@ def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = experts(DispatchedRows(rows_RD, weight_Q), plan)
+        held = experts(DispatchedRows(rows_RD, weight_Q), plan, recompute=recompute)
     assert held.requires_grad
     return sum(kept.values())
 

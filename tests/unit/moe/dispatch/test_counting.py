@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.counting import counting_order, runs_in_order
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.rows import counting_order, runs_in_order
 from moe_dist.moe.routers.capacity import over_capacity
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, PairDispatcher
+from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
@@ -133,7 +133,9 @@ def layer_of(router: ExpertChoiceRouter, recompute: str = "none") -> MoELayer:
         norm=torch.nn.Identity(),
         router=router,
         experts=Experts(D, GROUPS, [4, 2]),
-        dispatcher=KnownCountsDispatcher(AllToAllDispatcher(placement, wire), PairDispatcher(placement, wire), always=True),
+        dispatcher=KnownCountsFirst(
+            KnownCountsDispatcher(placement, wire), AllToAllDispatcher(placement, wire), always=True
+        ),
         recompute=recompute,  # pyright: ignore[reportArgumentType]
     ).double()
     generator = torch.Generator().manual_seed(9)

@@ -1,0 +1,12 @@
+"""Names of the collectives that carry tokens: in events, in the byte counts, and in reports of a rank that hangs.
+
+The dispatchers put a hop (`INTER`, `INTRA`) before a name, and BACKWARD and the number of a chunk behind it.
+"""
+
+COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata, in `plan`
+DISPATCH_WEIGHTS, DISPATCH_ROWS, COMBINE_ROWS = "dispatch weights", "dispatch rows", "combine rows"
+BACKWARD = " backward"
+INTER, INTRA = "inter-node ", "intra-node "
+
+CHOICE_LOGITS = "choice logits"  # gathered by expert choice
+DEPTH_SCORES = "depth scores"  # gathered by mixture of depths
