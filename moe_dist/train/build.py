@@ -24,7 +24,7 @@ from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
-from moe_dist.model.mixture_of_depths import DepthRouter, DepthScope
+from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.expert_gemm import choose_gemm
@@ -92,7 +92,7 @@ def build_model(
     tracker: CollectiveTracker | None = None,
     compute_dtype: torch.dtype | None = None,
     scope_ranks: ScopeRanks | None = None,
-    depth_scope: DepthScope | None = None,
+    depth_scope: SelectionScope | None = None,
 ) -> Transformer:
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
 

@@ -8,7 +8,6 @@ from torch import nn
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.model_schema import ExpertChoiceRouterSection, MoESection, RouterSection, ScheduledTopKRouterSection
 from moe_dist.config.schema import Config
-from moe_dist.model.mixture_of_depths import DepthScope, DepthThresholds
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
@@ -16,7 +15,8 @@ from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
-from moe_dist.moe.routers.selection import ScopeRanks
+from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
+from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup
@@ -61,19 +61,15 @@ def scope_ranks_of(mesh: Mesh) -> ScopeRanks:
     return ScopeRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
 
 
-def build_depth_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> DepthScope | None:
+def build_depth_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> SelectionScope | None:
     """The ranks among whose tokens layers choose, by `model.mixture_of_depths.scope`."""
-    if config.model.mixture_of_depths is None:
+    section = config.model.mixture_of_depths
+    if section is None:
         return None
-    group, own, size = {
-        "rank": (None, 0, 1),
-        "ep_group": (mesh.ep, mesh.ep_rank, mesh.ep_size),
-        "world": (mesh.world if mesh.world_size > 1 else None, mesh.rank, mesh.world_size),
-    }[config.model.mixture_of_depths.scope]
-    return DepthScope(group, own, size, comm_stats, mesh.tracker)
+    return SelectionScope.over(section.scope, scope_ranks_of(mesh), comm_stats=comm_stats, tracker=mesh.tracker)
 
 
-def depth_thresholds(model: Transformer) -> DepthThresholds | None:
-    """What follows the depth routers' choices after each step; None where none has a threshold."""
+def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
+    """Follows the depth routers' choices after each step; None where none has a threshold."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
-    return DepthThresholds(routers) if routers else None
+    return ThresholdUpdater([[router] for router in routers], routers[0].threshold_decay) if routers else None

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from moe_dist.comm.collectives import CommStats, sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.model.mixture_of_depths import DepthThresholds
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
@@ -106,7 +105,7 @@ class TrainingStep:
         balance: BiasController | None = None,
         thresholds: ThresholdUpdater | None = None,
         needs_global_batch_info: bool = False,
-        mixture_of_depths: DepthThresholds | None = None,
+        mixture_of_depths: ThresholdUpdater | None = None,
         tuning: RouterTuning | None = None,
     ) -> None:
         self.parallel = parallel

@@ -190,4 +190,4 @@ def overflow(rank: RankContext) -> str:
 def test_the_receive_buffer_is_known_beforehand(run_in_world: Callable[..., list[Any]]) -> None:
     first, second = run_in_world(2, overflow)
     assert first == "no error"
-    assert "EP position 1 receives 5 rows in each layer, more than parallel.max_receive_rows=4" in second
+    assert "EP position 1 would receive 5 rows in each layer, more than parallel.max_receive_rows=4" in second

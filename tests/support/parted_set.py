@@ -1,29 +1,34 @@
-"""One process choosing over the sets of many ranks: the oracle of mixture of depths over ranks."""
+"""One process choosing over the scopes of many ranks: the oracle of mixture of depths over ranks."""
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_dist.model.depths_reference import choose
+from moe_dist.moe.routers.selection import OUTSIDE, SelectionScope
+from moe_dist.moe.routing import ExpertsChoice
 
 
-class PartedSet:
-    """A selection scope of equal parts of the tokens, each a set of its own, chosen by the slow reference."""
+class PartedSet(SelectionScope):
+    """Equal parts of the tokens, each a selection scope of its own, in which one chooser takes its tokens by the slow
+    reference."""
 
     def __init__(self, parts: int) -> None:
-        self.parts = parts
+        super().__init__()
+        object.__setattr__(self, "parts", parts)
 
-    def choose(self, score_T: Tensor, capacity: float, *, name: str) -> tuple[Tensor, Tensor, int | None]:
-        del name
-        length = len(score_T)
-        sets = [range(start, start + length // self.parts) for start in range(0, length, length // self.parts)]
-        scores, real = score_T.tolist(), (score_T != float("-inf")).tolist()
-        taken = choose(scores, real, capacity, sets)
-        mask = torch.zeros(length, dtype=torch.bool)
+    def choose(self, logits_TE: Tensor, capacity_E: Tensor, lengths: Sequence[int], **_: Any) -> ExpertsChoice:
+        parts: int = self.parts  # pyright: ignore[reportAttributeAccessIssue]
+        (length,), scores = lengths, logits_TE[:, 0].tolist()
+        sets = [range(start, start + length // parts) for start in range(0, length, length // parts)]
+        real = [score != OUTSIDE for score in scores]
+        taken = choose(scores, real, capacity_E.item(), sets)
+        mask = torch.zeros(length, 1, dtype=torch.bool)
         mask[sorted(taken)] = True
-        # The cut that the ranks report together: each set's least score, weighted by its tokens.
+        # The score that the ranks report together: each scope's least, weighted by its tokens.
         weights = [sum(real[token] for token in members) for members in sets]
-        cuts = [min((scores[t] for t in members if t in taken), default=0.0) for members in sets]
-        mean = sum(w / (1 + math.exp(-c)) for w, c in zip(weights, cuts, strict=True)) / max(1, sum(weights))
-        return mask, torch.tensor(mean, dtype=score_T.dtype).logit(), None
+        last = logits_TE.new_tensor([min((scores[t] for t in members if t in taken), default=0.0) for members in sets])
+        mean = (last.sigmoid() * last.new_tensor(weights)).sum() / max(1, sum(weights))
+        return ExpertsChoice(mask, None, mean[None])

@@ -3,8 +3,8 @@
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
     y = sum over the experts j that take the token of s_j E_j(x); a token that none takes gets 0
 
-The choice looks at all tokens of its set, later ones among them, so it is for training only. In evaluation each token is
-routed by itself (causally):
+The choice looks at all tokens of its selection scope, later ones among them, so it is for training only (`selection`). In
+evaluation each token is routed by itself (causally):
 
     threshold   expert j takes it where s_j > c_j, c_j the running k-th largest score (Expert Threshold, arXiv 2603.11535)
     auxiliary   expert j takes it where sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, section 2.4), W_1, W_2 trained afterwards
@@ -15,14 +15,21 @@ K experts of the largest group.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.draws import logistic
-from moe_dist.moe.routers.selection import OUTSIDE, SelectionScope, by_token, choose, counted_pairs, token_pairs
+from moe_dist.moe.routers.selection import (
+    OUTSIDE,
+    AuxiliaryRouter,
+    Causal,
+    SelectionScope,
+    by_token,
+    counted_pairs,
+    token_pairs,
+)
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.moe.routing import (
     ABSENT,
@@ -37,22 +44,7 @@ from moe_dist.moe.routing import (
 )
 from moe_dist.placement.placement import ExpertGroup
 
-Causal = Literal["threshold", "auxiliary"]
 STATISTICS = 2  # rows of `ChoiceGate.statistics`: running mean of the k-th largest score, steps seen
-
-
-class AuxiliaryRouter(nn.Module):
-    """Two layers for the experts of one group: `inner` [D/2, D] and `outer` [n, D/2], without bias."""
-
-    def __init__(self, hidden_dim: int, num_experts: int) -> None:
-        super().__init__()
-        inner_dim = max(1, hidden_dim // 2)
-        self.inner = nn.Parameter(torch.empty(inner_dim, hidden_dim))
-        self.outer = nn.Parameter(torch.empty(num_experts, inner_dim))
-
-    def forward(self, h_TD: Tensor) -> Tensor:
-        """Logits [T, n]: above 0 the expert takes the token."""
-        return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
 
 
 class ChoiceGate(GroupGate):
@@ -69,6 +61,11 @@ class ChoiceGate(GroupGate):
         super().__init__(hidden_dim, group)
         if auxiliary:
             self.auxiliary = AuxiliaryRouter(hidden_dim, group.num_experts)
+
+    def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Buffers [n]: threshold, running mean of the k-th largest score, steps seen."""
+        mean_n, steps_n = self.statistics
+        return self.threshold, mean_n, steps_n
 
 
 class ExpertChoiceRouter(nn.Module):
@@ -142,8 +139,8 @@ class ExpertChoiceRouter(nn.Module):
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
-        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and the tape's facts alone: no host sync.
-        One collective where the selection scope has several ranks, see `choice_sets`.
+        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and on `GlobalBatchInfo` alone: no host sync.
+        One collective where the selection scope has several ranks, see `selection`.
 
         Raises:
             AssertionError: in evaluation without a causal way, and with noise without facts.
@@ -194,21 +191,24 @@ class ExpertChoiceRouter(nn.Module):
     def _experts_choose(
         self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None
     ) -> ExpertsChoice:
-        """The choice of training. Every rank of the set draws the noise of all its tokens: only logits travel."""
+        """The choice of training. Every rank of the scope draws the noise of all its tokens: only logits travel."""
+        del h_TD
         where, device = self.selection_scope, logits_TE.device
         lengths = where.lengths(logits_TE.shape[0], batch_info)
         assert lengths[where.own] == logits_TE.shape[0], f"{logits_TE.shape[0]} tokens here, {lengths} were announced"
-        masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
-        logits_UE = noisy_UE = where.gather(masked_TE, lengths, layer=f"layers.{self.layer}")
-        if self.training and self.noise:
+
+        def add_noise(logits_UE: Tensor) -> Tensor:
             assert batch_info is not None
             ranks = [batch_info.rank] if where.kind == "rank" else where.ranks
             starts = [batch_info.first_token_of(rank) for rank in ranks]
             tokens = [torch.arange(n, device=device) + start for n, start in zip(lengths, starts, strict=True)]
-            noisy_UE = logits_UE + self._draw(torch.cat(tokens), batch_info, logits_UE.dtype)
-        first = sum(lengths[: where.own])
-        mine = slice(first, first + lengths[where.own])
-        return choose(logits_UE, noisy_UE, self.capacity_E, mine, keep_order=len(lengths) == 1)
+            return logits_UE + self._draw(torch.cat(tokens), batch_info, logits_UE.dtype)
+
+        noise = add_noise if self.training and self.noise else None
+        masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
+        choice = where.choose(masked_TE, self.capacity_E, lengths, layer=f"layers.{self.layer}", add_noise=noise)
+        # An expert that takes all tokens of its group does so whatever their scores.
+        return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(
         self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None

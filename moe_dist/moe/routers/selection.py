@@ -1,32 +1,57 @@
-"""The tokens that compete for an expert's room, and which of them it takes. No shape depends on data; no host sync.
+"""Experts, or the block of a layer, choose their tokens: which tokens compete, and which of them are taken.
+
+Expert choice has one such chooser for each expert; mixture of depths is the case of one chooser a layer. The tokens that
+compete are those of a selection scope:
 
     rank        those of one rank's micro-batch; no collective
     ep_group    those of all ranks of an EP group
     world       those of all ranks
 
-The larger sets exchange logits: one all-gather a layer and forward pass, called `choice logits`, issued by every rank of
-the set whatever its tokens, and not repeated by recomputation. Each rank sends T x E numbers of the router's dtype (fp32)
-to each of the S - 1 others: (S - 1) x T x E x 4 bytes out, as many in. All ranks then choose alike, from the same bits.
+The larger scopes exchange logits: one all-gather a layer and forward pass, issued by every rank of the scope whatever its
+tokens, and not repeated by recomputation. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1
+others: (S - 1) x T x E x 4 bytes out, as many in. All ranks then choose alike, from the same bits. No shape depends on
+data, and nothing syncs with the host.
 
-Shape letters: T tokens on this rank, S ranks of the set, U tokens of the set in rank order, E experts, G groups, W ranks.
+The choice looks at later tokens, so it is for training only. In evaluation a causal form decides for each token by itself:
+by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
+
+Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
+G groups, W ranks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo
 
 ScopeKind = Literal["rank", "ep_group", "world"]
-OUTSIDE = float("-inf")  # logit of an expert that is not of the token's group
+Causal = Literal["threshold", "auxiliary"]
+OUTSIDE = float("-inf")  # logit of a token that does not compete: of another group, or padding
+
+
+class AuxiliaryRouter(nn.Module):
+    """Two layers that learn the choice of E choosers: `inner` [D/2, D] and `outer` [E, D/2], without bias."""
+
+    def __init__(self, hidden_dim: int, num_choosers: int) -> None:
+        super().__init__()
+        inner_dim = max(1, hidden_dim // 2)
+        self.inner = nn.Parameter(torch.empty(inner_dim, hidden_dim))
+        self.outer = nn.Parameter(torch.empty(num_choosers, inner_dim))
+
+    def forward(self, h_TD: Tensor) -> Tensor:
+        """Logits [T, E]: above 0 the token is taken."""
+        return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
 
 
 @dataclass(frozen=True)
@@ -42,12 +67,12 @@ class ScopeRanks:
 
 @dataclass(frozen=True)
 class SelectionScope:
-    """Over which ranks experts choose, as plain values.
+    """Over which ranks tokens compete, as plain values.
 
     Attributes:
         kind: See the module.
-        group: Process group of the set's ranks; None where that is one rank.
-        ranks: The set's ranks in the world, in the group's order; this rank's place among them is `own`.
+        group: Process group of the scope's ranks; None where that is one rank.
+        ranks: The scope's ranks in the world, in the group's order; this rank's place among them is `own`.
         ep_ranks: This rank's EP group likewise, for counts that the dispatcher is told beforehand.
         comm_stats, tracker: Where the collective is counted and noted.
     """
@@ -64,7 +89,7 @@ class SelectionScope:
     def over(
         cls, kind: ScopeKind, where: ScopeRanks, *, comm_stats: CommStats | None, tracker: CollectiveTracker | None
     ) -> "SelectionScope":
-        """The set of a kind; without a group where it has but one rank."""
+        """The scope of a kind; without a group where it has but one rank."""
         ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
         group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
         return cls(
@@ -78,11 +103,36 @@ class SelectionScope:
         )
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """T of each rank of the set. Without facts (evaluation) all bring as many as this one."""
+        """T of each rank of the scope. Without the micro-batch's sizes (evaluation, depths) all bring as many as this one."""
         return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
-    def gather(self, logits_TE: Tensor, lengths: Sequence[int], *, layer: str = "") -> Tensor:
-        """The logits of the whole set [U, E]; the collective of this module, where the set has several ranks."""
+    def choose(
+        self,
+        logits_TE: Tensor,
+        capacity_E: Tensor,
+        lengths: Sequence[int],
+        *,
+        name: str = CHOICE_LOGITS,
+        layer: str = "",
+        add_noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> ExpertsChoice:
+        """Which of this rank's tokens each chooser takes, among those of the scope. At most one collective.
+
+        Args:
+            logits_TE: Without gradient, OUTSIDE where the token does not compete.
+            capacity_E: float64, the share of its competing tokens that each chooser takes.
+            lengths: T of each rank of the scope.
+            name, layer: Of the collective, for records and reports.
+            add_noise: From the logits of the scope [U, E] to those that are compared; the reported scores are without.
+        """
+        logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
+        noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
+        first = sum(lengths[: self.own])
+        mine = slice(first, first + lengths[self.own])
+        return choose(logits_UE, noisy_UE, capacity_E, mine, keep_order=len(lengths) == 1)
+
+    def _gather(self, logits_TE: Tensor, lengths: Sequence[int], *, name: str, layer: str) -> Tensor:
+        """The logits of the whole scope [U, E]; one all-gather where the scope has several ranks."""
         if self.group is None:
             return logits_TE
         longest = max(lengths)
@@ -90,8 +140,8 @@ class SelectionScope:
         padded[: logits_TE.shape[0]] = logits_TE
         gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))
         if self.comm_stats is not None:
-            self.comm_stats.count("choice logits", (len(lengths) - 1) * padded.nbytes, payload=False)
-        with track_collective(self.tracker, "choice logits", device=padded.device, layer=layer):
+            self.comm_stats.count(name, (len(lengths) - 1) * padded.nbytes, payload=False)
+        with track_collective(self.tracker, name, device=padded.device, layer=layer):
             dist.all_gather_into_tensor(gathered, padded, group=self.group)
         parts = gathered.split(longest)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
@@ -111,35 +161,32 @@ def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
 def choose(
     logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
 ) -> ExpertsChoice:
-    """Each expert takes its ceil(c T_group) best tokens by `noisy_UE`; ties go to the earlier token of the set.
+    """Each chooser takes its ceil(c T) best tokens by `noisy_UE`, T those that compete; ties go to the earlier token.
 
     Args:
-        logits_UE: Without noise, OUTSIDE where the token is not of the expert's group; sigmoid of it is the score.
-        noisy_UE: What is compared: the same, with noise where there is any.
-        capacity_E: float64, c of each expert's group.
-        own: This rank's rows of the set.
-        keep_order: The set is one rank's, and its order is wanted.
+        logits_UE: Without noise, OUTSIDE where the token does not compete; sigmoid of it is the score.
+        noisy_UE: What is compared: the same tensor, or one with noise.
+        capacity_E: float64, c of each chooser.
+        own: This rank's rows of the scope.
+        keep_order: The scope is one rank, and its order is wanted.
     """
-    tokens_E = (logits_UE != OUTSIDE).sum(0)
-    room_E = capacities(capacity_E, tokens_E)
+    room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
     order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices
     place_U = torch.arange(logits_UE.shape[0], device=logits_UE.device)
     taken_UE = torch.zeros_like(order_UE, dtype=torch.bool).scatter_(0, order_UE, place_U[:, None] < room_E)
-    return ExpertsChoice(
-        taken_TE=taken_UE[own],
-        order_TE=order_UE if keep_order else None,
-        kth_score_E=_cut(logits_UE, order_UE if noisy_UE is logits_UE else None, room_E, capacity_E),
-    )
+    kth_score_E = _kth_score(logits_UE, order_UE if noisy_UE is logits_UE else None, room_E)
+    return ExpertsChoice(taken_UE[own], order_UE if keep_order else None, kth_score_E)
 
 
-def _cut(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor, capacity_E: Tensor) -> Tensor:
+def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
+    """Score of the last token that there is room for, noise left out; 0 where there is room for none."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
-    last_1E = (room_E - 1).clamp_min(0)[None]
     if order_UE is None:
         order_UE = torch.sort(logits_UE, dim=0, descending=True).indices
+    last_1E = (room_E - 1).clamp_min(0)[None]
     kth_score_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
-    return torch.where((room_E > 0) & (capacity_E < 1.0), kth_score_E, 0.0)
+    return torch.where(room_E > 0, kth_score_E, 0.0)
 
 
 def counted_pairs(
@@ -172,8 +219,8 @@ def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
     """The pairs by token, K places each: the experts of the token's group, ABSENT where one does not take it.
 
-    N is T x K, K the experts of the largest group: a threshold bounds nobody's load, and a set of several ranks bounds that
-    of none of them by much.
+    N is T x K, K the experts of the largest group: a threshold bounds no expert's load, and a scope of several ranks bounds
+    the load from each of them by little.
 
     Args:
         columns_TK: int64, the experts of each token's group, ABSENT beyond them and for padding.

@@ -14,8 +14,11 @@ from torch import Tensor
 from moe_dist.model.attention import dense_mask
 from moe_dist.model.depths_reference import choose, depth_forward
 from moe_dist.model.layers import rotary_table
-from moe_dist.model.mixture_of_depths import Causal, DepthRouter, DepthThresholds, room, take_best
+from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routers import selection
+from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
+from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routing import ABSENT
 from moe_dist.train.loss import depth_auxiliary, depth_counts
 from tests.support.transformers import DIM, make_transformer
@@ -46,6 +49,13 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
     return tokens, group
 
 
+def take_best(score_U: Tensor, capacity: float) -> tuple[Tensor, float]:
+    """The tokens that one chooser takes, bool [U], and the score of the last of them."""
+    score_U1, capacity_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
+    choice = selection.choose(score_U1, score_U1, capacity_1, slice(None))
+    return choice.taken_TE[:, 0], choice.kth_score_E.item()
+
+
 @given(
     scores=st.lists(st.integers(-3, 3), min_size=1, max_size=12),
     real=st.lists(st.booleans(), min_size=12, max_size=12),
@@ -54,18 +64,19 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_the_best_are_those_of_the_loop(scores: list[int], real: list[bool], capacity: float) -> None:
     real = real[: len(scores)]
     score_U = torch.tensor(scores, dtype=torch.float64).masked_fill(~torch.tensor(real), float("-inf"))
-    taken, cut = take_best(score_U, capacity)
+    taken, kth_score = take_best(score_U, capacity)
     expected = choose(scores, real, capacity, [range(len(scores))])
     assert set(taken.nonzero().flatten().tolist()) == expected
-    assert cut.item() == min((scores[token] for token in expected), default=float("inf"))
-    assert len(expected) <= room(capacity, len(scores))
+    last = torch.tensor([scores[token] for token in expected], dtype=torch.float64).sigmoid()
+    assert kth_score == (min(last.tolist()) if expected else 0.0)
+    assert len(expected) <= capacity_of_tokens(capacity, len(scores))
 
 
 def test_ties_go_to_the_earlier_token() -> None:
-    taken, cut = take_best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 0.5)
+    taken, kth_score = take_best(torch.tensor([1.0, 2.0, 2.0, 2.0]), 0.5)
     assert taken.tolist() == [False, True, True, False]
-    assert cut.item() == 2.0
-    assert room(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
+    assert kth_score == torch.tensor(2.0).sigmoid().item()
+    assert capacity_of_tokens(0.1, 30) == 3  # not 4: 0.1 x 30 is a little more than 3 in floating point
 
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
@@ -129,13 +140,15 @@ def test_reports_count_and_the_others_pass_unchanged() -> None:
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
     assert [report.depth is not None for report in reports] == [True, False, True]
-    taken = room(0.3, 21)
+    taken = capacity_of_tokens(0.3, 21)
     for report in (reports[0], reports[2]):
         assert (int(report.depth.tokens), int(report.depth.taken)) == (21, taken)
         assert int(report.sums.tokens_G.sum()) == taken
     x = torch.randn(24, DIM, dtype=torch.float64)
     chosen = model.depth_routers()[0](x, group.flatten() >= 0)
-    assert len(chosen.index_C) == room(0.3, 24)  # slots by all tokens, known beforehand; empty beyond those taken
+    assert len(chosen.index_C) == capacity_of_tokens(
+        0.3, 24
+    )  # slots by all tokens, known beforehand; empty beyond those taken
     assert int(chosen.full_C.sum()) == taken
     assert chosen.index_C[chosen.full_C].tolist() == sorted(chosen.index_C[chosen.full_C].tolist())
 
@@ -301,7 +314,7 @@ def test_auxiliary_routers_come_to_agree() -> None:
 
 def test_thresholds_follow_the_last_score_taken() -> None:
     router = DepthRouter(DIM, capacity=0.5, causal="threshold", threshold_decay=0.75)
-    keeper, expected = DepthThresholds([router]), 0.0
+    keeper, expected = ThresholdUpdater([[router]], 0.75), 0.0
     for step, (score, tokens) in enumerate([(0.4, 10.0), (0.8, 20.0), (0.0, 0.0), (0.2, 4.0), (0.6, 8.0), (0.9, 1.0)]):
         keeper(torch.tensor([score * tokens], dtype=torch.float64), torch.tensor([tokens], dtype=torch.float64))
         if tokens:

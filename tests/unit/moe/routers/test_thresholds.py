@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.moe.routers.expert_choice import STATISTICS, ExpertChoiceRouter, choice_of_training
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
 from moe_dist.moe.routers.thresholds import ThresholdUpdater, updated
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertGroup
@@ -28,20 +28,20 @@ def slow(cuts: list[float], decay: float) -> float:
 
 def test_the_threshold_is_the_running_mean_and_its_correction_stays() -> None:
     cuts = torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    threshold, statistics = torch.zeros(2).double(), torch.zeros(STATISTICS, 2).double()
+    threshold = mean = steps = torch.zeros(2).double()
     for step in range(40):
-        threshold, statistics = updated(threshold, statistics, cuts[step], decay=0.8)
+        threshold, mean, steps = updated(threshold, mean, steps, cuts[step], decay=0.8)
         if step == 20:
             threshold = threshold + torch.tensor([0.1, -0.2])
     for expert, correction in enumerate((0.1, -0.2)):
         assert threshold[expert].item() == pytest.approx(slow(cuts[:, expert].tolist(), 0.8) + correction, abs=1e-8)
-    first, _ = updated(torch.zeros(2), torch.zeros(STATISTICS, 2), torch.tensor([0.3, 0.7]), decay=0.8)
+    first, _, _ = updated(*torch.zeros(3, 2), torch.tensor([0.3, 0.7]), decay=0.8)
     torch.testing.assert_close(first, torch.tensor([0.3, 0.7]))
 
 
 def test_all_layers_and_groups_are_followed_and_a_group_without_tokens_waits() -> None:
     routers = [ExpertChoiceRouter(3, GROUPS, causal="threshold", threshold_decay=0.8) for _ in range(2)]
-    keeper = ThresholdUpdater(routers)
+    keeper = ThresholdUpdater([router.gates() for router in routers], 0.8, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     series: dict[tuple[int, int], list[float]] = {}
     for step in range(6):
