@@ -29,8 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo
