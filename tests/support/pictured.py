@@ -38,7 +38,7 @@ def pictured_run(data: Path, root: Path, *, max_seq_len: int = 96, **changes: An
         "model__vocab_size": VOCAB,
         "model__max_seq_len": max_seq_len,
         "data__seq_len": 96,
-        "model__depths": {"capacity": 0.5},
+        "model__mixture_of_depths": {"capacity": 0.5},
         "model__moe__groups": {
             name: {"num_experts": 2, "num_null": 1, "top_k": 2, "ffn_dim": 8} for name in ("text", "image")
         },

@@ -100,7 +100,7 @@ def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_pat
         ({"moe": {"router": {"kind": "expert_choice"}}}, r"router\.kind=expert_choice: known families choose by top-k"),
         (
             {"mixture_of_depths": {"every": 1, "capacity": 0.5}},
-            r"model\.depths: no known family leaves tokens out of its layers",
+            r"model\.mixture_of_depths: no known family leaves tokens out of its layers",
         ),
         ({"moe": {"router": {"scale": 2.5}}}, r"router\.scale=2\.5: no known family"),
     ],

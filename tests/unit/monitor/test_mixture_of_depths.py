@@ -42,7 +42,7 @@ RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, mixture_of_depths=HELD_
 
 def test_scalars_by_hand(make_record: MakeRecord) -> None:
     scalars = make_record(1, mixture_of_depths=DEPTHS).scalars
-    assert {tag: value for tag, value in scalars.items() if tag.startswith("depths/")} == pytest.approx(
+    assert {tag: value for tag, value in scalars.items() if tag.startswith("mixture_of_depths/")} == pytest.approx(
         {
             "mixture_of_depths/computed/text": 46 / 200,
             "mixture_of_depths/computed/image": 34 / 120,
@@ -85,7 +85,7 @@ def test_no_token_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> Non
         weight_L=np.zeros(2),
     )
     record = make_record(1, mixture_of_depths=empty)
-    assert [record.scalars[tag] for tag in record.scalars if tag.startswith("depths/")] == [None] * 4
+    assert [record.scalars[tag] for tag in record.scalars if tag.startswith("mixture_of_depths/")] == [None] * 4
     JsonlSink(path=tmp_path / "m.jsonl").step(record)
     assert json.loads((tmp_path / "m.jsonl").read_text())["mixture_of_depths"]["computed"] == [None, None]
     text_alone = replace(DEPTHS, tokens_LG=np.array([[100, 0]] * 2), taken_LG=np.array([[25, 0]] * 2))
@@ -95,7 +95,7 @@ def test_no_token_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> Non
 
 def test_runs_without_depths_are_as_before(make_record: MakeRecord, tmp_path: Path) -> None:
     plain, deep = make_record(1), make_record(1, mixture_of_depths=DEPTHS)
-    assert not [tag for tag in plain.scalars if tag.startswith("depths/")]
+    assert not [tag for tag in plain.scalars if tag.startswith("mixture_of_depths/")]
     assert {f"moe/{family}/{name}" for family in GROUP_FAMILIES for name in MODALITIES} < set(plain.scalars)
     lines: dict[str, list[dict[str, Any]]] = {}
     for name, record, result in (("plain", plain, replace(RESULT, mixture_of_depths=None)), ("deep", deep, RESULT)):
@@ -170,13 +170,13 @@ def test_tensorboard_has_curves_charts_and_the_map(tmp_path: Path, subject: Subj
         "mixture_of_depths/load_over_target",
     } < set(tags["scalars"])
     assert len(tags["scalars"]) <= MAX_SCALARS
-    assert {"depths/layers", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"} < set(tags["images"])
+    assert {"mixture_of_depths/layers", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"} < set(tags["images"])
     assert "moe/experts_per_token" not in tags["images"]
     assert not set(tags["images"]) & set(tags["scalars"]), "TensorBoard shows one kind under a tag"
-    assert [event.step for event in accumulator.Images("depths/layers")] == [2, 3]
+    assert [event.step for event in accumulator.Images("mixture_of_depths/layers")] == [2, 3]
     page = layout_pb2.Layout.FromString(accumulator.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charted = {tag for category in page.category for chart in category.chart for tag in chart.multiline.tag}
-    assert {tag for tag in tags["scalars"] if tag.startswith(("depths/", "moe/load_imbalance"))} <= charted
+    assert {tag for tag in tags["scalars"] if tag.startswith(("mixture_of_depths/", "moe/load_imbalance"))} <= charted
     measured_elsewhere = {"eval/.*", "perf/balance_efficiency", "moe/balance_efficiency_by_count"}
     assert charted - measured_elsewhere <= set(make_record(1, mixture_of_depths=DEPTHS).scalars) | {
         "mixture_of_depths/load_over_target"
@@ -188,7 +188,7 @@ def test_the_console_says_what_the_held_out_tokens_met(make_record: MakeRecord) 
     sink = ConsoleSink(total_steps=4, console=Console(file=file))
     sink.evaluation(RESULT, {})
     sink.evaluation(replace(RESULT, mixture_of_depths=None), {})
-    assert [line for line in file.getvalue().splitlines() if "mixture_of_depths" in line] == [
+    assert [line for line in file.getvalue().splitlines() if "depths" in line] == [
         "layers of depths computed 0.525 of the held-out tokens, target 0.25 "
         "(layers 0.050 to 1.000; text 0.540, image 0.500)"
     ]
@@ -196,11 +196,11 @@ def test_the_console_says_what_the_held_out_tokens_met(make_record: MakeRecord) 
 
 def test_prometheus_labels_the_group(make_record: MakeRecord) -> None:
     text = exposition(make_record(1, mixture_of_depths=DEPTHS).scalars, step=1, run_name="r")
-    assert 'moe_dist_depths_computed{run="r",group="text"} 0.23' in text
-    assert 'moe_dist_depths_agreement{run="r"} 0.85' in text
+    assert 'moe_dist_mixture_of_depths_computed{run="r",group="text"} 0.23' in text
+    assert 'moe_dist_mixture_of_depths_agreement{run="r"} 0.85' in text
 
 
-@pytest.mark.parametrize("name", [*DEPTH_MEANING, "depths/layers"])
+@pytest.mark.parametrize("name", [*DEPTH_MEANING, "mixture_of_depths/layers"])
 def test_every_tag_and_field_is_explained(name: str) -> None:
     assert f"`{name.replace('{', '<').replace('}', '>')}`" in GUIDE
     section = GUIDE[GUIDE.index("## metrics.jsonl") : GUIDE.index("## Prometheus")]

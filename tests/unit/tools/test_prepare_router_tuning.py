@@ -36,7 +36,7 @@ def call(command: Any, *arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def plain_run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictured_run(own_data, tmp_path_factory.mktemp("plain"), max_seq_len=192, model__depths=None)
+    return pictured_run(own_data, tmp_path_factory.mktemp("plain"), max_seq_len=192, model__mixture_of_depths=None)
 
 
 @pytest.fixture(scope="module")

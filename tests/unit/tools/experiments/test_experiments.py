@@ -55,7 +55,7 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
     study = study_of(name)
     for job in jobs_once(study):
         if "model.mixture_of_depths" in job.settings and "mixture_of_depths" not in ModelSection.model_fields:
-            with pytest.raises(ConfigError, match=r"^model\.depths: unknown key"):
+            with pytest.raises(ConfigError, match=r"^model\.mixture_of_depths: unknown key"):
                 config_of(study, job)
             continue
         config = config_of(study, job)

@@ -108,7 +108,7 @@ def test_a_run_is_asked_as_the_evaluation_asks(
     own_data: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Side, listed: bool
 ) -> None:
     groups = {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}}
-    trained = find_trained(pictured_run(own_data, tmp_path, max_seq_len=192, model__depths=None, model__moe__groups=groups))
+    trained = find_trained(pictured_run(own_data, tmp_path, max_seq_len=192, model__mixture_of_depths=None, model__moe__groups=groups))
     section = QuestionsSection(
         tasks=("wordnet-definition", "wordnet-category"), limit=12, wordnet=str(words), listed=listed
     )
@@ -154,7 +154,7 @@ def test_the_same_numbers_in_another_order_stand_on_one_side() -> None:
 @pytest.fixture(scope="module")
 def sampled(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuestionsSection]:
     """A run with its samples, made by the command."""
-    run = pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192, model__depths=None)
+    run = pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192, model__mixture_of_depths=None)
     embedder = tiny_embedder(tmp_path_factory.mktemp("embedder") / "tiny")
     section = QuestionsSection(tasks=("wordnet-category",), left=5, wordnet=str(words), embedder=str(embedder))
     made = make_samples(run, section)
@@ -190,7 +190,7 @@ def test_samples_that_were_made_otherwise_are_refused(
 def test_samples_of_listed_choices_are_right_under_each_rotation(
     own_data: Path, words: Path, tmp_path: Path, sampled: tuple[Path, QuestionsSection]
 ) -> None:
-    run = pictured_run(own_data, tmp_path / "run", max_seq_len=192, model__depths=None)
+    run = pictured_run(own_data, tmp_path / "run", max_seq_len=192, model__mixture_of_depths=None)
     made = make_samples(run, sampled[1].model_copy(update={"listed": True}))
     assert Samples(Path(made["folder"])).manifest.options["rotations"] is True
 
