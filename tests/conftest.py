@@ -28,7 +28,7 @@ def worlds() -> Iterator[Worlds]:
 
 @pytest.fixture(scope="session")
 def run_in_world(worlds: Worlds) -> Callable[..., list[Any]]:
-    """`run_in_world(world_size, function, *arguments, seconds=60)`: results of all ranks, see `tests.support.worlds`."""
+    """`run_in_world(world_size, function, *arguments, seconds=600)`: results of all ranks, see `tests.support.worlds`."""
     return worlds.run
 
 

@@ -11,7 +11,6 @@ import pytest
 from tests.support import ray_cluster
 from tests.support.ray_cluster import CONFIG, DATA, INTERLEAVED, ROOT, RayCluster
 
-pytestmark = pytest.mark.timeout(300)
 Says = Callable[..., tuple[int, list[str]]]
 # Ray's own store of the cluster's state listens at all addresses, and this test's without a token.
 EXPOSED = "WARN exposure: Ray accepts connections from other machines without a token"

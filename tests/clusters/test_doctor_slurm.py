@@ -12,8 +12,6 @@ from tests.clusters.conftest import DEFAULT, NODES, QUICK, SITE
 from tests.support.planted import Node, slow_pair
 from tests.support.slurm import SlurmCluster, overrides
 
-pytestmark = pytest.mark.timeout(300)
-
 
 class Doctor:
     """Examines the default run on the cluster.

@@ -19,7 +19,6 @@ from tests.support import ray_cluster
 from tests.support.ray_cluster import CONFIG, ROOT, StartedRay, overrides, steps
 from tests.support.ray_rank import SAVE_SECONDS
 
-pytestmark = pytest.mark.timeout(300)
 SLOW_SAVE = 30
 
 

@@ -15,8 +15,6 @@ from tests.support.pretend import PROGRAM
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob
 from tests.support.tiny import tiny_config, write_config
 
-pytestmark = pytest.mark.timeout(300)
-
 
 class Stage:
     """A run of four pretended ranks on the cluster."""

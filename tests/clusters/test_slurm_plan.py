@@ -13,8 +13,6 @@ from moe_dist.runtime.run_folder import RunFolder
 from tests.support.slurm import SlurmCluster
 from tests.support.tiny import tiny_config, write_config
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:

@@ -35,7 +35,7 @@ class Copies(TorchDispatchMode):
 
 def measure_floor(rank: RankContext) -> dict[str, Any]:
     """Body of a standing world: what the floor does, beside what ours sends; and every contender's sum."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     case = make_case(POINT, mesh, seed=0)
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
     runs = {

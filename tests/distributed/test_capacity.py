@@ -68,7 +68,7 @@ def run_layer(
 ) -> tuple[np.ndarray, np.ndarray, list[int], dict[str, np.ndarray]]:
     """Body of a standing world: output, input gradient, dropped counts and parameter gradients of this rank."""
     size = rank.world_size
-    mesh = make_mesh(ep=size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=size, device=torch.device("cpu"), timeout=600.0)
     slots = tuple(tuple(range(7))[position::size] for position in range(size))
     placement = ExpertPlacement(GROUPS, slots)
     layer = MoELayer(

@@ -25,7 +25,7 @@ from tests.support.worlds import RankContext
 
 def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
     """Events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they move."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     events: list[str] = []
     parallel = build(layout, mesh, CommStats(events=events))
     gather, reduce = param_group.foreach_all_gather, param_group.foreach_reduce
@@ -93,7 +93,7 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
 
 def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     """Every call of torch.distributed in two training steps: its name, and how many ranks took part."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     comm_stats = CommStats()
     parallel = build(layout, mesh, comm_stats)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
@@ -141,7 +141,7 @@ def test_every_rank_issues_the_same_collectives_in_the_same_order(
 
 def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
     """Dtypes on the router's path in a bf16 run."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     parallel = build(layout, mesh, CommStats())
     layer = parallel.model.moe_modules()[0]
     seen: dict[str, str] = {}

@@ -19,7 +19,7 @@ from tests.support.worlds import RankContext
 
 def run_cases(rank: RankContext, seeds: range) -> int:
     """Body of a standing world: random cases, ranks with different numbers of slots among them."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     assert mesh.ep is not None
     comm_stats = CommStats(events=[])
     wire, buffer = AllToAll(mesh.ep, comm_stats), GlooBuffer(mesh.ep, any_dtype=True)
@@ -58,7 +58,7 @@ def test_equals_the_oracle_on_random_routings(
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(len({len(slots) for slots in case.slots}) > 1 for case in cases), "ranks with different numbers of slots"
     assert any(() in case.slots for case in cases)
-    assert run_in_world(world_size, run_cases, seeds, seconds=110) == [len(seeds)] * world_size
+    assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
 #   rank 0 holds experts 0 1 3, rank 1 holds expert 2: three ids a rank, of which 4 and 5 are phantoms
@@ -67,7 +67,7 @@ HAND = Case(((0, 1, 3), (2,)), (np.array([[3, 2], [-1, 1], [-1, -1]]), np.array(
 
 
 def hand(rank: RankContext) -> dict[str, Any]:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     assert mesh.ep is not None
     wire = AllToAll(mesh.ep, CommStats())
     dispatcher = DeepEPDispatcher(HAND.placement, wire, hidden_dim=8, top_k=2, buffer=GlooBuffer(mesh.ep))

@@ -40,7 +40,7 @@ def switched_on(threads: int) -> Iterator[None]:
 def trained(rank: RankContext, layout: Layout, threads: int) -> str:
     """A hash over losses, norms and parameters of every step on this rank."""
     with switched_on(threads):
-        mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+        mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
         comm_stats = CommStats()
         parallel = build(layout, mesh, comm_stats)
         placement = placement_of(layout.placement, layout.ep)

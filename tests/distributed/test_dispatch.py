@@ -160,7 +160,7 @@ def factors(placement: ExpertPlacement, rank: int, plan: PairLayout) -> torch.Te
 
 def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> int:
     """Body of a standing world: a run of random cases, and their total payload against 2 R D itemsize each way."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire = AllToAll(mesh.ep if rank.world_size > 1 else None, CommStats(events=[]))
     for seed in seeds:
         run_case(rank.rank, random_case(seed, rank.world_size), wire, seed, timetable)
@@ -177,7 +177,7 @@ def test_ledger_equals_the_closed_form_on_random_routings(
     assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
     if world_size > 1:
         assert any(() in case.slots for case in cases)
-    assert run_in_world(world_size, run_cases, seeds, seconds=110) == [len(seeds)] * world_size
+    assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
 @pytest.mark.parametrize("timetable", [Timetable(overlap=True), Timetable(chunks=2), Timetable(True, 3)], ids=str)
@@ -186,7 +186,7 @@ def test_so_it_does_on_every_timetable(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range, timetable: Timetable
 ) -> None:
     """345 routings in all: the same rows and bytes, values and gradients, and exchanges in one order on all ranks."""
-    assert run_in_world(world_size, run_cases, seeds, timetable, seconds=110) == [len(seeds)] * world_size
+    assert run_in_world(world_size, run_cases, seeds, timetable) == [len(seeds)] * world_size
 
 
 #   rank 0 holds experts 0 1 3, rank 1 holds expert 2, rank 2 holds none; x marks a null choice
@@ -211,7 +211,7 @@ HAND = Case(
 
 
 def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
-    mesh = make_mesh(ep=3, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=3, device=torch.device("cpu"), timeout=600.0)
     chosen = torch.from_numpy(HAND.experts_TK[rank.rank])
     weights = torch.ones(chosen.numel())
     assignments = Assignments(torch.arange(chosen.shape[0]).repeat_interleave(2), chosen.flatten(), weights)
@@ -256,7 +256,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
 
 
 def overflow(rank: RankContext) -> tuple[str, list[str]]:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     case = Case(((0,), (1,)), (np.ones((5, 1), np.int64), np.ones((2, 1), np.int64)))
     chosen = torch.from_numpy(case.experts_TK[rank.rank])
     assignments = Assignments(torch.arange(len(chosen)), chosen.flatten(), torch.ones(len(chosen)))

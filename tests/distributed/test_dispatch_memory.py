@@ -65,7 +65,7 @@ class Live(TorchDispatchMode):
 
 def make(rank: RankContext, mode: str) -> Any:
     nodes = 2 if mode == "hierarchical" else None
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0, ranks_per_node=nodes)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0, ranks_per_node=nodes)
     placement, comm_stats = PLACEMENTS[rank.world_size], CommStats()
     wire = AllToAll(mesh.ep, comm_stats)
     match mode:

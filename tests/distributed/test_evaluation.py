@@ -32,7 +32,7 @@ def with_filler(batch: Batch) -> Batch:
 
 
 def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict[str, int], dict[str, float], list[Any]]:
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     parallel = build(layout, mesh, CommStats())
     each = SEQUENCES // rank.world_size
     batches = [with_filler(batch_of(0, 0, rank.rank * each, each))]
@@ -78,7 +78,7 @@ def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callabl
 
 
 def nothing_held_out(rank: RankContext) -> tuple[dict[str, float], float | None]:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     parallel = build(Layout(2), mesh, CommStats())
     manifest = Manifest(
         name="no held-out side",
@@ -103,7 +103,7 @@ def test_data_without_a_held_out_side_evaluates_to_nothing(run_in_world: Callabl
 
 def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str, np.ndarray], list[float], float | None]:
     """Two steps, with or without a measurement between them."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)

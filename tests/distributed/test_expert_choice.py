@@ -151,7 +151,7 @@ PLACEMENTS = {
 
 def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type]:
     """Reads and named syncs of a layer's forward and backward, and which way it took."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
     wire = AllToAll(mesh.ep, comm_stats)
     pairs = KnownCountsDispatcher(placement, wire)
@@ -202,7 +202,7 @@ def test_a_layer_whose_counts_are_known_waits_for_nothing(
 def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
     """Ranks with different numbers of tokens, none among them, choose in the world's set."""
     lengths = (5, 0, 9, 2)
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     generator = torch.Generator().manual_seed(5)
     h_TD = torch.randint(-2, 3, (sum(lengths), D), generator=generator).double()  # exact products: ties
     group_T = torch.randint(-1, 2, (sum(lengths),), generator=generator)
@@ -237,7 +237,7 @@ def test_ranks_of_different_lengths_choose_alike(run_in_world: Callable[..., lis
 
 def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
     """Thresholds that one rank has after a calibration on its part of two micro-batches."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     model, each = build(layout, mesh, CommStats()).model, SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]
     calibrate(model, batches, group_of_modality=torch.tensor([0, 1]), world=mesh.world)

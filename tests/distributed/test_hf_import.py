@@ -38,7 +38,7 @@ def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: st
     """Body of a standing world: logits of this rank's sequences, and its gradients of one loss over all of them."""
     overrides = [f"parallel.ep={rank.world_size}", "parallel.device=cpu", f"parallel.recompute={recompute}"]
     config = load_config(folder / "config.yaml", overrides)
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=rank.world_size, token_mix={})
     with torch.device("meta"):
         model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep)

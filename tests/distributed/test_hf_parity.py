@@ -38,7 +38,7 @@ def our_block(
     rank: RankContext, groups: tuple[ExpertGroup, ...], options: dict[str, Any], weights: Arrays, batch: Arrays
 ) -> tuple[np.ndarray, np.ndarray, Arrays]:
     """Body of a standing world: output and input gradient of this rank's tokens, and its parameters' gradients."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     slots: list[list[int]] = [[] for _ in range(rank.world_size)]
     for expert in range(sum(group.num_experts for group in groups)):
         slots[expert % rank.world_size].append(expert)

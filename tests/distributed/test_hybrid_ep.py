@@ -39,7 +39,7 @@ def buffer_of(group: Any, placement: ExpertPlacement, *, any_dtype: bool = False
 
 def run_cases(rank: RankContext, domain: int, seeds: range) -> int:
     """Body of a standing world: random cases, ranks with different numbers of slots among them."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats)
     for seed in seeds:
@@ -77,7 +77,7 @@ def test_equals_the_oracle_on_random_routings(
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(len({len(slots) for slots in case.slots}) > 1 for case in cases), "ranks with different numbers of slots"
     assert any(() in case.slots for case in cases)
-    assert run_in_world(world_size, run_cases, domain, seeds, seconds=110) == [len(seeds)] * world_size
+    assert run_in_world(world_size, run_cases, domain, seeds) == [len(seeds)] * world_size
 
 
 #   rank 0 holds experts 0 1 3 as slots 0 1 2, rank 1 holds expert 2 as slot 4; 3 5 6 7 are phantoms
@@ -85,7 +85,7 @@ HAND = Case(((0, 1, 3), (2,)), (np.array([[3, 2], [-1, 1], [-1, -1]]), np.array(
 
 
 def hand(rank: RankContext) -> dict[str, Any]:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     buffer = buffer_of(mesh.ep, HAND.placement)
     dispatcher = HybridEPDispatcher(HAND.placement, AllToAll(mesh.ep, CommStats()), hidden_dim=8, buffer=buffer)
     chosen = HAND.experts_TK[rank.rank]
@@ -126,7 +126,7 @@ PLACEMENT = ExpertPlacement(GROUPS, ((0, 1, 2, 4, 5), (3, 6)))
 
 def layers(rank: RankContext, recompute: str) -> list[float]:
     """Largest differences of y and all gradients between the whole layer over HybridEP and over `all_to_all`."""
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     found = []
     for make in (
         lambda wire: AllToAllDispatcher(PLACEMENT, wire),

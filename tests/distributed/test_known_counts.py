@@ -37,7 +37,7 @@ def expert_choice(seed: int, tokens_W: list[int], capacity_E: list[int], rank: i
 
 def run_cases(rank: RankContext, seeds: range) -> int:
     """Body of a standing world: random capacities and placements against the oracle, the bytes against the counts."""
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats)
     for seed in seeds:
@@ -68,7 +68,7 @@ def test_equals_the_oracle_and_its_closed_form(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
     """Experts without capacity, ranks without tokens or experts, ranks with different numbers of tokens."""
-    assert run_in_world(world_size, run_cases, seeds, seconds=110) == [len(seeds)] * world_size
+    assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
 GROUPS = (ExpertGroup("text", 4, 0, 1, 4, 0, ("text",)), ExpertGroup("image", 4, 0, 1, 4, 4, ("image",)))
@@ -77,7 +77,7 @@ TWO_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
 def dispatchers(placement: ExpertPlacement, comm_stats: CommStats) -> dict[str, Any]:
-    mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=60.0, ranks_per_node=2)
+    mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=600.0, ranks_per_node=2)
     wire = AllToAll(mesh.ep, comm_stats)
     all_to_all, per_pair = AllToAllDispatcher(placement, wire), KnownCountsDispatcher(placement, wire)
     nodes = HierarchicalDispatcher(
@@ -177,7 +177,7 @@ def test_a_broken_promise_is_seen_before_anything_is_sent() -> None:
 
 
 def overflow(rank: RankContext) -> str:
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
     dispatcher = KnownCountsDispatcher(placement, AllToAll(mesh.ep, CommStats()), max_receive_rows=4)
     try:

@@ -131,7 +131,7 @@ class Controlled:
     """One rank of a training under controllers, which saves and goes on."""
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
-        self.rank, mesh, comm_stats = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0), CommStats()
+        self.rank, mesh, comm_stats = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0), CommStats()
         self.parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
         groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
         self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
@@ -248,7 +248,7 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
     ]
     config = tiny_config(data, root, {**changes, "parallel.ep": rank.world_size, "placement.policy": "interleaved"})
     plan = check(config)
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     training, loader = (
         build_training(config, plan.manifest, plan.placement, mesh),
         build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size),
@@ -264,13 +264,12 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
     return loads, losses
 
 
-@pytest.mark.timeout(240)
 def test_a_training_holds_the_mean_load_of_each_modality(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
     """A few hundred tokens a step, 32 steps, and a model that learns its data by heart: within a twentieth. The run in
     docs/routing.md is within a hundredth."""
-    loads, losses = run_in_world(2, held, tiny_data, tmp_path, seconds=200)[0]
+    loads, losses = run_in_world(2, held, tiny_data, tmp_path)[0]
     assert losses[-1] < 0.7 * losses[0]
     for name, target in TARGETS.items():
         last = loads[name][-LONG // 5 :]

@@ -139,7 +139,7 @@ def reduced(rank: RankContext, layout: Layout) -> tuple[int, int, int]:
 
         return call
 
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     parallel = build(layout, mesh, CommStats())
     each = SEQUENCES // rank.world_size
     batch = batch_of(0, 0, rank.rank * each, each)

@@ -66,6 +66,6 @@ def test_the_shares_of_all_ranks_sum_to_the_term(
     run_in_world: Callable[..., list[Any]], tp: int, cp: int, per_token: bool
 ) -> None:
     layout = Layout(tp=tp, cp=cp, options={"calculate_per_token_loss": per_token})
-    for worst, largest, tp_size, tp_cp_size in run_in_world(4, differences, layout, seconds=100):
+    for worst, largest, tp_size, tp_cp_size in run_in_world(4, differences, layout):
         assert (tp_size, tp_cp_size) == (tp, tp * cp)
         assert worst <= 1e-6 < 1e-4 < largest

@@ -58,7 +58,7 @@ def named_weights(model: Any) -> dict[str, np.ndarray]:
 def test_builds_by_name_and_every_layout_starts_equal(
     run_with_megatron: Callable[..., list[Any]], request: pytest.FixtureRequest
 ) -> None:
-    results = run_with_megatron(4, built_by_name, [1, 4], seconds=100)
+    results = run_with_megatron(4, built_by_name, [1, 4])
     together: dict[str, np.ndarray] = {}
     for version, (alone, parted) in results:
         if "0.19" in request.node.name:

@@ -100,9 +100,7 @@ def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float,
 def test_megatrons_own_layer_gives_the_same_without_null_experts(
     run_with_megatron: Callable[..., list[Any]], ep: int
 ) -> None:
-    for logits, (gradients, where), scale in run_with_megatron(
-        4, beside_stock, Layout(ep=ep, values=ONE_GROUP), seconds=100
-    ):
+    for logits, (gradients, where), scale in run_with_megatron(4, beside_stock, Layout(ep=ep, values=ONE_GROUP)):
         assert logits <= 1e-5
         assert gradients <= 1e-5, where
         assert scale > 1e-2
@@ -160,7 +158,7 @@ def pipeline(rank: RankContext, layout: Layout, micro_batches: int) -> tuple[flo
 
 @pytest.mark.parametrize("layout", [Layout(ep=2, pp=2, uneven=True), Layout(ep=2, tp=2, pp=2)], ids=str)
 def test_modality_ids_reach_later_pipeline_stages(run_with_megatron: Callable[..., list[Any]], layout: Layout) -> None:
-    for difference, where in run_with_megatron(4, pipeline, layout, 2, seconds=100):
+    for difference, where in run_with_megatron(4, pipeline, layout, 2):
         assert difference <= 1e-5, where
 
 
@@ -271,7 +269,7 @@ UNEVEN, EVEN, FOLDED = Layout(ep=4, uneven=True), Layout(ep=2), Layout(ep=4, tp=
 def test_trains_and_goes_on_from_a_checkpoint_at_any_ep(
     run_with_megatron: Callable[..., list[Any]], first: Layout, then: list[Layout]
 ) -> None:
-    for outcome in run_with_megatron(4, train_save_and_go_on, first, then, seconds=60):
+    for outcome in run_with_megatron(4, train_save_and_go_on, first, then):
         expected = outcome["expected_norms"][:STEPS] + outcome["expected_norms"][STEPS:] * len(then)
         assert outcome["norms"] == pytest.approx(expected, rel=1e-5)
         assert expected[0] > CLIP  # the bound acts

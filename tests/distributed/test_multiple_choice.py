@@ -19,7 +19,7 @@ ASKED = [Continuation(list(range(8, 8 + size)), [50, 51, 24, 9][: 1 + size % 4])
 
 def scored(rank: RankContext, run: Path) -> tuple[list[float], list[bool], int]:
     trained, cpu = find_trained(run), torch.device("cpu")
-    mesh = make_mesh(ep=rank.world_size, device=cpu, timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=cpu, timeout=600.0)
     model = trained.load(cpu, mesh)
     likelihood = Likelihood(
         model,

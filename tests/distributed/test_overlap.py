@@ -113,7 +113,7 @@ def whole_way(dispatcher: AllToAllDispatcher | PipelinedDispatcher, rank: int, d
 
 
 def make(rank: RankContext, overlap: bool, chunks: int) -> AllToAllDispatcher | PipelinedDispatcher:
-    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     placement = ExpertPlacement((ExpertGroup("all", E, 0, K, 4, 0, ("text",)),), ((0, 3), (1, 2, 4, 5)))
     wire = AllToAll(mesh.ep, CommStats(events=[]))
     if not overlap and chunks == 1:

@@ -20,7 +20,7 @@ def measure(rank: RankContext, per_node: int, doubted: list[tuple[int, int]], sl
         patch.setattr(pairs, "suspects", lambda measured: doubted)
         patch.setattr(pairs, "_stays_slow", lambda pair, *others: pairs_stays_slow(pair, *others) or pair in slow)
         patch.setattr(pairs, "is_slow", lambda own, than: False)
-        measured, found = measure_pairs(ranks, payload_bytes=1 << 14, device=CPU, timeout=30.0)
+        measured, found = measure_pairs(ranks, payload_bytes=1 << 14, device=CPU, timeout=600.0)
     return [names, sorted(measured), found, [(each.all_reduce, each.all_to_all) for each in measured.values()]]
 
 

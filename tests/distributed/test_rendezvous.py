@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from launchers.command import published_rendezvous
 from moe_dist.runtime.rendezvous import address_file
 
@@ -23,8 +21,8 @@ from moe_dist.runtime.environment import RankEnv
 def listening():
     return sorted(c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN)
 env = RankEnv.from_environment(os.environ)
-with published_store(env, Path(sys.argv[1]), timeout=60.0) as store:
-    init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=torch.device("cpu"), timeout=60.0)
+with published_store(env, Path(sys.argv[1]), timeout=600.0) as store:
+    init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=torch.device("cpu"), timeout=600.0)
     del store
 value = torch.tensor([2.0 ** env.rank])
 dist.all_reduce(value)
@@ -35,7 +33,6 @@ print(json.dumps({"sum": value.item(), "during": during, "after": listening()}))
 """
 
 
-@pytest.mark.timeout(240)
 def test_ranks_meet_and_nothing_listens_but_on_the_loopback_and_nothing_after(tmp_path: Path) -> None:
     stale = {"attempt_id": "this.0", "attempt": 0, "host": "127.0.0.1", "port": 9, "secret": "x"}
     address_file(tmp_path).write_text(json.dumps(stale))
@@ -63,7 +60,7 @@ def test_ranks_meet_and_nothing_listens_but_on_the_loopback_and_nothing_after(tm
     try:
         results = []
         for rank in ranks:
-            out, err = rank.communicate(timeout=200)
+            out, err = rank.communicate(timeout=600)
             assert rank.returncode == 0, err
             results.append(json.loads(out))
     finally:

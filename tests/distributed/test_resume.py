@@ -39,7 +39,7 @@ class Resumed:
     """One rank of a training that saves while it goes on, and may begin at a checkpoint."""
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
-        self.rank, mesh = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+        self.rank, mesh = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
         comm_stats = CommStats()
         self.parallel = build(layout, mesh, comm_stats)
         placement = placement_of(layout.placement, layout.ep)
@@ -105,7 +105,6 @@ def undisturbed(
     return runs
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_same_layout_goes_on_to_the_same_bits(
     run_in_world: Callable[..., list[Any]], undisturbed: dict[Layout, Any], layout: Layout
@@ -116,7 +115,6 @@ def test_the_same_layout_goes_on_to_the_same_bits(
     assert resumed == losses[SAVED_AT:]
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_another_layout_goes_on_within_fp32_rounding(
     run_in_world: Callable[..., list[Any]], undisturbed: dict[Layout, Any], layout: Layout
@@ -136,7 +134,7 @@ def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
     def held(*args: Any, **kwargs: Any) -> None:
         begun.set()
         if rank.rank == 1:
-            assert go.wait(60)
+            assert go.wait(600)
         real(*args, **kwargs)
 
     twin = Resumed(rank, layout, folder / "twin")
@@ -149,7 +147,7 @@ def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
     manager_module.write_shard = held
     try:
         saver.save(3, run.state(), durable=False)
-        assert begun.wait(60)
+        assert begun.wait(600)
         seen += run.train(3, 6)  # collectives of the training, while the votes of the save wait for rank 1
         told = {"in flight": saver.in_flight, "committed": (folder / "run" / "step_3").exists()}
         go.set()

@@ -44,7 +44,7 @@ class Run:
         layout = {"run.name": name, "parallel.ep": rank.world_size, "placement.policy": "interleaved"}
         self.config = tiny_config(data, root, {**layout, **changes})
         plan = check(self.config)
-        mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=60.0)
+        mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
         self.training = build_training(self.config, plan.manifest, plan.placement, mesh)
         self.manager = CheckpointManager(
             RunFolder.of(self.config).checkpoints, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint

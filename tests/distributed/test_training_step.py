@@ -25,7 +25,7 @@ def poisoned_training(
     rank: RankContext, layout: Layout, where: str
 ) -> tuple[list[StepResult], list[dict[str, np.ndarray]], int]:
     """Three steps; in the second, rank 1 gets a NaN in its activations or in one gradient."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel = build(layout, mesh, comm_stats)
     placement = placement_of(layout.placement, layout.ep)
@@ -83,7 +83,7 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
 
 def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
     """One step with a capacity, and the pairs that the first layer takes of the same batch in evaluation."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
     groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)

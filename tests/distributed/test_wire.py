@@ -14,7 +14,7 @@ from tests.support.worlds import RankContext
 
 def two_in_flight(rank: RankContext) -> dict[str, Any]:
     """Rank r sends r + 1 rows to its peer, twice; the second exchange goes into a part of a larger buffer."""
-    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats, mesh.tracker)
     sizes = [[0, 1], [2, 0]]

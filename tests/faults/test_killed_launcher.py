@@ -59,7 +59,7 @@ def test_a_run_whose_launcher_is_killed_at_any_moment_goes_on(tiny_data: Path, t
         time.sleep(rng.uniform(0.0, 4.0 if number % 2 else whole))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 600.0
         while (left := marked(mark)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"seed {seed}: {left} outlived the launcher"

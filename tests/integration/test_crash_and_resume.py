@@ -46,7 +46,6 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
     return records(run)
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("name", "breaks"),
     [

@@ -95,7 +95,6 @@ def first(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     return RunFolder.of(config), path, done.stdout
 
 
-@pytest.mark.timeout(240)
 def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> None:
     run, _, printed = first
     latest = run.read_status().latest
@@ -108,7 +107,6 @@ def test_a_run_goes_from_start_to_end(first: tuple[RunFolder, Path, str]) -> Non
     assert "\x1b" not in printed  # no terminal, no bar
 
 
-@pytest.mark.timeout(240)
 def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_more_steps_extend_it(
     first: tuple[RunFolder, Path, str],
 ) -> None:
@@ -128,7 +126,6 @@ def test_a_finished_run_prints_its_summary_another_configuration_is_refused_and_
     assert run.read_config().train.steps == 6
 
 
-@pytest.mark.timeout(240)
 def test_ctrl_c_saves_and_the_run_goes_on_with_the_records_of_any_run_of_its_seed(
     first: tuple[RunFolder, Path, str], tiny_data: Path, tmp_path: Path
 ) -> None:

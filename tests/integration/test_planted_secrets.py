@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -40,7 +38,6 @@ run_command(main)
 """
 
 
-@pytest.mark.timeout(300)
 def test_no_byte_of_a_run_has_them(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(
         tiny_data,

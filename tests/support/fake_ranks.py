@@ -24,7 +24,7 @@ class Shared:
     """Where the threads meet."""
 
     def __init__(self, world_size: int) -> None:
-        self._meet = threading.Barrier(world_size, timeout=120)
+        self._meet = threading.Barrier(world_size, timeout=600)
         self._brought: dict[int, list[int]] = {}
 
     def add(self, rank: int, numbers: list[int]) -> list[int]:

@@ -304,7 +304,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     Args:
         checkpoint: Folder from which the initial weights come; one rank alone writes its own there first.
     """
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0, ranks_per_node=layout.ranks_per_node)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     comm_stats = CommStats(events=[])
     parallel = build(layout, mesh, comm_stats)
     placement = placement_for(layout)

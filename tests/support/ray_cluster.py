@@ -83,7 +83,7 @@ class RayCluster:
         self._cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": STORE_BYTES})
         self.address: str = self._cluster.address  # pyright: ignore
         self._nodes: list[Any] = [self._add(slot) for slot in range(len(MODALITIES))]
-        self._cluster.wait_for_nodes(timeout=120.0)
+        self._cluster.wait_for_nodes(timeout=600.0)
 
     def _add(self, slot: int) -> Any:
         return self._cluster.add_node(

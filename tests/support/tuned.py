@@ -50,7 +50,7 @@ class Tuned:
 
 def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refresh_every: int | None) -> Tuned:
     """Body of a standing world: tunes the routers of `layout.tuned` and returns what this rank saw."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     parallel = build(layout, mesh, comm_stats)
     placement = placement_of(layout.placement, layout.ep, layout.groups)

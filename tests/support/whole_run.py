@@ -49,7 +49,7 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     """Body of a standing world: starts the run, or goes on with it."""
     config = tiny_config(data, root, {"evaluation.balance_efficiency": False, **changes})
     plan = check(config, world_size=rank.world_size)
-    mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=60.0)
+    mesh = make_mesh(ep=config.parallel.ep, device=torch.device("cpu"), timeout=600.0)
     training = build.build_training(config, plan.manifest, plan.placement, mesh)
     evaluator = build.build_evaluator(config, plan.manifest, training, plan.placement)
     folder = RunFolder.of(config).checkpoints

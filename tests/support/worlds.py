@@ -38,8 +38,8 @@ from typing import Any
 
 from moe_dist.runtime.signals import child_of
 
-START_SECONDS = 100.0
-CALL_SECONDS = 60.0
+START_SECONDS = 600.0
+CALL_SECONDS = 600.0
 # A group that somebody still holds keeps threads of gloo that wake 100 times a second each: hundreds of them fill a core.
 MAX_THREADS = 48
 SETTLE_SECONDS = 0.5  # after the first failure, time for the others to report: the earliest one is the cause

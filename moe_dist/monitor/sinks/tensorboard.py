@@ -93,7 +93,9 @@ class TensorBoardSink:
             self._open.add_summary(summary.image("moe/load_against_target", curves, dataformats="HWC"), self._last_step)
         mixture_of_depths = self._window.depth_map()
         if mixture_of_depths is not None:
-            self._open.add_summary(summary.image("mixture_of_depths/layers", mixture_of_depths, dataformats="HWC"), self._last_step)
+            self._open.add_summary(
+                summary.image("mixture_of_depths/layers", mixture_of_depths, dataformats="HWC"), self._last_step
+            )
         sums, steps = self._window.take()
         for tag, picture in heat_maps(sums, self._subject, steps):
             self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)

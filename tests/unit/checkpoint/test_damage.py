@@ -83,7 +83,6 @@ def test_each_header_is_read_once_and_inside_the_vote(good: Path, tmp_path: Path
     assert read == dict.fromkeys(range(RANKS), 1)
 
 
-@pytest.mark.timeout(300)
 def test_damaged_checkpoints_are_found(good: Path, tmp_path: Path) -> None:
     print(f"seed {SEED}")
     kinds: Counter[str] = Counter()
@@ -104,7 +103,6 @@ def test_damaged_checkpoints_are_found(good: Path, tmp_path: Path) -> None:
     assert set(kinds) == set(KINDS)
 
 
-@pytest.mark.timeout(300)
 def test_damaged_data_sets_are_found_on_resume(tmp_path: Path) -> None:
     print(f"seed {SEED}")
     good, other, folder = tmp_path / "good", tmp_path / "other", tmp_path / "copy"

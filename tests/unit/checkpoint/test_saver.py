@@ -30,7 +30,7 @@ class HeldWrite:
 
         def held(*args: Any, **kwargs: Any) -> None:
             self.begun.set()
-            assert self.go.wait(60)
+            assert self.go.wait(600)
             if self.error is not None:
                 raise self.error
             real(*args, **kwargs)
@@ -49,7 +49,7 @@ def test_steps_are_taken_while_a_save_is_in_flight_and_it_has_the_state_of_its_s
     saver = Saver(run.manager, asynchronous=True)
     write = HeldWrite(monkeypatch)
     saver.save(3, run.state(position=24), durable=False)
-    assert write.begun.wait(60)
+    assert write.begun.wait(600)
     assert torch.equal(run.train(4).weights(), twin.train(4).weights())
     assert saver.in_flight
     assert run.manager.latest() is None
@@ -69,14 +69,14 @@ def test_one_save_at_most_is_in_flight(tmp_path: Path, monkeypatch: pytest.Monke
     saver = Saver(run.manager, asynchronous=True)
     write = HeldWrite(monkeypatch)
     saver.save(1, run.state(), durable=False)
-    assert write.begun.wait(60)
+    assert write.begun.wait(600)
     second = threading.Thread(target=lambda: saver.save(2, run.train(1).state(), durable=True))
     second.start()
     second.join(0.2)
     assert second.is_alive(), "the second save should wait for the first"
     assert run.names() == ["latest", *(name for name in run.names() if name.startswith("step_1."))]
     write.go.set()
-    second.join(60)
+    second.join(600)
     assert run.names() == ["latest", "step_1", "step_2"]
 
 

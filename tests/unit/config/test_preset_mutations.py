@@ -65,7 +65,6 @@ def refusal(path: Path) -> str | None:
     return None
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_mistake_is_accepted_or_named(preset: Path, tmp_path: Path) -> None:
     print(f"seed {SEED}")

@@ -29,9 +29,6 @@ def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.nda
         yield data.tokens(start, length), data.filler(start, length)
 
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for the corpus, which renders 4,000 pictures
-
-
 @pytest.fixture(scope="module")
 def sides(prepared) -> dict[str, Side]:
     """For each side its documents in file order, as (number of the picture, tokens, filler), told by the captions.

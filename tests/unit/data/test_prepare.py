@@ -284,13 +284,13 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
     with lock:
         second = threading.Thread(target=lambda: answer.append(prepare(tmp_path / "set", inputs(own), RECIPE, report)))
         second.start()
-        assert waiting.wait(30)
+        assert waiting.wait(600)
         made_elsewhere = tmp_path / "elsewhere"
         made_elsewhere.mkdir()
         for name, content in contents(made).items():
             (made_elsewhere / name).write_bytes(content)
         made_elsewhere.rename(tmp_path / "set")
-    second.join(30)
+    second.join(600)
     assert answer == [(load_manifest(made), False)]
 
 

@@ -121,6 +121,6 @@ def test_a_late_node_is_not_waited_for_long(config: Config, caplog: pytest.LogCa
 
 
 def test_a_job_on_one_node_waits_for_nobody_and_writes_nothing(config: Config) -> None:
-    found = check_at_start(config, rank_env(0, world_size=2), folder_of(config), wait_seconds=100.0)
+    found = check_at_start(config, rank_env(0, world_size=2), folder_of(config), wait_seconds=600.0)
     assert json.dumps([result.check for result in found if result.is_problem]) == "[]"
     assert not list(folder_of(config).iterdir())

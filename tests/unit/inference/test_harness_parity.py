@@ -143,7 +143,6 @@ def written_tasks(folder: Path) -> str:
     return ",".join(str(folder / f"{name}.yaml") for name in tasks)
 
 
-@pytest.mark.timeout(300)
 def test_the_command_prints_what_the_harness_measures_of_the_export(both: Both, tmp_path: Path) -> None:
     tasks = written_tasks(tmp_path)
     command = [sys.executable, "-m", "tools.evaluate", str(both.run), "--harness", tasks, "--json"]

@@ -78,7 +78,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 600.0
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)

@@ -170,7 +170,9 @@ def test_tensorboard_has_curves_charts_and_the_map(tmp_path: Path, subject: Subj
         "mixture_of_depths/load_over_target",
     } < set(tags["scalars"])
     assert len(tags["scalars"]) <= MAX_SCALARS
-    assert {"mixture_of_depths/layers", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"} < set(tags["images"])
+    assert {"mixture_of_depths/layers", "moe/null_fraction", "moe/load_imbalance", "moe/capacity_used"} < set(
+        tags["images"]
+    )
     assert "moe/experts_per_token" not in tags["images"]
     assert not set(tags["images"]) & set(tags["scalars"]), "TensorBoard shows one kind under a tag"
     assert [event.step for event in accumulator.Images("mixture_of_depths/layers")] == [2, 3]

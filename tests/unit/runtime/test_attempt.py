@@ -39,7 +39,7 @@ def run(tmp_path: Path, body: str, **env: str) -> tuple[subprocess.CompletedProc
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     return done, RunFolder.of(config)

@@ -47,7 +47,7 @@ def state_of(process: subprocess.Popen[str]) -> str:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 600.0
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -78,11 +78,11 @@ class Sleeper:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.6)
             env = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="second")
-            return self.folder.open(self.config, env, wait_seconds=30.0)
+            return self.folder.open(self.config, env, wait_seconds=600.0)
 
     def wake(self) -> tuple[int, str, str]:
         self.process.send_signal(signal.SIGCONT)
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=600)
         return self.process.returncode, out, err
 
     def end(self) -> None:

@@ -65,7 +65,7 @@ def as_bob(config: Config, body: str, *, groups: tuple[int, ...] = (), umask: in
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

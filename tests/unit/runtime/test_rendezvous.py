@@ -46,10 +46,10 @@ def test_what_an_earlier_attempt_left_is_never_taken(tmp_path: Path, stale: dict
     with pytest.raises(RunFolderError, match=rf"rank 3 waited 0\.3 s .*attempt job\.1.*is of attempt {address.attempt_id}"):
         find(path, OTHER, wait_seconds=0.3)
     found: list[object] = []
-    waiting = threading.Thread(target=lambda: found.append(find(path, OTHER, wait_seconds=60.0)))
+    waiting = threading.Thread(target=lambda: found.append(find(path, OTHER, wait_seconds=600.0)))
     waiting.start()
     new, listener = publish(path, FIRST, "127.0.0.1")
-    waiting.join(60.0)
+    waiting.join(600)
     listener.close()
     assert found == [new]
     withdraw(path, address)  # a late one removes nothing of the new attempt

@@ -19,13 +19,13 @@ def test_a_rank_that_sees_the_file_goes_on_and_nothing_is_left(tmp_path: Path) -
     seen = threading.Event()
 
     def rank_1() -> None:
-        with shared_with_rank_0(tmp_path, RANK_1, wait_seconds=30):
+        with shared_with_rank_0(tmp_path, RANK_1, wait_seconds=600.0):
             seen.set()
 
     other = threading.Thread(target=rank_1)
     other.start()
     with shared_with_rank_0(tmp_path, RANK_0):
-        assert seen.wait(30)
+        assert seen.wait(600)
     other.join()
     assert not list(tmp_path.iterdir())
 

@@ -7,7 +7,7 @@ from moe_dist.runtime.startup import Startup
 
 
 def wait_for(stream: io.StringIO, text: str) -> None:
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 600.0
     while text not in stream.getvalue():
         assert time.monotonic() < deadline, stream.getvalue()
         time.sleep(0.01)

@@ -24,7 +24,7 @@ def ready(path=sys.argv[1]):
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 600.0
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

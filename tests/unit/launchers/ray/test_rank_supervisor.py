@@ -73,7 +73,7 @@ class Kept:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 600.0
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -28,7 +28,7 @@ def test_both_arms_are_told(tiny_data: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "run.yaml").write_text(resolved_yaml(config))
     command = [sys.executable, "-m", "tools.bench.router_tuning", str(tmp_path / "run.yaml"), "--rounds", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     lines = {line[:14].strip(): line.split() for line in done.stdout.splitlines()}
     state = {name: int(lines[name][-1].replace(",", "")) for name in ("router tuning", "everything")}

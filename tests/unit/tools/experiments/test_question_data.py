@@ -108,7 +108,9 @@ def test_a_run_is_asked_as_the_evaluation_asks(
     own_data: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: Side, listed: bool
 ) -> None:
     groups = {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}}
-    trained = find_trained(pictured_run(own_data, tmp_path, max_seq_len=192, model__mixture_of_depths=None, model__moe__groups=groups))
+    trained = find_trained(
+        pictured_run(own_data, tmp_path, max_seq_len=192, model__mixture_of_depths=None, model__moe__groups=groups)
+    )
     section = QuestionsSection(
         tasks=("wordnet-definition", "wordnet-category"), limit=12, wordnet=str(words), listed=listed
     )
