@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
-BUSY_SECONDS = 240.0  # for anything that four ranks do on a machine where others compute as well
+BUSY_SECONDS = 600.0  # for anything that four ranks do on a machine where others compute as well
 
 
 class SlurmCluster:
