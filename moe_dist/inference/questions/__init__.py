@@ -1,1 +1,1 @@
-"""."""
+"""Multiple-choice questions, made and split."""

@@ -1,1 +1,1 @@
-"""."""
+"""Which layers and samples a run's router tuning learns from."""

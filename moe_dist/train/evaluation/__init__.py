@@ -1,1 +1,1 @@
-"""."""
+"""Held-out losses and checks between training steps."""
