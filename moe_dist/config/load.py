@@ -9,6 +9,7 @@ from pydantic_core import to_jsonable_python
 from moe_dist.config.bundled import find_config, hint_for_missing
 from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
 from moe_dist.config.partial import PartialConfig, draft
+from moe_dist.config.renamed import Rename, new_key
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
 from moe_dist.config.section import Violation
 from moe_dist.config.yaml_text import dump_yaml, load_yaml
@@ -77,6 +78,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
         key = key.strip()
         if not equals or not all(key.split(".")):
             problems.append(f"{override!r}: an override is key=value with a dotted key, as in train.steps=200")
+            continue
+        if today := new_key(key):
+            problems.append(Rename(today, key, today).problem)
             continue
         if not find(Config, key):
             near = nearest(Config, key)

@@ -27,6 +27,7 @@ from moe_dist.config.keys import (
     type_text,
     variants_of,
 )
+from moe_dist.config.renamed import translation
 from moe_dist.config.section import VIOLATIONS_LATER, Violation
 
 _ROUNDS = 20  # a replaced section shows its missing keys in the next round; schemas are not nested deeper
@@ -54,9 +55,9 @@ class PartialConfig(Generic[S]):
 
 
 def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
-    """Reads plain values (as JSON has them) into `schema`, replacing what is wrong until it fits."""
-    values = json.loads(json.dumps(values))
-    problems: dict[Where, str] = {}
+    """Reads plain values (as JSON has them) into `schema`, replacing what is wrong until it fits; old names are faults."""
+    values, renames = translation(json.loads(json.dumps(values)))
+    problems: dict[Where, str] = {(rename.old,): rename.problem for rename in renames}
     wrong: set[str] = set()
     for _ in range(_ROUNDS):
         try:

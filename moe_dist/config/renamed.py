@@ -1,0 +1,88 @@
+"""Names that keys and kinds had before: one table for the errors about them and for the configurations stored under them.
+
+A user's file with an old name is refused with the new one. What a run or a checkpoint stored before is translated.
+"""
+
+from typing import Any, NamedTuple
+
+from moe_dist.config.keys import ITEM
+
+# Old key, dotted, with the new names of the sections above it -> the new name of its last part.
+KEYS = {
+    "model.depths": "mixture_of_depths",
+    "model.mixture_of_depths.set": "scope",
+    "model.moe.capacity.set": "scope",
+    "model.moe.router.set": "scope",
+    "model.moe.router.loads": "active_experts",
+}
+# New key -> old value -> new value.
+VALUES = {
+    "model.moe.router.kind": {"fixed_load": "scheduled_top_k"},
+    f"model.moe.balance.{ITEM}.kind": {"load_target": "active_experts"},
+    "parallel.dispatch.kind": {"per_rank": "all_to_all", "per_node": "hierarchical", "per_pair": "known_counts"},
+}
+
+
+class Rename(NamedTuple):
+    """A key, or a key and its value, and what it is called today."""
+
+    key: str
+    old: str
+    new: str
+
+    @property
+    def problem(self) -> str:
+        return f"{self.old}: has been renamed; write {self.new}"
+
+
+def translate(values: Any) -> Any:
+    """A stored configuration in today's names; whatever has none stays as it is, a configuration of today too.
+
+    Args:
+        values: A whole configuration as plain values (as YAML or JSON has them), or part of one below its sections' names,
+            as in `{"model": ...}`. It is not changed.
+    """
+    return translation(values)[0]
+
+
+def translation(values: Any) -> tuple[Any, list[Rename]]:
+    """As `translate`, with the renames that it took; `key` of each is the new one."""
+    renames: list[Rename] = []
+    return _translated(values, "", "", "", renames), renames
+
+
+def new_key(key: str) -> str | None:
+    """Today's name of a dotted key; None if it has not been renamed."""
+    parts: list[str] = []
+    for part in key.split("."):
+        parts.append(KEYS.get(_below(_pattern(parts), part), part))
+    return new if (new := ".".join(parts)) != key else None
+
+
+def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rename]) -> Any:
+    """`value` translated; `old` and `new` are its dotted keys, `pattern` is `new` with <index> for each index."""
+    if isinstance(value, list | tuple):
+        place = _below(pattern, ITEM)
+        return [_translated(item, _below(old, i), _below(new, i), place, renames) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        today = VALUES.get(pattern, {}).get(value) if isinstance(value, str) else None
+        if today is not None:
+            renames.append(Rename(new, f"{old}={value}", f"{new}={today}"))
+        return value if today is None else today
+    found = {}
+    for name, item in value.items():
+        today = KEYS.get(_below(pattern, name), name)
+        if today != name and today in value:
+            today = name  # both stand there: the old one is an unknown key
+        if today != name:
+            renames.append(Rename(_below(new, today), _below(old, name), _below(new, today)))
+        found[today] = _translated(item, _below(old, name), _below(new, today), _below(pattern, today), renames)
+    return found
+
+
+def _pattern(parts: list[str]) -> str:
+    return ".".join(ITEM if part.isdecimal() else part for part in parts)
+
+
+def _below(holder: str, part: object) -> str:
+    return f"{holder}.{part}" if holder else str(part)
