@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_dist.config.cluster import Cluster
-from moe_dist.config.dispatch_rules import ranks_per_node
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, PlacementError
 from moe_dist.plan.nodes import demands, groups_of_rank, pack
@@ -152,7 +151,7 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
 
 
 def _check_dispatch_nodes(config: Config, plan: JobPlan) -> None:
-    size = ranks_per_node(config)
+    size = config.parallel.dispatch.node_size
     if size is None:
         return
     for first in range(0, plan.world_size, size):

@@ -13,7 +13,6 @@ import typer
 
 from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.config.lora_rules import has_adapters
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import TuningManifest
 from moe_dist.config.tuning_rules import tokenizer_digest
@@ -145,16 +144,14 @@ def _score(
 
 def _faults(config: Config) -> list[str]:
     """Why a run has no routing to be compared."""
-    kind, problems = config.model.moe.router.kind, []
-    if kind != "top_k":
-        problems.append(
-            f"model.moe.router.kind={kind}: router tuning compares a softmax by which tokens choose; take a top_k run"
-        )
+    router, problems = config.model.moe.router, []
+    if not router.softmax_top_k:
+        problems.append(f"{router.name}: router tuning compares a softmax by which tokens choose; take a top_k run")
     if config.model.mixture_of_depths is not None:
         problems.append(
             "model.mixture_of_depths: a token that a layer passes by has no routing there; take a run without depths"
         )
-    if has_adapters(config.model):
+    if config.model.has_adapters:
         problems.append(
             "model.moe.experts, model.attention_lora: adapters stand on a frozen base and are trained with their routers; "
             "take a run without adapters"

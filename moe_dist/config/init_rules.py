@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moe_dist.config.model_schema import GroupSection, TopKRouterSection
+from moe_dist.config.model_schema import GroupSection
 from moe_dist.config.schema import Config
 from moe_dist.config.section import Violation
 
@@ -44,11 +44,11 @@ def init_violations(config: Config) -> list[Violation]:
 def _copy_violations(config: Config) -> list[Violation]:
     moe, key = config.model.moe, "run.init_rules"
     name, fix = f"{key}: copy_nulls", "or leave copy_nulls out: null rows then begin as new ones"
-    if moe.router.kind != "top_k":
+    if not moe.router.softmax_top_k:
         problem = f"{name}: {no_identity(moe.router.kind)}; take model.moe.router.kind=top_k, {fix}"
         return [Violation((key, "model.moe.router.kind"), problem)]
     broken = []
-    if getattr(moe.router, "null_logit", "each") == "single":
+    if moe.router.single_null_row:
         problem = (
             f"{name}: model.moe.router.null_logit=single has one null row, which cannot copy several; take each, {fix}"
         )
@@ -93,24 +93,22 @@ def source_problems(config: Config, source: Mapping[str, object]) -> list[str]:
     router, groups = (moe.get("router"), moe.get("groups")) if isinstance(moe, Mapping) else (None, None)
     if not isinstance(router, Mapping) or not isinstance(groups, Mapping):
         return ["the checkpoint does not say by which router it was trained (model.moe in its state.json)"]
-    if router.get("kind") != "top_k" or not isinstance(here.router, TopKRouterSection):
-        return [no_identity(router.get("kind") if router.get("kind") != "top_k" else here.router.kind)]
-    problems = []
+    if not here.router.softmax_top_k or router.get("kind") != here.router.kind:
+        return [no_identity(router.get("kind") if here.router.softmax_top_k else here.router.kind)]
+    problems, own = [], here.router.model_dump()
     if router.get("selection_bias"):
         problems.append(
             "the checkpoint's router chooses by softmax + bias: with m / n copies of each row every probability is 1 / "
             "(1 + m / n) of what it was and the bias is not, so that the choice would be another; leave copy_nulls out"
         )
     wanted = "true_all" if router.get("normalise") in ("none", "true_all") else "true_chosen"
-    if here.router.normalise != wanted:
+    if own["normalise"] != wanted:
         problems.append(
-            f"model.moe.router.normalise={here.router.normalise}: the checkpoint's {router.get('normalise')} gives its "
+            f"model.moe.router.normalise={own['normalise']}: the checkpoint's {router.get('normalise')} gives its "
             f"weights from true experts alone, since it has no null ones; take {wanted}"
         )
-    if router.get("scale", 1.0) != here.router.scale:
-        problems.append(
-            f"model.moe.router.scale={here.router.scale:g}: the checkpoint's is {router.get('scale')}; take that"
-        )
+    if router.get("scale", 1.0) != own["scale"]:
+        problems.append(f"model.moe.router.scale={own['scale']:g}: the checkpoint's is {router.get('scale')}; take that")
     for name, group in here.groups.items():
         old = groups.get(name)
         if not isinstance(old, Mapping):

@@ -11,7 +11,7 @@ from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
 from moe_dist.config.partial import PartialConfig, draft
 from moe_dist.config.renamed import Rename, new_key
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
-from moe_dist.config.section import Violation
+from moe_dist.config.section import Violation, sections_in
 from moe_dist.config.yaml_text import dump_yaml, load_yaml
 from moe_dist.errors import ConfigError
 
@@ -55,13 +55,9 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 def model_violations(config: Config) -> list[Violation]:
     """Every rule inside a section that does not hold, with full keys."""
-    holders = [("model", config.model), ("model.moe", config.model.moe), ("loss.balance", config.loss.balance)]
-    holders += [("model.moe.experts", config.model.moe.experts)]
-    holders += [("model.attention_lora", lora)] if (lora := config.model.attention_lora) else []
-    holders += [(f"model.moe.groups.{name}", group) for name, group in config.model.moe.groups.items()]
     return [
         Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
-        for prefix, section in holders
+        for prefix, section in sections_in(config)
         for violation in section.violations()
     ]
 

@@ -1,10 +1,17 @@
 """The schema of the model: groups of experts, router, balance, depths. `schema` has the whole."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from moe_dist.config.lora_schema import AttentionLoRASection, ExpertsSection, FFNExpertsSection
+from moe_dist.config import controllers, experts, routers
+from moe_dist.config.controllers.base import ControllerSection
+from moe_dist.config.experts.base import ExpertsSection
+from moe_dist.config.experts.ffn import FFNExpertsSection
+from moe_dist.config.kinds import kinds_in
+from moe_dist.config.lora_schema import AttentionLoRASection
+from moe_dist.config.routers.base import RouterSection
+from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.section import (
     Count,
     Decay,
@@ -12,11 +19,19 @@ from moe_dist.config.section import (
     GroupName,
     Layers,
     Name,
-    NonNegative,
     NullExperts,
     Section,
     Violation,
 )
+
+if TYPE_CHECKING:  # to the reader of the code a field has its base's type
+    AnyRouter = RouterSection
+    AnyController = ControllerSection
+    AnyExperts = ExpertsSection
+else:
+    AnyRouter = kinds_in(routers, RouterSection)
+    AnyController = kinds_in(controllers, ControllerSection)
+    AnyExperts = kinds_in(experts, ExpertsSection)
 
 
 class GroupSection(Section):
@@ -43,8 +58,13 @@ class GroupSection(Section):
         default=(), description="Modalities routed to this group; empty means the one that has the group's name."
     )
 
+    @property
+    def num_zero_computation(self) -> int:
+        """Identity and constant experts."""
+        return self.num_identity + self.num_constant
+
     def violations(self) -> list[Violation]:
-        free = self.num_identity + self.num_constant
+        free = self.num_zero_computation
         if self.top_k <= self.num_experts + self.num_null + free:
             return []
         problem = (
@@ -52,89 +72,6 @@ class GroupSection(Section):
             f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
         )
         return [Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)]
-
-
-class TopKRouterSection(Section):
-    """Top-k over true, null and zero-computation experts (AdaMoE); plain top-k where a group has true ones alone."""
-
-    kind: Literal["top_k"] = Field(
-        default="top_k",
-        description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
-    )
-    normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = Field(
-        default="true_chosen",
-        description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
-        "experts, over all experts that are not null, chosen or not, or the plain softmax over the whole group.",
-    )
-    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
-    null_logit: Literal["each", "single"] = Field(
-        default="each",
-        description="Null experts have a router row each, or a single one whose logit stands in all of them.",
-    )
-    selection_bias: bool = Field(
-        default=False,
-        description="Choose by softmax + bias; the bias starts at 0 and enters no weight (LongCat-Flash, Ernie 4.5).",
-    )
-
-
-class ExpertChoiceRouterSection(Section):
-    """Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself."""
-
-    kind: Literal["expert_choice"] = Field(
-        default="expert_choice",
-        description="Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself.",
-    )
-    capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
-        default=None,
-        description="Share of its group's tokens in the selection scope that each expert takes (c); null is top_k / num_experts "
-        "of the group, so that a token is taken by top_k experts on average.",
-    )
-    scope: Literal["rank", "ep_group", "world"] = Field(
-        default="rank",
-        description="Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all "
-        "ranks'. The latter two exchange the router's logits in each layer.",
-    )
-    noise: NonNegative = Field(
-        default=0.0,
-        description="Scale of Gumbel-sigmoid noise on the logits in training, sigmoid(x + noise (G' - G'')); MoMa takes 1 "
-        "after upcycling.",
-    )
-    causal: Literal["threshold", "auxiliary"] | None = Field(
-        default=None,
-        description="How evaluation routes a token without looking at later ones: by thresholds that follow the k-th "
-        "largest score, or by auxiliary routers, trained in a second stage (train.only). Evaluation needs one of them.",
-    )
-    threshold_decay: Decay = Field(
-        default=0.99, description="Decay a step of the running means behind the thresholds; their memory is 1 / (1 - it)."
-    )
-
-
-# The router's kind is filled in before it is validated, and what is read by then is Python: a list, never a tuple.
-LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]
-
-
-class ScheduledTopKRouterSection(Section):
-    """Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are compared with."""
-
-    kind: Literal["scheduled_top_k"] = Field(
-        default="scheduled_top_k",
-        description="Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are "
-        "compared with.",
-    )
-    active_experts: dict[GroupName, LayerActiveExperts] = Field(
-        min_length=1,
-        description="By group, true experts a token in each MoE layer, at most the group's top_k: its floor for every "
-        "token, the best ones, and one more for a random part of them. Whole numbers are a k by layer.",
-    )
-    normalise: Literal["true_chosen", "none"] = Field(
-        default="true_chosen", description="As in router.kind=top_k: a softmax over the chosen experts, or over the group."
-    )
-    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
-
-
-RouterSection = Annotated[
-    TopKRouterSection | ExpertChoiceRouterSection | ScheduledTopKRouterSection, Field(discriminator="kind")
-]
 
 
 class CapacitySection(Section):
@@ -152,53 +89,18 @@ class CapacitySection(Section):
     )
 
 
-class ActiveExpertsSection(Section):
-    """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
-
-    kind: Literal["active_experts"] = Field(
-        default="active_experts",
-        description="Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash).",
-    )
-    target: dict[GroupName, PositiveFloat] = Field(
-        min_length=1, description="True experts a token, by group; groups that are not named are left alone."
-    )
-    rate: PositiveFloat = Field(
-        description="Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."
-    )
-    decay_steps: PositiveInt | None = Field(
-        default=None, description="Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."
-    )
-    per: Literal["group", "expert"] = Field(
-        default="group",
-        description="The true experts of a group move together, or each by its own load, which evens them out as well.",
-    )
-
-
-class LossFreeSection(Section):
-    """Balance a group's true experts by the sign of each one's distance from the mean load (DeepSeek-V3)."""
-
-    kind: Literal["loss_free"] = Field(
-        default="loss_free",
-        description="Balance a group's true experts by the sign of each one's distance from the mean load (DeepSeek-V3).",
-    )
-    rate: PositiveFloat = Field(default=1e-3, description="By how much a bias moves in a step.")
-
-
-ControllerSection = Annotated[ActiveExpertsSection | LossFreeSection, Field(discriminator="kind")]
-
-
 class MoESection(Section):
     """Expert groups, their router, and which layers hold them."""
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
-    experts: ExpertsSection = Field(
+    experts: AnyExperts = Field(
         default_factory=FFNExpertsSection, description="What a true expert is: an FFN, or LoRA over a frozen FFN."
     )
-    router: RouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
+    router: AnyRouter = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
     capacity: CapacitySection | None = Field(
         default=None, description="Bound of the pairs an expert takes while training; null for none."
     )
-    balance: tuple[ControllerSection, ...] = Field(
+    balance: tuple[AnyController, ...] = Field(
         default=(), description="Controllers of the router's selection bias, one of a kind; what they say is added up."
     )
     every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
@@ -294,6 +196,16 @@ class ModelSection(Section):
             if self.mixture_of_depths is None
             else tuple(range(self.mixture_of_depths.first, self.num_layers, self.mixture_of_depths.every))
         )
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether something stands on a frozen base: LoRA experts, or LoRA on the attention."""
+        return self.moe.experts.over_frozen_ffn or self.attention_lora is not None
+
+    @property
+    def largest_dropout(self) -> float:
+        """Of all adapters; 0 without any."""
+        return max(self.moe.experts.input_dropout, self.attention_lora.dropout if self.attention_lora else 0.0)
 
     def violations(self) -> list[Violation]:
         heads, kv_heads, broken = self.num_heads, self.num_kv_heads, []

@@ -1,71 +1,19 @@
 """The schema of what ranks share and where experts are: dispatch, parallel, placement. `schema` has the whole."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from moe_dist.config import dispatchers
+from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
+from moe_dist.config.dispatchers.base import DispatchSection
+from moe_dist.config.kinds import kinds_in
 from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Section, Violation
 
-
-class AllToAllDispatchSection(Section):
-    """One row for each (token, destination rank), whatever the number of experts it takes there."""
-
-    kind: Literal["all_to_all"] = Field(
-        default="all_to_all",
-        description="One row for each (token, destination rank), whatever the number of experts it takes there.",
-    )
-    overlap: bool = Field(
-        default=False,
-        description="Compute own rows and the shared expert while remote rows are in flight, in backward too. It doubles "
-        "the number of expert GEMMs.",
-    )
-    chunks: PositiveInt = Field(
-        default=1,
-        description="Ranges of tokens that a layer runs in: one is dispatched while the one before it is computed.",
-    )
-
-
-class HierarchicalDispatchSection(Section):
-    """One row for each (token, destination node) between nodes, then one for each (token, rank) inside the node."""
-
-    kind: Literal["hierarchical"] = Field(
-        default="hierarchical",
-        description="One row for each (token, destination node) between nodes, then one for each (token, rank) inside it.",
-    )
-    ranks_per_node: PositiveInt = Field(description="Neighbouring ranks that make a node; divides parallel.ep.")
-
-
-class KnownCountsDispatchSection(Section):
-    """One row for each (token, expert), without a host sync; for routers whose counts are known beforehand."""
-
-    kind: Literal["known_counts"] = Field(
-        default="known_counts",
-        description="One row for each (token, expert), without a host sync; for routers whose counts are known beforehand.",
-    )
-
-
-class DeepEPDispatchSection(Section):
-    """DeepEP's kernels, where deep_ep is installed."""
-
-    kind: Literal["deep_ep"] = Field(default="deep_ep", description="DeepEP's kernels, where deep_ep is installed.")
-
-
-class HybridEPDispatchSection(Section):
-    """HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."""
-
-    kind: Literal["hybrid_ep"] = Field(
-        default="hybrid_ep", description="HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."
-    )
-
-
-DispatchSection = Annotated[
-    AllToAllDispatchSection
-    | HierarchicalDispatchSection
-    | KnownCountsDispatchSection
-    | DeepEPDispatchSection
-    | HybridEPDispatchSection,
-    Field(discriminator="kind"),
-]
+if TYPE_CHECKING:  # to the reader of the code the field has its base's type
+    AnyDispatch = DispatchSection
+else:
+    AnyDispatch = kinds_in(dispatchers, DispatchSection)
 
 
 class ParallelSection(Section):
@@ -99,7 +47,7 @@ class ParallelSection(Section):
         description="Bound of the rows a rank may receive in one layer, an error before the buffer is made; "
         "null bounds it by (ep - 1) x the micro-batch's tokens alone.",
     )
-    dispatch: DispatchSection = Field(
+    dispatch: AnyDispatch = Field(
         default_factory=AllToAllDispatchSection, description="How rows travel to the ranks of their experts and back."
     )
     deterministic: bool = Field(

@@ -1,6 +1,8 @@
 """What every section of a schema is made of: its base class, rules between its keys, and types of single values."""
 
-from typing import Annotated, NamedTuple
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -44,6 +46,8 @@ Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
 WATCHDOG_SHARE = 0.8  # of the process groups' timeout: the rest is for the ranks' reports
 
+WholeConfig = Any  # a `schema.Config`: named here, it would make a circle of the files of its sections
+
 VIOLATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
 
 
@@ -61,8 +65,31 @@ class Section(BaseModel):
         """Rules between this section's keys that do not hold."""
         return []
 
+    def violations_in(self, config: WholeConfig) -> list[Violation]:
+        """Rules between this section and the rest of a configuration that do not hold; keys are dotted from the top."""
+        return []
+
     @model_validator(mode="after")
     def _no_violations(self, info: ValidationInfo) -> "Section":
         if not (info.context or {}).get(VIOLATIONS_LATER) and (broken := self.violations()):
             raise ValueError("; ".join(violation.problem for violation in broken))
         return self
+
+
+def sections_in(value: Any, path: str = "") -> Iterator[tuple[str, Section]]:
+    """Every section of a configuration with its dotted key, a section before those inside it."""
+    if isinstance(value, Section):
+        yield path, value
+        value = dict(value)
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+    for name, item in items:
+        yield from sections_in(item, f"{path}.{name}" if path else str(name))
+
+
+def unknown_name(what: str, name: str, names: Iterable[str]) -> str:
+    """That there is none of that name, with those that there are; empty where there is."""
+    known = list(names)
+    if name in known:
+        return ""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"no such {what}; there are {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -64,9 +64,9 @@ def _model_violations(config: Config) -> list[Violation]:
     if config.loss.z:
         problem = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, which would pull all routing together; set it to 0"
         broken.append(Violation(("loss.z", KEY), problem))
-    if moe.router.kind != "top_k":
+    if not moe.router.softmax_top_k:
         problem = (
-            f"model.moe.router.kind={moe.router.kind}: {KEY} compares the softmax by which tokens choose experts, and "
+            f"{moe.router.name}: {KEY} compares the softmax by which tokens choose experts, and "
             "there experts choose, or the number of choices is fixed or drawn; tune a run with kind=top_k"
         )
         broken.append(Violation(("model.moe.router.kind", KEY), problem))
@@ -100,7 +100,7 @@ def _layer_violations(config: Config, section: RouterTuningSection) -> list[Viol
         broken.append(Violation((f"{KEY}.layers", "model.num_layers", "model.moe"), problem))
     if section.weight == 0.0 and no_task_gradient(config):
         problem = (
-            f"{KEY}.weight=0: with model.moe.router.normalise={_normalise(config)} and top_k=1 each weight is always 1, so "
+            f"{KEY}.weight=0: with normalised weights ({config.model.moe.router.said}) and top_k=1 each weight is always 1, so "
             f"that cross entropy gives no router a gradient and nothing would move; set {KEY}.weight above 0, or tune a "
             "run with top_k of 2 or more"
         )
@@ -111,11 +111,7 @@ def _layer_violations(config: Config, section: RouterTuningSection) -> list[Viol
 def no_task_gradient(config: Config) -> bool:
     """Whether cross entropy gives no router a gradient: each token has one choice, and its weight is normalised to 1."""
     one = all(group.top_k == 1 for group in config.model.moe.groups.values())
-    return one and _normalise(config) in ("true_chosen", "all_chosen")
-
-
-def _normalise(config: Config) -> str:
-    return str(getattr(config.model.moe.router, "normalise", ""))
+    return one and config.model.moe.router.normalises_chosen
 
 
 def check_tuning_data(config: Config, data: Manifest | None, data_problems: list[str]) -> list[Violation]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_dist.config.model_schema import ModelSection, TopKRouterSection
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields
 

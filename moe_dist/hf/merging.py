@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.base import GUIDE, base_names
 from moe_dist.checkpoint.index import Index
-from moe_dist.config.lora_schema import LoRAExpertsSection
+from moe_dist.config.experts.lora import LoRAExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 

@@ -11,7 +11,6 @@ from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_problems
-from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.parallel_schema import AllToAllDispatchSection, InterleavedSection
 from moe_dist.config.schema import Config
@@ -91,7 +90,7 @@ class LoadedRun:
 
     def _placement(self, ranks: int) -> ExpertPlacement:
         groups = expert_groups(self.config.model.moe)
-        if has_lora_experts(self.config.model):
+        if self.config.model.moe.experts.replicated:
             return replicated_placement(groups)
         return make_placement(InterleavedSection(policy="interleaved"), groups, num_ranks=ranks, token_mix={})
 

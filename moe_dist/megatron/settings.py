@@ -11,9 +11,10 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.model_schema import GroupSection, MoESection, TopKRouterSection
+from moe_dist.config.model_schema import GroupSection, MoESection
 from moe_dist.config.parallel_schema import InterleavedSection, PlacementSection
 from moe_dist.config.partial import draft
+from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.section import Count, GroupName, Section, Violation
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError

@@ -48,18 +48,15 @@ def apex_violations(config: Config) -> list[Violation]:
 
 
 def deep_ep_violations(config: Config) -> list[Violation]:
-    """Whether DeepEP, or its branch HybridEP, is installed where it dispatches; looked for, or not, as Apex is."""
-    kind = config.parallel.dispatch.kind
-    # HybridEP's extension is a module of its own, which the main branch of DeepEP does not have.
-    modules = {"deep_ep": ("deep_ep",), "hybrid_ep": ("deep_ep", "hybrid_ep_cpp")}.get(kind, ())
+    """Whether the dispatcher's modules are installed; looked for, or not, as Apex is."""
+    dispatch = config.parallel.dispatch
     if importlib.util.find_spec("torch") is None:
         return []
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing = [name for name in dispatch.needs_modules if importlib.util.find_spec(name) is None]
     if not missing:
         return []
-    what = "DeepEP from its repository" if kind == "deep_ep" else "DeepEP from the branch hybrid-ep of its repository"
     problem = (
-        f"parallel.dispatch.kind={kind}: the package {' and '.join(missing)} is not installed here; build {what}, or take "
+        f"{dispatch.name}: the package {' and '.join(missing)} is not installed here; build {dispatch.source}, or take "
         "parallel.dispatch.kind=all_to_all"
     )
     return [Violation(("parallel.dispatch.kind",), problem)]

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 
-from moe_dist.config.model_schema import ExpertChoiceRouterSection, GroupSection, MoESection
+from moe_dist.config.model_schema import MoESection
 from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection, PlacementSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, even_runs
@@ -27,18 +27,11 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
                 modalities=section.modalities or (name,),
                 num_identity=section.num_identity,
                 num_constant=section.num_constant,
-                capacity=_capacity(moe, section),
+                capacity=moe.router.expert_capacity(section.top_k, section.num_experts),
             )
         )
         first += section.num_experts
     return tuple(groups)
-
-
-def _capacity(moe: MoESection, group: GroupSection) -> float | None:
-    """Share of the group's tokens that each expert takes, where the experts choose; else None."""
-    if not isinstance(moe.router, ExpertChoiceRouterSection):
-        return None
-    return moe.router.capacity or group.top_k / group.num_experts
 
 
 def make_placement(

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.config.balance_rules import balance_violations
-from moe_dist.config.dispatch_rules import dispatch_violations
 from moe_dist.config.index_header import largest_id
 from moe_dist.config.init_rules import init_violations
 from moe_dist.config.load import GUIDE, model_violations, read_draft
-from moe_dist.config.lora_rules import has_lora_experts, lora_violations
+from moe_dist.config.lora_rules import lora_violations
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.config.partial import PartialConfig
-from moe_dist.config.router_rules import router_violations
 from moe_dist.config.schema import Config
-from moe_dist.config.section import RESERVED_GROUP_NAMES, Violation
+from moe_dist.config.section import RESERVED_GROUP_NAMES, Violation, sections_in
 from moe_dist.config.split_files import check_split, count_by_modality
 from moe_dist.config.tuning_rules import check_tuning_data, tuning_violations
 from moe_dist.errors import ConfigError, DataError, MoeDistError
@@ -150,9 +148,8 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
 def _own_violations(config: Config, groups: Sequence[ExpertGroup]) -> list[Violation]:
     """What the configuration breaks by itself."""
     rules = [*model_violations(config), *batch_violations(config), *gemm_violations(config), *group_violations(groups)]
-    rules += [*dispatch_violations(config), *balance_violations(config)]
-    rules += [*lora_violations(config), *tuning_violations(config)]
-    return [*rules, *router_violations(config), *init_violations(config)]
+    rules += [*balance_violations(config), *lora_violations(config), *tuning_violations(config), *init_violations(config)]
+    return [*rules, *(violation for _, section in sections_in(config) for violation in section.violations_in(config))]
 
 
 def batch_violations(config: Config) -> list[Violation]:
@@ -361,7 +358,7 @@ def _manifest_or_problem(config: Config, violations: list[Violation], data_probl
 def _placement_or_problem(
     config: Config, groups: Sequence[ExpertGroup], mix: Mapping[str, int], violations: list[Violation]
 ) -> ExpertPlacement | None:
-    if has_lora_experts(config.model):
+    if config.model.moe.experts.replicated:
         return replicated_placement(groups)
     try:
         return make_placement(config.placement, groups, num_ranks=config.parallel.ep, token_mix=mix)

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moe_dist.config.lora_rules import has_lora_experts
-from moe_dist.config.model_schema import ExpertChoiceRouterSection, ModelSection
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.placement.placement import ExpertGroup
@@ -30,12 +29,11 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
         attention_bias=section.attention_bias,
         tie_embeddings=section.tie_embeddings,
         groups=groups,
-        auxiliary_routers=isinstance(section.moe.router, ExpertChoiceRouterSection)
-        and section.moe.router.causal == "auxiliary",
-        single_null_row=getattr(section.moe.router, "null_logit", "each") == "single",
+        auxiliary_routers=section.moe.router.has_auxiliary_routers,
+        single_null_row=section.moe.router.single_null_row,
         num_depth_layers=len(section.depth_layers),
         depth_capacity=1.0 if section.mixture_of_depths is None else section.mixture_of_depths.capacity,
-        lora=_adapters(section.moe.experts if has_lora_experts(section) else None),
+        lora=_adapters(section.moe.experts if section.moe.experts.over_frozen_ffn else None),
         attention_lora=_adapters(section.attention_lora),
         depth_auxiliary=section.mixture_of_depths is not None and section.mixture_of_depths.causal == "auxiliary",
     )

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.config.dispatch_rules import ranks_per_node
 from moe_dist.config.load import load_config
 from moe_dist.doctor.start import check_at_start
 from moe_dist.errors import EXIT_DONE, MoeDistError
@@ -83,7 +82,9 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         check_at_start(config, env, folder.path)
         with published_store(env, folder.path, timeout=timeout) as store:
             init_world(env.init_method, store, rank=env.rank, world_size=env.world_size, device=device, timeout=timeout)
-    mesh = make_mesh(ep=config.parallel.ep, device=device, timeout=timeout, ranks_per_node=ranks_per_node(config))
+    mesh = make_mesh(
+        ep=config.parallel.ep, device=device, timeout=timeout, ranks_per_node=config.parallel.dispatch.node_size
+    )
     watchdog = session.start_watchdog(config, env, folder, mesh.tracker, attempt)
     startup.now("building the model")
     training = build.build_training(config, plan.manifest, plan.placement, mesh)

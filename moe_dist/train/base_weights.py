@@ -17,7 +17,6 @@ from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
-from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -103,7 +102,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
         for name in _FUNCTION
         if getattr(model, name) != getattr(there, name)
     ]
-    if not has_lora_experts(model):
+    if not model.moe.experts.over_frozen_ffn:
         here, base = (each.moe.model_dump(mode="json", exclude={"capacity", "balance"}) for each in (model, there))
         return [*problems, *(f"model.moe.{key}={value!r}, the base's is {base[key]!r}" for key, value in here.items()
                            if value != base[key])]  # fmt: skip
@@ -122,7 +121,7 @@ def _not_dense(base: ModelSection) -> list[str]:
         problems.append(
             f"its groups are {groups}; LoRA experts stand on one dense FFN, which is one group of one true expert"
         )
-    if moe.router.kind != "top_k" or moe.router.scale != 1.0:
+    if not moe.router.softmax_top_k or moe.router.sum_of_weights not in (None, 1.0):
         problems.append("its router weighs the expert's output by other than 1 (router.kind, router.scale)")
     if moe.shared_ffn_dim:
         problems.append(f"it has a shared expert beside (shared_ffn_dim={moe.shared_ffn_dim})")
@@ -131,4 +130,4 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 def _of_base(name: str, model: ModelSection) -> bool:
     """Whether the base gives a parameter: all but adapters, and but the new router of LoRA experts."""
-    return ".adapters." not in name and not (has_lora_experts(model) and ".moe.router." in name)
+    return ".adapters." not in name and not (model.moe.experts.over_frozen_ffn and ".moe.router." in name)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,28 +11,18 @@ from moe_dist.checkpoint.state import Part, RankLayout, TensorSpec, capture, mom
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.balance_rules import active_targets, even_active
-from moe_dist.config.lora_rules import has_lora_experts, largest_dropout
 from moe_dist.config.manifest import Manifest
-from moe_dist.config.model_schema import (
-    ExpertChoiceRouterSection,
-    ModelSection,
-    ScheduledTopKRouterSection,
-)
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
-from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.expert_gemm import choose_gemm
-from moe_dist.moe.experts import Experts
-from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
-from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.optim.schedules import coefficient_at, lr_factor
@@ -44,9 +33,9 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.flops import forward_flops, training_flops
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.sizes import flops_left_out, model_shape
-from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all, build_dispatcher
-from moe_dist.train.build_lora import attention_adapters, lora_layers
-from moe_dist.train.build_routing import build_balance, build_depth_scope, build_router, depth_thresholds, scope_ranks_of
+from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
+from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
+from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
 from moe_dist.train.build_tuning import build_sample_loader, build_tuning
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings
@@ -105,59 +94,18 @@ def build_model(
         scope_ranks: Over which ranks experts may choose their tokens; by default this rank alone.
         depth_scope: The ranks among whose tokens layers choose (mixture of depths); by default this one.
     """
-    section, moe = config.model, config.model.moe
-    wire = build_all_to_all(config.parallel, ep_group, comm_stats or CommStats(), tracker)
-    make_adapters = attention_adapters(config)
+    section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
-    if has_lora_experts(section):
-        new_router = partial(build_router, moe.router, section.hidden_dim, placement.groups)
-        return Transformer(args, lora_layers(config, placement.groups, wire.comm_stats, new_router), None, make_adapters)
-    # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = build_dispatcher(config.parallel, placement, wire, hidden_dim=section.hidden_dim, node_groups=node_groups)
-
-    kind = moe.router.scope if isinstance(moe.router, ExpertChoiceRouterSection) else "rank"
-    selection_scope = SelectionScope.over(kind, scope_ranks or ScopeRanks(), comm_stats=wire.comm_stats, tracker=tracker)
-    known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
-    capacity = None if moe.capacity is None else Capacity(**moe.capacity.model_dump())
-    make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
-
-    def make_moe(layer: int) -> MoELayer:
-        return MoELayer(
-            norm=RMSNorm(section.hidden_dim, section.norm_eps),
-            router=build_router(
-                moe.router,
-                section.hidden_dim,
-                placement.groups,
-                capacity=capacity,
-                selection_scope=selection_scope,
-                seed=config.run.seed,
-                layer=layer,
-                place=section.moe_layers.index(layer),
-                known_counts=known_counts,
-            ),
-            experts=Experts(
-                section.hidden_dim,
-                placement.groups,
-                [len(placement.local_experts(ep_rank, group)) for group in placement.groups],
-                pair_budget=config.parallel.expert_pair_budget,
-                gemm=config.parallel.expert_gemm,
-            ),
-            dispatcher=dispatcher,
-            shared=make_shared(section.hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
-            free=ZeroComputationExperts(section.hidden_dim, placement.groups)
-            if has_zero_computation_experts(placement.groups)
-            else None,
-            recompute=config.parallel.recompute,
-            name=f"layers.{layer}",
-        )
+    wire = build_all_to_all(config.parallel, ep_group, stats, tracker)
+    parts = LayerParts(config, placement, ep_rank, wire, node_groups, scope_ranks or ScopeRanks())
 
     def make_depths(layer: int) -> DepthRouter:
         assert section.mixture_of_depths is not None
         fields = section.mixture_of_depths.model_dump(exclude={"every", "first", "scope"})
         return DepthRouter(section.hidden_dim, selection_scope=depth_scope, name=f"layers.{layer}", **fields)
 
-    return Transformer(args, make_moe, make_depths, make_adapters)
+    return Transformer(args, EXPERTS[section.moe.experts.kind](parts), make_depths, attention_adapters(config))
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
@@ -240,8 +188,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         clip_norm=section.clip_norm,
         comm_stats=comm_stats,
         thresholds=ThresholdUpdater.of(model.moe_modules()) if whole else None,
-        needs_global_batch_info=isinstance(config.model.moe.router, ExpertChoiceRouterSection | ScheduledTopKRouterSection)
-        or largest_dropout(config.model) > 0.0,
+        needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
         balance=build_balance(config.model.moe, model, placement.groups),
         mixture_of_depths=depth_thresholds(model) if whole else None,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
@@ -303,7 +250,7 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
         final_sequences=config.evaluation.final_sequences,
         micro_batch=config.train.micro_batch,
         group_of_modality=training.step.group_of_modality,
-        measure_balance=config.evaluation.balance_efficiency and not has_lora_experts(config.model),
+        measure_balance=config.evaluation.balance_efficiency and not config.model.moe.experts.replicated,
         ablate=config.evaluation.ablate_experts,
         calibration=config.evaluation.calibration,
     )

@@ -1,5 +1,7 @@
 """Turns the section `parallel` into what carries rows: wires over process groups, and the dispatcher of all layers."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -34,6 +36,26 @@ def build_all_to_all(
     return CheckedAllToAll(wire) if section.check_exchanges else wire
 
 
+@dataclass(frozen=True)
+class DispatchParts:
+    """What a dispatcher is made of.
+
+    Attributes:
+        wire: The EP group's.
+        node_groups: The EP group's cuts between and inside nodes, where it is cut.
+    """
+
+    parallel: ParallelSection
+    placement: ExpertPlacement
+    wire: AllToAll
+    hidden_dim: int
+    node_groups: NodeGroups = (None, None)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return self.parallel.dispatch.keywords()
+
+
 def build_dispatcher(
     parallel: ParallelSection,
     placement: ExpertPlacement,
@@ -43,24 +65,50 @@ def build_dispatcher(
     node_groups: NodeGroups = (None, None),
 ) -> Dispatcher[Any]:
     """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
-    section, bound = parallel.dispatch, parallel.max_receive_rows
-    fields = section.model_dump(exclude={"kind"})
-    if section.kind == "hierarchical":
-        between, inside = (
-            build_all_to_all(parallel, group, wire.comm_stats, wire.tracker, between_nodes=i == 0)
-            for i, group in enumerate(node_groups)
-        )
-        return HierarchicalDispatcher(placement, between, inside, max_receive_rows=bound, **fields)
-    if section.kind == "deep_ep":
-        top_k = max(group.top_k for group in placement.groups)
-        return DeepEPDispatcher(placement, wire, hidden_dim=hidden_dim, top_k=top_k, **fields)
-    if section.kind == "hybrid_ep":
-        return HybridEPDispatcher(placement, wire, hidden_dim=hidden_dim, **fields)
-    if section.kind == "all_to_all" and (section.overlap or section.chunks > 1):
-        return PipelinedDispatcher(placement, wire, max_receive_rows=bound, **fields)
-    known = KnownCountsDispatcher(placement, wire, max_receive_rows=bound)
-    # Evaluation routes each token by itself: then the counts are not known.
-    general = AllToAllDispatcher(placement, wire, max_receive_rows=bound)
-    if section.kind == "known_counts":
-        return KnownCountsFirst(known, general, always=True)
-    return KnownCountsFirst(known, general) if pairs_are_rows(placement) else general
+    return DISPATCHERS[parallel.dispatch.kind](DispatchParts(parallel, placement, wire, hidden_dim, node_groups))
+
+
+def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
+    """The plain dispatcher, unless a timetable is asked for."""
+    if parts.fields != {"overlap": False, "chunks": 1}:
+        bound = parts.parallel.max_receive_rows
+        return PipelinedDispatcher(parts.placement, parts.wire, max_receive_rows=bound, **parts.fields)
+    return _known_counts(parts, always=False) if pairs_are_rows(parts.placement) else _general(parts)
+
+
+def _general(parts: DispatchParts) -> AllToAllDispatcher:
+    return AllToAllDispatcher(parts.placement, parts.wire, max_receive_rows=parts.parallel.max_receive_rows)
+
+
+def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
+    comm_stats, tracker = parts.wire.comm_stats, parts.wire.tracker
+    between, inside = (
+        build_all_to_all(parts.parallel, group, comm_stats, tracker, between_nodes=i == 0)
+        for i, group in enumerate(parts.node_groups)
+    )
+    bound = parts.parallel.max_receive_rows
+    return HierarchicalDispatcher(parts.placement, between, inside, max_receive_rows=bound, **parts.fields)
+
+
+def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
+    """Evaluation routes each token by itself, so that the counts are not known there: it goes by all-to-all."""
+    known = KnownCountsDispatcher(parts.placement, parts.wire, max_receive_rows=parts.parallel.max_receive_rows)
+    return KnownCountsFirst(known, _general(parts), always=always)
+
+
+def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
+    top_k = max(group.top_k for group in parts.placement.groups)
+    return DeepEPDispatcher(parts.placement, parts.wire, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
+
+
+def _hybrid_ep(parts: DispatchParts) -> HybridEPDispatcher:
+    return HybridEPDispatcher(parts.placement, parts.wire, hidden_dim=parts.hidden_dim, **parts.fields)
+
+
+DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
+    "all_to_all": _all_to_all,
+    "hierarchical": _hierarchical,
+    "known_counts": _known_counts,
+    "deep_ep": _deep_ep,
+    "hybrid_ep": _hybrid_ep,
+}

@@ -1,18 +1,19 @@
 """Turns configuration sections into what chooses: routers, load controllers, and the ranks whose tokens compete."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from moe_dist.comm.collectives import CommStats
-from moe_dist.config.model_schema import ExpertChoiceRouterSection, MoESection, RouterSection, ScheduledTopKRouterSection
+from moe_dist.config.model_schema import MoESection
+from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.schema import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.active_experts import ActiveExperts
-from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.controller import BiasController, Rule
 from moe_dist.moe.balance.loss_free import LossFree
-from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
@@ -21,35 +22,30 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup
 
+ROUTERS: dict[str, type[nn.Module]] = {
+    "top_k": TopKRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "scheduled_top_k": ScheduledTopKRouter,
+}
+CONTROLLERS: dict[str, type[Rule]] = {"active_experts": ActiveExperts, "loss_free": LossFree}
 
-def build_router(
-    section: RouterSection,
-    hidden_dim: int,
-    groups: Sequence[ExpertGroup],
-    *,
-    capacity: Capacity | None = None,
-    **choice: Any,
-) -> nn.Module:
-    """The router of one layer; a section's fields are its constructor's keywords (the selection scope's kind is part of one).
+
+def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], **known: Any) -> nn.Module:
+    """The router of one layer; a section's fields are its constructor's keywords.
 
     Args:
-        capacity: Of routers by token choice.
-        choice: `selection_scope`, `seed`, `layer` and `known_counts` of routers by expert choice; `seed` and `place` (among the
-            MoE layers) of those with a fixed load.
+        known: What a layer knows besides; a constructor takes of it what it names: `capacity` (of token choice), `seed`,
+            `layer`, `place` (among the MoE layers), `selection_scope`, `known_counts`.
     """
-    if isinstance(section, ScheduledTopKRouterSection):
-        own = {key: choice[key] for key in ("seed", "place") if key in choice}
-        return ScheduledTopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}), **own)
-    choice.pop("place", None)
-    if isinstance(section, ExpertChoiceRouterSection):
-        return ExpertChoiceRouter(hidden_dim, groups, **section.model_dump(exclude={"kind", "scope"}), **choice)
-    return TopKRouter(hidden_dim, groups, capacity=capacity, **section.model_dump(exclude={"kind"}))
+    router = ROUTERS[section.kind]
+    named = signature(router).parameters
+    # A section's own field goes first: the capacity of expert choice is another one.
+    return router(hidden_dim, groups, **{key: known[key] for key in known if key in named} | section.keywords())
 
 
 def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
     """The controller of the model's selection biases; None where there are no rules. A rule's fields are its keywords."""
-    kinds = {"active_experts": ActiveExperts, "loss_free": LossFree}
-    rules = [kinds[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
+    rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
     gates_LG = [[moe.router.get_submodule(group.name) for group in groups] for moe in model.moe_modules()]

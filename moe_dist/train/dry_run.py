@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moe_dist.config.lora_rules import has_adapters
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan import flops, memory
@@ -133,7 +132,7 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
     table.add_row("FLOPs a token, training", count_text(useful), f"{_times(config)}{repeats}")
     table.add_section()
     _add_memory_rows(table, config, result)
-    what = "adapters and routers alone, " if has_adapters(config.model) else ""
+    what = "adapters and routers alone, " if config.model.has_adapters else ""
     kept = f"all ranks together, {what}weights and moments{' of the tuned routers' if config.router_tuning else ''} in fp32"
     table.add_row("checkpoint", bytes_text(result.checkpoint_bytes), kept)
     table.add_section()
@@ -160,7 +159,7 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
 def _times(config: Config) -> str:
     if config.router_tuning is not None:
         return "forward, and back to the lowest tuned layer"
-    return "three times forward" + (", without gradients of frozen weights" if has_adapters(config.model) else "")
+    return "three times forward" + (", without gradients of frozen weights" if config.model.has_adapters else "")
 
 
 def count_text(number: float) -> str:

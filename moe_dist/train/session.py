@@ -1,17 +1,17 @@
 """What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.config import schema
 from moe_dist.config.balance_rules import active_targets
 from moe_dist.config.load import resolved_yaml
-from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.schema import Config
 from moe_dist.errors import PlacementError
 from moe_dist.monitor.devices import DeviceMonitor
@@ -109,6 +109,54 @@ def open_sinks(
         sinks.close()
 
 
+@dataclass(frozen=True)
+class SinkParts:
+    """What sinks are made of besides the fields of their sections."""
+
+    plan: Preflight
+    folder: RunFolder
+    subject: Subject
+    evaluation_owed: bool
+
+
+def _console(parts: SinkParts, **fields: Any) -> Sink:
+    config, groups = parts.plan.config, parts.plan.placement.groups
+    return ConsoleSink(total_steps=config.train.steps, hints=HintWatch(groups, config.model.moe_layers), **fields)
+
+
+def _jsonl(parts: SinkParts, **fields: Any) -> Sink:
+    return JsonlSink(path=parts.folder.metrics_jsonl, evaluation_owed=parts.evaluation_owed, **fields)
+
+
+def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
+    from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # seconds to import: on rank 0 only
+
+    return TensorBoardSink(
+        folder=parts.folder.tensorboard,
+        subject=parts.subject,
+        modalities=tuple(parts.plan.manifest.modalities),
+        evaluation_owed=parts.evaluation_owed,
+        **fields,
+    )
+
+
+def _prometheus(parts: SinkParts, *, path: str | None, **fields: Any) -> Sink:
+    return PrometheusSink(path=path or parts.folder.path / "metrics.prom", run_name=parts.plan.config.run.name, **fields)
+
+
+def _wandb(parts: SinkParts, **fields: Any) -> Sink:
+    return WandbSink(run_name=parts.plan.config.run.name, folder=parts.folder.path, **fields)
+
+
+SINKS: dict[str, Callable[..., Sink]] = {
+    "console": _console,
+    "jsonl": _jsonl,
+    "tensorboard": _tensorboard,
+    "prometheus": _prometheus,
+    "wandb": _wandb,
+}
+
+
 def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
     """One sink for each section, and one that the launcher asks for; each gets configuration and placement as text."""
     config, placement = plan.config, plan.placement
@@ -120,32 +168,14 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
         active_targets(config.model.moe),
         mixture_of_depths=config.model.mixture_of_depths is not None,
     )
-    sinks: list[Sink] = []
-    resume_step, owed = progress.step, progress.owes_evaluation(config.evaluation.every, config.train.steps)
-    for section in config.monitor.sinks:
-        options = {**section.model_dump(exclude={"kind"}), "resume_step": resume_step}
-        match section:
-            case schema.ConsoleSink():
-                hints = HintWatch(placement.groups, config.model.moe_layers)
-                sinks.append(ConsoleSink(total_steps=config.train.steps, hints=hints, **options))
-            case schema.JsonlSink():
-                sinks.append(JsonlSink(path=folder.metrics_jsonl, evaluation_owed=owed, **options))
-            case schema.TensorBoardSink():
-                from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # seconds to import: on rank 0 only
-
-                modalities = tuple(plan.manifest.modalities)
-                sinks.append(
-                    TensorBoardSink(
-                        folder=folder.tensorboard, subject=subject, modalities=modalities, evaluation_owed=owed, **options
-                    )
-                )
-            case schema.PrometheusSink():
-                options["path"] = section.path or folder.path / "metrics.prom"
-                sinks.append(PrometheusSink(run_name=config.run.name, **options))
-            case schema.WandbSink():
-                sinks.append(WandbSink(run_name=config.run.name, folder=folder.path, **options))
+    owed = progress.owes_evaluation(config.evaluation.every, config.train.steps)
+    parts = SinkParts(plan, folder, subject, owed)
+    sinks = [
+        SINKS[section.kind](parts, **section.model_dump(exclude={"kind"}), resume_step=progress.step)
+        for section in config.monitor.sinks
+    ]
     if path := os.environ.get(RAY_METRICS):
-        sinks.append(RaySink(socket_path=path, run_name=config.run.name, resume_step=resume_step))
+        sinks.append(RaySink(socket_path=path, run_name=config.run.name, resume_step=progress.step))
     for sink in sinks:
         sink.text("configuration", f"```yaml\n{resolved_yaml(config)}```")
         sink.text("placement", f"```\n{placement_text(plan)}```")
@@ -154,7 +184,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
 
 def placement_text(plan: Preflight, *, width: int = 120) -> str:
     """The placement of a run beside what the policies would cost for its token mix, as plain text of `width` columns."""
-    if has_lora_experts(plan.config.model):
+    if plan.config.model.moe.experts.replicated:
         return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
     return render(
         plan.comparison,

@@ -155,18 +155,15 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
     """As `_changes`, for experts that are alike: their weighted sum is their common output where the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
-    if router.kind != "top_k":
-        return [f"with model.moe.router.kind={router.kind} a token's weights need not sum to 1"]
-    changes = []
-    if router.normalise != "true_chosen":
-        changes.append(f"with model.moe.router.normalise={router.normalise} a token's weights need not sum to 1")
-    scale = 1.0
+    total, changes, scale = router.sum_of_weights, [], 1.0
+    if total is None:
+        changes.append(f"with this model.moe.router ({router.said}) a token's weights need not sum to 1")
     if isinstance(before, dict) and any(".moe.experts." in there for there in taken.made_of.values()):
         old = before.get("moe")
         old_router = old.get("router") if isinstance(old, dict) else None
         scale = old_router.get("scale", 1.0) if isinstance(old_router, dict) else 1.0
-    if router.scale != scale:
-        changes.append(f"model.moe.router.scale={router.scale:g}, the experts were scaled by {scale}")
+    if total is not None and total != scale:
+        changes.append(f"model.moe.router.scale={total:g}, the experts were scaled by {scale}")
     for name, group in moe.groups.items():
         free = group.num_identity + group.num_constant
         if free:

@@ -8,7 +8,6 @@ import yaml
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
-from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.schema import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
@@ -54,7 +53,7 @@ class Adapted:
         self.model: Transformer = build_model(self.config, placement, ep_rank=0, ep_group=None)
         initialise(self.model, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
         freeze(self.model, self.config)
-        assert has_lora_experts(self.config.model) == (experts is not None)
+        assert self.config.model.moe.experts.replicated == (experts is not None)
         self.manager = CheckpointManager(folder, keep=1, lease_check=lambda: None)
         self.layout = RankLayout(placement)
         self.base, self.report = begin_on_base(self.config, self.manager, self.model, self.layout)

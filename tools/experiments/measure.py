@@ -16,7 +16,6 @@ import torch
 import typer
 from torch import nn
 
-from moe_dist.config.lora_rules import has_lora_experts
 from moe_dist.config.manifest import Manifest, load_manifest
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
@@ -172,7 +171,7 @@ class Measurement:
 
     @torch.no_grad()
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
-        if has_lora_experts(self._config.model):
+        if self._config.model.moe.experts.replicated:
             return dict.fromkeys(ROWS, 0.0)  # they are on every rank
         count = WireCount(spread(self._run.placement, self._section.wire.ep))
         with watched_routers(self._run.model) as seen:

@@ -145,7 +145,7 @@ class TopKRouter(nn.Module):
             inside_TC = self.group_of_column_C == group_T[:, None]
             # Padding keeps finite logits, so that no softmax sees a row of -inf; it is masked out of every sum.
             masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
-            probs_TC = masked_TC.softmax(dim=-1)
+            probs_TC = self._probs(masked_TC)
             chosen = self._choose(masked_TC, probs_TC, group_T, cache)
             sums = self._sums(masked_TC, probs_TC, chosen, group_T)
             weight_TK = self._weights(masked_TC, probs_TC, chosen)
@@ -186,15 +186,24 @@ class TopKRouter(nn.Module):
         parts = [self._gate(group, "bias").split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
+    def _probs(self, masked_TC: Tensor) -> Tensor:
+        """Each token's probability of each column, which the balance loss regulates; 0 at -inf."""
+        return masked_TC.softmax(dim=-1)
+
+    def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
+        """By what each token chooses, largest first, without gradient; -inf for columns that it cannot take."""
+        score_TC = masked_TC.detach()
+        if not self.selection_bias:
+            return score_TC
+        biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
+        biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
+        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])
+        return torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
+
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
         """The K best columns of each token. A stable sort: torch.topk would not let ties go to true experts."""
         if cache.choice_TK is None:
-            score_TC = masked_TC.detach()
-            if self.selection_bias:
-                biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
-                biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
-                biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])
-                score_TC = torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
+            score_TC = self._selection_scores(masked_TC, probs_TC)
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
             cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
         column_TK = cache.choice_TK

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config.model_schema import ExpertChoiceRouterSection, TopKRouterSection
-from moe_dist.config.router_rules import router_violations
+from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
+from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.config.schema import Config
+from moe_dist.config.section import Violation
 from moe_dist.errors import ConfigError
 from moe_dist.plan.planner import expected_plan
 from moe_dist.plan.policies import expert_groups, make_placement
@@ -35,9 +36,13 @@ def config(changes: dict[str, Any]) -> Config:
     return tiny_config(Path("none"), Path("runs"), changes)
 
 
+def violations(run: Config) -> list[Violation]:
+    return run.model.moe.router.violations_in(run)
+
+
 @pytest.mark.parametrize("changes", [SOUND, SECOND, {}], ids=["threshold", "second stage", "token choice"])
 def test_what_fits_passes(changes: dict[str, Any]) -> None:
-    assert router_violations(config(changes)) == []
+    assert violations(config(changes)) == []
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
         ({"loss.z": 1e-3}, "loss.z=0.001: model.moe.router.kind=expert_choice with token-choice losses", "set loss.z=0"),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
-            "model.moe.groups.text.num_null=2: with model.moe.router.kind=expert_choice true experts alone choose",
+            "model.moe.groups.text.num_null=2: with model.moe.router.kind=expert_choice there are true experts alone",
             "set it to 0, or model.moe.router.kind=top_k",
         ),
         (
@@ -76,8 +81,8 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
         ),
         (
             {"train.only": "auxiliary_routers", "run.init_from": "x"},
-            "train.only=auxiliary_routers: model.moe.router.causal=threshold has no auxiliary routers",
-            "set model.moe.router.causal=auxiliary",
+            "train.only=auxiliary_routers: model.moe.router.kind=expert_choice has no auxiliary routers",
+            "with model.moe.router.causal=auxiliary",
         ),
         ({**SECOND, "run.init_from": None}, "run.init_from=null leaves it untrained", "to the run of the first stage"),
         (
@@ -105,7 +110,7 @@ def test_what_fits_passes(changes: dict[str, Any]) -> None:
     ids=lambda each: "" if isinstance(each, dict) else None,
 )
 def test_what_does_not_is_named_with_the_way_out(changes: dict[str, Any], text: str, way_out: str) -> None:
-    problems = [relation.problem for relation in router_violations(config({**SOUND, **changes}))]
+    problems = [relation.problem for relation in violations(config({**SOUND, **changes}))]
     assert any(text in fault and way_out in fault for fault in problems), problems
 
 

@@ -47,7 +47,7 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
         ),
         (
             {"model.moe.groups": {**GROUPS, "text": {**GROUPS["text"], "num_null": 2}}},
-            "model.moe.groups.text has null or zero-computation experts: model.moe.router.kind=scheduled_top_k takes true ones alone",
+            "model.moe.groups.text.num_null=2: with model.moe.router.kind=scheduled_top_k there are true experts alone",
         ),
         (
             {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},

@@ -88,7 +88,7 @@ def test_chosen_layers() -> None:
         (tuned(layers=[1, 1]), "router_tuning.layers=[1, 1]: a layer stands there twice", "each once"),
         (
             {**tuned(weight=0.0), "model.moe.groups": ONE},
-            "router_tuning.weight=0: with model.moe.router.normalise=true_chosen and top_k=1",
+            "router_tuning.weight=0: with normalised weights (kind: top_k, normalise: true_chosen",
             "set router_tuning.weight above 0",
         ),
     ],

@@ -13,7 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moe_dist.config.manifest import load_manifest, write_manifest
-from moe_dist.config.model_schema import ExpertChoiceRouterSection, RouterSection, ScheduledTopKRouterSection
+from moe_dist.config.routers.base import RouterSection
+from moe_dist.config.routers.expert_choice import ExpertChoiceRouterSection
+from moe_dist.config.routers.scheduled_top_k import ScheduledTopKRouterSection
 from moe_dist.inference.causal import causal_problems
 from moe_dist.inference.loaded_run import LoadedRun, find_trained
 from moe_dist.inference.tasks import choose_captions

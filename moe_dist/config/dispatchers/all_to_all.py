@@ -1,0 +1,25 @@
+"""The section of the plain dispatcher."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.dispatchers.base import DispatchSection
+
+
+class AllToAllDispatchSection(DispatchSection):
+    """One row for each (token, destination rank), whatever the number of experts it takes there."""
+
+    kind: Literal["all_to_all"] = Field(
+        default="all_to_all",
+        description="One row for each (token, destination rank), whatever the number of experts it takes there.",
+    )
+    overlap: bool = Field(
+        default=False,
+        description="Compute own rows and the shared expert while remote rows are in flight, in backward too. It doubles "
+        "the number of expert GEMMs.",
+    )
+    chunks: PositiveInt = Field(
+        default=1,
+        description="Ranges of tokens that a layer runs in: one is dispatched while the one before it is computed.",
+    )

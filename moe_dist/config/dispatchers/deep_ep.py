@@ -1,0 +1,36 @@
+"""The section of DeepEP's kernels."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moe_dist.config.dispatchers.base import KIND, KernelDispatchSection, either
+from moe_dist.config.section import Violation, WholeConfig
+
+SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # ranks for which DeepEP has settings of its kernels
+
+
+class DeepEPDispatchSection(KernelDispatchSection):
+    """DeepEP's kernels, where deep_ep is installed."""
+
+    kernels: ClassVar[str] = "DeepEP"
+    needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep",)
+    source: ClassVar[str] = "DeepEP from its repository"
+
+    kind: Literal["deep_ep"] = Field(default="deep_ep", description="DeepEP's kernels, where deep_ep is installed.")
+
+    def violations_in(self, config: WholeConfig) -> list[Violation]:
+        ep, router, broken = config.parallel.ep, config.model.moe.router, super().violations_in(config)
+        if ep not in SIZES:
+            problem = (
+                f"{self.name}: DeepEP has no settings for parallel.ep={ep} ranks; take {either([*map(str, SIZES)])}, or take "
+                f"{KIND}=all_to_all"
+            )
+            broken.append(Violation((KIND, "parallel.ep"), problem))
+        if not router.fixed_choices:
+            problem = (
+                f"{self.name}: takes top_k choices of each token, and with {router.name} a token may be taken by any number "
+                f"of experts; take {KIND}=all_to_all"
+            )
+            broken.append(Violation((KIND, "model.moe.router.kind"), problem))
+        return broken

@@ -1,0 +1,39 @@
+"""The section of HybridEP's kernels."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
+from moe_dist.config.section import Violation, WholeConfig
+
+
+class HybridEPDispatchSection(KernelDispatchSection):
+    """HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."""
+
+    kernels: ClassVar[str] = "HybridEP"
+    # HybridEP's extension is a module of its own, which the main branch of DeepEP does not have.
+    needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep", "hybrid_ep_cpp")
+    source: ClassVar[str] = "DeepEP from the branch hybrid-ep of its repository"
+
+    kind: Literal["hybrid_ep"] = Field(
+        default="hybrid_ep", description="HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."
+    )
+
+    def violations_in(self, config: WholeConfig) -> list[Violation]:
+        """Besides: sizes that TMA copies, in wholes of 16 bytes, and more than one rank."""
+        train, width, broken = config.train, config.model.hidden_dim, super().violations_in(config)
+        tokens = train.micro_batch * config.data.seq_len
+        if config.parallel.ep == 1:
+            problem = f"{self.name}: there is no other rank with parallel.ep=1; raise it, {FIX}"
+            broken.append(Violation((KIND, "parallel.ep"), problem))
+        if tokens % 4:
+            problem = (
+                f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "
+                f"data.seq_len={config.data.seq_len} is {tokens}; change either, {FIX}"
+            )
+            broken.append(Violation((KIND, "train.micro_batch", "data.seq_len"), problem))
+        if width % 16:
+            problem = f"{self.name}: rows must be a multiple of 16 wide, but model.hidden_dim={width}; change it, {FIX}"
+            broken.append(Violation((KIND, "model.hidden_dim"), problem))
+        return broken

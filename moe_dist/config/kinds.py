@@ -1,0 +1,24 @@
+"""Makes a folder of sections a choice of kinds: a new file there is a new kind, and no list names it."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Annotated, Any, Union
+
+from pydantic import Field
+
+from moe_dist.config.section import Section
+
+
+def kinds_in(package: ModuleType, base: type[Section]) -> Any:
+    """The union of the sections in the files of `package`, told apart by their `kind`, as the type of a field. They derive
+    from `base`, which lies in the file of that name. Files come in the order of their names."""
+    names = sorted(each.name for each in iter_modules(package.__path__) if each.name != "base")
+    modules = [import_module(f"{package.__name__}.{name}") for name in names]
+    sections = [
+        each
+        for module in modules
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, base) and each.__module__ == module.__name__
+    ]
+    return Annotated[Union[tuple(sections)], Field(discriminator="kind")]  # noqa: UP007

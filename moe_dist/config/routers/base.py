@@ -1,0 +1,93 @@
+"""What a router's section says of its kind. The rest of the project asks these questions and never for the kind."""
+
+from typing import Any, ClassVar, Literal
+
+from moe_dist.config.section import Section, Violation, WholeConfig
+
+ROUTER = "model.moe.router"
+OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group: columns that are no true experts
+
+
+class RouterSection(Section):
+    """How tokens choose experts. Defaults are those of a router where each token takes top_k columns of its group."""
+
+    kind: Any
+
+    softmax_top_k: ClassVar[bool] = False  # the choice is the plain top-k of one softmax over the group's columns
+    experts_choose: ClassVar[bool] = False  # in training each expert takes tokens
+    fixed_choices: ClassVar[bool] = True  # each token has top_k choices
+    needs_global_batch_info: ClassVar[bool] = False
+    only_true_experts: ClassVar[bool] = False  # there are neither null nor zero-computation experts
+
+    @property
+    def name(self) -> str:
+        """The kind as an override writes it."""
+        return f"{ROUTER}.kind={self.kind}"
+
+    @property
+    def said(self) -> str:
+        """All keys and values in one line."""
+        return ", ".join(f"{key}: {value}" for key, value in self.model_dump(mode="json").items())
+
+    @property
+    def has_selection_bias(self) -> bool:
+        """Whether balance controllers have a bias to move."""
+        return False
+
+    @property
+    def has_auxiliary_routers(self) -> bool:
+        return False
+
+    @property
+    def single_null_row(self) -> bool:
+        """Whether all null experts share one row of the router."""
+        return False
+
+    @property
+    def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
+        """The ranks among whose tokens an expert chooses."""
+        return "rank"
+
+    @property
+    def normalises_chosen(self) -> bool:
+        """Whether the weights of a token's choices sum to a constant."""
+        return False
+
+    @property
+    def sum_of_weights(self) -> float | None:
+        """Sum of the weights of a token that takes a true expert; None where tokens differ in it."""
+        return None
+
+    def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
+        """Share of its group's tokens that each expert takes; None where tokens choose."""
+        return None
+
+    def counts_unknown(self) -> str:
+        """Why the pairs of each rank and expert are not known before the routing, and what helps; empty where they are."""
+        return f"with {self.name} the tokens choose, so that it is not known"
+
+    def not_causal(self) -> str:
+        """Why the routing of a token in evaluation depends on other tokens, and what helps; empty where it does not."""
+        return ""
+
+    def keywords(self) -> dict[str, Any]:
+        """The fields that the router's constructor takes."""
+        return self.model_dump(exclude={"kind"})
+
+    def violations_in(self, config: WholeConfig) -> list[Violation]:
+        broken = []
+        if config.train.only == "auxiliary_routers" and not self.has_auxiliary_routers:
+            problem = (
+                f"train.only={config.train.only}: {self.name} has no auxiliary routers; set train.only to null, or "
+                f"{ROUTER}.kind=expert_choice with {ROUTER}.causal=auxiliary"
+            )
+            broken.append(Violation(("train.only", f"{ROUTER}.kind"), problem))
+        for group, section in config.model.moe.groups.items() if self.only_true_experts else ():
+            for key in OTHERS:
+                if count := getattr(section, key):
+                    problem = (
+                        f"model.moe.groups.{group}.{key}={count}: with {self.name} there are true experts alone; set it to "
+                        f"0, or {ROUTER}.kind=top_k"
+                    )
+                    broken.append(Violation((f"model.moe.groups.{group}.{key}", f"{ROUTER}.kind"), problem))
+        return broken

@@ -1,0 +1,48 @@
+"""The section of the plain top-k router."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, PositiveFloat
+
+from moe_dist.config.routers.base import RouterSection
+
+
+class TopKRouterSection(RouterSection):
+    """Top-k over true, null and zero-computation experts (AdaMoE); plain top-k where a group has true ones alone."""
+
+    softmax_top_k: ClassVar[bool] = True
+
+    kind: Literal["top_k"] = Field(
+        default="top_k",
+        description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
+    )
+    normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = Field(
+        default="true_chosen",
+        description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
+        "experts, over all experts that are not null, chosen or not, or the plain softmax over the whole group.",
+    )
+    scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
+    null_logit: Literal["each", "single"] = Field(
+        default="each",
+        description="Null experts have a router row each, or a single one whose logit stands in all of them.",
+    )
+    selection_bias: bool = Field(
+        default=False,
+        description="Choose by softmax + bias; the bias starts at 0 and enters no weight (LongCat-Flash, Ernie 4.5).",
+    )
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return self.selection_bias
+
+    @property
+    def single_null_row(self) -> bool:
+        return self.null_logit == "single"
+
+    @property
+    def normalises_chosen(self) -> bool:
+        return self.normalise in ("true_chosen", "all_chosen")
+
+    @property
+    def sum_of_weights(self) -> float | None:
+        return self.scale if self.normalise == "true_chosen" else None

@@ -1,0 +1,120 @@
+"""Turns the sections of experts into the MoE layers of a model, a function for each kind; and LoRA on the attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.config.schema import Config
+from moe_dist.model.attention_lora import AttentionLoRA
+from moe_dist.model.layers import GatedSwiGLU, RMSNorm, SwiGLU
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.lora import LoRAExperts, LoRALayer
+from moe_dist.moe.routers.capacity import Capacity
+from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
+from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.build_dispatch import NodeGroups, build_dispatcher
+from moe_dist.train.build_routing import build_router
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What MoE layers are made of.
+
+    Attributes:
+        placement: Which expert lives on which rank of the EP group.
+        ep_rank: This rank there.
+        wire, node_groups: As `build_dispatch.DispatchParts`.
+        scope_ranks: Over which ranks experts may choose their tokens.
+    """
+
+    config: Config
+    placement: ExpertPlacement
+    ep_rank: int
+    wire: AllToAll
+    node_groups: NodeGroups
+    scope_ranks: ScopeRanks
+
+
+def ffn_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
+    """Makes a layer of plain experts; all layers share the dispatcher."""
+    config, groups, wire = parts.config, parts.placement.groups, parts.wire
+    section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
+    # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
+    dispatcher = build_dispatcher(
+        config.parallel, parts.placement, wire, hidden_dim=hidden_dim, node_groups=parts.node_groups
+    )
+    selection_scope = SelectionScope.over(
+        moe.router.selection_scope, parts.scope_ranks, comm_stats=wire.comm_stats, tracker=wire.tracker
+    )
+    known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
+    make_router = partial(
+        build_router,
+        moe.router,
+        hidden_dim,
+        groups,
+        capacity=None if moe.capacity is None else Capacity(**moe.capacity.model_dump()),
+        selection_scope=selection_scope,
+        seed=config.run.seed,
+        known_counts=known_counts,
+    )
+    make_shared = GatedSwiGLU if moe.shared_gate else SwiGLU
+
+    def make(layer: int) -> MoELayer:
+        return MoELayer(
+            norm=RMSNorm(hidden_dim, section.norm_eps),
+            router=make_router(layer=layer, place=section.moe_layers.index(layer)),
+            experts=Experts(
+                hidden_dim,
+                groups,
+                [len(parts.placement.local_experts(parts.ep_rank, group)) for group in groups],
+                pair_budget=config.parallel.expert_pair_budget,
+                gemm=config.parallel.expert_gemm,
+            ),
+            dispatcher=dispatcher,
+            shared=make_shared(hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
+            free=ZeroComputationExperts(hidden_dim, groups) if has_zero_computation_experts(groups) else None,
+            recompute=config.parallel.recompute,
+            name=f"layers.{layer}",
+        )
+
+    return make
+
+
+def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
+    """Makes a layer of LoRA experts; the section's fields are `LoRAExperts`'s keywords."""
+    config, section, groups = parts.config, parts.config.model, parts.placement.groups
+    fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # all groups have the same
+
+    def make(layer: int) -> LoRALayer:
+        return LoRALayer(
+            norm=RMSNorm(section.hidden_dim, section.norm_eps),
+            router=build_router(section.moe.router, section.hidden_dim, groups),
+            ffn=SwiGLU(section.hidden_dim, ffn_dim),
+            adapters=LoRAExperts(section.hidden_dim, ffn_dim, groups, **fields),
+            recompute=config.parallel.recompute,
+            seed=config.run.seed,
+            layer=layer,
+            comm_stats=parts.wire.comm_stats,
+        )
+
+    return make
+
+
+EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {"ffn": ffn_layers, "lora": lora_layers}
+
+
+def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
+    """Makes the adapters of a layer's attention; None without any. The section's other fields are the keywords."""
+    section, lora = config.model, config.model.attention_lora
+    if lora is None:
+        return None
+    dim, heads, kv_heads = (
+        section.hidden_dim, section.num_heads * section.resolved_head_dim, section.num_kv_heads * section.resolved_head_dim
+    )  # fmt: skip
+    widths = {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}
+    targets = {target: widths[target] for target in lora.targets}
+    fields = lora.model_dump(exclude={"targets"})
+    return lambda layer: AttentionLoRA(targets, **fields, seed=config.run.seed, layer=layer)
