@@ -15,6 +15,7 @@ from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController, Rule
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.group_limited import GroupLimitedRouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
 from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
@@ -25,6 +26,7 @@ from moe_dist.placement.placement import ExpertGroup
 ROUTERS: dict[str, type[nn.Module]] = {
     "top_k": TopKRouter,
     "expert_choice": ExpertChoiceRouter,
+    "group_limited": GroupLimitedRouter,
     "scheduled_top_k": ScheduledTopKRouter,
 }
 CONTROLLERS: dict[str, type[Rule]] = {"active_experts": ActiveExperts, "loss_free": LossFree}
