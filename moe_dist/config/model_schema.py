@@ -232,12 +232,16 @@ class ModelSection(Section):
             return []
         if not self.depth_layers:
             problem = f"mixture_of_depths.first={self.mixture_of_depths.first} leaves no layer that chooses among num_layers={self.num_layers}"
-            return [Violation(("mixture_of_depths.first", "num_layers"), f"{problem}; lower it, or set depths to null")]
+            return [
+                Violation(
+                    ("mixture_of_depths.first", "num_layers"), f"{problem}; lower it, or set mixture_of_depths to null"
+                )
+            ]
         dense = sorted(set(self.depth_layers) - set(self.moe_layers))
         if not dense:
             return []
         problem = (
-            f"depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first={self.moe.first}, "
+            f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first={self.moe.first}, "
             f"moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and mixture_of_depths.every to a multiple of moe.every"
         )
         return [Violation(("mixture_of_depths.first", "mixture_of_depths.every", "moe.first", "moe.every"), problem)]

@@ -59,6 +59,7 @@ class Layout:
     free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
     balance: bool = False  # load controllers on the selection bias
     balance_per: str = "expert"  # or group
+    limited: bool = False  # sigmoid scores, limited to one node group of two
     fixed: bool = False  # fixed loads; groups have no null experts
     overlap: bool = False
     chunks: int = 1
@@ -86,6 +87,8 @@ class Layout:
             return tuple(replace(group, ffn_dim=10) for group in GROUPS)
         if self.choice:
             return tuple(replace(group, num_null=0, top_k=top_k) for group, top_k in zip(GROUPS, (2, 1), strict=True))  # pyright: ignore
+        if self.limited:
+            return replace(GROUPS[0], num_experts=4), replace(GROUPS[1], num_experts=4, first_expert=4, num_constant=1)
         if self.fixed:
             return tuple(replace(group, num_null=0, top_k=2) for group in GROUPS)
         if not self.free:
@@ -97,6 +100,7 @@ class Layout:
         budget += "-free" if self.free else ""
         budget += f"-balance-{self.balance_per}" if self.balance else ""
         budget += "-fixed" if self.fixed else ""
+        budget += "-limited" if self.limited else ""
         budget += f"-lora-{self.lora}" if self.lora else ""
         budget += f"-depths-{self.mixture_of_depths}-{self.depth_causal}" if self.mixture_of_depths else ""
         budget += f"-nodes{self.ranks_per_node}" if self.ranks_per_node else ""
@@ -175,6 +179,8 @@ def config_of(layout: Layout) -> Config:
         router = {"kind": "expert_choice", "scope": layout.choice, "noise": layout.noise, "causal": layout.choice_causal}
         router["threshold_decay"] = 0.5
         only = {"only": "auxiliary_routers"} if layout.choice_causal == "auxiliary" else {}
+    if layout.limited:
+        router = {"kind": "group_limited", "n_group": 2, "topk_group": 1, "scale": 2.5}
     if layout.fixed:
         router = {"kind": "scheduled_top_k", "active_experts": LOADS}
     return Config.model_validate(
