@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config.load import load_config
 from moe_dist.config.experts.lora import LoRAExpertsSection
+from moe_dist.config.load import load_config
 from moe_dist.config.lora_schema import AttentionLoRASection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
