@@ -13,11 +13,10 @@ def source_root() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file that `path` names: itself, else NAME.yaml in the current folder, else the bundled configs/NAME.yaml."""
-    given = Path(path)
-    if given.is_file() or given.parent != Path() or given.suffix in (".yaml", ".yml"):
-        return given
-    candidates = (given.with_name(f"{given.name}.yaml"), source_root() / "configs" / f"{given.name}.yaml")
+    """The file that `path` names: itself or with .yaml, from the current folder, else bundled, also without `configs/`."""
+    given, root = Path(path), source_root()
+    named = given.with_name(f"{given.name}.yaml") if given.name else given
+    candidates = (given, named, root / given, root / "configs" / named)
     return next((candidate for candidate in candidates if candidate.is_file()), given)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from moe_dist.config.bundled import source_root
+from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.partial import draft
 from moe_dist.config.section import Count, Name, PathText, Section, Violation
 from moe_dist.config.yaml_text import load_yaml
@@ -197,4 +197,4 @@ def cluster_file(name_or_path: str | None, env: Mapping[str, str]) -> Path | Non
     if not asked:
         return None
     bare = "/" not in asked and not asked.endswith((".yaml", ".yml"))
-    return FOLDER / f"{asked}.yaml" if bare else Path(asked)
+    return FOLDER / f"{asked}.yaml" if bare else find_config(asked)

@@ -122,6 +122,7 @@ def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> 
     records = (tmp_path / "runs" / "short" / "metrics.jsonl").read_text().splitlines()
     assert len([line for line in records if "loss/total" in json.loads(line).get("scalars", json.loads(line))]) == 2
     assert "short" in call("status").stdout
+    assert call("reproduce", "adamoe", "--status").returncode == 0
     assert call("verify", "runs/short").returncode == 0
 
 

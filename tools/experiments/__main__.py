@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from filelock import FileLock, Timeout
 
+from moe_dist.config.bundled import find_config
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.plan.preflight import check, layout_without_data
 from moe_dist.runtime.command_line import run_command
@@ -36,7 +37,7 @@ def main(
 ) -> None:
     """Run what is missing, then report. Ctrl-C saves and stops; the same command goes on."""
     try:
-        path = FOLDER / f"{name}.yaml"
+        path = find_config(FOLDER / f"{name}.yaml")
         study = load_study(path)
         jobs = _chosen(study, jobs_of(study, pilot=pilot), only)
         if status:

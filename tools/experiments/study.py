@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from moe_dist.config.bundled import find_config, source_root
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import load_yaml
@@ -149,7 +150,9 @@ def load_study(path: Path) -> Study:
     try:
         text = path.read_text()
     except OSError as error:
-        there = ", ".join(sorted(each.stem for each in FOLDER.glob("*.yaml") if not each.stem.endswith("base")))
+        there = ", ".join(
+            sorted(each.stem for each in (source_root() / FOLDER).glob("*.yaml") if not each.stem.endswith("base"))
+        )
         raise ConfigError(f"{path}: {error.strerror}; there are {there or 'none'}") from error
     values, problems = load_yaml(text)
     if problems:
@@ -165,7 +168,7 @@ def load_study(path: Path) -> Study:
 def fingerprint(study_path: Path, study: Study) -> str:
     """Of everything that the rules are: the study's file and its base, byte for byte."""
     digest = hashlib.sha256()
-    for path in (study_path, Path(study.base)):
+    for path in (study_path, find_config(study.base)):
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
