@@ -25,7 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.comm.names import DEPTH_SCORES
-from moe_dist.moe.routers.selection import OUTSIDE, AuxiliaryRouter, Causal, SelectionScope, capacity_of_tokens
+from moe_dist.moe.routers.selection import (
+    OUTSIDE,
+    AuxiliaryRouter,
+    Causal,
+    ChoosingRouter,
+    SelectionScope,
+    capacity_of_tokens,
+)
 from moe_dist.moe.routing import DepthSums, accumulation_dtype
 
 _SHAPES = 8  # different numbers of slots on CUDA, where each is compiled
@@ -47,7 +54,7 @@ class Chosen(NamedTuple):
     sums: DepthSums
 
 
-class DepthRouter(nn.Module):
+class DepthRouter(ChoosingRouter):
     """Chooses the tokens of one block.
 
     `router` [1, D] is w. With thresholds, `threshold` (a score in (0, 1); 0 lets everything through), the running `mean` in
@@ -98,6 +105,12 @@ class DepthRouter(nn.Module):
         """Threshold, running mean of the last score taken, steps seen; for `ThresholdUpdater`."""
         return self.threshold, self.mean, self.steps
 
+    def gates(self) -> "list[DepthRouter]":
+        return [self]
+
+    def num_taken(self, sums: DepthSums) -> Tensor:
+        return sums.taken[None]
+
     def forward(self, x_TD: Tensor, real_T: Tensor) -> Chosen:
         """Chooses among the tokens that are not padding (bool `real_T`).
 
@@ -109,7 +122,7 @@ class DepthRouter(nn.Module):
         causal_T = self._causal(h_TD.detach(), logit_T.detach())
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
-        if self.training:
+        if self.training or self.noncausal:
             logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)

@@ -24,7 +24,7 @@ from moe_dist.data.loader import heldout_batches, source_shares
 from moe_dist.errors import MoeDistError
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routers.expert_choice import choice_of_training
+from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder

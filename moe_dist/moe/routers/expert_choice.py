@@ -13,18 +13,18 @@ Weights are s_j always. Shape letters: T tokens, D hidden size, E experts of all
 K experts of the largest group.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.selection import (
     OUTSIDE,
     AuxiliaryRouter,
     Causal,
+    ChoosingRouter,
     SelectionScope,
     by_token,
     counted_pairs,
@@ -68,7 +68,7 @@ class ChoiceGate(GroupGate):
         return self.threshold, mean_n, steps_n
 
 
-class ExpertChoiceRouter(nn.Module):
+class ExpertChoiceRouter(ChoosingRouter):
     """Routes T tokens, each inside its group.
 
     Args:
@@ -111,7 +111,6 @@ class ExpertChoiceRouter(nn.Module):
         self.seed = seed
         self.layer = layer
         self.known_counts = known_counts
-        self.noncausal = False
         self.num_experts = sum(group.num_experts for group in groups)
         self.share_of_group = tuple(capacity or capacity_of_group(group) for group in groups)
         for group in groups:
@@ -135,6 +134,9 @@ class ExpertChoiceRouter(nn.Module):
     def gates(self) -> list[ChoiceGate]:
         """The gates, in the order of the groups."""
         return [self.get_submodule(group.name) for group in self.groups]  # pyright: ignore[reportReturnType]
+
+    def num_taken(self, sums: RouterSums) -> Tensor:
+        return sums.choices_C
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
@@ -273,17 +275,3 @@ class ExpertChoiceRouter(nn.Module):
 def capacity_of_group(group: ExpertGroup) -> float:
     """c of a group that names none: so that a token is taken by `top_k` experts on average; 1 / n for one."""
     return group.capacity if group.capacity is not None else group.top_k / group.num_experts
-
-
-@contextmanager
-def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, expert choice routers choose in evaluation as they do in training, looking at later tokens, without noise:
-    to measure what that is worth. Others stay as they are."""
-    mine = [router for router in routers if isinstance(router, ExpertChoiceRouter)]
-    for router in mine:
-        router.noncausal = True
-    try:
-        yield
-    finally:
-        for router in mine:
-            router.noncausal = False

@@ -20,9 +20,10 @@ G groups, W ranks.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,52 @@ class AuxiliaryRouter(nn.Module):
     def forward(self, h_TD: Tensor) -> Tensor:
         """Logits [T, E]: above 0 the token is taken."""
         return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
+
+
+class ThresholdGate(Protocol):
+    """What holds the thresholds of n choosers."""
+
+    def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Threshold, running mean and steps, [n] each: buffers, or views of them, that are written in place."""
+        ...
+
+
+class ChoosingRouter(nn.Module):
+    """A router whose E choosers take tokens in training: experts, or the block of a layer.
+
+    Attributes:
+        causal: How a token is judged in evaluation.
+        noncausal: Choose in evaluation as in training, looking at later tokens and without noise.
+    """
+
+    causal: Causal | None
+    threshold_decay: float
+    noncausal = False
+
+    def gates(self) -> Sequence[ThresholdGate]:
+        """What holds the choosers' thresholds, in their order, where evaluation is by thresholds."""
+        raise NotImplementedError
+
+    def scores(self, h_TD: Tensor, inside_T: Tensor) -> Tensor:
+        """Score of each token and chooser [T, E], 0 where the token does not compete; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def num_taken(self, sums: Any) -> Tensor:
+        """Tokens that each chooser took [E], of the sums that `forward` returns."""
+        raise NotImplementedError
+
+
+@contextmanager
+def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, routers that choose tokens choose in evaluation as they do in training. Others stay as they are."""
+    mine = [router for router in routers if isinstance(router, ChoosingRouter)]
+    for router in mine:
+        router.noncausal = True
+    try:
+        yield
+    finally:
+        for router in mine:
+            router.noncausal = False
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,13 @@ Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-
-
-class ThresholdGate(Protocol):
-    """What holds the thresholds of n choosers."""
-
-    def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Threshold, running mean and steps, [n] each: buffers, or views of them, that are written in place."""
-        ...
+from moe_dist.moe.routers.selection import ChoosingRouter, ThresholdGate
 
 
 class ThresholdUpdater:
@@ -51,7 +42,7 @@ class ThresholdUpdater:
     @classmethod
     def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdUpdater | None":
         """For a model's MoE layers; None where tokens choose."""
-        routers = [layer.router for layer in layers if isinstance(layer.router, ExpertChoiceRouter)]
+        routers = [layer.router for layer in layers if isinstance(layer.router, ChoosingRouter)]
         if not routers:
             return None
         return cls([router.gates() for router in routers], routers[0].threshold_decay, dtype=torch.float64)

@@ -21,18 +21,17 @@ from torch import Tensor
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import Batch
-from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
+from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
 from moe_dist.train.evaluation.heldout import forward
 
 HALVINGS = 30  # the interval [0, 1] ends at 1e-9: below what fp32 tells apart near a score
 
 
-def by_threshold(model: Transformer) -> list[ExpertChoiceRouter | DepthRouter]:
+def by_threshold(model: Transformer) -> list[ChoosingRouter]:
     """The routers that evaluate by thresholds: those of experts, then those of depths, each in order of the layers."""
     routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
-    return [each for each in routers if isinstance(each, ExpertChoiceRouter | DepthRouter) and each.causal == "threshold"]
+    return [each for each in routers if isinstance(each, ChoosingRouter) and each.causal == "threshold"]
 
 
 @torch.no_grad()
@@ -60,30 +59,25 @@ def calibrate(
         too_many_N = above_N > taken_N
         low_N = torch.where(too_many_N, middle_N, low_N)
         high_N = torch.where(too_many_N, high_N, middle_N)
-    thresholds = [threshold_n for router in routers for threshold_n in _thresholds(router)]
+    thresholds = [gate.running_mean()[0] for router in routers for gate in router.gates()]
     sizes = [len(threshold_n) for threshold_n in thresholds]
     for threshold_n, known_n, high_n in zip(thresholds, (taken_N > 0).split(sizes), high_N.split(sizes), strict=True):
         threshold_n.copy_(torch.where(known_n, high_n.to(threshold_n.dtype), threshold_n))
 
 
-def _thresholds(router: ExpertChoiceRouter | DepthRouter) -> list[Tensor]:
-    """A router's thresholds in order of what it scores; groups lie one after another."""
-    return [router.threshold] if isinstance(router, DepthRouter) else [gate.threshold for gate in router.gates()]
-
-
 def _seen(
     model: Transformer,
-    routers: Sequence[ExpertChoiceRouter | DepthRouter],
+    routers: Sequence[ChoosingRouter],
     batches: Sequence[Batch],
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each router this rank's scores [T, n] and, float64 [n], how many tokens were taken of them."""
-    scores: dict[ExpertChoiceRouter | DepthRouter, list[Tensor]] = {router: [] for router in routers}
-    taken: dict[ExpertChoiceRouter | DepthRouter, list[Tensor]] = {router: [] for router in routers}
+    scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
+    taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
         scores[router].append(router.scores(*inputs[:2]))
-        taken[router].append(chosen.sums.taken[None] if isinstance(router, DepthRouter) else chosen.sums.choices_C)
+        taken[router].append(router.num_taken(chosen.sums))
 
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
@@ -91,8 +85,6 @@ def _seen(
         stack.enter_context(choice_of_training(routers))
         for router in routers:
             stack.callback(router.register_forward_hook(note).remove)
-            if isinstance(router, DepthRouter):
-                router.train()  # chooses as in training
         for batch in batches:
             forward(model, batch.to(group_of_modality.device), group_of_modality)
     return (

@@ -10,7 +10,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
+from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
 from moe_dist.monitor.metrics import busiest_over_mean, layer_mean, rows_by_rank, weighted_rows
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.parallel.mesh import Mesh
@@ -84,7 +84,7 @@ class Evaluator:
             with experts_ablated(self._model):
                 experts_off = self._losses(batches).loss
         seen = Heldout({}, {}, None)
-        if final and any(isinstance(layer.router, ExpertChoiceRouter) for layer in self._model.moe_modules()):
+        if final and any(isinstance(layer.router, ChoosingRouter) for layer in self._model.moe_modules()):
             with choice_of_training([layer.router for layer in self._model.moe_modules()]):
                 seen = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")

@@ -27,8 +27,8 @@ from moe_dist.moe.reference.expert_choice import (
 )
 from moe_dist.moe.reference.layer import ReferenceWeights
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routers.expert_choice import choice_of_training as as_in_training
 from moe_dist.moe.routers.selection import capacity_of_tokens
+from moe_dist.moe.routers.selection import choice_of_training as as_in_training
 from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter, choice_of_training
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.selection import choice_of_training
 from moe_dist.moe.routers.thresholds import ThresholdUpdater, updated
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertGroup
