@@ -19,14 +19,13 @@ from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import Index, listed
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.placement.roles import EXPERT_NAME, Role, role_of_name
 
 KEY = "base"  # in the values of a checkpoint
 GUIDE = "docs/lora-experts.md"
 
 _FFN = re.compile(r"(?P<layer>layers\.\d+)\.(moe\.)?ffn\.(?P<tensor>gate|up|down)\.weight")
 _NORM = re.compile(r"(?P<layer>layers\.\d+)\.(moe|ffn)\.norm\.weight")
-_ONLY_EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
-_ROUTER = ".moe.router."
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
     problems += [
         f"{name}: the model has no place for it"
         for name in index.tensors
-        if name not in used and not name.startswith(OPTIMIZER_PREFIX) and _ROUTER not in name
+        if name not in used and not name.startswith(OPTIMIZER_PREFIX) and role_of_name(name) is not Role.ROUTER
     ]
     if problems:
         head = (
@@ -126,7 +125,7 @@ def base_names(index: Index) -> dict[str, str]:
     """For each FFN matrix of a base its layer's name for it under LoRA experts, `layers.i.moe.ffn.gate`."""
     found = {}
     for name in index.tensors:
-        if match := _FFN.fullmatch(name) or _ONLY_EXPERT.fullmatch(name):
+        if match := _FFN.fullmatch(name) or EXPERT_NAME.fullmatch(name):
             found[name] = f"{match['layer']}.moe.ffn.{match['tensor']}"
     return found
 
@@ -147,6 +146,6 @@ def _only_experts(index: Index) -> dict[str, str]:
     """For each layer with a single expert in a single group, the group."""
     experts: dict[str, set[tuple[str, str]]] = {}
     for name in index.tensors:
-        if match := _ONLY_EXPERT.fullmatch(name):
+        if match := EXPERT_NAME.fullmatch(name):
             experts.setdefault(match["layer"], set()).add((match["group"], match["expert"]))
     return {layer: next(iter(found))[0] for layer, found in experts.items() if len(found) == 1}

@@ -10,9 +10,8 @@ from pydantic import JsonValue
 
 from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index
 from moe_dist.checkpoint.state_file import StateFile
+from moe_dist.placement.roles import EXPERT_NAME, ROUTERS, Role, role_of_name
 
-_EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>\w+)")
-_ROUTER = re.compile(r"layers\.\d+\.(moe\.router|depths)\.")
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
 
 
@@ -90,17 +89,16 @@ def placement_lines(state: StateFile) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    if match := _EXPERT.fullmatch(name):
+    if match := EXPERT_NAME.fullmatch(name):
         return f"experts of {match['group']}"
-    if _ROUTER.match(name):
-        return "routers"
-    return "adapters" if ".adapters." in name else "dense"
+    role = role_of_name(name)
+    return "routers" if role in ROUTERS else "adapters" if role is Role.ADAPTER else "dense"
 
 
 def _family(kind: str, entries: Mapping[str, Entry]) -> Family:
     numbers = sum(math.prod(entry.shape) for entry in entries.values())
     nbytes = sum(math.prod(entry.shape) * ITEMSIZE[entry.dtype] for entry in entries.values())
-    found = [match for name in entries if (match := _EXPERT.search(name))]
+    found = [match for name in entries if (match := EXPERT_NAME.search(name))]
     detail = ""
     if found:
         layers, experts = {m["layer"] for m in found}, {m["expert"] for m in found}

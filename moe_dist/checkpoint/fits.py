@@ -10,6 +10,7 @@ import torch
 from moe_dist.checkpoint.index import Index, index_problems, listed
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError
+from moe_dist.placement.roles import EXPERT_NAME
 
 # safetensors' names of the dtypes, see `index.ITEMSIZE`.
 DTYPES = {
@@ -26,7 +27,6 @@ DTYPES = {
 ABSENT = "the model has it, the checkpoint does not"
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_EXPERT = re.compile(r"layers\.\d+\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.")
 
 
 def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> list[str]:
@@ -90,7 +90,7 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
         found["layers"] = len(layers)
     experts: dict[str, set[str]] = {}
     for name in shapes:
-        if match := _EXPERT.match(name):
+        if match := EXPERT_NAME.match(name):
             experts.setdefault(match["group"], set()).add(match["expert"])
     found |= {f"experts of group {group}": len(each) for group, each in sorted(experts.items())}
     embedding = tuple(shapes.get("embedding.weight", ()))

@@ -7,9 +7,8 @@
 Every tensor here shares the memory of the parameter or moment it stands for, so that loading into it loads the model.
 """
 
-import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,11 +22,10 @@ from torch.optim import Optimizer
 from moe_dist.optim.adamw import MOMENTS, materialise_moments
 from moe_dist.optim.param_groups import is_empty_here
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import Role, logical_name, named_parameters
 
 OPTIMIZER_PREFIX = "optimizer."
 Part = Literal["all", "trained", "frozen"]
-
-_STACK = re.compile(r"(?P<experts>.+?\.experts)\.(?P<group>.+)\.(?P<tensor>[^.]+)")
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,9 @@ def capture(
         optimizer: Over the model's parameters; None to leave the moments out.
         part: Which tensors: `trained` leaves frozen parameters out, `frozen` has nothing else.
     """
+    stacks = _expert_stacks(model)
     tensors = {name: tensor for name, tensor in _distinct_tensors(model).items() if _belongs(tensor, part)}
-    held, specs = _logical(tensors, tensors, layout)
+    held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
         materialise_moments(optimizer)
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
@@ -130,7 +129,7 @@ def capture(
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
         for moment in MOMENTS:
             known = {name: optimizer.state[p][moment] for name, p in trained.items() if p in optimizer.state}
-            moments, moment_specs = _logical(trained, known, layout)
+            moments, moment_specs = _logical(trained, known, layout, stacks)
             prefix = f"{OPTIMIZER_PREFIX}{moment}."
             held |= {prefix + name: each for name, each in moments.items()}
             specs |= {prefix + name: spec for name, spec in moment_specs.items()}
@@ -145,37 +144,42 @@ def _belongs(tensor: Tensor, part: Part) -> bool:
 def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
     """The moments that an optimizer over the model's trained parameters has."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
-    _, specs = _logical(parameters, {}, layout)
+    _, specs = _logical(parameters, {}, layout, _expert_stacks(model))
     return {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; of tied ones the first name only."""
+    """Parameters and persistent buffers by logical name; of tied ones the first name only."""
     distinct: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: a module's extra state is not saved; make it a buffer or pass it in `values`")
-        distinct.setdefault(id(tensor), (name, tensor))
+            raise TypeError(f"{path}: a module's extra state is not saved; make it a buffer or pass it in `values`")
+        distinct.setdefault(id(tensor), (logical_name(path), tensor))
     return dict(distinct.values())
 
 
+def _expert_stacks(model: nn.Module) -> set[str]:
+    """Names of the parameters that stack experts: each is saved expert by expert."""
+    return {each.name for each in named_parameters(model) if each.role is Role.EXPERT}
+
+
 def _logical(
-    like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout
+    like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
     """Logical pieces of `tensors`, and the specs of everything that `like` names, on any rank."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
-        stack = _STACK.fullmatch(name)
         tensor = tensors.get(name)
-        if stack is None:
+        if name not in stacks:
             specs[name] = TensorSpec(tuple(parameter.shape), parameter.dtype)
             if tensor is not None:
                 held[name] = _hold(tensor.detach(), layout.world_size, layout.rank)
             continue
-        group = next(group for group in layout.placement.groups if group.name == stack["group"])
+        prefix, group_name, tensor_name = name.rsplit(".", 2)
+        group = next(group for group in layout.placement.groups if group.name == group_name)
         spec = TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
-        names = {e: f"{stack['experts']}.{group.name}.{e - group.first_expert}.{stack['tensor']}" for e in group.experts}
+        names = {e: f"{prefix}.{group_name}.{e - group.first_expert}.{tensor_name}" for e in group.experts}
         specs |= dict.fromkeys(names.values(), spec)
         if tensor is not None:
             held |= {names[expert]: each for expert, each in _unstack(name, tensor.detach(), group, layout)}

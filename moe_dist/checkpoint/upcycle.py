@@ -22,8 +22,8 @@ from moe_dist.checkpoint.index import Index, listed
 from moe_dist.checkpoint.partial_load import fitting
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError
+from moe_dist.placement.roles import EXPERT_NAME
 
-_EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
@@ -50,7 +50,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             source = f"{norm['layer']}.ffn.norm.weight"
             if name not in index.tensors and source in index.tensors:
                 sources[name] = source
-        elif expert := _EXPERT.fullmatch(name):
+        elif expert := EXPERT_NAME.fullmatch(name):
             layer, group = expert["layer"], expert["group"]
             source = _source_of(expert, index, there[layer], here[layer][group])
             if source is None:
@@ -77,7 +77,7 @@ def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[st
     """Experts of each layer and group, by the names of their tensors."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
-        if not name.startswith(OPTIMIZER_PREFIX) and (match := _EXPERT.fullmatch(name)):
+        if not name.startswith(OPTIMIZER_PREFIX) and (match := EXPERT_NAME.fullmatch(name)):
             found[match["layer"]][match["group"]].add(match["expert"])
     return found
 

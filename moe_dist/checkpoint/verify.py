@@ -1,6 +1,5 @@
 """Everything that can be wrong with a checkpoint, all at once: files, digests, fingerprints, values, what is missing."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,7 @@ from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.checkpoint.storage import open_tensors
 from moe_dist.errors import DataError
 from moe_dist.optim.adamw import MOMENTS
-
-_EXPERT = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>\w+)")
+from moe_dist.placement.roles import EXPERT_NAME
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
@@ -114,7 +112,7 @@ def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
             expected[str(group["name"])] = count
     seen: dict[tuple[str, str], set[tuple[int, str]]] = defaultdict(set)
     for name in index.tensors:
-        if match := _EXPERT.fullmatch(name):
+        if match := EXPERT_NAME.fullmatch(name):
             seen[match["layer"], match["group"]].add((int(match["expert"]), match["tensor"]))
     tensors = {tensor for each in seen.values() for _, tensor in each}
     findings = []

@@ -17,24 +17,8 @@ Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
 Layers = Annotated[int, Field(ge=1, le=1 << 20)]
 # No separators, quotes or leading dash: the name becomes a folder, a job name and part of shell lines.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-# A group's name is part of its parameters' names, so it has no dot, and is none that a torch module uses itself
-# (smart_apply is what transformers adds to it).
+# A group's name is one part of its parameters' dotted names, so it has no dot.
 GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
-# fmt: off
-RESERVED_GROUP_NAMES = frozenset((
-    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "capacity", "children",
-    "choices_E", "columns_E", "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr",
-    "first_zero_computation", "float", "forward", "group_of_column_C", "group_of_expert_E", "groups", "half", "ipu",
-    "load_state_dict", "local", "modules", "mtia", "named_buffers", "named_children", "named_modules",
-    "named_parameters", "normalise", "null_logit", "num_choices", "num_experts", "num_identity",
-    "num_zero_computation", "pair_budget",
-    "parameters", "recompute", "requires_grad_", "reset_buffers", "scale", "selection_bias", "share_memory",
-    "smart_apply", "state_dict", "to", "to_empty", "top_k_G", "train", "training", "type", "with_constants", "xpu",
-    "zero_grad",
-    "fraction_G", "load_G", "place", "seed", "whole_G",
-    "adapters", "auxiliary", "router",  # by these parts of a name it is told what is trained
-))
-# fmt: on
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 # A label of a node, as Ray has them: `modality`, `ray.io/accelerator-type`.

@@ -21,6 +21,7 @@ from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
+from moe_dist.placement.roles import Role, role_of_name
 
 ITEMSIZE = torch.float32.itemsize  # checkpoints hold fp32 master weights
 
@@ -209,7 +210,7 @@ def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
 
 def _is_gate(part: TensorPart, section: ModelSection) -> bool:
     (group,) = section.moe.groups.values()
-    return group.num_null > 0 and ".moe.router." in part.name and part.name.endswith(".true")
+    return group.num_null > 0 and role_of_name(part.name) is Role.ROUTER and part.name.endswith(".true")
 
 
 def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_dist.moe.layer import MoELayer
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.roles import group_module, named_parameters
 
 
 @torch.no_grad()
@@ -22,11 +23,11 @@ def initialise_layer(
     if not config.perform_initialization:
         return
     prefix = f"layers.{layer}"
-    for name, weight in moe.router.named_parameters():
+    for _, name, _, weight in named_parameters(moe.router):
         weight.copy_(_draw(f"{prefix}.router.{name}", weight, config.init_method, seed))
     for group in placement.groups:
         local = placement.local_experts(ep_rank, group)
-        for name, stack in moe.experts.get_submodule(group.name).named_parameters():
+        for name, stack in moe.experts.get_submodule(group_module(group.name)).named_parameters():
             initialiser = config.output_layer_init_method if name == "down" else config.init_method
             for weight, expert in zip(stack, local, strict=True):
                 logical = f"{prefix}.experts.{group.name}.{expert - group.first_expert}.{name}"

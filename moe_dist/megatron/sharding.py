@@ -11,9 +11,16 @@ optimizer's states of the stack go the same way.
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
+
+from moe_dist.placement.roles import group_module, logical_name
 
 Offsets = tuple[tuple[int, int, int], ...]
 
@@ -28,14 +35,18 @@ def sharded_layer_state(
         if module is not None:
             offsets: Any = sharded_offsets  # annotated upstream as exactly one
             local = sharded_state_dict_default(module, f"{prefix}{name}.", offsets, metadata, tp_group=layer.tp_group)
-            state |= {f"{prefix}moe.{key.removeprefix(prefix)}": value for key, value in local.items()}
+            for key, value in local.items():
+                if isinstance(value, ShardedBase):
+                    value.key = logical_name(value.key)
+                state[f"{prefix}moe.{key.removeprefix(prefix)}"] = value
     replica = (0, 0, layer.expert_data_parallel_group.rank())
     for group in layer.placement.groups:
         experts = layer.placement.local_experts(layer.ep_rank, group)
         indices = [expert - group.first_expert for expert in experts]
-        for name, stack in layer.moe.experts.get_submodule(group.name).named_parameters():
+        module = group_module(group.name)
+        for name, stack in layer.moe.experts.get_submodule(module).named_parameters():
             key = f"{prefix}experts.{group.name}.{name}"
-            state[f"{prefix}moe.experts.{group.name}.{name}"] = (
+            state[f"{prefix}moe.experts.{module}.{name}"] = (
                 _factory(key, stack, indices, sharded_offsets, replica) if indices else LocalNonpersistentObject(stack)
             )
     return state

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from moe_dist.moe.draws import dropped
 from moe_dist.moe.lora import adapter_draw
 from moe_dist.moe.routing import GlobalBatchInfo
+from moe_dist.placement.roles import Role
 
 PROJECTIONS = ("q", "k", "v", "o")
 
 
 class Adapter(nn.Module):
     """One adapter: `a` [r, I] and `b` [O, r]."""
+
+    role = Role.ADAPTER
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
         super().__init__()

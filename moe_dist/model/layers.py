@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.placement.roles import Role
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim."""
+
+    role = Role.NORM
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -19,6 +23,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Embedding(nn.Embedding):
+    """One row for each token of the vocabulary."""
+
+    role = Role.EMBEDDING
 
 
 class Projection(nn.Module):

@@ -34,6 +34,7 @@ from moe_dist.moe.routers.selection import (
     capacity_of_tokens,
 )
 from moe_dist.moe.routing import DepthSums, accumulation_dtype
+from moe_dist.placement.roles import Role
 
 _SHAPES = 8  # different numbers of slots on CUDA, where each is compiled
 
@@ -70,6 +71,7 @@ class DepthRouter(ChoosingRouter):
         name: Of the layer, for reports.
     """
 
+    role = Role.DEPTH_ROUTER
     threshold: Tensor
     mean: Tensor
     steps: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_dist.model.attention import Attention, Bias, QKNorm, make_mask
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
-from moe_dist.model.layers import Projection, RMSNorm, SwiGLU, rotary_table
+from moe_dist.model.layers import Embedding, Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.args = args
-        self.embedding = nn.Embedding(args.vocab_size, args.hidden_dim)
+        self.embedding = Embedding(args.vocab_size, args.hidden_dim)
         self.layers = nn.ModuleList(
             Layer(
                 args,

@@ -13,6 +13,7 @@ from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
 from moe_dist.moe.expert_gemm import ExpertGemm, choose_gemm
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import Role, group_module
 
 
 class ExpertStack(nn.Module):
@@ -20,6 +21,8 @@ class ExpertStack(nn.Module):
 
     `gemm` is how their products are computed, see `moe_dist.moe.expert_gemm`.
     """
+
+    role = Role.EXPERT
 
     def __init__(self, hidden_dim: int, ffn_dim: int, num_local: int, *, gemm: ExpertGemm = "loop") -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class Experts(nn.Module):
         self.local = tuple((group.name, count) for group, count in zip(groups, num_local, strict=True))
         self.pair_budget = pair_budget
         for group, count in zip(groups, num_local, strict=True):
-            self.add_module(group.name, ExpertStack(hidden_dim, group.ffn_dim, count, gemm=gemm))
+            self.add_module(group_module(group.name), ExpertStack(hidden_dim, group.ffn_dim, count, gemm=gemm))
 
     def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
         """Weighted sum over each row's pairs: [R, D] in the rows' dtype, summed in fp32 and rounded once.
@@ -106,7 +109,7 @@ class Experts(nn.Module):
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]
             rows = x_QD[at : at + sum(group_counts)]
-            outputs.append(self.get_submodule(name)(rows, group_counts))
+            outputs.append(self.get_submodule(group_module(name))(rows, group_counts))
             at, slot = at + sum(group_counts), slot + num_local
         return weighted_row_sum(torch.cat(outputs), weight_Q, row_Q, rows_RD.shape[0])
 

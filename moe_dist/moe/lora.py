@@ -29,6 +29,7 @@ from moe_dist.moe.draws import dropped
 from moe_dist.moe.layer import Recompute
 from moe_dist.moe.routing import ABSENT, Assignments, GlobalBatchInfo, LayerReport, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import Role, group_module
 
 Weight = Literal["probability", "straight_through", "published"]
 PROJECTIONS = ("gate", "up", "down")
@@ -71,6 +72,8 @@ def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
 class LoRAStack(nn.Module):
     """The experts of one group: for each target A [n, r, in] as `<target>_a` and B [n, out, r] as `<target>_b`."""
 
+    role = Role.ADAPTER
+
     def __init__(self, num_experts: int, widths: Mapping[str, tuple[int, int]], rank: int) -> None:
         super().__init__()
         for target, (inputs, outputs) in widths.items():
@@ -108,7 +111,7 @@ class LoRAExperts(nn.Module):
         self._groups, self._scale, self._dropout = tuple(groups), alpha / rank, dropout
         self._widths = {target: outward if target == "down" else inward for target in PROJECTIONS if target in targets}
         for group in groups:
-            self.add_module(group.name, LoRAStack(group.num_experts, self._widths, rank))
+            self.add_module(group_module(group.name), LoRAStack(group.num_experts, self._widths, rank))
 
     def forward(
         self, target: str, x_TI: Tensor, y_TO: Tensor, weight_N: Tensor, plan: LoRAPlan, *, draw: tuple[int, ...] | None
@@ -137,7 +140,7 @@ class LoRAExperts(nn.Module):
 
     def _matrices(self, name: str, dtype: torch.dtype) -> list[Tensor]:
         """One matrix of each expert of all groups, in logical order."""
-        stacks = [self.get_submodule(group.name).get_parameter(name).to(dtype) for group in self._groups]
+        stacks = [self.get_submodule(group_module(group.name)).get_parameter(name).to(dtype) for group in self._groups]
         # unbind, not indexing: the backward of an index would fill a whole stack with zeros for each expert.
         return [matrix for stack in stacks for matrix in stack.unbind()]
 

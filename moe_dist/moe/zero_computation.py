@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from moe_dist.moe.routing import accumulation_dtype
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import Role, group_module
 
 
 class ConstantStack(nn.Module):
     """Constant experts of one group: `vector` [c, D] and `gate` [c, 2, D]. Every rank holds all of them."""
+
+    role = Role.ZERO_COMPUTATION
 
     def __init__(self, hidden_dim: int, num_constant: int) -> None:
         super().__init__()
@@ -35,10 +38,10 @@ class ZeroComputationExperts(nn.Module):
     def __init__(self, hidden_dim: int, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
         self.num_identity = sum(group.num_identity for group in groups)
-        self.with_constants = tuple(group.name for group in groups if group.num_constant)
+        self.with_constants = tuple(group_module(group.name) for group in groups if group.num_constant)
         for group in groups:
             if group.num_constant:
-                self.add_module(group.name, ConstantStack(hidden_dim, group.num_constant))
+                self.add_module(group_module(group.name), ConstantStack(hidden_dim, group.num_constant))
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
         """Weighted sum of the zero-computation experts, [T, D] in the dtype of `h_TD`, summed in the weights' dtype and rounded once.

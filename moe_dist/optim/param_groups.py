@@ -1,19 +1,13 @@
 """Splits a model's parameters into the optimizer's groups."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-_NO_DECAY_PARTS = frozenset({"embedding", "router", "free", "mixture_of_depths"})
+from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to vectors, embeddings, routers (of depths too) and free
-    experts (judged by name)."""
-    path, _, _ = name.partition(".experts.")  # what follows is named by the user: a group may be called router
-    return parameter.ndim >= 2 and not _NO_DECAY_PARTS & set(path.split("."))
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # and vectors, of any role
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
@@ -22,7 +16,7 @@ def is_empty_here(parameter: nn.Parameter) -> bool:
     return local.numel() == 0
 
 
-def split_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, in a fixed order: {"params", "weight_decay"}.
 
     A group never mixes plain tensors with DTensors, nor DTensors of different meshes (dense over all ranks, experts over
@@ -30,10 +24,10 @@ def split_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]], *, we
     differ in how they take empty tensors, and there is nothing to update.
     """
     groups: dict[tuple[bool, object], dict[str, Any]] = {}
-    for name, parameter in named_parameters:
+    for _, _, role, parameter in named_parameters(model):
         if not parameter.requires_grad or is_empty_here(parameter):
             continue
-        decay = decays(name, parameter)
+        decay = parameter.ndim >= 2 and role not in NO_DECAY
         key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)
         group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decay else 0.0})
         group["params"].append(parameter)

@@ -10,6 +10,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moe_dist.model.transformer import Transformer
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.roles import NamedParameter, Role, named_parameters
 
 
 def initialise(
@@ -23,9 +24,9 @@ def initialise(
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
-    for name, parameter in model.named_parameters():
-        scale = residual if name.endswith((".o.weight", ".down.weight", ".down")) else std
-        set_whole(parameter, _draw(name, parameter, placement, ep_rank, seed, scale))
+    for each in named_parameters(model):
+        scale = residual if each.name.endswith((".o.weight", ".down.weight", ".down")) else std
+        set_whole(each.parameter, _draw(each, placement, ep_rank, seed, scale))
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
@@ -45,20 +46,21 @@ def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) ->
     return [f"{prefix}.{group_name}.{expert - group.first_expert}.{tensor}" for expert in local]
 
 
-def _draw(name: str, parameter: nn.Parameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float) -> Tensor:
-    if name.endswith("norm.weight"):
-        return torch.ones(parameter.shape)
+def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float) -> Tensor:
+    name, shape = named.name, tuple(named.parameter.shape)
+    if named.role is Role.NORM:
+        return torch.ones(shape)
     if name.endswith(".bias"):
-        return torch.zeros(parameter.shape)
-    if ".adapters." in name:
+        return torch.zeros(shape)
+    if named.role is Role.ADAPTER:
         if name.endswith("b"):
-            return torch.zeros(parameter.shape)
-        scale = (3 * parameter.shape[-1]) ** -0.5
-    if ".moe.experts." in name:
+            return torch.zeros(shape)
+        scale = (3 * shape[-1]) ** -0.5
+    if named.role is Role.EXPERT:
         names = logical_expert_names(name, placement, ep_rank)
-        experts = [normal_tensor(each, tuple(parameter.shape[1:]), seed=seed, std=scale) for each in names]
-        return torch.stack(experts) if experts else torch.empty(parameter.shape)
-    return normal_tensor(name, tuple(parameter.shape), seed=seed, std=scale)
+        experts = [normal_tensor(each, shape[1:], seed=seed, std=scale) for each in names]
+        return torch.stack(experts) if experts else torch.empty(shape)
+    return normal_tensor(name, shape, seed=seed, std=scale)
 
 
 def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:

@@ -9,7 +9,7 @@ the parameter: dense ones over the world, experts over edp. Router weights stay 
 cast them to its compute dtype) and are summed over the world after backward; they are small.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_dist.comm.collectives import sum_gradients, sum_small_gradients
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
-Kind = Literal["dense", "router", "expert"]
+_NOT_IN_DDP = ROUTERS | {Role.EXPERT}  # DDP leaves their gradients to `reduce_gradients`
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,14 @@ class ParameterInfo:
     """A parameter of this rank.
 
     Attributes:
-        name: Name in the model's state dict.
-        kind: dense, router or expert.
+        name: Logical name; of a stack of experts without their indices.
         replicas: Ranks that hold these very values; 1 for a shard. The global norm divides by it.
     """
 
     name: str
     parameter: nn.Parameter
-    kind: Kind
+    role: Role
     replicas: int
-
-
-def kind_of(name: str) -> Kind:
-    """Kind of a parameter by its name in the state dict."""
-    if ".moe.experts." in name:
-        return "expert"
-    return "router" if ".moe.router." in name or ".depths." in name else "dense"
 
 
 class ParallelModel:
@@ -58,19 +51,20 @@ class ParallelModel:
 
     Attributes:
         model: The transformer itself, for evaluation and state; under FSDP2 its parameters are DTensors.
-        parameters: Every parameter of this rank with its kind and replicas.
+        parameters: Every parameter of this rank with its role and replicas.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
         self.model = model
         self.mesh = mesh
         self.data: Literal["ddp", "fsdp2"] = data
-        dense = [p for name, p in model.named_parameters() if kind_of(name) == "dense" and p.requires_grad]
+        named = list(named_parameters(model))
+        dense = any(each.role not in _NOT_IN_DDP and each.parameter.requires_grad for each in named)
         # DDP refuses a model without a parameter for it: one whose dense parameters are all frozen.
         self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
         self.parameters = tuple(
-            ParameterInfo(name, parameter, kind_of(name), _replicas(kind_of(name), parameter, mesh))
-            for name, parameter in model.named_parameters()
+            ParameterInfo(each.name, each.parameter, each.role, _replicas(each.role, each.parameter, mesh))
+            for each in named
         )
 
     def __call__(self, *args: Any) -> Any:
@@ -88,19 +82,19 @@ class ParallelModel:
 
     def reduce_gradients(self) -> None:
         """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
-        routers = [info.parameter for info in self.parameters if info.kind == "router" and info.parameter.requires_grad]
+        routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_small_gradients(routers, self.mesh.world, name="router gradients", tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
-            experts = [info.parameter for info in self.parameters if info.kind == "expert"]
+            experts = [info.parameter for info in self.parameters if info.role is Role.EXPERT]
             experts = [parameter for parameter in experts if parameter.numel() and parameter.requires_grad]
             sum_gradients(experts, self.mesh.edp, name="expert gradients", tracker=self.mesh.tracker)
 
 
-def freeze_all_but(model: nn.Module, *parts: str) -> None:
-    """Leaves gradients to the parameters that have one of `parts` in their path alone: the others get neither gradients nor
-    moments. Called before sharding and wrapping, which leave out what is frozen."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not set(parts).isdisjoint(name.split(".")))
+def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
+    """Freezes the parameters of all other roles: they get neither gradients nor moments. Call it before sharding and
+    wrapping, which leave frozen parameters out."""
+    for each in named_parameters(model):
+        each.parameter.requires_grad_(each.role in roles)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
@@ -114,7 +108,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    routers = {parameter for name, parameter in model.named_parameters() if kind_of(name) == "router"}
+    routers = {each.parameter for each in named_parameters(model) if each.role in ROUTERS}
     options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": routers}
     for layer in model.layers:
         if not isinstance(layer, Layer):
@@ -133,7 +127,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
     """Expert stacks over edp: by whole experts where they divide evenly, else by rows of each expert."""
-    experts = {parameter for name, parameter in moe.named_parameters() if name.startswith("experts.")}
+    experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
     info = FSDPMeshInfo(mesh=mesh.edp_mesh, shard_mesh_dim=0)
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult | None:
@@ -160,7 +154,7 @@ class _OrderedBuckets(DistributedDataParallel):
 
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     """DDP over the dense parameters alone, summing instead of averaging. Buffers are constants: nothing to broadcast."""
-    ignored = [name for name, _ in model.named_parameters() if kind_of(name) != "dense"]
+    ignored = [each.path for each in named_parameters(model) if each.role in _NOT_IN_DDP]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
@@ -177,7 +171,7 @@ def _sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Fut
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def _replicas(kind: Kind, parameter: nn.Parameter, mesh: Mesh) -> int:
+def _replicas(role: Role, parameter: nn.Parameter, mesh: Mesh) -> int:
     if isinstance(parameter, DTensor):
         return 1
-    return mesh.edp_size if kind == "expert" else mesh.world_size
+    return mesh.edp_size if role is Role.EXPERT else mesh.world_size

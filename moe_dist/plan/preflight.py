@@ -17,7 +17,7 @@ from moe_dist.config.lora_rules import lora_violations
 from moe_dist.config.manifest import Manifest, SplitSection, load_manifest
 from moe_dist.config.partial import PartialConfig
 from moe_dist.config.schema import Config
-from moe_dist.config.section import RESERVED_GROUP_NAMES, Violation, sections_in
+from moe_dist.config.section import Violation, sections_in
 from moe_dist.config.split_files import check_split, count_by_modality
 from moe_dist.config.tuning_rules import check_tuning_data, tuning_violations
 from moe_dist.errors import ConfigError, DataError, MoeDistError
@@ -200,19 +200,12 @@ def gemm_violations(config: Config) -> list[Violation]:
 
 
 def group_violations(groups: Sequence[ExpertGroup]) -> list[Violation]:
-    """No group is named like a part of a torch module, and no modality belongs to two groups."""
-    reserved = [
-        Violation(
-            (f"model.moe.groups.{name}",), f"model.moe.groups: the name {name!r} is taken; call the group {name}_experts"
-        )
-        for name in (group.name for group in groups)
-        if name in RESERVED_GROUP_NAMES or name.startswith(("get_", "set_", "register_"))
-    ]
+    """No modality belongs to two groups."""
     owners: dict[str, list[str]] = {}
     for group in groups:
         for modality in group.modalities:
             owners.setdefault(modality, []).append(group.name)
-    return reserved + [
+    return [
         Violation(
             ("model.moe.groups",),
             f"model.moe.groups: modality {modality!r} is routed to {' and '.join(names)}; leave it to one of them",

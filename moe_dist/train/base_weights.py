@@ -20,6 +20,7 @@ from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
+from moe_dist.placement.roles import Role, role_of_name
 
 # What a section of the model says beside shapes, which show by the tensors.
 _FUNCTION = (
@@ -130,4 +131,5 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 def _of_base(name: str, model: ModelSection) -> bool:
     """Whether the base gives a parameter: all but adapters, and but the new router of LoRA experts."""
-    return ".adapters." not in name and not (model.moe.experts.over_frozen_ffn and ".moe.router." in name)
+    role = role_of_name(name)
+    return role is not Role.ADAPTER and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

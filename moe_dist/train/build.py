@@ -30,6 +30,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import ROUTERS, Role
 from moe_dist.plan.flops import forward_flops, training_flops
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.sizes import flops_left_out, model_shape
@@ -44,7 +45,7 @@ from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_rou
 from moe_dist.train.step import TrainingStep
 from moe_dist.train.trainer import TrainingPlan
 
-TRAINED_PARTS = {"auxiliary_routers": ("auxiliary",), "adapters": ("adapters", "router")}  # in a parameter's path
+TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | {Role.ADAPTER}}
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -125,7 +126,7 @@ def freeze(model: Transformer, config: Config) -> None:
     if config.router_tuning is not None:
         freeze_all_but_routers(model, chosen_layers(config.router_tuning, config.model.moe_layers))
     elif config.train.only is not None:
-        freeze_all_but(model, *TRAINED_PARTS[config.train.only])
+        freeze_all_but(model, TRAINED_ROLES[config.train.only])
 
 
 def saved_part(config: Config) -> Part:
@@ -171,7 +172,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     parallel = ParallelModel(model, mesh, config.parallel.data)
     section = config.optimizer
     optimizer = make_optimizer(
-        split_parameters(model.named_parameters(), weight_decay=section.weight_decay),
+        split_parameters(model, weight_decay=section.weight_decay),
         backend=section.backend,
         lr=section.lr,
         betas=section.betas,

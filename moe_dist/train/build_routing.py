@@ -22,6 +22,7 @@ from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import group_module
 
 ROUTERS: dict[str, type[nn.Module]] = {
     "top_k": TopKRouter,
@@ -50,7 +51,7 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
     rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
-    gates_LG = [[moe.router.get_submodule(group.name) for group in groups] for moe in model.moe_modules()]
+    gates_LG = [[moe.router.get_submodule(group_module(group.name)) for group in groups] for moe in model.moe_modules()]
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 

@@ -28,7 +28,9 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.null_rows import copy_true_rows
 from moe_dist.moe.routers.top_k import GroupGate
+from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
+_MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are no part of its function; a vocabulary shows by its tensors' shapes.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
 
@@ -98,7 +100,8 @@ def _check_scored(config: Config) -> None:
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:
     """The gates of all layers and groups; routers are whole on every rank."""
-    gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in config.model.moe.groups]
+    names = [group_module(name) for name in config.model.moe.groups]
+    gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
     return [gate for gate in gates if isinstance(gate, GroupGate)]
 
 
@@ -111,7 +114,7 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     problems += [
         f"{name} of the checkpoint has no place in the model; give the model what it is part of"
         for name in taken.left
-        if ".moe.router." not in name
+        if role_of_name(name) not in _MOE_ROUTERS
     ][:1]
     other = _other_keys(config, source)
     if "upcycle" in config.run.init_rules:
@@ -148,8 +151,10 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 def _kept(config: Config, taken: Taken) -> list[str]:
     """What the checkpoint has not given, but for what a rule makes anew."""
-    new = (".moe.router.",) if "upcycle" in config.run.init_rules else (".null", ".bias")
-    return [name for name in taken.kept if not any(part in name for part in new)]
+    routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
+    if "upcycle" not in config.run.init_rules:
+        routers = [name for name in routers if name.endswith((".null", ".bias"))]
+    return [name for name in taken.kept if name not in routers]
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
@@ -158,7 +163,7 @@ def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[s
     total, changes, scale = router.sum_of_weights, [], 1.0
     if total is None:
         changes.append(f"with this model.moe.router ({router.said}) a token's weights need not sum to 1")
-    if isinstance(before, dict) and any(".moe.experts." in there for there in taken.made_of.values()):
+    if isinstance(before, dict) and any(EXPERT_NAME.fullmatch(there) for there in taken.made_of.values()):
         old = before.get("moe")
         old_router = old.get("router") if isinstance(old, dict) else None
         scale = old_router.get("scale", 1.0) if isinstance(old_router, dict) else 1.0

@@ -57,7 +57,7 @@ class Setup:
     def fill(self, seed: int) -> None:
         placement = placement_of(self.layout.placement, self.layout.ep)
         initialise(self.parallel.model, placement, ep_rank=self.mesh.ep_rank, device=self.mesh.device, seed=seed, std=0.3)
-        groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
+        groups = split_parameters(self.parallel.model, weight_decay=0.1)
         self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
         materialise_moments(self.optimizer)
         set_step_count(self.optimizer, seed)

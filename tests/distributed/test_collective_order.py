@@ -96,7 +96,7 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     comm_stats = CommStats()
     parallel = build(layout, mesh, comm_stats)
-    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    groups = split_parameters(parallel.model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(
         parallel,

@@ -45,7 +45,7 @@ def trained(rank: RankContext, layout: Layout, threads: int) -> str:
         parallel = build(layout, mesh, comm_stats)
         placement = placement_of(layout.placement, layout.ep)
         optimizer = make_optimizer(
-            split_parameters(parallel.model.named_parameters(), weight_decay=0.1),
+            split_parameters(parallel.model, weight_decay=0.1),
             backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
         )  # fmt: skip
         step = TrainingStep(

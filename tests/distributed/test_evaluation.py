@@ -106,7 +106,7 @@ def trained(rank: RankContext, layout: Layout, measure: bool) -> tuple[dict[str,
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats()
     parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
-    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    groups = split_parameters(parallel.model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(
         parallel, optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats

@@ -133,7 +133,7 @@ class Controlled:
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
         self.rank, mesh, comm_stats = rank, make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0), CommStats()
         self.parallel, placement = build(layout, mesh, comm_stats), placement_of(layout.placement, layout.ep)
-        groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
+        groups = split_parameters(self.parallel.model, weight_decay=0.1)
         self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
         balance = build_balance(config_of(layout).model.moe, self.parallel.model, placement.groups)
         assert balance is not None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import PlacementError
+from moe_dist.placement.roles import group_module
 from tests.support.megatron_model import MOE_LAYERS, Layout, gpt_model, transformer_config, with_layers_of
 from tests.support.megatron_run import megatron
 from tests.support.worlds import RankContext
@@ -49,7 +50,7 @@ def named_weights(model: Any) -> dict[str, np.ndarray]:
             named[f"{layer.layer_number}.{name}"] = weight.detach().numpy().copy()
         for group in layer.placement.groups:
             local = layer.placement.local_experts(layer.ep_rank, group)
-            for name, stack in layer.moe.experts.get_submodule(group.name).named_parameters():
+            for name, stack in layer.moe.experts.get_submodule(group_module(group.name)).named_parameters():
                 for expert, weight in zip(local, stack, strict=True):
                     named[f"{layer.layer_number}.{expert}.{name}"] = weight.detach().numpy().copy()
     return named

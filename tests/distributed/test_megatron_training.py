@@ -50,11 +50,11 @@ def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep
     renamed = {}
     for name, tensor in tensors.items():
         if ".mlp.moe.experts." not in name:
-            name = name.replace("mlp.moe.router.all.true", "mlp.router.weight")
+            name = name.replace("mlp.moe.router.group:all.true", "mlp.router.weight")
             renamed[name.replace("mlp.moe.shared.", "mlp.shared_experts.")] = tensor
     for layer in MOE_LAYERS:
         prefix = f"decoder.layers.{layer}.mlp"
-        gate, up, down = (tensors[f"{prefix}.moe.experts.all.{name}"] for name in ("gate", "up", "down"))
+        gate, up, down = (tensors[f"{prefix}.moe.experts.group:all.{name}"] for name in ("gate", "up", "down"))
         for slot in range(len(placement.slots[ep_rank])):
             expert = f"{prefix}.experts.local_experts.{slot}"
             renamed[f"{expert}.linear_fc1.weight"] = torch.cat([gate[slot], up[slot]])

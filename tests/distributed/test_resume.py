@@ -43,7 +43,7 @@ class Resumed:
         comm_stats = CommStats()
         self.parallel = build(layout, mesh, comm_stats)
         placement = placement_of(layout.placement, layout.ep)
-        groups = split_parameters(self.parallel.model.named_parameters(), weight_decay=0.1)
+        groups = split_parameters(self.parallel.model, weight_decay=0.1)
         self.optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
         self.step = TrainingStep(
             self.parallel,

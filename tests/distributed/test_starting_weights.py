@@ -13,6 +13,7 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.roles import named_parameters
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build import build_loader, build_training
@@ -94,7 +95,7 @@ def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], ch
         "equal": bool(torch.equal(got, expected)),
         "gap": float((got - expected).abs().max() / expected.abs().max()),
         "loads": (before, after),
-        "parameters": {name: p.detach().clone() for name, p in second.training.parallel.model.named_parameters()}
+        "parameters": {name: p.detach().clone() for _, name, _, p in named_parameters(second.training.parallel.model)}
         if rank.world_size == 1
         else {},
     }

@@ -148,7 +148,7 @@ class Pair:
                 self.parameter(name).copy_(self.part(name, value))
 
     def parameter(self, name: str) -> torch.nn.Parameter:
-        where = "router.all.true" if name == "router" else f"experts.all.{name}"
+        where = "router.group:all.true" if name == "router" else f"experts.group:all.{name}"
         return self.layer.get_parameter(where)
 
     def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.moe.routers.top_k import column_counts
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import logical_name, named_parameters
 from tests.support.agreement import Arrays, arrays
 
 Kind = Literal["same", "router", "bias", "gate_up", "down"]
@@ -125,7 +126,8 @@ def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> A
 @torch.no_grad()
 def load(module: nn.Module, logical: Mapping[str, Tensor], placement: ExpertPlacement, ep_rank: int) -> None:
     """Fills every parameter and saved buffer of a model or MoE layer with this rank's part; all names must be there."""
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for path, tensor in module.state_dict(keep_vars=True).items():
+        name = logical_name(path)
         if "experts." in name:
             names = logical_expert_names(name, placement, ep_rank)
             for slot, each in enumerate(names):
@@ -137,7 +139,7 @@ def load(module: nn.Module, logical: Mapping[str, Tensor], placement: ExpertPlac
 def gradients(module: nn.Module, placement: ExpertPlacement, ep_rank: int) -> dict[str, Tensor]:
     """This rank's gradients under logical names, experts one by one."""
     named: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for _, name, _, parameter in named_parameters(module):
         if parameter.numel() == 0:
             continue
         assert parameter.grad is not None, f"{name} has no gradient"

@@ -20,6 +20,7 @@ from moe_dist.parallel.initialise import initialise, normal_tensor, set_whole
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import replicated_placement
 from moe_dist.train.build import build_model, freeze
 from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
@@ -299,7 +300,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
 
 def draw_second_matrices(model: nn.Module) -> None:
     """Adapters' B, which begin at 0 and would leave A without a gradient."""
-    for name, parameter in model.named_parameters():
+    for _, name, _, parameter in named_parameters(model):
         if ".adapters." in name and name.endswith("b"):
             set_whole(parameter, normal_tensor(name, tuple(parameter.shape), seed=1, std=0.3))
 
@@ -314,7 +315,7 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     comm_stats = CommStats(events=[])
     parallel = build(layout, mesh, comm_stats)
     placement = placement_for(layout)
-    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    groups = split_parameters(parallel.model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     step = TrainingStep(
         parallel,
@@ -356,15 +357,16 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         group = torch.where(last.padding_BS, -1, last.modality_BS)
         logits, _ = parallel.model(last.tokens_BS, last.positions_BS, last.documents_BS, group)
     parameters = logical(parallel, placement, mesh, gradient=False)
-    parameters |= {name: each.numpy() for name, each in parallel.model.named_buffers() if name.endswith(".threshold")}
+    buffers = {logical_name(path): each.numpy() for path, each in parallel.model.named_buffers()}
+    parameters |= {name: each for name, each in buffers.items() if name.endswith(".threshold")}
     return Outcome(
         steps=results,
         gradients=gradients,
         parameters=parameters,
         events=comm_stats.events or [],
         logits=logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy(),
-        biases={name: each.numpy().copy() for name, each in parallel.model.named_buffers() if name.endswith(".bias")},
-        buffers={name: buffer.numpy().copy() for name, buffer in parallel.model.named_buffers() if "router" in name},
+        biases={name: each.copy() for name, each in buffers.items() if name.endswith(".bias")},
+        buffers={name: each.copy() for name, each in buffers.items() if "router" in name},
         smallest_gap=min(gaps, default=float("nan")),
     )
 

@@ -22,6 +22,7 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.roles import group_module
 
 HIDDEN_DIM, NUM_HEADS, KV_HEADS, VOCAB_SIZE, SEQ_LEN, LAYERS = 16, 4, 2, 64, 12, 4
 SHARED_FFN_DIM, DENSE_FFN_DIM, EPS, STD = 8, 20, 1e-5, 0.3
@@ -342,7 +343,8 @@ def _experts(mine: Mapping[str, Tensor], placement: ExpertPlacement, ep_rank: in
     for group in placement.groups:
         local = [expert - group.first_expert for expert in placement.local_experts(ep_rank, group)]
         for name in ("gate", "up", "down"):
-            named[f"{theirs}mlp.moe.experts.{group.name}.{name}"] = mine[f"moe.experts.{group.name}.{name}"][local]
+            key = f"moe.experts.{group_module(group.name)}.{name}"
+            named[f"{theirs}mlp.{key}"] = mine[key][local]
     return named
 
 

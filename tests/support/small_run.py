@@ -24,7 +24,7 @@ class SmallRun:
         self.folder = folder
         torch.manual_seed(1)
         self.model = nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 1))
-        groups = split_parameters(self.model.named_parameters(), weight_decay=0.1)
+        groups = split_parameters(self.model, weight_decay=0.1)
         self.optimizer: Optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
         self.manager = CheckpointManager(folder, keep=keep, lease_check=lease)
 

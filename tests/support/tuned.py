@@ -12,6 +12,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.roles import named_parameters
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.loader import SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
@@ -54,7 +55,7 @@ def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refr
     comm_stats = CommStats(events=[])
     parallel = build(layout, mesh, comm_stats)
     placement = placement_of(layout.placement, layout.ep, layout.groups)
-    groups = split_parameters(parallel.model.named_parameters(), weight_decay=0.1)
+    groups = split_parameters(parallel.model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     carry(checkpoint, parallel, optimizer, placement, mesh)
     samples = Samples(folder)
@@ -106,7 +107,7 @@ def tune(rank: RankContext, layout: Layout, folder: Path, checkpoint: Path, refr
     before = logical(parallel, placement, mesh, gradient=False)
     aux = AuxSettings(kind="null_averaged", balance=0.0, z=0.0)
     results = [step(loader.batches(number * BATCH), lr=1e-2, aux=aux, number=number) for number in range(STEPS)]
-    named = {parameter: name for name, parameter in parallel.model.named_parameters()}
+    named = {parameter: name for _, name, _, parameter in named_parameters(parallel.model)}
     return Tuned(
         steps=results,
         before=before,

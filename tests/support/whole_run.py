@@ -14,6 +14,7 @@ from moe_dist.config.schema import Config
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import make_mesh
+from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train import build
@@ -76,7 +77,7 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
     )
     finished = trainer.fit()
     resumable.wait()
-    named = {parameter: name for name, parameter in training.parallel.model.named_parameters()}
+    named = {parameter: name for _, name, _, parameter in named_parameters(training.parallel.model)}
     return WholeRun(
         begun=begun,
         ended=trainer.progress,
@@ -100,7 +101,8 @@ class _Recorded:
 def tensors_of(config: Config, training: build.Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
     """Whole tensors by logical name; collective under FSDP2."""
     found: dict[str, np.ndarray] = {}
-    for name, tensor in training.parallel.model.state_dict().items():
+    for path, tensor in training.parallel.model.state_dict().items():
+        name = logical_name(path)
         whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
         if ".moe.experts." in name:
             found.update(zip(logical_expert_names(name, placement, ep_rank), whole, strict=True))

@@ -190,7 +190,7 @@ def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> Trainin
             copy_experts(moe.experts, theirs.experts)
             layer.moe = theirs
     optimizer = make_optimizer(
-        split_parameters(model.named_parameters(), weight_decay=0.1),
+        split_parameters(model, weight_decay=0.1),
         backend="torch",
         lr=LEARNING_RATE,
         betas=(0.9, 0.95),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import ABSENT, Assignments, Routing
+from moe_dist.placement.roles import group_module
 
 Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]
 
@@ -130,7 +131,7 @@ def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     """Taken pairs, the weight that each pair has or would have, and which pairs lie inside a group: [T, E] each."""
-    gates = [module.get_submodule(group.name) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
+    gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
     logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore
     inside_TE = group_T[:, None] == torch.tensor(groups)

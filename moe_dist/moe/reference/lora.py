@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_dist.moe.lora import LoRALayer, Weight
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import group_module
 
 
 def reference_lora_layer(
@@ -28,7 +29,7 @@ def reference_lora_layer(
 
         def projected(target: str, value: Tensor, group: ExpertGroup = group, taken: list = taken) -> Tensor:
             y = layer.ffn.get_submodule(target).weight @ value  # pyright: ignore[reportOperatorIssue]
-            stack = layer.adapters.get_submodule(group.name)
+            stack = layer.adapters.get_submodule(group_module(group.name))
             for expert, w in taken:
                 if hasattr(stack, f"{target}_a"):
                     a, b = (stack.get_parameter(f"{target}_{matrix}")[expert] for matrix in "ab")
@@ -41,7 +42,7 @@ def reference_lora_layer(
 
 def _taken(layer: LoRALayer, x: Tensor, group: ExpertGroup, weight: Weight) -> list[tuple[int, Tensor]]:
     """The token's true experts with their weights: the best k columns of the softmax, null ones left out."""
-    gate = dict(layer.router.get_submodule(group.name).named_parameters())
+    gate = dict(layer.router.get_submodule(group_module(group.name)).named_parameters())
     logits = torch.cat([gate[kind] @ x for kind in ("true", "null") if kind in gate])
     p = logits.softmax(0)
     best = logits.argsort(descending=True, stable=True)[: group.top_k].tolist()

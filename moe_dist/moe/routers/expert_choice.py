@@ -43,6 +43,7 @@ from moe_dist.moe.routing import (
     accumulation_dtype,
 )
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import group_module
 
 STATISTICS = 2  # rows of `ChoiceGate.statistics`: running mean of the k-th largest score, steps seen
 
@@ -114,7 +115,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.num_experts = sum(group.num_experts for group in groups)
         self.share_of_group = tuple(capacity or capacity_of_group(group) for group in groups)
         for group in groups:
-            self.add_module(group.name, ChoiceGate(hidden_dim, group, auxiliary=causal == "auxiliary"))
+            self.add_module(group_module(group.name), ChoiceGate(hidden_dim, group, auxiliary=causal == "auxiliary"))
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -133,7 +134,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     def gates(self) -> list[ChoiceGate]:
         """The gates, in the order of the groups."""
-        return [self.get_submodule(group.name) for group in self.groups]  # pyright: ignore[reportReturnType]
+        return [self.get_submodule(group_module(group.name)) for group in self.groups]  # pyright: ignore[reportReturnType]
 
     def num_taken(self, sums: RouterSums) -> Tensor:
         return sums.choices_C

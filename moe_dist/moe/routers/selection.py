@@ -35,6 +35,7 @@ from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.comm.tracker import CollectiveTracker, track_collective
 from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments, ExpertsChoice, GlobalBatchInfo
+from moe_dist.placement.roles import Role
 
 ScopeKind = Literal["rank", "ep_group", "world"]
 Causal = Literal["threshold", "auxiliary"]
@@ -43,6 +44,8 @@ OUTSIDE = float("-inf")  # logit of a token that does not compete: of another gr
 
 class AuxiliaryRouter(nn.Module):
     """Two layers that learn the choice of E choosers: `inner` [D/2, D] and `outer` [E, D/2], without bias."""
+
+    role = Role.AUXILIARY_ROUTER
 
     def __init__(self, hidden_dim: int, num_choosers: int) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from moe_dist.moe.routing import (
     group_columns,
 )
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import Role, group_module
 
 Normalise = Literal["true_chosen", "all_chosen", "true_all", "none"]
 NullLogit = Literal["each", "single"]
@@ -45,6 +46,7 @@ class GroupGate(nn.Module):
     number for each column of the group, in the order of `KINDS`: a buffer, since no gradient moves it.
     """
 
+    role = Role.ROUTER
     bias: Tensor
 
     def __init__(self, hidden_dim: int, group: ExpertGroup, *, null_logit: NullLogit = "each") -> None:
@@ -111,7 +113,7 @@ class TopKRouter(nn.Module):
         self.first_zero_computation = self.num_experts + sum(group.num_null for group in groups)
         self.num_zero_computation = sum(group.num_columns for group in groups) - self.first_zero_computation
         for group in groups:
-            self.add_module(group.name, GroupGate(hidden_dim, group, null_logit=null_logit))
+            self.add_module(group_module(group.name), GroupGate(hidden_dim, group, null_logit=null_logit))
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -130,7 +132,7 @@ class TopKRouter(nn.Module):
             self.register_buffer(name, torch.tensor(values), persistent=False)
         if self.selection_bias:
             for group in groups:
-                self.get_submodule(group.name).register_buffer("bias", torch.zeros(group.num_columns))
+                self.gate(group).register_buffer("bias", torch.zeros(group.num_columns))
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
@@ -178,8 +180,12 @@ class TopKRouter(nn.Module):
                     parts += [products[0].expand(-1, count)] if single else products
         return torch.cat(parts, dim=1)
 
+    def gate(self, group: ExpertGroup) -> nn.Module:
+        """The `GroupGate` of a group."""
+        return self.get_submodule(group_module(group.name))
+
     def _gate(self, group: ExpertGroup, name: str) -> Tensor:
-        return getattr(self.get_submodule(group.name), name)
+        return getattr(self.gate(group), name)
 
     def _bias(self, dtype: torch.dtype) -> Tensor:
         """The selection bias of all columns [C]."""

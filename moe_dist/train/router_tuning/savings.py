@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.optim.adamw import MOMENTS
 from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.roles import Role
 
 
 class Savings(NamedTuple):
@@ -32,7 +33,7 @@ def savings(parallel: ParallelModel) -> Savings:
     sums = [[0, 0], [0, 0], [0, 0]]
     for info in parallel.parameters:
         here, whole = _local(info.parameter), info.parameter.numel() * info.parameter.element_size()
-        shared = parallel.mesh.edp_size if info.kind == "expert" else parallel.mesh.world_size
+        shared = parallel.mesh.edp_size if info.role is Role.EXPERT else parallel.mesh.world_size
         counts = (here, len(MOMENTS) * here * info.parameter.element_size(), whole if shared > 1 else 0)
         for total, count in zip(sums, counts, strict=True):
             total[0] += count * info.parameter.requires_grad

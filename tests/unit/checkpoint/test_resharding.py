@@ -37,7 +37,7 @@ def fake_rank(layout: Layout, rank: int, seed: int) -> CheckpointState:
     with torch.device("meta"):
         model = build_model(config_of(layout), placement, ep_rank=ep_rank, ep_group=None)
     initialise(model, placement, ep_rank=ep_rank, device=torch.device("cpu"), seed=seed, std=0.3)
-    groups = split_parameters(model.named_parameters(), weight_decay=0.1)
+    groups = split_parameters(model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     materialise_moments(optimizer)
     set_step_count(optimizer, seed)

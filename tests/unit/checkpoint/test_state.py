@@ -51,7 +51,7 @@ class Tiny(nn.Module):
 def state_of(ep_rank: int, *, edp_rank: int = 0, edp_size: int = 1) -> tuple[Tiny, CheckpointState]:
     model = Tiny(SLOTS, ep_rank)
     optimizer = make_optimizer(
-        split_parameters(model.named_parameters(), weight_decay=0.1), backend="torch", lr=1e-3, betas=(0.9, 0.9), eps=1e-8
+        split_parameters(model, weight_decay=0.1), backend="torch", lr=1e-3, betas=(0.9, 0.9), eps=1e-8
     )
     layout = RankLayout(SLOTS, edp_rank * 4 + ep_rank, 4 * edp_size, ep_rank, edp_rank, edp_size)
     return model, capture(model, optimizer, layout)
@@ -109,7 +109,7 @@ def test_frozen_parameters_have_no_moments() -> None:
     model = Tiny(SLOTS, 0)
     model.embedding.weight.requires_grad_(False)
     optimizer = make_optimizer(
-        split_parameters(model.named_parameters(), weight_decay=0.1), backend="torch", lr=1e-3, betas=(0.9, 0.9), eps=1e-8
+        split_parameters(model, weight_decay=0.1), backend="torch", lr=1e-3, betas=(0.9, 0.9), eps=1e-8
     )
     state = capture(model, optimizer, RankLayout(SLOTS, 0, 4))
     assert "embedding.weight" in state.specs

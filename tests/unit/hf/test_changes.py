@@ -86,7 +86,7 @@ def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_pat
     assert export_model(tmp_path / "ours", tmp_path / "back").folded == 16
     assert_same(tensors_of(tmp_path / "back"), tensors_of(theirs))
     model, state = load_imported(tmp_path / "ours")
-    rows = model.get_parameter("layers.1.moe.router.all.null")
+    rows = model.get_parameter("layers.1.moe.router.group:all.null")
     with torch.no_grad():
         rows[3, 5] += 1e-3  # as one step of training would
     manager(tmp_path / "trained").save(7, state)

@@ -157,7 +157,7 @@ def test_an_moe_base_goes_out_with_its_attention_merged(tmp_path: Path) -> None:
     adapted.draw()
     with torch.no_grad():  # routers are trained as well
         for layer in adapted.model.moe_modules():
-            layer.router.get_submodule("all").get_parameter("true").mul_(1.3)
+            layer.router.get_submodule("group:all").get_parameter("true").mul_(1.3)
     expected, _ = logits_of(adapted.model, TOKENS)
     adapted.save()
     export_model(tmp_path / "run", tmp_path / "out")

@@ -1,41 +1,109 @@
-"""A group's name becomes the name of a submodule: those that a module uses itself are refused before anything is built."""
+"""A group may have any name, also that of an attribute of the modules that hold it."""
 
+import keyword
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.config.section import GROUP_PATTERN
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.experts import Experts
+from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRAExperts
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.zero_computation import ZeroComputationExperts
-from moe_dist.placement.placement import ExpertGroup
+from moe_dist.optim.adamw import make_optimizer
+from moe_dist.optim.param_groups import split_parameters
+from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import Role, named_parameters
+from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.preflight import group_violations
+from moe_dist.train.build import build_model, freeze
+from tests.support.tiny import tiny_config
 
 GROUP = ExpertGroup("text", 2, 1, 1, 4, 0, ("text",), num_identity=1, num_constant=1)
+PLAIN = ExpertGroup("text", 2, 0, 1, 4, 0, ("text",))
+ROLES = {"adapters", "auxiliary", "depths", "embedding", "experts", "free", "group", "norm", "router", "true", "null"}
 
 
-def names_in_use() -> set[str]:
-    """With what transformers adds to every module once it has made a model, be it here or not."""
+def names_in_use() -> list[tuple[str, str]]:
+    """Attributes of the modules that hold groups, Python's keywords, and the parts of parameters' names; in pairs."""
     modules = [Experts(4, (GROUP,), (2,)), TopKRouter(4, (GROUP,)), ZeroComputationExperts(4, (GROUP,))]
-    modules.append(LoRAExperts(4, 4, (GROUP,), rank=1, alpha=1.0))
-    return {name for module in modules for name in dir(module) if re.match(GROUP_PATTERN, name)} - {"text"} | {
-        "smart_apply"
+    modules += [ExpertChoiceRouter(4, (PLAIN,), causal="auxiliary"), LoRAExperts(4, 4, (GROUP,), rank=1, alpha=1.0)]
+    found = {name for module in [*modules, nn.Module()] for name in dir(module)} | ROLES | set(keyword.kwlist)
+    found |= {name for cls in (MoELayer, Transformer) for name in dir(cls)} | {"smart_apply", "speech-2"}
+    names = sorted(name for name in found if re.fullmatch(GROUP_PATTERN, name))
+    return list(zip(names[::2], [*names[1::2], "other"][: len(names[::2])], strict=True))
+
+
+def configured(names: tuple[str, str], router: dict[str, Any], **extra: int) -> dict[str, Any]:
+    group = {"num_experts": 2, "top_k": 1, "ffn_dim": 4, **extra}
+    return {
+        "model.hidden_dim": 4,
+        "model.num_layers": 1,
+        "model.num_heads": 1,
+        "model.num_kv_heads": 1,
+        "model.vocab_size": 8,
+        "model.moe.groups": {
+            name: {**group, "modalities": [modality]} for name, modality in zip(names, ("text", "image"), strict=True)
+        },
+        "model.moe.router": router,
     }
 
 
-def test_every_name_in_use_is_refused_with_a_way_out() -> None:
-    names = names_in_use()
-    assert {"type", "train", "groups", "pair_budget"} <= names
-    for name in names:
-        (violation,) = group_violations((ExpertGroup(name, 2, 1, 1, 4, 0, (name,)),))
-        assert f"call the group {name}_experts" in violation.problem
+def take_a_step(changes: dict[str, Any]) -> None:
+    """Builds, trains for a step, and loads a copy of the state: all parameters of the group get a gradient or are frozen."""
+    config = tiny_config(Path("data"), Path("runs"), changes)
+    groups = expert_groups(config.model.moe)
+    assert group_violations(groups) == []
+    placement = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
+    with torch.device("meta"):
+        model = build_model(config, placement, ep_rank=0, ep_group=None)
+    freeze(model, config)
+    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=0, std=0.1)
+    tokens = torch.arange(8)[None]
+    logits, reports = model(tokens, tokens, torch.zeros_like(tokens), tokens % 2)
+    (logits.square().mean() + sum(r.sums.auxiliary_G.sum() for r in reports if r.sums.auxiliary_G is not None)).backward()
+    trained = [each for each in named_parameters(model) if each.parameter.requires_grad]
+    assert {each.role for each in trained} & {Role.ROUTER, Role.AUXILIARY_ROUTER}
+    assert all(each.parameter.grad is not None for each in trained if each.role is not Role.ROUTER)
+    options: dict[str, Any] = {"backend": "torch", "lr": 1e-2, "betas": (0.9, 0.9), "eps": 1e-8}
+    optimizer = make_optimizer(split_parameters(model, weight_decay=0.1), **options)
+    optimizer.step()
+    state = capture(model, optimizer, RankLayout(placement))
+    assert state.specs.keys() == state.tensors().keys()
+    model.train(False)
 
 
-@pytest.mark.parametrize("name", ["text", "image", "type_experts", "all", "speech-2"])
-def test_other_names_build(name: str) -> None:
-    group = ExpertGroup(name, 2, 1, 1, 4, 0, (name,))
-    assert group_violations((group,)) == []
-    Experts(4, (group,), (2,))
-    TopKRouter(4, (group,))
-    ZeroComputationExperts(4, (group,))
+TOP_K = {"kind": "top_k", "selection_bias": True}
+
+
+@pytest.mark.parametrize("names", names_in_use(), ids="-".join)
+def test_any_name_trains_with_top_k(names: tuple[str, str]) -> None:
+    take_a_step(configured(names, TOP_K, num_null=1, num_identity=1, num_constant=1))
+
+
+@pytest.mark.parametrize("names", names_in_use(), ids="-".join)
+def test_any_name_trains_with_expert_choice(names: tuple[str, str]) -> None:
+    take_a_step(configured(names, {"kind": "expert_choice", "causal": "threshold"}))
+
+
+@pytest.mark.parametrize("name", sorted(ROLES))
+def test_any_name_trains_with_auxiliary_routers(name: str) -> None:
+    second_stage = {"train.only": "auxiliary_routers", "run.init_from": "elsewhere"}
+    take_a_step({**configured((name, "other"), {"kind": "expert_choice", "causal": "auxiliary"}), **second_stage})
+
+
+@pytest.mark.parametrize("name", ["adapters", "router", "training"])
+def test_any_name_trains_under_lora(name: str) -> None:
+    group = {"num_experts": 2, "top_k": 1, "ffn_dim": 4, "modalities": ["text", "image"]}
+    lora = {"model.moe.experts": {"kind": "lora", "rank": 1, "alpha": 1.0}, "train.only": "adapters"}
+    lora |= {"run.init_from": "elsewhere", "run.init_rules": ["adapt"]}
+    take_a_step({**configured((name, "other"), {"kind": "top_k"}), **lora, "model.moe.groups": {name: group}})

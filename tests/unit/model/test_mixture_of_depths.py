@@ -20,6 +20,7 @@ from moe_dist.moe.routers import selection
 from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routing import ABSENT
+from moe_dist.placement.roles import named_parameters
 from moe_dist.train.loss import depth_auxiliary, depth_counts
 from tests.support.transformers import DIM, make_transformer
 
@@ -124,7 +125,7 @@ def test_values_and_gradients_are_those_of_the_slow_form(capacity: float, traini
         model.zero_grad()
         logits = form()
         (logits * weight).sum().backward()
-        results.append((logits * real, {n: p.grad for n, p in model.named_parameters() if "auxiliary" not in n}))
+        results.append((logits * real, {n: p.grad for _, n, _, p in named_parameters(model) if "auxiliary" not in n}))
     (got, gradients), (expected, slow) = results
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     for name, gradient in slow.items():
@@ -281,7 +282,7 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     assert counts is not None
     loss = depth_auxiliary(reports, counts.tokens_L)
     loss.backward()
-    for name, parameter in model.named_parameters():
+    for _, name, _, parameter in named_parameters(model):
         moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert moved == (".depths.auxiliary." in name), name
     # By hand for the first layer: mean over the real tokens of -log of the probability of what was chosen.

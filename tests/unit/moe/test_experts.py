@@ -13,6 +13,7 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import group_module
 
 D = 6
 GROUPS = (ExpertGroup("text", 4, 2, 3, 5, 0, ("text",)), ExpertGroup("image", 3, 2, 2, 7, 4, ("image",)))
@@ -40,7 +41,10 @@ def test_the_layer_equals_the_oracle(pair_budget: int | None, recompute: str) ->
     group_T = torch.randint(-1, 2, (30,))
     weights = {}
     for group in GROUPS:
-        gate, stack = layer.router.get_submodule(group.name), layer.experts.get_submodule(group.name)
+        gate, stack = (
+            layer.router.get_submodule(group_module(group.name)),
+            layer.experts.get_submodule(group_module(group.name)),
+        )
         weights[group.name] = ReferenceWeights(gate.true, gate.null, stack.gate, stack.up, stack.down)  # pyright: ignore
     expected = moe_forward(h_TD, group_T.tolist(), GROUPS, weights)
     y_TD, _ = layer(h_TD, group_T)
@@ -57,7 +61,7 @@ def test_experts_without_rows_get_zero_gradients_not_none() -> None:
     layer = make_layer(None, "none")
     y_TD, _ = layer(torch.randn(8, D, dtype=torch.double), torch.zeros(8, dtype=torch.int64))  # text alone
     y_TD.sum().backward()
-    for parameter in layer.experts.get_submodule("image").parameters():
+    for parameter in layer.experts.get_submodule("group:image").parameters():
         assert parameter.grad is not None
         assert (parameter.grad == 0).all()
 

@@ -20,6 +20,7 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import RoutingCache
 from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import group_module
 
 D = 6
 TEXT = ExpertGroup("text", 4, 2, 4, 5, 0, ("text",), num_identity=2, num_constant=3)
@@ -50,8 +51,13 @@ def make_layer(groups: Sequence[ExpertGroup], *, recompute: str = "none", **rout
 def reference_weights(layer: MoELayer, groups: Sequence[ExpertGroup]) -> dict[str, ReferenceWeights]:
     weights = {}
     for group in groups:
-        gate, stack = layer.router.get_submodule(group.name), layer.experts.get_submodule(group.name)
-        constants = layer.free.get_submodule(group.name) if group.num_constant and layer.free is not None else None
+        gate, stack = (
+            layer.router.get_submodule(group_module(group.name)),
+            layer.experts.get_submodule(group_module(group.name)),
+        )
+        constants = (
+            layer.free.get_submodule(group_module(group.name)) if group.num_constant and layer.free is not None else None
+        )
         rows = {kind: getattr(gate, kind, None) for kind in ("true", "null", "identity", "constant", "bias")}
         stacks: dict[str, Any] = {name: getattr(stack, name) for name in ("gate", "up", "down")}
         constant: dict[str, Any] = {"vector": constants.vector, "mix": constants.gate} if constants is not None else {}
@@ -114,7 +120,7 @@ def test_free_choices_are_no_pairs() -> None:
     """Tokens whose zero-computation columns win take none of their experts: no pair, no row, no byte."""
     group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=1, num_constant=1)
     layer = make_layer((group,))
-    gate = layer.router.get_submodule("text")
+    gate = layer.router.get_submodule("group:text")
     with torch.no_grad():
         for kind, value in (("true", -5.0), ("null", -5.0), ("identity", 5.0), ("constant", 5.0)):
             getattr(gate, kind).fill_(value)

@@ -96,7 +96,7 @@ def test_equals_the_loop_over_tokens(case: str, recompute: str) -> None:
 def test_null_choices_pass_the_frozen_ffn_to_the_last_bit() -> None:
     layer, group_T = make_layer((ExpertGroup("all", 1, 3, 1, F, 0, ("text",)),)), torch.zeros(6, dtype=torch.int64)
     with torch.no_grad():
-        gate = layer.router.get_submodule("all")
+        gate = layer.router.get_submodule("group:all")
         gate.get_parameter("true").zero_()
         gate.get_parameter("null").zero_()[0] = 1.0
     layer.norm.weight.data.fill_(1.0)  # pyright: ignore
@@ -129,16 +129,18 @@ def test_who_learns_the_route_from_the_task(weight: str, learns: bool) -> None:
     layer, group_T = make_layer(TOP_1, weight=weight), torch.zeros(9, dtype=torch.int64)
     x_TD = inputs(group_T).requires_grad_()
     y_TD, report = layer(x_TD, group_T)
-    gradient = gradients(y_TD, layer, x_TD)["router.all.true"]
+    gradient = gradients(y_TD, layer, x_TD)["router.group:all.true"]
     assert (gradient is not None and bool(gradient.abs().max() > 1e-3)) is learns
-    (by_balance,) = torch.autograd.grad(report.sums.prob_C[0], [layer.router.get_submodule("all").get_parameter("true")])
+    (by_balance,) = torch.autograd.grad(
+        report.sums.prob_C[0], [layer.router.get_submodule("group:all").get_parameter("true")]
+    )
     assert by_balance.any()
 
 
 def test_a_probability_that_underflows_has_a_weight_of_one() -> None:
     layer = make_layer((ExpertGroup("all", 2, 0, 2, F, 0, ("text",)),), weight="straight_through").float()
     with torch.no_grad():
-        layer.router.get_submodule("all").get_parameter("true").copy_(torch.tensor([[500.0] * D, [-500.0] * D]))
+        layer.router.get_submodule("group:all").get_parameter("true").copy_(torch.tensor([[500.0] * D, [-500.0] * D]))
     x_TD = torch.ones(3, D).requires_grad_()
     y_TD, _ = layer(x_TD, torch.zeros(3, dtype=torch.int64))
     assert y_TD.isfinite().all()
@@ -151,7 +153,7 @@ def test_the_balance_loss_is_the_papers(kind: Any) -> None:
     layer, group_T = make_layer(TOP_1), torch.zeros(20, dtype=torch.int64)
     x_TD = inputs(group_T)
     _, report = layer(x_TD, group_T)
-    probs_TE = (layer.norm(x_TD) @ layer.router.get_submodule("all").get_parameter("true").T).softmax(-1)
+    probs_TE = (layer.norm(x_TD) @ layer.router.get_submodule("group:all").get_parameter("true").T).softmax(-1)
     chosen_TE = torch.nn.functional.one_hot(probs_TE.argmax(-1), 3).double()
     sums = report.sums
     tables = ColumnTables.on(TOP_1, x_TD.device)

@@ -9,6 +9,7 @@ from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_term
 from moe_dist.moe.reference.layer import balance_loss, picks_of, split_loss
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import group_module
 
 D = 5
 TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))
@@ -37,7 +38,7 @@ def test_terms_of_two_ranks_add_up_to_the_oracle(kind: str) -> None:
         for sums in halves
     )
     for index, group in enumerate((TEXT, IMAGE)):
-        gate = router.get_submodule(group.name)
+        gate = router.get_submodule(group_module(group.name))
         logits = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T  # pyright: ignore
         expected = balance_loss(logits, group.num_experts, group.top_k, null_averaged=kind == "null_averaged")
         torch.testing.assert_close(ours[index], expected)  # pyright: ignore[reportIndexIssue]
@@ -57,7 +58,7 @@ def test_identity_columns_share_a_load_and_constant_ones_do_not(kind: str) -> No
     sums = router(h_TD, torch.zeros(50, dtype=torch.int64)).sums
     tables = ColumnTables.on((group,), torch.device("cpu"))
     ours = balance_terms(sums.prob_C[None], sums.choices_C[None], sums.tokens_G[None], tables, kind=kind)[0, 0]  # pyright: ignore
-    gate = router.get_submodule("text")
+    gate = router.get_submodule("group:text")
     logits = h_TD @ torch.cat([gate.true, gate.null, gate.identity, gate.constant]).T  # pyright: ignore
     averaged = kind == "null_averaged"
     expected = balance_loss(logits, 3, 4, null_averaged=averaged, num_null=2, num_identity=3)
@@ -115,7 +116,7 @@ def test_z_is_the_mean_squared_log_sum_exp() -> None:
     sums = router(h_TD, group_T).sums
     expected = []
     for token, index in enumerate(group_T.tolist()):
-        gate = router.get_submodule((TEXT, IMAGE)[index].name)
+        gate = router.get_submodule(group_module((TEXT, IMAGE)[index].name))
         expected.append((torch.cat([gate.true, gate.null]) @ h_TD[token]).logsumexp(0) ** 2)  # pyright: ignore
     ours, theirs = z_terms(sums.log_z_squared_G[None], sums.tokens_G[None])[0], torch.stack(expected).mean()
     torch.testing.assert_close(ours, theirs)
@@ -143,7 +144,7 @@ def test_the_split_alone_equals_the_loops(weights: tuple[float, float] | None) -
         for sums in halves
     )
     for index, group in enumerate((TEXT, IMAGE)):
-        gate = router.get_submodule(group.name)
+        gate = router.get_submodule(group_module(group.name))
         logits = h_TD[group_T == index] @ torch.cat([gate.true, gate.null]).T  # pyright: ignore
         weight = 1.0 if weights is None else weights[index]
         expected = split_loss(logits, group.num_experts, group.top_k, null_weight=weight)

@@ -8,43 +8,46 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
+from moe_dist.placement.roles import Role
 from tests.support.worlds import RankContext
 
 
-def named(**shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
-    return [(name.replace("__", "."), nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+def model_of(**parameters: tuple[Role, tuple[int, ...]]) -> nn.Module:
+    """A module with one child for each parameter, which has a role and a `weight` of a shape."""
+    model = nn.Module()
+    for name, (role, shape) in parameters.items():
+        child = nn.Module()
+        child.role, child.weight = role, nn.Parameter(torch.ones(shape))  # pyright: ignore[reportAttributeAccessIssue]
+        model.add_module(name, child)
+    return model
 
 
 def test_norms_embeddings_and_routers_do_not_decay() -> None:
-    parameters = named(
-        embedding__weight=(8, 4),
-        layers__0__attention__norm__weight=(4,),
-        layers__0__attention__q__weight=(4, 4),
-        layers__0__attention__q_norm__weight=(4,),
-        layers__0__moe__router__text__true=(2, 4),
-        layers__0__moe__router__text__null=(2, 4),
-        layers__0__moe__experts__text__gate=(2, 6, 4),
-        layers__0__moe__experts__router__gate=(2, 6, 4),  # a group may have any name
-        output__weight=(8, 4),
+    model = model_of(
+        embedding=(Role.EMBEDDING, (8, 4)),
+        norm=(Role.NORM, (4,)),
+        q=(Role.DENSE, (4, 4)),
+        q_bias=(Role.DENSE, (4,)),
+        router=(Role.ROUTER, (2, 4)),
+        depths=(Role.DEPTH_ROUTER, (1, 4)),
+        auxiliary=(Role.AUXILIARY_ROUTER, (2, 4)),
+        experts=(Role.EXPERT, (2, 6, 4)),
+        constant=(Role.ZERO_COMPUTATION, (2, 4)),
+        adapter=(Role.ADAPTER, (2, 4)),
     )
-    groups = split_parameters(parameters, weight_decay=0.1)
-    name_of = {id(parameter): name for name, parameter in parameters}
-    decayed = {name_of[id(p)] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
-    kept = {name_of[id(p)] for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
-    assert decayed == {
-        "layers.0.attention.q.weight",
-        "layers.0.moe.experts.text.gate",
-        "layers.0.moe.experts.router.gate",
-        "output.weight",
-    }
+    groups = split_parameters(model, weight_decay=0.1)
+    name_of = {parameter: name.removesuffix(".weight") for name, parameter in model.named_parameters()}
+    decayed = {name_of[p] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    kept = {name_of[p] for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+    assert decayed == {"q", "experts", "adapter"}
     assert decayed | kept == set(name_of.values())
 
 
 def test_empty_and_frozen_parameters_are_left_out() -> None:
-    parameters = named(a__weight=(2, 2), layers__0__moe__experts__image__up=(0, 4, 2), frozen__weight=(2, 2))
-    parameters[2][1].requires_grad_(False)
-    (group,) = split_parameters(parameters, weight_decay=0.1)
-    assert group["params"] == [parameters[0][1]]
+    model = model_of(a=(Role.DENSE, (2, 2)), experts=(Role.EXPERT, (0, 4, 2)), frozen=(Role.DENSE, (2, 2)))
+    model.get_submodule("frozen").requires_grad_(False)
+    (group,) = split_parameters(model, weight_decay=0.1)
+    assert group["params"] == [model.get_parameter("a.weight")]
 
 
 def step_over_meshes(rank: RankContext) -> list[set[str]]:
@@ -56,7 +59,10 @@ def step_over_meshes(rank: RankContext) -> list[set[str]]:
         "expert": nn.Parameter(distribute_tensor(torch.ones(3, 2), grid["edp"], [Shard(0)])),
         "short": nn.Parameter(distribute_tensor(torch.ones(1, 2), grid["world"], [Shard(0)])),
     }
-    groups = split_parameters(parameters.items(), weight_decay=0.0)
+    model = nn.Module()
+    for name, parameter in parameters.items():
+        model.register_parameter(name, parameter)
+    groups = split_parameters(model, weight_decay=0.0)
     optimizer = make_optimizer(groups, backend="torch", lr=0.5, betas=(0.9, 0.95), eps=1e-8)
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)

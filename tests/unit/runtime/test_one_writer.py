@@ -205,7 +205,7 @@ CHECKPOINTS = """
     from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
     placement = ExpertPlacement((ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)),), ((0, 1),))
     model = nn.Linear(4, 4)
-    groups = split_parameters(model.named_parameters(), weight_decay=0.1)
+    groups = split_parameters(model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     def manager_of(check):
         return CheckpointManager(folder.checkpoints, keep=2, lease_check=check)

@@ -140,7 +140,7 @@ def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple
     torch.manual_seed(0)
     group = ExpertGroup("text", 6, 6, 4, 8, 0, ("text",))
     router = TopKRouter(D, (group,), selection_bias=True)
-    gate: Any = router.get_submodule("text")
+    gate: Any = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.normal_(0.0, skew)
         gate.null.normal_(0.0, skew)
@@ -176,7 +176,7 @@ def test_together_they_hold_the_load_and_even_out_the_experts() -> None:
 def test_a_bias_chooses_and_never_weighs() -> None:
     torch.manual_seed(0)
     router = TopKRouter(D, (TEXT,), selection_bias=True).double()
-    gate: Any = router.get_submodule("text")
+    gate: Any = router.get_submodule("group:text")
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter)
     h_TD, group_T = torch.randn(50, D, dtype=torch.double), torch.zeros(50, dtype=torch.int64)

@@ -101,7 +101,7 @@ def test_hidden_states_make_the_router_choose_the_workload() -> None:
     group = ExpertGroup("all", SHAPE.num_experts, 0, SHAPE.top_k, 4, 0, ("text",))
     router = TopKRouter(20, [group]).double()
     with torch.no_grad():
-        router.get_submodule("all").true.copy_(torch.from_numpy(router_weight(SHAPE.num_experts, 20)))  # pyright: ignore
+        router.get_submodule("group:all").true.copy_(torch.from_numpy(router_weight(SHAPE.num_experts, 20)))  # pyright: ignore
     for workload in WORKLOADS:
         step = workload_step(workload, seed=0, step=5, shape=SHAPE)
         h_TD = torch.from_numpy(hidden_states(step, num_experts=SHAPE.num_experts, hidden_dim=20, seed=0))

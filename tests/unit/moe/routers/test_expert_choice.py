@@ -31,6 +31,7 @@ from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
 from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import group_module
 
 D = 5
 TEXT = ExpertGroup("text", 4, 0, 1, 6, 0, ("text",))
@@ -54,9 +55,9 @@ def batch_info_of(group_T: Tensor, step: int = 2, first: int = 0) -> GlobalBatch
 def reference_weights(router: ExpertChoiceRouter, experts: Experts | None = None) -> dict[str, ReferenceWeights]:
     made = {}
     for group in router.groups:
-        stack = experts.get_submodule(group.name) if experts is not None else None
+        stack = experts.get_submodule(group_module(group.name)) if experts is not None else None
         parts = [getattr(stack, part) if stack is not None else torch.empty(0) for part in ("gate", "up", "down")]
-        made[group.name] = ReferenceWeights(router.get_submodule(group.name).true, None, *parts)  # pyright: ignore
+        made[group.name] = ReferenceWeights(router.get_submodule(group_module(group.name)).true, None, *parts)  # pyright: ignore
     return made
 
 

@@ -19,7 +19,7 @@ GROUP = ExpertGroup("all", num_experts=N, num_null=0, top_k=3, ffn_dim=4, first_
 def made(loads: list[float], *, place: int = 0, seed: int = 3) -> ScheduledTopKRouter:
     router = ScheduledTopKRouter(D, [GROUP], active_experts={"all": loads}, place=place, seed=seed).double()
     with torch.no_grad():
-        router.get_parameter("all.true").copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
+        router.get_parameter("group:all.true").copy_(torch.randn(N, D, generator=torch.Generator().manual_seed(1)))
     return router
 
 
@@ -40,10 +40,10 @@ def test_equals_the_loop_in_values_and_gradients(load: float) -> None:
     fast_TE = table(router(h_TD, group_T))
     name = (3, HELD_OUT, 0)
     uniform = logistic(name, torch.arange(T), torch.zeros(1, dtype=torch.int64), torch.float64).sigmoid()[:, 0].tolist()
-    slow_TE = fixed_load_weights(h_TD @ router.get_parameter("all.true").T, load, uniform)
+    slow_TE = fixed_load_weights(h_TD @ router.get_parameter("group:all.true").T, load, uniform)
     torch.testing.assert_close(fast_TE, slow_TE, rtol=0, atol=1e-12)
     if load:
-        over = [h_TD, router.get_parameter("all.true")]
+        over = [h_TD, router.get_parameter("group:all.true")]
         score = torch.randn(T, N, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
         fast, slow = (torch.autograd.grad((each * score).sum(), over, retain_graph=True) for each in (fast_TE, slow_TE))
         for a, b in zip(fast, slow, strict=True):
@@ -56,7 +56,7 @@ def test_by_hand() -> None:
     rows_ND = torch.zeros(N, D, dtype=torch.float64)
     rows_ND[:3, 0] = torch.tensor([3.0, 2.0, 1.0])
     with torch.no_grad():
-        router.get_parameter("all.true").copy_(rows_ND)
+        router.get_parameter("group:all.true").copy_(rows_ND)
     h_TD = torch.zeros(8, D, dtype=torch.float64)
     h_TD[:, 0] = 1.0
     weight_TE = table(router(h_TD, group_T), 8)

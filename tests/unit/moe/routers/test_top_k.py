@@ -12,6 +12,7 @@ from moe_dist.moe.reference.layer import choose, weights_of
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.placement.roles import group_module
 
 D = 6
 TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))
@@ -28,7 +29,7 @@ def make_router(*groups: ExpertGroup, **options: object) -> TopKRouter:
 
 
 def gate_rows(router: TopKRouter, group: ExpertGroup) -> Tensor:
-    gate = router.get_submodule(group.name)
+    gate = router.get_submodule(group_module(group.name))
     return torch.cat([gate.true, gate.null]) if group.num_null else gate.true  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
@@ -62,7 +63,7 @@ def test_without_null_experts_it_is_plain_top_k() -> None:
     router = make_router(PLAIN)
     h_TD = torch.randn(50, D, dtype=torch.double)
     assignments = router(h_TD, torch.zeros(50, dtype=torch.int64)).assignments
-    logits = h_TD @ router.get_submodule("all").true.T  # pyright: ignore[reportCallIssue]
+    logits = h_TD @ router.get_submodule("group:all").true.T  # pyright: ignore[reportCallIssue]
     top = logits.topk(2)
     assert torch.equal(assignments.expert_N.view(50, 2), top.indices)
     assert torch.equal(assignments.weight_N.view(50, 2).argsort(descending=True)[:, 0], torch.zeros(50, dtype=torch.int64))
@@ -73,7 +74,7 @@ def test_without_null_experts_it_is_plain_top_k() -> None:
 def test_without_null_experts_fp32_has_the_bits_of_plain_top_k(top_k: int) -> None:
     torch.manual_seed(0)
     router = TopKRouter(256, (ExpertGroup("all", 8, 0, top_k, 8, 0, ("text",)),))
-    true: Any = router.get_submodule("all").true
+    true: Any = router.get_submodule("group:all").true
     torch.nn.init.normal_(true)
     h_TD = torch.randn(300, 256)
     assignments = router(h_TD, torch.zeros(300, dtype=torch.int64)).assignments
@@ -90,7 +91,7 @@ def test_ties_go_to_true_experts() -> None:
     """Null rows that copy the true rows (AdaMoE's start from a trained MoE): n=4, m=4, k=3 leaves the plain top-2."""
     group = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
     router = make_router(group)
-    gate = router.get_submodule("text")
+    gate = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.copy_(torch.randint(-2, 3, gate.true.shape))  # pyright: ignore[reportCallIssue, reportArgumentType]
         gate.null.copy_(gate.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -111,7 +112,7 @@ def test_twins_tie_in_floating_point(num_tokens: int, n: int, m: int, dim: int) 
     torch.manual_seed(0)
     group = ExpertGroup("text", n, m, m // n + 2, 8, 0, ("text",))
     router = TopKRouter(dim, (group,))
-    gate = router.get_submodule("text")
+    gate = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.normal_()  # pyright: ignore[reportCallIssue]
         gate.null.copy_(gate.true.repeat(m // n, 1))  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -125,8 +126,8 @@ def test_twins_tie_in_floating_point(num_tokens: int, n: int, m: int, dim: int) 
 def test_a_token_of_null_choices_alone_gets_nothing_and_finite_gradients() -> None:
     router = make_router(ExpertGroup("text", 2, 4, 2, 8, 0, ("text",)))
     with torch.no_grad():
-        router.get_submodule("text").null.copy_(torch.full((4, D), 5.0))  # pyright: ignore[reportCallIssue, reportArgumentType]
-        router.get_submodule("text").true.copy_(torch.full((2, D), -5.0))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        router.get_submodule("group:text").null.copy_(torch.full((4, D), 5.0))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        router.get_submodule("group:text").true.copy_(torch.full((2, D), -5.0))  # pyright: ignore[reportCallIssue, reportArgumentType]
     h_TD = torch.ones(3, D, dtype=torch.double, requires_grad=True)
     routing = router(h_TD, torch.zeros(3, dtype=torch.int64))
     assert (routing.assignments.expert_N == ABSENT).all()
@@ -153,7 +154,7 @@ def test_permuting_null_columns_changes_nothing(kind: BalanceKind) -> None:
     router, tables = make_router(TEXT, IMAGE), ColumnTables.on((TEXT, IMAGE), torch.device("cpu"))
     h_TD, group_T = torch.randn(60, D, dtype=torch.double, requires_grad=True), torch.randint(0, 2, (60,))
     factor_N = torch.randn(router(h_TD, group_T).assignments.weight_N.shape, dtype=torch.double)
-    null: Any = router.get_submodule("text").null
+    null: Any = router.get_submodule("group:text").null
     order, found = [2, 0, 1], []
     for permute in (False, True):
         if permute:
@@ -176,7 +177,7 @@ def test_permuting_null_columns_changes_nothing(kind: BalanceKind) -> None:
     assert not torch.equal(sums.choices_C, permuted.choices_C), "the rows differ"
     torch.testing.assert_close(sums.prob_C[moved], permuted.prob_C, rtol=0, atol=1e-12)
     for name, value in values.items():
-        expected = value[order] if name == "text.null" else value
+        expected = value[order] if name == "group:text.null" else value
         torch.testing.assert_close(
             others[name], expected, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -236,7 +237,7 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
         routing = router(h_TD, torch.zeros(10, dtype=torch.int64))
     assert routing.assignments.weight_N.dtype == torch.float32
     assert routing.sums.prob_C.dtype == torch.float32
-    logits = h_TD.float() @ torch.cat([router.get_submodule("text").true, router.get_submodule("text").null]).T  # pyright: ignore
+    logits = h_TD.float() @ torch.cat([router.get_submodule("group:text").true, router.get_submodule("group:text").null]).T  # pyright: ignore
     torch.testing.assert_close(routing.sums.prob_C[[0, 1, 2, 3, 4, 5, 6]], logits.softmax(-1).sum(0))
 
 
@@ -245,7 +246,7 @@ def test_weights_of_all_true_experts_know_no_null_one() -> None:
     torch.manual_seed(0)
     with_nulls, without = (ExpertGroup("text", 5, m, k, 8, 0, ("text",)) for m, k in ((5, 4), (0, 2)))
     router, plain = TopKRouter(16, (with_nulls,), normalise="true_all"), TopKRouter(16, (without,), normalise="none")
-    gate, old = router.get_submodule("text"), plain.get_submodule("text")
+    gate, old = router.get_submodule("group:text"), plain.get_submodule("group:text")
     with torch.no_grad():
         old.true.normal_()  # pyright: ignore[reportCallIssue]
         gate.true.copy_(old.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -265,7 +266,7 @@ def test_weights_do_not_depend_on_null_choices_between(top_k: int) -> None:
     torch.manual_seed(top_k)
     with_nulls, without = (ExpertGroup("text", 8, m, k, 8, 0, ("text",)) for m, k in ((16, 3 * top_k), (0, top_k)))
     router, plain = TopKRouter(96, (with_nulls,)), TopKRouter(96, (without,))
-    gate, old = router.get_submodule("text"), plain.get_submodule("text")
+    gate, old = router.get_submodule("group:text"), plain.get_submodule("group:text")
     with torch.no_grad():
         old.true.normal_()  # pyright: ignore[reportCallIssue]
         gate.true.copy_(old.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -280,7 +281,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     router, each = make_router(TEXT, IMAGE, null_logit="single"), make_router(TEXT, IMAGE)
     with torch.no_grad():
         for group in (TEXT, IMAGE):
-            gate, wide = router.get_submodule(group.name), each.get_submodule(group.name)
+            gate, wide = router.get_submodule(group_module(group.name)), each.get_submodule(group_module(group.name))
             assert gate.null.shape == (1, D)
             wide.true.copy_(gate.true)  # pyright: ignore[reportCallIssue, reportArgumentType]
             wide.null.copy_(gate.null.expand(group.num_null, D))  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -294,7 +295,7 @@ def test_a_single_null_logit_stands_in_every_null_column() -> None:
     ours.sums.prob_C.square().sum().backward()
     theirs.sums.prob_C.square().sum().backward()
     for group in (TEXT, IMAGE):
-        shared, spread = (r.get_submodule(group.name).null.grad for r in (router, each))
+        shared, spread = (r.get_submodule(group_module(group.name)).null.grad for r in (router, each))
         torch.testing.assert_close(shared[0], spread.sum(0))  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
 
 
@@ -302,12 +303,12 @@ def test_biases_of_zero_choose_by_logits_alone() -> None:
     """Where a softmax rounds two logits to one probability, their order must not be lost."""
     group = ExpertGroup("text", 3, 1, 2, 8, 0, ("text",))
     router = TopKRouter(1, (group, IMAGE), selection_bias=True)
-    gate = router.get_submodule("text")
+    gate = router.get_submodule("group:text")
     with torch.no_grad():
         gate.true.copy_(torch.tensor([[-200.0], [-190.0], [0.0]]))  # pyright: ignore[reportCallIssue, reportArgumentType]
         gate.null.fill_(-300.0)  # pyright: ignore[reportCallIssue]
-        router.get_submodule("image").true.zero_()  # pyright: ignore[reportCallIssue]
-        router.get_submodule("image").null.zero_()  # pyright: ignore[reportCallIssue]
+        router.get_submodule("group:image").true.zero_()  # pyright: ignore[reportCallIssue]
+        router.get_submodule("group:image").null.zero_()  # pyright: ignore[reportCallIssue]
     h_TD, group_T = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
     assert (router(h_TD, group_T).sums.prob_C[:2] == 0.0).all()
     assert router(h_TD, group_T).assignments.expert_N.tolist() == [2, 1]

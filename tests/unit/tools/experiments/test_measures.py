@@ -103,7 +103,7 @@ def router() -> TopKRouter:
     group = ExpertGroup("all", num_experts=4, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
     made = TopKRouter(4, [group])
     with torch.no_grad():
-        made.get_parameter("all.true").copy_(torch.eye(4))
+        made.get_parameter("group:all.true").copy_(torch.eye(4))
     return made
 
 

@@ -105,7 +105,7 @@ def test_logits_move_by_the_offset_in_the_chosen_layer_at_the_scored_tokens() ->
     torch.testing.assert_close(moved[0], alone[0], rtol=0, atol=0)
     router = model.moe_modules()[1].router
     h_TD = torch.randn(4, 16)
-    logits_TC = h_TD @ router.get_submodule("all").true.T  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
+    logits_TC = h_TD @ router.get_submodule("group:all").true.T  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue]
     with torch.no_grad(), changed._moved(torch.tensor([[False, False, True, True]]), offset_BLC):
         found = router(h_TD, torch.zeros(4, dtype=torch.int64)).sums.prob_C
     logits_TC[2:] += offset_BLC[0]

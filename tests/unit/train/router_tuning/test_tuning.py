@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_dist.errors import DataError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import initialise
+from moe_dist.placement.roles import named_parameters
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
 from moe_dist.train.evaluation.heldout import forward
@@ -72,7 +73,7 @@ def nothing(total: Tensor) -> MicroLoss:
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: parameter.grad for _, name, _, parameter in named_parameters(model) if parameter.grad is not None}
 
 
 def cross_entropy(model: Transformer, batch: SampleBatch) -> Tensor:

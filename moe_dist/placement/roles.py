@@ -1,0 +1,93 @@
+"""The role of each parameter, and its logical name: the name in checkpoints, from which its initial value is drawn.
+
+A module class sets the role of its parameters, as in `role = Role.ROUTER`. Children without a role of their own inherit it.
+The class keeps the role and not the parameter, because FSDP2 and `Module.to_empty` replace parameters.
+
+Imports no torch, so that checkpoints can be described without it.
+"""
+
+import re
+from collections.abc import Iterator
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Role(Enum):
+    """What a parameter is for. Decides sharding, gradient sums, weight decay, initial value and what stays frozen."""
+
+    DENSE = "dense"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    EXPERT = "expert"
+    ZERO_COMPUTATION = "zero_computation"
+    ROUTER = "router"
+    DEPTH_ROUTER = "depth_router"
+    AUXILIARY_ROUTER = "auxiliary_router"
+    ADAPTER = "adapter"
+
+
+ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # replicated on all ranks
+EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
+
+_GROUP = "group:"  # no attribute of a module has a colon, so a group may have any name
+_OLD_MODULES = {"mixture_of_depths": "depths"}  # module -> its name in checkpoints, which keep the first one
+_ROLES_OF_NAMES = (
+    (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
+    (re.compile(r"layers\.\d+\.(moe\.router\.[^.]+|depths)\.auxiliary\..+"), Role.AUXILIARY_ROUTER),
+    (re.compile(r"layers\.\d+\.moe\.router\..+"), Role.ROUTER),
+    (re.compile(r"layers\.\d+\.depths\..+"), Role.DEPTH_ROUTER),
+    (re.compile(r"layers\.\d+\.moe\.free\..+"), Role.ZERO_COMPUTATION),
+    (re.compile(r"layers\.\d+\.(attention|moe)\.adapters\..+"), Role.ADAPTER),
+    (re.compile(r"embedding\.weight"), Role.EMBEDDING),
+    (re.compile(r"(.+[._])?norm\.weight"), Role.NORM),
+)
+
+
+class NamedParameter(NamedTuple):
+    """A parameter of a model.
+
+    Attributes:
+        path: Its name in the module's state dict.
+        name: Its logical name; of a stack of experts the name without the experts' indices.
+    """
+
+    path: str
+    name: str
+    role: Role
+    parameter: "nn.Parameter"
+
+
+def group_module(name: str) -> str:
+    """Name of the child module that belongs to an expert group: its prefix keeps it apart from the parent's attributes."""
+    return f"{_GROUP}{name}"
+
+
+def logical_name(path: str) -> str:
+    """The logical name of a parameter or buffer from its name in the model's state dict."""
+    parts = (
+        part.removeprefix(_GROUP) if part.startswith(_GROUP) else _OLD_MODULES.get(part, part) for part in path.split(".")
+    )
+    return ".".join(parts)
+
+
+def role_of_name(name: str) -> Role:
+    """The role of a stored tensor (not of an optimizer's moment) from its logical name, where there is no model."""
+    return next((role for pattern, role in _ROLES_OF_NAMES if pattern.fullmatch(name)), Role.DENSE)
+
+
+def named_parameters(model: "nn.Module") -> Iterator[NamedParameter]:
+    """Every parameter of a model once, in the order of `Module.named_parameters`."""
+    roles: dict[str, Role] = {}
+    _add_roles(model, "", Role.DENSE, roles)
+    for path, parameter in model.named_parameters():
+        yield NamedParameter(path, logical_name(path), roles[path], parameter)
+
+
+def _add_roles(module: "nn.Module", prefix: str, inherited: Role, roles: dict[str, Role]) -> None:
+    role = getattr(module, "role", inherited)
+    roles.update((prefix + name, role) for name, _ in module.named_parameters(recurse=False))
+    for name, child in module.named_children():
+        _add_roles(child, f"{prefix}{name}.", role, roles)
