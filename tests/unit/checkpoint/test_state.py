@@ -8,6 +8,7 @@ from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import Role
 
 TEXT = ExpertGroup("text", 3, 0, 2, 6, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 1, 2, 5, 3, ("image",))
@@ -15,6 +16,10 @@ GROUPS = (TEXT, IMAGE)
 # EP position 0 holds text/0, text/2 and image/1; position 1 text/1; position 2 nothing; position 3 image/0.
 SLOTS = ExpertPlacement(GROUPS, ((0, 2, 4), (1,), (), (3,)))
 D = 4
+
+
+class Stacks(nn.ParameterDict):
+    role = Role.EXPERT
 
 
 class Tiny(nn.Module):
@@ -31,7 +36,7 @@ class Tiny(nn.Module):
         moe.router, moe.experts = nn.ModuleDict(), nn.ModuleDict()
         for group in GROUPS:
             local = placement.local_experts(ep_rank, group)
-            stacks = nn.ParameterDict(
+            stacks = Stacks(
                 {
                     name: nn.Parameter(torch.zeros(len(local), *shape))
                     for name, shape in (("gate", (group.ffn_dim, D)), ("down", (D, group.ffn_dim)))
