@@ -18,6 +18,7 @@ from moe_dist.moe.routing import LayerReport
 from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.parallel.initialise import normal_tensor
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import Role, named_parameters
 
 
 def build_moe_layer(
@@ -55,9 +56,9 @@ def build_moe_layer(
         name=name,
     )
     with torch.no_grad():
-        for path, parameter in layer.named_parameters():
-            if not path.startswith("experts.") and not (router and path.startswith("router.")):
-                parameter.copy_(normal_tensor(f"{name}.{path}", tuple(parameter.shape), seed=seed, std=std))
+        for _, within, role, parameter in named_parameters(layer):
+            if role is not Role.EXPERT and not (router and within.startswith("router.")):
+                parameter.copy_(normal_tensor(f"{name}.{within}", tuple(parameter.shape), seed=seed, std=std))
         for experts, stack in zip(local, layer.experts.children(), strict=True):
             for tensor, parameter in stack.named_parameters():
                 for weight, expert in zip(parameter, experts, strict=True):
