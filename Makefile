@@ -97,7 +97,7 @@ reproduce-data: $(INSTALLED)  ## Prepare the data of the experiments
 CONVENTIONS_DATA := .cache/data/conventions
 conventions-data: reproduce-data
 	@test -f $(CONVENTIONS_DATA)/manifest.json || \
-	  $(BIN)/python -m tools.experiments.conventions --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
+	  $(BIN)/python -m tools.experiments.convention_data --base $(REPRODUCE_DATA) --out $(CONVENTIONS_DATA)
 
 # The same with questions of WordNet and reasoning-gym.
 QUESTIONS_DATA := .cache/data/questions

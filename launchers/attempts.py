@@ -8,8 +8,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launchers.ending import Outcome
-from launchers.restart import Ended, committed_step, is_final, why_not_restarted
+from launchers.rank_tracker import Outcome
+from launchers.restart import AttemptEnd, committed_step, is_final, why_not_restarted
 from launchers.supervise import StopSignals
 from moe_dist.errors import EXIT_FAILED, StoppedError
 from moe_dist.runtime.lease import read_holder
@@ -29,13 +29,13 @@ def run_attempts(
         prefix: Start of every attempt_id.
         option: Name of the command line option for `max_restarts`, for messages.
     """
-    attempts: list[Ended] = []
+    attempts: list[AttemptEnd] = []
     while True:
         begin = committed_step(folder.checkpoints)
         attempt_id = f"{prefix}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
-        attempts.append(Ended(code, begin, committed_step(folder.checkpoints)))
+        attempts.append(AttemptEnd(code, begin, committed_step(folder.checkpoints)))
         if signals.first is not None or is_final(code):
             return code
         obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)

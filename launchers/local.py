@@ -21,7 +21,7 @@ from launchers.command import (
     rank_commands,
     threads_per_rank,
 )
-from launchers.ending import Outcome, ShutdownTimeouts
+from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import Ranks, StopSignals
 from moe_dist.config.load import read_draft

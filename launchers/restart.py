@@ -23,7 +23,7 @@ FINAL = frozenset(kind.exit_code for kind in _KINDS) | {EXIT_DONE, StoppedError.
 
 
 @dataclass(frozen=True)
-class Ended:
+class AttemptEnd:
     """One attempt that has ended.
 
     Attributes:
@@ -50,7 +50,7 @@ def is_final(code: int) -> bool:
     return code in FINAL
 
 
-def why_not_restarted(attempts: Sequence[Ended], max_restarts: int, *, option: str = "--max-restarts") -> str | None:
+def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "--max-restarts") -> str | None:
     """Why the job is not restarted after the last of `attempts`; None if it is restarted.
 
     Args:
@@ -61,7 +61,7 @@ def why_not_restarted(attempts: Sequence[Ended], max_restarts: int, *, option: s
     return exhausted(attempts, max_restarts, option=option)
 
 
-def exhausted(attempts: Sequence[Ended], max_restarts: int, *, option: str = "max_restarts") -> str | None:
+def exhausted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
     """Whether the limit of restarts is reached, or the last attempts committed no later checkpoint; None if neither.
 
     Args:

@@ -31,7 +31,7 @@ _NEW_CODE = (".py", ".sh", ".sbatch", ".yaml")  # suffixes of untracked files th
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CodeSnapshot:
     """The snapshot of one job.
 
     Attributes:
@@ -72,7 +72,7 @@ class Snapshot:
 
 def take_snapshot(
     folder: Path, config: Config, cluster: Cluster, *, sweep: Sequence[Sequence[str]] = (), clone: Path | None = None
-) -> Snapshot:
+) -> CodeSnapshot:
     """Writes a snapshot atomically; copies a few MB.
 
     Args:
@@ -98,7 +98,7 @@ def take_snapshot(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    return Snapshot(folder)
+    return CodeSnapshot(folder)
 
 
 def code_folder() -> Path:

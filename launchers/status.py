@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launchers.progress import Progress, State, is_run, read_progress
+from launchers.run_progress import RunProgress, RunState, is_run, read_progress
 from moe_dist.errors import EXIT_DONE, ConfigError
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.status import AttemptRecord
@@ -20,11 +20,11 @@ WIDTH = 120  # columns if the output is no terminal
 BAR = 60  # columns of the progress bar
 ATTEMPTS_SHOWN = 8
 _STYLES = {
-    State.RUNNING: "green",
-    State.DONE: "bold green",
-    State.STOPPED: "yellow",
-    State.SILENT: "yellow",
-    State.NEW: "dim",
+    RunState.RUNNING: "green",
+    RunState.DONE: "bold green",
+    RunState.STOPPED: "yellow",
+    RunState.SILENT: "yellow",
+    RunState.NEW: "dim",
 }
 _VERDICTS = {0: "done", 75: "stopped, saved", 78: "configuration", 69: "placement", 65: "data", 70: "diverged"}
 
@@ -71,7 +71,7 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
     return found
 
 
-def many_runs(runs: Sequence[Progress], *, width: int = WIDTH) -> RenderableType:
+def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
     """A table with one line per run; the last column, the reason, gets the rest of `width`."""
     names = ("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")
     rows = [_row(run) for run in runs]
@@ -86,14 +86,14 @@ def many_runs(runs: Sequence[Progress], *, width: int = WIDTH) -> RenderableType
     return table
 
 
-def _row(run: Progress) -> list[str]:
-    rate = _rate(run) if run.state is State.RUNNING else ""
+def _row(run: RunProgress) -> list[str]:
+    rate = _rate(run) if run.state is RunState.RUNNING else ""
     starts = str(len(run.attempts)) if run.attempts else "-"
     left = duration(run.remaining_seconds)
     return [_short_name(run), run.state.value, _steps(run), rate, left, _checkpoint(run), starts]
 
 
-def one_run(run: Progress) -> RenderableType:
+def one_run(run: RunProgress) -> RenderableType:
     """All details of one run."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
@@ -127,7 +127,7 @@ def _bar(share: float, style: str) -> Text:
     return Text.assemble(("━" * filled, style), ("╌" * (BAR - filled), "dim"), f" {min(1.0, share):.0%}")
 
 
-def _facts(run: Progress) -> list[tuple[str, RenderableType]]:
+def _facts(run: RunProgress) -> list[tuple[str, RenderableType]]:
     facts: list[tuple[str, RenderableType]] = [("step", _steps(run) + _record_age(run))]
     if run.tokens_per_second is not None:
         left = f", {duration(run.remaining_seconds)} left" if run.remaining_seconds is not None else ""
@@ -139,7 +139,7 @@ def _facts(run: Progress) -> list[tuple[str, RenderableType]]:
     if run.holder is not None:
         beat = f", last heartbeat {duration(run.beat_age)} ago" if run.beat_age is not None else ""
         facts.append(("writer", f"process {run.holder.pid} on {run.holder.host}{beat}"))
-    if run.state is State.UNREADABLE:
+    if run.state is RunState.UNREADABLE:
         facts.append(("problem", run.why))
     advice = _advice(run)
     if advice:
@@ -147,19 +147,19 @@ def _facts(run: Progress) -> list[tuple[str, RenderableType]]:
     return facts
 
 
-def _advice(run: Progress) -> str:
+def _advice(run: RunProgress) -> str:
     match run.state:
-        case State.STOPPED | State.DIED | State.FAILED:
+        case RunState.STOPPED | RunState.DIED | RunState.FAILED:
             return "the same command resumes from the last checkpoint"
-        case State.SILENT:
+        case RunState.SILENT:
             return "its writer is suspended or died with its node; a new attempt takes the lease over after 30 s"
-        case State.REFUSED | State.DIVERGED:
+        case RunState.REFUSED | RunState.DIVERGED:
             return "fix the problem that the last attempt names; an unchanged restart would fail again"
         case _:
             return ""
 
 
-def _attempts(run: Progress) -> Table:
+def _attempts(run: RunProgress) -> Table:
     """The last attempts in order, each with how and why it ended."""
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     for column in ("start", "on", "began", "lasted", "to step"):
@@ -184,9 +184,9 @@ def _attempts(run: Progress) -> Table:
     return table
 
 
-def _verdict(ending: AttemptRecord, current: State | None) -> Text:
+def _verdict(ending: AttemptRecord, current: RunState | None) -> Text:
     if ending.verdict is None:
-        word = current.value if current in (State.RUNNING, State.SILENT) else "died"
+        word = current.value if current in (RunState.RUNNING, RunState.SILENT) else "died"
         return Text(word, style=_STYLES.get(current, "red") if current is not None else "red")
     word = _VERDICTS.get(ending.verdict, "failed")
     style = "green" if ending.verdict == 0 else "yellow" if ending.verdict == 75 else "red"
@@ -200,32 +200,32 @@ def _reason(ending: AttemptRecord) -> str:
     return (by if ending.verdict not in (0, 75) else "") + _first_line(ending.reason)
 
 
-def _state(run: Progress) -> Text:
+def _state(run: RunProgress) -> Text:
     return Text(run.state.value, style=_STYLES.get(run.state, "bold red"))
 
 
-def _steps(run: Progress) -> str:
+def _steps(run: RunProgress) -> str:
     return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
 
 
-def _record_age(run: Progress) -> str:
+def _record_age(run: RunProgress) -> str:
     return f", {duration(run.record_age)} ago" if run.record_age is not None else ""
 
 
-def _rate(run: Progress) -> str:
+def _rate(run: RunProgress) -> str:
     rate = run.tokens_per_second
     if rate is None:
         return ""
     return f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k" if rate >= 1e3 else f"{rate:.0f}"
 
 
-def _checkpoint(run: Progress) -> str:
+def _checkpoint(run: RunProgress) -> str:
     if not run.checkpoint_step:
         return "-"
     return f"{run.checkpoint_step}, {duration(run.checkpoint_age)} ago"
 
 
-def _short_name(run: Progress) -> str:
+def _short_name(run: RunProgress) -> str:
     """The run's name; for an array task <name>/<task>."""
     return f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import IO
 
 from launchers.command import RankCommand
-from launchers.ending import Outcome, RankTracker, ShutdownTimeouts
+from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from moe_dist.runtime.signals import STOP_SIGNALS, child_of, unblock_stop_signals
 
 TICK_SECONDS = 0.1

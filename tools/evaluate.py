@@ -89,13 +89,13 @@ def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
         options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)
     )
     model = trained.config.model
-    material = trained.material()
-    check_vocabulary(material, vocab_size=model.vocab_size)
-    catalogue = Catalogue(material, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
+    vocabulary = trained.vocabulary()
+    check_vocabulary(vocabulary, vocab_size=model.vocab_size)
+    catalogue = Catalogue(vocabulary, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
     catalogue.check(tasks)
     limit = options.limit or None
     questions = {task: catalogue.questions(task, options.side, limit=limit) for task in tasks}
-    prompts = Prompts(material, listed=options.rotations)
+    prompts = Prompts(vocabulary, listed=options.rotations)
     written = {
         task: write(each, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
         for task, each in questions.items()
@@ -115,7 +115,7 @@ def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
             **(results(answered, seed=options.seed) if answered else {}),
         }
         if options.harness:
-            record["harness"] = _harness(options, trained, material, likelihood)
+            record["harness"] = _harness(options, trained, vocabulary, likelihood)
     if env.rank == 0:
         _show(options, record, _keep(folder, trained.step, record))
 
@@ -148,7 +148,9 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
     return task_names(options.tasks) if options.tasks else []
 
 
-def _harness(options: EvaluateOptions, trained: LoadedRun, material: Vocabulary, likelihood: Likelihood) -> dict[str, Any]:
+def _harness(
+    options: EvaluateOptions, trained: LoadedRun, vocabulary: Vocabulary, likelihood: Likelihood
+) -> dict[str, Any]:
     """What lm_eval measures."""
     from lm_eval.api.task import Task
     from lm_eval.evaluator import simple_evaluate
@@ -161,10 +163,10 @@ def _harness(options: EvaluateOptions, trained: LoadedRun, material: Vocabulary,
     ]
     max_seq_len = trained.config.model.max_seq_len
     generator = Generator(
-        likelihood.model, material.grammar, group_of_modality=trained.group_of_modality, max_seq_len=max_seq_len
+        likelihood.model, vocabulary.grammar, group_of_modality=trained.group_of_modality, max_seq_len=max_seq_len
     )
     found = simple_evaluate(
-        model=HarnessModel(likelihood, generator, material, max_seq_len=max_seq_len, seed=options.seed),
+        model=HarnessModel(likelihood, generator, vocabulary, max_seq_len=max_seq_len, seed=options.seed),
         tasks=names,
         limit=options.limit or None,
         log_samples=False,
@@ -175,8 +177,8 @@ def _harness(options: EvaluateOptions, trained: LoadedRun, material: Vocabulary,
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
     """Where the results go; made now, so that a folder that cannot be written is known before anything long runs."""
-    shelf = trained.folder.parent
-    folder = options.out or (shelf.parent if shelf.name == "checkpoints" else shelf) / "evaluations"
+    directory = trained.folder.parent
+    folder = options.out or (directory.parent if directory.name == "checkpoints" else directory) / "evaluations"
     make_writable(folder, option=f"--out {folder}")
     return folder
 

@@ -130,46 +130,46 @@ def _generate(options: GenerateOptions) -> None:
         options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)
     )
     model = trained.config.model
-    material = trained.material()
-    task, labels = _task(options, material)
+    vocabulary = trained.vocabulary()
+    task, labels = _task(options, vocabulary)
     task.check(model.max_seq_len)
-    grammar = material.grammar  # may refuse the data
+    grammar = vocabulary.grammar  # may refuse the data
     generator = Generator(
         trained.load(device),
         grammar,
         group_of_modality=trained.group_of_modality,
         max_seq_len=model.max_seq_len,
     )
-    samples = run_task(task, generator, material)
+    samples = run_task(task, generator, vocabulary)
     if options.sheet is not None:
-        _write_sheet(options, options.sheet, labels, samples, material)
+        _write_sheet(options, options.sheet, labels, samples, vocabulary)
         return
     for number, (label, sample) in enumerate(zip(labels, samples, strict=True), _first_number(options.out)):
         _show(options, label, sample, number)
 
 
-def _task(options: GenerateOptions, material: Vocabulary) -> tuple[Task, list[str]]:
+def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
     """What to do, and a label for each of its prompts."""
     drawing = Sampling(options.temperature, options.top_p)
     many = {"samples": options.samples, "sampling": drawing, "seed": options.seed}
     if options.sheet is not None or options.draw:
         captions = [options.prompt or ""]
         if options.sheet is not None:
-            captions = choose_captions(material.heldout(), options.captions, starting=options.starting, seed=options.seed)
+            captions = choose_captions(vocabulary.heldout(), options.captions, starting=options.starting, seed=options.seed)
         labels = [caption for caption in captions for _ in range(options.samples)]
-        return draw_captions(material, captions, guidance=options.guidance, **many), labels
+        return draw_captions(vocabulary, captions, guidance=options.guidance, **many), labels
     labels = [options.prompt or ""] * options.samples
     if options.picture is None:
-        return continue_text(material, options.prompt or "", tokens=options.tokens, **many), labels
-    codes = _codes(options.picture, material)
-    return describe_picture(material, codes, options.prompt or "", tokens=options.tokens, **many), labels
+        return continue_text(vocabulary, options.prompt or "", tokens=options.tokens, **many), labels
+    codes = _codes(options.picture, vocabulary)
+    return describe_picture(vocabulary, codes, options.prompt or "", tokens=options.tokens, **many), labels
 
 
-def _codes(picture: str, material: Vocabulary) -> np.ndarray:
+def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:
     """Of a file, or of a held-out picture by its number."""
     if not picture.isdecimal() or Path(picture).is_file():
-        return material.read_picture(Path(picture))
-    heldout = material.heldout()
+        return vocabulary.read_picture(Path(picture))
+    heldout = vocabulary.heldout()
     if int(picture) >= len(heldout):
         raise ConfigError(f"--picture {picture}: there are {len(heldout)} held-out pictures, 0 to {len(heldout) - 1}")
     print(f"held-out picture {picture}, whose caption is {heldout[int(picture)].caption!r}", file=sys.stderr)
@@ -198,15 +198,15 @@ def _first_number(folder: Path) -> int:
 
 
 def _write_sheet(
-    options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], material: Vocabulary
+    options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], vocabulary: Vocabulary
 ) -> None:
     """All drawings of a caption side by side, beside the held-out picture, as its codes show it, where that is wanted."""
     each, rows = options.samples, []
-    originals = {found.caption: found.codes for found in reversed(material.heldout())} if options.originals else {}
+    originals = {found.caption: found.codes for found in reversed(vocabulary.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):
         pictures = [sample.pictures[0] for sample in samples[first : first + each]]
         if options.originals:
-            pictures = [picture_of(originals[labels[first]], material.codebook), *pictures]
+            pictures = [picture_of(originals[labels[first]], vocabulary.codebook), *pictures]
         rows.append((labels[first], pictures))
     _write(path, make_sheet(rows, columns=max(1, 8 // len(rows[0][1]))))
     beside = ", beside the held-out picture" if options.originals else ""

@@ -95,16 +95,16 @@ def _prepare(options: PrepareOptions, env: RankEnv) -> None:
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
     layers = _layers(options.layers, trained.config)
     model = trained.config.model
-    material = trained.material()
-    check_vocabulary(material, vocab_size=model.vocab_size)
-    catalogue = Catalogue(material, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
+    vocabulary = trained.vocabulary()
+    check_vocabulary(vocabulary, vocab_size=model.vocab_size)
+    catalogue = Catalogue(vocabulary, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
     catalogue.check(tasks)
     questions = [
         question for task in tasks for question in catalogue.questions(task, Side.TRAIN, limit=options.limit or None)
     ]
     for question in questions:
         embedded_text(question, listed=options.rotations)
-    prompts = Prompts(material, listed=options.rotations)
+    prompts = Prompts(vocabulary, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
     # A damaged embedder is refused now, not when all is scored; not on the device, which no rank has chosen yet.
     Embedder(options.embedder, "cpu")(["a text"])

@@ -21,7 +21,7 @@ def main(folder: Path, device_type: str) -> None:
     import torch
 
     from moe_dist.parallel.mesh import destroy_world, init_world
-    from moe_dist.parallel.pair_bandwidth import Ranks, measure_pairs, names_of_nodes
+    from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes
     from moe_dist.parallel.rendezvous import published_store
 
     torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def main(folder: Path, device_type: str) -> None:
     with published_store(env, folder, timeout=TIMEOUT_SECONDS) as store:
         init_world(PUBLISHED, store, rank=env.rank, world_size=env.world_size, device=device, timeout=TIMEOUT_SECONDS)
     per_node = env.local_world_size
-    ranks = Ranks(env.rank, env.world_size // per_node, per_node)
+    ranks = NodeRanks(env.rank, env.world_size // per_node, per_node)
     payload = CUDA_BYTES if cuda else CPU_BYTES
     names = names_of_nodes(node_name(os.environ), ranks, device)
     measured, slow = measure_pairs(ranks, payload_bytes=payload, device=device, timeout=TIMEOUT_SECONDS)

@@ -22,7 +22,7 @@ POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Seen:
+class Reachability:
     """Result of one node: names that do not resolve with the resolver's error, and the connection error or ''."""
 
     unresolved: Mapping[str, str]
@@ -43,7 +43,7 @@ class Where:
     port: int
 
 
-def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Seen:
+def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Reachability:
     """On rank 0's node: writes its address to `path`, and waits until the others have connected."""
     name = variables.get(HOST_VARIABLE) or node_name(variables)
     try:
@@ -51,7 +51,7 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
         listener = socket.create_server((address, 0), backlog=num_nodes)
     except (ConfigError, OSError) as error:
         _publish(path, Where(name, "", 0))
-        return Seen({name: str(error)})
+        return Reachability({name: str(error)})
     with listener:
         _publish(path, Where(name, address, listener.getsockname()[1]))
         deadline, missing = time.monotonic() + WAIT_SECONDS, num_nodes - 1
@@ -60,18 +60,18 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
             with contextlib.suppress(TimeoutError):
                 listener.accept()[0].close()
                 missing -= 1
-    return Seen({})
+    return Reachability({})
 
 
-def connect(path: Path) -> Seen:
+def connect(path: Path) -> Reachability:
     """On the other nodes: resolves the name of rank 0's node and connects to it. If `path` never appears, the folder is not
     shared; another check reports that."""
     deadline = time.monotonic() + WAIT_SECONDS
     while (where := _read(path)) is None:
         if time.monotonic() >= deadline:
-            return Seen({})
+            return Reachability({})
         time.sleep(POLL_SECONDS)
-    return Seen(unresolved([where.host]), unreachable(where.address, where.port) if where.address else "")
+    return Reachability(unresolved([where.host]), unreachable(where.address, where.port) if where.address else "")
 
 
 def _publish(path: Path, where: Where) -> None:

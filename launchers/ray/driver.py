@@ -14,7 +14,7 @@ import ray
 
 from launchers.attempts import begin_logs, run_attempts
 from launchers.command import JobPlan, LaunchPlan, published_rendezvous, rank_commands
-from launchers.ending import Outcome, ShutdownTimeouts
+from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
 from launchers.ray.gang import gather_gang
 from launchers.ray.job import RayJob

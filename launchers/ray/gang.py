@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launchers.command import JobPlan, RankCommand
-from launchers.ending import Outcome, RankTracker, ShutdownTimeouts
+from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from launchers.ray.nodes import NODE_ID, RayNode, assign
 from launchers.ray.rank import RankActor, WorkerInfo
 from launchers.supervise import StopSignals

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launchers.ending import ABORTED
+from launchers.rank_tracker import ABORTED
 from launchers.snapshot import code_folder
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, PlacementError
 

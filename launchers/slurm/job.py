@@ -16,11 +16,11 @@ from typing import Annotated
 import typer
 
 from launchers.command import TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, published_rendezvous, rank_commands
-from launchers.restart import Ended, committed_step, exhausted
+from launchers.restart import AttemptEnd, committed_step, exhausted
 from launchers.slurm.allocation import Allocation, differences, hosts_of
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
 from launchers.slurm.step import STOPPED, SlurmJob, conclude, hold_signals_prefix, requeue_job, run_step
-from launchers.snapshot import Snapshot, take_snapshot
+from launchers.snapshot import CodeSnapshot, take_snapshot
 from launchers.supervise import StopSignals
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
@@ -44,7 +44,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     Raises:
         MoeDistError: the run or its allocation is invalid; no task was started.
     """
-    snapshot = Snapshot(Path(env["MOE_DIST_SNAPSHOT"])) if env.get("MOE_DIST_SNAPSHOT") else None
+    snapshot = CodeSnapshot(Path(env["MOE_DIST_SNAPSHOT"])) if env.get("MOE_DIST_SNAPSHOT") else None
     cluster, config = _read_snapshot(job, snapshot) if snapshot else _read_clone(job, arguments, env)
     folder = RunFolder.of(config)
     if folder.inspect(config) is Start.FINISHED:
@@ -73,7 +73,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     return verdict
 
 
-def _read_snapshot(job: SlurmJob, snapshot: Snapshot) -> tuple[Cluster, Config]:
+def _read_snapshot(job: SlurmJob, snapshot: CodeSnapshot) -> tuple[Cluster, Config]:
     return snapshot.cluster(), load_config(snapshot.config_yaml, snapshot.overrides_of(job.task))
 
 
@@ -91,7 +91,7 @@ def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     return load_cluster(None, env), load_config(path, (*overrides, *absolute_paths(loaded, job.submitted)))
 
 
-def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> Snapshot:
+def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> CodeSnapshot:
     """Copies code and configuration for all attempts of this job, and records the copy's path in the folder of submission,
     where slurm/train.sbatch finds it after a requeue."""
     place = RunFolder.of(config).path / "slurm" / f"job_{job.id}_{os.urandom(3).hex()}"
@@ -121,7 +121,7 @@ def _begin(path: Path, step: int) -> list[int]:
 
 def _restart_limit(steps: Sequence[int], cluster: Cluster) -> str | None:
     """Why there is no attempt after those that began at these steps; None if another one may start."""
-    attempts = [Ended(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
+    attempts = [AttemptEnd(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
     return exhausted(attempts, cluster.max_restarts)
 
 
@@ -129,7 +129,7 @@ def _program(env: dict[str, str]) -> tuple[str, ...]:
     return tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
 
 
-def visible_folders(config: Config, snapshot: Snapshot) -> list[str]:
+def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
     """Folders to mount in a container under the same path. On a resume, run.init_from may have been deleted."""
     begin = [config.run.init_from] if config.run.init_from is not None and Path(config.run.init_from).exists() else []
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
@@ -137,7 +137,7 @@ def visible_folders(config: Config, snapshot: Snapshot) -> list[str]:
 
 def _step(
     job: SlurmJob,
-    snapshot: Snapshot,
+    snapshot: CodeSnapshot,
     config: Config,
     cluster: Cluster,
     *,

@@ -14,7 +14,7 @@ from launchers.attempts import last_output
 from launchers.restart import committed_step
 from launchers.slurm.allocation import SlurmError, ask
 from launchers.slurm.script import HOLD_SIGNALS
-from launchers.snapshot import Snapshot
+from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster, PyxisContainer
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
@@ -143,7 +143,7 @@ def conclude(
     return verdict
 
 
-def requeue_job(job: SlurmJob, snapshot: Snapshot, limit: str | None) -> None:
+def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, limit: str | None) -> None:
     """Requeues the job, unless it has reached its restart limit or Slurm is already ending it. Slurm requeues a preempted
     job itself, and a cancelled job must not come back.
 

@@ -34,7 +34,7 @@ from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
-from moe_dist.hf.families import FAMILIES, Family, misfits, read_section, top_k_router, write_fields
+from moe_dist.hf.families import FAMILIES, ModelFamily, misfits, read_section, top_k_router, write_fields
 from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
@@ -195,7 +195,7 @@ def _folded(model: ModelSection, reader: "_Reader") -> int:
     return folded_choices(group.num_experts, group.num_null, group.top_k)
 
 
-def _family(section: ModelSection, name: str | None, *, must: bool) -> Family:
+def _family(section: ModelSection, name: str | None, *, must: bool) -> ModelFamily:
     if name is not None and name not in FAMILIES:
         raise ConfigError(f"--family={name}: known are {', '.join(FAMILIES)}")
     order = [FAMILIES[name]] if name and must else sorted(FAMILIES.values(), key=lambda each: each.name != name)
@@ -208,7 +208,7 @@ def _family(section: ModelSection, name: str | None, *, must: bool) -> Family:
     )
 
 
-def _account(contents: Contents, model: ModelSection, section: ModelSection, family: Family) -> list[Slot]:
+def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
     """The tensors to write; every parameter of the checkpoint is among them, or known to say nothing.
 
     Raises:
@@ -244,7 +244,7 @@ def _like(folder: Path, config: Config) -> Path | None:
     return next((each for each in beside if (each / CONFIG_FILE).is_file()), None)
 
 
-def _fields(section: ModelSection, family: Family, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
+def _fields(section: ModelSection, family: ModelFamily, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
     """config.json: as it was where that still says the model, else what the model says beside the rest."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     said = write_fields(section, family)
@@ -258,7 +258,7 @@ def _fields(section: ModelSection, family: Family, like: Path | None, dtypes: Se
     raise AssertionError(f"config.json of {family.name} does not read back as the model: {said}")
 
 
-def _says(fields: Mapping[str, Any], section: ModelSection, family: Family) -> bool:
+def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily) -> bool:
     try:
         found, values, _ = read_section(fields)
         return found is family and _canonical(ModelSection.model_validate(values)) == _canonical(section)

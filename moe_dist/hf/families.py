@@ -17,7 +17,7 @@ GROUP = "all"  # the one expert group of every imported model
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """One family, for both directions.
 
     Attributes:
@@ -52,25 +52,25 @@ _EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the sec
 _CLIP = {"clip_qkv": ((), "queries, keys and values are not clipped")}
 _MLP_BIAS = {"mlp_bias": ((False,), "FFNs have no biases")}
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: Mapping[str, ModelFamily] = {
     family.name: family
     for family in (
-        Family(
+        ModelFamily(
             "mixtral", "MixtralForCausalLM", "none", {"none": {}}, {"true_chosen": {}}, _EXPERTS[::-1], "intermediate_size",
         ),
-        Family(
+        ModelFamily(
             "olmoe", "OlmoeForCausalLM", "full", _BIAS, _NORM, _EXPERTS, "intermediate_size", head_dim=False,
             must_be=_CLIP,
         ),
-        Family(
+        ModelFamily(
             "qwen3_moe", "Qwen3MoeForCausalLM", "head", _BIAS, _NORM, _EXPERTS, "moe_intermediate_size",
             dense_layers=True,
         ),
-        Family(
+        ModelFamily(
             "qwen2_moe", "Qwen2MoeForCausalLM", "none", {"qkv": {"qkv_bias": True}, "none": {"qkv_bias": False}}, _NORM,
             _EXPERTS, "moe_intermediate_size", dense_layers=True, shared=True,
         ),
-        Family(
+        ModelFamily(
             "llama", "LlamaForCausalLM", "none", _BIAS, {"true_chosen": {}}, (), "intermediate_size", must_be=_MLP_BIAS
         ),
     )
@@ -88,7 +88,7 @@ REFUSED = {
 }
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any]) -> ModelFamily:
     """The family of a config.json.
 
     Raises:
@@ -113,8 +113,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return family
 
 
-def read_section(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any], Sequence[str]]:
-    """Family, `model` section (as a mapping that the schema takes), and the fields that were not looked at.
+def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
+    """ModelFamily, `model` section (as a mapping that the schema takes), and the fields that were not looked at.
 
     Raises:
         ConfigError: the family is not known, or a field has a value that the model cannot have.
@@ -161,7 +161,7 @@ def read_section(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any], Seq
     return family, section, read.unread()
 
 
-def _check_plain(family: Family, read: Fields, max_seq_len: int) -> None:
+def _check_plain(family: ModelFamily, read: Fields, max_seq_len: int) -> None:
     """What every family could have and the model has not."""
     read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
     read.must_be("partial_rotary_factor", (1, 1.0), "rotary positions turn whole heads")
@@ -180,7 +180,7 @@ def _check_plain(family: Family, read: Fields, max_seq_len: int) -> None:
         )
 
 
-def _rope_base(family: Family, read: Fields) -> float:
+def _rope_base(family: ModelFamily, read: Fields) -> float:
     """Base of the rotary frequencies, as transformers 4 (rope_theta) or 5 (rope_parameters) writes it."""
     rope = read.get("rope_parameters", None)
     if rope is None:
@@ -201,7 +201,7 @@ def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
     return next(choice for choice, fields in choices.items() if fields == values)
 
 
-def _moe_layers(family: Family, read: Fields, layers: int) -> tuple[int, int, bool]:
+def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
     """First MoE layer, the distance to the next, and whether there are dense ones."""
     if not family.dense_layers:
         return 0, 1, False
@@ -228,7 +228,7 @@ def top_k_router(section: ModelSection) -> TopKRouterSection:
     return router
 
 
-def misfits(section: ModelSection, family: Family) -> list[str]:
+def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
     """Why a family cannot hold a model (without null experts); nothing if it can."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     normalise = top_k_router(section).normalise
@@ -248,7 +248,7 @@ def misfits(section: ModelSection, family: Family) -> list[str]:
     return [what for what, fits in held.items() if not fits]
 
 
-def write_fields(section: ModelSection, family: Family) -> dict[str, Any]:
+def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
     """The fields of config.json that say what a section says (without null experts), for transformers 4 and 5."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     fields: dict[str, Any] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.hf.families import Family
+from moe_dist.hf.families import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Slot:
         return math.prod(self.shape)
 
 
-def slots(section: ModelSection, family: Family) -> list[Slot]:
+def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
     """Every parameter of a model, with its places; null experts' rows are not among them."""
     dim = section.hidden_dim
     found = [_whole("embedding.weight", "model.embed_tokens.weight", section.vocab_size, dim)]
@@ -93,7 +93,7 @@ def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:
         yield _whole(f"{ours}.{part}.weight", f"{theirs}.{part}_proj.weight", *shape)
 
 
-def _moe(section: ModelSection, family: Family, ours: str, theirs: str) -> Iterator[Slot]:
+def _moe(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     ((name, group),) = section.moe.groups.items()
     dim, num = section.hidden_dim, group.num_experts
     router = f"{ours}.router.{name}.true"
@@ -114,7 +114,7 @@ def _moe(section: ModelSection, family: Family, ours: str, theirs: str) -> Itera
 
 
 def _expert_places(
-    family: Family, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
+    family: ModelFamily, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
 ) -> Iterator[TensorPlace]:
     if not family.experts:  # the experts of a model that was dense are copies of its FFN
         yield TensorPlace(f"{theirs}.mlp.{part}_proj.weight", shape)

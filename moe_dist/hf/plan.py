@@ -16,7 +16,7 @@ from moe_dist.checkpoint.storage import Piece
 from moe_dist.config.init_rules import identity_choices
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.families import GROUP, Family
+from moe_dist.hf.families import GROUP, ModelFamily
 from moe_dist.hf.names import Slot, router_name, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
@@ -114,7 +114,7 @@ class ImportPlan:
         return sum(part.nbytes for part in self.parts)
 
 
-def changed_section(section: Mapping[str, Any], family: Family, options: ImportOptions) -> ModelSection:
+def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
     """The `model` section of what is written: the source's, with null experts, copies and modalities.
 
     Raises:
@@ -167,7 +167,7 @@ def _with_nulls(group: Mapping[str, Any], options: ImportOptions) -> dict[str, i
     return {"num_null": null, "top_k": options.top_k}
 
 
-def make_plan(source: Source, family: Family, section: ModelSection, *, shard_bytes: int) -> ImportPlan:
+def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, shard_bytes: int) -> ImportPlan:
     """Accounts for every tensor on both sides.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.grammar import Grammar, State
+from moe_dist.inference.grammar import Grammar, GrammarState
 from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, probabilities
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
@@ -118,9 +118,9 @@ class Generator:
             logits_BV = self._step(tokens, going, lengths + number, 1 if plain is None else 2, cache)
         return made
 
-    def _state(self, tokens: Sequence[int], request: Request, number: int) -> State:
+    def _state(self, tokens: Sequence[int], request: Request, number: int) -> GrammarState:
         state = self.grammar.state(tokens, request.max_new_tokens - number)
-        return State.TEXT_ONLY if request.text_only and state is State.TEXT else state
+        return GrammarState.TEXT_ONLY if request.text_only and state is GrammarState.TEXT else state
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
         """The whole prompts at once, shorter ones padded behind; logits of each one's last token [B, V]."""

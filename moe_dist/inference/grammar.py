@@ -16,7 +16,7 @@ from moe_dist.errors import ConfigError
 IMAGE = "image"
 
 
-class State(IntEnum):
+class GrammarState(IntEnum):
     """What the next token of a sequence may be."""
 
     TEXT = 0  # text, the end of the document, or the mark of a picture
@@ -51,29 +51,29 @@ class Grammar:
         """Tokens of a picture with both marks."""
         return self.cells + 2
 
-    def state(self, tokens: Sequence[int], room: int) -> State:
+    def state(self, tokens: Sequence[int], room: int) -> GrammarState:
         """The state behind `tokens`, with `room` more tokens to come at most."""
         if self.begin_id is not None and self.begin_id in tokens:
             since = len(tokens) - 1 - _last(tokens, self.begin_id)
             if since < self.cells:
-                return State.CODE
+                return GrammarState.CODE
             if since == self.cells:
-                return State.END_OF_PICTURE
-        return State.TEXT if self.cells and room >= self.picture_tokens else State.TEXT_ONLY
+                return GrammarState.END_OF_PICTURE
+        return GrammarState.TEXT if self.cells and room >= self.picture_tokens else GrammarState.TEXT_ONLY
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
         """Codes of each whole picture among the tokens, int64 [cells], counted from the codebook's first."""
-        first = int(np.flatnonzero(self.allowed_SV[State.CODE])[0]) if self.cells else 0
+        first = int(np.flatnonzero(self.allowed_SV[GrammarState.CODE])[0]) if self.cells else 0
         found = []
         for place, token in enumerate(tokens):
             inside = np.array(tokens[place + 1 : place + 1 + self.cells], np.int64)
-            if token == self.begin_id and len(inside) == self.cells and self.allowed_SV[State.CODE][inside].all():
+            if token == self.begin_id and len(inside) == self.cells and self.allowed_SV[GrammarState.CODE][inside].all():
                 found.append(inside - first)
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that are text, without pictures, their marks and the end of the document."""
-        return [t for t in tokens if self.allowed_SV[State.TEXT_ONLY][t] and t != self.eos_id]
+        return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
 def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()) -> Grammar:
@@ -99,14 +99,14 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
     text[manifest.eos_id] = True  # hand-made data may pad with it
-    allowed = np.zeros((len(State), vocab_size), bool)
+    allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False
-        allowed[State.CODE] = is_code
-        allowed[State.END_OF_PICTURE, image.end_id] = True
-    allowed[[State.TEXT, State.TEXT_ONLY]] = text
+        allowed[GrammarState.CODE] = is_code
+        allowed[GrammarState.END_OF_PICTURE, image.end_id] = True
+    allowed[[GrammarState.TEXT, GrammarState.TEXT_ONLY]] = text
     if image is not None:
-        allowed[State.TEXT, image.begin_id] = True
+        allowed[GrammarState.TEXT, image.begin_id] = True
     return Grammar(
         modality_of_id=modality_of_id,
         modalities=modalities,

@@ -27,16 +27,16 @@ class HarnessModel(LM):
 
     Args:
         likelihood, generator: Of the same model.
-        material: Tokenizer and grammar of its data.
+        vocabulary: Tokenizer and grammar of its data.
         max_seq_len: Longest sequence that the model is made for.
         seed: Of generation that samples.
     """
 
     def __init__(
-        self, likelihood: Likelihood, generator: Generator, material: Vocabulary, *, max_seq_len: int, seed: int = 0
+        self, likelihood: Likelihood, generator: Generator, vocabulary: Vocabulary, *, max_seq_len: int, seed: int = 0
     ) -> None:
         super().__init__()
-        self._likelihood, self._generator, self._material = likelihood, generator, material
+        self._likelihood, self._generator, self._vocabulary = likelihood, generator, vocabulary
         self._max_seq_len, self._seed = max_seq_len, seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -82,9 +82,9 @@ class HarnessModel(LM):
                 "temperature and top_p: take the others out of the task"
             )
         room = min(room, self._max_seq_len - 1)
-        prompt = self._cut(self._material.text_prompt(context), self._max_seq_len - room)
+        prompt = self._cut(self._vocabulary.text_prompt(context), self._max_seq_len - room)
         wanted = Request(room, Sampling(temperature, top_p), self._seed, text_only=True)
-        text = self._material.text(self._generator([prompt], wanted)[0])
+        text = self._vocabulary.text(self._generator([prompt], wanted)[0])
         for stop in until:
             text = text.partition(stop)[0] if stop else text
         return text
@@ -94,18 +94,18 @@ class HarnessModel(LM):
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        tokens = encode_texts(self._material.tokenizer, [continuation])[0].tolist()
+        tokens = encode_texts(self._vocabulary.tokenizer, [continuation])[0].tolist()
         if len(tokens) > self._max_seq_len:
             raise ConfigError(
                 f"a choice of the task is {len(tokens)} tokens, more than model.max_seq_len={self._max_seq_len}, the "
                 "longest the model is made for; take another task"
             )
-        prompt = self._material.text_prompt(context)
+        prompt = self._vocabulary.text_prompt(context)
         return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
 
     def _windows(self, text: str) -> list[Continuation]:
         """Windows that overlap but for what they score. An empty text has none."""
-        bos, *tokens = self._material.text_prompt(text)
+        bos, *tokens = self._vocabulary.text_prompt(text)
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):
             scored = tokens[first : first + self._max_seq_len]

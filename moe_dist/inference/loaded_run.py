@@ -67,7 +67,7 @@ class LoadedRun:
             load_base(restored.values, self.folder, manager, model, layout)
         return model.eval()
 
-    def material(self) -> Vocabulary:
+    def vocabulary(self) -> Vocabulary:
         """Tokenizer, grammar and codebook of its data; raises as `Vocabulary`."""
         return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
@@ -144,10 +144,10 @@ def find_trained(
 
 def _of_step(path: Path, step: int) -> Path:
     for folder in (path, path / "checkpoints"):
-        shelf = CheckpointDirectory(folder)
-        if shelf.steps():
-            if step in shelf.steps():
-                return shelf.path_of(step)
-            there = ", ".join(map(str, shelf.steps()))
+        directory = CheckpointDirectory(folder)
+        if directory.steps():
+            if step in directory.steps():
+                return directory.path_of(step)
+            there = ", ".join(map(str, directory.steps()))
             raise ConfigError(f"--step {step}: {folder} has checkpoints of the steps {there}; take one of them")
     raise ConfigError(f"--step {step}: {path} has no checkpoints; give a run or its folder of checkpoints")

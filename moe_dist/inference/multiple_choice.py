@@ -49,8 +49,8 @@ class Prompts:
         listed: Whether a question names all choices.
     """
 
-    def __init__(self, material: Vocabulary, *, listed: bool) -> None:
-        self._material, self._listed = material, listed
+    def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
+        self._vocabulary, self._listed = vocabulary, listed
 
     def __call__(self, question: Question) -> list[Continuation]:
         """The question with each of its choices."""
@@ -67,10 +67,10 @@ class Prompts:
             parts = [*listed, *parts] if naming or finding else [*parts, f"\nChoices: {listed[0]}"]
         if not (naming or finding):
             parts.append("\nAnswer:")
-        tokens = self._material.text_prompt("")
+        tokens = self._vocabulary.text_prompt("")
         for part in parts:
             tokens += self._tokens(part)
-        return [*tokens, self._material.grammar.begin_id or 0] if finding else tokens
+        return [*tokens, self._vocabulary.grammar.begin_id or 0] if finding else tokens
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
@@ -79,8 +79,8 @@ class Prompts:
 
     def _tokens(self, part: Part) -> list[int]:
         if isinstance(part, Codes):
-            return self._material.picture(np.array(part.codes, np.int64))
-        return encode_texts(self._material.tokenizer, [part])[0].tolist()
+            return self._vocabulary.picture(np.array(part.codes, np.int64))
+        return encode_texts(self._vocabulary.tokenizer, [part])[0].tolist()
 
 
 Written = list[list[list[Continuation]]]  # by question, rotation and choice
@@ -127,16 +127,16 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
     return values.index(max(values))
 
 
-def check_vocabulary(material: Vocabulary, *, vocab_size: int) -> None:
+def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
     """Whether each id of the tokenizer is a text token of the data and has a row in the model.
 
     Raises:
         DataError: the tokenizer is another data set's.
     """
-    grammar = material.grammar
+    grammar = vocabulary.grammar
     image = grammar.modalities.index(IMAGE) if IMAGE in grammar.modalities else None
-    vocabulary = material.tokenizer.get_vocab(with_added_tokens=True)
-    for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
+    numbers = vocabulary.tokenizer.get_vocab(with_added_tokens=True)
+    for token, number in sorted(numbers.items(), key=lambda item: item[1]):
         if number >= vocab_size or grammar.modality_of_id[number] in (-1, image):
             meaning = (
                 f"model.vocab_size={vocab_size} is too small for it"

@@ -9,7 +9,7 @@ from PIL import Image
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator, Request, check_lengths
 from moe_dist.inference.sampling import Sampling
-from moe_dist.inference.vocabulary import Heldout, Vocabulary, picture_of
+from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class GeneratedSample:
     pictures: list[Image.Image]
 
 
-def continue_text(material: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
+def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
     """`samples` times how a text goes on, with pictures where the model puts some.
 
     Raises:
         ConfigError, DataError: the data set has no tokenizer, or it is damaged.
     """
-    request = Request(tokens, sampling, seed, text_only=not material.has_codebook)
-    return Task([material.text_prompt(text)] * samples, request)
+    request = Request(tokens, sampling, seed, text_only=not vocabulary.has_codebook)
+    return Task([vocabulary.text_prompt(text)] * samples, request)
 
 
 def draw_captions(
-    material: Vocabulary, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
+    vocabulary: Vocabulary, captions: Sequence[str], *, samples: int, sampling: Sampling, seed: int, guidance: float
 ) -> Task:
     """`samples` pictures of each caption, one caption after the other.
 
@@ -66,24 +66,24 @@ def draw_captions(
     """
     if not 0.0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
-    cells = len(material.codebook) and material.grammar.cells
-    prompts = [material.drawing_prompt(caption) for caption in captions for _ in range(samples)]
+    cells = len(vocabulary.codebook) and vocabulary.grammar.cells
+    prompts = [vocabulary.drawing_prompt(caption) for caption in captions for _ in range(samples)]
     # At 1 the plain copies would change nothing but the time.
-    plain = None if guidance == 1.0 else [material.drawing_prompt("")] * len(prompts)
+    plain = None if guidance == 1.0 else [vocabulary.drawing_prompt("")] * len(prompts)
     return Task(prompts, Request(cells + 1, sampling, seed, one_picture=True, guidance=guidance), plain)
 
 
 def describe_picture(
-    material: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
+    vocabulary: Vocabulary, codes: np.ndarray, beginning: str, *, samples: int, tokens: int, sampling: Sampling, seed: int
 ) -> Task:
     """`samples` captions of a picture, which begin with `beginning`. Raises as `draw_captions`."""
     request = Request(tokens, sampling, seed, text_only=True)
-    return Task([material.caption_prompt(codes, beginning)] * samples, request)
+    return Task([vocabulary.caption_prompt(codes, beginning)] * samples, request)
 
 
-def run_task(task: Task, generator: Generator, material: Vocabulary) -> list[GeneratedSample]:
+def run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[GeneratedSample]:
     """The samples of each prompt, in order."""
-    grammar = material.grammar
+    grammar = vocabulary.grammar
     made = generator(task.prompts, task.request, plain=task.plain)
     samples = []
     for prompt, tokens in zip(task.prompts, made, strict=True):
@@ -93,14 +93,14 @@ def run_task(task: Task, generator: Generator, material: Vocabulary) -> list[Gen
             GeneratedSample(
                 tokens=tokens,
                 modalities=[grammar.modalities[grammar.modality_of_id[token]] for token in tokens],
-                text=material.text(tokens),
-                pictures=[picture_of(each, material.codebook) for each in codes],
+                text=vocabulary.text(tokens),
+                pictures=[picture_of(each, vocabulary.codebook) for each in codes],
             )
         )
     return samples
 
 
-def choose_captions(heldout: Sequence[Heldout], count: int, *, starting: str, seed: int) -> list[str]:
+def choose_captions(heldout: Sequence[HeldoutPicture], count: int, *, starting: str, seed: int) -> list[str]:
     """`count` distinct captions at random, in the order of the data.
 
     Raises:

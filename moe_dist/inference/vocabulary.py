@@ -24,7 +24,7 @@ _SCALE = 8  # pixels of a file for each pixel of a picture
 
 
 @dataclass(frozen=True)
-class Heldout:
+class HeldoutPicture:
     """A document with a picture, held out unless said otherwise. Attributes: caption: Its text. codes: int64 [cells]."""
 
     caption: str
@@ -128,7 +128,7 @@ class Vocabulary:
             )
         return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
 
-    def heldout(self) -> list[Heldout]:
+    def heldout(self) -> list[HeldoutPicture]:
         """Every held-out document with a picture, in the order of the data.
 
         Raises:
@@ -139,7 +139,7 @@ class Vocabulary:
             raise ConfigError(f"data set {self._folder}: no held-out document has a picture")
         return found
 
-    def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[Heldout]:
+    def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[HeldoutPicture]:
         """Documents of one side with a picture, in the order of the data; of each source at most `most`, evenly chosen."""
         for source in self._manifest.sources.values():
             section = source.train if side == "train" else source.valid
@@ -151,7 +151,7 @@ class Vocabulary:
                 tokens = split.tokens(start, length).tolist()
                 pictures = self.grammar.pictures(tokens)
                 if pictures:
-                    yield Heldout(self.text(tokens), pictures[0])
+                    yield HeldoutPicture(self.text(tokens), pictures[0])
 
 
 def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:

@@ -25,7 +25,7 @@ ALIGNMENT = 16  # bytes of a stride
 GROUPED_ON_CPU = 16  # experts of a group on a rank, from which the loop in C++ was measured to be faster
 
 
-class SwiGLU(Protocol):
+class StackedSwiGLU(Protocol):
     """See the top of this file."""
 
     def __call__(self, x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor: ...
@@ -62,7 +62,7 @@ def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts:
 
 def choose_gemm(
     kind: ExpertGemm, *, dtype: torch.dtype, device: torch.device, widths: Sequence[int], num_experts: int
-) -> SwiGLU:
+) -> StackedSwiGLU:
     """The way to compute `num_experts` experts whose D and F are `widths`.
 
     `auto` is grouped where CUDA has a kernel for it: one launch instead of one an expert. On CPU both are loops, and

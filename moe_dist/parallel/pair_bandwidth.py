@@ -19,7 +19,7 @@ LOOKS = 3  # at a pair that looks slow
 
 
 @dataclass(frozen=True)
-class Ranks:
+class NodeRanks:
     """The ranks of a measurement: `hierarchical` on each of `nodes` nodes, in order."""
 
     rank: int
@@ -35,7 +35,7 @@ class Ranks:
 
 
 def measure_pairs(
-    ranks: Ranks, *, payload_bytes: int, device: torch.device, timeout: float
+    ranks: NodeRanks, *, payload_bytes: int, device: torch.device, timeout: float
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
     """What every pair took at its best, and the slow ones; the same on every rank.
 
@@ -46,7 +46,7 @@ def measure_pairs(
         payload_bytes: What a rank sends to the other node in an all-to-all, and the size of its all-reduce.
         timeout: Seconds, for every collective.
     """
-    task = Task(ranks, payload_bytes, device)
+    task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}
     for pairs in round_robin(ranks.nodes):
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
@@ -62,7 +62,9 @@ def measure_pairs(
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
 
 
-def _stays_slow(pair: Pair, reference: Pair, task: "Task", groups: Mapping[Pair, dist.ProcessGroup | None]) -> bool:
+def _stays_slow(
+    pair: Pair, reference: Pair, task: "PairMeasurement", groups: Mapping[Pair, dist.ProcessGroup | None]
+) -> bool:
     for _ in range(LOOKS):
         own, usual = task.measure([pair], groups)[pair], task.measure([reference], groups)[reference]
         if not is_slow(own, than=usual):
@@ -70,7 +72,7 @@ def _stays_slow(pair: Pair, reference: Pair, task: "Task", groups: Mapping[Pair,
     return True
 
 
-def names_of_nodes(own: str, ranks: Ranks, device: torch.device) -> list[str]:
+def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
     """Names of the nodes in order. Collective over all ranks; as bytes, since nothing is unpickled."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
@@ -79,7 +81,7 @@ def names_of_nodes(own: str, ranks: Ranks, device: torch.device) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Task:
+class PairMeasurement:
     """The collectives that are timed.
 
     Attributes:
@@ -88,7 +90,7 @@ class Task:
         device: Where the tensors are.
     """
 
-    ranks: Ranks
+    ranks: NodeRanks
     payload_bytes: int
     device: torch.device
 

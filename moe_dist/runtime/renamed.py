@@ -6,6 +6,7 @@ RENAMED = {
     "launchers.slurm_job": "launchers.slurm.job",
     "tools.bench_dispatch": "tools.bench",
     "tools.bench_router_tuning": "tools.bench.router_tuning",
+    "tools.experiments.conventions": "tools.experiments.convention_data",
     "tools.reproduce": "tools.experiments",
     "tools.reproduction": "tools.experiments",
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dist.parallel import pair_bandwidth as pairs
-from moe_dist.parallel.pair_bandwidth import Ranks, measure_pairs, names_of_nodes
+from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes
 from moe_dist.parallel.round_robin import PairExchange
 from tests.support.worlds import RankContext
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def measure(rank: RankContext, per_node: int, doubted: list[tuple[int, int]], slow: list[tuple[int, int]]) -> list[object]:
     """Measures, with pairs that look slow at first, and those that still do afterwards."""
-    ranks = Ranks(rank.rank, rank.world_size // per_node, per_node)
+    ranks = NodeRanks(rank.rank, rank.world_size // per_node, per_node)
     names = names_of_nodes(f"node{ranks.node}", ranks, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "SECONDS", 0.02)

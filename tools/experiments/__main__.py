@@ -16,9 +16,9 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.plan.preflight import check, layout_without_data
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.signals import StopRequest
-from tools.experiments.asking import check_questions
 from tools.experiments.oracle import check_routers
 from tools.experiments.progress import status_text
+from tools.experiments.questions import check_questions
 from tools.experiments.report import write_report
 from tools.experiments.results import check_rules, make_header, results_path
 from tools.experiments.runner import STOP_SECONDS, Runner

@@ -34,14 +34,14 @@ from moe_dist.train.evaluation.heldout import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.answers import answers
-from tools.experiments.asking import Asking, make_samples
 from tools.experiments.cost import Spent, spent_by_step
 from tools.experiments.measure_schema import CurveSection, MeasureSection, QuestionsSection
+from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
+from tools.experiments.sent_rows import ROWS, SentRows, rank_of_tokens, spread
 from tools.experiments.study import load_study
-from tools.experiments.tokens import Tokens, binned, evaluate, loads, losses, watched_routers
+from tools.experiments.tokens import Tokens, binned, evaluate, loads, losses, recorded_routers
 from tools.experiments.trained import TrainedRun
-from tools.experiments.wire import ROWS, WireCount, rank_of_tokens, spread
 
 
 class Measurement:
@@ -93,7 +93,7 @@ class Measurement:
         return found
 
     def _asked(self, section: QuestionsSection, asks: Sequence[str]) -> dict[str, Any]:
-        asking = Asking(
+        question_round = QuestionRound(
             self._run.model,
             self._config,
             self._manifest,
@@ -101,9 +101,9 @@ class Measurement:
             section=section,
             side=self._side,
         )
-        found: dict[str, Any] = {"questions": asking.record()}
+        found: dict[str, Any] = {"questions": question_round.record()}
         if "oracle" in asks:
-            found["oracle"] = asking.oracle()
+            found["oracle"] = question_round.oracle()
         if "samples" in asks:
             found["samples"] = make_samples(self._folder.path, section)
         return found
@@ -173,8 +173,8 @@ class Measurement:
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         if self._config.model.moe.experts.replicated:
             return dict.fromkeys(ROWS, 0.0)  # they are on every rank
-        count = WireCount(spread(self._run.placement, self._section.wire.ep))
-        with watched_routers(self._run.model) as seen:
+        count = SentRows(spread(self._run.placement, self._section.wire.ep))
+        with recorded_routers(self._run.model) as seen:
             for batch in batches:
                 seen.clear()
                 forward(self._run.model, batch, self._groups)
@@ -188,7 +188,7 @@ class Measurement:
         """The loss at lower loads, by dropping second experts of little weight. The bound comes from a first pass."""
         del tokens
         second: list[torch.Tensor] = []
-        with watched_routers(self._run.model) as seen:
+        with recorded_routers(self._run.model) as seen:
             for batch in batches:
                 seen.clear()
                 forward(self._run.model, batch, self._groups)

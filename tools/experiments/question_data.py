@@ -72,10 +72,10 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
     if out.exists():
         raise ConfigError(f"--out {out}: is there already; remove it, or name another")
     manifest = load_manifest(base)
-    material = Vocabulary(base, manifest, vocab_size=manifest.vocab_size)
-    catalogue = Catalogue(material, tuple(manifest.sources), wordnet, seed=seed)
+    vocabulary = Vocabulary(base, manifest, vocab_size=manifest.vocab_size)
+    catalogue = Catalogue(vocabulary, tuple(manifest.sources), wordnet, seed=seed)
     catalogue.check([task for tasks in TASKS.values() for task in tasks])
-    prompts = Prompts(material, listed=False)
+    prompts = Prompts(vocabulary, listed=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     with renamed_when_complete(out) as folder:
         _copy(base, folder, manifest)

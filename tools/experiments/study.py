@@ -19,7 +19,7 @@ from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 from tools.experiments.measure_schema import MeasureSection
-from tools.experiments.values import ArmName, EtaValue, Part, Rule, arms_of
+from tools.experiments.values import ArmName, EtaValue, Part, ValueRule, arms_of
 
 FOLDER = Path("configs/reproduce")
 ROOT = Path("runs/reproduce")
@@ -77,7 +77,7 @@ class Study(Part):
     measure: MeasureSection = Field(default_factory=MeasureSection)
     not_testable: str = ""  # what the pilot lacked; then no rule is judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[ValueRule, ...] = ()
 
     @model_validator(mode="after")
     def _names_are_there(self) -> "Study":
@@ -104,9 +104,9 @@ class Study(Part):
             costed.add(self.measure.curve.of)
         if part := sorted(costed - set(self.with_whole_cost())):
             raise ValueError(f"eta needs what all of {part[0]}'s training cost; set arms.{part[0]}.carry, or leave it out")
-        asking = [name for name, arm in self.arms.items() if arm.asks]
-        if asking and self.measure.questions is None:
-            raise ValueError(f"arms.{asking[0]}.asks needs measure.questions, which says what is asked")
+        question_round = [name for name, arm in self.arms.items() if arm.asks]
+        if question_round and self.measure.questions is None:
+            raise ValueError(f"arms.{question_round[0]}.asks needs measure.questions, which says what is asked")
         if both := sorted(set(self.pilot.seeds) & {*self.seeds.decisive, *self.seeds.other}):
             raise ValueError(f"pilot.seeds has {both}, which count: a pilot runs on other seeds")
         return self

@@ -42,7 +42,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Seen:
+class TokenPairs:
     """The routing of one layer's forward.
 
     Attributes:
@@ -54,9 +54,9 @@ class Seen:
 
 
 @contextmanager
-def watched_routers(model: Transformer) -> Iterator[list[Seen]]:
+def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
     """Inside, each forward of a router adds what it decided, layer by layer."""
-    seen: list[Seen] = []
+    seen: list[TokenPairs] = []
     chosen: list[Tensor] = []  # of the layer that is running, where it chooses its tokens
 
     def note_tokens(module: nn.Module, arguments: tuple[Any, ...], found: Any) -> None:
@@ -66,7 +66,7 @@ def watched_routers(model: Transformer) -> Iterator[list[Seen]]:
     def note(module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> None:
         del module
         index_T = chosen.pop() if chosen else torch.arange(arguments[0].shape[0])
-        seen.append(Seen(routing, index_T))
+        seen.append(TokenPairs(routing, index_T))
 
     # Behind all other hooks, so that what a probe has changed is what is seen.
     handles = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
@@ -82,7 +82,7 @@ def watched_routers(model: Transformer) -> Iterator[list[Seen]]:
 def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> Tokens:
     """Evaluates batches and keeps what happened to each scored token."""
     rows: list[tuple[np.ndarray, ...]] = []
-    with watched_routers(model) as seen:
+    with recorded_routers(model) as seen:
         for batch in batches:
             seen.clear()
             logits_BSV, _ = forward(model, batch, group_of_modality)
@@ -110,7 +110,7 @@ def input_filler(batch: Batch) -> Tensor:
     return before
 
 
-def _load(seen: Seen, num_tokens: int) -> Tensor:
+def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
     """True experts of each token of the batch [T], float64; 0 for those that the layer passes by."""
     pairs = seen.routing.assignments.taken()
     ones = torch.ones(len(pairs.token_N), dtype=torch.float64)

@@ -73,7 +73,7 @@ class RatioValue(Part):
 Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | RatioValue
 
 
-class Rule(Part):
+class ValueRule(Part):
     """`lower` is below `higher` + margin.
 
     By `bound`: the upper one-sided 95 % t-bound of the mean paired difference lower - higher is below the margin. By

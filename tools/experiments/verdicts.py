@@ -12,9 +12,9 @@ from tools.experiments.values import (
     EtaValue,
     InterpolatedValue,
     RatioValue,
-    Rule,
     SumValue,
     Value,
+    ValueRule,
     arms_of,
 )
 
@@ -31,7 +31,7 @@ class Verdict:
     reason: Why it is not testable, else empty.
     """
 
-    rule: Rule
+    rule: ValueRule
     outcome: Outcome
     paired: Paired | None
     by_seed: Mapping[int, float]
@@ -43,7 +43,7 @@ def judge(study: Study, records: Records) -> list[Verdict]:
     return [_judge(study, rule, records) for rule in study.rules]
 
 
-def _judge(study: Study, rule: Rule, records: Records) -> Verdict:
+def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
     if study.not_testable:
         return Verdict(rule, "not testable here", None, {}, study.not_testable)
     arms = [name for value in (rule.lower, rule.higher) for name in arms_of(value)]
@@ -114,7 +114,7 @@ def _rise(record: Record, value: RatioValue) -> float | None:
     return None
 
 
-def _why(rule: Rule) -> str:
+def _why(rule: ValueRule) -> str:
     for value in (rule.lower, rule.higher):
         if isinstance(value, InterpolatedValue):
             return (

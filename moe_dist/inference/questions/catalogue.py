@@ -52,13 +52,13 @@ class Catalogue:
     """Makes the questions of tasks.
 
     Attributes:
-        material: The run's data, for its pictures.
+        vocabulary: The run's data, for its pictures.
         sources: Names of its sources.
         wordnet, quiz: Folders of the packages' files.
         seed: Of the sides, wrong answers and order.
     """
 
-    material: Vocabulary
+    vocabulary: Vocabulary
     sources: Sequence[str]
     wordnet: Path = WORDNET
     quiz: Path = QUIZ
@@ -95,7 +95,7 @@ class Catalogue:
         if problems:
             raise ConfigError(problems, see="docs/evaluation.md")
         if "pictures" in families:
-            _ = self.material.codebook  # raises where the data have none
+            _ = self.vocabulary.codebook  # raises where the data have none
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
         """The questions of one side of a task, at most `limit`; raises as `make_questions` and the packages' readers."""
@@ -108,7 +108,7 @@ class Catalogue:
         if family == "reasoning":
             return reasoning(name, seed=self.seed)
         if family == "pictures":
-            naming, finding = pictures(self.material, openmoji_families() if self._has_emoji else {}, side)
+            naming, finding = pictures(self.vocabulary, openmoji_families() if self._has_emoji else {}, side)
             return naming if name == "naming" else finding
         words = self._words
         match name:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from moe_dist.errors import ConfigError
 from moe_dist.inference.questions.fact import Codes, Fact, lemma_keys
 from moe_dist.inference.questions.split import Side
-from moe_dist.inference.vocabulary import Heldout, Vocabulary
+from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
 _TRAINED_ON = 8000  # training documents that questions are made of: the first render of each caption is enough
 
 
-def pictures(material: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
+def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
     """Facts of a side: to name a picture, and to find that of a caption. Each caption once, with its first picture.
 
     Args:
@@ -26,8 +26,8 @@ def pictures(material: Vocabulary, families: Mapping[str, str], side: Side) -> t
     Raises:
         ConfigError: no document has a picture with a caption; or of all held-out ones, others of the family are trained on.
     """
-    trained = list(material.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
-    documents = trained if side is Side.TRAIN else list(material.pictured("valid"))
+    trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
+    documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
     first = {each.caption: each for each in reversed(documents) if each.caption}
     if not first:
         raise ConfigError("--tasks pictures: none of the run's pictures of this side has a caption; take other tasks")
@@ -39,7 +39,7 @@ def pictures(material: Vocabulary, families: Mapping[str, str], side: Side) -> t
             "--tasks pictures: the run was trained on others of the family, or with the caption, of each held-out picture; "
             "take other tasks, or --split train"
         )
-    relatives: dict[str, list[Heldout]] = {}
+    relatives: dict[str, list[HeldoutPicture]] = {}
     for caption, document in first.items():
         relatives.setdefault(families.get(caption, caption), []).append(document)
     naming, drawing = [], []

@@ -5,7 +5,7 @@ import pytest
 
 from moe_dist.config.manifest import Manifest
 from moe_dist.errors import ConfigError
-from moe_dist.inference.grammar import Grammar, State, grammar_of
+from moe_dist.inference.grammar import Grammar, GrammarState, grammar_of
 from tests.support.tiny import BEGIN_IMAGE, END_IMAGE, EOS, IMAGE_IDS, PAD, TEXT_IDS
 
 CELLS = 16
@@ -26,10 +26,10 @@ def grammar(manifest: Manifest) -> Grammar:
 def test_states_allow_what_the_data_hold(grammar: Grammar) -> None:
     allowed = [set(np.flatnonzero(row).tolist()) for row in grammar.allowed_SV]
     text = set(range(*TEXT_IDS)) - {PAD, 4, BEGIN_IMAGE, END_IMAGE}
-    assert allowed[State.TEXT] == text | {BEGIN_IMAGE}
-    assert allowed[State.TEXT_ONLY] == text
-    assert allowed[State.CODE] == set(range(*IMAGE_IDS))
-    assert allowed[State.END_OF_PICTURE] == {END_IMAGE}
+    assert allowed[GrammarState.TEXT] == text | {BEGIN_IMAGE}
+    assert allowed[GrammarState.TEXT_ONLY] == text
+    assert allowed[GrammarState.CODE] == set(range(*IMAGE_IDS))
+    assert allowed[GrammarState.END_OF_PICTURE] == {END_IMAGE}
     assert EOS in text
 
 
@@ -39,19 +39,19 @@ def test_a_picture_is_its_codes_and_its_end(grammar: Grammar) -> None:
     for token in [BEGIN_IMAGE, *range(48, 48 + CELLS), END_IMAGE, 12]:
         states.append(grammar.state(tokens, 100))
         tokens.append(token)
-    assert states == [State.TEXT, *[State.CODE] * CELLS, State.END_OF_PICTURE, State.TEXT]
+    assert states == [GrammarState.TEXT, *[GrammarState.CODE] * CELLS, GrammarState.END_OF_PICTURE, GrammarState.TEXT]
     assert [codes.tolist() for codes in grammar.pictures(tokens)] == [list(range(CELLS))]
     assert grammar.text(tokens) == [9, 12]
-    assert grammar.state([9], CELLS + 2) is State.TEXT
-    assert grammar.state([9], CELLS + 1) is State.TEXT_ONLY  # no room for a whole picture
+    assert grammar.state([9], CELLS + 2) is GrammarState.TEXT
+    assert grammar.state([9], CELLS + 1) is GrammarState.TEXT_ONLY  # no room for a whole picture
     assert grammar.pictures(tokens[:10]) == []
 
 
 def test_data_without_pictures_have_text_alone(manifest: Manifest) -> None:
     plain = manifest.model_copy(update={"image": None})
     grammar = grammar_of(plain, vocab_size=64)
-    assert grammar.state([BEGIN_IMAGE], 100) is State.TEXT_ONLY
-    assert not grammar.allowed_SV[State.CODE].any()
+    assert grammar.state([BEGIN_IMAGE], 100) is GrammarState.TEXT_ONLY
+    assert not grammar.allowed_SV[GrammarState.CODE].any()
 
 
 def test_another_name_for_pictures_is_refused(manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from moe_dist.inference.vocabulary import Vocabulary
 @dataclass
 class Parts:
     trained: LoadedRun
-    material: Vocabulary
+    vocabulary: Vocabulary
     likelihood: Likelihood
     generator: Generator
 
@@ -29,14 +29,14 @@ def parts(own_run: Path) -> Parts:
     trained = find_trained(own_run)
     model = trained.load(torch.device("cpu"))
     options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": 192}
-    material = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=trained.config.model.vocab_size)
+    vocabulary = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=trained.config.model.vocab_size)
     return Parts(
-        trained, material, Likelihood(model, trained.manifest, **options), Generator(model, material.grammar, **options)
+        trained, vocabulary, Likelihood(model, trained.manifest, **options), Generator(model, vocabulary.grammar, **options)
     )
 
 
 def made(parts: Parts, max_seq_len: int = 192) -> HarnessModel:
-    return HarnessModel(parts.likelihood, parts.generator, parts.material, max_seq_len=max_seq_len)
+    return HarnessModel(parts.likelihood, parts.generator, parts.vocabulary, max_seq_len=max_seq_len)
 
 
 def asked(arguments: tuple[Any, ...]) -> Instance:
@@ -48,7 +48,7 @@ def nats(parts: Parts, context: list[int], tokens: list[int]) -> float:
 
 
 def test_loglikelihood(parts: Parts) -> None:
-    model, prompt = made(parts), parts.material.text_prompt
+    model, prompt = made(parts), parts.vocabulary.text_prompt
     requests = [asked(("text", " 12")), asked(("", "text")), asked(("text ", "12")), asked(("x" * 500, " y"))]
     scores = model.loglikelihood(requests)
     assert scores[0] == scores[2]  # a space between belongs to the continuation
@@ -63,7 +63,7 @@ def test_loglikelihood(parts: Parts) -> None:
 
 def test_rolling_scores_each_token_once(parts: Parts) -> None:
     text = "text 1 text 2 text 3 text 4"
-    bos, *tokens = parts.material.text_prompt(text)
+    bos, *tokens = parts.vocabulary.text_prompt(text)
     whole, in_windows, empty = (
         made(parts).loglikelihood_rolling([asked((text,))])[0],
         made(parts, max_seq_len=5).loglikelihood_rolling([asked((text,))])[0],

@@ -62,12 +62,12 @@ def both(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
 
     trained = find_trained(run)
     model = trained.load(torch.device("cpu"))
-    material = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=VOCAB)
+    vocabulary = Vocabulary(trained.config.data.path, trained.manifest, vocab_size=VOCAB)
     options: dict[str, Any] = {"group_of_modality": trained.group_of_modality, "max_seq_len": LONGEST}
-    likelihood, generator = Likelihood(model, trained.manifest, **options), Generator(model, material.grammar, **options)
+    likelihood, generator = Likelihood(model, trained.manifest, **options), Generator(model, vocabulary.grammar, **options)
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4}
     theirs, unmarked = (HFLM(str(root / "hf"), add_bos_token=marked, **settings) for marked in (True, False))
-    return Both(run, HarnessModel(likelihood, generator, material, max_seq_len=LONGEST), theirs, unmarked)
+    return Both(run, HarnessModel(likelihood, generator, vocabulary, max_seq_len=LONGEST), theirs, unmarked)
 
 
 def asked(kind: Any, arguments: Sequence[tuple[str, ...]]) -> list[Instance]:

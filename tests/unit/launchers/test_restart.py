@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from launchers.restart import Ended, committed_step, is_final, why_not_restarted
+from launchers.restart import AttemptEnd, committed_step, is_final, why_not_restarted
 
 
 @pytest.mark.parametrize("code", [0, 65, 69, 70, 75, 78])
 def test_what_would_only_repeat_and_what_is_no_failure_is_final(code: int) -> None:
     assert is_final(code)
-    assert why_not_restarted([Ended(code, 0, 10)], 5) is not None
+    assert why_not_restarted([AttemptEnd(code, 0, 10)], 5) is not None
 
 
 @pytest.mark.parametrize("code", [1, 33, 134, 137])
 def test_anything_else_is_started_again_up_to_the_limit(code: int) -> None:
-    ends = [Ended(code, 10 * number, 10 * number + 10) for number in range(4)]
+    ends = [AttemptEnd(code, 10 * number, 10 * number + 10) for number in range(4)]
     assert not is_final(code)
     assert [why_not_restarted(ends[:count], 3) for count in (1, 2, 3)] == [None] * 3
     assert "restarted 3 times already" in str(why_not_restarted(ends, 3))
@@ -23,7 +23,7 @@ def test_anything_else_is_started_again_up_to_the_limit(code: int) -> None:
 
 
 def test_two_attempts_in_a_row_without_a_new_checkpoint_end_it() -> None:
-    gained, stuck = Ended(1, 0, 10), Ended(1, 10, 10)
+    gained, stuck = AttemptEnd(1, 0, 10), AttemptEnd(1, 10, 10)
     assert why_not_restarted([stuck], 9) is None
     assert why_not_restarted([gained, stuck], 9) is None
     assert why_not_restarted([stuck, gained, stuck], 9) is None

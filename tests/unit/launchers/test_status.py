@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from launchers.progress import State, read_progress
+from launchers.run_progress import RunState, read_progress
 from launchers.status import duration, find_runs, main, many_runs, one_run
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.lease import Holder, Lease
@@ -64,7 +64,7 @@ def test_a_run_that_runs(tmp_path: Path) -> None:
         run = read_progress(folder.path)
     finally:
         lease.release()
-    assert run.state is State.RUNNING
+    assert run.state is RunState.RUNNING
     assert (run.step, run.total_steps, run.tokens_per_second, run.remaining_seconds) == (3, 100, 1000.0, 48.5)
     assert (run.checkpoint_step, run.save_seconds, run.losses) == (2, 1.5, {"total": 2.25})
     shown = text(one_run(run))
@@ -75,17 +75,17 @@ def test_a_run_that_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "state"),
     [
-        (0, State.DONE),
-        (75, State.STOPPED),
-        (78, State.REFUSED),
-        (69, State.REFUSED),
-        (65, State.REFUSED),
-        (70, State.DIVERGED),
-        (1, State.FAILED),
-        (None, State.DIED),
+        (0, RunState.DONE),
+        (75, RunState.STOPPED),
+        (78, RunState.REFUSED),
+        (69, RunState.REFUSED),
+        (65, RunState.REFUSED),
+        (70, RunState.DIVERGED),
+        (1, RunState.FAILED),
+        (None, RunState.DIED),
     ],
 )
-def test_how_the_latest_attempt_ended(verdict: int | None, state: State, tmp_path: Path) -> None:
+def test_how_the_latest_attempt_ended(verdict: int | None, state: RunState, tmp_path: Path) -> None:
     assert read_progress(Folder(tmp_path).attempt(0, 1).attempt(1, verdict).path).state is state
 
 
@@ -94,13 +94,13 @@ def test_a_writer_that_is_silent_and_one_that_is_dead(tmp_path: Path) -> None:
     me = Holder.this_process("a0")
     elsewhere = {**me.__dict__, "machine": "another", "host": "node7"}
     (folder.path / "lease.json").write_text(f"0\n{json.dumps(elsewhere)}\n")
-    assert read_progress(folder.path).state is State.RUNNING
+    assert read_progress(folder.path).state is RunState.RUNNING
     later = read_progress(folder.path, now=time.time() + 600)
-    assert later.state is State.SILENT
+    assert later.state is RunState.SILENT
     assert "process" in text(one_run(later))
     assert "on node7, last heartbeat 10 min ago" in text(one_run(later))
     (folder.path / "lease.json").write_text(f"0\n{json.dumps({**me.__dict__, 'pid': 2**22 - 1})}\n")
-    assert read_progress(folder.path).state is State.DIED
+    assert read_progress(folder.path).state is RunState.DIED
 
 
 def test_restarts_are_shown_with_their_reasons(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     (folder.path / "status.json").write_text("{")
     (folder.path / "config.yaml").write_text(": : :")
     run = read_progress(folder.path)
-    assert (run.state, run.step, run.total_steps) == (State.UNREADABLE, 1, None)
+    assert (run.state, run.step, run.total_steps) == (RunState.UNREADABLE, 1, None)
     assert "status.json: damaged" in text(one_run(run)).replace("\n", "")
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from launchers.attempts import last_output
 from launchers.command import RankCommand
-from launchers.ending import ABORTED, Outcome, ShutdownTimeouts
+from launchers.rank_tracker import ABORTED, Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks, StopSignals
 from moe_dist.runtime.signals import STOP_SIGNALS
 
@@ -201,7 +201,7 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
     launcher = f"""
 import sys
 from launchers.command import RankCommand
-from launchers.ending import ShutdownTimeouts
+from launchers.rank_tracker import ShutdownTimeouts
 from launchers.supervise import Ranks, StopSignals
 argv = (sys.executable, {str(tmp_path / "rank.py")!r}, {str(tmp_path)!r})
 logs = [open(f"{tmp_path}/log{{rank}}", "ab") for rank in range(2)]

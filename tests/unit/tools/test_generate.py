@@ -95,10 +95,10 @@ def test_a_sheet_has_the_held_out_captions(run: Path, tmp_path: Path) -> None:
     assert sheet.read_bytes() == first
     both = call(run, "--sheet", sheet, "--captions", 3, "--samples", 2, "--originals")
     assert "3 held-out captions, beside the held-out picture" in both.stdout.replace("\n", " ")
-    material = find_trained(run, step=None, data=None, allow=lambda _: []).material()
-    caption = choose_captions(material.heldout(), 3, starting="", seed=0)[0]
-    original = next(found.codes for found in material.heldout() if found.caption == caption)
-    expected = np.asarray(picture_of(original, material.codebook).resize((96, 96), Image.Resampling.NEAREST), np.float64)
+    vocabulary = find_trained(run, step=None, data=None, allow=lambda _: []).vocabulary()
+    caption = choose_captions(vocabulary.heldout(), 3, starting="", seed=0)[0]
+    original = next(found.codes for found in vocabulary.heldout() if found.caption == caption)
+    expected = np.asarray(picture_of(original, vocabulary.codebook).resize((96, 96), Image.Resampling.NEAREST), np.float64)
     shown = np.asarray(Image.open(sheet).convert("RGB").crop((12, 12, 108, 108)), np.float64)
     assert np.abs(shown - expected).mean() < 8  # the sheet has fewer colours
     assert np.abs(shown - np.asarray(Image.open(io.BytesIO(first)).convert("RGB").crop((12, 12, 108, 108)))).mean() > 8

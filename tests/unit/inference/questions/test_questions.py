@@ -18,7 +18,7 @@ from moe_dist.inference.questions.pictures import pictures
 from moe_dist.inference.questions.split import Side, on_side, side_of
 from moe_dist.inference.questions.trivia import alternatives, trivia
 from moe_dist.inference.questions.wordnet import WordNet
-from moe_dist.inference.vocabulary import Heldout, Vocabulary
+from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 from tests.support.wordnet_files import offset_of, write_wordnet
 
 WORDS = [
@@ -171,9 +171,9 @@ class Pictured:
     def __init__(self, train: list[tuple[str, int]], valid: list[tuple[str, int]]) -> None:
         self._sides = {"train": train, "valid": valid}
 
-    def pictured(self, side: str, *, most: int | None = None) -> Iterator[Heldout]:
+    def pictured(self, side: str, *, most: int | None = None) -> Iterator[HeldoutPicture]:
         for caption, number in self._sides[side]:
-            yield Heldout(caption, np.array([number]))
+            yield HeldoutPicture(caption, np.array([number]))
 
 
 def test_of_a_family_that_is_trained_on_no_picture_is_asked_about_elsewhere() -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from launchers.doctor import meeting
-from launchers.doctor.meeting import Seen, connect, listen
+from launchers.doctor.meeting import Reachability, connect, listen
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
 LOCAL = {HOST_VARIABLE: "127.0.0.1"}
 
 
-def meet(path: Path, nodes: int, variables: dict[str, str]) -> list[Seen]:
+def meet(path: Path, nodes: int, variables: dict[str, str]) -> list[Reachability]:
     """What each node saw, the first one last."""
-    seen: list[Seen] = []
+    seen: list[Reachability] = []
     others = [threading.Thread(target=lambda: seen.append(connect(path))) for _ in range(nodes - 1)]
     for other in others:
         other.start()
@@ -26,7 +26,7 @@ def meet(path: Path, nodes: int, variables: dict[str, str]) -> list[Seen]:
 
 
 def test_all_come(tmp_path: Path) -> None:
-    assert meet(tmp_path / "meeting", 3, LOCAL) == [Seen({}), Seen({}), Seen({})]
+    assert meet(tmp_path / "meeting", 3, LOCAL) == [Reachability({}), Reachability({}), Reachability({})]
 
 
 def test_a_name_that_does_not_resolve_is_told_by_each(tmp_path: Path) -> None:
@@ -37,10 +37,10 @@ def test_a_name_that_does_not_resolve_is_told_by_each(tmp_path: Path) -> None:
 
 def test_a_first_node_that_nobody_reaches(tmp_path: Path) -> None:
     (tmp_path / "meeting").write_text(json.dumps({"host": "localhost", "address": "127.0.0.1", "port": 1}))
-    assert connect(tmp_path / "meeting") == Seen({}, "Connection refused")
+    assert connect(tmp_path / "meeting") == Reachability({}, "Connection refused")
 
 
 def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "WAIT_SECONDS", 0.2)
-    assert connect(tmp_path / "meeting") == Seen({})
-    assert listen(tmp_path / "meeting", 2, LOCAL) == Seen({})
+    assert connect(tmp_path / "meeting") == Reachability({})
+    assert listen(tmp_path / "meeting", 2, LOCAL) == Reachability({})

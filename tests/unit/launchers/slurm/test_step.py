@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launchers.slurm.step import SlurmJob, conclude, requeue_job, run_step
-from launchers.snapshot import Snapshot
+from launchers.snapshot import CodeSnapshot
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config
@@ -127,7 +127,7 @@ def test_a_job_is_requeued_where_it_still_runs_and_may(
     requeued: bool,
 ) -> None:
     asked = slurm(state, code)
-    requeue_job(JOB, Snapshot(Path("/runs/it's/slurm/x")), no)
+    requeue_job(JOB, CodeSnapshot(Path("/runs/it's/slurm/x")), no)
     said = capsys.readouterr().err
     assert words in said
     assert ("requeue 12" in asked.read_text() if asked.exists() else False) == requeued
@@ -139,5 +139,5 @@ def test_one_task_of_an_array_goes_on_by_itself(
     slurm: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm("RUNNING", 1)
-    requeue_job(SlurmJob("12", 1, 3, Path("/clone")), Snapshot(Path("/s")), None)
+    requeue_job(SlurmJob("12", 1, 3, Path("/clone")), CodeSnapshot(Path("/s")), None)
     assert "continue with: sbatch --array=3 /s/train.sbatch" in capsys.readouterr().err

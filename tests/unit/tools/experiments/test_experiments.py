@@ -8,7 +8,7 @@ from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import layout_without_data, manifest_violations
-from tools.experiments.conventions import CONVENTIONS
+from tools.experiments.convention_data import CONVENTIONS
 from tools.experiments.study import Study, StudyJob, config_of, jobs_of, load_study
 
 NAMES = ("adamoe", "adamoe-held", "moma", "moma-narrow", "nulls-by-modality", "mole", "roma")

@@ -12,8 +12,8 @@ from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tools.experiments.measure import planned
 from tools.experiments.probes import bound_for_load, changed_routing, flip, flip_depths, second_weights, swapped, threshold
+from tools.experiments.sent_rows import SentRows, rank_of_tokens
 from tools.experiments.tokens import Tokens, binned, input_filler, loads, losses
-from tools.experiments.wire import WireCount, rank_of_tokens
 
 GROUP = ExpertGroup("all", num_experts=4, num_null=2, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",))
 
@@ -37,7 +37,7 @@ def test_rows_on_the_wire_by_hand() -> None:
     token 2: expert 1, null  on rank 0                          1 row,  1 remote pair
     token 3: expert 2, null  at home                            0 rows, 0 remote pairs
     """
-    count = WireCount(ExpertPlacement((GROUP,), ((0, 1), (2, 3))))
+    count = SentRows(ExpertPlacement((GROUP,), ((0, 1), (2, 3))))
     pairs = [(0, 0), (0, 1), (1, 2), (1, 3), (2, 1), (2, ABSENT), (3, 2), (3, ABSENT)]
     count.add(routing(pairs, tokens=4, nulls=2), np.array([0, 0, 1, 1]))
     found = {key: 4 * value for key, value in count.per_token().items()}

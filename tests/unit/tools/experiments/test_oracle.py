@@ -20,7 +20,7 @@ from moe_dist.train.evaluation.heldout import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from tools.experiments import oracle
 from tools.experiments.oracle import Oracle, check_routers
-from tools.experiments.tokens import watched_routers
+from tools.experiments.tokens import recorded_routers
 
 BASE = Path(__file__).parents[4] / "configs/reproduce/base.yaml"
 VOCAB, LAYERS = 32, 3
@@ -97,7 +97,7 @@ def test_logits_move_by_the_offset_in_the_chosen_layer_at_the_scored_tokens() ->
     offset_BLC = torch.tensor([[[1.0, -2.0, 0.5, 3.0]]])
     seen: list[list[Routing]] = []
     for scored_BS in (batch.labels_BS >= 0, torch.zeros_like(batch.labels_BS, dtype=torch.bool)):
-        with changed._moved(scored_BS, offset_BLC), watched_routers(model) as routings:
+        with changed._moved(scored_BS, offset_BLC), recorded_routers(model) as routings:
             forward(model, batch, GROUPS)
         seen.append([each.routing for each in routings])
     assert (batch.labels_BS >= 0).tolist() == [[False, False, True, True]]

@@ -22,8 +22,8 @@ from tests.support.tiny_embedder import tiny_embedder
 from tests.support.wordnet_files import write_wordnet
 from tools.evaluate import ask, write
 from tools.experiments import question_data
-from tools.experiments.asking import Asking, check_questions, make_samples
 from tools.experiments.measure_schema import QuestionsSection
+from tools.experiments.questions import QuestionRound, check_questions, make_samples
 
 SIZE, LEFT = 80, 6
 
@@ -47,8 +47,8 @@ def made(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def catalogue_of(folder: Path, words: Path) -> tuple[Manifest, Vocabulary, Catalogue]:
     manifest = load_manifest(folder)
-    material = Vocabulary(folder, manifest, vocab_size=manifest.vocab_size)
-    return manifest, material, Catalogue(material, tuple(manifest.sources), words)
+    vocabulary = Vocabulary(folder, manifest, vocab_size=manifest.vocab_size)
+    return manifest, vocabulary, Catalogue(vocabulary, tuple(manifest.sources), words)
 
 
 def documents(folder: Path, manifest: Manifest, source: str, side: str) -> dict[str, str]:
@@ -68,8 +68,8 @@ def test_documents_are_answered_training_questions_that_are_not_left_to_router_t
     made: Path, own_data: Path, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reasoning, "SIZE", SIZE)
-    manifest, material, catalogue = catalogue_of(made, words)
-    prompts = Prompts(material, listed=False)
+    manifest, vocabulary, catalogue = catalogue_of(made, words)
+    prompts = Prompts(vocabulary, listed=False)
     assert set(manifest.sources) == {*load_manifest(own_data).sources, "wordnet", "reasoning"}
     for source, tasks in question_data.TASKS.items():
         train, valid = (documents(made, manifest, source, side) for side in ("train", "valid"))
@@ -81,7 +81,7 @@ def test_documents_are_answered_training_questions_that_are_not_left_to_router_t
             for side in Side:
                 for place, question in enumerate(catalogue.questions(task, side, limit=None)):
                     right = prompts(question)[question.answer]
-                    asked, answer = (material.tokenizer.decode(list(part)) for part in right)
+                    asked, answer = (vocabulary.tokenizer.decode(list(part)) for part in right)
                     if side is Side.TRAIN and place >= LEFT and source == "wordnet":
                         assert train.get(asked) == (None if question.id in reverses else answer)
                     elif side is Side.VALID:
@@ -115,7 +115,7 @@ def test_a_run_is_asked_as_the_evaluation_asks(
         tasks=("wordnet-definition", "wordnet-category"), limit=12, wordnet=str(words), listed=listed
     )
     model = trained.load(torch.device("cpu"))
-    asking = Asking(
+    question_round = QuestionRound(
         model,
         trained.config,
         trained.manifest,
@@ -124,13 +124,13 @@ def test_a_run_is_asked_as_the_evaluation_asks(
         side=side,
     )
     asked: list[object] = []
-    monkeypatch.setattr("tools.experiments.asking.ask", lambda *given: asked.append(given[1]) or ask(*given))
-    found = asking.record()
-    _, material, catalogue = catalogue_of(own_data, words)
+    monkeypatch.setattr("tools.experiments.questions.ask", lambda *given: asked.append(given[1]) or ask(*given))
+    found = question_round.record()
+    _, vocabulary, catalogue = catalogue_of(own_data, words)
     likelihood, answered = trained.likelihood(torch.device("cpu")), {}
     for task in section.tasks:
         questions = catalogue.questions(task, side, limit=12)
-        written = write(questions, Prompts(material, listed=listed), rotations=False, max_seq_len=192)
+        written = write(questions, Prompts(vocabulary, listed=listed), rotations=False, max_seq_len=192)
         assert written in asked
         answered[task] = ask(questions, written, likelihood)
     expected = results(answered, seed=0)
@@ -140,7 +140,7 @@ def test_a_run_is_asked_as_the_evaluation_asks(
         for name, each in expected["tasks"].items()  # pyright: ignore[reportAttributeAccessIssue]
     }
     assert found["side"] == side
-    assert set(asking.oracle()["by_task"]) == set(section.tasks)
+    assert set(question_round.oracle()["by_task"]) == set(section.tasks)
 
 
 def test_the_same_numbers_in_another_order_stand_on_one_side() -> None:

@@ -23,7 +23,7 @@ def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
     return make_placement(InterleavedSection(), placement.groups, num_ranks=ep, token_mix={})
 
 
-class WireCount:
+class SentRows:
     """Adds up what each rank would have sent.
 
     Args:

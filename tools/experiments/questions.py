@@ -33,7 +33,7 @@ MEASURE = MEASURES[0]  # by token
 SAMPLES = "samples"
 
 
-class Asking:
+class QuestionRound:
     """Asks one model the questions of one side, choices by their log-likelihood a token.
 
     Args:
@@ -57,7 +57,7 @@ class Asking:
         self._model, self._config, self._manifest, self._section = model, config, manifest, section
         self._group_of_modality = group_of_modality
         tasks, catalogue = catalogue_of(section, config, manifest)
-        self._prompts, self._side = Prompts(catalogue.material, listed=section.listed), side
+        self._prompts, self._side = Prompts(catalogue.vocabulary, listed=section.listed), side
         self._questions = {task: catalogue.questions(task, side, limit=section.limit) for task in tasks}
         self._likelihood = Likelihood(
             model, manifest, group_of_modality=group_of_modality.tolist(), max_seq_len=config.model.max_seq_len
@@ -111,8 +111,8 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
         ConfigError: a task is unknown, or a package that it needs is missing.
     """
     tasks = task_names(",".join(section.tasks))
-    material = Vocabulary(config.data.path, manifest, vocab_size=config.model.vocab_size)
-    catalogue = Catalogue(material, tuple(manifest.sources), Path(section.wordnet))
+    vocabulary = Vocabulary(config.data.path, manifest, vocab_size=config.model.vocab_size)
+    catalogue = Catalogue(vocabulary, tuple(manifest.sources), Path(section.wordnet))
     catalogue.check(tasks)
     return tasks, catalogue
 

@@ -25,8 +25,8 @@ SILENT_SECONDS = 90.0  # a lease is renewed every 5 s; the rest allows for clock
 _STEP_LINE = b'"kind":"step"'
 
 
-class State(Enum):
-    """State of a run."""
+class RunState(Enum):
+    """RunState of a run."""
 
     NEW = "not begun"
     RUNNING = "running"
@@ -41,22 +41,22 @@ class State(Enum):
 
 
 _STATES = {
-    0: State.DONE,
-    StoppedError.exit_code: State.STOPPED,
-    DivergedError.exit_code: State.DIVERGED,
-    ConfigError.exit_code: State.REFUSED,
-    DataError.exit_code: State.REFUSED,
-    PlacementError.exit_code: State.REFUSED,
+    0: RunState.DONE,
+    StoppedError.exit_code: RunState.STOPPED,
+    DivergedError.exit_code: RunState.DIVERGED,
+    ConfigError.exit_code: RunState.REFUSED,
+    DataError.exit_code: RunState.REFUSED,
+    PlacementError.exit_code: RunState.REFUSED,
 }
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """A run at one moment.
 
     Attributes:
         name, folder: Name and folder of the run.
-        state: State of the run.
+        state: RunState of the run.
         why: Reason of the latest attempt, or the error in reading the run folder.
         step, total_steps: Last recorded step and train.steps; total_steps is None if the configuration cannot be read.
         tokens_per_second, step_seconds: Medians over the last steps; None before the first step.
@@ -70,7 +70,7 @@ class Progress:
 
     name: str
     folder: Path
-    state: State
+    state: RunState
     why: str = ""
     step: int = 0
     total_steps: int | None = None
@@ -93,12 +93,12 @@ class Progress:
     @property
     def remaining_seconds(self) -> float | None:
         """Seconds to the last step at the current throughput; None if the run is not running or has no throughput yet."""
-        if self.state is not State.RUNNING or self.total_steps is None or self.step_seconds is None:
+        if self.state is not RunState.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds
 
 
-def read_progress(path: Path, *, now: float | None = None) -> Progress:
+def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
     """Reads the run in `path`. If status.json is damaged or unreadable, the state is UNREADABLE and `why` is the error.
 
     Args:
@@ -114,9 +114,9 @@ def read_progress(path: Path, *, now: float | None = None) -> Progress:
     latest = attempts[-1] if attempts else None
     step = records[0]["step"] if records else 0
     holder, beat_age = _holder(folder.lease_json), _age(folder.lease_json, now)
-    state = State.UNREADABLE if unreadable else _state(latest, holder, beat_age)
+    state = RunState.UNREADABLE if unreadable else _state(latest, holder, beat_age)
     committed = committed_step(folder.checkpoints)
-    return Progress(
+    return RunProgress(
         name=path.name,
         folder=path,
         state=state,
@@ -141,12 +141,12 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "status.json").is_file()
 
 
-def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float | None) -> State:
+def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float | None) -> RunState:
     if holder is not None and not holder.is_dead():
-        return State.RUNNING if beat_age is not None and beat_age < SILENT_SECONDS else State.SILENT
+        return RunState.RUNNING if beat_age is not None and beat_age < SILENT_SECONDS else RunState.SILENT
     if latest is None:
-        return State.NEW
-    return State.DIED if latest.verdict is None else _STATES.get(latest.verdict, State.FAILED)
+        return RunState.NEW
+    return RunState.DIED if latest.verdict is None else _STATES.get(latest.verdict, RunState.FAILED)
 
 
 def _holder(path: Path) -> Holder | None:

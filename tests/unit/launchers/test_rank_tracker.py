@@ -2,7 +2,7 @@
 
 import signal
 
-from launchers.ending import Outcome, RankTracker, ShutdownTimeouts
+from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 
 PATIENCE = ShutdownTimeouts(stop=60.0, peers=2.0, kill=4.0)
 

@@ -1,6 +1,6 @@
 """The data of the experiment mole: one question about each picture and caption, answered by conventions that contradict.
 
-    python -m tools.experiments.conventions --base .cache/data/reproduce --out .cache/data/conventions
+    python -m tools.experiments.convention_data --base .cache/data/reproduce --out .cache/data/conventions
 
 Of a picture it is asked which colour lies behind it, of a caption in which language it is. A convention calls the k-th of n
 answers by the (k + step)-th of their names. Which convention is meant is said by the instruction alone, one of many
