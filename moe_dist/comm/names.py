@@ -1,4 +1,4 @@
-"""Names of the collectives that carry tokens: in events, in the byte counts, and in reports of a rank that hangs.
+"""Names of the collectives: in events, in the byte counts, and in reports of a rank that hangs.
 
 The dispatchers put a hop (`INTER`, `INTRA`) before a name, and BACKWARD and the number of a chunk behind it.
 """
@@ -10,3 +10,9 @@ INTER, INTRA = "inter-node ", "intra-node "
 
 CHOICE_LOGITS = "choice logits"  # gathered by expert choice
 DEPTH_SCORES = "depth scores"  # gathered by mixture of depths
+
+# Outside the layers.
+LABEL_COUNTS, ROUTING_COUNTS, DEPTH_COUNTS = "label counts", "routing counts", "depth counts"
+STEP_SUMS = "norm, vote and statistics"
+ROUTER_GRADIENTS, EXPERT_GRADIENTS = "router gradients", "expert gradients"
+CALIBRATION_COUNTS, EVALUATION_COUNTS, EVALUATION_SUMS = "calibration counts", "evaluation counts", "evaluation sums"

@@ -17,8 +17,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
-from moe_dist.train.evaluation.heldout import forward
-from moe_dist.train.loss import token_losses
+from moe_dist.train.loss import forward, token_losses
 
 _BATCH_LOGITS = 1 << 26  # 256 MiB in fp32, and once more for the losses
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_dist.config.manifest import RESERVED_MODALITIES
-from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, StepStatistics
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, StepResult, StepStatistics
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -75,57 +75,58 @@ def build_record(
     Raises:
         ValueError: a modality has the name of a loss term.
     """
-    plan = tag_plan(len(groups), len(modalities), mixture_of_depths=stats.mixture_of_depths is not None)
+    result, counts = stats.result, stats.result.counts
+    depths = result.mixture_of_depths
+    plan = tag_plan(len(groups), len(modalities), mixture_of_depths=depths is not None)
     readings = readings or {}
-    losses = {name: _ratio(stats.loss_sum.get(name, 0.0), stats.labels.get(name, 0)) for name in modalities}
+    labels = dict(zip(modalities, result.labels_M.tolist(), strict=True))
+    losses = {name: _ratio(nll, labels[name]) for name, nll in zip(modalities, result.nll_M.tolist(), strict=True)}
     epochs = {name: float(stats.epochs.get(name, 0.0)) for name in modalities}
-    weighted_LR = weighted_rows(stats.choices_LC, stats.rows_LR, placement)
+    rows_LR = rows_by_rank(counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE, placement)
+    weighted_LR = weighted_rows(counts.choices_LC, rows_LR, placement)
+    dropped_LG = np.stack([counts.dropped_LE[:, group.experts].sum(1) for group in groups], axis=1)
     scalars = {
-        **loss_scalars(stats, losses if plan.loss_per_modality else {}),
+        **loss_scalars(result, losses, split=plan.loss_per_modality),
         "optim/lr": stats.lr,
-        "optim/grad_norm": stats.grad_norm,
+        "optim/grad_norm": result.grad_norm,
         "optim/skipped_steps": float(stats.skipped_steps),
         "optim/tokens": float(stats.tokens),
-        **group_scalars(stats.choices_LC, stats.tokens_LG, groups, split=plan.by_group, dropped_LG=stats.dropped_LG),
+        **group_scalars(counts.choices_LC, counts.tokens_LG, groups, split=plan.by_group, dropped_LG=dropped_LG),
         "moe/rank_imbalance": layer_mean(busiest_over_mean(weighted_LR)),
-        "moe/dropped": float(stats.dropped_LG.sum()),
-        "moe/dead_experts": float((stats.choices_LC[:, : placement.num_experts] == 0).sum()),
-        "moe/router_entropy": _ratio(stats.entropy_sum_LG.sum(), stats.tokens_LG.sum()),
-        **comm_scalars(stats.ledger, stats.comm_seconds),
+        "moe/dropped": float(dropped_LG.sum()),
+        "moe/dead_experts": float((counts.choices_LC[:, : placement.num_experts] == 0).sum()),
+        "moe/router_entropy": _ratio(counts.entropy_LG.sum(), counts.tokens_LG.sum()),
+        **comm_scalars(result.ledger, result.comm_seconds),
         **perf_scalars(stats, peak_flops),
         **{f"device/{name}": readings.get(f"device/{name}") for name in ("utilisation", "memory", "power")},
         **_epoch_scalars(epochs, plan.epochs_per_modality),
-        **(
-            {}
-            if stats.mixture_of_depths is None
-            else depth_scalars(stats.mixture_of_depths, split=DEPTH_FAMILY in plan.by_group)
-        ),
+        **({} if depths is None else depth_scalars(depths, split=DEPTH_FAMILY in plan.by_group)),
     }
     return Record(
         step=stats.step,
-        skipped=stats.skipped,
+        skipped=result.skipped,
         scalars=scalars,
         losses=losses,
-        labels={name: int(stats.labels.get(name, 0)) for name in modalities},
+        labels=labels,
         epochs=epochs,
         balance_coefficient=stats.balance_coefficient,
         arrays={
-            "choices_LC": stats.choices_LC,
-            "tokens_LG": stats.tokens_LG,
-            "rows_LR": stats.rows_LR,
-            "dropped_LG": stats.dropped_LG,
-            "entropy_LG": _divide(stats.entropy_sum_LG, stats.tokens_LG),
+            "choices_LC": counts.choices_LC,
+            "tokens_LG": counts.tokens_LG,
+            "rows_LR": rows_LR,
+            "dropped_LG": dropped_LG,
+            "entropy_LG": _divide(counts.entropy_LG, counts.tokens_LG),
             "weighted_rows_LR": weighted_LR,
-            **_choice_arrays(stats),
+            **({"above_LE": counts.above_LE, "idle_LG": counts.unrouted_LG} if counts.unrouted_LG.size else {}),
         },
-        ledger=dict(stats.ledger),
+        ledger=dict(result.ledger),
         host={
             **{name: value for name, value in readings.items() if not name.startswith("device/")},
-            **slowest_rank(stats.busy_seconds_W),
+            **slowest_rank(result.busy_seconds_W),
         },
-        busy_seconds_W=stats.busy_seconds_W,
-        load=active_against_target(stats.choices_LC, stats.tokens_LG, groups, stats.active_target),
-        mixture_of_depths=stats.mixture_of_depths,
+        busy_seconds_W=result.busy_seconds_W,
+        load=active_against_target(counts.choices_LC, counts.tokens_LG, groups, stats.active_target),
+        mixture_of_depths=depths,
     )
 
 
@@ -219,11 +220,6 @@ def depth_scalars(mixture_of_depths: DepthStatistics, *, split: bool) -> dict[st
     return scalars
 
 
-def _choice_arrays(stats: StepStatistics) -> dict[str, np.ndarray]:
-    """What there is to count where experts choose their tokens."""
-    return {"above_LE": stats.above_LE, "idle_LG": stats.unrouted_LG} if stats.unrouted_LG.size else {}
-
-
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
     """The rank that computed longest, its seconds, and the median of the others; empty for one rank alone."""
     if busy_seconds_W.size < 2:
@@ -236,22 +232,22 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
     }
 
 
-def loss_scalars(stats: StepStatistics, losses: Mapping[str, float | None]) -> dict[str, float | None]:
+def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
     """loss/total = nats of all modalities / labels of all + balance, z and auxiliary terms; and the parts, loss/auxiliary
     where auxiliary routers are trained, or routers tuned.
 
     Raises:
         ValueError: a modality has the name of a loss term.
     """
-    taken = sorted(set(losses) & set(RESERVED_MODALITIES))
+    taken = sorted(set(losses if split else ()) & set(RESERVED_MODALITIES))
     if taken:
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
-    nats = _ratio(sum(stats.loss_sum.values()), sum(stats.labels.values()))
-    total = None if nats is None else nats + stats.balance_loss + stats.z_loss + stats.auxiliary_loss
+    nats = _ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
+    total = None if nats is None else nats + result.balance + result.z + result.auxiliary
     # What is trained alone has no z-loss: its term takes that place among the scalars.
-    third = {"loss/auxiliary": stats.auxiliary_loss} if stats.auxiliary_loss else {"loss/z": stats.z_loss}
-    by_modality = {f"loss/{name}": value for name, value in losses.items()}
-    return {"loss/total": total, **by_modality, "loss/balance": stats.balance_loss, **third}
+    third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
+    by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
+    return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}
 
 
 class GroupChoices(NamedTuple):
@@ -374,7 +370,7 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
 
 def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, float | None]:
     """Throughput. mfu = FLOPs a token x tokens a second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
-    rate = _ratio(stats.step_tokens, stats.step_seconds)
+    rate = _ratio(stats.result.tokens, stats.step_seconds)
     mfu = rate * stats.flops_per_token / peak_flops if rate and stats.flops_per_token and peak_flops else None
     return {
         "perf/tokens_per_second": rate,

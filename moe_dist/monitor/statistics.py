@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_dist.placement.counts import StepCounts
+
 
 @dataclass(frozen=True)
 class DepthStatistics:
@@ -36,67 +38,69 @@ class DepthStatistics:
 
 
 @dataclass(frozen=True)
-class StepStatistics:
-    """One optimizer step, summed over all ranks and micro-batches.
+class StepResult:
+    """One optimizer step, summed over all ranks and micro-batches: plain numbers. Shape letters: M modalities of the data, in
+    the manifest's order; W ranks of the world.
 
     Attributes:
+        nll_M, labels_M: Token losses (nats) and scored labels by the label's modality.
+        balance, z: The balance terms as they entered the loss, coefficients included.
+        auxiliary: The term of auxiliary routers, or of router tuning, as it entered the loss; 0 without either.
+        grad_norm: Global norm before clipping, not finite where the step was skipped.
+        skipped: No rank took the step, since the loss or a gradient was not finite.
+        tokens: Input tokens without padding.
+        counts: Routing counts.
+        ledger: Sums of the dispatch ledger, by `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`. Bytes and rows.
+        comm_seconds: Mean over ranks of the time inside dispatch and combine collectives.
+        stop_requested: At least one rank was asked to stop.
+        mixture_of_depths: Of the layers that compute a share of the tokens alone; None without any.
+        busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
+            empty in the first step.
+    """
+
+    nll_M: np.ndarray
+    labels_M: np.ndarray
+    balance: float
+    z: float
+    auxiliary: float
+    grad_norm: float
+    skipped: bool
+    tokens: int
+    counts: StepCounts[np.ndarray]
+    ledger: Mapping[str, int]
+    comm_seconds: float
+    stop_requested: bool = False
+    mixture_of_depths: DepthStatistics | None = None
+    busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """A step's result, and what the loop knows of it.
+
+    Attributes:
+        result: Of the step.
         step: Steps taken, this one included (1 is the first).
-        loss_sum: Sum of token losses by the label's modality, in nats.
-        labels: Unmasked labels by modality.
-        balance_loss, z_loss: The terms as they entered the loss, coefficients included.
         balance_coefficient: Coefficient of the balance loss in this step.
         lr: Learning rate of this step.
-        grad_norm: Global gradient norm before clipping; not finite where the step was skipped.
-        skipped: Whether the step was skipped on all ranks.
         skipped_steps: Skipped steps so far.
         tokens: Tokens seen so far (padding excluded).
-        step_tokens: Tokens of this step (padding excluded).
-        choices_LC: int64, how often each column was chosen, before any capacity.
-        tokens_LG: int64, tokens routed in each group.
-        entropy_sum_LG: float64, sum over tokens of the entropy (nats) of the router's softmax.
-        rows_LR: int64, (token, expert) pairs computed by each EP position, summed over the EP groups.
-        dropped_LG: int64, pairs dropped by a capacity; zeros where there is none.
-        above_LE, unrouted_LG: int64, where experts choose their tokens: tokens above each expert's threshold, and tokens that
-            no expert took; without columns where tokens choose.
-        auxiliary_loss: The term of auxiliary routers, or of router tuning, as it entered the loss; 0 without either.
-        ledger: Sums over ranks and layers of the dispatch ledger, see `moe_dist.moe.dispatch.ledger`. Bytes and rows.
-        comm_seconds: Mean over ranks of the time inside dispatch and combine collectives.
         step_seconds: Wall time of the step.
         epochs: Epochs seen of each modality.
         flops_per_token: Forward and backward FLOPs a token at the measured number of experts; None if unknown.
-        busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
         active_target: True experts a token that a controller holds a group at, by group.
-        mixture_of_depths: Of the layers that compute a share of the tokens alone; None without any.
     """
 
+    result: StepResult
     step: int
-    loss_sum: Mapping[str, float]
-    labels: Mapping[str, int]
-    balance_loss: float
-    z_loss: float
     balance_coefficient: float
     lr: float
-    grad_norm: float
-    skipped: bool
     skipped_steps: int
     tokens: int
-    step_tokens: int
-    choices_LC: np.ndarray
-    tokens_LG: np.ndarray
-    entropy_sum_LG: np.ndarray
-    rows_LR: np.ndarray
-    dropped_LG: np.ndarray
-    ledger: Mapping[str, int]
-    comm_seconds: float
     step_seconds: float
     epochs: Mapping[str, float] = field(default_factory=dict)
     flops_per_token: float | None = None
-    busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    above_LE: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    unrouted_LG: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    auxiliary_loss: float = 0.0
     active_target: Mapping[str, float] = field(default_factory=dict)
-    mixture_of_depths: DepthStatistics | None = None
 
 
 @dataclass(frozen=True)

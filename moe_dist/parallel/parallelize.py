@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.comm.collectives import sum_gradients, sum_small_gradients
+from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.roles import ROUTERS, Role, named_parameters
@@ -83,11 +84,11 @@ class ParallelModel:
     def reduce_gradients(self) -> None:
         """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
-        sum_small_gradients(routers, self.mesh.world, name="router gradients", tracker=self.mesh.tracker)
+        sum_small_gradients(routers, self.mesh.world, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
             experts = [info.parameter for info in self.parameters if info.role is Role.EXPERT]
             experts = [parameter for parameter in experts if parameter.numel() and parameter.requires_grad]
-            sum_gradients(experts, self.mesh.edp, name="expert gradients", tracker=self.mesh.tracker)
+            sum_gradients(experts, self.mesh.edp, name=EXPERT_GRADIENTS, tracker=self.mesh.tracker)
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:

@@ -141,11 +141,12 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
+    balance: BiasController | None = None
     tuning: RouterTuning | None = None
 
     def controllers(self) -> dict[str, BiasController | RouterTuning]:
         """What resumes besides tensors, by name."""
-        found = {"balance": self.step.balance, "router_tuning": self.tuning}
+        found = {"balance": self.balance, "router_tuning": self.tuning}
         return {name: each for name, each in found.items() if each is not None}
 
 
@@ -181,6 +182,8 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     groups = group_of_modality(manifest, placement)
     whole = config.train.only is None  # else routers that choose stand still, and thresholds follow no step
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
+    balance = build_balance(config.model.moe, model, placement.groups)
+    thresholds = (ThresholdUpdater.of(model.moe_modules()), depth_thresholds(model)) if whole else ()
     step = TrainingStep(
         parallel,
         optimizer,
@@ -188,13 +191,11 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         group_of_modality=groups,
         clip_norm=section.clip_norm,
         comm_stats=comm_stats,
-        thresholds=ThresholdUpdater.of(model.moe_modules()) if whole else None,
+        controllers=[each for each in (balance, *thresholds) if each is not None],
         needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
-        balance=build_balance(config.model.moe, model, placement.groups),
-        mixture_of_depths=depth_thresholds(model) if whole else None,
         tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
     )
-    return Training(parallel, optimizer, step, tuning)
+    return Training(parallel, optimizer, step, balance, tuning)
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:

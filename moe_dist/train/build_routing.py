@@ -71,4 +71,6 @@ def build_depth_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> Sele
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
     """Follows the depth routers' choices after each step; None where none has a threshold."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
-    return ThresholdUpdater([[router] for router in routers], routers[0].threshold_decay) if routers else None
+    if not routers:
+        return None
+    return ThresholdUpdater([[router] for router in routers], routers[0].threshold_decay, mixture_of_depths=True)

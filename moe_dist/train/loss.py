@@ -4,20 +4,23 @@ Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layer
 E true experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.names import DEPTH_COUNTS, ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.data.batch import IGNORED
+from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
-from moe_dist.moe.routing import LayerReport
+from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
+from moe_dist.placement.counts import FRACTIONAL, StepCounts
 
 
 @dataclass(frozen=True)
@@ -30,34 +33,6 @@ class AuxSettings:
     null_weight_G: tuple[float, ...] | None = None
 
 
-class GlobalCounts(NamedTuple):
-    """Counts of one micro-batch over all ranks: choices [L, C], tokens and entropy [L, G], dropped ones [L, E]; float64.
-
-    Where experts choose their tokens also `kth_score_LE`, `above_LE` and `unrouted_LG`, see `ChoiceSums`; else these have no columns.
-    """
-
-    choices_LC: Tensor
-    tokens_LG: Tensor
-    entropy_LG: Tensor
-    dropped_LE: Tensor
-    kth_score_LE: Tensor
-    above_LE: Tensor
-    unrouted_LG: Tensor
-
-
-class DepthCounts(NamedTuple):
-    """Sums of `DepthSums` over all ranks, by layer that computes a share of the tokens: float64 [L]; tokens of each group,
-    and those of them that are taken: [L, G]."""
-
-    tokens_L: Tensor
-    taken_L: Tensor
-    agreed_L: Tensor
-    kth_score_L: Tensor
-    weight_L: Tensor
-    members_LG: Tensor
-    taken_LG: Tensor
-
-
 class MicroLoss(NamedTuple):
     """One micro-batch on this rank.
 
@@ -67,7 +42,6 @@ class MicroLoss(NamedTuple):
         balance, z, auxiliary: This rank's shares of the terms as they entered `total`, the last of what is trained alone
             (auxiliary routers, router tuning); float64, no gradient.
         counts: Routing counts over all ranks.
-        mixture_of_depths: Those of layers that compute a share of the tokens; None without any.
     """
 
     total: Tensor
@@ -75,8 +49,7 @@ class MicroLoss(NamedTuple):
     balance: Tensor
     z: Tensor
     auxiliary: Tensor
-    counts: GlobalCounts
-    mixture_of_depths: DepthCounts | None = None
+    counts: StepCounts[Tensor]
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -95,18 +68,69 @@ def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, 
     return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
 
 
+def forward(
+    model: Callable[..., tuple[Tensor, Sequence[LayerReport]]],
+    batch: Batch,
+    group_of_modality: Tensor,
+    batch_info: GlobalBatchInfo | None = None,
+    probe_tokens_A: Tensor | None = None,
+) -> tuple[Tensor, Sequence[LayerReport]]:
+    """Logits and reports of one batch on its device, in training and in evaluation: a transformer, or its parallel wrapper,
+    over a `Batch`."""
+    group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, batch_info, probe_tokens_A)
+
+
 def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
-) -> GlobalCounts:
-    """Sums the layers' counts over all ranks: one all-reduce a micro-batch, outside any recomputation."""
+) -> StepCounts[Tensor]:
+    """Sums the layers' counts over all ranks, outside any recomputation: one all-reduce a micro-batch, and one more where
+    layers compute a share of the tokens."""
     sums = [report.sums for report in reports]
     rows = [
         (each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E, *(each.choice or [each.tokens_G[:0]] * 3))
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    packed = sum_over(torch.cat(parts, dim=1), group, name="routing counts", tracker=tracker)
-    return GlobalCounts(*packed.split([part.shape[1] for part in parts], dim=1))
+    # Rows of layers, not whole fields: which rank adds an element first depends on where it stands in the vector.
+    packed = sum_over(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
+    routing = packed.split([part.shape[1] for part in parts], dim=1)
+    return StepCounts(*routing, *_depth_counts(reports, routing[1], group, tracker))
+
+
+def _depth_counts(
+    reports: Sequence[LayerReport],
+    tokens_LG: Tensor,
+    group: dist.ProcessGroup | None,
+    tracker: CollectiveTracker | None,
+) -> Sequence[Tensor]:
+    """The fields depth_... of `StepCounts`; without rows, and without a collective, where no layer has a mixture of depths."""
+    rows = []
+    for report in reports:
+        if report.depth is not None and report.members_G is not None:
+            d = report.depth
+            single = torch.stack([part.to(torch.float64) for part in (d.tokens, d.taken, d.agreed, d.cut, d.weight)])
+            rows.append(torch.cat([single, report.members_G, report.sums.tokens_G]))
+    if not rows:
+        return [*[tokens_LG.new_zeros(0)] * 4, *[tokens_LG[:0]] * 2]
+    summed = sum_over(torch.stack(rows), group, name=DEPTH_COUNTS, tracker=tracker)
+    tokens_P, _, agreed_P, kth_score_P, weight_P = summed[:, :5].unbind(1)
+    return [tokens_P, agreed_P, kth_score_P, weight_P, *summed[:, 5:].chunk(2, dim=1)]
+
+
+def step_counts(micro_batches: Sequence[StepCounts[Tensor]]) -> StepCounts[Tensor]:
+    """The sum over a step's micro-batches, field by field."""
+    return StepCounts(*(torch.stack(parts).sum(0) for parts in zip(*micro_batches, strict=True)))
+
+
+def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
+    """Copies counts to the host, in one host sync; whole numbers become int64."""
+    flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()
+    arrays, end = {}, 0
+    for name, part in zip(counts._fields, counts, strict=True):
+        start, end = end, end + part.numel()
+        arrays[name] = flat[start:end].reshape(part.shape).astype(np.float64 if name in FRACTIONAL else np.int64)
+    return StepCounts(**arrays)
 
 
 def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
@@ -123,30 +147,13 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
     return torch.stack(known) / (tokens_LG.clamp_min(1.0) * tables.size_G).to(known[0].dtype)
 
 
-def depth_counts(
-    reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
-) -> DepthCounts | None:
-    """Sums the depth layers' counts over all ranks: one more all-reduce a micro-batch where there are such layers."""
-    rows = []
-    for report in reports:
-        if report.depth is not None and report.members_G is not None:
-            d = report.depth
-            single = torch.stack([part.to(torch.float64) for part in (d.tokens, d.taken, d.agreed, d.cut, d.weight)])
-            rows.append(torch.cat([single, report.members_G, report.sums.tokens_G]))
-    if not rows:
-        return None
-    summed = sum_over(torch.stack(rows), group, name="depth counts", tracker=tracker)
-    single_L5, by_group = summed[:, :5], summed[:, 5:]
-    return DepthCounts(*single_L5.unbind(1), *by_group.chunk(2, dim=1))
-
-
-def depth_auxiliary(reports: Sequence[LayerReport], tokens_L: Tensor) -> Tensor:
+def depth_auxiliary(reports: Sequence[LayerReport], tokens_P: Tensor) -> Tensor:
     """This rank's share of the auxiliary depth routers' loss: the mean binary cross entropy over all tokens, summed over
     the layers. Its gradient reaches these routers alone."""
     mixture_of_depths = [report.depth for report in reports if report.depth is not None]
-    terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_L.clamp_min(1.0), strict=True)
+    terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_P.clamp_min(1.0), strict=True)
              if depth.auxiliary is not None]  # fmt: skip
-    return torch.stack(terms).sum() if terms else tokens_L.new_zeros(())
+    return torch.stack(terms).sum() if terms else tokens_P.new_zeros(())
 
 
 def micro_loss(
@@ -186,9 +193,8 @@ def micro_loss(
     z = aux.z * share * z_terms(log_z_LG, counts.tokens_LG).sum()
     auxiliary = share * auxiliary_terms(reports, counts.tokens_LG, tables).sum()
     total = losses_BS.sum() / labels_in_step + balance + z + auxiliary
-    mixture_of_depths = depth_counts(reports, world, tracker)
-    if mixture_of_depths is not None:
-        total = total + share * depth_auxiliary(reports, mixture_of_depths.tokens_L)
+    if counts.depth_tokens_P.numel():
+        total = total + share * depth_auxiliary(reports, counts.depth_tokens_P)
     return MicroLoss(
         total=total,
         nll_M=sums_by_modality(losses_BS, labels_BS, label_modality_BS, num_modalities),
@@ -196,5 +202,4 @@ def micro_loss(
         z=z.detach().to(torch.float64),
         auxiliary=auxiliary.detach().to(torch.float64),
         counts=counts,
-        mixture_of_depths=mixture_of_depths,
     )

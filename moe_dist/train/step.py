@@ -5,8 +5,9 @@ micro-batch, the gradients, and one packed vector that is norm, vote and statist
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,65 +15,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_dist.comm.collectives import CommStats, sum_over
+from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
-from moe_dist.moe.routers.thresholds import ThresholdUpdater
-from moe_dist.moe.routing import LayerReport
-from moe_dist.monitor.statistics import DepthStatistics
+from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
+from moe_dist.monitor.statistics import DepthStatistics, StepResult
 from moe_dist.optim.adamw import clip_by_norm, local_norm_squared, set_lr
-from moe_dist.parallel.global_batch_info import batch_info_of, count_members
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
+from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.evaluation.heldout import forward
-from moe_dist.train.loss import AuxSettings, DepthCounts, GlobalCounts, MicroLoss, micro_loss
+from moe_dist.train.loss import AuxSettings, MicroLoss, forward, micro_loss, on_host, step_counts
 from moe_dist.train.router_tuning.tuning import RouterTuning
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Sums over all ranks and micro-batches of one step; plain numbers.
+class AfterStep(Protocol):
+    """A controller that follows the optimizer: it moves biases or thresholds, the same on all ranks."""
 
-    Attributes:
-        nll_M, labels_M: Token losses (nats) and scored labels by the label's modality.
-        balance, z: The balance terms as they entered the loss.
-        auxiliary: The term of auxiliary routers, or of router tuning, as it entered the loss; 0 without either.
-        grad_norm: Global norm before clipping, not finite where the step was skipped.
-        skipped: No rank took the step, since the loss or a gradient was not finite.
-        tokens: Input tokens without padding.
-        choices_LC, tokens_LG, entropy_LG: Routing counts, see `moe_dist.monitor.statistics`.
-        dropped_LE: int64, choices of each true expert that a capacity dropped.
-        above_LE, unrouted_LG: int64, where experts choose: tokens above each expert's threshold, and tokens that none took.
-            Else without columns.
-        ledger: Sums of the dispatch ledger, by `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`.
-        comm_seconds: Mean over ranks of the time inside the exchanges.
-        stop_requested: At least one rank was asked to stop.
-        mixture_of_depths: Of the layers that compute a share of the tokens alone; None without any.
-        busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
-            empty in the first step.
-    """
-
-    nll_M: np.ndarray
-    labels_M: np.ndarray
-    balance: float
-    z: float
-    auxiliary: float
-    grad_norm: float
-    skipped: bool
-    tokens: int
-    choices_LC: np.ndarray
-    tokens_LG: np.ndarray
-    entropy_LG: np.ndarray
-    dropped_LE: np.ndarray
-    above_LE: np.ndarray
-    unrouted_LG: np.ndarray
-    ledger: Mapping[str, int]
-    comm_seconds: float
-    stop_requested: bool
-    mixture_of_depths: DepthStatistics | None = None
-    busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    def after_step(self, counts: StepCounts[Tensor]) -> None:
+        """Called once after each step that was taken, with the step's counts over all ranks. No collective, no host sync."""
+        ...
 
 
 class TrainingStep:
@@ -85,11 +49,9 @@ class TrainingStep:
         group_of_modality: Expert group of each modality, in the data's order of modalities.
         clip_norm: Bound of the global gradient norm, or None.
         comm_stats: Counter of the model's wires.
-        balance: Moves the selection biases after each step that was taken; None where nothing does.
-        thresholds: Follows each step that was taken, where experts choose their tokens and the router is trained.
+        controllers: Follow each step that was taken, in this order.
         needs_global_batch_info: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
             costs a host sync at the step's beginning.
-        mixture_of_depths: Moves the thresholds of depth routers after each step that was taken, where the model has some.
         tuning: Adds the term of router tuning; the batches are of its samples then.
     """
 
@@ -102,10 +64,8 @@ class TrainingStep:
         group_of_modality: Sequence[int],
         clip_norm: float | None,
         comm_stats: CommStats,
-        balance: BiasController | None = None,
-        thresholds: ThresholdUpdater | None = None,
+        controllers: Sequence[AfterStep] = (),
         needs_global_batch_info: bool = False,
-        mixture_of_depths: ThresholdUpdater | None = None,
         tuning: RouterTuning | None = None,
     ) -> None:
         self.parallel = parallel
@@ -114,10 +74,8 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=parallel.mesh.device)
         self.clip_norm = clip_norm
         self.comm_stats = comm_stats
-        self.balance = balance
-        self.thresholds = thresholds
+        self.controllers = tuple(controllers)
         self.needs_global_batch_info = needs_global_batch_info
-        self.mixture_of_depths = mixture_of_depths
         self.tuning = tuning
         self._no_times = torch.zeros(parallel.mesh.world_size, dtype=torch.float64, device=parallel.mesh.device)
         self._times = self._no_times[:0]
@@ -146,14 +104,14 @@ class TrainingStep:
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = self._count_labels(batches)
         # The times of the step before ride along: sums of counts are exact in any order, so they change no bit.
-        members = count_members(
+        members = _count_members(
             batches, self.group_of_modality, mesh, len(self.placement.groups), asked=self.needs_global_batch_info
         )
         counts = torch.cat([labels_M.sum(1), self._times, members.flatten()])
-        counts = sum_over(counts, mesh.world, name="label counts", tracker=mesh.tracker)
+        counts = sum_over(counts, mesh.world, name=LABEL_COUNTS, tracker=mesh.tracker)
         micro_labels, times_W, flat = counts.split([len(batches), len(self._times), members.numel()])
         labels_in_step = micro_labels.sum().clamp_min(1.0)
-        batch_info = batch_info_of(batches, flat.view_as(members), mesh, number, self.comm_stats)
+        batch_info = _batch_infos(batches, flat.view_as(members), mesh, number, self.comm_stats)
         self.comm_stats.take()
 
         losses, forward_rows = [], torch.zeros(3, dtype=torch.float64)
@@ -188,7 +146,7 @@ class TrainingStep:
         self._times = self._no_times.clone()
         self._times[mesh.rank] = clock.seconds(self.comm_stats.seconds)
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
-        summed = sum_over(local, mesh.world, name="norm, vote and statistics", tracker=mesh.tracker)
+        summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
         return replace(self._vote_and_update(summed, losses, lr), busy_seconds_W=times_W.cpu().numpy())
 
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
@@ -253,25 +211,18 @@ class TrainingStep:
         labels_M = np.array(values[4 + num_modalities : 4 + 2 * num_modalities])
         host = values[4 + 2 * num_modalities :]
         finite = bool(np.isfinite([squared, balance, z, auxiliary, *nll_M]).all())
-        counts = GlobalCounts(*(torch.stack(part).sum(0) for part in zip(*(loss.counts for loss in losses), strict=True)))
+        counts = step_counts([loss.counts for loss in losses])
         if finite:
             norm = summed[0].sqrt()
             if self.clip_norm is not None:
                 clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
-            if self.thresholds is not None:
-                self.thresholds(counts.kth_score_LE, counts.tokens_LG)
-            if self.balance is not None:
-                self.balance.update(counts.choices_LC, counts.tokens_LG)
-        mixture_of_depths = _sum_depths(losses)
-        if finite and self.mixture_of_depths is not None and mixture_of_depths is not None:
-            self.mixture_of_depths(mixture_of_depths.kth_score_L, mixture_of_depths.tokens_L)
+            for controller in self.controllers:
+                controller.after_step(counts)
         # The optimizer knows neither empty nor frozen parameters; all gradients go.
         self.parallel.model.zero_grad(set_to_none=True)
-        widths = [part.shape[1] for part in counts]
-        shown = np.split(torch.cat(counts, dim=1).cpu().numpy(), np.cumsum(widths)[:-1], axis=1)
-        choices_LC, tokens_LG, entropy_LG, dropped_LE, _, above_LE, unrouted_LG = shown
+        shown = on_host(counts)
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
         return StepResult(
             nll_M=nll_M,
@@ -282,44 +233,24 @@ class TrainingStep:
             grad_norm=float(np.sqrt(squared)),
             skipped=not finite,
             tokens=int(tokens),
-            choices_LC=choices_LC.astype(np.int64),
-            tokens_LG=tokens_LG.astype(np.int64),
-            entropy_LG=entropy_LG,
-            dropped_LE=dropped_LE.astype(np.int64),
-            above_LE=above_LE.astype(np.int64),
-            unrouted_LG=unrouted_LG.astype(np.int64),
+            counts=shown,
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
             stop_requested=stop > 0,
-            mixture_of_depths=None if mixture_of_depths is None else self._depth_statistics(mixture_of_depths),
+            mixture_of_depths=self._depth_statistics(shown) if shown.depth_tokens_P.size else None,
         )
 
-    def _depth_statistics(self, mixture_of_depths: DepthCounts) -> DepthStatistics:
-        """On the host, in one copy behind that of the counts."""
-        columns = [
-            mixture_of_depths.agreed_L[:, None],
-            mixture_of_depths.weight_L[:, None],
-            mixture_of_depths.members_LG,
-            mixture_of_depths.taken_LG,
-        ]
-        table = torch.cat(columns, dim=1).cpu().numpy()
-        tokens_LG, taken_LG = np.split(table[:, 2:].astype(np.int64), 2, axis=1)
+    def _depth_statistics(self, counts: StepCounts[np.ndarray]) -> DepthStatistics:
         model = self.parallel.model
         return DepthStatistics(
             layers=model.args.depth_layers,
             capacity=model.depth_routers()[0].capacity,
             groups=tuple(group.name for group in self.placement.groups),
-            tokens_LG=tokens_LG,
-            taken_LG=taken_LG,
-            agreed_L=table[:, 0].astype(np.int64),
-            weight_L=table[:, 1],
+            tokens_LG=counts.depth_tokens_PG,
+            taken_LG=counts.depth_taken_PG,
+            agreed_L=counts.depth_agreed_P,
+            weight_L=counts.depth_weight_P,
         )
-
-
-def _sum_depths(losses: Sequence[MicroLoss]) -> DepthCounts | None:
-    """Over the step's micro-batches."""
-    parts = [loss.mixture_of_depths for loss in losses if loss.mixture_of_depths is not None]
-    return DepthCounts(*(torch.stack(each).sum(0) for each in zip(*parts, strict=True))) if parts else None
 
 
 class _BusyClock:
@@ -356,3 +287,44 @@ class _OwnCounts:
         """Taken true choices, null choices and tokens of each group. Syncs with the host."""
         true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()
         return true_G, null_G, tokens_G
+
+
+def _count_members(
+    batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, asked: bool
+) -> Tensor:
+    """This rank's tokens of each micro-batch and group in its row, zeros in the others', so that a sum over the ranks tells
+    all of them: float64 [W, I, G]; with I = 0 where no router asks."""
+    num_batches = len(batches) if asked else 0
+    members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
+    groups = torch.arange(num_groups, device=mesh.device)
+    for i in range(num_batches):
+        group_BS = torch.where(batches[i].padding_BS, -1, group_of_modality[batches[i].modality_BS])
+        members_WIG[mesh.rank, i] = (group_BS.flatten()[:, None] == groups).sum(0)
+    return members_WIG
+
+
+def _batch_infos(
+    batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, comm_stats: CommStats
+) -> list[GlobalBatchInfo | None]:
+    """The facts of each micro-batch from the sums over all ranks; None where no router asked.
+
+    Syncs with the host where one did: these are the sizes of all that layers then exchange without a sync of their own.
+    Every rank's i-th micro-batch has the same shape.
+    """
+    if not members_WIG.numel():
+        return [None] * len(batches)
+    flat = comm_stats.to_host("tokens of each rank and group", members_WIG.to(torch.int64).flatten())
+    counts_WIG, batch_info, first = np.array(flat).reshape(members_WIG.shape), [], 0
+    for i, batch in enumerate(batches):
+        length = batch.tokens_BS.numel()
+        batch_info.append(
+            GlobalBatchInfo(
+                step=step,
+                first_token=first,
+                rank=mesh.rank,
+                tokens_W=(length,) * mesh.world_size,
+                members_WG=tuple(tuple(row) for row in counts_WIG[:, i].tolist()),
+            )
+        )
+        first += length * mesh.world_size
+    return batch_info

@@ -11,14 +11,14 @@ import numpy as np
 from moe_dist.data.batch import Batch
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.monitor.devices import DeviceMonitor
-from moe_dist.monitor.metrics import build_record, evaluation_scalars, rows_by_rank
+from moe_dist.monitor.metrics import build_record, evaluation_scalars
 from moe_dist.monitor.sinks.sink import Sink
-from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
+from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import StepResult, TrainingStep
+from moe_dist.train.step import TrainingStep
 
 WINDOW = 100  # steps over which the final routing checks count
 
@@ -214,43 +214,23 @@ class Trainer:
         return result
 
     def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
+        counts, num_experts = result.counts, self._placement.num_experts
+        taken_E = (counts.choices_LC[:, :num_experts] - counts.dropped_LE).sum(0)
         experts, share = {}, {}
-        taken_LE = result.choices_LC[:, : self._placement.num_experts] - result.dropped_LE
-        groups = self._placement.groups
-        dropped_LG = np.stack([result.dropped_LE[:, group.experts].sum(1) for group in groups], axis=1)
-        for group, tokens in zip(groups, result.tokens_LG.sum(0), strict=True):
-            taken = taken_LE[:, group.experts].sum()
-            experts[group.name] = float(taken / max(1, tokens))
-            share[group.name] = float(tokens / max(1, result.tokens_LG.sum()))
+        for group, tokens in zip(self._placement.groups, counts.tokens_LG.sum(0), strict=True):
+            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
+            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
         return StepStatistics(
+            result,
             step=self.progress.step,
-            loss_sum=dict(zip(self._modalities, result.nll_M.tolist(), strict=True)),
-            labels=dict(zip(self._modalities, result.labels_M.tolist(), strict=True)),
-            balance_loss=result.balance,
-            z_loss=result.z,
-            auxiliary_loss=result.auxiliary,
             balance_coefficient=aux.balance,
             lr=lr,
-            grad_norm=result.grad_norm,
-            skipped=result.skipped,
             skipped_steps=self.progress.skipped_steps,
             tokens=self.progress.tokens,
-            step_tokens=result.tokens,
-            choices_LC=result.choices_LC,
-            tokens_LG=result.tokens_LG,
-            entropy_sum_LG=result.entropy_LG,
-            rows_LR=rows_by_rank(taken_LE, self._placement),
-            dropped_LG=dropped_LG,
-            above_LE=result.above_LE,
-            unrouted_LG=result.unrouted_LG,
-            ledger=result.ledger,
-            comm_seconds=result.comm_seconds,
             step_seconds=seconds,
             epochs=self._loader.epochs(self.progress.position),
             flops_per_token=self._plan.flops_per_token(experts, share),
-            busy_seconds_W=result.busy_seconds_W,
             active_target=self._plan.active_target,
-            mixture_of_depths=result.mixture_of_depths,
         )
 
     def _show(self, stats: StepStatistics) -> None:
@@ -288,22 +268,19 @@ class Trainer:
             sink.flush()  # records up to the checkpoint's step are not written again on resume
         self._saver.save(self.progress, durable=must)
 
-    def _window_sum(self, field: str) -> np.ndarray:
-        if not self._recent:  # resumed at the very end: nothing was routed in this attempt
-            columns = sum(group.num_columns for group in self._placement.groups)
-            return np.zeros((1, columns if field == "choices_LC" else len(self._placement.groups)), np.int64)
-        return np.sum([getattr(result, field) for result in self._recent], axis=0)
-
     def _checks(self, evaluation: EvaluationResult) -> list[Check]:
+        counts = [result.counts for result in self._recent]  # none if this attempt resumed at the very end
+        groups = self._placement.groups
+        no_choices_LC = np.zeros((1, sum(group.num_columns for group in groups)), np.int64)
         return run_checks(
             self._plan.checks,
             evaluation,
             self._baselines,
-            choices_LC=self._window_sum("choices_LC"),
-            tokens_LG=self._window_sum("tokens_LG"),
-            groups=self._placement.groups,
+            choices_LC=np.sum([each.choices_LC for each in counts], axis=0) if counts else no_choices_LC,
+            tokens_LG=np.sum([each.tokens_LG for each in counts], axis=0) if counts else no_choices_LC[:, : len(groups)],
+            groups=groups,
             skipped_steps=self.progress.skipped_steps,
-            window=len(self._recent),
+            window=len(counts),
             even_active=self._plan.even_active,
         )
 

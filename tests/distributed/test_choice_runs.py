@@ -144,7 +144,7 @@ def second_alone(run: Run, first_stage: list[WholeRun]) -> WholeRun:
 def test_the_second_stage_on_ranks_equals_one_rank(run: Run, second_alone: WholeRun, ranks: int, ep: int) -> None:
     alone, outcomes = second_alone, second_stage(run, ranks, ep)
     for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):
-        np.testing.assert_array_equal(ours.choices_LC, theirs.choices_LC)
+        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
         assert ours.auxiliary == pytest.approx(theirs.auxiliary, rel=1e-5)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
     merged = {name: value for outcome in outcomes for name, value in outcome.tensors.items()}

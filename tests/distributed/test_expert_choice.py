@@ -94,10 +94,10 @@ def test_ranks_equal_one_process_over_the_same_sets(
         for step, expected in zip(outcome.steps, oracle.steps, strict=True):
             for counts in ("choices_LC", "tokens_LG", "above_LE", "idle_LG"):
                 np.testing.assert_array_equal(getattr(step, counts), getattr(expected, counts), err_msg=counts)
-            assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.choices_LC.sum()
+            assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.counts.choices_LC.sum()
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-9)
-            np.testing.assert_allclose(step.entropy_LG, expected.entropy_LG, rtol=1e-9)
+            np.testing.assert_allclose(step.counts.entropy_LG, expected.counts.entropy_LG, rtol=1e-9)
             np.testing.assert_allclose(step.auxiliary, expected.auxiliary, rtol=1e-9)
             crossings = 5 if layout.recompute == "block" else 4
             if layout.choice_causal == "auxiliary":  # they learn from inputs without a gradient: nothing goes back
@@ -121,8 +121,8 @@ def test_ranks_equal_one_process_over_the_same_sets(
     planned = LAYERS * (1 if layout.per_pair else 1 + STEPS * MICRO_BATCHES)
     hop = "inter-node " if layout.ranks_per_node else ""
     assert outcomes[0].events.count(f"{hop}counts") == planned
-    assert oracle.steps[0].choices_LC.any()
-    assert oracle.steps[0].unrouted_LG.any()
+    assert oracle.steps[0].counts.choices_LC.any()
+    assert oracle.steps[0].counts.unrouted_LG.any()
 
 
 def test_recompute_changes_no_bit(

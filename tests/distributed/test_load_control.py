@@ -13,6 +13,7 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.reference.layer import bias_steps
+from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
@@ -20,7 +21,7 @@ from moe_dist.plan.preflight import check
 from moe_dist.train.build import build_loader, build_training
 from moe_dist.train.build_routing import build_balance
 from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import StepResult, TrainingStep
+from moe_dist.train.step import TrainingStep
 from tests.support.layouts import (
     CONTROLLERS,
     GROUPS,
@@ -75,8 +76,8 @@ def test_one_rank_equals_the_loops(one_rank: Outcome) -> None:
             for number, step in enumerate(one_rank.steps):
                 bias = bias_steps(
                     bias,
-                    step.choices_LC[layer, group.experts].tolist(),
-                    int(step.tokens_LG[layer, index]),
+                    step.counts.choices_LC[layer, group.experts].tolist(),
+                    int(step.counts.tokens_LG[layer, index]),
                     top_k=group.top_k,
                     target=target[group.name],
                     rate=0.5 / (1 + number / 2),
@@ -86,7 +87,7 @@ def test_one_rank_equals_the_loops(one_rank: Outcome) -> None:
             got = one_rank.biases[f"layers.{layer}.moe.router.{group.name}.bias"]
             np.testing.assert_allclose(got[: group.num_experts], bias, rtol=0, atol=1e-12)
             assert not got[group.num_experts :].any()
-    first, last = (step.choices_LC[:, :E] for step in (one_rank.steps[0], one_rank.steps[-1]))
+    first, last = (step.counts.choices_LC[:, :E] for step in (one_rank.steps[0], one_rank.steps[-1]))
     assert (first != last).any()
 
 
@@ -100,7 +101,7 @@ def test_layout_equals_one_rank(
         for name, bias in one_rank.biases.items():
             np.testing.assert_array_equal(outcome.biases[name], bias, err_msg=name)
         for step, expected in zip(outcome.steps, one_rank.steps, strict=True):
-            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+            np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
             np.testing.assert_allclose(
                 [step.grad_norm, step.balance, *step.nll_M],
                 [expected.grad_norm, expected.balance, *expected.nll_M],
@@ -140,7 +141,7 @@ class Controlled:
         self.balance = balance
         self.step = TrainingStep(
             self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats,
-            balance=balance,
+            controllers=[balance],
         )  # fmt: skip
         self.layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
         self.manager = CheckpointManager(folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)
@@ -163,7 +164,7 @@ class Controlled:
             batches = [batch_of(number, micro, self.rank.rank * each, each) for micro in range(MICRO_BATCHES)]
             result: StepResult = self.step(batches, lr=1e-2, aux=AUX)
             biases = {n: b.numpy().copy() for n, b in self.parallel.model.named_buffers() if n.endswith(".bias")}
-            seen.append(([*result.nll_M.tolist(), result.grad_norm], result.choices_LC, biases))
+            seen.append(([*result.nll_M.tolist(), result.grad_norm], result.counts.choices_LC, biases))
         return seen
 
 
@@ -259,8 +260,8 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
         result = training.step(loader.batches(config.train.global_batch * number), lr=3e-3, aux=AUX)
         losses.append(float(result.nll_M.sum() / result.labels_M.sum()))
         for index, group in enumerate(plan.groups):
-            chosen = result.choices_LC[:, group.experts].sum()
-            loads[group.name].append(float(chosen / result.tokens_LG[:, index].sum()))
+            chosen = result.counts.choices_LC[:, group.experts].sum()
+            loads[group.name].append(float(chosen / result.counts.tokens_LG[:, index].sum()))
     return loads, losses
 
 

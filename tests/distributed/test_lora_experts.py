@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import forward
 from tests.support.layouts import SEQUENCES, Layout, Outcome, batch_of, build, merged, train
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
@@ -36,7 +36,7 @@ def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, oracle.steps, strict=True):
-            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+            np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
             assert step.ledger["pairs"] == expected.ledger["pairs"] > 0
             assert not any(step.ledger[key] for key in step.ledger if key != "pairs"), "nothing crosses the wire"
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)

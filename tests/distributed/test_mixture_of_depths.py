@@ -53,7 +53,7 @@ def test_layout_equals_one_process_over_the_same_sets(
     assert first is not None
     assert (first.layers, first.capacity, first.groups) == ((0,), 0.3, ("text", "image"))
     assert 0.29 < first.taken_LG.sum() / first.tokens_LG.sum() < 0.4  # rounded up in each set
-    np.testing.assert_array_equal(oracle.steps[0].tokens_LG, [first.taken_LG[0], first.tokens_LG[0]])
+    np.testing.assert_array_equal(oracle.steps[0].counts.tokens_LG, [first.taken_LG[0], first.tokens_LG[0]])
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, oracle.steps, strict=True):
             for counted in ("tokens_LG", "taken_LG", "agreed_L"):
@@ -61,8 +61,8 @@ def test_layout_equals_one_process_over_the_same_sets(
                     getattr(step.mixture_of_depths, counted), getattr(expected.mixture_of_depths, counted)
                 )
             np.testing.assert_allclose(step.mixture_of_depths.weight_L, expected.mixture_of_depths.weight_L, rtol=1e-9)
-            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
-            np.testing.assert_array_equal(step.tokens_LG, expected.tokens_LG)
+            np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
+            np.testing.assert_array_equal(step.counts.tokens_LG, expected.counts.tokens_LG)
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(
                 [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9

@@ -69,8 +69,8 @@ def test_layout_equals_one_rank(
     outcomes = run_in_world(layout.world_size, train, layout, start)
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, one_rank.steps, strict=True):
-            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
-            np.testing.assert_array_equal(step.tokens_LG, expected.tokens_LG)
+            np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
+            np.testing.assert_array_equal(step.counts.tokens_LG, expected.counts.tokens_LG)
             np.testing.assert_array_equal(step.labels_M, expected.labels_M)
             assert step.tokens == expected.tokens
             assert step.ledger["pairs"] == expected.ledger["pairs"]
@@ -81,7 +81,7 @@ def test_layout_equals_one_rank(
             between = step.ledger["inter_node_bytes"]
             assert (0 < between < step.ledger["payload_bytes"]) == (len(hops_of(layout)) == 2)
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
-            np.testing.assert_allclose(step.entropy_LG, expected.entropy_LG, rtol=1e-9)
+            np.testing.assert_allclose(step.counts.entropy_LG, expected.counts.entropy_LG, rtol=1e-9)
             np.testing.assert_allclose(
                 [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
             )
@@ -131,10 +131,10 @@ def test_free_experts_on_ranks_equal_one_rank(
     oracle: Outcome = run_in_world(1, train, Layout(free=True), tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
     free = sum(group.num_identity + group.num_constant for group in layout.groups)
-    assert (oracle.steps[0].choices_LC[:, -free:] > 0).any()
+    assert (oracle.steps[0].counts.choices_LC[:, -free:] > 0).any()
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
-        np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
-        assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.choices_LC[:, :8].sum()
+        np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
+        assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.counts.choices_LC[:, :8].sum()
         np.testing.assert_allclose(
             [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
         )
@@ -163,7 +163,7 @@ def test_one_logit_for_all_nulls_the_other_losses_and_fixed_loads(
     oracle: Outcome = run_in_world(1, train, alone, tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):
-        np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+        np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
         np.testing.assert_allclose(
             [step.grad_norm, step.balance, step.z, *step.nll_M],
             [expected.grad_norm, expected.balance, expected.z, *expected.nll_M],

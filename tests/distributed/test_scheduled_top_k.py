@@ -42,8 +42,8 @@ def alone(run: Run) -> WholeRun:
 
 
 def test_loads_are_what_they_should_be(alone: WholeRun) -> None:
-    tokens_LG = sum(step.tokens_LG for step in alone.steps)
-    choices_LE = sum(step.choices_LC for step in alone.steps)
+    tokens_LG = sum(step.counts.tokens_LG for step in alone.steps)
+    choices_LE = sum(step.counts.choices_LC for step in alone.steps)
     text_L, image_L = choices_LE[:, :3].sum(1) / tokens_LG[:, 0], choices_LE[:, 3:5].sum(1) / tokens_LG[:, 1]
     assert (text_L[1], image_L[1]) == (2.0, 1.0)
     for load, fraction, count in ((text_L[0] - 1, 0.5, tokens_LG[0, 0]), (image_L[0], 0.5, tokens_LG[0, 1])):
@@ -54,7 +54,7 @@ def test_loads_are_what_they_should_be(alone: WholeRun) -> None:
 def test_ranks_equal_one_rank(run: Run, alone: WholeRun, ranks: int, ep: int) -> None:
     outcomes = run(f"ranks-{ranks}-{ep}", ranks, ep, {"parallel.recompute": "block"} if ep == 4 else {})
     for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):
-        np.testing.assert_array_equal(ours.choices_LC, theirs.choices_LC)
+        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
         np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
     merged = {name: value for outcome in outcomes for name, value in outcome.tensors.items()}

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from moe_dist.comm.collectives import CommStats
+from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.adamw import make_optimizer, step_count
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
-from moe_dist.train.evaluation.heldout import forward
-from moe_dist.train.loss import AuxSettings
-from moe_dist.train.step import StepResult, TrainingStep
+from moe_dist.train.loss import AuxSettings, forward
+from moe_dist.train.step import TrainingStep
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
@@ -108,9 +108,9 @@ def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
     ranks = run_in_world(2, capped_step, layout)
     for result, _ in ranks:
         true = sum(group.num_experts for group in layout.groups)
-        dropped = result.dropped_LE.sum()
-        assert 0 < dropped < result.choices_LC[:, :true].sum()
-        assert (result.dropped_LE <= result.choices_LC[:, :true]).all()
-        assert result.ledger["pairs"] == result.choices_LC[:, :true].sum() - dropped
+        dropped = result.counts.dropped_LE.sum()
+        assert 0 < dropped < result.counts.choices_LC[:, :true].sum()
+        assert (result.counts.dropped_LE <= result.counts.choices_LC[:, :true]).all()
+        assert result.ledger["pairs"] == result.counts.choices_LC[:, :true].sum() - dropped
         # The layer that sees the same input in both: every true choice is taken in evaluation.
-        assert sum(first for _, first in ranks) == result.choices_LC[0, :true].sum()
+        assert sum(first for _, first in ranks) == result.counts.choices_LC[0, :true].sum()

@@ -14,6 +14,7 @@ from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.moe.losses import BalanceKind
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
+from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.initialise import initialise, normal_tensor, set_whole
@@ -26,7 +27,7 @@ from moe_dist.train.build import build_model, freeze
 from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
-from moe_dist.train.step import StepResult, TrainingStep
+from moe_dist.train.step import TrainingStep
 from tests.support.parted_set import PartedSet
 from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext
@@ -317,6 +318,11 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
     placement = placement_for(layout)
     groups = split_parameters(parallel.model, weight_decay=0.1)
     optimizer = make_optimizer(groups, backend="torch", lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    controllers = [
+        build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
+        ThresholdUpdater.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
+        depth_thresholds(parallel.model),
+    ]
     step = TrainingStep(
         parallel,
         optimizer,
@@ -324,10 +330,8 @@ def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> 
         group_of_modality=[0, 1],
         clip_norm=0.5,
         comm_stats=comm_stats,
-        balance=build_balance(config_of(layout).model.moe, parallel.model, placement.groups),
-        thresholds=ThresholdUpdater.of(parallel.model.moe_modules()) if layout.choice_causal == "threshold" else None,
+        controllers=[each for each in controllers if each is not None],
         needs_global_batch_info=layout.choice is not None or layout.fixed,
-        mixture_of_depths=depth_thresholds(parallel.model),
     )
     if checkpoint is not None:
         carry(checkpoint, parallel, optimizer, placement, mesh)

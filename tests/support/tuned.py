@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.manifest import Manifest
+from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.adamw import make_optimizer
 from moe_dist.optim.param_groups import split_parameters
 from moe_dist.parallel.mesh import make_mesh
@@ -20,7 +21,7 @@ from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.savings import Savings, savings
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
-from moe_dist.train.step import StepResult, TrainingStep
+from moe_dist.train.step import TrainingStep
 from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, build, placement_of
 from tests.support.whole_tensors import carry, logical
 from tests.support.worlds import RankContext

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.config.schema import Config
-from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.statistics import EvaluationResult, StepResult
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.roles import logical_name, named_parameters
@@ -19,7 +19,6 @@ from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train import build
 from moe_dist.train.resume import Resumable
-from moe_dist.train.step import StepResult
 from moe_dist.train.trainer import Progress, Trainer
 from tests.support.tiny import tiny_config
 from tests.support.worlds import RankContext

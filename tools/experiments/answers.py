@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import forward
 
 
 @torch.no_grad()

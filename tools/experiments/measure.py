@@ -30,7 +30,7 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build import build_loader, build_plan, group_of_modality
 from moe_dist.train.evaluation.calibration import by_threshold, calibrate
-from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.answers import answers

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import Routing
-from moe_dist.train.evaluation.heldout import forward
-from moe_dist.train.loss import token_losses
+from moe_dist.train.loss import forward, token_losses
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from moe_dist.errors import DataError
+from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup
 
 
@@ -50,16 +51,15 @@ class BiasController:
         self.step = 0
 
     @torch.no_grad()
-    def update(self, choices_LC: Tensor, tokens_LG: Tensor) -> None:
-        """Moves the biases; call it after the optimizer step, never between forward and backward. No collective, no sync.
+    def after_step(self, counts: StepCounts[Tensor]) -> None:
+        """Moves the biases; called after the optimizer step, never between forward and backward. No collective, no sync.
 
         Args:
-            choices_LC, tokens_LG: Of the whole step, summed over micro-batches and ranks; a layer of a group that had no
-                token stays as it is.
+            counts: Of the whole step over all ranks; a layer of a group that had no token stays as it is.
         """
         for index, group in enumerate(self._groups):
-            true_Ln = choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
-            tokens_L1 = tokens_LG[:, index, None].to(torch.float64)
+            true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
+            tokens_L1 = counts.tokens_LG[:, index, None].to(torch.float64)
             for rule in self._rules:
                 delta_Ln = rule.delta(group, true_Ln, tokens_L1.clamp_min(1.0), self.step)
                 if delta_Ln is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routers.selection import ChoosingRouter, ThresholdGate
+from moe_dist.placement.counts import StepCounts
 
 
 class ThresholdUpdater:
@@ -32,12 +33,19 @@ class ThresholdUpdater:
         gates_LG: Of each layer; one a group.
         decay: Of the running means.
         dtype: Of the arithmetic; None for that of the buffers.
+        mixture_of_depths: Whether the gates choose the tokens of layers, and not of experts.
     """
 
     def __init__(
-        self, gates_LG: Sequence[Sequence[ThresholdGate]], decay: float, *, dtype: torch.dtype | None = None
+        self,
+        gates_LG: Sequence[Sequence[ThresholdGate]],
+        decay: float,
+        *,
+        dtype: torch.dtype | None = None,
+        mixture_of_depths: bool = False,
     ) -> None:
         self._gates_LG, self._decay, self._dtype = gates_LG, decay, dtype
+        self._mixture_of_depths = mixture_of_depths
 
     @classmethod
     def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdUpdater | None":
@@ -48,13 +56,12 @@ class ThresholdUpdater:
         return cls([router.gates() for router in routers], routers[0].threshold_decay, dtype=torch.float64)
 
     @torch.no_grad()
-    def __call__(self, kth_score_LE: Tensor, tokens_LG: Tensor) -> None:
-        """After a step that was taken: sums over all its micro-batches and ranks. Does not sync.
-
-        Args:
-            kth_score_LE: As `ChoiceSums` or `DepthSums`; [L] of one chooser a layer.
-            tokens_LG: Tokens of each group; a chooser whose group had none keeps its threshold.
-        """
+    def after_step(self, counts: StepCounts[Tensor]) -> None:
+        """Follows a step that was taken, from its counts over all ranks. A gate whose group had no token keeps its threshold.
+        Does not sync."""
+        kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
+        if self._mixture_of_depths:
+            kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
         tokens_E = tokens_LG.to(torch.float64).flatten()

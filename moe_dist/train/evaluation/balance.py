@@ -20,7 +20,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import ABSENT, Routing, RoutingCache
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import forward
 
 REPEATS = 5
 

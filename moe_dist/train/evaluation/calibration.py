@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.names import CALIBRATION_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
-from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import forward
 
 HALVINGS = 30  # the interval [0, 1] ends at 1e-9: below what fp32 tells apart near a score
 
@@ -50,12 +51,12 @@ def calibrate(
         return
     scores, taken = _seen(model, routers, batches, group_of_modality)
     sizes = [len(taken_n) for taken_n in taken]
-    taken_N = sum_over(torch.cat(taken), world, name="calibration counts", tracker=tracker)
+    taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
     low_N, high_N = torch.zeros_like(taken_N), torch.ones_like(taken_N)
     for _ in range(HALVINGS):
         middle_N = (low_N + high_N) / 2
         above = [(scores_Tn > middle_n).sum(0) for scores_Tn, middle_n in zip(scores, middle_N.split(sizes), strict=True)]
-        above_N = sum_over(torch.cat(above).to(torch.float64), world, name="calibration counts", tracker=tracker)
+        above_N = sum_over(torch.cat(above).to(torch.float64), world, name=CALIBRATION_COUNTS, tracker=tracker)
         too_many_N = above_N > taken_N
         low_N = torch.where(too_many_N, middle_N, low_N)
         high_N = torch.where(too_many_N, high_N, middle_N)

@@ -1,6 +1,6 @@
 """Held-out losses by modality: sums over all ranks, the same whatever the number of ranks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.names import EVALUATION_COUNTS, EVALUATION_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
-from moe_dist.train.loss import sums_by_modality, token_losses
+from moe_dist.moe.routing import LayerReport
+from moe_dist.train.loss import forward, sums_by_modality, token_losses
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ def heldout_losses(
     model.train(training)
     if not counts:  # nothing is held out; on no rank, since all have the same number of batches
         return Heldout({}, {}, None)
-    summed = sum_over(torch.stack(counts).sum(0), world, name="evaluation counts", tracker=tracker).cpu()
+    summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
     choices_LC, tokens_LG, *depth = (part.view(shape).numpy() for part, shape in zip(flat, shapes, strict=True))
-    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name="evaluation sums", tracker=tracker).tolist()
+    nll_M, labels_M, nll_filler_M, filler_M = sum_over(sums_4M, world, name=EVALUATION_SUMS, tracker=tracker).tolist()
     loss, tokens = {}, {}
     for i, name in enumerate(modalities):
         parts = [(name, nll_M[i], labels_M[i])]
@@ -83,18 +84,6 @@ def heldout_losses(
             if count:
                 loss[part], tokens[part] = nll / count, round(count)
     return Heldout(loss, tokens, choices_LC, tokens_LG, depth[0] if depth else None)
-
-
-def forward(
-    model: Callable[..., tuple[Tensor, Sequence[LayerReport]]],
-    batch: Batch,
-    group_of_modality: Tensor,
-    batch_info: GlobalBatchInfo | None = None,
-    probe_tokens_A: Tensor | None = None,
-) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Logits and reports of one batch on its device: a transformer, or its parallel wrapper, over a `Batch`."""
-    group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
-    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, batch_info, probe_tokens_A)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import LayerReport
-from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 

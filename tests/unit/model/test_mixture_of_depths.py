@@ -21,7 +21,8 @@ from moe_dist.moe.routers.selection import Causal, capacity_of_tokens
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routing import ABSENT
 from moe_dist.placement.roles import named_parameters
-from moe_dist.train.loss import depth_auxiliary, depth_counts
+from moe_dist.train.loss import depth_auxiliary, global_counts
+from tests.support.counts import counts_with
 from tests.support.transformers import DIM, make_transformer
 
 VOCAB = 64
@@ -160,7 +161,7 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
     """Of the first layer, whose input is the embedding: by group, agreement with the causal decision, and weights."""
     model = make_model(0.3, causal).train(training)
     tokens, group = draw_tokens()
-    counts = depth_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)
+    counts = global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None)
     assert counts is not None
     mixture_of_depths = model.layers[0].depths
     x_TD, groups = model.embedding.weight[tokens].detach().flatten(0, 1), group.flatten().tolist()
@@ -176,10 +177,10 @@ def test_counts_are_those_of_a_loop(causal: Causal, training: bool) -> None:
                 computed[groups[token]] += 1
                 weight += 1 / (1 + math.exp(-scores[token]))
     assert sum(computed) > 0
-    assert (counts.members_LG[0].tolist(), counts.taken_LG[0].tolist()) == (members, computed)
-    assert (int(counts.tokens_L[0]), int(counts.taken_L[0]), int(counts.agreed_L[0])) == (21, sum(computed), agreed)
-    assert counts.weight_L[0].item() == pytest.approx(weight, rel=1e-12)
-    assert counts.weight_L.requires_grad is False
+    assert (counts.depth_tokens_PG[0].tolist(), counts.depth_taken_PG[0].tolist()) == (members, computed)
+    assert (int(counts.depth_tokens_P[0]), int(counts.depth_agreed_P[0])) == (21, agreed)
+    assert counts.depth_weight_P[0].item() == pytest.approx(weight, rel=1e-12)
+    assert counts.depth_weight_P.requires_grad is False
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -278,9 +279,9 @@ def test_auxiliary_routers_learn_the_choice_and_move_nothing_else() -> None:
     model = make_model(0.3)
     tokens, group = draw_tokens()
     reports = model(tokens, POSITIONS, DOCUMENTS, group)[1]
-    counts = depth_counts(reports, None)
+    counts = global_counts(reports, None)
     assert counts is not None
-    loss = depth_auxiliary(reports, counts.tokens_L)
+    loss = depth_auxiliary(reports, counts.depth_tokens_P)
     loss.backward()
     for _, name, _, parameter in named_parameters(model):
         moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
@@ -315,9 +316,10 @@ def test_auxiliary_routers_come_to_agree() -> None:
 
 def test_thresholds_follow_the_last_score_taken() -> None:
     router = DepthRouter(DIM, capacity=0.5, causal="threshold", threshold_decay=0.75)
-    keeper, expected = ThresholdUpdater([[router]], 0.75), 0.0
+    keeper, expected = ThresholdUpdater([[router]], 0.75, mixture_of_depths=True), 0.0
     for step, (score, tokens) in enumerate([(0.4, 10.0), (0.8, 20.0), (0.0, 0.0), (0.2, 4.0), (0.6, 8.0), (0.9, 1.0)]):
-        keeper(torch.tensor([score * tokens], dtype=torch.float64), torch.tensor([tokens], dtype=torch.float64))
+        seen_P = torch.tensor([tokens], dtype=torch.float64)
+        keeper.after_step(counts_with(depth_kth_score_P=score * seen_P, depth_tokens_P=seen_P))
         if tokens:
             seen = step + 1 - (step > 2)
             expected += max(1 / seen, 0.25) * (score - expected)
@@ -336,5 +338,5 @@ def test_thresholds_follow_the_last_score_taken() -> None:
 def test_counts_are_none_without_depths() -> None:
     model = make_transformer(moe_layers=(0,))
     tokens, group = draw_tokens()
-    assert depth_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None) is None
+    assert not global_counts(model(tokens, POSITIONS, DOCUMENTS, group)[1], None).depth_tokens_P.numel()
     assert not [report for report in model(tokens, POSITIONS, DOCUMENTS, group)[1] if report.members_G is not None]

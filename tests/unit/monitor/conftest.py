@@ -1,6 +1,7 @@
 """A small model's groups and placement, and made-up statistics of its steps."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 from moe_dist.monitor.metrics import Record, build_record
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.statistics import StepStatistics
+from moe_dist.monitor.statistics import StepResult, StepStatistics
+from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 MODALITIES = ("text", "image")
@@ -31,7 +33,8 @@ def draw_placement(groups: tuple[ExpertGroup, ...], num_ranks: int) -> ExpertPla
 
 
 def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, **changes: Any) -> StepStatistics:
-    """Random choices of a consistent step; `changes` replace fields."""
+    """Random choices of a consistent step; `changes` replace fields, of the counts and of the result as well,
+    and `step_tokens` those of the result."""
     rng = np.random.default_rng(step)
     groups = placement.groups
     tokens_G = rng.integers(50, 100, len(groups))
@@ -42,30 +45,31 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
         true.append(choices[:, : group.num_experts])
         null.append(choices[:, group.num_experts :])
     choices_LC = np.concatenate(true + null, axis=1).astype(np.int64)
-    rank_E = np.array(placement.rank_of_expert)
-    true_LE = choices_LC[:, : placement.num_experts]
-    rows_LR = np.stack([true_LE[:, rank_E == rank].sum(1) for rank in range(placement.num_ranks)], axis=1)
     tokens_LG = np.tile(tokens_G, (num_layers, 1))
     names = [name for group in groups for name in group.modalities]
-    fields: dict[str, Any] = {
-        "step": step,
-        "loss_sum": {name: 100.0 + i for i, name in enumerate(names)},
-        "labels": {name: 40 + i for i, name in enumerate(names)},
-        "balance_loss": 0.02,
-        "z_loss": 0.001,
-        "balance_coefficient": 0.02,
-        "lr": 1e-3,
-        "grad_norm": 0.5,
-        "skipped": False,
-        "skipped_steps": 0,
-        "tokens": 1000 * step,
-        "step_tokens": 1000,
-        "choices_LC": choices_LC,
-        "tokens_LG": tokens_LG,
-        "entropy_sum_LG": tokens_LG * 0.7,
-        "rows_LR": rows_LR,
-        "dropped_LG": np.zeros_like(tokens_LG),
-        "ledger": {
+    none = np.zeros((0, len(groups)), np.int64)
+    counts = StepCounts(
+        choices_LC=choices_LC,
+        tokens_LG=tokens_LG,
+        entropy_LG=tokens_LG * 0.7,
+        dropped_LE=np.zeros_like(choices_LC[:, : placement.num_experts]),
+        kth_score_LE=choices_LC[:, :0],
+        above_LE=choices_LC[:, :0],
+        unrouted_LG=choices_LC[:, :0],
+        **dict.fromkeys(("depth_tokens_P", "depth_agreed_P", "depth_kth_score_P", "depth_weight_P"), none[:, 0]),
+        **dict.fromkeys(("depth_tokens_PG", "depth_taken_PG"), none),
+    )
+    result = StepResult(
+        nll_M=np.array([100.0 + i for i in range(len(names))]),
+        labels_M=np.array([40 + i for i in range(len(names))]),
+        balance=0.02,
+        z=0.001,
+        auxiliary=0.0,
+        grad_norm=0.5,
+        skipped=False,
+        tokens=1000,
+        counts=counts._replace(**{name: changes.pop(name) for name in StepCounts._fields if name in changes}),
+        ledger={
             "payload_bytes": 80 * 4 * 128,
             "metadata_bytes": 640,
             "rows_remote": 80,
@@ -76,12 +80,23 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
             "rows_same_active": 120,
             "rows_null_remapped": 180,
         },
-        "comm_seconds": 0.01,
-        "step_seconds": 0.5,
-        "epochs": {name: 0.1 * step for name in names},
-        "flops_per_token": 2e6,
-    }
-    return StepStatistics(**{**fields, **changes})
+        comm_seconds=0.01,
+    )
+    own = {field.name for field in fields(StepStatistics)}
+    changed = {"tokens": changes.pop("step_tokens", 1000)}
+    changed |= {name: changes.pop(name) for name in list(changes) if name not in own}
+    stats = StepStatistics(
+        replace(result, **changed),
+        step=step,
+        balance_coefficient=0.02,
+        lr=1e-3,
+        skipped_steps=0,
+        tokens=1000 * step,
+        step_seconds=0.5,
+        epochs={name: 0.1 * step for name in names},
+        flops_per_token=2e6,
+    )
+    return replace(stats, **changes)
 
 
 @pytest.fixture

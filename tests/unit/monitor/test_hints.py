@@ -101,12 +101,10 @@ def healthy(make_record: MakeRecord) -> Callable[..., Record]:
     """A step of a run in which nothing is wrong: even choices, even ranks, a falling loss."""
 
     def make(step: int, **changes: object) -> Record:
-        rows_LR = np.full((3, 4), 50)
         even: dict[str, object] = {
             "choices_LC": np.array([[25] * 4 + [25] * 4 + [20] * 4] * 3),
             "tokens_LG": np.full((3, 2), 70),
-            "rows_LR": rows_LR,
-            "loss_sum": {"text": 200.0 * 0.99**step, "image": 100.0 * 0.99**step},
+            "nll_M": np.array([200.0, 100.0]) * 0.99**step,
         }
         return make_record(step, **{**even, **changes})
 
@@ -130,7 +128,7 @@ def test_hints_wait_for_a_window_and_are_repeated_after_a_while(
     busy = np.array([[25] * 4 + [1, 1, 97, 1] + [20] * 4] * 3)
     said = [(step, kind) for step in range(1, 61) for kind in kinds(watch.update(healthy(step, choices_LC=busy)))]
     assert [step for step, kind in said if kind == "busy/image"] == [10, 35, 60]
-    assert {kind for _, kind in said} == {"busy/image"}
+    assert {kind for _, kind in said} == {"busy/image", "rank"}, "the rank that holds the busy expert is the busiest too"
 
 
 def test_one_odd_batch_says_nothing(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
@@ -153,16 +151,16 @@ def test_losses_that_are_not_finite_do_not_hide_the_trend(healthy: MakeRecord, g
     said = []
     for step in range(1, 60):
         loss = float("nan") if step % 3 == 0 else 60.0 if step < 30 else 90.0
-        said += watch.update(healthy(step, loss_sum={"text": loss, "image": loss}))
+        said += watch.update(healthy(step, nll_M=np.array([loss, loss])))
     assert kinds(said) == ["loss"]
 
 
 def test_a_flat_loss_late_in_a_run_is_no_news(healthy: MakeRecord, groups: tuple[ExpertGroup, ...]) -> None:
-    flat = {"text": 60.0, "image": 60.0}
+    flat = np.array([60.0, 60.0])
     resumed = HintWatch(groups, (1, 3, 5), window=10)
-    assert not [h for step in range(5001, 5060) for h in resumed.update(healthy(step, loss_sum=flat))]
+    assert not [h for step in range(5001, 5060) for h in resumed.update(healthy(step, nll_M=flat))]
     fresh = HintWatch(groups, (1, 3, 5), window=10)
-    assert [k for step in range(1, 60) for k in kinds(fresh.update(healthy(step, loss_sum=flat)))] == ["loss"]
+    assert [k for step in range(1, 60) for k in kinds(fresh.update(healthy(step, nll_M=flat)))] == ["loss"]
 
 
 def busy(rank: int | None = None, *, others: float = 0.1, times: float = 1.0) -> np.ndarray:

@@ -12,6 +12,7 @@ from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.unit.monitor.conftest import draw_statistics
 
 MakeStatistics = Callable[..., StepStatistics]
 MakeRecord = Callable[..., Record]
@@ -30,13 +31,13 @@ def slow_group_numbers(stats: StepStatistics, groups: tuple[ExpertGroup, ...], g
     true, null = columns_of(groups, g)
     taken = nulls = tokens = 0
     imbalances, capacities = [], []
-    for layer in range(len(stats.choices_LC)):
-        loads = [int(stats.choices_LC[layer, c]) for c in true]
+    for layer in range(len(stats.result.counts.choices_LC)):
+        loads = [int(stats.result.counts.choices_LC[layer, c]) for c in true]
         taken += sum(loads)
-        nulls += sum(int(stats.choices_LC[layer, c]) for c in null)
-        tokens += int(stats.tokens_LG[layer, g])
+        nulls += sum(int(stats.result.counts.choices_LC[layer, c]) for c in null)
+        tokens += int(stats.result.counts.tokens_LG[layer, g])
         imbalances.append(max(loads) / (sum(loads) / len(loads)))
-        even = int(stats.tokens_LG[layer, g]) * group.top_k / (group.num_experts + group.num_null)
+        even = int(stats.result.counts.tokens_LG[layer, g]) * group.top_k / (group.num_experts + group.num_null)
         capacities.append(max(loads) / even)
     return {
         "experts_per_token": taken / tokens,
@@ -62,11 +63,13 @@ def test_rank_imbalance_weighs_rows_by_width(
 ) -> None:
     stats, record = make_statistics(step), make_record(step)
     ratios = []
-    for layer in range(len(stats.choices_LC)):
+    for layer in range(len(stats.result.counts.choices_LC)):
         loads = [0.0] * placement.num_ranks
         for group in placement.groups:
             for expert in group.experts:
-                loads[placement.rank_of_expert[expert]] += int(stats.choices_LC[layer, expert]) * group.ffn_dim
+                loads[placement.rank_of_expert[expert]] += (
+                    int(stats.result.counts.choices_LC[layer, expert]) * group.ffn_dim
+                )
         assert record.arrays["weighted_rows_LR"][layer].tolist() == pytest.approx(loads)
         ratios.append(max(loads) / (sum(loads) / len(loads)))
     assert record.scalars["moe/rank_imbalance"] == pytest.approx(sum(ratios) / len(ratios))
@@ -80,24 +83,23 @@ def test_a_case_by_hand() -> None:
     """
     groups = (ExpertGroup("text", 2, 1, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 0, 1, 8, 2, ("image",)))
     placement = ExpertPlacement(groups, ((0, 1), (2, 3)))
-    stats = StepStatistics(
+    stats = draw_statistics(
+        placement,
+        1,
         step=7,
-        loss_sum={"text": 30.0, "image": 0.0},
-        labels={"text": 10, "image": 0},
-        balance_loss=0.5,
-        z_loss=0.25,
-        balance_coefficient=0.02,
+        nll_M=np.array([30.0, 0.0]),
+        labels_M=np.array([10, 0]),
+        balance=0.5,
+        z=0.25,
         lr=0.1,
         grad_norm=2.0,
-        skipped=False,
         skipped_steps=1,
         tokens=70,
         step_tokens=10,
         choices_LC=np.array([[12, 0, 0, 0, 8]]),
         tokens_LG=np.array([[10, 0]]),
-        entropy_sum_LG=np.array([[6.0, 0.0]]),
-        rows_LR=np.array([[9, 0]]),
-        dropped_LG=np.array([[3, 0]]),
+        entropy_LG=np.array([[6.0, 0.0]]),
+        dropped_LE=np.array([[3, 0, 0, 0]]),
         ledger={"payload_bytes": 4800, "rows_remote": 12, "rows_per_pair": 18, "rows_topk": 20, "rows_same_active": 13},
         comm_seconds=0.125,
         step_seconds=0.5,
@@ -182,10 +184,9 @@ def test_a_step_without_tokens_has_no_numbers_and_no_errors(
     record = make_record(
         choices_LC=np.zeros((3, 12), np.int64),
         tokens_LG=np.zeros((3, 2), np.int64),
-        rows_LR=np.zeros((3, 4), np.int64),
-        entropy_sum_LG=np.zeros((3, 2)),
-        labels={},
-        loss_sum={},
+        entropy_LG=np.zeros((3, 2)),
+        labels_M=np.zeros(2, np.int64),
+        nll_M=np.zeros(2),
     )
     assert record.scalars["loss/total"] is None
     assert record.scalars["moe/load_imbalance/text"] is None
@@ -195,7 +196,7 @@ def test_a_step_without_tokens_has_no_numbers_and_no_errors(
 
 
 def test_numbers_that_are_not_finite_stay_visible(make_record: MakeRecord) -> None:
-    record = make_record(loss_sum={"text": math.nan, "image": 1.0}, grad_norm=math.inf, skipped=True)
+    record = make_record(nll_M=np.array([math.nan, 1.0]), grad_norm=math.inf, skipped=True)
     assert math.isnan(record.scalars["loss/total"] or 0.0)
     assert record.scalars["optim/grad_norm"] == math.inf
     assert record.skipped
@@ -259,8 +260,8 @@ def test_tokens_that_no_expert_takes_are_in_the_record_and_in_a_map(
 ) -> None:
     """Where experts choose; the records of token choice have neither."""
     assert not {"idle_LG", "above_LE"} & make_record(1).arrays.keys()
-    unrouted_LG = make_statistics(1).tokens_LG // 2
-    record = make_record(1, unrouted_LG=unrouted_LG, above_LE=np.ones((3, 8), np.int64), auxiliary_loss=0.25, z_loss=0.0)
+    unrouted_LG = make_statistics(1).result.counts.tokens_LG // 2
+    record = make_record(1, unrouted_LG=unrouted_LG, above_LE=np.ones((3, 8), np.int64), auxiliary=0.25, z=0.0)
     np.testing.assert_array_equal(record.arrays["idle_LG"], unrouted_LG)
     assert record.scalars["loss/auxiliary"] == 0.25
     assert len(record.scalars) == len(make_record(1).scalars), "in place of the z-loss, which it never stands beside"

@@ -31,7 +31,7 @@ def test_a_window_sums_steps_and_starts_again(make_record: MakeRecord) -> None:
 def test_a_step_without_tokens_does_not_spoil_the_window(make_record: MakeRecord) -> None:
     window = Window()
     window.add(make_record(1))
-    window.add(make_record(2, tokens_LG=np.zeros((3, 2), np.int64), entropy_sum_LG=np.zeros((3, 2))))
+    window.add(make_record(2, tokens_LG=np.zeros((3, 2), np.int64), entropy_LG=np.zeros((3, 2))))
     assert np.isfinite(window.take()[0]["entropy_sum_LG"]).all()
 
 

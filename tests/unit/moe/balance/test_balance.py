@@ -14,7 +14,9 @@ from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.reference.layer import bias_steps
 from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertGroup
+from tests.support.counts import counts_with
 
 D = 8
 TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))
@@ -61,7 +63,7 @@ def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: i
     moved, gates = controller(ActiveExperts(target, rate=0.3, decay_steps=decay, per=per), LossFree(rate=1e-2))
     expected = [[[0.0] * group.num_experts for group in GROUPS] for _ in range(2)]
     for number, (choices, tokens) in enumerate(steps):
-        moved.update(torch.tensor(choices, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64))
+        moved.after_step(counts_with(choices_LC=torch.tensor(choices).double(), tokens_LG=torch.tensor(tokens).double()))
         rate = 0.3 / (1 + number / decay) if decay else 0.3
         for layer in range(2):
             for index, group in enumerate(GROUPS):
@@ -84,17 +86,17 @@ def test_biases_equal_the_loops(steps: list[tuple[Any, Any]], per: Any, decay: i
     assert moved.state() == {"step": len(steps)}
 
 
-def counts_of(true_text: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def counts_of(true_text: Sequence[int], tokens: int) -> StepCounts[torch.Tensor]:
     """One layer in which the text group alone was chosen."""
     choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
     choices[0, : TEXT.num_experts] = torch.tensor(true_text, dtype=torch.float64)
-    return choices, torch.tensor([[tokens, 0, 0]], dtype=torch.float64)
+    return counts_with(choices_LC=choices, tokens_LG=torch.tensor([[tokens, 0, 0]], dtype=torch.float64))
 
 
 def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
     for true, sign in (([2, 3, 1, 4], 1), ([20, 3, 7, 8], -1), ([5, 0, 9, 1], 0)):
         moved, gates = controller(ActiveExperts({"text": 1.5}, rate=1.0), layers=1)
-        moved.update(*counts_of(true, 10))
+        moved.after_step(counts_of(true, 10))
         load = sum(true) / 10
         assert torch.sign(gates[0][0].bias[:4]).tolist() == [sign] * 4
         assert gates[0][0].bias[0] == pytest.approx((1.5 - load) / (3 * 4))
@@ -104,19 +106,19 @@ def test_below_the_target_true_experts_rise_and_above_they_fall() -> None:
 def test_each_expert_by_the_published_formula() -> None:
     """mu (K_e / (K N) - T_i / (K T)) by hand: K = 3, N = 4, K_e = 1.5, T = 10."""
     moved, gates = controller(ActiveExperts({"text": 1.5}, rate=0.2, per="expert"), layers=1)
-    moved.update(*counts_of([0, 10, 3, 2], 10))
+    moved.after_step(counts_of([0, 10, 3, 2], 10))
     by_hand = [0.2 * (1.5 / 12 - count / 30) for count in (0, 10, 3, 2)]
     assert gates[0][0].bias[:4].tolist() == pytest.approx(by_hand)
 
 
 def test_the_sign_rule_moves_by_the_rate_and_leaves_the_mean() -> None:
     moved, gates = controller(LossFree(rate=1e-3), layers=1)
-    moved.update(*counts_of([1, 1, 1, 5], 10))  # mean 2
+    moved.after_step(counts_of([1, 1, 1, 5], 10))  # mean 2
     assert gates[0][0].bias[:4].tolist() == pytest.approx([0.5e-3, 0.5e-3, 0.5e-3, -1.5e-3])
     choices = torch.zeros(1, COLUMNS, dtype=torch.float64)
     choices[0, 6:9] = torch.tensor([2, 2, 5])
     moved, gates = controller(LossFree(rate=1e-3), layers=1)
-    moved.update(choices, torch.tensor([[0, 0, 9]], dtype=torch.float64))
+    moved.after_step(counts_with(choices_LC=choices, tokens_LG=torch.tensor([[0, 0, 9]], dtype=torch.float64)))
     assert gates[0][2].bias.tolist() == pytest.approx([1e-3, 1e-3, -1e-3]), "without other columns, as published"
 
 
@@ -148,7 +150,7 @@ def closed_loop(rules: Sequence[Any], *, steps: int, skew: float = 1.0) -> tuple
     chosen = []
     for _ in range(steps):
         sums = router(torch.randn(512, D) + 0.3, torch.zeros(512, dtype=torch.int64)).sums
-        moved.update(sums.choices_C[None].double(), sums.tokens_G[None].double())
+        moved.after_step(counts_with(choices_LC=sums.choices_C[None].double(), tokens_LG=sums.tokens_G[None].double()))
         chosen.append(sums.choices_C[:6])
         loads.append(float(chosen[-1].sum()) / 512)
     return loads, torch.stack(chosen[-60:]).sum(0).double()

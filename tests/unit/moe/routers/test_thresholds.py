@@ -13,6 +13,7 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.build import build_model
 from moe_dist.train.evaluation.calibration import calibrate
 from moe_dist.train.evaluation.heldout import heldout_losses
+from tests.support.counts import counts_with
 from tests.support.layouts import Layout, batch_of, config_of, placement_of
 
 GROUPS = (ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)), ExpertGroup("image", 1, 0, 1, 4, 2, ("image",)))
@@ -49,7 +50,7 @@ def test_all_layers_and_groups_are_followed_and_a_group_without_tokens_waits() -
         tokens_LG = torch.tensor([[10, 7], [10, 7]]) * torch.tensor([1, int(step != 2)])
         tokens_LE = tokens_LG[:, [0, 0, 1]].double()
         kth_score_LE = torch.rand(2, 3, generator=generator).double()
-        keeper(kth_score_LE * tokens_LE, tokens_LG.double())
+        keeper.after_step(counts_with(kth_score_LE=kth_score_LE * tokens_LE, tokens_LG=tokens_LG.double()))
         for layer in range(2):
             for expert in range(3):
                 if tokens_LE[layer, expert]:

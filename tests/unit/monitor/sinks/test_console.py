@@ -9,6 +9,7 @@ from rich.console import Console
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
+import numpy as np
 from moe_dist.monitor.sinks.console import ConsoleSink, duration, line_numbers, summary_table
 from moe_dist.monitor.statistics import EvaluationResult
 
@@ -101,7 +102,7 @@ def test_losses_over_other_tokens_are_not_compared() -> None:
 
 def test_missing_numbers_are_dashes(make_record: MakeRecord) -> None:
     console = plain()
-    ConsoleSink(total_steps=1, console=console).step(make_record(1, labels={"text": 40}, step_seconds=0.0))
+    ConsoleSink(total_steps=1, console=console).step(make_record(1, labels_M=np.array([40, 0]), step_seconds=0.0))
     assert "image -)" in output(console)
     assert "- tokens/s" in output(console)
 

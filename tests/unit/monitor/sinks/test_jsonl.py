@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_dist.errors import CheckpointError
@@ -144,7 +145,7 @@ def test_a_damaged_line_inside_is_named(tmp_path: Path, make_record: MakeRecord)
 
 def test_lines_are_strict_json_with_odd_numbers_named(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "m.jsonl"
-    JsonlSink(path=path).step(make_record(1, grad_norm=-math.inf, loss_sum={"text": math.nan, "image": 1.0}, skipped=True))
+    JsonlSink(path=path).step(make_record(1, grad_norm=-math.inf, nll_M=np.array([math.nan, 1.0]), skipped=True))
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")

@@ -16,7 +16,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build import build_model
-from moe_dist.train.evaluation.heldout import forward
+from moe_dist.train.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from tools.experiments import oracle
 from tools.experiments.oracle import Oracle, check_routers

@@ -14,14 +14,14 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.roles import named_parameters
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build import build_model
-from moe_dist.train.evaluation.heldout import forward
-from moe_dist.train.loss import GlobalCounts, MicroLoss, token_losses
+from moe_dist.train.loss import MicroLoss, forward, token_losses
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.loss import neighbour_weights_reference
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, freeze_all_but_routers
+from tests.support.counts import counts_with
 from tests.support.layouts import Layout, config_of
 from tests.support.tuned import MANIFEST
 from tests.support.tuning_samples import made_samples
@@ -69,7 +69,7 @@ def batch_of(folder: Path) -> SampleBatch:
 
 def nothing(total: Tensor) -> MicroLoss:
     zero = torch.zeros(())
-    return MicroLoss(total, zero, zero, zero, zero, GlobalCounts(*[zero] * 7))
+    return MicroLoss(total, zero, zero, zero, zero, counts_with())
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:
