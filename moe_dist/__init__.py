@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "AllToAll": "moe_dist.comm.all_to_all",
     "AllToAllDispatcher": "moe_dist.moe.dispatch.all_to_all",
-    "CommStats": "moe_dist.comm.stats",
+    "CommStats": "moe_dist.comm.collectives",
     "ExpertGroup": "moe_dist.placement.placement",
     "ExpertPlacement": "moe_dist.placement.placement",
     "Experts": "moe_dist.moe.experts",

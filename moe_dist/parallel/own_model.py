@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.reduce import sum_over
-from moe_dist.comm.stats import CommStats
+from moe_dist.comm.collectives import CommStats, sum_over
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer

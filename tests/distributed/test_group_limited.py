@@ -36,7 +36,7 @@ def test_ranks_equal_one_rank(
     outcomes = run_in_world(layout.world_size, train, layout, start)
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, one_rank.steps, strict=True):
-            np.testing.assert_array_equal(step.choices_LC, expected.choices_LC)
+            np.testing.assert_array_equal(step.counts.choices_LC, expected.counts.choices_LC)
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(
                 [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
@@ -52,7 +52,7 @@ def test_ranks_equal_one_rank(
 
 
 def test_null_and_constant_experts_are_chosen_and_biases_move(one_rank: Outcome) -> None:
-    choices_LC = sum(step.choices_LC for step in one_rank.steps)
+    choices_LC = sum(step.counts.choices_LC for step in one_rank.steps)
     assert (choices_LC[:, 8:13].sum(1) > 0).all()  # null columns
     assert (choices_LC[:, 13:].sum(1) > 0).all()
     assert all(bias.any() for bias in one_rank.biases.values())

@@ -3,13 +3,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
-import numpy as np
 from moe_dist.monitor.sinks.console import ConsoleSink, duration, line_numbers, summary_table
 from moe_dist.monitor.statistics import EvaluationResult
 
