@@ -93,7 +93,9 @@ def test_ranks_equal_one_process_over_the_same_sets(
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, oracle.steps, strict=True):
             for counts in ("choices_LC", "tokens_LG", "above_LE", "unrouted_LG"):
-                np.testing.assert_array_equal(getattr(step.counts, counts), getattr(expected.counts, counts), err_msg=counts)
+                np.testing.assert_array_equal(
+                    getattr(step.counts, counts), getattr(expected.counts, counts), err_msg=counts
+                )
             assert step.ledger["pairs"] == expected.ledger["pairs"] == expected.counts.choices_LC.sum()
             np.testing.assert_allclose(step.nll_M, expected.nll_M, rtol=1e-9)
             np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-9)
