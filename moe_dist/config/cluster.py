@@ -62,15 +62,13 @@ class NcclVariable(Section):
 class NoContainer(Section):
     """Ranks run on the node as it is."""
 
-    kind: Literal["none"] = Field(default="none", description="Ranks run on the node as it is.")
+    kind: Literal["none"] = "none"
 
 
 class PyxisContainer(Section):
     """Ranks run in a container that Slurm's plugin pyxis starts."""
 
-    kind: Literal["pyxis"] = Field(
-        default="pyxis", description="Ranks run in a container that Slurm's plugin pyxis starts."
-    )
+    kind: Literal["pyxis"] = "pyxis"
     image: Line = Field(description="Image: a squashfs file, or registry#name:tag.")
     mounts: tuple[Line, ...] = Field(default=(), description="What it sees of the node: SOURCE:TARGET[:FLAGS].")
 
@@ -78,7 +76,7 @@ class PyxisContainer(Section):
 class ApptainerContainer(Section):
     """Ranks run in a container that apptainer starts."""
 
-    kind: Literal["apptainer"] = Field(default="apptainer", description="Ranks run in a container that apptainer starts.")
+    kind: Literal["apptainer"] = "apptainer"
     image: Line = Field(description="Image: a .sif file, or docker://name:tag.")
     mounts: tuple[Line, ...] = Field(default=(), description="What it sees of the node: SOURCE:TARGET[:FLAGS].")
 

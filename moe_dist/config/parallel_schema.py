@@ -111,27 +111,20 @@ class PinnedGroupSection(Section):
 class InterleavedSection(Section):
     """Every group is spread over all ranks of an EP group."""
 
-    policy: Literal["interleaved"] = Field(
-        default="interleaved", description="Every group is spread over all ranks of an EP group."
-    )
+    policy: Literal["interleaved"] = "interleaved"
 
 
 class PinnedSection(Section):
     """Each group's experts live on ranks of their own; where `ranks` is not given, the planner divides them by load."""
 
-    policy: Literal["pinned"] = Field(
-        default="pinned",
-        description="Each group's experts live on ranks of their own, divided by load where `groups` does not say which.",
-    )
+    policy: Literal["pinned"] = "pinned"
     groups: dict[Name, PinnedGroupSection] = Field(default_factory=dict, description="Ranks of each group, by name.")
 
 
 class ExplicitSection(Section):
     """The experts of each rank written out: any number a rank, none as well."""
 
-    policy: Literal["explicit"] = Field(
-        default="explicit", description="The experts of each rank written out: any number a rank, none as well."
-    )
+    policy: Literal["explicit"] = "explicit"
     slots: tuple[tuple[str, ...], ...] = Field(description="For each rank of an EP group its experts, as 'group/index'.")
 
 

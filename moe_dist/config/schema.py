@@ -80,16 +80,14 @@ class DataSection(Section):
 class ConstantSchedule(Section):
     """Linear warm-up, then constant."""
 
-    kind: Literal["constant"] = Field(default="constant", description="Linear warm-up, then constant.")
+    kind: Literal["constant"] = "constant"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
 
 
 class CosineSchedule(Section):
     """Linear warm-up, then half a cosine down to min_ratio at the last step."""
 
-    kind: Literal["cosine"] = Field(
-        default="cosine", description="Linear warm-up, then half a cosine down to min_ratio at the last step."
-    )
+    kind: Literal["cosine"] = "cosine"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
     min_ratio: Fraction = Field(default=0.1, description="Last learning rate over the peak.")
 
@@ -97,10 +95,7 @@ class CosineSchedule(Section):
 class WsdSchedule(Section):
     """Warm-up, stable, decay: constant until the last decay_steps, then linear down to min_ratio."""
 
-    kind: Literal["wsd"] = Field(
-        default="wsd",
-        description="Warm-up, stable, decay: constant until the last decay_steps, then linear down to min_ratio.",
-    )
+    kind: Literal["wsd"] = "wsd"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
     decay_steps: PositiveInt = Field(description="Steps of the final decay.")
     min_ratio: Fraction = Field(default=0.0, description="Last learning rate over the peak.")
@@ -112,7 +107,7 @@ ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Fie
 class OptimizerSection(Section):
     """AdamW, its schedule and the bound of the gradient norm."""
 
-    kind: Literal["adamw"] = Field(default="adamw", description="AdamW, its schedule and the bound of the gradient norm.")
+    kind: Literal["adamw"] = "adamw"
     backend: Literal["auto", "torch", "apex"] = Field(
         default="auto", description="auto takes NVIDIA Apex's FusedAdam where it is installed, else torch's fused AdamW."
     )
@@ -225,14 +220,14 @@ class CheckpointSection(Section):
 class ConsoleSink(Section):
     """Progress bar on a terminal, plain lines elsewhere."""
 
-    kind: Literal["console"] = Field(default="console", description="Progress bar on a terminal, plain lines elsewhere.")
+    kind: Literal["console"] = "console"
     every: PositiveInt = Field(default=10, description="Steps between plain lines where there is no terminal.")
 
 
 class JsonlSink(Section):
     """metrics.jsonl in the run folder, one record a step."""
 
-    kind: Literal["jsonl"] = Field(default="jsonl", description="metrics.jsonl in the run folder, one record a step.")
+    kind: Literal["jsonl"] = "jsonl"
     arrays_every: PositiveInt = Field(
         default=1,
         description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line.",
@@ -242,16 +237,14 @@ class JsonlSink(Section):
 class TensorBoardSink(Section):
     """TensorBoard event files in the run folder."""
 
-    kind: Literal["tensorboard"] = Field(default="tensorboard", description="TensorBoard event files in the run folder.")
+    kind: Literal["tensorboard"] = "tensorboard"
     pictures_every: PositiveInt = Field(default=100, description="Steps between heat maps and histograms.")
 
 
 class PrometheusSink(Section):
     """A textfile for Prometheus' node exporter, replaced at each step."""
 
-    kind: Literal["prometheus"] = Field(
-        default="prometheus", description="A textfile for Prometheus' node exporter, replaced at each step."
-    )
+    kind: Literal["prometheus"] = "prometheus"
     path: PathText | None = Field(
         default=None, description="Textfile to replace at each step; default metrics.prom in the run folder."
     )
@@ -260,7 +253,7 @@ class PrometheusSink(Section):
 class WandbSink(Section):
     """Weights & Biases."""
 
-    kind: Literal["wandb"] = Field(default="wandb", description="Weights & Biases.")
+    kind: Literal["wandb"] = "wandb"
     project: str = Field(description="Project in wandb.")
     mode: Literal["online", "offline"] = Field(default="online", description="offline writes to the run folder only.")
 

@@ -45,6 +45,13 @@ class Violation(NamedTuple):
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """The key that names a kind has the kind's docstring for its description."""
+        for name in {"kind", "policy"} & cls.model_fields.keys():
+            field = cls.model_fields[name]
+            field.description = field.description or " ".join((cls.__doc__ or "").split())
+
     def violations(self) -> list[Violation]:
         """Rules between this section's keys that do not hold."""
         return []

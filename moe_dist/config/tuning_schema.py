@@ -10,14 +10,14 @@ from moe_dist.config.section import Count, NonNegative, PathText, Section, Viola
 class NearestSection(Section):
     """The k nearest samples."""
 
-    kind: Literal["nearest"] = Field(default="nearest", description="The k nearest samples.")
+    kind: Literal["nearest"] = "nearest"
     k: PositiveInt = Field(default=3, description="Neighbours of a sample, itself left out; RoMA's best is 3.")
 
 
 class RadiusSection(Section):
     """All samples that are similar enough."""
 
-    kind: Literal["radius"] = Field(default="radius", description="All samples that are similar enough.")
+    kind: Literal["radius"] = "radius"
     similarity: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.5,
         description="Least similarity exp(-d^2 / (2 bandwidth^2)) of a neighbour; RoMA takes 0.5. A sample may have none.",

@@ -1,7 +1,8 @@
 """From a placement section to the map of experts: pinned, interleaved, explicit. A rank is a position in an EP group."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from moe_dist.config.model_schema import MoESection
 from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection, PlacementSection
@@ -9,6 +10,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, even_runs
 
 Slots = list[list[int]]
+Groups = Sequence[ExpertGroup]
+Mix = Mapping[str, int]
 
 
 def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
@@ -50,13 +53,30 @@ def make_placement(
     Raises:
         ConfigError: with everything about the section that cannot be.
     """
-    match section:
-        case InterleavedSection():
-            return ExpertPlacement.interleaved(groups, num_ranks)
-        case PinnedSection():
-            slots = _spread(groups, pinned_ranks(section, groups, num_ranks=num_ranks, token_mix=token_mix), num_ranks)
-        case ExplicitSection():
-            slots = _explicit_slots(section, groups, num_ranks)
+    return POLICIES[section.policy](section, groups, num_ranks, token_mix)
+
+
+def _interleaved(_: InterleavedSection, groups: Groups, num_ranks: int, _mix: Mix) -> ExpertPlacement:
+    return ExpertPlacement.interleaved(groups, num_ranks)
+
+
+def _pinned(section: PinnedSection, groups: Groups, num_ranks: int, token_mix: Mix) -> ExpertPlacement:
+    ranks = pinned_ranks(section, groups, num_ranks=num_ranks, token_mix=token_mix)
+    return _placed(groups, _spread(groups, ranks, num_ranks))
+
+
+def _explicit(section: ExplicitSection, groups: Groups, num_ranks: int, _mix: Mix) -> ExpertPlacement:
+    return _placed(groups, _explicit_slots(section, groups, num_ranks))
+
+
+POLICIES: dict[str, Callable[[Any, Groups, int, Mix], ExpertPlacement]] = {
+    "interleaved": _interleaved,
+    "pinned": _pinned,
+    "explicit": _explicit,
+}
+
+
+def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
     return ExpertPlacement(tuple(groups), tuple(tuple(sorted(rank)) for rank in slots))
 
 

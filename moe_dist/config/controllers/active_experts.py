@@ -12,10 +12,7 @@ from moe_dist.config.section import GroupName, Violation, WholeConfig, unknown_n
 class ActiveExpertsSection(ControllerSection):
     """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
 
-    kind: Literal["active_experts"] = Field(
-        default="active_experts",
-        description="Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash).",
-    )
+    kind: Literal["active_experts"] = "active_experts"
     target: dict[GroupName, PositiveFloat] = Field(
         min_length=1, description="True experts a token, by group; groups that are not named are left alone."
     )

@@ -10,10 +10,7 @@ from moe_dist.config.dispatchers.base import DispatchSection
 class AllToAllDispatchSection(DispatchSection):
     """One row for each (token, destination rank), whatever the number of experts it takes there."""
 
-    kind: Literal["all_to_all"] = Field(
-        default="all_to_all",
-        description="One row for each (token, destination rank), whatever the number of experts it takes there.",
-    )
+    kind: Literal["all_to_all"] = "all_to_all"
     overlap: bool = Field(
         default=False,
         description="Compute own rows and the shared expert while remote rows are in flight, in backward too. It doubles "

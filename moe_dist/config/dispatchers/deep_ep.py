@@ -2,8 +2,6 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
-
 from moe_dist.config.dispatchers.base import KIND, KernelDispatchSection, either
 from moe_dist.config.section import Violation, WholeConfig
 
@@ -17,7 +15,7 @@ class DeepEPDispatchSection(KernelDispatchSection):
     needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep",)
     source: ClassVar[str] = "DeepEP from its repository"
 
-    kind: Literal["deep_ep"] = Field(default="deep_ep", description="DeepEP's kernels, where deep_ep is installed.")
+    kind: Literal["deep_ep"] = "deep_ep"
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
         ep, router, broken = config.parallel.ep, config.model.moe.router, super().violations_in(config)

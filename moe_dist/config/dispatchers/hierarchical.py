@@ -11,10 +11,7 @@ from moe_dist.config.section import Violation, WholeConfig
 class HierarchicalDispatchSection(DispatchSection):
     """One row for each (token, destination node) between nodes, then one for each (token, rank) inside the node."""
 
-    kind: Literal["hierarchical"] = Field(
-        default="hierarchical",
-        description="One row for each (token, destination node) between nodes, then one for each (token, rank) inside it.",
-    )
+    kind: Literal["hierarchical"] = "hierarchical"
     ranks_per_node: PositiveInt = Field(description="Neighbouring ranks that make a node; divides parallel.ep.")
 
     @property

@@ -2,8 +2,6 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
-
 from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
 from moe_dist.config.section import Violation, WholeConfig
 
@@ -16,9 +14,7 @@ class HybridEPDispatchSection(KernelDispatchSection):
     needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep", "hybrid_ep_cpp")
     source: ClassVar[str] = "DeepEP from the branch hybrid-ep of its repository"
 
-    kind: Literal["hybrid_ep"] = Field(
-        default="hybrid_ep", description="HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."
-    )
+    kind: Literal["hybrid_ep"] = "hybrid_ep"
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
         """Besides: sizes that TMA copies, in wholes of 16 bytes, and more than one rank."""

@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-from pydantic import Field
-
 from moe_dist.config.dispatchers.base import KIND, DispatchSection
 from moe_dist.config.section import Violation, WholeConfig
 
@@ -11,10 +9,7 @@ from moe_dist.config.section import Violation, WholeConfig
 class KnownCountsDispatchSection(DispatchSection):
     """One row for each (token, expert), without a host sync; for routers whose counts are known beforehand."""
 
-    kind: Literal["known_counts"] = Field(
-        default="known_counts",
-        description="One row for each (token, expert), without a host sync; for routers whose counts are known beforehand.",
-    )
+    kind: Literal["known_counts"] = "known_counts"
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
         unknown = config.model.moe.router.counts_unknown()

@@ -19,11 +19,7 @@ class LoRAExpertsSection(ExpertsSection):
     replicated: ClassVar[bool] = True
     over_frozen_ffn: ClassVar[bool] = True
 
-    kind: Literal["lora"] = Field(
-        default="lora",
-        description="The true experts are LoRA adapters over one frozen FFN a layer, which every token passes "
-        "(LLaVA-MoLE).",
-    )
+    kind: Literal["lora"] = "lora"
     rank: PositiveInt = Field(description="Rank of each expert's adapters (r).")
     alpha: PositiveFloat = Field(description="An adapter's output is scaled by alpha / rank.")
     dropout: Decay = Field(default=0.0, description="Share of an adapter's inputs that is dropped while training.")

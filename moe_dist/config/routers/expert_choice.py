@@ -16,10 +16,7 @@ class ExpertChoiceRouterSection(RouterSection):
     needs_global_batch_info: ClassVar[bool] = True
     only_true_experts: ClassVar[bool] = True  # a token may be left to none
 
-    kind: Literal["expert_choice"] = Field(
-        default="expert_choice",
-        description="Experts choose their tokens in training (MoMa); in evaluation each token is routed by itself.",
-    )
+    kind: Literal["expert_choice"] = "expert_choice"
     capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         default=None,
         description="Share of its group's tokens in the selection scope that each expert takes (c); null is top_k / "

@@ -11,10 +11,7 @@ from moe_dist.config.section import Violation, WholeConfig
 class GroupLimitedRouterSection(RouterSection):
     """Top-k of sigmoid scores + bias among the experts of a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
 
-    kind: Literal["group_limited"] = Field(
-        default="group_limited",
-        description="Top-k of sigmoid scores + bias among the experts of a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2).",
-    )
+    kind: Literal["group_limited"] = "group_limited"
     n_group: PositiveInt = Field(
         default=1,
         description="Node groups that each group's true experts are cut into, in order. Null and zero-computation experts lie in none.",

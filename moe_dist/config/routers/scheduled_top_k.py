@@ -18,11 +18,7 @@ class ScheduledTopKRouterSection(RouterSection):
     needs_global_batch_info: ClassVar[bool] = True  # draws are numbered by the tokens of the whole step
     only_true_experts: ClassVar[bool] = True
 
-    kind: Literal["scheduled_top_k"] = Field(
-        default="scheduled_top_k",
-        description="Top-k with the number of experts fixed in each layer, or drawn at random: what null experts are "
-        "compared with.",
-    )
+    kind: Literal["scheduled_top_k"] = "scheduled_top_k"
     active_experts: dict[GroupName, LayerActiveExperts] = Field(
         min_length=1,
         description="By group, true experts a token in each MoE layer, at most the group's top_k: its floor for every "

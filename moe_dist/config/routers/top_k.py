@@ -12,10 +12,7 @@ class TopKRouterSection(RouterSection):
 
     softmax_top_k: ClassVar[bool] = True
 
-    kind: Literal["top_k"] = Field(
-        default="top_k",
-        description="Top-k over true and null experts (AdaMoE); plain top-k where a group has no null experts.",
-    )
+    kind: Literal["top_k"] = "top_k"
     normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = Field(
         default="true_chosen",
         description="Routing weights are a softmax over the chosen experts that are not null (AdaMoE), over all chosen "
