@@ -5,10 +5,12 @@ ranks, vocabulary and data) are checked by `moe_dist.plan.preflight`, which sees
 checks itself.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from moe_dist.config import sinks
+from moe_dist.config.kinds import kinds_in
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.parallel_schema import InterleavedSection, ParallelSection, PlacementSection
 from moe_dist.config.section import (
@@ -23,6 +25,10 @@ from moe_dist.config.section import (
     Section,
     Violation,
 )
+from moe_dist.config.sinks.base import SinkSection
+from moe_dist.config.sinks.console import ConsoleSink
+from moe_dist.config.sinks.jsonl import JsonlSink
+from moe_dist.config.sinks.tensorboard import TensorBoardSink
 from moe_dist.config.tuning_schema import RouterTuningSection
 
 
@@ -217,54 +223,16 @@ class CheckpointSection(Section):
     )
 
 
-class ConsoleSink(Section):
-    """Progress bar on a terminal, plain lines elsewhere."""
-
-    kind: Literal["console"] = "console"
-    every: PositiveInt = Field(default=10, description="Steps between plain lines where there is no terminal.")
-
-
-class JsonlSink(Section):
-    """metrics.jsonl in the run folder, one record a step."""
-
-    kind: Literal["jsonl"] = "jsonl"
-    arrays_every: PositiveInt = Field(
-        default=1,
-        description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line.",
-    )
-
-
-class TensorBoardSink(Section):
-    """TensorBoard event files in the run folder."""
-
-    kind: Literal["tensorboard"] = "tensorboard"
-    pictures_every: PositiveInt = Field(default=100, description="Steps between heat maps and histograms.")
-
-
-class PrometheusSink(Section):
-    """A textfile for Prometheus' node exporter, replaced at each step."""
-
-    kind: Literal["prometheus"] = "prometheus"
-    path: PathText | None = Field(
-        default=None, description="Textfile to replace at each step; default metrics.prom in the run folder."
-    )
-
-
-class WandbSink(Section):
-    """Weights & Biases."""
-
-    kind: Literal["wandb"] = "wandb"
-    project: str = Field(description="Project in wandb.")
-    mode: Literal["online", "offline"] = Field(default="online", description="offline writes to the run folder only.")
-
-
-SinkSection = Annotated[ConsoleSink | JsonlSink | TensorBoardSink | PrometheusSink | WandbSink, Field(discriminator="kind")]
+if TYPE_CHECKING:  # to the reader of the code the field has its base's type
+    AnySink = SinkSection
+else:
+    AnySink = kinds_in(sinks, SinkSection)
 
 
 class MonitorSection(Section):
     """What is shown, and where."""
 
-    sinks: tuple[SinkSection, ...] = Field(
+    sinks: tuple[AnySink, ...] = Field(
         default=(ConsoleSink(), JsonlSink(), TensorBoardSink()),
         description="Where records go; metrics.jsonl is the source of all.",
     )

@@ -15,7 +15,9 @@ from moe_dist.config.load import (
     resolved_yaml,
 )
 from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
-from moe_dist.config.schema import ConstantSchedule, JsonlSink, TensorBoardSink, WsdSchedule
+from moe_dist.config.schema import ConstantSchedule, WsdSchedule
+from moe_dist.config.sinks.jsonl import JsonlSink
+from moe_dist.config.sinks.tensorboard import TensorBoardSink
 from moe_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"

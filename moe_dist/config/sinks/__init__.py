@@ -1,0 +1,1 @@
+"""The kinds of sink, a file each: their keys and their rules."""

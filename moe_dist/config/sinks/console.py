@@ -1,0 +1,14 @@
+"""The section of the console sink."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.sinks.base import SinkSection
+
+
+class ConsoleSink(SinkSection):
+    """Progress bar on a terminal, plain lines elsewhere."""
+
+    kind: Literal["console"] = "console"
+    every: PositiveInt = Field(default=10, description="Steps between plain lines where there is no terminal.")

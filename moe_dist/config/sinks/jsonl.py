@@ -1,0 +1,17 @@
+"""The section of the jsonl sink."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from moe_dist.config.sinks.base import SinkSection
+
+
+class JsonlSink(SinkSection):
+    """metrics.jsonl in the run folder, one record a step."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    arrays_every: PositiveInt = Field(
+        default=1,
+        description="Steps between lines with the choices of every expert; 64 layers x 128 experts take 70 KB a line.",
+    )

@@ -1,0 +1,17 @@
+"""The section of the prometheus sink."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_dist.config.section import PathText
+from moe_dist.config.sinks.base import SinkSection
+
+
+class PrometheusSink(SinkSection):
+    """A textfile for Prometheus' node exporter, replaced at each step."""
+
+    kind: Literal["prometheus"] = "prometheus"
+    path: PathText | None = Field(
+        default=None, description="Textfile to replace at each step; default metrics.prom in the run folder."
+    )
