@@ -1,7 +1,7 @@
-"""The ways a run can end, each with its exit code and whether starting it again makes sense.
+"""Errors of a run with their exit codes, and whether a restart can help.
 
-Exit codes (the verdicts of a run): 0 done; 75 stopped on request after saving, start me again; 78 wrong configuration;
-69 the cluster cannot place the job; 65 bad or damaged data; 70 diverged; 1 anything else.
+Exit codes: 0 done; 75 stopped on request after a save, start it again; 78 invalid configuration; 69 the cluster lacks the
+nodes or memory; 65 invalid or damaged data; 70 diverged; 1 any other error.
 """
 
 from collections.abc import Sequence
@@ -11,32 +11,32 @@ EXIT_FAILED = 1
 
 
 class MoeDistError(Exception):
-    """Base of all errors that a user can cause and mend. Each fault names field, value, rule and the way out.
+    """Base of all errors that a user can cause and fix. Each problem names field, value, rule and fix.
 
     Args:
-        problems: One fault, or every one that was found, so that one look mends them all.
+        problems: One problem, or all that were found.
         see: Page of the docs.
     """
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # whether a launcher may start the same command again
-    consequence: bool = False  # of an error on another rank, which gives the reason
+    consequence: bool = False  # caused by an error on another rank, which reports the reason
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
-        lines = self.problems if len(self.problems) == 1 else [f"{len(self.problems)} faults:", *self.problems]
+        lines = self.problems if len(self.problems) == 1 else [f"{len(self.problems)} problems:", *self.problems]
         super().__init__("\n  - ".join(lines) + (f"\nsee {see}" if see else ""))
 
 
 class ConfigError(MoeDistError):
-    """The configuration cannot run as written."""
+    """The configuration is invalid."""
 
     exit_code = 78
     retry = False
 
 
 class PlacementError(MoeDistError):
-    """The ranks, nodes or memory at hand cannot hold what the plan asks for."""
+    """The available ranks, nodes or memory do not meet the plan's requirements."""
 
     exit_code = 69
     retry = False
@@ -57,19 +57,19 @@ class DivergedError(MoeDistError):
 
 
 class StoppedError(MoeDistError):
-    """The run was asked to stop, saved its state and can go on from there."""
+    """The run got a stop signal; it can be resumed from its last checkpoint."""
 
     exit_code = 75
     retry = True
 
 
 class CheckpointError(MoeDistError):
-    """A checkpoint could not be written; the last committed one still stands."""
+    """A checkpoint could not be written; the last committed one is intact."""
 
 
 class StorageError(MoeDistError):
-    """A file could not be read or written just now: its disk is full or broken, or its file system is gone."""
+    """A file cannot be read or written at the moment: disk full, disk error or lost file system."""
 
 
 class IntegrityError(MoeDistError):
-    """What arrived in an exchange between ranks is not what was sent (`parallel.check_exchanges`)."""
+    """A rank received other data than its peer has sent (found by `parallel.check_exchanges`)."""

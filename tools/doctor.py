@@ -36,10 +36,10 @@ def main(
     console = Console(highlight=False, soft_wrap=True)
     found: list[CheckResult] = []
     try:
-        for finding in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):
-            found.append(finding)
-            mark, style = _MARKS[finding.level]
-            console.print(Text.assemble((f"{mark:<4}", style), " ", str(finding)))
+        for result in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):
+            found.append(result)
+            mark, style = _MARKS[result.level]
+            console.print(Text.assemble((f"{mark:<4}", style), " ", str(result)))
     except MoeDistError as failed:
         print(failed, file=sys.stderr)
         raise typer.Exit(failed.exit_code) from failed

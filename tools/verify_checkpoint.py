@@ -26,17 +26,17 @@ def main(
     try:
         folder = find_checkpoint(path)
         specs, doubt = _expected(folder)
-        examined, findings = verify(folder, specs)
+        examined, problems = verify(folder, specs)
         base = _look_at_base(folder)
     except MoeDistError as error:
         print(f"verify_checkpoint: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
-    if findings:
-        for finding in findings if every else findings[:MAX_FAULTS]:
-            print(finding)
-        if not every and len(findings) > MAX_FAULTS:
-            print(f"and {len(findings) - MAX_FAULTS} more (--every)")
-        print(f"{folder}: {len(findings)} faults")
+    if problems:
+        for problem in problems if every else problems[:MAX_FAULTS]:
+            print(problem)
+        if not every and len(problems) > MAX_FAULTS:
+            print(f"and {len(problems) - MAX_FAULTS} more (--every)")
+        print(f"{folder}: {len(problems)} faults")
         raise typer.Exit(DataError.exit_code)
     assert examined.index is not None
     print(

@@ -1,1 +1,1 @@
-"""All that resumes: its state under logical names, and how it reaches the disk."""
+"""Checkpoints: the state of a run under logical names, and its storage."""

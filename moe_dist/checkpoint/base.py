@@ -1,8 +1,8 @@
-"""The frozen model under adapters: a checkpoint of adapters holds its place and its content hash, and never its weights.
+"""The frozen base model of adapters: a checkpoint of adapters stores the base's path and content hash, not its weights.
 
-Names and shapes decide what of the base stands where; a base that is not taken whole is refused. A layer's frozen FFN is
-the first of these that the base has: the layer's dense FFN, or the only expert of its only group (which is how a dense
-model of Hugging Face is stored). A layer that is dense here may be either there as well.
+Names and shapes decide which tensor of the base is loaded where; every parameter of the base must be used. The frozen FFN
+of a layer is the base's dense FFN in that layer, else the only expert of its only group (as a dense Hugging Face model is
+imported). The same holds for a layer that is dense in the model.
 """
 
 import re
@@ -21,7 +21,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.roles import EXPERT_NAME, Role, role_of_name
 
-KEY = "base"  # in the values of a checkpoint
+KEY = "base"  # key in the values of a checkpoint
 GUIDE = "docs/lora-experts.md"
 
 _FFN = re.compile(r"(?P<layer>layers\.\d+)\.(moe\.)?ffn\.(?P<tensor>gate|up|down)\.weight")
@@ -33,8 +33,8 @@ class Base:
     """The base of a checkpoint of adapters.
 
     Attributes:
-        path: Its folder (`step_N`), as it was found.
-        content: `content_hash` of it.
+        path: Folder of the base's checkpoint (`step_N`).
+        content: Its `content_hash`.
     """
 
     path: str
@@ -45,44 +45,44 @@ class Base:
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":
-        """What a checkpoint's values say.
+        """The base recorded in a checkpoint's values.
 
         Raises:
-            DataError: they name no base.
+            DataError: there is no record of a base.
         """
         found = values.get(KEY)
         path, content = (found.get("path"), found.get("content")) if isinstance(found, dict) else (None, None)
         if not isinstance(path, str) or not isinstance(content, str):
-            raise DataError(f"{folder}: it holds adapters and names no base: state.json has {KEY}={found!r:.80}")
+            raise DataError(f"{folder}: it contains adapters but names no base: state.json has {KEY}={found!r:.80}")
         return cls(path, content)
 
     def check(self, contents: Contents, adapters: Path) -> None:
-        """Refuses another base than that of the adapters.
+        """Checks that `contents` is the base of the adapters.
 
         Raises:
-            DataError: with both hashes.
+            DataError: the content hash differs.
         """
         found = content_hash(contents.index)
         if found != self.content:
             raise DataError(
-                f"{contents.folder}: its content hash is {found}, and the adapters of {adapters} were trained on a base "
-                f"with {self.content}; put that base back at {self.path} (a link will do), or train adapters on this one",
+                f"{contents.folder}: its content hash is {found}, but the adapters of {adapters} were trained on a base "
+                f"with {self.content}; restore that base at {self.path} (or a link to it), or train adapters on this one",
                 see=GUIDE,
             )
 
 
 def find_base(base: Base, adapters: Path) -> Contents:
-    """The base of a checkpoint of adapters, found to be the one.
+    """Opens the base of a checkpoint of adapters, and checks its content hash.
 
     Raises:
-        DataError: it is not there, damaged, or another one.
+        DataError: the base is missing or damaged, or has another content hash.
     """
     try:
         contents = open_checkpoint(find_checkpoint(Path(base.path)))
     except ConfigError as error:
         raise DataError(
-            f"{adapters}: its base {base.path} (content hash {base.content}) is not there; put it back (a link will do): a "
-            "checkpoint of adapters holds no weight of it",
+            f"{adapters}: its base {base.path} (content hash {base.content}) is missing; restore it (or a link to it): a "
+            "checkpoint of adapters does not contain the base's weights",
             see=GUIDE,
         ) from error
     base.check(contents, adapters)
@@ -90,10 +90,10 @@ def find_base(base: Base, adapters: Path) -> Contents:
 
 
 def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """For each tensor of `specs` (the frozen ones, and what else the base gives) its name in the base.
+    """For each tensor of `specs` its name in the base.
 
     Raises:
-        ConfigError: the base lacks one, has it in another shape, or has a parameter that finds no place.
+        ConfigError: the base lacks a tensor, has it in another shape, or has a parameter that the model does not use.
     """
     index = contents.index
     only = _only_experts(index)
@@ -101,28 +101,28 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
     for name, spec in specs.items():
         source = next((each for each in _candidates(name, only) if each in index.tensors), None)
         if source is None:
-            problems.append(f"{name}: the base has none")
+            problems.append(f"{name}: the base has no such tensor")
         elif (entry := index.tensors[source]).shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
             problems.append(f"{name}: {spec.dtype} {spec.shape} in the model, {entry.dtype} {entry.shape} in {source}")
         else:
             sources[name] = source
     used = set(sources.values())
     problems += [
-        f"{name}: the model has no place for it"
+        f"{name}: the model does not use this tensor"
         for name in index.tensors
         if name not in used and not name.startswith(OPTIMIZER_PREFIX) and role_of_name(name) is not Role.ROUTER
     ]
     if problems:
         head = (
-            f"run.init_rules: adapt cannot stand on {contents.folder}; give the model the widths and layers of the base, "
-            "which has one dense FFN (or one expert) a layer under LoRA experts"
+            f"run.init_rules: adapt cannot use {contents.folder} as base; give the model the widths and layers of the "
+            "base, which must have one dense FFN (or one expert) in each layer with LoRA experts"
         )
         raise ConfigError(listed(head, problems), see=GUIDE)
     return sources
 
 
 def base_names(index: Index) -> dict[str, str]:
-    """For each FFN matrix of a base its layer's name for it under LoRA experts, `layers.i.moe.ffn.gate`."""
+    """For each FFN matrix of a base its name in a layer with LoRA experts, `layers.i.moe.ffn.gate`."""
     found = {}
     for name in index.tensors:
         if match := _FFN.fullmatch(name) or EXPERT_NAME.fullmatch(name):
@@ -143,7 +143,7 @@ def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
 
 
 def _only_experts(index: Index) -> dict[str, str]:
-    """For each layer with a single expert in a single group, the group."""
+    """The group of each layer that has a single expert in a single group."""
     experts: dict[str, set[tuple[str, str]]] = {}
     for name in index.tensors:
         if match := EXPERT_NAME.fullmatch(name):

@@ -1,4 +1,4 @@
-"""What happens on one rank is told to all: a phase of a save or a load fails on every rank or on none."""
+"""Makes a phase of a save or load fail on all ranks or on none: every rank learns of an error on any rank."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 
-_UNWRITABLE = 2  # a rank's report in a vote: it could not write; other errors are 1000 + their exit code
+_UNWRITABLE = 2  # a rank's status after a CheckpointError; any other error has 1000 + its exit code
 
 
-class Ballot:
-    """The ranks that save and load together, over a process group on the host (gloo); without one, one rank alone.
+class CollectiveStatus:
+    """Status exchange between the ranks that save or load together, over a gloo process group; None means one rank.
 
     Args:
-        place: In words, for messages.
-        tracker: For the watchdog.
+        place: Folder, for messages.
+        tracker: Tracker of the watchdog.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Ballot:
         only_first: bool = False,
         kind: type[MoeDistError] = CheckpointError,
     ) -> None:
-        """Runs `action` (on rank 0 only, or on all) and raises on all ranks if it failed on any. One all-reduce.
+        """Runs `action` on all ranks (or on rank 0 only), and raises on all ranks if it failed on any. One all-reduce.
 
-        Failures of the file system become `kind`; all others stay what they are on the rank where they happen.
+        File system errors become `kind`; other errors are raised unchanged on the rank where they happened.
         """
         error: Exception | None = None
         try:
@@ -71,9 +71,9 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """The error of the other ranks: of the kind that the first failing rank raises itself."""
+    """The error for ranks without one: of the class that the first failed rank raises."""
     ranks = [rank for rank, code in enumerate(codes) if code]
-    message = f"{what}: it failed on ranks {ranks}; the log of rank {ranks[0]} says why"
+    message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]
     kinds: dict[int, type[MoeDistError]] = {
         _UNWRITABLE: CheckpointError,

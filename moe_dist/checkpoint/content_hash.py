@@ -1,4 +1,4 @@
-"""Names a model by what its parameters are: the same for any layout, step count or optimizer."""
+"""A hash of a model's parameters that does not depend on layout, step count or optimizer."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 
 
 def content_hash(index: Index) -> str:
-    """SHA-256 over name, type, shape and fingerprint of every parameter and buffer; moments are left out."""
+    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer; without the optimizer's moments."""
     lines = [
         f"{name} {entry.dtype} {list(entry.shape)} {entry.fingerprint}\n"
         for name, entry in sorted(index.tensors.items())

@@ -1,4 +1,4 @@
-"""A checkpoint in words and numbers, from its JSON files and the headers of its shards. Imports no torch."""
+"""Summarises a checkpoint from its JSON files and shard headers. Does not import torch."""
 
 import math
 import re
@@ -21,7 +21,7 @@ class Family:
 
     Attributes:
         name: dense, router, adapters, experts of a group, or their moments.
-        detail: Layers x experts x matrices where they are experts, else empty.
+        detail: Layers x experts x matrices for experts; otherwise empty.
     """
 
     name: str
@@ -43,7 +43,7 @@ def families(index: Index) -> list[Family]:
 
 
 def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
-    """What else there is to say: (what, how it is)."""
+    """Step, run, progress, layout and versions of a checkpoint, as (name, text)."""
     progress = state.values.get("progress")
     counters = progress if isinstance(progress, dict) else {}
     config = state.values.get("config")
@@ -53,7 +53,7 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
             "step",
             f"{index.step}" + (f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""),
         ),
-        ("run", str(run.get("name", "?")) if isinstance(run, dict) else "not told"),
+        ("run", str(run.get("name", "?")) if isinstance(run, dict) else "unknown"),
         ("save", index.save_id),
         (
             "progress",
@@ -77,14 +77,14 @@ def _base(state: StateFile) -> list[tuple[str, str]]:
 
 
 def placement_lines(state: StateFile) -> list[str]:
-    """For each EP position its experts."""
+    """One line per EP rank with its experts."""
     groups, slots = state.placement.get("groups"), state.placement.get("slots")
     if not isinstance(groups, list) or not isinstance(slots, list):
-        return ["not told"]
+        return ["unknown"]
     lines = []
     for rank, experts in enumerate(slots):
         held = [_expert_name(groups, expert) for expert in experts] if isinstance(experts, list) else []
-        lines.append(f"EP position {rank}: {' '.join(held) or 'no expert'}")
+        lines.append(f"EP rank {rank}: {' '.join(held) or 'no expert'}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""A fingerprint of a tensor that does not depend on how it is cut: each element is mixed with its place, and all are added.
+"""A fingerprint of a tensor that does not depend on its sharding: a sum over the elements, each mixed with its position.
 
     fingerprint = sum over elements i of mix(bits_i + (i + 1) * G)  mod 2^64
 
@@ -6,10 +6,10 @@ where i counts the elements of the whole tensor in row-major order, bits_i is th
 64 bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. So the fingerprints of
 disjoint pieces add up to that of the whole, in any order and for any cut, on any device.
 
-One changed element always changes the sum; damage to several, or elements that changed places, passes unseen with
-probability 2^-64. It finds accidents. It is no signature: whoever wants to can make another tensor with the same sum.
+A change of one element always changes the sum; several changes, or swapped elements, go undetected with probability 2^-64.
+It detects accidents, but it is no signature: one can construct another tensor with the same sum.
 
-Costs one pass: about 1 GB/s of fp32 on one CPU core.
+Cost: one pass, about 1 GB/s of fp32 on one CPU core.
 """
 
 import math
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 _G, _M1, _M2 = 0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
-_MASK33 = (1 << 31) - 1  # what a logical shift by 33 leaves of 64 bits
-_BLOCK = 1 << 15  # elements at once: 256 KiB of int64, which a core's cache holds
+_MASK33 = (1 << 31) - 1  # the 31 bits that a logical right shift by 33 leaves
+_BLOCK = 1 << 15  # elements per block: 256 KiB of int64, which fits into a core's cache
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[int] | None = None) -> int:
-    """Fingerprint of a box of a tensor: 0 to 2^64 - 1. Syncs with the device once.
+    """Fingerprint of a box of a tensor, 0 to 2^64 - 1. One sync with the device.
 
     Args:
-        piece: The box, plain, of any dtype of 1, 2, 4 or 8 bytes.
-        offsets: First element of the box in each dim of the whole; default its origin.
-        shape: Of the whole; default the piece's own.
+        piece: The box, a plain tensor with 1, 2, 4 or 8 bytes per element.
+        offsets: First element of the box in each dim of the whole tensor; default zeros.
+        shape: Shape of the whole tensor; default that of the piece.
     """
     whole = tuple(piece.shape if shape is None else shape)
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
@@ -40,16 +40,16 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
     for begin, place, length in _runs(tuple(piece.shape), tuple(offsets) or (0,) * piece.ndim, whole):
         for at in range(0, length, _BLOCK):
             part = bits[begin + at : begin + min(at + _BLOCK, length)]
-            x = part.to(torch.int64, copy=True)  # of int64 too: what follows is in place
+            x = part.to(torch.int64, copy=True)  # a copy also of int64, because the next operations are in place
             x.add_(keys[: x.numel()]).add_(signed((place + at + 1) * _G))
             x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).mul_(signed(_M1))
             x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).mul_(signed(_M2))
             total += x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).sum()
-    return int(total) % (1 << 64)
+    return int(total) % (1 << 64)  # syncs
 
 
 def hexadecimal(value: int) -> str:
-    """As it is stored."""
+    """The stored form of a fingerprint."""
     return f"{value % (1 << 64):016x}"
 
 
@@ -57,7 +57,7 @@ def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]
     """(first element in the box, first element in the whole, length) of each run that is contiguous in both."""
     if not math.prod(box):
         return
-    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # behind it all is whole
+    cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # later dims are complete
     inner = math.prod(box[cut:])
     strides = [math.prod(whole[d + 1 :]) for d in range(len(whole))]
     base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
@@ -70,5 +70,5 @@ def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]
 
 
 def signed(value: int) -> int:
-    """As an int64, which adds up modulo 2^64 in a collective too."""
+    """The value as an int64: its sum in a collective is also modulo 2^64."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

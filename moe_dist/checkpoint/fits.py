@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the model at hand: every difference, in a few lines first, then tensor by tensor."""
+"""Compares a checkpoint with a model: a summary of the differences, then each tensor."""
 
 import math
 import re
@@ -24,18 +24,18 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-ABSENT = "the model has it, the checkpoint does not"
+ABSENT = "in the model, but not in the checkpoint"
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> list[str]:
-    """What a checkpoint and a model do not share: missing, surplus, other shape, other dtype; one line a tensor."""
+    """One line for each tensor that is missing, unexpected, or different in shape or dtype."""
     problems = []
     for name, spec in specs.items():
         entry = index.tensors.get(name)
         if not math.prod(spec.shape):
-            continue  # nothing to keep, as the null experts of a group that has none
+            continue  # empty tensors are not saved, as the null experts of a group without null experts
         if entry is None:
             problems.append(f"{name}: {ABSENT}")
         elif entry.shape != spec.shape:
@@ -44,7 +44,7 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
             problems.append(f"{name}: {spec.dtype} in the model, {entry.dtype} in the checkpoint")
     surplus = index.tensors.keys() - specs.keys()
     problems += [
-        f"{name}: the checkpoint has it, the model does not"
+        f"{name}: in the checkpoint, but not in the model"
         for name in sorted(surplus)
         if ignore_prefix is None or not name.startswith(ignore_prefix)
     ]
@@ -52,10 +52,10 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
 
 
 def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
-    """Refuses a checkpoint of another model.
+    """Checks that a checkpoint belongs to this model.
 
     Raises:
-        ConfigError: with all that differs.
+        ConfigError: it does not; lists all differences.
     """
     problems = differences(index, specs, ignore_prefix=ignore_prefix)
     if problems:
@@ -68,22 +68,22 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
         ]
         raise ConfigError(
             listed(
-                f"checkpoint {folder} is of another model ({len(problems)} tensors differ); resume with the configuration it "
-                "was written with (config.yaml of its run), start a new run, or take over what fits with run.init_from",
+                f"checkpoint {folder} belongs to another model ({len(problems)} tensors differ); resume with its own "
+                "configuration (config.yaml of its run), start a new run, or load matching tensors with run.init_from",
                 heads + problems,
             )
         )
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Before a commit: every tensor of the model is in the index exactly once. A fault is a bug of ours."""
+    """Before a commit: asserts that the index contains every tensor of the model exactly once. A failure is a bug."""
     problems = index_problems(index) + differences(index, specs)
     if problems:
-        raise AssertionError(listed("the written shards are not the whole state", problems))
+        raise AssertionError(listed("the written shards are incomplete", problems))
 
 
 def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
-    """Layers, experts of each group, width and vocabulary, as far as the names of a model's tensors tell them."""
+    """Number of layers, experts of each group, width and vocabulary size, derived from the tensors' names and shapes."""
     found: dict[str, int] = {}
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     if layers:

@@ -1,5 +1,5 @@
-"""The random number generators of one rank as plain JSON values: torch's on the host and on the rank's device, numpy's and
-Python's global ones. Data order and initial weights need none of them: they follow from the seed."""
+"""Saves and restores the random number generators of one rank (torch on host and device, numpy, Python) as JSON values.
+Data order and initial weights do not use them; they depend on the seed only."""
 
 import random
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from moe_dist.errors import DataError
 
 
 def generator_states(device: torch.device) -> dict[str, JsonValue]:
-    """The states as they are. Copies from the device."""
+    """The current states. On CUDA this copies from the device, which syncs."""
     version, numbers, gauss = random.getstate()
     name, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     states: dict[str, JsonValue] = {
@@ -27,10 +27,10 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
 
 
 def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
-    """Sets the generators to saved states; what was not saved (another device) stays as it is.
+    """Restores saved states; a generator without a saved state (another device) is unchanged.
 
     Raises:
-        DataError: a state is none.
+        DataError: a state is invalid.
     """
     try:
         torch.set_rng_state(_bytes(states["torch"]))
@@ -40,7 +40,7 @@ def restore_generators(states: Mapping[str, JsonValue], device: torch.device) ->
         if device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(_bytes(states["cuda"]), device)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise DataError(f"the states of the random number generators are none: {error!r}") from error
+        raise DataError(f"the saved states of the random number generators are invalid: {error!r}") from error
 
 
 def _text(state: torch.Tensor) -> str:

@@ -1,7 +1,5 @@
-"""The table of contents of a checkpoint: which file holds which part of each logical tensor. JSON, checked when read.
-
-Imports no torch: a checkpoint can be looked at where there is none.
-"""
+"""index.json of a checkpoint: which file contains which part of each logical tensor. Does not import torch, so that a
+checkpoint can be inspected without it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +11,10 @@ from moe_dist.errors import DataError
 
 INDEX_FILE = "index.json"
 FORMAT = 2  # 1 had no fingerprints
-MAX_FAULTS = 20  # listed in one message
-MAX_JSON_BYTES = 1 << 28  # an index of 64 layers x 128 experts has 16 MB; a larger file is none of ours
+MAX_FAULTS = 20  # largest number of problems in one message
+MAX_JSON_BYTES = 1 << 28  # an index of 64 layers x 128 experts has 16 MB; a larger file cannot be valid
 
-# safetensors' names of the dtypes that checkpoints hold, with their bytes an element.
+# Bytes per element of each dtype in checkpoints, by its name in safetensors.
 ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 _Size = Annotated[int, Field(ge=0)]
@@ -30,7 +28,7 @@ M = TypeVar("M", bound=StoredModel)
 
 
 class Chunk(StoredModel):
-    """A box of a tensor in the shard file of that number."""
+    """A box of a tensor, stored in the shard file with number `shard`."""
 
     shard: _Size
     offsets: tuple[_Size, ...]
@@ -42,9 +40,9 @@ class Entry(StoredModel):
 
     Attributes:
         dtype: A key of ITEMSIZE.
-        shape: Of the whole.
-        fingerprint: Of the whole, whatever pieces it was written in, see `moe_dist.checkpoint.fingerprint`; 16 hex digits.
-        chunks: The boxes it is made of.
+        shape: Shape of the whole tensor.
+        fingerprint: Fingerprint of the whole tensor, see `moe_dist.checkpoint.fingerprint`; 16 hex digits.
+        chunks: The boxes that make up the tensor.
     """
 
     dtype: str
@@ -54,17 +52,17 @@ class Entry(StoredModel):
 
 
 class ShardEntry(StoredModel):
-    """One shard file: its size, and the SHA-256 of its header. What follows the header is guarded by the fingerprints."""
+    """One shard file: its size, and the SHA-256 of its header. Fingerprints cover the tensors after the header."""
 
     size: _Size
     header_sha256: str
 
 
 class Index(StoredModel):
-    """Everything in a checkpoint.
+    """Contents of index.json.
 
     Attributes:
-        save_id: Drawn anew for each save; all files of a checkpoint carry it, so that mixed-up ones are told apart.
+        save_id: Random id of the save, stored in all its files; it reveals files of different saves.
         shards: One for each rank that wrote.
     """
 
@@ -80,19 +78,19 @@ class Index(StoredModel):
 
 
 def shard_file(number: int) -> str:
-    """Name of a shard file. Made from a number, so that no index can point outside of its folder."""
+    """Name of a shard file. Derived from a number, so that an index cannot point outside its folder."""
     return f"shard_{number:05d}.safetensors"
 
 
 def read_stored(path: Path, model: type[M]) -> M:
-    """A JSON file of a checkpoint, held against its schema.
+    """Reads a JSON file of a checkpoint and validates it.
 
     Raises:
-        DataError: it is missing, too large to be one, of another format or damaged; names it.
+        DataError: the file is missing, too large, of another format version or damaged.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large to be one")
+            raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large for this file")
         content = path.read_bytes()
         return model.model_validate_json(content)
     except OSError as error:
@@ -102,17 +100,17 @@ def read_stored(path: Path, model: type[M]) -> M:
         where = ".".join(str(part) for part in first["loc"])
         if where == "format":
             raise DataError(
-                f"checkpoint file {path}: of format {first['input']!r}, this version reads {FORMAT}; go on with the "
-                "version of moe_dist in provenance.json"
+                f"checkpoint file {path}: format {first['input']!r}, but this version reads {FORMAT}; use the version of "
+                "moe_dist in provenance.json"
             ) from error
         raise DataError(f"checkpoint file {path}: damaged: {where + ': ' if where else ''}{first['msg']}") from error
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a checkpoint.
+    """Reads and checks the index of a checkpoint.
 
     Raises:
-        DataError: it is missing or damaged, or a tensor's boxes do not fill it exactly once.
+        DataError: the index is missing or damaged, or the boxes of a tensor do not cover it exactly once.
     """
     index = read_stored(folder / INDEX_FILE, Index)
     problems = index_problems(index)
@@ -122,21 +120,21 @@ def read_index(folder: Path) -> Index:
 
 
 def index_problems(index: Index) -> list[str]:
-    """Tensors that the boxes do not fill exactly once, or that name unknown dtypes or shards."""
+    """One line for each tensor with an unknown dtype or shard, or with boxes that do not cover it exactly once."""
     problems = []
     for name, entry in index.tensors.items():
         if entry.dtype not in ITEMSIZE:
             problems.append(f"{name}: unknown dtype {entry.dtype!r}")
         if any(chunk.shard >= index.num_shards for chunk in entry.chunks):
-            problems.append(f"{name}: names a shard beyond the {index.num_shards} there are")
+            problems.append(f"{name}: names a shard number that is not below the number of shards, {index.num_shards}")
         if not _filled_once(entry):
             boxes = [(chunk.shard, chunk.offsets, chunk.shape) for chunk in entry.chunks]
-            problems.append(f"{name}: shape {entry.shape} is not filled exactly once by (shard, offsets, shape) {boxes}")
+            problems.append(f"{name}: shape {entry.shape} is not covered exactly once by (shard, offsets, shape) {boxes}")
     return problems
 
 
 def _filled_once(entry: Entry) -> bool:
-    """Whether the boxes tile the shape; boxes differ along one dim at most, which is how all layouts here cut tensors."""
+    """Whether the boxes tile the shape; handles boxes that differ along one dim only, as all layouts produce them."""
     if 0 in entry.shape:
         return not entry.chunks
     rank = len(entry.shape)

@@ -1,13 +1,13 @@
-"""Checkpoints of a run on disk: written by all ranks, committed by one rename, kept to a number, found and loaded again.
+"""Saves, commits, deletes and loads the checkpoints of a run.
 
-    <folder>/step_N/shard_R.safetensors   the pieces of rank R        (storage.py)
-                    index.json            which file holds what       (index.py)
-                    state.json            everything that is no tensor (state_file.py)
-                    SHA256SUMS            digests of the two           (seal.py)
+    <folder>/step_N/shard_R.safetensors   tensors of rank R                    (storage.py)
+                    index.json            which file contains which tensor     (index.py)
+                    state.json            everything except tensors            (state_file.py)
+                    SHA256SUMS            digests of the two JSON files        (checksums.py)
     <folder>/latest                       name of the newest committed folder
 
-A checkpoint exists from the moment `latest` names it. Until then its files lie in `step_N.<id>.tmp`, under an id of its
-own, so that even a second writer that should not be there cannot mix its files in.
+A checkpoint is committed when `latest` names it. Before that its files lie in `step_N.<id>.tmp` with a random id, so that
+an unexpected second writer cannot mix its files with them.
 """
 
 import secrets
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.checksums import SEAL_FILE, seal_of
-from moe_dist.checkpoint.collective_status import Ballot
+from moe_dist.checkpoint.checksums import CHECKSUMS_FILE, checksums_of
+from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
 from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
@@ -37,16 +37,16 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
 from moe_dist.optim.adamw import set_step_count
 
-SLACK = 1 << 20  # bytes for headers, index and state, beside 1 % of the tensors
+SLACK = 1 << 20  # bytes for headers, index and state, in addition to 1 % of the tensors
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a loaded checkpoint holds besides tensors.
+    """Values of a loaded checkpoint.
 
     Attributes:
-        values: As saved.
-        rank_values: This rank's as saved; empty where the number of ranks was another.
+        values: Values as saved.
+        rank_values: Values of this rank; empty if the number of ranks has changed.
     """
 
     step: int
@@ -57,19 +57,18 @@ class Restored:
 class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
-    `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls
-    them, in the same order, and all get the same outcome. They synchronise by small all-reduces of numbers on the host (no
-    object collectives): one before writing, and a vote after each phase. `write` may run on a thread of its own while the
-    ranks train, if nothing else uses the group meanwhile.
+    `save`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every rank calls them
+    in the same order and gets the same result. They use small all-reduces on the host: one before writing, and a vote
+    after each phase. `write` may run in a thread during training, if nothing else uses the group at that time.
 
     Args:
-        folder: Where the checkpoints of the run lie, on a file system that all ranks share.
-        keep: Committed checkpoints that stay; older ones are removed.
-        lease_check: Called on rank 0 before anything is written, and before each rename; raises if this process may not
-            write to the run any more.
-        process_group: Of all ranks, with gloo; None is one rank alone.
-        tracker: For the watchdog. `write` is not noted in it: it has a thread of its own, so its place among the collectives
-            of the training is another on each rank.
+        folder: Folder of the run's checkpoints, on a file system that all ranks share.
+        keep: Number of committed checkpoints to keep.
+        lease_check: Called on rank 0 before anything is written, and before each rename; raises if this process has lost
+            the right to write to the run.
+        process_group: Gloo group of all ranks; None for a single rank.
+        tracker: Tracker of the watchdog. It does not track `write`, whose thread interleaves with the training's
+            collectives in a different order on each rank.
     """
 
     def __init__(
@@ -82,102 +81,103 @@ class CheckpointManager:
         tracker: CollectiveTracker | None = None,
     ) -> None:
         self._folder, self._keep, self._lease_check = folder, keep, lease_check
-        self._shelf = CheckpointDirectory(folder)
-        self._ballot = Ballot(str(folder), process_group, tracker)
-        self._unwatched = Ballot(str(folder), process_group)
+        self._directory = CheckpointDirectory(folder)
+        self._status = CollectiveStatus(str(folder), process_group, tracker)
+        self._untracked = CollectiveStatus(str(folder), process_group)
 
     @property
     def rank(self) -> int:
-        return self._ballot.rank
+        return self._status.rank
 
     def save(self, step: int, state: CheckpointState) -> Path:
-        """`write` of the state as it is, without a copy: the caller does not change it meanwhile."""
+        """Writes the state without a copy; the caller must not change it during the call."""
         self._check_layout(state.layout)
         return self.write(take_snapshot(step, state))
 
     def write(self, snapshot: Snapshot) -> Path:
-        """Writes `step_<step>`, commits it, and removes what is beyond `keep`. Does nothing if `latest` names it already.
+        """Writes `step_<step>`, commits it, and deletes older checkpoints beyond `keep`. Does nothing if `latest` already
+        names this step.
 
         Raises:
-            CheckpointError: on all ranks, where a rank could not write or the disk has no room; `latest` has not moved and
-                the partial files are removed, so that a later save may succeed.
-            MoeDistError: as the lease check raised it on rank 0, of the same kind on the others.
+            CheckpointError: on all ranks, if a rank could not write or the disk is full; `latest` is unchanged and the
+                partial files are deleted, so that a later save may succeed.
+            MoeDistError: from the lease check on rank 0; an error of the same class on the other ranks.
         """
         self._check_layout(snapshot.layout)
-        target = self._shelf.path_of(snapshot.step)
+        target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
         if committed:
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
-        ballot = self._unwatched
+        status = self._untracked
         try:
-            ballot.phase("prepare", lambda: self._prepare(temporary, needed), only_first=True)
-            ballot.phase("write", lambda: self._write_own(temporary, snapshot, save_id))
-            ballot.phase(
+            status.phase("prepare", lambda: self._prepare(temporary, needed), only_first=True)
+            status.phase("write", lambda: self._write_own(temporary, snapshot, save_id))
+            status.phase(
                 "commit", lambda: self._commit(temporary, target, snapshot.step, save_id, snapshot), only_first=True
             )
         except BaseException:
-            if ballot.rank == 0:
+            if status.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if ballot.rank == 0:
+        if status.rank == 0:
             self._tidy(snapshot.step)
         return target
 
     def clear(self) -> None:
-        """Removes what crashes and earlier writers left. A new holder of the lease calls it before it loads anything: what
-        an earlier one wrote before its last look at the lease is gone then, so no rename of it succeeds, however late.
+        """Deletes remains of crashes and of earlier writers. A new holder of the lease calls it before it loads anything: a
+        suspended earlier writer that wakes up then finds its temporary files gone, so its rename fails.
 
         Raises:
-            CheckpointError: something cannot be removed.
-            MoeDistError: as the lease check raised it on rank 0, of the same kind on the others.
+            CheckpointError: a file cannot be deleted.
+            MoeDistError: from the lease check on rank 0; an error of the same class on the other ranks.
         """
 
         def remove() -> None:
             self._lease_check()
             if self._folder.is_dir():
-                self._shelf.remove_leftovers()
+                self._directory.remove_leftovers()
 
         self.agree("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
-        """Folder of the newest committed checkpoint, as rank 0 sees it; None where there is none.
+        """Folder of the newest committed checkpoint, as rank 0 sees it; None without one.
 
         Raises:
-            DataError: `latest` does not name a checkpoint that is there, or is missing though there are some.
+            DataError: `latest` names no checkpoint, or is missing although there are checkpoints.
         """
         step = [0]
 
         def find() -> None:
-            step[0] = self._shelf.latest_step()
+            step[0] = self._directory.latest_step()
 
         self.agree("find the latest", find, kind=DataError)
-        (number,) = self._ballot.add(step)
-        return None if number < 0 else self._shelf.path_of(number)
+        (number,) = self._status.add(step)
+        return None if number < 0 else self._directory.path_of(number)
 
     def agree(self, what: str, action: Callable[[], None], *, kind: type[MoeDistError] = DataError) -> None:
-        """Runs something on rank 0; all ranks raise if it fails. Failures of the file system become `kind`."""
-        self._ballot.phase(what, action, only_first=True, kind=kind)
+        """Runs `action` on rank 0; if it fails, all ranks raise. File system errors become `kind`."""
+        self._status.phase(what, action, only_first=True, kind=kind)
 
     def of_first(self, numbers: list[int]) -> list[int]:
-        """Rank 0's numbers on all ranks; the others bring as many of any value."""
-        return self._ballot.add(numbers if self._ballot.rank == 0 else [0] * len(numbers))
+        """Broadcasts rank 0's numbers; the other ranks pass a list of the same length."""
+        return self._status.add(numbers if self._status.rank == 0 else [0] * len(numbers))
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
-        """Loads a checkpoint, written at any layout, into the tensors of `state` and its optimizer's step count, in place.
+        """Loads a checkpoint of any layout into the tensors of `state` and its optimizer's step count, in place.
 
-        What lies in memory afterwards is held against the fingerprints that were taken when it was saved, shards over all
-        ranks together: so damage is found, and a mistake in putting the pieces together as well. A state without optimizer
-        takes the parameters alone. After an error the tensors may be loaded in part.
+        Afterwards the tensors in memory are compared with the saved fingerprints (for shards, summed over the ranks): this
+        detects damage on disk and errors in assembling the pieces. A state without optimizer loads only the parameters.
+        After an error some tensors may have been loaded.
 
         Raises:
-            ConfigError: the checkpoint is of another model; lists what differs.
-            DataError: a file is missing, damaged or foreign; names it, and the other checkpoints that are there.
+            ConfigError: the checkpoint belongs to another model; lists the differences.
+            DataError: a file is missing, damaged or foreign; names it and the other checkpoints.
         """
         self._check_layout(state.layout)
         opened: list[tuple[Contents, dict[str, JsonValue]]] = []
         try:
-            self._ballot.phase("load", lambda: opened.append(self._read(folder, state)), kind=DataError)
+            self._status.phase("load", lambda: opened.append(self._read(folder, state)), kind=DataError)
             contents, rank_values = opened[0]
             shared = state.specs.keys() & contents.index.tensors.keys()
             self._check_loaded(contents, state, {name: name for name in shared})
@@ -193,16 +193,16 @@ class CheckpointManager:
         sources: Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, str]] = fitting,
         check: Callable[[Contents], None] | None = None,
     ) -> Taken:
-        """Loads the parameters that `sources` finds in the checkpoint; all else stays as it is.
+        """Loads the parameters that `sources` selects; all others keep their values.
 
         Args:
-            path: As `find_checkpoint` takes it.
-            sources: For each parameter to load its name in the checkpoint, the same on all ranks: by default those whose
-                names, shapes and dtypes agree; see `moe_dist.checkpoint.upcycle` and `base` for others. May raise.
+            path: A path for `find_checkpoint`.
+            sources: Returns for each parameter to load its name in the checkpoint, equal on all ranks; by default the
+                parameters with equal name, shape and dtype (`moe_dist.checkpoint.upcycle` and `base` define others).
             check: Called with the checkpoint before a tensor is read; may raise.
 
         Raises:
-            ConfigError: there is no checkpoint, or nothing of it fits; or as `sources` and `check`.
+            ConfigError: there is no checkpoint, or no parameter matches; or from `sources` and `check`.
             DataError: as `load`.
         """
         self._check_layout(state.layout)
@@ -214,49 +214,49 @@ class CheckpointManager:
                 check(contents)
             found = dict(sources(contents, state.specs))
             if not found:
-                raise ConfigError(f"{path}: nothing of that checkpoint fits this model, neither a name nor a shape")
+                raise ConfigError(f"{path}: no tensor of that checkpoint has the name, shape and dtype of a parameter")
             self._check_headers(contents)
             read_tensors(contents, {name: held for name, held in state.tensors().items() if name in found}, found)
             opened.append((contents, found))
 
-        self._ballot.phase("load", read, kind=DataError)
+        self._status.phase("load", read, kind=DataError)
         contents, found = opened[0]
         self._check_loaded(contents, state, found)
         return taken_from(contents, state.specs, found)
 
     def _check_layout(self, layout: RankLayout) -> None:
-        rank, world_size = self._ballot.rank, self._ballot.world_size
+        rank, world_size = self._status.rank, self._status.world_size
         assert (layout.rank, layout.world_size) == (rank, world_size), (
-            f"the state is of rank {layout.rank} of {layout.world_size}, the process group's is {rank} of {world_size}"
+            f"the state is for rank {layout.rank} of {layout.world_size}, but the process group has {rank} of {world_size}"
         )
 
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
-        """Bytes of all ranks, rank 0's id for this save, and whether the step is committed already. One all-reduce."""
-        first = self._ballot.rank == 0
+        """Total bytes of all ranks, the save id from rank 0, and whether the step is already committed. One all-reduce."""
+        first = self._status.rank == 0
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
-        total, save_id, committed = self._unwatched.add(mine)
+        total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)
 
     def _prepare(self, temporary: Path, needed: int) -> None:
         self._lease_check()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._shelf.remove_leftovers()
+        self._directory.remove_leftovers()
         free, wanted = shutil.disk_usage(self._folder).free, needed + needed // 100 + SLACK
         if free < wanted:
             raise CheckpointError(
-                f"checkpoint in {self._folder}: needs {wanted:,} bytes and {free:,} are free; make room, or lower "
+                f"checkpoint in {self._folder}: needs {wanted:,} bytes, but {free:,} are free; free space, or lower "
                 "checkpoint.keep"
             )
-        if not (self._folder / LATEST_FILE).exists() and not self._shelf.steps():
-            # So that a `latest` that is missing later was removed by somebody, and not by a crash in the first commit.
+        if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
+            # Created before the first commit: then a missing `latest` never results from a crash in that commit.
             self._point(NONE_YET)
         temporary.mkdir()
 
     def _write_own(self, temporary: Path, snapshot: Snapshot, save_id: str) -> None:
-        """On each rank: its own pieces."""
+        """On each rank: writes its own pieces."""
         write_shard(
             temporary,
-            self._ballot.rank,
+            self._status.rank,
             snapshot.pieces,
             save_id=save_id,
             step=snapshot.step,
@@ -264,26 +264,26 @@ class CheckpointManager:
         )
 
     def _commit(self, temporary: Path, target: Path, step: int, save_id: str, snapshot: Snapshot) -> None:
-        """On rank 0: index and state, then the renames, each right after a look at the lease and of what was written before
-        it, see `clear`. All durable in this order."""
+        """On rank 0: writes index and state, then renames; checks the lease right before each rename (see `clear`). Each
+        step is synced to disk before the next."""
         try:
-            index = build_index(temporary, snapshot.specs, step=step, save_id=save_id, num_shards=self._ballot.world_size)
+            index = build_index(temporary, snapshot.specs, step=step, save_id=save_id, num_shards=self._status.world_size)
         except DataError as error:
-            raise CheckpointError(f"what was written cannot be read back: {error}") from error
+            raise CheckpointError(f"the written files cannot be read back: {error}") from error
         check_complete(index, snapshot.specs)
         files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: snapshot.state_file(save_id).to_json()}
-        for name, content in {**files, SEAL_FILE: seal_of(files, save_id)}.items():
+        for name, content in {**files, CHECKSUMS_FILE: checksums_of(files, save_id)}.items():
             write_durably(temporary / name, content)
         sync(temporary)
         self._lease_check()
-        if target.exists():  # complete, but `latest` never came to name it
+        if target.exists():  # from a crash between the two renames: complete, but `latest` does not name it
             target.rename(self._folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)
         sync(self._folder)
         self._point(f"{target.name}\n".encode())
 
     def _point(self, content: bytes) -> None:
-        """Replaces `latest`, durably, after a look at the lease: right before the rename, since syncing may take long."""
+        """Replaces `latest` durably. Checks the lease after the sync, which may take long, right before the rename."""
         pointer = self._folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
         try:
             write_durably(pointer, content)
@@ -295,72 +295,71 @@ class CheckpointManager:
         sync(self._folder)
 
     def _tidy(self, step: int) -> None:
-        """After a look of its own: another writer's files that are still being written look like leftovers."""
+        """Deletes old checkpoints. Checks the lease first, because files of another writer's save look like leftovers."""
         try:
             self._lease_check()
-        except CheckpointError:  # something else has to be written first; the next save tidies
+        except CheckpointError:  # records must be written first; the next save deletes
             return
-        self._shelf.remove_beyond(self._keep, step)
+        self._directory.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
-        """Whether `latest` names a checkpoint of this step, by its name and by what is in it. Reads its index if so."""
+        """Whether `latest` names a checkpoint of this step, by its name and its index."""
         try:
-            return self._shelf.latest_step() == step == read_index(self._shelf.path_of(step)).step
-        except (OSError, DataError):  # what `latest` holds is no checkpoint: the one to come replaces it
+            return self._directory.latest_step() == step == read_index(self._directory.path_of(step)).step
+        except (OSError, DataError):  # `latest` names no valid checkpoint; the next commit replaces it
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
-        """What was opened, and this rank's values where as many ranks wrote it."""
+        """Reads the tensors; returns the contents, and this rank's values if the number of ranks is the same."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
         headers = self._check_headers(contents)
         read_tensors(contents, state.tensors())
         if state.optimizer is not None:
             if contents.state.optimizer_steps is None:
-                raise DataError(f"checkpoint {folder}: {STATE_FILE} has no optimizer_steps, but there are moments")
+                raise DataError(f"checkpoint {folder}: it contains moments, but {STATE_FILE} has no optimizer_steps")
             set_step_count(state.optimizer, contents.state.optimizer_steps)
-        same_ranks = contents.index.num_shards == self._ballot.world_size
-        return contents, headers[self._ballot.rank].rank_values if same_ranks else {}
+        same_ranks = contents.index.num_shards == self._status.world_size
+        return contents, headers[self._status.rank].rank_values if same_ranks else {}
 
     def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
-        """Each shard's header, also of one that no rank reads, is looked at by one rank at least; those of this one."""
-        numbers = range(self._ballot.rank, contents.index.num_shards, self._ballot.world_size)
+        """Checks this rank's share of the shard headers; together the ranks check all, even shards that no rank reads."""
+        numbers = range(self._status.rank, contents.index.num_shards, self._status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, str]) -> None:
-        """Holds what lies in memory under the names of `sources` (the same on all ranks) against the fingerprints of what
-        each was read from: whole tensors on each rank that has them, shards by their sum over the ranks. One all-reduce of
-        a number a tensor, and one vote."""
+        """Compares the loaded tensors with the saved fingerprints: whole tensors on each rank that has them, shards by the
+        sum over the ranks. `sources` is equal on all ranks. One all-reduce with one number per tensor, and one vote."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
         sums, wrong = dict.fromkeys(sorted(sources), 0), []
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}
         for name, piece in pieces_of(held).items():
             found = piece.fingerprint()
-            if name in written:  # by exactly one of the ranks that hold it
+            if name in written:  # true on exactly one of the ranks that hold this piece
                 sums[name] = signed(found)
             if tuple(piece.tensor.shape) == piece.shape and hexadecimal(found) != entries[name].fingerprint:
                 wrong.append(name)
-        totals = zip(sums, self._ballot.add(list(sums.values())), strict=True)
+        totals = zip(sums, self._status.add(list(sums.values())), strict=True)
         wrong += [name for name, total in totals if hexadecimal(total) != entries[name].fingerprint]
 
-        def tell() -> None:
+        def report() -> None:
             if wrong:
                 raise DamagedError(
-                    f"checkpoint {contents.folder}: what was loaded is not what was saved",
+                    f"checkpoint {contents.folder}: the loaded tensors differ from the saved ones",
                     [_damaged(contents, sources[name]) for name in dict.fromkeys(wrong)],
                 )
 
-        self._ballot.phase("check what was loaded", tell, kind=DataError)
+        self._status.phase("check the loaded tensors", report, kind=DataError)
 
     def _with_fix(self, error: DataError, folder: Path) -> DataError:
-        fix = self._shelf.fix(folder)
+        fix = self._directory.fix(folder)
         if isinstance(error, DamagedError):
-            return DamagedError(error.head, error.findings, fix=fix)
-        told = DataError([*error.problems, fix], see="docs/checkpoints.md")
-        told.consequence = error.consequence
-        return told
+            return DamagedError(error.head, error.file_problems, fix=fix)
+        extended = DataError([*error.problems, fix], see="docs/checkpoints.md")
+        extended.consequence = error.consequence
+        return extended
 
 
 def _damaged(contents: Contents, name: str) -> CheckpointProblem:
     files = dict.fromkeys(shard_file(chunk.shard) for chunk in contents.index.tensors[name].chunks)
-    return CheckpointProblem("damaged", ", ".join(files), "its bits are not those that were saved", name)
+    return CheckpointProblem("damaged", ", ".join(files), "its bits differ from those that were saved", name)

@@ -1,4 +1,4 @@
-"""Beginning a run with the weights of another model's checkpoint: what fits, what does not, and how that is told."""
+"""Loads the matching weights of another model's checkpoint, and reports which ones were loaded."""
 
 import math
 import re
@@ -17,15 +17,15 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Taken:
-    """What a model took over.
+    """Result of a partial load.
 
     Attributes:
-        folder: Of the checkpoint.
+        folder: Folder of the checkpoint.
         taken: Parameters that were loaded.
-        elements: How many numbers that are.
-        kept: Parameters of the model that stay as they were initialised, with the reason.
+        elements: Their number of elements.
+        kept: Parameters of the model that keep their initial values, with the reason.
         left: Parameters of the checkpoint that were not used.
-        made_of: Those of `taken` that have another name in the checkpoint, with it.
+        made_of: For parameters of `taken` with another name in the checkpoint, that name.
     """
 
     folder: Path
@@ -36,10 +36,10 @@ class Taken:
     made_of: Mapping[str, str] = field(default_factory=dict)
 
     def report(self) -> str:
-        """What was taken and what was not; names that differ in layer or expert alone share a line."""
+        """A readable report; names that differ only in layer or expert share a line."""
         reasons = sorted({reason for reason in self.kept.values()})
-        lines = [f"weights from {self.folder}; optimizer, step and position in the data are new"]
-        lines.append(f"took {len(self.taken)} tensors, {self.elements:,} numbers:")
+        lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
+        lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
         lines += _families(name for name in self.taken if name not in self.made_of)
         lines += _families(f"{name} of {self.made_of[name]}" for name in self.taken if name in self.made_of)
         lines.append(f"kept {len(self.kept)} tensors of the model as initialised{':' if self.kept else ''}")
@@ -57,12 +57,12 @@ def fitting_names(index: Index, specs: Mapping[str, TensorSpec]) -> set[str]:
 
 
 def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Those of `fitting_names`, each from the tensor of its own name."""
+    """The parameters of `fitting_names`, each loaded from the tensor of the same name."""
     return {name: name for name in fitting_names(contents.index, specs)}
 
 
 def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:
-    """What was taken of a checkpoint, given where each parameter that was loaded came from."""
+    """The result of a partial load, given the name in the checkpoint of each loaded parameter."""
     index, parameters = contents.index, _parameters(specs)
     reasons = dict(line.split(": ", 1) for line in differences(index, parameters))
     used = set(sources.values())

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, in the words that all messages use. Imports no torch."""
+"""Problems of a checkpoint. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ Kind = Literal["missing", "truncated", "damaged", "mixed up", "foreign", "incomp
 
 @dataclass(frozen=True)
 class CheckpointProblem:
-    """One fault of a checkpoint.
+    """One problem of a checkpoint.
 
     Attributes:
-        kind: missing (a file is not there), truncated (cut short), damaged (bits changed), mixed up (a file of another
-            save, or a whole checkpoint under the name of another step), foreign (no file of a checkpoint of ours, or of
-            another model), incomplete (a tensor is not there, or not once), not finite (a tensor holds nan or inf).
-        file: Name of the file in the checkpoint's folder; empty where the fault is of the whole.
-        tensor: Logical name; empty where the fault is of a file.
+        kind: missing (a file does not exist), truncated (a file is cut short), damaged (bits changed), mixed up (a file
+            belongs to another save, or the folder's name to another step), foreign (no checkpoint file, or of another
+            model), incomplete (a tensor is missing or duplicated), not finite (a tensor contains nan or inf).
+        file: Name of the file in the checkpoint's folder; empty if the problem concerns the whole checkpoint.
+        tensor: Logical name of the tensor; empty if the problem concerns a file.
     """
 
     kind: Kind
@@ -32,9 +32,9 @@ class CheckpointProblem:
 
 
 class DamagedError(DataError):
-    """A checkpoint is not what was saved. `findings` has each fault with its kind."""
+    """A checkpoint differs from what was saved. `file_problems` lists each problem with its kind."""
 
-    def __init__(self, head: str, findings: Sequence[CheckpointProblem], *, fix: str = "") -> None:
-        self.head, self.findings = head, tuple(findings)
-        text = listed(head, [str(finding) for finding in findings])
+    def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
+        self.head, self.file_problems = head, tuple(problems)
+        text = listed(head, [str(problem) for problem in problems])
         super().__init__(text + (f"\n{fix}" if fix else ""), see="docs/checkpoints.md")

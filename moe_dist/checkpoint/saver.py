@@ -1,13 +1,12 @@
-"""Saving while the training goes on: the state is copied on the step, and a thread writes the copy.
+"""Asynchronous saves: the state is copied between two steps, and a thread writes the copy while the training continues.
 
-What keeps it from harm:
-- The thread's votes go over a process group of its own. Gloo matches the calls of a group in the order in which they are
-  made; only this thread uses the group while a save is in flight, so nothing of the training can come in between. The
-  phases are the same on all ranks and each ends in a vote, so no rank waits for one that has given up.
-- One save at most is in flight. The next one first waits for it.
-- A save that failed is reported and moves nothing; the next interval tries again. The last save of a run, and that before a
-  stop, is waited for.
-- If the process ends in between, the partial folder is what any crash leaves.
+- The thread's collectives use their own process group. Gloo matches the calls of a group by their order, and only this
+  thread uses the group during a save, so its calls cannot be matched with those of the training. All ranks run the same
+  phases and vote after each, so no rank waits for one that has failed.
+- At most one save is in flight; the next save waits for it.
+- A failed save is logged and leaves `latest` unchanged; the next interval tries again. A run waits for its last save and
+  for the save before a stop.
+- If the process dies during a save, the partial folder is deleted at the next start, as after any crash.
 """
 
 import logging
@@ -29,13 +28,13 @@ _HOST = torch.device("cpu")
 
 
 class Saver:
-    """Saves the states of one rank; all methods but `poll` are collective.
+    """Saves the states of one rank; all methods except `poll` are collective.
 
     Args:
-        checkpoints: Of the run; its process group is used by nothing else.
-        asynchronous: Whether saves that need not be durable at once are written by a thread. It takes host memory for what
-            this rank writes. Else the training waits for each, and nothing is copied.
-        tracker: For the watchdog: the training waiting for a save counts as a collective.
+        checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
+        asynchronous: True: a thread writes a copy in host memory, as large as this rank's part. False: the training waits
+            for each save, without a copy.
+        tracker: Tracker of the watchdog; waiting for a save counts as a collective.
     """
 
     def __init__(
@@ -48,19 +47,19 @@ class Saver:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save is being written on this rank at this moment."""
+        """Whether this rank is writing a save."""
         return self._in_flight is not None and self._in_flight.is_alive()
 
     def save(self, step: int, state: CheckpointState, *, durable: bool) -> None:
-        """Saves a state. Waits for the save in flight first.
+        """Saves a state, after the save in flight has ended.
 
         Args:
-            durable: Return when it is committed, and fail if it cannot be; else a failure to write is reported later, in
-                the log, and does not end the run.
+            durable: True: returns after the commit and raises if the save fails. False: a failed save is logged later and
+                does not end the run.
 
         Raises:
-            CheckpointError: a durable one could not be written.
-            MoeDistError: this one or the one in flight failed of what trying again does not mend, as a lost lease.
+            CheckpointError: a durable save could not be written.
+            MoeDistError: this save or the one in flight failed with an error that a retry does not fix, as a lost lease.
         """
         began = time.perf_counter()
         self.wait()
@@ -84,22 +83,22 @@ class Saver:
             self.poll()
 
     def wait(self) -> None:
-        """Returns when nothing is in flight. A save that could not be written is reported in the log.
+        """Waits for the save in flight. If it could not be written, the log reports it.
 
         Raises:
-            MoeDistError: it failed of something else.
+            MoeDistError: the save failed with another error.
         """
         self._join()
         self.poll()
 
     def poll(self) -> None:
-        """The same without waiting: to be called now and then, costs nothing."""
+        """As `wait`, without waiting. Call it regularly; it costs nothing."""
         if self._failure is None or self.in_flight:
             return
         try:
             self._raise_failure()
         except CheckpointError as error:
-            logger.error("%s; training goes on, the next interval tries again", error)
+            logger.error("%s; training continues, the next interval tries again", error)
 
     def _join(self) -> None:
         if self._in_flight is not None:
@@ -115,7 +114,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, began: float) -> None:
         try:
             path = self._checkpoints.write(snapshot)
-        except Exception as error:  # told by whoever asks next, on the thread that trains
+        except Exception as error:  # raised by the next `poll` or `wait` in the training thread
             self._failure = error
             return
         if self._checkpoints.rank == 0:

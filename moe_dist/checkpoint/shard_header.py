@@ -1,7 +1,8 @@
-"""The header of a shard file: what is in it, read without torch and without its tensors.
+"""Reads and checks the header of a shard file, without its tensors and without torch.
 
-A safetensors file is a length (8 bytes, little endian), a JSON header of that length, and the tensors' bytes without gaps.
-`__metadata__` holds strings: DCP's own `DCP_SHARDING_INFO` (where each part lies in its tensor), and ours.
+A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the tensors' bytes
+without gaps. `__metadata__` maps strings to strings: `DCP_SHARDING_INFO` of torch.distributed.checkpoint (the offsets of
+each part in its tensor), and the entries of moe_dist.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 from moe_dist.checkpoint.index import ITEMSIZE, Chunk, StoredModel, shard_file
 from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+MAX_HEADER_BYTES = 100_000_000  # limit of safetensors
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 _Count = Annotated[int, Field(ge=0)]
@@ -37,16 +38,16 @@ _HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard file says about itself.
+    """The header of a shard file.
 
     Attributes:
-        save_id, step: Of the save that it belongs to.
-        parts: Dtype (a key of ITEMSIZE) and box of each tensor that has a part in this file.
-        fingerprints: Of each part.
-        ends: For each part the size that the file must have to hold it whole.
-        rank_values: Of the rank that wrote it.
-        size: Size that the file must have.
-        sha256: Of the header.
+        save_id, step: Id and step of its save.
+        parts: Dtype (a key of ITEMSIZE) and box of each tensor part in this file.
+        fingerprints: Fingerprint of each part.
+        ends: Offset in the file at which each part ends.
+        rank_values: Values of the rank that wrote the file.
+        size: Expected size of the file.
+        sha256: SHA-256 of the header.
     """
 
     save_id: str
@@ -62,7 +63,7 @@ class ShardHeader:
 def metadata_of(
     offsets: dict[str, list[int]], fingerprints: dict[str, str], *, save_id: str, step: int, rank_values: Any
 ) -> dict[str, str]:
-    """`__metadata__` of a shard file. NaN and infinity in the values are refused (ValueError): they are no JSON."""
+    """`__metadata__` of a shard file. NaN and infinity in the values raise ValueError, because JSON does not have them."""
     return {
         "format": "pt",
         SHARDING: json.dumps({name: {OFFSETS: each} for name, each in offsets.items()}),
@@ -74,16 +75,16 @@ def metadata_of(
 
 
 def read_shard_header(folder: Path, number: int) -> ShardHeader:
-    """Reads and checks a header, and holds the file's size against it.
+    """Reads and checks a header, and compares it with the size of the file.
 
     Raises:
-        DamagedError: with one finding: missing, truncated, foreign or damaged.
+        DamagedError: with one problem: missing, truncated, foreign or damaged.
     """
     path = folder / shard_file(number)
 
     def problem(kind: Any, detail: str) -> DamagedError:
         return DamagedError(
-            f"checkpoint {folder}: a file is not what was saved", [CheckpointProblem(kind, path.name, detail)]
+            f"checkpoint {folder}: a file differs from what was saved", [CheckpointProblem(kind, path.name, detail)]
         )
 
     try:
@@ -93,22 +94,20 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
     except FileNotFoundError as error:
-        raise problem("missing", "is not there") from error
+        raise problem("missing", "does not exist") from error
     except OSError as error:
         raise problem("damaged", f"cannot be read: {error.strerror or error}") from error
     if size <= 8 or (raw[:1] == b"{" and len(raw) < length):
         raise problem("truncated", f"{size:,} bytes, cut short inside its header")
     if raw[:1] != b"{":
-        raise problem("foreign", "no safetensors file (it begins neither with a header's length nor with a header)")
+        raise problem("foreign", "not a safetensors file (it does not begin with a header)")
     try:
         shard = _parse(start, raw, number)
     except (ValidationError, KeyError, ValueError) as error:
         raise problem(*_unreadable(raw, error)) from error
     if size < shard.size:
         lost = [name for name, end in shard.ends.items() if end > size]
-        named = (
-            f"; lost are {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
-        )
+        named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
     if size > shard.size:
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
@@ -127,7 +126,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
         for length in part.shape:
             count *= length
         if part.data_offsets[0] != end or part.data_offsets[1] - end != count * ITEMSIZE[part.dtype]:
-            raise ValueError(f"{name}: its bytes {part.data_offsets} are not those of {part.dtype} {part.shape}")
+            raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]
     before = len(start) + len(raw)
     return ShardHeader(
@@ -146,9 +145,9 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Kind and detail of a header that does not parse: ours with changed bits, or somebody else's."""
+    """Kind and detail for a header that does not parse: a damaged one of moe_dist, or one of another program."""
     ours = b'"save_id"' in raw or b'"fingerprints"' in raw
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if ours:
-        return "damaged", f"its header does not parse: {detail}"
-    return "foreign", "a safetensors file, but none of a checkpoint of moe_dist (no save_id in its header)"
+        return "damaged", f"its header is invalid: {detail}"
+    return "foreign", "a safetensors file, but not of a moe_dist checkpoint (no save_id in its header)"

@@ -1,6 +1,6 @@
-"""The state of one rank at one step, apart from the training that goes on: what a save writes.
+"""A copy of one rank's state at one step, which a save writes while the training continues.
 
-Memory: the buffers have as many bytes as this rank writes, once for the whole run (pinned where the state is on CUDA).
+Memory: as many bytes as this rank writes, allocated once per run (pinned if the state is on CUDA).
 """
 
 import json
@@ -21,13 +21,13 @@ from moe_dist.optim.adamw import step_count
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What this rank writes at `step`, and what rank 0 writes besides.
+    """The data that this rank writes at `step`.
 
     Attributes:
-        pieces: By logical name; each piece of a tensor is on exactly one rank.
-        specs: Every logical tensor there is: the same on all ranks.
-        optimizer_steps: Steps that the optimizer has taken; None without one.
-        values, rank_values: See `CheckpointState`; copies.
+        pieces: Pieces of tensors by logical name; each piece is written by exactly one rank.
+        specs: All logical tensors, equal on all ranks.
+        optimizer_steps: Steps that the optimizer has taken; None without an optimizer.
+        values, rank_values: Copies of those in `CheckpointState`.
     """
 
     step: int
@@ -43,7 +43,7 @@ class Snapshot:
         return sum(piece.tensor.nbytes for piece in self.pieces.values())
 
     def state_file(self, save_id: str) -> StateFile:
-        """What to write as state.json."""
+        """The content of state.json."""
         placement = self.layout.placement
         groups_and_slots = {"groups": [asdict(group) for group in placement.groups], "slots": placement.slots}
         versions = {"python": platform.python_version(), "torch": str(torch.__version__), "moe_dist": __version__}
@@ -59,13 +59,13 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory of a rank's pieces, used again by every save: only one snapshot can be in use at a time."""
+    """Host memory for the copies, reused by every save: so only one snapshot can be in use."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-        """Copies of the pieces. Waits for the device once, at the end, where they lie on one."""
+        """Copies the pieces. On CUDA one sync with the device, at the end."""
         copies: dict[str, Piece] = {}
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
@@ -87,10 +87,10 @@ class HostBuffers:
 
 
 def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
-    """The state as it is now. Reads the optimizer's step count, which syncs with the device.
+    """A snapshot of the current state. Reading the optimizer's step count syncs with the device.
 
     Args:
-        buffers: Where to copy the tensors; None leaves them where they are, for a save that the training waits for.
+        buffers: Target of the copy; None makes no copy, for a save that the training waits for.
     """
     pieces = pieces_of(state.written())
     return Snapshot(

@@ -1,10 +1,10 @@
-"""All that resumes, as this rank holds it: tensors under logical names that know nothing of ranks, and plain values.
+"""The state of a run on this rank: tensors under logical names, which do not depend on ranks, and plain values.
 
     embedding.weight                                    dense and router parameters: their name in the model
-    layers.{i}.moe.experts.{group}.{index}.{tensor}     one expert each; index counts inside the group
+    layers.{i}.moe.experts.{group}.{index}.{tensor}     one expert each; index inside the group
     optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments
 
-Every tensor here shares the memory of the parameter or moment it stands for, so that loading into it loads the model.
+Every tensor shares the memory of its parameter or moment, so loading into it loads the model.
 """
 
 import zlib
@@ -30,13 +30,13 @@ Part = Literal["all", "trained", "frozen"]
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Which part of the whole this rank holds.
+    """Position of this rank in the layout.
 
     Attributes:
-        placement: Experts of each EP position.
-        rank, world_size: Place among all ranks, which hold copies of what is neither sharded nor an expert.
-        ep_rank: Position in the EP group.
-        edp_rank, edp_size: Place among the ranks that hold the same experts.
+        placement: Experts of each EP rank.
+        rank, world_size: Global rank and number of ranks; all of them hold copies of dense, unsharded tensors.
+        ep_rank: Rank in the EP group.
+        edp_rank, edp_size: Rank among, and number of, the ranks with the same experts.
     """
 
     placement: ExpertPlacement
@@ -60,8 +60,8 @@ class LocalShard:
     """A logical tensor, or a shard of it, on this rank.
 
     Attributes:
-        tensor: Plain where it is whole, a DTensor where it is a shard.
-        copies, position: Number of ranks that hold this very piece, and this rank's place among them.
+        tensor: A plain tensor if whole, a DTensor if sharded.
+        copies, position: Number of ranks that hold the same piece, and this rank's index among them.
     """
 
     tensor: Tensor
@@ -71,15 +71,15 @@ class LocalShard:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint is written from and loaded into.
+    """The state that a checkpoint saves and loads.
 
     Attributes:
         held: This rank's tensors by logical name.
-        specs: Every logical tensor there is, also those that only other ranks hold: the same on all ranks.
-        layout: This rank's place.
-        optimizer: Whose moments are among the tensors; None for a state without them.
-        values: Plain JSON values, the same on all ranks: progress, resolved configuration, controllers.
-        rank_values: Plain JSON values of this rank, such as RNG states; they resume only at the same number of ranks.
+        specs: All logical tensors, with those on other ranks; equal on all ranks.
+        layout: Position of this rank.
+        optimizer: The optimizer whose moments are included; None without moments.
+        values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
+        rank_values: JSON values of this rank, such as RNG states; restored only with the same number of ranks.
     """
 
     held: Mapping[str, LocalShard]
@@ -90,11 +90,11 @@ class CheckpointState:
     rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What to load into: all that this rank holds."""
+        """All tensors of this rank, to load into."""
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
-        """What this rank writes: each piece of a tensor is written by exactly one rank, chosen by its name alone."""
+        """The tensors that this rank writes: a hash of the name chooses one writer among the ranks with the same piece."""
         return {name: held.tensor for name, held in self.held.items() if _writes(name, held)}
 
     def written_bytes(self) -> int:
@@ -111,13 +111,13 @@ def capture(
     values: Mapping[str, JsonValue] | None = None,
     rank_values: Mapping[str, JsonValue] | None = None,
 ) -> CheckpointState:
-    """The state of this rank's model and optimizer; nothing is copied. Gives the optimizer its moments if it has none yet.
+    """The state of this rank's model and optimizer, without copies and without a collective. Creates missing moments.
 
     Args:
-        model: Not wrapped in DDP; FSDP2's parameters may be DTensors on a mesh over all ranks or, for experts, over edp,
-            cut by whole experts (dim 0) or inside each expert. Reshards what FSDP2 left gathered; no collective.
-        optimizer: Over the model's parameters; None to leave the moments out.
-        part: Which tensors: `trained` leaves frozen parameters out, `frozen` has nothing else.
+        model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks or, for experts, over edp,
+            sharded by whole experts (dim 0) or inside each expert; gathered parameters are resharded.
+        optimizer: Optimizer of the model's parameters; None leaves the moments out.
+        part: `trained` leaves frozen parameters out, `frozen` takes only those.
     """
     stacks = _expert_stacks(model)
     tensors = {name: tensor for name, tensor in _distinct_tensors(model).items() if _belongs(tensor, part)}
@@ -125,7 +125,7 @@ def capture(
     if optimizer is not None:
         materialise_moments(optimizer)
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
-        # A parameter that is empty on this rank has no moments here, but other ranks may hold some of it.
+        # A parameter that is empty on this rank has no moments here, but other ranks may have some.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
         for moment in MOMENTS:
             known = {name: optimizer.state[p][moment] for name, p in trained.items() if p in optimizer.state}
@@ -142,14 +142,14 @@ def _belongs(tensor: Tensor, part: Part) -> bool:
 
 
 def moment_specs(model: nn.Module, layout: RankLayout) -> dict[str, TensorSpec]:
-    """The moments that an optimizer over the model's trained parameters has."""
+    """Specs of the optimizer's moments of the trained parameters."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     _, specs = _logical(parameters, {}, layout, _expert_stacks(model))
     return {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for moment in MOMENTS for name, spec in specs.items()}
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by logical name; of tied ones the first name only."""
+    """Parameters and persistent buffers by logical name; tied tensors appear once, under their first name."""
     distinct: dict[int, tuple[str, Tensor]] = {}
     for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -166,7 +166,7 @@ def _expert_stacks(model: nn.Module) -> set[str]:
 def _logical(
     like: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: RankLayout, stacks: Collection[str]
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """Logical pieces of `tensors`, and the specs of everything that `like` names, on any rank."""
+    """Logical pieces of `tensors`, and the specs of all logical tensors for the names in `like`, on any rank."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -187,7 +187,7 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """Logical id and piece of each expert in a stack [e, ...], as views."""
+    """Logical id and piece (a view) of each expert in a stack [e, ...]."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):
@@ -216,7 +216,7 @@ def _hold(tensor: Tensor, copies: int, position: int) -> LocalShard:
 
 
 def _replicas(tensor: DTensor) -> tuple[int, int]:
-    """Number of ranks with the same shard, and this rank's place among them."""
+    """Number of ranks with the same shard, and this rank's index among them."""
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is outside the mesh of a tensor it holds"
     copies, position = 1, 0

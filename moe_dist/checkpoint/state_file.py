@@ -1,4 +1,4 @@
-"""state.json: everything of a checkpoint that is no tensor. Imports no torch."""
+"""state.json: everything in a checkpoint except tensors. Does not import torch."""
 
 import json
 from typing import Literal
@@ -11,13 +11,13 @@ STATE_FILE = "state.json"
 
 
 class StateFile(StoredModel):
-    """What state.json holds.
+    """Content of state.json.
 
     Attributes:
-        optimizer_steps: Steps that the optimizer has taken; None where it was not saved.
-        placement: Groups and slots when it was written, for the reader; loading needs them not.
-        versions: Of Python, torch and moe_dist.
-        values: The caller's, see `CheckpointState.values`.
+        optimizer_steps: Steps that the optimizer has taken; None without an optimizer.
+        placement: Groups and slots at the time of the save; for information, loading does not use them.
+        versions: Versions of Python, torch and moe_dist.
+        values: See `CheckpointState.values`.
     """
 
     format: Literal[2] = FORMAT
@@ -30,5 +30,5 @@ class StateFile(StoredModel):
     values: dict[str, JsonValue]
 
     def to_json(self) -> bytes:
-        """As written. NaN and infinity are refused (ValueError): they are no JSON."""
+        """The file's content. NaN and infinity raise ValueError, because JSON does not have them."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()

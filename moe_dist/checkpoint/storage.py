@@ -1,8 +1,8 @@
-"""Tensors to and from a checkpoint's shard files. No collective, and nothing that is unpickled.
+"""Writes tensors to shard files and reads them, without collectives and without pickle.
 
-torch.distributed.checkpoint's planners say which box of which tensor goes where, for any layout on either side. Its `save`
-and `load` are not used: between planning and writing they gather and scatter pickled plans. The files are safetensors with
-DCP's own header (`DCP_SHARDING_INFO`), so that its HuggingFaceStorageReader reads them too.
+The planners of torch.distributed.checkpoint (DCP) compute which box of each tensor is needed, for any layouts. DCP's `save`
+and `load` are not used, because they exchange pickled plans. The files are safetensors with DCP's header
+(`DCP_SHARDING_INFO`), so its HuggingFaceStorageReader can read them.
 """
 
 import os
@@ -39,11 +39,12 @@ _DIALECT: dict[str, bool] = {"flatten_state_dict": False, "flatten_sharded_tenso
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank holds of a logical tensor: a plain tensor, and where it lies in the whole.
+    """One rank's piece of a logical tensor.
 
     Attributes:
-        offsets: First element in each dim of the whole.
-        shape: Of the whole.
+        tensor: The piece as a plain tensor.
+        offsets: Its first element in each dim of the whole tensor.
+        shape: Shape of the whole tensor.
     """
 
     tensor: Tensor
@@ -51,12 +52,12 @@ class Piece:
     shape: tuple[int, ...]
 
     def fingerprint(self) -> int:
-        """Its share of the whole's fingerprint."""
+        """This piece's summand of the whole tensor's fingerprint."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """The non-empty pieces of plain tensors and of the local shards of DTensors; nothing is copied."""
+    """The non-empty pieces of plain tensors and of local shards of DTensors, without copies."""
     planner = DefaultSavePlanner(**_DIALECT)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     pieces: dict[str, Piece] = {}
@@ -71,9 +72,9 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 def write_shard(
     folder: Path, number: int, pieces: Mapping[str, Piece], *, save_id: str, step: int, rank_values: Mapping[str, Any]
 ) -> None:
-    """Writes one rank's pieces and their fingerprints into its file, durably.
+    """Writes one rank's pieces and their fingerprints into its file, and syncs it to disk.
 
-    Pieces on a device are copied to the host first, as many bytes as the file has.
+    Pieces on a device are first copied to the host, which needs as much host memory as the file has bytes.
     """
     data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}
     metadata = metadata_of(
@@ -89,7 +90,7 @@ def write_shard(
 
 
 def sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's names, durable."""
+    """Syncs a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,16 +99,16 @@ def sync(path: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Writes a small file and waits until its bytes are on disk."""
+    """Writes a small file and syncs it to disk."""
     path.write_bytes(content)
     sync(path)
 
 
 def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
-    """The index of what the ranks have written, from the files' headers. Reads no tensor.
+    """The index of the written files, from their headers. Reads no tensor.
 
     Raises:
-        DataError: a file is not what a rank of this save has just written.
+        DataError: a file is damaged, or was not written by this save.
     """
     chunks: dict[str, list[Chunk]] = {name: [] for name, spec in specs.items() if 0 not in spec.shape}
     sums = dict.fromkeys(chunks, 0)
@@ -132,11 +133,11 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
 
 
 def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Mapping[str, str] | None = None) -> None:
-    """Fills plain tensors and local shards of DTensors in place, reading only the parts they need.
+    """Loads plain tensors and local shards of DTensors in place; reads only the needed parts of the files.
 
     Args:
-        contents: Whose index fits the tensors (`check_fits`): its boxes fill every tensor.
-        sources: Names in the checkpoint of tensors that have another one there; several may have the same.
+        contents: A checkpoint whose index matches the tensors (`check_fits`).
+        sources: For tensors with another name in the checkpoint, that name; several may share one.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
@@ -156,17 +157,17 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
             for item, chunk in items:
                 name = there[item.storage_index.fqn]
                 if header.parts.get(name) != (index.tensors[name].dtype, chunk):
-                    raise DataError(f"checkpoint file {shard_file(number)}: {name} is not the part that the index names")
+                    raise DataError(f"checkpoint file {shard_file(number)}: {name} is not the part that the index lists")
                 box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
                 planner.resolve_tensor(item).detach().copy_(file.get_slice(name)[box])
 
 
 @contextmanager
 def open_tensors(folder: Path, number: int) -> Iterator[Any]:
-    """A shard's safetensors file, open for reading; look at its header first (`open_shard`).
+    """Opens a shard file for reading; check its header first (`open_shard`).
 
     Raises:
-        DataError: it cannot be read, at the beginning or at any later time.
+        DataError: the file cannot be read, also later in the block.
     """
     path = folder / shard_file(number)
     try:

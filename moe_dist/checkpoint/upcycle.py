@@ -1,14 +1,14 @@
-"""Which tensor of a dense checkpoint each expert of a mixture begins as: names and shapes alone (sparse upcycling,
-Komatsuzaki et al., arXiv 2212.05055; MoMa's seed of one expert for each modality, arXiv 2407.21770).
+"""Sparse upcycling: initialises the experts of a model from a dense checkpoint, by names and shapes (Komatsuzaki et al.,
+arXiv 2212.05055; MoMa's seed with one expert per modality, arXiv 2407.21770).
 
-In each layer the experts of a group are copies of the first of these that the checkpoint has:
+In each layer the experts of a group are copies of the first of these that the checkpoint contains:
 
-1. the only expert of its group of that name,
-2. the layer's dense FFN (whose norm becomes the MoE layer's),
-3. the only expert of its only group, whatever its name.
+1. the only expert of the group with the same name,
+2. the layer's dense FFN (whose norm becomes that of the MoE layer),
+3. the only expert of the layer's only group, whatever its name.
 
-A group that has as many experts there as here is no copy of anything: it is taken by name. Router rows are none of this:
-new experts need a router that tells them apart.
+If the group has the same number of experts in the checkpoint, each expert is loaded by its own name. Router rows are not
+copied: with equal rows the router could not distinguish the new experts.
 """
 
 import re
@@ -28,19 +28,19 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """What fits by name and shape, and `upcycled`."""
+    """The parameters of `fitting` and `upcycled` together."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
 def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """For each parameter that is a copy of one of another name, that name; the same on all ranks.
+    """For each parameter that is loaded from a tensor of another name, that name; equal on all ranks.
 
     Args:
-        folder: Of the checkpoint, for messages.
-        specs: Of the model, see `CheckpointState`.
+        folder: Folder of the checkpoint, for messages.
+        specs: Specs of the model, see `CheckpointState`.
 
     Raises:
-        ConfigError: an expert has nothing to be a copy of, or what there is has another shape; or nothing is copied at all.
+        ConfigError: an expert has no source, or its source has another shape; or there is nothing to copy.
     """
     there, here = _experts_by_layer(index.tensors), _experts_by_layer(specs)
     sources: dict[str, str] = {}
@@ -60,15 +60,15 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
     problems |= {problem: None for name, source in sources.items() if (problem := _misfit(name, source, index, specs))}
     if problems:
         head = (
-            f"run.init_rules: upcycle cannot make all experts from {folder}; give the model its widths (model.hidden_dim, "
-            "model.moe.groups.*.ffn_dim) and groups"
+            f"run.init_rules: upcycle cannot initialise all experts from {folder}; use the checkpoint's widths "
+            "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
     sources = {name: source for name, source in sources.items() if source != name}
     if not sources:
         raise ConfigError(
-            f"run.init_rules: upcycle finds nothing to copy in {folder}: each of its groups has as many experts as the "
-            "model's; leave the rule out"
+            f"run.init_rules: upcycle finds nothing to copy in {folder}: its groups have as many experts as the model's; "
+            "remove this rule"
         )
     return sources
 
@@ -83,7 +83,7 @@ def _experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[st
 
 
 def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
-    """Name of the tensor that an expert's tensor begins as, its own where the group is the same; None for none."""
+    """Name of the checkpoint's tensor for an expert's tensor; its own name if the group is the same; None without one."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:
@@ -98,7 +98,7 @@ def _source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str
 
 
 def _misfit(name: str, source: str, index: Index, specs: Mapping[str, TensorSpec]) -> str:
-    """Why a tensor cannot be a copy of another; empty where it can."""
+    """Why a tensor cannot be copied from `source`; empty if it can."""
     entry, spec = index.tensors[source], specs[name]
     if entry.shape != spec.shape:
         return f"{name}: shape {spec.shape} in the model, {entry.shape} in {source}"
@@ -107,7 +107,7 @@ def _misfit(name: str, source: str, index: Index, specs: Mapping[str, TensorSpec
 
 def _nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
     if group in groups:
-        return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only one expert can become several"
+        return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only a single expert can be copied"
     if groups:
-        return f"the checkpoint has no such group in this layer, but {', '.join(sorted(groups))}"
+        return f"the checkpoint lacks this group in this layer; it has {', '.join(sorted(groups))}"
     return "the checkpoint has neither experts nor a dense FFN in this layer"

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
-from moe_dist.checkpoint.checksums import SEAL_FILE, seal_of
+from moe_dist.checkpoint.checksums import CHECKSUMS_FILE, checksums_of
 from moe_dist.checkpoint.directory import LATEST_FILE
 from moe_dist.checkpoint.fits import check_complete
 from moe_dist.checkpoint.index import INDEX_FILE, shard_file
@@ -238,7 +238,7 @@ def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str,
     everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
     state = Snapshot(0, {}, specs, RankLayout(everything), None, dict(values), {}).state_file(save_id)
     files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: state.to_json()}
-    for name, content in {**files, SEAL_FILE: seal_of(files, save_id)}.items():
+    for name, content in {**files, CHECKSUMS_FILE: checksums_of(files, save_id)}.items():
         write_durably(folder / name, content)
     sync(folder)
     write_durably(tree / LATEST_FILE, f"{folder.name}\n".encode())

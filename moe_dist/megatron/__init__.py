@@ -1,6 +1,6 @@
-"""The MoE layer inside Megatron-Core: a layer spec for GPTModel, with Megatron's groups, DDP, optimizer and checkpoints.
+"""The MoE layer for Megatron-Core: a layer spec for GPTModel that uses Megatron's groups, DDP, optimizer and checkpoints.
 
-Megatron is imported when one of the names below is first asked for, not before.
+Megatron is imported at the first access to one of the names below.
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moe_dist.megatron.settings import ExpertSettings as ExpertSettings
     from moe_dist.megatron.settings import read_settings as read_settings
 
-_HOME = {
+_MODULE_OF = {
     "ExpertSettings": "settings",
     "decoder_layer": "decoder_layer",
     "decoder_layer_spec": "decoder_layer",
@@ -23,6 +23,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,7 +1,8 @@
-"""Balance and z terms inside Megatron: its scaler puts their gradients into backward, its tracker shows them.
+"""Balance and z losses inside Megatron: Megatron's scaler adds their gradients in backward, its tracker logs them.
 
-The statistic is one micro-batch over all ranks of the pipeline stage (TP x CP x DP), as in `moe_dist.train.loss`. One all-reduce
-of a few integers a layer carries it, and it is made where gradients are, so Megatron's full recompute does not repeat it.
+As in `moe_dist.train.loss`, the counts are those of one micro-batch over all ranks of the pipeline stage (TP x CP x DP).
+They need one all-reduce of a few integers per layer, only with gradients enabled, so Megatron's full recompute does not
+repeat it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from moe_dist.moe.losses import ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import RouterSums
 from moe_dist.placement.placement import ExpertGroup
 
-# name, value (this rank's share), layer number, number of layers, group whose sum is the value
+# (name, this rank's share of the value, layer number, number of layers, group over which the shares are summed)
 Record = Callable[[str, Tensor, int, int, dist.ProcessGroup], None]
 
 
@@ -28,13 +29,13 @@ class AuxTerms:
 
     Attributes:
         groups: All expert groups, in logical order.
-        kind: Of the balance term, as in `moe_dist.moe.losses`.
+        kind: Kind of the balance loss, as in `moe_dist.moe.losses`.
         balance, z: Coefficients; 0 leaves a term out.
-        every_rank: Megatron's group of all ranks with tokens, TP x CP x DP of one pipeline stage.
-        data_parallel_size: DP without CP.
-        per_token_loss: Megatron divides gradients by the step's number of tokens, not by micro-batches and DP.
-        layer_number, num_layers: For the tracker; the first layer is 1.
-        record: The tracker.
+        every_rank: Megatron's group of all ranks with tokens: TP x CP x DP of one pipeline stage.
+        data_parallel_size: Size of DP without CP.
+        per_token_loss: Whether Megatron divides gradients by the step's number of tokens, not by micro-batches and DP.
+        layer_number, num_layers: Layer number for the tracker, from 1, and number of layers.
+        record: Megatron's tracker.
     """
 
     groups: Sequence[ExpertGroup]
@@ -49,7 +50,7 @@ class AuxTerms:
     record: Record
 
     def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
-        """`y` unchanged, with the terms' gradients tied to its backward. One all-reduce; none where both are left out."""
+        """Returns `y` unchanged, and adds the terms' gradients to its backward. One all-reduce, unless both are off."""
         if not (self.balance or self.z) or not torch.is_grad_enabled():
             return y
         num_columns = sums.choices_C.shape[0]
@@ -66,9 +67,9 @@ class AuxTerms:
         return y
 
     def _scale(self, tokens_LG: Tensor) -> Tensor | float:
-        """Undoes what Megatron does to gradients afterwards, so that the shares of all ranks sum to the term.
+        """Factor that compensates Megatron's later scaling of gradients, so that the shares of all ranks sum to the term.
 
-        It sums over TP, and either averages over DP x CP (its scaler holds CP / micro-batches), or sums and divides by the
-        step's tokens: then this micro-batch's tokens over all ranks are the factor.
+        Megatron sums over TP. Then it averages over DP x CP (its scaler already contains CP / micro-batches), or sums and
+        divides by the step's tokens; in the second case the factor is this micro-batch's number of tokens on all ranks.
         """
         return tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)

@@ -1,10 +1,9 @@
-"""A Megatron transformer layer whose experts are ours, and its spec.
+"""A Megatron transformer layer with the experts of moe_dist, and its spec.
 
     python pretrain_gpt.py --spec moe_dist.megatron.decoder_layer decoder_layer ...     (docs/megatron.md)
     GPTModel(config, transformer_layer_spec=decoder_layer_spec(settings), ...)
 
-Attention, norms and dense layers are those that Megatron's own specs choose for the configuration; which layers hold
-experts follows its moe_layer_freq.
+Attention, norms and dense layers come from Megatron's own specs; its moe_layer_freq decides which layers have experts.
 """
 
 import copy
@@ -29,12 +28,12 @@ from moe_dist.megatron.settings import ExpertSettings, settings_from_environment
 
 
 class DecoderLayer(TransformerLayer):
-    """TransformerLayer with `ExpertLayer` in place of Megatron's MoE layer.
+    """TransformerLayer with `ExpertLayer` instead of Megatron's MoE layer.
 
     Args:
-        config, layer_number, pg_collection, vp_stage, options: As Megatron gives them to its own layer.
-        submodules: The layer's spec; None takes what Megatron's decoder spec has for this layer.
-        settings: Expert settings; None reads the file that MOE_DIST_EXPERTS names.
+        config, layer_number, pg_collection, vp_stage, options: As for Megatron's own layer.
+        submodules: The layer's spec; None takes the one of Megatron's decoder spec.
+        settings: Expert settings; None reads the file in MOE_DIST_EXPERTS.
     """
 
     def __init__(
@@ -57,10 +56,10 @@ class DecoderLayer(TransformerLayer):
         holds_experts = _holds_experts(config, number)
         stock = parts.mlp
         if holds_experts:
-            parts.mlp = IdentityOp  # built below: Megatron hands its groups to its own MoE layer only
+            parts.mlp = IdentityOp  # built below: Megatron passes process groups to its own MoE layer only
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
-            self.recompute_mlp = False  # Megatron took the layer for a dense one; ours recomputes itself
+            self.recompute_mlp = False  # Megatron treats the layer as dense; `ExpertLayer` recomputes by itself
             self.mlp = ExpertLayer(
                 config,
                 settings,
@@ -71,11 +70,11 @@ class DecoderLayer(TransformerLayer):
 
 
 def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
-    """The spec of a decoder layer with these experts, for GPTModel's `transformer_layer_spec`."""
+    """Spec of a decoder layer with these experts, for GPTModel's `transformer_layer_spec`."""
     return ModuleSpec(module=DecoderLayer, params={"settings": settings})
 
 
-# For --spec, which looks a name up in a module and calls nothing: settings come from the environment when a layer is built.
+# For --spec, which looks up an object without calling it; each layer then reads its settings from the environment.
 decoder_layer = ModuleSpec(module=DecoderLayer)
 
 
@@ -85,14 +84,14 @@ def _holds_experts(config: TransformerConfig, number: int) -> bool:
 
 
 def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSubmodules:
-    """The submodules that Megatron's decoder spec has for a layer."""
+    """Submodules of a layer in Megatron's decoder spec."""
     use_te = config.transformer_impl == "transformer_engine"
     specs: Any = get_gpt_decoder_layer_specs(config, use_transformer_engine=use_te, normalization=config.normalization)
     return specs[number - 1].submodules
 
 
 def _shared_expert(stock: Any, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module | None:
-    """Megatron's shared expert of its MoE layer's spec (a ModuleSpec, or in later versions a partial)."""
+    """Megatron's shared expert, from its MoE layer's spec (a ModuleSpec, in later versions a partial)."""
     if config.moe_shared_expert_intermediate_size is None:
         return None
     submodules = stock.keywords["submodules"] if isinstance(stock, partial) else stock.submodules

@@ -1,4 +1,4 @@
-"""Our MoE layer as a Megatron module: same router, dispatcher and experts, Megatron's process groups.
+"""The MoE layer of moe_dist as a Megatron module, with Megatron's process groups.
 
 Shape letters: s positions on this rank, B sequences, T = s x B tokens, D hidden size.
 """
@@ -31,7 +31,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class UntimedCommStats(CommStats):
-    """Counts bytes and takes no times: nobody drains CUDA events in Megatron's loop."""
+    """Counts bytes but takes no times, because Megatron's loop does not collect the CUDA events."""
 
     @contextlib.contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -39,12 +39,12 @@ class UntimedCommStats(CommStats):
 
 
 class ExpertLayer(MegatronModule):
-    """Takes the place of Megatron's MoELayer in a transformer layer; its output has no bias.
+    """Replaces Megatron's MoELayer in a transformer layer; its output has no bias.
 
     Args:
         config: Megatron's configuration, already checked (`requirements.check`).
         settings: Groups, router and placement.
-        pg_collection: Megatron's process groups; none is made here.
+        pg_collection: Megatron's process groups.
         layer_number: Number of the layer in the whole model, from 1.
         shared: Megatron's shared expert (tensor-parallel), or None.
     """
@@ -68,9 +68,9 @@ class ExpertLayer(MegatronModule):
         ep_group = pg_collection.ep
         self.ep_rank = ep_group.rank()
         self.placement = settings.place(ep_group.size())
-        self.comm_stats = UntimedCommStats()  # what this layer sent from this rank since `take` was last called
-        wire = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
-        self.moe = _build(config, settings, self.placement, wire, name=f"layers.{layer_number - 1}")
+        self.comm_stats = UntimedCommStats()  # traffic of this layer and rank since the last `take`
+        all_to_all = AllToAll(ep_group if ep_group.size() > 1 else None, self.comm_stats)
+        self.moe = _build(config, settings, self.placement, all_to_all, name=f"layers.{layer_number - 1}")
         self.moe.shared = shared
         group_of_modality = torch.tensor([*settings.group_of_modality(), PADDING], device=_device(config))
         self.register_buffer("group_of_modality_M", group_of_modality, persistent=False)
@@ -90,7 +90,7 @@ class ExpertLayer(MegatronModule):
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """hidden_states [s, B, D] and modality ids (see `modality`) -> the experts' sum [s, B, D], and no bias."""
+        """hidden_states [s, B, D] and modality ids (see `modality`) -> weighted sum of experts [s, B, D], and no bias."""
         length, batch, _ = hidden_states.shape
         group_T = groups_of_rank(
             padding_mask,
@@ -111,35 +111,35 @@ class ExpertLayer(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One entry for each expert by its logical name, whatever rank holds it: loads at any EP size and placement."""
+        """One entry per expert under its logical name, so that it loads at any EP size and placement."""
         return sharded_layer_state(self, prefix, sharded_offsets, metadata)
 
 
 def _check_groups(groups: ProcessGroupCollection) -> None:
     if groups.expt_tp.size() != 1:
         raise PlacementError(
-            f"expert tensor parallel group of {groups.expt_tp.size()} ranks: an expert is whole on one rank; initialise "
-            "Megatron with expert_tensor_parallel_size=1 (its default is the tensor-parallel size)",
+            f"expert tensor parallel group of {groups.expt_tp.size()} ranks: experts cannot be split over ranks; "
+            "initialise Megatron with expert_tensor_parallel_size=1 (its default is the tensor-parallel size)",
             see=GUIDE,
         )
 
 
 def _build(
-    config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, wire: AllToAll, *, name: str
+    config: TransformerConfig, settings: ExpertSettings, placement: ExpertPlacement, all_to_all: AllToAll, *, name: str
 ) -> MoELayer:
-    """The layer without a shared expert, its parameters in memory but not yet set."""
+    """The layer without a shared expert; its parameters are allocated but not initialised."""
     with torch.device("meta"):
         layer = MoELayer(
-            norm=nn.Identity(),  # Megatron's own pre_mlp_layernorm stands before the layer
+            norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
             router=TopKRouter(config.hidden_size, placement.groups, **settings.router.model_dump(exclude={"kind"})),
             experts=Experts(
                 config.hidden_size,
                 placement.groups,
-                [len(placement.local_experts(wire.rank, group)) for group in placement.groups],
+                [len(placement.local_experts(all_to_all.rank, group)) for group in placement.groups],
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
             ),
-            dispatcher=AllToAllDispatcher(placement, wire, max_receive_rows=settings.max_receive_rows),
+            dispatcher=AllToAllDispatcher(placement, all_to_all, max_receive_rows=settings.max_receive_rows),
             recompute=_recompute(config),
             name=name,
         )
@@ -154,17 +154,17 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def _recompute(config: TransformerConfig) -> Recompute:
-    """Megatron's selective recompute in our words; its full recompute wraps the layer from outside."""
+    """The layer's recompute mode for Megatron's selective recompute; full recompute wraps the layer from outside."""
     modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
     return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"
 
 
 def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
-    """Tells Megatron how each parameter is held.
+    """Sets Megatron's attributes of parameters.
 
-    Experts: reduced over the expert data parallel group (`allreduce`), and no copies of each other across TP ranks, so that
-    the gradient norm counts each of them. Routers: replicated, each TP rank having seen its part of the sequence, so their
-    gradients are summed over TP. An empty stack takes part in nothing.
+    Experts: `allreduce=False` reduces them over the expert data parallel group; `tensor_model_parallel` makes the gradient
+    norm count them on every TP rank. Routers are replicated, and each TP rank sees its part of the sequence:
+    `sequence_parallel` sums their gradients over TP. Empty stacks get no gradients.
     """
     for parameter in layer.experts.parameters():
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Initial weights of our layer inside Megatron: its initialisers, drawn by logical name, so that every layout is equal."""
+"""Initial weights inside Megatron: its initialisers, seeded by logical name, so that every layout gets equal weights."""
 
 import hashlib
 
@@ -15,10 +15,10 @@ from moe_dist.placement.roles import group_module, named_parameters
 def initialise_layer(
     moe: MoELayer, placement: ExpertPlacement, config: TransformerConfig, *, ep_rank: int, layer: int, seed: int
 ) -> None:
-    """Sets the router's and the experts' weights from (seed, logical name); `down` by the output layers' initialiser.
+    """Initialises router and experts from (seed, logical name); `down` uses the initialiser of output layers.
 
-    One expert's matrix at a time is drawn on the host in fp32, the same on every layout and device. Does nothing where
-    Megatron is told not to initialise (`perform_initialization`).
+    Draws one expert's matrix at a time on the host in fp32, so it is equal for every layout and device. Does nothing if
+    `perform_initialization` is off.
     """
     if not config.perform_initialization:
         return
@@ -36,7 +36,7 @@ def initialise_layer(
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):  # the host's state only: Megatron keeps those of its devices
+    with torch.random.fork_rng(devices=[]):  # host generator only: Megatron manages those of the devices
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu")
         initialiser(drawn)

@@ -1,7 +1,7 @@
-"""Modalities of tokens inside Megatron: they travel as its `padding_mask`, a tensor argument of each micro-batch.
+"""Modality ids of tokens inside Megatron, passed as its `padding_mask` argument.
 
-Megatron hands that tensor from GPTModel.forward down to every MoE layer unread. It expects a boolean, true for padding;
-here it may hold modality ids instead. Shape letters: B sequences, S positions, s positions on this rank (S / TP under
+Megatron passes this tensor unchanged from GPTModel.forward to every MoE layer. It expects a boolean, true for padding; here
+it may contain modality ids instead. Shape letters: B sequences, S positions, s positions on this rank (S / TP under
 sequence parallelism), T = s x B tokens of this rank.
 """
 
@@ -17,11 +17,11 @@ PADDING = -1
 
 
 def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """Modality of each token by its id, int64 [B, S]: what to pass as `padding_mask`.
+    """Modality id of each token, int64 [B, S], to pass as `padding_mask`.
 
     Args:
         tokens_BS: Token ids.
-        ranges: For each modality, in the settings' order, its vocabulary ranges [first, end). An id in none is padding.
+        ranges: For each modality, in the settings' order, its vocabulary ranges [first, end). Other tokens are padding.
     """
     ids_BS = torch.full_like(tokens_BS, PADDING, dtype=torch.int64)
     for modality, parts in enumerate(ranges):
@@ -41,12 +41,12 @@ def groups_of_rank(
 ) -> Tensor:
     """Expert group of each of this rank's tokens, int64 [T] in the order of hidden states [s, B, D]; -1 for padding.
 
-    Megatron scatters the mask over the tensor-parallel ranks on the first pipeline stage only (and not where it is given
-    embeddings); on the others it arrives whole, and this rank's part is cut out here. Communicates nothing.
+    Megatron scatters the mask over the tensor-parallel ranks on the first pipeline stage only (and not with given
+    embeddings). On other stages it is whole, and this function slices out the rank's part. No communication.
 
     Args:
-        mask_BS: int modality ids (-1 for padding), or a boolean that is true for padding, or None for no padding.
-        group_of_modality_M: int64, with a last -1, which the id -1 reads.
+        mask_BS: Integer modality ids (-1 for padding), or a boolean that is true for padding, or None without padding.
+        group_of_modality_M: int64; its last element is -1, which index -1 (padding) reads.
         length, batch: s and B.
 
     Raises:
@@ -68,9 +68,9 @@ def groups_of_rank(
         mask_BS = mask_BS[:, tp_rank * length : (tp_rank + 1) * length]
     if mask_BS.shape != (batch, length):
         raise ConfigError(
-            f"padding_mask: shape {tuple(mask_BS.shape)} fits neither [batch={batch}, {length}] nor the whole sequence "
-            f"[batch={batch}, {length * tp_size}]; pass the ids of the micro-batch's tokens, cut as they are for context "
-            "parallelism",
+            f"padding_mask: shape {tuple(mask_BS.shape)} must be [batch={batch}, {length}] or the whole sequence "
+            f"[batch={batch}, {length * tp_size}]; pass the ids of the micro-batch's tokens, sliced for context "
+            "parallelism as the tokens are",
             see=GUIDE,
         )
     return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]

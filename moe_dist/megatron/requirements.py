@@ -1,4 +1,4 @@
-"""What a Megatron configuration must hold for our MoE layer; everything that does not is found at once, before building."""
+"""Checks that a Megatron configuration is compatible with the MoE layer, before the model is built."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moe_dist.errors import ConfigError
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 
-# Options of Megatron's own router, dispatcher and experts that ours does not read: field, the value it must have, way out.
+# Options of Megatron's router, dispatcher and experts without effect here: field, required value, reason or alternative.
 _OFF: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_score_function", "softmax", "weights are a softmax"),
     ("moe_router_pre_softmax", False, "set router.normalise to none in the expert settings instead"),
@@ -39,10 +39,10 @@ _BALANCE_TYPES = ("global_aux_loss", "none")
 
 
 def check(config: TransformerConfig, settings: ExpertSettings) -> None:
-    """Holds Megatron's configuration against what the layer does.
+    """Checks Megatron's configuration.
 
     Raises:
-        ConfigError: with every fault: field, value, rule and way out.
+        ConfigError: the configuration is not compatible; lists all problems.
     """
     if problems := [*_parallel_problems(config), *_expert_problems(config, settings), *_option_problems(config)]:
         raise ConfigError(problems, see=GUIDE)
@@ -52,8 +52,8 @@ def _parallel_problems(config: TransformerConfig) -> list[str]:
     problems = []
     if (etp := config.expert_tensor_parallel_size) not in (None, 1):
         problems.append(
-            f"expert_tensor_parallel_size={etp}: an expert is whole on one rank; set it to 1 (its default is the tensor-"
-            "parallel size), and raise expert_model_parallel_size: expert parallelism folds over TP x DP"
+            f"expert_tensor_parallel_size={etp}: experts cannot be split over ranks; set it to 1 (its default is the "
+            "tensor-parallel size), and raise expert_model_parallel_size: expert parallelism uses the ranks of TP x DP"
         )
     if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
         problems.append(

@@ -1,7 +1,7 @@
-"""What Megatron's own configuration has no words for: expert groups, null experts, their router and their placement.
+"""Expert groups, null experts, router and placement, which Megatron's configuration does not have.
 
-A YAML file of a few keys, given as an object or named by the environment variable MOE_DIST_EXPERTS. Sizes, precision,
-parallelism and loss coefficients stay where Megatron users set them. Imports neither torch nor megatron.
+They come from a small YAML file in the environment variable MOE_DIST_EXPERTS, or from an object. Sizes, precision,
+parallelism and loss coefficients stay in Megatron's configuration. Imports neither torch nor megatron.
 """
 
 import os
@@ -51,18 +51,18 @@ class ExpertSettings(Section):
     )
 
     def expert_groups(self) -> tuple[ExpertGroup, ...]:
-        """The groups as plain values, their experts numbered through."""
-        return expert_groups(MoESection.model_construct(groups=self.groups))  # judged where they were read
+        """The groups as plain values; experts are numbered over all groups."""
+        return expert_groups(MoESection.model_construct(groups=self.groups))  # without validation, which reading has done
 
     def group_of_modality(self) -> tuple[int, ...]:
-        """For each modality, in the order in which the groups name them, the index of its group."""
+        """Index of the group of each modality, in the order in which the groups list them."""
         return tuple(index for index, group in enumerate(self.expert_groups()) for _ in group.modalities)
 
     def place(self, num_ranks: int) -> ExpertPlacement:
-        """The map of experts for an EP group of `num_ranks`.
+        """The placement of experts on an EP group of `num_ranks`.
 
         Raises:
-            ConfigError: the placement cannot be.
+            ConfigError: the placement is invalid.
         """
         return make_placement(self.placement, self.expert_groups(), num_ranks=num_ranks, token_mix={})
 
@@ -90,7 +90,7 @@ def read_settings(path: str | Path) -> ExpertSettings:
     """Reads the settings' YAML file.
 
     Raises:
-        ConfigError: with every fault of the file.
+        ConfigError: the file is invalid; lists all problems.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -109,15 +109,15 @@ def read_settings(path: str | Path) -> ExpertSettings:
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> ExpertSettings:
-    """The settings that MOE_DIST_EXPERTS names.
+    """Reads the file in MOE_DIST_EXPERTS.
 
     Raises:
-        ConfigError: the variable is not set, or its file is wrong.
+        ConfigError: the variable is not set, or its file is invalid.
     """
     path = environment.get(VARIABLE)
     if not path:
         raise ConfigError(
-            f"{VARIABLE} is not set; let it name the YAML file of the expert groups, on every rank, or build the spec with "
+            f"{VARIABLE} is not set; set it on every rank to the path of the experts' YAML file, or build the spec with "
             "decoder_layer_spec(settings)",
             see=GUIDE,
         )

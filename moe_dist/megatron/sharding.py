@@ -1,11 +1,11 @@
-"""Our layer in Megatron's distributed checkpoints: each expert under its logical name, whatever rank and slot holds it.
+"""The MoE layer in Megatron's distributed checkpoints: each expert under its logical name, independent of rank and slot.
 
     <prefix>experts.<group>.<index in the group>.<gate|up|down>      [F, D] or [D, F]
     <prefix>router.<group>.<true|null>                                replicated over TP and DP
 
-`sharded_offsets` are Megatron's axes above the layer (all layers of a model are one tensor along a first axis), passed on.
-A stack of experts is one parameter, so a factory cuts it into its experts before saving and stacks them after loading; the
-optimizer's states of the stack go the same way.
+`sharded_offsets` are Megatron's leading axes (it stores all layers as one tensor along a first axis). A stack of experts
+is one parameter: a factory splits it into experts before saving and stacks them after loading, also for the optimizer's
+states.
 """
 
 from typing import Any
@@ -28,12 +28,12 @@ Offsets = tuple[tuple[int, int, int], ...]
 def sharded_layer_state(
     layer: Any, prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The layer's state for `dist_checkpointing`, under the names of its state dict."""
+    """The layer's state for `dist_checkpointing`, with the keys of its state dict."""
     state: dict[str, Any] = {}
     for name in ("router", "shared"):
         module = getattr(layer.moe, name)
         if module is not None:
-            offsets: Any = sharded_offsets  # annotated upstream as exactly one
+            offsets: Any = sharded_offsets  # Megatron's annotation allows exactly one
             local = sharded_state_dict_default(module, f"{prefix}{name}.", offsets, metadata, tp_group=layer.tp_group)
             for key, value in local.items():
                 if isinstance(value, ShardedBase):
@@ -55,7 +55,7 @@ def sharded_layer_state(
 def _factory(
     key: str, stack: Tensor, indices: list[int], offsets: Offsets, replica: tuple[int, int, int]
 ) -> ShardedTensorFactory:
-    """A stack [e, ...] as its experts, one sharded tensor each."""
+    """Splits a stack [e, ...] into one sharded tensor per expert."""
 
     @torch.no_grad()
     def cut(key: str, stack: Tensor, replica_id: Any, _flattened_range: Any) -> dict[str, ShardedTensor]:

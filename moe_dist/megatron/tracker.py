@@ -1,4 +1,4 @@
-"""Megatron's tracker of MoE losses, which it reduces and prints itself: one function for the versions that differ."""
+"""Access to Megatron's tracker of MoE losses, which reduces and prints them; hides differences between versions."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ from moe_dist.megatron.aux_terms import Record
 
 
 def tracker() -> Record:
-    """Adds a value to Megatron's tracker. Since 0.17 or later it is an object of its own module; before, a function."""
+    """A function that adds a value to Megatron's tracker: an object in newer versions, a function in 0.16."""
     if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None:
         return _record_in_object
     return _record_by_function

@@ -1,1 +1,1 @@
-"""Parameter groups, fused optimizers, schedules and the global norm."""
+"""Parameter groups, fused optimizers, schedules and the global gradient norm."""

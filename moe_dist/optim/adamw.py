@@ -1,7 +1,6 @@
-"""AdamW in one fused kernel a group (torch's, or NVIDIA Apex's where it is installed), its state, and the global norm of
-its gradients.
+"""AdamW with one fused kernel per group (torch's, or NVIDIA Apex's if installed), its state, and the gradient norm.
 
-No collective in here: the training step sums the ranks' contributions to the norm.
+No collectives: the training step sums the ranks' contributions to the norm.
 """
 
 import importlib
@@ -28,13 +27,13 @@ def make_optimizer(
     eps: float,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """AdamW (decoupled decay, Loshchilov & Hutter 2019) over groups as `split_parameters` makes them.
+    """AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`.
 
     Args:
-        weight_decay: For groups that name none of their own.
+        weight_decay: Default for groups without their own.
 
     Raises:
-        ConfigError: backend=apex where Apex is missing or cannot take the parameters.
+        ConfigError: backend=apex, but Apex is missing or does not support the parameters.
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -43,12 +42,12 @@ def make_optimizer(
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
         return apex_adam(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
-    # torch refuses an empty list; a rank whose every parameter lies elsewhere still takes part in each step.
+    # torch rejects an empty list, but a rank without parameters still takes part in each step.
     return torch.optim.AdamW(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def _apex_fused_adam() -> Callable[..., Optimizer] | None:
-    # The package that the Python index calls apex is another project: the attribute decides.
+    # The attribute identifies NVIDIA Apex: the package `apex` on the Python index is another project.
     try:
         return getattr(importlib.import_module("apex.optimizers"), "FusedAdam", None)
     except ImportError:
@@ -62,7 +61,7 @@ def _apex_obstacle(apex_adam: Callable[..., Optimizer] | None, parameters: Seque
             "project); build it from NVIDIA's repository, or set optimizer.backend=torch"
         )
     if any(isinstance(parameter, DTensor) for parameter in parameters):
-        return "its kernels cannot take FSDP2's sharded parameters; set parallel.data=ddp or optimizer.backend=torch"
+        return "its kernels do not support FSDP2's sharded parameters; set parallel.data=ddp or optimizer.backend=torch"
     if any(parameter.device.type != "cuda" for parameter in parameters):
         return "its kernels need parameters on CUDA; set parallel.device=cuda or optimizer.backend=torch"
     return None
@@ -76,10 +75,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def materialise_moments(optimizer: Optimizer) -> None:
-    """Creates the moments (zeros) and step counts (0) that the first step would create, to be saved or loaded into.
-
-    A later first step finds them and does what it would have done: zeros and a count of 0 are its own starting values.
-    """
+    """Creates the moments (zeros) and step counts (0) before the first step, so that they can be saved or loaded. The first
+    step itself would start from the same values."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -91,10 +88,7 @@ def materialise_moments(optimizer: Optimizer) -> None:
 
 
 def step_count(optimizer: Optimizer) -> int:
-    """Steps that the optimizer has taken; every parameter takes part in every step, so they share one count.
-
-    Costs a host sync on CUDA. A count that differs between parameters is a bug of ours.
-    """
+    """Steps that the optimizer has taken, equal for all parameters. One host sync on CUDA."""
     if _counts_by_group(optimizer):
         counts = {int(group.get("step", 0)) for group in optimizer.param_groups}
     else:
@@ -105,7 +99,7 @@ def step_count(optimizer: Optimizer) -> int:
 
 
 def set_step_count(optimizer: Optimizer, count: int) -> None:
-    """Sets the number of steps taken, which the bias correction of the moments depends on."""
+    """Sets the number of steps taken, which determines the bias correction of the moments."""
     if _counts_by_group(optimizer):
         for group in optimizer.param_groups:
             group["step"] = count
@@ -115,24 +109,24 @@ def set_step_count(optimizer: Optimizer, count: int) -> None:
 
 
 def _counts_by_group(optimizer: Optimizer) -> bool:
-    # Apex keeps one count a group; torch one tensor a parameter.
+    # Apex has one count per group; torch has one tensor per parameter.
     return not isinstance(optimizer, torch.optim.AdamW)
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of each gradient there is, as plain tensors that share the gradient's memory."""
+    """The local part of each existing gradient, as plain tensors that share its memory."""
     gradients = (parameter.grad for parameter in parameters)
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
 
 
 @torch.no_grad()
 def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torch.device) -> Tensor:
-    """This rank's contribution to the squared norm of the whole gradient; the sum over all ranks is that norm.
+    """This rank's contribution to the squared norm of the whole gradient, which is the sum over all ranks.
 
     Args:
-        parameters: Pairs of a parameter and the number of ranks that hold the same piece of its (already reduced) gradient:
-            all ranks for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
-        device: Where the result lies, also on a rank without any gradient.
+        parameters: Pairs of a parameter and the number of ranks with the same piece of its (already reduced) gradient: all
+            ranks for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
+        device: Device of the result, also on a rank without gradients.
 
     Returns:
         0-d float64: sum over the gradients of ||local part||^2 / replicas. Each norm is taken in fp32, or in float64 for
@@ -163,5 +157,5 @@ def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
 
 
 def clip_by_norm(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scales the gradients by min(1, max_norm / norm); `norm` is the global norm (0-d), known to all ranks."""
+    """Scales the gradients by min(1, max_norm / norm); `norm` is the global norm (0-d), equal on all ranks."""
     scale_gradients(parameters, (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))

@@ -19,9 +19,8 @@ def is_empty_here(parameter: nn.Parameter) -> bool:
 def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer, in a fixed order: {"params", "weight_decay"}.
 
-    A group never mixes plain tensors with DTensors, nor DTensors of different meshes (dense over all ranks, experts over
-    edp): a fused kernel takes one kind. Frozen parameters and those that are empty on this rank are left out; fused kernels
-    differ in how they take empty tensors, and there is nothing to update.
+    A fused kernel needs parameters of one kind: so plain tensors, and DTensors of different meshes (dense over all ranks,
+    experts over edp), are in different groups. Frozen parameters, and parameters that are empty on this rank, are left out.
     """
     groups: dict[tuple[bool, object], dict[str, Any]] = {}
     for _, _, role, parameter in named_parameters(model):

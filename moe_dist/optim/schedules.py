@@ -1,6 +1,6 @@
-"""Pure functions of the step: the learning rate's factor and the balance coefficient.
+"""Schedules as pure functions of the step: the factor of the learning rate, and coefficients.
 
-They take plain values, named like the fields of the schema's schedule sections, so that a section's `model_dump()` fits.
+The arguments have the names of the schema's fields, so that a section's `model_dump()` can be passed.
 """
 
 import math
@@ -17,11 +17,11 @@ def lr_factor(
     min_ratio: float = 0.0,
     decay_steps: int = 0,
 ) -> float:
-    """Learning rate over its peak for optimizer step `step` (0-based) of `total_steps`.
+    """Ratio of the learning rate to its peak for optimizer step `step` (0-based) of `total_steps`.
 
-    The warm-up is a line from 0 (never used: no step is wasted) to 1 at the last warm-up step. `cosine` then falls over
-    half a cosine, `wsd` stays at 1 and falls on a line over the last `decay_steps`; both reach `min_ratio` at the last step
-    and keep it beyond. Where warm-up and decay overlap, the smaller factor holds.
+    The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. `cosine` then follows half
+    a cosine; `wsd` stays at 1 and decays linearly over the last `decay_steps`. Both reach `min_ratio` in the last step and
+    keep it afterwards. If warm-up and decay overlap, the smaller factor applies.
     """
     done = min(step + 1, total_steps)
     rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0
@@ -33,9 +33,9 @@ def lr_factor(
     if kind == "wsd":
         progress = max(0, done - (total_steps - decay_steps)) / max(1, decay_steps)
         return min(rise, 1.0 - (1.0 - min_ratio) * progress)
-    raise ValueError(f"schedule kind={kind!r} is none of constant, cosine, wsd")
+    raise ValueError(f"schedule kind={kind!r} must be constant, cosine or wsd")
 
 
 def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
-    """Value at `step` of a staircase of (first step, value) pairs, which starts at step 0 and rises in its first steps."""
+    """Value at `step` of a piecewise constant schedule of (first step, value) pairs, with increasing steps from 0."""
     return next(value for first, value in reversed(schedule) if first <= step)

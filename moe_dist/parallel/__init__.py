@@ -1,1 +1,1 @@
-"""The mesh, and the one ordered function that makes a model parallel."""
+"""The device mesh, and the steps that make a single-device model parallel."""

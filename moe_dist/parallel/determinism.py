@@ -1,8 +1,8 @@
-"""The switch `parallel.deterministic`: the same layout, seed and versions give the same bits, run after run.
+"""`parallel.deterministic`: runs with the same layout, seed and versions give bit-identical results.
 
-On the CPU the operations of a step are so already. On CUDA `index_add_` and `scatter_add_` add atomically, in an order that
-changes; cuBLAS may share a workspace between streams; cuDNN may choose its kernels by timing them; and NVLink SHARP sums in
-an order of the switch's own.
+On CPU a step is deterministic anyway. On CUDA, `index_add_` and `scatter_add_` use atomic additions in a varying order,
+cuBLAS may share a workspace between streams, cuDNN may choose kernels by timing them, and NVLink SHARP sums in its own
+order.
 """
 
 import os
@@ -18,29 +18,29 @@ _NCCL = ("NCCL_ALGO", "^NVLS")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """What the environment lacks for results that repeat. cuBLAS and NCCL read it when they are first used.
+    """The missing environment variables for deterministic results. cuBLAS and NCCL read them at their first use.
 
     Raises:
-        ConfigError: it holds a value of which cuBLAS promises nothing.
+        ConfigError: a variable is set to a value with which cuBLAS is not deterministic.
     """
     name, value, good = _CUBLAS
     if given.get(name, value) not in good:
         raise ConfigError(
-            f"parallel.deterministic: environment variable {name}={given[name]!r}; cuBLAS repeats its results with "
-            f"{' or '.join(good)} only; unset it, or set it to one of them"
+            f"parallel.deterministic: environment variable {name}={given[name]!r}; cuBLAS is deterministic only with "
+            f"{' or '.join(good)}; unset the variable, or set it to one of them"
         )
     return {key: text for key, text in ((name, value), _NCCL) if key not in given}
 
 
 def make_deterministic() -> None:
-    """Sets torch, and the environment of what CUDA will load, for the rest of this process. Call it right after torch is
-    imported. From then on an operation that has no deterministic form raises a RuntimeError that names it.
+    """Makes torch and the CUDA libraries deterministic in this process. Call it right after importing torch. An operation
+    without a deterministic implementation then raises a RuntimeError that names it.
 
     Raises:
-        ConfigError: as `deterministic_variables`.
+        ConfigError: from `deterministic_variables`.
     """
     os.environ.update(deterministic_variables(os.environ))
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    # Filling what `torch.empty` returns with NaN finds reads of memory never written; it costs a write of every buffer.
+    # Off: torch would fill every `torch.empty` with NaN to reveal uninitialised reads, at the cost of a write per buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Initial weights from (seed, logical name): every layout of ranks starts from the same values, to the last bit."""
+"""Initial weights from (seed, logical name): bit-identical for every layout of ranks."""
 
 import hashlib
 import math
@@ -16,11 +16,11 @@ from moe_dist.placement.roles import NamedParameter, Role, named_parameters
 def initialise(
     model: Transformer, placement: ExpertPlacement, *, ep_rank: int, device: torch.device, seed: int, std: float
 ) -> None:
-    """Gives a model on the meta device its memory on `device`, and every parameter its initial value.
+    """Allocates a meta-device model on `device`, and initialises every parameter.
 
-    Norms start at 1, biases and the second matrices of adapters at 0, the first ones [r, in] normal with the variance of
-    the authors' code, 1 / (3 in); all else is normal with `std`, projections into the residual stream (attention.o,
-    every down) with std / sqrt(2 L). One full tensor at a time is drawn on the host and cut to this rank's shard.
+    Norms start at 1; biases and the second matrices of adapters at 0. The first adapter matrices [r, in] are normal with
+    the variance of the authors' code, 1 / (3 in). All others are normal with `std`; projections into the residual stream
+    (attention.o, every down) with std / sqrt(2 L). One whole tensor at a time is drawn on the host, then sharded.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
@@ -30,7 +30,7 @@ def initialise(
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
-    """Gives a model on the meta device its memory on `device`, with constant tables filled and parameters not."""
+    """Allocates a meta-device model on `device`; fills constant buffers, but not the parameters."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
@@ -64,7 +64,7 @@ def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed:
 
 
 def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
-    """The initial value of a logical tensor, fp32: normal with `std`, drawn from (seed, logical name) alone."""
+    """The initial value of a logical tensor, fp32: normal with `std`, determined by (seed, logical name)."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -72,7 +72,7 @@ def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 @torch.no_grad()
 def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
-    """Gives a parameter, or this rank's shard of it, its part of a whole tensor."""
+    """Copies a whole tensor into a parameter, or its matching part into this rank's shard."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return

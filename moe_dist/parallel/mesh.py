@@ -1,13 +1,14 @@
-"""Process groups, made here and nowhere else: two views of the same ranks.
+"""All process groups. Only this file creates them.
 
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 
-- `world`: dense parameters live on every rank (or are sharded over all); every rank reads data of its own.
-- `ep`: one copy of all experts, sharded; neighbours in rank order, so that an EP group stays inside a node.
-  Dispatch and combine run here.
-- `edp`: ranks with the same position in their EP groups; they hold the same experts and sum those gradients.
-- `intra_node`, `inter_node`: where ranks_per_node is given, an EP group as nodes of so many neighbours:
-  ep_rank = node * ranks_per_node + local. The first joins the ranks of one node, the second those with the same `local`.
+- `world`: all ranks; each reads different data. Dense parameters are replicated, or sharded over all ranks.
+- `ep`: the ranks that share one copy of all experts. They are consecutive, so that an EP group stays inside a node.
+  Dispatch and combine run in this group.
+- `edp`: the ranks with the same ep_rank. They hold the same experts, and sum their gradients.
+- `intra_node`, `inter_node`: with ranks_per_node, an EP group is divided into nodes of that many consecutive ranks:
+  ep_rank = node * ranks_per_node + local. `intra_node` contains the ranks of one node, `inter_node` those with the same
+  `local`.
 """
 
 from dataclasses import dataclass
@@ -24,20 +25,20 @@ CHECKPOINT_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks as seen from one of them.
+    """Ranks and process groups of one process.
 
     Attributes:
-        rank, world_size: Position and number of all ranks.
-        ep_rank, ep_size: Position in, and size of, this rank's EP group.
-        edp_rank, edp_size: Position in, and size of, the ranks that hold the same experts.
-        device: Where this rank computes.
-        world, ep, edp: The process groups; `ep` is None where an EP group is one rank, whose wire is the identity.
-        checkpoint: All ranks once more, with gloo on the host: checkpoints are written by a thread that votes over it while
-            the other groups are busy with the training.
-        world_mesh, edp_mesh: The same as 1-D device meshes, for FSDP2.
-        tracker: Where every collective of this rank is noted, for the watchdog.
-        intra_node, inter_node: Cuts of the EP group into nodes, in the order of EP positions; None where that is one rank,
-            or where no nodes were asked for.
+        rank, world_size: Global rank and number of ranks.
+        ep_rank, ep_size: Rank in, and size of, the EP group.
+        edp_rank, edp_size: Rank among, and number of, the ranks with the same experts.
+        device: Device of this rank.
+        world, ep, edp: The process groups; `ep` is None for an EP group of one rank, which communicates nothing.
+        checkpoint: A gloo group of all ranks for the checkpoint thread, because the training uses the other groups at the
+            same time.
+        world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
+        tracker: Tracks all collectives of this rank, for the watchdog.
+        intra_node, inter_node: Groups inside a node and between nodes, ordered by ep_rank; None for a single rank, or
+            without ranks_per_node.
     """
 
     rank: int
@@ -59,7 +60,7 @@ class Mesh:
 
     @property
     def ep_ranks(self) -> tuple[int, ...]:
-        """Ranks of the world that make this rank's EP group, in the order of EP positions."""
+        """Global ranks of this rank's EP group, ordered by ep_rank."""
         return tuple(range(self.edp_rank * self.ep_size, (self.edp_rank + 1) * self.ep_size))
 
 
@@ -72,11 +73,11 @@ def init_world(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Makes the default process group: NCCL on CUDA, gloo elsewhere.
+    """Creates the default process group: NCCL on CUDA, otherwise gloo.
 
     Args:
-        store: Where the ranks meet, instead of by `init_method`.
-        timeout: Seconds, for every collective.
+        store: Store for the rendezvous; None uses `init_method`.
+        timeout: Timeout of every collective, in seconds.
     """
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -97,10 +98,10 @@ def make_mesh(
     ranks_per_node: int | None = None,
     tracker: CollectiveTracker | None = None,
 ) -> Mesh:
-    """Cuts the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
+    """Divides the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
 
-    With `ranks_per_node`, which must divide `ep`, each EP group is cut into nodes as well. Every group is made with the
-    given timeout: torch gives a new group its own default, not the world's.
+    With `ranks_per_node`, which must divide `ep`, it also divides each EP group into nodes. Every group gets `timeout`
+    explicitly, because torch does not inherit it from the default group.
     """
     world, rank, world_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     if world is None or world_size % ep:
@@ -133,7 +134,7 @@ def make_mesh(
 def _node_groups(
     grid: torch.Tensor, rank: int, ranks_per_node: int | None, timeout: float
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """This rank's groups inside its node and between nodes, of EP groups that are the rows of `grid`."""
+    """This rank's groups inside its node and between nodes; the rows of `grid` are the EP groups."""
     if ranks_per_node is None:
         return None, None
     ep = grid.shape[1]
@@ -151,7 +152,8 @@ def _row_of(rows: torch.Tensor, rank: int) -> int:
 
 
 def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGroup:
-    """Makes one group of each row of ranks, on all ranks in the same order, and returns the own one."""
+    """Creates a group for each row of ranks and returns this rank's own. All ranks create them in the same order, as
+    `dist.new_group` requires."""
     groups = [dist.new_group(row.tolist(), timeout=timedelta(seconds=timeout)) for row in rows]
     group = groups[own]
     if not isinstance(group, dist.ProcessGroup):
@@ -160,17 +162,18 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
 
 
 def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
-    """A group of some ranks: for measurements, not for training. None on a rank that is not in it.
+    """A group of some ranks, for measurements; None on a rank outside it.
 
     Args:
-        alone: Only its members call this; then it must be the first group of just these ranks.
+        alone: Only the members call this; then it must be the first group of exactly these ranks.
     """
     group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def _checkpoint_group() -> dist.ProcessGroup:
-    """Its timeout is that of the slowest rank's write; a rank that dies is noticed at once, by its connection."""
+    """The group of the checkpoint thread. Its long timeout covers the slowest rank's write; the death of a rank is noticed
+    immediately by its closed connection."""
     group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT)
     if not isinstance(group, dist.ProcessGroup):
         raise AssertionError("this rank is not in the group of all ranks")
@@ -178,6 +181,6 @@ def _checkpoint_group() -> dist.ProcessGroup:
 
 
 def destroy_world() -> None:
-    """Ends the default process group and all groups cut from it."""
+    """Destroys the default process group and all its subgroups."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""All processes of torchrun as one EP group, for commands that use a trained model over several ranks."""
+"""All ranks as one EP group, for commands that use a trained model under torchrun."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ import torch
 from moe_dist.parallel.mesh import Mesh, destroy_world, init_world, make_mesh
 from moe_dist.runtime.environment import RankEnv
 
-_TIMEOUT = 600.0  # seconds, of every collective
+_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 
 @contextmanager
 def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
-    """All ranks as one EP group, and this rank's device; no mesh for one rank."""
+    """The mesh with all ranks in one EP group, and this rank's device; the mesh is None for a single rank."""
     if env.world_size == 1:
         yield None, device
         return

@@ -1,6 +1,6 @@
-"""How fast every two nodes exchange: all-reduce and all-to-all over disjoint pairs of nodes, round by round.
+"""Measures all-reduce and all-to-all between every two nodes, in rounds of disjoint pairs.
 
-Every rank calls `measure_pairs`; a pair is all ranks of both nodes, so that each network card of theirs takes part.
+Every rank calls `measure_pairs`. A pair contains all ranks of both nodes, so that all their network cards take part.
 """
 
 import time
@@ -14,13 +14,13 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # the best of so many, or of those that fit into the time
-LOOKS = 3  # at a pair that looks slow
+REPEATS, SECONDS = 100, 0.5  # limits of the number of repetitions and of their time; the best one counts
+LOOKS = 3  # repeated measurements of a pair that looks slow
 
 
 @dataclass(frozen=True)
 class NodeRanks:
-    """The ranks of a measurement: `hierarchical` on each of `nodes` nodes, in order."""
+    """The ranks of a measurement: `per_node` ranks on each of `nodes` nodes, in order."""
 
     rank: int
     nodes: int
@@ -37,14 +37,14 @@ class NodeRanks:
 def measure_pairs(
     ranks: NodeRanks, *, payload_bytes: int, device: torch.device, timeout: float
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
-    """What every pair took at its best, and the slow ones; the same on every rank.
+    """The best times of every pair, and the slow pairs; equal on every rank.
 
-    What looks slow beside the usual pair is measured again in turns with that, with nothing else going on: what the nodes
-    do besides, and what comes and goes, then slows both.
+    A pair that looks slow is measured again, alternating with the median pair and without other traffic, so that temporary
+    load slows down both.
 
     Args:
-        payload_bytes: What a rank sends to the other node in an all-to-all, and the size of its all-reduce.
-        timeout: Seconds, for every collective.
+        payload_bytes: Bytes that a rank sends to the other node in an all-to-all, and size of its all-reduce.
+        timeout: Timeout of every collective, in seconds.
     """
     task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}
@@ -57,7 +57,7 @@ def measure_pairs(
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
-    # By all ranks and in one order: only then torch gives a pair's second group a name that its first had not.
+    # All ranks create these groups in the same order: otherwise torch would reuse the name of a pair's first group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
 
@@ -73,7 +73,7 @@ def _stays_slow(
 
 
 def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
-    """Names of the nodes in order. Collective over all ranks; as bytes, since nothing is unpickled."""
+    """Names of the nodes in order. Collective over all ranks; gathers bytes, because object collectives use pickle."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
     dist.all_gather(everywhere, text)
@@ -85,9 +85,9 @@ class PairMeasurement:
     """The collectives that are timed.
 
     Attributes:
-        ranks: Who takes part.
+        ranks: The participating ranks.
         payload_bytes: As in `measure_pairs`.
-        device: Where the tensors are.
+        device: Device of the tensors.
     """
 
     ranks: NodeRanks
@@ -98,7 +98,7 @@ class PairMeasurement:
         """Measures disjoint pairs at the same time. Collective over all ranks; syncs with the host.
 
         Args:
-            groups: Of the pairs that this rank belongs to.
+            groups: The process groups of this rank's pairs.
         """
         seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
         for number, pair in enumerate(pairs):
@@ -106,15 +106,15 @@ class PairMeasurement:
                 group = groups[pair]
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # the slower of both ends; and nobody goes on before all are done
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # takes the slower of both ends, and is a barrier
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
-        """Seconds of an all-reduce and an all-to-all on this rank, each the best."""
+        """Best seconds of an all-reduce and of an all-to-all on this rank."""
         per_node, own = self.ranks.per_node, pair.index(self.ranks.node)
         elements = -(-self.payload_bytes // 4 // per_node) * per_node
         sent, received = torch.zeros(elements, device=self.device), torch.zeros(elements, device=self.device)
-        # To the ranks of the other node alone: what stays at home says nothing about the network.
+        # Sends only to the ranks of the other node, so that only the network is measured.
         splits = [0 if index // per_node == own else elements // per_node for index in range(2 * per_node)]
 
         def all_reduce() -> None:
@@ -127,10 +127,10 @@ class PairMeasurement:
 
 
 def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torch.device) -> float:
-    collective()  # connections are made at the first use
+    collective()  # the first use opens connections
     best = _seconds(collective, device)
     repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
-    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # both ends must agree on it
+    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # both ends must use the same number
     return min([best, *(_seconds(collective, device) for _ in range(int(repeats)))])
 
 

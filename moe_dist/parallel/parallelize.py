@@ -1,12 +1,12 @@
-"""Makes a single-device model parallel, in one order:
+"""Makes a single-device model parallel, in this order:
 
-1. experts: the model was built with this rank's experts only, and its dispatcher holds the EP group;
-2. recompute: set inside each unit at construction, so that a wrapper put outside unshards before the recomputation runs;
-3. FSDP2 or DDP, last, since both must see the final parameters and the final units.
+1. experts: the model is built with this rank's experts only, and its dispatcher has the EP group;
+2. recompute: set inside each unit at construction, so that FSDP2, which wraps it, unshards before the recomputation;
+3. FSDP2 or DDP last, because both need the final parameters and units.
 
-Nothing is averaged. A rank's loss is its share of the global loss, and every gradient is SUMmed over the ranks that hold
-the parameter: dense ones over the world, experts over edp. Router weights stay plain and replicated under both (FSDP2 would
-cast them to its compute dtype) and are summed over the world after backward; they are small.
+Gradients are summed, never averaged: a rank's loss is its share of the global loss. Dense gradients are summed over the
+world, those of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would cast them to its compute
+dtype; their small gradients are summed over the world after backward.
 """
 
 from collections.abc import Collection, Iterator
@@ -37,8 +37,8 @@ class ParameterInfo:
     """A parameter of this rank.
 
     Attributes:
-        name: Logical name; of a stack of experts without their indices.
-        replicas: Ranks that hold these very values; 1 for a shard. The global norm divides by it.
+        name: Logical name; for a stack of experts without the experts' indices.
+        replicas: Number of ranks with the same values; 1 for a shard. The global norm divides by it.
     """
 
     name: str
@@ -48,11 +48,11 @@ class ParameterInfo:
 
 
 class ParallelModel:
-    """A transformer on a mesh: call it for a training forward, then `reduce_gradients` after the last backward.
+    """A transformer on a mesh: call it for the training forward, and `reduce_gradients` after the last backward.
 
     Attributes:
-        model: The transformer itself, for evaluation and state; under FSDP2 its parameters are DTensors.
-        parameters: Every parameter of this rank with its role and replicas.
+        model: The unwrapped transformer, for evaluation and state; under FSDP2 its parameters are DTensors.
+        parameters: All parameters of this rank with role and replicas.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
@@ -61,7 +61,7 @@ class ParallelModel:
         self.data: Literal["ddp", "fsdp2"] = data
         named = list(named_parameters(model))
         dense = any(each.role not in _NOT_IN_DDP and each.parameter.requires_grad for each in named)
-        # DDP refuses a model without a parameter for it: one whose dense parameters are all frozen.
+        # DDP rejects a model without trainable dense parameters.
         self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
         self.parameters = tuple(
             ParameterInfo(each.name, each.parameter, each.role, _replicas(each.role, each.parameter, mesh))
@@ -73,7 +73,7 @@ class ParallelModel:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch. DDP reduces in the last one only; FSDP2 in each, into shards."""
+        """Context of one micro-batch's forward and backward. DDP reduces gradients in the last one only, FSDP2 in each."""
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
             self.mesh.tracker.among(f"forward or backward with {self.data}"),
@@ -82,7 +82,7 @@ class ParallelModel:
             yield
 
     def reduce_gradients(self) -> None:
-        """Sums what neither DDP nor FSDP2 reduced: routers over the world and, under DDP, experts over edp."""
+        """Sums the gradients that DDP or FSDP2 leaves out: routers over the world and, under DDP, experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_small_gradients(routers, self.mesh.world, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
@@ -92,19 +92,19 @@ class ParallelModel:
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
-    """Freezes the parameters of all other roles: they get neither gradients nor moments. Call it before sharding and
-    wrapping, which leave frozen parameters out."""
+    """Freezes the parameters of all other roles: they get neither gradients nor moments. Call it before FSDP2 or DDP,
+    which skip frozen parameters."""
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.role in roles)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place: attention, MoE layer (or FFN), then the root with embedding, norm and output.
+    """Applies FSDP2 in place: to attention, MoE layer (or FFN), then to the root with embedding, norm and output.
 
-    The MoE layer is one unit whose expert parameters are sharded over edp and whose other parameters over the world, so
-    that no gather or reduce falls between its two exchanges; a nested unit for the experts would put its reduce-scatter
-    between them in backward, where ranks can deadlock. `cast_forward_inputs=False`: activations already have the compute
-    dtype, and the loss's fp32 and the routing weights must not be rounded at a border.
+    The MoE layer is one unit, with expert parameters sharded over edp and all others over the world, so that no gather or
+    reduce runs between its two exchanges. A nested unit for the experts would run its reduce-scatter between them in
+    backward, where ranks can deadlock. `cast_forward_inputs=False`: activations already have the compute dtype, and fp32
+    loss and routing weights must not be rounded at a unit's boundary.
     """
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
@@ -127,7 +127,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Expert stacks over edp: by whole experts where they divide evenly, else by rows of each expert."""
+    """Shards expert stacks over edp: by whole experts if they divide evenly, else by rows of each expert."""
     experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
     info = FSDPMeshInfo(mesh=mesh.edp_mesh, shard_mesh_dim=0)
 
@@ -141,11 +141,11 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
 
 
 class _OrderedBuckets(DistributedDataParallel):
-    """DDP whose buckets hold the parameters from the last to the first, about as their gradients come, from the first step.
+    """DDP with a fixed order of buckets: from the last parameter to the first, as gradients become ready.
 
-    Left alone it orders its buckets anew after the first backward. Where an element lies in its bucket decides in which
-    order a ring of three or more ranks adds it up, so the first step after a resume would differ in its last bits from the
-    same step of the undisturbed run.
+    Plain DDP reorders its buckets after the first backward. The position of an element in its bucket determines the order
+    of summation in a ring of three or more ranks, so the first step after a resume would differ in the last bits from the
+    same step of an undisturbed run.
     """
 
     def _build_params_for_reducer(self) -> Any:
@@ -154,7 +154,7 @@ class _OrderedBuckets(DistributedDataParallel):
 
 
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
-    """DDP over the dense parameters alone, summing instead of averaging. Buffers are constants: nothing to broadcast."""
+    """DDP for the dense parameters only, with a sum instead of an average. Buffers are constant and not broadcast."""
     ignored = [each.path for each in named_parameters(model) if each.role in _NOT_IN_DDP]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)

@@ -1,4 +1,4 @@
-"""The store in which the ranks meet."""
+"""The rendezvous store of torch.distributed."""
 
 import os
 from collections.abc import Iterator
@@ -15,22 +15,22 @@ from moe_dist.runtime.rendezvous import address_file, find, listening_host, publ
 
 @contextmanager
 def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterator[Store | None]:
-    """The store at the address that rank 0 publishes in the run folder; None where the environment says how to meet.
+    """The store at the address that rank 0 publishes in the run folder; None with any other init method.
 
-    Make the process group inside the block: at its end all ranks have come, and rank 0 takes the address away.
+    Create the process group inside the block: at its end all ranks have connected, and rank 0 deletes the address.
 
     Args:
-        timeout: Seconds that a rank waits for rank 0, and rank 0 for an answer.
+        timeout: How long a rank waits for rank 0, and for answers of the store, in seconds.
 
     Raises:
-        ConfigError, PlacementError, RunFolderError: as `runtime.rendezvous`.
+        ConfigError, PlacementError, RunFolderError: from `runtime.rendezvous`.
     """
     if env.init_method != PUBLISHED:
         yield None
         return
     path, wait = address_file(run_folder), timedelta(seconds=timeout)
     if env.rank > 0:
-        address = find(path, env, wait_seconds=timeout + WAIT_SECONDS)  # rank 0 may have to wait for the lease first
+        address = find(path, env, wait_seconds=timeout + WAIT_SECONDS)  # rank 0 may wait for the lease first
         store = TCPStore(address.host, address.port, env.world_size, False, wait)
         yield PrefixStore(address.secret, store)
         return
@@ -43,7 +43,7 @@ def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterat
             True,
             wait,
             wait_for_workers=False,
-            master_listen_fd=listener.detach(),  # the store's from here on, and closed with it
+            master_listen_fd=listener.detach(),  # the store now owns the socket and closes it
         )
         yield PrefixStore(address.secret, store)
     finally:

@@ -230,14 +230,14 @@ def test_another_base_is_refused_with_both_hashes(run_in_world: Run, tiny_data: 
     changes["train.steps"] = 4
     (told,) = run_in_world(1, refused, tiny_data, tmp_path, changes)
     assert told.startswith("DataError")
-    assert "is not there; put it back" in told
+    assert "is missing; restore it" in told
     shutil.copytree(tmp_path / "other", tmp_path / "base")
     told, other = run_in_world(2, refused, tiny_data, tmp_path, {**changes, "parallel.ep": 2})
     noted = json.loads((tmp_path / "adapted/checkpoints/step_2/state.json").read_text())["values"]["base"]["content"]
     assert told.startswith("DataError")
     assert f"were trained on a base with {noted}" in told
     assert "its content hash is " in told
-    assert "put that base back" in told
+    assert "restore that base" in told
     assert other.startswith("DataError"), "all ranks end alike"
 
 
@@ -247,8 +247,8 @@ def test_another_base_is_refused_with_both_hashes(run_in_world: Run, tiny_data: 
         ({"model__moe__groups": {**GROUPS, "text": {**GROUPS["text"], "ffn_dim": 24},
                                  "image": {**GROUPS["image"], "ffn_dim": 24}}},
          "layers.0.moe.ffn.gate.weight: torch.float32 (24, 32) in the model, F32 (16, 32) in layers.0.moe.experts"),
-        ({"model__num_layers": 1}, "layers.1.attention.k.weight: the model has no place for it"),
-        ({"model__num_layers": 3}, "layers.2.attention.norm.weight: the base has none"),
+        ({"model__num_layers": 1}, "layers.1.attention.k.weight: the model does not use this tensor"),
+        ({"model__num_layers": 3}, "layers.2.attention.norm.weight: the base has no such tensor"),
         ({"model__rope_base": 500.0}, "model.rope_base=500.0, the base's is 10000.0"),
         ({"run__init_from": "nowhere"}, "nowhere"),
     ],

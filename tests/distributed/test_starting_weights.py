@@ -224,7 +224,7 @@ def test_an_upcycled_model_computes_what_it_was_made_of(
         (SEED, {**groups((4, 0, 2), (2, 0, 1)), f"{GROUPS}.text.ffn_dim": 20},
          "layers.0.moe.experts.text.0.gate: shape (20, 32) in the model, (16, 32) in layers.0.moe.experts.text.0.gate"),
         (groups((2, 0, 2), (1, 0, 1)), groups((4, 0, 2), (2, 0, 1)),
-         "layers.0.moe.experts.text: 4 experts in the model, 2 in the checkpoint; only one expert can become several"),
+         "layers.0.moe.experts.text: 4 experts in the model, 2 in the checkpoint; only a single expert can be copied"),
         (SEED, SEED, "upcycle finds nothing to copy"),
         (SEED, {**groups((4, 0, 2), (2, 0, 1)), "model.vocab_size": 80},
          "embedding.weight stays as initialised (shape (80, 32) in the model, (64, 32) in"),
@@ -235,7 +235,7 @@ def test_an_upcycled_model_computes_what_it_was_made_of(
         (SEED, {**groups((4, 4, 4), (2, 4, 3)), "model.rope_base": 500.0, "run.init_rules": ["upcycle", "copy_nulls"]},
          "model.rope_base=500.0, the checkpoint's is 10000.0; take that"),
         (SEED, {GROUPS: {"all": {"num_experts": 2, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}},
-         "the checkpoint has no such group in this layer, but image, text"),
+         "the checkpoint lacks this group in this layer; it has image, text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_upcycled_is_refused(

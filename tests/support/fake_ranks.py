@@ -4,12 +4,12 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moe_dist.checkpoint.collective_status import Ballot
+from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
 from moe_dist.checkpoint.state import CheckpointState
 
 
-class FakeBallot(Ballot):
+class FakeStatus(CollectiveStatus):
     """Sums over threads instead of processes."""
 
     def __init__(self, rank: int, world_size: int, shared: "Shared") -> None:
@@ -43,7 +43,7 @@ def on_all(
 
     def run(rank: int) -> None:
         manager = CheckpointManager(folder, keep=3, lease_check=lambda: None)
-        manager._ballot = manager._unwatched = FakeBallot(rank, len(states), shared)
+        manager._status = manager._untracked = FakeStatus(rank, len(states), shared)
         try:
             results[rank] = act(manager, states[rank])  # type: ignore[call-overload]
         except BaseException as error:

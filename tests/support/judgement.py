@@ -24,7 +24,7 @@ from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECON
 START_SECONDS = 60.0  # that a rank may take until it waits for its peers, on a busy machine
 END_SECONDS = 10.0  # from a rank's death to the end of all
 SURVIVED = ("ENOSPC", "EIO", "truncated file")  # while a checkpoint is saved: reported, tried again
-TRIED_AGAIN = "training goes on, the next interval tries again"
+TRIED_AGAIN = "training continues, the next interval tries again"
 _BEGUN, _DURABLE = re.compile(r"checkpoint step_(\d+): training went on"), re.compile(r"checkpoint step_(\d+): durable")
 
 Seen = dict[str, Any]

@@ -96,9 +96,9 @@ def test_damaged_checkpoints_are_found(good: Path, tmp_path: Path) -> None:
         with pytest.raises(MoeDistError) as raised:
             load_all(model, folder)
         assert isinstance(raised.value, DataError), (number, done, raised.value)
-        _, findings = verify(folder)
-        assert findings, (number, done)
-        assert any(done.file in str(finding) for finding in findings), (number, done, findings)
+        _, problems = verify(folder)
+        assert problems, (number, done)
+        assert any(done.file in str(problem) for problem in problems), (number, done, problems)
         shutil.rmtree(folder)
     assert set(kinds) == set(KINDS)
 
@@ -130,7 +130,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def kinds_of(folder: Path) -> set[tuple[str, str]]:
-    return {(finding.kind, finding.file) for finding in verify(folder)[1]}
+    return {(problem.kind, problem.file) for problem in verify(folder)[1]}
 
 
 def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
@@ -144,13 +144,13 @@ def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
     shard = fresh()
     os.truncate(shard, shard.stat().st_size - 1)
     assert kinds_of(folder) == {("truncated", shard.name)}
-    assert "lost are" in str(verify(folder)[1][0])
+    assert "lost: " in str(verify(folder)[1][0])
     shard = fresh()
     flip(shard, -1)
-    (finding,) = verify(folder)[1]
-    assert (finding.kind, finding.file) == ("damaged", shard.name)
+    (problem,) = verify(folder)[1]
+    assert (problem.kind, problem.file) == ("damaged", shard.name)
     header = examine(folder).headers[1]
-    assert finding.tensor == max(header.ends, key=lambda name: header.ends[name])
+    assert problem.tensor == max(header.ends, key=lambda name: header.ends[name])
     shard = fresh()
     shutil.copy(good / "step_3" / shard.name, shard)
     assert kinds_of(folder) == {("mixed up", shard.name)}
@@ -173,7 +173,7 @@ def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     shutil.copytree(good / "step_3", folder)
     assert kinds_of(folder) == {("mixed up", "index.json")}
-    assert "is of step 3, its folder is named step_4" in str(verify(folder)[1][0])
+    assert "is of step 3, but its folder is named step_4" in str(verify(folder)[1][0])
     fresh()
     shutil.copy(folder / shard_file(0), folder / shard_file(7))
     assert kinds_of(folder) == {("foreign", shard_file(7))}
@@ -183,8 +183,8 @@ def test_what_is_not_finite_was_saved_so(tmp_path: Path) -> None:
     run = SmallRun(tmp_path).train(1)
     with torch.no_grad():
         run.model[0].bias[2] = float("nan")
-    (finding,) = verify(run.save(1))[1]
-    assert (finding.kind, finding.tensor) == ("not finite", "0.bias")
+    (problem,) = verify(run.save(1))[1]
+    assert (problem.kind, problem.tensor) == ("not finite", "0.bias")
 
 
 def test_a_moment_that_is_not_there_is_named(good: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_moment_that_is_not_there_is_named(good: Path, tmp_path: Path) -> None
     index = json.loads(path.read_text())
     del index["tensors"]["optimizer.exp_avg_sq.0.bias"]
     path.write_text(json.dumps(index))
-    found = {(finding.kind, finding.tensor) for finding in verify(tmp_path / "step_4")[1]}
+    found = {(problem.kind, problem.tensor) for problem in verify(tmp_path / "step_4")[1]}
     assert ("incomplete", "optimizer.exp_avg_sq.0.bias") in found
     assert ("damaged", "") in found, "its digest should tell as well"
 

@@ -204,7 +204,7 @@ def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert torch.equal(wider.weights(), before)
     bare = SmallRun(tmp_path)
     bare.model = bare.model[:1]  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"2\.weight: the checkpoint has it, the model does not"):
+    with pytest.raises(ConfigError, match=r"2\.weight: in the checkpoint, but not in the model"):
         bare.manager.load(folder, bare.state())
 
 
@@ -217,7 +217,7 @@ def test_parameters_load_without_their_optimizer(tmp_path: Path) -> None:
     assert step_count(other.optimizer) == 1
     bare = SmallRun(tmp_path / "bare").train(1)
     without = bare.manager.save(1, capture(bare.model, None, RankLayout(PLACEMENT)))
-    with pytest.raises(ConfigError, match=r"optimizer\.exp_avg\.0\.weight: the model has it"):
+    with pytest.raises(ConfigError, match=r"optimizer\.exp_avg\.0\.weight: in the model"):
         bare.manager.load(without, bare.state())
 
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_replaced(tmp
     run = SmallRun(tmp_path).train(2)
     run.save(2).rename(tmp_path / "step_4")
     (tmp_path / "latest").write_text("step_4\n")
-    with pytest.raises(DataError, match="is of step 2, its folder is named step_4"):
+    with pytest.raises(DataError, match="is of step 2, but its folder is named step_4"):
         run.manager.load(tmp_path / "step_4", run.state())
     folder = run.train(2).save(4)
     other = SmallRun(tmp_path)
@@ -332,12 +332,12 @@ def test_what_fits_is_taken_over(tmp_path: Path) -> None:
     assert step_count(wider.optimizer) == 0
     assert all(not state["exp_avg"].any() for state in wider.optimizer.state.values())
     report = taken.report()
-    assert "took 3 tensors, 17 numbers" in report
+    assert "loaded 3 tensors, 17 numbers" in report
     assert "kept 1 tensors of the model as initialised:" in report
     assert "  0.weight (shape (8, 5) in the model, (8, 4) in the checkpoint)" in report
-    with pytest.raises(ConfigError, match="no checkpoint there"):
+    with pytest.raises(ConfigError, match="contains no checkpoint"):
         wider.manager.load_fitting(tmp_path / "nowhere", wider.state())
     other = SmallRun(tmp_path / "c")
     other.model = torch.nn.Sequential(torch.nn.Linear(3, 2))  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="nothing of that checkpoint fits"):
+    with pytest.raises(ConfigError, match="no tensor of that checkpoint has the name"):
         other.manager.load_fitting(tmp_path / "a", capture(other.model, None, RankLayout(PLACEMENT)))

@@ -104,5 +104,5 @@ def test_a_mistake_in_putting_it_together_is_found(saved: dict[Layout, Path], mo
                 other.copy_(kept)
 
     monkeypatch.setattr(manager, "read_tensors", wrong)
-    with pytest.raises(DataError, match=r"experts\.text\.\d\.up: its bits are not those that were saved"):
+    with pytest.raises(DataError, match=r"experts\.text\.\d\.up: its bits differ from those that were saved"):
         load_all(ranks(Layout(2, 1, "interleaved"), 1), saved[Layout(8, 1, "uneven")])

@@ -191,7 +191,7 @@ def test_a_base_that_changed_is_not_merged(tmp_path: Path) -> None:
     base = imported(tmp_path)
     Adapted(base, tmp_path / "run", group=ONE, experts=LORA).save()
     base.rename(tmp_path / "away")
-    with pytest.raises(DataError, match="is not there; put it back"):
+    with pytest.raises(DataError, match="is missing; restore it"):
         export_model(tmp_path / "run", tmp_path / "out")
     import_model(save(tiny_model("llama", seed=2), tmp_path / "others"), base)
     with pytest.raises(DataError, match=r"its content hash is .* were trained on a base with"):

@@ -138,7 +138,7 @@ def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: di
 
 def change_config(folder: Path, change: dict[str, Any]) -> None:
     """Changes `model.moe` in the state.json of an import, with its digest."""
-    from moe_dist.checkpoint.checksums import seal_of
+    from moe_dist.checkpoint.checksums import checksums_of
 
     step = folder / "step_0"
     state = json.loads((step / "state.json").read_text())
@@ -148,7 +148,7 @@ def change_config(folder: Path, change: dict[str, Any]) -> None:
             moe[name] = {**moe[name], **value} if isinstance(value, dict) and name in moe else value
     files = {"index.json": (step / "index.json").read_bytes(), "state.json": json.dumps(state).encode()}
     (step / "state.json").write_bytes(files["state.json"])
-    (step / "SHA256SUMS").write_bytes(seal_of(files, state["save_id"]))
+    (step / "SHA256SUMS").write_bytes(checksums_of(files, state["save_id"]))
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-10] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match="its bits are not those that were saved"):
+    with pytest.raises(DataError, match="its bits differ from those that were saved"):
         export_model(tmp_path / "ours", tmp_path / "back")
     assert not list(tmp_path.glob("back*"))
 

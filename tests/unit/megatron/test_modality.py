@@ -46,5 +46,5 @@ def test_several_modalities_need_ids(mask_BS: torch.Tensor | None) -> None:
 
 
 def test_ids_of_another_shape_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"shape \(2, 4\) fits neither \[batch=2, 3\]"):
+    with pytest.raises(ConfigError, match=r"shape \(2, 4\) must be \[batch=2, 3\]"):
         groups_of_rank(IDS_BS, GROUP_OF_MODALITY, length=3, batch=2, tp_rank=0, tp_size=2)

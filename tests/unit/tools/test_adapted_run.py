@@ -92,7 +92,7 @@ def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
         for tool, options in ((verify_checkpoint, ()), (generate, ("--prompt", "a"))):
             done = call(tool, folder, *options)
             assert done.exit_code == 65, done.output
-            assert "is not there; put it back" in done.stderr
+            assert "is missing; restore it" in done.stderr
     finally:
         away.rename(base)
 

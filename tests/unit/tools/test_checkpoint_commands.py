@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_65_with_file_and_tensor(tmp_path: Path) -> None
     done = call(verify_checkpoint, tmp_path)
     assert done.exit_code == 65
     assert done.stdout.splitlines() == [
-        "damaged: shard_00000.safetensors: optimizer.exp_avg_sq.2.weight: its bits are not those that were saved",
+        "damaged: shard_00000.safetensors: optimizer.exp_avg_sq.2.weight: its bits differ from those that were saved",
         f"{folder}: 1 faults",
     ]
 
@@ -72,8 +72,8 @@ def test_what_the_configuration_calls_for_and_is_not_there_is_65(tmp_path: Path)
     SmallRun(tmp_path).train(1).save(1, config=config)
     done, every = call(verify_checkpoint, tmp_path), call(verify_checkpoint, tmp_path, "--every")
     assert done.exit_code == every.exit_code == 65
-    assert "incomplete: index.json: layers.1.moe.experts.image.1.gate: is not there" in every.stdout
-    assert "foreign: index.json: 0.weight: its configuration knows no such tensor" in every.stdout
+    assert "incomplete: index.json: layers.1.moe.experts.image.1.gate: does not exist" in every.stdout
+    assert "foreign: index.json: 0.weight: its configuration has no such tensor" in every.stdout
     shown, told = done.stdout.splitlines(), every.stdout.splitlines()
     assert shown[:MAX_FAULTS] == told[:MAX_FAULTS]
     assert shown[MAX_FAULTS] == f"and {len(told) - 1 - MAX_FAULTS} more (--every)"
@@ -83,7 +83,7 @@ def test_what_the_configuration_calls_for_and_is_not_there_is_65(tmp_path: Path)
 def test_no_checkpoint_is_78(tmp_path: Path, module: ModuleType) -> None:
     done = call(module, tmp_path / "none")
     assert (done.exit_code, done.stdout) == (78, "")
-    assert f"{module.__name__.rpartition('.')[2]}: {tmp_path / 'none'}: no checkpoint there" in done.stderr
+    assert f"{module.__name__.rpartition('.')[2]}: {tmp_path / 'none'}: contains no checkpoint" in done.stderr
 
 
 def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
@@ -93,7 +93,7 @@ def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
     for wanted in (
         "2, 2 of them by the optimizer",
         "1 ranks: ep 1 x edp 1, ddp, interleaved",
-        "EP position 0: text/0 text/1 text/2 image/0 image/1",
+        "EP rank 0: text/0 text/1 text/2 image/0 image/1",
         "2 layers x 3 experts x down, gate, up",
         f"layers.0.moe.experts.text.2.up  F32 [16, 32]  {index.tensors['layers.0.moe.experts.text.2.up'].fingerprint}",
     ):
@@ -127,4 +127,4 @@ def test_a_checkpoint_is_looked_at_without_torch(checkpoints: Path) -> None:
     command = [sys.executable, "-c", code, str(checkpoints)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "EP position 0" in done.stdout
+    assert "EP rank 0" in done.stdout

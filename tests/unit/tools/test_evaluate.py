@@ -119,7 +119,7 @@ def test_a_tokenizer_of_other_data_is_refused(own_run: Path, own_data: Path, tmp
 
 def test_runs_without_checkpoint_or_tokenizer_say_so(tiny_data: Path, tmp_path: Path) -> None:
     done = call(tmp_path, "--tasks", "pictures-naming")
-    assert (done.exit_code, "no checkpoint there" in done.stderr) == (78, True)
+    assert (done.exit_code, "contains no checkpoint" in done.stderr) == (78, True)
     with world_of_one():
         other = OneRank(tiny_data, tmp_path)
         other.train_and_save()

@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
 
 def test_a_run_without_checkpoint_says_so(tmp_path: Path) -> None:
     done = call(tmp_path, "--prompt", "a")
-    assert (done.exit_code, "no checkpoint there" in done.stderr) == (78, True)
+    assert (done.exit_code, "contains no checkpoint" in done.stderr) == (78, True)
 
 
 def test_data_without_tokenizer_or_codebook_are_named(tiny_data: Path, tmp_path: Path) -> None:
