@@ -31,7 +31,8 @@ def run_attempts(
     """
     attempts: list[AttemptEnd] = []
     while True:
-        begin = committed_step(folder.checkpoints)
+        begin = committed_step(folder.checkpoints)  # to see whether the attempt commits a later checkpoint
+        # part of file names; the random suffix makes it unique
         attempt_id = f"{prefix}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
@@ -100,7 +101,7 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
         stream.seek(offset)
         lines = stream.read().decode(errors="replace").splitlines()
     begins = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    first = begins.pop() if begins else max(0, len(lines) - 20)
+    first = begins.pop() if begins else max(0, len(lines) - 20)  # the last traceback is the one that ended the rank
     chained = ("The above exception was the direct cause", "During handling of the above exception")
     while begins and any(line.startswith(chained) for line in lines[max(0, first - 2) : first]):
         first = begins.pop()
@@ -116,7 +117,7 @@ def _last_problem(output: str) -> str:
 def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
     """Names a live attempt that holds the run's lease: a restart would only wait for it. None without one."""
     holder = read_holder(folder.lease_json)
-    if holder is None or holder.attempt_id == attempt_id or holder.is_dead():
+    if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # an abandoned lease is taken over
         return None
     return f"{holder} writes to this run"
 

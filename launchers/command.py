@@ -129,8 +129,8 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
     packed = pack(
         demands(config.placement, placement),
         edp=config.parallel.edp,
-        capacity=gpus or cluster.ranks_per_node,
-        domain_nodes=cluster.domain_nodes,
+        capacity=gpus or cluster.ranks_per_node,  # one rank per GPU
+        domain_nodes=cluster.domain_nodes,  # the packing keeps an EP group inside one domain
     )
     of_rank = tuple(groups_of_rank(placement, rank) for rank in range(config.parallel.ep * config.parallel.edp))
     names = [group.name for group in placement.groups]
@@ -251,10 +251,10 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         "MOE_DIST_ATTEMPT_ID": plan.attempt_id,
         "MOE_DIST_GRACE_SECONDS": f"{plan.grace_seconds:g}",
         "PYTHONUNBUFFERED": "1",  # the log keeps the last output of a rank that is killed
-        "PYTHONFAULTHANDLER": "1",
+        "PYTHONFAULTHANDLER": "1",  # a traceback on SIGSEGV and the like
     }
     if plan.loopback:
-        shared["GLOO_SOCKET_IFNAME"] = "lo"
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # no port is open to other machines
     if plan.threads is not None:
         shared["OMP_NUM_THREADS"] = str(plan.threads)
     argv = (plan.python, *plan.program, str(plan.config), *plan.overrides)
@@ -298,4 +298,4 @@ def threads_per_rank(ranks: int, env: Mapping[str, str]) -> int | None:
     OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in env:
         return None
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, len(os.sched_getaffinity(0)) // ranks)  # usable cores, which a container or Slurm may restrict

@@ -98,7 +98,7 @@ def _run_attempts(
     with StopSignals() as signals:  # signals between two attempts count, too
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
-            with tempfile.TemporaryDirectory(prefix="moe_dist_") as meeting_place:
+            with tempfile.TemporaryDirectory(prefix="moe_dist_") as meeting_place:  # mode 0700, so no other user can join
                 commands = rank_commands(plan(restarts, attempt_id, meeting_place))
                 return _run(commands, folder, attempt_id, signals, grace_seconds)
 
@@ -109,12 +109,12 @@ def _run(
     commands: Sequence[RankCommand], folder: RunFolder, attempt_id: str, signals: StopSignals, grace_seconds: float
 ) -> tuple[Outcome, list[int]]:
     """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
-    folder.prepare()
+    folder.prepare()  # again for each attempt: the folder may have been deleted in between
     offsets = begin_logs(folder, len(commands), attempt_id)
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab", buffering=0)) for command in commands]
         ranks = Ranks(commands, logs, timeouts=ShutdownTimeouts(stop=grace_seconds + KILL_AFTER_GRACE_SECONDS))
-        outcome = ranks.supervise(signals)
+        outcome = ranks.supervise(signals)  # blocks until all ranks have ended
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # shows the cursor again: a killed progress bar leaves it hidden
         sys.stdout.flush()

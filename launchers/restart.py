@@ -42,7 +42,7 @@ def committed_step(checkpoints: Path) -> int:
         match = re.fullmatch(r"step_(\d+)", (checkpoints / "latest").read_text(errors="replace").strip())
     except OSError:
         return 0
-    return int(match[1]) if match else 0
+    return int(match[1]) if match else 0  # `latest` may be damaged; the run itself reports that
 
 
 def is_final(code: int) -> bool:
@@ -67,7 +67,7 @@ def exhausted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str 
     Args:
         option: As in `why_not_restarted`; the default is the key in the cluster file.
     """
-    if len(attempts) > max_restarts:
+    if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]
     if len(last) == WITHOUT_GAIN and all(each.end <= each.begin for each in last):

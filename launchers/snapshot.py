@@ -87,7 +87,7 @@ def take_snapshot(
         for name in _code_files(clone):
             target = new / "code" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(clone / name, target, follow_symlinks=False)
+            shutil.copy2(clone / name, target, follow_symlinks=False)  # keeps modes, so that scripts stay executable
         commit, diff, untracked = code_state(clone / "moe_dist")
         (new / "code" / SNAPSHOT_JSON).write_text(json.dumps({"commit": commit, "untracked": untracked}))
         (new / "code" / SNAPSHOT_PATCH).write_bytes(diff)

@@ -58,7 +58,7 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
         found = [run for path in folders for run in ([path] if is_run(path) else path.glob("*")) if is_run(run)]
         if not found:
             raise ConfigError(f"{root} holds no run; name a run's folder, or the folder of the runs with --root")
-        return sorted(found, key=_last_written, reverse=True)
+        return sorted(found, key=_last_written, reverse=True)  # the run of interest is usually the latest
     found = []
     for name in names:
         path = next((path for path in (root / name, Path(name)) if path.is_dir()), None)

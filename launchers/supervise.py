@@ -34,7 +34,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
-        unblock_stop_signals()
+        unblock_stop_signals()  # a launcher inside a Slurm job may inherit blocked signals
         return self
 
     def renew(self) -> None:
@@ -141,7 +141,7 @@ class Ranks:
                     self._send(signals.first)
                     again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
                     self._stderr.say(f"{signals.first.name}: saving, then stopping{again}")
-                    tracker.stop(time.monotonic())
+                    tracker.stop(time.monotonic())  # starts the timeout of the stop
                 if signals.interrupts > 1:
                     tracker.abort(time.monotonic())
                 self._end_the_late()
@@ -195,8 +195,8 @@ def _start(
     return subprocess.Popen(
         command.argv,
         env={**base_env, **command.env},
-        stdin=subprocess.DEVNULL,
-        stdout=None if first else log,
+        stdin=subprocess.DEVNULL,  # ranks must not read the terminal
+        stdout=None if first else log,  # None inherits the terminal
         stderr=subprocess.PIPE if first else log,
         preexec_fn=prepare,  # PDEATHSIG: the kernel kills the rank when the launcher dies
     )

@@ -24,7 +24,7 @@ def main(folder: Path, device_type: str) -> None:
     from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes
     from moe_dist.parallel.rendezvous import published_store
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # compute threads would disturb the measurement on CPU
     cuda = device_type == "cuda"
     device = torch.device("cuda", env.local_rank if torch.cuda.device_count() > 1 else 0) if cuda else torch.device("cpu")
     if cuda:
@@ -38,7 +38,7 @@ def main(folder: Path, device_type: str) -> None:
     measured, slow = measure_pairs(ranks, payload_bytes=payload, device=device, timeout=TIMEOUT_SECONDS)
     if env.rank == 0:
         print(report_line(measured, slow, names, payload), flush=True)
-    destroy_world()
+    destroy_world()  # closes the connections in order, so that no rank logs an error
 
 
 if __name__ == "__main__":

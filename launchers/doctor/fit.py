@@ -68,6 +68,7 @@ def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str
         if not any(want.fits(offer) for offer in offers):
             return _too_large(want, [offer for offer in offers if want.has_traits(offer)], trait_word, where)
     up = [offer for offer in offers if offer.up]
+    # maximum bipartite matching of planned nodes to usable nodes
     matched = match([[number for number, offer in enumerate(up) if want.fits(offer)] for want in wants])
     if None in matched:
         return _too_few(wants, offers, wants[matched.index(None)], trait_word, where)

@@ -48,7 +48,7 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
     name = variables.get(HOST_VARIABLE) or node_name(variables)
     try:
         address = node_address(variables)
-        listener = socket.create_server((address, 0), backlog=num_nodes)
+        listener = socket.create_server((address, 0), backlog=num_nodes)  # port 0: the kernel chooses a free one
     except (ConfigError, OSError) as error:
         _publish(path, Where(name, "", 0))
         return Reachability({name: str(error)})
@@ -58,7 +58,7 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
         while missing and (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
-                listener.accept()[0].close()
+                listener.accept()[0].close()  # a connection is enough; nothing is sent
                 missing -= 1
     return Reachability({})
 
@@ -78,7 +78,7 @@ def _publish(path: Path, where: Where) -> None:
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):  # another check reports a folder that is not writable
         new.write_text(json.dumps(asdict(where)))
-        os.replace(new, path)
+        os.replace(new, path)  # readers never see a partial file
 
 
 def _read(path: Path) -> Where | None:

@@ -115,7 +115,7 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
     token = secrets.token_hex(16)
     folder = nearest(Path(config.run.root)) / f".doctor-{token[:8]}"
     try:
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700)  # no other user can plant an address in it
         (folder / "token").write_text(token)
     except OSError:
         with contextlib.suppress(OSError):
@@ -125,7 +125,7 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
     try:
         yield (str(folder / "token"), token), folder / "meeting"
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # also after a failed job
 
 
 def _enough(heard: int, wanted: int) -> CheckResult:

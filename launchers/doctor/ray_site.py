@@ -69,7 +69,7 @@ def run_on_nodes(
         variables = {**shared, **{name: str(value) for name, value in own.items()}, "MOE_DIST_NODE_NAME": names[node]}
         if rank == 0 and cluster.interface is None:
             variables[HOST_VARIABLE] = chosen[node].address
-        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)
+        pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # fails rather than running elsewhere
         command = [cluster.python or sys.executable, "-m", module, argument]
         waiting.append(task.options(scheduling_strategy=pinned).remote(command, variables, 60.0 * minutes))
     deadline, problems = time.monotonic() + START_SECONDS + 60.0 * minutes, []
@@ -77,7 +77,7 @@ def run_on_nodes(
         ended, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ended:
             for reference in waiting:
-                ray.cancel(reference, force=True)
+                ray.cancel(reference, force=True)  # a blocked task does not react to a plain cancel
             raise PlacementError(f"{len(waiting)} of {world} tasks did not end in {minutes} minutes")
         try:
             code, printed, complaint = ray.get(ended[0])

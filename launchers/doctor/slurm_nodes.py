@@ -45,7 +45,7 @@ def run_on_nodes(
         assert srun.stderr is not None
         said: list[str] = []
         listener = threading.Thread(target=lambda stream: said.extend(stream), args=(srun.stderr,), daemon=True)
-        listener.start()
+        listener.start()  # a full pipe of standard error would block srun
         # On SIGTERM srun releases its allocation, also a pending one.
         timer = threading.Timer(START_SECONDS + 60.0 * minutes, srun.send_signal, (signal.SIGTERM,))
         timer.start()
@@ -76,7 +76,7 @@ def srun_command(
     """The srun command; each kind of node is one component, as in the job itself. Arguments as in `run_on_nodes`."""
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
-    site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]
+    site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]  # the job is short
     common = [*site, f"--time={minutes}", "--job-name=moe_dist-doctor", "--input=none", "--kill-on-bad-exit=0", "--quiet"]
     common += pyxis_options(cluster, visible)
     command = ["srun"]

@@ -85,6 +85,7 @@ def submitted(
         options = [*options, f"--cluster={name if file.parent == CLUSTERS else path_on_nodes(file)}"]
     paths = absolute_paths(config, Path.cwd()) if relative_paths(config) else ()
     arguments = [str(path_on_nodes(config_path)), *overrides, *paths, *options]
+    # read by Ray itself
     variables = {name: os.environ[name] for name in forwarded} | {ray_submit.STOP_WAIT: str(grace_seconds)}
     return ray_submit.submit(address, ray_submit.entrypoint(arguments, site.python), variables)
 
@@ -152,7 +153,7 @@ def main(
     except OSError as error:
         print(f"{error}; the run folder is <run.root>/<run.name>: repair it, or choose another run.root", file=sys.stderr)
         code = EXIT_FAILED
-    if drives:
+    if drives:  # only the driver's log ends with the verdict
         print(ray_submit.verdict_line(code), flush=True)
     raise typer.Exit(code)
 

@@ -48,17 +48,17 @@ def drive(job: RayJob, signals: StopSignals) -> int:
     """
     grace = stop_grace(os.environ)
     with connected(os.environ, job.forwarded) as parts:
-        signals.renew()
+        signals.renew()  # ray.init has installed its own handlers
         graces = grace_text(grace, measured_save_seconds(job.folder.logs))
         for text in filter(None, (graces, exposure_text(listening(parts), token=asks_for_token()))):
             print(text, file=sys.stderr, flush=True)
-        job.folder.prepare()
+        job.folder.prepare()  # before the actors, which check that they see it
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             return _attempt(job, restarts, attempt_id, signals, grace * (1 - MARGIN) if grace else DEFAULT_GRACE_SECONDS)
 
         code = run_attempts(job.folder, run, signals, prefix="ray", max_restarts=job.max_failures, option="--max-failures")
-        time.sleep(LAST_LINES_SECONDS)
+        time.sleep(LAST_LINES_SECONDS)  # until Ray has forwarded the last output of rank 0
     return code
 
 
@@ -83,7 +83,7 @@ def _attempt(
             config=job.config,
             overrides=job.overrides,
             job=job.plan,
-            rendezvous=published_rendezvous(),
+            rendezvous=published_rendezvous(),  # a port of rank 0's node, which the driver cannot know
             attempt=restarts,
             attempt_id=attempt_id,
             grace_seconds=grace_seconds,
@@ -99,7 +99,7 @@ def _attempt(
         gang.start(commands, [job.folder.log_of(command.rank) for command in commands])
         return gang.supervise(signals, ShutdownTimeouts(stop=grace_seconds * (1 + MARGIN / 2))), offsets
     finally:
-        gang.close()
+        gang.close()  # kills the actors, also after an error
 
 
 def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[str, str]]:
@@ -157,6 +157,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
     try:
         if port.isdecimal():  # test the connection first: ray.init retries for minutes
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        # joins a running cluster; never starts one
         context = ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
     except OSError as error:
         raise PlacementError(
@@ -168,7 +169,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
     try:
         yield {part: address for part, address in addresses.items() if address}
     finally:
-        ray.shutdown()
+        ray.shutdown()  # frees the resources of this job
 
 
 def stop_grace(env: Mapping[str, str]) -> float | None:
@@ -176,7 +177,7 @@ def stop_grace(env: Mapping[str, str]) -> float | None:
     if IN_A_JOB not in env:
         return None
     try:
-        return float(env.get(STOP_WAIT, STOP_WAIT_DEFAULT))
+        return float(env.get(STOP_WAIT, STOP_WAIT_DEFAULT))  # Ray's job agent reads the same variable
     except ValueError:
         return STOP_WAIT_DEFAULT
 

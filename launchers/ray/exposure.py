@@ -14,6 +14,7 @@ def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
         parts: Announced host:port of each part, by name.
     """
     found: dict[str, list[str]] = {}
+    # costs a scan of /proc
     sockets = [each.laddr for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN and each.laddr]
     for part, address in parts.items():
         host, _, port = address.rpartition(":")

@@ -70,7 +70,7 @@ class Gang:
             LostError: a node is in use by another job, or is lost.
             ConfigError: a path does not exist on a node.
         """
-        if not self._group.wait(READY_SECONDS):
+        if not self._group.wait(READY_SECONDS):  # another job may have taken the nodes since they were chosen
             raise LostError("another job has taken the chosen nodes")
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={WAIT: 1})(RankActor)  # pyright: ignore
         size = {"num_cpus": self._bundle["CPU"], "num_gpus": self._bundle.get("GPU", 0)}
@@ -102,6 +102,7 @@ class Gang:
         try:
             ray.get(started, timeout=ANSWER_SECONDS)
         except (RayError, GetTimeoutError) as error:
+            # the caller retries with new nodes
             raise LostError(f"a rank could not be started: {_first_line(error)}") from error
 
     def supervise(self, signals: StopSignals, timeouts: ShutdownTimeouts) -> Outcome:
@@ -109,7 +110,7 @@ class Gang:
         tracker, forwarded = RankTracker(len(self._actors), timeouts), False
         running = {actor.wait.options(concurrency_group=WAIT).remote(): rank for rank, actor in enumerate(self._actors)}
         while not tracker.over:
-            ended, _ = ray.wait(list(running), num_returns=len(running), timeout=TICK_SECONDS)
+            ended, _ = ray.wait(list(running), num_returns=len(running), timeout=TICK_SECONDS)  # one call for all ranks
             for reference in ended:
                 rank = running.pop(reference)
                 code, lost = self._code(rank, reference)
@@ -131,7 +132,7 @@ class Gang:
         """Kills the actors, and with them all ranks that still run."""
         for actor in self._actors:
             ray.kill(actor)
-        remove_placement_group(self._group)
+        remove_placement_group(self._group)  # frees the bundles for the next attempt
 
     def _node(self, rank: int) -> RayNode:
         return self._nodes[self._job.node_of(rank).index]
@@ -244,7 +245,7 @@ def live_nodes() -> list[RayNode]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # in parallel: each lost node costs the full timeout
         answers = list(pool.map(takes_connections, nodes))
     alive = [node for node, answer in zip(nodes, answers, strict=True) if answer]
     return sorted(alive, key=lambda node: (HEAD in node.total, node.address, node.node_id))

@@ -21,7 +21,7 @@ def serve_metrics(path: Path) -> None:
         path: Path of the socket, at most 107 characters (a limit of Unix sockets).
     """
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    receiver.bind(str(path))
+    receiver.bind(str(path))  # before the rank starts, which connects at its first step
     threading.Thread(target=_serve, args=(receiver,), name="metrics", daemon=True).start()
 
 
@@ -30,5 +30,6 @@ def _serve(receiver: socket.socket) -> None:
     while True:
         for name, meaning, labels, value in json.loads(receiver.recv(LARGEST)):
             if name not in gauges:
+                # created once: Ray rejects a second one with other labels
                 gauges[name] = Gauge(name, description=meaning, tag_keys=tuple(labels))
             gauges[name].set(value, tags=labels)

@@ -104,14 +104,14 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")
+    found = chosen("total")  # first as if the cluster were idle: what fails here cannot be fixed by waiting
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])
         if None not in alone:  # there are enough nodes, but not in one domain
             return Assignment(problems=(_domain_problem(missing, nodes),))
         return Assignment(problems=tuple(_node_problem(each, job, nodes, bundle) for each in missing))
-    found = chosen("free")
+    found = chosen("free")  # then with the current load
     if None in found:
         return Assignment(waits_for=tuple(each for each, node in zip(job.nodes, found, strict=True) if node is None))
     return Assignment(nodes=tuple(nodes[node] for node in found if node is not None))

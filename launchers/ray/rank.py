@@ -68,7 +68,7 @@ class RankActor:
         """
         deadline = time.monotonic() + SEEN_SECONDS
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # an NFS client refreshes its cache only after some time
         context = ray.get_runtime_context()
         return WorkerInfo(
             node_id=context.get_node_id(),
@@ -94,17 +94,17 @@ class RankActor:
         if shown:
             self._socket_folder = tempfile.TemporaryDirectory(prefix="moe_dist_")
             path = Path(self._socket_folder.name) / "metrics"
-            serve_metrics(path)
+            serve_metrics(path)  # the actor has Ray's API, the rank has not
             variables[RAY_METRICS] = str(path)
         self._supervisor = subprocess.Popen(
             [sys.executable, "-m", "launchers.ray.rank_supervisor"],
             env=variables,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE,  # closes when this actor ends, for whatever reason
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ray kills the process group of a worker that ends
         )
         self._tell(Order([argv[0] or sys.executable, *argv[1:]], variables, log, shown).line())
-        self._pid = self._hear().get("pid")
+        self._pid = self._hear().get("pid")  # waits until the rank runs
         if self._pid is None:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")
 

@@ -66,7 +66,7 @@ class RankSupervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=2 if order.shown else log,  # standard output (1) carries the messages to the actor
                 stderr=subprocess.PIPE if order.shown else log,
-                preexec_fn=child_of(os.getpid(), ignore_stop=False),
+                preexec_fn=child_of(os.getpid(), ignore_stop=False),  # PDEATHSIG, in case the supervisor itself is killed
             )
         if self._rank.stderr is not None:
             self._inputs.append(self._rank.stderr.fileno())
@@ -86,7 +86,7 @@ class RankSupervisor:
 
     def _look(self, seconds: float) -> bool:
         """Waits for input and reaps ended children; returns whether there was input."""
-        ready, _, _ = select.select(self._inputs, [], [], seconds)
+        ready, _, _ = select.select(self._inputs, [], [], seconds)  # one thread serves all inputs
         for descriptor in ready:
             read = os.read(descriptor, 1 << 16)
             if not read:
@@ -101,7 +101,7 @@ class RankSupervisor:
     def _pass_on(self, names: Sequence[str]) -> None:
         for name in names:
             if self._code is None:  # after its end the pid may belong to another process
-                os.kill(self._rank.pid, signal.Signals[name])
+                os.kill(self._rank.pid, signal.Signals[name])  # the main thread of the rank handles it
 
     def _show(self, text: bytes) -> None:
         with contextlib.suppress(OSError):  # a full disk
@@ -114,7 +114,7 @@ class RankSupervisor:
         """Reaps all ended children; returns whether some still run."""
         with contextlib.suppress(ChildProcessError):
             while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG)  # any child, also adopted ones
                 if pid == 0:
                     return True
                 if pid == self._rank.pid:
@@ -152,7 +152,7 @@ def main() -> None:
     if child:
         os.waitpid(child, 0)
         return
-    os.setsid()
+    os.setsid()  # out of the process group that Ray kills
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the rank would inherit
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

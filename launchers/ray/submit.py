@@ -104,10 +104,10 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
             asyncio.run(_show(client, job_id, shown))
         except (RuntimeError, OSError) as error:  # the connection broke; the job's state is queried below
             broken = error
-        details = client.get_job_info(job_id)
+        details = client.get_job_info(job_id)  # polls, because Ray has no call that waits for a job
         if details.status.is_terminal():
             log = client.get_job_logs(job_id)
-            print(log[shown.characters :], end="", flush=True)
+            print(log[shown.characters :], end="", flush=True)  # what the broken connection did not send
             return verdict(details, log)
         if broken is not None:
             print(f"[following {job_id} again: {broken}]", file=sys.stderr)

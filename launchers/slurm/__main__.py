@@ -79,7 +79,7 @@ def prepare(
     """
     loaded = check_file(config_path, overrides).config
     fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))
-    config = load_config(config_path, fixed)
+    config = load_config(config_path, fixed)  # absolute paths: the job runs in another folder
     folder = Path(config.run.root) / config.run.name
     plan = plan_job(check(config), cluster)
     tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan)
@@ -116,7 +116,7 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
     try:
         return ask(*command, cwd=code_folder()).strip().partition(";")[0]
     except SlurmError as error:
-        shutil.rmtree(job.snapshot, ignore_errors=True)
+        shutil.rmtree(job.snapshot, ignore_errors=True)  # a refused job leaves nothing behind
         raise _refusal(job, str(error)) from error
 
 
@@ -159,7 +159,7 @@ def _refusal(job: Submission, words: str) -> MoeDistError:
         return ConfigError(
             f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from --dependency"
         )
-    known = set(re.split(r"[,\s]+", ask("sinfo", "--noheader", "--format=%f").strip()))
+    known = set(re.split(r"[,\s]+", ask("sinfo", "--noheader", "--format=%f").strip()))  # all features of the cluster
     missing = [part for part in parts(job.plan) if part.feature is not None and part.feature not in known]
     problems = [
         f"ranks {', '.join(str(rank) for node in part.nodes for rank in node.ranks)} (experts of "
@@ -225,7 +225,7 @@ def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None
         number = submit(job, options)
     except MoeDistError:
         if old is not None:
-            folder.put_back(old)
+            folder.put_back(old)  # a refused job must not move the old run
         raise
     if old is not None:
         print(f"{folder.path} moved to {old}", file=sys.stderr)

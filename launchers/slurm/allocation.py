@@ -62,6 +62,7 @@ class Allocation:
             gpus = env.get("SLURM_GPUS_ON_NODE", "0") if not suffix or suffix.endswith("_0") else ""
             given.append(GivenPart(hosts, tasks, int(gpus) if gpus.isdecimal() else -1))
             nodes = ask("scontrol", "--oneliner", "show", "node", names)
+            # active features: Slurm may change them at boot
             features |= dict(re.findall(r"NodeName=(\S+) .*?\bActiveFeatures=(\S*)", nodes))
         return cls(tuple(given), {host: "" if has == "(null)" else has for host, has in features.items()})
 
@@ -73,6 +74,7 @@ def ask(*command: str, cwd: Path | None = None) -> str:
         SlurmError: the command failed or is not installed.
     """
     try:
+        # blocks up to a minute
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}; run this on a machine with the Slurm commands") from error

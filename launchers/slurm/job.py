@@ -55,8 +55,9 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     if problems := differences(plan, allocation):
         line = sbatch_line(plan, cluster, ["slurm/train.sbatch", *arguments])
         raise ConfigError([*problems, f"this command requests the nodes of the plan:\n    {line}"])
-    folder.prepare()
+    folder.prepare()  # before srun opens the logs in it
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
+    # attempts are counted by job, because one job may be requeued many times
     begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))
     if job.restarts and (reason := _restart_limit(begins, cluster)):
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
@@ -68,7 +69,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         code, ended = run_step(command)
         ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
         verdict = conclude(folder, job, code, ended, stopped=signals.first is not None, ranks_of=ranks_of)
-        if verdict == STOPPED:
+        if verdict == STOPPED:  # after all other verdicts a restart cannot help, or Slurm restarts by itself
             requeue_job(job, snapshot, _restart_limit([*begins, committed_step(folder.checkpoints)], cluster))
     return verdict
 

@@ -42,6 +42,7 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
     """Groups the nodes of a plan by feature, number of ranks and exclusiveness. Rank 0 is in the first group."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
+        # dicts keep the order, so rank 0 stays first
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
     return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())
 
@@ -90,7 +91,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
     """
     first = [f"--job-name={name}", "--requeue", "--open-mode=append", f"--output={output}"]
     heads = [[*part_options(part, job, cluster), *site_options(cluster)] for part in parts(job)]
-    heads = [[*first, *heads[0]], *heads[1:]]
+    heads = [[*first, *heads[0]], *heads[1:]]  # job options belong to the first component
     headers = ["\n".join(f"#SBATCH {shlex.quote(option)}" for option in head) for head in heads]
     body = [line for line in TRAIN_SBATCH.read_text().splitlines() if not line.startswith(("#!", "#SBATCH"))]
     return "\n".join(["#!/bin/bash", "\n#SBATCH hetjob\n".join(headers), _export(exports), *body, ""])
@@ -119,6 +120,7 @@ def srun_command(
         visible: Folders to mount in a container under the same path.
     """
     (first, *others) = parts(job)
+    # the ranks log their own errors before srun kills them
     command = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER_SECONDS}", "--input=none", "--export=ALL"]
     if others:
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")

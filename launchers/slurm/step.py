@@ -88,6 +88,7 @@ def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
         Its exit code, and its error lines about failed tasks, in order. They are printed later, after the failed rank's
         own output.
     """
+    # only standard error is captured; output goes to the job's file
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     ended: list[str] = []
     assert process.stderr is not None
@@ -98,7 +99,7 @@ def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
             sys.stderr.write(line)
             sys.stderr.flush()
     code = process.wait()
-    return (128 - code if code < 0 else code), ended
+    return (128 - code if code < 0 else code), ended  # as a shell reports a signal
 
 
 def conclude(
@@ -137,6 +138,7 @@ def conclude(
         if record is not None:
             last = max(record.last_step, committed_step(folder.checkpoints))
             with contextlib.suppress(OSError, MoeDistError):
+                # takes the lease, so it cannot overwrite a later attempt
                 folder.amend_status(job.attempt_id, verdict=verdict, reason=reason, rank=None, last_step=last)
         _show_cause(folder, job, ranks_of.get(ends[0][1], []) if ends and not lost else [], ended)
         _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")

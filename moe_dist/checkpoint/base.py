@@ -63,7 +63,7 @@ class Base:
             DataError: the content hash differs.
         """
         found = content_hash(contents.index)
-        if found != self.content:
+        if found != self.content:  # the path alone is no proof: the folder may hold another model by now
             raise DataError(
                 f"{contents.folder}: its content hash is {found}, but the adapters of {adapters} were trained on a base "
                 f"with {self.content}; restore that base at {self.path} (or a link to it), or train adapters on this one",
@@ -78,7 +78,7 @@ def find_base(base: Base, adapters: Path) -> Contents:
         DataError: the base is missing or damaged, or has another content hash.
     """
     try:
-        contents = open_checkpoint(find_checkpoint(Path(base.path)))
+        contents = open_checkpoint(find_checkpoint(Path(base.path)))  # reads JSON files only; tensors are read later
     except ConfigError as error:
         raise DataError(
             f"{adapters}: its base {base.path} (content hash {base.content}) is missing; restore it (or a link to it): a "
@@ -110,6 +110,7 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
     problems += [
         f"{name}: the model does not use this tensor"
         for name in index.tensors
+        # a frozen base has no use for its router and its optimizer
         if name not in used and not name.startswith(OPTIMIZER_PREFIX) and role_of_name(name) is not Role.ROUTER
     ]
     if problems:

@@ -30,7 +30,7 @@ def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
         OSError: the file cannot be read.
     """
     with (folder / CHECKSUMS_FILE).open("rb") as stream:
-        text = stream.read(_MAX_BYTES)
+        text = stream.read(_MAX_BYTES)  # bounds the read: a valid file has about 200 bytes
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
         rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
     )
@@ -44,4 +44,4 @@ def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
 def digest_of(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # reads in blocks, so a large file needs no memory

@@ -51,12 +51,14 @@ class CollectiveStatus:
                 action()
         except (OSError, SafetensorError) as cause:
             error = kind(f"checkpoint in {self._place}: cannot {name} on rank {self.rank}: {cause}")
-            error.__cause__ = cause
+            error.__cause__ = cause  # keeps the traceback of the file system error
+        # every error must reach the vote below: a rank that raised here would leave its peers waiting
         except Exception as cause:
             error = cause
-        reports = [0] * self.world_size
+        reports = [0] * self.world_size  # one slot per rank, so that the sum tells which ranks failed
         if error is not None:
             reports[self.rank] = _report(error)
+        # the only collective of a phase; the same on every rank, whatever happened
         codes = self.add(reports, f"checkpoint vote to {name}")
         if error is not None:
             raise error
@@ -81,5 +83,5 @@ def _remote_error(what: str, codes: list[int]) -> MoeDistError:
         1000 + DataError.exit_code: DataError,
     }
     error = kinds.get(code, MoeDistError)(message)
-    error.consequence = True
+    error.consequence = True  # so that this rank leaves the verdict to the rank with the reason
     return error

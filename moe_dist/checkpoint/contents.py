@@ -100,6 +100,7 @@ def examine_files(folder: Path) -> Examined:
         examined.state = read_stored(folder / STATE_FILE, StateFile) if STATE_FILE in present else None
     except DataError as error:
         problems.append(CheckpointProblem("damaged", STATE_FILE, str(error)))
+    # after reading, because it compares the save ids of the files
     _examine_saves(folder, examined, CHECKSUMS_FILE in present)
     named = step_of(folder)
     if examined.index and named is not None and named != examined.index.step:
@@ -111,7 +112,7 @@ def examine_files(folder: Path) -> Examined:
 def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointProblem | None:
     """The problem of a shard with a readable header; None without one."""
     name = shard_file(number)
-    if header.save_id != index.save_id:
+    if header.save_id != index.save_id:  # before the digests: another save explains all other differences
         known = all(
             part in index.tensors and index.tensors[part].dtype == dtype for part, (dtype, _) in header.parts.items()
         )
@@ -150,7 +151,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:
+    if len(set(said.values())) > 1:  # with mixed files, digests would only repeat the problem
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())
@@ -161,7 +162,7 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     if examined.index and examined.state and examined.index.step != examined.state.step:
         steps = f"is of step {examined.index.step}, {STATE_FILE} of step {examined.state.step}"
         problems.append(CheckpointProblem("damaged", INDEX_FILE, steps))
-    faulty = {problem.file for problem in problems}
+    faulty = {problem.file for problem in problems}  # a file with a known problem needs no second one
     for name, digest in (checksums[1] if checksums else {}).items():
         if name not in faulty and (folder / name).is_file() and digest_of(folder / name) != digest:
             problems.append(

@@ -33,10 +33,11 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
         shape: Shape of the whole tensor; default that of the piece.
     """
     whole = tuple(piece.shape if shape is None else shape)
-    total = torch.zeros((), dtype=torch.int64, device=piece.device)
+    total = torch.zeros((), dtype=torch.int64, device=piece.device)  # stays on the device, so the loop does not sync
+    # position times G for a block, computed once and shifted for each block
     keys = torch.arange(min(_BLOCK, max(1, piece.numel())), dtype=torch.int64, device=piece.device).mul_(signed(_G))
-    flat = piece.detach().contiguous().reshape(-1)
-    bits = flat.view(_BITS[flat.element_size()])
+    flat = piece.detach().contiguous().reshape(-1)  # copies only a non-contiguous piece
+    bits = flat.view(_BITS[flat.element_size()])  # bit patterns: -0.0 and 0.0 differ, and NaN equals itself
     for begin, place, length in _runs(tuple(piece.shape), tuple(offsets) or (0,) * piece.ndim, whole):
         for at in range(0, length, _BLOCK):
             part = bits[begin + at : begin + min(at + _BLOCK, length)]

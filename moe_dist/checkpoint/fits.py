@@ -45,7 +45,7 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
     surplus = index.tensors.keys() - specs.keys()
     problems += [
         f"{name}: in the checkpoint, but not in the model"
-        for name in sorted(surplus)
+        for name in sorted(surplus)  # sorted, because sets have no order and messages should
         if ignore_prefix is None or not name.startswith(ignore_prefix)
     ]
     return problems
@@ -77,7 +77,7 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
     """Before a commit: asserts that the index contains every tensor of the model exactly once. A failure is a bug."""
-    problems = index_problems(index) + differences(index, specs)
+    problems = index_problems(index) + differences(index, specs)  # the index itself first: a gap would load as garbage
     if problems:
         raise AssertionError(listed("the written shards are incomplete", problems))
 

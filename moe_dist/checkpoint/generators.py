@@ -19,7 +19,7 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
     states: dict[str, JsonValue] = {
         "torch": _text(torch.get_rng_state()),
         "python": [version, list(numbers), gauss],
-        "numpy": [name, key.tolist(), *rest],
+        "numpy": [name, key.tolist(), *rest],  # arrays are no JSON values
     }
     if device.type == "cuda":
         states["cuda"] = _text(torch.cuda.get_rng_state(device))
@@ -44,7 +44,7 @@ def restore_generators(states: Mapping[str, JsonValue], device: torch.device) ->
 
 
 def _text(state: torch.Tensor) -> str:
-    return bytes(state.tolist()).hex()
+    return bytes(state.tolist()).hex()  # JSON has no bytes
 
 
 def _bytes(text: JsonValue) -> torch.Tensor:

@@ -21,7 +21,7 @@ _Size = Annotated[int, Field(ge=0)]
 
 
 class StoredModel(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")  # an unknown key is damage or a newer format
 
 
 M = TypeVar("M", bound=StoredModel)
@@ -89,7 +89,7 @@ def read_stored(path: Path, model: type[M]) -> M:
         DataError: the file is missing, too large, of another format version or damaged.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if path.stat().st_size > MAX_JSON_BYTES:  # before reading, so that a planted file cannot exhaust the memory
             raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large for this file")
         content = path.read_bytes()
         return model.model_validate_json(content)
@@ -135,7 +135,7 @@ def index_problems(index: Index) -> list[str]:
 
 def _filled_once(entry: Entry) -> bool:
     """Whether the boxes tile the shape; handles boxes that differ along one dim only, as all layouts produce them."""
-    if 0 in entry.shape:
+    if 0 in entry.shape:  # an empty tensor has no bytes and is not stored
         return not entry.chunks
     rank = len(entry.shape)
     if not entry.chunks or any(len(c.shape) != rank or len(c.offsets) != rank for c in entry.chunks):

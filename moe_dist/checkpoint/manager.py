@@ -103,10 +103,10 @@ class CheckpointManager:
                 partial files are deleted, so that a later save may succeed.
             MoeDistError: from the lease check on rank 0; an error of the same class on the other ranks.
         """
-        self._check_layout(snapshot.layout)
+        self._check_layout(snapshot.layout)  # a wrong layout would write pieces twice or not at all
         target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
-        if committed:
+        if committed:  # a resume may end on the step that it has loaded
             return target
         temporary = self._folder / f"{target.name}.{save_id}.tmp"
         status = self._untracked
@@ -209,7 +209,7 @@ class CheckpointManager:
         opened: list[tuple[Contents, dict[str, str]]] = []
 
         def read() -> None:
-            contents = open_checkpoint(find_checkpoint(path))
+            contents = open_checkpoint(find_checkpoint(path))  # all JSON files and digests, before any tensor changes
             if check is not None:
                 check(contents)
             found = dict(sources(contents, state.specs))
@@ -233,6 +233,7 @@ class CheckpointManager:
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
         """Total bytes of all ranks, the save id from rank 0, and whether the step is already committed. One all-reduce."""
         first = self._status.rank == 0
+        # zeros from other ranks make the sum rank 0's id
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)
@@ -250,7 +251,7 @@ class CheckpointManager:
         if not (self._folder / LATEST_FILE).exists() and not self._directory.steps():
             # Created before the first commit: then a missing `latest` never results from a crash in that commit.
             self._point(NONE_YET)
-        temporary.mkdir()
+        temporary.mkdir()  # fails if the folder exists, so an id is never used twice
 
     def _write_own(self, temporary: Path, snapshot: Snapshot, save_id: str) -> None:
         """On each rank: writes its own pieces."""
@@ -270,15 +271,15 @@ class CheckpointManager:
             index = build_index(temporary, snapshot.specs, step=step, save_id=save_id, num_shards=self._status.world_size)
         except DataError as error:
             raise CheckpointError(f"the written files cannot be read back: {error}") from error
-        check_complete(index, snapshot.specs)
+        check_complete(index, snapshot.specs)  # reads headers only; the tensors were just written
         files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: snapshot.state_file(save_id).to_json()}
         for name, content in {**files, CHECKSUMS_FILE: checksums_of(files, save_id)}.items():
             write_durably(temporary / name, content)
-        sync(temporary)
+        sync(temporary)  # the entries of the folder, before its rename can become durable
         self._lease_check()
         if target.exists():  # from a crash between the two renames: complete, but `latest` does not name it
             target.rename(self._folder / f"{target.name}.{save_id}.removed")
-        temporary.rename(target)
+        temporary.rename(target)  # atomic on one file system
         sync(self._folder)
         self._point(f"{target.name}\n".encode())
 
@@ -331,7 +332,7 @@ class CheckpointManager:
         """Compares the loaded tensors with the saved fingerprints: whole tensors on each rank that has them, shards by the
         sum over the ranks. `sources` is equal on all ranks. One all-reduce with one number per tensor, and one vote."""
         entries, written = {name: contents.index.tensors[there] for name, there in sources.items()}, state.written().keys()
-        sums, wrong = dict.fromkeys(sorted(sources), 0), []
+        sums, wrong = dict.fromkeys(sorted(sources), 0), []  # sorted, so that all ranks sum the same tensors
         held = {name: tensor for name, tensor in state.tensors().items() if name in sums}
         for name, piece in pieces_of(held).items():
             found = piece.fingerprint()

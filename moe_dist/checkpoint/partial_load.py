@@ -37,7 +37,7 @@ class Taken:
 
     def report(self) -> str:
         """A readable report; names that differ only in layer or expert share a line."""
-        reasons = sorted({reason for reason in self.kept.values()})
+        reasons = sorted({reason for reason in self.kept.values()})  # one block of the report per reason
         lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
         lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
         lines += _families(name for name in self.taken if name not in self.made_of)

@@ -62,13 +62,13 @@ class Saver:
             MoeDistError: this save or the one in flight failed with an error that a retry does not fix, as a lost lease.
         """
         began = time.perf_counter()
-        self.wait()
+        self.wait()  # the buffers are reused, so the previous save must be done
         if self._asynchronous:
             snapshot = take_snapshot(step, state, self._buffers)
             self._in_flight = threading.Thread(
                 target=self._write, args=(snapshot, began), name=f"checkpoint-{step}", daemon=True
             )
-            blocked = time.perf_counter() - began
+            blocked = time.perf_counter() - began  # what the training waits for: the previous save and the copy
             self._in_flight.start()
             if self._checkpoints.rank == 0:
                 logger.info("checkpoint step_%d: training went on after %.3f s", step, blocked)
@@ -103,7 +103,7 @@ class Saver:
     def _join(self) -> None:
         if self._in_flight is not None:
             with track_collective(self._watch, "checkpoint", device=_HOST):
-                self._in_flight.join()
+                self._in_flight.join()  # costs the rest of the write, and counts for the watchdog
             self._in_flight = None
 
     def _raise_failure(self) -> None:
@@ -113,7 +113,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, began: float) -> None:
         try:
-            path = self._checkpoints.write(snapshot)
+            path = self._checkpoints.write(snapshot)  # collective over the thread's own group
         except Exception as error:  # raised by the next `poll` or `wait` in the training thread
             self._failure = error
             return

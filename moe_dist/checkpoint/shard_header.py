@@ -70,7 +70,7 @@ def metadata_of(
         "fingerprints": json.dumps(fingerprints),
         "save_id": save_id,
         "step": str(step),
-        "rank_values": json.dumps(dict(rank_values), allow_nan=False),
+        "rank_values": json.dumps(dict(rank_values), allow_nan=False),  # strict JSON, as in state.json
     }
 
 
@@ -88,10 +88,11 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         )
 
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size  # of the file, to compare with the size that the header implies
         with path.open("rb") as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            # a damaged length must not cause a huge read
             raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
     except FileNotFoundError as error:
         raise problem("missing", "does not exist") from error
@@ -109,7 +110,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
-    if size > shard.size:
+    if size > shard.size:  # appended bytes would go unnoticed by safetensors
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 
@@ -125,6 +126,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
         count = 1
         for length in part.shape:
             count *= length
+        # gaps or overlaps would let bytes escape the fingerprints
         if part.data_offsets[0] != end or part.data_offsets[1] - end != count * ITEMSIZE[part.dtype]:
             raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]

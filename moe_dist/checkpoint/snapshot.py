@@ -70,12 +70,12 @@ class HostBuffers:
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
             buffer = self._buffer(name, piece.tensor)
-            buffer.copy_(piece.tensor, non_blocking=True)
+            buffer.copy_(piece.tensor, non_blocking=True)  # pinned memory lets all copies run before one sync
             devices.add(piece.tensor.device)
             copies[name] = Piece(buffer, piece.offsets, piece.shape)
         for device in devices:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                torch.cuda.synchronize(device)  # the training may overwrite the tensors after this
         return copies
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -99,6 +99,6 @@ def take_snapshot(step: int, state: CheckpointState, buffers: HostBuffers | None
         specs=state.specs,
         layout=state.layout,
         optimizer_steps=step_count(state.optimizer) if state.optimizer is not None else None,
-        values=dict(state.values),
+        values=dict(state.values),  # copies, because the training changes its own
         rank_values=dict(state.rank_values),
     )

@@ -123,7 +123,7 @@ def capture(
     tensors = {name: tensor for name, tensor in _distinct_tensors(model).items() if _belongs(tensor, part)}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
-        materialise_moments(optimizer)
+        materialise_moments(optimizer)  # zeros before the first step, so that a new run and a resume save the same tensors
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
         # A parameter that is empty on this rank has no moments here, but other ranks may have some.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
@@ -154,6 +154,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{path}: a module's extra state is not saved; make it a buffer or pass it in `values`")
+        # by identity: tied tensors have equal addresses, not only equal values
         distinct.setdefault(id(tensor), (logical_name(path), tensor))
     return dict(distinct.values())
 
@@ -228,6 +229,7 @@ def _replicas(tensor: DTensor) -> tuple[int, int]:
 
 
 def _writes(name: str, held: LocalShard) -> bool:
+    # spreads the writes over the ranks with copies
     return _local(held.tensor).numel() > 0 and zlib.crc32(name.encode()) % held.copies == held.position
 
 

@@ -76,6 +76,7 @@ def write_shard(
 
     Pieces on a device are first copied to the host, which needs as much host memory as the file has bytes.
     """
+    # safetensors needs contiguous host memory
     data = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}
     metadata = metadata_of(
         {name: list(piece.offsets) for name, piece in pieces.items()},
@@ -85,7 +86,7 @@ def write_shard(
         rank_values=rank_values,
     )
     path = folder / shard_file(number)
-    save_file(data, path, metadata=metadata)
+    save_file(data, path, metadata=metadata)  # writes in one go; the sync below makes it durable
     sync(path)
 
 
@@ -93,7 +94,7 @@ def sync(path: Path) -> None:
     """Syncs a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(descriptor)  # waits for the disk
     finally:
         os.close(descriptor)
 
@@ -115,7 +116,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        header = read_shard_header(folder, number)
+        header = read_shard_header(folder, number)  # rank 0 reads the headers of all ranks, so no rank must send its own
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
         for name, (dtype, chunk) in header.parts.items():
@@ -151,7 +152,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
         parts = index.tensors[there[item.storage_index.fqn]].chunks
         chunk = next(part for part in parts if torch.Size(part.offsets) == item.storage_index.offset)
         by_shard[chunk.shard].append((item, chunk))
-    for number, items in sorted(by_shard.items()):
+    for number, items in sorted(by_shard.items()):  # one file after the other, so that each is opened once
         header = open_shard(contents, number)
         with open_tensors(contents.folder, number) as file:
             for item, chunk in items:

@@ -64,6 +64,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
+    # the others are loaded by their own name
     sources = {name: source for name, source in sources.items() if source != name}
     if not sources:
         raise ConfigError(

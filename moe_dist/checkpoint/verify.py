@@ -36,6 +36,7 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
     if examined.state is not None:
         problems += _missing_experts(index, examined.state)
     sums: dict[str, int] = defaultdict(int)
+    # their sums are incomplete
     unread = {shard_file(number) for number in range(index.num_shards) if number not in examined.headers}
     for number in examined.headers:
         problems += _check_shard(folder, examined, number, sums)
@@ -53,11 +54,12 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
     try:
         with open_tensors(folder, number) as tensors:
             for name, (_, chunk) in header.parts.items():
-                tensor = tensors.get_tensor(name)
+                tensor = tensors.get_tensor(name)  # one tensor at a time bounds the memory
                 found = fingerprint(tensor, offsets=chunk.offsets, shape=examined.index.tensors[name].shape)
                 sums[name] += found
                 if found != header.fingerprints[name]:
                     problems.append(CheckpointProblem("damaged", file, "its bits differ from those that were saved", name))
+                # only for intact bits: damage may look like nan
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     problems.append(
                         CheckpointProblem("not finite", file, "contains nan or inf, and was saved like that", name)

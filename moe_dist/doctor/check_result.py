@@ -69,7 +69,7 @@ def exit_code(results: Iterable[CheckResult]) -> int:
     """Exit code for all results: with errors the first of 78, 65, 69 that occurs; 1 with warnings only; otherwise 0."""
     problems = [result for result in results if result.is_problem]
     verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
-    worst = [code for code in (*_WORST_FIRST, *sorted(verdicts)) if code in verdicts]
+    worst = [code for code in (*_WORST_FIRST, *sorted(verdicts)) if code in verdicts]  # what must be fixed first
     return worst[0] if worst else EXIT_FAILED if problems else EXIT_DONE
 
 

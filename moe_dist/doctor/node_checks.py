@@ -122,7 +122,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
-    free = least.free_bytes or 0
+    free = least.free_bytes or 0  # of the node with the least, because all see one file system
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     return warning(
@@ -153,7 +153,7 @@ def answered_at(clock: float, *, asked: float, seen: float) -> float:
 
 
 def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> CheckResult:
-    off = {n.node: n.clock - at for n, at in zip(nodes, heard, strict=True)}
+    off = {n.node: n.clock - at for n, at in zip(nodes, heard, strict=True)}  # seconds; positive is ahead
     wrong = {node: seconds for node, seconds in off.items() if abs(seconds) > CLOCK_SECONDS}
     if not wrong:
         return ok("clocks", f"the clocks of {_all(nodes)} agree within {CLOCK_SECONDS:g} s")
@@ -171,7 +171,7 @@ def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
     for package in PACKAGES:
         by_version = _grouped(nodes, lambda n, p=package: n.versions.get(p) or "none")
         if len(by_version) > 1:
-            ordered = sorted(by_version.items(), key=lambda each: -len(each[1]))
+            ordered = sorted(by_version.items(), key=lambda each: -len(each[1]))  # the most frequent version first
             differing.append(f"{package} " + ", ".join(f"{version} on {_named(on)}" for version, on in ordered))
     if differing:
         return error(
@@ -239,7 +239,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    need = OWN_FILES + FILES_PER_PEER * needs.world_size
+    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # an upper bound for full connectivity
     low = [n for n in nodes if n.open_files != NO_LIMIT and n.open_files < need]
     if not low:
         return ok("open files", f"the limit is high enough for {needs.world_size} ranks on {_all(nodes)}")
@@ -254,7 +254,7 @@ def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult
     """Checked for GPUs with InfiniBand only: registered memory counts as locked memory."""
     if not needs.gpus_per_node or needs.num_nodes < 2:
         return []
-    low = [n for n in nodes if n.infiniband and n.locked_memory != NO_LIMIT]
+    low = [n for n in nodes if n.infiniband and n.locked_memory != NO_LIMIT]  # without InfiniBand no memory is registered
     if not low:
         return []
     text = f"the limit on {_named(low)} is {_bytes(low[0].locked_memory)}; InfiniBand needs no limit"

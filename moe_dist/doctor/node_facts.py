@@ -124,7 +124,7 @@ def versions() -> dict[str, str | None]:
 def apex_kind() -> str:
     """Which package `import apex` would import; does not import it."""
     try:
-        spec = importlib.util.find_spec("apex")
+        spec = importlib.util.find_spec("apex")  # does not run the package's code
     except (ImportError, ValueError):
         return "other"
     if spec is None:
@@ -140,6 +140,7 @@ def write_problem(folder: Path) -> str:
     if not existing.is_dir():
         return f"{existing}: {os.strerror(errno.ENOTDIR)}"
     folder = nearest(folder)
+    # random, so a cached file cannot match
     path, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(4096)
     try:
         path.write_bytes(content)
@@ -163,7 +164,7 @@ def unresolved(hosts: Iterable[str]) -> dict[str, str]:
     found = {}
     for host in hosts:
         try:
-            socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+            socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)  # IPv4, as the rendezvous uses
         except OSError as error:
             found[host] = error.strerror or str(error)
     return found
@@ -247,5 +248,5 @@ def _sees(token_file: tuple[str, str] | None) -> bool | None:
     if token_file is None:
         return None
     with contextlib.suppress(OSError):
-        return Path(token_file[0]).read_text() == token_file[1]
+        return Path(token_file[0]).read_text() == token_file[1]  # the content proves that it is the same folder
     return False

@@ -105,16 +105,16 @@ def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():
-            if int(path.stem) not in found:
+            if int(path.stem) not in found:  # each file is read once
                 content = json.loads(path.read_text())
                 found[int(path.stem)] = (time.time(), NodeFacts(**content["facts"]))
                 ranks += content["local_world_size"]
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # polls a folder on the shared file system
     if ranks < env.world_size:
         logger.warning(
             "the nodes of %d ranks have not reported their facts within %g s, so they were not compared with the others",
             env.world_size - ranks,
             wait_seconds,
         )
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # needed only until rank 0 has compared
     return found

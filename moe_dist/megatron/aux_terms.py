@@ -51,7 +51,7 @@ class AuxTerms:
 
     def attach(self, y: Tensor, sums: RouterSums) -> Tensor:
         """Returns `y` unchanged, and adds the terms' gradients to its backward. One all-reduce, unless both are off."""
-        if not (self.balance or self.z) or not torch.is_grad_enabled():
+        if not (self.balance or self.z) or not torch.is_grad_enabled():  # also skips the first forward of full recompute
             return y
         num_columns = sums.choices_C.shape[0]
         counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), self.every_rank)[None]
@@ -63,6 +63,7 @@ class AuxTerms:
         for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
             if coefficient:
                 self.record(name, term, self.layer_number, self.num_layers, self.every_rank)
+                # adds the gradient in backward without changing y
                 y = MoEAuxLossAutoScaler.apply(y, coefficient * scale * term)
         return y
 

@@ -48,10 +48,11 @@ class DecoderLayer(TransformerLayer):
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
-        check(config, settings)
+        check(config, settings)  # before building, so that all problems are reported together
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
+        # a copy, because Megatron shares one spec among layers
         parts = copy.copy(submodules or _megatrons_own(config, number))
         holds_experts = _holds_experts(config, number)
         stock = parts.mlp

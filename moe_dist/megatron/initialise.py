@@ -31,7 +31,7 @@ def initialise_layer(
             initialiser = config.output_layer_init_method if name == "down" else config.init_method
             for weight, expert in zip(stack, local, strict=True):
                 logical = f"{prefix}.experts.{group.name}.{expert - group.first_expert}.{name}"
-                weight.copy_(_draw(logical, weight, initialiser, seed))
+                weight.copy_(_draw(logical, weight, initialiser, seed))  # casts to the parameter's dtype
 
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:

@@ -65,6 +65,7 @@ def groups_of_rank(
             return group_of_modality_M[:1].expand(length * batch)
         mask_BS = torch.where(mask_BS, PADDING, 0)
     if mask_BS.shape == (batch, length * tp_size) and tp_size > 1:
+        # a view; Megatron scatters the sequence in rank order
         mask_BS = mask_BS[:, tp_rank * length : (tp_rank + 1) * length]
     if mask_BS.shape != (batch, length):
         raise ConfigError(
@@ -73,4 +74,4 @@ def groups_of_rank(
             "parallelism as the tokens are",
             see=GUIDE,
         )
-    return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]
+    return group_of_modality_M[mask_BS.t().reshape(-1).to(torch.int64)]  # hidden states have the sequence first

@@ -39,7 +39,7 @@ def sharded_layer_state(
                 if isinstance(value, ShardedBase):
                     value.key = logical_name(value.key)
                 state[f"{prefix}moe.{key.removeprefix(prefix)}"] = value
-    replica = (0, 0, layer.expert_data_parallel_group.rank())
+    replica = (0, 0, layer.expert_data_parallel_group.rank())  # only replica 0 writes
     for group in layer.placement.groups:
         experts = layer.placement.local_experts(layer.ep_rank, group)
         indices = [expert - group.first_expert for expert in experts]

@@ -37,7 +37,7 @@ def make_optimizer(
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    obstacle = _apex_obstacle(apex_adam, parameters)
+    obstacle = _apex_obstacle(apex_adam, parameters)  # also for backend=auto, which then falls back to torch
     if backend == "apex" and obstacle:
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
@@ -93,7 +93,7 @@ def step_count(optimizer: Optimizer) -> int:
         counts = {int(group.get("step", 0)) for group in optimizer.param_groups}
     else:
         steps = [state["step"] for state in optimizer.state.values() if "step" in state]
-        counts = set(torch.stack(steps).long().tolist()) if steps else {0}
+        counts = set(torch.stack(steps).long().tolist()) if steps else {0}  # one sync for all parameters
     assert len(counts) == 1, f"parameters have taken different numbers of steps: {sorted(counts)}"
     return counts.pop()
 
@@ -141,7 +141,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
     total = torch.zeros((), dtype=torch.float64, device=device)
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
-        squares = torch.stack(list(norms)).double().square().to(device)
+        squares = torch.stack(list(norms)).double().square().to(device)  # float64: squares of fp32 norms can overflow fp32
         total += (squares / torch.tensor(copies, dtype=torch.float64, device=device)).sum()
     return total
 

@@ -27,7 +27,7 @@ def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         if not parameter.requires_grad or is_empty_here(parameter):
             continue
         decay = parameter.ndim >= 2 and role not in NO_DECAY
-        key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)
+        key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)  # one group per kind of tensor
         group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decay else 0.0})
         group["params"].append(parameter)
     return list(groups.values())

@@ -23,7 +23,7 @@ def lr_factor(
     a cosine; `wsd` stays at 1 and decays linearly over the last `decay_steps`. Both reach `min_ratio` in the last step and
     keep it afterwards. If warm-up and decay overlap, the smaller factor applies.
     """
-    done = min(step + 1, total_steps)
+    done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
     rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0
     if kind == "constant":
         return rise

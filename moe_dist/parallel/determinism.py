@@ -40,7 +40,7 @@ def make_deterministic() -> None:
         ConfigError: from `deterministic_variables`.
     """
     os.environ.update(deterministic_variables(os.environ))
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)  # raises in operations without a deterministic kernel
+    torch.backends.cudnn.benchmark = False  # benchmarking may choose another kernel in each run
     # Off: torch would fill every `torch.empty` with NaN to reveal uninitialised reads, at the cost of a write per buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -32,7 +32,7 @@ def initialise(
 def allocate(model: Transformer, device: torch.device) -> None:
     """Allocates a meta-device model on `device`; fills constant buffers, but not the parameters."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)
+        model.to_empty(device=device)  # allocates without initialising, which would cost a pass over all parameters
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
         with device:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]
@@ -65,8 +65,8 @@ def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed:
 
 def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
     """The initial value of a logical tensor, fp32: normal with `std`, determined by (seed, logical name)."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()  # Python's hash() differs in each process
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 

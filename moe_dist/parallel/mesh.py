@@ -86,6 +86,7 @@ def init_world(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
+        # opens NCCL's connections now, so that errors show at the start
         device_id=device if device.type == "cuda" else None,
     )
 
@@ -109,7 +110,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # also with one rank, because FSDP2 needs a mesh
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
         rank=rank,

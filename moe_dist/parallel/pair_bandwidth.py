@@ -52,7 +52,7 @@ def measure_pairs(
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
-            dist.destroy_process_group(group)
+            dist.destroy_process_group(group)  # each group holds connections, and n nodes have n (n - 1) / 2 pairs
     doubted = slow_pairs(measured)
     if not doubted:
         return measured, []
@@ -76,7 +76,7 @@ def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str
     """Names of the nodes in order. Collective over all ranks; gathers bytes, because object collectives use pickle."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
-    dist.all_gather(everywhere, text)
+    dist.all_gather(everywhere, text)  # one collective over all ranks
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everywhere[:: ranks.per_node]]
 
 

@@ -119,7 +119,7 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
             fully_shard(layer.moe, shard_placement_fn=_expert_placement(layer.moe, mesh), **options)
         else:
             fully_shard(layer.ffn, **options)
-    fully_shard(model, **options)
+    fully_shard(model, **options)  # last: the root takes the parameters that no inner unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -161,7 +161,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
     wrapped.reducer._rebuild_buckets()
-    wrapped.register_comm_hook(mesh.world, _sum_hook)
+    wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 
 

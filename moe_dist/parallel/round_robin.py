@@ -43,6 +43,7 @@ def usual(seconds: Iterable[float]) -> float:
     """Time of a normal pair: the lower median, or for at most three pairs the fastest. So one slow node among four is
     detected although it is in half of the pairs."""
     ordered = sorted(seconds)
+    # three pairs: one slow node is in two of them
     return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)
 
 

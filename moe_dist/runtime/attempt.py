@@ -34,7 +34,7 @@ STORAGE_ERRORS = frozenset(
 def verdict_of(error: BaseException) -> tuple[int, str]:
     """Exit code and reason of an exception that ends a run."""
     if isinstance(error, MoeDistError):
-        return error.exit_code, str(error)
+        return error.exit_code, str(error)  # the message is enough: a user can fix it
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (
@@ -86,7 +86,7 @@ class Attempt:
         folder = RunFolder.of(config)
         if self._env.rank == 0:
             self._lease = folder.open(config, self._env, wait_seconds=wait_seconds, on_wait=_say, stopped=stopped)
-        self._folder = folder
+        self._folder = folder  # set after the open, so that a refused start records no verdict
         return folder
 
     def check_lease(self) -> None:
@@ -133,6 +133,7 @@ class Attempt:
         if isinstance(error, MoeDistError):
             sys.stderr.write(f"{reason}\n")
         else:
+            # an exception may quote a key
             sys.stderr.write(without_secrets("".join(traceback.format_exception(error)), os.environ))
         with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the error
             self._let_the_cause_speak(error)
@@ -145,7 +146,7 @@ class Attempt:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        os._exit(code)  # skips atexit handlers, which may wait for peers or for threads in a collective
 
     def _let_the_cause_speak(self, error: BaseException) -> None:
         """If this rank failed only because a peer did, waits until the peer has recorded the verdict. Ranks that vote learn
@@ -153,7 +154,7 @@ class Attempt:
         if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):
             return
         deadline = time.monotonic() + CAUSE_SECONDS
-        while time.monotonic() < deadline and not self._folder.has_verdict(self._env.attempt_id):
+        while time.monotonic() < deadline and not self._folder.has_verdict(self._env.attempt_id):  # polls one file
             time.sleep(0.02)
 
     def _leave(self, verdict: int, reason: str) -> None:
@@ -163,4 +164,4 @@ class Attempt:
                 verdict=verdict, reason=reason, last_step=last, attempt_id=self._env.attempt_id, rank=self._env.rank
             )
         if self._lease is not None:
-            self._lease.release()
+            self._lease.release()  # after the record, which only the holder may write

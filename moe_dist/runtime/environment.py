@@ -61,11 +61,11 @@ class RankEnv:
                 return 0
             return int(text)
 
-        alone = "RANK" not in env and "WORLD_SIZE" not in env
+        alone = "RANK" not in env and "WORLD_SIZE" not in env  # a plain `python -m moe_dist.train`
         rank, world_size = number("RANK", 0 if alone else None), number("WORLD_SIZE", 1 if alone else None)
         local_rank = number("LOCAL_RANK", 0 if world_size == 1 else None)
         local_world_size = number("LOCAL_WORLD_SIZE", 1 if world_size == 1 else None)
-        attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))
+        attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))  # the second is torchrun's
         if not problems:
             for name, value, size in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_world_size)):
                 if value >= size:
@@ -91,7 +91,7 @@ class RankEnv:
             init_method=init_method,
             attempt=attempt,
             attempt_id=attempt_id,
-            launched="MOE_DIST_ATTEMPT_ID" in env,
+            launched="MOE_DIST_ATTEMPT_ID" in env,  # only moe_dist's launchers set it
             grace_seconds=_grace(env),
         )
 
@@ -111,6 +111,6 @@ def _grace(env: Mapping[str, str]) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0.0 < seconds < float("inf"):
+    if not 0.0 < seconds < float("inf"):  # also rejects nan
         raise ConfigError(f"environment variable MOE_DIST_GRACE_SECONDS={text!r}: must be a positive number of seconds")
     return seconds

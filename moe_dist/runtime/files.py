@@ -26,9 +26,9 @@ def write_atomically(path: Path, content: str | bytes, *, before_rename: Callabl
             os.fsync(stream.fileno())  # before the rename: otherwise a crash can leave an empty file under the final name
         if before_rename is not None:
             before_rename()
-        os.replace(new, path)
+        os.replace(new, path)  # atomic: readers see the old or the new file
     except BaseException:
-        new.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)  # also after Ctrl-C
         raise
 
 
@@ -43,7 +43,7 @@ def make_writable(folder: Path, *, option: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if not os.access(folder, os.W_OK | os.X_OK):  # creating a file in a folder needs both
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{option}: not writable: {error.strerror}; choose another folder") from error

@@ -56,6 +56,7 @@ class Holder:
 
     def is_dead(self) -> bool:
         """Whether the process has certainly ended; False if it runs on another machine."""
+        # a pid means nothing on another host or in a container
         return self.machine != "" and self.machine == _machine() and _born(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -105,7 +106,7 @@ class Lease:
         deadline = time.monotonic() + wait_seconds
         announced = on_wait is None or wait_seconds <= 0.0
         seen, since = _read(self.path), time.monotonic()
-        while not self._try_create():
+        while not self._try_create():  # O_EXCL: one of several processes succeeds
             now = time.monotonic()
             if (current := _read(self.path)) != seen:
                 seen, since = current, now
@@ -131,7 +132,7 @@ class Lease:
                     f"s for it to end, or for {self._stale_seconds:g} s without a heartbeat"
                 )
             time.sleep(min(0.2, self._stale_seconds / 6))
-        threading.Thread(target=self._keep_warm, name="lease", daemon=True).start()
+        threading.Thread(target=self._keep_warm, name="lease", daemon=True).start()  # the main thread may block for minutes
         return self
 
     def renew(self) -> None:
@@ -139,6 +140,7 @@ class Lease:
         self._beats += 1
         # OSError after a lost file is reported by `check`; on a full disk the fixed-size overwrite may fail harmlessly.
         with self._closing, contextlib.suppress(OSError):
+            # fixed width, so a reader never sees a mix of two
             os.pwrite(self._fd, f"{self._beats:0{_BEAT_DIGITS}d}".encode(), 0)
 
     def check(self) -> None:
@@ -148,7 +150,7 @@ class Lease:
             LeaseError: another attempt has taken over; this one must not write any more.
         """
         holder = read_holder(self.path)
-        if holder != self._me:
+        if holder != self._me:  # compares the token, too: an earlier lease of this process does not count
             raise LeaseError(
                 f"{self.path}: this process ({self._me}) lost the lease to {holder or 'somebody who deleted it'}; it sent "
                 "no heartbeat for too long (suspended, or its file system hung) and must not write any more; start the run "
@@ -157,7 +159,7 @@ class Lease:
 
     def release(self) -> None:
         """Deletes the lease if this process still holds it; a second call does nothing."""
-        self._ended.set()
+        self._ended.set()  # stops the heartbeat before the file is deleted
         with self._closing:
             if self._fd < 0:
                 return
@@ -193,13 +195,13 @@ class Lease:
         except FileExistsError:
             self._remove_if_dead(claim)
             return False  # another process is taking over, or died while doing so
-        if _read(self.path) != stale:
+        if _read(self.path) != stale:  # the holder has sent a heartbeat in the meantime
             os.close(fd)
             claim.unlink()
             return False
         os.pwrite(fd, self._content(), 0)
         try:
-            os.replace(claim, self.path)
+            os.replace(claim, self.path)  # atomic; the old holder keeps writing into the unlinked file
         except FileNotFoundError:  # another process deleted the claim, believing that this process is dead
             os.close(fd)
             return False
@@ -212,7 +214,7 @@ class Lease:
         claimer = read_holder(claim)
         if claimer is None or not claimer.is_dead():
             return
-        aside = claim.with_name(f"{claim.name}.{self._me.token}")
+        aside = claim.with_name(f"{claim.name}.{self._me.token}")  # a name that no other process uses
         with contextlib.suppress(FileNotFoundError):
             os.rename(claim, aside)
             aside.unlink()
@@ -238,5 +240,5 @@ def _born(pid: int) -> str:
     """Start time of a process, field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else fields[18]
+        return "" if state in "ZX" else fields[18]  # a zombie has ended
     return ""

@@ -54,7 +54,7 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
     root, prefix = logging.getLogger(), StepPrefix(env.rank)
     for handler in list(root.handlers):
         root.removeHandler(handler)
-        handler.close()
+        handler.close()  # otherwise each call would leak an open log file
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(level if env.launched and env.rank > 0 else logging.WARNING)
     handlers: list[logging.Handler] = [console]
@@ -69,6 +69,6 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
         handler.addFilter(prefix)
         handler.setFormatter(WithoutSecrets("%(asctime)s [%(place)s] %(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
-    root.setLevel(logging.WARNING)
+    root.setLevel(logging.WARNING)  # libraries are quiet
     logging.getLogger("moe_dist").setLevel(level)
     return prefix

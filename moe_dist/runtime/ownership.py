@@ -45,7 +45,7 @@ def other_owner(folder: Path) -> str | None:
     if owner == os.geteuid():
         return None
     with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".owner_") as probe:
-        if os.fstat(probe.fileno()).st_uid == owner:
+        if os.fstat(probe.fileno()).st_uid == owner:  # this file system maps all users to one
             return None
     return user_name(owner)
 
@@ -60,7 +60,7 @@ def refuse_planted_links(folder: Path) -> None:
     """
     for place in (folder, folder / "log"):
         for entry in place.iterdir() if place.is_dir() else ():
-            found = entry.lstat()
+            found = entry.lstat()  # of the link, not of its target
             if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
                 raise ConfigError(
                     f"{entry} is a symbolic link created by {user_name(found.st_uid)}; a run does not write through links "
@@ -80,7 +80,7 @@ def give_to_group(folder: Path, group: str) -> None:
     except KeyError:
         raise ConfigError(f"run.group={group!r}: no group of that name on this node") from None
     if folder.stat().st_gid != gid:
-        os.chown(folder, -1, gid)
+        os.chown(folder, -1, gid)  # keeps the owner
     mode = stat.S_IMODE(folder.stat().st_mode)
     if not mode & stat.S_ISGID:
         os.chmod(folder, mode | stat.S_ISGID)

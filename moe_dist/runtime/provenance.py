@@ -28,7 +28,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
     patch = None
     if diff:
         patch = f"diff_{hashlib.sha256(diff).hexdigest()[:12]}.patch"
-        write_atomically(folder / patch, diff)
+        write_atomically(folder / patch, diff)  # before the entry that refers to it
     entries.append(
         {
             "attempt_id": attempt_id,
@@ -71,10 +71,11 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
+            # never blocks a git command of the user
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_GIT_SECONDS,
+            timeout=_GIT_SECONDS,  # a slow file system must not delay the start for long
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

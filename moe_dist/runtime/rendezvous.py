@@ -75,7 +75,7 @@ def node_address(variables: Mapping[str, str]) -> str:
             return found.address
     name = socket.gethostname()
     host = _resolve(name, f"this node's own name {name!r}")
-    if host.startswith("127."):
+    if host.startswith("127."):  # as in Debian's default /etc/hosts
         raise ConfigError(
             f"rank 0 has no address that other nodes can reach: its host name {name!r} resolves to {host}; set "
             f"{HOST_VARIABLE} to a name or address of the node, or GLOO_SOCKET_IFNAME to the network's interface"
@@ -100,13 +100,14 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
         raise PlacementError(
             f"rank 0 cannot listen at {host}: {error.strerror}; set {HOST_VARIABLE} to an address of its node"
         ) from error
+    # new for each attempt
     address = Address(env.attempt_id, env.attempt, host, listener.getsockname()[1], secrets.token_hex(16))
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "w", encoding="utf-8") as stream:
             json.dump(asdict(address), stream)
-        os.replace(new, path)
+        os.replace(new, path)  # readers never see a partial file
     except BaseException:
         listener.close()
         new.unlink(missing_ok=True)
@@ -144,13 +145,13 @@ def withdraw(path: Path, address: Address) -> None:
 def _read(path: Path) -> Address | None:
     """The published address; None without a valid file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # not through a link of another user
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; it must be a regular file of this user; delete it") from error
     with open(descriptor, "rb") as stream:
-        found = os.fstat(stream.fileno())
+        found = os.fstat(stream.fileno())  # of the open file, which cannot be exchanged any more
         ours = found.st_uid in (os.geteuid(), path.parent.stat().st_uid)  # the folder's owner was checked at the start
         if not ours or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(

@@ -83,7 +83,7 @@ class RunFolder:
                 refuse_planted_links(self.path)
                 return start
             with contextlib.suppress(OSError, MoeDistError):
-                if self._inspect(config) is Start.FINISHED:
+                if self._inspect(config) is Start.FINISHED:  # reading a summary needs no ownership
                     return Start.FINISHED
         raise ConfigError(
             f"run.name={config.run.name!r}: {self.path} belongs to {owner}, and only the owner may continue a run; choose "
@@ -157,12 +157,13 @@ class RunFolder:
             return None
         if owner := other_owner(self.path):
             raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
+        # fails while a run writes
         lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
         try:
             taken = {entry.name for entry in self.path.parent.iterdir()}
             name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
-            old = self.path.rename(self.path.with_name(name))
-            (old / self.lease_json.name).unlink(missing_ok=True)
+            old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted
+            (old / self.lease_json.name).unlink(missing_ok=True)  # the lease moved with the folder
         finally:
             lease.release()
         return old
@@ -223,7 +224,7 @@ class RunFolder:
             self.prepare()
             with in_words(self.path):
                 self.checkpoints.mkdir(exist_ok=True)
-                record_provenance(self.path, env.attempt_id)
+                record_provenance(self.path, env.attempt_id)  # costs a few git commands
                 self._begin(env, lease)
         except BaseException:
             lease.release()
@@ -296,7 +297,7 @@ class RunFolder:
             record = self.read_status().of(attempt_id)
             if record is None:
                 return False
-            ended = record.ended or time.time()
+            ended = record.ended or time.time()  # keeps the time at which a rank recorded its end
             amended = replace(record, verdict=verdict, reason=reason, rank=rank, last_step=last_step, ended=ended)
             write_status(self.status_json, amended, before_rename=lease.check)
         finally:
@@ -317,7 +318,7 @@ class RunFolder:
     def _begin(self, env: RankEnv, lease: Lease) -> None:
         me = Holder.this_process(env.attempt_id)
         for claim in self.path.glob(".verdict_*"):
-            claim.unlink(missing_ok=True)
+            claim.unlink(missing_ok=True)  # claims of earlier attempts, which have ended
         record = AttemptRecord(env.attempt_id, env.attempt, me.host, me.pid, time.time(), last_step=self.last_step())
         write_status(self.status_json, record, before_rename=lease.check)
 

@@ -22,6 +22,6 @@ def measured_save_seconds(logs: Path) -> float | None:
         for line in lines_from_end(logs / "rank_0.log", most_bytes=LOOKED_AT):
             if match := _DURABLE.search(line):
                 found.append(float(match[1]))
-            if len(found) == SAVES:
+            if len(found) == SAVES:  # recent saves only: the size may have changed
                 break
     return max(found, default=None)

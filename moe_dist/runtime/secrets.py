@@ -24,5 +24,5 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     """Replaces every secret of the environment by <name of its variable>; longest first, as one may contain another."""
     for value, name in sorted(secrets_of(environment).items(), key=lambda pair: -len(pair[0])):
-        text = text.replace(value, f"<{name}>")
+        text = text.replace(value, f"<{name}>")  # by value, wherever it appears
     return text

@@ -1,7 +1,7 @@
 """Checks that every rank sees rank 0's run folder. Does not import torch.
 
-With a separate local folder on each node, parts of each checkpoint would lie on different nodes and could not be loaded. The
-check uses a file, because there is no process group yet.
+With a separate local folder on each node, the parts of a checkpoint would lie on different nodes and could not be loaded.
+The check uses a file, because there is no process group yet.
 """
 
 import time
@@ -31,7 +31,7 @@ def shared_with_rank_0(run_folder: Path, env: RankEnv, *, wait_seconds: float = 
     if env.local_world_size == env.world_size:
         yield
     elif env.rank == 0:
-        probe.write_text(f"{env.attempt_id}\n")
+        probe.write_text(f"{env.attempt_id}\n")  # the content does not matter, only that it appears
         try:
             yield
         finally:

@@ -60,7 +60,7 @@ class StopRequest:
         if self._pipe is not None:
             return self
         read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
+        os.set_blocking(write_end, False)  # required by set_wakeup_fd
         self._previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         self._pipe = (read_end, write_end)
         for number in STOP_SIGNALS:
@@ -95,7 +95,7 @@ class StopRequest:
                 if timer is None and number in STOP_SIGNALS:
                     self._first = self._first or signal.Signals(number)
                     timer = threading.Timer(self.grace_seconds, self._expire)
-                    timer.daemon = True
+                    timer.daemon = True  # must not keep the process alive after a normal end
                     timer.start()
         if timer is not None:
             timer.cancel()
@@ -106,7 +106,7 @@ class StopRequest:
             sys.stderr.write(
                 f"{self.reason} came {self.grace_seconds:g} s ago and the run has not stopped; killing it, threads at:\n"
             )
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(all_threads=True)  # shows where the run hangs
             if self.on_expire is not None:
                 self.on_expire()
         finally:
@@ -139,11 +139,11 @@ def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
 
     def prepare() -> None:
         if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # cleared by fork, so each child sets it itself
+        if os.getppid() != parent_pid:  # the parent died between fork and prctl
             os._exit(EXIT_FAILED)
         if ignore_stop:
             for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+                signal.signal(number, signal.SIG_IGN)  # a Ctrl-C goes to the whole process group
 
     return prepare

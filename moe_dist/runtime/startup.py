@@ -35,4 +35,4 @@ class Startup:
     def _tell(self) -> None:
         while not self._done.wait(self._quiet_seconds):
             self._stream.write(f"still starting after {time.monotonic() - self._began:.0f} s: {self._doing}\n")
-            self._stream.flush()
+            self._stream.flush()  # a pipe is block-buffered

@@ -59,7 +59,7 @@ def read_status(path: Path) -> Status:
         DataError: the file is damaged.
     """
     try:
-        text = path.read_bytes()
+        text = path.read_bytes()  # one read; writers replace the file atomically
     except FileNotFoundError:
         return Status()
     try:

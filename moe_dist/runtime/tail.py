@@ -23,7 +23,7 @@ def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
             size = min(BLOCK, at - begin)
             at -= size
             stream.seek(at)
-            lines = (stream.read(size) + rest).split(b"\n")
+            lines = (stream.read(size) + rest).split(b"\n")  # the first line may continue in the previous block
             rest = lines[0]
             for line in reversed(lines[1:]):
                 if not torn:

@@ -119,7 +119,7 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     outside = tuple(report.rank for report in reports if report.collective is None)
     fewest = min(report.entered for report in inside)
     behind = tuple(report.rank for report in inside if report.entered == fewest)
-    culprits = silent or outside or (behind if len(behind) < len(inside) else ())
+    culprits = silent or outside or (behind if len(behind) < len(inside) else ())  # in the order of evidence
     nearest = [report for report in inside if report.rank not in culprits]
     waiting = min(nearest, key=lambda report: (report.entered, report.rank)) if nearest else inside[0]
     what = f"collective {waiting.place} did not finish in {seconds:g} s at step {waiting.step}"
@@ -180,7 +180,7 @@ class Watchdog:
     def _run(self) -> None:
         while not self._leave.wait(self._poll):
             try:
-                due = self._late() or self._folder.exists()
+                due = self._late() or self._folder.exists()  # the folder exists once a peer has reported
             except Exception as error:  # a transient file system error must not end the watchdog
                 logger.warning("watchdog: %s", error)
                 continue
@@ -205,6 +205,7 @@ class Watchdog:
         logger.error("%s", own.line())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            # peers read it at the same time
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
             time.sleep(self._poll * SETTLE_POLLS)  # until the peers have written their reports
             reports = read_reports(self._folder)
@@ -233,7 +234,7 @@ class Watchdog:
 
 def _line_of(thread: threading.Thread) -> str:
     """The innermost source line of the package that a thread executes."""
-    frame = sys._current_frames().get(thread.ident or 0)
+    frame = sys._current_frames().get(thread.ident or 0)  # a snapshot, taken without stopping the thread
     frames = traceback.extract_stack(frame) if frame is not None else []
     ours = [each for each in frames if f"{os.sep}moe_dist{os.sep}" in each.filename] or frames
     if not ours:
