@@ -17,10 +17,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
+from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.names import COUNTS, EXPERT_IDS, INTER, INTRA
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, ExchangePlan
-from moe_dist.moe.dispatch.planning import check_receive_rows
+from moe_dist.moe.dispatch.planning import ExchangeSizes, check_receive_rows
 from moe_dist.moe.dispatch.rows import compact, counting_order
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
@@ -86,41 +86,11 @@ class _Tables:
 
 
 @dataclass(frozen=True)
-class _Legs:
-    """Rows and pairs of one hop to and from each of its ranks, as the host reads them; the own entry is what stays."""
-
-    own: int
-    sent: list[tuple[int, int]]
-    received: list[tuple[int, int]]
-
-    @property
-    def rows(self) -> Splits:
-        return self._splits(0)
-
-    @property
-    def pairs(self) -> Splits:
-        return self._splits(1)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows sent and rows that stay."""
-        return sum(rows for rows, _ in self.sent)
-
-    @property
-    def num_own_pairs(self) -> int:
-        return self.sent[self.own][1]
-
-    def _splits(self, which: int) -> Splits:
-        sent, received = ([leg[which] for leg in legs] for legs in (self.sent, self.received))
-        return Splits(split_sizes(sent, self.own), split_sizes(received, self.own))
-
-
-@dataclass(frozen=True)
 class _Sizes:
     """All sizes of a layer: both hops, pairs of each of this rank's slots, pairs of this rank's tokens that stay on it."""
 
-    inter: _Legs
-    intra: _Legs
+    inter: ExchangeSizes
+    intra: ExchangeSizes
     slot_counts: tuple[int, ...]
     own_pairs: int
 
@@ -172,11 +142,11 @@ class NodePlanner:
         pair_N = by_token_N[counting_order(place_N[by_token_N], num_nodes + 2)]
 
         num_out = sum(sizes.inter.pairs.send)
-        pair_N = pair_N[: num_out + sizes.inter.num_own_pairs]
+        pair_N = pair_N[: num_out + sizes.inter.own_pairs]
         expert_P, token_P = expert_N[pair_N], token_N[pair_N]
         first_P = _changes(place_N[pair_N] * num_tokens + token_P)
         rows, pairs = sizes.inter.rows, sizes.inter.pairs
-        token_of_row = compact(token_P, first_P, sizes.inter.num_rows)
+        token_of_row = compact(token_P, first_P, sum(rows.send) + sizes.inter.own_rows)
         row_S, row_O = token_of_row.tensor_split([sum(rows.send)])
         inter = ExchangePlan(layer, INTER, "", num_tokens, rows, pairs, row_S, row_O, pair_N, order_Q=None)
         code_A = self._exchange_codes(self.inter, pairs, tables.node_slot_E[expert_P], first_P, INTER, layer)
@@ -191,7 +161,7 @@ class NodePlanner:
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
         num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows: M
         first_A = _changes(place_A[order_A] * num_rows + row_A)
-        row_S, row_O = compact(row_A, first_A, sizes.intra.num_rows).tensor_split([sum(rows.send)])
+        row_S, row_O = compact(row_A, first_A, sum(rows.send) + sizes.intra.own_rows).tensor_split([sum(rows.send)])
         code_Q = self._exchange_codes(self.intra, sizes.intra.pairs, slot_A, first_A, INTRA, inter.layer)
         order_Q = counting_order(code_Q // 2, len(sizes.slot_counts))
         intra = AllToAllPlan(
@@ -258,14 +228,14 @@ class NodePlanner:
         from_nodes = [_rows_and_pairs(each, slots) for each in _cut(received, [length] * self.inter.size)]
         to_ranks, from_ranks = ([(x[0], sum(x[1:])) for x in each] for each in (_cut(forward, ranks), arrived_L))
         sizes = _Sizes(
-            inter=_Legs(node, to_nodes, from_nodes),
-            intra=_Legs(local, to_ranks, from_ranks),
+            inter=ExchangeSizes.of(node, to_nodes, from_nodes),
+            intra=ExchangeSizes.of(local, to_ranks, from_ranks),
             slot_counts=tuple(sum(column) for column in zip(*(each[1:] for each in arrived_L), strict=True)),
             own_pairs=sum(_cut(sent_G[node][1:], ranks)[local][1:]),
         )
         position = self.inter.rank * self.intra.size + self.intra.rank
-        for hop, legs in ((INTER, sizes.inter), (INTRA, sizes.intra)):
-            check_receive_rows(sum(legs.rows.receive), self.max_receive_rows, position, f"one layer's {hop}hop")
+        for hop, each in ((INTER, sizes.inter), (INTRA, sizes.intra)):
+            check_receive_rows(sum(each.rows.receive), self.max_receive_rows, position, f"one layer's {hop}hop")
         return sizes
 
 

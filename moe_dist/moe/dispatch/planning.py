@@ -1,9 +1,9 @@
 """From assignments to plans: who sends which rows where, by counting, with one host sync whatever the number of chunks.
 
 Tokens are cut into `chunks` ranges of equal length. Pairs are ordered by (chunk, rank, slot) with the own rank's behind
-all others, rows by (chunk, rank, token) likewise; a rank's slots come in order, so what arrives is grouped by slot already
-and nobody sorts by token. A pair travels as the index of its row among the rows its rank gets; its slot follows from the
-counts.
+all others, rows by (chunk, rank, token) likewise. A rank's slots come in order, so received pairs are grouped by slot
+already and no sort by token is needed. A pair is sent as the index of its row among the rows its rank gets; its slot
+follows from the counts.
 
 Shape letters: T tokens, N pairs (static), E experts, e experts here, W ranks, C chunks, P taken pairs, S remote rows sent,
 O rows of the own rank, Q pairs computed here, H holders: the own rank, then the others in order.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,35 +71,34 @@ class _Tables:
 
 
 @dataclass(frozen=True)
+class ExchangeSizes:
+    """Sizes of one exchange as the host reads them: remote rows and pairs, and those that stay on this rank."""
+
+    rows: Splits
+    pairs: Splits
+    own_rows: int
+    own_pairs: int
+
+    @classmethod
+    def of(cls, own: int, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> "ExchangeSizes":
+        """From (rows, pairs) to and from each rank, the own rank among them."""
+        (rows_out, pairs_out), (rows_in, pairs_in) = zip(*sent, strict=True), zip(*received, strict=True)
+        rows = Splits(split_sizes(rows_out, own), split_sizes(rows_in, own))
+        pairs = Splits(split_sizes(pairs_out, own), split_sizes(pairs_in, own))
+        return cls(rows, pairs, rows_out[own], pairs_out[own])
+
+
+@dataclass(frozen=True)
 class _Counts:
-    """Row and pair counts on the host: [rank][chunk][0] rows, [rank][chunk][1 + slot] pairs."""
+    """Sizes of each chunk's exchange, and pairs of each of this rank's slots: in the chunks, and the own rank's in chunk 0."""
 
-    own: int
-    sent: list[list[list[int]]]
-    received: list[list[list[int]]]
+    sizes: list[ExchangeSizes]
+    slot_counts: list[tuple[int, ...]]
+    own_slot_counts: tuple[int, ...]
 
-    def rows(self, chunk: int) -> Splits:
-        """Remote rows of a chunk."""
-        return self._splits([r[chunk][0] for r in self.sent], [r[chunk][0] for r in self.received])
-
-    def pairs(self, chunk: int) -> Splits:
-        """Remote pairs of a chunk."""
-        return self._splits([sum(r[chunk][1:]) for r in self.sent], [sum(r[chunk][1:]) for r in self.received])
-
-    def own_rows(self, chunk: int) -> int:
-        return self.sent[self.own][chunk][0]
-
-    def own_pairs(self, chunk: int) -> int:
-        return sum(self.sent[self.own][chunk][1:])
-
-    def slot_counts(self, chunk: int, *, with_own: bool) -> tuple[int, ...]:
-        """Pairs of each of this rank's slots in a chunk."""
-        holders = [r[chunk][1:] for rank, r in enumerate(self.received) if with_own or rank != self.own]
-        none = [0] * (len(self.received[self.own][chunk]) - 1)  # of a single rank whose own pairs are apart
-        return tuple(sum(column) for column in zip(none, *holders, strict=True))
-
-    def _splits(self, sent: list[int], received: list[int]) -> Splits:
-        return Splits(split_sizes(sent, self.own), split_sizes(received, self.own))
+    @property
+    def num_remote_pairs(self) -> int:
+        return sum(sum(each.pairs.send) for each in self.sizes)
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ class Planner:
         cells = self._cells(assignments, num_tokens, tables)
         order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)
         counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the host sync
-        arriving = sum(sum(counts.rows(chunk).receive) for chunk in range(self.chunks))
+        arriving = sum(sum(each.rows.receive) for each in counts.sizes)
         check_receive_rows(arriving, self.max_receive_rows, self.wire.rank, "one layer")
 
-        num_remote = sum(sum(counts.pairs(chunk).send) for chunk in range(self.chunks))
-        pair_P = order_N[: num_remote + sum(counts.own_pairs(chunk) for chunk in range(self.chunks))]
+        num_remote = counts.num_remote_pairs
+        pair_P = order_N[: num_remote + sum(each.own_pairs for each in counts.sizes)]
         index_P, token_P = cells.index_N[pair_P], assignments.token_N[pair_P]
         indices = self._start_indices(index_P[:num_remote], counts, layer)
         tokens_of_rows = self._tokens_of_rows(token_P, cells.run_N[pair_P], index_P, cells.row_counts, counts, num_tokens)
@@ -176,17 +176,20 @@ class Planner:
                     prefix="",
                     suffix=f" {chunk}" if self.chunks > 1 else "",
                     table_rows=length,
-                    rows=counts.rows(chunk),
-                    pairs=counts.pairs(chunk),
+                    rows=counts.sizes[chunk].rows,
+                    pairs=counts.sizes[chunk].pairs,
                     pair_P=pairs[chunk],
                     row_S=tokens_of_rows[chunk],
                     row_O=tokens_of_rows[self.chunks + chunk][mine],
                     order_Q=order_Q,
                     row_of_pair_Q=row_Q,
-                    slot_counts=counts.slot_counts(chunk, with_own=not self.own_apart),
+                    slot_counts=counts.slot_counts[chunk],
                 )
             )
-        return tuple(plans), self._own_pairs(pair_P[num_remote:], token_P[num_remote:], counts)
+        own = OwnPairs(pair_P[:0], token_P[:0], ())
+        if self.own_apart:
+            own = OwnPairs(pair_P[num_remote:], token_P[num_remote:], counts.own_slot_counts)
+        return tuple(plans), own
 
     @property
     def _ranks(self) -> range:
@@ -231,23 +234,37 @@ class Planner:
         Syncs with the host, once a layer: the sizes of all that follows, in all chunks, are read here.
         """
         message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
-        lengths = [1 + len(slots) for slots in self.placement.slots]
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
-        splits = Splits(send=tuple(chunks * x for x in lengths), receive=(chunks * lengths[own],) * size)
+        lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
+        received = message
         if self.wire.group is None:
-            received = message
             sent_values = received_values = comm_stats.to_host(SPLIT_SIZES, message)
         else:
+            splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
             values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
-        sent = _table(sent_values, [[x] * chunks for x in lengths])
-        counts = _Counts(own, sent, _table(received_values, [[lengths[own]] * chunks] * size))
-        return counts, received.view(size, chunks, lengths[own])
+        # Of each rank [chunks, rows and pairs by slot]; ranks have different numbers of slots.
+        sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
+        arriving_WCX = np.reshape(received_values, (size, chunks, -1))
+        computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
+        counts = _Counts(
+            [
+                ExchangeSizes.of(
+                    own,
+                    [(int(x[c, 0]), int(x[c, 1:].sum())) for x in sent],
+                    [(int(x[c, 0]), int(x[c, 1:].sum())) for x in arriving_WCX],
+                )
+                for c in range(chunks)
+            ],
+            [tuple(row[1:].tolist()) for row in computed_CX],
+            tuple(arriving_WCX[own, 0, 1:].tolist()),
+        )
+        return counts, received.view(size, chunks, -1)
 
     def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
         """The row index of each remote pair to its rank, all chunks at once: from (chunk, rank) to (rank, chunk)."""
-        sizes = [counts.pairs(chunk) for chunk in range(self.chunks)]
+        sizes = [each.pairs for each in counts.sizes]
         pieces = _pieces(index_P, [each.send for each in sizes])
         splits = Splits(
             tuple(sum(each.send[rank] for each in sizes) for rank in self._ranks),
@@ -261,25 +278,18 @@ class Planner:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of each chunk the pairs, remote ones first, and the row indices of the pairs computed here, own ones first."""
         chunks, mine = range(self.chunks), slice(0, 0) if self.own_apart else slice(None)
-        sizes = [sum(counts.pairs(c).send) for c in chunks] + [counts.own_pairs(c) for c in chunks]
+        sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
-        received = _pieces(arrived, [[counts.pairs(c).receive[r] for c in chunks] for r in self._ranks])
+        received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
         pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
         return pairs, [each.to(torch.int64) for each in indices]
-
-    def _own_pairs(self, pair_P: Tensor, token_P: Tensor, counts: _Counts) -> OwnPairs:
-        """The own rank's pairs where they are computed apart, else none."""
-        if not self.own_apart:
-            return OwnPairs(pair_P[:0], token_P[:0], ())
-        return OwnPairs(pair_P, token_P, tuple(counts.sent[self.wire.rank][0][1:]))
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
         """Tokens of the remote rows of each chunk, then of the own rows of each, counted from the chunk's first."""
-        remote = [sum(counts.rows(chunk).send) for chunk in range(self.chunks)]
-        own = [counts.own_rows(chunk) for chunk in range(self.chunks)]
+        remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
         first = row_counts.cumsum(0) - row_counts
         tokens = token_P.new_empty(sum(remote) + sum(own))
         if self.chunks > 1:
@@ -325,9 +335,3 @@ def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]
     """`items` cut by two levels of sizes."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]
-
-
-def _table(values: list[int], sizes: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-    """The same for a list."""
-    cut = iter(values)
-    return [[[next(cut) for _ in range(size)] for size in row] for row in sizes]
