@@ -27,7 +27,7 @@ class Pending:
     """An all-to-all that was issued. Until it has been waited for, its items must not change and its result is undefined.
 
     Attributes:
-        layer, name: Which layer issued it, and what it carries.
+        layer, name: The layer that issued it, and the name of its content.
         splits: Its sizes.
     """
 
@@ -52,7 +52,7 @@ class Pending:
         self._waited = False
 
     def issue(self, items: Tensor, group: dist.ProcessGroup) -> None:
-        """Starts the collective; the wire calls it once."""
+        """Starts the collective. `AllToAll` calls it once."""
         self._items = items
         with self._comm_stats.timed_call(items.device), self._tracked():
             self._work = dist.all_to_all_single(
@@ -60,7 +60,7 @@ class Pending:
             )
 
     def wait(self) -> Tensor:
-        """What arrived, [sum(receive), ...]. Blocks the stream, not the host (on gloo the host). Once a call."""
+        """The items received, [sum(receive), ...]. Blocks the stream, not the host (on gloo the host). Call it once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
@@ -71,8 +71,8 @@ class Pending:
         return self._received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """For the watchdog: in the call too, since a first call may have to meet its peers. While only the device is at
-        work the rank itself is in no collective."""
+        """Notes the collective for the watchdog, around the call (a first call may wait for its peers) and around the wait.
+        Between the two the rank itself is in no collective."""
         return track_collective(
             self._tracker,
             self.name,
@@ -84,10 +84,10 @@ class Pending:
 
 
 class AllToAll:
-    """One process group as a wire. Without a group it is the identity wire of a single rank: the same calls, no traffic.
+    """All-to-all over one process group. Without a group it is the identity on a single rank: the same calls, no bytes.
 
     Args:
-        tracker: Where its collectives are noted, for the watchdog.
+        tracker: Notes its collectives for the watchdog.
         between_nodes: Its ranks are on different nodes; its payload is counted apart as well.
     """
 
@@ -122,7 +122,7 @@ class AllToAll:
         included: nothing is skipped on empty splits, since a peer may have something to send.
 
         Args:
-            name, layer: What is carried, and for which layer: for records, and for a report of what hangs.
+            name, layer: Name of the content and of the layer, for records and for the report of a hang.
             payload: Rows, in contrast to metadata.
             out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
         """
@@ -139,7 +139,7 @@ class AllToAll:
         return pending
 
     def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False) -> Tensor:
-        """`start`, and wait for it: returns what arrived, [sum(receive), ...]."""
+        """`start` and `wait`: the items received, [sum(receive), ...]."""
         return self.start(items, splits, name=name, layer=layer, payload=payload).wait()
 
 

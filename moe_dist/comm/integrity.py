@@ -1,14 +1,14 @@
-"""A wire that checks each exchange: a debug switch that finds rows lost, doubled, swapped or changed on the way.
+"""An all-to-all that checks each exchange: a debug switch that finds rows lost, doubled, swapped or changed in transit.
 
 Beside each exchange go two of metadata, in the same order on every rank:
 
-    before it   three integers a pair of ranks: how many rows come, of how many bytes, and in which call. What does not
-                agree with what the receiver is about to take is an error before the exchange, not a hang in it.
-    after it    one checksum a row. The receiver computes them again from what arrived.
+    before it   three integers a pair of ranks: the number of rows, their bytes, and the call. If they differ from the
+                receiver's own, that is an error before the exchange, not a hang in it.
+    after it    one checksum a row. The receiver computes it again from the row received.
 
 A row's checksum is an exact integer: the sum of its 32-bit words times odd weights of 15 bits, so that any changed word
-changes it, then, mod 2^61 - 1, a term of the row's position, source and destination. What is lost, doubled or swapped so
-shows as rows whose checksums are those of other positions. Shape letters: N rows, B bytes of a row, W words.
+changes it, then, mod 2^61 - 1, a term of the row's position, source and destination. A lost, doubled or swapped row
+then shows the checksum of another position. Shape letters: N rows, B bytes of a row, W words.
 
 The rank that finds a fault raises, and enters no other collective: its end closes the connections, and the launcher ends
 the peers. There is no vote, since after a damaged exchange no collective can be trusted either.
@@ -62,10 +62,10 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 
 
 class CheckedAllToAll(AllToAll):
-    """A wire with the same calls, on top of another that carries the rows.
+    """The same calls as `AllToAll`, on top of another that carries the rows.
 
-    Costs two more exchanges of metadata, two host syncs and some passes over the rows each; the exchange itself, its order
-    and its bits stay what they are.
+    Each exchange costs two more exchanges of metadata, two host syncs and some passes over the rows. The exchange itself,
+    its order and its bits do not change.
     """
 
     def __init__(self, transport: AllToAll) -> None:
@@ -98,7 +98,7 @@ class CheckedAllToAll(AllToAll):
         return _Checked(self, rows, checks)
 
     def _announce(self, items: Tensor, splits: Splits, *, name: str, layer: str) -> None:
-        """Holds the ranks' sizes and calls against each other. A host sync."""
+        """Compares the ranks' sizes and calls. A host sync."""
         tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
         mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
         one_each = Splits((1,) * self.size, (1,) * self.size)
@@ -115,7 +115,7 @@ class CheckedAllToAll(AllToAll):
                 )
 
     def verify(self, received: Tensor, checks: Tensor, rows: Pending) -> None:
-        """Holds what arrived against the checksums that came with it. A host sync.
+        """Compares the rows received with their checksums. A host sync.
 
         Raises:
             IntegrityError: names layer, ranks, and the first rows that differ.
@@ -131,7 +131,7 @@ class CheckedAllToAll(AllToAll):
             part = slice(at, at + count)
             at += count
             if wrong[part].any():
-                problem = _fault(wrong[part], content[part], sent[part])
+                problem = _damage(wrong[part], content[part], sent[part])
                 raise IntegrityError(f"{self._where(rows.name, rows.layer, source)}: {problem}")
 
     def _where(self, name: str, layer: str, source: int) -> str:
@@ -153,15 +153,15 @@ class _Checked(Pending):
         return received
 
 
-def _fault(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
-    """What is wrong with the rows of one source, in words. `sent` and `content`: checksums without place, as they were sent
-    and as they arrived."""
+def _damage(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
+    """Describes the damage to the rows of one source. `sent` and `content`: checksums without place, at the sender and at
+    the receiver."""
     rows = wrong.nonzero().flatten().tolist()
     came_from = {value: index for index, value in enumerate(sent.tolist())}
     arrived = content.tolist()
-    told = []
+    damages = []
     for row in rows[:4]:
         origin = came_from.get(arrived[row])
-        told.append(f"row {row} " + ("was changed" if origin is None else f"holds what was sent as row {origin}"))
+        damages.append(f"row {row} " + ("was changed" if origin is None else f"holds what was sent as row {origin}"))
     more = f"; {len(rows)} of {len(wrong)} rows differ" if len(rows) > 4 else ""
-    return ", ".join(told) + more
+    return ", ".join(damages) + more

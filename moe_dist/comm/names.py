@@ -1,6 +1,6 @@
 """Names of the collectives: in events, in the byte counts, and in reports of a rank that hangs.
 
-The dispatchers put a hop (`INTER`, `INTRA`) before a name, and BACKWARD and the number of a chunk behind it.
+The dispatchers put a hop (`INTER`, `INTRA`) before a name, and BACKWARD and the number of a chunk after it.
 """
 
 COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata, in `plan`

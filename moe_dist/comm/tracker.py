@@ -52,8 +52,8 @@ class CollectiveTracker:
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Around work in which collectives are called that nobody notes, as FSDP2's: then a rank that has been in none of
-        the noted ones, and has left none, for too long, is in one of those."""
+        """Encloses work that calls collectives which are not noted, such as FSDP2's. A rank that has neither entered nor
+        left a noted collective for too long is then reported to be in one of those."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:
@@ -92,7 +92,7 @@ class CollectiveTracker:
                 self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
-        """The first collective that has not finished; None where the rank is in none, and in no work among such."""
+        """The first collective that has not finished; None where the rank is in none, nor inside `among`."""
         with self._lock:
             for entered, (_, finished) in list(self._unfinished.items()):
                 if finished is not None and finished():
@@ -112,7 +112,7 @@ def track_collective(
     send: Sequence[int] = (),
     receive: Sequence[int] = (),
 ) -> AbstractContextManager[None]:
-    """`tracker.inside(...)`; without a watch nothing is noted."""
+    """`tracker.inside(...)`; without a tracker nothing is noted."""
     if tracker is None:
         return nullcontext()
     return tracker.inside(collective, device=device, layer=layer, send=send, receive=receive)

@@ -9,20 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from moe_dist.moe.reference.expert_choice import choice_of_training
+from moe_dist.placement.placement import ExpertGroup
+
 Block = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
-def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, sets: Sequence[Sequence[int]]) -> set[int]:
-    """The tokens that are taken: of each set the best ceil(c n) of its n real tokens, earlier ones first among equals."""
-    taken: set[int] = set()
-    for members in sets:
-        competing = [token for token in members if real[token]]
-        wanted = 0
-        while wanted < capacity * len(competing) - 1e-9:
-            wanted += 1
-        competing.sort(key=lambda token: (-scores[token], token))
-        taken |= set(competing[:wanted])
-    return taken
+def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scopes: Sequence[Sequence[int]]) -> set[int]:
+    """The tokens taken: of each scope the best ceil(c n) of its n real tokens, earlier ones first among equals. It is
+    expert choice with one expert."""
+    one = ExpertGroup("all", 1, 0, 1, 1, 0, ("text",))
+    groups = [0 if each else -1 for each in real]
+    return {token for token, _ in choice_of_training([[score] for score in scores], groups, [one], [capacity], scopes)}
 
 
 def depth_forward(

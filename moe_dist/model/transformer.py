@@ -138,10 +138,10 @@ class Transformer(nn.Module):
             positions_BS: int64 position inside the document.
             documents_BS: Document of each token; tokens see earlier tokens of their own document only.
             group_BS: int64 expert group of each token, -1 for padding.
-            batch_info: What is known of a training micro-batch beforehand, for routers that ask for it; those of a layer that
-                computes a share of the tokens get none, since it is not known which.
-            probe_tokens_A: int64 indices into the B x S tokens whose routing softmax the reports are to have (`prob_AC`); layers
-                that compute a share of the tokens report none.
+            batch_info: For routers that need to know the micro-batch on all ranks; None for routers of a layer that
+                computes a share of the tokens, since it is not known beforehand which.
+            probe_tokens_A: int64 indices into the B x S tokens whose routing softmax the reports are to have (`prob_AC`);
+                layers that compute a share of the tokens report none.
         """
         mask = make_mask(documents_BS)
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -243,7 +243,7 @@ class Transformer(nn.Module):
         batch_info: GlobalBatchInfo | None = None,
         probe_tokens_A: Tensor | None = None,
     ) -> tuple[Tensor, LayerReport | None]:
-        """What a layer's experts, or its dense FFN, add; and the report of its experts."""
+        """Output of a layer's experts, or of its dense FFN, and the report of its experts."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
         y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), batch_info, probe_tokens_A)

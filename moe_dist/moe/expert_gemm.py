@@ -3,7 +3,8 @@
     swiglu(x_QD, gate, up, down, counts)  ->  y_QD
 
 gate, up [e, F, D] and down [e, D, F] are in the dtype of x; counts, on the host, are each expert's rows, in order. Rows of
-x beyond their sum are nobody's: they have no output and a zero gradient. An expert without rows gets a zero gradient, not
+x beyond their sum belong to no expert: they have no output and a zero gradient. An expert without rows gets a zero
+    gradient, not
 None.
 
 What `torch.nn.functional.grouped_mm` of torch 2.13 takes, found by running it on CPU: fp32, bf16 and fp16, in a loop in
@@ -50,7 +51,7 @@ def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts:
     On CUDA the offsets are copied from the host, a few bytes that are queued and not waited for.
     """
     if not sum(counts):
-        return loop_swiglu(x_QD, gate, up, down, counts)  # no kernel is asked what it makes of no row at all
+        return loop_swiglu(x_QD, gate, up, down, counts)  # kernels are not called without a row
     x_QD = x_QD[: sum(counts)]
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(x_QD.device, non_blocking=True)
     empty = [expert for expert, count in enumerate(counts) if not count]

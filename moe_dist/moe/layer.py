@@ -32,7 +32,7 @@ class MoELayer(nn.Module):
         free: Identity and constant experts, where a group has any.
         recompute: `none`; `experts` recomputes the FFN between the exchanges (repeats no exchange); `block` recomputes the
             whole layer (repeats the dispatch exchange; the routing, its counts and ids are kept).
-        name: Name of the layer in reports of what hangs or was damaged.
+        name: Name of the layer in reports of a hang or of damage.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
-        `batch_info` is for routers that need to know the micro-batch on all ranks; the report has the routing softmax of the
-        tokens `probe_tokens_A` (int64). With `experts_off` set the experts' output is zero, and all else, collectives
+        `batch_info` is for routers that need to know the micro-batch on all ranks; the report has the routing softmax of
+        the tokens `probe_tokens_A` (int64). With `experts_off` set the experts' output is zero, and all else, collectives
         included, is computed as usual.
         """
         cache = RoutingCache(batch_info=batch_info, probe_tokens_A=probe_tokens_A)

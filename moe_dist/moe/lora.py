@@ -147,7 +147,7 @@ class LoRAExperts(nn.Module):
 
 class LoRALayer(nn.Module):
     """y = ffn'(norm(x)), the frozen FFN with each token's LoRA experts; the caller adds the residual. Stands where an
-    `MoELayer` would, with the same report: nothing crosses the wire.
+    `MoELayer` would, with the same report, and exchanges nothing.
 
     Args:
         norm: Of the base, frozen.
@@ -175,7 +175,7 @@ class LoRALayer(nn.Module):
         self.norm, self.router, self.ffn, self.adapters = norm, router, ffn, adapters
         self.recompute: Recompute = recompute
         self.experts_off = False
-        self._seed, self._layer, self._traffic = seed, layer, comm_stats or CommStats()
+        self._seed, self._layer, self._comm_stats = seed, layer, comm_stats or CommStats()
 
     def forward(
         self, x_TD: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None = None, probe_tokens_A: Tensor | None = None
@@ -194,7 +194,7 @@ class LoRALayer(nn.Module):
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums, _, prob_AC = self.router(h_TD, group_T, cache)
-        plan: Any = cache.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._traffic)
+        plan: Any = cache.plan or LoRAPlan.of(assignments, len(sums.dropped_E), self._comm_stats)
         cache.plan = plan
         weight_N = assignments.weight_N
         if self.recompute == "experts" and torch.is_grad_enabled():

@@ -1,9 +1,9 @@
-"""The types at the heart: what a router hands to the dispatcher, and what a layer reports.
+"""The types between router, dispatcher and training step: assignments, sums, reports.
 
 Shape letters: T tokens on this rank, D hidden size, E true experts (logical, over all groups), K choices a token,
-N (token, expert) pairs, G groups, W ranks, A tokens whose routing is asked for, F zero-computation columns (identity and constant
-experts), C choice columns: the E true
-experts, then each group's null experts, each group's identity experts, each group's constant experts.
+N (token, expert) pairs, G groups, W ranks, A probe tokens, F zero-computation columns (identity
+and constant experts), C choice columns: the E true experts, then each group's null experts, each group's identity experts,
+each group's constant experts.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class Assignments(NamedTuple):
 
 
 class ChoiceSums(NamedTuple):
-    """What expert choice counts on top, without gradient: local sums of one layer, float64.
+    """Further counts of expert choice, without gradient: local sums of one layer, float64.
 
     Attributes:
         kth_score_E: The k-th largest score of each expert in its selection scope, times this rank's tokens of its group.
@@ -59,7 +59,7 @@ class ChoiceSums(NamedTuple):
 
 
 class RouterSums(NamedTuple):
-    """Local sums over this rank's routed tokens: what balance losses and monitoring are made of.
+    """Local sums over this rank's routed tokens: for balance losses and monitoring.
 
     Attributes:
         choices_C: int64, how often each column was chosen, before any capacity.
@@ -84,14 +84,14 @@ class RouterSums(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a router returns for T tokens.
+    """Result of a router for T tokens.
 
     Attributes:
         assignments: The pairs, for the dispatcher.
         sums: Local sums, for losses and monitoring.
-        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 where it was not chosen: evaluated where
-            the token is, never a pair. None where no group has zero-computation experts.
-        prob_AC: The softmax of the tokens that were asked for (`RoutingCache.probe_tokens_A`) over all columns of their group, 0 in
+        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 where it was not chosen:
+            evaluated where the token is, never a pair. None where no group has zero-computation experts.
+        prob_AC: The softmax of the probe tokens (`RoutingCache.probe_tokens_A`) over all columns of their group, 0 in
             the others; fp32 with gradient. None where none was.
     """
 
@@ -122,15 +122,15 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """What an MoE layer returns beside its output, by value; a NamedTuple, so that FSDP2's hooks see its tensors.
+    """Report of an MoE layer beside its output, by value; a NamedTuple, so that FSDP2's hooks see its tensors.
 
     Attributes:
         sums: The router's local sums.
         rows_remote: Distinct (token, other rank) rows this rank sent forward.
         pairs: (token, expert) pairs this rank's tokens took.
         pairs_remote: Those whose expert lives on another rank.
-        depth: Of the whole block, where it computes a share of the tokens alone.
-        members_G: int64, there: this rank's tokens of each group, those that pass the block by among them.
+        depth: Sums of the whole block, where it computes a share of the tokens.
+        members_G: int64, of such a block: this rank's tokens of each group, skipped tokens among them.
         prob_AC: As in `Routing`.
     """
 
@@ -145,7 +145,7 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """What is known of a training micro-batch on all ranks before any layer runs: plain numbers, known on the host.
+    """A training micro-batch on all ranks as known before any layer runs: plain numbers on the host.
 
     Attributes:
         step: Optimizer step, 0-based; names the step's random draws.
@@ -167,13 +167,13 @@ class GlobalBatchInfo:
 
 
 class ExpertsChoice(NamedTuple):
-    """What the experts took, without gradient; kept under recompute.
+    """The tokens that experts, or a layer, take. Without gradient; kept under recompute.
 
     Attributes:
         taken_TE: bool, which of this rank's tokens each expert takes.
-        order_TE: int64, this rank's tokens by falling logit of each expert; only where the set is one rank.
-        kth_score_E: Score of the last token that an expert takes (the k-th largest of the set, noise left out); 0 where it takes
-            all tokens of its group by its capacity, or where the group has none.
+        order_TE: int64, this rank's tokens by falling logit of each expert; only where the scope is one rank.
+        kth_score_E: Score of the last token that an expert takes (the k-th largest of the scope, noise left out); 0 where
+            it takes none, and for an expert that takes all tokens of its group by its capacity.
     """
 
     taken_TE: Tensor
@@ -183,7 +183,7 @@ class ExpertsChoice(NamedTuple):
 
 @dataclass
 class RoutingCache:
-    """The discrete decisions of one layer's forward, kept for its recomputation, and what was known and asked before it.
+    """The discrete decisions of one layer's forward, kept for its recomputation, and the inputs of the routing.
 
     Under recompute the routing is saved, never recomputed: bits of a second forward may differ, and another choice would
     change split sizes on one rank alone. Filled by the first forward, read by the second.

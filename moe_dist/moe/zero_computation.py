@@ -44,7 +44,8 @@ class ZeroComputationExperts(nn.Module):
                 self.add_module(group_module(group.name), ConstantStack(hidden_dim, group.num_constant))
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
-        """Weighted sum of the zero-computation experts, [T, D] in the dtype of `h_TD`, summed in the weights' dtype and rounded once.
+        """Weighted sum of the zero-computation experts, [T, D] in the dtype of `h_TD`, summed in the weights' dtype and
+        rounded once.
 
         As they are all x times a number plus vectors, it is one product with x and one with the stacked vectors.
         """

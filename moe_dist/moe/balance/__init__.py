@@ -1,1 +1,1 @@
-"""Controllers of the routers' selection biases, one rule a file: what steers the load without a gradient."""
+"""Controllers of the routers' selection biases, one rule a file: they steer the load without a gradient."""

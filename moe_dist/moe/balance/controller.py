@@ -1,6 +1,7 @@
 """Selection biases that follow the load: after each optimizer step, by rules that see the step's counts over all ranks.
 
-A bias moves choices only: no weight, no logit and no gradient sees it. Only those of true experts move; null and zero-computation
+A bias moves choices only: no weight, no logit and no gradient sees it. Only those of true experts move; null and
+    zero-computation
 columns stay where they are, so that a common shift of the true ones changes how many of them a token takes.
 Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
 """

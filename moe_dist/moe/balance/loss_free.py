@@ -2,9 +2,9 @@
 
     b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
 
-Where a group has null or zero-computation columns, the mean of the signs is taken off: the rule then says nothing about how many true
-experts a token takes, which is another controller's part. Without such columns a common shift changes no choice, and the
-published rule is kept as it is.
+Where a group has null or zero-computation columns, the mean of the signs is taken off: the rule then says nothing about how
+many true experts a token takes, which is another controller's part. Without such columns a common shift changes no choice,
+and the published rule is kept as it is.
 """
 
 import torch

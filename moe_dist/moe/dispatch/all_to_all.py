@@ -17,17 +17,14 @@ counts for). Nothing is kept for backward but the plan: 8 bytes for each taken p
 and O and, twice, for each pair in Q.
 """
 
-from torch import Tensor
-
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange
-from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
+from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.planning import Planner
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 
-class AllToAllDispatcher(TwoStepDispatcher[AllToAllPlan]):
+class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
     """Dispatch and combine over one EP group; without a group the same code on the identity all-to-all.
 
     Args:
@@ -49,11 +46,3 @@ class AllToAllDispatcher(TwoStepDispatcher[AllToAllPlan]):
         """
         (plan,), _ = self.planner.plan(assignments, num_tokens, layer)
         return plan
-
-    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: AllToAllPlan) -> DispatchedRows:
-        """As `TwoStepDispatcher`."""
-        return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan))
-
-    def combine(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
-        """As `TwoStepDispatcher`."""
-        return self.exchange.combine(rows_RD, plan)

@@ -15,7 +15,7 @@ O own rows, R = O + rows received, Q pairs received (own, then remote).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
+from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
 from moe_dist.moe.dispatch.rows import add_rows
 from moe_dist.moe.routing import accumulation_dtype
 
@@ -83,6 +84,9 @@ class AllToAllPlan(ExchangePlan):
     slot_counts: tuple[int, ...]
 
 
+A = TypeVar("A", bound=AllToAllPlan)
+
+
 class Exchange:
     """Rows over one process group.
 
@@ -119,6 +123,20 @@ class Exchange:
             payload=out is not None,
             out=out,
         )
+
+
+class ExchangeDispatcher(TwoStepDispatcher[A]):
+    """A dispatcher of one exchange each way, whatever makes its plans. Subclasses set `exchange`."""
+
+    exchange: Exchange
+
+    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: A) -> DispatchedRows:
+        """As `TwoStepDispatcher`."""
+        return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan))
+
+    def combine(self, rows_RD: Tensor, plan: A) -> Tensor:
+        """As `TwoStepDispatcher`."""
+        return self.exchange.combine(rows_RD, plan)
 
 
 class DispatchSend:

@@ -32,7 +32,7 @@ _LOCAL_MAP = 4  # place in HybridEP's handle: which of the own slots each row th
 def routing_map_of(
     assignments: Assignments, num_tokens: int, number_of_expert_E: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    """HybridEP's map [T, X], bool, and where each pair stands in it, [N]; absent pairs stand behind its end."""
+    """HybridEP's map [T, X], bool, and each pair's index in it, [N]; absent pairs have the index after its end."""
     end = num_tokens * num_slots
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
     cell_N = torch.where(assignments.expert_N == ABSENT, end, assignments.token_N * num_slots + number_N)

@@ -1,11 +1,11 @@
-"""What the adaptors to DeepEP's and HybridEP's kernels share: numbers of experts, one plan, one pair of autograd nodes.
+"""Base of the adaptors to DeepEP's and HybridEP's kernels: numbers of experts, the plan, the autograd nodes.
 
-Contract and results are those of `all_to_all`: one row for each (token, destination rank), weighted and summed there, and
-the kernels' combine adds the ranks' rows without weights. What differs: rows for the own rank pass through the kernels'
+Contract and results equal those of `all_to_all`: one row for each (token, destination rank), weighted and summed there, and
+the kernels' combine adds the ranks' rows without weights. The differences: rows for the own rank pass through the kernels'
 buffer too; rows are bf16 and weights fp32; the receive buffer is the kernels', so that `max_receive_rows` cannot be checked
-before it. The kernels tell what arrived with the first dispatch; combine, backward and recompute reuse its handle.
+before it. The first dispatch returns a handle, which combine, backward and recompute reuse.
 
-An adaptor says how assignments and weights look to its kernels, and makes three calls of its buffer.
+An adaptor converts assignments and weights to its kernels' format, and makes three calls of its buffer.
 Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here (by source rank, then by token), Q pairs
 computed here, X weights of a token as sent, Y weights of a row as received: one for each slot or choice.
 """
@@ -49,7 +49,7 @@ class SlotNumbers:
 
 @dataclass(frozen=True)
 class SentCounts:
-    """Rows of this rank's tokens to itself and to other ranks; their pairs, and those of other ranks' experts."""
+    """Of this rank's tokens: rows to itself, rows to other ranks, pairs, and pairs with other ranks' experts."""
 
     own_rows: int
     remote_rows: int
@@ -59,7 +59,7 @@ class SentCounts:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What the kernels tell with the first dispatch.
+    """Result of the first dispatch, without its rows.
 
     Attributes:
         handle: The kernels' own; combine and repeated dispatches take it.
@@ -77,7 +77,7 @@ class Arrival:
 
 @dataclass
 class KernelPlan:
-    """Who goes where, for one layer and micro-batch. The first dispatch fills in what only the kernels know."""
+    """Who goes where, for one layer and micro-batch. The first dispatch completes it."""
 
     layer: str
     _counts: SentCounts | None = None
@@ -89,19 +89,19 @@ class KernelPlan:
         return self._arrival is not None
 
     def settle(self, arrival: Arrival, counts: SentCounts | None = None) -> None:
-        """Takes what the first dispatch tells."""
+        """Completes the plan with the result of the first dispatch."""
         self._arrival, self._counts = arrival, counts or self._counts
 
     @property
     def arrival(self) -> Arrival:
         if self._arrival is None:
-            raise AssertionError("the kernels tell what a rank computes when rows arrive: call dispatch first")
+            raise AssertionError("a rank's pairs are known when rows have arrived: call dispatch first")
         return self._arrival
 
     @property
     def counts(self) -> SentCounts:
         if self._counts is None:
-            raise AssertionError("the kernels tell what a rank sends when rows arrive: call dispatch first")
+            raise AssertionError("a rank's counts are known when rows have arrived: call dispatch first")
         return self._counts
 
     @property
@@ -177,11 +177,11 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def settle(self, received: tuple[Any, ...], plan: K) -> Tensor:
-        """Settles the plan by what `first_dispatch` returned; the rows [R, D]."""
+        """Completes the plan with the result of `first_dispatch`; returns the rows [R, D]."""
 
     @abstractmethod
     def dispatch_again(self, rows_TD: Tensor, plan: K) -> Tensor:
-        """The kernels' dispatch by the handle of a settled plan; carries no weights."""
+        """The kernels' dispatch by the handle of a complete plan; carries no weights."""
 
     @abstractmethod
     def reduce(self, rows_RD: Tensor, plan: K, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
@@ -189,10 +189,10 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
-        """Bytes of one row's weights, and of what goes with them."""
+        """Bytes of one row's weights, and of ids that are sent with them."""
 
     def send(self, rows_TD: Tensor, plan: K, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """Rows to their experts' ranks; with weights where the plan is still to be settled."""
+        """Rows to their experts' ranks; with weights where the plan is not complete yet."""
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_TD.device, layer=plan.layer):
             if weight_TX is None:
                 rows_RD, received = self.dispatch_again(rows_TD, plan), None
@@ -211,7 +211,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
             return self.reduce(rows_RD, plan, weight_RY)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
-        """Bytes handed to the kernels for other ranks; what their protocol adds is not known here."""
+        """Bytes handed to the kernels for other ranks; the bytes that their protocol adds are not known here."""
         comm_stats = self.wire.comm_stats
         comm_stats.count(f"{self.LIBRARY} {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weight_bytes:

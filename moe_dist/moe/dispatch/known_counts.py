@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
 from moe_dist.errors import PlacementError
-from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange
+from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import check_receive_rows
 from moe_dist.moe.routing import Assignments
@@ -49,7 +49,7 @@ class _Order:
     slot_counts: tuple[int, ...]
 
 
-class KnownCountsDispatcher(TwoStepDispatcher[KnownCountsPlan]):
+class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
     """Dispatch and combine over one EP group; without a group the same code on the identity all-to-all.
 
     Args:
@@ -74,9 +74,9 @@ class KnownCountsDispatcher(TwoStepDispatcher[KnownCountsPlan]):
         counts = assignments.counts_WE
         if counts is None:
             raise PlacementError(
-                "parallel.dispatch.kind=known_counts needs the number of pairs of each rank and expert beforehand, which this "
-                "router's choices do not fix (token choice never does); take parallel.dispatch.kind=all_to_all, or a router "
-                "whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
+                "parallel.dispatch.kind=known_counts needs the number of pairs of each rank and expert beforehand, which "
+                "this router's choices do not fix (token choice never does); take parallel.dispatch.kind=all_to_all, or a "
+                "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)
@@ -98,14 +98,6 @@ class KnownCountsDispatcher(TwoStepDispatcher[KnownCountsPlan]):
             row_of_pair_Q=order.order_Q,
             slot_counts=order.slot_counts,
         )
-
-    def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: KnownCountsPlan) -> DispatchedRows:
-        """As `TwoStepDispatcher`."""
-        return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan))
-
-    def combine(self, rows_RD: Tensor, plan: KnownCountsPlan) -> Tensor:
-        """As `TwoStepDispatcher`."""
-        return self.exchange.combine(rows_RD, plan)
 
     def _check(self, counts: Counts, num_pairs: int) -> None:
         size, own = self.wire.size, self.wire.rank

@@ -1,4 +1,4 @@
-"""What the dispatch sent, and what others would have sent for the same choices. Counts of one rank, forward.
+"""Rows that dispatch sent, and rows that other methods would have sent for the same choices. Counts of one rank, forward.
 
 Measured from the plans: `rows_remote`, `pairs`, `pairs_remote`. The others are closed forms of this rank's own counts, with
 a choice spread evenly over its group's experts, so that a share 1 - own/n of them leaves the rank:
@@ -46,7 +46,7 @@ def compare(
     """The ledger of one rank without its byte counts, from its local sums over layers and micro-batches.
 
     Args:
-        true_choices_G: True experts taken by this rank's tokens, by group; without what a capacity dropped.
+        true_choices_G: True experts taken by this rank's tokens, by group; without choices that a capacity dropped.
         null_choices_G: Their null choices, by group.
         tokens_G: This rank's routed tokens, by group.
         rows_remote, pairs, pairs_remote: Sums of the layers' reports.
@@ -74,7 +74,7 @@ def expected_copies(num_experts: int, top_k: int, parts: int, *, num_null: int =
 
     Under uniform routing over n + m columns without replacement a part of n / P experts is missed with probability
     C(n + m - n / P, k) / C(n + m, k), so P (1 - that). With m = 0 it is the hypergeometric form that HierMoE-style
-    deduplication is measured by: what one row for each rank or node saves over one row for each expert, before locality.
+    deduplication is measured by: the saving of one row for each rank or node over one row for each expert, before locality.
     """
     columns = num_experts + num_null
     return parts * (1.0 - comb(columns - num_experts // parts, top_k) / comb(columns, top_k))

@@ -101,7 +101,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         shared: RunShared | None = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `Dispatcher.run`. `experts` is called for each chunk, in order, and for the own pairs first where they are apart.
+        """As `Dispatcher.run`. `experts` is called for each chunk, in order, and for the own pairs first where they are
+        apart.
 
         With `repeated`, combine is skipped and y is filled with NaN, so that any accidental use shows.
         """
@@ -131,7 +132,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
 
 class _Flight:
-    """One chunk's exchanges in flight: what its nodes hand each other outside of the graph, and no longer than needed."""
+    """One chunk's exchanges in flight, handed from one autograd node to the next outside of the graph."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
         self.plan, self.exchange, self.repeated = plan, exchange, repeated
@@ -177,7 +178,7 @@ class _StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """The identity, behind a dispatch: backward passes only when all that was computed from it has its gradients."""
+    """The identity, after StartDispatch: its backward runs when all that was computed from it has its gradients."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:

@@ -1,6 +1,6 @@
 """From assignments to plans: who sends which rows where, by counting, with one host sync whatever the number of chunks.
 
-Tokens are cut into `chunks` ranges of equal length. Pairs are ordered by (chunk, rank, slot) with the own rank's behind
+Tokens are cut into `chunks` ranges of equal length. Pairs are ordered by (chunk, rank, slot) with the own rank's after
 all others, rows by (chunk, rank, token) likewise. A rank's slots come in order, so received pairs are grouped by slot
 already and no sort by token is needed. A pair is sent as the index of its row among the rows its rank gets; its slot
 follows from the counts.
@@ -60,7 +60,7 @@ class _Tables:
     Attributes:
         place_E: Position of each expert's rank: the others in order, then the own rank.
         bin_E: Position of each expert by (place, slot).
-        message_M: Where each count to be sent stands in [row counts, pair counts], for each rank in turn.
+        message_M: Index into [row counts, pair counts] of each count to be sent, rank by rank.
         holder_H: The own rank, then the others in order.
     """
 
@@ -90,7 +90,8 @@ class ExchangeSizes:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Sizes of each chunk's exchange, and pairs of each of this rank's slots: in the chunks, and the own rank's in chunk 0."""
+    """Sizes of each chunk's exchange, and pairs of each of this rank's slots: in the chunks, and the own rank's in chunk
+    0."""
 
     sizes: list[ExchangeSizes]
     slot_counts: list[tuple[int, ...]]
@@ -118,10 +119,10 @@ class Planner:
 
     Args:
         placement: Which expert lives on which rank of the EP group.
-        wire: The EP group's wire; its size must be the placement's number of ranks.
+        wire: The EP group's all-to-all; its size must be the placement's number of ranks.
         max_receive_rows: Bound of the rows that arrive in one layer; None for none.
         chunks: Ranges that the tokens are cut into.
-        own_apart: Leaves the own rank's pairs out of the ranges: they are computed apart, all together.
+        own_apart: Leaves the own rank's pairs out of the ranges, to be computed apart, all at once.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Planner:
         self._tables_on = cache(self._make_tables)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """Tokens of each range: equal ones, and what is left (perhaps nothing) in the last ones."""
+        """Tokens of each range: equal numbers, and the rest (perhaps none) in the last ranges."""
         length = self._chunk_length(num_tokens)
         return tuple(max(0, min(num_tokens - chunk * length, length)) for chunk in range(self.chunks))
 

@@ -98,7 +98,8 @@ def moe_forward(
     capacity: tuple[float, str] | None = None,
     choice_sets: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """y_TD of the routed and zero-computation experts (no norm, no shared expert); zero for padding and for tokens without an expert.
+    """y_TD of the routed and zero-computation experts (no norm, no shared expert); zero for padding and for tokens without
+    an expert.
 
     Args:
         capacity: Factor and what is dropped (`probability`, `position`), or None.

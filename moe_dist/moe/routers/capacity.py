@@ -1,6 +1,7 @@
-"""Capacity: at most so many pairs an expert, and which pairs go. A choice over sets, with no shape that depends on data.
+"""Capacity: a bound of the pairs that an expert takes, and the choice of the pairs that are dropped.
 
-The selection scope is one rank's micro-batch. A dropped pair becomes absent: nothing of it is on any wire, nothing is padded.
+The selection scope is one rank's micro-batch. A dropped pair becomes absent: it is neither sent
+nor padded. No shape depends on data.
 Shape letters: N (token, expert) pairs in token order, E true experts.
 """
 
@@ -20,9 +21,10 @@ class Capacity:
     """How many pairs an expert takes, and which ones it loses.
 
     Attributes:
-        factor: An expert takes at most ceil(factor * k T / columns) pairs of the T tokens of its group in the selection scope,
-            columns being the group's true, null, identity and constant experts: factor 1 is the even share.
-        drop: The pairs of least probability go first, or those of the last tokens. Ties go to the earlier token.
+        factor: An expert takes at most ceil(factor * k T / columns) pairs of the T tokens of its group in the selection
+            scope, columns being the group's true, null, identity and constant experts: factor 1 is the even share.
+        drop: The pairs of least probability are dropped first, or the pairs of the last tokens. Ties go to the earlier
+            token.
         scope: The selection scope; `rank` is one rank's micro-batch.
     """
 

@@ -12,7 +12,7 @@ def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
 
 
 def uneven_twins(num_experts: int, num_null: int) -> str | None:
-    """Why so many null rows cannot be copies; None where they can."""
+    """Why null rows of this number cannot be copies of the true rows; None where they can."""
     if num_null % num_experts == 0:
         return None
     return (

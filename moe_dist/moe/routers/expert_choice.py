@@ -49,10 +49,11 @@ STATISTICS = 2  # rows of `ChoiceGate.statistics`: running mean of the k-th larg
 
 
 class ChoiceGate(GroupGate):
-    """Router rows of one group, `true` [n, D], and what is learned of its choices.
+    """Router rows of one group, `true` [n, D], and thresholds that follow its choices.
 
-    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers, since no gradient moves them; they
-    are the same on all ranks and saved with the weights. `auxiliary` is there where evaluation is by auxiliary routers.
+    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers, since no gradient moves
+    them; they are the same on all ranks and saved with the weights. `auxiliary` is there where evaluation is by auxiliary
+    routers.
     """
 
     threshold: Tensor
@@ -77,12 +78,12 @@ class ExpertChoiceRouter(ChoosingRouter):
         groups: All groups, in logical order, without null or zero-computation experts.
         capacity: c, the share of its group's tokens that each expert takes; None for each group's own (`ExpertGroup`).
         noise: Scale of the noise on the logits in training, as Gumbel-sigmoid adds it; 1 is MoMa's, 0 none.
-        causal: How tokens are routed in evaluation; None refuses to.
-        threshold_decay: Of the running means behind the thresholds.
+        causal: How tokens are routed in evaluation; with None evaluation is an error.
+        threshold_decay: Of the running means that make the thresholds.
         selection_scope: Whose tokens compete.
         seed, layer: Name the noise, with the step, token and expert.
-        known_counts: Hand out the number of pairs of all ranks, where it is known beforehand, for dispatch without a host
-            sync: while training, with a selection scope of one rank.
+        known_counts: Assignments carry the number of pairs of all ranks, where it is known beforehand, for dispatch without
+            a host sync: while training, with a selection scope of one rank.
     """
 
     group_of_expert_E: Tensor
@@ -142,11 +143,11 @@ class ExpertChoiceRouter(ChoosingRouter):
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
-        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and on `GlobalBatchInfo` alone: no host sync.
-        One collective where the selection scope has several ranks, see `selection`.
+        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and on `GlobalBatchInfo` alone: no host
+        sync. One collective where the selection scope has several ranks, see `selection`.
 
         Raises:
-            AssertionError: in evaluation without a causal way, and with noise without facts.
+            AssertionError: in evaluation without a causal form, and with noise without `GlobalBatchInfo`.
         """
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
@@ -216,7 +217,7 @@ class ExpertChoiceRouter(ChoosingRouter):
     def _tokens_pass(
         self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None
     ) -> ExpertsChoice:
-        """The choice of evaluation: of each token by itself."""
+        """The choice of evaluation, for each token by itself."""
         del batch_info
         if self.causal == "threshold":
             passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)

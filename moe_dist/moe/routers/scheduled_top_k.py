@@ -1,7 +1,7 @@
-"""Top-k whose number of experts is fixed in each layer: what adaptive routers are compared with.
+"""Top-k whose number of experts is fixed in each layer: the baseline of adaptive routers.
 
 At a load L of its layer and group a token takes its floor(L) best experts, and the next best with probability L - floor(L),
-drawn for each token alone: no token is thought more of than another. Whole numbers are a k by layer, without any draw.
+drawn at random, independent of the token. Whole numbers are a k by layer, without any draw.
 
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)

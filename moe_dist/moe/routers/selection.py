@@ -1,11 +1,11 @@
 """Experts, or the block of a layer, choose their tokens: which tokens compete, and which of them are taken.
 
-Expert choice has one such chooser for each expert; mixture of depths is the case of one chooser a layer. The tokens that
-compete are those of a selection scope:
+Expert choice has one such chooser for each expert; mixture of depths is the case of one chooser a layer. The tokens of
+one selection scope compete:
 
-    rank        those of one rank's micro-batch; no collective
-    ep_group    those of all ranks of an EP group
-    world       those of all ranks
+    rank        tokens of one rank's micro-batch; no collective
+    ep_group    tokens of all ranks of an EP group
+    world       tokens of all ranks
 
 The larger scopes exchange logits: one all-gather a layer and forward pass, issued by every rank of the scope whatever its
 tokens, and not repeated by recomputation. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1
@@ -123,7 +123,7 @@ class SelectionScope:
         kind: See the module.
         group: Process group of the scope's ranks; None where that is one rank.
         ranks: The scope's ranks in the world, in the group's order; this rank's place among them is `own`.
-        ep_ranks: This rank's EP group likewise, for counts that the dispatcher is told beforehand.
+        ep_ranks: This rank's EP group likewise, for the counts in `Assignments.counts_WE`.
         comm_stats, tracker: Where the collective is counted and noted.
     """
 
@@ -153,7 +153,7 @@ class SelectionScope:
         )
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """T of each rank of the scope. Without the micro-batch's sizes (evaluation, depths) all bring as many as this one."""
+        """T of each rank of the scope. Without the micro-batch's sizes (evaluation, depths) it is the same on all ranks."""
         return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
     def choose(
@@ -240,9 +240,13 @@ def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Te
 
 
 def counted_pairs(
-    choice: ExpertsChoice, weight_TE: Tensor, capacity_E: Sequence[float], group_of_E: Sequence[int], batch_info: GlobalBatchInfo,
+    choice: ExpertsChoice,
+    weight_TE: Tensor,
+    capacity_E: Sequence[float],
+    group_of_E: Sequence[int],
+    batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
-) -> Assignments:  # fmt: skip
+) -> Assignments:
     """The pairs by expert and falling logit, their number known beforehand on all ranks: N is the sum of capacities."""
     assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
     counts_WE = tuple(

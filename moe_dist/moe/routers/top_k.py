@@ -1,9 +1,10 @@
-"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233; top-k where m = 0).
+"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233; top-k where
+m = 0).
 
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); a token whose A is empty gets 0, and the residual carries it.
 
-Null choices end here: they are pairs marked absent, and nothing behind the router knows of them. So do pairs that a
+Null choices become absent pairs, which nothing after the router sees. So do pairs that a
 capacity drops. Free choices (identity, constant) leave as weights of their own, for the token's own rank.
 """
 
@@ -58,7 +59,7 @@ class GroupGate(nn.Module):
 
 
 class _Chosen(NamedTuple):
-    """A token's choices: the columns, which of the K places the token has, and which of them count as what."""
+    """A token's choices: the columns, which of the K places the token has, and which of them are true or null."""
 
     column_TK: Tensor
     valid_TK: Tensor
@@ -73,8 +74,8 @@ class TopKRouter(nn.Module):
         hidden_dim: D.
         groups: All groups, in logical order.
         normalise: Weights are a softmax over the chosen experts that are not null (AdaMoE's own), over all chosen experts
-            with the null ones left out afterwards, over all true experts, chosen or not (zero-computation experts, where there are
-            any, among them), or the plain softmax over the group.
+            with the null ones left out afterwards, over all true experts, chosen or not (zero-computation experts, where
+            there are any, among them), or the plain softmax over the group.
         scale: Factor on every weight.
         null_logit: The null columns have a row `each`, or share a `single` row, so that one logit stands in all of them
             (Kilian et al., arXiv 2601.15370): a threshold that each token learns.
