@@ -89,7 +89,7 @@ class DepthRouter(ChoosingRouter):
     ) -> None:
         super().__init__()
         self.capacity, self.threshold_decay, self.name = capacity, threshold_decay, name
-        self.causal: Causal = causal
+        self.causal = causal
         self.selection_scope = selection_scope or SelectionScope()
         self.router = nn.Parameter(torch.empty(1, hidden_dim))
         self.auxiliary = AuxiliaryRouter(hidden_dim, 1) if causal == "auxiliary" else None

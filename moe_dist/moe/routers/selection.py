@@ -82,7 +82,7 @@ class ChoosingRouter(nn.Module):
         """What holds the choosers' thresholds, in their order, where evaluation is by thresholds."""
         raise NotImplementedError
 
-    def scores(self, h_TD: Tensor, inside_T: Tensor) -> Tensor:
+    def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
         """Score of each token and chooser [T, E], 0 where the token does not compete; arguments as in `forward`."""
         raise NotImplementedError
 
