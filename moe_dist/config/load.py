@@ -76,7 +76,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             problems.append(f"{override!r}: an override is key=value with a dotted key, as in train.steps=200")
             continue
         if today := new_key(key):
-            problems.append(Rename(today, key, today).problem)
+            problems.append(Rename(key, today).problem)
             continue
         if not find(Config, key):
             near = nearest(Config, key)

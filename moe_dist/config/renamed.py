@@ -24,9 +24,8 @@ VALUES = {
 
 
 class Rename(NamedTuple):
-    """A key, or a key and its value, and what it is called today."""
+    """A key, or key=value, and its name of today."""
 
-    key: str
     old: str
     new: str
 
@@ -46,7 +45,7 @@ def translate(values: Any) -> Any:
 
 
 def translation(values: Any) -> tuple[Any, list[Rename]]:
-    """As `translate`, with the renames that it took; `key` of each is the new one."""
+    """As `translate`, with the renames that it took."""
     renames: list[Rename] = []
     return _translated(values, "", "", "", renames), renames
 
@@ -67,7 +66,7 @@ def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rena
     if not isinstance(value, dict):
         today = VALUES.get(pattern, {}).get(value) if isinstance(value, str) else None
         if today is not None:
-            renames.append(Rename(new, f"{old}={value}", f"{new}={today}"))
+            renames.append(Rename(f"{old}={value}", f"{new}={today}"))
         return value if today is None else today
     found = {}
     for name, item in value.items():
@@ -75,7 +74,7 @@ def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rena
         if today != name and today in value:
             today = name  # both stand there: the old one is an unknown key
         if today != name:
-            renames.append(Rename(_below(new, today), _below(old, name), _below(new, today)))
+            renames.append(Rename(_below(old, name), _below(new, today)))
         found[today] = _translated(item, _below(old, name), _below(new, today), _below(pattern, today), renames)
     return found
 

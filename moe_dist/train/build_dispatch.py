@@ -56,16 +56,9 @@ class DispatchParts:
         return self.parallel.dispatch.keywords()
 
 
-def build_dispatcher(
-    parallel: ParallelSection,
-    placement: ExpertPlacement,
-    wire: AllToAll,
-    *,
-    hidden_dim: int,
-    node_groups: NodeGroups = (None, None),
-) -> Dispatcher[Any]:
+def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
     """The dispatcher of all layers; the fields of `parallel.dispatch` are its constructor's keywords."""
-    return DISPATCHERS[parallel.dispatch.kind](DispatchParts(parallel, placement, wire, hidden_dim, node_groups))
+    return DISPATCHERS[parts.parallel.dispatch.kind](parts)
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
@@ -101,14 +94,10 @@ def _deep_ep(parts: DispatchParts) -> DeepEPDispatcher:
     return DeepEPDispatcher(parts.placement, parts.wire, hidden_dim=parts.hidden_dim, top_k=top_k, **parts.fields)
 
 
-def _hybrid_ep(parts: DispatchParts) -> HybridEPDispatcher:
-    return HybridEPDispatcher(parts.placement, parts.wire, hidden_dim=parts.hidden_dim, **parts.fields)
-
-
 DISPATCHERS: dict[str, Callable[[DispatchParts], Dispatcher[Any]]] = {
     "all_to_all": _all_to_all,
     "hierarchical": _hierarchical,
     "known_counts": _known_counts,
     "deep_ep": _deep_ep,
-    "hybrid_ep": _hybrid_ep,
+    "hybrid_ep": lambda parts: HybridEPDispatcher(parts.placement, parts.wire, hidden_dim=parts.hidden_dim, **parts.fields),
 }

@@ -15,7 +15,7 @@ from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
 from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build_dispatch import NodeGroups, build_dispatcher
+from moe_dist.train.build_dispatch import DispatchParts, NodeGroups, build_dispatcher
 from moe_dist.train.build_routing import build_router
 
 
@@ -43,9 +43,7 @@ def ffn_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
     config, groups, wire = parts.config, parts.placement.groups, parts.wire
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
-    dispatcher = build_dispatcher(
-        config.parallel, parts.placement, wire, hidden_dim=hidden_dim, node_groups=parts.node_groups
-    )
+    dispatcher = build_dispatcher(DispatchParts(config.parallel, parts.placement, wire, hidden_dim, parts.node_groups))
     selection_scope = SelectionScope.over(
         moe.router.selection_scope, parts.scope_ranks, comm_stats=wire.comm_stats, tracker=wire.tracker
     )

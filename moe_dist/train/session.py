@@ -119,41 +119,28 @@ class SinkParts:
     evaluation_owed: bool
 
 
-def _console(parts: SinkParts, **fields: Any) -> Sink:
-    config, groups = parts.plan.config, parts.plan.placement.groups
-    return ConsoleSink(total_steps=config.train.steps, hints=HintWatch(groups, config.model.moe_layers), **fields)
-
-
-def _jsonl(parts: SinkParts, **fields: Any) -> Sink:
-    return JsonlSink(path=parts.folder.metrics_jsonl, evaluation_owed=parts.evaluation_owed, **fields)
-
-
 def _tensorboard(parts: SinkParts, **fields: Any) -> Sink:
     from moe_dist.monitor.sinks.tensorboard import TensorBoardSink  # seconds to import: on rank 0 only
 
-    return TensorBoardSink(
-        folder=parts.folder.tensorboard,
-        subject=parts.subject,
-        modalities=tuple(parts.plan.manifest.modalities),
-        evaluation_owed=parts.evaluation_owed,
-        **fields,
-    )
-
-
-def _prometheus(parts: SinkParts, *, path: str | None, **fields: Any) -> Sink:
-    return PrometheusSink(path=path or parts.folder.path / "metrics.prom", run_name=parts.plan.config.run.name, **fields)
-
-
-def _wandb(parts: SinkParts, **fields: Any) -> Sink:
-    return WandbSink(run_name=parts.plan.config.run.name, folder=parts.folder.path, **fields)
+    modalities = tuple(parts.plan.manifest.modalities)
+    fields |= {"subject": parts.subject, "modalities": modalities, "evaluation_owed": parts.evaluation_owed}
+    return TensorBoardSink(folder=parts.folder.tensorboard, **fields)
 
 
 SINKS: dict[str, Callable[..., Sink]] = {
-    "console": _console,
-    "jsonl": _jsonl,
+    "console": lambda parts, **fields: ConsoleSink(
+        total_steps=parts.plan.config.train.steps,
+        hints=HintWatch(parts.plan.placement.groups, parts.plan.config.model.moe_layers),
+        **fields,
+    ),
+    "jsonl": lambda parts, **fields: JsonlSink(
+        path=parts.folder.metrics_jsonl, evaluation_owed=parts.evaluation_owed, **fields
+    ),
     "tensorboard": _tensorboard,
-    "prometheus": _prometheus,
-    "wandb": _wandb,
+    "prometheus": lambda parts, path, **fields: PrometheusSink(
+        path=path or parts.folder.path / "metrics.prom", run_name=parts.plan.config.run.name, **fields
+    ),
+    "wandb": lambda parts, **fields: WandbSink(run_name=parts.plan.config.run.name, folder=parts.folder.path, **fields),
 }
 
 

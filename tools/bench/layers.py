@@ -27,7 +27,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.build import build_model
-from moe_dist.train.build_dispatch import build_dispatcher
+from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 from tools.bench.measure import Effort, count_sent, time_interleaved
@@ -99,7 +99,7 @@ def _our_layer(
         norm=nn.Identity(),
         router=TopKRouter(hidden, placement.groups),
         experts=Experts(hidden, placement.groups, [len(placement.local_experts(mesh.ep_rank, group))]),
-        dispatcher=build_dispatcher(section, placement, AllToAll(mesh.ep, CommStats()), hidden_dim=hidden),
+        dispatcher=build_dispatcher(DispatchParts(section, placement, AllToAll(mesh.ep, CommStats()), hidden)),
     )
     with torch.no_grad():
         for parameter in layer.parameters():

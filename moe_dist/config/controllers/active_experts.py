@@ -1,5 +1,3 @@
-"""The section of the controller that holds the number of true experts a token takes."""
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -1,5 +1,3 @@
-"""The section of DeepSeek-V3's balance without a loss."""
-
 from typing import Literal
 
 from pydantic import Field, PositiveFloat

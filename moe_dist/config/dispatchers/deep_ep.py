@@ -1,5 +1,3 @@
-"""The section of DeepEP's kernels."""
-
 from typing import ClassVar, Literal
 
 from moe_dist.config.dispatchers.base import KIND, KernelDispatchSection, either

@@ -1,5 +1,3 @@
-"""The section of the dispatcher that crosses nodes once for each token and node."""
-
 from typing import Literal
 
 from pydantic import Field, PositiveInt

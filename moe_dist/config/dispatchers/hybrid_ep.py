@@ -1,5 +1,3 @@
-"""The section of HybridEP's kernels."""
-
 from typing import ClassVar, Literal
 
 from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection

@@ -1,5 +1,3 @@
-"""The section of the dispatcher that knows its counts beforehand."""
-
 from typing import Literal
 
 from moe_dist.config.dispatchers.base import KIND, DispatchSection

@@ -1,5 +1,3 @@
-"""The section of plain experts."""
-
 from typing import Literal
 
 from moe_dist.config.experts.base import ExpertsSection

@@ -1,5 +1,3 @@
-"""The section of LoRA experts."""
-
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 

@@ -9,7 +9,11 @@ OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group: column
 
 
 class RouterSection(Section):
-    """How tokens choose experts. Defaults are those of a router where each token takes top_k columns of its group."""
+    """How tokens choose experts.
+
+    Defaults are those of a router where each token takes top_k columns of its group. Keys of one name mean the same in all
+    kinds: selection_bias, null_logit, normalise, scale, scope.
+    """
 
     kind: Any
 
@@ -32,7 +36,7 @@ class RouterSection(Section):
     @property
     def has_selection_bias(self) -> bool:
         """Whether balance controllers have a bias to move."""
-        return False
+        return getattr(self, "selection_bias", False)
 
     @property
     def has_auxiliary_routers(self) -> bool:
@@ -41,22 +45,22 @@ class RouterSection(Section):
     @property
     def single_null_row(self) -> bool:
         """Whether all null experts share one row of the router."""
-        return False
-
-    @property
-    def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
-        """The ranks among whose tokens an expert chooses."""
-        return "rank"
+        return getattr(self, "null_logit", "each") == "single"
 
     @property
     def normalises_chosen(self) -> bool:
         """Whether the weights of a token's choices sum to a constant."""
-        return False
+        return getattr(self, "normalise", "none") in ("true_chosen", "all_chosen")
 
     @property
     def sum_of_weights(self) -> float | None:
         """Sum of the weights of a token that takes a true expert; None where tokens differ in it."""
-        return None
+        return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
+
+    @property
+    def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
+        """The ranks among whose tokens an expert chooses."""
+        return getattr(self, "scope", "rank")
 
     def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
         """Share of its group's tokens that each expert takes; None where tokens choose."""

@@ -1,5 +1,3 @@
-"""The section of expert choice."""
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -44,10 +42,6 @@ class ExpertChoiceRouterSection(RouterSection):
     @property
     def has_auxiliary_routers(self) -> bool:
         return self.causal == "auxiliary"
-
-    @property
-    def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
-        return self.scope
 
     def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
         return self.capacity or top_k / num_experts

@@ -1,5 +1,3 @@
-"""The section of the group-limited router."""
-
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -29,18 +27,6 @@ class GroupLimitedRouterSection(RouterSection):
     selection_bias: bool = Field(
         default=True, description="Choose by sigmoid + bias, which starts at 0 and enters no weight; loss_free moves it."
     )
-
-    @property
-    def has_selection_bias(self) -> bool:
-        return self.selection_bias
-
-    @property
-    def normalises_chosen(self) -> bool:
-        return self.normalise == "true_chosen"
-
-    @property
-    def sum_of_weights(self) -> float | None:
-        return self.scale if self.normalise == "true_chosen" else None
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
         broken = super().violations_in(config)

@@ -1,5 +1,3 @@
-"""The section of the router whose number of experts a token is fixed in each layer."""
-
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat

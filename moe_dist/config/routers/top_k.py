@@ -1,5 +1,3 @@
-"""The section of the plain top-k router."""
-
 from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
@@ -27,19 +25,3 @@ class TopKRouterSection(RouterSection):
         default=False,
         description="Choose by softmax + bias; the bias starts at 0 and enters no weight (LongCat-Flash, Ernie 4.5).",
     )
-
-    @property
-    def has_selection_bias(self) -> bool:
-        return self.selection_bias
-
-    @property
-    def single_null_row(self) -> bool:
-        return self.null_logit == "single"
-
-    @property
-    def normalises_chosen(self) -> bool:
-        return self.normalise in ("true_chosen", "all_chosen")
-
-    @property
-    def sum_of_weights(self) -> float | None:
-        return self.scale if self.normalise == "true_chosen" else None

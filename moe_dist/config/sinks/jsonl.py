@@ -1,5 +1,3 @@
-"""The section of the jsonl sink."""
-
 from typing import Literal
 
 from pydantic import Field, PositiveInt

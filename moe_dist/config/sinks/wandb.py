@@ -1,5 +1,3 @@
-"""The section of the wandb sink."""
-
 from typing import Literal
 
 from pydantic import Field

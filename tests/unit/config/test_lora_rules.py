@@ -68,8 +68,6 @@ LORA_ALONE = {"rank": 2, "alpha": 4.0, "targets": ["q"]}
         ({**ATTENTION, "model.moe.router": {"kind": "expert_choice", "causal": "threshold"},
           "loss.balance.schedule": [[0, 0.0]]},
          "model.moe.router.kind=expert_choice: adapters stand on a base whose tokens", "set model.moe.router.kind=top_k"),
-        ({**ATTENTION, "model.moe.groups": {"router": GROUPS["text"], "image": GROUPS["image"]}},
-         "the name 'router' is taken", "call the group router_experts"),
         ({**SOUND, "model.moe.router": {}}, "router.normalise=true_chosen", "set model.moe.router.normalise=none"),
         ({**SOUND, "model.moe.router": {"normalise": "none", "scale": 2.0}}, "model.moe.router.scale=2",
          "set model.moe.router.scale=1"),

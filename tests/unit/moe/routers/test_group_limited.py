@@ -15,6 +15,7 @@ from moe_dist.moe.reference.group_limited import limited_balance_loss, limited_w
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
 from moe_dist.moe.routing import Routing, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
+from tests.support.counts import counts_with
 
 T, D = 60, 6
 # Uneven groups with null experts, and with identity and constant ones; one group of true experts alone.
@@ -216,6 +217,6 @@ def test_loss_free_evens_the_load() -> None:
     for _ in range(150):
         choices_C = router(h_TD, group_T).sums.choices_C
         spread.append(float(choices_C.max() / choices_C.double().mean()))
-        controller.update(choices_C[None], torch.tensor([[512]]))
+        controller.after_step(counts_with(choices_LC=choices_C[None].double(), tokens_LG=torch.tensor([[512.0]]).double()))
     assert spread[0] > 1.3
     assert spread[-1] < 1.1
