@@ -76,18 +76,31 @@ def submitted(
         ConfigError: the configuration or the cluster file is invalid, or a variable is not set.
         PlacementError: no Ray answers at the address.
     """
+    line = driver_line(config_path, overrides, options=options, cluster=cluster)
+    require_variables(forwarded, os.environ)
+    # read by Ray itself
+    variables = {name: os.environ[name] for name in forwarded} | {ray_submit.STOP_WAIT: str(grace_seconds)}
+    return ray_submit.submit(address, line, variables)
+
+
+def planned(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> int:
+    """Checks a run and prints its plan and the command of its job; starts and changes nothing. Else as `submitted`."""
+    paths = absolute_paths(load_config(config_path, overrides), Path.cwd())
+    check_job(config_path, [*overrides, *paths], cluster=cluster)
+    print(driver_line(config_path, overrides, options=options, cluster=cluster))
+    return EXIT_DONE
+
+
+def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> str:
+    """The shell line of a job that runs the driver. Arguments and errors as of `submitted`."""
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)
-    require_variables(forwarded, os.environ)
     name = cluster or os.environ.get(CLUSTER_VARIABLE)
     file = cluster_file(cluster, os.environ)
     if name and file is not None:
         options = [*options, f"--cluster={name if file.parent == CLUSTERS else path_on_nodes(file)}"]
     paths = absolute_paths(config, Path.cwd()) if relative_paths(config) else ()
-    arguments = [str(path_on_nodes(config_path)), *overrides, *paths, *options]
-    # read by Ray itself
-    variables = {name: os.environ[name] for name in forwarded} | {ray_submit.STOP_WAIT: str(grace_seconds)}
-    return ray_submit.submit(address, ray_submit.entrypoint(arguments, site.python), variables)
+    return ray_submit.entrypoint([str(path_on_nodes(config_path)), *overrides, *paths, *options], site.python)
 
 
 def main(
@@ -102,6 +115,7 @@ def main(
         str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the job; start nothing.")] = False,
     max_failures: Annotated[
         int, typer.Option(min=0, help="Restarts from the last checkpoint after transient failures.")
     ] = DEFAULT_MAX_RESTARTS,
@@ -126,6 +140,8 @@ def main(
             code = ray_submit.stop(submit or DASHBOARD, stop)
         elif config is None:
             raise ConfigError("CONFIG is missing: name the YAML file of the run, as configs/adamoe_moma_tiny_cpu.yaml")
+        elif dry_run:
+            code = planned(config, overrides or (), options=options, cluster=cluster)
         elif submit is not None:
             code = submitted(
                 config,

@@ -109,6 +109,9 @@ def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> 
     slurm = call("launch", "slurm", CONFIG, "--cluster", "cpu", "--dry-run")
     assert slurm.returncode == 0, slurm.stderr
     assert "#SBATCH --nodes=1" in slurm.stdout
+    ray = call("launch", "ray", CONFIG, "--cluster", "cpu", "--dry-run")
+    assert ray.returncode == 0, ray.stderr
+    assert ray.stdout.splitlines()[-1].startswith(f"python -m launchers.ray configs/{CONFIG}.yaml run.root={tmp_path}/runs")
     assert not (tmp_path / ".moe_dist").exists(), "a dry run leaves nothing"
 
     quick = [
