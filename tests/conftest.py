@@ -42,7 +42,7 @@ def worlds_of_next_megatron() -> Iterator[Worlds]:
     standing.close()
 
 
-@pytest.fixture(params=["installed", "0.19"])
+@pytest.fixture(params=["installed", pytest.param("0.19", marks=pytest.mark.full)])
 def run_with_megatron(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """`run_in_world` with each of the two versions of megatron-core in turn."""
     name = "worlds" if request.param == "installed" else "worlds_of_next_megatron"

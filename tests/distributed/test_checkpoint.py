@@ -1,9 +1,10 @@
-"""Checkpoints over ranks: every layout saved once and loaded by every other, and failures seen by all ranks.
+"""Checkpoints over ranks: every layout saved once and loaded by every other (`make test`: four of them), and failures seen by all ranks.
 
 Initial weights come from (seed, logical name), by code that knows nothing of checkpoints. A model that was loaded from
 another layout must therefore equal one that was initialised where it stands, to the last bit.
 """
 
+import functools
 import pickle
 import resource
 from collections.abc import Callable
@@ -43,6 +44,7 @@ LAYOUTS = [
     Layout(2, 2, "pinned", "fsdp2"),
     Layout(1, 4, data="fsdp2"),  # neither 5 and 3 experts nor 6 and 10 rows divide by 4: ranks with no piece of a stack
 ]
+COVER = [LAYOUTS[1], LAYOUTS[4], LAYOUTS[7], LAYOUTS[10]]  # in `make test`; test-full takes all
 
 
 class Setup:
@@ -149,29 +151,43 @@ def load_body(rank: RankContext, layout: Layout, folders: list[Path]) -> int:
 
 
 @pytest.fixture(scope="module")
-def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A checkpoint folder of every layout."""
+def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
+    """The checkpoint folder of a layout, which is written at the first call."""
     root = tmp_path_factory.mktemp("checkpoints")
     totals = set()
-    for layout in LAYOUTS:
+
+    @functools.cache
+    def save(layout: Layout) -> Path:
         sizes = run_in_world(layout.world_size, save_body, layout, root / str(layout))
         assert all(sizes), "some rank had nothing to write"
         totals.add(sum(sizes))
-    assert len(totals) == 1, "some layout writes a tensor not exactly once"
-    return [root / str(layout) for layout in LAYOUTS]
+        assert len(totals) == 1, "some layout writes a tensor not exactly once"
+        return root / str(layout)
+
+    return save
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_loads_every_other(run_in_world: Callable[..., list[Any]], saved: list[Path], layout: Layout) -> None:
-    run_in_world(layout.world_size, load_body, layout, saved)
+@pytest.mark.parametrize(
+    ("layout", "writers"),
+    [
+        *((layout, COVER) for layout in COVER),
+        *(pytest.param(layout, LAYOUTS, marks=pytest.mark.full) for layout in LAYOUTS),
+    ],
+    ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
+)
+def test_every_layout_loads_every_other(
+    run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], layout: Layout, writers: list[Layout]
+) -> None:
+    run_in_world(layout.world_size, load_body, layout, list(map(saved, writers)))
 
 
+@pytest.mark.full
 def test_eight_ranks_load_them_all_and_are_loaded(
-    run_in_world: Callable[..., list[Any]], saved: list[Path], tmp_path: Path
+    run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], tmp_path: Path
 ) -> None:
     """Eight processes on a few cores are slow: one call each way. tests/unit/checkpoint/test_resharding.py has the rest."""
     eight = Layout(4, 2, "uneven", "fsdp2")
-    run_in_world(8, load_body, eight, saved)
+    run_in_world(8, load_body, eight, list(map(saved, LAYOUTS)))
     run_in_world(8, save_body, Layout(8, 1, "pinned"), tmp_path)
     for layout in (Layout(), Layout(2, 2, "interleaved", "fsdp2")):
         run_in_world(layout.world_size, load_body, layout, [tmp_path])

@@ -56,7 +56,7 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("data", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("data", [pytest.param("ddp", marks=pytest.mark.full), "fsdp2"])
 def test_chosen_routers_move_and_the_run_resumes_to_the_same_bits(site: Site, data: str) -> None:
     """Refreshed after steps 2 and 4, interrupted after 3: the resumed run must have the targets of step 2."""
     options: dict[str, Any] = {"section": {"refresh_every": 2}, "parallel__data": data, "parallel__recompute": "block"}

@@ -49,9 +49,9 @@ def undisturbed(start: Callable[[str], tuple[int, RunFolder]]) -> list[dict[str,
 @pytest.mark.parametrize(
     ("name", "breaks"),
     [
-        ("kill", [(fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2)]),
-        ("commit", [(fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2)]),
-        ("stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)]),
+        pytest.param("kill", [(fault(rank=1, step=4, phase="before_step", kind="kill"), 1, 2)], marks=pytest.mark.full),
+        pytest.param("commit", [(fault(rank=0, step=4, phase="before_commit", kind="kill"), 1, 2)], marks=pytest.mark.full),
+        pytest.param("stop", [(fault(rank=1, step=3, phase="after_step", kind="stop"), 75, 4)], marks=pytest.mark.full),
         # The stop leaves an evaluation owed, which the second attempt takes before it is killed, and the third again.
         (
             "stop-kill",
