@@ -8,6 +8,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.support.messages import write_new
 from tests.support.tiny import tiny_dataset
 from tests.support.worlds import Worlds
 
@@ -81,3 +82,7 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if os.environ.get("CI") == "true":
         report.outcome = "failed"
         report.longrepr = f"skipped, which CI=true does not allow: {report.longrepr}"
+
+
+def pytest_sessionfinish() -> None:
+    write_new()

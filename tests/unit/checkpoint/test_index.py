@@ -7,6 +7,7 @@ from moe_dist.checkpoint.fits import check_fits
 from moe_dist.checkpoint.index import Chunk, Entry, Index, ShardEntry, index_problems, read_index
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError, DataError
+from tests.support.messages import refused
 
 
 def entry(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]], dtype: str = "F32") -> Entry:
@@ -59,7 +60,7 @@ def test_boxes_that_do_not_are_named(bad: Entry) -> None:
 
 def test_a_missing_or_damaged_index_is_a_data_error(tmp_path: Path) -> None:
     good = index(w=entry((2,), ((0,), (2,))))
-    with pytest.raises(DataError, match=r"index\.json"):
+    with refused(DataError, "index.json"):
         read_index(tmp_path)
     path = tmp_path / "index.json"
     path.write_text(good.model_dump_json())
@@ -67,7 +68,7 @@ def test_a_missing_or_damaged_index_is_a_data_error(tmp_path: Path) -> None:
     text = good.model_dump_json()
     for damage in (text[:-9], text.replace('"F32"', "7"), text.replace("[2]", "[-2]"), text.replace("[2]", "[3]", 1)):
         path.write_text(damage)
-        with pytest.raises(DataError, match=r"index\.json"):
+        with refused(DataError, "index.json"):
             read_index(tmp_path)
 
 
@@ -93,12 +94,12 @@ def test_all_that_differs_from_the_model_is_listed() -> None:
     assert [line.partition(":")[0] for line in lines[1:]] == ["shape", "dtype", "missing", "surplus"]
     assert "(3,)" in lines[1]
     assert "(2,)" in lines[1]
-    with pytest.raises(ConfigError, match="5 tensors differ"):
+    with refused(ConfigError):
         check_fits(Path("step_1"), stored, specs)
 
 
 def test_a_long_list_is_cut() -> None:
     specs = {f"w{i}": TensorSpec((1,), torch.float32) for i in range(100)}
-    with pytest.raises(ConfigError, match=r"100 tensors differ(.|\n)*and 80 more") as raised:
+    with refused(ConfigError) as raised:
         check_fits(Path("step_1"), index(), specs)
     assert str(raised.value).count("\n") == 21

@@ -9,6 +9,7 @@ from moe_dist.config.explain import default_text, explain
 from moe_dist.config.keys import find, nearest, type_text, walk
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
+from tests.support.messages import refused
 
 
 def text_of(key: str) -> str:
@@ -71,7 +72,7 @@ def test_defaults_of_sections_are_short() -> None:
 )
 def test_nearest(wrong: str, right: str | None) -> None:
     assert nearest(Config, wrong) == right
-    with pytest.raises(ConfigError, match="unknown key"):
+    with refused(ConfigError):
         explain(wrong)
 
 

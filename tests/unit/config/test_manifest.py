@@ -8,6 +8,7 @@ import pytest
 
 from moe_dist.config.manifest import load_manifest, write_manifest
 from moe_dist.errors import ConfigError, DataError
+from tests.support.messages import refused
 
 
 def values(**changes: Any) -> dict[str, Any]:
@@ -95,16 +96,16 @@ def test_a_file_outside_the_folder_is_refused(tmp_path: Path, key: str, path: st
 def test_counts_by_modality_must_add_up(tmp_path: Path) -> None:
     content = values()
     content["sources"]["prose"]["train"]["tokens_by_modality"] = {"text": 9}
-    with pytest.raises(DataError, match="tokens=10, but tokens_by_modality adds up to 9"):
+    with refused(DataError, "tokens=10"):
         load_manifest(write(tmp_path, content))
     content["sources"]["prose"]["train"]["tokens_by_modality"] = {"txt": 10}
-    with pytest.raises(DataError, match="txt not among the modalities text, image"):
+    with refused(DataError):
         load_manifest(write(tmp_path, content))
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '"x"', ""])
 def test_no_manifest_at_all(tmp_path: Path, content: str) -> None:
-    with pytest.raises(DataError, match=r"manifest\.json"):
+    with refused(DataError, "manifest.json"):
         load_manifest(write(tmp_path, content))
 
 

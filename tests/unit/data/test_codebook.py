@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from moe_dist.data.codebook import SIDE, decode, encode, fit, load_codebook, to_patches
 from moe_dist.errors import DataError
+from tests.support.messages import refused
 
 
 def test_encode_is_the_nearest_entry_in_whole_numbers() -> None:
@@ -41,16 +41,16 @@ def test_fit_finds_clusters_and_gives_flat_colours_their_own_entry() -> None:
 
 
 def test_fit_refuses_more_codes_than_patches() -> None:
-    with pytest.raises(DataError, match="codes=5: the pictures have only 1 distinct"):
+    with refused(DataError, "codes=5"):
         fit(np.zeros((100, 48), np.uint8), codes=5, seed=0)
 
 
 def test_load_refuses_what_is_no_codebook(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with refused(DataError):
         load_codebook(tmp_path / "missing.npy")
     np.save(tmp_path / "wrong.npy", np.zeros((4, 48), np.uint8))
-    with pytest.raises(DataError, match=r"not uint8 \[codes, 4, 4, 3\]"):
+    with refused(DataError):
         load_codebook(tmp_path / "wrong.npy")
     np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
-    with pytest.raises(DataError, match="cannot be read"):
+    with refused(DataError):
         load_codebook(tmp_path / "object.npy")

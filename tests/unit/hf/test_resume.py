@@ -116,6 +116,7 @@ def large_disk(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.full  # the test above shows the same without the interpreter's own memory, on a model of 64 MB
 def test_all_memory_of_the_process_stays_under_a_quarter_of_the_model_also_after_a_kill(large_disk: Path) -> None:
     """Interpreter and torch included: a model of zeros in a file with holes, of more than 4 times the limit."""
     told = subprocess.run(

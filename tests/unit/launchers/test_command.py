@@ -21,6 +21,7 @@ from moe_dist.errors import ConfigError, PlacementError
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import RunPlace
+from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 
 
@@ -144,7 +145,7 @@ def test_ep_groups_stay_inside_the_domain(tiny_data: Path) -> None:
 
 def test_an_ep_group_larger_than_the_domain_is_refused(tiny_data: Path) -> None:
     changes = pinned([0], [1], image={"feature": "vision"}, text={"feature": "text"})
-    with pytest.raises(ConfigError, match=r"parallel\.ep=2: an EP group needs 2 nodes of 4 ranks .*2 kinds of nodes.*is 1"):
+    with refused(ConfigError, "parallel.ep=2"):
         job(tiny_data, {"domain_nodes": 1}, changes)
 
 
@@ -153,14 +154,14 @@ def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).gpus_per_node == 2
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).place_of(1).gpu == 1
     assert len(job(tiny_data, cluster, {}).nodes) == 2, "on the CPU, ranks_per_node counts"
-    with pytest.raises(PlacementError, match=r"parallel\.device=cuda: the cluster file says that there are no GPUs"):
+    with refused(PlacementError, "parallel.device=cuda"):
         job(tiny_data, {"gpus": {"syntax": "none"}}, {"parallel.device": "cuda"})
 
 
 def test_the_dispatchers_nodes_are_the_plans(tiny_data: Path) -> None:
     changes: dict[str, object] = {"parallel.dispatch": {"kind": "hierarchical", "ranks_per_node": 2}}
     assert len(job(tiny_data, {"ranks_per_node": 2}, changes).nodes) == 1
-    with pytest.raises(ConfigError, match=r"ranks_per_node=2: ranks 0 to 1 must share a node, .* the nodes 0, 1"):
+    with refused(ConfigError, "ranks_per_node=2"):
         job(tiny_data, {"ranks_per_node": 1}, changes)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_dist.moe import expert_gemm
 from moe_dist.moe.expert_gemm import GROUPED_ON_CPU, choose_gemm, grouped_swiglu, loop_swiglu, why_not_grouped
+from tests.support.messages import refused
 
 CPU = torch.device("cpu")
 COUNTS = {
@@ -116,7 +117,7 @@ def test_an_expert_without_rows_has_a_gradient_of_zeros() -> None:
 )
 def test_where_it_is_not_possible_it_says_why(dtype: torch.dtype, widths: tuple[int, int], reason: str) -> None:
     assert reason in str(why_not_grouped(dtype, CPU, widths))
-    with pytest.raises(ValueError, match="take loop or auto") as raised:
+    with refused(ValueError) as raised:
         choose_gemm("grouped", dtype=dtype, device=CPU, widths=widths, num_experts=64)
     assert reason in str(raised.value)
     assert choose_gemm("auto", dtype=dtype, device=CPU, widths=widths, num_experts=64) is loop_swiglu
@@ -126,7 +127,7 @@ def test_where_it_is_not_possible_it_says_why(dtype: torch.dtype, widths: tuple[
 def test_the_rule_is_torchs_own(dtype: torch.dtype, odd: int) -> None:
     """What the rule refuses torch refuses too: should a later torch take it, this test says so."""
     weight = torch.randn(2, 8, odd).to(dtype)
-    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+    with refused(RuntimeError):
         F.grouped_mm(torch.randn(4, odd).to(dtype), weight.transpose(-2, -1), offs=torch.tensor([2, 4], dtype=torch.int32))
 
 

@@ -12,6 +12,7 @@ from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection,
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, group_load, make_placement
+from tests.support.messages import refused
 
 
 def groups(*sizes: int, ffn_dim: int = 8) -> tuple[ExpertGroup, ...]:
@@ -110,9 +111,7 @@ def test_every_fault_is_named(section: Any, problems: list[str]) -> None:
 
 
 def test_more_groups_than_ranks_says_interleaved() -> None:
-    with pytest.raises(
-        ConfigError, match=r"parallel\.ep=2 ranks are free for 3 groups .* use placement\.policy=interleaved"
-    ):
+    with refused(ConfigError, "parallel.ep=2"):
         place(PinnedSection(), groups(2, 2, 2), 2)
 
 

@@ -13,6 +13,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.manifest import load_manifest
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.plan.preflight import Preflight, check, check_file, layout_without_data, token_mix
+from tests.support.messages import refused
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 BALANCE = "model.moe.balance=[{kind: active_experts, target: "
@@ -307,7 +308,7 @@ def test_nothing_follows_from_what_could_not_be_read(site: Site) -> None:
 def test_a_draft_without_sense_shows_its_problems(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("- 1\n")
-    with pytest.raises(ConfigError, match="must be a mapping of sections"):
+    with refused(ConfigError):
         check_file(path)
 
 
@@ -318,7 +319,7 @@ def test_layout_for_a_dry_run_needs_no_data(site: Site) -> None:
     layout = layout_without_data(config)
     assert layout.token_mix == {}
     assert layout.placement.slots == ((0, 1, 2), (3, 4))
-    with pytest.raises(ConfigError, match="longer than"):
+    with refused(ConfigError):
         layout_without_data(load_config(site.config, ["data.seq_len=65"]))
 
 

@@ -1,14 +1,18 @@
 """A writer that is stopped, replaced and woken up: nothing of the run changes under the hands of the second one.
 
-The first writer stops itself (SIGSTOP) at a chosen place, among them the worst ones: after the last look at the lease.
+The first writer stops at a chosen place, among them the worst ones: after the last look at the lease. Three tests stop a
+real process by SIGSTOP. In the others the first writer is a thread that waits and sends no heartbeat, which the second one
+cannot tell from a stopped process, and which costs no start of Python.
 """
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ import pytest
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.guarded import LeaseWatch
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
+from moe_dist.runtime import lease as lease_module
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease, LeaseError
 from moe_dist.runtime.run_folder import RunFolder
@@ -90,6 +95,62 @@ class Sleeper:
         self.process.communicate()
 
 
+class ThreadSleeper(Sleeper):
+    """The first writer as a thread of this process. `body` must patch nothing that the second one uses."""
+
+    def __init__(self, tmp_path: Path, body: str) -> None:
+        self.config = tiny_config(tmp_path / "data", tmp_path / "runs")
+        self.folder = RunFolder.of(self.config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.6)
+            lease = self.folder.open(self.config, RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="sleeper"))
+        self._asleep, self._woken, self._said = threading.Event(), threading.Event(), io.StringIO()
+
+        def sleep_now() -> None:
+            lease._ended.set()  # the heartbeat sleeps as well
+            self._asleep.set()
+            assert self._woken.wait(600)
+
+        def tell(*words: object) -> None:
+            print(*words, file=self._said)
+
+        scope = {"folder": self.folder, "lease": lease, "sleep_now": sleep_now, "print": tell, "lease_module": lease_module}
+        self._code: int | None = None
+
+        def run() -> None:
+            try:
+                exec(textwrap.dedent(body), scope)
+                self._code = 0
+            except SystemExit as ended:
+                self._code = int(ended.code or 0)
+
+        self._thread = threading.Thread(target=run, name="sleeper")
+        self._thread.start()
+        assert self._asleep.wait(600)
+
+    def wake(self) -> tuple[int, str, str]:
+        self._woken.set()
+        self._thread.join(600)
+        assert self._code is not None, "the first writer ended by an error that pytest shows as a warning"
+        return self._code, self._said.getvalue(), ""
+
+    def end(self) -> None:
+        self._woken.set()
+
+
+@pytest.fixture
+def thread_sleeper(tmp_path: Path):
+    started: list[Sleeper] = []
+
+    def start(body: str) -> Sleeper:
+        started.append(ThreadSleeper(tmp_path, body))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
 @pytest.fixture
 def sleeper(tmp_path: Path):
     started: list[Sleeper] = []
@@ -132,7 +193,9 @@ def record(step: int) -> Record:
 
 
 @pytest.mark.parametrize("place", ["before the look", "between the look and the write"])
-def test_records_of_a_writer_that_wakes_up_go_nowhere(sleeper: Callable[[str], Sleeper], place: str) -> None:
+def test_records_of_a_writer_that_wakes_up_go_nowhere(
+    sleeper: Callable[[str], Sleeper], thread_sleeper: Callable[[str], Sleeper], place: str
+) -> None:
     body = (
         SINKS
         + f"""
@@ -148,7 +211,7 @@ def test_records_of_a_writer_that_wakes_up_go_nowhere(sleeper: Callable[[str], S
     sink.close()
     """
     )
-    first = sleeper(body)
+    first = (thread_sleeper if place == "before the look" else sleeper)(body)
     lease = first.take_over()
     sink = JsonlSink(path=first.folder.metrics_jsonl, resume_step=2)
     sink.step(record(3))
@@ -163,8 +226,8 @@ def test_records_of_a_writer_that_wakes_up_go_nowhere(sleeper: Callable[[str], S
     lease.release()
 
 
-def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(sleeper: Callable[[str], Sleeper]) -> None:
-    first = sleeper("""
+def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(thread_sleeper: Callable[[str], Sleeper]) -> None:
+    first = thread_sleeper("""
     sleep_now()
     print(folder.write_status(verdict=1, reason="woke up", last_step=9, attempt_id="sleeper"))
     """)
@@ -216,10 +279,10 @@ CHECKPOINTS = """
 
 @pytest.mark.parametrize("look", [1, 2, 3])
 def test_latest_of_a_writer_that_wakes_up_stays_where_the_second_one_put_it(
-    sleeper: Callable[[str], Sleeper], look: int
+    thread_sleeper: Callable[[str], Sleeper], look: int
 ) -> None:
     """It slept right before its look before writing, before the rename of the folder, before the rename of `latest`."""
-    first = sleeper(
+    first = thread_sleeper(
         CHECKPOINTS
         + f"""
     save(lambda: None, 10)
@@ -251,20 +314,21 @@ def test_latest_of_a_writer_that_wakes_up_stays_where_the_second_one_put_it(
 
 @pytest.mark.parametrize("place", ["in the sync", "after the look"])
 def test_a_writer_stopped_right_before_it_moves_latest_moves_it_no_more(
-    sleeper: Callable[[str], Sleeper], place: str
+    sleeper: Callable[[str], Sleeper], thread_sleeper: Callable[[str], Sleeper], place: str
 ) -> None:
     """What sleeps in the sync of the new pointer is refused by the look behind it; what sleeps even after that look finds
     the pointer gone, since the second writer clears the folder before it reads `latest`."""
-    first = sleeper(
+    first = (sleeper if place == "in the sync" else thread_sleeper)(
         CHECKPOINTS
         + f"""
     save(lambda: None, 10)
+    import os
     sync, looks = os.fsync, 0
     def fsync(descriptor):
         sync(descriptor)
-        if {place!r} == "in the sync" and os.readlink(f"/proc/self/fd/{{descriptor}}").endswith(".tmp"):
+        if os.readlink(f"/proc/self/fd/{{descriptor}}").endswith(".tmp"):
             if Path(os.readlink(f"/proc/self/fd/{{descriptor}}")).name.startswith("latest."): sleep_now()
-    os.fsync = fsync
+    if {place!r} == "in the sync": os.fsync = fsync
     def check():
         global looks
         looks += 1
@@ -287,9 +351,9 @@ def test_a_writer_stopped_right_before_it_moves_latest_moves_it_no_more(
 
 
 def test_a_writer_that_wakes_up_after_its_commit_removes_nothing_of_the_second_one(
-    sleeper: Callable[[str], Sleeper],
+    thread_sleeper: Callable[[str], Sleeper],
 ) -> None:
-    first = sleeper(
+    first = thread_sleeper(
         CHECKPOINTS
         + """
     looks = 0

@@ -15,6 +15,7 @@ from moe_dist.errors import ConfigError, PlacementError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 from moe_dist.runtime.ownership import RunFolderError
 from moe_dist.runtime.rendezvous import address_file, find, listening_host, publish, withdraw
+from tests.support.messages import refused
 
 FIRST = RankEnv(0, 4, 0, 2, PUBLISHED, attempt=1, attempt_id="job.1")
 OTHER = replace(FIRST, rank=3)
@@ -61,7 +62,7 @@ def test_half_a_file_is_waited_for(tmp_path: Path, content: str) -> None:
     path = address_file(tmp_path)
     path.write_text(content)
     path.chmod(0o600)
-    with pytest.raises(RunFolderError, match="waited"):
+    with refused(RunFolderError):
         find(path, OTHER, wait_seconds=0.0)
 
 
@@ -70,14 +71,14 @@ def test_a_file_that_others_could_write_or_a_link_is_refused(tmp_path: Path) -> 
     address, listener = publish(path, FIRST, "127.0.0.1")
     listener.close()
     path.chmod(0o640)
-    with pytest.raises(ConfigError, match=r"mode 0640.*with mode 0600"):
+    with refused(ConfigError):
         find(path, OTHER, wait_seconds=0.0)
     path.unlink()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text(json.dumps(asdict(address)))
     elsewhere.chmod(0o600)
     path.symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match="regular file of this user"):
+    with refused(ConfigError):
         find(path, OTHER, wait_seconds=0.0)
 
 
@@ -95,7 +96,7 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.M
         return os.stat_result(values)
 
     monkeypatch.setattr(Path, "stat", owned_by_us)
-    with pytest.raises(ConfigError, match=r"rendezvous\.json: belongs to"):
+    with refused(ConfigError, "rendezvous.json"):
         find(path, OTHER, wait_seconds=0.0)
 
 
@@ -107,12 +108,12 @@ def test_the_host_is_one_that_the_peers_reach(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("10.1.2.3", 0))])
     assert listening_host(FIRST, {"GLOO_SOCKET_IFNAME": "ib0"}) == "10.1.2.3"
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("127.0.1.1", 0))])
-    with pytest.raises(ConfigError, match=r"resolves to 127\.0\.1\.1; set MOE_DIST_RENDEZVOUS_HOST"):
+    with refused(ConfigError):
         listening_host(FIRST, {})
 
 
 def test_an_address_of_another_node_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(PlacementError, match=r"cannot listen at 203\.0\.113\.7.*MOE_DIST_RENDEZVOUS_HOST"):
+    with refused(PlacementError):
         publish(address_file(tmp_path), FIRST, "203.0.113.7")
-    with pytest.raises(ConfigError, match=r"MOE_DIST_RENDEZVOUS_HOST='no\.such\.host\.invalid'"):
+    with refused(ConfigError, "no.such.host.invalid"):
         listening_host(FIRST, {"MOE_DIST_RENDEZVOUS_HOST": "no.such.host.invalid"})

@@ -83,8 +83,8 @@ def test_groups_do_not_leak_into_the_next_call(worlds: Worlds) -> None:
     ("body", "seconds", "expected"),
     [
         (fail_on_one, 600.0, ["rank 1 of 2 failed", "fail_on_one", "assert 3 == 4"]),
-        (fail_on_both, 600.0, ["rank 1 of 2 failed", "of rank 1"]),
-        (die_on_one, 600.0, ["rank 1 of 2 died with exit code 9"]),
+        pytest.param(fail_on_both, 600.0, ["rank 1 of 2 failed", "of rank 1"], marks=pytest.mark.full),
+        pytest.param(die_on_one, 600.0, ["rank 1 of 2 died with exit code 9"], marks=pytest.mark.full),
         (hang_on_one, 5.0, ["ranks [0, 1] of 2 did not answer within 5 s", "the_place_where_it_hangs"]),
     ],
 )
@@ -109,6 +109,7 @@ def keep_groups(rank: RankContext, number: int) -> None:
     KEPT.extend(dist.new_group([0, 1]) for _ in range(number))
 
 
+@pytest.mark.full
 def test_a_world_that_gathered_threads_makes_way_for_a_new_one() -> None:
     worlds = Worlds()
     try:

@@ -7,6 +7,7 @@ import torch
 from moe_dist.moe.reference.workloads import WORKLOADS, WorkloadShape, hidden_states, router_weight, workload_step
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
+from tests.support.messages import refused
 
 SHAPE = WorkloadShape(num_tokens=640, num_experts=16, top_k=3, num_shards=4)
 SHAPES = [
@@ -110,10 +111,10 @@ def test_hidden_states_make_the_router_choose_the_workload() -> None:
 
 
 def test_what_cannot_be_made_is_refused() -> None:
-    with pytest.raises(ValueError, match="top_k=3: W5 leaves one of 2 shards"):
+    with refused(ValueError, "top_k=3"):
         WorkloadShape(8, 4, 3, 2)
-    with pytest.raises(KeyError, match="no workload 'W8'; there are W0, W1"):
+    with refused(KeyError):
         workload_step("W8", seed=0, step=0, shape=SHAPE)
     step = workload_step("W0", seed=0, step=0, shape=SHAPE)
-    with pytest.raises(ValueError, match="hidden_dim=8: the first num_experts=16"):
+    with refused(ValueError, "hidden_dim=8"):
         hidden_states(step, num_experts=16, hidden_dim=8, seed=0)

@@ -1,14 +1,14 @@
 """What tools.bench.router_tuning prints: both trainings, and moments of a few router rows beside those of everything."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
 
 from moe_dist.config.load import resolved_yaml
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
-
-ROOT = Path(__file__).parents[4]
+from tools.bench.router_tuning import main
 
 
 def test_both_arms_are_told(tiny_data: Path, tmp_path: Path) -> None:
@@ -27,9 +27,10 @@ def test_both_arms_are_told(tiny_data: Path, tmp_path: Path) -> None:
         },
     )
     (tmp_path / "run.yaml").write_text(resolved_yaml(config))
-    command = [sys.executable, "-m", "tools.bench.router_tuning", str(tmp_path / "run.yaml"), "--rounds", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, [str(tmp_path / "run.yaml"), "--rounds", "2"])
+    assert done.exit_code == 0, done.output
     lines = {line[:14].strip(): line.split() for line in done.stdout.splitlines()}
     state = {name: int(lines[name][-1].replace(",", "")) for name in ("router tuning", "everything")}
     assert 0 < state["router tuning"] < state["everything"] / 20

@@ -1,0 +1,84 @@
+"""Texts of errors, held in one golden file: tests assert the error's class and the keys it names, and the file has the words.
+
+    with refused(ConfigError, "train.steps=0"):
+        load_config(path)
+
+`tests/data/messages.json` maps each case (the test and, if it meets several errors, their number) to the whole text. After a
+change of words run the tests with MESSAGES=write, which writes the new texts, and read the diff.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+GOLDEN = Path(__file__).parents[1] / "data" / "messages.json"
+ROOT = GOLDEN.parents[2]
+# Parts of a text that differ between machines and runs.
+_PASSING = (
+    (re.compile(re.escape(str(ROOT))), "<root>"),
+    (re.compile(r"(/[\w.-]+)*/pytest-of-\w+/pytest-\d+/(popen-gw\d+/)?[^/\s'\"`;:,]+"), "<tmp>"),
+    (re.compile(r"\bpid \d+"), "pid <pid>"),
+    (re.compile(r"0x[0-9a-f]{6,}"), "<address>"),
+)
+WRITE = os.environ.get("MESSAGES") == "write"
+_met: dict[str, int] = {}  # errors that each test has met
+_new: dict[str, str] = {}
+
+
+@contextmanager
+def refused(error: type[Exception], *keys: str, golden: bool = True) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    """Asserts that the block raises `error`, that its text has every one of `keys`, and that the golden file has the text.
+
+    Args:
+        golden: False where the text is another package's, or differs from run to run.
+    """
+    with pytest.raises(error) as raised:
+        yield raised
+    text = _text(raised.value)
+    missing = [key for key in keys if key not in str(raised.value)]
+    assert not missing, f"{missing} not in: {text}"
+    if golden:
+        hold(text)
+
+
+def _text(error: Exception) -> str:
+    """Of pydantic's errors the places and messages: the rest cuts long values in their middle, where paths are."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "\n".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+
+
+def hold(text: str) -> None:
+    """Asserts that the golden file has this text for the test that runs now; with MESSAGES=write, writes it there."""
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
+    _met[test] = number = _met.get(test, 0) + 1
+    case = test if number == 1 else f"{test} #{number}"
+    for pattern, name in _PASSING:
+        text = pattern.sub(name, text)
+    if WRITE:
+        _new[case] = text
+    else:
+        assert text == _golden().get(case), f"{case}: the text changed; after reading it, run the test with MESSAGES=write"
+
+
+@cache
+def _golden() -> dict[str, str]:
+    return json.loads(GOLDEN.read_text())
+
+
+def write_new() -> None:
+    """Called at the end of a session, of a worker too: a test may forbid to write."""
+    if not _new:
+        return
+    with GOLDEN.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        texts = (json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}) | _new
+        GOLDEN.write_text(json.dumps(dict(sorted(texts.items())), indent=1, ensure_ascii=False) + "\n")
