@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_dist.config.cluster import Cluster
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.nodes import demands, groups_of_rank, pack
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import PUBLISHED
@@ -116,12 +116,12 @@ def plan_job(preflight: Preflight, cluster: Cluster) -> JobPlan:
     Raises:
         ConfigError: an EP group is larger than a fast-interconnect domain of the cluster, or
             parallel.dispatch.ranks_per_node does not match the planned nodes.
-        PlacementError: the run needs GPUs and the cluster has none.
+        ResourceError: the run needs GPUs and the cluster has none.
     """
     config, placement = preflight.config, preflight.placement
     device, has_gpus = config.parallel.device, cluster.gpus.syntax != "none"
     if device == "cuda" and not has_gpus:
-        raise PlacementError(
+        raise ResourceError(
             "parallel.device=cuda: the cluster file says that there are no GPUs (gpus.syntax: none); choose another "
             "cluster file, or set parallel.device=cpu"
         )

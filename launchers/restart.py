@@ -11,13 +11,13 @@ from moe_dist.errors import (
     DataError,
     DivergedError,
     MoeDistError,
-    PlacementError,
+    ResourceError,
     StoppedError,
 )
 
 DEFAULT_MAX_RESTARTS = 3
 WITHOUT_GAIN = 2  # after this many attempts in a row without a later checkpoint, a restart will not help
-_KINDS: tuple[type[MoeDistError], ...] = (ConfigError, DataError, DivergedError, PlacementError)
+_KINDS: tuple[type[MoeDistError], ...] = (ConfigError, DataError, DivergedError, ResourceError)
 # Exit codes without a restart: errors that would only repeat, success, and a stop on request.
 FINAL = frozenset(kind.exit_code for kind in _KINDS) | {EXIT_DONE, StoppedError.exit_code}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from launchers.restart import committed_step
 from moe_dist.config.yaml_text import load_yaml
-from moe_dist.errors import ConfigError, DataError, DivergedError, PlacementError, StoppedError
+from moe_dist.errors import ConfigError, DataError, DivergedError, ResourceError, StoppedError
 from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
@@ -46,7 +46,7 @@ _STATES = {
     DivergedError.exit_code: RunState.DIVERGED,
     ConfigError.exit_code: RunState.REFUSED,
     DataError.exit_code: RunState.REFUSED,
-    PlacementError.exit_code: RunState.REFUSED,
+    ResourceError.exit_code: RunState.REFUSED,
 }
 
 

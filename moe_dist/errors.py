@@ -35,11 +35,15 @@ class ConfigError(MoeDistError):
     retry = False
 
 
-class PlacementError(MoeDistError):
+class ResourceError(MoeDistError):
     """The available ranks, nodes or memory do not meet the plan's requirements."""
 
     exit_code = 69
     retry = False
+
+
+class PlacementError(ResourceError):
+    """A rank is on another node than the plan puts it on."""
 
 
 class DataError(MoeDistError):

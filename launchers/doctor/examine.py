@@ -16,7 +16,7 @@ from moe_dist.config.schema import Config
 from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
 from moe_dist.doctor.node_checks import check_folders, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
-from moe_dist.errors import ConfigError, MoeDistError, PlacementError
+from moe_dist.errors import ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
@@ -84,7 +84,7 @@ def examine(
     try:
         with _site(on, config, plan, site_file, env) as site:
             yield from _on_cluster(site, config, plan, here, save_seconds, probe=probe, fabric=fabric)
-    except PlacementError as failed:
+    except ResourceError as failed:
         yield error("scheduler", str(failed.problems[0]), "")
 
 
@@ -131,7 +131,7 @@ def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping
     """Connects to the scheduler.
 
     Raises:
-        PlacementError: there is no cluster.
+        ResourceError: there is no cluster.
     """
     if on == "slurm":
         visible = [str(nearest(Path(config.run.root))), str(Path(config.data.path).absolute())]

@@ -21,7 +21,7 @@ from launchers.ray.nodes import RayNode, assign, bundle_of_rank
 from launchers.ray.submit import STOP_WAIT
 from moe_dist.config.cluster import Cluster
 from moe_dist.doctor.check_result import CheckResult, Level, note, ok, warning
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
 START_SECONDS = 300.0  # wait for the start of a task; GPUs may be in use
@@ -51,11 +51,11 @@ def run_on_nodes(
     """As `slurm_nodes.run_on_nodes`, with Ray tasks that are pinned to their nodes.
 
     Raises:
-        PlacementError: the cluster lacks the nodes, or a task did not start, failed, or exceeded the time limit.
+        ResourceError: the cluster lacks the nodes, or a task did not start, failed, or exceeded the time limit.
     """
     chosen = _chosen(plan, cluster, live_nodes()).nodes
     if not chosen:
-        raise PlacementError("the cluster lacks the nodes of the plan; the check `nodes` names them")
+        raise ResourceError("the cluster lacks the nodes of the plan; the check `nodes` names them")
     shared = {name: variable.value for name, variable in cluster.nccl.items()}
     if cluster.interface is not None:
         shared |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
@@ -78,16 +78,16 @@ def run_on_nodes(
         if not ended:
             for reference in waiting:
                 ray.cancel(reference, force=True)  # a blocked task does not react to a plain cancel
-            raise PlacementError(f"{len(waiting)} of {world} tasks did not end in {minutes} minutes")
+            raise ResourceError(f"{len(waiting)} of {world} tasks did not end in {minutes} minutes")
         try:
             code, printed, complaint = ray.get(ended[0])
         except RayError as error:
-            raise PlacementError(f"a task was lost: {str(error).splitlines()[0]}") from error
+            raise ResourceError(f"a task was lost: {str(error).splitlines()[0]}") from error
         yield from ((time.time(), line) for line in printed.splitlines())
         if code:
             problems.append(complaint.strip().rpartition("\n")[2] or f"exit code {code}")
     if problems:
-        raise PlacementError(f"{len(problems)} of {world} tasks failed: {problems[0]}")
+        raise ResourceError(f"{len(problems)} of {world} tasks failed: {problems[0]}")
 
 
 def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -> tuple[int, str, str]:
@@ -102,7 +102,7 @@ def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Check
     if not assignment.problems:
         return ok("nodes", f"the plan fits on {len(plan.nodes)} of the {len(nodes)} nodes of Ray")
     more = f" ({len(assignment.problems) - 1} more nodes of the plan likewise)" if len(assignment.problems) > 1 else ""
-    return CheckResult("nodes", Level.ERROR, assignment.problems[0] + more, verdict=PlacementError.exit_code)
+    return CheckResult("nodes", Level.ERROR, assignment.problems[0] + more, verdict=ResourceError.exit_code)
 
 
 def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:

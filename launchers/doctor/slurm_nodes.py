@@ -11,7 +11,7 @@ from launchers.command import JobPlan
 from launchers.slurm.script import container_prefix, interpreter, part_options, parts, pyxis_options, site_options
 from launchers.snapshot import code_folder
 from moe_dist.config.cluster import Cluster
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 
 START_SECONDS = 300.0  # how long the job may wait in the queue
 
@@ -35,7 +35,7 @@ def run_on_nodes(
         visible: Further folders to mount in the site's container under the same path.
 
     Raises:
-        PlacementError: Slurm refuses the job, does not start it in time, or it fails; with srun's error message.
+        ResourceError: Slurm refuses the job, does not start it in time, or it fails; with srun's error message.
     """
     command = srun_command(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes, visible=visible)
     with subprocess.Popen(
@@ -60,7 +60,7 @@ def run_on_nodes(
         listener.join(5.0)
     if code:
         last = [line.strip() for line in said if line.startswith("srun: error") or "rror" in line][-3:] or said[-1:]
-        raise PlacementError(f"srun ended with {code}: {' / '.join(map(str.strip, last))}")
+        raise ResourceError(f"srun ended with {code}: {' / '.join(map(str.strip, last))}")
 
 
 def srun_command(

@@ -74,7 +74,7 @@ def submitted(
 
     Raises:
         ConfigError: the configuration or the cluster file is invalid, or a variable is not set.
-        PlacementError: no Ray answers at the address.
+        ResourceError: no Ray answers at the address.
     """
     line = driver_line(config_path, overrides, options=options, cluster=cluster)
     require_variables(forwarded, os.environ)

@@ -24,7 +24,7 @@ from launchers.ray.submit import STOP_WAIT
 from launchers.snapshot import code_folder
 from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 from moe_dist.runtime.place import LABELS
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 from moe_dist.runtime.save_time import measured_save_seconds
@@ -43,7 +43,7 @@ def drive(job: RayJob, signals: StopSignals) -> int:
     """Runs attempts until one is not restarted; returns the exit code of the last one.
 
     Raises:
-        PlacementError: there is no cluster, or it lacks the nodes of the plan.
+        ResourceError: there is no cluster, or it lacks the nodes of the plan.
         ConfigError, StoppedError: from `gather_gang`.
     """
     grace = stop_grace(os.environ)
@@ -147,7 +147,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
         The network address of Ray's GCS and dashboard.
 
     Raises:
-        PlacementError: there is no cluster.
+        ResourceError: there is no cluster.
     """
     shipped = (
         {} if IN_A_JOB in env else {"working_dir": str(code_folder()), "env_vars": {name: env[name] for name in forwarded}}
@@ -160,7 +160,7 @@ def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator
         # joins a running cluster; never starts one
         context = ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
     except OSError as error:
-        raise PlacementError(
+        raise ResourceError(
             f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one with `ray start`, set RAY_ADDRESS, or "
             "submit to one with --submit ADDRESS",
             see="docs/ray.md",

@@ -20,7 +20,7 @@ from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from launchers.ray.nodes import NODE_ID, RayNode, assign
 from launchers.ray.rank import RankActor, WorkerInfo
 from launchers.supervise import StopSignals
-from moe_dist.errors import ConfigError, PlacementError, StoppedError
+from moe_dist.errors import ConfigError, ResourceError, StoppedError
 
 ANSWER_SECONDS = 60.0  # timeout for an actor to start and answer; a Ray worker starts in seconds
 READY_SECONDS = 15.0  # timeout for a placement group on nodes that were just free
@@ -194,7 +194,7 @@ def gather_gang(
 
     Raises:
         ConfigError: a path does not exist on a node.
-        PlacementError: the cluster lacks the nodes of the plan.
+        ResourceError: the cluster lacks the nodes of the plan.
         StoppedError: a stop signal came during the wait.
     """
     began, printed = time.monotonic(), set[str]()
@@ -210,7 +210,7 @@ def gather_gang(
         assignment = assign(job, live_nodes(), bundle, together)
         if assignment.problems:
             if time.monotonic() - began >= wait_seconds:
-                raise PlacementError(assignment.problems, see="docs/ray.md")
+                raise ResourceError(assignment.problems, see="docs/ray.md")
             say_once(f"waiting {wait_seconds:g} s for nodes: {assignment.problems[0]}")
         elif assignment.waits_for:
             ranks = [str(rank) for node in assignment.waits_for for rank in node.ranks]

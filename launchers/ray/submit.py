@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.rank_tracker import ABORTED
 from launchers.snapshot import code_folder
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, PlacementError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -40,7 +40,7 @@ def submit(address: str, line: str, variables: Mapping[str, str]) -> int:
         variables: Environment variables of the job and its ranks, with RAY_JOB_STOP_WAIT_TIME_S.
 
     Raises:
-        PlacementError: no Ray answers at the address.
+        ResourceError: no Ray answers at the address.
     """
     client = connect(address)
     job_id = client.submit_job(
@@ -60,7 +60,7 @@ def stop(address: str, job_id: str) -> int:
 
     Raises:
         ConfigError: there is no such job.
-        PlacementError: no Ray answers at the address.
+        ResourceError: no Ray answers at the address.
     """
     client = connect(address)
     try:
@@ -80,7 +80,7 @@ def connect(address: str) -> "JobSubmissionClient":
     """A client of the job API.
 
     Raises:
-        PlacementError: no Ray answers at the address.
+        ResourceError: no Ray answers at the address.
     """
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
@@ -88,7 +88,7 @@ def connect(address: str) -> "JobSubmissionClient":
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # without http:// Ray expects a GCS there
-        raise PlacementError(
+        raise ResourceError(
             f"--submit {address}: {str(error).splitlines()[0]}; it must be the address of the dashboard, as "
             "http://127.0.0.1:8265 on the head",
             see="docs/ray.md",

@@ -17,13 +17,13 @@ from typing import Annotated
 import typer
 
 from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
-from launchers.slurm.allocation import SlurmError, ask
+from launchers.slurm.nodes import SlurmError, ask
 from launchers.slurm.script import PROGRAM, output_pattern, parts, script
 from launchers.snapshot import code_folder, read_sweep, take_snapshot
 from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, PlacementError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import check, check_file
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
@@ -75,7 +75,7 @@ def prepare(
         program: Arguments of the ranks' interpreter, instead of the training.
 
     Raises:
-        ConfigError, DataError, PlacementError: the run, a task or the nodes are invalid.
+        ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
     loaded = check_file(config_path, overrides).config
     fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))
@@ -101,7 +101,7 @@ def submit(job: Submission, options: Sequence[str] = ()) -> str:
 
     Raises:
         ConfigError: sbatch rejects an option of the cluster file.
-        PlacementError: the cluster has no such nodes.
+        ResourceError: the cluster has no such nodes.
         SlurmError: sbatch is missing or does not answer.
     """
     if job.sweep:
@@ -168,7 +168,7 @@ def _refusal(job: Submission, words: str) -> MoeDistError:
         "placement.groups.<group>.node.feature, or ask the site"
         for part in missing
     ]
-    return PlacementError(problems or f"the cluster has no such nodes: {words}; the plan is\n{job.plan.table()}")
+    return ResourceError(problems or f"the cluster has no such nodes: {words}; the plan is\n{job.plan.table()}")
 
 
 def main(

@@ -17,7 +17,7 @@ import typer
 
 from launchers.command import TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, published_rendezvous, rank_commands
 from launchers.restart import AttemptEnd, committed_step, exhausted
-from launchers.slurm.allocation import Allocation, differences, hosts_of
+from launchers.slurm.nodes import Allocation, differences, hosts_of
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
 from launchers.slurm.step import STOPPED, SlurmJob, conclude, hold_signals_prefix, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launchers.attempts import last_output
 from launchers.restart import committed_step
-from launchers.slurm.allocation import SlurmError, ask
+from launchers.slurm.nodes import SlurmError, ask
 from launchers.slurm.script import HOLD_SIGNALS
 from launchers.snapshot import CodeSnapshot
 from moe_dist.config.cluster import Cluster, PyxisContainer

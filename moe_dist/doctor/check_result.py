@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, MoeDistError, PlacementError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, MoeDistError, ResourceError
 
 
 class Level(IntEnum):
@@ -57,12 +57,12 @@ def warning(check: str, text: str, fix: str) -> CheckResult:
     return CheckResult(check, Level.WARNING, text, fix)
 
 
-def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = PlacementError) -> CheckResult:
+def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = ResourceError) -> CheckResult:
     """A problem that would end the run with the exit code of `kind`."""
     return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
-_WORST_FIRST = (ConfigError.exit_code, DataError.exit_code, PlacementError.exit_code)
+_WORST_FIRST = (ConfigError.exit_code, DataError.exit_code, ResourceError.exit_code)
 
 
 def exit_code(results: Iterable[CheckResult]) -> int:
@@ -77,11 +77,11 @@ def raise_errors(results: Sequence[CheckResult]) -> None:
     """Raises all errors among the results as one exception.
 
     Raises:
-        ConfigError, DataError, PlacementError: there are errors; the class is that of `exit_code`.
+        ConfigError, DataError, ResourceError: there are errors; the class is that of `exit_code`.
     """
     errors = [result for result in results if result.level is Level.ERROR]
     if errors:
-        kinds: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, PlacementError)}
+        kinds: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ResourceError)}
         raise kinds[exit_code(errors)]([str(result) for result in errors], see="docs/scaling.md")
 
 

@@ -49,7 +49,7 @@ def check_at_start(
         On rank 0 the results for all nodes; on the first rank of another node those for this node; otherwise empty.
 
     Raises:
-        ConfigError, PlacementError: this node, or on rank 0 any node, does not meet the run's requirements.
+        ConfigError, ResourceError: this node, or on rank 0 any node, does not meet the run's requirements.
     """
     if env.local_rank > 0:
         return []

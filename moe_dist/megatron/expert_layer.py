@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ConfigError
 from moe_dist.megatron.aux_terms import AuxTerms
 from moe_dist.megatron.initialise import initialise_layer
 from moe_dist.megatron.modality import PADDING, groups_of_rank
@@ -117,7 +117,7 @@ class ExpertLayer(MegatronModule):
 
 def _check_groups(groups: ProcessGroupCollection) -> None:
     if groups.expt_tp.size() != 1:
-        raise PlacementError(
+        raise ConfigError(
             f"expert tensor parallel group of {groups.expt_tp.size()} ranks: experts cannot be split over ranks; "
             "initialise Megatron with expert_tensor_parallel_size=1 (its default is the tensor-parallel size)",
             see=GUIDE,

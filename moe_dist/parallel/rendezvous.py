@@ -23,7 +23,7 @@ def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterat
         timeout: How long a rank waits for rank 0, and for answers of the store, in seconds.
 
     Raises:
-        ConfigError, PlacementError, RunFolderError: from `runtime.rendezvous`.
+        ConfigError, ResourceError, RunFolderError: from `runtime.rendezvous`.
     """
     if env.init_method != PUBLISHED:
         yield None

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.ownership import RunFolderError, user_name
 
@@ -90,14 +90,14 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
         The address, and the listening socket.
 
     Raises:
-        PlacementError: `host` is not an address of this node.
+        ResourceError: `host` is not an address of this node.
         OSError: the file cannot be written.
     """
     try:
         # The kernel chooses the port, and the socket stays open: no other process can take the port.
         listener = socket.create_server((host, 0))
     except OSError as error:
-        raise PlacementError(
+        raise ResourceError(
             f"rank 0 cannot listen at {host}: {error.strerror}; set {HOST_VARIABLE} to an address of its node"
         ) from error
     # new for each attempt

@@ -38,8 +38,8 @@ class LayerParts:
     scope_ranks: ScopeRanks
 
 
-def ffn_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
-    """Makes a layer of plain experts; all layers share the dispatcher."""
+def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
+    """Makes a layer of FFNs; all layers share the dispatcher. The section's fields are keywords of `experts`."""
     config, groups, wire = parts.config, parts.placement.groups, parts.wire
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
@@ -64,12 +64,13 @@ def ffn_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
         return MoELayer(
             norm=RMSNorm(hidden_dim, section.norm_eps),
             router=make_router(layer=layer, place=section.moe_layers.index(layer)),
-            experts=Experts(
+            experts=experts(
                 hidden_dim,
                 groups,
                 [len(parts.placement.local_experts(parts.ep_rank, group)) for group in groups],
                 pair_budget=config.parallel.expert_pair_budget,
                 gemm=config.parallel.expert_gemm,
+                **moe.experts.model_dump(exclude={"kind"}),
             ),
             dispatcher=dispatcher,
             shared=make_shared(hidden_dim, moe.shared_ffn_dim) if moe.shared_ffn_dim else None,
@@ -101,7 +102,10 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
     return make
 
 
-EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {"ffn": ffn_layers, "lora": lora_layers}
+EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]] = {
+    "ffn": ffn_layers,
+    "lora": lora_layers,
+}
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:

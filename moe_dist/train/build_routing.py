@@ -30,7 +30,10 @@ ROUTERS: dict[str, type[nn.Module]] = {
     "group_limited": GroupLimitedRouter,
     "scheduled_top_k": ScheduledTopKRouter,
 }
-CONTROLLERS: dict[str, type[Rule]] = {"active_experts": ActiveExperts, "loss_free": LossFree}
+CONTROLLERS: dict[str, type[Rule]] = {
+    "active_experts": ActiveExperts,
+    "loss_free": LossFree,
+}
 
 
 def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[ExpertGroup], **known: Any) -> nn.Module:

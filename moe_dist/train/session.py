@@ -13,7 +13,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.balance_rules import active_targets
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
@@ -39,13 +39,13 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
     """Where this rank computes: its own GPU, by local rank, or the CPU.
 
     Raises:
-        PlacementError: the rank has no GPU of its own here.
+        ResourceError: the rank has no GPU of its own here.
     """
     wanted = config.parallel.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if env.local_rank >= torch.cuda.device_count():
-        raise PlacementError(
+        raise ResourceError(
             f"rank {env.rank} is number {env.local_rank} on its node, which shows {torch.cuda.device_count()} GPUs "
             "(parallel.device, CUDA_VISIBLE_DEVICES); start fewer ranks there, or set parallel.device=cpu"
         )

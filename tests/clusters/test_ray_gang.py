@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support import ray_cluster
@@ -135,7 +135,7 @@ def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_f
 def test_a_plan_that_nobody_can_satisfy_names_rank_and_label(cluster: RayCluster, root: Path) -> None:
     wish = "placement.groups.image.node.labels={modality: video}"
     job = driver(cluster, root, "nowhere", wish)
-    assert job.wait() == PlacementError.exit_code, job.printed
+    assert job.wait() == ResourceError.exit_code, job.printed
     assert (
         "rank 0 (experts of image): needs a Ray node with the label modality=video, and no live node has it" in job.printed
     )

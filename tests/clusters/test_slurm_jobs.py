@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.errors import ConfigError, PlacementError, StoppedError
+from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.pretend import PROGRAM
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob
@@ -168,7 +168,7 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
     stage.set_site(prelude=[changed])
     asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
     job = stage.launch("done", *asked)
-    assert job.end() == PlacementError.exit_code
+    assert job.end() == ResourceError.exit_code
     assert (
         "verdict 69: rank 2 (experts of image) is not on its planned node: its node must have the feature 'vision'; "
         "node3 has text; "

@@ -13,7 +13,7 @@ import pytest
 
 from launchers.command import TRAIN
 from launchers.restart import committed_step
-from moe_dist.errors import ConfigError, PlacementError, StoppedError
+from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
@@ -191,7 +191,7 @@ def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature
     values = {**NODES, "placement.groups.image.node.feature": "holography"}
     values["run.root"] = str(tmp_path)
     done = runs.cluster.run(sys.executable, "-m", "launchers.slurm", DEFAULT, *overrides(values))
-    assert done.returncode == PlacementError.exit_code, done.stderr
+    assert done.returncode == ResourceError.exit_code, done.stderr
     assert "ranks 2, 3 (experts of image) need nodes with the feature 'holography', which no node has" in done.stderr
 
 

@@ -10,7 +10,7 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
@@ -266,7 +266,7 @@ def overflow(rank: RankContext) -> tuple[str, list[str]]:
     dispatcher = AllToAllDispatcher(case.placement, AllToAll(mesh.ep, comm_stats), max_receive_rows=bound)
     try:
         dispatcher.plan(assignments, len(chosen))
-    except PlacementError as error:
+    except ResourceError as error:
         return str(error), comm_stats.events or []
     return "no error", comm_stats.events or []
 

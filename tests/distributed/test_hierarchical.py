@@ -9,7 +9,7 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
 from moe_dist.moe.reference.layer import expected_node_traffic
@@ -170,7 +170,7 @@ def overflow(rank: RankContext, hop: str) -> str:
     dispatcher = HierarchicalDispatcher(case.placement, *wires, ranks_per_node=2, max_receive_rows=bound)
     try:
         dispatcher.plan(case.assignments(rank.rank, torch.ones(len(case.experts_TK[rank.rank]))), 5)
-    except PlacementError as error:
+    except ResourceError as error:
         return str(error)
     return "no error"
 

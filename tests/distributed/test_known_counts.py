@@ -9,7 +9,7 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
@@ -160,7 +160,7 @@ def test_token_choice_is_refused_with_the_way_out() -> None:
     placement = ExpertPlacement(GROUPS, (tuple(range(8)),))
     dispatcher = KnownCountsDispatcher(placement, AllToAll(None, CommStats()), max_receive_rows=0)
     assignments = Assignments(torch.arange(2), torch.tensor([0, 4]), torch.ones(2))
-    with pytest.raises(PlacementError, match="kind=known_counts needs the number of pairs"):
+    with pytest.raises(ConfigError, match="kind=known_counts needs the number of pairs"):
         dispatcher.plan(assignments, 2)
     with pytest.raises(AssertionError, match="counts_WE"):
         dispatcher.plan(assignments._replace(counts_WE=((2, 0, 0, 0, 1, 0, 0, 0),)), 2)
@@ -182,7 +182,7 @@ def overflow(rank: RankContext) -> str:
     dispatcher = KnownCountsDispatcher(placement, AllToAll(mesh.ep, CommStats()), max_receive_rows=4)
     try:
         dispatcher.plan(expert_choice(0, [9, 9], [3, 5], rank.rank), 9)
-    except PlacementError as error:
+    except ResourceError as error:
         return str(error)
     return "no error"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import group_module
 from tests.support.megatron_model import MOE_LAYERS, Layout, gpt_model, transformer_config, with_layers_of
 from tests.support.megatron_run import megatron
@@ -78,5 +78,5 @@ def test_expert_tensor_parallel_groups_are_refused() -> None:
         from moe_dist.megatron.expert_layer import _check_groups
 
     groups: Any = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 2))
-    with pytest.raises(PlacementError, match="expert tensor parallel group of 2 ranks"):
+    with pytest.raises(ConfigError, match="expert tensor parallel group of 2 ranks"):
         _check_groups(groups)

@@ -82,8 +82,8 @@ class BenchResult:
 
 def judge(rows: Mapping[str, Any]) -> list[BenchResult]:
     """All judged comparisons of a file, those that fail first."""
-    findings = [finding for key, row in rows.items() for finding in _judge_row(key, row)]
-    return sorted(findings, key=lambda finding: finding.met)
+    comparisons = [each for key, row in rows.items() for each in _judge_row(key, row)]
+    return sorted(comparisons, key=lambda each: each.met)
 
 
 def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
@@ -97,13 +97,13 @@ def _judge_row(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
     for comparison, ratio in row["ratio"].items():
         low, high = ratio["low"], ratio["high"]
         if comparison in rivals:
-            yield _finding(key, comparison, f"not lost (interval not wholly above {LOST_ABOVE})", ratio, low <= LOST_ABOVE)
+            yield _result(key, comparison, f"not lost (interval not wholly above {LOST_ABOVE})", ratio, low <= LOST_ABOVE)
         elif comparison in FLOORS and in_region:
             rule = f"within {FLOOR_LIMIT - 1:.0%} of the floor (aim {FLOOR_AIM - 1:.0%})"
-            yield _finding(key, comparison, rule, ratio, ratio["median"] <= FLOOR_LIMIT)
+            yield _result(key, comparison, rule, ratio, ratio["median"] <= FLOOR_LIMIT)
         elif comparison == "ours / naive" and in_region and point.get("null") == 0.5 and point.get("top_k", 0) >= 2:
             rule = f"at least {NAIVE_FACTOR} times faster than the naive sender"
-            yield _finding(key, comparison, rule, ratio, high <= 1 / NAIVE_FACTOR)
+            yield _result(key, comparison, rule, ratio, high <= 1 / NAIVE_FACTOR)
 
 
 def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
@@ -115,10 +115,10 @@ def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
         return
     for label, ratio in row["cost a row / the first's"].items():
         met = FLATNESS[0] <= ratio["median"] <= FLATNESS[1]
-        yield _finding(f"{key} {label}", "cost a row / the first's", f"within {FLATNESS}", ratio, met)
+        yield _result(f"{key} {label}", "cost a row / the first's", f"within {FLATNESS}", ratio, met)
 
 
-def _finding(key: str, comparison: str, rule: str, ratio: Mapping[str, float], met: bool) -> BenchResult:
+def _result(key: str, comparison: str, rule: str, ratio: Mapping[str, float], met: bool) -> BenchResult:
     reason = "" if met else _reason(comparison, key)
     return BenchResult(key, comparison, rule, ratio["median"], ratio["low"], ratio["high"], met, reason)
 

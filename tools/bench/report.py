@@ -26,8 +26,8 @@ SHOWN_RATIOS = (
 
 def text(results: Mapping[str, Any]) -> str:
     """Everything for a terminal: what is lost first, with why, then what holds, then all rows."""
-    findings = judge(results["rows"])
-    parts = [*_failures(findings), _plain(_findings_table([finding for finding in findings if finding.met])), ""]
+    comparisons = judge(results["rows"])
+    parts = [*_failures(comparisons), _plain(_comparisons_table([each for each in comparisons if each.met])), ""]
     for title, table in tables(results):
         parts += [title, _plain(table), ""]
     return "\n".join(parts)
@@ -35,19 +35,19 @@ def text(results: Mapping[str, Any]) -> str:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables of docs/benchmarks.md."""
-    findings = judge(results["rows"])
-    holds = sum(finding.met for finding in findings)
-    parts = ["### Judgement", "", f"{holds} of {len(findings)} comparisons hold. Those that do not:", ""]
-    parts += [f"- {line}" for line in _failures(findings)] or ["none"]
+    comparisons = judge(results["rows"])
+    holds = sum(comparison.met for comparison in comparisons)
+    parts = ["### Judgement", "", f"{holds} of {len(comparisons)} comparisons hold. Those that do not:", ""]
+    parts += [f"- {line}" for line in _failures(comparisons)] or ["none"]
     for title, table in tables(results):
         parts += ["", f"### {title}", "", _pipes(table)]
     return "\n".join(parts) + "\n"
 
 
-def _failures(findings: Sequence[BenchResult]) -> list[str]:
+def _failures(comparisons: Sequence[BenchResult]) -> list[str]:
     """One paragraph for each rule that is not met for one reason, with all its rows."""
     alike: dict[tuple[str, str, str], list[BenchResult]] = {}
-    for each in findings:
+    for each in comparisons:
         if not each.met:
             alike.setdefault((each.comparison, each.rule, each.reason), []).append(each)
     return [
@@ -56,10 +56,10 @@ def _failures(findings: Sequence[BenchResult]) -> list[str]:
     ]
 
 
-def _range(finding: BenchResult) -> str:
-    if finding.low == finding.high:
-        return f"{finding.ratio:.2f}"
-    return f"{finding.ratio:.2f} [{finding.low:.2f}, {finding.high:.2f}]"
+def _range(comparison: BenchResult) -> str:
+    if comparison.low == comparison.high:
+        return f"{comparison.ratio:.2f}"
+    return f"{comparison.ratio:.2f} [{comparison.low:.2f}, {comparison.high:.2f}]"
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
@@ -110,9 +110,9 @@ def _scaling_table(row: Mapping[str, Any]) -> Table:
     return [*table, ["slope", f"{row['log-log slope of time']:.2f}", "", "", ""]]
 
 
-def _findings_table(findings: Sequence[BenchResult]) -> Table:
+def _comparisons_table(comparisons: Sequence[BenchResult]) -> Table:
     table = [["", "row", "comparison", "rule", "ratio"]]
-    return table + [["holds", each.row, each.comparison, each.rule, _range(each)] for each in findings]
+    return table + [["holds", each.row, each.comparison, each.rule, _range(each)] for each in comparisons]
 
 
 def _ratio(ratio: Mapping[str, float] | None) -> str:

@@ -42,7 +42,7 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         """Decides rows and pairs from the assignments. Two metadata collectives and the layer's one host sync.
 
         Raises:
-            PlacementError: more rows would arrive than `max_receive_rows`; nothing has been allocated yet.
+            ResourceError: more rows would arrive than `max_receive_rows`; nothing has been allocated yet.
         """
         (plan,), _ = self.planner.plan(assignments, num_tokens, layer)
         return plan

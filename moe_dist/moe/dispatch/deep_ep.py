@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, SentCounts
 from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments
@@ -31,10 +31,10 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
     """DeepEP's `topk_idx` [T, K], int64, -1 for no selection, from token-major assignments.
 
     Raises:
-        PlacementError: not T x K pairs: the assignments are not token choice.
+        ConfigError: not T x K pairs: the assignments are not token choice.
     """
     if assignments.expert_N.shape[0] != num_tokens * top_k:
-        raise PlacementError(
+        raise ConfigError(
             f"parallel.dispatch.kind=deep_ep takes {top_k} choices of each of {num_tokens} tokens, and got "
             f"{assignments.expert_N.shape[0]} pairs; a router whose experts choose tokens needs "
             "parallel.dispatch.kind=all_to_all"
@@ -96,7 +96,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         """DeepEP's ids and its layout. Syncs with the host for the ledger's counts.
 
         Raises:
-            PlacementError: the assignments are not token choice.
+            ConfigError: the assignments are not token choice.
         """
         if self._buffer is None:
             self._buffer = make_buffer(self.wire.group, self.hidden_dim)

@@ -61,7 +61,7 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         """Decides both hops from the assignments. Four metadata collectives and the layer's one host sync.
 
         Raises:
-            PlacementError: more rows would arrive in a hop than `max_receive_rows`; nothing has been allocated yet.
+            ResourceError: more rows would arrive in a hop than `max_receive_rows`; nothing has been allocated yet.
         """
         return self.planner.plan(assignments, num_tokens, layer)
 

@@ -124,7 +124,7 @@ class NodePlanner:
         """Both hops. Four metadata collectives and one host sync.
 
         Raises:
-            PlacementError: more rows would arrive in a hop than `max_receive_rows`; nothing has been allocated yet.
+            ResourceError: more rows would arrive in a hop than `max_receive_rows`; nothing has been allocated yet.
         """
         num_nodes, per_node, node = self.inter.size, self.intra.size, self.inter.rank
         if [len(ranks) for ranks in self._slots_GL] != [per_node] * num_nodes:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Splits, split_sizes
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import check_receive_rows
@@ -69,11 +69,12 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         """Decides who goes where, without a collective or a host sync (but for the first plan of new counts).
 
         Raises:
-            PlacementError: the assignments have no counts, or more rows would arrive than `max_receive_rows`.
+            ConfigError: the assignments have no counts: the router does not fix them.
+            ResourceError: more rows would arrive than `max_receive_rows`.
         """
         counts = assignments.counts_WE
         if counts is None:
-            raise PlacementError(
+            raise ConfigError(
                 "parallel.dispatch.kind=known_counts needs the number of pairs of each rank and expert beforehand, which "
                 "this router's choices do not fix (token choice never does); take parallel.dispatch.kind=all_to_all, or a "
                 "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"

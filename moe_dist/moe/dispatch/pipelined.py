@@ -87,7 +87,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         """Decides rows and pairs of all chunks. Two metadata collectives and the layer's one host sync.
 
         Raises:
-            PlacementError: more rows would arrive than `max_receive_rows`, all chunks together.
+            ResourceError: more rows would arrive than `max_receive_rows`, all chunks together.
         """
         return PipelinedPlan(*self.planner.plan(assignments, num_tokens, layer))
 

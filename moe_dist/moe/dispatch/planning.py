@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, Splits, split_sizes
 from moe_dist.comm.names import COUNTS, PAIR_ROWS
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan
 from moe_dist.moe.dispatch.rows import counting_order, runs_in_order, spread
 from moe_dist.moe.routing import ABSENT, Assignments
@@ -44,9 +44,9 @@ class OwnPairs:
 
 
 def check_receive_rows(rows: int, limit: int | None, position: int, place: str) -> None:
-    """Raises a PlacementError where more rows would arrive at an EP position than `parallel.max_receive_rows`."""
+    """Raises a ResourceError where more rows would arrive at an EP position than `parallel.max_receive_rows`."""
     if limit is not None and rows > limit:
-        raise PlacementError(
+        raise ResourceError(
             f"EP position {position} would receive {rows} rows in {place}, more than parallel.max_receive_rows={limit}; "
             "raise it if memory allows, lower train.micro_batch or the experts' capacity, or raise loss.balance so that "
             "tokens spread (docs/routing.md)"
@@ -150,7 +150,7 @@ class Planner:
         """One plan a chunk, and the own pairs (none unless `own_apart`). Two metadata collectives and one host sync.
 
         Raises:
-            PlacementError: more rows would arrive than `max_receive_rows`; nothing has been allocated yet.
+            ResourceError: more rows would arrive than `max_receive_rows`; nothing has been allocated yet.
         """
         if self.wire.size != self.placement.num_ranks:
             raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_dist.doctor.check_result import CheckResult, error, exit_code, names, note, ok, raise_errors, warning
-from moe_dist.errors import ConfigError, DataError, PlacementError
+from moe_dist.errors import ConfigError, DataError, ResourceError
 
 CONFIG = error("a", "x", "y", kind=ConfigError)
 DATA = error("a", "x", "y", kind=DataError)
@@ -32,9 +32,9 @@ def test_a_line_has_the_way_out() -> None:
 
 def test_errors_end_a_run_together_with_the_worst_verdict() -> None:
     raise_errors([ok("a", "x"), warning("a", "x", "y")])
-    with pytest.raises(ConfigError, match=r"(?s)2 faults.*folder: no; mend.*nodes: none; wait"):
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*folder: no; mend.*nodes: none; wait"):
         raise_errors([error("folder", "no", "mend", kind=ConfigError), error("nodes", "none", "wait")])
-    with pytest.raises(PlacementError, match="nodes: none; wait"):
+    with pytest.raises(ResourceError, match="nodes: none; wait"):
         raise_errors([error("nodes", "none", "wait")])
 
 

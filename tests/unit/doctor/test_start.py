@@ -15,7 +15,7 @@ from moe_dist.doctor import start
 from moe_dist.doctor.check_result import CheckResult
 from moe_dist.doctor.node_facts import NodeFacts, look
 from moe_dist.doctor.start import check_at_start
-from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import RankEnv
 from tests.support.tiny import tiny_config
 
@@ -75,7 +75,7 @@ def test_nodes_that_agree_go_on(config: Config) -> None:
 def test_another_version_on_one_node_ends_rank_0_naming_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     change_on("node1", {"versions": {"python": "3.11.7", "torch": "2.11.0"}}, monkeypatch)
     first, *_ = all_ranks(config)
-    assert isinstance(first, PlacementError)
+    assert isinstance(first, ResourceError)
     assert "2.11.0 on node1" in str(first)
 
 

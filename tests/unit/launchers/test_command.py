@@ -17,7 +17,7 @@ from launchers.command import (
     threads_per_rank,
 )
 from moe_dist.config.cluster import Cluster
-from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import RunPlace
@@ -154,7 +154,7 @@ def test_gpus_come_from_the_device_and_the_cluster(tiny_data: Path) -> None:
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).gpus_per_node == 2
     assert job(tiny_data, cluster, {"parallel.device": "auto"}).place_of(1).gpu == 1
     assert len(job(tiny_data, cluster, {}).nodes) == 2, "on the CPU, ranks_per_node counts"
-    with refused(PlacementError, "parallel.device=cuda"):
+    with refused(ResourceError, "parallel.device=cuda"):
         job(tiny_data, {"gpus": {"syntax": "none"}}, {"parallel.device": "cuda"})
 
 

@@ -236,7 +236,7 @@ def test_a_failure_is_followed_by_a_new_start_from_the_last_checkpoint(
     assert [(each.restarts, each.verdict, each.rank) for each in status.attempts] == [(0, 1, 1), (1, 1, 1), (2, 0, 0)]
 
 
-@pytest.mark.parametrize("error", ["ConfigError", "DataError", "DivergedError", "StoppedError", "PlacementError"])
+@pytest.mark.parametrize("error", ["ConfigError", "DataError", "DivergedError", "StoppedError", "ResourceError"])
 def test_a_verdict_that_would_repeat_is_not_followed_by_a_start(site: Site, error: str) -> None:
     site.attempt(f"raise {error}('x')", max_restarts=3)
     assert len(site.run.read_status().attempts) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 from moe_dist.runtime.ownership import RunFolderError
 from moe_dist.runtime.rendezvous import address_file, find, listening_host, publish, withdraw
@@ -113,7 +113,7 @@ def test_the_host_is_one_that_the_peers_reach(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_address_of_another_node_is_said_so(tmp_path: Path) -> None:
-    with refused(PlacementError):
+    with refused(ResourceError):
         publish(address_file(tmp_path), FIRST, "203.0.113.7")
     with refused(ConfigError, "no.such.host.invalid"):
         listening_host(FIRST, {"MOE_DIST_RENDEZVOUS_HOST": "no.such.host.invalid"})

@@ -9,7 +9,7 @@ from launchers.command import JobPlan, NodePlan
 from launchers.ray.driver import connected, grace_text, site_variables, stop_grace, worker_variables, workers_table
 from launchers.ray.rank import WorkerInfo
 from moe_dist.config.cluster import Cluster
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ResourceError
 
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
 PLAN = JobPlan((NodePlan(0, (0, 2)), NodePlan(1, (1, 3))), gpus_per_node=2, groups=(("text",), ("image",), (), ("image",)))
@@ -86,7 +86,7 @@ def test_a_grace_too_short_for_the_measured_saves_is_warned_of(
 def test_no_cluster_is_a_placement_error_that_says_the_way_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         address = "{}:{}".format(*gone.getsockname())
-    with pytest.raises(PlacementError, match=f"no Ray cluster at {address}") as error, connected({"RAY_ADDRESS": address}):
+    with pytest.raises(ResourceError, match=f"no Ray cluster at {address}") as error, connected({"RAY_ADDRESS": address}):
         pass
     assert "--submit ADDRESS" in str(error.value)
 

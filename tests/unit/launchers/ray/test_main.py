@@ -15,7 +15,7 @@ from launchers.ray.__main__ import launch, submitted
 from launchers.ray.job import path_on_nodes
 from launchers.ray.submit import follow_job, stop, verdict, verdict_line
 from moe_dist.config.bundled import source_root
-from moe_dist.errors import ConfigError, PlacementError
+from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -173,5 +173,5 @@ def test_an_address_where_nobody_answers_is_69_in_words(address: str, monkeypatc
         raise RpcError("Timed out while waiting for GCS to become available.")
 
     monkeypatch.setattr("ray.dashboard.utils.ray_address_to_api_server_url", nobody)  # takes it 40 s to say so
-    with pytest.raises(PlacementError, match=f"--submit {address}: .*; it must be the address of the dashboard"):
+    with pytest.raises(ResourceError, match=f"--submit {address}: .*; it must be the address of the dashboard"):
         ray_submit.connect(address)

@@ -12,7 +12,7 @@ from launchers.slurm.__main__ import prepare
 from moe_dist.config.cluster import Cluster
 from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError, DataError, PlacementError
+from moe_dist.errors import ConfigError, DataError, ResourceError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
@@ -78,7 +78,7 @@ def test_a_dry_run_prints_and_touches_nothing(login: Login) -> None:
 def test_a_feature_that_no_node_has_ends_with_69_and_names_ranks_and_feature(login: Login) -> None:
     login.stand_in("sbatch", "echo 'sbatch: error: Invalid feature specification' >&2; exit 1")
     done = login.launch("placement.groups.image.node.feature=vision", "placement.groups.text.node.feature=text")
-    assert done.returncode == PlacementError.exit_code
+    assert done.returncode == ResourceError.exit_code
     assert (
         "ranks 1 (experts of image) need nodes with the feature 'vision', which no node has; the nodes have" in done.stderr
     )
@@ -170,7 +170,7 @@ def test_what_slurm_refuses_overwrites_nothing(login: Login) -> None:
     login.run.prepare()
     login.run.config_yaml.write_text(resolved_yaml(login.config))
     login.stand_in("sbatch", "echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1")
-    assert login.launch("optimizer.lr=0.5", "--overwrite").returncode == PlacementError.exit_code
+    assert login.launch("optimizer.lr=0.5", "--overwrite").returncode == ResourceError.exit_code
     assert login.run.read_config() == login.config
     assert [entry.name for entry in login.run.path.parent.iterdir()] == ["it"]
 

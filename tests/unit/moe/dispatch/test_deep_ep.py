@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.errors import PlacementError
+from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.deep_ep import topk_idx_of
 from moe_dist.moe.dispatch.kernels import SlotNumbers
 from moe_dist.moe.routing import Assignments
@@ -35,7 +35,7 @@ def test_topk_idx_is_int64_with_minus_one_for_no_selection() -> None:
 
 def test_assignments_by_expert_are_refused() -> None:
     assignments = Assignments(torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1]), torch.ones(3))
-    with pytest.raises(PlacementError, match="takes 2 choices of each of 2 tokens, and got 3 pairs"):
+    with pytest.raises(ConfigError, match="takes 2 choices of each of 2 tokens, and got 3 pairs"):
         topk_idx_of(assignments, 2, 2, torch.arange(4))
     shuffled = Assignments(torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]), torch.ones(4))
     with pytest.raises(RuntimeError, match="not in the order of tokens"):

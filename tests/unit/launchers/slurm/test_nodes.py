@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.slurm.allocation import Allocation, GivenPart, SlurmError, ask, differences, expand_counts, hosts_of
+from launchers.slurm.nodes import Allocation, GivenPart, SlurmError, ask, differences, expand_counts, hosts_of
 
 PLAN = JobPlan(
     (NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"), NodePlan(2, (3, 4), feature="text"))
