@@ -1,4 +1,4 @@
-"""Random damage, from a printed seed: found before anything is trained on it, as an error that says what is wrong."""
+"""Random damage (from a printed seed) is found before training, and the error describes it."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_the_undamaged_one_is_fine(good: Path) -> None:
     assert [each.rank_values for each in restored] == [{"generators": {"torch": f"{rank:02x}"}} for rank in range(RANKS)]
 
 
-def test_each_header_is_read_once_and_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails at a later read would end one rank, and leave the others waiting for it."""
     read: Counter[int] = Counter()
     real = manager.open_shard
@@ -133,7 +133,7 @@ def kinds_of(folder: Path) -> set[tuple[str, str]]:
     return {(problem.kind, problem.file) for problem in verify(folder)[1]}
 
 
-def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
+def test_kinds_of_damage_are_distinguished(good: Path, tmp_path: Path) -> None:
     folder = tmp_path / "step_4"
 
     def fresh() -> Path:
@@ -179,7 +179,7 @@ def test_the_kinds_are_told_apart(good: Path, tmp_path: Path) -> None:
     assert kinds_of(folder) == {("foreign", shard_file(7))}
 
 
-def test_what_is_not_finite_was_saved_so(tmp_path: Path) -> None:
+def test_non_finite_values_are_reported_as_saved(tmp_path: Path) -> None:
     run = SmallRun(tmp_path).train(1)
     with torch.no_grad():
         run.model[0].bias[2] = float("nan")

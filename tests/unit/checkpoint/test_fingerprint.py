@@ -1,4 +1,4 @@
-"""Held against a slow sum over elements in Python's own integers, for every dtype and cut."""
+"""Fingerprints equal a slow sum over the elements in Python integers, for every dtype and sharding."""
 
 import itertools
 import math
@@ -79,7 +79,7 @@ def test_pieces_add_up_to_the_whole_for_any_cut(monkeypatch: pytest.MonkeyPatch,
         assert hexadecimal(total) == hexadecimal(expected)
 
 
-def test_a_corner_knows_its_place() -> None:
+def test_fingerprint_of_a_corner_piece_uses_its_offsets() -> None:
     whole = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(3))
     corner = whole[1:3, 2:5, 1:]
     assert fingerprint(corner, offsets=(1, 2, 1), shape=whole.shape) == oracle(corner, (1, 2, 1), whole.shape)

@@ -52,7 +52,7 @@ def test_boxes_that_tile_a_tensor_pass(good: Entry) -> None:
         entry((4, 6), ((0, 0), (4, 6)), dtype="F8"),
     ],
 )
-def test_boxes_that_do_not_are_named(bad: Entry) -> None:
+def test_boxes_that_do_not_tile_a_tensor_are_named(bad: Entry) -> None:
     problems = index_problems(index(good=entry((2,), ((0,), (2,))), bad=bad))
     assert problems
     assert all(fault.startswith("bad: ") for fault in problems)

@@ -247,7 +247,7 @@ def test_a_latest_that_names_no_checkpoint_is_a_data_error(tmp_path: Path, conte
     assert run.save(1) == run.manager.latest()
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_replaced(tmp_path: Path) -> None:
+def test_a_checkpoint_in_a_folder_of_another_step_is_refused_and_replaced(tmp_path: Path) -> None:
     run = SmallRun(tmp_path).train(2)
     run.save(2).rename(tmp_path / "step_4")
     (tmp_path / "latest").write_text("step_4\n")
@@ -273,7 +273,7 @@ def test_values_that_are_no_json_are_refused(tmp_path: Path) -> None:
     assert run.manager.latest() is None
 
 
-def test_a_latest_that_somebody_removed_is_not_a_new_run(tmp_path: Path) -> None:
+def test_a_deleted_latest_does_not_start_a_new_run(tmp_path: Path) -> None:
     run = SmallRun(tmp_path)
     assert run.manager.latest() is None
     run.train(1).save(1)
@@ -317,7 +317,7 @@ def test_damage_names_the_older_checkpoints(tmp_path: Path) -> None:
         run.manager.load(tmp_path / "step_3", run.state())
 
 
-def test_what_fits_is_taken_over(tmp_path: Path) -> None:
+def test_matching_parameters_are_loaded(tmp_path: Path) -> None:
     run = SmallRun(tmp_path / "a").train(3)
     run.save(3)
     wider = SmallRun(tmp_path / "b", width=5)

@@ -86,7 +86,7 @@ def test_fingerprints_are_those_of_every_layout(saved: dict[Layout, Path]) -> No
     assert len(set(prints[0].values())) > 0.9 * len(prints[0])
 
 
-def test_a_mistake_in_putting_it_together_is_found(saved: dict[Layout, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrongly_assembled_tensor_is_found(saved: dict[Layout, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As peers had it: the experts of one rank loaded into another's slots, with no error."""
     from moe_dist.checkpoint import manager
     from moe_dist.errors import DataError

@@ -1,4 +1,4 @@
-"""Saving while the training goes on, on one rank. Several ranks: tests/distributed/test_resume.py."""
+"""Asynchronous saves on one rank. Several ranks: tests/distributed/test_resume.py."""
 
 import logging
 import threading
@@ -40,7 +40,7 @@ class HeldWrite:
     error: Exception | None
 
 
-def test_steps_are_taken_while_a_save_is_in_flight_and_it_has_the_state_of_its_step(
+def test_training_steps_during_a_save_do_not_change_the_saved_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twin = SmallRun(tmp_path / "sync").train(3)

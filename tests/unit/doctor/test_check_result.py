@@ -1,4 +1,4 @@
-"""Findings: their lines, and the exit code that says the worst."""
+"""Check results: their text, and the combined exit code."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_the_exit_code_says_the_worst(results: list[CheckResult], code: int) -> 
     assert exit_code(results) == code
 
 
-def test_a_line_has_the_way_out() -> None:
+def test_a_result_contains_the_fix() -> None:
     assert str(warning("room", "1 GiB left", "make room")) == "room: 1 GiB left; make room"
     assert str(ok("room", "enough")) == "room: enough"
 

@@ -1,4 +1,4 @@
-"""What nodes say, judged: a line for each fault that names the nodes, and none where all is well."""
+"""Checks of nodes: one result per problem that names the nodes, and none without a problem."""
 
 from dataclasses import replace
 from typing import Any
@@ -78,7 +78,7 @@ def test_three_good_nodes() -> None:
         ),
     ],
 )
-def test_each_fault_is_exactly_its_own_line(different: dict[str, Any], verdict: int, line: str) -> None:
+def test_each_problem_gives_exactly_one_result(different: dict[str, Any], verdict: int, line: str) -> None:
     problems = [result for result in examine(different) if result.is_problem]
     assert len(problems) == 1
     assert str(problems[0]).startswith(line)
@@ -91,24 +91,24 @@ def test_a_late_answer_is_no_wrong_clock(clock: float, off: float) -> None:
     assert clock - answered_at(clock, asked=1000.0, seen=1010.0) == off
 
 
-def test_a_name_that_does_not_resolve_is_not_told_again_as_a_closed_port() -> None:
+def test_an_unresolved_name_is_not_reported_as_a_closed_port_too() -> None:
     problems = [f for f in examine({"unresolved": {"n0": "Unknown"}, "unreachable": "refused"}) if f.is_problem]
     assert [result.check for result in problems] == ["rendezvous host"]
 
 
-def test_what_no_run_on_the_cpu_needs_is_not_asked_for() -> None:
+def test_requirements_of_gpus_are_not_checked_on_cpu() -> None:
     needs = replace(NEEDS, gpus_per_node=0, ranks_per_node=1)
     odd = {"gpus": None, "shm_bytes": 1 << 20, "locked_memory": 1 << 16}
     assert not [result for result in examine(odd, needs=needs) if result.is_problem]
 
 
-def test_torch_that_is_nowhere() -> None:
+def test_missing_torch_is_an_error() -> None:
     bare = replace(GOOD, node="n0", versions={**GOOD.versions, "torch": None})
     problems = [f for f in check_nodes([bare, replace(bare, node="n1")], NEEDS) if f.is_problem]
     assert [str(f).partition(";")[0] for f in problems] == ["versions: torch is not installed on all 2 nodes"]
 
 
-def test_here_only_folders_count() -> None:
+def test_of_the_submitting_node_only_folders_are_checked() -> None:
     here = replace(GOOD, node="login", versions={}, gpus=None, apex="other", folder_problem="/runs: Permission denied")
     nodes = [replace(GOOD, node=f"n{index}") for index in range(2)]
     problems = [result for result in check_nodes(nodes, NEEDS, here=here) if result.is_problem]

@@ -1,4 +1,4 @@
-"""What a node finds out about itself, and the line in which it says so."""
+"""Facts that a node collects about itself, and their encoding as a line."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from moe_dist.doctor.node_facts import (
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_look_at_this_node(tmp_path: Path) -> None:
+def test_facts_of_this_node(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("abc")
     facts = look(Questions(str(tmp_path), str(tmp_path / "none"), token_file=(str(tmp_path / "token"), "abc")), env={})
     assert facts.versions["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -37,14 +37,14 @@ def test_a_look_at_this_node(tmp_path: Path) -> None:
     assert from_line(f"3: {to_line(facts)}\n") == facts
 
 
-def test_another_folder_of_that_name_is_seen_by_the_token(tmp_path: Path) -> None:
+def test_a_different_folder_of_that_name_is_detected_by_the_token(tmp_path: Path) -> None:
     for content in (None, "another"):
         if content is not None:
             (tmp_path / "token").write_text(content)
         assert look(Questions(str(tmp_path), "/", token_file=(str(tmp_path / "token"), "abc"))).sees_token is False
 
 
-def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path: Path) -> None:
+def test_a_missing_folder_is_checked_by_its_parent(tmp_path: Path) -> None:
     assert write_problem(tmp_path / "runs" / "of" / "mine") == ""
     assert write_problem(Path("/proc/none")).startswith("/proc: ")
 

@@ -1,4 +1,4 @@
-"""The node checks that a job repeats before its ranks meet."""
+"""Checks of the nodes at the start of a job, before the rendezvous."""
 
 import json
 import logging

@@ -82,7 +82,7 @@ def test_ranks_that_make_no_whole_groups_are_refused(tmp_path: Path, asked: int)
         fit_world_size(tiny_config(tmp_path, tmp_path), asked)
 
 
-def test_threads_are_an_even_share_unless_somebody_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_an_equal_share_unless_set_by_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     assert [threads_per_rank(ranks, {}) for ranks in (1, 3, 8, 20)] == [8, 2, 1, 1]
     assert threads_per_rank(2, {"OMP_NUM_THREADS": "5"}) is None
@@ -113,7 +113,7 @@ def test_without_demands_ranks_fill_nodes_in_order(tiny_data: Path) -> None:
     assert (plan.world_size, plan.ranks_per_node, plan.gpus_per_node) == (4, 3, 0)
 
 
-def test_groups_live_on_nodes_of_their_kind_however_their_ranks_are_ordered(tiny_data: Path) -> None:
+def test_groups_are_placed_on_matching_nodes_for_any_order_of_ranks(tiny_data: Path) -> None:
     changes = pinned([0, 2], [1, 3], text={"feature": "text"}, image={"feature": "vision", "labels": {"modality": "image"}})
     plan = job(tiny_data, {"ranks_per_node": 2}, changes)
     assert ranks(plan) == [("text", (0, 2)), ("vision", (1, 3))]
@@ -124,7 +124,7 @@ def test_groups_live_on_nodes_of_their_kind_however_their_ranks_are_ordered(tiny
     assert plan.table().splitlines()[2] == "1     1, 3   vision, modality=image  image"
 
 
-def test_a_rank_that_needs_nothing_takes_room_beside_its_own_ep_group_unless_a_group_owns_the_node(tiny_data: Path) -> None:
+def test_ranks_without_requirements_share_a_node_with_their_ep_group_unless_it_is_exclusive(tiny_data: Path) -> None:
     shared = pinned([0, 2], [1], image={"feature": "vision"}) | {"parallel.edp": 2, "train.global_batch": 12}
     assert ranks(job(tiny_data, {"ranks_per_node": 3, "domain_nodes": 1}, shared)) == [
         ("vision", (0, 1, 2)),

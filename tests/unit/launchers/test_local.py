@@ -1,4 +1,4 @@
-"""The local launcher with small programs in place of the training: what it checks, shows, and ends with."""
+"""The local launcher with small programs instead of the training: checks, output and exit codes."""
 
 import os
 import signal
@@ -118,9 +118,7 @@ def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site
     assert "attempt" in site.run.log_of(1).read_text()
 
 
-def test_the_verdict_is_that_of_the_first_failing_rank_and_its_words_come_first(
-    site: Site, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_failed_rank_sets_the_verdict_and_is_printed_first(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 1:
         wait_for("opened.0"); raise DataError("shard 3 is damaged")
@@ -132,9 +130,7 @@ def test_the_verdict_is_that_of_the_first_failing_rank_and_its_words_come_first(
     assert err.index("shard 3 is damaged") < err.index("the other ranks ended after it: 0 (killed by SIGTERM)")
 
 
-def test_the_rank_that_wrote_the_verdict_is_the_cause_though_a_peer_ended_before_it(
-    site: Site, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_rank_that_recorded_the_verdict_is_the_cause(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 1:
         attempt._leave(65, "shard 3 is damaged")
@@ -145,7 +141,9 @@ def test_the_rank_that_wrote_the_verdict_is_the_cause_though_a_peer_ended_before
     assert "rank 1 failed first" in capfd.readouterr().err
 
 
-def test_a_traceback_of_ours_is_shown_and_the_other_ranks_only_named(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_failed_ranks_traceback_is_shown_and_other_ranks_are_listed(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
     body = """
     if rank == 1:
         open(f"{here}/failing", "w").close(); raise ValueError("the cause")
@@ -159,7 +157,7 @@ def test_a_traceback_of_ours_is_shown_and_the_other_ranks_only_named(site: Site,
     assert "ConnectionError: the consequence" in site.run.log_of(0).read_text()
 
 
-def test_a_rank_killed_from_outside_is_the_cause_though_a_peer_wrote_the_verdict(
+def test_a_killed_rank_is_the_cause_although_a_peer_recorded_a_verdict(
     site: Site, capfd: pytest.CaptureFixture[str]
 ) -> None:
     body = """
@@ -189,9 +187,7 @@ def test_the_reason_in_the_status_is_the_killed_rank_whatever_its_peers_wrote(si
     assert not site.run.lease_json.exists()
 
 
-def test_a_frozen_rank_is_the_cause_of_the_failure_of_a_peer_that_waited_too_long(
-    site: Site, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     if rank == 1:
         open(f"{here}/freezing", "w").close(); os.kill(os.getpid(), 19)
@@ -242,7 +238,7 @@ def test_a_verdict_that_would_repeat_is_not_followed_by_a_start(site: Site, erro
     assert len(site.run.read_status().attempts) == 1
 
 
-def test_a_job_that_gains_nothing_is_not_started_for_ever(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_job_without_new_checkpoints_is_not_restarted_forever(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     assert site.attempt("raise ValueError('always')", max_restarts=5) == 1
     assert site.run.log_of(0).read_text().count("--- attempt") == 2
     assert "not restarted: 2 attempts in a row committed no checkpoint after step" in capfd.readouterr().err
@@ -284,7 +280,7 @@ def test_a_run_that_somebody_else_writes_to_is_not_started_again(site: Site, cap
     assert site.run.log_of(0).read_text().count("--- attempt") == 1
 
 
-def test_a_rank_that_refuses_its_start_gives_its_verdict_though_a_peer_has_opened_the_run(site: Site) -> None:
+def test_exit_code_of_a_rank_that_fails_at_start_becomes_the_verdict(site: Site) -> None:
     """As where a file is damaged after rank 0 has read it: seen in a campaign of faults, with the verdict 1."""
     program = """
     if rank == 1:

@@ -1,4 +1,4 @@
-"""The clock of an attempt and its cause, told step by step."""
+"""Timeouts and cause of failure of an attempt, step by step."""
 
 import signal
 
@@ -11,7 +11,7 @@ def nobody() -> tuple[int, ...]:
     return ()
 
 
-def test_a_lost_rank_is_the_cause_though_peers_fell_over_it_first() -> None:
+def test_a_lost_rank_is_the_cause_although_peers_failed_before() -> None:
     course = RankTracker(3, PATIENCE)
     course.end(0, 1, 10.0, frozen=nobody)
     assert not course.must_terminate(11.9)
@@ -27,7 +27,7 @@ def test_a_lost_rank_is_the_cause_though_peers_fell_over_it_first() -> None:
     assert outcome.silent
 
 
-def test_who_is_killed_for_being_late_is_no_cause() -> None:
+def test_a_rank_killed_for_a_timeout_is_not_the_cause() -> None:
     course = RankTracker(2, PATIENCE)
     course.end(0, 65, 0.0, frozen=nobody)
     course.end(1, -9, 6.0, frozen=nobody)
@@ -47,7 +47,7 @@ def test_a_frozen_rank_is_the_cause_and_is_looked_for_once() -> None:
     assert len(looks) == 1
 
 
-def test_a_stop_has_its_own_patience_and_ends_well() -> None:
+def test_a_stop_has_its_own_timeout() -> None:
     course = RankTracker(2, PATIENCE)
     course.stop(100.0)
     assert not course.must_kill(159.0)

@@ -1,4 +1,4 @@
-"""What Ray would ship of this clone, by Ray's own reading of .rayignore and .gitignore."""
+"""Files of this clone that Ray would copy, by Ray's own reading of .rayignore and .gitignore."""
 
 import subprocess
 from pathlib import Path
@@ -16,7 +16,7 @@ def is_left_out(path: str) -> bool:
 @pytest.mark.parametrize(
     "path", [".git", ".venv", ".cache", "data", "runs", "runs/default/metrics.jsonl", ".cache/data/x.bin"]
 )
-def test_data_runs_environments_and_history_stay_at_home(path: str) -> None:
+def test_data_runs_environments_and_history_are_not_shipped(path: str) -> None:
     assert is_left_out(path)
 
 

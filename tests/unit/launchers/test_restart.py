@@ -1,4 +1,4 @@
-"""Which ends of a run are followed by a new start."""
+"""Which exit codes are followed by a restart."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from launchers.restart import AttemptEnd, committed_step, is_final, why_not_rest
 
 
 @pytest.mark.parametrize("code", [0, 65, 69, 70, 75, 78])
-def test_what_would_only_repeat_and_what_is_no_failure_is_final(code: int) -> None:
+def test_repeatable_errors_and_successful_ends_are_final(code: int) -> None:
     assert is_final(code)
     assert why_not_restarted([AttemptEnd(code, 0, 10)], 5) is not None
 

@@ -1,4 +1,4 @@
-"""A job runs what its clone was when it was submitted."""
+"""A job runs the code of its clone at the time of submission."""
 
 import subprocess
 from pathlib import Path
@@ -37,7 +37,7 @@ def clone(tmp_path: Path) -> Path:
     return clone
 
 
-def test_the_code_with_its_changes_and_what_it_was_is_kept(clone: Path, tmp_path: Path) -> None:
+def test_a_snapshot_keeps_code_with_changes_and_its_commit(clone: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "data", clone / "runs")
     snapshot = take_snapshot(tmp_path / "kept", config, Cluster(account="me"), clone=clone)
     (clone / "launchers" / "x.py").write_text("newer\n")

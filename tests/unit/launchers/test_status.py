@@ -1,4 +1,4 @@
-"""What runs are doing, from folders alone."""
+"""The state of runs, read from their folders."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def text(renderable: Any, width: int = 120) -> str:
     return console.export_text()
 
 
-def test_a_run_that_runs(tmp_path: Path) -> None:
+def test_a_running_run(tmp_path: Path) -> None:
     folder = Folder(tmp_path).attempt(0, None).records(100.0, 1000.0, 5000.0).checkpoint(2)
     (folder.path / "log" / "rank_0.log").write_text("checkpoint step_2: durable after 1.500 s (1 MB)\n")
     lease = Lease(folder.path / "lease.json", "a0").acquire(0.0)
@@ -124,7 +124,7 @@ def test_evaluations_and_a_torn_line_are_no_steps(tmp_path: Path) -> None:
     assert read_progress(folder.path).step == 2
 
 
-def test_what_is_damaged_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+def test_a_damaged_status_is_reported_and_the_rest_is_shown(tmp_path: Path) -> None:
     folder = Folder(tmp_path).records(100.0)
     (folder.path / "status.json").write_text("{")
     (folder.path / "config.yaml").write_text(": : :")

@@ -1,4 +1,4 @@
-"""Ranks that fail, hang, refuse to end or are stopped; each in a small program of its own."""
+"""Ranks that fail, hang, ignore signals or are stopped; each is a small program."""
 
 import os
 import signal
@@ -92,7 +92,7 @@ def test_all_done_is_0_and_each_rank_has_its_log(tmp_path: Path) -> None:
     assert run.terminal.getvalue() == b"err 0\n"
 
 
-def test_the_first_failure_is_the_cause_and_ends_all_even_those_that_refuse(tmp_path: Path) -> None:
+def test_the_first_failure_is_the_cause_and_all_other_ranks_are_killed(tmp_path: Path) -> None:
     run = Run(
         tmp_path,
         """
@@ -133,7 +133,7 @@ def test_consequences_on_rank_0_are_not_shown_before_the_cause(tmp_path: Path) -
     assert run.log(0).read_text() == "the consequence\n"
 
 
-def test_a_rank_that_was_killed_is_the_cause_whatever_its_peers_say_and_gives_the_code_of_a_shell(tmp_path: Path) -> None:
+def test_a_killed_rank_is_the_cause_and_sets_the_shell_exit_code(tmp_path: Path) -> None:
     run = Run(
         tmp_path,
         """
@@ -186,7 +186,7 @@ def test_ranks_that_do_not_stop_within_the_grace_are_killed(tmp_path: Path) -> N
         assert ranks.supervise(signals).codes == (-9,)
 
 
-def test_handlers_that_somebody_replaced_can_be_put_up_again_and_the_first_ones_come_back() -> None:
+def test_replaced_signal_handlers_can_be_renewed_and_the_original_ones_are_restored() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopSignals() as signals:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

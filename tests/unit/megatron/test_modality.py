@@ -24,7 +24,7 @@ def test_ids_in_the_order_of_hidden_states() -> None:
 
 
 @pytest.mark.parametrize("tp_rank", [0, 1])
-def test_a_rank_cuts_its_part_out_of_the_whole_and_takes_a_scattered_one_as_it_is(tp_rank: int) -> None:
+def test_a_rank_slices_a_whole_mask_and_uses_a_scattered_one_unchanged(tp_rank: int) -> None:
     expected = GROUPS[tp_rank * 4 : tp_rank * 4 + 4]
     scattered = IDS_BS[:, tp_rank * 2 : tp_rank * 2 + 2]
     for mask_BS in (IDS_BS, scattered):

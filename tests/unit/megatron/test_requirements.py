@@ -1,4 +1,4 @@
-"""A Megatron configuration that our layer cannot honour is refused, with every reason and the way out."""
+"""An incompatible Megatron configuration is refused, with all reasons and fixes."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,10 @@ def test_accepts_what_the_tests_train_with(layout: Layout) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"expert_tensor_parallel_size": 2}, "expert_tensor_parallel_size=2: an expert is whole on one rank; set it to 1"),
+        (
+            {"expert_tensor_parallel_size": 2},
+            "expert_tensor_parallel_size=2: experts cannot be split over ranks; set it to 1",
+        ),
         ({"tensor_model_parallel_size": 2}, "sequence_parallel=False with tensor_model_parallel_size=2"),
         ({"num_moe_experts": 13}, "num_moe_experts=13: the groups of the expert settings have 8 true experts"),
         ({"gated_linear_unit": False}, "experts are SwiGLU"),

@@ -1,4 +1,4 @@
-"""Expert settings: read as written, and every fault said at once."""
+"""Expert settings are read, and all problems of a file are reported together."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ def test_the_environment_names_the_file(tmp_path: Path) -> None:
         settings_from_environment({"MOE_DIST_EXPERTS": str(tmp_path / "none.yaml")})
 
 
-def test_the_room_imports_megatron_only_when_asked() -> None:
+def test_megatron_is_imported_at_first_use() -> None:
     code = (
         "import sys, moe_dist.megatron as room; from moe_dist.megatron import read_settings;"
         "assert 'megatron.core' not in sys.modules and 'torch' not in sys.modules, sorted(sys.modules);"

@@ -108,7 +108,7 @@ def test_apex_counts_steps_by_group(apex: ModuleType) -> None:
     assert step_count(optimizer) == 7
 
 
-def test_apex_that_cannot_be_had_is_refused_with_a_way_out(apex: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_apex_is_refused_with_a_fix(apex: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"backend=apex.*CUDA.*backend=torch"):
         make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], backend="apex", **SETTINGS)
     monkeypatch.delattr(apex, "FusedAdam")  # the other project of that name

@@ -1,4 +1,4 @@
-"""What parallel.deterministic asks of the environment."""
+"""Environment variables of parallel.deterministic."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from moe_dist.errors import ConfigError
 from moe_dist.parallel.determinism import deterministic_variables
 
 
-def test_what_is_missing_is_set_and_what_is_good_stays() -> None:
+def test_missing_variables_are_set_and_valid_ones_kept() -> None:
     assert deterministic_variables({}) == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
     assert deterministic_variables({"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NCCL_ALGO": "Ring"}) == {}
 
 
-def test_a_workspace_that_promises_nothing_is_refused() -> None:
+def test_a_nondeterministic_cublas_workspace_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=':0:0'.*:4096:8 or :16:8"):
         deterministic_variables({"CUBLAS_WORKSPACE_CONFIG": ":0:0"})

@@ -43,7 +43,7 @@ def test_a_pair_is_suspected_from_twice_the_usual_time_on(nodes: int, kind: str)
 
 
 @pytest.mark.parametrize("nodes", [3, 4, 5, 9])
-def test_a_slow_node_does_not_become_the_usual(nodes: int) -> None:
+def test_a_slow_node_does_not_become_the_reference(nodes: int) -> None:
     its_own = {pair: 5.0 for pair in combinations(range(nodes), 2) if 1 in pair}
     assert slow_pairs(measured(nodes, its_own)) == sorted(its_own)
     assert 1 not in usual_pair(measured(nodes, its_own))

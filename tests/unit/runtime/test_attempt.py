@@ -1,4 +1,4 @@
-"""Every way out of an attempt leaves a verdict; each in a process of its own, since a failed rank ends there."""
+"""Every end of an attempt leaves a verdict; each test runs a process, because a failed rank exits."""
 
 import errno
 import os
@@ -81,7 +81,7 @@ def test_a_rank_other_than_0_gives_the_verdict_under_the_lease_of_rank_0(tmp_pat
     assert (latest.verdict, latest.reason, latest.rank) == (65, "rank 1 saw it", 1)
 
 
-def test_a_rank_that_only_heard_of_an_error_lets_the_cause_give_the_reason(tmp_path: Path) -> None:
+def test_a_rank_that_learned_of_an_error_waits_for_the_failed_rank_to_record_it(tmp_path: Path) -> None:
     """As after a vote: rank 1 is the first to end, rank 0 has what happened."""
     body = """import subprocess; environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2", "MOE_DIST_INIT_METHOD": "file:///x", "INNER": "1"}
@@ -104,7 +104,7 @@ def test_a_rank_that_only_heard_of_an_error_lets_the_cause_give_the_reason(tmp_p
     assert (latest.verdict, latest.reason, latest.rank) == (65, "latest names nothing", 0)
 
 
-def test_where_the_cause_stays_silent_the_consequence_is_the_reason(tmp_path: Path) -> None:
+def test_without_a_record_of_the_failed_rank_the_follow_up_error_is_the_reason(tmp_path: Path) -> None:
     body = "error = DataError('it failed on ranks [3]'); error.consequence = True; raise error"
     _, folder = run(tmp_path, body)
     latest = folder.read_status().latest
@@ -124,7 +124,7 @@ def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path
     assert (latest.attempt_id, latest.verdict) == ("first", 75)
 
 
-def test_a_full_or_lost_disk_is_told_with_the_file_and_the_way_out() -> None:
+def test_errors_of_a_full_or_lost_disk_name_file_and_fix() -> None:
     verdict, reason = verdict_of(OSError(errno.ENOSPC, "No space left on device", "runs/x/config.yaml"))
     assert verdict == 1
     assert reason.startswith("runs/x/config.yaml: No space left on device; repair this")

@@ -1,4 +1,4 @@
-"""What a rank reads from its environment."""
+"""Rank and rendezvous from environment variables."""
 
 import pytest
 

@@ -85,7 +85,7 @@ def test_a_second_attempt_ends_naming_the_holder(tmp_path: Path) -> None:
         assert holder.pid == process.pid
 
 
-def test_who_waits_says_at_once_for_whom_since_when_and_how_long(tmp_path: Path) -> None:
+def test_waiting_for_a_lease_is_announced_with_holder_and_time_limit(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     said: list[str] = []
     with another_process(path, "time.sleep(100)") as process, pytest.raises(LeaseError):
@@ -106,7 +106,7 @@ def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
         Lease(path, "me").acquire(1000.0, stopped=lambda: next(looks))
 
 
-def test_a_claim_of_a_process_that_was_killed_in_the_middle_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_claim_of_a_killed_process_does_not_block_a_takeover(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     holder = of_another_machine(path)
     claim = path.with_name(f"lease.json.{holder.token}")
@@ -117,9 +117,7 @@ def test_a_claim_of_a_process_that_was_killed_in_the_middle_is_no_obstacle(tmp_p
     assert [entry.name for entry in tmp_path.iterdir()] == ["lease.json"]
 
 
-def test_a_claim_that_is_taken_away_before_the_rename_gives_no_lease(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_deleted_before_the_rename_gives_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lease.json"
     holder = of_another_machine(path)
     lease, real = Lease(path, "me"), os.replace
@@ -151,7 +149,7 @@ def test_a_holder_killed_on_this_machine_is_replaced_without_waiting_for_stalene
         Lease(path, "me", stale_seconds=1000.0).acquire(0.0).check()
 
 
-def test_a_silent_holder_elsewhere_is_replaced_only_when_stale(tmp_path: Path) -> None:
+def test_a_silent_holder_on_another_host_is_replaced_only_when_stale(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     holder = of_another_machine(path)
     with pytest.raises(LeaseError, match="process 1 on elsewhere"):
@@ -178,7 +176,7 @@ def test_a_beat_keeps_a_lease_that_is_older_than_stale(tmp_path: Path) -> None:
             waiting.acquire(600.0)
 
 
-def test_a_writer_that_wakes_up_is_refused_and_its_beats_do_no_harm(tmp_path: Path) -> None:
+def test_a_resumed_writer_is_refused_and_its_heartbeats_have_no_effect(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     sleeper = Lease(path, "sleeper", stale_seconds=1000.0).acquire(0.0)  # its thread does not beat in this test's time
     # Seen from another machine, where its pid says nothing:
@@ -196,7 +194,7 @@ def test_a_writer_that_wakes_up_is_refused_and_its_beats_do_no_harm(tmp_path: Pa
     assert path.read_bytes().partition(b"\n")[2] == content
 
 
-def test_who_finds_it_stale_too_late_leaves_the_new_holder_alone(tmp_path: Path) -> None:
+def test_a_late_takeover_does_not_replace_a_new_holder(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     of_another_machine(path)
     stale = _read(path)

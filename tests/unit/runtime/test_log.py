@@ -1,4 +1,4 @@
-"""Where lines of the log go, and what stands before them."""
+"""Where log lines go, and their prefix."""
 
 import io
 import logging

@@ -240,7 +240,7 @@ def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(thread_sleeper: Ca
     lease.release()
 
 
-def test_a_writer_stopped_right_before_the_rename_of_its_verdict_keeps_out(sleeper: Callable[[str], Sleeper]) -> None:
+def test_a_writer_suspended_before_renaming_its_verdict_does_not_write_it(sleeper: Callable[[str], Sleeper]) -> None:
     """The look comes after the new text is on the disk: what slept in the fsync is refused."""
     first = sleeper("""
     original = os.fsync
@@ -278,9 +278,7 @@ CHECKPOINTS = """
 
 
 @pytest.mark.parametrize("look", [1, 2, 3])
-def test_latest_of_a_writer_that_wakes_up_stays_where_the_second_one_put_it(
-    thread_sleeper: Callable[[str], Sleeper], look: int
-) -> None:
+def test_a_resumed_writer_does_not_change_latest(thread_sleeper: Callable[[str], Sleeper], look: int) -> None:
     """It slept right before its look before writing, before the rename of the folder, before the rename of `latest`."""
     first = thread_sleeper(
         CHECKPOINTS
@@ -313,7 +311,7 @@ def test_latest_of_a_writer_that_wakes_up_stays_where_the_second_one_put_it(
 
 
 @pytest.mark.parametrize("place", ["in the sync", "after the look"])
-def test_a_writer_stopped_right_before_it_moves_latest_moves_it_no_more(
+def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     sleeper: Callable[[str], Sleeper], thread_sleeper: Callable[[str], Sleeper], place: str
 ) -> None:
     """What sleeps in the sync of the new pointer is refused by the look behind it; what sleeps even after that look finds
@@ -350,7 +348,7 @@ def test_a_writer_stopped_right_before_it_moves_latest_moves_it_no_more(
     lease.release()
 
 
-def test_a_writer_that_wakes_up_after_its_commit_removes_nothing_of_the_second_one(
+def test_a_resumed_writer_deletes_no_files_of_its_successor(
     thread_sleeper: Callable[[str], Sleeper],
 ) -> None:
     first = thread_sleeper(
@@ -375,7 +373,7 @@ def test_a_writer_that_wakes_up_after_its_commit_removes_nothing_of_the_second_o
     lease.release()
 
 
-def test_the_watch_stands_before_every_record(tmp_path: Path) -> None:
+def test_the_lease_is_checked_before_every_record(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "lease.json", "me").acquire(0.0)
     tracker = LeaseWatch(lease.check)
     tracker.step(record(1))

@@ -1,4 +1,4 @@
-"""Whose a run folder is, under real users: a process that drops root starts, resumes and reads runs of others."""
+"""Owners of run folders, with real users: a process that drops root starts, resumes and reads runs of others."""
 
 import grp
 import json
@@ -90,7 +90,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 @pytest.mark.needs_hardware
 @pytest.mark.parametrize("mode", [0o755, 0o777, 0o700])
 @pytest.mark.parametrize("action", ["folder.inspect(config)", "folder.open(config, env)", "folder.move_aside()"])
-def test_another_users_run_is_refused_with_its_owner_however_open_it_is(place: Path, mode: int, action: str) -> None:
+def test_another_users_run_is_refused_for_any_permissions(place: Path, mode: int, action: str) -> None:
     config, folder = a_run(place)
     folder.path.chmod(mode)
     (place / "runs").chmod(0o777)
@@ -121,7 +121,7 @@ def test_root_does_not_write_into_somebodys_run_either(place: Path) -> None:
 
 @needs_root
 @pytest.mark.needs_hardware
-def test_a_root_that_one_may_not_write_to_is_said_so(place: Path) -> None:
+def test_an_unwritable_root_is_reported(place: Path) -> None:
     config = tiny_config(place / "data", place / "runs")
     said = as_bob(config, "folder.open(config, env)")
     assert said.startswith("ConfigError 78")
@@ -134,7 +134,7 @@ def test_a_root_that_one_may_not_write_to_is_said_so(place: Path) -> None:
 @pytest.mark.parametrize(
     ("umask", "file_mode", "folder_mode"), [(0o027, 0o640, 0o750), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)]
 )
-def test_run_group_owns_all_that_is_made_and_the_umask_says_what_it_may(
+def test_run_group_owns_new_files_and_the_umask_sets_its_permissions(
     place: Path, umask: int, file_mode: int, folder_mode: int
 ) -> None:
     team = grp.getgrnam("users")
@@ -181,7 +181,7 @@ def test_a_resumed_run_is_given_to_a_new_group(place: Path) -> None:
         assert path.stat().st_mode & stat.S_ISGID
 
 
-def test_an_owner_that_the_file_system_invents_is_no_stranger(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root over NFS: the folder is nobody's, and so is all that root makes."""
     config, folder = a_run(place)
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
@@ -192,7 +192,7 @@ def test_an_owner_that_the_file_system_invents_is_no_stranger(place: Path, monke
 @needs_root
 @pytest.mark.needs_hardware
 @pytest.mark.parametrize("where", ["metrics.jsonl", "log/rank_0.log", "checkpoints2"])
-def test_a_link_that_somebody_else_planted_is_refused(place: Path, where: str) -> None:
+def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> None:
     config, folder = a_run(place)
     target = place / "precious"
     target.write_text("x")
@@ -235,7 +235,7 @@ def test_writing_never_goes_through_a_link_or_leaves_half_a_file(tmp_path: Path)
         "\0" * 50,
     ],
 )
-def test_a_damaged_status_is_named_with_the_way_out(tmp_path: Path, content: str) -> None:
+def test_an_error_about_a_damaged_status_names_the_fix(tmp_path: Path, content: str) -> None:
     config, folder = a_run(tmp_path)
     folder.status_json.write_text(content)
     for act in (lambda: folder.inspect(config), lambda: folder.open(config, ENV), folder.last_step):
@@ -254,7 +254,7 @@ def test_a_status_of_a_later_version_is_read(tmp_path: Path) -> None:
     assert folder.last_step() == 2
 
 
-def test_failures_of_the_file_system_are_told_apart(tmp_path: Path) -> None:
+def test_file_system_errors_are_distinguished(tmp_path: Path) -> None:
     for number, kind in (
         (13, ConfigError),
         (30, ConfigError),

@@ -1,4 +1,4 @@
-"""A rank holds its place in the plan against what it finds."""
+"""Comparison of a rank's planned and actual place."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_a_place_survives_the_environment() -> None:
         RunPlace.from_environment({"MOE_DIST_PLACE": '{"rank": 3}'})
 
 
-def test_the_right_place_passes_and_so_does_one_that_nobody_can_judge() -> None:
+def test_the_planned_place_passes_and_an_unknown_one_too() -> None:
     check_place(PLACE, RIGHT)
     check_place(PLACE, Found("node2"))
     check_place(None, RIGHT)
@@ -40,7 +40,7 @@ def test_a_wrong_place_ends_with_69_in_words(found: Found, words: str) -> None:
     assert str(raised.value).startswith("rank 3 (experts of image) is not on its planned node")
 
 
-def test_what_is_there_is_read_from_the_environment() -> None:
+def test_the_actual_place_is_read_from_the_environment() -> None:
     slurm = {"SLURMD_NODENAME": "node2", "SLURM_LOCALID": "1"}
     ours = {**slurm, "MOE_DIST_NODE_FEATURES": "h100,vision", "CUDA_VISIBLE_DEVICES": "0,1"}
     assert Found.from_environment(ours) == Found("node2", 1, frozenset({"vision", "h100"}), None, ("0", "1"))

@@ -1,4 +1,4 @@
-"""Which code ran: in a clone, with changes, and outside of any."""
+"""The recorded code version: in a clone, with changes, and outside a clone."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The address that rank 0 publishes: whose it is, who takes it, and what is never taken."""
+"""The address that rank 0 publishes: its owner, its readers, and files that are refused."""
 
 import json
 import os
@@ -21,7 +21,7 @@ FIRST = RankEnv(0, 4, 0, 2, PUBLISHED, attempt=1, attempt_id="job.1")
 OTHER = replace(FIRST, rank=3)
 
 
-def test_the_other_ranks_find_what_rank_0_published_for_them_alone(tmp_path: Path) -> None:
+def test_other_ranks_find_the_address_that_rank_0_published(tmp_path: Path) -> None:
     path = address_file(tmp_path)
     before = os.umask(0)
     try:
@@ -112,7 +112,7 @@ def test_the_host_is_one_that_the_peers_reach(monkeypatch: pytest.MonkeyPatch) -
         listening_host(FIRST, {})
 
 
-def test_an_address_of_another_node_is_said_so(tmp_path: Path) -> None:
+def test_an_address_of_another_node_is_reported(tmp_path: Path) -> None:
     with refused(ResourceError):
         publish(address_file(tmp_path), FIRST, "203.0.113.7")
     with refused(ConfigError, "no.such.host.invalid"):

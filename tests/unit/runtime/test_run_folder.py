@@ -49,7 +49,7 @@ def test_a_new_run_has_its_configuration_provenance_and_status(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("verdict", [None, 75, 1, 70])
-def test_the_same_configuration_goes_on_after_any_end_but_a_good_one(tmp_path: Path, verdict: int | None) -> None:
+def test_the_same_configuration_resumes_after_every_unsuccessful_end(tmp_path: Path, verdict: int | None) -> None:
     config = config_with(tmp_path)
     folder = attempt(config, verdict=verdict, last_step=2)
     assert folder.inspect(config) is Start.RESUME
@@ -82,7 +82,7 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     Lease(folder.lease_json, "next").acquire(0.0)  # the refused one has given it back
 
 
-def test_what_ran_is_what_is_written_after_a_resume(tmp_path: Path) -> None:
+def test_the_stored_configuration_is_that_of_the_last_resume(tmp_path: Path) -> None:
     attempt(config_with(tmp_path), verdict=75)
     longer = config_with(tmp_path, {"train.steps": 9})
     folder = attempt(longer, replace(ENV, attempt_id="second"), verdict=0, last_step=9)
@@ -97,7 +97,7 @@ def test_a_configuration_of_another_version_is_refused_in_words(tmp_path: Path) 
         folder.inspect(config)
 
 
-def test_another_rank_may_look_at_any_moment_while_rank_0_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing synchronises the ranks here: a half-opened folder must not look like somebody's own."""
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
@@ -159,7 +159,7 @@ def test_a_folder_that_is_no_run_is_neither_used_nor_moved(tmp_path: Path, overw
     assert (folder.path / "thesis.tex").exists()
 
 
-def test_what_a_launcher_and_a_crash_before_opening_leave_is_no_obstacle(tmp_path: Path) -> None:
+def test_remains_of_a_start_that_never_opened_the_folder_are_accepted(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
     folder.logs.mkdir(parents=True)
@@ -182,7 +182,7 @@ def test_the_first_verdict_of_an_attempt_stays_whichever_rank_gives_it(tmp_path:
 
 
 @pytest.mark.parametrize("then", ["nobody", "a holder", "one that has come and gone"])
-def test_rank_0_may_give_the_lease_back_while_another_rank_writes_the_verdict(
+def test_rank_0_may_release_the_lease_while_another_rank_records_the_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     config = config_with(tmp_path)
@@ -206,7 +206,7 @@ def test_rank_0_may_give_the_lease_back_while_another_rank_writes_the_verdict(
     assert (latest.attempt_id, latest.verdict) == (("first", 75) if written else ("second", None))
 
 
-def test_history_is_kept_and_a_later_attempt_has_a_verdict_of_its_own(tmp_path: Path) -> None:
+def test_earlier_attempts_are_kept_and_a_later_one_has_its_own_verdict(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     attempt(config, verdict=75, last_step=2)
     attempt(config, replace(ENV, attempt_id="died", attempt=1), verdict=None)

@@ -1,4 +1,4 @@
-"""What counts as a secret, and where it does not go."""
+"""What counts as a secret, and that it is removed from text."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""Ranks on several nodes prove that they see rank 0's folder."""
+"""Ranks on several nodes check that they see rank 0's folder."""
 
 import threading
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_another_folder_ends_with_78(tmp_path: Path, attempt_id: str, folder: st
     assert raised.value.exit_code == 78
 
 
-def test_ranks_of_one_node_have_nothing_to_prove(tmp_path: Path) -> None:
+def test_ranks_on_one_node_skip_the_check(tmp_path: Path) -> None:
     with shared_with_rank_0(tmp_path / "none", replace(RANK_1, local_world_size=2), wait_seconds=0.0):
         assert not list(tmp_path.iterdir())
 

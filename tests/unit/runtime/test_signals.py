@@ -92,7 +92,7 @@ def test_it_installs_before_torch_is_there() -> None:
     assert (process.returncode, err) == (0, "")
 
 
-def test_uninstall_puts_back_what_was_there_and_disarms_the_timer() -> None:
+def test_uninstall_restores_handlers_and_cancels_the_timer() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest(grace_seconds=1000.0) as stop:
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -142,7 +142,7 @@ def test_a_child_whose_parent_is_gone_already_ends(tmp_path: Path) -> None:
     assert (process.returncode, out) == (1, "")
 
 
-def test_signals_that_came_before_the_handlers_are_a_request_and_end_nothing() -> None:
+def test_blocked_signals_become_a_stop_request_once_the_handlers_are_installed() -> None:
     code = (
         "import os, signal\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"

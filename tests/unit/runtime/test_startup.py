@@ -1,4 +1,4 @@
-"""Lines of a slow start."""
+"""Messages of a slow start."""
 
 import io
 import time
@@ -24,7 +24,7 @@ def test_a_slow_start_says_what_it_does_until_it_is_done() -> None:
     startup.done()
 
 
-def test_a_quick_one_and_other_ranks_say_nothing() -> None:
+def test_a_quick_start_and_other_ranks_print_nothing() -> None:
     stream = io.StringIO()
     Startup(enabled=False, quiet_seconds=0.0, stream=stream).now("x")
     quick = Startup(enabled=True, quiet_seconds=1000.0, stream=stream)

@@ -1,4 +1,4 @@
-"""Who keeps whom waiting where, and the thread that writes it down; whole ranks are stopped in tests/integration."""
+"""The diagnosis of a hang, and the watchdog thread; tests/integration suspends whole ranks."""
 
 import threading
 from collections.abc import Callable
@@ -25,7 +25,7 @@ WAITS = Report(
 )
 
 
-def test_a_rank_without_a_report_is_the_one() -> None:
+def test_a_rank_without_a_report_is_the_culprit() -> None:
     hang = judge([WAITS], world_size=2, seconds=20.0)
     assert (hang.culprits, hang.silent) == ((1,), (1,))
     assert hang.reason == (
@@ -34,7 +34,7 @@ def test_a_rank_without_a_report_is_the_one() -> None:
     )
 
 
-def test_where_others_wait_for_the_waiting_the_first_collective_is_told() -> None:
+def test_with_chained_waits_the_first_collective_is_named() -> None:
     later = replace(WAITS, collective="label counts", layer="", entered=60)
     reports = [replace(later, rank=2), replace(later, rank=3), WAITS]
     hang = judge(reports, world_size=4, seconds=20.0)
@@ -42,14 +42,14 @@ def test_where_others_wait_for_the_waiting_the_first_collective_is_told() -> Non
     assert hang.waiting == WAITS
 
 
-def test_a_rank_in_no_collective_is_the_one() -> None:
+def test_a_rank_outside_any_collective_is_the_culprit() -> None:
     busy = replace(WAITS, rank=1, collective=None, layer="", entered=39, at="loader.py:12 read")
     hang = judge([WAITS, busy], world_size=2, seconds=20.0)
     assert (hang.culprits, hang.silent) == ((1,), ())
     assert "rank 1 did not enter it: no collective, at loader.py:12 read" in hang.reason
 
 
-def test_a_rank_in_another_collective_is_the_one() -> None:
+def test_a_rank_in_another_collective_is_the_culprit() -> None:
     behind = replace(WAITS, rank=1, collective="checkpoint vote to write", layer="", entered=39)
     hang = judge([WAITS, replace(WAITS, rank=2), behind], world_size=3, seconds=20.0)
     assert hang.culprits == (1,)
@@ -57,7 +57,7 @@ def test_a_rank_in_another_collective_is_the_one() -> None:
     assert "rank 1 did not enter it: 'checkpoint vote to write', at all_to_all.py:60 wait" in hang.reason
 
 
-def test_where_all_are_in_it_nobody_is_blamed() -> None:
+def test_with_all_ranks_in_the_collective_there_is_no_culprit() -> None:
     hang = judge([WAITS, replace(WAITS, rank=1)], world_size=2, seconds=20.0)
     assert hang.culprits == ()
     assert "all ranks have entered it" in hang.reason
@@ -111,7 +111,7 @@ def test_a_rank_that_waits_for_nothing_reports_when_a_peer_does(tmp_path: Path) 
     assert "test_watchdog.py" in report.at or "threading" in report.at  # where the main thread is
 
 
-def test_a_report_that_cannot_be_written_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_the_process_ends_even_if_its_report_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("no folder")
     tracker, ends, done = CollectiveTracker(), [], threading.Event()
     with tracker.inside("combine rows", device=torch.device("cpu"), layer="layers.0"):
@@ -122,7 +122,7 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process(tmp_path: Pat
     assert "Not a directory" in ends[0]
 
 
-def test_whatever_fails_the_process_is_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_process_ends_whatever_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker, ends, done = CollectiveTracker(), [], threading.Event()
 
     def no_step() -> int:

@@ -1,4 +1,4 @@
-"""What is said of slow pairs, and the line in which a measurement tells them."""
+"""Results about slow pairs of nodes, and the line with the measurement."""
 
 from itertools import combinations
 
@@ -37,7 +37,7 @@ def test_a_slow_node_is_named_once_instead_of_its_pairs() -> None:
     ]
 
 
-def test_one_node_is_no_fabric() -> None:
+def test_one_node_has_no_pairs() -> None:
     assert [each.level for each in judge({}, [], ["n1"], payload_bytes=1)] == [Level.NOTE]
 
 

@@ -1,4 +1,4 @@
-"""Whether nodes can take a plan: one line, the first that is true."""
+"""Whether the nodes of a cluster meet the requirements of a plan."""
 
 from launchers.doctor.fit import Offer, Want, check_fit
 from moe_dist.doctor.check_result import CheckResult, Level
@@ -15,7 +15,7 @@ def fit(wants: list[Want], offers: list[Offer]) -> CheckResult:
     return check_fit(wants, offers, trait_word="feature", where="partition 'gpu'")
 
 
-def test_enough() -> None:
+def test_enough_nodes() -> None:
     found = fit([Want("0", TEXT), Want("1", VISION)], [offer("a", VISION), offer("b", TEXT | VISION)])
     assert (found.level, str(found)) == (Level.OK, "nodes: the plan fits on 2 of the 2 nodes of partition 'gpu'")
 
@@ -62,7 +62,7 @@ def test_an_empty_partition() -> None:
     assert "partition 'gpu' has no nodes" in str(fit([Want("0")], []))
 
 
-def test_the_choosy_get_their_node_whatever_the_order() -> None:
+def test_demanding_nodes_get_their_match_in_any_order() -> None:
     wants = [Want("0"), Want("1", TEXT), Want("2", TEXT | VISION)]
     offers = [offer("a", TEXT | VISION), offer("b", TEXT), offer("c")]
     fitting = [[number for number, offer in enumerate(offers) if want.fits(offer)] for want in wants]

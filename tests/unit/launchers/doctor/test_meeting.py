@@ -25,7 +25,7 @@ def meet(path: Path, nodes: int, variables: dict[str, str]) -> list[Reachability
     return [*seen, first]
 
 
-def test_all_come(tmp_path: Path) -> None:
+def test_all_nodes_connect(tmp_path: Path) -> None:
     assert meet(tmp_path / "meeting", 3, LOCAL) == [Reachability({}), Reachability({}), Reachability({})]
 
 
@@ -40,7 +40,7 @@ def test_a_first_node_that_nobody_reaches(tmp_path: Path) -> None:
     assert connect(tmp_path / "meeting") == Reachability({}, "Connection refused")
 
 
-def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_address_has_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "WAIT_SECONDS", 0.2)
     assert connect(tmp_path / "meeting") == Reachability({})
     assert listen(tmp_path / "meeting", 2, LOCAL) == Reachability({})

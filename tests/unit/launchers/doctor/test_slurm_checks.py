@@ -1,4 +1,4 @@
-"""What is concluded from the words of sinfo and scontrol."""
+"""Results of the checks of sinfo's and scontrol's output."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ def test_nodes_of_the_default_partition_and_what_they_have() -> None:
     assert offers[1].traits == {"vision", "nvme"}
 
 
-def test_a_slurm_that_does_not_answer_is_one_line() -> None:
+def test_an_unreachable_slurm_gives_one_result() -> None:
     def broken(command: Sequence[str]) -> str:
         raise OSError("sinfo: Unable to contact slurm controller")
 
@@ -62,7 +62,7 @@ def test_a_slurm_that_does_not_answer_is_one_line() -> None:
     assert (found.check, found.verdict) == ("scheduler", 69)
 
 
-def test_what_a_command_of_slurm_complains_of_is_one_line() -> None:
+def test_an_error_of_a_slurm_command_is_one_line() -> None:
     with pytest.raises(OSError, match=r"^bash: error: one / fatal: two$"):
         ask(["bash", "-c", "printf 'error: one\\nfatal: two\\n' >&2; exit 1"])
 

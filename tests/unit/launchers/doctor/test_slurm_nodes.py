@@ -1,4 +1,4 @@
-"""The srun of a probe, and what is made of its end."""
+"""The srun command of a probe, and its errors."""
 
 import os
 import stat
@@ -19,7 +19,7 @@ def command(cluster: Cluster, *, tasks_per_node: int = 1) -> list[str]:
     return srun_command(PLAN, cluster, "a.module", '{"folder": "/my runs"}', tasks_per_node=tasks_per_node, minutes=2)
 
 
-def test_each_kind_of_node_is_a_component_that_asks_as_the_job_does() -> None:
+def test_each_kind_of_node_is_a_component_with_the_options_of_the_job() -> None:
     cluster = Cluster(partition="gpu", account="me", gpus=GpuSection(type="h100"), cpus_per_rank=6)
     first, second = " ".join(command(cluster)).split(" : ")
     for part, feature in ((first, "text"), (second, "vision")):
@@ -54,7 +54,7 @@ def test_a_task_runs_the_prelude_and_then_python_in_the_container() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
-def test_a_container_sees_what_the_run_would_and_brings_its_own_python(kind: str) -> None:
+def test_a_container_mounts_the_runs_folders_and_uses_its_own_python(kind: str) -> None:
     cluster = Cluster.model_validate({"container": {"kind": kind, "image": "/img/torch", "mounts": ("/more:/more:ro",)}})
     asked = srun_command(PLAN, cluster, "a.module", "x", tasks_per_node=1, minutes=2, visible=["/runs", "/data"])
     mounts = [f"{source_root()}:{source_root()}", "/runs:/runs", "/data:/data", "/more:/more:ro"]
@@ -77,14 +77,14 @@ def srun(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_lines_come_with_when_they_were_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_come_with_their_time_of_arrival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     srun(tmp_path, "echo one; echo two", monkeypatch)
     heard = list(run_on_nodes(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=1))
     assert [line for _, line in heard] == ["one\n", "two\n"]
     assert heard[0][0] <= heard[1][0]
 
 
-def test_a_refusal_is_told_in_sruns_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_contains_sruns_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     srun(tmp_path, "echo 'srun: error: Unable to allocate resources: Invalid account' >&2; exit 1", monkeypatch)
     with pytest.raises(ResourceError, match=r"srun ended with 1: srun: error: Unable .*: Invalid account"):
         list(run_on_nodes(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=1))

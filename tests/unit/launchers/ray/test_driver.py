@@ -1,4 +1,4 @@
-"""What the driver tells its ranks and its user; no cluster."""
+"""Variables and messages of the Ray driver, without a cluster."""
 
 import json
 import socket
@@ -29,7 +29,7 @@ def test_a_rank_sees_the_gpus_of_its_node_with_its_own_at_its_local_rank() -> No
     assert json.loads(variables[0]["MOE_DIST_NODE_LABELS"]) == dict(WORKERS[0].labels)
 
 
-def test_without_gpus_what_the_node_says_of_them_is_left_alone() -> None:
+def test_without_gpus_facts_about_gpus_are_ignored() -> None:
     workers = [WorkerInfo("n", "10.0.0.1", {}, ())] * 4
     assert all("CUDA_VISIBLE_DEVICES" not in each for each in worker_variables(PLAN, workers))
 
@@ -83,7 +83,7 @@ def test_a_grace_too_short_for_the_measured_saves_is_warned_of(
     assert ("WARNING" in text) == warned
 
 
-def test_no_cluster_is_a_placement_error_that_says_the_way_out() -> None:
+def test_a_missing_cluster_is_a_placement_error_with_a_fix() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         address = "{}:{}".format(*gone.getsockname())
     with pytest.raises(ResourceError, match=f"no Ray cluster at {address}") as error, connected({"RAY_ADDRESS": address}):

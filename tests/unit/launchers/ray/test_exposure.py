@@ -1,4 +1,4 @@
-"""When a Ray is called open."""
+"""When the exposure warning for Ray is given."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ from launchers.ray.exposure import exposure_text, listening
         ({"GCS": ["10.0.0.7"]}, True, False),
     ],
 )
-def test_beyond_the_loopback_without_a_token_is_warned_of(
+def test_a_warning_is_given_for_a_network_address_without_a_token(
     addresses: dict[str, list[str]], token: bool, warned: bool
 ) -> None:
     text = exposure_text(addresses, token=token)
@@ -31,7 +31,7 @@ def test_beyond_the_loopback_without_a_token_is_warned_of(
         assert "RAY_AUTH_MODE=token" in text
 
 
-def test_a_part_on_this_machine_is_judged_by_its_socket_and_not_by_its_name() -> None:
+def test_a_local_part_is_checked_by_its_sockets_not_by_its_announced_address() -> None:
     with socket.create_server(("0.0.0.0", 0)) as wide, socket.create_server(("127.0.0.1", 0)) as narrow:
         ports = [each.getsockname()[1] for each in (wide, narrow)]
         found = listening({"GCS": f"127.0.0.100:{ports[0]}", "dashboard": f"127.0.0.1:{ports[1]}"})

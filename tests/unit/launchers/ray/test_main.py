@@ -1,4 +1,4 @@
-"""The command for Ray up to the border of Ray: what is refused, submitted and stopped. Ray's job API is a stand-in."""
+"""The command for Ray with a stand-in for Ray's job API: errors, submission and stop."""
 
 import shlex
 from collections.abc import AsyncIterator
@@ -102,7 +102,7 @@ def test_what_ray_ships_is_named_from_the_clone(monkeypatch: pytest.MonkeyPatch)
     assert path_on_nodes(Path("/elsewhere/x.yaml")) == Path("/elsewhere/x.yaml")
 
 
-def test_a_submission_quotes_its_words_makes_paths_absolute_and_sets_the_grace(
+def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
     yaml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = answers(monkeypatch, Api([]))

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster for the nodes of a plan."""
+"""Assignment of planned nodes to nodes of a Ray cluster."""
 
 from collections.abc import Mapping
 
@@ -34,7 +34,7 @@ def test_an_interleaved_plan_finds_its_labels_in_any_order_of_the_nodes() -> Non
     assert names(plan(IMAGE, TEXT, IMAGE, TEXT), *nodes) == ["b", "a", "c", "d"]
 
 
-def test_a_node_that_any_rank_could_take_is_left_to_the_one_that_needs_it() -> None:
+def test_matching_leaves_a_node_to_the_only_rank_that_needs_it() -> None:
     assert names(plan({}, TEXT), node("a", TEXT), node("b")) == ["b", "a"]
 
 
@@ -79,7 +79,7 @@ def test_nodes_that_others_use_are_waited_for_and_free_ones_taken() -> None:
     ],
     ids=["label", "room", "too few", "none at all"],
 )
-def test_what_no_node_can_give_is_named(job: JobPlan, nodes: list[RayNode], message: str) -> None:
+def test_requirements_that_no_node_meets_are_named(job: JobPlan, nodes: list[RayNode], message: str) -> None:
     (fault,) = assign(job, nodes, {"CPU": 1.0}).problems
     assert fault.startswith(message)
 
@@ -89,7 +89,7 @@ def test_a_rank_takes_a_gpu_where_the_plan_has_gpus() -> None:
     assert bundle_of_rank(JobPlan(plan({}).nodes, gpus_per_node=8), 6) == {"CPU": 6.0, "GPU": 1.0}
 
 
-def test_islands_are_the_nodes_that_ep_groups_tie_together() -> None:
+def test_nodes_that_share_ep_groups_are_grouped() -> None:
     four = plan({}, {}, {}, {}, ranks=2)
     assert nodes_sharing_ep_groups(four, 2) == [(0,), (1,), (2,), (3,)]
     assert nodes_sharing_ep_groups(four, 4) == [(0, 1), (2, 3)]
@@ -97,7 +97,7 @@ def test_islands_are_the_nodes_that_ep_groups_tie_together() -> None:
     assert nodes_sharing_ep_groups(interleaved, 2) == [(0, 1), (2,)]
 
 
-def test_an_ep_group_on_several_nodes_stays_inside_a_domain_and_leaves_the_larger_one_whole() -> None:
+def test_an_ep_group_on_several_nodes_stays_in_the_smallest_sufficient_domain() -> None:
     racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abcde", "xyxyy", strict=True)]
     found = assign(plan({}, {}), [*racks, node("f")], {"CPU": 1.0}, [(0, 1)])
     assert [each.node_id for each in found.nodes] == ["a", "c"]
@@ -105,7 +105,7 @@ def test_an_ep_group_on_several_nodes_stays_inside_a_domain_and_leaves_the_large
     assert [each.node_id for each in found.nodes] == ["f", "a", "c"]
 
 
-def test_domains_that_are_too_small_or_unknown_are_named() -> None:
+def test_domains_that_are_too_small_or_missing_are_named() -> None:
     racks = [node(name, {DOMAIN: rack}) for name, rack in zip("abc", "xyy", strict=True)]
     (fault,) = assign(plan({}, {}, {}), racks, {"CPU": 1.0}, [(0, 1, 2)]).problems
     assert fault.startswith("ranks 0, 1, 2: the nodes of an EP group must share one domain")

@@ -1,4 +1,4 @@
-"""The actor of a rank without Ray around it, over a real keeper and a small program."""
+"""The actor of a rank without Ray, with a real supervisor and a small program."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def test_the_rank_gets_its_variables_and_the_actor_its_exit_code(tmp_path: Path)
     assert repr(actor) == "rank 2"
 
 
-def test_signals_and_looks_come_through_while_the_actor_waits(tmp_path: Path) -> None:
+def test_signals_and_freeze_checks_work_while_the_actor_waits(tmp_path: Path) -> None:
     actor = started(tmp_path, "signal.signal(15, lambda *_: sys.exit(75)); ready(); time.sleep(600)")
     codes: list[int] = []
     waiting = threading.Thread(target=lambda: codes.append(actor.wait()))
@@ -67,7 +67,7 @@ def test_signals_and_looks_come_through_while_the_actor_waits(tmp_path: Path) ->
     actor.send(signal.SIGTERM)  # too late, and no harm
 
 
-def test_a_keeper_that_was_killed_counts_as_a_killed_rank(tmp_path: Path) -> None:
+def test_a_killed_supervisor_counts_as_a_killed_rank(tmp_path: Path) -> None:
     actor = started(tmp_path, "ready(); time.sleep(600)")
     keeper = int(Path(f"/proc/{rank_pid(tmp_path)}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(keeper, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A keeper with small programs in place of ranks: nothing of them may be left, however they or their actor end."""
+"""The rank supervisor with small programs as ranks: no process is left, however rank or actor end."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def kept(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
 
 
 @pytest.mark.parametrize("code", [0, 70, -9])
-def test_the_exit_code_is_told_and_what_the_rank_left_behind_is_ended(kept: Callable[..., Kept], code: int) -> None:
+def test_the_exit_code_is_reported_and_remaining_processes_are_killed(kept: Callable[..., Kept], code: int) -> None:
     end = f"sys.exit({code})" if code >= 0 else "os.kill(os.getpid(), 9)"
     keeper = kept(f"escape(sys.argv[1]); {end}")
     assert keeper.hear() == {"code": code}
@@ -120,7 +120,7 @@ def test_nothing_is_left_when_the_actor_dies(kept: Callable[..., Kept]) -> None:
     assert not is_alive(escaped)
 
 
-def test_the_rank_dies_with_its_keeper(kept: Callable[..., Kept]) -> None:
+def test_the_rank_dies_with_its_supervisor(kept: Callable[..., Kept]) -> None:
     keeper = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
     keeper.escaped_pid()
     os.kill(keeper.inner_pid(), signal.SIGKILL)
@@ -128,7 +128,7 @@ def test_the_rank_dies_with_its_keeper(kept: Callable[..., Kept]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_signals_are_passed_on_and_those_to_the_keeper_itself_do_nothing(
+def test_signals_are_forwarded_and_the_supervisor_ignores_its_own(
     kept: Callable[..., Kept], number: signal.Signals
 ) -> None:
     program = """

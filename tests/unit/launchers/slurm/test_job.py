@@ -1,4 +1,4 @@
-"""What a start of a job hands to its step, up to the border of Slurm."""
+"""The srun step that one attempt of a Slurm job prepares, without Slurm."""
 
 import sys
 from pathlib import Path

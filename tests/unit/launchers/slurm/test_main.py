@@ -1,4 +1,4 @@
-"""Submitting: what is planned, printed, kept and refused. sbatch and sinfo are stand-ins on the path."""
+"""Submission to Slurm: plan, output, snapshot and errors. sbatch and sinfo are stand-ins on the path."""
 
 import os
 import subprocess
@@ -93,7 +93,7 @@ def test_a_feature_that_no_node_has_ends_with_69_and_names_ranks_and_feature(log
         ("Invalid account or account/partition combination specified", 78, "are the cluster file's|from the cluster file"),
     ],
 )
-def test_other_refusals_are_told_apart(login: Login, words: str, code: int, said: str) -> None:
+def test_other_errors_of_sbatch_are_distinguished(login: Login, words: str, code: int, said: str) -> None:
     login.stand_in("sbatch", f"echo 'sbatch: error: {words}' >&2; exit 1")
     done = login.launch()
     assert done.returncode == code
@@ -109,7 +109,7 @@ def test_other_refusals_are_told_apart(login: Login, words: str, code: int, said
         ("--dependency=after;rm", "--dependency='after;rm': must"),
     ],
 )
-def test_options_that_no_job_can_live_with_are_refused(login: Login, option: str, words: str) -> None:
+def test_invalid_options_are_refused(login: Login, option: str, words: str) -> None:
     done = login.launch(option)
     assert done.returncode == ConfigError.exit_code
     assert words in done.stderr

@@ -1,4 +1,4 @@
-"""What Slurm gave, held against the plan. Slurm's own commands are stand-ins on the path."""
+"""Comparison of Slurm's allocation with the plan. Slurm's commands are stand-ins on the path."""
 
 from pathlib import Path
 
@@ -41,11 +41,11 @@ def test_nodes_of_the_plan_get_the_hosts_of_their_part_in_order() -> None:
         ),
     ],
 )
-def test_what_differs_is_said(parts: tuple[GivenPart, ...], words: str) -> None:
+def test_differences_are_described(parts: tuple[GivenPart, ...], words: str) -> None:
     assert differences(PLAN, Allocation(parts, FEATURES)) == [words]
 
 
-def test_gpus_that_are_missing_are_said() -> None:
+def test_missing_gpus_are_reported() -> None:
     plan = JobPlan((NodePlan(0, (0, 1)),), gpus_per_node=8)
     assert differences(plan, Allocation((GivenPart(("n1",), (2,), 4),), {})) == [
         "the plan needs 8 GPUs per node, the job has 4"
@@ -90,7 +90,7 @@ def test_an_allocation_is_read_from_the_environment_and_slurm() -> None:
 
 
 @pytest.mark.usefixtures("scontrol")
-def test_a_command_that_fails_or_is_not_there_is_said() -> None:
+def test_a_failed_or_missing_command_is_reported() -> None:
     with pytest.raises(SlurmError, match="scontrol ping: slurm_load: what is ping"):
         ask("scontrol", "ping")
     with pytest.raises(SlurmError, match=r"snone: .*run this on a machine with the Slurm commands"):

@@ -1,4 +1,4 @@
-"""What Slurm is asked for, and the table that tasks read, by their text and by a real bash."""
+"""sbatch options and the rank table: as text, and run by bash."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ TWO_KINDS = JobPlan(
 )
 
 
-def test_nodes_of_a_kind_make_a_part_wherever_they_stand_in_the_plan() -> None:
+def test_nodes_of_one_kind_form_one_component_for_any_order() -> None:
     assert [[node.index for node in part.nodes] for part in parts(ONE_KIND)] == [[0, 1]]
     assert [[node.index for node in part.nodes] for part in parts(TWO_KINDS)] == [[0, 2], [1]]
 
@@ -60,7 +60,7 @@ def test_a_group_with_nodes_of_its_own_shares_them_with_nobody() -> None:
     assert "--exclusive" not in part_options(parts(ONE_KIND)[0], ONE_KIND, Cluster())
 
 
-def test_the_script_states_everything_and_quotes_what_a_shell_reads() -> None:
+def test_the_script_contains_all_options_and_quotes_values() -> None:
     cluster = Cluster(account="proj", partition="gpu", qos="high", time="1-00:00:00", signal_seconds=90)
     exports = {"MOE_DIST_SNAPSHOT": "/runs/my run/$x", "MOE_DIST_PYTHON": "/venv/bin/python"}
     text = script(TWO_KINDS, cluster, name="mine", output="/runs/my run/%j.out", exports=exports)
@@ -95,21 +95,19 @@ def test_the_script_outside_of_a_job_says_how_to_submit_it() -> None:
     assert "submit it: sbatch slurm/train.sbatch CONFIG" in done.stderr
 
 
-def test_a_percent_sign_of_the_run_folder_is_none_of_slurms() -> None:
+def test_a_percent_sign_in_the_run_folder_is_escaped_for_slurm() -> None:
     assert output_pattern(Path("/runs/100%u")) == "/runs/100%%u/slurm-%j.out"
     assert output_pattern(Path("/runs/x"), array=True) == "/runs/x/slurm-%A_%a.out"
 
 
-def test_further_options_stand_in_every_part() -> None:
+def test_further_options_are_in_every_component() -> None:
     cluster = Cluster(options=("--mem=0", "--comment=it's"))
     text = script(TWO_KINDS, cluster, name="x", output="/x", exports={})
     assert text.count("#SBATCH --mem=0\n") == text.count("#SBATCH '--comment=it'\"'\"'s'\n") == 2
     assert sbatch_line(TWO_KINDS, cluster, ["x"]).count(" --mem=0 ") == 2
 
 
-def test_an_env_that_cannot_hold_signals_does_not_keep_a_job_from_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_runs_with_an_env_that_cannot_block_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As coreutils before 8.31."""
     pyxis = Cluster.model_validate({"container": {"kind": "pyxis", "image": "x"}})
     assert hold_signals_prefix(Cluster()) == hold_signals_prefix(pyxis) == ("env", "--block-signal=TERM,USR2,INT")
@@ -139,7 +137,7 @@ def test_the_right_sbatch_line_can_be_pasted() -> None:
     assert line.endswith("slurm/train.sbatch 'my config.yaml'")
 
 
-def test_one_step_starts_the_tasks_of_all_parts_with_their_signals_held() -> None:
+def test_one_srun_starts_the_tasks_of_all_components_with_blocked_signals() -> None:
     places = {"table": Path("/t.sh"), "node_env": Path("/node_env.sh"), "visible": ["/runs/x"]}
     held = ["env", "--block-signal=TERM,USR2,INT", "bash", "/node_env.sh", "/t.sh"]
     assert {"--het-group=0,1", "--cpus-per-task=3"} <= set(srun_command(TWO_KINDS, Cluster(cpus_per_rank=3), **places))
@@ -193,7 +191,7 @@ class Task:
         return (self.folder / "log" / f"rank_{rank}.log").read_text()
 
 
-def test_a_task_learns_who_it_is_by_its_place(tmp_path: Path) -> None:
+def test_a_task_finds_its_rank_by_node_and_local_id(tmp_path: Path) -> None:
     task = Task(tmp_path, interface="ib0", nccl={"NCCL_IB_HCA": {"value": "=a b", "reason": "test"}})
     show = 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK $MOE_DIST_NODE_FEATURES $NCCL_SOCKET_IFNAME $NCCL_IB_HCA $1"; pwd'
     first = task.run("n1", 0, show)

@@ -1,4 +1,4 @@
-"""How a step ended, and whether the job starts again. srun and scontrol are stand-ins on the path."""
+"""The verdict of a step, and requeueing. srun and scontrol are stand-ins on the path."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def leave(run: RunFolder, *, verdict: int, reason: str) -> None:
     lease.release()
 
 
-def test_srun_is_followed_and_its_words_about_ends_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
+def test_sruns_lines_about_failed_tasks_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
     words = "echo srun: step created >&2; echo 'srun: error: n2: task 1: Exited with exit code 70' >&2; exit 143"
     code, ended = run_step(["bash", "-c", words])
     assert (code, ended) == (143, ["srun: error: n2: task 1: Exited with exit code 70"])
@@ -41,7 +41,7 @@ def test_srun_is_followed_and_its_words_about_ends_are_held_back(capfd: pytest.C
     assert run_step(["bash", "-c", "kill -9 $$"])[0] == 137
 
 
-def test_the_verdict_is_that_of_the_ranks_and_the_cause_speaks_before_all_others(
+def test_the_verdict_comes_from_the_ranks_and_the_failed_rank_is_printed_first(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave(run, verdict=70, reason="loss was nan")
@@ -54,7 +54,7 @@ def test_the_verdict_is_that_of_the_ranks_and_the_cause_speaks_before_all_others
     assert said.endswith("verdict 70: loss was nan\n")
 
 
-def test_a_peers_verdict_gives_way_to_the_task_that_was_killed_before(run: RunFolder) -> None:
+def test_a_killed_task_replaces_a_peers_verdict(run: RunFolder) -> None:
     leave(run, verdict=1, reason="connection closed")
     ended = ["srun: error: n1: task 0: Out Of Memory", "srun: error: n2: tasks 1-2: Exited with exit code 1"]
     assert conclude(run, JOB, 137, ended, stopped=False, ranks_of=HOSTS) == 1
@@ -63,7 +63,7 @@ def test_a_peers_verdict_gives_way_to_the_task_that_was_killed_before(run: RunFo
     assert (latest.verdict, latest.reason, latest.rank) == (1, "n1: task 0: Out Of Memory", None)
 
 
-def test_a_node_that_failed_is_the_cause_although_slurm_ends_the_others_by_signals(run: RunFolder) -> None:
+def test_a_failed_node_is_the_cause_although_slurm_kills_the_others(run: RunFolder) -> None:
     leave(run, verdict=1, reason="connection closed")
     ended = ["srun: error: n1: tasks 0: Exited with exit code 1", "srun: error: Node failure on n2"]
     assert conclude(run, JOB, 137, ended, stopped=True, ranks_of=HOSTS) == 1
@@ -72,7 +72,7 @@ def test_a_node_that_failed_is_the_cause_although_slurm_ends_the_others_by_signa
     assert latest.reason == "Node failure on n2"
 
 
-def test_without_a_verdict_the_first_task_that_ended_by_itself_gives_it(
+def test_without_a_recorded_verdict_the_first_failed_task_sets_it(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.log_of(1).write_text(f"--- attempt {JOB.attempt_id}\nfine\n")
@@ -85,7 +85,7 @@ def test_without_a_verdict_the_first_task_that_ended_by_itself_gives_it(
     assert json.loads(run.status_json.read_text())["verdict"] == 78
 
 
-def test_a_stop_before_anything_was_said_means_start_me_again(run: RunFolder) -> None:
+def test_a_stop_before_any_record_gives_75(run: RunFolder) -> None:
     assert conclude(run, JOB, 143, ["srun: error: n1: task 0: Terminated"], stopped=True, ranks_of=HOSTS) == 75
     assert conclude(run, JOB, 0, [], stopped=False, ranks_of=HOSTS) == 0
 
@@ -117,7 +117,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int
         ("RUNNING", 0, "enough", "not requeued: enough; to continue anyway: sbatch", False),
     ],
 )
-def test_a_job_is_requeued_where_it_still_runs_and_may(
+def test_a_job_is_requeued_if_it_runs_and_slurm_allows_it(
     slurm: Callable[[str, int], Path],
     capsys: pytest.CaptureFixture[str],
     state: str,
