@@ -35,7 +35,7 @@ from moe_dist.checkpoint.state_file import STATE_FILE
 from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
-from moe_dist.optim.adamw import set_step_count
+from moe_dist.optim.optimizer import set_step_count
 
 SLACK = 1 << 20  # bytes for headers, index and state, in addition to 1 % of the tensors
 

@@ -19,8 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from moe_dist.optim.adamw import MOMENTS, materialise_moments
-from moe_dist.optim.param_groups import is_empty_here
+from moe_dist.optim.optimizer import MOMENTS, is_empty_here, materialise_moments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import Role, logical_name, named_parameters
 

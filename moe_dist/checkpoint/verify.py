@@ -15,7 +15,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.checkpoint.storage import open_tensors
 from moe_dist.errors import DataError
-from moe_dist.optim.adamw import MOMENTS
+from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
 
 

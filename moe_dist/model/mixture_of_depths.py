@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.comm.names import DEPTH_SCORES
+from moe_dist.moe.dispatch.rows import accumulation_dtype
 from moe_dist.moe.routers.selection import (
     OUTSIDE,
     AuxiliaryRouter,
@@ -33,7 +34,7 @@ from moe_dist.moe.routers.selection import (
     SelectionScope,
     capacity_of_tokens,
 )
-from moe_dist.moe.routing import DepthSums, accumulation_dtype
+from moe_dist.moe.routing import DepthSums
 from moe_dist.placement.roles import Role
 
 _SHAPES = 8  # different numbers of slots on CUDA, where each is compiled

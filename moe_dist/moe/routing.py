@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from moe_dist.placement.placement import ExpertGroup
@@ -210,8 +209,3 @@ def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
         [group.num_constant for group in groups],
     )
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for sums over rows and for routing weights; float64 where the model itself is float64."""
-    return torch.promote_types(dtype, torch.float32)

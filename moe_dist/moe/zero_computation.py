@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_dist.moe.routing import accumulation_dtype
+from moe_dist.moe.dispatch.rows import accumulation_dtype
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 

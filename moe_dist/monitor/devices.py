@@ -20,6 +20,10 @@ class DeviceMonitor:
         gpu: UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index of this rank's GPU; None where the run
             is on the CPU: then the host's readings stand in for the device's. An index counts all GPUs of the machine,
             whatever CUDA_VISIBLE_DEVICES says; the UUID cannot be mistaken.
+
+    Attributes:
+        latest: The latest readings: device/utilisation (percent), device/memory (MiB), device/power (watts), each None where it
+            cannot be read, and of the host cpu_percent (all cores) and resident_mib (this process).
     """
 
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
@@ -27,15 +31,10 @@ class DeviceMonitor:
         self._process = psutil.Process()
         psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
         self._gpu = _Gpu(gpu) if gpu is not None else None
-        self._latest: Mapping[str, float | None] = self._take()
+        self.latest: Mapping[str, float | None] = self._take()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = threading.Thread(target=self._loop, name="devices", daemon=True)
         self._thread.start()
-
-    def read(self) -> dict[str, float | None]:
-        """The latest readings: device/utilisation (percent), device/memory (MiB), device/power (watts), each None where it
-        cannot be read, and of the host cpu_percent (all cores) and resident_mib (this process). Never waits."""
-        return dict(self._latest)
 
     def stop(self) -> None:
         """Ends the thread and lets go of NVML. A second call does nothing."""
@@ -49,7 +48,7 @@ class DeviceMonitor:
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._seconds):
-            self._latest = self._take()  # one assignment: a reader sees the old readings or the new ones
+            self.latest = self._take()  # one assignment: a reader sees the old readings or the new ones
 
     def _take(self) -> dict[str, float | None]:
         host = {"cpu_percent": psutil.cpu_percent(), "resident_mib": self._process.memory_info().rss / MIB}

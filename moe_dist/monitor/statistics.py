@@ -52,10 +52,10 @@ class StepResult:
         counts: Routing counts.
         ledger: Sums of the dispatch ledger, by `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`. Bytes and rows.
         comm_seconds: Mean over ranks of the time inside dispatch and combine collectives.
-        stop_requested: At least one rank was asked to stop.
-        mixture_of_depths: Of the layers that compute a share of the tokens alone; None without any.
         busy_seconds_W: For each rank, how long it computed and read data in the step before, waiting for peers left out;
             empty in the first step.
+        stop_requested: At least one rank was asked to stop.
+        mixture_of_depths: Of the layers that compute a share of the tokens alone; None without any.
     """
 
     nll_M: np.ndarray
@@ -69,9 +69,9 @@ class StepResult:
     counts: StepCounts[np.ndarray]
     ledger: Mapping[str, int]
     comm_seconds: float
+    busy_seconds_W: np.ndarray
     stop_requested: bool = False
     mixture_of_depths: DepthStatistics | None = None
-    busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)

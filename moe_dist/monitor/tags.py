@@ -6,6 +6,7 @@ thousands of curves are not read. What does not fit is shown by heat maps, and i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 MAX_SCALARS = 40
@@ -78,6 +79,7 @@ class TagPlan:
     loss_per_modality: bool
 
 
+@cache  # asked for with each record
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
     """Splits as many families as fit into `MAX_SCALARS`: groups and losses go before epochs, losses before groups.
 

@@ -9,6 +9,7 @@ Imports no torch, so that checkpoints can be described without it.
 import re
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class NamedParameter(NamedTuple):
     parameter: "nn.Parameter"
 
 
+@cache  # asked for in each forward
 def group_module(name: str) -> str:
     """Name of the child module that belongs to an expert group: its prefix keeps it apart from the parent's attributes."""
     return f"{_GROUP}{name}"

@@ -266,6 +266,36 @@ def untuned_flops(shape: Shape, forward: Parts, *, seq_len: int, moe_layers: Seq
     return 2 * forward.total - backward
 
 
+def model_flops_per_token(
+    experts_per_token: Mapping[str, float],
+    token_share: Mapping[str, float],
+    *,
+    shape: Shape,
+    seq_len: int,
+    moe_layers: Sequence[int],
+    tuned: Sequence[int] | None,
+) -> float:
+    """FLOPs of forward and backward for a mean token of a training run; repeats by recompute are left out.
+
+    Args:
+        experts_per_token, token_share: As `active_parameters`.
+        moe_layers, tuned: As `untuned_flops`; tuned is None unless routers alone are trained.
+    """
+    forward = forward_flops(shape, seq_len=seq_len, experts_per_token=experts_per_token, token_share=token_share)
+    return training_flops(
+        forward, frozen=flops_left_out(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
+    )
+
+
+def flops_left_out(
+    shape: Shape, forward: Parts, *, seq_len: int, moe_layers: Sequence[int], tuned: Sequence[int] | None
+) -> float:
+    """FLOPs of full training that a run does not compute because it trains only adapters, or only some routers."""
+    if tuned is None:
+        return frozen_flops(shape, forward, seq_len=seq_len)
+    return untuned_flops(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
+
+
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
     """FLOPs a token of forward and backward, three times the forward pass without the gradients of frozen weights, and what
     recompute repeats on top (at most: the last product of a recomputed unit need not be repeated, and below the first

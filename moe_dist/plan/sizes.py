@@ -8,7 +8,7 @@ from moe_dist.config.schema import Config
 from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan import memory
-from moe_dist.plan.flops import Adapters, Parts, Shape, frozen_flops, untuned_flops
+from moe_dist.plan.flops import Adapters, Shape
 from moe_dist.plan.policies import expert_groups
 
 
@@ -39,24 +39,19 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
     )
 
 
-def flops_left_out(config: Config, shape: Shape, forward: Parts) -> float:
-    """FLOPs of full training that a run does not compute, since it trains a part: adapters, or some routers."""
-    section, seq_len = config.router_tuning, config.data.seq_len
-    if section is None:
-        return frozen_flops(shape, forward, seq_len=seq_len)
-    moe_layers = config.model.moe_layers
-    tuned = chosen_layers(section, moe_layers)
-    return untuned_flops(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
+def tuned_layers(config: Config) -> tuple[int, ...] | None:
+    """The layers whose routers a run trains alone; None if it trains more."""
+    return None if config.router_tuning is None else chosen_layers(config.router_tuning, config.model.moe_layers)
 
 
 def tuned_routers(config: Config) -> memory.Tuned | None:
     """The routers that a run trains alone, if it does."""
-    if config.router_tuning is None:
+    tuned = tuned_layers(config)
+    if tuned is None:
         return None
-    moe_layers = config.model.moe_layers
-    tuned = chosen_layers(config.router_tuning, moe_layers)
     lowest = min(tuned)
-    return memory.Tuned(len(tuned), config.model.num_layers - lowest, sum(layer >= lowest for layer in moe_layers))
+    above = sum(layer >= lowest for layer in config.model.moe_layers)
+    return memory.Tuned(len(tuned), config.model.num_layers - lowest, above)
 
 
 def checkpoint_bytes(config: Config) -> int:

@@ -36,15 +36,11 @@ class StopRequest:
     def __init__(self, grace_seconds: float = DEFAULT_GRACE_SECONDS, on_expire: Callable[[], None] | None = None) -> None:
         self.grace_seconds = grace_seconds
         self.on_expire = on_expire
+        self.requested = False
         self._first: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
         self._pipe: tuple[int, int] | None = None
         self._previous_fd = -1
-
-    @property
-    def requested(self) -> bool:
-        """Whether this rank got a stop signal. Reads an attribute; no collective."""
-        return self._first is not None
 
     @property
     def reason(self) -> str:
@@ -87,13 +83,14 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._first = self._first or signal.Signals(number)
+        self.requested = True
 
     def _watch(self, read_end: int) -> None:
         timer: threading.Timer | None = None
         while received := os.read(read_end, 64):
             for number in received:
                 if timer is None and number in STOP_SIGNALS:
-                    self._first = self._first or signal.Signals(number)
+                    self._note(number, None)
                     timer = threading.Timer(self.grace_seconds, self._expire)
                     timer.daemon = True  # must not keep the process alive after a normal end
                     timer.start()

@@ -117,7 +117,7 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
             sinks=sinks,
             devices=devices,
             saver=resumable,
-            stop_requested=lambda: stop.requested,
+            stop=stop,
             progress=progress,
             modalities=tuple(plan.manifest.modalities),
             baselines=plan.manifest.baselines,

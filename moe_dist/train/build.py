@@ -1,7 +1,8 @@
 """Turns configuration sections into objects; nothing but this and the other `build_*` files does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,26 +21,24 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import ModelArgs, Transformer
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.expert_gemm import choose_gemm
+from moe_dist.moe.experts import choose_gemm
 from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
-from moe_dist.optim.schedules import coefficient_at, lr_factor
+from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel, freeze_all_but, shard
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import ROUTERS, Role
-from moe_dist.plan.flops import forward_flops, training_flops
+from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups
-from moe_dist.plan.sizes import flops_left_out, model_shape
+from moe_dist.plan.sizes import model_shape, tuned_layers
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
 from moe_dist.train.build_tuning import build_sample_loader, build_tuning
 from moe_dist.train.evaluation.evaluator import Evaluator
-from moe_dist.train.loss import AuxSettings
+from moe_dist.train.loss import aux_at
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
@@ -261,30 +260,24 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
 def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> TrainingPlan:
     """Steps, schedules and intervals of the loop."""
     shape, peak = model_shape(config.model, groups), config.monitor.peak_tflops
-    schedule, balance = config.optimizer.schedule.model_dump(), config.loss.balance
+    optimizer, balance = config.optimizer, config.loss.balance
     weights = tuple(balance.null_weight.get(group.name, 1.0) for group in groups) if balance.null_weight else None
-
-    def lr(step: int) -> float:
-        return config.optimizer.lr * lr_factor(step, total_steps=config.train.steps, **schedule)
-
-    def aux(step: int) -> AuxSettings:
-        coefficient = coefficient_at(balance.schedule, step)
-        return AuxSettings(kind=balance.kind, balance=coefficient, z=config.loss.z, null_weight_G=weights)
-
-    def flops_per_token(experts: Mapping[str, float], share: Mapping[str, float]) -> float:
-        forward = forward_flops(shape, seq_len=config.data.seq_len, experts_per_token=experts, token_share=share)
-        # Model FLOPs: what recompute repeats is left out.
-        return training_flops(forward, frozen=flops_left_out(config, shape, forward))
 
     return TrainingPlan(
         steps=config.train.steps,
         global_batch=config.train.global_batch,
-        lr=lr,
-        aux=aux,
+        lr=partial(lr_at, peak=optimizer.lr, total_steps=config.train.steps, **optimizer.schedule.model_dump()),
+        aux=partial(aux_at, schedule=balance.schedule, kind=balance.kind, z=config.loss.z, null_weight_G=weights),
         evaluate_every=config.evaluation.every,
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
-        flops_per_token=flops_per_token,
+        flops_per_token=partial(
+            model_flops_per_token,
+            shape=shape,
+            seq_len=config.data.seq_len,
+            moe_layers=config.model.moe_layers,
+            tuned=tuned_layers(config),
+        ),
         active_target=active_targets(config.model.moe),
         even_active=even_active(config),
         checks=config.evaluation.checks,

@@ -19,7 +19,7 @@ from moe_dist.placement.roles import Role, named_parameters
 from moe_dist.plan import flops, memory
 from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
-from moe_dist.plan.sizes import flops_left_out, model_shape, tuned_routers
+from moe_dist.plan.sizes import model_shape, tuned_layers, tuned_routers
 from moe_dist.train.build import COMPUTE_DTYPES, build_model
 
 
@@ -96,7 +96,9 @@ def estimate(config: Config) -> DryRun:
     ranks = range(layout.placement.num_ranks)
     memories = [_memory(shape, layout, shared, plan, rank, share) for rank in ranks]
     rank = max(ranks, key=lambda r: memories[r].total)
-    frozen = flops_left_out(config, shape, forward)
+    frozen = flops.flops_left_out(
+        shape, forward, seq_len=config.data.seq_len, moe_layers=config.model.moe_layers, tuned=tuned_layers(config)
+    )
     useful = flops.training_flops(forward, frozen=frozen)
     exchanges = 5 if parallel.recompute == "block" else 4  # dispatch and combine, both ways, and dispatch repeated
     return DryRun(

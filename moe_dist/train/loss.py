@@ -6,7 +6,7 @@ E true experts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
+from moe_dist.optim.optimizer import coefficient_at
 from moe_dist.placement.counts import FRACTIONAL, StepCounts
 
 
@@ -31,6 +32,11 @@ class AuxSettings:
     balance: float
     z: float
     null_weight_G: tuple[float, ...] | None = None
+
+
+def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
+    """The settings of optimizer step `step` (0-based), with the balance coefficient of a staircase (`coefficient_at`)."""
+    return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 
 class MicroLoss(NamedTuple):

@@ -6,7 +6,6 @@ micro-batch, the gradients, and one packed vector that is norm, vote and statist
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
 from moe_dist.monitor.statistics import DepthStatistics, StepResult
-from moe_dist.optim.adamw import clip_by_norm, local_norm_squared, set_lr
+from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, set_lr
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.counts import StepCounts
@@ -147,7 +146,7 @@ class TrainingStep:
         self._times[mesh.rank] = clock.seconds(self.comm_stats.seconds)
         local = self._pack(losses, labels_M.sum(0), own, forward_rows, [float(tokens), float(stop_requested)])
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
-        return replace(self._vote_and_update(summed, losses, lr), busy_seconds_W=times_W.cpu().numpy())
+        return self._vote_and_update(summed, losses, lr, times_W)
 
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
         """Scored labels of each micro-batch and modality on this rank, float64 [micro-batches, M]."""
@@ -202,7 +201,7 @@ class TrainingStep:
             ]
         )
 
-    def _vote_and_update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float) -> StepResult:
+    def _vote_and_update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, times_W: Tensor) -> StepResult:
         """All ranks see the same sums, so all take the step or none does; a NaN anywhere reaches every rank in them."""
         num_modalities = len(self.group_of_modality)
         values = summed.tolist()  # host sync: norm, vote and statistics
@@ -236,6 +235,7 @@ class TrainingStep:
             counts=shown,
             ledger={key: round(value) for key, value in zip(LEDGER_KEYS, host, strict=False)},
             comm_seconds=seconds / self.parallel.mesh.world_size,
+            busy_seconds_W=times_W.cpu().numpy(),
             stop_requested=stop > 0,
             mixture_of_depths=self._depth_statistics(shown) if shown.depth_tokens_P.size else None,
         )

@@ -14,7 +14,9 @@ from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.metrics import build_record, evaluation_scalars
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatistics
+from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.runtime.signals import StopRequest
 from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings
@@ -134,7 +136,7 @@ class Trainer:
         loader: This rank's batches by position.
         evaluator: Held-out losses.
         saver: Makes the state durable; used on all ranks alike.
-        stop_requested: Whether this process was asked to stop; the ranks vote inside each step.
+        stop: Whether this process was asked to stop; the ranks vote inside each step.
         progress: Where to begin.
         modalities: Of the data, in order.
         baselines: Held-out losses of count models, for the summary.
@@ -151,14 +153,14 @@ class Trainer:
         sinks: Sequence[Sink],
         devices: DeviceMonitor | None,
         saver: Saver,
-        stop_requested: Callable[[], bool],
+        stop: StopRequest,
         progress: Progress,
         modalities: Sequence[str],
         baselines: dict[str, float],
     ) -> None:
         self._plan, self._take_step, self._loader, self._evaluator = plan, step, loader, evaluator
         self._placement, self._sinks, self._devices = placement, sinks, devices
-        self._saver, self._stop_requested = saver, stop_requested
+        self._saver, self._stop = saver, stop
         self.progress = progress
         self._modalities, self._baselines = tuple(modalities), baselines
         self._recent: deque[StepResult] = deque(maxlen=WINDOW)
@@ -201,7 +203,7 @@ class Trainer:
         lr, aux = plan.lr(progress.step), plan.aux(progress.step)
         batches = self._loader.batches(progress.position)
         result = self._take_step(
-            batches, lr=lr, aux=aux, stop_requested=self._stop_requested(), began=begin, number=progress.step
+            batches, lr=lr, aux=aux, stop_requested=self._stop.requested, began=begin, number=progress.step
         )
         progress.step += 1
         progress.position += plan.global_batch
@@ -214,12 +216,6 @@ class Trainer:
         return result
 
     def _statistics(self, result: StepResult, lr: float, aux: AuxSettings, seconds: float) -> StepStatistics:
-        counts, num_experts = result.counts, self._placement.num_experts
-        taken_E = (counts.choices_LC[:, :num_experts] - counts.dropped_LE).sum(0)
-        experts, share = {}, {}
-        for group, tokens in zip(self._placement.groups, counts.tokens_LG.sum(0), strict=True):
-            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
-            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
         return StepStatistics(
             result,
             step=self.progress.step,
@@ -229,9 +225,18 @@ class Trainer:
             tokens=self.progress.tokens,
             step_seconds=seconds,
             epochs=self._loader.epochs(self.progress.position),
-            flops_per_token=self._plan.flops_per_token(experts, share),
+            flops_per_token=self._flops_per_token(result.counts) if self._plan.peak_flops is not None else None,
             active_target=self._plan.active_target,
         )
+
+    def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
+        """At the true experts a token that the step took, and the share of its tokens in each group."""
+        taken_E = (counts.choices_LC[:, : self._placement.num_experts] - counts.dropped_LE).sum(0)
+        experts, share = {}, {}
+        for group, tokens in zip(self._placement.groups, counts.tokens_LG.sum(0), strict=True):
+            experts[group.name] = float(taken_E[group.experts].sum() / max(1, tokens))
+            share[group.name] = float(tokens / max(1, counts.tokens_LG.sum()))
+        return self._plan.flops_per_token(experts, share)
 
     def _show(self, stats: StepStatistics) -> None:
         record = build_record(
@@ -239,7 +244,7 @@ class Trainer:
             groups=self._placement.groups,
             placement=self._placement,
             modalities=self._modalities,
-            readings=self._devices.read() if self._devices else None,
+            readings=self._devices.latest if self._devices else None,
             peak_flops=self._plan.peak_flops,
         )
         for sink in self._sinks:

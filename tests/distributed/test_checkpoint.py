@@ -20,8 +20,14 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import MoeDistError
-from moe_dist.optim.adamw import MOMENTS, make_optimizer, materialise_moments, set_step_count, step_count
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import (
+    MOMENTS,
+    make_optimizer,
+    materialise_moments,
+    set_step_count,
+    split_parameters,
+    step_count,
+)
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.parallel.parallelize import ParallelModel

@@ -14,8 +14,7 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.routing import Routing
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep

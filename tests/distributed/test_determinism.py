@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from moe_dist.comm.collectives import CommStats
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings

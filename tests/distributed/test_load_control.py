@@ -14,8 +14,7 @@ from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.reference.layer import bias_steps
 from moe_dist.monitor.statistics import StepResult
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.plan.preflight import check
 from moe_dist.train.build import build_loader, build_training

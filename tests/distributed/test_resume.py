@@ -15,8 +15,7 @@ from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep

@@ -11,8 +11,7 @@ import torch
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.monitor.statistics import StepResult
-from moe_dist.optim.adamw import make_optimizer, step_count
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters, step_count
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings, forward
 from moe_dist.train.step import TrainingStep

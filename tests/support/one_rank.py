@@ -35,7 +35,8 @@ class OneRank:
         alone = {"parallel.ep": 1, "placement.policy": "interleaved"}
         changes = {key.replace("__", "."): value for key, value in changes.items()}
         config = tiny_config(data, root, {**alone, **changes})
-        plan, mesh = check(config), make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
+        self.plan = plan = check(config)
+        mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0)
         self.training = build_training(config, plan.manifest, plan.placement, mesh)
         self.folder = RunFolder.of(config).checkpoints
         manager = CheckpointManager(self.folder, keep=2, lease_check=lambda: None, process_group=mesh.checkpoint)

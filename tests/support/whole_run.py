@@ -17,6 +17,7 @@ from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.signals import StopRequest
 from moe_dist.train import build
 from moe_dist.train.resume import Resumable
 from moe_dist.train.trainer import Progress, Trainer
@@ -69,7 +70,7 @@ def whole_run(rank: RankContext, data: Path, root: Path, changes: Mapping[str, A
         sinks=[],
         devices=None,
         saver=resumable,
-        stop_requested=lambda: False,
+        stop=StopRequest(),
         progress=progress,
         modalities=tuple(plan.manifest.modalities),
         baselines=plan.manifest.baselines,

@@ -20,8 +20,7 @@ from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel

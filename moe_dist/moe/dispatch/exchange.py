@@ -24,8 +24,7 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
 from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
-from moe_dist.moe.dispatch.rows import add_rows
-from moe_dist.moe.routing import accumulation_dtype
+from moe_dist.moe.dispatch.rows import accumulation_dtype, add_rows
 
 
 @dataclass(frozen=True)

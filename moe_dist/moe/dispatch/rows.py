@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.routing import accumulation_dtype
-
 SLICE_BYTES = 16 << 20  # of rows that are converted at once: enough work for a kernel, little beside the rows
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for sums over rows and for routing weights; float64 where the model itself is float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _Gather(torch.autograd.Function):

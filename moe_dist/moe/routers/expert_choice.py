@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.moe.dispatch.rows import accumulation_dtype
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.routers.selection import (
     OUTSIDE,
@@ -40,7 +41,6 @@ from moe_dist.moe.routing import (
     RouterSums,
     Routing,
     RoutingCache,
-    accumulation_dtype,
 )
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module

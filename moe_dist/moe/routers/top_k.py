@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.moe.dispatch.rows import accumulation_dtype
 from moe_dist.moe.routers.capacity import Capacity, capacity_of, over_capacity
 from moe_dist.moe.routing import (
     ABSENT,
@@ -23,7 +24,6 @@ from moe_dist.moe.routing import (
     RouterSums,
     Routing,
     RoutingCache,
-    accumulation_dtype,
     group_columns,
 )
 from moe_dist.placement.placement import ExpertGroup

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from moe_dist.optim.adamw import MOMENTS
+from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.roles import Role
 

@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
-from moe_dist.optim.adamw import MOMENTS, make_optimizer, materialise_moments, set_step_count, step_count
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import (
+    MOMENTS,
+    make_optimizer,
+    materialise_moments,
+    set_step_count,
+    split_parameters,
+    step_count,
+)
 from moe_dist.parallel.initialise import initialise
 from moe_dist.train.build import build_model
 from tests.support.fake_ranks import load_all, save_all

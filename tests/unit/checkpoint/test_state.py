@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import Role
 

@@ -18,8 +18,7 @@ from moe_dist.moe.lora import LoRAExperts
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.zero_computation import ZeroComputationExperts
-from moe_dist.optim.adamw import make_optimizer
-from moe_dist.optim.param_groups import split_parameters
+from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import Role, named_parameters

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.moe import expert_gemm
-from moe_dist.moe.expert_gemm import GROUPED_ON_CPU, choose_gemm, grouped_swiglu, loop_swiglu, why_not_grouped
+from moe_dist.moe import experts as experts_file
+from moe_dist.moe.experts import GROUPED_ON_CPU, choose_gemm, grouped_swiglu, loop_swiglu, why_not_grouped
 from tests.support.messages import refused
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def test_what_a_kernel_leaves_uninitialised_reaches_nobody(
             grad_weight[torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0] = float("nan")
             return grad_x, grad_weight, None
 
-    monkeypatch.setattr(expert_gemm.F, "grouped_mm", lambda x, weight, offs: Poisoned.apply(x, weight, offs))
+    monkeypatch.setattr(experts_file.F, "grouped_mm", lambda x, weight, offs: Poisoned.apply(x, weight, offs))
     arguments = inputs(counts, torch.float32, tail)
     grouped = value_and_gradients(grouped_swiglu, arguments, counts)
     monkeypatch.undo()

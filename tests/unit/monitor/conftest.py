@@ -81,6 +81,7 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
             "rows_null_remapped": 180,
         },
         comm_seconds=0.01,
+        busy_seconds_W=np.zeros(0),
     )
     own = {field.name for field in fields(StepStatistics)}
     changed = {"tokens": changes.pop("step_tokens", 1000)}

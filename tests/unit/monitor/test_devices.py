@@ -65,7 +65,7 @@ def test_readings_of_a_gpu(install: Callable[[FakeNvml], None]) -> None:
     fake = FakeNvml()
     install(fake)
     monitor = DeviceMonitor(seconds=0.01, gpu=2)
-    first = monitor.read()
+    first = monitor.latest
     assert {key: first[key] for key in ("device/utilisation", "device/memory", "device/power")} == {
         "device/utilisation": 73.0,
         "device/memory": 3072.0,
@@ -74,7 +74,7 @@ def test_readings_of_a_gpu(install: Callable[[FakeNvml], None]) -> None:
     assert first["resident_mib"] == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
     assert fake.asked == [2]
     fake.utilisation = 12
-    wait_until(lambda: monitor.read()["device/utilisation"] == 12.0)
+    wait_until(lambda: monitor.latest["device/utilisation"] == 12.0)
     assert "devices" in fake.threads
     monitor.stop()
     monitor.stop()
@@ -97,8 +97,8 @@ def test_one_reading_that_fails_is_said_once(install: Callable[[FakeNvml], None]
         monitor = DeviceMonitor(seconds=0.005, gpu=0)
         wait_until(lambda: "devices" in fake.threads)
         monitor.stop()
-    assert monitor.read()["device/power"] is None
-    assert monitor.read()["device/memory"] == 3072.0
+    assert monitor.latest["device/power"] is None
+    assert monitor.latest["device/memory"] == 3072.0
     assert [record.message for record in caplog.records] == ["no reading of device/power (NVML: Not Supported)"]
 
 
@@ -114,7 +114,7 @@ def test_without_nvml_it_says_so_once_and_goes_on(
     with caplog.at_level(logging.WARNING):
         monitor = DeviceMonitor(seconds=0.005, gpu=0)
         time.sleep(0.05)
-        readings = monitor.read()
+        readings = monitor.latest
         monitor.stop()
     assert len(caplog.records) == 1
     assert "going on without" in caplog.text
@@ -126,7 +126,7 @@ def test_on_the_cpu_the_host_stands_in(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(psutil, "cpu_percent", lambda: 42.0)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monitor = DeviceMonitor(seconds=60)
-    readings = monitor.read()
+    readings = monitor.latest
     monitor.stop()
     assert readings["device/utilisation"] == readings["cpu_percent"] == 42.0
     assert readings["device/memory"] == readings["resident_mib"]
@@ -149,6 +149,6 @@ def test_reading_does_not_wait_for_the_driver(install: Callable[[FakeNvml], None
     module.nvmlDeviceGetMemoryInfo = stuck
     monitor = DeviceMonitor(seconds=0.001, gpu=0)
     assert hang.wait(600)
-    assert monitor.read()["device/memory"] == 1.0
+    assert monitor.latest["device/memory"] == 1.0
     release.set()
     monitor.stop()

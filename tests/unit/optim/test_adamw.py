@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_dist.errors import ConfigError
-from moe_dist.optim.adamw import make_optimizer, materialise_moments, set_lr, set_step_count, step_count
+from moe_dist.optim.optimizer import make_optimizer, materialise_moments, set_lr, set_step_count, step_count
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from moe_dist.optim.adamw import clip_by_norm, local_norm_squared, scale_gradients
+from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, scale_gradients
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 import pytest
 
 from moe_dist.config.schema import CosineSchedule, WsdSchedule
-from moe_dist.optim.schedules import coefficient_at, lr_factor
+from moe_dist.optim.optimizer import coefficient_at, lr_factor
 
 
 def factors(total: int, **schedule: object) -> list[float]:

@@ -14,13 +14,14 @@ from moe_dist.plan.flops import (
     Shape,
     active_parameters,
     expected_experts,
+    flops_left_out,
     forward_flops,
     frozen_flops,
     parameters,
     training_flops,
 )
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.plan.sizes import flops_left_out, model_shape
+from moe_dist.plan.sizes import model_shape, tuned_layers
 from moe_dist.train.build import build_model, freeze
 
 
@@ -258,7 +259,12 @@ def test_router_tuning_agrees_with_torchs_counter(layers: list[int]) -> None:
     counted, experts, tokens = count_training(cfg)
     model = model_shape(cfg.model, expert_groups(cfg.model.moe))
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
-    expected = training_flops(forward, frozen=flops_left_out(cfg, model, forward))
+    expected = training_flops(
+        forward,
+        frozen=flops_left_out(
+            model, forward, seq_len=cfg.data.seq_len, moe_layers=cfg.model.moe_layers, tuned=tuned_layers(cfg)
+        ),
+    )
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
     assert expected < 0.7 * training_flops(forward)
 

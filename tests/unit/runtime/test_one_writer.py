@@ -263,8 +263,8 @@ CHECKPOINTS = """
     from torch import nn
     from moe_dist.checkpoint.manager import CheckpointManager
     from moe_dist.checkpoint.state import RankLayout, capture
-    from moe_dist.optim.adamw import make_optimizer
-    from moe_dist.optim.param_groups import split_parameters
+    from moe_dist.optim.optimizer import make_optimizer
+    from moe_dist.optim.optimizer import split_parameters
     from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
     placement = ExpertPlacement((ExpertGroup("text", 2, 0, 1, 4, 0, ("text",)),), ((0, 1),))
     model = nn.Linear(4, 4)

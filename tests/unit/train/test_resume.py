@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import Restored
 from moe_dist.errors import DataError
-from moe_dist.optim.adamw import step_count
+from moe_dist.optim.optimizer import step_count
 from moe_dist.train.resume import progress_of
 from moe_dist.train.trainer import Progress
 from tests.support.one_rank import OneRank, world_of_one

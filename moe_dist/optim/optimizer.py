@@ -1,19 +1,51 @@
-"""AdamW with one fused kernel per group (torch's, or NVIDIA Apex's if installed), its state, and the gradient norm.
+"""From parameters to an optimizer: groups, AdamW in one fused kernel a group (torch's, or NVIDIA Apex's where it is
+installed) and its state, the global norm of the gradients, and schedules of the step.
 
-No collectives: the training step sums the ranks' contributions to the norm.
+No collective in here: the training step sums the ranks' contributions to the norm. Schedules take plain values, named like
+the fields of the schema's schedule sections, so that a section's `model_dump()` fits.
 """
 
+from typing import Any
+from torch import nn
+from torch.distributed.tensor import DTensor
+from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
-
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-
 from moe_dist.errors import ConfigError
+import math
+from collections.abc import Sequence
+
+
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # and vectors, of any role
+
+
+def is_empty_here(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds no element: a rank without experts, or a shard beyond the last row."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel() == 0
+
+
+def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer, in a fixed order: {"params", "weight_decay"}.
+
+    A fused kernel needs parameters of one kind: so plain tensors, and DTensors of different meshes (dense over all ranks,
+    experts over edp), are in different groups. Frozen parameters, and parameters that are empty on this rank, are left out.
+    """
+    groups: dict[tuple[bool, object], dict[str, Any]] = {}
+    for _, _, role, parameter in named_parameters(model):
+        if not parameter.requires_grad or is_empty_here(parameter):
+            continue
+        decay = parameter.ndim >= 2 and role not in NO_DECAY
+        key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)  # one group per kind of tensor
+        group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decay else 0.0})
+        group["params"].append(parameter)
+    return list(groups.values())
+
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -159,3 +191,41 @@ def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
 def clip_by_norm(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scales the gradients by min(1, max_norm / norm); `norm` is the global norm (0-d), equal on all ranks."""
     scale_gradients(parameters, (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))
+
+
+def lr_factor(
+    step: int,
+    *,
+    total_steps: int,
+    kind: Literal["constant", "cosine", "wsd"],
+    warmup_steps: int = 0,
+    min_ratio: float = 0.0,
+    decay_steps: int = 0,
+) -> float:
+    """Ratio of the learning rate to its peak for optimizer step `step` (0-based) of `total_steps`.
+
+    The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. `cosine` then follows half
+    a cosine; `wsd` stays at 1 and decays linearly over the last `decay_steps`. Both reach `min_ratio` in the last step and
+    keep it afterwards. If warm-up and decay overlap, the smaller factor applies.
+    """
+    done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
+    rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0
+    if kind == "constant":
+        return rise
+    if kind == "cosine":
+        progress = max(0, done - warmup_steps) / max(1, total_steps - warmup_steps)
+        return min(rise, min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    if kind == "wsd":
+        progress = max(0, done - (total_steps - decay_steps)) / max(1, decay_steps)
+        return min(rise, 1.0 - (1.0 - min_ratio) * progress)
+    raise ValueError(f"schedule kind={kind!r} must be constant, cosine or wsd")
+
+
+def lr_at(step: int, *, peak: float, **schedule: Any) -> float:
+    """Learning rate of optimizer step `step` (0-based); `schedule` as in `lr_factor`."""
+    return peak * lr_factor(step, **schedule)
+
+
+def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
+    """Value at `step` of a piecewise constant schedule of (first step, value) pairs, with increasing steps from 0."""
+    return next(value for first, value in reversed(schedule) if first <= step)

@@ -1,0 +1,79 @@
+"""How many files a reader enters to follow one training step of the default job: from the loop on rank 0 through loader,
+model, loss and optimizer to the records, traced."""
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import moe_dist
+from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.signals import StopRequest
+from moe_dist.train import build
+from moe_dist.train.session import open_sinks, watched_devices
+from moe_dist.train.trainer import Trainer
+from tests.support.one_rank import OneRank, world_of_one
+
+MOST = 35
+ROOM = Path(moe_dist.__file__).parent
+
+
+def files_entered(action: Callable[[], Any]) -> set[str]:
+    """Files of moe_dist in which a function is called, on any thread: autograd runs backward on its own."""
+    entered: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            entered.add(frame.f_code.co_filename)
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return {str(Path(name).relative_to(ROOM)) for name in entered if name.startswith(f"{ROOM}/")}
+
+
+@pytest.fixture
+def step_of(tiny_data: Path, tmp_path: Path) -> Any:
+    """One step of a run of the default router, dispatcher and sinks on one rank."""
+    sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
+    with world_of_one():
+        one = OneRank(tiny_data, tmp_path, **{"monitor.sinks": sinks})
+        config, plan = one.plan.config, one.plan
+        env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
+        attempt = Attempt(env)
+        folder = attempt.open(config)
+        progress = one.resumable.restore()
+        with (
+            watched_devices(config, one.training.parallel.mesh.device, env) as devices,
+            open_sinks(plan, folder, env, attempt, progress=progress) as opened,
+        ):
+            yield Trainer(
+                build.build_plan(config, plan.groups),
+                one.training.step,
+                build.build_loader(config, plan.manifest, rank=0, world_size=1),
+                build.build_evaluator(config, plan.manifest, one.training, plan.placement),
+                placement=plan.placement,
+                sinks=opened,
+                devices=devices,
+                saver=one.resumable,
+                stop=StopRequest(),
+                progress=progress,
+                modalities=tuple(plan.manifest.modalities),
+                baselines=plan.manifest.baselines,
+            )._step
+
+
+def test_a_step_is_followed_in_few_files(step_of: Callable[[], Any]) -> None:
+    step_of()  # the first one also fills caches
+    entered = files_entered(step_of)
+    assert {"train/trainer.py", "train/step.py", "moe/layer.py", "data/loader.py", "monitor/sinks/jsonl.py"} <= entered
+    assert len(entered) <= MOST, sorted(entered)
