@@ -18,17 +18,17 @@ kernel takes bf16 on compute capability 8.0 and up.
 
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.rows import gather_rows, weighted_row_sum
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
-
 
 ExpertGemm = Literal["auto", "grouped", "loop"]
 ALIGNMENT = 16  # bytes of a stride

@@ -5,21 +5,19 @@ No collective in here: the training step sums the ranks' contributions to the no
 the fields of the schema's schedule sections, so that a section's `model_dump()` fits.
 """
 
-from typing import Any
-from torch import nn
-from torch.distributed.tensor import DTensor
-from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 import importlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
-from moe_dist.errors import ConfigError
-import math
-from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moe_dist.errors import ConfigError
+from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # and vectors, of any role
 
