@@ -3,9 +3,10 @@
 import json
 from typing import Literal
 
-from pydantic import JsonValue
+from pydantic import JsonValue, field_validator
 
 from moe_dist.checkpoint.index import FORMAT, StoredModel
+from moe_dist.config.renamed import translate
 
 STATE_FILE = "state.json"
 
@@ -17,7 +18,7 @@ class StateFile(StoredModel):
         optimizer_steps: Steps that the optimizer has taken; None without an optimizer.
         placement: Groups and slots at the time of the save; for information, loading does not use them.
         versions: Versions of Python, torch and moe_dist.
-        values: See `CheckpointState.values`.
+        values: See `CheckpointState.values`; a configuration among them takes today's names.
     """
 
     format: Literal[2] = FORMAT
@@ -28,6 +29,11 @@ class StateFile(StoredModel):
     placement: dict[str, JsonValue]
     versions: dict[str, str]
     values: dict[str, JsonValue]
+
+    @field_validator("values")
+    @classmethod
+    def _in_todays_names(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
         """The file's content. NaN and infinity raise ValueError, because JSON does not have them."""

@@ -9,7 +9,7 @@ from pydantic_core import to_jsonable_python
 from moe_dist.config.bundled import find_config, hint_for_missing
 from moe_dist.config.keys import bare, find, nearest, tag_key, type_text
 from moe_dist.config.partial import PartialConfig, draft
-from moe_dist.config.renamed import Rename, new_key
+from moe_dist.config.renamed import Rename, new_key, translate
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
 from moe_dist.config.section import Violation, sections_in
 from moe_dist.config.yaml_text import dump_yaml, load_yaml
@@ -36,7 +36,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every fault of the file and the overrides.
     """
-    read = read_draft(path, overrides)
+    return _without_faults(read_draft(path, overrides))
+
+
+def load_stored_config(path: Path) -> Config:
+    """Reads the configuration that a run folder keeps. Names of an earlier version are translated.
+
+    Raises:
+        ConfigError: with every fault of the file.
+    """
+    values, problems = _read_file(path)
+    return _without_faults(PartialConfig(None, tuple(problems)) if values is None else draft(Config, translate(values)))
+
+
+def _without_faults(read: PartialConfig[Config]) -> Config:
     problems = [*read.problems, *(read.broken(model_violations(read.value)) if read.value else [])]
     if problems or read.value is None:
         raise ConfigError(problems, see=GUIDE)

@@ -16,6 +16,7 @@ TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
+RENAMED_KEYS = {"depths": "mixture_of_depths"}  # key of a line or first part of a tag, as it was -> as it is
 DEPTH_FAMILY = "computed"  # mixture_of_depths/computed
 
 # family -> meaning; families with a label end in its name in braces.
@@ -121,6 +122,19 @@ def meaning(tag: str) -> str:
     """
     family, label, _ = split_tag(tag)
     return (MEANING | DEPTH_MEANING)[f"{family}/{{{label}}}" if label else family]
+
+
+def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl that an earlier version may have written, under today's keys and tags."""
+    line = {RENAMED_KEYS.get(key, key): value for key, value in line.items()}
+    if "scalars" in line:
+        line["scalars"] = {_todays_tag(tag): value for tag, value in line["scalars"].items()}
+    return line
+
+
+def _todays_tag(tag: str) -> str:
+    head, slash, rest = tag.partition("/")
+    return f"{RENAMED_KEYS.get(head, head)}{slash}{rest}"
 
 
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,6 @@ ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # 
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
 _GROUP = "group:"  # no attribute of a module has a colon, so a group may have any name
-_OLD_MODULES = {"mixture_of_depths": "depths"}  # module -> its name in checkpoints, which keep the first one
 _ROLES_OF_NAMES = (
     (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
     (re.compile(r"layers\.\d+\.(moe\.router\.[^.]+|depths)\.auxiliary\..+"), Role.AUXILIARY_ROUTER),
@@ -69,10 +68,7 @@ def group_module(name: str) -> str:
 
 def logical_name(path: str) -> str:
     """The logical name of a parameter or buffer from its name in the model's state dict."""
-    parts = (
-        part.removeprefix(_GROUP) if part.startswith(_GROUP) else _OLD_MODULES.get(part, part) for part in path.split(".")
-    )
-    return ".".join(parts)
+    return path.replace(_GROUP, "")
 
 
 def role_of_name(name: str) -> Role:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
-from moe_dist.config.load import changes_on_resume, load_config, resolved_yaml
+from moe_dist.config.load import changes_on_resume, load_stored_config, resolved_yaml
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError
 from moe_dist.runtime.environment import RankEnv
@@ -131,7 +131,7 @@ class RunFolder:
             ConfigError: this version of the code cannot read it.
         """
         try:
-            return load_config(self.config_yaml)
+            return load_stored_config(self.config_yaml)
         except ConfigError as error:
             raise ConfigError(
                 [

@@ -19,6 +19,7 @@ import numpy as np
 from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record, depth_line
 from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def encode(line: Mapping[str, Any]) -> str:
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl in order; a torn last line is left out.
+    """The lines of a metrics.jsonl in order, under today's names; a torn last line is left out.
 
     Raises:
         ValueError: a line before the last is not JSON.
@@ -155,7 +156,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         for number, text in enumerate(file, start=1):
             line = _parse(text)
             if line is not None:
-                yield line
+                yield in_todays_names(line)
             elif next(file, None) is not None:
                 raise ValueError(f"{path}: line {number} is not a record")
 
