@@ -86,7 +86,7 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.depths = mixture_of_depths
+        self.depths = mixture_of_depths  # part of the names in checkpoints
 
 
 class Transformer(nn.Module):
