@@ -27,6 +27,53 @@ from moe_dist.train.build import build_model, freeze, group_of_modality, saved_p
 from moe_dist.train.resume import mapping_of, saved_config
 
 
+class CheckpointReader:
+    """Reads checkpoints of one run, written at any layout, into one model in evaluation mode, over and over.
+
+    Args:
+        checkpoints: The run's folder of checkpoints.
+        config: Of the run.
+        device: Where the model lies.
+        mesh: Spreads the experts over its EP groups, whatever the run's own were; None keeps all of them here.
+    """
+
+    def __init__(self, checkpoints: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> None:
+        ep, ep_rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
+        self.placement = placement_for_use(config, ep)
+        alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
+        config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
+        with torch.device("meta"):
+            self.model = build_model(config, self.placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
+        allocate(self.model, device)
+        freeze(self.model, config)
+        self.model.eval()
+        group = None if mesh is None else mesh.checkpoint
+        self._manager = CheckpointManager(checkpoints, keep=1, lease_check=lambda: None, process_group=group)
+        self._layout, self._part = _layout(self.placement, mesh), saved_part(config)
+        self.state = capture(self.model, None, self._layout, part=self._part)
+        self._base_is_there = self._part != "trained"
+
+    def read(self, folder: Path) -> Transformer:
+        """The model with a checkpoint's weights. Collective with a mesh.
+
+        Raises:
+            DataError: the checkpoint is damaged, or adapters lack their base.
+        """
+        restored = self._manager.load(folder, self.state)
+        if not self._base_is_there:
+            load_base(restored.values, folder, self._manager, self.model, self._layout)
+            self._base_is_there = True
+        return self.model
+
+
+def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
+    """Where the experts of a trained model lie on an EP group of `ranks` ranks."""
+    groups = expert_groups(config.model.moe)
+    if config.model.moe.experts.replicated:
+        return replicated_placement(groups)
+    return make_placement(InterleavedSection(policy="interleaved"), groups, num_ranks=ranks, token_mix={})
+
+
 @dataclass(frozen=True)
 class LoadedRun:
     """A checkpoint that is known to be there, and what it was trained on; nothing is loaded yet.
@@ -51,21 +98,7 @@ class LoadedRun:
         Raises:
             DataError: the checkpoint is damaged.
         """
-        ep, ep_rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
-        placement = self._placement(ep)
-        alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
-        config = self.config.model_copy(update={"parallel": self.config.parallel.model_copy(update=alone)})
-        with torch.device("meta"):
-            model = build_model(config, placement, ep_rank=ep_rank, ep_group=None if mesh is None else mesh.ep)
-        allocate(model, device)
-        group = None if mesh is None else mesh.checkpoint
-        manager = CheckpointManager(self.folder.parent, keep=1, lease_check=lambda: None, process_group=group)
-        freeze(model, config)
-        part, layout = saved_part(config), _layout(placement, mesh)
-        restored = manager.load(self.folder, capture(model, None, layout, part=part))
-        if part == "trained":
-            load_base(restored.values, self.folder, manager, model, layout)
-        return model.eval()
+        return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:
         """Tokenizer, grammar and codebook of its data; raises as `Vocabulary`."""
@@ -86,13 +119,7 @@ class LoadedRun:
     @property
     def group_of_modality(self) -> list[int]:
         """For each modality of the data the index of its expert group."""
-        return group_of_modality(self.manifest, self._placement(1))
-
-    def _placement(self, ranks: int) -> ExpertPlacement:
-        groups = expert_groups(self.config.model.moe)
-        if self.config.model.moe.experts.replicated:
-            return replicated_placement(groups)
-        return make_placement(InterleavedSection(policy="interleaved"), groups, num_ranks=ranks, token_mix={})
+        return group_of_modality(self.manifest, placement_for_use(self.config, 1))
 
 
 def _layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
