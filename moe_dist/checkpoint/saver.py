@@ -12,7 +12,7 @@
 import logging
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _HOST = torch.device("cpu")
 
 
-class Saver:
+class CheckpointWriter:
     """Saves the states of one rank; all methods except `poll` are collective.
 
     Args:
@@ -35,12 +35,19 @@ class Saver:
         asynchronous: True: a thread writes a copy in host memory, as large as this rank's part. False: the training waits
             for each save, without a copy.
         tracker: Tracker of the watchdog; waiting for a save counts as a collective.
+        report: Told on rank 0 how many seconds each save took until it was durable.
     """
 
     def __init__(
-        self, checkpoints: CheckpointManager, *, asynchronous: bool, tracker: CollectiveTracker | None = None
+        self,
+        checkpoints: CheckpointManager,
+        *,
+        asynchronous: bool,
+        tracker: CollectiveTracker | None = None,
+        report: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self._checkpoints, self._asynchronous, self._watch = checkpoints, asynchronous, tracker
+        self._checkpoints, self._asynchronous, self._tracker = checkpoints, asynchronous, tracker
+        self._report = report
         self._buffers = HostBuffers()
         self._in_flight: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -50,7 +57,7 @@ class Saver:
         """Whether this rank is writing a save."""
         return self._in_flight is not None and self._in_flight.is_alive()
 
-    def save(self, step: int, state: CheckpointState, *, durable: bool) -> None:
+    def write(self, step: int, state: CheckpointState, *, durable: bool) -> None:
         """Saves a state, after the save in flight has ended.
 
         Args:
@@ -66,7 +73,7 @@ class Saver:
         if self._asynchronous:
             snapshot = take_snapshot(step, state, self._buffers)
             self._in_flight = threading.Thread(
-                target=self._write, args=(snapshot, began), name=f"checkpoint-{step}", daemon=True
+                target=self._write_snapshot, args=(snapshot, began), name=f"checkpoint-{step}", daemon=True
             )
             blocked = time.perf_counter() - began  # what the training waits for: the previous save and the copy
             self._in_flight.start()
@@ -74,8 +81,8 @@ class Saver:
                 logger.info("checkpoint step_%d: training went on after %.3f s", step, blocked)
         else:
             snapshot = take_snapshot(step, state)
-            with track_collective(self._watch, "checkpoint", device=_HOST):
-                self._write(snapshot, began)
+            with track_collective(self._tracker, "checkpoint", device=_HOST):
+                self._write_snapshot(snapshot, began)
         if durable:
             self._join()
             self._raise_failure()
@@ -102,7 +109,7 @@ class Saver:
 
     def _join(self) -> None:
         if self._in_flight is not None:
-            with track_collective(self._watch, "checkpoint", device=_HOST):
+            with track_collective(self._tracker, "checkpoint", device=_HOST):
                 self._in_flight.join()  # costs the rest of the write, and counts for the watchdog
             self._in_flight = None
 
@@ -111,16 +118,13 @@ class Saver:
         if failure is not None:
             raise failure
 
-    def _write(self, snapshot: Snapshot, began: float) -> None:
+    def _write_snapshot(self, snapshot: Snapshot, began: float) -> None:
         try:
             path = self._checkpoints.write(snapshot)  # collective over the thread's own group
         except Exception as error:  # raised by the next `poll` or `wait` in the training thread
             self._failure = error
             return
         if self._checkpoints.rank == 0:
-            _report(path, snapshot, time.perf_counter() - began)
-
-
-def _report(path: Path, snapshot: Snapshot, seconds: float) -> None:
-    own = snapshot.nbytes / 1e6
-    logger.info("checkpoint %s: durable after %.3f s (%.1f MB of it from rank 0)", path.name, seconds, own)
+            seconds, own = time.perf_counter() - began, snapshot.nbytes / 1e6
+            logger.info("checkpoint %s: durable after %.3f s (%.1f MB of it from rank 0)", path.name, seconds, own)
+            self._report(seconds)

@@ -1,27 +1,32 @@
-"""Measured time of a run's checkpoint saves, for comparison with a scheduler's grace period."""
+"""How long a run's last checkpoints took to write: a stop must wait that long, so the scheduler's grace must allow it."""
 
 import contextlib
-import re
+import json
 from pathlib import Path
 
-from moe_dist.runtime.tail import lines_from_end
+from moe_dist.runtime.files import write_atomically
 
-LOOKED_AT = 4 << 20  # bytes read from the end of the log
+FILE = "save_seconds.json"  # in the log folder of a run
 SAVES = 5
-_DURABLE = re.compile(rb"checkpoint step_\d+: durable after ([0-9.]+) s")
+
+
+def record_save_seconds(logs: Path, seconds: float) -> None:
+    """Notes one save, from its beginning until it was durable, beside the last few. For rank 0.
+
+    A full disk is not reported here: whoever writes the next record meets it too.
+    """
+    with contextlib.suppress(OSError):
+        write_atomically(logs / FILE, json.dumps([*_read(logs), seconds][-SAVES:]) + "\n")
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """Seconds of the longest of the last SAVES saves, from the log of rank 0; None without a save or a readable log.
+    """The longest of the last few saves; None before the first, or where the file cannot be read."""
+    return max(_read(logs), default=None)
 
-    Args:
-        logs: The log folder of a run.
-    """
-    found: list[float] = []
-    with contextlib.suppress(OSError):  # an unreadable log only means that the time is unknown
-        for line in lines_from_end(logs / "rank_0.log", most_bytes=LOOKED_AT):
-            if match := _DURABLE.search(line):
-                found.append(float(match[1]))
-            if len(found) == SAVES:  # recent saves only: the size may have changed
-                break
-    return max(found, default=None)
+
+def _read(logs: Path) -> list[float]:
+    try:
+        found = json.loads((logs / FILE).read_text())
+    except (OSError, ValueError):
+        return []
+    return [float(each) for each in found if isinstance(each, int | float)] if isinstance(found, list) else []

@@ -6,6 +6,7 @@ configuration -> preflight -> rank -> process groups -> model on its mesh -> dat
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.run_folder import RunFolder, Start
+from moe_dist.runtime.save_time import record_save_seconds
 from moe_dist.runtime.shared_folder import shared_with_rank_0
 from moe_dist.runtime.signals import StopRequest
 from moe_dist.runtime.startup import Startup
@@ -98,7 +100,15 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         process_group=mesh.checkpoint,
         tracker=mesh.tracker,
     )
-    resumable = Resumable(training, plan.placement, checkpoints, config, plan.manifest, controllers=training.controllers())
+    resumable = Resumable(
+        training,
+        plan.placement,
+        checkpoints,
+        config,
+        plan.manifest,
+        controllers=training.controllers(),
+        report_save=partial(record_save_seconds, folder.logs),
+    )
     startup.now("looking for a checkpoint, and loading it")
     progress = resumable.restore()
     startup.done()

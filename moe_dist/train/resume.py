@@ -11,7 +11,7 @@ placement, versions                           for the reader
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +24,7 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
-from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.config.data_digest import data_digest, digest_problems
 from moe_dist.config.load import changes_on_resume, difference
@@ -65,6 +65,7 @@ class Resumable:
         checkpoints: Of the run.
         config, manifest: Of the run and its data.
         controllers: What else resumes, by name.
+        report_save: Told on rank 0 how many seconds each save took.
     """
 
     def __init__(
@@ -76,11 +77,14 @@ class Resumable:
         manifest: Manifest,
         *,
         controllers: Mapping[str, Controller] | None = None,
+        report_save: Callable[[float], None] = lambda _: None,
     ) -> None:
         mesh = training.parallel.mesh
         self._training, self._checkpoints, self._config, self._manifest = training, checkpoints, config, manifest
         self._controllers = dict(controllers or {})
-        self._saver = Saver(checkpoints, asynchronous=config.checkpoint.asynchronous, tracker=mesh.tracker)
+        self._writer = CheckpointWriter(
+            checkpoints, asynchronous=config.checkpoint.asynchronous, tracker=mesh.tracker, report=report_save
+        )
         self._device = mesh.device
         self._data: dict[str, str] = {}
         self._base: Base | None = None
@@ -94,7 +98,7 @@ class Resumable:
         )
 
     def save(self, progress: Progress, *, durable: bool) -> None:
-        """Saves the present state, see `moe_dist.checkpoint.saver.Saver`.
+        """Saves the present state, see `moe_dist.checkpoint.saver.CheckpointWriter`.
 
         Raises:
             CheckpointError: on all ranks, where a durable one could not be written; the last checkpoint stands.
@@ -107,15 +111,15 @@ class Resumable:
             **({} if self._base is None else {BASE: self._base.to_json()}),
         }
         rank_values: dict[str, JsonValue] = {"generators": generator_states(self._device)}
-        self._saver.save(progress.step, self._capture(values, rank_values), durable=durable)
+        self._writer.write(progress.step, self._capture(values, rank_values), durable=durable)
 
     def poll(self) -> None:
         """Reports a save that failed meanwhile."""
-        self._saver.poll()
+        self._writer.poll()
 
     def wait(self) -> None:
         """Returns when no save is in flight."""
-        self._saver.wait()
+        self._writer.wait()
 
     def restore(self) -> Progress:
         """Loads the newest checkpoint into model and optimizer, and returns where it stands. A new run starts at 0, with

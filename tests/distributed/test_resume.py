@@ -12,7 +12,7 @@ import torch
 
 from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
@@ -76,12 +76,12 @@ class Resumed:
 
 def undisturbed_body(rank: RankContext, layout: Layout, folder: Path) -> list[tuple[float, ...]]:
     run = Resumed(rank, layout, folder)
-    saver = Saver(run.manager, asynchronous=True)
+    saver = CheckpointWriter(run.manager, asynchronous=True)
 
     def after(step: int) -> None:
         saver.poll()
         if step == SAVED_AT:
-            saver.save(step, run.state(), durable=False)
+            saver.write(step, run.state(), durable=False)
 
     seen = run.train(0, LAST, after)
     saver.wait()
@@ -156,10 +156,10 @@ def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
     expected += twin.train(3, 6)
     run = Resumed(rank, layout, folder / "run")
     seen = run.train(0, 3)
-    saver = Saver(run.manager, asynchronous=True)
+    saver = CheckpointWriter(run.manager, asynchronous=True)
     manager_module.write_shard = held
     try:
-        saver.save(3, run.state(), durable=False)
+        saver.write(3, run.state(), durable=False)
         assert begun.wait(600)
         seen += run.train(3, 6)  # collectives of the training, while the votes of the save wait for rank 1
         told = {"in flight": saver.in_flight, "committed": (folder / "run" / "step_3").exists()}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.saver import CheckpointWriter
 from moe_dist.errors import CheckpointError, MoeDistError
 from tests.support.small_run import SmallRun
 
@@ -46,9 +46,9 @@ def test_training_steps_during_a_save_do_not_change_the_saved_state(
     twin = SmallRun(tmp_path / "sync").train(3)
     expected = open_checkpoint(twin.save(3, position=24))
     run = SmallRun(tmp_path / "async").train(3)
-    saver = Saver(run.manager, asynchronous=True)
+    saver = CheckpointWriter(run.manager, asynchronous=True)
     write = HeldWrite(monkeypatch)
-    saver.save(3, run.state(position=24), durable=False)
+    saver.write(3, run.state(position=24), durable=False)
     assert write.begun.wait(600)
     assert torch.equal(run.train(4).weights(), twin.train(4).weights())
     assert saver.in_flight
@@ -66,11 +66,11 @@ def test_training_steps_during_a_save_do_not_change_the_saved_state(
 
 def test_one_save_at_most_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = SmallRun(tmp_path).train(1)
-    saver = Saver(run.manager, asynchronous=True)
+    saver = CheckpointWriter(run.manager, asynchronous=True)
     write = HeldWrite(monkeypatch)
-    saver.save(1, run.state(), durable=False)
+    saver.write(1, run.state(), durable=False)
     assert write.begun.wait(600)
-    second = threading.Thread(target=lambda: saver.save(2, run.train(1).state(), durable=True))
+    second = threading.Thread(target=lambda: saver.write(2, run.train(1).state(), durable=True))
     second.start()
     second.join(0.2)
     assert second.is_alive(), "the second save should wait for the first"
@@ -84,13 +84,13 @@ def test_a_failed_write_is_reported_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = SmallRun(tmp_path).train(1)
-    saver = Saver(run.manager, asynchronous=True)
-    saver.save(1, run.state(), durable=True)
+    saver = CheckpointWriter(run.manager, asynchronous=True)
+    saver.write(1, run.state(), durable=True)
     write = HeldWrite(monkeypatch)
     write.error = OSError(5, "Input/output error")
     write.go.set()
     with caplog.at_level(logging.ERROR):
-        saver.save(2, run.train(1).state(), durable=False)
+        saver.write(2, run.train(1).state(), durable=False)
         saver.wait()
         saver.poll()
     assert [record.message for record in caplog.records if "Input/output" in record.message], caplog.records
@@ -98,9 +98,9 @@ def test_a_failed_write_is_reported_and_tried_again(
     assert run.names() == ["latest", "step_1"]
     assert (tmp_path / "latest").read_text() == "step_1\n"
     with pytest.raises(CheckpointError, match="Input/output"):
-        saver.save(3, run.state(), durable=True)
+        saver.write(3, run.state(), durable=True)
     write.error = None
-    saver.save(3, run.state(), durable=True)
+    saver.write(3, run.state(), durable=True)
     assert run.names() == ["latest", "step_1", "step_3"]
 
 
@@ -110,10 +110,10 @@ def test_a_lost_lease_ends_the_run(tmp_path: Path, asynchronous: bool) -> None:
         raise LostError("another attempt holds the lease")
 
     run = SmallRun(tmp_path, lease=lost).train(1)
-    saver = Saver(run.manager, asynchronous=asynchronous)
+    saver = CheckpointWriter(run.manager, asynchronous=asynchronous)
 
     def save() -> None:
-        saver.save(1, run.state(), durable=False)
+        saver.write(1, run.state(), durable=False)
         saver.wait()
 
     with pytest.raises(LostError):
@@ -123,10 +123,10 @@ def test_a_lost_lease_ends_the_run(tmp_path: Path, asynchronous: bool) -> None:
 
 def test_buffers_are_used_again(tmp_path: Path) -> None:
     run = SmallRun(tmp_path).train(1)
-    saver = Saver(run.manager, asynchronous=True)
-    saver.save(1, run.state(), durable=True)
+    saver = CheckpointWriter(run.manager, asynchronous=True)
+    saver.write(1, run.state(), durable=True)
     places = {name: tensor.data_ptr() for name, tensor in saver._buffers._buffers.items()}
-    saver.save(2, run.train(1).state(), durable=True)
+    saver.write(2, run.train(1).state(), durable=True)
     assert places == {name: tensor.data_ptr() for name, tensor in saver._buffers._buffers.items()}
     live = {parameter.data_ptr() for parameter in run.model.parameters()}
     assert not live & set(places.values())

@@ -15,6 +15,7 @@ from launchers.run_progress import RunState, read_progress
 from launchers.status import duration, find_runs, main, many_runs, one_run
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.lease import Holder, Lease
+from moe_dist.runtime.save_time import record_save_seconds
 from moe_dist.runtime.status import AttemptRecord, write_status
 
 NOW = 1_800_000_000.0
@@ -58,7 +59,7 @@ def text(renderable: Any, width: int = 120) -> str:
 
 def test_a_running_run(tmp_path: Path) -> None:
     folder = Folder(tmp_path).attempt(0, None).records(100.0, 1000.0, 5000.0).checkpoint(2)
-    (folder.path / "log" / "rank_0.log").write_text("checkpoint step_2: durable after 1.500 s (1 MB)\n")
+    record_save_seconds(folder.path / "log", 1.5)
     lease = Lease(folder.path / "lease.json", "a0").acquire(0.0)
     try:
         run = read_progress(folder.path)

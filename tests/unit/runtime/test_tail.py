@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.tail import BLOCK, lines_from_end
 
 
@@ -36,12 +35,3 @@ def test_no_further_back_than_asked_and_only_whole_lines(tmp_path: Path) -> None
     assert read(path, 15) == [b"third", b"second"]
     assert read(path, 12) == [b"third"]
     assert read(tmp_path / "none") == []
-
-
-def test_the_longest_of_the_last_saves(tmp_path: Path) -> None:
-    log = tmp_path / "rank_0.log"
-    assert measured_save_seconds(tmp_path) is None
-    saves = [900.0, 1.25, 3.5, 2.0, 1.0, 1.0]
-    lines = [f"... checkpoint step_{n}: durable after {s:.3f} s (3.1 MB of it from rank 0)\n" for n, s in enumerate(saves)]
-    log.write_text("other words\n".join(lines))
-    assert measured_save_seconds(tmp_path) == 3.5, "the first one is no longer among the last five"

@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from moe_dist.runtime.save_time import record_save_seconds
 from tests.support.tiny import tiny_config, write_config
 from tools.doctor import main
 
@@ -58,7 +59,7 @@ def test_each_fault_is_its_own_line(arguments: list[str], code: int, line: str, 
 def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) -> None:
     log = tmp_path / "runs" / "tiny" / "log" / "rank_0.log"
     log.parent.mkdir(parents=True)
-    log.write_text("checkpoint step_2: durable after 400.000 s (1 MB of it from rank 0)\n")
+    record_save_seconds(log.parent, 400.0)
     code, lines = says(config)
     assert code == 1
     (line,) = problems(lines)

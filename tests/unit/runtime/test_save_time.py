@@ -1,0 +1,25 @@
+"""How long the last checkpoints took."""
+
+from pathlib import Path
+
+from moe_dist.runtime.save_time import FILE, measured_save_seconds, record_save_seconds
+
+
+def test_the_longest_of_the_last_saves(tmp_path: Path) -> None:
+    assert measured_save_seconds(tmp_path) is None
+    for seconds in (900.0, 1.25, 3.5, 2.0, 1.0, 1.0):
+        record_save_seconds(tmp_path, seconds)
+    assert measured_save_seconds(tmp_path) == 3.5, "the first one is no longer among the last five"
+
+
+def test_a_damaged_file_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
+    for content in ("[1.0, 2", "{}", '["a", null]'):
+        (tmp_path / FILE).write_text(content)
+        assert measured_save_seconds(tmp_path) is None
+    record_save_seconds(tmp_path, 2.0)
+    assert measured_save_seconds(tmp_path) == 2.0
+
+
+def test_a_folder_that_is_not_there_is_no_error(tmp_path: Path) -> None:
+    record_save_seconds(tmp_path / "none", 2.0)
+    assert measured_save_seconds(tmp_path / "none") is None
