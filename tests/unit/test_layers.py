@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.import_graph import DRAWING, TOPS, ImportGraph, Source, draw, read_sources, room_of
+from docs.import_graph import DRAWING, TOPS, ImportGraph, Source, draw, reachable, read_sources, room_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +22,7 @@ LOOSE_FILES = ("__init__.py", "__main__.py", "errors.py")
 # The bench measures Megatron-Core itself.
 MEASURED_PEER = ("tools/bench/megatron_core.py", "tools/bench/megatron_cpu.py")
 SINGLE_DEVICE = ("moe", "model")
+EVALUATION = ("moe_dist.train.evaluation", "moe_dist.inference")
 # Folders and files that a login node imports without torch.
 TORCH_FREE = (
     "moe_dist/__init__.py",
@@ -118,6 +119,12 @@ def package_faults(files: list[Source]) -> list[str]:
         for line, room in rooms_imported(file)
         if room in ("launchers", "tools")
     ]
+
+
+def forward_faults(graph: ImportGraph) -> list[str]:
+    """Whatever a training step imports, over any number of files, is no evaluation."""
+    reached = reachable({module: set(others) for module, others in graph.files.items()}, "moe_dist.train.step")
+    return [f"a training step imports {module}" for module in sorted(reached) if module.startswith(EVALUATION)]
 
 
 def single_device_faults(files: list[Source]) -> list[str]:
@@ -334,6 +341,17 @@ def test_a_circle_of_files_would_fail(back: str) -> None:
     assert not circle_faults(ImportGraph([there, between, planted(close.path, "import torch")]))
 
 
+def test_a_training_step_imports_no_evaluation(graph: ImportGraph) -> None:
+    assert "moe_dist.train.step" in graph.sources
+    assert not (problems := forward_faults(graph)), "\n".join(problems)
+
+
+def test_importing_the_forward_of_evaluation_would_fail() -> None:
+    step = planted("moe_dist/train/step.py", "from moe_dist.train.loss import forward")
+    loss = planted("moe_dist/train/loss.py", "from moe_dist.train.evaluation.heldout import forward")
+    assert forward_faults(ImportGraph([step, loss, planted("moe_dist/train/evaluation/heldout.py", "pass")]))
+
+
 def test_imports_are_told_apart() -> None:
     file = planted(
         "moe_dist/moe/x.py",
@@ -353,11 +371,14 @@ def test_the_drawing_is_current(graph: ImportGraph) -> None:
 
 
 def test_the_map_names_each_room(graph: ImportGraph) -> None:
-    """Rooms of docs/architecture.md, and which of them import without torch."""
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    """Rooms of docs/architecture.md, and which of them import without torch; the files that it names exist."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \|$", page, re.MULTILINE)
     plain = graph.rooms_without_torch()
     expected = {"__init__" if room == "moe_dist" else room: "no" if room in plain else "yes" for room in graph.arrows}
     assert dict(rows) == expected
+    for file in set(re.findall(r"\b\w+/[\w/]+\.py", page)):
+        assert (ROOT / file).exists() or (ROOT / "moe_dist" / file).exists(), f"docs/architecture.md names {file}"
 
 
 def import_without_torch(modules: list[str]) -> subprocess.CompletedProcess[str]:
