@@ -26,9 +26,9 @@ from moe_dist.config.section import (
     Violation,
 )
 from moe_dist.config.sinks.base import SinkSection
-from moe_dist.config.sinks.console import ConsoleSink
-from moe_dist.config.sinks.jsonl import JsonlSink
-from moe_dist.config.sinks.tensorboard import TensorBoardSink
+from moe_dist.config.sinks.console import ConsoleSinkSection
+from moe_dist.config.sinks.jsonl import JsonlSinkSection
+from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
 from moe_dist.config.tuning_schema import RouterTuningSection
 
 
@@ -233,7 +233,7 @@ class MonitorSection(Section):
     """What is shown, and where."""
 
     sinks: tuple[AnySink, ...] = Field(
-        default=(ConsoleSink(), JsonlSink(), TensorBoardSink()),
+        default=(ConsoleSinkSection(), JsonlSinkSection(), TensorBoardSinkSection()),
         description="Where records go; metrics.jsonl is the source of all.",
     )
     device_seconds: PositiveFloat = Field(

@@ -5,7 +5,7 @@ from pydantic import Field, PositiveInt
 from moe_dist.config.sinks.base import SinkSection
 
 
-class ConsoleSink(SinkSection):
+class ConsoleSinkSection(SinkSection):
     """Progress bar on a terminal, plain lines elsewhere."""
 
     kind: Literal["console"] = "console"

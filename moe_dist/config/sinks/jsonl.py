@@ -5,7 +5,7 @@ from pydantic import Field, PositiveInt
 from moe_dist.config.sinks.base import SinkSection
 
 
-class JsonlSink(SinkSection):
+class JsonlSinkSection(SinkSection):
     """metrics.jsonl in the run folder, one record a step."""
 
     kind: Literal["jsonl"] = "jsonl"

@@ -6,7 +6,7 @@ from moe_dist.config.section import PathText
 from moe_dist.config.sinks.base import SinkSection
 
 
-class PrometheusSink(SinkSection):
+class PrometheusSinkSection(SinkSection):
     """A textfile for Prometheus' node exporter, replaced at each step."""
 
     kind: Literal["prometheus"] = "prometheus"

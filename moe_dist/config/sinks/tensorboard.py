@@ -5,7 +5,7 @@ from pydantic import Field, PositiveInt
 from moe_dist.config.sinks.base import SinkSection
 
 
-class TensorBoardSink(SinkSection):
+class TensorBoardSinkSection(SinkSection):
     """TensorBoard event files in the run folder."""
 
     kind: Literal["tensorboard"] = "tensorboard"

@@ -5,7 +5,7 @@ from pydantic import Field
 from moe_dist.config.sinks.base import SinkSection
 
 
-class WandbSink(SinkSection):
+class WandbSinkSection(SinkSection):
     """Weights & Biases."""
 
     kind: Literal["wandb"] = "wandb"

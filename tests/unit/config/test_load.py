@@ -16,8 +16,8 @@ from moe_dist.config.load import (
 )
 from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection
 from moe_dist.config.schema import ConstantSchedule, WsdSchedule
-from moe_dist.config.sinks.jsonl import JsonlSink
-from moe_dist.config.sinks.tensorboard import TensorBoardSink
+from moe_dist.config.sinks.jsonl import JsonlSinkSection
+from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
 from moe_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -78,7 +78,7 @@ def test_overrides(path: Path) -> None:
     assert config.model.moe.groups["text"].top_k == 3
     assert config.model.moe.router.normalise == "none"
     assert config.data.weights == {"prose": 1.0, "captions": 2.5}
-    assert config.monitor.sinks == (JsonlSink(), TensorBoardSink(pictures_every=9))
+    assert config.monitor.sinks == (JsonlSinkSection(), TensorBoardSinkSection(pictures_every=9))
     assert config.loss.balance.schedule == ((0, 0.02), (100, 1e-4))
 
 

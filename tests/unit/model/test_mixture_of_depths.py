@@ -316,10 +316,10 @@ def test_auxiliary_routers_come_to_agree() -> None:
 
 def test_thresholds_follow_the_last_score_taken() -> None:
     router = DepthRouter(DIM, capacity=0.5, causal="threshold", threshold_decay=0.75)
-    keeper, expected = ThresholdUpdater([[router]], 0.75, mixture_of_depths=True), 0.0
+    updater, expected = ThresholdUpdater([[router]], 0.75, mixture_of_depths=True), 0.0
     for step, (score, tokens) in enumerate([(0.4, 10.0), (0.8, 20.0), (0.0, 0.0), (0.2, 4.0), (0.6, 8.0), (0.9, 1.0)]):
         seen_P = torch.tensor([tokens], dtype=torch.float64)
-        keeper.after_step(counts_with(depth_kth_score_P=score * seen_P, depth_tokens_P=seen_P))
+        updater.after_step(counts_with(depth_kth_score_P=score * seen_P, depth_tokens_P=seen_P))
         if tokens:
             seen = step + 1 - (step > 2)
             expected += max(1 / seen, 0.25) * (score - expected)

@@ -69,8 +69,8 @@ def test_signals_and_freeze_checks_work_while_the_actor_waits(tmp_path: Path) ->
 
 def test_a_killed_supervisor_counts_as_a_killed_rank(tmp_path: Path) -> None:
     actor = started(tmp_path, "ready(); time.sleep(600)")
-    keeper = int(Path(f"/proc/{rank_pid(tmp_path)}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(keeper, signal.SIGKILL)
+    supervisor = int(Path(f"/proc/{rank_pid(tmp_path)}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(supervisor, signal.SIGKILL)
     assert actor.wait() == -signal.SIGKILL
 
 

@@ -32,7 +32,7 @@ def escape(path):
 
 
 class Kept:
-    """A keeper, started as an actor starts it."""
+    """A supervisor, started as an actor starts it."""
 
     def __init__(self, folder: Path, program: str, *, shown: bool = False) -> None:
         self.log, self.escaped = folder / "rank.log", folder / "escaped"
@@ -64,7 +64,7 @@ class Kept:
         self.process.stdin = None
 
     def inner_pid(self) -> int:
-        """The keeper's second process, the rank's parent."""
+        """The supervisor's second process, the rank's parent."""
         return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
 
     def escaped_pid(self) -> int:
@@ -102,29 +102,29 @@ def kept(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
 @pytest.mark.parametrize("code", [0, 70, -9])
 def test_the_exit_code_is_reported_and_remaining_processes_are_killed(kept: Callable[..., Kept], code: int) -> None:
     end = f"sys.exit({code})" if code >= 0 else "os.kill(os.getpid(), 9)"
-    keeper = kept(f"escape(sys.argv[1]); {end}")
-    assert keeper.hear() == {"code": code}
-    escaped = keeper.escaped_pid()
-    assert keeper.process.wait() == 0
+    supervisor = kept(f"escape(sys.argv[1]); {end}")
+    assert supervisor.hear() == {"code": code}
+    escaped = supervisor.escaped_pid()
+    assert supervisor.process.wait() == 0
     assert not is_alive(escaped)
 
 
 def test_nothing_is_left_when_the_actor_dies(kept: Callable[..., Kept]) -> None:
     refuses = "import signal\nfor s in (15, 12, 2): signal.signal(s, signal.SIG_IGN)\n"
-    keeper = kept(refuses + "escape(sys.argv[1]); time.sleep(600)")
-    escaped = keeper.escaped_pid()
-    assert is_alive(keeper.pid)
-    keeper.actor_dies()
-    assert keeper.process.wait() == 0
-    assert not is_alive(keeper.pid)
+    supervisor = kept(refuses + "escape(sys.argv[1]); time.sleep(600)")
+    escaped = supervisor.escaped_pid()
+    assert is_alive(supervisor.pid)
+    supervisor.actor_dies()
+    assert supervisor.process.wait() == 0
+    assert not is_alive(supervisor.pid)
     assert not is_alive(escaped)
 
 
 def test_the_rank_dies_with_its_supervisor(kept: Callable[..., Kept]) -> None:
-    keeper = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
-    keeper.escaped_pid()
-    os.kill(keeper.inner_pid(), signal.SIGKILL)
-    wait_until(lambda: not is_alive(keeper.pid))
+    supervisor = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
+    supervisor.escaped_pid()
+    os.kill(supervisor.inner_pid(), signal.SIGKILL)
+    wait_until(lambda: not is_alive(supervisor.pid))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -138,31 +138,31 @@ def test_signals_are_forwarded_and_the_supervisor_ignores_its_own(
     open(sys.argv[1], "w").write("0")
     time.sleep(600)
     """
-    keeper = kept(program)
-    keeper.escaped_pid()
-    os.kill(keeper.inner_pid(), number)
-    keeper.say(f"{number.name}\n".encode())
-    assert keeper.hear() == {"code": 75}
+    supervisor = kept(program)
+    supervisor.escaped_pid()
+    os.kill(supervisor.inner_pid(), number)
+    supervisor.say(f"{number.name}\n".encode())
+    assert supervisor.hear() == {"code": 75}
 
 
 def test_a_rank_can_be_interrupted_as_from_a_terminal(kept: Callable[..., Kept]) -> None:
-    keeper = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
-    keeper.escaped_pid()
-    keeper.say(b"SIGINT\n")
-    assert keeper.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt: no handler was inherited as ignored
+    supervisor = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
+    supervisor.escaped_pid()
+    supervisor.say(b"SIGINT\n")
+    assert supervisor.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt: no handler was inherited as ignored
 
 
 def test_rank_0_is_shown_and_its_errors_are_in_the_log_as_well(kept: Callable[..., Kept]) -> None:
     speaks = "print('out', flush=True); print('err', file=sys.stderr, flush=True)"
-    keeper = kept(speaks, shown=True)
-    assert keeper.hear() == {"code": 0}
-    _, shown = keeper.process.communicate()
+    supervisor = kept(speaks, shown=True)
+    assert supervisor.hear() == {"code": 0}
+    _, shown = supervisor.process.communicate()
     assert sorted(shown.splitlines()) == [b"err", b"out"]
-    assert keeper.log.read_text() == "err\n"
+    assert supervisor.log.read_text() == "err\n"
 
 
 def test_other_ranks_speak_into_their_log(kept: Callable[..., Kept]) -> None:
-    keeper = kept("print('out', flush=True); print('err', file=sys.stderr, flush=True)")
-    assert keeper.hear() == {"code": 0}
-    _, shown = keeper.process.communicate()
-    assert (shown, keeper.log.read_text()) == (b"", "out\nerr\n")
+    supervisor = kept("print('out', flush=True); print('err', file=sys.stderr, flush=True)")
+    assert supervisor.hear() == {"code": 0}
+    _, shown = supervisor.process.communicate()
+    assert (shown, supervisor.log.read_text()) == (b"", "out\nerr\n")

@@ -43,14 +43,14 @@ def test_the_threshold_is_the_running_mean_and_its_correction_stays() -> None:
 
 def test_all_layers_and_groups_are_followed_and_a_group_without_tokens_waits() -> None:
     routers = [ExpertChoiceRouter(3, GROUPS, causal="threshold", threshold_decay=0.8) for _ in range(2)]
-    keeper = ThresholdUpdater([router.gates() for router in routers], 0.8, dtype=torch.float64)
+    updater = ThresholdUpdater([router.gates() for router in routers], 0.8, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     series: dict[tuple[int, int], list[float]] = {}
     for step in range(6):
         tokens_LG = torch.tensor([[10, 7], [10, 7]]) * torch.tensor([1, int(step != 2)])
         tokens_LE = tokens_LG[:, [0, 0, 1]].double()
         kth_score_LE = torch.rand(2, 3, generator=generator).double()
-        keeper.after_step(counts_with(kth_score_LE=kth_score_LE * tokens_LE, tokens_LG=tokens_LG.double()))
+        updater.after_step(counts_with(kth_score_LE=kth_score_LE * tokens_LE, tokens_LG=tokens_LG.double()))
         for layer in range(2):
             for expert in range(3):
                 if tokens_LE[layer, expert]:
