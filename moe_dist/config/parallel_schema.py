@@ -8,12 +8,13 @@ from moe_dist.config import dispatchers
 from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.config.kinds import kinds_in
-from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Section, Violation
+from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Section, Violation, WholeConfig
 
 if TYPE_CHECKING:  # to the reader of the code the field has its base's type
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection)
+GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements of 16 bytes, the stride that grouped GEMM needs
 
 
 class ParallelSection(Section):
@@ -79,6 +80,29 @@ class ParallelSection(Section):
             f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
         )
         return [Violation(("watchdog_seconds", "timeout_seconds"), problem)]
+
+    def violations_in(self, config: WholeConfig) -> list[Violation]:
+        """`expert_gemm: grouped` against the types and widths, before any device is looked at."""
+        broken = []
+        if self.expert_gemm != "grouped":
+            return broken
+        if self.device == "cuda" and self.precision != "bf16":
+            problem = (
+                f"parallel.expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 only, not for "
+                f"parallel.precision={self.precision}; take bf16, or parallel.expert_gemm=auto"
+            )
+            broken.append(Violation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), problem))
+        step = GROUPED_STEP[self.precision]
+        widths = {"model.hidden_dim": config.model.hidden_dim}
+        widths |= {f"model.moe.groups.{name}.ffn_dim": group.ffn_dim for name, group in config.model.moe.groups.items()}
+        for key, width in widths.items():
+            if width % step:
+                problem = (
+                    f"{key}={width}: must be a multiple of {step} for parallel.expert_gemm=grouped in {self.precision} "
+                    f"(rows of 16 bytes); take {width + -width % step}, or parallel.expert_gemm=auto"
+                )
+                broken.append(Violation((key, "parallel.expert_gemm", "parallel.precision"), problem))
+        return broken
 
     @field_validator("dispatch", mode="before")
     @classmethod

@@ -24,6 +24,7 @@ from moe_dist.config.section import (
     PathText,
     Section,
     Violation,
+    WholeConfig,
 )
 from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
@@ -81,6 +82,15 @@ class DataSection(Section):
         description="Share of sequences from each source of the manifest; empty means in proportion to their tokens.",
     )
     pack_window: PositiveInt = Field(default=512, description="Documents among which the packer looks for a best fit.")
+
+    def violations_in(self, config: WholeConfig) -> list[Violation]:
+        if self.seq_len <= config.model.max_seq_len:
+            return []
+        problem = (
+            f"data.seq_len={self.seq_len}: longer than model.max_seq_len={config.model.max_seq_len}; shorten it, or make "
+            "the model for longer sequences"
+        )
+        return [Violation(("data.seq_len", "model.max_seq_len"), problem)]
 
 
 class ConstantSchedule(Section):
@@ -176,6 +186,19 @@ class TrainSection(Section):
         "the second stage of expert choice; adapters are LoRA and the routers; routers is router tuning (section "
         "router_tuning). null trains all.",
     )
+
+    def violations_in(self, config: WholeConfig) -> list[Violation]:
+        ranks = config.parallel.ep * config.parallel.edp
+        each = self.micro_batch * ranks
+        if self.global_batch % each == 0:
+            return []
+        below = self.global_batch // each * each
+        near = f"{below} or {below + each}" if below else str(each)
+        problem = (
+            f"train.global_batch={self.global_batch}: must be a multiple of train.micro_batch={self.micro_batch} x "
+            f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of ranks"
+        )
+        return [Violation(("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp"), problem)]
 
 
 CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "null_fraction", "no_step_skipped"]

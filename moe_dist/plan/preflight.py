@@ -27,7 +27,6 @@ from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
 _LOOKED_AT = 256 << 20  # bytes of ids of each split
-_GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements of 16 bytes, the stride that grouped GEMM needs
 _MIX_SCALE = 1_000_000  # a mix from weights is in tokens of a million
 
 
@@ -147,56 +146,15 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
 
 def _own_violations(config: Config, groups: Sequence[ExpertGroup]) -> list[Violation]:
     """What the configuration breaks by itself."""
-    rules = [*model_violations(config), *batch_violations(config), *gemm_violations(config), *group_violations(groups)]
-    rules += [*balance_violations(config), *lora_violations(config), *tuning_violations(config), *init_violations(config)]
+    rules = [
+        *model_violations(config),
+        *group_violations(groups),
+        *balance_violations(config),
+        *lora_violations(config),
+        *tuning_violations(config),
+        *init_violations(config),
+    ]
     return [*rules, *(violation for _, section in sections_in(config) for violation in section.violations_in(config))]
-
-
-def batch_violations(config: Config) -> list[Violation]:
-    """Sequence length and batch against the model and the ranks."""
-    broken = []
-    if config.data.seq_len > config.model.max_seq_len:
-        problem = (
-            f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={config.model.max_seq_len}; "
-            "shorten it, or make the model for longer sequences"
-        )
-        broken.append(Violation(("data.seq_len", "model.max_seq_len"), problem))
-    train, ranks = config.train, config.parallel.ep * config.parallel.edp
-    each = train.micro_batch * ranks
-    if train.global_batch % each:
-        below = train.global_batch // each * each
-        near = f"{below} or {below + each}" if below else str(each)
-        problem = (
-            f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch={train.micro_batch} x "
-            f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of ranks"
-        )
-        keys = ("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp")
-        broken.append(Violation(keys, problem))
-    return broken
-
-
-def gemm_violations(config: Config) -> list[Violation]:
-    """`parallel.expert_gemm: grouped` against what is known of types and widths before any device is looked at."""
-    parallel, broken = config.parallel, []
-    if parallel.expert_gemm != "grouped":
-        return []
-    if parallel.device == "cuda" and parallel.precision != "bf16":
-        problem = (
-            f"parallel.expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 only, not for "
-            f"parallel.precision={parallel.precision}; take bf16, or parallel.expert_gemm=auto"
-        )
-        broken.append(Violation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), problem))
-    step = _GROUPED_STEP[parallel.precision]
-    widths = {"model.hidden_dim": config.model.hidden_dim}
-    widths |= {f"model.moe.groups.{name}.ffn_dim": group.ffn_dim for name, group in config.model.moe.groups.items()}
-    for key, width in widths.items():
-        if width % step:
-            problem = (
-                f"{key}={width}: must be a multiple of {step} for parallel.expert_gemm=grouped in {parallel.precision} "
-                f"(rows of 16 bytes); take {width + -width % step}, or parallel.expert_gemm=auto"
-            )
-            broken.append(Violation((key, "parallel.expert_gemm", "parallel.precision"), problem))
-    return broken
 
 
 def group_violations(groups: Sequence[ExpertGroup]) -> list[Violation]:
