@@ -73,7 +73,7 @@ class Source:
 
 def room_of(module: str) -> str:
     top, *below = module.split(".")
-    return below[0] if top == "moe_dist" and below else top
+    return [*below, "__init__"][0] if top == "moe_dist" else top
 
 
 def read_sources(root: Path = ROOT) -> list[Source]:
