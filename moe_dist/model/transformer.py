@@ -17,7 +17,7 @@ from moe_dist.model.layers import Embedding, Projection, RMSNorm, SwiGLU, rotary
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
-from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
+from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ class Transformer(nn.Module):
         positions_BS: Tensor,
         documents_BS: Tensor,
         group_BS: Tensor,
-        batch_info: GlobalBatchInfo | None = None,
-        probe_tokens_A: Tensor | None = None,
+        request: RoutingRequest = NO_REQUEST,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Logits [B, S, V] in the compute dtype, and one report for each MoE layer.
 
@@ -138,10 +137,8 @@ class Transformer(nn.Module):
             positions_BS: int64 position inside the document.
             documents_BS: Document of each token; tokens see earlier tokens of their own document only.
             group_BS: int64 expert group of each token, -1 for padding.
-            batch_info: For routers that need to know the micro-batch on all ranks; None for routers of a layer that
-                computes a share of the tokens, since it is not known beforehand which.
-            probe_tokens_A: int64 indices into the B x S tokens whose routing softmax the reports are to have (`prob_AC`);
-                layers that compute a share of the tokens report none.
+            request: To the routers, over the B x S tokens. Layers that compute a share of the tokens get none, since it is
+                not known beforehand which.
         """
         mask = make_mask(documents_BS)
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -151,8 +148,8 @@ class Transformer(nn.Module):
             if layer.depths is not None:
                 x_BSD, report = self._shallow(layer, x_BSD, positions_BS, documents_BS, group_BS)  # pyright: ignore
             else:
-                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, batch_info)  # pyright: ignore[reportCallIssue]
-                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, batch_info, probe_tokens_A)  # pyright: ignore
+                x_BSD = x_BSD + layer.attention(x_BSD, rotary, mask, request.batch_info)  # pyright: ignore[reportCallIssue]
+                y_BSD, report = self._feed_forward(layer, x_BSD, group_BS, request)  # pyright: ignore
                 x_BSD = x_BSD + y_BSD
             if report is not None:
                 reports.append(report)
@@ -240,13 +237,12 @@ class Transformer(nn.Module):
         layer: Layer,
         x_BSD: Tensor,
         group_BS: Tensor,
-        batch_info: GlobalBatchInfo | None = None,
-        probe_tokens_A: Tensor | None = None,
+        request: RoutingRequest = NO_REQUEST,
     ) -> tuple[Tensor, LayerReport | None]:
         """Output of a layer's experts, or of its dense FFN, and the report of its experts."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
-        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), batch_info, probe_tokens_A)
+        y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), request)
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, Routing, RoutingCache
+from moe_dist.moe.routing import NO_REQUEST, LayerReport, Routing, RoutingCache, RoutingRequest
 from moe_dist.moe.zero_computation import ZeroComputationExperts
 
 Recompute = Literal["none", "experts", "block"]
@@ -58,16 +58,13 @@ class MoELayer(nn.Module):
         self.name = name
         self.experts_off = False
 
-    def forward(
-        self, x_TD: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None = None, probe_tokens_A: Tensor | None = None
-    ) -> tuple[Tensor, LayerReport]:
+    def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
-        `batch_info` is for routers that need to know the micro-batch on all ranks; the report has the routing softmax of
-        the tokens `probe_tokens_A` (int64). With `experts_off` set the experts' output is zero, and all else, collectives
+        With `experts_off` set the experts' output is zero, and all else, collectives
         included, is computed as usual.
         """
-        cache = RoutingCache(batch_info=batch_info, probe_tokens_A=probe_tokens_A)
+        cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
         if self.recompute == "block" and x_TD.requires_grad:
             return checkpoint(  # pyright: ignore[reportReturnType]
                 self._forward, x_TD, group_T, cache, use_reentrant=False, preserve_rng_state=False

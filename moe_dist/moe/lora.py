@@ -27,7 +27,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.rows import gather_rows
 from moe_dist.moe.draws import dropped
 from moe_dist.moe.layer import Recompute
-from moe_dist.moe.routing import ABSENT, Assignments, GlobalBatchInfo, LayerReport, RoutingCache
+from moe_dist.moe.routing import ABSENT, NO_REQUEST, Assignments, GlobalBatchInfo, LayerReport, RoutingCache, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
@@ -177,15 +177,12 @@ class LoRALayer(nn.Module):
         self.experts_off = False
         self._seed, self._layer, self._comm_stats = seed, layer, comm_stats or CommStats()
 
-    def forward(
-        self, x_TD: Tensor, group_T: Tensor, batch_info: GlobalBatchInfo | None = None, probe_tokens_A: Tensor | None = None
-    ) -> tuple[Tensor, LayerReport]:
-        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report, with the routing
-        softmax of the tokens `probe_tokens_A` (int64).
+    def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
+        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
         With `experts_off` set the adapters add nothing.
         """
-        cache = RoutingCache(batch_info=batch_info, probe_tokens_A=probe_tokens_A)
+        cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
         # Not x_TD.requires_grad, as elsewhere: below the first adapter nothing has a gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
             return self._again(self._forward, x_TD, group_T, cache)

@@ -165,6 +165,22 @@ class GlobalBatchInfo:
         return self.first_token + sum(self.tokens_W[:rank])
 
 
+@dataclass(frozen=True)
+class RoutingRequest:
+    """What a caller tells and asks the routers of all layers, beside the tokens.
+
+    Attributes:
+        batch_info: For routers that need to know the micro-batch on all ranks; None in evaluation.
+        probe_tokens_A: int64, tokens whose routing softmax the reports are to have (`prob_AC`); None for none.
+    """
+
+    batch_info: GlobalBatchInfo | None = None
+    probe_tokens_A: Tensor | None = None
+
+
+NO_REQUEST = RoutingRequest()
+
+
 class ExpertsChoice(NamedTuple):
     """The tokens that experts, or a layer, take. Without gradient; kept under recompute.
 

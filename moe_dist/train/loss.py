@@ -19,7 +19,7 @@ from moe_dist.comm.names import DEPTH_COUNTS, ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
-from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
+from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.optim.optimizer import coefficient_at
 from moe_dist.placement.counts import FRACTIONAL, StepCounts
 
@@ -78,13 +78,12 @@ def forward(
     model: Callable[..., tuple[Tensor, Sequence[LayerReport]]],
     batch: Batch,
     group_of_modality: Tensor,
-    batch_info: GlobalBatchInfo | None = None,
-    probe_tokens_A: Tensor | None = None,
+    request: RoutingRequest = NO_REQUEST,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
     """Logits and reports of one batch on its device, in training and in evaluation: a transformer, or its parallel wrapper,
     over a `Batch`."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
-    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, batch_info, probe_tokens_A)
+    return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request)
 
 
 def global_counts(

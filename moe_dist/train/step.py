@@ -19,7 +19,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
-from moe_dist.moe.routing import GlobalBatchInfo, LayerReport
+from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
 from moe_dist.monitor.statistics import DepthStatistics, StepResult
 from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, set_lr
 from moe_dist.parallel.mesh import Mesh
@@ -118,7 +118,8 @@ class TrainingStep:
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
                 probe_tokens_A = None if targets is None else targets[i].probe_tokens_B
-                logits, reports = forward(self.parallel, batch, self.group_of_modality, batch_info[i], probe_tokens_A)
+                request = RoutingRequest(batch_info[i], probe_tokens_A)
+                logits, reports = forward(self.parallel, batch, self.group_of_modality, request)
                 loss = micro_loss(
                     logits,
                     reports,

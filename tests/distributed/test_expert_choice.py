@@ -20,7 +20,7 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import SelectionScope
-from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache
+from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.evaluation.calibration import calibrate
@@ -185,7 +185,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str], type
     layer.dispatcher.plan = lambda *args, **options: plans.append(plan(*args, **options)) or plans[-1]  # type: ignore
     for _ in range(2):
         with host_syncs() as seen:
-            y_TD, _ = layer(x_TD, groups[rank.rank], batch_info)
+            y_TD, _ = layer(x_TD, groups[rank.rank], RoutingRequest(batch_info))
             y_TD.sum().backward()
         reads += seen
     assert len(plans) == 2

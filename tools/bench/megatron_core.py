@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.moe.layer import Router
-from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, LayerReport
+from moe_dist.moe.routing import ABSENT, NO_REQUEST, LayerReport, RoutingRequest
 from moe_dist.placement.placement import ExpertPlacement
 from tools.bench.contenders import Case, Run
 from tools.bench.megatron_cpu import megatron_on_cpu, model_parallel
@@ -151,9 +151,7 @@ class MegatronMoE(nn.Module):
         self._column_E = column_of_expert(placement)
         self._group_of_E = torch.tensor([i for i, group in enumerate(groups) for _ in range(group.num_experts)])
 
-    def forward(
-        self, x_TD: Tensor, group_T: Tensor, facts: GlobalBatchInfo | None = None, probe_tokens_A: Tensor | None = None
-    ) -> tuple[Tensor, LayerReport]:
+    def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         router: Router = self.router  # pyright: ignore[reportAssignmentType]
         assignments, sums, *_ = router(h_TD, group_T)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routing import LayerReport
+from moe_dist.moe.routing import LayerReport, RoutingRequest
 from moe_dist.train.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
@@ -85,9 +85,8 @@ class RoutingReader:
         filler = np.zeros(1, np.int64)  # a token that is never read
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
-        _, reports = forward(
-            self._model, batch.to(device), self._group_of_modality, probe_tokens_A=batch.probe_tokens_B.to(device)
-        )  # fmt: skip
+        request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))
+        _, reports = forward(self._model, batch.to(device), self._group_of_modality, request)
         return routing_of(reports, self._places)
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:

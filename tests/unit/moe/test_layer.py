@@ -17,7 +17,7 @@ from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import RoutingCache
+from moe_dist.moe.routing import RoutingCache, RoutingRequest
 from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
@@ -164,7 +164,7 @@ def test_the_routing_of_asked_tokens_leaves_by_value(recompute: str) -> None:
     layer = make_layer(groups, recompute=recompute)
     h_TD = torch.randn(12, D, dtype=torch.double, requires_grad=True)
     group_T, probe_tokens_A = torch.tensor([0, 1, -1, 0] * 3), torch.tensor([9, 0, 3])
-    _, report = layer(h_TD, group_T, None, probe_tokens_A)
+    _, report = layer(h_TD, group_T, RoutingRequest(probe_tokens_A=probe_tokens_A))
     assert layer(h_TD, group_T)[1].prob_AC is None
     router = layer.router
     logits_AC = router._logits(layer.norm(h_TD))[probe_tokens_A]  # pyright: ignore

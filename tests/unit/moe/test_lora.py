@@ -12,7 +12,7 @@ from moe_dist.moe.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.losses import ColumnTables, balance_terms
 from moe_dist.moe.reference.lora import reference_lora_layer
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routing import GlobalBatchInfo
+from moe_dist.moe.routing import GlobalBatchInfo, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
 
 D, F, RANK, ALPHA = 6, 10, 2, 3.0
@@ -161,8 +161,8 @@ def test_the_balance_loss_is_the_papers(kind: Any) -> None:
     torch.testing.assert_close(term, 3 * (chosen_TE.mean(0) * probs_TE.mean(0)).sum())
 
 
-def batch_info(step: int = 0, first_token: int = 0, rank: int = 0) -> GlobalBatchInfo:
-    return GlobalBatchInfo(step, first_token, rank, (12, 12), ((12,), (12,)))
+def request(step: int = 0, first_token: int = 0, rank: int = 0) -> RoutingRequest:
+    return RoutingRequest(GlobalBatchInfo(step, first_token, rank, (12, 12), ((12,), (12,))))
 
 
 @pytest.mark.parametrize("recompute", ["none", "experts", "block"])
@@ -171,12 +171,12 @@ def test_dropout_draws_the_same_again(recompute: str) -> None:
     group_T = torch.zeros(12, dtype=torch.int64)
     plain, layer = (make_layer(TOP_1, dropout=0.4, recompute=each) for each in ("none", recompute))
     x_TD = inputs(group_T).requires_grad_()
-    y_TD, again_TD = (each(x_TD, group_T, batch_info()) for each in (plain, layer))
+    y_TD, again_TD = (each(x_TD, group_T, request()) for each in (plain, layer))
     torch.testing.assert_close(y_TD[0], again_TD[0], rtol=0, atol=0)
     expected, got = gradients(y_TD[0], plain, x_TD), gradients(again_TD[0], layer, x_TD)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-15)
-    for other in (batch_info(step=1), batch_info(first_token=24), batch_info(rank=1)):
+    for other in (request(step=1), request(first_token=24), request(rank=1)):
         assert not torch.equal(layer(x_TD, group_T, other)[0], y_TD[0])
     layer.eval()
     assert not torch.equal(layer(x_TD, group_T)[0], y_TD[0])

@@ -29,7 +29,7 @@ from moe_dist.moe.reference.layer import ReferenceWeights
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import capacity_of_tokens
 from moe_dist.moe.routers.selection import choice_of_training as as_in_training
-from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache
+from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
 
@@ -160,7 +160,7 @@ def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counte
     logits = logits_of(h_TD.detach(), GROUPS, weights)
     pairs = choice_of_training((logits + drawn).tolist(), group_T.tolist(), GROUPS, [1 / 4, 1 / 2], [range(23)])
     expected = moe_forward(h_TD, pairs, group_T.tolist(), GROUPS, weights, noise_TE=drawn)
-    y_TD, _ = layer(h_TD, group_T, batch_info_of(group_T, first=100))
+    y_TD, _ = layer(h_TD, group_T, RoutingRequest(batch_info_of(group_T, first=100)))
     torch.testing.assert_close(y_TD, expected, rtol=0, atol=1e-12)
     parameters = [h_TD, *layer.parameters()]
     theirs = torch.autograd.grad((expected * direction).sum(), parameters)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_dist.errors import DataError
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.routing import RoutingRequest
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.roles import named_parameters
 from moe_dist.plan.policies import expert_groups, make_placement
@@ -103,7 +104,7 @@ def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: P
     model = make_model(*layers)
     tuning = make_tuning(folder, model, *layers)
     (targets,) = tuning.begin([batch], 0, CPU)
-    _, reports = forward(model, batch, GROUPS, probe_tokens_A=targets.probe_tokens_B)
+    _, reports = forward(model, batch, GROUPS, RoutingRequest(probe_tokens_A=targets.probe_tokens_B))
     loss = tuning.add(nothing(torch.zeros((), dtype=torch.float64)), reports, targets)
     loss.total.backward()
     ours = {name: gradient.clone() for name, gradient in gradients(model).items()}
@@ -113,7 +114,7 @@ def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: P
     for number in batch.numbers:
         sample = samples.sample(number)
         alone = SampleMaker(MANIFEST).make([type(sample)(sample.prompt, sample.answer[:1])])
-        _, reports = forward(model, alone, GROUPS, probe_tokens_A=torch.tensor([len(sample.prompt) - 1]))
+        _, reports = forward(model, alone, GROUPS, RoutingRequest(probe_tokens_A=torch.tensor([len(sample.prompt) - 1])))
         r_R = torch.cat([report.prob_AC[0] for report in reports if report.prob_AC is not None])
         distance = np.linalg.norm(samples.embeddings_SE - samples.embeddings_SE[number], axis=1)
         members = [j for j in range(samples.manifest.right) if j != number]
