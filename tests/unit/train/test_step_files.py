@@ -44,9 +44,11 @@ def files_entered(action: Callable[[], Any]) -> set[str]:
 @pytest.fixture
 def step_of(tiny_data: Path, tmp_path: Path) -> Any:
     """One step of a run of the default router, dispatcher and sinks on one rank."""
-    sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
+    changes: dict[str, Any] = {
+        "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
+    }
     with world_of_one():
-        one = OneRank(tiny_data, tmp_path, **{"monitor.sinks": sinks})
+        one = OneRank(tiny_data, tmp_path, **changes)
         config, plan = one.plan.config, one.plan
         env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id="one")
         attempt = Attempt(env)
