@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,40 +23,33 @@ class Splits:
         return Splits(send=self.receive, receive=self.send)
 
 
+@dataclass(eq=False)
 class Pending:
     """An all-to-all that was issued. Until it has been waited for, its items must not change and its result is undefined.
 
     Attributes:
         layer, name: The layer that issued it, and the name of its content.
         splits: Its sizes.
+        received: The buffer that receives.
+        comm_stats, tracker: Where it is counted and noted.
     """
 
-    def __init__(
-        self,
-        *,
-        layer: str,
-        name: str,
-        splits: Splits,
-        received: Tensor,
-        comm_stats: CommStats,
-        tracker: CollectiveTracker | None = None,
-    ) -> None:
-        self.layer = layer
-        self.name = name
-        self.splits = splits
-        self._received = received
-        self._comm_stats = comm_stats
-        self._tracker = tracker
-        self._work: dist.Work | None = None
-        self._items: Tensor | None = None  # the collective reads it until it has ended
-        self._waited = False
+    layer: str
+    name: str
+    splits: Splits
+    received: Tensor = field(repr=False)
+    comm_stats: CommStats = field(repr=False)
+    tracker: CollectiveTracker | None = field(default=None, repr=False)
+    _work: dist.Work | None = None
+    _items: Tensor | None = None  # the collective reads it until it has ended
+    _waited: bool = False
 
     def issue(self, items: Tensor, group: dist.ProcessGroup) -> None:
         """Starts the collective. `AllToAll` calls it once."""
         self._items = items
-        with self._comm_stats.timed_call(items.device), self._tracked():
+        with self.comm_stats.timed_call(items.device), self._tracked():
             self._work = dist.all_to_all_single(
-                self._received, items, list(self.splits.receive), list(self.splits.send), group=group, async_op=True
+                self.received, items, list(self.splits.receive), list(self.splits.send), group=group, async_op=True
             )
 
     def wait(self) -> Tensor:
@@ -64,19 +57,19 @@ class Pending:
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
-            self._comm_stats.event(f"wait {self.name}")
-            with self._comm_stats.timed(self._received.device), self._tracked():
+            self.comm_stats.event(f"wait {self.name}")
+            with self.comm_stats.timed(self.received.device), self._tracked():
                 self._work.wait()
         self._waited, self._items = True, None
-        return self._received
+        return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
         """Notes the collective for the watchdog, around the call (a first call may wait for its peers) and around the wait.
         Between the two the rank itself is in no collective."""
         return track_collective(
-            self._tracker,
+            self.tracker,
             self.name,
-            device=self._received.device,
+            device=self.received.device,
             layer=self.layer,
             send=self.splits.send,
             receive=self.splits.receive,

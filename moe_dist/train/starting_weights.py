@@ -26,7 +26,6 @@ from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import load_tuning_manifest
 from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.routers.null_rows import copy_true_rows
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
@@ -67,7 +66,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
     taken = checkpoints.load_fitting(path, state, sources=fitting_or_upcycled if upcycle else fitting, check=check)
     lines = [taken.report()]
     if copy:
-        rows = sum(copy_true_rows(gate) for gate in _gates(model, config))
+        rows = sum(gate.copy_true_rows() for gate in _gates(model, config))
         lines.append(f"copied {rows} null rows from true ones")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)

@@ -58,7 +58,7 @@ class DispatchPlan(Protocol):
 
 P = TypeVar("P", bound=DispatchPlan)
 RunExperts = Callable[[DispatchedRows, PairLayout], Tensor]
-RunShared = Callable[[Tensor], Tensor]
+RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
@@ -82,7 +82,7 @@ class Dispatcher(ABC, Generic[P]):
         plan: P,
         *,
         experts: RunExperts,
-        shared: RunShared | None = None,
+        shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """y [T, D] of the routed experts, zero for tokens without one, and the shared expert's output.
@@ -113,7 +113,7 @@ class TwoStepDispatcher(Dispatcher[P]):
         plan: P,
         *,
         experts: RunExperts,
-        shared: RunShared | None = None,
+        shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The shared expert, dispatch, experts, combine. Needs a plan that is a PairLayout."""

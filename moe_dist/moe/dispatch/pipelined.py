@@ -98,7 +98,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         plan: PipelinedPlan,
         *,
         experts: RunExperts,
-        shared: RunShared | None = None,
+        shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `Dispatcher.run`. `experts` is called for each chunk, in order, and for the own pairs first where they are

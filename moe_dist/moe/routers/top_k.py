@@ -57,6 +57,15 @@ class GroupGate(nn.Module):
                 num_rows = 1 if (kind, null_logit) == ("null", "single") else count
                 self.register_parameter(kind, nn.Parameter(torch.empty(num_rows, hidden_dim)))
 
+    @torch.no_grad()
+    def copy_true_rows(self) -> int:
+        """Tiles the true rows [n, D] over the null ones [m, D], m a multiple of n (AdaMoE, section 4.2); returns m, or 0."""
+        true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
+        if null_mD is None:
+            return 0
+        null_mD.copy_(true_nD.repeat(null_mD.shape[0] // true_nD.shape[0], 1))
+        return null_mD.shape[0]
+
 
 class _Chosen(NamedTuple):
     """A token's choices: the columns, which of the K places the token has, and which of them are true or null."""
