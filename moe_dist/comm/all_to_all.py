@@ -100,14 +100,7 @@ class AllToAll:
         self.rank = 0 if group is None else dist.get_rank(group)
 
     def start(
-        self,
-        items: Tensor,
-        splits: Splits,
-        *,
-        name: str,
-        layer: str = "",
-        payload: bool = False,
-        out: Tensor | None = None,
+        self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
         """Issues the exchange of consecutive slices of `items` [sum(send), ...] to the ranks in order, and returns at once.
 

@@ -73,14 +73,7 @@ class CheckedAllToAll(AllToAll):
         self.transport = transport
 
     def start(
-        self,
-        items: Tensor,
-        splits: Splits,
-        *,
-        name: str,
-        layer: str = "",
-        payload: bool = False,
-        out: Tensor | None = None,
+        self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
         """As `AllToAll.start`.
 

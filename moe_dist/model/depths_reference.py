@@ -24,12 +24,7 @@ def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scope
 
 
 def depth_forward(
-    x_TD: Tensor,
-    router_D: Tensor,
-    taken: set[int],
-    document_T: Sequence[object],
-    position_T: Sequence[int],
-    block: Block,
+    x_TD: Tensor, router_D: Tensor, taken: set[int], document_T: Sequence[object], position_T: Sequence[int], block: Block
 ) -> Tensor:
     """x + sigmoid(s) block(x) for the tokens that are taken, x for the others.
 

@@ -54,10 +54,7 @@ class WorkloadShape:
 
     def shard(self, index: int) -> range:
         """Experts of a shard in the contiguous layout."""
-        return range(
-            index * self.num_experts // self.num_shards,
-            (index + 1) * self.num_experts // self.num_shards,
-        )
+        return range(index * self.num_experts // self.num_shards, (index + 1) * self.num_experts // self.num_shards)
 
     @property
     def num_hot(self) -> int:

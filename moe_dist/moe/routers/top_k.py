@@ -18,14 +18,7 @@ from torch import Tensor, nn
 
 from moe_dist.moe.dispatch.rows import accumulation_dtype
 from moe_dist.moe.routers.capacity import Capacity, capacity_of, over_capacity
-from moe_dist.moe.routing import (
-    ABSENT,
-    Assignments,
-    RouterSums,
-    Routing,
-    RoutingCache,
-    group_columns,
-)
+from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
