@@ -44,7 +44,7 @@ class LazyGroup(TyperGroup):
         if args[0] not in self.commands and (words := _words_of(args[0])):
             ctx.fail(f"{args[0]} is now `moe-dist {words}`")
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None or isinstance(command, LazyGroup) else _load(name), rest
+        return name, command if name is None or isinstance(command, LazyGroup) else load_subcommand(name), rest
 
 
 def _words_of(name: str) -> str | None:
@@ -55,7 +55,7 @@ def _words_of(name: str) -> str | None:
     return next((words for each, words in found.items() if module in (each, each.rpartition(".")[2])), None)
 
 
-def _load(name: str) -> Any:
+def load_subcommand(name: str) -> Any:
     """The typer command of a subcommand."""
     root = str(source_root())  # launchers and tools lie there, under the names that a clone has too
     if root not in sys.path:

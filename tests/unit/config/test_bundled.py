@@ -1,0 +1,44 @@
+"""Which file a name means, and what an old name of a module says."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config.bundled import find_config, source_root
+from moe_dist.config.load import load_config
+from moe_dist.errors import ConfigError
+
+NAME = "adamoe_moma_tiny_cpu"
+BUNDLED = source_root() / "configs" / f"{NAME}.yaml"
+
+
+@pytest.mark.parametrize("given", [NAME, f"{NAME}.yaml", f"configs/{NAME}", f"configs/{NAME}.yaml"])
+def test_the_current_folder_goes_before_what_is_bundled(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(given) == BUNDLED
+    own = tmp_path / Path(given).with_suffix(".yaml")
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("run: {name: mine}\n")
+    assert find_config(given).absolute() == own
+    assert find_config(BUNDLED) == BUNDLED
+
+
+@pytest.mark.parametrize(("given", "near"), [("adamoe_moma_tny", NAME), ("zzz", "the project brings ")])
+def test_an_unknown_name_is_told_the_near_ones(
+    given: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=near) as raised:
+        load_config(given)
+    assert NAME in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("tools.bench_dispatch", "tools.bench"), ("tools.reproduction.x", "tools.experiments")]
+)
+def test_an_old_module_is_told_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(ImportError, match=f"is now {new}"):
+        runpy.run_module(old)
