@@ -1,6 +1,7 @@
 """Where configurations, Slurm scripts, launchers and tools lie, and how a configuration is found by its name."""
 
 import difflib
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,9 +16,10 @@ def source_root() -> Path:
 def find_config(path: str | Path) -> Path:
     """The file that `path` names: itself or with .yaml, from the current folder, else bundled, also without `configs/`."""
     given, root = Path(path), source_root()
-    named = given.with_name(f"{given.name}.yaml") if given.name else given
-    candidates = (given, named, root / given, root / "configs" / named)
-    return next((candidate for candidate in candidates if candidate.is_file()), given)
+    names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
+    candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
+    # Path.is_file raises where there is no permission or the name is too long; whoever reads the file reports that.
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 
 def hint_for_missing(path: Path) -> str:
