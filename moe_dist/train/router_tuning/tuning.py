@@ -18,6 +18,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.errors import DataError
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import LayerReport
+from moe_dist.placement.roles import named_parameters
 from moe_dist.train.loss import MicroLoss
 from moe_dist.train.router_tuning.loader import SampleBatch
 from moe_dist.train.router_tuning.loss import manifold_sum
@@ -27,17 +28,17 @@ from moe_dist.train.router_tuning.samples import Samples
 
 
 def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, nn.Parameter]:
-    """The router parameters of some layers, by name."""
+    """The router parameters of some layers, by logical name."""
     prefixes = tuple(f"layers.{layer}.moe.router." for layer in sorted(layers))
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
+    return {each.name: each.parameter for each in named_parameters(model) if each.name.startswith(prefixes)}
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
     """Leaves gradients to the routers of some layers alone. Called before sharding: what is frozen then has no gradient to
     be reduced, and backward ends at the lowest of these layers."""
     kept = router_parameters(model, layers)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in kept)
+    for each in named_parameters(model):
+        each.parameter.requires_grad_(each.name in kept)
 
 
 class Targets(NamedTuple):

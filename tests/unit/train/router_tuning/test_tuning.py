@@ -149,7 +149,11 @@ def test_a_refresh_reads_the_routers_of_now_and_resumes(folder: Path) -> None:
     now = {name: parameter.clone() for name, parameter in model.named_parameters()}
     assert torch.equal(tuning.begin([batch], 3, CPU)[0].target_BKR, fresh), "of step 2, not of now"
     resumed = make_tuning(folder, model, 1, refresh_every=2)
-    resumed.restore(tuning.state())
+    state = tuning.state()
+    assert isinstance(state, dict)
+    assert isinstance(state["routers"], dict)
+    assert {name.split(".")[4] for name in state["routers"]} == {"text", "image"}, "kept under logical names"
+    resumed.restore(state)
     assert torch.equal(resumed.begin([batch], 3, CPU)[0].target_BKR, fresh)
     assert all(torch.equal(parameter, now[name]) for name, parameter in model.named_parameters()), "weights are put back"
     assert model.training
