@@ -14,6 +14,7 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCountsFirst, KnownCountsPlan
 from moe_dist.moe.experts import Experts
@@ -118,7 +119,7 @@ def test_ranks_equal_one_process_over_the_same_sets(
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
     exchanged = LAYERS * STEPS * MICRO_BATCHES if layout.choice != "rank" else 0
-    assert outcomes[0].events.count("choice logits") == exchanged, "once a layer and micro-batch, also under recompute"
+    assert outcomes[0].events.count(CHOICE_LOGITS) == exchanged, "once a layer and micro-batch, also under recompute"
     # Pairs whose number is known beforehand exchange no counts; the evaluation at the end, by thresholds, does.
     planned = LAYERS * (1 if layout.per_pair else 1 + STEPS * MICRO_BATCHES)
     hop = "inter-node " if layout.ranks_per_node else ""
@@ -228,7 +229,7 @@ def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
         router(h, group, cache)
         assert cache.choice is not None
         taken.append(cache.choice.taken_TE.tolist())
-    assert (comm_stats.events, comm_stats.metadata_bytes) == (["choice logits"], 3 * max(lengths) * 8 * 8)
+    assert (comm_stats.events, comm_stats.metadata_bytes) == ([CHOICE_LOGITS], 3 * max(lengths) * 8 * 8)
     return taken[0], taken[1][mine]
 
 

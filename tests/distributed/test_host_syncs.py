@@ -16,7 +16,9 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch import rows
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES as SPLIT_SIZES_OF_BOTH
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
+from moe_dist.moe.dispatch.planning import SPLIT_SIZES
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
@@ -85,13 +87,13 @@ def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[st
 def test_the_whole_layer_syncs_once_and_by_name(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
     for found in run_in_world(world_size, syncs, CASES):
         for case, (named, seen) in zip(CASES, found, strict=True):
-            assert named == ["sync split sizes of both hops" if "hierarchical" in case else "sync split sizes"], case
+            assert named == [f"sync {SPLIT_SIZES_OF_BOTH if 'hierarchical' in case else SPLIT_SIZES}"], case
             assert seen == ["tolist"], case
 
 
 def test_a_read_of_a_value_in_the_router_is_seen(run_in_world: Callable[..., list[Any]]) -> None:
     [[(named, seen)]] = run_in_world(1, with_a_read)
-    assert named == ["sync split sizes"]
+    assert named == [f"sync {SPLIT_SIZES}"]
     assert seen == ["__bool__", "tolist"]
 
 

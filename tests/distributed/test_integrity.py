@@ -11,6 +11,7 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import CheckedAllToAll
+from moe_dist.comm.names import BACKWARD, DISPATCH_ROWS
 from moe_dist.errors import IntegrityError
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
@@ -21,7 +22,7 @@ from tests.support.worlds import RankContext
 
 KINDS = ("dropped", "duplicated", "swapped", "flipped")
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
-NAMES = ("dispatch rows", "dispatch rows backward")
+NAMES = (DISPATCH_ROWS, DISPATCH_ROWS + BACKWARD)
 TRIALS = 240  # of each world size
 
 
@@ -99,7 +100,7 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
         return
     rows = torch.randn(sum(splits.send), 5, generator=generator).to(dtype)
     weights = torch.rand(sum(splits.send), generator=generator)
-    if name == "dispatch rows":
+    if name == DISPATCH_ROWS:
         Exchange(wire).dispatch(rows, weights, _plan(splits))
         return
     rows, weights = rows.requires_grad_(), weights.requires_grad_()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_dist.comm.names import DEPTH_SCORES
 from tests.support.layouts import MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
 
 LAYOUTS = [
@@ -68,7 +69,7 @@ def test_layout_equals_one_process_over_the_same_sets(
                 [step.grad_norm, step.balance, step.z], [expected.grad_norm, expected.balance, expected.z], rtol=1e-9
             )
         scores = 0 if layout.mixture_of_depths == "rank" else STEPS * MICRO_BATCHES + 1
-        assert outcome.events.count("depth scores") == scores
+        assert outcome.events.count(DEPTH_SCORES) == scores
         assert outcome.events == outcomes[0].events, "the recorded order of collectives differs between ranks"
     for field in ("gradients", "parameters"):
         got, expected = merged(outcomes, field), getattr(oracle, field)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_dist.comm.names import EXPERT_IDS, PAIR_ROWS
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
 
 SIZES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
@@ -109,7 +110,7 @@ def test_layout_equals_one_rank(
     first = outcomes[0].events
     # Planned once a layer and micro-batch, whatever is recomputed; the last forward is the one for the logits.
     plans = LAYERS * (STEPS * MICRO_BATCHES + 1) if layout.ep > 1 else 0
-    ids = "pair rows" if layout.ranks_per_node is None else "expert ids"
+    ids = PAIR_ROWS if layout.ranks_per_node is None else EXPERT_IDS
     for hop in hops_of(layout):
         assert first.count(f"{hop}counts") == first.count(f"{hop}{ids}") == plans
     for outcome in outcomes[1:]:

@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
+from moe_dist.moe.dispatch.planning import SPLIT_SIZES
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -25,7 +27,7 @@ T, E, K = 40, 6, 3
 def events_of(run_in_world: Callable[..., list[Any]], layout: Layout) -> list[str]:
     """One forward and backward of the whole model; metadata left out, the same on all ranks."""
     everywhere = run_in_world(layout.world_size, recorded_pass, layout)
-    wanted = ("dispatch rows", "combine rows", "wait dispatch rows", "wait combine rows", "own pairs", "shared", "pairs")
+    wanted = (DISPATCH_ROWS, COMBINE_ROWS, f"wait {DISPATCH_ROWS}", f"wait {COMBINE_ROWS}", "own pairs", "shared", "pairs")
     kept = [[event for event in events if event.startswith(wanted)] for events in everywhere]
     for events in kept:
         assert [e for e in events if "rows" in e] == [e for e in kept[0] if "rows" in e]
@@ -38,15 +40,15 @@ def test_own_pairs_and_the_shared_expert_are_computed_while_rows_fly(
     run_in_world: Callable[..., list[Any]], data: str, recompute: str
 ) -> None:
     events = events_of(run_in_world, Layout(2, 1, "interleaved", data, recompute, overlap=True))
-    forward = ["dispatch rows", "shared", "own pairs", "wait dispatch rows", "pairs", "combine rows", "wait combine rows"]
+    forward = [DISPATCH_ROWS, "shared", "own pairs", f"wait {DISPATCH_ROWS}", "pairs", COMBINE_ROWS, f"wait {COMBINE_ROWS}"]
     assert events[: LAYERS * len(forward)] == forward * LAYERS
     backward = events[LAYERS * len(forward) :]
     half = len(backward) // LAYERS
     assert backward[:half] == backward[half:]
-    start = ["combine rows backward", "wait combine rows backward", "pairs backward", "dispatch rows backward"]
+    start = [COMBINE_ROWS + BACKWARD, f"wait {COMBINE_ROWS}{BACKWARD}", "pairs backward", DISPATCH_ROWS + BACKWARD]
     assert backward[: len(start)] == start
     assert sorted(backward[len(start) : half - 1]) == ["own pairs backward", "shared backward"]
-    assert backward[half - 1] == "wait dispatch rows backward"
+    assert backward[half - 1] == f"wait {DISPATCH_ROWS}{BACKWARD}"
 
 
 def test_a_chunk_is_dispatched_while_the_one_before_is_computed(run_in_world: Callable[..., list[Any]]) -> None:
@@ -68,7 +70,7 @@ def test_a_chunk_is_dispatched_while_the_one_before_is_computed(run_in_world: Ca
 
 def test_a_recomputed_block_repeats_the_way_out_alone(run_in_world: Callable[..., list[Any]]) -> None:
     events = events_of(run_in_world, Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2))
-    for name, times in (("dispatch rows", 2), ("combine rows", 1), ("dispatch rows backward", 1)):
+    for name, times in ((DISPATCH_ROWS, 2), (COMBINE_ROWS, 1), (DISPATCH_ROWS + BACKWARD, 1)):
         for chunk in (" 0", " 1"):
             assert events.count(name + chunk) == events.count(f"wait {name}{chunk}") == times * LAYERS
 
@@ -137,6 +139,6 @@ def syncs(rank: RankContext, overlap: bool, chunks: int) -> tuple[list[str], int
 @pytest.mark.parametrize(("overlap", "chunks"), [(False, 1), (True, 1), (False, 3), (True, 2)])
 def test_one_host_sync_a_layer(run_in_world: Callable[..., list[Any]], overlap: bool, chunks: int) -> None:
     for named, lists, others in run_in_world(2, syncs, overlap, chunks):
-        assert named == ["sync split sizes"]
+        assert named == [f"sync {SPLIT_SIZES}"]
         assert lists == 1
         assert others == []

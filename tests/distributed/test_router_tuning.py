@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_dist.comm.names import DISPATCH_ROWS
 from tests.support.layouts import GROUPS, IMAGE, LAYERS, Layout
 from tests.support.tuned import Tuned, tune
 from tests.support.tuning_samples import made_samples
@@ -80,7 +81,7 @@ def test_n_ranks_equal_one(
         assert outcome.savings.optimizer[0] == 2 * 8 * rows
         assert outcome.savings.reduced[0] == 8 * rows < outcome.savings.reduced[1]
     backward = sum("backward" in event for event in outcomes[0].events)
-    forward = sum(event.endswith("dispatch rows") for event in outcomes[0].events)
+    forward = sum(event.endswith(DISPATCH_ROWS) for event in outcomes[0].events)
     if layout.recompute != "block" and refresh_every is None and layout.ep > 1:
         lowest = min(layout.tuned)
         assert backward == 3 * forward * (LAYERS - lowest) / LAYERS, "backward ends at the lowest chosen layer"

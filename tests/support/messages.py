@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +27,13 @@ _PASSING = (
     (re.compile(re.escape(str(ROOT))), "<root>"),
     (re.compile(r"(/[\w.-]+)*/pytest-of-\w+/pytest-\d+/(popen-gw\d+/)?[^/\s'\"`;:,]+"), "<tmp>"),
     (re.compile(r"\bpid \d+"), "pid <pid>"),
+    (re.compile(r"\bprocess \d+ on [\w.-]+"), "process <pid> on <host>"),
+    (re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}"), "<time>"),
+    (re.compile(r"\b[0-9a-f]{32,64}\b"), "<hash>"),
+    (re.compile(r"\.[0-9a-f]{8}(?=')"), ".<token>"),
+    (re.compile(r"/tmp/moe_dist_test_\w+"), "<tmp>"),
+    (re.compile(r"\b\w+ \(uid \d+\)"), "<user>"),
+    (re.compile(re.escape(socket.gethostname())), "<host>"),
     (re.compile(r"0x[0-9a-f]{6,}"), "<address>"),
 )
 WRITE = os.environ.get("MESSAGES") == "write"

@@ -14,7 +14,12 @@ from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.snapshot import take_snapshot
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
+<<<<<<< HEAD
 from moe_dist.optim.optimizer import step_count
+=======
+from moe_dist.optim.adamw import step_count
+from tests.support.messages import refused
+>>>>>>> f17a881 (Hold the texts of all refusals in the golden file; name collectives by constants)
 from tests.support.small_run import PLACEMENT, SmallRun
 
 
@@ -159,7 +164,7 @@ def test_everything_is_durable_before_it_is_renamed(tmp_path: Path, monkeypatch:
 def test_a_failed_write_is_removed_and_can_be_tried_again(tmp_path: Path) -> None:
     run = SmallRun(tmp_path).train(1)
     run.save(1)
-    with no_file_beyond(512), pytest.raises(CheckpointError, match=r"cannot write on rank 0"):
+    with no_file_beyond(512), refused(CheckpointError):
         run.save(2)
     assert run.names() == ["latest", "step_1"]
     assert (tmp_path / "latest").read_text() == "step_1\n"
@@ -198,13 +203,13 @@ def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     folder = SmallRun(tmp_path).train(1).save(1)
     wider = SmallRun(tmp_path, width=5)
     before = wider.weights().clone()
-    with pytest.raises(ConfigError, match=r"3 tensors differ") as raised:
+    with refused(ConfigError) as raised:
         wider.manager.load(folder, wider.state())
     assert "0.weight: shape (8, 5) in the model, (8, 4) in the checkpoint" in str(raised.value)
     assert torch.equal(wider.weights(), before)
     bare = SmallRun(tmp_path)
     bare.model = bare.model[:1]  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"2\.weight: in the checkpoint, but not in the model"):
+    with refused(ConfigError):
         bare.manager.load(folder, bare.state())
 
 
@@ -217,7 +222,7 @@ def test_parameters_load_without_their_optimizer(tmp_path: Path) -> None:
     assert step_count(other.optimizer) == 1
     bare = SmallRun(tmp_path / "bare").train(1)
     without = bare.manager.save(1, capture(bare.model, None, RankLayout(PLACEMENT)))
-    with pytest.raises(ConfigError, match=r"optimizer\.exp_avg\.0\.weight: in the model"):
+    with refused(ConfigError, "optimizer.exp_avg.0.weight"):
         bare.manager.load(without, bare.state())
 
 
@@ -242,7 +247,7 @@ def test_a_latest_that_names_no_checkpoint_is_a_data_error(tmp_path: Path, conte
     run = SmallRun(tmp_path)
     run.save(1)
     (tmp_path / "latest").write_bytes(content)
-    with pytest.raises(DataError, match="latest names"):
+    with refused(DataError):
         run.manager.latest()
     assert run.save(1) == run.manager.latest()
 
@@ -251,7 +256,7 @@ def test_a_checkpoint_in_a_folder_of_another_step_is_refused_and_replaced(tmp_pa
     run = SmallRun(tmp_path).train(2)
     run.save(2).rename(tmp_path / "step_4")
     (tmp_path / "latest").write_text("step_4\n")
-    with pytest.raises(DataError, match="is of step 2, but its folder is named step_4"):
+    with refused(DataError):
         run.manager.load(tmp_path / "step_4", run.state())
     folder = run.train(2).save(4)
     other = SmallRun(tmp_path)
@@ -262,13 +267,13 @@ def test_a_checkpoint_in_a_folder_of_another_step_is_refused_and_replaced(tmp_pa
 def test_a_state_of_other_ranks_is_our_bug(tmp_path: Path) -> None:
     run = SmallRun(tmp_path)
     state = capture(run.model, run.optimizer, RankLayout(PLACEMENT, rank=1, world_size=2))
-    with pytest.raises(AssertionError, match="rank 1 of 2"):
+    with refused(AssertionError):
         run.manager.save(1, state)
 
 
 def test_values_that_are_no_json_are_refused(tmp_path: Path) -> None:
     run = SmallRun(tmp_path)
-    with pytest.raises(ValueError, match="JSON"):
+    with refused(ValueError):
         run.save(1, loss=float("nan"))
     assert run.manager.latest() is None
 
@@ -279,7 +284,7 @@ def test_a_deleted_latest_does_not_start_a_new_run(tmp_path: Path) -> None:
     run.train(1).save(1)
     run.train(1).save(2)
     (tmp_path / "latest").unlink()
-    with pytest.raises(DataError, match=r"latest is missing(.|\n)*step_1, step_2(.|\n)*`echo step_2 > .*latest`"):
+    with refused(DataError):
         run.manager.latest()
     (tmp_path / "latest").write_text("step_1")  # what echo writes, with or without its newline
     assert run.manager.latest() == tmp_path / "step_1"
@@ -311,9 +316,7 @@ def test_damage_names_the_older_checkpoints(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[-5] ^= 4
     shard.write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"damaged: shard_00000.safetensors: \S+: its bits(.|\n)*step_1, step_2: .*echo step_2"
-    ):
+    with refused(DataError, "shard_00000.safetensors"):
         run.manager.load(tmp_path / "step_3", run.state())
 
 
@@ -335,9 +338,9 @@ def test_matching_parameters_are_loaded(tmp_path: Path) -> None:
     assert "loaded 3 tensors, 17 numbers" in report
     assert "kept 1 tensors of the model as initialised:" in report
     assert "  0.weight (shape (8, 5) in the model, (8, 4) in the checkpoint)" in report
-    with pytest.raises(ConfigError, match="contains no checkpoint"):
+    with refused(ConfigError):
         wider.manager.load_fitting(tmp_path / "nowhere", wider.state())
     other = SmallRun(tmp_path / "c")
     other.model = torch.nn.Sequential(torch.nn.Linear(3, 2))  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="no tensor of that checkpoint has the name"):
+    with refused(ConfigError):
         other.manager.load_fitting(tmp_path / "a", capture(other.model, None, RankLayout(PLACEMENT)))

@@ -22,6 +22,7 @@ from moe_dist.parallel.initialise import initialise
 from moe_dist.train.build import build_model
 from tests.support.fake_ranks import load_all, save_all
 from tests.support.layouts import Layout, config_of, placement_of
+from tests.support.messages import refused
 
 SEED = 41
 LAYOUTS = [
@@ -110,5 +111,5 @@ def test_a_wrongly_assembled_tensor_is_found(saved: dict[Layout, Path], monkeypa
                 other.copy_(kept)
 
     monkeypatch.setattr(manager, "read_tensors", wrong)
-    with pytest.raises(DataError, match=r"experts\.text\.\d\.up: its bits differ from those that were saved"):
+    with refused(DataError, "moe.experts.text.", golden=False):
         load_all(ranks(Layout(2, 1, "interleaved"), 1), saved[Layout(8, 1, "uneven")])

@@ -8,6 +8,7 @@ from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import Role
+from tests.support.messages import refused
 
 TEXT = ExpertGroup("text", 3, 0, 2, 6, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 1, 2, 5, 3, ("image",))
@@ -127,5 +128,5 @@ def test_extra_state_is_refused() -> None:
 
         def set_extra_state(self, state: object) -> None: ...
 
-    with pytest.raises(TypeError, match="extra state"):
+    with refused(TypeError):
         capture(Odd(2, 2), None, RankLayout(SLOTS))

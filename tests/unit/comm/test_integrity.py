@@ -6,6 +6,7 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.integrity import MAX_ROW_BYTES, CheckedAllToAll, content_sums, position_terms
+from tests.support.messages import refused
 
 
 def slow_sum(row: torch.Tensor) -> int:
@@ -38,7 +39,7 @@ def test_the_longest_row_is_summed_exactly() -> None:
     """All words at their largest; a sum that overflowed would not be that of Python's integers."""
     row = torch.full((1, MAX_ROW_BYTES // 4), -(1 << 31), dtype=torch.int32)
     assert content_sums(row).tolist() == [slow_sum(row[0])]
-    with pytest.raises(AssertionError, match="too long"):
+    with refused(AssertionError):
         content_sums(torch.zeros(1, MAX_ROW_BYTES + 4, dtype=torch.uint8))
 
 

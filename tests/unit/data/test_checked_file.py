@@ -10,6 +10,7 @@ import pytest
 from moe_dist.config.manifest import SplitSection
 from moe_dist.data.indexed import CheckedFile, IndexedSplit, write_indexed
 from moe_dist.errors import DataError, StorageError
+from tests.support.messages import refused
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_a_file_cut_short_while_it_is_open_is_named(path: Path) -> None:
     file = CheckedFile(path)
     os.truncate(path, 60)
     assert file.read(0, 60) == bytes(range(60))
-    with pytest.raises(DataError, match=r"data\.bin: 60 bytes, but there were 100 .* cut short while"):
+    with refused(DataError, "data.bin"):
         file.read(50, 20)
 
 
@@ -62,7 +63,7 @@ def test_a_failing_disk_and_a_lost_file_system_are_named(path: Path, monkeypatch
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"absent\.bin: cannot be read: No such file"):
+    with refused(StorageError, "absent.bin"):
         CheckedFile(tmp_path / "absent.bin")
 
 

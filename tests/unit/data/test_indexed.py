@@ -11,6 +11,7 @@ from moe_dist.config.manifest import SplitSection
 from moe_dist.config.split_files import check_split, count_by_modality, load_bits
 from moe_dist.data.indexed import IndexedSplit, write_indexed
 from moe_dist.errors import DataError
+from tests.support.messages import refused
 
 
 def split(**changes: object) -> SplitSection:
@@ -67,9 +68,9 @@ def test_filler_bits_of_any_run(tmp_path: Path) -> None:
 
 def test_filler_of_another_length_is_refused(theirs: Path) -> None:
     np.save(theirs / "f.npy", np.zeros(2, np.uint8))
-    with pytest.raises(DataError, match=r"6 tokens need uint8 \[1\]"):
+    with refused(DataError):
         load_bits(theirs, split(filler="f.npy"), "filler")
-    with pytest.raises(DataError, match="cannot be read"):
+    with refused(DataError):
         check_split(theirs, split(filler="missing.npy"))
 
 
@@ -95,7 +96,7 @@ def test_sequences_with_gaps_are_refused(theirs: Path) -> None:
     offsets = 34 + 3 * 4
     idx[offsets + 8 : offsets + 16] = np.int64(4).tobytes()  # the second sequence begins inside the first
     (theirs / "set.v1.idx").write_bytes(idx)
-    with pytest.raises(DataError, match="without gaps"):
+    with refused(DataError):
         IndexedSplit(theirs, split())
 
 

@@ -12,6 +12,7 @@ from moe_dist.config.manifest import Manifest
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.data.loader import TrainLoader, heldout_batches, source_shares
 from moe_dist.errors import ConfigError, DataError
+from tests.support.messages import refused
 
 SEQ_LEN = 16
 # Document d holds d * 40 + 200, + 201, ...: a token's successor in its document is the next number. With up to 39 tokens
@@ -137,7 +138,7 @@ def test_shares(folder: tuple[Path, Manifest]) -> None:
     tokens = [manifest.sources[name].train.tokens for name in "ab"]
     assert source_shares(manifest, {}) == {"a": tokens[0] / sum(tokens), "b": tokens[1] / sum(tokens)}
     assert source_shares(manifest, {"b": 3.0, "a": 1.0}) == {"a": 0.25, "b": 0.75}
-    with pytest.raises(ConfigError, match="names c; the manifest has a, b"):
+    with refused(ConfigError):
         source_shares(manifest, {"c": 1.0})
 
 
@@ -178,14 +179,14 @@ def test_heldout_sequences_are_spread_over_the_side(tmp_path: Path, make_set) ->
 def test_heldout_of_a_source_without_one_and_of_none(folder: tuple[Path, Manifest]) -> None:
     arguments = {"seq_len": SEQ_LEN, "sequences": 4, "micro_batch": 2, "rank": 0, "world_size": 1}
     assert heldout_batches(*folder, source="b", **arguments) == []
-    with pytest.raises(ConfigError, match="source 'c' is not in the manifest"):
+    with refused(ConfigError):
         heldout_batches(*folder, source="c", **arguments)
 
 
 def test_damage_is_found_when_the_loader_is_made(tmp_path: Path, make_set) -> None:
     data = (tmp_path, make_set(tmp_path, {"a": ([[1, 2, 3]], None)}))
     (tmp_path / "a_train.bin").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match=r"a_train\.bin"):
+    with refused(DataError, "a_train.bin"):
         loader(data)
 
 

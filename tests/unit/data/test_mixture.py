@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moe_dist.data.order import SLOTS, Mixture
 from moe_dist.errors import ConfigError
+from tests.support.messages import refused
 
 
 @given(shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), position=st.integers(0, 4 * SLOTS))
@@ -35,5 +36,5 @@ def test_a_tiny_source_is_not_forgotten() -> None:
 
 @pytest.mark.parametrize("share", [0.0, -1.0, float("nan")])
 def test_shares_must_be_positive(share: float) -> None:
-    with pytest.raises(ConfigError, match=r"data\.weights"):
+    with refused(ConfigError, "data.weights"):
         Mixture({"a": 1.0, "b": share})

@@ -21,6 +21,7 @@ from moe_dist.data.loader import TrainLoader, heldout_batches
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.errors import ConfigError, DataError
+from tests.support.messages import refused
 from tools.prepare_data import main
 
 RECIPE = Recipe(renders=3, heldout_renders=2, codes=16, vocab_size=300, val_fraction=0.2)
@@ -224,11 +225,11 @@ def test_a_family_of_instructions_is_on_one_side_in_all_sources(tmp_path: Path) 
     found = held_out("given", long=long, sided=write("sided.jsonl", length=1, side=given))
     assert found["long"] == found["sided"] == {str(number) for number in range(0, 40, 4)}
     other = write("other.jsonl", length=3, side={**given, 7: "valid"})
-    with pytest.raises(DataError, match="family 'f7' has the \"side\" train and valid"):
+    with refused(DataError):
         held_out("both", sided=str(tmp_path / "sided.jsonl"), other=other)
     whole = tmp_path / "whole.jsonl"
     whole.write_text(json.dumps({"prompt": "a", "answer": "b", "family": "f0"}))
-    with pytest.raises(DataError, match="instructions whole: all are held out"):
+    with refused(DataError):
         held_out("none left", whole=str(whole), sided=str(tmp_path / "sided.jsonl"))
 
 
@@ -242,9 +243,9 @@ def test_a_set_made_otherwise_is_not_touched(own: Path, made: Path) -> None:
 
 def test_a_folder_of_something_else_is_not_touched(own: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="holds files that prepare-data did not write"):
+    with refused(ConfigError):
         prepare(tmp_path, inputs(own), RECIPE, silent)
-    with pytest.raises(ConfigError, match="holds files that prepare-data did not write"):
+    with refused(ConfigError):
         prepare(tmp_path / "thesis.txt", inputs(own), RECIPE, silent)
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
 
@@ -253,7 +254,7 @@ def test_damage_in_a_finished_set_is_told(own: Path, tmp_path: Path) -> None:
     prepare(tmp_path / "set", inputs(own), RECIPE, silent)
     with (tmp_path / "set/text_train.bin").open("ab") as stream:
         stream.write(b"\0\0")
-    with pytest.raises(DataError, match=r"text_train\.bin"):
+    with refused(DataError, "text_train.bin"):
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
 
 
@@ -346,7 +347,7 @@ def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     if one_component:
         variants = [number for number in range(40) if number % 4]
         monkeypatch.setattr(picture_coding, "near_pairs", lambda *_, most: [(1, each) for each in variants])
-        with pytest.raises(ConfigError, match="without being close to a training picture"):
+        with refused(ConfigError):
             prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
         return
     manifest, _ = prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
@@ -383,11 +384,11 @@ def test_a_set_that_is_older_than_an_option_was_made_by_its_default(own: Path, t
         del older[section][key]
     path.write_text(json.dumps(older))
     assert not prepare(tmp_path / "set", inputs(own), RECIPE, silent)[1]
-    with pytest.raises(ConfigError, match=r"recipe\.caption_first is 0\.5, asked for 0\.9"):
+    with refused(ConfigError, "recipe.caption_first"):
         prepare(tmp_path / "set", inputs(own), replace(RECIPE, caption_first=0.9), silent)
     older["recipe"]["colours"] = "few"
     path.write_text(json.dumps(older))
-    with pytest.raises(ConfigError, match=r"recipe\.colours is 'few', an option that this version does not have"):
+    with refused(ConfigError, "recipe.colours"):
         prepare(tmp_path / "set", inputs(own), RECIPE, silent)
 
 

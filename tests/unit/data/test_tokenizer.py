@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moe_dist.data.tokenizer import SMALLEST_VOCAB, SPECIALS, encode_texts, fit_tokenizer, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
+from tests.support.messages import refused
 
 TEXTS = ["def f(x):\n    return x", "de: gitarre", "ja: ギター"] * 20
 
@@ -39,10 +40,10 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 
 
 def test_load_refuses_other_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with refused(DataError):
         load_tokenizer(tmp_path / "missing.json")
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.BPE()).save(str(tmp_path / "bare.json"))
-    with pytest.raises(DataError, match="lacks <pad>, <bos>"):
+    with refused(DataError):
         load_tokenizer(tmp_path / "bare.json")

@@ -16,6 +16,7 @@ from moe_dist.hf.importing import import_model
 from tests.support.adapted import MOLE, ONE, Adapted
 from tests.support.agreement import arrays, assert_agree
 from tests.support.imported import load_imported, logits_of
+from tests.support.messages import refused
 from tests.support.tiny_hf import LENGTH, VOCAB, save, tiny_model
 
 LORA = {"rank": 3, "alpha": 5.0}
@@ -59,9 +60,7 @@ def test_an_moe_base_keeps_its_experts_and_routers(tmp_path: Path) -> None:
     expected, _ = logits_of(load_imported(base)[0], TOKENS)
     adapted = Adapted(base, tmp_path / "run", attention=LORA)
     assert torch.equal(logits_of(adapted.model, TOKENS)[0], expected)
-    with pytest.raises(
-        ConfigError, match=r"its groups are all \(8 true, 0 null, 0 free\); LoRA experts stand on one dense"
-    ):
+    with refused(ConfigError):
         Adapted(base, tmp_path / "other", group=MOLE, experts=LORA)
 
 
@@ -171,18 +170,18 @@ def test_an_moe_base_goes_out_with_its_attention_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("group", "weight", "reason"),
     [
-        ({"num_experts": 3, "top_k": 1}, "probability", "top_k=1 of num_experts=3: which adapters act is learned"),
-        ({"num_experts": 1, "num_null": 1, "top_k": 1}, "published", "num_null=1: a token that chooses null experts"),
+        ({"num_experts": 3, "top_k": 1}, "probability", "top_k=1"),
+        ({"num_experts": 1, "num_null": 1, "top_k": 1}, "published", "num_null=1"),
         (
             {"num_experts": 2, "top_k": 2},
             "probability",
-            "weight=probability: the weights of model.moe.groups.all's experts",
+            "weight=probability",
         ),
     ],
 )
 def test_what_is_no_matrix_is_refused(tmp_path: Path, group: dict[str, Any], weight: str, reason: str) -> None:
     Adapted(imported(tmp_path), tmp_path / "run", group=group, experts={**LORA, "weight": weight}).save()
-    with pytest.raises(ConfigError, match=reason):
+    with refused(ConfigError, reason):
         export_model(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -191,8 +190,8 @@ def test_a_base_that_changed_is_not_merged(tmp_path: Path) -> None:
     base = imported(tmp_path)
     Adapted(base, tmp_path / "run", group=ONE, experts=LORA).save()
     base.rename(tmp_path / "away")
-    with pytest.raises(DataError, match="is missing; restore it"):
+    with refused(DataError):
         export_model(tmp_path / "run", tmp_path / "out")
     import_model(save(tiny_model("llama", seed=2), tmp_path / "others"), base)
-    with pytest.raises(DataError, match=r"its content hash is .* were trained on a base with"):
+    with refused(DataError):
         export_model(tmp_path / "run", tmp_path / "out")

@@ -23,7 +23,10 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.train.build import state_specs
+from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_config, tiny_model
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 LIMIT = 16 << 20
@@ -199,15 +202,15 @@ def test_an_import_of_something_else_does_not_go_on(tmp_path: Path) -> None:
     theirs = save(tiny_model("llama"), tmp_path / "theirs")
     with pytest.raises(KeyboardInterrupt):
         import_model(theirs, tmp_path / "ours", report=stop)
-    with pytest.raises(ConfigError, match="of another model, with other options, or of files that have changed"):
+    with refused(ConfigError):
         import_model(theirs, tmp_path / "ours", ImportOptions(experts=2))
     save(tiny_model("llama", seed=2), tmp_path / "theirs")
-    with pytest.raises(ConfigError, match="files that have changed"):
+    with refused(ConfigError):
         import_model(theirs, tmp_path / "ours")
 
 
 def test_two_imports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
     theirs = save(tiny_model("llama"), tmp_path / "theirs")
     (tmp_path / "ours.importing").mkdir()
-    with FileLock(tmp_path / "ours.importing/lock"), pytest.raises(ConfigError, match="another import is writing there"):
+    with FileLock(tmp_path / "ours.importing/lock"), refused(ConfigError):
         import_model(theirs, tmp_path / "ours")

@@ -26,6 +26,8 @@ from moe_dist.inference.vocabulary import Vocabulary
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.pictured import VOCAB
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 LONGEST = 96
 QUESTIONS = 12

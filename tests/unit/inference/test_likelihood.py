@@ -12,6 +12,7 @@ from moe_dist.inference.likelihood import Continuation, Likelihood, Score
 from moe_dist.inference.multiple_choice import Answered, likeliest
 from moe_dist.inference.questions.fact import Question
 from moe_dist.model.transformer import Transformer
+from tests.support.messages import refused
 from tests.support.tiny import IMAGE_IDS
 from tests.support.transformers import make_transformer
 
@@ -58,9 +59,9 @@ def test_what_does_not_fit_is_refused(tiny_data: Path) -> None:
     model = make_transformer(moe_layers=(0,))
     score = Likelihood(model, load_manifest(tiny_data), group_of_modality=[0, 1], max_seq_len=8)
     assert len(score([Continuation([1] * 4, [5] * 5)])) == 1  # the last token is scored and never read
-    with pytest.raises(ConfigError, match=r"are 9 tokens, more than model\.max_seq_len=8"):
+    with refused(ConfigError, "model.max_seq_len"):
         score([Continuation([1] * 5, [5] * 5)])
-    with pytest.raises(ConfigError, match="one token at least"):
+    with refused(ConfigError):
         score([Continuation([], [5])])
     assert score([]) == []
 

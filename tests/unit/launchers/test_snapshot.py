@@ -10,6 +10,7 @@ from moe_dist.config.cluster import Cluster
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.provenance import code_state
+from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 
 
@@ -67,7 +68,7 @@ def test_a_folder_without_git_is_kept_by_its_parts(clone: Path, tmp_path: Path) 
 def test_nothing_is_left_of_a_snapshot_that_fails(clone: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "x").write_text("in the way")
-    with pytest.raises(OSError, match="kept"):
+    with refused(OSError):
         take_snapshot(tmp_path / "kept", tiny_config(tmp_path, tmp_path), Cluster(), clone=clone)
     assert not list(tmp_path.glob(".kept*"))
 
@@ -79,7 +80,7 @@ def test_a_sweep_has_a_line_of_overrides_a_task(clone: Path, tmp_path: Path) -> 
     assert tasks == [("optimizer.lr=1e-3",), ("run.seed=1", "data.weights={a: 1, b: 2}")]
     snapshot = take_snapshot(tmp_path / "kept", tiny_config(tmp_path, tmp_path), Cluster(), sweep=tasks, clone=clone)
     assert [snapshot.overrides_of(task) for task in (None, 1)] == [(), tasks[1]]
-    with pytest.raises(ConfigError, match="array task 2: the sweep file has the tasks 0 to 1"):
+    with refused(ConfigError):
         snapshot.overrides_of(2)
 
 

@@ -17,6 +17,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.lease import Holder, Lease
 from moe_dist.runtime.save_time import record_save_seconds
 from moe_dist.runtime.status import AttemptRecord, write_status
+from tests.support.messages import refused
 
 NOW = 1_800_000_000.0
 
@@ -151,9 +152,9 @@ def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     night, other = Folder(tmp_path).path, Folder(tmp_path / "x", "other").path
     assert find_runs(["night", str(other)], tmp_path) == [night, other]
     assert find_runs(["x"], tmp_path) == [other], "the tasks of an array"
-    with pytest.raises(ConfigError, match=r"'nigth': no run of that name in .* \(which holds night\)"):
+    with refused(ConfigError):
         find_runs(["nigth"], tmp_path)
-    with pytest.raises(ConfigError, match="holds no run"):
+    with refused(ConfigError):
         find_runs([], tmp_path / "empty")
 
 

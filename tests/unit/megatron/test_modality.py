@@ -5,6 +5,7 @@ import torch
 
 from moe_dist.errors import ConfigError
 from moe_dist.megatron.modality import groups_of_rank, modality_of_tokens
+from tests.support.messages import refused
 
 IDS_BS = torch.tensor([[0, 1, 2, -1], [2, 0, 0, 1]])
 GROUP_OF_MODALITY = torch.tensor([0, 1, 1, -1])
@@ -41,10 +42,10 @@ def test_one_modality_takes_megatrons_boolean_mask_or_none() -> None:
 
 @pytest.mark.parametrize("mask_BS", [None, torch.zeros(2, 4, dtype=torch.bool)])
 def test_several_modalities_need_ids(mask_BS: torch.Tensor | None) -> None:
-    with pytest.raises(ConfigError, match=r"3 modalities; pass their ids as an int64 tensor"):
+    with refused(ConfigError):
         groups_of_rank(mask_BS, GROUP_OF_MODALITY, length=4, batch=2, tp_rank=0, tp_size=1)
 
 
 def test_ids_of_another_shape_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"shape \(2, 4\) must be \[batch=2, 3\]"):
+    with refused(ConfigError, "batch"):
         groups_of_rank(IDS_BS, GROUP_OF_MODALITY, length=3, batch=2, tp_rank=0, tp_size=2)

@@ -12,6 +12,7 @@ from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult, StepStatistics
 from moe_dist.monitor.tags import MAX_SCALARS, MEANING, split_tag
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.messages import refused
 from tests.unit.monitor.conftest import draw_statistics
 
 MakeStatistics = Callable[..., StepStatistics]
@@ -203,7 +204,7 @@ def test_numbers_that_are_not_finite_stay_visible(make_record: MakeRecord) -> No
 
 
 def test_a_modality_named_like_a_loss_term_is_refused(make_statistics: MakeStatistics, placement: ExpertPlacement) -> None:
-    with pytest.raises(ValueError, match=r"\['z'\] are names of loss terms"):
+    with refused(ValueError):
         build_record(make_statistics(), groups=placement.groups, placement=placement, modalities=("text", "z"))
 
 

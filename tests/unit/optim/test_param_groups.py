@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -9,6 +10,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.placement.roles import Role
 from tests.support.worlds import RankContext
+
+pytestmark = pytest.mark.slow
 
 
 def model_of(**parameters: tuple[Role, tuple[int, ...]]) -> nn.Module:

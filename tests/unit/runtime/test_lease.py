@@ -16,6 +16,7 @@ import pytest
 
 from moe_dist.errors import StoppedError
 from moe_dist.runtime.lease import Holder, Lease, LeaseError, _read, read_holder
+from tests.support.messages import refused
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,8 +79,8 @@ def test_a_lease_is_held_checked_and_given_back(tmp_path: Path) -> None:
 def test_a_second_attempt_ends_naming_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     with another_process(path, "time.sleep(100)") as process:
-        with pytest.raises(LeaseError, match=rf"attempt other, process {process.pid} on .* did not end within 1\.5 s"):
-            Lease(path, "me", stale_seconds=0.6).acquire(1.5)
+        with pytest.raises(LeaseError, match=rf"attempt other, process {process.pid} on .* did not end within 4 s"):
+            Lease(path, "me", stale_seconds=3.0).acquire(4.0)  # it beats every 0.1 s
         holder = read_holder(path)
         assert holder is not None
         assert holder.pid == process.pid
@@ -102,7 +103,7 @@ def test_a_stop_request_ends_the_wait(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     of_another_machine(path)
     looks = iter([False, False, True])
-    with pytest.raises(StoppedError, match="attempt old"):
+    with refused(StoppedError):
         Lease(path, "me").acquire(1000.0, stopped=lambda: next(looks))
 
 
@@ -152,7 +153,7 @@ def test_a_holder_killed_on_this_machine_is_replaced_without_waiting_for_stalene
 def test_a_silent_holder_on_another_host_is_replaced_only_when_stale(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     holder = of_another_machine(path)
-    with pytest.raises(LeaseError, match="process 1 on elsewhere"):
+    with refused(LeaseError):
         Lease(path, "me", stale_seconds=1000.0).acquire(0.3)
     assert read_holder(path) == holder
     Lease(path, "me", stale_seconds=0.3).acquire(600.0).check()
@@ -187,7 +188,7 @@ def test_a_resumed_writer_is_refused_and_its_heartbeats_have_no_effect(tmp_path:
     after = Lease(path, "after", stale_seconds=0.2).acquire(600.0)
     content = path.read_bytes().partition(b"\n")[2]
     sleeper.renew()
-    with pytest.raises(LeaseError, match=r"lost the lease to attempt after"):
+    with refused(LeaseError):
         sleeper.check()
     sleeper.release()
     after.check()
@@ -207,7 +208,7 @@ def test_a_late_takeover_does_not_replace_a_new_holder(tmp_path: Path) -> None:
 def test_a_lease_that_somebody_removed_is_lost(tmp_path: Path) -> None:
     lease = Lease(tmp_path / "lease.json", "me").acquire(0.0)
     lease.path.unlink()
-    with pytest.raises(LeaseError, match="somebody who deleted it"):
+    with refused(LeaseError):
         lease.check()
 
 

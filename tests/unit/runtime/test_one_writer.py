@@ -28,6 +28,8 @@ from moe_dist.runtime.lease import Lease, LeaseError
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, write_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 FIRST = """
 import os, signal, sys

@@ -25,6 +25,8 @@ from moe_dist.runtime.run_folder import RunFolder, Start
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 ENV = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="first")
 BOB = pwd.getpwnam("nobody")

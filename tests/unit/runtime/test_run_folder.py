@@ -13,6 +13,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease, LeaseError
 from moe_dist.runtime.run_folder import RunFolder, Start
+from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 
 ENV = RankEnv(0, 2, 0, 2, "file:///x", attempt=0, attempt_id="first")
@@ -93,7 +94,7 @@ def test_a_configuration_of_another_version_is_refused_in_words(tmp_path: Path) 
     config = config_with(tmp_path)
     folder = attempt(config, verdict=75)
     folder.config_yaml.write_text(folder.config_yaml.read_text() + "a_key_of_long_ago: 1\n")
-    with pytest.raises(ConfigError, match=r"this version of moe_dist cannot read it(.|\n)*a_key_of_long_ago"):
+    with refused(ConfigError):
         folder.inspect(config)
 
 
@@ -142,7 +143,7 @@ def test_overwrite_is_ignored_in_a_restart_and_left_to_rank_0(tmp_path: Path) ->
 def test_overwrite_does_not_touch_a_run_that_somebody_writes_to(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     lease = RunFolder.of(config).open(config, ENV)
-    with pytest.raises(LeaseError, match="attempt first"):
+    with refused(LeaseError):
         RunFolder.of(config).move_aside()
     lease.check()
     lease.release()
@@ -154,7 +155,7 @@ def test_a_folder_that_is_no_run_is_neither_used_nor_moved(tmp_path: Path, overw
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)
     (folder.path / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"is no run folder \(it has no config\.yaml, but thesis\.tex\)"):
+    with refused(ConfigError, "config.yaml"):
         folder.start(config, ENV, overwrite=overwrite)
     assert (folder.path / "thesis.tex").exists()
 

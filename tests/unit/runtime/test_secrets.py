@@ -12,6 +12,7 @@ from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.log import WithoutSecrets
 from moe_dist.runtime.provenance import record_provenance
 from moe_dist.runtime.secrets import secrets_of, without_secrets
+from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
 PLANTED = {
@@ -75,7 +76,7 @@ def test_a_configuration_with_a_secret_is_refused_without_showing_it(
     monkeypatch.setenv("WANDB_API_KEY", token)
     check_file(path)
     override = f"monitor.sinks=[{{kind: wandb, project: x-{token}}}]"
-    with pytest.raises(ConfigError, match=r"monitor\.sinks\.0\.project: its value contains.*WANDB_API_KEY") as raised:
+    with refused(ConfigError, "monitor.sinks.0.project") as raised:
         check_file(path, [override])
     assert token not in str(raised.value)
     assert "WANDB_API_KEY" in os.environ

@@ -18,6 +18,8 @@ from moe_dist.inference.multiple_choice import MEASURES
 from tests.support.one_rank import OneRank, world_of_one
 from tools.evaluate import main
 
+pytestmark = pytest.mark.slow
+
 
 def call(*arguments: object) -> Result:
     app = typer.Typer()

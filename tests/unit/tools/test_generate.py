@@ -25,6 +25,8 @@ from tests.support.pictured import pictured_data, pictured_run
 from tests.support.tiny import tiny_config
 from tools.generate import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

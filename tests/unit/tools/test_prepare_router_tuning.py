@@ -25,6 +25,8 @@ from tests.support.tiny_embedder import tiny_embedder
 from tools.evaluate import main as evaluate
 from tools.prepare_router_tuning import main
 
+pytestmark = pytest.mark.slow
+
 TASKS = "wordnet-definition,wordnet-category"
 
 

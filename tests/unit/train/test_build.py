@@ -10,6 +10,7 @@ from moe_dist.config.balance_rules import even_active
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.train.build import check_expert_gemm, state_specs
+from tests.support.messages import refused
 
 
 def config(expert_gemm: str, precision: str = "bf16") -> Config:
@@ -38,7 +39,7 @@ def test_a_device_without_the_grouped_kernel_is_named(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
-    with pytest.raises(ConfigError, match="expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 on compute"):
+    with refused(ConfigError, "expert_gemm=grouped"):
         check_expert_gemm(config("grouped", precision), torch.device("cuda"))
     check_expert_gemm(config("auto", precision), torch.device("cuda"))
 

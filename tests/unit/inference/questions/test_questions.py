@@ -19,6 +19,7 @@ from moe_dist.inference.questions.split import Side, on_side, side_of
 from moe_dist.inference.questions.trivia import alternatives, trivia
 from moe_dist.inference.questions.wordnet import WordNet
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
+from tests.support.messages import refused
 from tests.support.wordnet_files import offset_of, write_wordnet
 
 WORDS = [
@@ -153,7 +154,7 @@ def test_quiz_files(tmp_path: Path) -> None:
     assert facts[4].keys == {"lemma:alaska", "lemma:juneau"}
     assert facts[4].pool == facts[5].pool != facts[3].pool
     assert alternatives("M[iddle{-}Earth|E]|forget{-| }me") == ["Middle-Earth", "forget-me"]
-    with pytest.raises(DataError, match="elements: cannot be read"):
+    with refused(DataError):
         trivia(tmp_path, "elements")
 
 
@@ -161,7 +162,7 @@ def test_tasks_by_name_and_family() -> None:
     assert task_names("trivia-words,wordnet,wordnet-antonym") == [
         "trivia-words", "wordnet-definition", "wordnet-hypernym", "wordnet-antonym", "wordnet-category",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="--tasks wordnet-antonyms: there is no such task; did you mean wordnet-antonym"):
+    with refused(ConfigError, "--tasks"):
         task_names("wordnet-antonyms,trivia")
 
 
@@ -184,5 +185,5 @@ def test_of_a_family_that_is_trained_on_no_picture_is_asked_about_elsewhere() ->
         assert [fact.id for fact in facts] == ["en: cat"]
     for facts in pictures(cast(Vocabulary, Pictured(train, held_out)), families, Side.TRAIN):
         assert [fact.id for fact in facts] == ["en: elf", "en: house"]
-    with pytest.raises(ConfigError, match="was trained on others of the family"):
+    with refused(ConfigError):
         pictures(cast(Vocabulary, Pictured(train, held_out[:1])), families, Side.VALID)

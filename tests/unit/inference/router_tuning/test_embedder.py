@@ -11,6 +11,7 @@ import torch
 
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
+from tests.support.messages import refused
 from tests.support.tiny_embedder import tiny_embedder
 
 TEXTS = ["what is the number 3?", "a", "gloss number 17; word " * 9, "a word"]
@@ -106,13 +107,13 @@ def test_what_needs_code_or_lacks_files_is_refused(made: Path, tmp_path: Path, n
 def test_damaged_weights_are_named(made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made, tmp_path / "broken")
     (folder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(MoeDistError, match="cannot be loaded"):
+    with refused(MoeDistError):
         Embedder(folder)(["a"])
 
 
 def test_a_missing_folder_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="`make embedder` installs the default one there"):
+    with refused(ConfigError):
         Embedder(PACKAGED)
-    with pytest.raises(ConfigError, match="give a folder that sentence-transformers saved"):
+    with refused(ConfigError):
         Embedder(tmp_path / "nowhere")

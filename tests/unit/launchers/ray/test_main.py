@@ -17,6 +17,7 @@ from launchers.ray.submit import follow_job, stop, verdict, verdict_line
 from moe_dist.config.bundled import source_root
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.run_folder import RunFolder
+from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
 
@@ -75,9 +76,7 @@ def yaml(tmp_path: Path, tiny_data: Path) -> Path:
 
 
 def test_relative_paths_are_refused_with_an_example(yaml: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"run\.root='runs': must be absolute.*as in run\.root=/shared/folder/runs"
-    ) as error:
+    with refused(ConfigError, "run.root='runs'") as error:
         launch(yaml, ["run.root=runs"])
     assert error.value.exit_code == 78
 
@@ -129,7 +128,7 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
 
 def test_a_variable_that_is_not_there_is_refused(yaml: Path) -> None:
     nowhere = {"address": "http://127.0.0.1:1", "options": [], "cluster": None, "grace_seconds": 1}
-    with pytest.raises(ConfigError, match="--env MOE_DIST_TEST_NONE"):
+    with refused(ConfigError, "--env"):
         submitted(yaml, [], forwarded=["MOE_DIST_TEST_NONE"], **nowhere)
 
 
@@ -163,7 +162,7 @@ def test_the_log_is_shown_once_though_the_connection_breaks(
 def test_a_stop_returns_the_verdict_and_knows_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, Api([verdict_line(75)], "STOPPED", None))
     assert stop("http://127.0.0.1:8265", "raysubmit_x") == 75
-    with pytest.raises(ConfigError, match="--stop raysubmit_y: Request failed"):
+    with refused(ConfigError, "--stop"):
         stop("http://127.0.0.1:8265", "raysubmit_y")
 
 

@@ -32,6 +32,7 @@ from moe_dist.moe.routers.selection import choice_of_training as as_in_training
 from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
+from tests.support.messages import refused
 
 D = 5
 TEXT = ExpertGroup("text", 4, 0, 1, 6, 0, ("text",))
@@ -212,7 +213,7 @@ def test_evaluation_is_by_threshold_or_by_auxiliary_router() -> None:
         torch.testing.assert_close(passes[token, :4], by_hand)
     expected = choice_by_score(passes.sigmoid().tolist(), group_T.tolist(), GROUPS, [0.5] * E)
     assert pairs_of(router, h_TD, group_T) == expected
-    with pytest.raises(AssertionError, match=r"causal is null: the choice of training looks at later tokens"):
+    with refused(AssertionError):
         make_router(causal=None).eval()(h_TD, group_T)
 
 

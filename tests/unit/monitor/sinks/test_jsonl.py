@@ -15,6 +15,7 @@ from moe_dist.monitor.metrics import Record, evaluation_scalars
 from moe_dist.monitor.sinks.jsonl import JsonlSink, drop_lines_after, read_lines
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import reproducible_part
+from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
 
@@ -127,7 +128,7 @@ def test_a_crash_while_dropping_leaves_the_old_file(
 
     with monkeypatch.context() as patch:
         patch.setattr("moe_dist.monitor.sinks.jsonl.os.replace", crash)
-        with pytest.raises(OSError, match="no space"):
+        with refused(OSError):
             JsonlSink(path=path, resume_step=3)
     assert path.read_bytes() == before
     write(path, make_record, range(4, 8), resume_step=3)
@@ -139,7 +140,7 @@ def test_a_damaged_line_inside_is_named(tmp_path: Path, make_record: MakeRecord)
     write(path, make_record, range(1, 4))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"step":2,\n' + lines[2])
-    with pytest.raises(ValueError, match="line 2 is not a record"):
+    with refused(ValueError):
         steps_of(path)
 
 
@@ -206,7 +207,7 @@ def test_lines_wait_for_room_and_no_checkpoint_is_saved_meanwhile(
     sink.step(make_record(2))
     sink.step(make_record(3))
     assert caplog.text.count("No space left on device; lines wait in memory") == 1
-    with pytest.raises(CheckpointError, match=r"m\.jsonl: its last lines cannot be written: No space"):
+    with refused(CheckpointError, "m.jsonl"):
         sink.flush()
     assert steps_of(path) == [1]  # a torn line is no line
     full.room = 1 << 20

@@ -16,6 +16,7 @@ from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import MAX_SCALARS
+from tests.support.messages import refused
 
 MakeRecord = Callable[..., Record]
 
@@ -191,7 +192,7 @@ def test_the_custom_page_shows_curves_that_exist(tmp_path: Path, subject: Subjec
 def test_use_after_close_is_an_error(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
     sink = TensorBoardSink(folder=tmp_path, subject=subject, modalities=("text", "image"))
     sink.close()
-    with pytest.raises(RuntimeError, match="after close"):
+    with refused(RuntimeError):
         sink.step(make_record(1))
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -9,6 +10,8 @@ from moe_dist.config.load import resolved_yaml
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 from tools.bench.router_tuning import main
+
+pytestmark = pytest.mark.slow
 
 
 def test_both_arms_are_told(tiny_data: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from tests.support.messages import refused
 from tools.bench.statistics import log_log_slope, median_interval, paired_ratio
 
 
@@ -52,7 +53,7 @@ def test_coverage_on_skewed_times() -> None:
 def test_few_values_give_all_of_them() -> None:
     interval = median_interval([3.0, 1.0, 2.0])
     assert (interval.low, interval.median, interval.high) == (1.0, 2.0, 3.0)
-    with pytest.raises(ValueError, match="one at least"):
+    with refused(ValueError):
         median_interval([])
 
 
@@ -61,7 +62,7 @@ def test_ratios_are_paired() -> None:
     slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     interval = paired_ratio(3 * slow, 2 * slow)
     assert (interval.low, interval.median, interval.high) == (1.5, 1.5, 1.5)
-    with pytest.raises(ValueError, match="cannot be paired"):
+    with refused(ValueError):
         paired_ratio([1.0], [1.0, 2.0])
 
 

@@ -12,6 +12,7 @@ from moe_dist.data.indexed import IndexedSplit, write_indexed
 from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.tokenizer import encode_texts, fit_tokenizer, load_tokenizer
 from moe_dist.errors import ConfigError
+from tests.support.messages import refused
 from tools.experiments.answers import right_documents
 from tools.experiments.convention_data import COLOURS, CONVENTIONS, TEMPLATES, TONGUES, Asked, answer, make, paraphrases
 
@@ -88,9 +89,9 @@ def test_documents_ask_all_conventions_about_the_same_and_are_answered_by_each(b
             assert reply == f" {names[(right + step) % len(names)]}<eos>"
             key = (about, tuple(codes.tolist()))
             assert asked.setdefault(place, key) == key, "the same picture or caption in each convention"
-    with pytest.raises(ConfigError, match="is there already"):
+    with refused(ConfigError):
         make(base, tmp_path / "out", questions=20, heldout=10, seed=0)
-    with pytest.raises(ConfigError, match="for 40 questions, not for 60"):
+    with refused(ConfigError):
         make(base, tmp_path / "other", questions=30, heldout=10, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

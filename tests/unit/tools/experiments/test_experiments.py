@@ -8,6 +8,7 @@ from moe_dist.config.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import layout_without_data, manifest_violations
+from tests.support.messages import refused
 from tools.experiments.convention_data import CONVENTIONS
 from tools.experiments.study import Study, StudyJob, config_of, jobs_of, load_study
 
@@ -55,7 +56,7 @@ def test_every_arm_is_a_run_that_could_start(name: str) -> None:
     study = study_of(name)
     for job in jobs_once(study):
         if "model.mixture_of_depths" in job.settings and "mixture_of_depths" not in ModelSection.model_fields:
-            with pytest.raises(ConfigError, match=r"^model\.mixture_of_depths: unknown key"):
+            with refused(ConfigError, "model.mixture_of_depths"):
                 config_of(study, job)
             continue
         config = config_of(study, job)
@@ -94,5 +95,5 @@ def test_arms_that_go_on_from_anothers_at_no_cost_of_their_own_are_not_set_again
     text = (REPOSITORY / "configs/reproduce/moma.yaml").read_text()
     path = tmp_path / "moma.yaml"
     path.write_text(text.replace("{eta: mixed8, of: dense, part: image}", "{eta: auxiliary, of: dense, part: image}"))
-    with pytest.raises(ConfigError, match="eta needs what all of auxiliary's training cost"):
+    with refused(ConfigError):
         load_study(path)

@@ -10,6 +10,7 @@ from moe_dist.model.mixture_of_depths import Chosen, DepthRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, Assignments, RouterSums, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.messages import refused
 from tools.experiments.measure import planned
 from tools.experiments.probes import bound_for_load, changed_routing, flip, flip_depths, second_weights, swapped, threshold
 from tools.experiments.sent_rows import SentRows, rank_of_tokens
@@ -118,7 +119,7 @@ def test_second_experts_below_the_bound_are_dropped_and_the_first_has_all() -> N
     assert list(zip(pairs.token_N.tolist(), pairs.expert_N.tolist(), strict=True)) == [(0, 0), (1, 1), (1, 2)]
     assert pairs.weight_N.tolist() == pytest.approx([1.0, 1 - float(second_T[1]), float(second_T[1])])
     assert len(module(h_TD, torch.zeros(2, dtype=torch.int64)).assignments.taken().token_N) == 4, "as it was again"
-    with pytest.raises(ValueError, match="loads of 1 to 2"):
+    with refused(ValueError):
         bound_for_load(second_T, 0.9)
 
 

@@ -22,6 +22,8 @@ from tools.experiments import oracle
 from tools.experiments.oracle import Oracle, check_routers
 from tools.experiments.tokens import recorded_routers
 
+pytestmark = pytest.mark.slow
+
 BASE = Path(__file__).parents[4] / "configs/reproduce/base.yaml"
 VOCAB, LAYERS = 32, 3
 MANIFEST = Manifest.model_construct(modalities={"text": ((0, VOCAB),)}, pad_id=0)

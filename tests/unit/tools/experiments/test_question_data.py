@@ -17,6 +17,7 @@ from moe_dist.inference.questions.catalogue import Catalogue
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.train.router_tuning.samples import Samples
+from tests.support.messages import refused
 from tests.support.pictured import pictured_run
 from tests.support.tiny_embedder import tiny_embedder
 from tests.support.wordnet_files import write_wordnet
@@ -24,6 +25,8 @@ from tools.evaluate import ask, write
 from tools.experiments import question_data
 from tools.experiments.measure_schema import QuestionsSection
 from tools.experiments.questions import QuestionRound, check_questions, make_samples
+
+pytestmark = pytest.mark.slow
 
 SIZE, LEFT = 80, 6
 
@@ -99,7 +102,7 @@ def test_further_seeds_have_other_questions(made: Path, words: Path, monkeypatch
 
 
 def test_nothing_is_overwritten(made: Path, own_data: Path, words: Path) -> None:
-    with pytest.raises(ConfigError, match="is there already"):
+    with refused(ConfigError):
         question_data.make(own_data, made, wordnet=words, left=LEFT, seeds=2, seed=0)
 
 
@@ -201,7 +204,7 @@ def test_samples_that_cannot_be_made_end_with_the_tools_code(
     sampled: tuple[Path, QuestionsSection], tmp_path: Path
 ) -> None:
     _, section = sampled
-    with pytest.raises(DataError, match="prepare_router_tuning ended with 78"):
+    with refused(DataError):
         make_samples(tmp_path, section)
 
 
@@ -216,8 +219,8 @@ def test_what_questions_need_is_looked_for_before_anything_is_trained(
         ({"wordnet": str(tmp_path)}, "data.noun"),
         ({"embedder": str(tmp_path)}, "no modules.json"),
     ):
-        with pytest.raises(ConfigError, match=named) as refused:
+        with pytest.raises(ConfigError, match=named) as raised:
             check_questions(section.model_copy(update=change), config, samples=True)
-        assert "make wordnet embedder" in str(refused.value)
-    with pytest.raises(ConfigError, match=r"measure\.questions\.least=4000: wordnet-category have"):
+        assert "make wordnet embedder" in str(raised.value)
+    with refused(ConfigError, "measure.questions.least=4000"):
         check_questions(section.model_copy(update={"least": 4000}), config, samples=True)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.support.messages import refused
 from tools.experiments.statistics import at_equal_cost, cost_to_reach, log_eta, on_lines, paired
 from tools.experiments.study import Study
 from tools.experiments.verdicts import judge
@@ -30,7 +31,7 @@ def test_bounds_of_three_pairs_and_of_equal_ones() -> None:
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
 def test_no_bound_without_two_finite_pairs(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="two finite differences"):
+    with refused(ValueError):
         paired(values)
 
 

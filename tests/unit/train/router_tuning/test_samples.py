@@ -11,6 +11,7 @@ import pytest
 from moe_dist.config.tuning_manifest import ARRAYS, TuningManifest, write_tuning_manifest
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.train.router_tuning.samples import Samples, Scored, TuningSample, write_samples
+from tests.support.messages import refused
 from tests.support.tuning_samples import made_samples
 
 
@@ -56,7 +57,7 @@ def test_what_was_written_comes_back_with_the_right_ones_first(tmp_path: Path) -
 
 def test_nothing_is_overwritten(folder: Path) -> None:
     before = (folder / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
+    with refused(ConfigError):
         write_samples(folder, scored(), np.zeros((4, 3)), np.zeros((4, 2, 5)), facts())
     assert (folder / "manifest.json").read_bytes() == before
 
@@ -120,5 +121,5 @@ def test_arrays_are_held_against_the_manifest(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=name):
             Samples(folder)
     path.write_text(json.dumps({**values, "right": 99}))
-    with pytest.raises(DataError, match="right=99"):
+    with refused(DataError, "right=99"):
         Samples(folder)
