@@ -14,12 +14,8 @@ from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.snapshot import take_snapshot
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
-<<<<<<< HEAD
 from moe_dist.optim.optimizer import step_count
-=======
-from moe_dist.optim.adamw import step_count
 from tests.support.messages import refused
->>>>>>> f17a881 (Hold the texts of all refusals in the golden file; name collectives by constants)
 from tests.support.small_run import PLACEMENT, SmallRun
 
 

@@ -1,12 +1,8 @@
 import pytest
 
 from moe_dist.config.schema import CosineSchedule, WsdSchedule
-<<<<<<< HEAD
 from moe_dist.optim.optimizer import coefficient_at, lr_factor
-=======
-from moe_dist.optim.schedules import coefficient_at, lr_factor
 from tests.support.messages import refused
->>>>>>> f17a881 (Hold the texts of all refusals in the golden file; name collectives by constants)
 
 
 def factors(total: int, **schedule: object) -> list[float]:

@@ -63,13 +63,8 @@ def test_an_unreachable_slurm_gives_one_result() -> None:
     assert (found.check, found.verdict) == ("scheduler", 69)
 
 
-<<<<<<< HEAD
 def test_an_error_of_a_slurm_command_is_one_line() -> None:
-    with pytest.raises(OSError, match=r"^bash: error: one / fatal: two$"):
-=======
-def test_what_a_command_of_slurm_complains_of_is_one_line() -> None:
     with refused(OSError):
->>>>>>> f17a881 (Hold the texts of all refusals in the golden file; name collectives by constants)
         ask(["bash", "-c", "printf 'error: one\\nfatal: two\\n' >&2; exit 1"])
 
 

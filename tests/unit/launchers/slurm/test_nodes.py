@@ -5,12 +5,8 @@ from pathlib import Path
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-<<<<<<< HEAD:tests/unit/launchers/slurm/test_nodes.py
 from launchers.slurm.nodes import Allocation, GivenPart, SlurmError, ask, differences, expand_counts, hosts_of
-=======
-from launchers.slurm.allocation import Allocation, GivenPart, SlurmError, ask, differences, expand_counts, hosts_of
 from tests.support.messages import refused
->>>>>>> f17a881 (Hold the texts of all refusals in the golden file; name collectives by constants):tests/unit/launchers/slurm/test_allocation.py
 
 PLAN = JobPlan(
     (NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"), NodePlan(2, (3, 4), feature="text"))
@@ -95,13 +91,8 @@ def test_an_allocation_is_read_from_the_environment_and_slurm() -> None:
 
 
 @pytest.mark.usefixtures("scontrol")
-<<<<<<< HEAD:tests/unit/launchers/slurm/test_nodes.py
 def test_a_failed_or_missing_command_is_reported() -> None:
-    with pytest.raises(SlurmError, match="scontrol ping: slurm_load: what is ping"):
-=======
-def test_a_command_that_fails_or_is_not_there_is_said() -> None:
     with refused(SlurmError):
->>>>>>> f17a881 (Hold the texts of all refusals in the golden file; name collectives by constants):tests/unit/launchers/slurm/test_allocation.py
         ask("scontrol", "ping")
     with refused(SlurmError):
         ask("snone", "x")
