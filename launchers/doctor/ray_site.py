@@ -56,9 +56,6 @@ def run_on_nodes(
     chosen = _chosen(plan, cluster, live_nodes()).nodes
     if not chosen:
         raise ResourceError("the cluster lacks the nodes of the plan; the check `nodes` names them")
-    shared = {name: variable.value for name, variable in cluster.nccl.items()}
-    if cluster.interface is not None:
-        shared |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
     gpus, world = (1 if tasks_per_node > 1 else 0), len(chosen) * tasks_per_node
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_run)  # pyright: ignore
     names = _names(chosen)
@@ -66,7 +63,8 @@ def run_on_nodes(
     for rank in range(world):
         node, local = divmod(rank, tasks_per_node)
         own = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": tasks_per_node}
-        variables = {**shared, **{name: str(value) for name, value in own.items()}, "MOE_DIST_NODE_NAME": names[node]}
+        variables = cluster.network_variables | {name: str(value) for name, value in own.items()}
+        variables["MOE_DIST_NODE_NAME"] = names[node]
         if rank == 0 and cluster.interface is None:
             variables[HOST_VARIABLE] = chosen[node].address
         pinned = NodeAffinitySchedulingStrategy(chosen[node].node_id, soft=False)  # fails rather than running elsewhere

@@ -92,15 +92,12 @@ def srun_command(
 
 def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, visible: Sequence[str]) -> str:
     """Shell text of a task: the site's variables and prelude, then Python in the site's container."""
-    variables = {name: variable.value for name, variable in cluster.nccl.items()}
-    if cluster.interface is not None:
-        variables |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
     code = code_folder()
     command = [*container_prefix(cluster, visible, code), interpreter(cluster), "-m", module, argument]
     return "\n".join(
         [
             f"cd {shlex.quote(str(code))} || exit 78",  # pyxis starts in a folder of the image
-            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            *(f"export {name}={shlex.quote(value)}" for name, value in cluster.network_variables.items()),
             *cluster.prelude,
             "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
             f"export LOCAL_WORLD_SIZE={tasks_per_node} PYTHONUNBUFFERED=1",

@@ -117,10 +117,8 @@ def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[
 
 def site_variables(cluster: Cluster, workers: Sequence[WorkerInfo], rank: int) -> dict[str, str]:
     """Network variables from the cluster file. Without an interface, rank 0 listens at its node's address in Ray."""
-    variables = {name: each.value for name, each in cluster.nccl.items()}
-    if cluster.interface is not None:
-        return {**variables, "GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
-    return {**variables, **({HOST_VARIABLE: workers[0].host} if rank == 0 else {})}
+    host = {HOST_VARIABLE: workers[0].host} if rank == 0 and cluster.interface is None else {}
+    return cluster.network_variables | host
 
 
 def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:

@@ -156,11 +156,8 @@ def rank_table(
     common = {
         name: value for name, value in commands[0].env.items() if all(command.env[name] == value for command in commands)
     }
-    site = {name: variable.value for name, variable in cluster.nccl.items()}
-    if cluster.interface is not None:
-        site |= {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
     lines = ["# The rank of each task; sourced by slurm/node_env.sh.", f"cd {shlex.quote(str(code))} || exit 78"]
-    lines += [_export({**site, **common}), 'case "$SLURMD_NODENAME" in']
+    lines += [_export({**cluster.network_variables, **common}), 'case "$SLURMD_NODENAME" in']
     lines += [f"{host}) {_export({FEATURES: features.get(host, '')})} ;;" for host in dict.fromkeys(hosts)]
     lines += ["esac", 'case "$SLURMD_NODENAME/$SLURM_LOCALID" in']
     for command in commands:

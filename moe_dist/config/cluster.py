@@ -125,6 +125,12 @@ class Cluster(Section):
     )
     max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
 
+    @property
+    def network_variables(self) -> dict[str, str]:
+        """Environment variables for NCCL and gloo: `nccl`, and both libraries' interface."""
+        interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
+        return {name: variable.value for name, variable in self.nccl.items()} | interface
+
     def violations(self) -> list[Violation]:
         """A signal that comes at once would stop every start of a job as soon as it trains; an option that stands twice
         would win over the plan, or lose against it."""
