@@ -13,8 +13,10 @@ SMOLLM2 := .cache/smollm2
 CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 # One thread a process: the tests run more processes than there are cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Tests of one process run beside each other, a file on one worker; those of several ranks fill the cores by themselves.
+# Tests run beside each other, a file on one worker. Two workers run those of several ranks, each with standing worlds of its
+# own: ranks of one wait for each other while those of the other compute.
 BESIDE := -n logical --maxprocesses 4 --dist loadfile
+WORLDS := -n 2 --dist loadfile
 EXPERIMENTS := adamoe adamoe-held moma moma-narrow nulls-by-modality mole roma roma-listed
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
 export RUN ARGS
@@ -32,7 +34,7 @@ train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONF
 
 # The second half runs whatever the first returns; the exit code is non-zero if either failed.
 BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \
-  $(TEST) $(1) tests/distributed tests/integration && exit $$unit
+  $(TEST) $(1) $(WORLDS) tests/distributed tests/integration && exit $$unit
 
 test: $(INSTALLED)  ## Run all tests but those of test-full, test-faults and test-clusters
 	@$(call BOTH_HALVES,)
