@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.routing import Routing
+from moe_dist.moe.routing import Routing, RoutingRequest
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
@@ -160,8 +160,8 @@ def dtypes(rank: RankContext, layout: Layout) -> dict[str, str]:
     layer.experts.register_forward_hook(see_experts)
     batch = batch_of(0, 0, 2 + rank.rank, 1)
     group = torch.where(batch.padding_BS, -1, batch.modality_BS)
-    asked = torch.tensor([0, 1])
-    logits, reports = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group, None, asked)
+    request = RoutingRequest(probe_tokens_A=torch.tensor([0, 1]))
+    logits, reports = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group, request)
     seen["routing of the asked tokens"] = str(reports[0].prob_AC.dtype)
     logits.float().square().sum().backward()
     parallel.reduce_gradients()
