@@ -1,1 +1,1 @@
-"""A trained run in use: loaded, it generates, answers questions, and prepares the samples of router tuning."""
+"""Use of a trained run: load it, generate, answer questions, and prepare samples for router tuning."""

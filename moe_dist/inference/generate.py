@@ -1,4 +1,4 @@
-"""Token after token from a trained model, with a key-value cache. Shape letters: B sequences, N tokens, V vocabulary."""
+"""Generates tokens from a trained model with a key-value cache. Shape letters: B sequences, N tokens, V vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,19 +13,19 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences at once, without their plain copies
+_BATCH = 64  # sequences in one batch, plain copies not counted
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made of each prompt.
+    """Settings of a generation.
 
     Attributes:
-        max_new_tokens: At most; a picture that was begun is always finished within it.
+        max_new_tokens: Upper bound; a picture is only started if it can be completed within it.
         sampling: How a token is drawn.
-        seed: Of all draws; sequence b draws from (seed, b).
-        one_picture: End at the end mark of a picture.
-        text_only: Begin no picture.
+        seed: Sequence b draws from (seed, b).
+        one_picture: Stop at the end mark of a picture.
+        text_only: Start no picture.
         guidance: Strength of classifier-free guidance; needs `plain` prompts.
     """
 
@@ -38,10 +38,10 @@ class Request:
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Refuses what does not fit the model, before anything is computed.
+    """Refuses prompts that do not fit the model, before anything is computed.
 
     Raises:
-        ConfigError: a prompt is empty or too long, or nothing is asked for.
+        ConfigError: a prompt is empty or too long, or no new tokens are asked for.
     """
     if not all(prompts) or max_new_tokens < 1:
         raise ConfigError("there must be a prompt of one token at least, and one token to make")
@@ -60,9 +60,9 @@ class Generator:
 
     Args:
         model: With all experts on this device; it is put into evaluation mode.
-        grammar: Of the data that it was trained on.
+        grammar: The grammar of its training data.
         group_of_modality: Expert group of each modality.
-        max_seq_len: Longest sequence that the model is made for.
+        max_seq_len: Longest sequence that the model supports.
     """
 
     def __init__(self, model: Transformer, grammar: Grammar, *, group_of_modality: Sequence[int], max_seq_len: int) -> None:
@@ -76,7 +76,7 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """The new tokens of each prompt, with the end mark that stopped it, if one did. Syncs with the device each token.
+        """New tokens of each prompt, with the end mark if one was reached. One host sync for each token.
 
         Args:
             plain: For guidance: the same prompts without their captions.
@@ -123,7 +123,7 @@ class Generator:
         return GrammarState.TEXT_ONLY if request.text_only and state is GrammarState.TEXT else state
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
-        """The whole prompts at once, shorter ones padded behind; logits of each one's last token [B, V]."""
+        """Runs all prompts in one batch, padded at the end; returns the logits of each prompt's last token [B, V]."""
         longest = max(map(len, prompts))
         padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self._device)
         last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
@@ -133,7 +133,7 @@ class Generator:
         return logits[torch.arange(len(prompts), device=self._device), last_B]
 
     def _step(self, tokens: list[int], going: list[bool], positions_B: Tensor, copies: int, cache: KeyValueCache) -> Tensor:
-        """One more token of each sequence, and of its plain copy; sequences that have ended go on as padding."""
+        """Adds one token to each sequence and to its plain copy; finished sequences continue as padding."""
         tokens_B = torch.tensor(tokens * copies, device=self._device)
         group_B = torch.where(torch.tensor(going * copies, device=self._device), self._group_of_id[tokens_B], -1)
         return self.model.forward_cached(tokens_B[:, None], positions_B[:, None], group_B[:, None], cache)[:, 0]

@@ -1,7 +1,7 @@
-"""What may follow what: a picture is its mark, a fixed number of codes, and its end mark; all else is text.
+"""Which token may follow: a picture is a start mark, a fixed number of codes and an end mark; all else is text.
 
-The data are made so (`moe_dist/data/picture_coding.py`), and a picture of one code too few cannot be decoded: sampling is
-held to it. Each sequence stands in one of four states.
+The data have this form (`moe_dist/data/picture_coding.py`), and a picture with a missing code cannot be decoded, so
+sampling allows no other. Each sequence is in one of four states.
 """
 
 from collections.abc import Sequence
@@ -17,25 +17,25 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """What the next token of a sequence may be."""
+    """Which tokens may come next in a sequence."""
 
-    TEXT = 0  # text, the end of the document, or the mark of a picture
-    TEXT_ONLY = 1  # the same, where no picture has room any more
+    TEXT = 0  # text, the end of the document, or the start mark of a picture
+    TEXT_ONLY = 1  # the same without the start mark: no picture would fit any more
     CODE = 2
     END_OF_PICTURE = 3
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """The tokens' meaning.
+    """The grammar of a data set.
 
     Attributes:
         modality_of_id: int64 [V], an index into `modalities`.
         modalities: Names, in the data's order.
         eos_id: Ends a document.
-        begin_id, end_id: Marks of a picture; None where the data have none.
-        cells: Codes of a picture; 0 without pictures.
-        allowed_SV: bool [4, V], which ids each state allows.
+        begin_id, end_id: Marks of a picture; None if the data have none.
+        cells: Codes in a picture; 0 without pictures.
+        allowed_SV: bool [4, V], the ids that each state allows.
     """
 
     modality_of_id: np.ndarray
@@ -48,11 +48,11 @@ class Grammar:
 
     @property
     def picture_tokens(self) -> int:
-        """Tokens of a picture with both marks."""
+        """Length of a picture in tokens, both marks included."""
         return self.cells + 2
 
     def state(self, tokens: Sequence[int], room: int) -> GrammarState:
-        """The state behind `tokens`, with `room` more tokens to come at most."""
+        """The state after `tokens`, if at most `room` more tokens may follow."""
         if self.begin_id is not None and self.begin_id in tokens:
             since = len(tokens) - 1 - _last(tokens, self.begin_id)
             if since < self.cells:
@@ -62,7 +62,7 @@ class Grammar:
         return GrammarState.TEXT if self.cells and room >= self.picture_tokens else GrammarState.TEXT_ONLY
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Codes of each whole picture among the tokens, int64 [cells], counted from the codebook's first."""
+        """Codes of each complete picture in the tokens, int64 [cells], counted from the first code of the codebook."""
         first = int(np.flatnonzero(self.allowed_SV[GrammarState.CODE])[0]) if self.cells else 0
         found = []
         for place, token in enumerate(tokens):
@@ -72,7 +72,7 @@ class Grammar:
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens that are text, without pictures, their marks and the end of the document."""
+        """The text tokens: without pictures, their marks and the end of the document."""
         return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
@@ -80,8 +80,8 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     """The grammar of a data set.
 
     Args:
-        vocab_size: The model's, which may be larger than the data's: ids beyond are never drawn.
-        never: Ids that no document holds behind its first token, such as its begin mark.
+        vocab_size: The model's, which may exceed the data's: ids beyond the data's are never drawn.
+        never: Ids that occur only as the first token of a document, such as its begin mark; never drawn.
 
     Raises:
         ConfigError: the manifest describes pictures, but no modality is called `image`.

@@ -1,4 +1,4 @@
-"""A trained model for EleutherAI's lm-evaluation-harness (package lm_eval, extra `evaluate`), with tasks of its own.
+"""Adapts a trained model to EleutherAI's lm-evaluation-harness (package lm_eval, extra `evaluate`).
 
 Import this module only where lm_eval is installed. Runs on one process.
 """
@@ -17,19 +17,19 @@ from moe_dist.inference.likelihood import Continuation, Likelihood
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import Vocabulary
 
-_MAX_NEW_TOKENS = 256  # where a task does not say
+_MAX_NEW_TOKENS = 256  # if a task does not set it
 
 
 class HarnessModel(LM):
-    """A model with the three things that the harness asks for.
+    """A model with the three methods that the harness calls.
 
-    What does not fit into `max_seq_len` loses the beginning of its context, but for the mark that documents begin with.
+    A context that does not fit into `max_seq_len` loses its beginning, except the mark with which documents begin.
 
     Args:
         likelihood, generator: Of the same model.
         vocabulary: Tokenizer and grammar of its data.
-        max_seq_len: Longest sequence that the model is made for.
-        seed: Of generation that samples.
+        max_seq_len: Longest sequence that the model supports.
+        seed: For generation that samples.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class HarnessModel(LM):
         self._max_seq_len, self._seed = max_seq_len, seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation) the continuation's log-likelihood and whether it is greedy."""
+        """For each (context, continuation): the log-likelihood of the continuation, and whether it is the greedy one."""
         continuations = [self._pair(*request.args) for request in requests]
         scores = [(score.nats, score.greedy) for score in self._likelihood(continuations)]
         for request, score in zip(requests, scores, strict=True):
@@ -48,7 +48,7 @@ class HarnessModel(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Of each (text,) its log-likelihood: each token once, with as much before it as fits into its window."""
+        """For each (text,): its log-likelihood. Each token is scored once, after as many tokens as fit into its window."""
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._likelihood([window for of_text in windows for window in of_text]))
         sums = [sum((next(scores).nats for _ in of_text), 0.0) for of_text in windows]
@@ -57,10 +57,10 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Of each (context, options) the text that goes on, up to the first of its `until`.
+        """For each (context, options): the generated text, up to the first of the option `until`.
 
         Raises:
-            ConfigError: options that are not known here.
+            ConfigError: an option is not supported.
         """
         texts = []
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
@@ -90,7 +90,8 @@ class HarnessModel(LM):
         return text
 
     def _pair(self, context: str, continuation: str) -> Continuation:
-        # A space between them belongs to the continuation's first word: that is how byte-level BPE cuts text.
+        # A space between context and continuation belongs to the continuation: byte-level BPE joins a space to the next
+        # word.
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -104,7 +105,7 @@ class HarnessModel(LM):
         return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
 
     def _windows(self, text: str) -> list[Continuation]:
-        """Windows that overlap but for what they score. An empty text has none."""
+        """Windows that together score each token once; the contexts overlap. Empty text gives none."""
         bos, *tokens = self._vocabulary.text_prompt(text)
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):
@@ -115,5 +116,5 @@ class HarnessModel(LM):
 
     @staticmethod
     def _cut(prompt: Sequence[int], length: int) -> list[int]:
-        """The end of a prompt, with the mark of its beginning."""
+        """The last `length` tokens of a prompt, its first one replaced by the begin mark."""
         return list(prompt) if len(prompt) <= length else [*prompt[:1], *prompt[len(prompt) - length + 1 :]]

@@ -11,9 +11,9 @@ _RESAMPLES = 2000
 
 
 def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927): it stays within [0, 1], and covers for few questions as well.
+    """Wilson's score interval of a proportion (Wilson 1927). It stays within [0, 1] and is accurate for few questions.
 
-    Two-sided, for `total` > 0 questions that are drawn independently.
+    Two-sided, for `total` > 0 independently drawn questions.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = right / total
@@ -23,14 +23,14 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Percentile interval of the mean over tasks of their accuracies: questions are drawn anew within each task.
+    """Percentile bootstrap interval of the mean accuracy over tasks; questions are resampled within each task.
 
     Args:
-        right: bool [questions] of each task.
-        seed: Of the draws.
+        right: bool [questions] for each task.
+        seed: Seed of the draws.
     """
     rng = np.random.default_rng(seed)
-    # A resampled accuracy is a binomial draw: a question counts as its answer was, right or wrong.
+    # Resampling right-or-wrong answers is a binomial draw of their number.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -1,7 +1,7 @@
 """Log-likelihood of continuations, over any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
-Sequences of one length or nearly stand side by side, padded behind, and are computed whole: a choice of a few tokens costs
-its question once more, and there is no cache whose lengths the ranks of an EP group would have to agree on.
+Sequences of similar length share a batch, padded at the end. Each is computed whole, so every choice computes its question
+again. A cache would save that, but the ranks of an EP group would have to agree on its lengths.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from moe_dist.errors import ConfigError
 from moe_dist.model.transformer import Transformer
 from moe_dist.train.loss import forward, token_losses
 
-_BATCH_LOGITS = 1 << 26  # 256 MiB in fp32, and once more for the losses
+_BATCH_LOGITS = 1 << 26  # 256 MiB in fp32, and the same again for the losses
 
 
 class Continuation(NamedTuple):
-    """Token ids: what is given, one at least, and what comes behind it, one at least."""
+    """Token ids: the given context, and the continuation to score; at least one token each."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -37,20 +37,17 @@ class Score(NamedTuple):
 
 
 class Likelihood:
-    """Scores continuations with one model, this rank's share of them.
+    """Scores continuations with one model; each rank scores its share.
 
     Args:
-        model: With this rank's experts; it is put into evaluation mode: no capacity, no noise, and where experts choose
-            their tokens, the causal router instead.
-        manifest: Of its data.
+        model: With this rank's experts; put into evaluation mode: no capacity, no noise, and the causal router where
+            experts choose their tokens.
+        manifest: The manifest of its data.
         group_of_modality: Expert group of each modality.
-        max_seq_len: Longest sequence that the model is made for.
+        max_seq_len: Longest sequence that the model supports.
         world: All ranks; None for one.
         rank, world_size: This rank among them.
-        batch_tokens: Tokens, padding included, that a rank computes at once; fewer where the vocabulary is large.
-
-    Attributes:
-        model, world: As given.
+        batch_tokens: Tokens in one batch of a rank, padding included; fewer if the vocabulary is large.
     """
 
     def __init__(
@@ -73,13 +70,14 @@ class Likelihood:
 
     @torch.no_grad()
     def __call__(self, continuations: Sequence[Continuation]) -> list[Score]:
-        """The score of each, in order. Collective: every rank brings the same ones, and gets all scores.
+        """The score of each, in order. Collective: every rank passes the same continuations and gets all scores.
 
         Raises:
-            ConfigError: one is empty or longer than the model is made for, before anything is computed.
+            ConfigError: a continuation is empty or longer than the model supports; raised before anything is computed.
         """
         check_lengths(continuations, self._max_seq_len)
-        # Every rank computes as many batches, of the same shapes on any number of ranks; padding fills the last round.
+        # Every rank runs the same number of batches, since its experts take part in each; the last round is filled by
+        # padding.
         batches = self._batches([len(each.context) + len(each.tokens) for each in continuations])
         batches += [[]] * (-len(batches) % self._world_size)
         nats_and_greedy = torch.zeros(len(continuations), 2, dtype=torch.float64, device=self._device)
@@ -90,7 +88,7 @@ class Likelihood:
         return [Score(nats, greedy > 0.5) for nats, greedy in nats_and_greedy.tolist()]
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices side by side: the longest first, so that the first batch shows whether memory is enough."""
+        """Indices of each batch, the longest sequences first, so that the first batch shows whether memory is enough."""
         most = max(1, min(self._batch_tokens, _BATCH_LOGITS // self.model.args.vocab_size))
         batches: list[list[int]] = []
         room = 0
@@ -103,7 +101,7 @@ class Likelihood:
         return batches
 
     def _score(self, batch: Sequence[Continuation]) -> Tensor:
-        """float64 [B, 2]: nats, and 1 where the continuation is greedy."""
+        """float64 [B, 2]: nats, and 1 if the continuation is greedy."""
         tokens = [np.array([*each.context, *each.tokens], np.int64) for each in batch]
         length = max((len(each) - 1 for each in tokens), default=1)
         maker = BatchMaker(
@@ -125,10 +123,10 @@ class Likelihood:
 
 
 def check_lengths(continuations: Sequence[Continuation], max_seq_len: int) -> None:
-    """Refuses what the model is not made for. Raises: ConfigError."""
+    """Refuses continuations that are empty or too long. Raises: ConfigError."""
     if not all(each.context and each.tokens for each in continuations):
         raise ConfigError("a question and each of its choices must be one token at least")
-    # The last token is scored and never read.
+    # The last token is scored but never an input.
     longest = max((len(each.context) + len(each.tokens) - 1 for each in continuations), default=0)
     if longest > max_seq_len:
         raise ConfigError(

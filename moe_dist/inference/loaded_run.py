@@ -1,4 +1,4 @@
-"""The model of a run, for use: its checkpoint, written at any layout, on this one process or over a few ranks."""
+"""Loads the model of a run from a checkpoint of any layout, onto this process or spread over several ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ from moe_dist.train.resume import mapping_of, saved_config
 
 
 class CheckpointReader:
-    """Reads checkpoints of one run, written at any layout, into one model in evaluation mode, over and over.
+    """Reads checkpoints of one run, of any layout, repeatedly into one model in evaluation mode.
 
     Args:
         checkpoints: The run's folder of checkpoints.
-        config: Of the run.
-        device: Where the model lies.
-        mesh: Spreads the experts over its EP groups, whatever the run's own were; None keeps all of them here.
+        config: The run's configuration.
+        device: The device of the model.
+        mesh: Spreads the experts over its EP groups, independent of the run's layout; None keeps all of them here.
     """
 
     def __init__(self, checkpoints: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> None:
@@ -57,7 +57,7 @@ class CheckpointReader:
         """The model with a checkpoint's weights. Collective with a mesh.
 
         Raises:
-            DataError: the checkpoint is damaged, or adapters lack their base.
+            DataError: the checkpoint is damaged, or the base of its adapters is missing.
         """
         restored = self._manager.load(folder, self.state)
         if not self._base_is_there:
@@ -67,7 +67,7 @@ class CheckpointReader:
 
 
 def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
-    """Where the experts of a trained model lie on an EP group of `ranks` ranks."""
+    """Placement of a trained model's experts on an EP group of `ranks` ranks."""
     groups = expert_groups(config.model.moe)
     if config.model.moe.experts.replicated:
         return replicated_placement(groups)
@@ -76,13 +76,13 @@ def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint that is known to be there, and what it was trained on; nothing is loaded yet.
+    """A checkpoint that was found, with its run's configuration and data; the weights are not loaded yet.
 
     Attributes:
-        folder: Of the checkpoint.
-        step: Steps that it was trained for.
-        config: As it was saved, with `data.path` where the data are now.
-        manifest: Of the data.
+        folder: Folder of the checkpoint.
+        step: Training steps before it.
+        config: As saved, with `data.path` set to the present place of the data.
+        manifest: The manifest of the data.
     """
 
     folder: Path
@@ -91,9 +91,9 @@ class LoadedRun:
     manifest: Manifest
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        """The model in evaluation mode: with all its experts on `device`, or with a mesh with this rank's share of them.
+        """The model in evaluation mode: with all experts on `device`, or with a mesh with this rank's share of them.
 
-        Collective with a mesh, whose EP groups are taken whatever the run's own were.
+        Collective with a mesh. Its EP groups are used, independent of the run's layout.
 
         Raises:
             DataError: the checkpoint is damaged.
@@ -101,12 +101,11 @@ class LoadedRun:
         return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:
-        """Tokenizer, grammar and codebook of its data; raises as `Vocabulary`."""
+        """Tokenizer, grammar and codebook of the run's data; raises as `Vocabulary`."""
         return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
-        """What scores continuations with the model, a share of them on each rank of a mesh. Collective, and raises, as
-        `load`."""
+        """Loads the model and returns its scorer; the ranks of a mesh share the work. Collective, and raises, as `load`."""
         alone = {} if mesh is None else {"world": mesh.world, "rank": mesh.rank, "world_size": mesh.world_size}
         return Likelihood(
             self.load(device, mesh),
@@ -118,7 +117,7 @@ class LoadedRun:
 
     @property
     def group_of_modality(self) -> list[int]:
-        """For each modality of the data the index of its expert group."""
+        """Index of the expert group of each modality of the data."""
         return group_of_modality(self.manifest, placement_for_use(self.config, 1))
 
 
@@ -129,10 +128,10 @@ def _layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Where to compute: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+    """The device for `cpu`, `cuda`, or `auto` (CUDA if available).
 
     Raises:
-        ConfigError: it is none of these, or there is no CUDA here.
+        ConfigError: another name, or CUDA is not available.
     """
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {wanted}: must be auto, cpu or cuda")
@@ -144,17 +143,17 @@ def choose_device(wanted: str) -> torch.device:
 def find_trained(
     path: Path, *, step: int | None = None, data: Path | None = None, allow: Callable[[Config], list[str]] = lambda _: []
 ) -> LoadedRun:
-    """The checkpoint of a run, with the data that it was trained on.
+    """Finds the checkpoint of a run and the data that the run was trained on.
 
     Args:
         path: A run, a folder of checkpoints, or a checkpoint.
-        step: Of the checkpoint; the newest by default.
-        data: Where the data set is now; by default where the run read it.
-        allow: Reasons not to use a run of this configuration, before its data are looked at.
+        step: Step of the checkpoint; the newest by default.
+        data: Folder of the data set; by default the one that the run used.
+        allow: Returns reasons not to use a run of this configuration; called before the data are read.
 
     Raises:
-        ConfigError: there is no such checkpoint, or no data; or `allow` has a reason.
-        DataError: its files are damaged, or the data are others.
+        ConfigError: the checkpoint or the data do not exist, or `allow` returns a reason.
+        DataError: files are damaged, or the data differ from those of the training.
     """
     folder = find_checkpoint(path) if step is None else _of_step(path, step)
     values = open_checkpoint(folder).state.values

@@ -1,11 +1,11 @@
-"""Multiple choice by log-likelihood: the choice that the model finds likeliest is its answer.
+"""Multiple choice by log-likelihood: the model's answer is the choice with the highest one.
 
-Two measures are taken of each choice: its log-likelihood (`plain`), and that divided by its tokens (`normalised`, the
-default where one is wanted: choices differ in length, and the plain one leans to the shortest).
+Two measures are taken of each choice: its log-likelihood (`plain`), and that divided by its number of tokens (`normalised`,
+the default, since plain favours short choices).
 
-The choices do not stand in the question, so that their order decides nothing but ties (the first one wins). With rotations
-they do, and each question is asked as often as it has choices, with another one first: then a question is answered only if
-it is under each rotation, and a model that always takes the second place answers none.
+Without rotations the question does not list its choices, so their order matters only on ties, which the first choice wins.
+With rotations it lists them, and each question is asked once for each choice, with that choice first. It counts as right
+only if every answer is right, so a model that always takes the second place answers none.
 """
 
 from collections.abc import Sequence
@@ -28,32 +28,33 @@ MEASURES: tuple[Measure, ...] = ("normalised", "plain")
 
 @dataclass(frozen=True)
 class Answered:
-    """A question and what the model took.
+    """A question and the model's choices.
 
     Attributes:
-        taken: By measure, the index of the choice that was taken under each rotation, counted in the question as it is.
+        taken: For each measure, the index of the choice taken under each rotation, counted in the unrotated question.
     """
 
     question: Question
     taken: dict[Measure, tuple[int, ...]]
 
     def right(self, measure: Measure) -> bool:
-        """Whether it is the right choice, under each rotation."""
+        """Whether the model took the right choice under every rotation."""
         return all(choice == self.question.answer for choice in self.taken[measure])
 
 
 class Prompts:
-    """Writes questions as the data's documents are written: texts go on, and a picture stands before or behind its caption.
+    """Writes questions in the form of the data's documents: texts continue, and a picture stands before or after its
+    caption.
 
     Args:
-        listed: Whether a question names all choices.
+        listed: Whether a question lists all choices.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
         self._vocabulary, self._listed = vocabulary, listed
 
     def __call__(self, question: Question) -> list[Continuation]:
-        """The question with each of its choices."""
+        """The question followed by each of its choices."""
         context = self._context(question)
         return [Continuation(context, self._choice(question, choice)) for choice in question.choices]
 
@@ -74,7 +75,7 @@ class Prompts:
 
     def _choice(self, question: Question, choice: Part) -> list[int]:
         if isinstance(choice, Codes):
-            return self._tokens(choice)[1:-1]  # the first mark is the question's, the last one is certain
+            return self._tokens(choice)[1:-1]  # the start mark is part of the question, the end mark certain
         return self._tokens(choice if isinstance(question.asked, Codes) else f" {choice}")
 
     def _tokens(self, part: Part) -> list[int]:
@@ -90,7 +91,7 @@ def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, m
     """The questions as tokens.
 
     Raises:
-        ConfigError: one is longer than the model is made for.
+        ConfigError: one is longer than the model supports.
     """
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
@@ -119,7 +120,7 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Index of the likeliest choice; the first of equal ones."""
+    """Index of the most likely choice; the first one on ties."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
@@ -128,10 +129,10 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
-    """Whether each id of the tokenizer is a text token of the data and has a row in the model.
+    """Checks that each id of the tokenizer is a text token of the data and has a row in the model.
 
     Raises:
-        DataError: the tokenizer is another data set's.
+        DataError: the tokenizer belongs to another data set.
     """
     grammar = vocabulary.grammar
     image = grammar.modalities.index(IMAGE) if IMAGE in grammar.modalities else None
@@ -150,7 +151,7 @@ def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
 
 
 def results(answered: dict[str, list[Answered]], *, seed: int) -> dict[str, object]:
-    """Accuracies by task, each with its interval, and their mean over the tasks: plain values for JSON."""
+    """Accuracy of each task with its interval, and their mean over the tasks, as plain values for JSON."""
     tasks = {name: _task(each) for name, each in answered.items()}
     mean: dict[str, object] = {}
     for measure in MEASURES:

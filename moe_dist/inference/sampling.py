@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature, nucleus, and one uniform number a sequence. Pure functions.
+"""From logits to the next token: temperature, nucleus, and one uniform number for each sequence. Pure functions.
 
 Shape letters: B sequences, V vocabulary.
 """
@@ -38,16 +38,16 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
-    """What each token is drawn with, float64 [B, V]: 0 for tokens that are not allowed or outside the nucleus.
+    """Probability of each token, float64 [B, V]: 0 for tokens that are not allowed or outside the nucleus.
 
-    Every row must allow a token. Of equally likely tokens the lower id comes first into the nucleus, and is the one taken
-    at temperature 0.
+    Every row must allow a token. Of equally likely tokens the lower id enters the nucleus first, and is taken at
+    temperature 0.
     """
     scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
     order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)
     if sampling.temperature == 0.0:
         return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
-    # The largest first becomes 0: a small temperature overflows otherwise.
+    # Shift the maximum to 0 first: dividing by a small temperature would overflow.
     scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / sampling.temperature
     sorted_BV = scores_BV.softmax(-1).gather(1, order_BV)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
@@ -57,15 +57,15 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which the running sum of probabilities, in order of ids, passes a number in [0, 1): int64 [B]."""
+    """int64 [B]: the token at which the running sum of probabilities, in order of ids, passes a number in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
-    # Rounding may leave the whole sum just below 1: the number is stretched to it, so that the token always has a share.
+    # Rounding may leave the total below 1. Scaling the number by the total keeps it below the last sum.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return (cumulative_BV <= target_B1).sum(-1).clamp_max(probabilities_BV.shape[-1] - 1)
 
 
 def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
-    """plain + guidance x (logits - plain): 1 is the model's own, more follows the caption more closely.
+    """plain + guidance x (logits - plain): 1 gives the model's own distribution, more follows the caption more closely.
 
     Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, equation 6, with w = guidance - 1) on log-probabilities;
     `plain` are the logits of the same sequence without its caption.
@@ -75,8 +75,8 @@ def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
 
 
 class UniformDraws:
-    """A stream of uniform numbers for each sequence, from (seed, number of the sequence): a sample does not depend on how
-    many others are drawn beside it, nor on when they end."""
+    """A stream of uniform numbers for each sequence, from (seed, index of the sequence): a sample does not depend on how
+    many others are drawn, nor on when they end."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed((seed << 20) + number) for number in numbers]

@@ -1,4 +1,4 @@
-"""A sheet of pictures with their captions, to be looked at as a whole."""
+"""Draws a sheet of pictures with captions."""
 
 import io
 import textwrap
@@ -30,6 +30,6 @@ def make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: in
         wrapped = textwrap.wrap(caption, _WIDTH * each, max_lines=_LINES, placeholder=" ...")
         pen.text((x, y + _SIDE + 2), "\n".join(wrapped), fill="black", font=font, spacing=1)
     buffer = io.BytesIO()
-    # Few colours, few bytes: the codebook's patches have many shades that nobody can tell apart.
+    # 256 colours keep the file small; the codebook's patches differ in shades that nobody can tell apart.
     canvas.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

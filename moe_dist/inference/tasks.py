@@ -1,4 +1,4 @@
-"""The three things that are asked of a model: go on with a text, draw a caption, say what a picture shows."""
+"""The three generation tasks: continue a text, draw a caption, caption a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts and what to make of them.
+    """Prompts and how to continue them.
 
     Attributes:
         plain: For guidance: each prompt without its caption.
@@ -31,13 +31,13 @@ class Task:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """What came of one prompt.
+    """The result of one prompt.
 
     Attributes:
-        tokens: The new ones.
-        modalities: Modality of each of them.
-        text: What they say.
-        pictures: Those that they draw, with one that the prompt began.
+        tokens: The new tokens.
+        modalities: Modality of each new token.
+        text: Text of the new tokens.
+        pictures: Pictures in the new tokens, including one that the prompt started.
     """
 
     tokens: list[int]
@@ -47,7 +47,7 @@ class GeneratedSample:
 
 
 def continue_text(vocabulary: Vocabulary, text: str, *, samples: int, tokens: int, sampling: Sampling, seed: int) -> Task:
-    """`samples` times how a text goes on, with pictures where the model puts some.
+    """`samples` continuations of a text, which may contain pictures.
 
     Raises:
         ConfigError, DataError: the data set has no tokenizer, or it is damaged.
@@ -68,7 +68,7 @@ def draw_captions(
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
     cells = len(vocabulary.codebook) and vocabulary.grammar.cells
     prompts = [vocabulary.drawing_prompt(caption) for caption in captions for _ in range(samples)]
-    # At 1 the plain copies would change nothing but the time.
+    # At guidance 1 the plain copies would only cost time.
     plain = None if guidance == 1.0 else [vocabulary.drawing_prompt("")] * len(prompts)
     return Task(prompts, Request(cells + 1, sampling, seed, one_picture=True, guidance=guidance), plain)
 
@@ -101,10 +101,10 @@ def run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[G
 
 
 def choose_captions(heldout: Sequence[HeldoutPicture], count: int, *, starting: str, seed: int) -> list[str]:
-    """`count` distinct captions at random, in the order of the data.
+    """`count` distinct random captions, in the order of the data.
 
     Raises:
-        ConfigError: no caption starts so.
+        ConfigError: no caption begins with `starting`.
     """
     known = [each for each in dict.fromkeys(each.caption for each in heldout) if each.startswith(starting)]
     if not known:

@@ -1,5 +1,5 @@
-"""What generation needs of a data set: tokenizer, codebook, held-out captions and pictures; from captions to prompts and
-from codes to picture files."""
+"""The files of a data set that generation needs: tokenizer, codebook, held-out captions and pictures. Makes prompts from
+captions and picture files from codes."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -25,14 +25,14 @@ _SCALE = 8  # pixels of a file for each pixel of a picture
 
 @dataclass(frozen=True)
 class HeldoutPicture:
-    """A document with a picture, held out unless said otherwise. Attributes: caption: Its text. codes: int64 [cells]."""
+    """A document with a picture, held out by default. Attributes: caption: its text. codes: int64 [cells]."""
 
     caption: str
     codes: np.ndarray
 
 
 class Vocabulary:
-    """The files of one data set that text and pictures go through.
+    """Encodes and decodes the text and pictures of one data set.
 
     Args:
         folder, manifest: The data set.
@@ -79,7 +79,7 @@ class Vocabulary:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """What may follow what in these data."""
+        """Which tokens may follow in these data."""
         return grammar_of(self._manifest, vocab_size=self._vocab_size, never=[self._bos])
 
     @property
@@ -87,21 +87,21 @@ class Vocabulary:
         return special_ids(self.tokenizer)[BOS]
 
     def text_prompt(self, text: str) -> list[int]:
-        """The beginning of a document that says `text`."""
+        """A document's beginning with the given text."""
         return [self._bos, *encode_texts(self.tokenizer, [text])[0].tolist()]
 
     def drawing_prompt(self, caption: str) -> list[int]:
-        """A document up to the mark of the picture of `caption`; without a caption, of any picture."""
+        """A document up to the start mark of a picture with this caption; without a caption, of any picture."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         return [*self.text_prompt(caption), image.begin_id]
 
     def caption_prompt(self, codes: np.ndarray, beginning: str = "") -> list[int]:
-        """A document that begins with a picture, up to its end mark and the beginning of its caption."""
+        """A document with a picture, its end mark, and the beginning of the caption."""
         return [self._bos, *self.picture(codes), *self.text_prompt(beginning)[1:]]
 
     def picture(self, codes: np.ndarray) -> list[int]:
-        """The tokens of a picture, between its marks."""
+        """The tokens of a picture with both marks."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         ids = (codes + np.flatnonzero(self.grammar.modality_of_id == self._image)[0]).tolist()
@@ -112,14 +112,14 @@ class Vocabulary:
         return self.grammar.modalities.index("image")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of generated tokens; bytes that are no UTF-8 become the replacement character."""
+        """The text of generated tokens; invalid UTF-8 becomes the replacement character."""
         return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
 
     def read_picture(self, path: Path) -> np.ndarray:
-        """Codes of a picture file as it is, on white.
+        """Codes of a picture file, drawn on white without variation.
 
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: the file does not exist.
             DataError: it is damaged or of an unknown kind.
         """
         if not path.is_file():
@@ -140,7 +140,7 @@ class Vocabulary:
         return found
 
     def pictured(self, side: Literal["train", "valid"], *, most: int | None = None) -> Iterator[HeldoutPicture]:
-        """Documents of one side with a picture, in the order of the data; of each source at most `most`, evenly chosen."""
+        """Documents of one side with a picture, in the order of the data; at most `most` of each source, evenly spaced."""
         for source in self._manifest.sources.values():
             section = source.train if side == "train" else source.valid
             if section is None or not section.tokens_by_modality.get("image", 1):
@@ -155,12 +155,12 @@ class Vocabulary:
 
 
 def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:
-    """The picture [32, 32] that codes stand for."""
+    """The picture [32, 32] of the given codes."""
     return Image.fromarray(decode(codes[None], codebook)[0])
 
 
 def png(picture: Image.Image) -> bytes:
-    """A picture as a file, enlarged so that each of its pixels can be seen."""
+    """A picture as a PNG file, enlarged so that each of its pixels is visible."""
     buffer = io.BytesIO()
     picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

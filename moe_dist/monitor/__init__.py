@@ -1,1 +1,1 @@
-"""One record a step, and where it goes."""
+"""Makes one record for each step and shows it through sinks."""

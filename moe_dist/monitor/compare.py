@@ -1,4 +1,4 @@
-"""Where two runs part: the first line of their records that differs, in what a seed makes reproducible. No torch."""
+"""Compares the records of two runs and finds the first reproducible line that differs. No torch."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,9 +14,9 @@ class Parting:
     """The first difference.
 
     Attributes:
-        step, kind: Of the line.
-        keys: (dotted key, value in the first, value in the second), None where a record lacks it.
-        same: Lines before it.
+        step, kind: Of the line that differs.
+        keys: (dotted key, value in the first, value in the second); a value is None where the record lacks the key.
+        same: Number of equal lines before it.
     """
 
     step: int
@@ -32,13 +32,13 @@ def first_difference(
     rtol: float = 0.0,
     only: Sequence[str] = (),
 ) -> tuple[Parting | None, int]:
-    """The first line that differs, and the number of lines compared. A record that ends earlier is no difference: what both
-    have is compared.
+    """The first line that differs, and the number of lines compared. Only lines that both records have are compared: an
+    earlier end is no difference.
 
     Args:
         first, second: Lines of two metrics.jsonl in order.
-        rtol: Numbers differ if they are further apart than this, relative to the larger; 0 compares all bits.
-        only: Dotted prefixes of the keys to look at, as `losses` or `scalars.loss/total`; empty for all.
+        rtol: Numbers differ if they are further apart than this, relative to the larger; 0 compares bits.
+        only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty for all.
     """
     same = 0
     for one, other in zip_longest(first, second):

@@ -1,6 +1,6 @@
-"""Curves as pictures: numbers over steps and a line that they are held at. Only numpy and Pillow.
+"""Draws curves over steps with their targets as pictures. Uses only numpy and Pillow.
 
-Curves that are scalars belong to TensorBoard itself; these are for what its 40 scalars have no room for.
+TensorBoard draws scalars itself; these curves are for numbers that do not fit among its 40 scalars.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def draw_against_targets(
 
     Args:
         steps: One or more, rising.
-        values: As many as steps, for each name of `targets`.
+        values: For each name of `targets` one value for each step.
     """
     image = Image.new("RGB", (WIDTH, TOP + HEIGHT + FOOT), PAPER)
     canvas = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""Readings of GPU and host on a background thread: the training loop takes the latest and never waits for a driver."""
+"""Reads GPU and host on a background thread: the training loop takes the latest readings and never waits for a driver."""
 
 import logging
 import threading
@@ -17,19 +17,19 @@ class DeviceMonitor:
 
     Args:
         seconds: Time between readings.
-        gpu: UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index of this rank's GPU; None where the run
-            is on the CPU: then the host's readings stand in for the device's. An index counts all GPUs of the machine,
-            whatever CUDA_VISIBLE_DEVICES says; the UUID cannot be mistaken.
+        gpu: UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index of this rank's GPU. None if the run is
+            on the CPU: the host's readings then take the place of the device's. An index counts all GPUs of the machine and
+            ignores CUDA_VISIBLE_DEVICES; prefer the UUID.
 
     Attributes:
-        latest: The latest readings: device/utilisation (percent), device/memory (MiB), device/power (watts), each None where it
-            cannot be read, and of the host cpu_percent (all cores) and resident_mib (this process).
+        latest: Latest readings: device/utilisation (percent), device/memory (MiB), device/power (watts), each None if
+            unreadable; and for the host cpu_percent (all cores) and resident_mib (this process).
     """
 
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
         self._seconds = seconds
         self._process = psutil.Process()
-        psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
+        psutil.cpu_percent()  # cpu_percent measures since the previous call: this one starts the clock
         self._gpu = _Gpu(gpu) if gpu is not None else None
         self.latest: Mapping[str, float | None] = self._take()
         self._stopped = threading.Event()
@@ -37,7 +37,7 @@ class DeviceMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and lets go of NVML. A second call does nothing."""
+        """Ends the thread and releases NVML. A second call does nothing."""
         if self._thread is None:
             return
         self._stopped.set()
@@ -48,7 +48,7 @@ class DeviceMonitor:
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._seconds):
-            self.latest = self._take()  # one assignment: a reader sees the old readings or the new ones
+            self.latest = self._take()  # a single assignment, so that a reader sees all old or all new readings
 
     def _take(self) -> dict[str, float | None]:
         host = {"cpu_percent": psutil.cpu_percent(), "resident_mib": self._process.memory_info().rss / MIB}
@@ -63,7 +63,7 @@ class DeviceMonitor:
 
 
 class _Gpu:
-    """One GPU through NVML. What fails is said once and read as None from then on, or until it works again."""
+    """One GPU through NVML. A reading that fails is reported once and is None until it works again."""
 
     def __init__(self, gpu: str | int) -> None:
         self._nvml: Any = None
@@ -75,11 +75,11 @@ class _Gpu:
             pynvml.nvmlInit()
             self._nvml = pynvml
             if isinstance(gpu, str):
-                uuid = gpu if gpu.startswith(("GPU-", "MIG-")) else f"GPU-{gpu}"  # torch leaves the prefix out
+                uuid = gpu if gpu.startswith(("GPU-", "MIG-")) else f"GPU-{gpu}"  # torch omits the prefix
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             else:
                 self._handle = pynvml.nvmlDeviceGetHandleByIndex(gpu)
-        except Exception as error:  # no package, no driver, no such GPU: training does not depend on any of them
+        except Exception as error:  # no package, driver or such GPU: training must continue without
             self._say("nvml", f"no readings of GPU {gpu} (NVML: {error}); going on without")
 
     def read(self) -> dict[str, float | None]:

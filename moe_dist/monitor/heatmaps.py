@@ -1,6 +1,6 @@
-"""Heat maps as pictures: an array of numbers in, uint8 [height, width, 3] out. Only numpy and Pillow.
+"""Draws heat maps: an array of numbers in, uint8 [height, width, 3] out. Uses only numpy and Pillow.
 
-Cells shrink as the table grows, from 44 pixels with the value written in to 7 for the largest models.
+Cells shrink as the table grows: from 44 pixels with the value written inside, to 7 for the largest models.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,15 +30,15 @@ SEQUENTIAL: tuple[Colour, ...] = (
 
 @dataclass(frozen=True)
 class Scale:
-    """From numbers to colours.
+    """Maps numbers to colours.
 
     Attributes:
         colours: Colours at even distances from 0 to 1.
-        to_unit: Numbers to [0, 1].
+        to_unit: Maps numbers to [0, 1].
         ticks: Numbers marked on the colour bar.
         write: A number as a short text.
-        caption: What the number is; stands under the title.
-        zero: Colour of exact zeros, where they mean something of their own.
+        caption: Name of the number; stands under the title.
+        zero: Colour of exact zeros, if they have a meaning of their own.
     """
 
     colours: tuple[Colour, ...]
@@ -51,7 +51,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """One side of the table: its name, and for each row or column a label (and a smaller one under it, or none)."""
+    """One side of the table: its name and a label for each row or column, optionally with a smaller one below."""
 
     name: str
     labels: Sequence[str]
@@ -59,7 +59,7 @@ class Axis:
 
 
 def ratio_scale(caption: str) -> Scale:
-    """For loads over their mean: white is even, four times as much full red, a quarter full blue, nothing black."""
+    """For loads over their mean: white is even, full red four times the mean, full blue a quarter, black none."""
 
     def to_unit(values: np.ndarray) -> np.ndarray:
         return np.clip(np.log2(np.maximum(values, 2.0**-9)) / 4 + 0.5, 0.0, 1.0)
@@ -90,7 +90,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     head = 88
     foot = 58 if columns.sublabels else 44
     header_width = max(font(19).getlength(title), font(14).getlength(_caption(scale))) + 2 * MARGIN
-    # A floor under the height, so that the colour bar has room for its numbers.
+    # Minimum height, so that the numbers of the colour bar fit.
     body = max(num_rows * height_cell, 120)
     width = int(max(row_gutter + num_columns * width_cell + bar_space, header_width))
     image = Image.new("RGB", (width, head + body + foot), PAPER)
@@ -116,7 +116,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """uint8 [..., 3]: linear between the scale's colours, grey for nan, the scale's own colour for exact zeros."""
+    """uint8 [..., 3]: interpolates linearly between the scale's colours; grey for nan, `scale.zero` for exact zeros."""
     known = ~np.isnan(values)
     unit = scale.to_unit(np.where(known, values, 0.0))
     stops = np.linspace(0.0, 1.0, len(scale.colours))
@@ -175,7 +175,7 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
 
 
 def _labelled(count: int, cell: int, needed: int) -> range:
-    """Every how many rows or columns there is room for a label: all, or every 2nd, 4th, 8th ..."""
+    """The rows or columns that get a label: all, or every 2nd, 4th, 8th ... if space is short."""
     stride = 1
     while stride * cell < needed:
         stride *= 2
@@ -191,7 +191,7 @@ def _caption(scale: Scale) -> str:
 
 
 def _short(value: float) -> str:
-    """Two digits that count: 0.07, 0.5, 1.3, 12."""
+    """The number with two significant digits: 0.07, 0.5, 1.3, 12."""
     if value == 0:
         return "0"
     text = f"{value:.2f}" if abs(value) < 1 else f"{value:.1f}" if abs(value) < 10 else f"{value:.0f}"

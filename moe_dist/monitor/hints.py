@@ -1,6 +1,6 @@
-"""What is wrong, in words, while the run goes on: the number, what it should be, where to look, what to try.
+"""Warns during a run in words: the number, its expected value, where to look, what to try.
 
-Judged over windows of steps, so that one odd batch says nothing; each kind of hint comes at most once in `quiet` steps.
+Hints are judged over windows of steps, so a single odd batch causes none; each kind appears at most once in `quiet` steps.
 """
 
 import math
@@ -16,31 +16,31 @@ from moe_dist.placement.placement import ExpertGroup
 
 BUSY_EXPERT = 3.0  # times the even share
 BUSY_RANK = 1.5  # times the mean rank
-NULL_EDGE = 0.02  # of 0 or 1
-LOSS_RISE = 1.05  # of the window before
-LOSS_FALL = 0.99  # of the first window
+NULL_EDGE = 0.02  # distance from 0 or 1
+LOSS_RISE = 1.05  # times the mean of the window before
+LOSS_FALL = 0.99  # times the mean of the first window
 SLOW_RANK = 1.5  # times the median of the others
-SLOW_SECONDS = 0.005  # that it takes longer at least: below, it is noise
-SPEED_DROP = 0.6  # of the median of the window before
+SLOW_SECONDS = 0.005  # minimum difference; smaller ones are noise
+SPEED_DROP = 0.6  # times the median of the window before
 RECENT = 10  # steps whose median speed is compared
-NAMED = 4  # dead experts written out
+NAMED = 4  # number of dead experts listed by name
 
 
 @dataclass(frozen=True)
 class Hint:
-    """One thing that is wrong; `kind` is what repeats are recognised by."""
+    """One warning; repeats are recognised by `kind`."""
 
     kind: str
     text: str
 
 
 class HintWatch:
-    """Keeps windows of records and says what is wrong with them.
+    """Keeps windows of records and returns hints about them.
 
     Args:
-        groups: In the order of the arrays' columns.
+        groups: Groups in the order of the arrays' columns.
         moe_layers: Index in the model of each MoE layer.
-        window: Steps of a window.
+        window: Steps in a window.
         quiet: Steps in which a kind of hint is not repeated.
     """
 
@@ -75,7 +75,7 @@ class HintWatch:
         yield from slower(tuple(self._speeds))
         if len(self._records) < self._window:
             return
-        # Of the run, not of the attempt: late in training a loss that hardly falls is as it should be.
+        # The first window of the run, not of the attempt: late in training the loss is expected to fall slowly.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -90,12 +90,12 @@ class HintWatch:
 def busy_expert(
     choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], coefficient: float
 ) -> Iterator[Hint]:
-    """For each group its busiest expert of any layer, if it takes several times its even share."""
+    """For each group its busiest expert of any layer, if its share is several times the even one."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         share_Ln = true_Ln / np.maximum(true_Ln.sum(1, keepdims=True), 1)
         layer, expert = divmod(int(share_Ln.argmax()), group.num_experts)
         share, even = float(share_Ln[layer, expert]), 1 / group.num_experts
-        # With two or three experts nothing can reach three times the even share.
+        # With two or three experts a share cannot reach three times the even one, hence the 0.9.
         if group.num_experts > 1 and share >= min(BUSY_EXPERT * even, 0.9):
             yield Hint(
                 f"busy/{group.name}",
@@ -108,9 +108,10 @@ def busy_expert(
 def dead_experts(
     choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], window: int
 ) -> Iterator[Hint]:
-    """For each group the experts that no token chose in the whole window."""
+    """For each group the experts that no token chose during the whole window."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
-        # A layer without any choice had no tokens of the group, or only null choices: another hint's business.
+        # Skip layers without true choices: they had no tokens of the group, or only null choices, which null_collapse
+        # reports.
         dead = np.argwhere((true_Ln == 0) & (true_Ln.sum(1, keepdims=True) > 0))
         if not len(dead):
             continue
@@ -125,7 +126,7 @@ def dead_experts(
 
 
 def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[Hint]:
-    """For each group with null experts: the router stopped telling tokens apart, one way or the other."""
+    """For each group with null experts: whether its null fraction is near 0 or 1."""
     for group, choices in zip(groups, group_choices(choices_LC, groups), strict=True):
         total = int(choices.total.sum())
         if not group.num_null or not total:
@@ -144,7 +145,7 @@ def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iter
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """The rank that all others wait for."""
+    """The rank with the most work, for which all others wait."""
     load_R = weighted_rows_LR.sum(0)
     if load_R.size < 2 or not load_R.mean():
         return
@@ -158,11 +159,11 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """The rank that takes longest for its own work, over a window of steps; its waiting for peers is left out."""
+    """The rank whose own work takes longest over a window of steps; time spent waiting for peers is not counted."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return
-    found = slowest_rank(np.median(known, axis=0))  # one odd step says nothing
+    found = slowest_rank(np.median(known, axis=0))  # the median ignores one odd step
     slow, others = found["slowest_rank_seconds"], found["other_ranks_seconds"]
     if slow >= SLOW_RANK * others and slow - others >= SLOW_SECONDS:
         yield Hint(
@@ -204,7 +205,7 @@ def skipped_step(record: Record) -> Iterator[Hint]:
 
 
 def slower(speeds: Sequence[float]) -> Iterator[Hint]:
-    """Tokens a second against the steps before."""
+    """Compares tokens per second with the window before."""
     if len(speeds) < 3 * RECENT:
         return
     before, now = median(speeds[:-RECENT]), median(speeds[-RECENT:])

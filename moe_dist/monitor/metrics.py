@@ -1,4 +1,4 @@
-"""From the statistics of a step to the one record that every sink shows: pure functions.
+"""Computes, from the statistics of a step, the record that every sink shows. Pure functions.
 
 Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then null, identity and constant
 ones), E true experts of all groups, n true experts of one group, R ranks of an EP group.
@@ -18,24 +18,24 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 @dataclass(frozen=True)
 class Record:
-    """One step as it is shown and stored.
+    """One step as shown and stored.
 
     Attributes:
         step: Steps taken, this one included.
         skipped: Whether the step was skipped on all ranks.
-        scalars: Value by tag (`tags.MEANING`); None where the step has no such number, nan or inf where it came out so.
-        losses: Nats a token by modality; None where the step had no label of it.
+        scalars: Value by tag (`tags.MEANING`); None if the step has no value, nan or inf if it was computed so.
+        losses: Nats per token by modality; None if the step had no label of it.
         labels: Unmasked labels by modality.
         epochs: Epochs seen of each modality.
         balance_coefficient: Coefficient of the balance loss.
-        arrays: choices_LC, tokens_LG, rows_LR and dropped_LG as counted (int64), entropy_LG in nats a token and
-            weighted_rows_LR in rows x FFN width (float64); where experts choose also above_LE and idle_LG.
+        arrays: choices_LC, tokens_LG, rows_LR and dropped_LG as counted (int64), entropy_LG in nats per token and
+            weighted_rows_LR in rows x FFN width (float64); with expert choice also above_LE and idle_LG.
         ledger: The dispatch ledger, see `StepStatistics`.
-        host: Readings of the host that are no scalars, by name; the slowest rank and its seconds beside the others' median.
-        busy_seconds_W: For each rank, how long it computed and read data in the step before; empty where unknown.
-        load: For each group that a controller holds, its `target` and the `achieved` true experts a token (choices, before
-            any capacity), mean over layers, `lowest` and `highest` of them; None where the step had no token of it.
-        mixture_of_depths: Sums of the layers that compute a share of the tokens alone; None without any.
+        host: Readings of the host that are not scalars, by name; the slowest rank, its seconds, and the others' median.
+        busy_seconds_W: Seconds in which each rank computed and read data in the step before; empty if unknown.
+        load: For each group of a load controller: its `target`, the `achieved` true experts per token (choices before any
+            capacity, mean over layers), and the `lowest` and `highest` layer; None if the step had no token of it.
+        mixture_of_depths: Sums of the mixture-of-depths layers; None without any.
     """
 
     step: int
@@ -70,7 +70,7 @@ def build_record(
         placement: Which rank holds which expert.
         modalities: All modalities of the data, in the manifest's order.
         readings: Latest readings of `devices.DeviceMonitor`: device/... become scalars, the others `Record.host`.
-        peak_flops: Peak FLOPs a second of all devices together; None leaves perf/mfu empty.
+        peak_flops: Peak FLOPs per second of all devices together; None leaves perf/mfu empty.
 
     Raises:
         ValueError: a modality has the name of a loss term.
@@ -133,7 +133,7 @@ def build_record(
 def active_against_target(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], target: Mapping[str, float]
 ) -> dict[str, dict[str, float | None]]:
-    """`Record.load`: what a load controller holds, and at what."""
+    """`Record.load`: target and measured true experts per token of each controlled group."""
     chosen_LG = group_metrics(choices_LC, tokens_LG, groups)["experts_per_token"]
     found: dict[str, dict[str, float | None]] = {}
     for index, group in enumerate(groups):
@@ -148,8 +148,8 @@ def active_against_target(
 
 
 def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
-    """Scalars of a held-out evaluation: eval/..., the two balance efficiencies where they were measured, and
-    mixture_of_depths/load_over_target, the mean over the layers that compute a share of the tokens alone.
+    """Scalars of a held-out evaluation: eval/..., the two balance efficiencies if measured, and
+    mixture_of_depths/load_over_target, a mean over the mixture-of-depths layers.
 
     With more modalities than fit, eval/mean is the mean over their tokens.
     """
@@ -172,14 +172,14 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
 
 
 def depth_computed(mixture_of_depths: DepthStatistics) -> np.ndarray:
-    """Share of the tokens that each layer computes, float64 [L]; nan without tokens."""
+    """Share of the tokens that each mixture-of-depths layer computes, float64 [L]; nan without tokens."""
     return _divide(mixture_of_depths.taken_LG.sum(1), mixture_of_depths.tokens_LG.sum(1))
 
 
 def depth_metrics(mixture_of_depths: DepthStatistics) -> dict[str, np.ndarray]:
-    """By layer, float64 [L]: `computed`, a share of the tokens, and `computed_by_group` [L, G]; in training `agreement`,
-    the share on which the causal decision is the choice, and `gate_weight`, the mean over computed tokens. nan without any.
-    """
+    """For each mixture-of-depths layer, float64 [L]; nan without tokens. `computed` is the share of computed tokens,
+    `computed_by_group` [L, G] that of each group. In training also `agreement`, the share of tokens whose causal decision
+    equals the selection, and `gate_weight`, a mean over computed tokens."""
     metrics = {
         "computed": depth_computed(mixture_of_depths),
         "computed_by_group": _divide(mixture_of_depths.taken_LG, mixture_of_depths.tokens_LG),
@@ -192,7 +192,7 @@ def depth_metrics(mixture_of_depths: DepthStatistics) -> dict[str, np.ndarray]:
 
 
 def depth_line(mixture_of_depths: DepthStatistics) -> dict[str, Any]:
-    """What metrics.jsonl has of them: lists by layer, beside the `layers` and their `target`."""
+    """The field of metrics.jsonl: lists by layer, with the `layers` and their `target`."""
     metrics = depth_metrics(mixture_of_depths)
     by_group_LG = metrics.pop("computed_by_group")
     return {
@@ -204,8 +204,8 @@ def depth_line(mixture_of_depths: DepthStatistics) -> dict[str, Any]:
 
 
 def depth_scalars(mixture_of_depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
-    """mixture_of_depths/computed/<group>, or mixture_of_depths/computed/mean over the groups that had tokens; mixture_of_depths/agreement and
-    mixture_of_depths/gate_weight. Shares are of the sums over layers."""
+    """mixture_of_depths/computed/<group>, or mixture_of_depths/computed/mean over the groups that had tokens;
+    mixture_of_depths/agreement and mixture_of_depths/gate_weight. Shares are of sums over layers."""
     taken_G, tokens_G = mixture_of_depths.taken_LG.sum(0), mixture_of_depths.tokens_LG.sum(0)
     shares = {name: _ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(mixture_of_depths.groups)}
     if not split:
@@ -221,7 +221,7 @@ def depth_scalars(mixture_of_depths: DepthStatistics, *, split: bool) -> dict[st
 
 
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
-    """The rank that computed longest, its seconds, and the median of the others; empty for one rank alone."""
+    """The rank that computed longest, its seconds, and the median of the others; empty with a single rank."""
     if busy_seconds_W.size < 2:
         return {}
     rank = int(busy_seconds_W.argmax())
@@ -233,8 +233,8 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
-    """loss/total = nats of all modalities / labels of all + balance, z and auxiliary terms; and the parts, loss/auxiliary
-    where auxiliary routers are trained, or routers tuned.
+    """loss/total = nats of all modalities / labels of all + balance, z and auxiliary terms; and the terms themselves.
+    loss/auxiliary appears with auxiliary routers or router tuning.
 
     Raises:
         ValueError: a modality has the name of a loss term.
@@ -244,7 +244,7 @@ def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, spli
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = _ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
     total = None if nats is None else nats + result.balance + result.z + result.auxiliary
-    # What is trained alone has no z-loss: its term takes that place among the scalars.
+    # Auxiliary routers and router tuning have no z-loss, so their term can take its place among the 40 scalars.
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
     by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
     return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}
@@ -275,11 +275,10 @@ def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> list
 def group_metrics(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], *, dropped_LG: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Each of `tags.GROUP_FAMILIES` as float64 [L, G]; nan where no token was routed.
+    """Each of `tags.GROUP_FAMILIES` as float64 [L, G]; nan if no token was routed.
 
-    experts_per_token counts true experts, without what a capacity dropped; the others are of all choices. capacity_used has
-    the even share k T / (columns of the group) as denominator, which is the capacity of capacity factor 1; c T where the
-    experts choose.
+    experts_per_token counts true experts after a capacity dropped pairs; the others count all choices. capacity_used
+    divides by the even share k T / (columns of the group), which is the capacity at factor 1; with expert choice by c T.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
@@ -301,9 +300,9 @@ def group_scalars(
     split: Sequence[str],
     dropped_LG: np.ndarray | None = None,
 ) -> dict[str, float | None]:
-    """moe/<family>/<group> for the families in `split`, of the others moe/<family>/mean over the groups that had tokens.
+    """moe/<family>/<group> for the families in `split`, for the others moe/<family>/mean over the groups that had tokens.
 
-    Over layers: shares are of the sums, load_imbalance is the mean, capacity_used the maximum.
+    Over layers, shares are of the sums, load_imbalance is the mean and capacity_used the maximum.
     """
     dropped_LG = np.zeros_like(tokens_LG) if dropped_LG is None else dropped_LG
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
@@ -328,7 +327,7 @@ def rows_by_rank(taken_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray
     """(token, expert) pairs computed at each EP position, [L, R], summed over the EP groups.
 
     Args:
-        taken_LC: Pairs of each true expert, without what a capacity dropped; columns behind them are not looked at.
+        taken_LC: Pairs of each true expert after a capacity dropped some; later columns are ignored.
     """
     rank_E = np.array(placement.rank_of_expert)
     true_LE = taken_LC[:, : placement.num_experts]
@@ -336,8 +335,8 @@ def rows_by_rank(taken_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Work of each rank, float64 [L, R]: the rows it computed times the mean FFN width of its experts' choices (of all
-    choices, also those that a capacity dropped)."""
+    """Work of each rank, float64 [L, R]: its computed rows times the mean FFN width of its experts' choices (choices before
+    a capacity drops any)."""
     width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)
     on_rank_ER = np.zeros((placement.num_experts, placement.num_ranks))
     on_rank_ER[np.arange(placement.num_experts), list(placement.rank_of_expert)] = 1.0
@@ -347,15 +346,15 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
 
 
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-    """The wire, from the dispatch ledger. What others would have sent costs as many bytes a row as ours did.
+    """Communication, from the dispatch ledger. Other methods are assumed to send as many bytes per row as ours.
 
-    Metadata bytes are left out here as in the dispatch contract; the record's ledger has them.
+    Metadata bytes are left out, as in the dispatch contract; the record's ledger has them.
     """
     ours = ledger["rows_remote"]
-    row_bytes = _ratio(ledger["payload_bytes"], ours)  # over all exchanges of the step, repeats included
+    row_bytes = _ratio(ledger["payload_bytes"], ours)  # over all exchanges of the step, also recomputed ones
 
     def saved(rows: int) -> float | None:
-        if row_bytes is None:  # nothing crossed the wire: what a row would have cost was not measured
+        if row_bytes is None:  # no row was sent, so the bytes of a row are unknown
             return None if rows else 0.0
         return (rows - ours) * row_bytes
 
@@ -369,7 +368,7 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
 
 
 def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, float | None]:
-    """Throughput. mfu = FLOPs a token x tokens a second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
+    """Throughput. mfu = FLOPs per token x tokens per second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
     rate = _ratio(stats.result.tokens, stats.step_seconds)
     mfu = rate * stats.flops_per_token / peak_flops if rate and stats.flops_per_token and peak_flops else None
     return {
@@ -380,7 +379,7 @@ def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, f
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """Largest over mean of each row, float64 [L]; nan where the row is empty of load."""
+    """Largest over mean of each row, float64 [L]; nan if the row has no load."""
     return _divide(load_LX.max(1), load_LX.mean(1))
 
 

@@ -1,4 +1,5 @@
-"""Which heat maps and histograms a run shows: sums over the steps since the last pictures, so that they are not noise.
+"""Selects the heat maps and histograms of a run. They show sums over the steps since the last pictures, to average out
+noise.
 
 Shape letters as in `metrics.py`.
 """
@@ -17,15 +18,15 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 @dataclass(frozen=True)
 class Subject:
-    """What the pictures are of.
+    """The run that the pictures show.
 
     Attributes:
         groups: Expert groups, in the order of the arrays' columns.
         placement: Which rank holds which expert.
         moe_layers: Index in the model of each MoE layer.
-        num_modalities: Modalities of the data; it decides with the groups which tags are split.
-        active_target: True experts a token that a controller holds a group at, by group.
-        mixture_of_depths: Some layers compute a share of the tokens alone.
+        num_modalities: Modalities of the data; with the groups it decides which tags are split.
+        active_target: Target of a load controller, in true experts per token, by group.
+        mixture_of_depths: Whether some layers compute only a share of the tokens.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -54,8 +55,8 @@ class Subject:
 def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> Iterator[tuple[str, np.ndarray]]:
     """(tag, picture) of every heat map. Layers are rows; columns are experts, ranks or groups.
 
-    No tag may also be a scalar's: TensorBoard shows the first kind it sees under a tag, and only that.
-    Families that `tags.tag_plan` does not split by group become maps of layers x groups.
+    A tag must not also be a scalar's: TensorBoard shows only the first kind that it sees under a tag. Families that
+    `tags.tag_plan` does not split by group become maps of layers x groups.
     """
     layers, groups = subject.layer_axis, subject.groups
     for group, load_Ln in loads(sums["choices_LC"], groups):
@@ -90,7 +91,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
-    """For each group the load of its true experts over the mean of the layer, float64 [L, n]."""
+    """For each group the load of its true experts over the layer's mean, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         yield group, _over_mean(true_Ln)
 
@@ -105,7 +106,8 @@ def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGro
 
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Mean entropy over an even choice's, float64 [L, G]: 1 where all columns are equally likely; nan without tokens."""
+    """Mean entropy over the entropy of an even choice, float64 [L, G]: 1 if all columns are equally likely; nan without
+    tokens."""
     most_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(tokens_LG > 0, entropy_sum_LG / tokens_LG / most_G, np.nan)

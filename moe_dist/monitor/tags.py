@@ -1,7 +1,7 @@
-"""The tags of the scalars: their meaning, and how many there may be.
+"""The tags of the scalars: their meaning, and their maximum number.
 
-At most `MAX_SCALARS` a step, evaluation included, whatever the number of layers, experts, groups and modalities: pages with
-thousands of curves are not read. What does not fit is shown by heat maps, and is in full in the JSONL record.
+Each step has at most `MAX_SCALARS`, evaluation included, for any number of layers, experts, groups and modalities: nobody
+reads pages with thousands of curves. Further values become heat maps, and are all in the JSONL record.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from typing import Any
 
 MAX_SCALARS = 40
 
-# Times and device readings: everything else is equal to the last bit in two runs with one seed.
+# Times and device readings. All other tags are bit-equal in two runs with one seed.
 TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
-RENAMED_KEYS = {"depths": "mixture_of_depths"}  # key of a line or first part of a tag, as it was -> as it is
+RENAMED_KEYS = {"depths": "mixture_of_depths"}  # first part of a key or tag: old name -> present name
 DEPTH_FAMILY = "computed"  # mixture_of_depths/computed
 
-# family -> meaning; families with a label end in its name in braces.
+# family -> meaning; a family with a label ends in the label's name in braces.
 MEANING: dict[str, str] = {
     "loss/{term}": "Nats a token of the step: by modality, 'balance', 'z' and 'auxiliary' (auxiliary routers while "
     "they are trained, or router tuning's regulariser) as they entered the loss, 'total' of all.",
@@ -53,7 +53,7 @@ MEANING: dict[str, str] = {
     "device/power": "Rank 0's GPU power in watts.",
 }
 
-# With model.mixture_of_depths alone: then they take the places of what is split by group.
+# Only with model.mixture_of_depths; these tags then reduce the number of families that are split by group.
 DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/computed/{group}": "Share of the tokens that the layers which choose among them compute, in training.",
     "mixture_of_depths/agreement": "Share of the tokens on which the causal decision of evaluation is the choice of training.",
@@ -68,7 +68,7 @@ DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 
 @dataclass(frozen=True)
 class TagPlan:
-    """Which families of tags are split; one that is not shows a single number.
+    """The families of tags that are split; any other shows a single number.
 
     Attributes:
         by_group: Those of `GROUP_FAMILIES`, and `DEPTH_FAMILY`, that are split by group.
@@ -80,13 +80,13 @@ class TagPlan:
     loss_per_modality: bool
 
 
-@cache  # asked for with each record
+@cache  # called for each record
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
-    """Splits as many families as fit into `MAX_SCALARS`: groups and losses go before epochs, losses before groups.
+    """Splits as many families as fit into `MAX_SCALARS`: losses first, then groups, then epochs.
 
     Args:
-        mixture_of_depths: The run has layers that compute a share of the tokens alone. Their scalars need room: families are split by
-            group one by one, in order, as far as it goes; without depths all of them or none.
+        mixture_of_depths: Whether some layers compute only a share of the tokens. Their scalars need room, so families are
+            split by group one by one, in order, as far as they fit. Otherwise all families are split or none.
     """
     families = (DEPTH_FAMILY, *GROUP_FAMILIES) if mixture_of_depths else GROUP_FAMILIES
     room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if mixture_of_depths else 0)
@@ -95,7 +95,7 @@ def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = 
         for epochs in (True, False):
             used = len(by_group) * num_groups + len(families) - len(by_group)
             used += num_modalities if epochs else 1
-            used += 2 * num_modalities + 1  # loss/ and eval/ of each, and eval/image_no_filler
+            used += 2 * num_modalities + 1  # loss/ and eval/ for each, and eval/image_no_filler
             if used <= room:
                 return TagPlan(by_group, epochs, True)
     return TagPlan((), False, False)
@@ -115,17 +115,18 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
 
 
 def meaning(tag: str) -> str:
-    """What a tag means, one sentence.
+    """The meaning of a tag in one sentence.
 
     Raises:
-        KeyError: there is no such tag.
+        KeyError: the tag does not exist.
     """
     family, label, _ = split_tag(tag)
     return (MEANING | DEPTH_MEANING)[f"{family}/{{{label}}}" if label else family]
 
 
 def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl that an earlier version may have written, under today's keys and tags."""
+    """Renames the keys and tags of a line of metrics.jsonl, which an earlier version may have written, to the present
+    ones."""
     line = {RENAMED_KEYS.get(key, key): value for key, value in line.items()}
     if "scalars" in line:
         line["scalars"] = {_todays_tag(tag): value for tag, value in line["scalars"].items()}
@@ -138,7 +139,7 @@ def _todays_tag(tag: str) -> str:
 
 
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without times and device readings: equal to the last bit in two runs with one seed."""
+    """A line of metrics.jsonl without times and device readings: bit-equal in two runs with one seed."""
     part = {key: value for key, value in line.items() if key not in TIMING_FIELDS}
     part["scalars"] = {tag: value for tag, value in line["scalars"].items() if not tag.startswith(TIMING_TAGS)}
     return part

@@ -1,1 +1,1 @@
-"""Multiple-choice questions, made and split."""
+"""Makes multiple-choice questions and splits them into sides."""

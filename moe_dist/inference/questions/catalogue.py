@@ -1,4 +1,4 @@
-"""The tasks by name, where their packages are looked for, and what to do where they are missing."""
+"""The tasks by name, the folders of their packages, and the commands that install these."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,10 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def task_names(wanted: str) -> list[str]:
-    """The tasks that a comma-separated list names; the name of a family stands for all of its tasks.
+    """The tasks of a comma-separated list; the name of a family stands for all of its tasks.
 
     Raises:
-        ConfigError: a name is neither, with the names there are.
+        ConfigError: a name is neither; the message lists the valid names.
     """
     known = {name: (name,) for names in FAMILIES.values() for name in names} | dict(FAMILIES)
     names = [name.strip() for name in wanted.split(",")]
@@ -55,7 +55,7 @@ class Catalogue:
         vocabulary: The run's data, for its pictures.
         sources: Names of its sources.
         wordnet, quiz: Folders of the packages' files.
-        seed: Of the sides, wrong answers and order.
+        seed: For sides, wrong answers and order.
     """
 
     vocabulary: Vocabulary
@@ -65,10 +65,10 @@ class Catalogue:
     seed: int = 0
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Looks for everything that the tasks need, before anything is read.
+        """Checks that everything the tasks need exists, before anything is read.
 
         Raises:
-            ConfigError: packages are missing, all of them at once, with how to get them.
+            ConfigError: packages are missing; names all of them and the commands that install them.
         """
         families = {name.partition("-")[0] for name in tasks}
         problems = []
@@ -95,7 +95,7 @@ class Catalogue:
         if problems:
             raise ConfigError(problems, see="docs/evaluation.md")
         if "pictures" in families:
-            _ = self.vocabulary.codebook  # raises where the data have none
+            _ = self.vocabulary.codebook  # raises if the data have none
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
         """The questions of one side of a task, at most `limit`; raises as `make_questions` and the packages' readers."""

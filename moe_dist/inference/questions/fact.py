@@ -1,4 +1,4 @@
-"""A fact is a question with its right answer; a question has wrong answers beside it."""
+"""A fact is a question with its right answer; a question adds wrong answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ Part = str | Codes
 
 @dataclass(frozen=True)
 class Fact:
-    """What a package says.
+    """A question with its answer, from a package.
 
     Attributes:
-        id: Unique within its task, and the same whatever else is asked.
-        asked: A text with its question mark, the caption to draw, or the picture to be named.
+        id: Unique within its task, and independent of other facts.
+        asked: A text with its question mark, the caption to draw, or the picture to name.
         answer: The right answer.
-        keys: What no fact of another side may share: 'lemma:dog', 'family:1F415'. A WordNet fact names every lemma of its
-            synsets, so that two facts about one synset have keys in common.
-        wrong: Answers that are right as well, or nearly: never choices beside this one.
-        pool: Facts of one pool lend each other their answers as wrong ones.
-        closed: All answers there are, where they are few: wrong ones come from these, and need no side.
-        trained_on: For pictures: whether the run was trained on it; None where that is not known of any fact of the task.
+        keys: Keys such as 'lemma:dog' or 'family:1F415', which no fact of another side may share. A WordNet fact names
+            every lemma of its synsets, so two facts about one synset have keys in common.
+        wrong: Answers that are also right, or nearly so: never offered as wrong choices.
+        pool: Facts of one pool use each other's answers as wrong choices.
+        closed: All possible answers, if they are few: wrong choices come from these, from any side.
+        trained_on: For pictures: whether the run was trained on it; None if unknown, then for all facts of the task.
     """
 
     id: str
@@ -47,9 +47,9 @@ class Question:
     """Four choices, one of them right.
 
     Attributes:
-        task: Whose.
-        id: Of the fact.
-        answer: Index of the right one among the choices.
+        task: Name of its task.
+        id: Id of the fact.
+        answer: Index of the right choice.
     """
 
     task: str
@@ -59,12 +59,12 @@ class Question:
     answer: int
 
     def rotated(self, by: int) -> "Question":
-        """The same with the choices moved `by` places to the front, and the first ones to the end."""
+        """The same question with the first `by` choices moved to the end."""
         by %= len(self.choices)
         choices = (*self.choices[by:], *self.choices[:by])
         return Question(self.task, self.id, self.asked, choices, (self.answer - by) % len(choices))
 
 
 def lemma_keys(words: Sequence[str]) -> frozenset[str]:
-    """Keys of words: without case, and with one kind of space."""
+    """Keys of words, in lower case and with single spaces."""
     return frozenset("lemma:" + " ".join(word.replace("_", " ").lower().split()) for word in words)

@@ -1,4 +1,4 @@
-"""From facts to questions: which of them, their wrong choices, and the place of the right one."""
+"""Turns facts into questions: selects them, draws wrong choices, and places the right one."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from moe_dist.errors import DataError
 from moe_dist.inference.questions.fact import NUM_CHOICES, Fact, Part, Question
 from moe_dist.inference.questions.split import Side, on_side, uniform
 
-_DRAWS = 64  # of wrong answers, before all of them are looked at
+_DRAWS = 64  # random draws of wrong answers before all of them are searched
 
 
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
-    """The questions of one side of a task, at most `limit` of them; the first ones are the same whatever the limit.
+    """The questions of one side of a task, at most `limit` of them; a smaller limit takes the first ones of a larger.
 
-    Wrong choices are right answers of other facts of the same side and pool: words that are as common, and that the other
-    sides know nothing of. The right choice stands in each place equally often, give or take one.
+    Wrong choices are right answers of other facts of the same side and pool: they are words of similar frequency, and no
+    other side knows them. The right choice stands in each place equally often, up to one.
 
     Raises:
         DataError: the side has no fact with three wrong answers.
@@ -43,7 +43,7 @@ def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, l
 
 
 def _wrong(task: str, fact: Fact, answers: Sequence[Part], seed: int) -> list[Part] | None:
-    """Three distinct wrong answers at random; None where there are not so many."""
+    """Three distinct wrong answers at random; None if there are fewer."""
     rng = np.random.default_rng(int(uniform("wrong", seed, task, fact.id) * 2**53))
     never = {fact.answer, *fact.wrong}
     wrong: list[Part] = []

@@ -1,7 +1,7 @@
-"""Facts of a run's own pictures: which caption a picture has, and which picture a caption.
+"""Facts from a run's own pictures: the caption of a picture, and the picture of a caption.
 
-Families are those by which `prepare_data` divided the pictures: a variant of a picture that was trained on is training here
-as well. They are told by caption: of an emoji by its code points, of another picture the caption itself.
+Families are those by which `prepare_data` divided the pictures: a variant of a trained picture counts as trained here too.
+The family is found by caption: for an emoji it is given by the code points, for any other picture it is the caption itself.
 """
 
 import re
@@ -14,17 +14,17 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents that questions are made of: the first render of each caption is enough
+_TRAINED_ON = 8000  # training documents that questions are made from: the first render of each caption suffices
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
-    """Facts of a side: to name a picture, and to find that of a caption. Each caption once, with its first picture.
+    """Facts of a side: naming a picture, and finding the picture of a caption. Each caption once, with its first picture.
 
     Args:
         families: Family of each caption of the default pictures, see `openmoji_families`.
 
     Raises:
-        ConfigError: no document has a picture with a caption; or of all held-out ones, others of the family are trained on.
+        ConfigError: no document has a picture with a caption; or every held-out picture has a trained relative.
     """
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
@@ -47,7 +47,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
         family = families.get(caption, caption)
         language = _LANGUAGE.match(caption)
         keys = frozenset({f"family:{family}"})
-        if language is None or language[1] == "en":  # words of other languages are no lemmas of the other tasks
+        if language is None or language[1] == "en":  # words of other languages are not lemmas of the other tasks
             keys |= lemma_keys([caption[language.end() :] if language else caption])
         common = {"keys": keys, "trained_on": side is Side.TRAIN}
         codes = {each.caption: Codes(tuple(each.codes.tolist())) for each in relatives[family]}

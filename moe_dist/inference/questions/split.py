@@ -1,9 +1,9 @@
-"""Which side a fact stands on: one function of a seed and the fact's keys, for all tasks at once.
+"""Assigns facts to sides by one function of a seed and the fact's keys, for all tasks at once.
 
-Each key (a lemma, a picture family) has a side of its own, by hash. A fact belongs to a side only if all its keys do, and
-to none otherwise: so whatever shares a synset, lemma or picture family with a training item is never in a test, in
-whichever task. The price is the facts between the sides. Components of facts that share keys would cost none, but nearly
-all of WordNet is one component. The sides depend on no file: a question set that is left out changes nothing in the others.
+A hash puts each key (a lemma, a picture family) on a side. A fact belongs to a side only if all its keys do, else to none.
+So no test fact shares a synset, lemma or picture family with a training fact, in any task. The cost is the facts with keys
+on several sides. Joining facts that share keys would lose none, but would make nearly all of WordNet one component. The
+sides depend on no file: leaving a question set out changes nothing in the others.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from enum import StrEnum
 
 from moe_dist.inference.questions.fact import Fact
 
-# Shares of the keys. A fact with two keys is held out for testing with the square of the last share.
+# Shares of the keys. A fact with two keys is in test with the square of the last share.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
 
 
 class Side(StrEnum):
-    """What the questions of a fact may be used for."""
+    """The permitted use of a fact's questions."""
 
     TRAIN = "train"
     VALID = "valid"
@@ -25,13 +25,13 @@ class Side(StrEnum):
 
 
 def uniform(*parts: object) -> float:
-    """A number in [0, 1) that is a function of its arguments alone, the same on every machine."""
+    """A number in [0, 1) that depends only on the arguments, the same on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """The side of everything that has this key."""
+    """The side of all facts with this key, as far as the key decides."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -39,10 +39,10 @@ def side_of_key(key: str, seed: int) -> Side:
 
 
 def side_of(fact: Fact, seed: int) -> Side | None:
-    """The side on which all keys of a fact stand; None where they stand on several, and the fact is left out.
+    """The side on which all keys of a fact are; None, and the fact is dropped, if they are on several.
 
-    A picture family stands where the run's own data put it: what the run was trained on is training, and held-out families
-    are divided between the two other sides.
+    A picture family has the side of the run's own data: trained pictures are on train; held-out families are divided
+    between the two other sides.
     """
     sides = {_side(key, fact.trained_on, seed) for key in fact.keys}
     return sides.pop() if len(sides) == 1 else None

@@ -1,5 +1,5 @@
-"""Facts of the quiz files of Debian's bsdgames (format: quiz(6)): a fact a line, fields apart by colons, in each of which
-`{}` may be left out and `|` stands between alternatives."""
+"""Facts from the quiz files of Debian's bsdgames (format: quiz(6)). A line is a fact with colon-separated fields; in a
+field `{}` marks optional parts and `|` separates alternatives."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ _INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
 
 @dataclass(frozen=True)
 class Quiz:
-    """How to ask one or more of the files.
+    """One or more files with the question to ask of them.
 
     Attributes:
         files: Their names.
-        question: From a line's fields, the first alternative of each, to what is asked.
-        asked, answer: Numbers of the fields that are asked about and for.
+        question: Makes the question from the fields of a line, the first alternative of each.
+        asked, answer: Indices of the field that the question is about, and of the answer.
     """
 
     files: tuple[str, ...]
@@ -28,7 +28,7 @@ class Quiz:
     answer: int
 
 
-# Several quizzes are one task where each alone leaves a side with a handful of facts.
+# Several quizzes form one task where each alone would leave some side only a handful of facts.
 QUIZZES = {
     "capitals": (
         Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
@@ -45,7 +45,7 @@ QUIZZES = {
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """The facts of one task, a line each; lines with marks of typesetting in them are left out. Each quiz is a pool.
+    """The facts of one task, one for each line; lines with typesetting marks are left out. Each quiz is a pool.
 
     Raises:
         DataError: a file is missing or has no facts.
@@ -77,7 +77,7 @@ def _facts(path: Path, quiz: Quiz) -> Iterator[Fact]:
 
 
 def alternatives(field: str) -> list[str]:
-    """What a field may stand for, the fullest first, optional parts kept: 'forget{-| }me' is 'forget-me'."""
+    """All strings that a field allows, the longest first, optional parts included: 'forget{-| }me' gives 'forget-me'."""
     while (replaced := _INNERMOST.sub(lambda found: (found[1] or found[2] or "").split("|")[0], field)) != field:
         field = replaced
     return [each.strip() for each in field.split("|")]

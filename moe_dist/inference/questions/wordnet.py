@@ -1,7 +1,7 @@
 """Facts of WordNet, from its own files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
 
-Nouns are asked about in the first sense of their first word, where that word has been counted in tagged text: other senses
-than the commonest one, and words that nobody uses, make questions without an answer.
+Nouns are used in the first sense of their first word, if that word was counted in tagged text. Rarer senses and unused
+words would make questions that nobody can answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -42,11 +42,11 @@ CATEGORIES = dict(
 
 @dataclass(frozen=True)
 class Synset:
-    """One meaning.
+    """One synset: a meaning and its words.
 
     Attributes:
         lexicographer: Number of its file: the category of a noun.
-        words: As written, spaces for underscores.
+        words: As written, with spaces for underscores.
         pointers: (symbol, offset, part of speech, source and target word), words counted from 1, 0 for the whole synset.
         gloss: Its definition, without examples.
     """
@@ -58,10 +58,10 @@ class Synset:
 
 
 class WordNet:
-    """The files of one folder; read when they are first asked for, a second for the nouns.
+    """The files of one folder, read on first use; reading the nouns takes a second.
 
     Raises:
-        DataError: from any of its facts, for a file that is not in WordNet's format.
+        DataError: from any method, for a file that is not in WordNet's format.
     """
 
     FILES = ("data.noun", "index.noun", "data.adj")
@@ -84,7 +84,7 @@ class WordNet:
         ]
 
     def hypernyms(self) -> list[Fact]:
-        """What is this a kind of? Every other hypernym, near or far, is no wrong answer."""
+        """What is this a kind of? No other hypernym, near or far, is offered as a wrong choice."""
         facts = []
         for offset, synset in self._common.items():
             parent = next(iter(self._parents(synset)), None)
@@ -103,7 +103,8 @@ class WordNet:
         return facts
 
     def antonyms(self) -> list[Fact]:
-        """What is the opposite of this adjective? All opposites of all its senses are right, the first is the answer."""
+        """What is the opposite of this adjective? All opposites of all its senses count as right; the answer is the
+        first."""
         pairs = [
             (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
             for synset in self._adjectives.values()
@@ -142,7 +143,7 @@ class WordNet:
 
     @cached_property
     def _common(self) -> dict[str, Synset]:
-        """Noun synsets whose first word is a counted one and has this as its first sense; by offset."""
+        """By offset: noun synsets whose first word was counted and has this synset as its first sense."""
         first = dict(self._parsed("index.noun", _first_sense))
         return {
             offset: synset
@@ -183,7 +184,7 @@ class WordNet:
         return self._parsed(name, _synset)
 
     def _parsed(self, name: str, parse: Callable[[str], _Parsed]) -> Iterator[_Parsed]:
-        """What each line of a file says, without its licence, whose lines begin with a space."""
+        """The parsed lines of a file, without the licence, whose lines begin with a space."""
         path = self._folder / name
         number = 0
         try:
@@ -196,7 +197,7 @@ class WordNet:
 
 
 def _synset(line: str) -> tuple[str, Synset]:
-    """A line of data.*: its offset and what it says."""
+    """Offset and synset of a line of data.*."""
     head, _, gloss = line.partition("|")
     fields = head.split()
     words_end = 4 + 2 * int(fields[3], 16)
@@ -210,13 +211,13 @@ def _synset(line: str) -> tuple[str, Synset]:
 
 
 def _first_sense(line: str) -> tuple[str, str | None]:
-    """A line of index.*: its lemma and the offset of its first sense, None where no sense was counted in tagged text."""
+    """Lemma and offset of the first sense of a line of index.*; None if no sense was counted in tagged text."""
     lemma, *fields = line.split()
     pointers = int(fields[2])
     return lemma, fields[5 + pointers] if int(fields[4 + pointers]) else None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
-    """Whether a text gives one of the words away."""
+    """Whether a text contains one of the words, which would give the answer away."""
     padded = f" {''.join(c if c.isalnum() else ' ' for c in text.lower())} "
     return any(f" {word.lower()} " in padded for word in words)

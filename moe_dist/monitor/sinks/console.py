@@ -1,4 +1,4 @@
-"""The console: a progress bar on a terminal, plain lines elsewhere, evaluations, hints, and the table at the end."""
+"""The console sink: a progress bar on a terminal, else plain lines; evaluations, hints, and the table at the end."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,12 @@ from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record, depth_computed
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
-SHOWN_GROUPS = 3  # whose numbers a line has room for
-WIDE = 120  # columns from which on the bar names the groups
+SHOWN_GROUPS = 3  # groups that fit into a line
+WIDE = 120  # minimum columns for group names in the bar
 
 
 class CheckLine(Protocol):
-    """One line of the summary: what was measured, the rule, and whether it holds."""
+    """One line of the summary: the measurement, the rule, and whether it passes."""
 
     @property
     def name(self) -> str: ...
@@ -32,15 +32,15 @@ class CheckLine(Protocol):
 
 
 class ConsoleSink:
-    """Shows the run to whoever sits in front of it.
+    """Shows the run on the console.
 
     Args:
         total_steps: Last step of the run.
-        every: Steps between plain lines where there is no terminal.
+        every: Steps between plain lines if there is no terminal.
         resume_step: Last step of the earlier attempt.
-        hints: Says what is wrong; None for silence.
-        console: Where to write; default standard output.
-        clock: Seconds, for the time that is left.
+        hints: Makes the hints; None shows none.
+        console: Where to write; by default standard output.
+        clock: Returns seconds, to estimate the time left.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ConsoleSink:
         self._previous = result
 
     def text(self, tag: str, markdown: str) -> None:
-        """Nothing: what is printed at the start is the caller's to choose."""
+        """Does nothing: the caller decides what to print at the start."""
 
     def flush(self) -> None:
         self._console.file.flush()
@@ -100,27 +100,27 @@ class ConsoleSink:
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        # soft_wrap: a line of a log file stays one line, however long.
+        # soft_wrap keeps a line of a log file on one line, however long.
         self._console.print(Text(text), style=style, soft_wrap=not self._console.is_terminal)
 
     def _time_left(self, step: int) -> str:
-        """From the mean over this attempt, evaluations and checkpoints included."""
+        """Estimates by the mean step time of this attempt, evaluations and checkpoints included."""
         done = max(1, step - self._began_step)
         return duration((self._clock() - self._began_at) / done * (self._total - step))
 
 
 class _TimeLeft(ProgressColumn):
-    """The same estimate as in plain lines; rich's own leaves out what happens between steps."""
+    """The same estimate as in plain lines; rich's own omits the time between steps."""
 
     def render(self, task: Task) -> Text:
         return Text(str(task.fields["left"]), style="cyan")
 
 
 def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
-    """What fits beside a bar: loss, tokens/s, true experts a token and load imbalance by group.
+    """The numbers beside the bar: loss, tokens/s, true experts per token and load imbalance by group.
 
     Args:
-        named: Write the names of the groups; without them it fits into 80 columns.
+        named: Write the names of the groups; without names the line fits into 80 columns.
     """
     loss, rate = scalars.get("loss/total"), scalars.get("perf/tokens_per_second")
     return (
@@ -141,7 +141,7 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Held-out losses, with their change where the last evaluation was over as many tokens (a run's final one has more)."""
+    """Held-out losses, with the change if the previous evaluation had as many tokens (a run's final one has more)."""
     parts = []
     for name, loss in result.loss.items():
         change = ""
@@ -157,7 +157,7 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
 
 
 def choice_lines(result: EvaluationResult) -> list[str]:
-    """Where experts choose their tokens: held-out losses and load as evaluated, and with the choice of training."""
+    """Expert choice: held-out losses and experts per token, as evaluated and under the selection of training."""
     losses = [
         f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, with the choice of training, which sees later tokens, "
         f"{seen:.3f} ({seen - result.loss[name]:+.3f})"
@@ -171,7 +171,7 @@ def choice_lines(result: EvaluationResult) -> list[str]:
 
 
 def depth_text(mixture_of_depths: DepthStatistics) -> str:
-    """What layers that choose among the tokens computed of the held-out ones, against what they are meant to."""
+    """Share of held-out tokens that mixture-of-depths layers computed, beside the capacity."""
     computed_L, taken_G, tokens_G = (
         depth_computed(mixture_of_depths),
         mixture_of_depths.taken_LG.sum(0),
@@ -185,7 +185,7 @@ def depth_text(mixture_of_depths: DepthStatistics) -> str:
 
 
 def summary_table(checks: Sequence[CheckLine], *, title: str = "Summary") -> Table:
-    """A finished run against what it should reach: one line a check, pass or fail."""
+    """A finished run against its checks: one line for each, pass or fail."""
     passed = sum(check.passed for check in checks)
     table = Table(title=title, caption=f"{passed} of {len(checks)} passed", title_justify="left", caption_justify="left")
     table.add_column("check")
@@ -199,7 +199,7 @@ def summary_table(checks: Sequence[CheckLine], *, title: str = "Summary") -> Tab
 
 
 def duration(seconds: float) -> str:
-    """4:05 (minutes and seconds), 3h04m or 2d03h: never wider than a narrow terminal can spare."""
+    """4:05 (minutes and seconds), 3h04m or 2d03h: short enough for a narrow terminal."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 24:

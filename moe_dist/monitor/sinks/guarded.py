@@ -1,4 +1,4 @@
-"""All sinks as one that never ends a run: what is shown may fail, what a restart needs must be on the disk."""
+"""Wraps all sinks so that a failing display never ends a run, while records that a restart needs must reach the disk."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,11 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class LeaseWatch:
-    """Looks at the lease before each record; stands before the sinks that write. Costs a read of one small file a step.
+    """A sink that checks the lease before each record, called before the sinks that write. Costs a read of one small file
+    for each step.
 
     Args:
-        check: Raises if this process may not write to the run any more.
+        check: Raises if this process may no longer write to the run.
     """
 
     def __init__(self, check: Callable[[], None]) -> None:
@@ -29,18 +30,19 @@ class LeaseWatch:
         self._check()
 
     def flush(self) -> None:
-        """Nothing: what is made durable was written with a look."""
+        """Does nothing: records were checked when they were written."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing: there is nothing to release."""
 
 
 logger = logging.getLogger(__name__)
 
 
 class GuardedSinks:
-    """Hands everything to each sink. One whose disk fails is reported and left out until the next start, except that a sink
-    which holds back checkpoints (metrics.jsonl, by raising CheckpointError from `flush`) is kept, and tries again.
+    """Passes every call to each sink. A sink whose disk fails is reported and left out until the next start. The exception
+    is a sink that holds back checkpoints (metrics.jsonl, by raising CheckpointError from `flush`): it stays and tries
+    again.
 
     Args:
         sinks: In the order in which they are called.
@@ -60,13 +62,13 @@ class GuardedSinks:
         self._each(lambda sink: sink.text(tag, markdown))
 
     def flush(self) -> None:
-        """Does not raise: whether a checkpoint may follow is asked by `check_written`."""
-        # Set once all is known: the thread that writes a checkpoint may ask meanwhile, and must not be told of a success
-        # that is not there yet.
+        """Does not raise; `check_written` tells whether a checkpoint may follow."""
+        # Assigned once, after all sinks: the thread that writes a checkpoint may read it meanwhile and must not see a
+        # success too early.
         self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:
-        """Whether the last `flush` made everything durable that a restart needs.
+        """Checks that the last `flush` made everything durable that a restart needs.
 
         Raises:
             CheckpointError: it did not.
@@ -78,7 +80,7 @@ class GuardedSinks:
         self._each(lambda sink: sink.close())
 
     def _each(self, call: Callable[[Sink], None]) -> CheckpointError | None:
-        """Returns the last failure of a sink that holds back checkpoints."""
+        """Calls each sink; returns the last failure of one that holds back checkpoints."""
         unwritten = None
         for sink in list(self._sinks):
             try:

@@ -1,7 +1,8 @@
-"""metrics.jsonl: one line a step, the source of everything shown. A crash at any byte costs at most the line in flight.
+"""metrics.jsonl: one line for each step, the source of everything shown. A crash at any byte loses at most the line being
+written.
 
-A disk that is full, or fails for a while, costs none: lines wait in memory and are written once it takes them again, the
-torn one first. No checkpoint is committed before the lines up to its step are on the disk (`flush`): a restart finds all.
+A full or failing disk loses none: lines wait in memory and are written when the disk accepts them again, beginning with the
+torn one. No checkpoint is committed before all lines up to its step are on disk (`flush`), so a restart finds them all.
 """
 
 import json
@@ -27,13 +28,13 @@ LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')  # the first keys of
 
 
 class JsonlSink:
-    """Appends lines to `path`; each is written at once, so that a reader who follows the file sees whole steps.
+    """Appends lines to `path`. Each is written at once, so that a reader who follows the file sees whole steps.
 
     Args:
         path: The file.
-        resume_step: Last step whose lines stay.
-        evaluation_owed: Whether the evaluation of that step is taken again: an earlier one goes.
-        arrays_every: Steps between lines that carry the arrays (choices of every expert in every layer).
+        resume_step: Last step whose lines are kept.
+        evaluation_owed: Whether the evaluation of that step is repeated: an earlier one is removed.
+        arrays_every: Steps between lines with the arrays (choices of every expert in every layer).
         clock: Seconds since 1970, for the field `time`.
     """
 
@@ -53,7 +54,7 @@ class JsonlSink:
         drop_lines_after(path, resume_step, evaluation_owed=evaluation_owed)
         self._path = path
         self._file = path.open("ab", buffering=0)
-        self._waiting = bytearray()  # bytes that the disk has not taken yet
+        self._waiting = bytearray()  # bytes not yet accepted by the disk
         self._told = False
 
     def step(self, record: Record) -> None:
@@ -95,13 +96,13 @@ class JsonlSink:
         )
 
     def text(self, tag: str, markdown: str) -> None:
-        """Nothing: configuration and placement are files beside this one."""
+        """Does nothing: configuration and placement are separate files in the folder."""
 
     def flush(self) -> None:
         """As `Sink.flush`.
 
         Raises:
-            CheckpointError: the disk does not take the lines; they wait, and a checkpoint of these steps has to as well.
+            CheckpointError: the disk does not accept the lines. They are kept, and a checkpoint of these steps must wait.
         """
         if self._file.closed:
             return
@@ -125,7 +126,8 @@ class JsonlSink:
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        # To the operating system, not to the disk: a kill loses nothing, a power cut what flush() lacks.
+        # Write to the operating system, not to the disk: a kill loses nothing, a power cut the lines since the last
+        # flush().
         self._waiting += encode(line).encode() + b"\n"
         try:
             self._drain()
@@ -141,13 +143,13 @@ class JsonlSink:
 
 
 def encode(line: Mapping[str, Any]) -> str:
-    """One line of strict JSON. JSON knows no nan and inf: they become null, and their scalars are named in `non_finite`."""
+    """One line of strict JSON. JSON has no nan and inf: they become null, and such scalars are listed in `non_finite`."""
     odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
     return json.dumps(_finite({**line, **({"non_finite": odd} if odd else {})}), allow_nan=False, separators=(",", ":"))
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl in order, under today's names; a torn last line is left out.
+    """The lines of a metrics.jsonl in order, with current key names; a torn last line is left out.
 
     Raises:
         ValueError: a line before the last is not JSON.
@@ -162,12 +164,11 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
-    """Drops lines of steps after `step`, and lines that are no record: the torn one that a crash leaves at the end; where
-    the evaluation of `step` is owed, that of an attempt which took it and saved nothing after.
+    """Drops lines of steps after `step` and lines that are not records, such as the torn one after a crash. If the
+    evaluation of `step` is owed, drops that too: an attempt took it and saved nothing afterwards.
 
-    The file is replaced in one rename, also where nothing goes: a crash in here leaves the old file whole, and an earlier
-    writer that was only asleep goes on writing into a file without a name.
-    Reads the file once without parsing the numbers, since the file of a long run has gigabytes.
+    The file is always replaced by one rename. A crash in between keeps the old file whole, and an earlier writer that wakes
+    up writes to a deleted file. Reads the file once and does not parse numbers, since a long run has gigabytes.
     """
     if not path.exists():
         return
@@ -196,7 +197,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    if not text.endswith("\n"):  # torn, even if what is there happens to parse
+    if not text.endswith("\n"):  # torn, even if it happens to parse
         return None
     try:
         line = json.loads(text)

@@ -1,4 +1,4 @@
-"""The latest scalars as a Prometheus textfile, for node_exporter's textfile collector.
+"""Writes the latest scalars as a Prometheus textfile, for node_exporter's textfile collector.
 
 Format: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All metrics are gauges, since a
 resumed run may go back in steps.
@@ -18,12 +18,12 @@ PREFIX = "moe_dist_"
 
 
 class PrometheusSink:
-    """Replaces `path` at each step by a rename: a reader never sees half a file.
+    """Replaces `path` at each step by a rename, so that a reader never sees a partial file.
 
     Args:
-        path: The textfile; its name must end in .prom for node_exporter to read it.
+        path: The textfile; node_exporter reads it only if its name ends in .prom.
         run_name: Value of the label `run` on every sample.
-        resume_step: Last step of the earlier attempt; the first record replaces what it left.
+        resume_step: Last step of the earlier attempt; unused, since the first record replaces the old file.
     """
 
     def __init__(self, *, path: str | Path, run_name: str, resume_step: int = 0) -> None:
@@ -43,23 +43,23 @@ class PrometheusSink:
         self._replace()
 
     def text(self, tag: str, markdown: str) -> None:
-        """Nothing: the format knows numbers only."""
+        """Does nothing: the format has only numbers."""
 
     def flush(self) -> None:
-        """Nothing: the file is whole after each step, and worth nothing after a power cut."""
+        """Does nothing: the file is whole after each step, and need not survive a power cut."""
 
     def close(self) -> None:
-        """Nothing: the last values stay for the next scrape."""
+        """Does nothing: the last values stay for the next scrape."""
 
     def _replace(self) -> None:
-        # Hidden and without .prom, so that the collector does not read it.
+        # The collector ignores hidden files and names without .prom.
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         scratch.write_text(exposition(self._latest, step=self._step, run_name=self._run_name), encoding="utf-8")
         os.replace(scratch, self._path)
 
 
 class MetricSample(NamedTuple):
-    """One number as monitoring systems take it: metric, its meaning, its labels, its value."""
+    """One number for a monitoring system: metric, meaning, labels, value."""
 
     name: str
     meaning: str
@@ -79,7 +79,7 @@ def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) ->
 
 
 def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:
-    """The text of a scrape: each family once, with help and type, its samples together."""
+    """The text of a scrape: each family once, with help and type, followed by its samples."""
     families: dict[str, list[str]] = {}
     for sample in samples(scalars, step=step, run_name=run_name):
         if sample.name not in families:

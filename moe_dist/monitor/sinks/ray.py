@@ -1,6 +1,7 @@
-"""The latest scalars for `ray.util.metrics`, by way of the actor of rank 0 (`launchers/ray/metrics.py`). No import of Ray.
+"""Sends the latest scalars to `ray.util.metrics`, through the actor of rank 0 (`launchers/ray/metrics.py`). Does not import
+Ray.
 
-The launcher for Ray asks for it by an environment variable, since no configuration has to change for another cluster.
+The Ray launcher enables it by an environment variable, so that the configuration stays the same on every cluster.
 """
 
 import contextlib
@@ -14,13 +15,13 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class RaySink:
-    """Sends the scalars of each step in one datagram to a Unix socket. One that finds no reader, or no room, is lost: the
-    training does not wait, and the records are elsewhere.
+    """Sends the scalars of each step in one datagram to a Unix socket. A datagram without reader or buffer space is lost:
+    training does not wait, and metrics.jsonl has the records.
 
     Args:
-        socket_path: Where the actor listens.
+        socket_path: The socket on which the actor listens.
         run_name: Value of the label `run` on every sample.
-        resume_step: Last step of the earlier attempt; gauges need nothing of it.
+        resume_step: Last step of the earlier attempt; unused, since gauges keep no history.
     """
 
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:
@@ -36,10 +37,10 @@ class RaySink:
         self._send(scalars)
 
     def text(self, tag: str, markdown: str) -> None:
-        """Nothing: metrics are numbers."""
+        """Does nothing: metrics are numbers."""
 
     def flush(self) -> None:
-        """Nothing: what was sent is gone."""
+        """Does nothing: datagrams are not buffered here."""
 
     def close(self) -> None:
         self._socket.close()

@@ -1,4 +1,4 @@
-"""What every sink can do. Only rank 0 has sinks; none of them issues a collective or touches the model."""
+"""The interface of all sinks. Only rank 0 has sinks; a sink issues no collective and does not touch the model."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -8,12 +8,12 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class Sink(Protocol):
-    """A place that records go to.
+    """A destination of records.
 
-    A sink is made with `resume_step`, the last step that stays (0 in a new run): what an earlier attempt left of later
-    steps is dropped, so that each step is there exactly once after any number of resumes. Those of metrics.jsonl and of
-    TensorBoard are told as well whether the evaluation of that step is still owed: an attempt that took it and died before
-    its next checkpoint has left one.
+    A sink is created with `resume_step`, the last step to keep (0 in a new run): it drops an earlier attempt's records of
+    later steps, so that each step appears exactly once after any number of resumes. The sinks for metrics.jsonl and
+    TensorBoard also get `evaluation_owed`: the evaluation of that step will be repeated, because the earlier attempt died
+    before its next checkpoint, and its result must go.
     """
 
     def step(self, record: Record) -> None:
@@ -29,10 +29,10 @@ class Sink(Protocol):
         ...
 
     def flush(self) -> None:
-        """Makes all that was taken durable. Call it before a checkpoint is committed: records up to the checkpoint's
-        step are not written again on resume."""
+        """Makes all records so far durable. Call it before a checkpoint is committed: records up to the checkpoint's step
+        are not written again on resume."""
         ...
 
     def close(self) -> None:
-        """Flushes and lets go of files and threads. A second call does nothing."""
+        """Flushes and releases files and threads. A second call does nothing."""
         ...

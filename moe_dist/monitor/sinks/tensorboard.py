@@ -1,4 +1,4 @@
-"""TensorBoard: curves, heat maps of where every token went, histograms, and pages of text."""
+"""TensorBoard: curves, heat maps of where tokens are routed, histograms, and pages of text."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from moe_dist.monitor.sinks.event_files import drop_events_after
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 
-FLUSH_SECONDS = 10  # how old the page may be
+FLUSH_SECONDS = 10  # maximum age of the page
 NUM_BINS = 40
 
 
@@ -26,11 +26,11 @@ class TensorBoardSink:
 
     Args:
         folder: runs/<name>/tensorboard.
-        subject: What the pictures are of.
+        subject: The run that the pictures show.
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
-        resume_step: Last step that stays.
-        evaluation_owed: Whether the evaluation of that step is taken again: an earlier one goes.
+        resume_step: Last step to keep.
+        evaluation_owed: Whether the evaluation of that step is repeated: an earlier one is removed.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class TensorBoardSink:
         self._add(scalars, result.step)
 
     def text(self, tag: str, markdown: str) -> None:
-        # At the attempt's first step: it changes with the attempt, and goes with its steps.
+        # At the attempt's first step: the text differs between attempts, and is removed together with the steps of its
+        # attempt.
         self._open.add_summary(summary.text(tag, markdown), self._first_step)
 
     def flush(self) -> None:
@@ -85,7 +86,7 @@ class TensorBoardSink:
 
     def _add(self, scalars: Mapping[str, float | None], step: int) -> None:
         known = [summary.scalar(tag, value).value[0] for tag, value in scalars.items() if value is not None]
-        self._open.add_summary(Summary(value=known), step)  # one event a step, not one a curve
+        self._open.add_summary(Summary(value=known), step)  # one event for each step instead of one for each curve
 
     def _add_pictures(self) -> None:
         curves = self._window.load_curves()
@@ -102,14 +103,14 @@ class TensorBoardSink:
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
             known = load_Ln[~np.isnan(load_Ln)]
             if known.size:
-                # Fixed bins: numpy's automatic ones have no bound where one load is far from all others.
+                # Fixed bins: numpy's automatic number of bins is unbounded if one load is far from the others.
                 bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
                 histogram = summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins)
                 self._open.add_summary(histogram, self._last_step)
 
 
 class Window:
-    """Sums of the arrays of consecutive steps."""
+    """Sums of the arrays over consecutive steps."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
@@ -133,7 +134,7 @@ class Window:
         self._depths = _sum_depths(self._depths, record.mixture_of_depths)
 
     def load_curves(self) -> np.ndarray | None:
-        """Achieved true experts a token over the window's steps against what a controller holds; None where none does."""
+        """Measured true experts per token over the window, with the controller's targets; None without a controller."""
         targets = {name: each["target"] or 0.0 for name, each in self._load[-1].items()} if self._load else {}
         if not targets:
             return None
@@ -142,7 +143,7 @@ class Window:
         return draw_against_targets(self._steps, values, targets, title="True experts a token", caption=caption)
 
     def depth_map(self) -> np.ndarray | None:
-        """What the layers do that compute a share of the tokens alone, one row each; None without any."""
+        """One row for each mixture-of-depths layer; None without any."""
         if self._depths is None:
             return None
         metrics = depth_metrics(self._depths)
@@ -157,7 +158,7 @@ class Window:
         return draw(np.stack(columns, axis=1), rows, Axis("", names), scale=scale, title="Mixture of depths")
 
     def take(self) -> tuple[dict[str, np.ndarray], str]:
-        """The sums and the steps they are of, in words; the window starts again empty."""
+        """Returns the sums and their steps in words, and empties the window."""
         taken = self._sums, self._words()
         self._sums, self._steps, self._load, self._depths = {}, [], [], None
         return taken
@@ -171,7 +172,7 @@ class Window:
 
 
 def _sum_depths(sums: DepthStatistics | None, mixture_of_depths: DepthStatistics | None) -> DepthStatistics | None:
-    """Over steps of one run: only the sums change."""
+    """Adds the sums of two steps of one run; all other fields are equal."""
     if sums is None or mixture_of_depths is None:
         return mixture_of_depths
     counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
@@ -183,7 +184,7 @@ def _number(value: float | None) -> float:
 
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
-    """The custom scalars page: what one looks at first, several curves to a chart."""
+    """The custom scalars page: the most important curves, several to a chart."""
     plan = tag_plan(len(subject.groups), len(modalities), mixture_of_depths=subject.mixture_of_depths)
     losses = [f"loss/{name}" for name in modalities] if plan.loss_per_modality else []
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, an extra: install moe_dist[wandb]. Imported only where the sink is asked for."""
+"""Weights & Biases, an extra: install moe_dist[wandb]. Imported only if the sink is configured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,18 +10,18 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class WandbSink:
-    """One wandb run for each attempt, all in the group of the run's name, since wandb cannot take steps back.
+    """One wandb run for each attempt, since wandb cannot take steps back; a group named after the run joins them.
 
     Args:
         project: Project in wandb.
-        mode: 'online', with the key that `wandb login` or WANDB_API_KEY gives, or 'offline': files under `folder` only, no
-            network; `wandb sync` sends them later.
+        mode: 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files under `folder`, which
+            `wandb sync` can upload later.
         run_name: Name of the run.
         folder: The run folder.
         resume_step: Last step of the earlier attempt.
 
     Raises:
-        ConfigError: wandb is not installed, or knows no key to go online with.
+        ConfigError: wandb is not installed, or has no key for online mode.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class WandbSink:
             silent=True,
             disable_code=True,
             disable_git=True,
-            x_disable_stats=True,  # devices are in the records
+            x_disable_stats=True,  # our records have the device readings
         )
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
@@ -51,7 +51,7 @@ class WandbSink:
             ) from error
 
     def step(self, record: Record) -> None:
-        # Not committed yet: an evaluation of this step belongs to the same row.
+        # Not committed yet: an evaluation of this step goes into the same row.
         self._run.log(_known(record.scalars), step=record.step, commit=False)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
@@ -61,7 +61,7 @@ class WandbSink:
         self._run.config.update({tag: markdown}, allow_val_change=True)
 
     def flush(self) -> None:
-        """Nothing to call: wandb's own process writes as rows come."""
+        """Does nothing: wandb's own process writes rows as they come."""
 
     def close(self) -> None:
         if self._run is not None:
