@@ -1,1 +1,2 @@
-"""Pretrained models in and out: Hugging Face's folders of config.json and safetensors. Imports no transformers."""
+"""Imports and exports pretrained models as Hugging Face folders (config.json, safetensors). Does not import
+transformers."""

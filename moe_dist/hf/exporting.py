@@ -1,9 +1,8 @@
-"""From a checkpoint to a Hugging Face folder that transformers 4 and 5 load: one tensor for each expert and matrix.
+"""Exports a checkpoint as a Hugging Face folder for transformers 4 and 5, with one tensor for each expert and matrix.
 
-Null experts have no counterpart there. They are left out where that changes nothing, which is one case alone: every null
-row of every router still is the copy of a true row that `moe_dist.moe.routers.copy_init` makes, bit for bit. The model then is
-plain top-k_0. Once training has moved the rows apart, null choices decide how many experts a token takes, and no family
-says so.
+Hugging Face models have no null experts. They can be left out only if every null row of every router is still bit-equal to
+the copy of a true row that `moe_dist.moe.routers.copy_init` makes: the model then equals plain top-k_0. Once training has
+changed the rows, null choices decide how many experts a token takes, which no family can express.
 """
 
 import json
@@ -48,13 +47,13 @@ SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
         family: `model_type`.
-        folded: Null experts a layer that were left out.
-        like: Folder whose config.json and small files were taken over; None for none.
-        merged: The checkpoint is of adapters, and its base was exported with them merged in.
+        folded: Number of null experts in each layer that were left out.
+        like: Folder from which config.json and small files were taken; None for none.
+        merged: Whether adapters were merged into their base.
     """
 
     family: str
@@ -75,17 +74,17 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda stage, done, total: None,
 ) -> Exported:
-    """Exports a checkpoint. Nothing that is there is overwritten. Memory: one shard, and one tensor in fp32.
+    """Exports a checkpoint. Overwrites nothing. Memory: one shard, and one tensor in fp32.
 
     Args:
-        checkpoint: A checkpoint, or a run or an import that holds one.
-        dtype: A key of `source.DTYPES` for all tensors; None keeps what an import noted for each, else what is stored.
+        checkpoint: A checkpoint, or a run or an import that has one.
+        dtype: A key of `source.DTYPES` for all tensors; None uses the dtypes recorded by an import, else the stored ones.
         family: `model_type` to write; None takes the import's, else the first that can hold the model.
-        like: A folder with config.json (and tokenizer files) to take over what the model does not say; None looks beside
-            the checkpoint, and at `run.init_from`.
+        like: A folder with config.json (and tokenizer files) for what the checkpoint lacks; None looks beside the
+            checkpoint, and in `run.init_from`.
 
     Raises:
-        ConfigError: `out` exists, or no family can hold the model; says why.
+        ConfigError: `out` exists, or no family can hold the model; gives the reasons.
         DataError: the checkpoint is damaged or incomplete.
         CheckpointError: the folder cannot be written.
     """
@@ -96,7 +95,7 @@ def export_model(
         contents, read = _merged(contents)
     config = _config(contents)
     noted, dtypes = imported_values(contents.state.values)
-    dtypes = {} if merged else dtypes  # a merged matrix has more bits than the base's had
+    dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the base's dtype has
     reader = _Reader(contents, read)
     section = _plain_section(config.model, reader)
     chosen = _family(section, family or noted, must=family is not None)
@@ -115,11 +114,11 @@ def export_model(
 
 
 def _merged(adapters: Contents) -> tuple[Contents, Read]:
-    """The base of a checkpoint of adapters, and how to read its tensors with them merged in.
+    """The base of a checkpoint of adapters, and a function that reads its tensors with the adapters merged in.
 
     Raises:
         ConfigError: they cannot be merged.
-        DataError: the base is not there, damaged, or another one.
+        DataError: the base is missing, damaged, or another one.
     """
     model = _config(adapters).model
     check_mergeable(model)
@@ -141,7 +140,7 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
     """The section without null experts.
 
     Raises:
-        ConfigError: the model is none that a family could hold, with every reason.
+        ConfigError: no family could hold the model; gives every reason.
     """
     moe, problems = model.moe, []
     if len(moe.groups) > 1:
@@ -172,10 +171,10 @@ def _plain_section(model: ModelSection, reader: "_Reader") -> ModelSection:
 
 
 def _folded(model: ModelSection, reader: "_Reader") -> int:
-    """Choices of the plain router that one with null experts equals.
+    """Choices of the plain router that equals the one with null experts.
 
     Raises:
-        ConfigError: there is none, with the layer or the option that is in the way.
+        ConfigError: there is none; names the layer or option that prevents it.
     """
     ((name, group),) = model.moe.groups.items()
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
@@ -209,7 +208,7 @@ def _family(section: ModelSection, name: str | None, *, must: bool) -> ModelFami
 
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """The tensors to write; every parameter of the checkpoint is among them, or known to say nothing.
+    """The tensors to write. Checks that each parameter of the checkpoint is among them or known to have no effect.
 
     Raises:
         DataError: tensors are missing or left over.
@@ -245,7 +244,7 @@ def _like(folder: Path, config: Config) -> Path | None:
 
 
 def _fields(section: ModelSection, family: ModelFamily, like: Path | None, dtypes: Sequence[str]) -> dict[str, Any]:
-    """config.json: as it was where that still says the model, else what the model says beside the rest."""
+    """config.json: the original if it still describes the model, else its other fields with the model's own values."""
     base = read_json(like / CONFIG_FILE, "model") if like else {}
     said = write_fields(section, family)
     inert = {name: value for name, value in base.items() if name in INERT}
@@ -267,7 +266,7 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 
 def _canonical(section: ModelSection) -> dict[str, Any]:
-    """What a section says about the function: two that say the same are equal."""
+    """The values of a section that determine the function; sections with equal functions give equal values."""
     (group,) = section.moe.groups.values()
     dense = len(section.moe_layers) < section.num_layers
     plain = section.model_dump(exclude={"moe", "init_std", "head_dim", "dense_ffn_dim"})
@@ -283,17 +282,17 @@ def _canonical(section: ModelSection) -> dict[str, Any]:
 
 
 class _Reader:
-    """Whole logical tensors of a checkpoint, each held against its fingerprint."""
+    """Reads whole logical tensors of a checkpoint and verifies each by its fingerprint."""
 
     def __init__(self, contents: Contents, read: Read | None = None) -> None:
         self._contents = contents
         self.read: Read = read or self._read
 
     def _read(self, name: str) -> Tensor:
-        """A tensor, put together from its boxes.
+        """Assembles a tensor from its boxes.
 
         Raises:
-            DataError: it is missing, or not what was saved.
+            DataError: it is missing, or differs from the saved one.
         """
         contents, entry = self._contents, self._contents.index.tensors.get(name)
         if entry is None:
@@ -314,7 +313,7 @@ class _Reader:
 def _write(
     folder: Path, reader: _Reader, found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int, report: Report
 ) -> int:
-    """Writes the shards, and the index where there are several; returns their number."""
+    """Writes the shards, and an index if there are several; returns their number."""
     shards = list(_shards(found, dtypes, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = [WEIGHTS_FILE] if len(shards) == 1 else names
@@ -354,7 +353,7 @@ def _nbytes(slot: Slot, dtypes: Mapping[str, str]) -> int:
 
 @contextmanager
 def _made(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it when all of it is durable, and goes away if something fails."""
+    """A temporary folder beside `out`: renamed to it when all of it is durable, removed if something fails."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{out.absolute().name}.exporting.", dir=out.absolute().parent))
@@ -374,7 +373,7 @@ def _made(out: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    """The process's umask; there is no way to read it but to set it."""
+    """The process's umask; it can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

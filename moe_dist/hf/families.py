@@ -1,7 +1,7 @@
-"""The families of models that can be read and written, as data: which of their fields say what our `model` section says.
+"""The supported model families, as data: how their fields correspond to our `model` section.
 
-Each family is a decoder that our model computes exactly; what a family can have and our model has not is refused by field
-and value. A dense model is one with a single expert a layer: its routing weight is 1 whatever the router's row is.
+Each family is a decoder that our model computes exactly; features that our model lacks are refused by field and value. A
+dense model becomes one with a single expert in each layer: its routing weight is 1 whatever the router's row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,20 @@ GROUP = "all"  # the one expert group of every imported model
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family, for both directions.
+    """One family, for import and export.
 
     Attributes:
-        name, architecture: `model_type`, and the class that transformers loads it with.
+        name, architecture: `model_type`, and the class with which transformers loads it.
         qk_norm: As `model.qk_norm`.
-        biases: For each `model.attention_bias` that it can have, the fields that say so; the first is its default.
+        biases: For each supported `model.attention_bias` the fields that express it; the first entry is the family's
+            default.
         normalise: Likewise for `router.normalise`.
-        experts: Fields of the number of experts, the one that is written first (none: dense).
-        ffn: Field of their width.
+        experts: Fields of the number of experts, the one to write first (none: dense).
+        ffn: Field of the experts' width.
         dense_layers: Whether some layers may be dense, by decoder_sparse_step and mlp_only_layers.
         shared: Whether each MoE layer has a shared expert with a sigmoid gate.
         head_dim: Whether the width of a head is a field.
-        must_be: Fields whose other values our model has not: the values that it has, and why.
+        must_be: Fields with values that our model lacks: the supported values, and the reason.
     """
 
     name: str
@@ -48,7 +49,7 @@ class ModelFamily:
 
 _NORM = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 _BIAS = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
-_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for some
+_EXPERTS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for some families
 _CLIP = {"clip_qkv": ((), "queries, keys and values are not clipped")}
 _MLP_BIAS = {"mlp_bias": ((False,), "FFNs have no biases")}
 
@@ -92,7 +93,7 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     """The family of a config.json.
 
     Raises:
-        ConfigError: it is none of ours, quantised, or brings code of its own.
+        ConfigError: the family is not supported, the model is quantised, or it brings its own code.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -114,10 +115,10 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """ModelFamily, `model` section (as a mapping that the schema takes), and the fields that were not looked at.
+    """ModelFamily, `model` section (as a mapping that the schema accepts), and the fields that were not read.
 
     Raises:
-        ConfigError: the family is not known, or a field has a value that the model cannot have.
+        ConfigError: the family is not supported, or a field has a value that our model lacks.
     """
     family = family_of(config)
     read = Fields(config, family.name)
@@ -157,12 +158,12 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         },
     }
     if family.dense_layers:
-        read.get("intermediate_size", None)  # without dense layers it says nothing
+        read.get("intermediate_size", None)  # unused without dense layers
     return family, section, read.unread()
 
 
 def _check_plain(family: ModelFamily, read: Fields, max_seq_len: int) -> None:
-    """What every family could have and the model has not."""
+    """Refuses features that any family could have and our model lacks."""
     read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
     read.must_be("partial_rotary_factor", (1, 1.0), "rotary positions turn whole heads")
     read.must_be("rope_scaling", ({}, {"rope_type": "default"}, {"type": "default"}), "rotary positions are not scaled")
@@ -195,14 +196,14 @@ def _rope_base(family: ModelFamily, read: Fields) -> float:
 
 
 def _said(choices: Mapping[str, Mapping[str, bool]], read: Fields) -> str:
-    """The choice whose fields have the values at hand; an absent field is as in the first choice."""
+    """The choice whose fields have the given values; an absent field counts as in the first choice."""
     first = next(iter(choices.values()))
     values = {name: read.flag(name, default) for name, default in first.items()}
     return next(choice for choice, fields in choices.items() if fields == values)
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
-    """First MoE layer, the distance to the next, and whether there are dense ones."""
+    """First MoE layer, distance to the next, and whether there are dense layers."""
     if not family.dense_layers:
         return 0, 1, False
     step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers")
@@ -217,10 +218,10 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def top_k_router(section: ModelSection) -> TopKRouterSection:
-    """The router, which is top-k in every known family.
+    """The router section, which is top-k in every supported family.
 
     Raises:
-        ConfigError: it is another one.
+        ConfigError: it is another kind.
     """
     router = section.moe.router
     if not isinstance(router, TopKRouterSection):
@@ -229,7 +230,7 @@ def top_k_router(section: ModelSection) -> TopKRouterSection:
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Why a family cannot hold a model (without null experts); nothing if it can."""
+    """Reasons why a family cannot hold a model (without null experts); empty if it can."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     normalise = top_k_router(section).normalise
     width = section.hidden_dim // section.num_heads
@@ -249,7 +250,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
 
 
 def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
-    """The fields of config.json that say what a section says (without null experts), for transformers 4 and 5."""
+    """The fields of config.json for a section (without null experts), for transformers 4 and 5."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     fields: dict[str, Any] = {
         "architectures": [family.architecture],

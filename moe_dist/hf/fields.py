@@ -1,4 +1,4 @@
-"""A config.json as plain JSON: what is read of it, and what would be ignored without a word."""
+"""Reads a config.json as plain JSON and records which fields were read, so that ignored ones can be reported."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +10,7 @@ from moe_dist.errors import ConfigError, DataError
 MAX_JSON_BYTES = 1 << 28
 _MISSING: Any = object()
 
-# Names, token ids, training options and switches of other code: none changes the logits of a forward pass.
+# Names, token ids, training options and switches of other code: none of these changes the logits.
 INERT = frozenset(
     (
         "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "cache_implementation",
@@ -24,10 +24,10 @@ INERT = frozenset(
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        DataError: it is missing, too large or none; names it.
+        DataError: the file is missing, too large or not a JSON object; names it.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -43,7 +43,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 class Fields:
-    """The values of a config.json, read by name; every refusal names field, value and rule."""
+    """The values of a config.json, read by name; every refusal gives field, value and rule."""
 
     def __init__(self, values: Mapping[str, Any], family: str) -> None:
         self._values, self._family = values, family
@@ -64,14 +64,14 @@ class Fields:
         return default
 
     def whole(self, name: str, default: Any = _MISSING) -> Any:
-        """A whole number above 0, or the default."""
+        """An integer above 0, or the default."""
         value = self.get(name, default)
         if value is not default and (type(value) is not int or value < 1):
             raise ConfigError(f"config.json: {name}={value!r} must be a whole number above 0")
         return value
 
     def one_of(self, names: Sequence[str]) -> int:
-        """A whole number above 0 that goes by several names; where more than one is there, they agree."""
+        """An integer above 0 under one of several names; if several are present they must agree."""
         found = {name: self.whole(name) for name in names if self.get(name, None) is not None}
         if len(set(found.values())) > 1:
             raise ConfigError(f"config.json: {' and '.join(f'{n}={v}' for n, v in found.items())} contradict each other")
@@ -85,7 +85,7 @@ class Fields:
         return float(value)
 
     def many(self, name: str) -> list[Any]:
-        """A list; empty where it is absent."""
+        """A list; empty if absent."""
         value = self.get(name, [])
         if not isinstance(value, list):
             raise ConfigError(f"config.json: {name}={value!r:.80} must be a list")
@@ -98,7 +98,7 @@ class Fields:
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Refuses a value that the model cannot have; an absent field is fine.
+        """Refuses a value that our model lacks; an absent field is accepted.
 
         Raises:
             ConfigError: with field, value and reason.
@@ -108,5 +108,5 @@ class Fields:
             raise ConfigError(f"config.json: {name}={value!r} is not supported: {why}")
 
     def unread(self) -> Sequence[str]:
-        """Fields with a value that nobody looked at and that are not known to be inert."""
+        """Fields with a value that were neither read nor are known to be inert."""
         return sorted(name for name, value in self._values.items() if value is not None and name not in self._read | INERT)

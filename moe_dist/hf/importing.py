@@ -1,11 +1,11 @@
-"""From a Hugging Face folder to a checkpoint that any layout of ranks loads, shard by shard, whatever its size.
+"""Imports a Hugging Face folder as a checkpoint for any layout of ranks, shard by shard, whatever its size.
 
-    <out>/step_0/, latest      the checkpoint, as `run.init_from=<out>` takes it
-    <out>/config.yaml          a whole configuration that trains it; the data are to be set
-    <out>/huggingface/         config.json and the small files that belong to the model, for the way back
+    <out>/step_0/, latest      the checkpoint, for `run.init_from=<out>`
+    <out>/config.yaml          a whole configuration that trains it; the user sets the data
+    <out>/huggingface/         config.json and the model's small files, for a later export
 
-Until all of it is durable it lies in `<out>.importing`; then one rename makes `<out>`. An import that was killed goes on
-there: shards that are whole stay. Memory: one shard in fp32 and one tensor as it was stored.
+The import is written to `<out>.importing`. Once all of it is durable, one rename makes `<out>`. A killed import continues
+there and keeps its complete shards. Memory: one shard in fp32 and one tensor as stored.
 """
 
 import hashlib
@@ -52,14 +52,14 @@ _PLAN_FILE, _TREE = "plan.json", "tree"
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did.
+    """The result of an import.
 
     Attributes:
         family: `model_type`.
         kept: Shards that an earlier, killed attempt had written.
-        unread: Fields of config.json that nobody looked at.
-        ignored: Files of pickles, which nobody opened.
-        converted: Numbers of tensors by the dtype they were stored in; all are written as fp32.
+        unread: Fields of config.json that were not read.
+        ignored: Pickle files, which are never opened.
+        converted: Number of tensors for each stored dtype; all are written as fp32.
     """
 
     family: str
@@ -80,12 +80,12 @@ def import_model(
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda stage, done, total: None,
 ) -> Imported:
-    """Imports a model. Nothing that is there is overwritten.
+    """Imports a model. Overwrites nothing.
 
     Raises:
-        ConfigError: `out` exists, an option does not fit, or the model is of a family or has a field that is not supported.
-        DataError: the folder is damaged, holds something else than its config.json says, or its tokenizer does not fit.
-        CheckpointError: the result cannot be written; what is written stays, and the same command goes on.
+        ConfigError: `out` exists, an option does not fit, or the family or a field is not supported.
+        DataError: the folder is damaged, contradicts its config.json, or its tokenizer does not fit.
+        CheckpointError: the result cannot be written; finished shards are kept, and the same command continues.
     """
     options = options or ImportOptions()
     if os.path.lexists(out):
@@ -126,7 +126,7 @@ def import_model(
 
 
 def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: str) -> Config:
-    """A configuration that fine-tunes the model on one device; `data` is the user's to set."""
+    """A configuration that fine-tunes the model on one device; the user sets `data`."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
     groups = plan.section.moe.groups.values()
     dense = all(group.num_experts + group.num_null == 1 for group in groups)
@@ -147,7 +147,7 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """The folder beside `out` in which it is made, held by one process; removed once `out` is there."""
+    """The temporary folder beside `out`, locked by one process; removed once `out` exists."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -161,11 +161,11 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 
 def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions) -> str:
-    """The id of the save that is being written; of an earlier attempt where one was at the same.
+    """The id of the save: that of an earlier attempt with the same input, else a new one.
 
     Raises:
-        ConfigError: the earlier attempt was at something else.
-        CheckpointError: there is no room.
+        ConfigError: the earlier attempt had other input.
+        CheckpointError: there is not enough space.
     """
     told = {
         "files": source.files,
@@ -196,7 +196,7 @@ def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions
 def _write_shards(
     place: Path, source: Source, plan: ImportPlan, options: ImportOptions, save_id: str, report: Report
 ) -> int:
-    """Writes what is not there yet, each shard by one rename; returns how many were."""
+    """Writes the missing shards, each by one rename; returns how many existed already."""
     target, writing = place / _TREE / "step_0", place / "writing"
     for folder in (target, writing):
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def _write_shards(
         if _is_whole(target, number, save_id):
             kept += 1
         else:
-            # Without a name, so that one shard is gone before the next is read.
+            # Pass the shard without a name, so that it is freed before the next one is read.
             write_shard(
                 writing,
                 number,
@@ -229,7 +229,7 @@ def _is_whole(folder: Path, number: int, save_id: str) -> bool:
 
 
 def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str) -> None:
-    """Index, state and digests of the checkpoint, and the configuration beside it; all durable."""
+    """Writes index, state and digests of the checkpoint, and the configuration, all durable."""
     folder = tree / "step_0"
     specs = {part.name: _spec(part.shape) for part in plan.parts}
     index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
@@ -259,7 +259,8 @@ def _companions(source: Source, folder: Path) -> None:
 
 
 def imported_values(values: Mapping[str, Any]) -> tuple[str | None, Mapping[str, str]]:
-    """Family and dtypes by logical name that an import noted in its state.json; None and nothing of another checkpoint."""
+    """Family and stored dtypes by logical name, as an import recorded them in state.json; None and empty for any other
+    checkpoint."""
     noted = values.get(HUGGINGFACE)
     if not isinstance(noted, dict) or not isinstance(noted.get("dtypes"), dict):
         return None, {}

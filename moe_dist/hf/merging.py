@@ -1,13 +1,14 @@
-"""A base with its adapters merged into it, for export: W + (alpha / r) B A, where that is what every token meets.
+"""Merges adapters into their base for export: W + (alpha / r) B A, if all tokens use the same matrix.
 
-Attention: always. An FFN: where a token's weights are the same whatever its route, that is exactly
+In attention that is always so. In an FFN it holds if the weights of a token do not depend on its route, which requires
 
-- one group, since a token of another group has other adapters,
-- no null experts, since a null choice leaves the FFN as it is, and
-- one expert, whose probability among one column is exactly 1 in floating point too; or all of several chosen by every token
-  (top_k = num_experts) with a weight of exactly 1 (straight_through, published): then the sum of their products is merged.
+- one group, since tokens of another group use other adapters,
+- no null experts, since a null choice uses the FFN without an adapter, and
+- one expert, whose probability among one column is exactly 1 also in floating point; or several experts that every token
+  chooses (top_k = num_experts) with a weight of exactly 1 (straight_through, published): then the sum of their products is
+  merged.
 
-Otherwise the weights of a token are a function of the token, and no matrix is the FFN.
+Otherwise the weights depend on the token, and no single matrix equals the FFN.
 """
 
 import re
@@ -28,10 +29,10 @@ _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
 
 
 def check_mergeable(model: ModelSection) -> None:
-    """Refuses adapters that are no matrix.
+    """Refuses adapters that no single matrix can replace.
 
     Raises:
-        ConfigError: with every reason.
+        ConfigError: gives every reason.
     """
     experts, groups, problems = model.moe.experts, model.moe.groups, []
     if not isinstance(experts, LoRAExpertsSection):
@@ -57,11 +58,11 @@ def check_mergeable(model: ModelSection) -> None:
 
 
 def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
-    """Reads the tensors of a base by their names in it, adapters merged in fp32; what was trained as a whole (routers of an
-    MoE base) from the adapters' checkpoint.
+    """A reader of the base's tensors by their names, with adapters merged in fp32. Tensors trained as a whole (routers of
+    an MoE base) come from the adapters' checkpoint.
 
     Args:
-        model: Of the adapters' run, see `check_mergeable`.
+        model: Model section of the adapters' run, see `check_mergeable`.
     """
     ffn_names = base_names(base_index)
 
@@ -78,7 +79,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
 
 
 def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
-    """Names of A and B that act on a matrix of the base, with their scale."""
+    """Names of the pairs A and B that adapt a matrix of the base, with their scales."""
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]
@@ -91,6 +92,6 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """B A, summed over experts where there are several; in float64, rounded once."""
+    """B A, summed over experts if there are several; in float64, rounded once."""
     product = b.double() @ a.double()
     return product.sum(0) if product.ndim == 3 else product

@@ -1,8 +1,8 @@
-"""Where each of our logical tensors lies among a family's tensors, in every layout that checkpoints have.
+"""Maps each of our logical tensors to a place among a family's tensors, for both layouts of checkpoints.
 
-On disk transformers writes one tensor for each expert and matrix (also version 5, whose models hold them fused in memory);
-`save_original_format=False` writes the fused ones: gate_up_proj [n, 2 F, D] with the gate in the first half of the rows,
-and down_proj [n, D, F]. All of a logical tensor lies in one piece in either, so that a place is a name and a first element.
+On disk transformers writes one tensor for each expert and matrix (also version 5, whose models hold them fused in memory).
+`save_original_format=False` writes fused ones: gate_up_proj [n, 2 F, D] with the gate in the first half of the rows, and
+down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so a name and a first element give its place.
 """
 
 import math
@@ -15,11 +15,11 @@ from moe_dist.hf.families import ModelFamily
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A run of elements of one of their tensors.
+    """A contiguous range of elements in one of the family's tensors.
 
     Attributes:
-        shape: Of their whole tensor.
-        begin: First element of the run, in row-major order.
+        shape: Shape of the family's whole tensor.
+        begin: First element of the range, in row-major order.
     """
 
     name: str
@@ -29,10 +29,10 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Slot:
-    """A logical tensor of ours.
+    """One of our logical tensors.
 
     Attributes:
-        places: Where it may lie, the layout that is written first. Empty: they have no such tensor.
+        places: Possible places, the layout to write first. Empty if the family has no such tensor.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Slot:
 
 
 def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Every parameter of a model, with its places; null experts' rows are not among them."""
+    """Every parameter of a model with its places, except the rows of null experts."""
     dim = section.hidden_dim
     found = [_whole("embedding.weight", "model.embed_tokens.weight", section.vocab_size, dim)]
     for layer in range(section.num_layers):
@@ -64,7 +64,7 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
 
 
 def router_name(section: ModelSection, layer: int, kind: str) -> str:
-    """Logical name of the router rows of one kind."""
+    """Logical name of the router rows of one kind of expert."""
     (name,) = section.moe.groups
     return f"layers.{layer}.moe.router.{name}.{kind}"
 
@@ -116,7 +116,7 @@ def _moe(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> 
 def _expert_places(
     family: ModelFamily, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
 ) -> Iterator[TensorPlace]:
-    if not family.experts:  # the experts of a model that was dense are copies of its FFN
+    if not family.experts:  # the experts of a formerly dense model are copies of its FFN
         yield TensorPlace(f"{theirs}.mlp.{part}_proj.weight", shape)
         return
     if family.name == "mixtral":

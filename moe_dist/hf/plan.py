@@ -1,6 +1,6 @@
-"""What to read, make and write for an import: every logical tensor's origin, cut into shards of a bounded size.
+"""Plans an import: the origin of every logical tensor, cut into shards of bounded size.
 
-A plan follows from the source's headers and the options alone, so that an import that was killed goes on with the same one.
+A plan depends only on the source's headers and the options, so that a killed import continues with the same plan.
 """
 
 import math
@@ -30,13 +30,13 @@ _TOGETHER = "take config.json and weights of one model"
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What an import changes on the way.
+    """Options by which an import changes the model.
 
     Attributes:
-        null_experts, top_k: Null experts with copied gate rows, and the choices a token then makes.
-        experts, experts_top_k: Copies of each dense FFN that a dense model gets, and the choices a token makes among them.
-        seed: Of the router rows of experts that were copied.
-        modalities: That the expert group routes.
+        null_experts, top_k: Null experts with copied gate rows, and choices per token with them.
+        experts, experts_top_k: Number of copies of each dense FFN, and choices per token among them.
+        seed: Seed of the router rows of copied experts.
+        modalities: Modalities of the expert group.
     """
 
     null_experts: int = 0
@@ -49,13 +49,13 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Rows of a logical tensor, and where they come from.
+    """Rows of a logical tensor with their origin.
 
     Attributes:
-        shape: Of the whole logical tensor.
-        row, rows: First row, and how many (of a vector: elements).
-        kind: `stored` runs of their tensor `source` from element `begin` on; `tiled`, the rows of `source` again and
-            again; `zeros`; `normal` with `std`, drawn from the name.
+        shape: Shape of the whole logical tensor.
+        row, rows: First row, and number of rows (for a vector: elements).
+        kind: `stored`: elements of their tensor `source` from `begin` on; `tiled`: the rows of `source`, repeated; `zeros`;
+            `normal` with `std`, drawn by name.
     """
 
     name: str
@@ -76,7 +76,7 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws it: fp32, which holds every bit of the dtypes that are read."""
+        """Reads or draws the part in fp32, which represents all supported dtypes exactly."""
         offsets = (self.row, *([0] * (len(self.shape) - 1)))
         return Piece(self._tensor(source, seed).to(torch.float32), offsets, self.shape)
 
@@ -93,12 +93,12 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """What an import writes.
+    """Everything that an import writes.
 
     Attributes:
-        section: Of the model as it is written.
-        shards: Parts of each shard, in the order in which they are written.
-        dtypes: For each logical tensor that was stored, its dtype then.
+        section: Model section of the result.
+        shards: Parts of each shard, in the order of writing.
+        dtypes: Stored dtype of each logical tensor that was read.
     """
 
     section: ModelSection
@@ -115,10 +115,10 @@ class ImportPlan:
 
 
 def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """The `model` section of what is written: the source's, with null experts, copies and modalities.
+    """The `model` section of the result: the source's with null experts, copies and modalities.
 
     Raises:
-        ConfigError: an option does not fit the model; says why, and what would.
+        ConfigError: an option does not fit the model; gives the reason and valid values.
     """
     group = dict(section["moe"]["groups"][GROUP])
     router = dict(section["moe"]["router"])
@@ -130,7 +130,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
         group |= {"num_experts": options.experts, "top_k": options.experts_top_k}
     if options.null_experts:
         group |= _with_nulls(group, options)
-        if router["normalise"] == "none":  # a softmax over n + m columns would make every weight smaller
+        if router["normalise"] == "none":  # a softmax over n + m columns would shrink every weight
             router["normalise"] = "true_all"
     elif options.top_k is not None:
         raise ConfigError(f"--top-k={options.top_k} says how many choices there are with --null-experts; set that as well")
@@ -143,7 +143,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
-    """What pydantic found wrong with values that a user gave in other words."""
+    """Turns pydantic's errors about values that a user gave as options into a ConfigError."""
     problems = []
     for each in error.errors(include_url=False):
         where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
@@ -168,11 +168,11 @@ def _with_nulls(group: Mapping[str, Any], options: ImportOptions) -> dict[str, i
 
 
 def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, shard_bytes: int) -> ImportPlan:
-    """Accounts for every tensor on both sides.
+    """Makes the plan; every tensor on both sides must be accounted for.
 
     Args:
-        section: Of what is written (`changed_section`).
-        shard_bytes: Bound of a shard; a tensor that is larger is cut by rows.
+        section: Model section of the result (`changed_section`).
+        shard_bytes: Maximum size of a shard; larger tensors are cut by rows.
 
     Raises:
         DataError: tensors are missing, left over or of another shape; names all of them.
@@ -203,7 +203,7 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
-    """Router rows that a dense model does not have: of a single expert they weigh nothing."""
+    """Router rows that a dense model lacks; with a single expert they have no effect."""
     kind = "zeros" if slot.shape[0] == 1 else "normal"
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
@@ -225,7 +225,7 @@ def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
 
 
 def _shards(parts: Sequence[TensorPart], shard_bytes: int) -> Iterator[list[TensorPart]]:
-    """Parts in order, as many a shard as fit; larger ones cut by rows."""
+    """Fills shards with parts in order; larger parts are cut by rows."""
     shard: list[TensorPart] = []
     size = 0
     for part in (piece for each in parts for piece in _cut(each, shard_bytes)):

@@ -1,7 +1,7 @@
-"""A Hugging Face folder, opened for reading: config.json, safetensors alone, nothing outside of the folder, nothing run.
+"""Opens a Hugging Face folder for reading: only config.json and safetensors, nothing outside the folder, no code.
 
-Tensors are read with plain reads of a run of elements, never mapped: the memory that a read takes is the run's own,
-whatever the size of the file (a mapped file would count against limits of a process's data as a whole).
+Tensors are read by plain reads of a range of elements, never mapped. So a read takes only the memory of its range; a mapped
+file would count as a whole against limits of a process's data.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from moe_dist.hf.fields import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-# Small files that belong to a model besides its weights; they are copied, not read.
+# Small files of a model besides its weights; they are copied, not read.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -33,9 +33,9 @@ COMPANIONS = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-AGAIN = "copy or download it again"  # the way out where a file is not what it was
+AGAIN = "copy or download it again"  # the fix for a file that has changed
 
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer of old Llama checkpoints, made from config.json alone
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints that follows from config.json
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")
 
 _Count = Annotated[int, Field(ge=0)]
@@ -52,7 +52,7 @@ _HEADER = TypeAdapter(dict[str, Any])
 
 @dataclass(frozen=True)
 class Stored:
-    """One of their tensors.
+    """One tensor of the folder.
 
     Attributes:
         file: Name of its file.
@@ -73,9 +73,9 @@ class Source:
     Attributes:
         config: Its config.json.
         tensors: All tensors by name.
-        files: For each file of weights what tells it from another: size, time of change, digest of the header.
-        pickles: Files that are not opened, since reading them can run code.
-        companions: Names of the small files that are there.
+        files: For each file of weights its identity: size, time of change, digest of the header.
+        pickles: Pickle files; they are not opened, since reading them can run code.
+        companions: Names of the small files that exist.
     """
 
     folder: Path
@@ -86,14 +86,14 @@ class Source:
     companions: Sequence[str]
 
     def read(self, name: str, begin: int, shape: Sequence[int]) -> Tensor:
-        """A run of elements of a tensor, in its stored dtype.
+        """Reads a range of elements of a tensor, in its stored dtype.
 
         Args:
             begin: First element, in row-major order.
-            shape: To give the run.
+            shape: Shape of the result.
 
         Raises:
-            DataError: the file is shorter than it was.
+            DataError: the file is shorter than when it was opened.
         """
         stored = self.tensors[name]
         tensor = torch.empty(tuple(shape), dtype=DTYPES[stored.dtype])
@@ -112,11 +112,11 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Opens a folder and looks at every header.
+    """Opens a folder and reads every header.
 
     Raises:
-        DataError: with all faults: no safetensors, a missing or truncated file, one outside of the folder, a tensor that
-            is not where the index says, a dtype that is none of DTYPES.
+        DataError: lists all faults: no safetensors, a missing or truncated file, one outside the folder, a tensor that is
+            not where the index says, a dtype not in DTYPES.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")
@@ -156,10 +156,10 @@ def open_source(folder: Path) -> Source:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a plain file of the folder.
+    """The path of a plain file in the folder.
 
     Raises:
-        DataError: it is missing, no file, or a link that leads out of the folder.
+        DataError: it is missing, not a file, or a link to outside the folder.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -170,7 +170,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> Mapping[str, str] | None:
-    """File of each tensor by the index; None where one file holds all."""
+    """File of each tensor by the index; None if one file holds all."""
     safe = [name for name in names if name.endswith(".safetensors")]
     if INDEX_FILE not in names:
         if WEIGHTS_FILE in names:
@@ -201,7 +201,7 @@ def _plain(file: object) -> bool:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Tensors of a safetensors file, and the digest of its header; the file's size must be what they need."""
+    """Tensors of a safetensors file, and the digest of its header; the file's size must match them."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)

@@ -1,4 +1,4 @@
-"""Whether a model's tokenizer fits its vocabulary."""
+"""Checks that a model's tokenizer fits its vocabulary."""
 
 from tokenizers import Tokenizer
 
@@ -9,10 +9,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def check_tokenizer(source: Source, *, vocab_size: int) -> None:
-    """Reads tokenizer.json where there is one. Fewer tokens than rows are fine: vocabularies are padded.
+    """Reads tokenizer.json if it exists. Fewer tokens than rows are accepted: vocabularies are padded.
 
     Raises:
-        DataError: it cannot be read, or gives ids that the model has no row for.
+        DataError: it cannot be read, or has ids without a row in the model.
     """
     if TOKENIZER_FILE not in source.companions:
         return

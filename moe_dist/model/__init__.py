@@ -1,1 +1,1 @@
-"""The transformer, written for one device: no collective in here."""
+"""The transformer, written for one device: no collectives."""

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention inside documents: packed neighbours do not see each other.
+"""Causal grouped-query attention within documents: documents packed into one sequence do not see each other.
 
 Shape letters: B sequences, S positions, H query heads, d head width, D hidden size.
 """
@@ -22,14 +22,15 @@ from moe_dist.moe.routing import GlobalBatchInfo
 
 @dataclass(frozen=True)
 class DenseMask:
-    """bool [B, 1, S, S], true where a query may see a key. S^2 bytes a sequence: for CPU and short sequences."""
+    """bool [B, 1, S, S], true where a query may see a key. Takes S^2 bytes for each sequence: for CPU and short
+    sequences."""
 
     visible: Tensor
 
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Block mask for flex attention: only blocks inside a document are computed."""
+    """Block mask for flex attention, which computes only blocks within documents."""
 
     blocks: BlockMask
 
@@ -40,14 +41,14 @@ Bias = Literal["none", "qkv", "qkvo"]
 
 
 def dense_mask(documents_BS: Tensor) -> DenseMask:
-    """Causal and inside the document, as a dense mask."""
+    """The causal mask within documents, dense."""
     length = documents_BS.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
     return DenseMask((documents_BS[:, :, None] == documents_BS[:, None, :])[:, None] & causal)
 
 
 def flex_mask(documents_BS: Tensor) -> FlexMask:
-    """Causal and inside the document, as a block mask. Compiled on CUDA; run eagerly it builds the dense mask first."""
+    """The causal mask within documents, as a block mask. Compiled on CUDA; in eager mode it builds the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
@@ -68,7 +69,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Softmax attention [B, H, S, d]; k and v may have fewer heads (each serves H / H_kv query heads)."""
+    """Softmax attention [B, H, S, d]; k and v may have fewer heads (H_kv), each for H / H_kv query heads."""
     if isinstance(mask, DenseMask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, enable_gqa=q.shape[1] != k.shape[1])
     flex = _compiled(flex_attention) if q.is_cuda else flex_attention
@@ -76,14 +77,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Norm, attention, output projection; the caller adds the residual.
+    """Norm, attention and output projection; the caller adds the residual.
 
     Args:
         dim, num_heads, num_kv_heads, head_dim: D, H, key-value heads, d.
         norm_eps: Epsilon of all norms here.
         qk_norm: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projection (OLMoE).
-        bias: Which projections have one.
-        recompute: Compute the activations again in backward.
+        bias: The projections that have one.
+        recompute: Recompute the activations in backward.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None = None
     ) -> Tensor:
-        """`batch_info` name the draws of the adapters' dropout."""
+        """`batch_info` seeds the adapters' dropout."""
         if self.recompute and x_BSD.requires_grad:
             return checkpoint(  # pyright: ignore[reportReturnType]
                 self._forward, x_BSD, rotary, mask, batch_info, use_reentrant=False, preserve_rng_state=False
@@ -125,8 +126,8 @@ class Attention(nn.Module):
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
     ) -> Tensor:
-        """The same for N new tokens of sequences whose earlier ones are in the cache, which gets an entry for each token
-        that is marked. Rows of the other tokens are finite and mean nothing."""
+        """Attention of N new tokens of sequences whose earlier tokens are in the cache. Adds the marked tokens to the
+        cache. Rows of other tokens are finite but meaningless."""
         q, k, v = self._project(x_BND, rotary)
         cache.append(k, v, positions_BN, taken_BN)
         k, v, visible = cache.entries(positions_BN, taken_BN)
@@ -145,7 +146,7 @@ class Attention(nn.Module):
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, rotated, and values, each [B, heads, S, d]."""
+        """Rotated queries and keys, and values, each [B, heads, S, d]."""
         h = self.norm(x_BSD)
         q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary)
         k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary)

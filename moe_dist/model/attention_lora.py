@@ -32,13 +32,13 @@ class Adapter(nn.Module):
 
 
 class AttentionLoRA(nn.Module):
-    """The adapters of one attention.
+    """The LoRA adapters of one attention module.
 
     Args:
-        widths: For each target its inputs and outputs.
+        widths: Inputs and outputs of each target.
         rank, alpha: r, and the numerator of the scale.
-        dropout: Share of an adapter's inputs that is dropped while training.
-        seed, layer: Name the dropout's draws, with the step and the tokens.
+        dropout: Share of an adapter's inputs that is dropped in training.
+        seed, layer: Seed the dropout's draws, together with the step and the tokens.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class AttentionLoRA(nn.Module):
             self.add_module(target, Adapter(inputs, outputs, rank))
 
     def forward(self, target: str, x: Tensor, y: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """y + the adapter of one projection of x; y itself where it has none."""
+        """y + the adapter of one projection applied to x; only y if the projection has no adapter."""
         if target not in self._modules:
             return y
         if self.training and self.dropout:

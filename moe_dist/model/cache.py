@@ -1,8 +1,8 @@
-"""Keys and values that attention has seen, so that a new token costs its own row and not the whole sequence again.
+"""Caches the keys and values of earlier tokens, so that a new token costs one row instead of the whole sequence.
 
-Entries are appended for each sequence on its own: a token that is padding, or that skips a block under mixture of depths,
-leaves no entry there. Keys are kept after rotation, and each entry knows its position, so that its place in the buffer says
-nothing. Nothing here syncs with the host.
+Entries are appended for each sequence separately: padding, or a token that skips a block under mixture of depths, adds no
+entry. Keys are stored after rotation. Each entry stores its position, so its place in the buffer does not matter. Nothing
+here syncs with the host.
 
 Shape letters: B sequences, N new tokens of each, H key-value heads, d head width, C entries.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NEVER = torch.iinfo(torch.int64).max  # position of an entry that is not there: later than any query
+_NEVER = torch.iinfo(torch.int64).max  # position of an empty entry: later than any query, so never visible
 
 
 class LayerCache:
@@ -20,24 +20,25 @@ class LayerCache:
 
     Args:
         batch, heads, width: B, H, d.
-        capacity: Most entries of a sequence.
+        capacity: Maximum number of entries in a sequence.
         dtype, device: Of keys and values.
     """
 
     def __init__(
         self, *, batch: int, heads: int, width: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        # One place more than entries: what is not taken is written there, and never seen. Zeros: a masked NaN stays NaN.
+        # The extra last place takes the writes of unmarked tokens and is never visible. Zeros, since a masked NaN stays
+        # NaN.
         shape = (batch, heads, capacity + 1, width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.full((batch, capacity + 1), _NEVER, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
-        self._seen = 0  # tokens offered so far: no sequence has more entries
+        self._seen = 0  # tokens offered so far: an upper bound for entries, known without a sync
 
     def append(self, key_BHNd: Tensor, value_BHNd: Tensor, positions_BN: Tensor, taken_BN: Tensor) -> None:
-        """Adds the entries of the tokens that are marked.
+        """Adds the entries of the marked tokens.
 
         Raises:
             ValueError: more tokens than the capacity were offered.
@@ -54,8 +55,8 @@ class LayerCache:
         self.lengths += taken_BN.sum(1)
 
     def entries(self, positions_BN: Tensor, taken_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, H, C, d] so far, and which of them a query may see, bool [B, 1, N, C]: those of its own
-        position and before. A query that is not taken sees anything, so that its row, which nobody reads, stays finite."""
+        """Keys and values [B, H, C, d] so far, and which of them each query sees, bool [B, 1, N, C]: entries at its
+        position or earlier. A query that is not marked sees all, so that its unused row stays finite."""
         queries_BN = torch.where(taken_BN, positions_BN, _NEVER)
         visible = self.positions[:, None, None, : self._seen] <= queries_BN[:, None, :, None]
         return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible

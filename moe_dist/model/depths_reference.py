@@ -1,7 +1,7 @@
-"""The slow oracle of mixture of depths: lists and loops on one device, document by document, obviously right.
+"""The slow reference for mixture of depths: simple lists and loops on one device, document by document.
 
-It shares no code with the router, the slots or their mask; the layer's own attention and experts are called as they are, on
-one document at a time.
+It shares no code with the router, the slots or their mask; it calls the layer's own attention and experts on one document
+at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Block = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scopes: Sequence[Sequence[int]]) -> set[int]:
-    """The tokens taken: of each scope the best ceil(c n) of its n real tokens, earlier ones first among equals. It is
+    """The selected tokens: in each scope the best ceil(c n) of its n real tokens, earlier ones first on ties. This is
     expert choice with one expert."""
     one = ExpertGroup("all", 1, 0, 1, 1, 0, ("text",))
     groups = [0 if each else -1 for each in real]
@@ -26,12 +26,12 @@ def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scope
 def depth_forward(
     x_TD: Tensor, router_D: Tensor, taken: set[int], document_T: Sequence[object], position_T: Sequence[int], block: Block
 ) -> Tensor:
-    """x + sigmoid(s) block(x) for the tokens that are taken, x for the others.
+    """x + sigmoid(s) block(x) for the selected tokens, x for the others.
 
     Args:
-        document_T: Of each token, distinct over the sequences; tokens of one document stand in order.
-        block: What a layer adds to the tokens [1, n, D] of one document at the given positions [1, n]; also gets their
-            numbers.
+        document_T: Document of each token, distinct over the sequences; tokens of one document stand in order.
+        block: The layer's update for the tokens [1, n, D] of one document at the given positions [1, n]; also gets the
+            tokens' numbers.
     """
     rows = list(x_TD)
     for document in dict.fromkeys(document_T):

@@ -1,7 +1,7 @@
-"""Norm, projection and rotary positions: the small parts, each computing in the dtype of its input.
+"""Norm, projection and rotary positions; each computes in the dtype of its input.
 
-Master weights may be fp32 while activations are bf16: every weight is cast where it is used (free where it already fits, as
-under FSDP2's mixed precision), so that precision is a property of the input and not of the wrapper.
+Master weights may be fp32 while activations are bf16. Every weight is cast where it is used, which is free if the dtype
+already matches, as under FSDP2's mixed precision. So precision follows from the input and not from the wrapper.
 """
 
 import torch
@@ -26,13 +26,13 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """One row for each token of the vocabulary."""
+    """One row for each token id."""
 
     role = Role.EMBEDDING
 
 
 class Projection(nn.Module):
-    """x W^T, and + b where it has a bias; weight [out, in], bias [out]."""
+    """x W^T, plus b if it has a bias; weight [out, in], bias [out]."""
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tens
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (i, i + d/2) of each head by their position's angle (the halves layout of Llama checkpoints)."""
+    """Rotates the pairs (i, i + d/2) of each head by the angle of their position (the layout of Llama checkpoints)."""
     cos, sin = (part.to(x_BHSd.dtype) for part in table)
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -22,11 +22,11 @@ from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Plain sizes of a transformer.
+    """Sizes of a transformer.
 
     Attributes:
-        moe_layers: Indices of the layers that hold experts; the others are dense with `dense_ffn_dim`.
-        depth_layers: Indices of the layers that compute a share of the tokens alone (mixture of depths).
+        moe_layers: Indices of the MoE layers; the others are dense with `dense_ffn_dim`.
+        depth_layers: Indices of the mixture-of-depths layers, which compute a share of the tokens.
         compute_dtype: Dtype of activations; weights are cast to it where they are used.
     """
 
@@ -60,7 +60,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """x + attention(x), then x + moe(x) or x + ffn(x); with `mixture_of_depths`, for the tokens that it chooses."""
+    """x + attention(x), then x + moe(x) or x + ffn(x); with `mixture_of_depths` only for the tokens that it selects."""
 
     def __init__(
         self,
@@ -86,17 +86,17 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.depths = mixture_of_depths  # part of the names in checkpoints
+        self.depths = mixture_of_depths  # attribute name kept: checkpoints contain it
 
 
 class Transformer(nn.Module):
-    """Tokens to logits.
+    """Computes logits from tokens.
 
     Args:
         args: Sizes.
-        make_moe: Called with a layer's index for each layer in `args.moe_layers`; returns its MoE layer.
-        make_depths: The same for each layer in `args.depth_layers`, which must hold experts.
-        make_adapters: The same for each layer: LoRA on its attention.
+        make_moe: Called with the index of each layer in `args.moe_layers`; returns its MoE layer.
+        make_depths: Likewise for each layer in `args.depth_layers`, which must be MoE layers.
+        make_adapters: Likewise for each layer: LoRA on its attention.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class Transformer(nn.Module):
         Args:
             tokens_BS: int64 ids.
             positions_BS: int64 position inside the document.
-            documents_BS: Document of each token; tokens see earlier tokens of their own document only.
+            documents_BS: Document of each token; tokens see only earlier tokens of their own document.
             group_BS: int64 expert group of each token, -1 for padding.
-            request: To the routers, over the B x S tokens. Layers that compute a share of the tokens get none, since it is
-                not known beforehand which.
+            request: For the routers, over the B x S tokens. Mixture-of-depths layers get none, since their tokens are not
+                known beforehand.
         """
         mask = make_mask(documents_BS)
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
@@ -156,15 +156,16 @@ class Transformer(nn.Module):
         return self._logits(x_BSD), reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, N, V] of N new tokens of each sequence, one document each, whose earlier tokens are in the cache.
+        """Logits [B, N, V] of N new tokens of each sequence, whose earlier tokens are in the cache. Each sequence is one
+        document.
 
-        The same logits as `forward` over the whole sequences, up to rounding. Call it in evaluation mode.
+        Equals `forward` over the whole sequences up to rounding. Call it in evaluation mode.
 
         Args:
-            tokens_BN, group_BN: As in `forward`; group -1 marks padding, which leaves no entry and whose logits mean
-                nothing. Real tokens of a sequence come in order; padding may stand anywhere.
-            positions_BN: int64, each token's position in its sequence.
-            cache: Of `make_cache`; gets the new tokens' entries.
+            tokens_BN, group_BN: As in `forward`; group -1 marks padding, which adds no entry and whose logits are
+                meaningless. Tokens of a sequence come in order; padding may stand anywhere.
+            positions_BN: int64, position of each token in its sequence.
+            cache: From `make_cache`; the new tokens' entries are added.
         """
         rotary = rotary_table(positions_BN, self.args.head_dim, self.args.rope_base)
         real_BN = group_BN >= 0
@@ -175,7 +176,7 @@ class Transformer(nn.Module):
                 taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
                 taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
                 taken_group_BN = torch.where(taken_BN, group_BN, -1)
-                if not taken_BN.any():  # host sync; one token a sequence is often passed by in all of them
+                if not taken_BN.any():  # host sync, but with one new token per sequence all of them often skip the layer
                     continue
             a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
             y_BND, _ = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
@@ -209,8 +210,8 @@ class Transformer(nn.Module):
     def _shallow(
         self, layer: Layer, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor
     ) -> tuple[Tensor, LayerReport | None]:
-        """A layer for the tokens that it chooses, among themselves: C of them in one row, by their own positions and
-        documents. The others stay as they are."""
+        """Runs a layer on the tokens that it selects: C of them in one row, with their own positions and documents. The
+        others stay unchanged."""
         assert layer.depths is not None
         x_TD, group_T = x_BSD.flatten(0, 1), group_BS.flatten()
         chosen = layer.depths(x_TD, group_T >= 0)
@@ -220,7 +221,7 @@ class Transformer(nn.Module):
         a_1CD = layer.attention(x_1CD, rotary, make_mask(slot_documents(documents_BS, chosen)))
         y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C)
         added_CD = (chosen.weight_C[:, None] * (a_1CD + y_1CD)[0]).to(x_TD.dtype)
-        # Full slots hold distinct tokens, empty ones add zeros to token 0: the order of additions changes no bit.
+        # Full slots hold distinct tokens and empty slots add zeros to token 0, so the order of additions changes no bit.
         x_TD = x_TD.index_add(0, chosen.index_C, added_CD)
         if report is not None:
             groups_G = torch.arange(len(report.sums.tokens_G), device=group_T.device)
@@ -229,7 +230,7 @@ class Transformer(nn.Module):
         return x_TD.view_as(x_BSD), report
 
     def depth_routers(self) -> list[DepthRouter]:
-        """The routers of the layers that compute a share of the tokens, in order."""
+        """The mixture-of-depths routers, in layer order."""
         return [module for module in self.modules() if isinstance(module, DepthRouter)]
 
     @staticmethod
@@ -239,7 +240,7 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest = NO_REQUEST,
     ) -> tuple[Tensor, LayerReport | None]:
-        """Output of a layer's experts, or of its dense FFN, and the report of its experts."""
+        """Output of a layer's experts, with their report, or of its dense FFN."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
         y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), request)
