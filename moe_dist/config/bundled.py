@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def source_root() -> Path:
-    """The folder that holds launchers/, tools/, configs/ and slurm/: the clone, or `bundled` inside an installed package."""
+    """The folder that holds launchers/, tools/, configs/ and slurm/: the clone, or `bundled` inside an installed
+    package."""
     package = Path(str(files("moe_dist")))
     bundled = package / "bundled"
     return bundled if bundled.is_dir() else package.parent

@@ -66,7 +66,8 @@ def _copy_violations(config: Config) -> list[Violation]:
         if group.num_identity or group.num_constant:
             problem = (
                 f"{name}: model.moe.groups.{group_name} has num_identity={group.num_identity} and num_constant="
-                f"{group.num_constant} zero-computation experts, which would be chosen before some copies; set both to 0, {fix}"
+                f"{group.num_constant} zero-computation experts, which would be chosen before some copies; set both to "
+                f"0, {fix}"
             )
             broken.append(Violation((key, f"model.moe.groups.{group_name}"), problem))
     return broken
@@ -125,7 +126,8 @@ def _group_problems(name: str, group: GroupSection, old: Mapping[str, object]) -
     before = {field: value for field, value in old.items() if isinstance(value, int)}
     if before.get("num_null") or before.get("num_identity") or before.get("num_constant"):
         return [
-            f"{key}: the checkpoint's group has null or zero-computation experts already; its null rows are taken as they are where "
+            f"{key}: the checkpoint's group has null or zero-computation experts already; its null rows are taken as "
+            f"they are where "
             "num_null agrees, without copy_nulls"
         ]
     if before.get("num_experts") != group.num_experts:

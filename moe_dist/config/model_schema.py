@@ -231,7 +231,8 @@ class ModelSection(Section):
         if self.mixture_of_depths is None:
             return []
         if not self.depth_layers:
-            problem = f"mixture_of_depths.first={self.mixture_of_depths.first} leaves no layer that chooses among num_layers={self.num_layers}"
+            first = f"mixture_of_depths.first={self.mixture_of_depths.first}"
+            problem = f"{first} leaves no layer that chooses among num_layers={self.num_layers}"
             return [
                 Violation(
                     ("mixture_of_depths.first", "num_layers"), f"{problem}; lower it, or set mixture_of_depths to null"
@@ -241,7 +242,9 @@ class ModelSection(Section):
         if not dense:
             return []
         problem = (
-            f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first={self.moe.first}, "
-            f"moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and mixture_of_depths.every to a multiple of moe.every"
+            f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts "
+            f"(moe.first={self.moe.first}, "
+            f"moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and mixture_of_depths.every to "
+            f"a multiple of moe.every"
         )
         return [Violation(("mixture_of_depths.first", "mixture_of_depths.every", "moe.first", "moe.every"), problem)]

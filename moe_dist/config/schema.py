@@ -214,7 +214,8 @@ class EvaluationSection(Section):
     )
     calibration: Count = Field(
         default=4,
-        description="Of router.causal=threshold and mixture_of_depths.causal=threshold: before each evaluation, thresholds are set so "
+        description="Of router.causal=threshold and mixture_of_depths.causal=threshold: before each evaluation, "
+        "thresholds are set so "
         "that the last training micro-batches of each rank, so many, give each expert, or layer of depths, as many tokens "
         "as it takes of them in training; 0 leaves the running means as they are.",
     )

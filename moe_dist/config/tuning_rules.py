@@ -71,7 +71,10 @@ def _model_violations(config: Config) -> list[Violation]:
         )
         broken.append(Violation(("model.moe.router.kind", KEY), problem))
     if config.model.mixture_of_depths is not None:
-        problem = f"model.mixture_of_depths: a token that a layer passes by has no routing there to compare; {KEY} needs model.mixture_of_depths=null"
+        problem = (
+            f"model.mixture_of_depths: a token that a layer passes by has no routing there to compare; {KEY} needs "
+            "model.mixture_of_depths=null"
+        )
         broken.append(Violation(("model.mixture_of_depths", KEY), problem))
     if moe.balance:
         problem = (
@@ -100,7 +103,8 @@ def _layer_violations(config: Config, section: RouterTuningSection) -> list[Viol
         broken.append(Violation((f"{KEY}.layers", "model.num_layers", "model.moe"), problem))
     if section.weight == 0.0 and no_task_gradient(config):
         problem = (
-            f"{KEY}.weight=0: with normalised weights ({config.model.moe.router.said}) and top_k=1 each weight is always 1, so "
+            f"{KEY}.weight=0: with normalised weights ({config.model.moe.router.said}) and top_k=1 each weight is "
+            f"always 1, so "
             f"that cross entropy gives no router a gradient and nothing would move; set {KEY}.weight above 0, or tune a "
             "run with top_k of 2 or more"
         )

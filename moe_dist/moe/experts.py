@@ -7,8 +7,8 @@ Their products come in two ways with one contract, `loop` and `grouped`; a third
     swiglu(x_QD, gate, up, down, counts)  ->  y_QD
 
 gate, up [e, F, D] and down [e, D, F] are in the dtype of x; counts, on the host, are each expert's rows, in order. Rows of
-x beyond their sum belong to no expert: they have no output and a zero gradient. An expert without rows gets a zero gradient,
-not None.
+x beyond their sum belong to no expert: they have no output and a zero gradient. An expert without rows gets a zero
+gradient, not None.
 
 What `torch.nn.functional.grouped_mm` of torch 2.13 takes, found by running it on CPU: fp32, bf16 and fp16, in a loop in
 C++; offsets in int32; strides in multiples of 16 bytes, so D and F in multiples of 8 (bf16, fp16) or 4 (fp32); no float64.

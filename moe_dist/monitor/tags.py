@@ -55,10 +55,10 @@ MEANING: dict[str, str] = {
 
 # Only with model.mixture_of_depths; these tags then reduce the number of families that are split by group.
 DEPTH_MEANING: dict[str, str] = {
-    "mixture_of_depths/computed/{group}": "Share of the tokens that the layers which choose among them compute, in training.",
-    "mixture_of_depths/agreement": "Share of the tokens on which the causal decision of evaluation is the choice of training.",
+    "mixture_of_depths/computed/{group}": "Share of the tokens that these layers compute in training.",
+    "mixture_of_depths/agreement": "Share of tokens on which the causal decision of evaluation agrees with training.",
     "mixture_of_depths/gate_weight": "Weight of a computed token's block, mean over tokens and layers.",
-    "mixture_of_depths/load_over_target": "Share of held-out tokens that these layers compute over their capacity; 1 is on target.",
+    "mixture_of_depths/load_over_target": "Share of held-out tokens computed, over the capacity; 1 is on target.",
 }
 
 # loss/{total,balance,z} 3, optim 4, moe 4, comm 5, perf 4, device 3, moe/balance_efficiency_by_count 1.

@@ -18,8 +18,8 @@ class StepCounts(NamedTuple, Generic[Array]):
         tokens_LG: Tokens routed in each group.
         entropy_LG: Sum over tokens of the entropy (nats) of the router's softmax.
         dropped_LE: Choices of each true expert that a capacity dropped.
-        kth_score_LE: Where experts choose their tokens: the k-th largest score of each expert, times the tokens of its group.
-            Without columns where tokens choose, as the next two.
+        kth_score_LE: Where experts choose their tokens: the k-th largest score of each expert, times the tokens of its
+            group. Without columns where tokens choose, as the next two.
         above_LE: There: tokens above each expert's threshold.
         unrouted_LG: There: tokens that no expert took.
         depth_tokens_P: Tokens that a layer with a mixture of depths chooses from.

@@ -9,7 +9,8 @@ bytes for each token:
                 + pairs (2 D + 4 F)                             pairs likewise; inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; 4 F of the frozen FFN above
                 + 12 C bytes in fp32                            router (C: the columns of all kinds)
-                + 4 D bytes in fp32 where a < 4                 the router's input, and as much the zero-computation experts'
+                + 4 D bytes in fp32 where a < 4                 the router's input, and as much the zero-computation
+                experts'
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
 

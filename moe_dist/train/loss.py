@@ -109,7 +109,8 @@ def _depth_counts(
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
 ) -> Sequence[Tensor]:
-    """The fields depth_... of `StepCounts`; without rows, and without a collective, where no layer has a mixture of depths."""
+    """The fields depth_... of `StepCounts`; without rows, and without a collective, where no layer has a mixture of
+    depths."""
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:

@@ -34,7 +34,8 @@ class AfterStep(Protocol):
     """A controller that follows the optimizer: it moves biases or thresholds, the same on all ranks."""
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Called once after each step that was taken, with the step's counts over all ranks. No collective, no host sync."""
+        """Called once after each step that was taken, with the step's counts over all ranks. No collective, no host
+        sync."""
         ...
 
 
@@ -49,8 +50,8 @@ class TrainingStep:
         clip_norm: Bound of the global gradient norm, or None.
         comm_stats: Counter of the model's wires.
         controllers: Follow each step that was taken, in this order.
-        needs_global_batch_info: A router asks for what is known of a micro-batch on all ranks. It rides along with the label counts and
-            costs a host sync at the step's beginning.
+        needs_global_batch_info: A router asks for what is known of a micro-batch on all ranks. It rides along with the
+            label counts and costs a host sync at the step's beginning.
         tuning: Adds the term of router tuning; the batches are of its samples then.
     """
 

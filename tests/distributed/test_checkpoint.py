@@ -1,4 +1,5 @@
-"""Checkpoints over ranks: every layout saved once and loaded by every other (`make test`: four of them), and failures seen by all ranks.
+"""Checkpoints over ranks: every layout saved once and loaded by every other (`make test`: four of them), and failures seen
+by all ranks.
 
 Initial weights come from (seed, logical name), by code that knows nothing of checkpoints. A model that was loaded from
 another layout must therefore equal one that was initialised where it stands, to the last bit.

@@ -1,4 +1,5 @@
-"""The whole layer waits for the device once, where it says so: router, capacity, zero-computation experts, experts, way out and home.
+"""The whole layer waits for the device once, where it says so: router, capacity, zero-computation experts, experts, way out
+and home.
 
 Orders by counting are made as on CUDA, so that what is read here is what would be waited for there.
 """

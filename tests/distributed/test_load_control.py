@@ -139,7 +139,8 @@ class Controlled:
         assert balance is not None
         self.balance = balance
         self.step = TrainingStep(
-            self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5, comm_stats=comm_stats,
+            self.parallel, self.optimizer, placement=placement, group_of_modality=[0, 1], clip_norm=0.5,
+            comm_stats=comm_stats,
             controllers=[balance],
         )  # fmt: skip
         self.layout = RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)

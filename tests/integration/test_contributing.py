@@ -1,4 +1,5 @@
-"""The recipes of CONTRIBUTING.md, followed to the letter in a copy of the tree, each by a training step with the new kind."""
+"""The recipes of CONTRIBUTING.md, followed to the letter in a copy of the tree, each by a training step with the new
+kind."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Run folders and checkpoints that commit e0d2e61 wrote (tests/data/run_of_e0d2e61): they load, and go on to the same bits."""
+"""Run folders and checkpoints that commit e0d2e61 wrote (tests/data/run_of_e0d2e61): they load, and go on to the same
+bits."""
 
 import json
 import shutil

@@ -1,10 +1,11 @@
-"""Texts of errors, held in one golden file: tests assert the error's class and the keys it names, and the file has the words.
+"""Texts of errors, held in one golden file: tests assert the error's class and the keys it names, and the file has the
+words.
 
     with refused(ConfigError, "train.steps=0"):
         load_config(path)
 
-`tests/data/messages.json` maps each case (the test and, if it meets several errors, their number) to the whole text. After a
-change of words run the tests with MESSAGES=write, which writes the new texts, and read the diff.
+`tests/data/messages.json` maps each case (the test and, if it meets several errors, their number) to the whole text. After
+a change of words run the tests with MESSAGES=write, which writes the new texts, and read the diff.
 """
 
 import fcntl

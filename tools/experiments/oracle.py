@@ -124,6 +124,7 @@ def check_routers(section: MoESection) -> None:
     if not router.softmax_top_k or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):
         there = ", ".join(f"{group.name} ({group.num_experts} true of {group.num_columns} columns)" for group in groups)
         raise ConfigError(
-            f"asks: oracle: takes a top_k router of one group without null or zero-computation experts, not {router.kind} over {there}; leave "
+            f"asks: oracle: takes a top_k router of one group without null or zero-computation experts, not "
+            f"{router.kind} over {there}; leave "
             "it out of the arm's asks"
         )

@@ -1,7 +1,8 @@
 """Rows on the wire for the routing of an evaluation, had its tokens been spread over the ranks of an EP group.
 
 A run here has one rank, so nothing travels; what would have is a matter of the choices alone. Sequences go to the ranks in
-turn, as the loader deals them out. Rows are forward ones, a token and layer; others' are those of `moe_dist.moe.dispatch.ledger`.
+turn, as the loader deals them out. Rows are forward ones, a token and layer; others' are those of
+`moe_dist.moe.dispatch.ledger`.
 """
 
 from collections.abc import Mapping

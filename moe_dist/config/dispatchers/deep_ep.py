@@ -19,13 +19,15 @@ class DeepEPDispatchSection(KernelDispatchSection):
         ep, router, broken = config.parallel.ep, config.model.moe.router, super().violations_in(config)
         if ep not in SIZES:
             problem = (
-                f"{self.name}: DeepEP has no settings for parallel.ep={ep} ranks; take {either([*map(str, SIZES)])}, or take "
+                f"{self.name}: DeepEP has no settings for parallel.ep={ep} ranks; take {either([*map(str, SIZES)])}, or "
+                f"take "
                 f"{KIND}=all_to_all"
             )
             broken.append(Violation((KIND, "parallel.ep"), problem))
         if not router.fixed_choices:
             problem = (
-                f"{self.name}: takes top_k choices of each token, and with {router.name} a token may be taken by any number "
+                f"{self.name}: takes top_k choices of each token, and with {router.name} a token may be taken by any "
+                f"number "
                 f"of experts; take {KIND}=all_to_all"
             )
             broken.append(Violation((KIND, "model.moe.router.kind"), problem))

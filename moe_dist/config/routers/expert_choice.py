@@ -55,7 +55,8 @@ class ExpertChoiceRouterSection(RouterSection):
         if self.causal is not None:
             return ""
         return (
-            f"{ROUTER}.causal=null: the choice of experts looks at later tokens, and the run has no causal router; train one "
+            f"{ROUTER}.causal=null: the choice of experts looks at later tokens, and the run has no causal router; "
+            f"train one "
             "with causal=threshold or causal=auxiliary, and generate from that"
         )
 
@@ -79,7 +80,8 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> list[Viola
         broken.append(Violation(("loss.balance.schedule", f"{ROUTER}.kind"), problem))
     if config.loss.z:
         problem = (
-            f"loss.z={config.loss.z:g}: {section.name} with token-choice losses; the z-loss is of a softmax's logits, and the "
+            f"loss.z={config.loss.z:g}: {section.name} with token-choice losses; the z-loss is of a softmax's logits, "
+            f"and the "
             "scores are sigmoids: set loss.z=0"
         )
         broken.append(Violation(("loss.z", f"{ROUTER}.kind"), problem))

@@ -12,7 +12,8 @@ class GroupLimitedRouterSection(RouterSection):
     kind: Literal["group_limited"] = "group_limited"
     n_group: PositiveInt = Field(
         default=1,
-        description="Node groups that each group's true experts are cut into, in order. Null and zero-computation experts lie in none.",
+        description="Node groups that each group's true experts are cut into, in order. Null and zero-computation "
+        "experts lie in none.",
     )
     topk_group: PositiveInt = Field(
         default=1,
@@ -32,7 +33,8 @@ class GroupLimitedRouterSection(RouterSection):
         broken = super().violations_in(config)
         if self.topk_group > self.n_group:
             problem = (
-                f"{ROUTER}.topk_group={self.topk_group}: there are {ROUTER}.n_group={self.n_group} node groups; lower it, or "
+                f"{ROUTER}.topk_group={self.topk_group}: there are {ROUTER}.n_group={self.n_group} node groups; lower "
+                f"it, or "
                 "raise n_group"
             )
             return [*broken, Violation((f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem)]
@@ -41,14 +43,16 @@ class GroupLimitedRouterSection(RouterSection):
             if group.num_experts % self.n_group or (self.n_group > 1 and size < 2):
                 problem = (
                     f"{ROUTER}.n_group={self.n_group}: {key}.num_experts={group.num_experts} must make node groups of one "
-                    f"size, 2 experts at least; take a divisor of it up to {max(1, group.num_experts // 2)}, or other experts"
+                    f"size, 2 experts at least; take a divisor of it up to {max(1, group.num_experts // 2)}, or other "
+                    f"experts"
                 )
                 broken.append(Violation((f"{ROUTER}.n_group", f"{key}.num_experts"), problem))
                 continue
             open_columns = self.topk_group * size + group.num_null + group.num_zero_computation
             if group.top_k > open_columns:
                 problem = (
-                    f"{key}.top_k={group.top_k}: with {ROUTER}.topk_group={self.topk_group} of {self.n_group} node groups a "
+                    f"{key}.top_k={group.top_k}: with {ROUTER}.topk_group={self.topk_group} of {self.n_group} node "
+                    f"groups a "
                     f"token has {open_columns} columns to take; lower top_k, or raise topk_group"
                 )
                 broken.append(Violation((f"{key}.top_k", f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem))

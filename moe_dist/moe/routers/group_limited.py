@@ -38,7 +38,8 @@ class GroupLimitedRouter(TopKRouter):
         hidden_dim, groups, scale, capacity: As `TopKRouter`.
         n_group: Node groups of each group's true experts; divides their number.
         topk_group: Node groups that a token may use.
-        normalise: Weights sum to `scale` over the chosen experts that are not null (`true_chosen`), or are the plain scores.
+        normalise: Weights sum to `scale` over the chosen experts that are not null (`true_chosen`), or are the plain
+            scores.
         selection_bias: Choose by score + bias; no weight sees the bias.
     """
 

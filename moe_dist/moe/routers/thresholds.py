@@ -57,8 +57,8 @@ class ThresholdUpdater:
 
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Follows a step that was taken, from its counts over all ranks. A gate whose group had no token keeps its threshold.
-        Does not sync."""
+        """Follows a step that was taken, from its counts over all ranks. A gate whose group had no token keeps its
+        threshold. Does not sync."""
         kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
         if self._mixture_of_depths:
             kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P

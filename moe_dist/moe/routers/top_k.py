@@ -52,7 +52,8 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def copy_true_rows(self) -> int:
-        """Tiles the true rows [n, D] over the null ones [m, D], m a multiple of n (AdaMoE, section 4.2); returns m, or 0."""
+        """Tiles the true rows [n, D] over the null ones [m, D], m a multiple of n (AdaMoE, section 4.2); returns m, or
+        0."""
         true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
         if null_mD is None:
             return 0

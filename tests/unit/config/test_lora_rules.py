@@ -84,7 +84,11 @@ LORA_ALONE = {"rank": 2, "alpha": 4.0, "targets": ["q"]}
          "leave it out"),
         ({**SOUND, "parallel.expert_pair_budget": 10}, "parallel.expert_pair_budget=10: LoRA experts", "leave it out"),
         ({**SOUND, "parallel.check_exchanges": True}, "parallel.check_exchanges=True: LoRA experts", "leave it out"),
-        ({**SOUND, "model.mixture_of_depths": {"capacity": 0.5}}, "model.mixture_of_depths: a frozen base", "set it to null"),
+        (
+            {**SOUND, "model.mixture_of_depths": {"capacity": 0.5}},
+            "model.mixture_of_depths: a frozen base",
+            "set it to null",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], text: str, way_out: str) -> None:

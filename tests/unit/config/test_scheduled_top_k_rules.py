@@ -51,7 +51,8 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
         ),
         (
             {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}},
-            "active_experts.text=[1.5, 2.0] with model.mixture_of_depths: draws cannot be told by token in the layers [0], which compute some",
+            "active_experts.text=[1.5, 2.0] with model.mixture_of_depths: draws cannot be told by token in the layers "
+            "[0], which compute some",
         ),
         ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=scheduled_top_k has no auxiliary routers"),
         (

@@ -58,7 +58,8 @@ def configured(names: tuple[str, str], router: dict[str, Any], **extra: int) -> 
 
 
 def take_a_step(changes: dict[str, Any]) -> None:
-    """Builds, trains for a step, and loads a copy of the state: all parameters of the group get a gradient or are frozen."""
+    """Builds, trains for a step, and loads a copy of the state: all parameters of the group get a gradient or are
+    frozen."""
     config = tiny_config(Path("data"), Path("runs"), changes)
     groups = expert_groups(config.model.moe)
     assert group_violations(groups) == []

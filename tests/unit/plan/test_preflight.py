@@ -166,7 +166,8 @@ def test_a_mix_that_the_manifest_leaves_out_is_counted(site: Site) -> None:
         ([f"{BALANCE}{{text: 1.0}}}}]"], "model.moe.balance.0.rate: missing"),
         (
             [f"{BALANCE}{{image: 2.0}}, rate: 0.1}}]", "model.moe.groups.image.num_null=0"],
-            "target.image=2: the group has neither null nor zero-computation experts, so that each token takes top_k=2 true ones",
+            "target.image=2: the group has neither null nor zero-computation experts, so that each token takes top_k=2 "
+            "true ones",
         ),
         (
             ["model.moe.balance=[{kind: loss_free}, {kind: loss_free}]", "model.moe.router.selection_bias=true"],

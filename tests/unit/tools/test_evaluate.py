@@ -89,7 +89,7 @@ def test_under_rotations_every_one_must_be_right(own_run: Path, words: Path, tmp
         (("--tasks", "pictures-finding", "--split", "train", "--rotations"), 78, "more than model.max_seq_len=192"),
         (("--tasks", "pictures-naming", "--step", "7"), 78, "has checkpoints of the steps 2"),
         (("--tasks", "pictures-naming", "--device", "tpu"), 78, "--device tpu"),
-        (("--tasks", "pictures-naming", "--split", "train", "--out", "/dev/null/x"), 78, "--out /dev/null/x: cannot be"),
+        (("--tasks", "pictures-naming", "--split", "train", "--out", "/dev/null/x"), 78, "--out /dev/null/x: not writable"),
         (("--tasks", "pictures-naming", "--split", "train", "--seed", "2", "--data", "nowhere"), 78, "no manifest.json"),
     ],
     ids=str,

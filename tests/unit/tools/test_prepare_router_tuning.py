@@ -129,7 +129,7 @@ def test_without_rotations_choices_are_not_listed(
         (("--tasks", TASKS, "--embedder", "nowhere"), 78, "--embedder nowhere: no modules.json there"),
         (("--tasks", "pictures-naming", "--no-rotations"), 78, "--tasks pictures-naming: its questions are pictures alone"),
         (("--tasks", TASKS, "--out", "."), 78, "--out .: exists already, and nothing is overwritten"),
-        (("--tasks", TASKS, "--out", "/proc/self/x/out"), 78, "--out /proc/self/x/out: cannot be written: "),
+        (("--tasks", TASKS, "--out", "/proc/self/x/out"), 78, "--out /proc/self/x/out: not writable: "),
     ],
     ids=str,
 )

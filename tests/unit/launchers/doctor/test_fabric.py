@@ -24,7 +24,8 @@ def test_a_slow_pair_is_named_with_its_figures() -> None:
     (found,) = judge(measured([(1, 3)]), [(1, 3)], NODES, payload_bytes=10_000_000)
     assert found.level is Level.WARNING
     assert str(found).startswith(
-        "fabric: n2 and n4 are slow with each other: 100 MB/s in all-to-all, 50 ms per all-reduce; the median pair has 1 GB/s"
+        "fabric: n2 and n4 are slow with each other: 100 MB/s in all-to-all, 50 ms per all-reduce; the median pair has "
+        "1 GB/s"
     )
 
 
