@@ -1,1 +1,1 @@
-"""A run before it runs: its rules, placement, nodes, FLOPs and memory. Imports no torch."""
+"""Checks and estimates before a run: preflight, placement, nodes, FLOPs and memory. Imports no torch."""

@@ -1,8 +1,8 @@
-"""Parameters and FLOPs of the transformer, counted from plain sizes: the only such count of the project. Imports no torch.
+"""Parameters and FLOPs of the transformer from plain sizes: the project's only such count. Imports no torch.
 
-A multiplication and an addition are two FLOPs; matrix products are counted, norms, softmax, SwiGLU's product and the
-weighting of experts' outputs are not (together below 1 %). Attention's products count all positions of the sequence, as
-PaLM's model FLOPs do; kernels that skip what the mask of documents and causality hides do less.
+A multiplication and an addition are two FLOPs. Matrix products are counted; norms, softmax, SwiGLU's product and the
+weighting of expert outputs are not (together below 1 %). Attention's products count all positions of the sequence, as
+PaLM's model FLOPs do; kernels that skip masked positions compute less.
 Shape letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
 """
 
@@ -23,7 +23,7 @@ class Adapters:
     targets: tuple[str, ...]
 
     def numbers(self, widths: Mapping[str, tuple[int, int]]) -> int:
-        """Parameters of one adapter on each target, given the inputs and outputs of each."""
+        """Parameters of one adapter on each target, given each target's inputs and outputs."""
         return sum(self.rank * sum(widths[target]) for target in self.targets)
 
 
@@ -32,18 +32,18 @@ class Shape:
     """Sizes of a transformer with experts.
 
     Attributes:
-        num_layers, num_moe_layers: All layers, and those that hold experts.
+        num_layers, num_moe_layers: Number of all layers, and of MoE layers.
         dense_ffn_dim: FFN width of the other layers.
         shared_ffn_dim: Width of the shared expert of each MoE layer; 0 for none.
         groups: Expert groups.
         auxiliary_routers: Each group has an auxiliary router of two layers, D to D / 2 to n.
         single_null_row: Whether the null experts of a group share one router row.
-        num_depth_layers, depth_capacity: Layers with experts that compute a share of the tokens alone, and the share.
+        num_depth_layers, depth_capacity: Number of mixture-of-depths layers, and the share of the tokens that they compute.
         depth_auxiliary: Whether each of them has an auxiliary router of two layers, D to D / 2 to 1.
-        shared_gate: Whether a sigmoid of one number a token scales the shared expert.
-        attention_bias: Which of the attention's projections have a bias.
+        shared_gate: Whether a sigmoid of one number per token scales the shared expert.
+        attention_bias: The projections of the attention that have a bias.
         lora: The true experts are these adapters, over one frozen FFN of the groups' width.
-        attention_lora: Adapters on every layer's attention. With either, all but adapters and routers is frozen.
+        attention_lora: Adapters on every layer's attention. With either kind, all but adapters and routers is frozen.
     """
 
     hidden_dim: int
@@ -70,12 +70,12 @@ class Shape:
 
     @property
     def frozen_base(self) -> bool:
-        """Whether adapters and routers alone are trained."""
+        """Whether only adapters and routers are trained."""
         return self.lora is not None or self.attention_lora is not None
 
     @property
     def for_all_ffn_dim(self) -> int:
-        """Width of the FFN of a layer with experts that sees every token: the shared expert, or what LoRA experts adapt."""
+        """Width of the FFN in an MoE layer that computes every token: the shared expert, or the FFN under LoRA experts."""
         return self.shared_ffn_dim if self.lora is None else self.groups[0].ffn_dim
 
     @property
@@ -108,12 +108,12 @@ class Shape:
 
     @property
     def layers_passed_by(self) -> float:
-        """Layers with experts that a mean token does not meet."""
+        """Mean number of MoE layers that a token skips by mixture of depths."""
         return self.num_depth_layers * (1.0 - self.depth_capacity)
 
     @property
     def depth_router(self) -> int:
-        """Parameters of the routers of all such layers, which every token meets."""
+        """Parameters of all mixture-of-depths routers, which every token uses."""
         auxiliary = max(1, self.hidden_dim // 2) * (self.hidden_dim + 1) if self.depth_auxiliary else 0
         return self.num_depth_layers * (self.hidden_dim + auxiliary)
 
@@ -123,10 +123,10 @@ class Parts:
     """A count by part of the model, over all layers.
 
     Attributes:
-        embedding, output: Embedding and output projection; tied, the first holds the parameters and the second the FLOPs.
-        attention: Projections and their norms, and in FLOPs the products over positions.
-        router, experts, free, shared, dense_ffn, norms: Likewise; free is the vectors and gates of constant experts, shared
-            also the frozen FFN under LoRA experts.
+        embedding, output: Embedding and output projection; if tied, embedding has the parameters and output the FLOPs.
+        attention: Projections and their norms; FLOPs include the products over positions.
+        router, experts, free, shared, dense_ffn, norms: Likewise. free is the vectors and gates of constant experts; shared
+            includes the frozen FFN under LoRA experts.
         adapters: LoRA experts, and LoRA on the attention.
     """
 
@@ -147,16 +147,16 @@ class Parts:
 
 
 def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """True experts a token of each group takes under a uniform router, k n / (n + m)."""
+    """True experts per token of each group under a uniform router, k n / (n + m)."""
     return {group.name: group.expected_experts_per_token for group in groups}
 
 
 def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Parameters by part, routers with the rows of null and zero-computation experts.
+    """Parameters by part; routers include the rows of zero-computation experts.
 
     Args:
-        experts_held: Experts of each group to count in each layer: by default all of them; a rank's own; or, weighted by
-            the groups' shares of the tokens, those that a token takes, for the active parameters.
+        experts_held: Number of experts of each group to count in each layer. By default all; or those of a rank; or, for
+            active parameters, those that a token takes, weighted by the groups' shares of the tokens.
     """
     s, dim = shape, shape.hidden_dim
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in s.groups}
@@ -181,11 +181,11 @@ def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None)
 
 
 def active_parameters(shape: Shape, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]) -> Parts:
-    """Parameters that a mean token meets: everything but the experts it does not take, and the layers it passes by.
+    """Parameters that a mean token uses: all except experts that it does not take and layers that it skips.
 
     Args:
         experts_per_token: Mean true experts of a token of each group.
-        token_share: Share of the tokens that each group routes.
+        token_share: Share of the tokens in each group.
     """
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
     met = parameters(shape, experts_held=taken)
@@ -210,7 +210,7 @@ def forward_flops(
     """FLOPs of a forward pass for a mean token, by part.
 
     A product with a weight of n entries is 2 n FLOPs; attention adds 2 H d S for the scores and as much for the values.
-    Every token meets the router rows and the constant experts of all groups.
+    Every token uses the router rows and the constant experts of all groups.
 
     Args:
         seq_len: S.
@@ -220,7 +220,7 @@ def forward_flops(
     weights = active_parameters(s, experts_per_token=experts_per_token, token_share=token_share)
     heads = s.num_heads * s.head_dim
     projections = dim * (2 * heads + 2 * s.num_kv_heads * s.head_dim)
-    # Where a share c of the tokens is taken, that many attend, each to as large a share of the positions.
+    # In a mixture-of-depths layer a share c of the tokens attends, each to a share c of the positions: c^2.
     attending = s.num_layers - s.num_depth_layers * (1 - s.depth_capacity**2)
     return Parts(
         attention=(s.num_layers - s.layers_passed_by) * 2 * projections + attending * 4 * heads * seq_len,
@@ -235,8 +235,8 @@ def forward_flops(
 
 
 def frozen_flops(shape: Shape, forward: Parts, *, seq_len: int) -> float:
-    """The FLOPs of a forward pass that are products with frozen weights: the backward pass has no gradient of these to
-    compute. 0 without adapters."""
+    """FLOPs of a forward pass in products with frozen weights; backward computes no gradient of these weights. 0 without
+    adapters."""
     if not shape.frozen_base:
         return 0.0
     scores = shape.num_layers * 4 * shape.num_heads * shape.head_dim * seq_len
@@ -244,15 +244,16 @@ def frozen_flops(shape: Shape, forward: Parts, *, seq_len: int) -> float:
 
 
 def untuned_flops(shape: Shape, forward: Parts, *, seq_len: int, moe_layers: Sequence[int], tuned: Sequence[int]) -> float:
-    """FLOPs of forward and backward of full training that router tuning does not compute.
+    """FLOPs of forward and backward in full training that router tuning does not compute.
 
-    Backward ends at the lowest tuned layer: its router has a gradient of its weights, and its experts one of their input,
-    since rows and weights go through the exchanges as one. Above it each product with a frozen weight gives the gradient
-    of its input, as much as forward; the scores, products of two activations, give both.
+    Backward ends at the lowest tuned layer. Its router needs a gradient of its weights, and its experts one of their input,
+    since rows and weights go through the exchanges together. Above that layer each product with a frozen weight computes
+    the gradient of its input, which costs as much as forward; the attention scores, products of two activations, compute
+    both gradients.
 
     Args:
-        forward: Of `forward_flops`; without depths.
-        moe_layers, tuned: Indices of the layers that hold experts, and of those among them whose routers move.
+        forward: From `forward_flops`; without mixture of depths.
+        moe_layers, tuned: Indices of the MoE layers, and of those whose routers are trained.
     """
     lowest = min(tuned)
     above, moe_above = shape.num_layers - 1 - lowest, sum(layer > lowest for layer in moe_layers)
@@ -275,11 +276,11 @@ def model_flops_per_token(
     moe_layers: Sequence[int],
     tuned: Sequence[int] | None,
 ) -> float:
-    """FLOPs of forward and backward for a mean token of a training run; repeats by recompute are left out.
+    """FLOPs of forward and backward for a mean token of a training run, without recomputation.
 
     Args:
         experts_per_token, token_share: As `active_parameters`.
-        moe_layers, tuned: As `untuned_flops`; tuned is None unless routers alone are trained.
+        moe_layers, tuned: As `untuned_flops`; tuned is None unless only routers are trained.
     """
     forward = forward_flops(shape, seq_len=seq_len, experts_per_token=experts_per_token, token_share=token_share)
     return training_flops(
@@ -297,14 +298,14 @@ def flops_left_out(
 
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
-    """FLOPs a token of forward and backward, three times the forward pass without the gradients of frozen weights, and what
-    recompute repeats on top (at most: the last product of a recomputed unit need not be repeated, and below the first
-    adapter of the first layer nothing has a gradient).
+    """FLOPs per token of forward and backward: three times the forward pass, minus the gradients of frozen weights, plus
+    recomputation. The last is an upper bound: the last product of a recomputed unit need not be repeated, and nothing has a
+    gradient below the first adapter of the first layer.
 
-    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) leaves the repeats out: ask with `recompute="none"`.
+    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) excludes recomputation: use `recompute="none"`.
 
     Args:
-        frozen: Of `frozen_flops` or `untuned_flops`.
+        frozen: From `frozen_flops` or `untuned_flops`.
     """
     repeated = {
         "none": 0.0,

@@ -1,4 +1,4 @@
-"""What a configuration asks of the machine itself, found out without torch: packages, and the group of `run.group`."""
+"""Checks, without torch, that this machine meets a configuration: packages, and the group of `run.group`."""
 
 import grp
 import importlib.util
@@ -13,15 +13,15 @@ from moe_dist.runtime.secrets import secrets_of
 
 
 def host_violations(config: Config) -> list[Violation]:
-    """What this machine cannot give."""
+    """Rules that this machine does not meet."""
     packages = [*apex_violations(config), *deep_ep_violations(config)]
     return [*packages, *group_violations(config), *secret_violations(config)]
 
 
 def apex_violations(config: Config) -> list[Violation]:
-    """Whether optimizer.backend=apex can be had: its kernels take whole parameters on CUDA, and Apex must be installed.
+    """Checks for optimizer.backend=apex: Apex must be installed, and its kernels need whole parameters on CUDA.
 
-    Looked for without importing it; not looked for where torch is missing too, since then the ranks run elsewhere.
+    Looks for Apex without importing it. Does not look if torch is missing too, since the ranks then run elsewhere.
     """
     if config.optimizer.backend != "apex":
         return []
@@ -48,7 +48,7 @@ def apex_violations(config: Config) -> list[Violation]:
 
 
 def deep_ep_violations(config: Config) -> list[Violation]:
-    """Whether the dispatcher's modules are installed; looked for, or not, as Apex is."""
+    """Checks that the dispatcher's modules are installed; like Apex, only if torch is."""
     dispatch = config.parallel.dispatch
     if importlib.util.find_spec("torch") is None:
         return []
@@ -63,7 +63,7 @@ def deep_ep_violations(config: Config) -> list[Violation]:
 
 
 def group_violations(config: Config) -> list[Violation]:
-    """Whether `run.group` exists and this user may give files to it."""
+    """Checks that `run.group` exists and that this user may give files to it."""
     name = config.run.group
     if name is None:
         return []
@@ -78,7 +78,8 @@ def group_violations(config: Config) -> list[Violation]:
 
 
 def secret_violations(config: Config) -> list[Violation]:
-    """Values that are secrets of the environment: a configuration is written into the run folder and every checkpoint."""
+    """Finds values that are secrets of the environment: a configuration is written into the run folder and every
+    checkpoint."""
     found = secrets_of(os.environ)
     return [
         Violation(
@@ -93,7 +94,7 @@ def secret_violations(config: Config) -> list[Violation]:
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of a configuration with their dotted keys; names of mappings count as texts."""
+    """All texts of a configuration with their dotted keys; keys of mappings count as texts."""
     if isinstance(values, str):
         yield key, values
     elif isinstance(values, dict | list):

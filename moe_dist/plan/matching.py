@@ -1,4 +1,4 @@
-"""Gives as many as possible a place of their own: a node of the plan a node of the cluster."""
+"""Maximum bipartite matching, of planned nodes to cluster nodes."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ def match(possible: Sequence[Sequence[int]]) -> list[int | None]:
     """A maximum matching of a bipartite graph, by augmenting paths.
 
     Args:
-        possible: For each that wants a place the places that fit, in the order of preference.
+        possible: For each node of the plan the places that fit, in order of preference.
 
     Returns:
-        For each its place, no place twice; None where there is none left.
+        A place for each, no place twice; None where none is left.
     """
-    taken: dict[int, int] = {}  # place -> who has it
+    taken: dict[int, int] = {}  # place -> index of its owner
 
     def take(who: int, tried: set[int]) -> bool:
-        for place in sorted(possible[who], key=lambda place: place in taken):  # nobody moves without need
+        for place in sorted(possible[who], key=lambda place: place in taken):  # free places first
             if place not in tried:
                 tried.add(place)
                 if place not in taken or take(taken[place], tried):

@@ -1,1 +1,1 @@
-"""The training: sections become objects, a loop takes steps, evaluates and saves."""
+"""Training: builds objects from configuration sections, takes steps, evaluates and saves."""

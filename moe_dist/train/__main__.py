@@ -45,10 +45,10 @@ def main(
 
 
 def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
-    """One start of the run on this rank; returns its verdict."""
+    """One attempt of the run on this rank; returns its verdict."""
     env = RankEnv.from_environment(os.environ)
     attempt = Attempt(env)
-    with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:  # handlers stand before torch is imported
+    with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:  # before torch is imported
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
@@ -147,7 +147,7 @@ def _dry_run(config: Path, overrides: list[str], tokens_per_second: float | None
 
 
 def _shown(action: Callable[[], int]) -> int:
-    """The action's exit code; a user's error is shown as its message."""
+    """Returns the action's exit code; prints a user's error as its message only."""
     try:
         return action()
     except MoeDistError as error:

@@ -1,8 +1,8 @@
-"""The frozen base under adapters: taken whole by `run.init_rules: [adapt]`, and found again by its content hash.
+"""The frozen base under adapters: loaded whole by `run.init_rules: [adapt]`, and later found again by its content hash.
 
-Adapters begin with B = 0, so that the model computes what the base does until its first step: the same products, and so
-the same bits where they have as many rows (a base of one expert a layer leaves padding out, the frozen FFN does not).
-A checkpoint of adapters names the base; whoever loads it, to go on or to use it, loads that very base.
+Adapters start with B = 0, so the model computes the same as the base until its first step. It is bit-equal where the
+products have equally many rows (a base of one expert per layer leaves padding out, the frozen FFN does not). A checkpoint
+of adapters names its base; loading the adapters, to resume or to use them, loads exactly that base.
 """
 
 import json
@@ -22,7 +22,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import Role, role_of_name
 
-# What a section of the model says beside shapes, which show by the tensors.
+# Keys of `model` that determine the function, besides shapes, which the tensors show.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -36,10 +36,10 @@ _FUNCTION = (
 
 
 def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout) -> tuple[Base, str]:
-    """Loads the base of `run.init_from` under new adapters; returns what it is, and what was done in words. Collective.
+    """Loads the base of `run.init_from` under new adapters; returns the base, and a report in words. Collective.
 
     Raises:
-        ConfigError: there is no checkpoint, or it is none that these adapters can stand on; with every reason.
+        ConfigError: there is no checkpoint, or it does not fit these adapters; gives every reason.
         DataError: it is damaged.
     """
     assert config.run.init_from is not None
@@ -69,11 +69,11 @@ def load_base(
     """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective.
 
     Args:
-        values: Of the checkpoint.
+        values: Values of the checkpoint.
         adapters: Its folder, for messages.
 
     Raises:
-        DataError: the base is not there, damaged, or another one.
+        DataError: the base is missing, damaged, or another one.
     """
     base = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
     state = capture(model, None, layout, part="frozen")
@@ -89,7 +89,7 @@ def load_base(
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
-    """Why a checkpoint is no base of a model, beyond what its tensors say."""
+    """Reasons, besides its tensors, why a checkpoint cannot be the base of a model."""
     values = contents.state.values
     if KEY in values:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
@@ -111,7 +111,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
 
 
 def _not_dense(base: ModelSection) -> list[str]:
-    """Why the experts of a base are not one FFN that every token passes, whole."""
+    """Reasons why the experts of a base do not form one FFN that every token passes whole."""
     moe, problems = base.moe, []
     groups = ", ".join(
         f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"
@@ -130,6 +130,6 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 
 def _of_base(name: str, model: ModelSection) -> bool:
-    """Whether the base gives a parameter: all but adapters, and but the new router of LoRA experts."""
+    """Whether the base provides a parameter: all except adapters and the new router of LoRA experts."""
     role = role_of_name(name)
     return role is not Role.ADAPTER and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

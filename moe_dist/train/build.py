@@ -1,4 +1,4 @@
-"""Turns configuration sections into objects; nothing but this and the other `build_*` files does."""
+"""Turns configuration sections into objects; only this file and the other `build_*` files do so."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_blocks: bool) -> ModelArgs:
-    """Plain sizes of the transformer."""
+    """Sizes of the transformer as plain values."""
     return ModelArgs(
         vocab_size=section.vocab_size,
         hidden_dim=section.hidden_dim,
@@ -86,13 +86,13 @@ def build_model(
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
 
     Args:
-        placement: Which expert lives on which rank; without an `ep_group` it must not need the wire.
-        node_groups: The EP group's cuts between and inside nodes, for a dispatcher that knows nodes.
-        comm_stats: Counter of all layers' wires.
-        tracker: Where the wires' collectives are noted.
-        compute_dtype: Instead of `parallel.precision`, for tests in float64.
-        scope_ranks: Over which ranks experts may choose their tokens; by default this rank alone.
-        depth_scope: The ranks among whose tokens layers choose (mixture of depths); by default this one.
+        placement: Which expert lives on which rank; without an `ep_group` it must need no communication.
+        node_groups: The EP group divided between and inside nodes, for a dispatcher that uses nodes.
+        comm_stats: Counts the communication of all layers.
+        tracker: Records the all-to-alls.
+        compute_dtype: Replaces `parallel.precision`, for tests in float64.
+        scope_ranks: Ranks over which experts may choose their tokens; by default only this one.
+        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; by default only this one.
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
@@ -109,8 +109,8 @@ def build_model(
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint of the model that a configuration describes: parameters, buffers, and the moments of
-    what is trained, whatever the layout. Nothing gets memory."""
+    """Every tensor of a checkpoint of the configured model, for any layout: parameters, buffers, and moments of trained
+    parameters. Allocates no memory."""
     groups = expert_groups(config.model.moe)
     everything = ExpertPlacement(groups, (tuple(expert for group in groups for expert in group.experts),))
     with torch.device("meta"):
@@ -121,7 +121,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Leaves gradients to what `train.only` names."""
+    """Disables gradients of all parameters except those of `train.only`."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, chosen_layers(config.router_tuning, config.model.moe_layers))
     elif config.train.only is not None:
@@ -129,13 +129,13 @@ def freeze(model: Transformer, config: Config) -> None:
 
 
 def saved_part(config: Config) -> Part:
-    """What a checkpoint of a run holds: adapters without the base that they stand on, else all."""
+    """The part of the model that a run's checkpoint holds: adapters without their base, else all."""
     return "trained" if config.train.only == "adapters" else "all"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What takes steps: the model on its mesh, its optimizer, and the step over both; and what of router tuning resumes."""
+    """The model on its mesh, its optimizer and the step over both; with router tuning also its state."""
 
     parallel: ParallelModel
     optimizer: Optimizer
@@ -144,13 +144,13 @@ class Training:
     tuning: RouterTuning | None = None
 
     def controllers(self) -> dict[str, BiasController | RouterTuning]:
-        """What resumes besides tensors, by name."""
+        """Objects whose state is saved besides tensors, by name."""
         found = {"balance": self.balance, "router_tuning": self.tuning}
         return {name: each for name, each in found.items() if each is not None}
 
 
 def build_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
-    """Builds on the meta device, shards, gives memory and initial weights, wraps, and makes the optimizer."""
+    """Builds on the meta device, shards, allocates and initialises weights, wraps, and makes the optimizer."""
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
     with torch.device("meta"):
@@ -179,7 +179,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         eps=section.eps,
     )
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # else routers that choose stand still, and thresholds follow no step
+    whole = config.train.only is None  # else routers stay fixed, and so do the thresholds that follow them
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     balance = build_balance(config.model.moe, model, placement.groups)
     thresholds = (ThresholdUpdater.of(model.moe_modules()), depth_thresholds(model)) if whole else ()
@@ -198,7 +198,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Refuses `parallel.expert_gemm: grouped` where this device has no grouped product for these experts.
+    """Refuses `parallel.expert_gemm: grouped` if this device has no grouped product for these experts.
 
     Raises:
         ConfigError: with the reason.
@@ -215,7 +215,7 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:
-    """For each modality of the data, in its order, the index of its expert group."""
+    """Index of the expert group of each modality, in the data's order."""
     index = {name: i for i, group in enumerate(placement.groups) for name in group.modalities}
     return [index[name] for name in manifest.modalities]
 

@@ -1,4 +1,5 @@
-"""Turns the section `parallel` into what carries rows: wires over process groups, and the dispatcher of all layers."""
+"""Turns the section `parallel` into communication objects: all-to-alls over process groups, and the dispatcher of all
+layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,18 +32,18 @@ def build_all_to_all(
     *,
     between_nodes: bool = False,
 ) -> AllToAll:
-    """One process group as a wire, checked where the configuration says so."""
+    """The all-to-all of one process group, with checks if configured."""
     wire = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
     return CheckedAllToAll(wire) if section.check_exchanges else wire
 
 
 @dataclass(frozen=True)
 class DispatchParts:
-    """What a dispatcher is made of.
+    """The arguments of every dispatcher.
 
     Attributes:
-        wire: The EP group's.
-        node_groups: The EP group's cuts between and inside nodes, where it is cut.
+        wire: All-to-all of the EP group.
+        node_groups: The EP group divided between and inside nodes, if it is divided.
     """
 
     parallel: ParallelSection
@@ -62,7 +63,7 @@ def build_dispatcher(parts: DispatchParts) -> Dispatcher[Any]:
 
 
 def _all_to_all(parts: DispatchParts) -> Dispatcher[Any]:
-    """The plain dispatcher, unless a timetable is asked for."""
+    """The plain dispatcher, or the pipelined one if configured."""
     if parts.fields != {"overlap": False, "chunks": 1}:
         bound = parts.parallel.max_receive_rows
         return PipelinedDispatcher(parts.placement, parts.wire, max_receive_rows=bound, **parts.fields)
@@ -84,7 +85,7 @@ def _hierarchical(parts: DispatchParts) -> HierarchicalDispatcher:
 
 
 def _known_counts(parts: DispatchParts, *, always: bool = True) -> KnownCountsFirst:
-    """Evaluation routes each token by itself, so that the counts are not known there: it goes by all-to-all."""
+    """Without `always`, evaluation uses the all-to-all: tokens choose for themselves there, so counts are not known."""
     known = KnownCountsDispatcher(parts.placement, parts.wire, max_receive_rows=parts.parallel.max_receive_rows)
     return KnownCountsFirst(known, _general(parts), always=always)
 

@@ -1,4 +1,4 @@
-"""Turns the sections of experts into the MoE layers of a model, a function for each kind; and LoRA on the attention."""
+"""Turns the sections of experts into MoE layers, one function for each kind; and makes LoRA on the attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from moe_dist.train.build_routing import build_router
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What MoE layers are made of.
+    """The arguments of every MoE layer.
 
     Attributes:
         placement: Which expert lives on which rank of the EP group.
-        ep_rank: This rank there.
+        ep_rank: This rank in the EP group.
         wire, node_groups: As `build_dispatch.DispatchParts`.
-        scope_ranks: Over which ranks experts may choose their tokens.
+        scope_ranks: Ranks over which experts may choose their tokens.
     """
 
     config: Config
@@ -39,10 +39,11 @@ class LayerParts:
 
 
 def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
-    """Makes a layer of FFNs; all layers share the dispatcher. The section's fields are keywords of `experts`."""
+    """Returns a function that makes a layer of FFN experts; all layers share the dispatcher. The section's fields are
+    keywords of `experts`."""
     config, groups, wire = parts.config, parts.placement.groups, parts.wire
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
-    # A dry run has the placement of many ranks and no group: it builds the experts of `ep_rank` and never dispatches.
+    # A dry run has a placement of many ranks but no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(DispatchParts(config.parallel, parts.placement, wire, hidden_dim, parts.node_groups))
     selection_scope = SelectionScope.over(
         moe.router.selection_scope, parts.scope_ranks, comm_stats=wire.comm_stats, tracker=wire.tracker
@@ -83,7 +84,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
 
 
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
-    """Makes a layer of LoRA experts; the section's fields are `LoRAExperts`'s keywords."""
+    """Returns a function that makes a layer of LoRA experts; the section's fields are `LoRAExperts`'s keywords."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
     fields, ffn_dim = section.moe.experts.model_dump(exclude={"kind"}), groups[0].ffn_dim  # all groups have the same
 
@@ -109,7 +110,8 @@ EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
-    """Makes the adapters of a layer's attention; None without any. The section's other fields are the keywords."""
+    """Returns a function that makes the adapters of a layer's attention; None without any. The section's other fields are
+    keywords."""
     section, lora = config.model, config.model.attention_lora
     if lora is None:
         return None

@@ -1,4 +1,4 @@
-"""Turns configuration sections into what chooses: routers, load controllers, and the ranks whose tokens compete."""
+"""Turns configuration sections into routers, load controllers, and selection scopes."""
 
 from collections.abc import Sequence
 from inspect import signature
@@ -40,17 +40,17 @@ def build_router(section: RouterSection, hidden_dim: int, groups: Sequence[Exper
     """The router of one layer; a section's fields are its constructor's keywords.
 
     Args:
-        known: What a layer knows besides; a constructor takes of it what it names: `capacity` (of token choice), `seed`,
-            `layer`, `place` (among the MoE layers), `selection_scope`, `known_counts`.
+        known: Further values of the layer, of which the constructor gets those that it names: `capacity` (of token choice),
+            `seed`, `layer`, `place` (among the MoE layers), `selection_scope`, `known_counts`.
     """
     router = ROUTERS[section.kind]
     named = signature(router).parameters
-    # A section's own field goes first: the capacity of expert choice is another one.
+    # A section's own field takes precedence: expert choice has another `capacity`.
     return router(hidden_dim, groups, **{key: known[key] for key in known if key in named} | section.keywords())
 
 
 def build_balance(section: MoESection, model: Transformer, groups: Sequence[ExpertGroup]) -> BiasController | None:
-    """The controller of the model's selection biases; None where there are no rules. A rule's fields are its keywords."""
+    """The controller of the model's selection biases; None without rules. A rule's fields are its keywords."""
     rules = [CONTROLLERS[each.kind](**each.model_dump(exclude={"kind"})) for each in section.balance]
     if not rules:
         return None
@@ -59,12 +59,12 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
 
 
 def scope_ranks_of(mesh: Mesh) -> ScopeRanks:
-    """Over which ranks experts may choose, from the mesh."""
+    """The ranks over which experts may choose, from the mesh."""
     return ScopeRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
 
 
 def build_depth_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> SelectionScope | None:
-    """The ranks among whose tokens layers choose, by `model.mixture_of_depths.scope`."""
+    """The ranks whose tokens compete in mixture-of-depths layers, by `model.mixture_of_depths.scope`."""
     section = config.model.mixture_of_depths
     if section is None:
         return None
@@ -72,7 +72,7 @@ def build_depth_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> Sele
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:
-    """Follows the depth routers' choices after each step; None where none has a threshold."""
+    """Updates the thresholds of mixture-of-depths routers after each step; None if there are none."""
     routers = [router for router in model.depth_routers() if router.causal == "threshold"]
     if not routers:
         return None

@@ -19,7 +19,7 @@ from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning:
-    """Router tuning of a model on its mesh; `groups` is the expert group of each modality."""
+    """Router tuning of a model on its mesh; `groups` has the expert group of each modality."""
     section, mesh = config.router_tuning, parallel.mesh
     assert section is not None, "called where there is one"
     if mesh.rank == 0:
@@ -31,7 +31,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # preflight: all, where they are read
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # all, if they are read
     )
     reader = RoutingReader(
         parallel.model,
@@ -55,7 +55,8 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
 
 
 def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: int) -> Callable[[int], Neighbours]:
-    """What a sample's routing is pulled towards; with l2 that is the sample itself, before the first step."""
+    """Returns the function that finds the neighbours of a sample; with l2 the sample is its own neighbour, before the first
+    step."""
     if section.regulariser == "l2" or not section.weight:
         return lambda number: Neighbours(np.array([number]), np.ones(1))
     return NeighbourIndex(

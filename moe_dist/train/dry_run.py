@@ -1,4 +1,4 @@
-"""What a run would be, before it runs: parameters, FLOPs, memory, checkpoint, tokens, hours. Needs no GPU and no data.
+"""Estimates a run before it starts: parameters, FLOPs, memory, checkpoint, tokens, hours. Needs no GPU and no data.
 
 Parameters are counted on the model itself, built on the meta device; the analytic count must agree. FLOPs, memory and
 traffic are expectations under a uniform router.
@@ -28,15 +28,15 @@ class DryRun:
     """The figures of a run.
 
     Attributes:
-        layout: Experts on ranks, and the token mix.
-        world_size: Ranks.
+        layout: Placement of the experts, and the token mix.
+        world_size: Number of ranks.
         parts: Parameters by part.
-        active_parameters: Parameters that a mean token meets.
-        forward: Forward FLOPs a token by part.
-        training_flops: Forward and backward, without and with what recompute repeats.
+        active_parameters: Parameters that a mean token uses.
+        forward: Forward FLOPs per token by part.
+        training_flops: FLOPs of forward and backward, without and with recomputation.
         plan: Expected work and traffic.
-        rank, rank_memory: The EP position that needs most memory, and how much.
-        exchange_bytes: Payload on the wire for each token: all layers, forward and backward, recompute's repeats included.
+        rank, rank_memory: The EP position that needs most memory, and its memory.
+        exchange_bytes: Bytes sent for each token: all layers, forward and backward, recomputation included.
         checkpoint_bytes: Size of a checkpoint.
         tokens: Tokens of the whole run, padding included.
     """
@@ -59,10 +59,10 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
     """Prints the figures of a run and returns them.
 
     Args:
-        tokens_per_second: Of all ranks together; gives the hours.
+        tokens_per_second: Of all ranks together; used to compute the hours.
 
     Raises:
-        ConfigError, DataError: the run cannot be, with every fault that can be seen without its data.
+        ConfigError, DataError: the run is not possible; lists every fault that can be seen without its data.
     """
     result = estimate(config)
     console = console or Console()
@@ -100,7 +100,7 @@ def estimate(config: Config) -> DryRun:
         shape, forward, seq_len=config.data.seq_len, moe_layers=config.model.moe_layers, tuned=tuned_layers(config)
     )
     useful = flops.training_flops(forward, frozen=frozen)
-    exchanges = 5 if parallel.recompute == "block" else 4  # dispatch and combine, both ways, and dispatch repeated
+    exchanges = 5 if parallel.recompute == "block" else 4  # block repeats a dispatch
     return DryRun(
         layout=layout,
         world_size=parallel.ep * parallel.edp,
@@ -187,7 +187,8 @@ def _memory(
     rank: int,
     share: dict[str, float],
 ) -> memory.RankMemory:
-    """Memory of one EP position, its rows and pairs by the plan (which counts them for a token of the whole EP group)."""
+    """Memory of one EP position. Rows and pairs come from the plan, which counts them for one token of the whole EP
+    group."""
     placement, ranks = layout.placement, layout.placement.num_ranks
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
@@ -196,10 +197,10 @@ def _memory(
 
 
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
-    """Holds the analytic count against the model that would run, each rank's experts included."""
+    """Compares the analytic count with the model that would run, each rank's experts included."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
-    for held, ranks in Counter(held_R).items():  # ranks that hold alike are built once
+    for held, ranks in Counter(held_R).items():  # ranks with equal numbers of experts are built once
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)
         experts = _numel([each.parameter for each in named_parameters(model) if each.role is Role.EXPERT])
@@ -239,7 +240,7 @@ def _experts_text(result: DryRun) -> str:
 
 
 def _others_text(group: ExpertGroup) -> str:
-    """Null and zero-computation experts of a group, where it has any."""
+    """The number of null and other zero-computation experts of a group; empty if it has none."""
     counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
     named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f" (top {group.top_k} with {named})" if named else ""

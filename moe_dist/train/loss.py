@@ -1,7 +1,8 @@
-"""Cross entropy and the auxiliary terms, over global counts: a rank's loss is its share, and the shares add up.
+"""Cross entropy and auxiliary terms, divided by global counts: each rank computes its share of the loss, and the shares sum
+to the whole.
 
-Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, G groups, C choice columns,
-E true experts.
+Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, G groups, C choice columns, E true
+experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ class AuxSettings:
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
-    """The settings of optimizer step `step` (0-based), with the balance coefficient of a staircase (`coefficient_at`)."""
+    """The settings of optimizer step `step` (0-based), with the balance coefficient by `coefficient_at`."""
     return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 
@@ -43,10 +44,10 @@ class MicroLoss(NamedTuple):
     """One micro-batch on this rank.
 
     Attributes:
-        total: This rank's share of the step's loss, to call backward on.
+        total: This rank's share of the step's loss, for backward.
         nll_M: Summed token losses by the label's modality, nats; float64, no gradient.
-        balance, z, auxiliary: This rank's shares of the terms as they entered `total`, the last of what is trained alone
-            (auxiliary routers, router tuning); float64, no gradient.
+        balance, z, auxiliary: This rank's shares of the terms as added to `total`; auxiliary is the loss of auxiliary
+            routers or router tuning. float64, no gradient.
         counts: Routing counts over all ranks.
     """
 
@@ -59,7 +60,7 @@ class MicroLoss(NamedTuple):
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED."""
+    """Cross entropy of each position [B, S] in fp32 (float64 for a float64 model); 0 if the label is IGNORED."""
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
     losses = F.cross_entropy(
         logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
@@ -80,8 +81,8 @@ def forward(
     group_of_modality: Tensor,
     request: RoutingRequest = NO_REQUEST,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Logits and reports of one batch on its device, in training and in evaluation: a transformer, or its parallel wrapper,
-    over a `Batch`."""
+    """Runs a transformer, or its parallel wrapper, on a `Batch` in training or evaluation; returns logits and layer
+    reports."""
     group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
     return model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request)
 
@@ -89,15 +90,15 @@ def forward(
 def global_counts(
     reports: Sequence[LayerReport], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> StepCounts[Tensor]:
-    """Sums the layers' counts over all ranks, outside any recomputation: one all-reduce a micro-batch, and one more where
-    layers compute a share of the tokens."""
+    """Sums the layers' counts over all ranks, outside any recomputation: one all-reduce for each micro-batch, and another
+    one with mixture of depths."""
     sums = [report.sums for report in reports]
     rows = [
         (each.choices_C, each.tokens_G, each.entropy_G, each.dropped_E, *(each.choice or [each.tokens_G[:0]] * 3))
         for each in sums
     ]
     parts = [torch.stack(part).to(torch.float64) for part in zip(*rows, strict=True)]
-    # Rows of layers, not whole fields: which rank adds an element first depends on where it stands in the vector.
+    # Pack rows of layers, not whole fields: the order in which ranks are added depends on an element's place in the vector.
     packed = sum_over(torch.cat(parts, dim=1), group, name=ROUTING_COUNTS, tracker=tracker)
     routing = packed.split([part.shape[1] for part in parts], dim=1)
     return StepCounts(*routing, *_depth_counts(reports, routing[1], group, tracker))
@@ -109,8 +110,7 @@ def _depth_counts(
     group: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None,
 ) -> Sequence[Tensor]:
-    """The fields depth_... of `StepCounts`; without rows, and without a collective, where no layer has a mixture of
-    depths."""
+    """The fields depth_... of `StepCounts`; without mixture of depths they have no rows and need no collective."""
     rows = []
     for report in reports:
         if report.depth is not None and report.members_G is not None:
@@ -130,7 +130,7 @@ def step_counts(micro_batches: Sequence[StepCounts[Tensor]]) -> StepCounts[Tenso
 
 
 def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
-    """Copies counts to the host, in one host sync; whole numbers become int64."""
+    """Copies counts to the host in one host sync; integers become int64."""
     flat = torch.cat([part.flatten() for part in counts]).cpu().numpy()
     arrays, end = {}, 0
     for name, part in zip(counts._fields, counts, strict=True):
@@ -140,8 +140,8 @@ def on_host(counts: StepCounts[Tensor]) -> StepCounts[np.ndarray]:
 
 
 def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
-    """This rank's share of the auxiliary routers' loss of each layer and group, [L, G] (none: no rows): the mean binary
-    cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
+    """This rank's share of the auxiliary routers' loss of each layer and group, [L, G] (no rows without such routers): the
+    mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section 2.4).
 
     Args:
         tokens_LG: Over all ranks; a group without tokens contributes 0.
@@ -154,8 +154,8 @@ def auxiliary_terms(reports: Sequence[LayerReport], tokens_LG: Tensor, tables: C
 
 
 def depth_auxiliary(reports: Sequence[LayerReport], tokens_P: Tensor) -> Tensor:
-    """This rank's share of the auxiliary depth routers' loss: the mean binary cross entropy over all tokens, summed over
-    the layers. Its gradient reaches these routers alone."""
+    """This rank's share of the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over all tokens,
+    summed over the layers. It has gradients only for these routers."""
     mixture_of_depths = [report.depth for report in reports if report.depth is not None]
     terms = [depth.auxiliary / tokens for depth, tokens in zip(mixture_of_depths, tokens_P.clamp_min(1.0), strict=True)
              if depth.auxiliary is not None]  # fmt: skip
@@ -184,7 +184,7 @@ def micro_loss(
     Args:
         tables: Constants of the expert groups.
         labels_in_step: Scored labels of the whole step over all ranks and micro-batches.
-        share: The micro-batch's part of them; the auxiliary statistic's unit is one micro-batch over all ranks.
+        share: The micro-batch's part of them; auxiliary statistics are computed over one micro-batch of all ranks.
         world: Group over which counts are summed.
         tracker: For the watchdog.
     """

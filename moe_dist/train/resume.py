@@ -1,12 +1,12 @@
-"""What a checkpoint of a run is made of, and how a run goes on from one.
+"""The content of a run's checkpoint, and resuming a run from it.
 
 parameters, moments, the optimizer's count    tensors and state.json, see `moe_dist.checkpoint.state`
-values["progress"]                            step (which the schedules follow), data position, counters
+values["progress"]                            step (which determines the schedules), data position, counters
 values["config"], values["data"]              resolved configuration; digests of the data
-values["base"]                                of adapters: place and content hash of the model under them
-values["controllers"]                         states of balance controllers and the like, by name
+values["base"]                                for adapters: path and content hash of their base
+values["controllers"]                         states of load controllers and the like, by name
 rank_values["generators"]                     random number generators of each rank
-placement, versions                           for the reader
+placement, versions                           for people who read it
 """
 
 import json
@@ -41,31 +41,31 @@ logger = logging.getLogger(__name__)
 
 
 class Controller(Protocol):
-    """Something besides tensors that changes during a run, the same on all ranks."""
+    """An object besides tensors that changes during a run, identically on all ranks."""
 
     def state(self) -> JsonValue:
-        """As JSON; a copy."""
+        """The state as JSON; a copy."""
         ...
 
     def restore(self, state: JsonValue) -> None:
-        """Takes a saved state back.
+        """Restores a saved state.
 
         Raises:
-            DataError: it is none.
+            DataError: it is not a valid state.
         """
         ...
 
 
 class Resumable:
-    """Saves and restores one rank's part of a run. All but `poll` is collective over the world.
+    """Saves and restores one rank's part of a run. All methods but `poll` are collective over the world.
 
     Args:
         training: Model and optimizer.
         placement: Which expert lives on which rank.
-        checkpoints: Of the run.
+        checkpoints: The checkpoints of the run.
         config, manifest: Of the run and its data.
-        controllers: What else resumes, by name.
-        report_save: Told on rank 0 how many seconds each save took.
+        controllers: Further objects to save, by name.
+        report_save: Called on rank 0 with the seconds that each save took.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Resumable:
         """Saves the present state, see `moe_dist.checkpoint.saver.CheckpointWriter`.
 
         Raises:
-            CheckpointError: on all ranks, where a durable one could not be written; the last checkpoint stands.
+            CheckpointError: on all ranks, if a durable save failed; the previous checkpoint stays valid.
         """
         values: dict[str, JsonValue] = {
             "progress": {**progress.to_json()},
@@ -114,19 +114,19 @@ class Resumable:
         self._writer.write(progress.step, self._capture(values, rank_values), durable=durable)
 
     def poll(self) -> None:
-        """Reports a save that failed meanwhile."""
+        """Reports a failure of a background save."""
         self._writer.poll()
 
     def wait(self) -> None:
-        """Returns when no save is in flight."""
+        """Waits until no save is in progress."""
         self._writer.wait()
 
     def restore(self) -> Progress:
-        """Loads the newest checkpoint into model and optimizer, and returns where it stands. A new run starts at 0, with
-        the weights of `run.init_from` where that is set.
+        """Loads the newest checkpoint into model and optimizer and returns its progress. A new run starts at 0, with the
+        weights of `run.init_from` if set.
 
         Raises:
-            DataError: the checkpoint is damaged or another run's, or the data are not those that it was trained on.
+            DataError: the checkpoint is damaged or another run's, or the data differ from those of the training.
             ConfigError: it is of another model.
         """
         self._checkpoints.agree("look at the data", self._look_at_data)
@@ -153,7 +153,7 @@ class Resumable:
         return progress
 
     def _begin(self) -> str:
-        """Takes the weights of `run.init_from`; what was done, in words."""
+        """Loads the weights of `run.init_from`; returns a report in words."""
         model = self._training.parallel.model
         if saved_part(self._config) == "trained":
             self._base, report = begin_on_base(self._config, self._checkpoints, model, self._layout)
@@ -171,7 +171,7 @@ class Resumable:
         self._data = data_digest(self._config.data.path, self._manifest)
 
     def _check_origin(self, folder: Path, restored: Restored) -> None:
-        """Whether it is this run that saved the checkpoint, and with these data."""
+        """Checks that this run saved the checkpoint, and with the same data."""
         saved = saved_config(restored.values, folder)
         if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
             raise DataError(
@@ -185,10 +185,10 @@ class Resumable:
         self._check_data(folder, restored)
 
     def _at_kept_position(self, init_from: Path) -> Progress:
-        """A new run's counters, at the place in the data where another's checkpoint stands.
+        """A new run's counters, at the data position of another run's checkpoint.
 
         Raises:
-            ConfigError: the place means something else in this run's data.
+            ConfigError: that position has another meaning in this run's data.
         """
         found = [0]
 
@@ -222,13 +222,13 @@ class Resumable:
 
 
 def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
-    """Where a checkpoint stands.
+    """The progress of a checkpoint.
 
     Raises:
-        DataError: its counters are none, or contradict each other or the configuration.
+        DataError: its counters are invalid, or contradict each other or the configuration.
     """
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
-    saved = {"first_position": 0, **saved}  # checkpoints of before it could be another
+    saved = {"first_position": 0, **saved}  # absent in checkpoints of earlier versions, where it was always 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(f"{folder}: the counters in its state.json must be whole numbers {', '.join(names)}, not {saved!r}")
@@ -252,12 +252,12 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """Place in the global stream where a checkpoint stands, for a run that goes on there.
+    """Position of a checkpoint in the global stream, for a run that continues there.
 
-    The stream is a function of the data, of the section `data` and of the seed: it must be the same one.
+    The stream is determined by the data, the section `data` and the seed, so these must be equal.
 
     Raises:
-        ConfigError: it is another.
+        ConfigError: they differ.
         DataError: the checkpoint is not of a run.
     """
     state = open_checkpoint(folder).state
@@ -283,7 +283,7 @@ def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
 
 
 def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
-    """The configuration that a checkpoint was written with.
+    """The configuration in a checkpoint.
 
     Raises:
         DataError: this version cannot read it.
@@ -298,10 +298,10 @@ def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
 
 
 def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
-    """The mapping that a checkpoint's values hold under a name.
+    """The mapping of the given name in a checkpoint's values.
 
     Raises:
-        DataError: they hold none.
+        DataError: there is none.
     """
     found = values.get(name)
     if not isinstance(found, dict):

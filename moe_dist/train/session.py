@@ -1,4 +1,4 @@
-"""What surrounds the training on one rank: its device, readings of it, the sinks of rank 0, and the summary at the end."""
+"""The surroundings of training on one rank: device, device readings, sinks of rank 0, and the final summary."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -36,10 +36,10 @@ from moe_dist.train.trainer import Finished, Progress
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
-    """Where this rank computes: its own GPU, by local rank, or the CPU.
+    """This rank's device: the GPU with its local rank, or the CPU.
 
     Raises:
-        ResourceError: the rank has no GPU of its own here.
+        ResourceError: there is no GPU for this rank.
     """
     wanted = config.parallel.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
@@ -57,8 +57,8 @@ def choose_device(config: Config, env: RankEnv) -> torch.device:
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Watches this rank's collectives from now on; a rank alone waits for nobody. Call it when the process group stands:
-    rank 0 has opened the run folder by then, and all ranks take the attempt's name from its lease."""
+    """Watches this rank's collectives from now on; a single rank needs no watchdog. Call it after the process group is
+    made: rank 0 has then opened the run folder, and all ranks take the attempt's name from its lease."""
     holder = read_holder(folder.lease_json)
     watchdog = Watchdog(
         tracker,
@@ -75,7 +75,7 @@ def start_watchdog(
 
 @contextmanager
 def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
-    """Readings of rank 0's device on a background thread; the other ranks have none."""
+    """Reads rank 0's device on a background thread; other ranks have no monitor."""
     if env.rank != 0:
         yield None
         return
@@ -91,9 +91,9 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     plan: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """The sinks of rank 0, as one; none on other ranks. Closed however the run ends, so that no record waits in a buffer.
+    """The sinks of rank 0, as one; none on other ranks. Closed however the run ends, so that no record stays in a buffer.
 
-    Before each record the lease is looked at; before each commit the records must be on the disk.
+    The lease is checked before each record, and records must be on disk before each commit of a checkpoint.
     """
     if env.rank != 0:
         yield []
@@ -111,7 +111,7 @@ def open_sinks(
 
 @dataclass(frozen=True)
 class SinkParts:
-    """What sinks are made of besides the fields of their sections."""
+    """Arguments of sinks besides the fields of their sections."""
 
     plan: Preflight
     folder: RunFolder
@@ -145,7 +145,7 @@ SINKS: dict[str, Callable[..., Sink]] = {
 
 
 def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
-    """One sink for each section, and one that the launcher asks for; each gets configuration and placement as text."""
+    """One sink for each section, and another if the launcher asks for it; each gets configuration and placement as text."""
     config, placement = plan.config, plan.placement
     subject = Subject(
         placement.groups,
@@ -170,7 +170,7 @@ def _build_sinks(plan: Preflight, folder: RunFolder, progress: Progress) -> list
 
 
 def placement_text(plan: Preflight, *, width: int = 120) -> str:
-    """The placement of a run beside what the policies would cost for its token mix, as plain text of `width` columns."""
+    """The placement of a run, with the costs of each policy for its token mix, as plain text of `width` columns."""
     if plan.config.model.moe.experts.replicated:
         return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
     return render(
@@ -184,8 +184,8 @@ def placement_text(plan: Preflight, *, width: int = 120) -> str:
 
 
 def conclude(finished: Finished, folder: RunFolder, plan: Preflight) -> None:
-    """Prints the summary and keeps it for whoever starts the finished run again."""
-    if not finished.took_steps and folder.summary_txt.is_file():  # somebody else finished it while this attempt waited
+    """Prints the summary and stores it, to be printed again when the finished run is restarted."""
+    if not finished.took_steps and folder.summary_txt.is_file():  # another attempt finished the run while this one waited
         print(folder.read_summary())
         return
     console = Console(record=True, highlight=False, width=None if Console().is_terminal else 110)

@@ -1,10 +1,11 @@
-"""How a new run begins with the weights of another's checkpoint (`run.init_from`): what fits, and `run.init_rules`.
+"""Starts a new run from the weights of another run's checkpoint (`run.init_from`), by name and shape and by
+`run.init_rules`.
 
-by name and shape   what fits is taken, what does not stays as it was initialised
-upcycle             experts that are copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
-copy_nulls          null rows that are copies of true ones, so that a trained top-k model begins as it is (AdaMoE)
+by name and shape   tensors that fit are loaded, others stay as initialised
+upcycle             experts become copies of a dense FFN or of a group's only expert (checkpoint/upcycle.py)
+copy_nulls          null rows become copies of true ones, so that a trained top-k model starts unchanged (AdaMoE)
 
-All of it is refused, or done, before a step is taken; the report says what was taken and whether the function is the same.
+Every refusal comes before the first step. The report says what was loaded and whether the function is the same.
 """
 
 from collections.abc import Mapping
@@ -30,15 +31,15 @@ from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.roles import EXPERT_NAME, Role, group_module, role_of_name
 
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
-# Keys of `model` that are no part of its function; a vocabulary shows by its tensors' shapes.
+# Keys of `model` that do not change the function; a difference in the vocabulary shows in tensor shapes.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
 
 
 def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: CheckpointState, model: Transformer) -> str:
-    """Loads what `run.init_from` has into the model, and returns what was done, in words. Collective over the world.
+    """Loads the weights of `run.init_from` into the model; returns a report in words. Collective over the world.
 
     Raises:
-        ConfigError: there is no checkpoint, nothing of it fits, or a rule cannot be kept; says why, and the way out.
+        ConfigError: there is no checkpoint, nothing in it fits, or a rule cannot be applied; gives reason and fix.
         DataError: it is damaged.
     """
     assert config.run.init_from is not None
@@ -55,7 +56,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
                 "(tools.export_hf) and import that, or begin with the base",
                 see=GUIDE,
             )
-        # Upcycled experts are alike, so that it does not matter which of them a token takes.
+        # Upcycled experts are equal, so it does not matter which of them a token takes.
         if copy and not upcycle and (problems := source_problems(config, source)):
             raise ConfigError(
                 [f"run.init_rules: copy_nulls: {path}: {problem}" for problem in problems], see="docs/routing.md"
@@ -82,7 +83,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
 
 def _check_scored(config: Config) -> None:
-    """Whether the weights are those that the samples of router tuning were read from. Raises: ConfigError: they are not."""
+    """Checks that the samples of router tuning were scored with these weights. Raises: ConfigError: they were not."""
     assert config.router_tuning is not None, "called where there is one"
     assert config.run.init_from is not None, "preflight sees to it"
     manifest = load_tuning_manifest(config.router_tuning.data)
@@ -98,14 +99,14 @@ def _check_scored(config: Config) -> None:
 
 
 def _gates(model: Transformer, config: Config) -> list[GroupGate]:
-    """The gates of all layers and groups; routers are whole on every rank."""
+    """The gates of all layers and groups; every rank holds whole routers."""
     names = [group_module(name) for name in config.model.moe.groups]
     gates = [moe.router.get_submodule(name) for moe in model.moe_modules() for name in names]
     return [gate for gate in gates if isinstance(gate, GroupGate)]
 
 
 def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Where the two models are at odds, router rows aside: another shape, a tensor without a place, another `model.*`."""
+    """Differences between the two models, router rows aside: another shape, a tensor without a place, another `model.*`."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -117,13 +118,13 @@ def _misfits(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
     ][:1]
     other = _other_keys(config, source)
     if "upcycle" in config.run.init_rules:
-        other.pop("mixture_of_depths", None)  # a seed may grow into depths
+        other.pop("mixture_of_depths", None)  # a seed model may gain mixture of depths
     return problems + [f"{problem}; take that" for problem in other.values()]
 
 
 def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> list[str]:
-    """Why a model in which all of the checkpoint fits does not compute what that did; empty where it does (upcycled, up to
-    rounding)."""
+    """Reasons why a model that took all of the checkpoint does not compute the same function; empty if it does (if
+    upcycled, up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     if "upcycle" not in config.run.init_rules:
@@ -133,7 +134,7 @@ def _changes(config: Config, source: Mapping[str, JsonValue], taken: Taken) -> l
 
 
 def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, str]:
-    """Keys of `model` that the checkpoint's configuration has otherwise, by name, and how."""
+    """Keys of `model` that differ from the checkpoint's configuration, by name, with both values."""
     before, here = source.get("model"), config.model.model_dump(mode="json", exclude=_NO_PART)
     if not isinstance(before, dict):
         return {}
@@ -149,7 +150,7 @@ def _other_keys(config: Config, source: Mapping[str, JsonValue]) -> dict[str, st
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """What the checkpoint has not given, but for what a rule makes anew."""
+    """Tensors that the checkpoint did not provide, except those that a rule initialises."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if "upcycle" not in config.run.init_rules:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -157,7 +158,7 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 
 def _upcycled_changes(config: Config, before: JsonValue, taken: Taken) -> list[str]:
-    """As `_changes`, for experts that are alike: their weighted sum is their common output where the weights sum to 1."""
+    """As `_changes`, for equal experts: their weighted sum is their common output if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], 1.0
     if total is None:

@@ -1,7 +1,7 @@
 """One optimizer step over all ranks: forward, backward, one vote, update. The loop around it is in `trainer.py`.
 
 Collectives of a step, besides those of the layers: the label counts before the first forward, the routing counts of each
-micro-batch, the gradients, and one packed vector that is norm, vote and statistics at once. Every rank issues the same.
+micro-batch, the gradients, and one packed vector with norm, vote and statistics. Every rank issues the same ones.
 """
 
 import time
@@ -31,10 +31,10 @@ from moe_dist.train.router_tuning.tuning import RouterTuning
 
 
 class AfterStep(Protocol):
-    """A controller that follows the optimizer: it moves biases or thresholds, the same on all ranks."""
+    """A controller that runs after the optimizer: it changes biases or thresholds, identically on all ranks."""
 
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Called once after each step that was taken, with the step's counts over all ranks. No collective, no host
+        """Called after each step that was not skipped, with the step's counts over all ranks. No collective, no host
         sync."""
         ...
 
@@ -48,11 +48,11 @@ class TrainingStep:
         placement: For the ledger's closed forms.
         group_of_modality: Expert group of each modality, in the data's order of modalities.
         clip_norm: Bound of the global gradient norm, or None.
-        comm_stats: Counter of the model's wires.
-        controllers: Follow each step that was taken, in this order.
-        needs_global_batch_info: A router asks for what is known of a micro-batch on all ranks. It rides along with the
-            label counts and costs a host sync at the step's beginning.
-        tuning: Adds the term of router tuning; the batches are of its samples then.
+        comm_stats: Counts the model's communication.
+        controllers: Called after each step that was not skipped, in this order.
+        needs_global_batch_info: Whether a router needs the token counts of all ranks. They are summed with the label counts
+            and cost a host sync at the beginning of the step.
+        tuning: Adds the term of router tuning; the batches then hold its samples.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class TrainingStep:
         began: float | None = None,
         number: int = 0,
     ) -> StepResult:
-        """One step over this rank's micro-batches. `began` is when the rank turned to it (time.perf_counter), if earlier;
-        `number` is the step's (0-based) and names its random draws.
+        """One step over this rank's micro-batches. `began` is the time (time.perf_counter) at which the rank began it, if
+        earlier; `number` is the step (0-based) and seeds its random draws.
 
-        Syncs with the host at its end only, besides the dispatchers: for this rank's own counts, which the ledger is made
-        of, and for the summed vector and counts.
+        Besides the dispatchers, syncs with the host only at the end: for this rank's own counts, which the ledger needs,
+        and for the summed vector and counts.
         """
         mesh = self.parallel.mesh
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -103,7 +103,7 @@ class TrainingStep:
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M = self._count_labels(batches)
-        # The times of the step before ride along: sums of counts are exact in any order, so they change no bit.
+        # The times of the previous step are summed along. Sums of counts are exact in any order, so this changes no bit.
         members = _count_members(
             batches, self.group_of_modality, mesh, len(self.placement.groups), asked=self.needs_global_batch_info
         )
@@ -138,7 +138,7 @@ class TrainingStep:
                 if self.tuning is not None and targets is not None:
                     loss = self.tuning.add(loss, reports, targets[i])
                 loss.total.backward()
-            # Let go of the graph: its nodes hold the dispatch plans, which backward does not free.
+            # Free the graph: its nodes hold the dispatch plans, which backward does not free.
             losses.append(loss._replace(total=loss.total.detach()))
             del loss
             forward_rows += torch.tensor([[r.rows_remote, r.pairs, r.pairs_remote] for r in reports]).sum(0)
@@ -167,7 +167,7 @@ class TrainingStep:
         forward_rows: Tensor,
         tokens_and_stop: list[float],
     ) -> Tensor:
-        """This rank's part of norm, vote and statistics as one float64 vector, so that they take one all-reduce."""
+        """This rank's part of norm, vote and statistics as one float64 vector, for a single all-reduce."""
         device = self.parallel.mesh.device
         squared = local_norm_squared(((info.parameter, info.replicas) for info in self.parallel.parameters), device=device)
         between_nodes = self.comm_stats.inter_node_bytes
@@ -176,7 +176,7 @@ class TrainingStep:
         true_choices_G, null_choices_G, tokens_G = own.totals()
         ledger = compare(
             self.placement,
-            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # that of LoRA experts has one rank, whatever ep is
+            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # LoRA experts: one rank even when ep > 1
             true_choices_G=true_choices_G,
             null_choices_G=null_choices_G,
             tokens_G=tokens_G,
@@ -204,7 +204,7 @@ class TrainingStep:
         )
 
     def _vote_and_update(self, summed: Tensor, losses: Sequence[MicroLoss], lr: float, times_W: Tensor) -> StepResult:
-        """All ranks see the same sums, so all take the step or none does; a NaN anywhere reaches every rank in them."""
+        """All ranks see the same sums, so all take the step or none does; a NaN on any rank makes the sums NaN."""
         num_modalities = len(self.group_of_modality)
         values = summed.tolist()  # host sync: norm, vote and statistics
         squared, balance, z, auxiliary = values[:4]
@@ -221,7 +221,7 @@ class TrainingStep:
             self.optimizer.step()
             for controller in self.controllers:
                 controller.after_step(counts)
-        # The optimizer knows neither empty nor frozen parameters; all gradients go.
+        # Not optimizer.zero_grad: the optimizer does not hold empty and frozen parameters, whose gradients must go too.
         self.parallel.model.zero_grad(set_to_none=True)
         shown = on_host(counts)
         seconds, tokens, stop = host[len(LEDGER_KEYS) :]
@@ -256,8 +256,8 @@ class TrainingStep:
 
 
 class _BusyClock:
-    """Times what a rank does in a step, without what it waits for: the host's time inside collectives, or on CUDA, where
-    the host does not wait in them, the device's time inside the exchanges (known only after `CommStats.drain`)."""
+    """Times a rank's own work in a step, without waiting: subtracts the host's time inside collectives, or on CUDA, where
+    the host does not wait, the device's time inside the exchanges (known only after `CommStats.drain`)."""
 
     def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
         self._watch, self._began = tracker, began
@@ -269,7 +269,7 @@ class _BusyClock:
 
 
 class _OwnCounts:
-    """This rank's taken true choices, null choices and tokens by group, summed on the device until they are read."""
+    """This rank's true choices after capacity, null choices and tokens by group, summed on the device until read."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._groups = placement.groups
@@ -286,7 +286,7 @@ class _OwnCounts:
             self._sums.append(torch.stack([true_G, null_G, report.sums.tokens_G]))
 
     def totals(self) -> tuple[list[int], list[int], list[int]]:
-        """Taken true choices, null choices and tokens of each group. Syncs with the host."""
+        """True choices after capacity, null choices and tokens of each group. Host sync."""
         true_G, null_G, tokens_G = torch.stack(self._sums).sum(0).tolist()
         return true_G, null_G, tokens_G
 
@@ -294,8 +294,8 @@ class _OwnCounts:
 def _count_members(
     batches: Sequence[Batch], group_of_modality: Tensor, mesh: Mesh, num_groups: int, *, asked: bool
 ) -> Tensor:
-    """This rank's tokens of each micro-batch and group in its row, zeros in the others', so that a sum over the ranks tells
-    all of them: float64 [W, I, G]; with I = 0 where no router asks."""
+    """float64 [W, I, G]: this rank's tokens of each micro-batch and group in its own row, zeros elsewhere. The sum over
+    ranks then has the counts of all. I is 0 if no router needs them."""
     num_batches = len(batches) if asked else 0
     members_WIG = torch.zeros((mesh.world_size, num_batches, num_groups), dtype=torch.float64, device=mesh.device)
     groups = torch.arange(num_groups, device=mesh.device)
@@ -308,10 +308,10 @@ def _count_members(
 def _batch_infos(
     batches: Sequence[Batch], members_WIG: Tensor, mesh: Mesh, step: int, comm_stats: CommStats
 ) -> list[GlobalBatchInfo | None]:
-    """The facts of each micro-batch from the sums over all ranks; None where no router asked.
+    """The batch info of each micro-batch from the sums over all ranks; None if no router needs it.
 
-    Syncs with the host where one did: these are the sizes of all that layers then exchange without a sync of their own.
-    Every rank's i-th micro-batch has the same shape.
+    Host sync if one does: later exchanges take their sizes from it and need no sync of their own. The i-th micro-batch has
+    the same shape on every rank.
     """
     if not members_WIG.numel():
         return [None] * len(batches)

@@ -1,4 +1,4 @@
-"""The only loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
+"""The training loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
 
 import time
 from collections import deque
@@ -22,20 +22,21 @@ from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
 
-WINDOW = 100  # steps over which the final routing checks count
+WINDOW = 100  # steps over which the final checks count routing
 
 
 @dataclass
 class Progress:
-    """Where a run stands: all that has to be known, besides weights and optimizer, to go on.
+    """The state of a run besides weights and optimizer.
 
     Attributes:
         step: Steps taken, skipped ones included.
         position: Sequences drawn from the global stream.
         tokens: Tokens seen, padding excluded.
-        skipped_steps, skipped_in_a_row: Non-finite steps, in all and since the last good one.
-        evaluated: Step of the last evaluation; a stop request may leave one owed, which is taken on resume.
-        first_position: Where in the global stream the run began: beyond 0 where it keeps the position of another's weights.
+        skipped_steps, skipped_in_a_row: Non-finite steps, in total and since the last good one.
+        evaluated: Step of the last evaluation. After a stop request one may be owed; it is done on resume.
+        first_position: Position in the global stream at which the run began; above 0 if it kept the position of its initial
+            weights.
     """
 
     step: int = 0
@@ -50,7 +51,7 @@ class Progress:
         return asdict(self)
 
     def owes_evaluation(self, every: int, last: int) -> bool:
-        """Whether this step is one to evaluate after, every so many steps and after the last, and none has been kept."""
+        """Whether an evaluation is due after this step (every `every` steps and after the last), and is not stored yet."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
@@ -62,7 +63,7 @@ class Loader(Protocol):
         ...
 
     def epochs(self, position: int) -> dict[str, float]:
-        """How often the training data of each modality have been seen by then."""
+        """How often the training data of each modality have been seen up to that position."""
         ...
 
 
@@ -70,38 +71,39 @@ class Saver(Protocol):
     """Makes the state durable; fails on all ranks or on none."""
 
     def save(self, progress: Progress, *, durable: bool) -> None:
-        """Saves the present state; returns when it is durable if that is asked for, else it may be written later.
+        """Saves the present state. With `durable` returns once it is on disk, else it may be written later.
 
         Raises:
-            CheckpointError: a durable one could not be written; the last checkpoint stands.
+            CheckpointError: a durable save failed; the previous checkpoint stays valid.
         """
         ...
 
     def poll(self) -> None:
-        """Tells of a save that failed meanwhile: in the log, or raised where the run cannot go on. Costs nothing."""
+        """Reports a failed background save: logs it, or raises if the run cannot continue. Costs nothing."""
         ...
 
     def wait(self) -> None:
-        """Returns when no save is being written."""
+        """Waits until no save is in progress."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Numbers of the loop, as plain values.
+    """Settings of the loop, as plain values.
 
     Attributes:
         steps: Last step of the run.
-        global_batch: Sequences a step.
+        global_batch: Sequences in a step.
         lr: Learning rate of a step (0-based).
         aux: Auxiliary coefficients of a step (0-based).
         evaluate_every, save_every: In steps.
         max_skipped_in_a_row: Non-finite steps in a row that end the run.
-        flops_per_token: Forward and backward FLOPs a token, from the mean true experts a token and the share of the tokens
-            of each group.
-        peak_flops: Of all devices together; None where unknown.
-        active_target: True experts a token that a controller holds each group at, by group.
-        even_active: Those that controllers and balance loss lead to, where it is not k n over all columns, by group.
+        flops_per_token: Forward and backward FLOPs per token, from the mean true experts per token and the share of the
+            tokens of each group.
+        peak_flops: Of all devices together; None if unknown.
+        active_target: Target of a load controller, in true experts per token, by group.
+        even_active: Expected true experts per token by group, where controllers and balance loss make them differ from k n
+            over all columns.
         checks: Names of the checks of the finished run (`evaluation.checks`).
     """
 
@@ -129,15 +131,15 @@ class Finished:
 
 
 class Trainer:
-    """Runs the loop on one rank; every rank runs the same one, and only rank 0 has sinks.
+    """Runs the loop on one rank. Every rank runs the same loop; only rank 0 has sinks.
 
     Args:
         step: Takes one optimizer step.
         loader: This rank's batches by position.
         evaluator: Held-out losses.
-        saver: Makes the state durable; used on all ranks alike.
+        saver: Saves the state; called identically on all ranks.
         stop: Whether this process was asked to stop; the ranks vote inside each step.
-        progress: Where to begin.
+        progress: The starting point.
         modalities: Of the data, in order.
         baselines: Held-out losses of count models, for the summary.
     """
@@ -181,16 +183,16 @@ class Trainer:
             self._saver.poll()
             last = progress.step == plan.steps
             stop = result.stop_requested and not last
-            if last or (self._owes_evaluation() and not stop):  # a stop saves first: the grace may be short
+            if last or (self._owes_evaluation() and not stop):  # on a stop, save first: the grace period may be short
                 evaluation = self._evaluate(final=last)
             if progress.skipped_in_a_row >= plan.max_skipped_in_a_row:
-                self._saver.wait()  # the last good state may still be on its way to the disk
+                self._saver.wait()  # the last good state may still be being written
                 raise DivergedError(self._divergence())
             if last or stop or progress.step % plan.save_every == 0:
                 self._save(must=last or stop)
             if stop:
                 raise StoppedError(f"stopped on request after step {progress.step}; the state is saved, start me again")
-        if evaluation is None:  # resumed at its very end
+        if evaluation is None:  # resumed after the last step
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation))
 
@@ -230,7 +232,7 @@ class Trainer:
         )
 
     def _flops_per_token(self, counts: StepCounts[np.ndarray]) -> float:
-        """At the true experts a token that the step took, and the share of its tokens in each group."""
+        """FLOPs per token, at the step's true experts per token and token share of each group."""
         taken_E = (counts.choices_LC[:, : self._placement.num_experts] - counts.dropped_LE).sum(0)
         experts, share = {}, {}
         for group, tokens in zip(self._placement.groups, counts.tokens_LG.sum(0), strict=True):
@@ -252,7 +254,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self._evaluator(self.progress.step, final=final, trained=self._last_batches(self._evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has shown it, and ended right after
+        if self.progress.evaluated < self.progress.step:  # else an earlier attempt evaluated it and ended right after
             scalars = evaluation_scalars(result, self._modalities, len(self._placement.groups))
             for sink in self._sinks:
                 sink.evaluation(result, scalars)
@@ -260,7 +262,7 @@ class Trainer:
         return result
 
     def _last_batches(self, count: int) -> list[Batch]:
-        """The last micro-batches that this rank was trained on: at most `count`, the newest first."""
+        """This rank's last training micro-batches: at most `count`, the newest first."""
         position, batches = self.progress.position - self._plan.global_batch, []
         while len(batches) < count and position >= self.progress.first_position:
             batches += self._loader.batches(position)
@@ -268,7 +270,7 @@ class Trainer:
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves; where it need not be durable now, it may be written while the next steps are taken."""
+        """Saves; unless `must`, the save may be written in the background during the next steps."""
         for sink in self._sinks:
             sink.flush()  # records up to the checkpoint's step are not written again on resume
         self._saver.save(self.progress, durable=must)
@@ -290,7 +292,7 @@ class Trainer:
         )
 
     def _divergence(self) -> str:
-        """What is known about the steps that were not finite."""
+        """Describes the non-finite steps."""
         last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
         return (
             f"loss or gradient not finite in {self.progress.skipped_in_a_row} steps in a row, up to step "

@@ -1,4 +1,4 @@
-"""What a finished run is measured against: count models of its own training tokens, and its own routing. Pure functions."""
+"""Checks a finished run against count models of its training tokens, and against expected routing. Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
 TEXT_MARGIN = 1.0  # nats below the unigram model
-NO_FILLER_RATIO = 0.8  # of the unigram model's loss on cells that show something
-ABLATION_MARGIN = 0.2  # nats that zeroed experts must cost
+NO_FILLER_RATIO = 0.8  # of the unigram model's loss, on cells that are not background
+ABLATION_MARGIN = 0.2  # nats by which the loss must rise when experts are set to zero
 NULL_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the summary: what was measured, the rule, and whether it holds."""
+    """One line of the summary: the measurement, the rule, and whether it passes."""
 
     name: str
     value: str
@@ -39,11 +39,12 @@ def run_checks(
     """The checks of `evaluation.checks`, as far as the data's baselines and the steps of this attempt allow.
 
     Args:
-        names: Of `evaluation.checks`, in the order in which they are shown.
-        baselines: Held-out nats a token of count models, from the data set's manifest.
+        names: Of `evaluation.checks`, in the order of display.
+        baselines: Held-out nats per token of count models, from the data set's manifest.
         choices_LC, tokens_LG: Routing counts summed over the last `window` steps; 0 steps if the attempt took none.
-        skipped_steps: Of the whole run.
-        even_active: True experts a token by group, where a controller or a null weight leads to others than k n / columns.
+        skipped_steps: Over the whole run.
+        even_active: Expected true experts per token by group, where a controller or a null weight makes them differ from k
+            n / columns.
     """
     checks: dict[str, Callable[[], list[Check]]] = {
         "count_models": lambda: loss_checks(evaluation.loss, baselines),
@@ -56,7 +57,7 @@ def run_checks(
 
 
 def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
-    """Zeroing the experts' output must cost each modality `ABLATION_MARGIN`."""
+    """Setting the experts' output to zero must raise each modality's loss by `ABLATION_MARGIN`."""
     return [
         Check(
             f"experts matter to {name}",
@@ -70,7 +71,8 @@ def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
-    """Pictures must beat the left bigram, and the unigram by a fifth on cells that show something; text the unigram."""
+    """Pictures must beat the left bigram, and without background cells the unigram by a fifth; text must beat the
+    unigram."""
     checks = []
     for name, value in loss.items():
         unigram, bigram = baselines.get(f"{name}/unigram"), baselines.get(f"{name}/left_bigram")
@@ -91,7 +93,7 @@ def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> li
 
 
 def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], window: int) -> Check:
-    """No expert of any layer may stay unused over the window."""
+    """Every expert of every layer must be used within the window."""
     num_experts = sum(group.num_experts for group in groups)
     dead = int((choices_LC[:, :num_experts] == 0).sum())
     total = choices_LC.shape[0] * num_experts
@@ -101,8 +103,8 @@ def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], win
 def null_checks(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], even_active: Mapping[str, float]
 ) -> list[Check]:
-    """Each group's share of null choices must be the one that an even load gives: m over the group's columns, or what the
-    controlled load leaves over, divided among null and zero-computation columns in proportion."""
+    """Each group's share of null choices must match the even share, m over the group's columns. With a controlled number of
+    true experts, the remaining choices are divided among null and other zero-computation columns in proportion."""
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):
         choices = group.top_k * tokens_LG[:, index].sum()

@@ -1,7 +1,7 @@
 """balance_efficiency: throughput with the real routing over throughput with the same pairs spread evenly.
 
-Published MoE throughputs are measured with forced balance; this is the factor that they leave out. It is timed forward, on
-held-out batches, without gradients: nothing of the training state (gradients, random draws, loader, router) is touched.
+Published MoE throughputs are often measured with forced balance; this factor converts them. It times the forward pass on
+held-out batches without gradients and leaves the training state (gradients, random draws, loader, router) unchanged.
 """
 
 import os
@@ -27,14 +27,14 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class BalanceEfficiency:
-    """The measured ratio, None where a timing would mean nothing, and a note that says why or how."""
+    """The measured ratio, or None if a timing would mean nothing, and a note that gives the reason or the method."""
 
     timed: float | None
     note: str
 
 
 class EvenRouter(nn.Module):
-    """Another router's weights and number of pairs, with the experts of each group taken in turn."""
+    """Keeps another router's weights and number of pairs, but assigns the experts of each group in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -49,7 +49,8 @@ class EvenRouter(nn.Module):
         even_N = torch.full_like(expert_N, ABSENT)
         for index, group in enumerate(self.groups):
             mine_N = (expert_N != ABSENT) & (group_N == index)
-            # The running number of the group's pairs, modulo n: a token's pairs are neighbours, hence distinct experts.
+            # The running index of the group's pairs, modulo n. Pairs of one token are consecutive, so its experts are
+            # distinct.
             turn_N = (mine_N.to(torch.int64).cumsum(0) - 1) % group.num_experts
             even_N = torch.where(mine_N, group.first_expert + turn_N, even_N)
         return routing._replace(assignments=assignments._replace(expert_N=even_N, counts_WE=None))
@@ -59,10 +60,10 @@ class EvenRouter(nn.Module):
 def balance_efficiency(
     model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
 ) -> BalanceEfficiency:
-    """Times forward passes with the real and the even routing, alternating; medians of the slowest rank.
+    """Times forward passes with the real and the even routing, alternating; takes medians of the slowest rank.
 
-    Collective. Where the ranks of this machine outnumber its cores, their times say how the system schedules and nothing
-    about balance: then it is not timed.
+    Collective. Does not time if this machine has more ranks than cores: the times would then show the scheduler instead of
+    the balance.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     cores = len(os.sched_getaffinity(0))
@@ -75,7 +76,7 @@ def balance_efficiency(
     for repeat in range(REPEATS + 1):
         for times, context in ((real, None), (even, placement.groups)):
             seconds = _timed(model, batches, group_of_modality, context, mesh)
-            if repeat:  # the first of each warms up
+            if repeat:  # the first of each is a warm-up
                 times.append(seconds)
     ratio = statistics.median(even) / statistics.median(real)
     return BalanceEfficiency(ratio, f"forward of {len(batches)} held-out batches, median of {REPEATS}, slowest rank")
@@ -83,7 +84,7 @@ def balance_efficiency(
 
 @contextmanager
 def even_routing(model: Transformer, groups: Sequence[ExpertGroup]) -> Iterator[None]:
-    """Inside, every MoE layer routes evenly; the routers themselves stay as they are."""
+    """Within this context every MoE layer routes evenly; the routers themselves stay unchanged."""
     layers = model.moe_modules()
     routers = [layer.router for layer in layers]
     for layer in layers:

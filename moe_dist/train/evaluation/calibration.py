@@ -1,13 +1,13 @@
-"""Thresholds that give each expert, and each layer of a mixture of depths, the load of its training: set on training
-tokens, before a held-out evaluation.
+"""Calibrates thresholds before a held-out evaluation, so that each expert and each mixture-of-depths layer takes the same
+share of training tokens as in training.
 
-The model sees training batches in the way of evaluation, but chooses as in training; each threshold becomes the score
-above which lie as many of their tokens, over all ranks and batches together, as were taken of them. It is a quantile of
-all scores at once, found by halving an interval: one sum of N counts over the ranks for each of `HALVINGS`, named
-`calibration counts`. What is left between the loads of evaluation and training is what the layers before make of it (their
-choice is another), and other text.
+The model runs on training batches in evaluation mode, but selects tokens as in training. Each threshold becomes the score
+that as many of these tokens exceed, over all ranks and batches, as were selected. It is a quantile of all scores, found by
+bisection: `HALVINGS` sums of N counts over the ranks, named `calibration counts`. In evaluation the share may still differ,
+since the layers before then select other tokens, and since held-out text differs.
 
-Shape letters: N thresholds of all routers, n of one, T tokens that it sees (where layers compute a share, not all).
+Shape letters: N thresholds of all routers, n of one router, T tokens that the router sees (in mixture-of-depths layers only
+the selected ones).
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
 from moe_dist.train.loss import forward
 
-HALVINGS = 30  # the interval [0, 1] ends at 1e-9: below what fp32 tells apart near a score
+HALVINGS = 30  # bisection of [0, 1] ends at 1e-9, below the resolution of fp32 scores
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
-    """The routers that evaluate by thresholds: those of experts, then those of depths, each in order of the layers."""
+    """The routers that evaluate by thresholds: those of experts, then those of mixture of depths, each in layer order."""
     routers = [*(layer.router for layer in model.moe_modules()), *model.depth_routers()]
     return [each for each in routers if isinstance(each, ChoosingRouter) and each.causal == "threshold"]
 
@@ -44,8 +44,8 @@ def calibrate(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sets the thresholds of all layers, in place. Collective: every rank brings as many batches; without any nothing
-    changes. An expert whose group has no token in them keeps its threshold."""
+    """Sets the thresholds of all layers in place. Collective: every rank passes the same number of batches; with none
+    nothing changes. An expert whose group has no token in the batches keeps its threshold."""
     routers = by_threshold(model)
     if not routers or not batches:
         return
@@ -72,7 +72,7 @@ def _seen(
     batches: Sequence[Batch],
     group_of_modality: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each router this rank's scores [T, n] and, float64 [n], how many tokens were taken of them."""
+    """For each router this rank's scores [T, n] and the number of selected tokens, float64 [n]."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 

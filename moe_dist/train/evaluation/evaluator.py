@@ -28,9 +28,9 @@ class Evaluator:
     Args:
         folder, manifest: The data set.
         sequences, final_sequences: Held-out sequences of each source during the run and at its end.
-        micro_batch: Sequences a rank computes at once.
+        micro_batch: Sequences in one batch of a rank.
         group_of_modality: int64 [M] on the model's device.
-        calibration: Training micro-batches over which thresholds are set before each evaluation, where there are any.
+        calibration: Number of training micro-batches on which thresholds, if any, are calibrated before each evaluation.
         measure_balance, ablate: Whether to time the balance efficiency, and to measure the final loss without experts.
     """
 
@@ -61,13 +61,13 @@ class Evaluator:
         self._cached: tuple[int, list[Batch]] = (0, [])
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
-        """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers as they were, but for the
+        """Evaluates after `step`. Collective; leaves gradients, random state, loader and routers unchanged, except the
         thresholds that it calibrates.
 
         Args:
-            final: Use `final_sequences`, and measure the loss without experts, and with the choice of training where
-                experts choose.
-            trained: This rank's last `calibration` training micro-batches, or as many as there are.
+            final: Use `final_sequences`; also measure the loss without experts, and with expert choice the loss under the
+                selection of training.
+            trained: This rank's last `calibration` training micro-batches, or fewer at the start.
         """
         with self._mesh.tracker.among("calibration"):
             calibrate(
@@ -91,7 +91,7 @@ class Evaluator:
         if self._measure_balance:
             balance = balance_efficiency(
                 self._model,
-                batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES],  # of every source
+                batches[:: max(1, len(batches) // TIMED_BATCHES)][:TIMED_BATCHES],  # some of every source
                 group_of_modality=self._group_of_modality,
                 placement=self._placement,
                 mesh=self._mesh,
@@ -122,7 +122,7 @@ class Evaluator:
             )
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
-        """True experts a token of each group takes, mean over the layers; groups without tokens are left out."""
+        """True experts per token by group, mean over the layers; groups without tokens are left out."""
         if heldout.choices_LC is None or heldout.tokens_LG is None:
             return {}
         tokens_G = heldout.tokens_LG.sum(0)
@@ -133,7 +133,7 @@ class Evaluator:
         }
 
     def _depths(self, heldout: Heldout) -> DepthStatistics | None:
-        """What the layers computed that choose among the tokens, each token judged by itself."""
+        """Tokens that mixture-of-depths layers computed by their causal decision."""
         if heldout.depth_2LG is None:
             return None
         tokens_LG, taken_LG = heldout.depth_2LG
@@ -154,7 +154,7 @@ class Evaluator:
         return 1.0 / imbalance if imbalance else None
 
     def _batches(self, sequences: int) -> list[Batch]:
-        """This rank's batches of all sources; those of the last size asked for are kept."""
+        """This rank's batches of all sources; those of the last requested size are cached."""
         if self._cached[0] != sequences:
             batches = [
                 batch

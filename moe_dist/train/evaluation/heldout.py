@@ -1,4 +1,4 @@
-"""Held-out losses by modality: sums over all ranks, the same whatever the number of ranks."""
+"""Held-out losses by modality, summed over all ranks; they do not depend on the number of ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +23,13 @@ class Heldout:
     """Held-out sums over all ranks.
 
     Attributes:
-        loss: Nats a token by the label's modality, and '<modality>_no_filler' where the data marks filler cells;
-            modalities without labels are left out.
-        tokens: Labels behind each loss.
+        loss: Nats per token by the label's modality, and '<modality>_no_filler' if the data marks filler cells; modalities
+            without labels are left out.
+        tokens: Number of labels of each loss.
         choices_LC: int64, how often each column was chosen, see `moe_dist.monitor.statistics`; None without batches.
         tokens_LG: int64, tokens routed in each group; None without batches.
-        depth_2LG: int64, by layer that computes a share of the tokens alone: tokens of each group, and those of them that
-            were taken; None without such layers or batches.
+        depth_2LG: int64, for each mixture-of-depths layer the tokens of each group, and how many of them it computed; None
+            without such layers or batches.
     """
 
     loss: Mapping[str, float]
@@ -49,7 +49,7 @@ def heldout_losses(
     world: dist.ProcessGroup | None,
     tracker: CollectiveTracker | None = None,
 ) -> Heldout:
-    """Losses by modality. Collective: every rank must bring the same number of batches.
+    """Losses by modality. Collective: every rank must pass the same number of batches.
 
     Args:
         model: The transformer itself, not its DDP wrapper.
@@ -69,7 +69,7 @@ def heldout_losses(
         shapes = [part.shape for part in parts]
         counts.append(torch.cat([part.flatten() for part in parts]))
     model.train(training)
-    if not counts:  # nothing is held out; on no rank, since all have the same number of batches
+    if not counts:  # no held-out data; true on all ranks, since their numbers of batches are equal
         return Heldout({}, {}, None)
     summed = sum_over(torch.stack(counts).sum(0), world, name=EVALUATION_COUNTS, tracker=tracker).cpu()
     flat = summed.split([shape.numel() for shape in shapes])
@@ -88,7 +88,7 @@ def heldout_losses(
 
 @contextmanager
 def experts_ablated(model: Transformer) -> Iterator[None]:
-    """Inside, the routed experts' output is zero: what the loss rises by is what they contribute."""
+    """Within this context the output of routed experts is zero; the rise of the loss measures their contribution."""
     layers = model.moe_modules()
     for layer in layers:
         layer.experts_off = True
@@ -100,8 +100,8 @@ def experts_ablated(model: Transformer) -> Iterator[None]:
 
 
 def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
-    """choices [L, C] and tokens [L, G] of the layers; where some compute a share of the tokens alone also theirs of each
-    group, and those that were taken, [2, L, G]: they ride in the same all-reduce."""
+    """choices [L, C] and tokens [L, G] of the layers; with mixture of depths also its tokens of each group and how many
+    were computed, [2, L, G]. All go through one all-reduce."""
     parts = [torch.stack([report.sums.choices_C for report in reports])]
     parts.append(torch.stack([report.sums.tokens_G for report in reports]))
     mixture_of_depths = [torch.stack([r.members_G, r.sums.tokens_G]) for r in reports if r.members_G is not None]
@@ -109,7 +109,7 @@ def _counts(reports: Sequence[LayerReport]) -> list[Tensor]:
 
 
 def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """Losses and labels, of all labels and of filler cells alone: float64 [4, M]."""
+    """Losses and labels, of all labels and of filler cells only: float64 [4, M]."""
     ones = torch.ones_like(losses_BS)
     filler_labels = torch.where(batch.filler_BS, batch.labels_BS, IGNORED)
     return torch.stack(

@@ -1,1 +1,1 @@
-"""Router tuning (RoMA): the routers alone are trained, towards the routing of neighbours that did better."""
+"""Router tuning (RoMA): trains only the routers, towards the routing of successful neighbours."""

@@ -1,4 +1,4 @@
-"""Training batches of router tuning: one sample a row, scored on its right answer alone.
+"""Training batches of router tuning: one sample in each row, scored on its right answer only.
 
 The order is a pure function of (seed, position), as in `moe_dist.data.loader`: the same for any number of ranks.
 """
@@ -17,12 +17,12 @@ from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
 @dataclass(frozen=True)
 class SampleBatch(Batch):
-    """A micro-batch with a sample in each row. `to` gives the plain batch: the rest is for the host.
+    """A micro-batch with a sample in each row. `to` gives the plain batch; the other fields stay on the host.
 
     Attributes:
-        numbers: Of the samples.
-        probe_tokens_B: int64, where each prompt's last token stands among the B x S tokens: the one whose logits are of the
-            answer's first token, and whose routing is the sample's.
+        numbers: Indices of the samples.
+        probe_tokens_B: int64, index among the B x S tokens of each prompt's last token. Its logits predict the answer's
+            first token, and its routing is the sample's.
     """
 
     numbers: tuple[int, ...]
@@ -30,23 +30,23 @@ class SampleBatch(Batch):
 
 
 class SampleMaker:
-    """Lays samples out as batches, as wide as the longest of them.
+    """Makes batches of samples, as wide as the longest one.
 
     Args:
-        manifest: Of the data set, for the modality of each id.
+        manifest: The manifest of the data set, for the modality of each id.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """One row for each sample; none gives one row of padding.
+        """One row for each sample; without samples one row of padding.
 
         Raises:
             DataError: an id lies outside the vocabulary.
         """
         tokens = [np.concatenate([each.prompt, each.answer]) for each in samples]
-        width = max((len(each) - 1 for each in tokens), default=1)  # the last token is scored and never read
+        width = max((len(each) - 1 for each in tokens), default=1)  # the last token is scored but never an input
         maker = BatchMaker(seq_len=width, pad_id=self._pad_id, modalities=self._modalities)
         batch = maker.make([[Segment(each, np.zeros(len(each), bool), len(each) - 1)] for each in tokens] or [[]])
         last_B = torch.tensor([len(each.prompt) - 1 for each in samples], dtype=torch.int64)
@@ -66,12 +66,12 @@ class SampleLoader:
     """Training batches of one rank: `batches` and `epochs` as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
-        samples: All of them are trained on, once an epoch, in an order drawn anew for each.
-        manifest: Of the data set.
-        seed: Of the orders.
-        global_batch: Samples a step over all ranks; a multiple of world_size * micro_batch.
-        micro_batch: Samples of a batch.
-        rank, world_size: Which share of each step is this rank's.
+        samples: All are trained on once per epoch, in a new order each time.
+        manifest: The manifest of the data set.
+        seed: Seed of the orders.
+        global_batch: Samples of a step over all ranks; a multiple of world_size * micro_batch.
+        micro_batch: Samples in a batch.
+        rank, world_size: This rank's share of each step.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class SampleLoader:
         return made
 
     def number(self, position: int) -> int:
-        """Which sample stands at a position of the global stream."""
+        """Index of the sample at a position of the global stream."""
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:

@@ -1,10 +1,10 @@
-"""The manifold term of router tuning (RoMA, arXiv 2511.07419, section 3), and the weights of neighbours in it.
+"""The manifold term of router tuning (RoMA, arXiv 2511.07419, section 3), and the weights of its neighbours.
 
     term = lambda * mean over samples i of  sum_j W_ij ||r_i - r_j||^2
     W_ij = s_ij / sum over the neighbours of s_ij,    s_ij = exp(-||E(x_i) - E(x_j)||^2 / (2 sigma^2))
 
-r is the concatenated softmax of the chosen layers at one token of a sample; r_j is a constant here, without gradient. A
-sample without neighbours adds 0 and counts in the mean. Shape letters: B samples, K neighbours, R = layers x columns.
+r is the concatenated softmax of the chosen layers at one token of a sample; r_j is a constant without gradient. A sample
+without neighbours adds 0 and counts in the mean. Shape letters: B samples, K neighbours, R = layers x columns.
 """
 
 import numpy as np
@@ -13,21 +13,21 @@ from torch import Tensor
 
 
 def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
-    """W of one sample's neighbours from their squared distances [K] in embedding space: float64 [K], adding up to 1."""
+    """W of one sample's neighbours from their squared distances [K] in embedding space: float64 [K], summing to 1."""
     exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
-    # Taken from the largest: far neighbours of a small bandwidth would all be 0 / 0.
+    # Subtract the largest exponent: with a small bandwidth far neighbours would otherwise give 0 / 0.
     similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
     return similarity_K / similarity_K.sum()
 
 
 def manifold_sum(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
-    """Sum over samples and neighbours of W_ij ||r_i - r_j||^2, in the type of `r_BR`; absent neighbours weigh 0."""
+    """Sum over samples and neighbours of W_ij ||r_i - r_j||^2, in the dtype of `r_BR`; absent neighbours have weight 0."""
     squared_BK = (r_BR[:, None] - target_BKR.detach()).square().sum(-1)
     return (weight_BK.to(r_BR.dtype) * squared_BK).sum()
 
 
 def manifold_sum_reference(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) -> Tensor:
-    """The same, one number after the other."""
+    """The same, computed number by number."""
     total = torch.zeros((), dtype=r_BR.dtype)
     for i in range(r_BR.shape[0]):
         for j in range(target_BKR.shape[1]):
@@ -38,7 +38,7 @@ def manifold_sum_reference(r_BR: Tensor, target_BKR: Tensor, weight_BK: Tensor) 
 
 
 def neighbour_weights_reference(sample_E: np.ndarray, neighbours_KE: np.ndarray, bandwidth: float) -> np.ndarray:
-    """`neighbour_weights` from the embeddings, as the formula is written."""
+    """`neighbour_weights` from the embeddings, directly by its formula."""
     similarities = []
     for other_E in neighbours_KE:
         squared = sum((float(a) - float(b)) ** 2 for a, b in zip(sample_E, other_E, strict=True))

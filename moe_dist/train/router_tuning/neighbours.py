@@ -1,6 +1,6 @@
-"""Neighbours of samples by their embeddings: scikit-learn's search over the first rows of a memory-mapped file.
+"""Finds neighbours of samples by their embeddings: scikit-learn's search over the first rows of a memory-mapped file.
 
-Shape letters: S samples, M members that may be neighbours (the first M samples), E width, K neighbours.
+Shape letters: S samples, M members (the first M samples, which may be neighbours), E width, K neighbours.
 """
 
 from typing import NamedTuple
@@ -11,25 +11,25 @@ from moe_dist.train.router_tuning.loss import neighbour_weights
 
 
 class Neighbours(NamedTuple):
-    """Of one sample: their numbers, int64 [K], and weights W, float64 [K]; none at all is K = 0."""
+    """The neighbours of one sample: their indices, int64 [K], and weights W, float64 [K]; K is 0 without neighbours."""
 
     number_K: np.ndarray
     weight_K: np.ndarray
 
 
 class NeighbourIndex:
-    """Finds a sample's neighbours among the members, the nearest first, itself left out.
+    """Finds a sample's neighbours among the members, the nearest first, without itself.
 
-    A sample is asked for alone, so that the last bits of its distances depend on no other, and its answer is kept: 16 bytes
-    a neighbour. A query reads all M x E numbers, 2 to 3 ms for 20,000 members of 384 on one core.
+    Each sample is queried alone, so that the last bits of its distances depend on no other, and the result is cached: 16
+    bytes per neighbour. A query reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384 on one core.
 
     Args:
         embeddings_SE: Memory-mapped; not copied.
         members: M.
         bandwidth: Sigma of the weights.
-        k: Neighbours; None where a similarity decides.
-        similarity: Least exp(-d^2 / (2 sigma^2)) of a neighbour; None where k decides.
-        random_seed: With it, k members at random instead of the nearest, the same each time.
+        k: Number of neighbours; None to select by similarity.
+        similarity: Least exp(-d^2 / (2 sigma^2)) of a neighbour; None to select by k.
+        random_seed: If given, k random members instead of the nearest, the same each time.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class NeighbourIndex:
         similarity: float | None = None,
         random_seed: int | None = None,
     ) -> None:
-        from sklearn.neighbors import NearestNeighbors  # a second to import: only where it is used
+        from sklearn.neighbors import NearestNeighbors  # takes a second to import, so only here
 
         assert (k is None) != (similarity is None), "k or a similarity"
         assert k is None or k < members, "preflight sees to it"
@@ -70,7 +70,7 @@ class NeighbourIndex:
         query = self._embeddings_SE[sample : sample + 1]
         if self._k is None:
             return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)
-        # One more than wanted: the sample may be among them, though behind others with the very same embedding.
+        # One more than wanted: the result may contain the sample itself, possibly after others with an equal embedding.
         return self._search.kneighbors(query, self._k + 1, return_distance=False)[0].astype(np.int64)
 
     def _drawn(self, sample: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reads samples' routing out of a model: the softmax of each MoE layer at the last token of their prompts.
+"""Reads the routing of samples: the softmax of each MoE layer at the last token of their prompts.
 
 Shape letters: S samples, L chosen layers, C choice columns, B samples of a batch.
 """
@@ -23,16 +23,16 @@ _BATCH_LOGITS = 1 << 26  # 256 MiB in fp32
 
 
 class RoutingReader:
-    """Reads routing with one model, this rank's share of the samples.
+    """Reads routing with one model; each rank reads its share of the samples.
 
     Args:
         model: With this rank's experts.
-        maker: Of its batches.
+        maker: Makes the batches.
         group_of_modality: int64 [M] on the model's device.
-        places: Of the chosen layers among the MoE layers.
+        places: Indices of the chosen layers among the MoE layers.
         world: All ranks; None for one.
         rank, world_size: This rank among them.
-        batch_tokens: Tokens, padding included, that a rank computes at once; fewer where the vocabulary is large.
+        batch_tokens: Tokens in one batch of a rank, padding included; fewer if the vocabulary is large.
         tracker: For the watchdog.
     """
 
@@ -56,9 +56,9 @@ class RoutingReader:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Softmax [S, L, C] of each prompt's last token, fp32 (float64 of a float64 model), on the host. The model runs
-        in evaluation mode, and is left as it was. Collective: every rank brings the same prompts, and gets all of it. Takes
-        S x L x C numbers of memory on the device.
+        """Softmax [S, L, C] of each prompt's last token, fp32 (float64 for a float64 model), on the host. The model runs in
+        evaluation mode and returns to its former mode. Collective: every rank passes the same prompts and gets the whole
+        result. Takes S x L x C numbers of device memory.
         """
         training = self._model.training
         self._model.eval()
@@ -68,9 +68,10 @@ class RoutingReader:
         return sum_over(found, self._world, name="routing of samples", tracker=self._watch).cpu()
 
     def _all(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """This rank's share, and zeros."""
+        """This rank's share; zeros elsewhere, for the sum over ranks."""
         batches = self._batches([len(each) for each in prompts])
-        # Every rank computes as many batches; padding fills the last round.
+        # Every rank runs the same number of batches, since its experts take part in each; the last round is filled by
+        # padding.
         batches += [[]] * (-len(batches) % self._world_size)
         found: Tensor | None = None
         for indices in batches[self._rank :: self._world_size]:
@@ -82,7 +83,7 @@ class RoutingReader:
         return found
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        filler = np.zeros(1, np.int64)  # a token that is never read
+        filler = np.zeros(1, np.int64)  # the last token of a row is never an input, so any id will do
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))
@@ -90,7 +91,7 @@ class RoutingReader:
         return routing_of(reports, self._places)
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices side by side: the longest first, so that the first batch shows whether memory is enough."""
+        """Indices of each batch, the longest prompts first, so that the first batch shows whether memory is enough."""
         batches: list[list[int]] = []
         room = 0
         for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -103,6 +104,6 @@ class RoutingReader:
 
 
 def routing_of(reports: Sequence[LayerReport], places: Sequence[int]) -> Tensor:
-    """The softmax [A, L, C] of the tokens that were asked for, in the layers at these places among the MoE layers."""
+    """The softmax [A, L, C] of the A probe tokens, in the layers at these indices among the MoE layers."""
     found = [reports[place].prob_AC for place in places]
     return torch.stack([each for each in found if each is not None], dim=1)

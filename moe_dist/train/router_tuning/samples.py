@@ -1,4 +1,4 @@
-"""The samples of router tuning on disk: opened memory-mapped, and written all or nothing.
+"""The samples of router tuning on disk: read memory-mapped, written all or nothing.
 
 See `moe_dist.config.tuning_manifest` for the files. Shape letters: S samples, E width of an embedding, L layers, C columns.
 """
@@ -28,25 +28,25 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class TuningSample:
-    """Token ids of a prompt and of its right answer, one at least of each."""
+    """Token ids of a prompt and of its right answer; at least one each."""
 
     prompt: np.ndarray
     answer: np.ndarray
 
 
 class Samples:
-    """An opened folder; nothing but the lengths is read before it is needed.
+    """An opened folder; only the lengths are read at once.
 
     Args:
-        folder: As `tools.prepare_router_tuning` made it.
+        folder: Made by `tools.prepare_router_tuning`.
 
     Attributes:
-        manifest: Of the folder.
-        digest: SHA-256 of the manifest, and so of all that it has digests of.
+        manifest: The manifest of the folder.
+        digest: SHA-256 of the manifest, which contains the digests of the files.
         embeddings_SE, routing_SLC: Memory-mapped.
 
     Raises:
-        ConfigError, DataError: it is not there, or damaged.
+        ConfigError, DataError: the folder is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -83,11 +83,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of a question when it has been asked.
+    """A question and whether the run answered it.
 
     Attributes:
-        task, id, text: Of the question; the text is what was embedded.
-        right: The run answers it.
+        task, id, text: Of the question; the text is the embedded one.
+        right: Whether the run answered correctly.
     """
 
     task: str
@@ -100,17 +100,17 @@ class Scored:
 def write_samples(
     out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
 ) -> TuningManifest:
-    """Writes a folder, samples that are right first. It is built under a hidden name beside its place and renamed when
-    complete: what a kill leaves is no folder of that name, and the next call removes it.
+    """Writes a folder, successful samples first. It is built under a hidden name beside its place and renamed when
+    complete. After a kill no folder of the final name exists, and the next call removes the partial one.
 
     Args:
         out: Must not exist.
-        scored, embeddings_SE, routing_SLC: Row by row of one question.
-        facts: What else its manifest is to say; sizes, tasks and digests are filled in here.
+        scored, embeddings_SE, routing_SLC: One row for each question.
+        facts: Further values for the manifest; sizes, tasks and digests are added here.
 
     Raises:
         ConfigError: `out` exists.
-        StorageError: it cannot be written.
+        StorageError: the folder cannot be written.
     """
     order = np.array(sorted(range(len(scored)), key=lambda row: not scored[row].right), np.int64)
     ordered = [scored[row] for row in order.tolist()]
@@ -159,12 +159,13 @@ def write_samples(
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises: ConfigError: there is something at `out`."""
+    """Raises: ConfigError: `out` exists."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"--out {out}: exists already, and nothing is overwritten; name another folder, or remove it")
 
 
 def check_place(out: Path) -> None:
-    """Whether a folder can be made, before hours of scoring. Raises: ConfigError: it is there, or beside it is no place."""
+    """Checks that a folder can be made, before hours of scoring. Raises: ConfigError: it exists, or its parent is not
+    writable."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

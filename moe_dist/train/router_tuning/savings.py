@@ -1,4 +1,4 @@
-"""What router tuning leaves out on one rank: optimizer state, and gradients to be reduced."""
+"""Optimizer state and gradient reduction that router tuning saves on one rank."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ from moe_dist.placement.roles import Role
 
 
 class Savings(NamedTuple):
-    """Of one rank, in numbers and bytes; each of the parameters that move, and of all parameters.
+    """Numbers and bytes on one rank; each as a pair, for trained and for all parameters.
 
     Attributes:
-        parameters: Numbers.
+        parameters: Count.
         optimizer: Bytes of the moments.
-        reduced: Bytes of gradients that enter a reduction each step; under FSDP2 whole ones, which leave it as shards.
+        reduced: Bytes of gradients that enter a reduction each step; under FSDP2 whole gradients, reduced to shards.
     """
 
     parameters: tuple[int, int]

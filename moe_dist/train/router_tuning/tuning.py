@@ -1,7 +1,7 @@
-"""Router tuning inside a training step: which parameters move, what is asked of the layers, and the term that is added.
+"""Router tuning inside a training step: which parameters are trained, which routing is read, and which term is added.
 
-Neighbours' routing is that of the folder of samples, or is computed anew every so many steps. Shape letters: S samples,
-B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
+The routing of neighbours comes from the folder of samples, or is recomputed every `refresh_every` steps. Shape letters: S
+samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
 """
 
 import base64
@@ -34,16 +34,16 @@ def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, 
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
-    """Leaves gradients to the routers of some layers alone. Called before sharding: what is frozen then has no gradient to
-    be reduced, and backward ends at the lowest of these layers."""
+    """Disables all gradients except those of some layers' routers. Call it before sharding: frozen parameters then have no
+    gradient to reduce, and backward ends at the lowest of these layers."""
     kept = router_parameters(model, layers)
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.name in kept)
 
 
 class Targets(NamedTuple):
-    """What one micro-batch is to be compared with, on its device: positions that are asked for, int64 [B]; the neighbours'
-    routing [B, K, R] and weights [B, K], 0 where a sample has fewer."""
+    """Targets of one micro-batch, on its device: positions of the probe tokens, int64 [B]; the neighbours' routing [B, K,
+    R] and weights [B, K], 0 where a sample has fewer."""
 
     probe_tokens_B: Tensor
     target_BKR: Tensor
@@ -52,12 +52,12 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class Chosen:
-    """The layers whose routers move.
+    """The layers whose routers are trained.
 
     Attributes:
         layers: Indices of the transformer layers.
-        places: Theirs among the MoE layers.
-        stored: Theirs among the layers whose routing the samples have.
+        places: Their indices among the MoE layers.
+        stored: Their indices among the layers whose routing the samples have.
     """
 
     layers: tuple[int, ...]
@@ -66,15 +66,15 @@ class Chosen:
 
 
 class RouterTuning:
-    """The manifold term of one run, and the state that it resumes from.
+    """The manifold term of one run, and its saved state.
 
     Args:
-        samples: Of the run.
-        model: In training; what a refresh reads.
+        samples: The samples of the run.
+        model: The model in training; a refresh reads it.
         chosen: The layers.
-        reader: Reads them anew.
-        neighbours: Of a sample, by its number.
-        weight: Lambda over the samples of a step.
+        reader: Recomputes the routing.
+        neighbours: Returns the neighbours of a sample, by its index.
+        weight: Lambda divided by the samples of a step.
         refresh_every: Steps between refreshes; None for none.
     """
 
@@ -94,11 +94,11 @@ class RouterTuning:
         self._width = len(chosen.places) * samples.manifest.columns  # R
         self._routers = router_parameters(model, chosen.layers)
         self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
-        self._routing_SLC: np.ndarray | None = None  # of the last refresh; else the samples' own
+        self._routing_SLC: np.ndarray | None = None  # of the last refresh; None: the samples' own
 
     def begin(self, batches: Sequence[Batch], step: int, device: torch.device) -> list[Targets]:
-        """What each micro-batch of a step (0-based) is compared with. Collective where a refresh is due: all samples are
-        read by the routers of now, shared among the ranks."""
+        """The targets of each micro-batch of a step (0-based). Collective if a refresh is due: the present routers then
+        read all samples, shared among the ranks."""
         if self._refresh_every is not None and step and step % self._refresh_every == 0:
             self._refreshed = (step, {name: _packed(parameter) for name, parameter in self._routers.items()})
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
@@ -125,22 +125,22 @@ class RouterTuning:
         return rows_KLC.reshape(len(number_K), self._width)
 
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
-        """The loss with this rank's share of the term; nothing is averaged over ranks, since the samples of a step are as
-        many on any number of them."""
+        """Adds this rank's share of the term to the loss. It is not averaged over ranks: the number of samples in a step
+        does not depend on their number."""
         r_BR = routing_of(reports, self._chosen.places).flatten(1)
         term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Which samples these are, and the routers of the last refresh: their routing of the samples is computed again."""
+        """Digest of the samples, and the routers of the last refresh, from which their routing is recomputed."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 
     def restore(self, state: JsonValue) -> None:
-        """Takes a saved state back; the model must have its weights already. Collective.
+        """Restores a saved state; the model's weights must be loaded already. Collective.
 
         Raises:
-            DataError: it is none, or of other samples.
+            DataError: the state is invalid, or of other samples.
         """
         if not isinstance(state, dict) or state.keys() != {"samples", "refreshed", "routers"}:
             raise DataError(
