@@ -1,1 +1,1 @@
-"""Configuration: the schema of a run and of a data set, loading with overrides, and its explanation. Imports no torch."""
+"""Configuration: the schemas of a run and of a data set, loading with overrides, and explanations. Imports no torch."""

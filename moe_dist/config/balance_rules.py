@@ -1,4 +1,4 @@
-"""What load controllers and the balance loss demand of the rest of a configuration. Imports no torch."""
+"""Rules between load controllers, the balance loss and the rest of a configuration. Imports no torch."""
 
 from moe_dist.config.model_schema import MoESection
 from moe_dist.config.schema import Config
@@ -6,7 +6,7 @@ from moe_dist.config.section import Violation, unknown_name
 
 
 def balance_violations(config: Config) -> list[Violation]:
-    """Rules of `model.moe.balance` and `loss.balance` that do not hold."""
+    """Violated rules of `model.moe.balance` and `loss.balance`."""
     moe, key = config.model.moe, "model.moe.balance"
     broken = [
         Violation(("loss.balance.null_weight", "model.moe.groups"), f"loss.balance.null_weight.{name}: {problem}")
@@ -30,13 +30,13 @@ def balance_violations(config: Config) -> list[Violation]:
 
 
 def active_targets(section: MoESection) -> dict[str, float]:
-    """True experts a token that a controller holds each group at, by group."""
+    """A controller's target in true experts per token, by group."""
     return {name: target for each in section.balance for name, target in each.targets.items()}
 
 
 def even_active(config: Config) -> dict[str, float]:
-    """True experts a token that a run is led to, by group: the controller's target, else where a weighted loss is even,
-    k n / (n + m w). Groups of which neither speaks are not named."""
+    """Expected true experts per token by group: the controller's target, else the number at which a weighted loss is even,
+    k n / (n + m w). Groups without either are left out."""
     groups, found = config.model.moe.groups, {}
     for name, weight in config.loss.balance.null_weight.items():
         group = groups[name]

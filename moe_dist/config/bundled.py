@@ -1,4 +1,4 @@
-"""Where configurations, Slurm scripts, launchers and tools lie, and how a configuration is found by its name."""
+"""Finds configurations by name, and the folder of bundled configurations, Slurm scripts, launchers and tools."""
 
 import difflib
 import os
@@ -15,16 +15,16 @@ def source_root() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file that `path` names: itself or with .yaml, from the current folder, else bundled, also without `configs/`."""
+    """The file of a path, with or without .yaml: in the current folder, else bundled, also without `configs/`."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
-    # Path.is_file raises where there is no permission or the name is too long; whoever reads the file reports that.
+    # Not Path.is_file, which raises without permission or for too long a name; the reader of the file reports these.
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 
 def hint_for_missing(path: Path) -> str:
-    """The end of an error message: the file or bundled name that is most like `path`, else all bundled names."""
+    """The end of an error message: the file or bundled name most similar to `path`, else all bundled names."""
     beside = [str(other) for other in path.parent.glob("*.yaml")]
     bundled = sorted(other.stem for other in (source_root() / "configs").glob("*.yaml"))
     near = difflib.get_close_matches(str(path), beside, 1) or difflib.get_close_matches(path.stem, bundled, 3)

@@ -1,9 +1,10 @@
-"""The cluster file: what is particular to one site. Never part of a run's identity, so a run may go on at another site.
+"""The cluster file: settings of one site. It is never part of a run's identity, so a run may continue at another site.
 
-    configs/clusters/<name>.yaml, by `--cluster`, or by $MOE_DIST_CLUSTER; without either, the defaults below.
+    configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without either, the defaults below.
 
-What stands in it becomes part of shell lines: names hold nothing that a shell reads, everything else is quoted where it is
-used, but `prelude`, which is shell. So a cluster file is as powerful as a script: read one before you use it.
+Its values become part of shell lines. Names may hold no special characters of the shell, all other values are quoted where
+they are used, except `prelude`, which is shell code. So a cluster file is as powerful as a script: read one before you use
+it.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ FOLDER = source_root() / "configs" / "clusters"
 VARIABLE = "MOE_DIST_CLUSTER"
 GUIDE = "docs/scaling.md"
 
-# Account, partition, interface: what sites call things, still without a character that a shell reads.
+# Account, partition, interface: names that sites choose, also without special characters of the shell.
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
@@ -31,7 +32,7 @@ LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
 Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
-# What the launcher says by itself, from the plan, the run and the other keys of the cluster file.
+# Options that the launcher sets itself, from the plan, the run and the other keys of the cluster file.
 LAUNCHERS_OPTIONS = frozenset(
     (
         *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "export", "gpus", "gres"),
@@ -132,10 +133,10 @@ class Cluster(Section):
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def violations(self) -> list[Violation]:
-        """A signal that comes at once would stop every start of a job as soon as it trains; an option that stands twice
-        would win over the plan, or lose against it."""
+        """Two rules. A signal sent at once would stop every job as soon as it trains. A repeated option would override the
+        plan, or be overridden."""
         broken, limit = [], seconds_of(self.time)
-        if 0.0 < limit <= self.signal_seconds:  # a limit of 0 is none
+        if 0.0 < limit <= self.signal_seconds:  # a limit of 0 means none
             problem = (
                 f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to save "
                 "and stop as soon as they have begun; lower it, or ask for more time"
@@ -149,7 +150,7 @@ class Cluster(Section):
 
 
 def seconds_of(time: str) -> float:
-    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Seconds of a Slurm time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     if time.lower() in ("infinite", "unlimited", "n/a"):
         return float("inf")
     days, dash, rest = time.rpartition("-")
@@ -164,14 +165,14 @@ def seconds_of(time: str) -> float:
 
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
-    """The cluster file that was asked for: the argument, else $MOE_DIST_CLUSTER, else the defaults.
+    """The cluster file given by the argument, else by $MOE_DIST_CLUSTER, else the defaults.
 
     Args:
         name_or_path: A path, or the bare name of a file in configs/clusters.
         env: The environment.
 
     Raises:
-        ConfigError: it cannot be read, or with every fault in it.
+        ConfigError: the file cannot be read, or has faults; lists all of them.
     """
     path = cluster_file(name_or_path, env)
     if path is None:
@@ -196,7 +197,7 @@ def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
 
 
 def cluster_file(name_or_path: str | None, env: Mapping[str, str]) -> Path | None:
-    """Path of the cluster file that was asked for, as `load_cluster`; None for the defaults."""
+    """Path of the cluster file, chosen as in `load_cluster`; None for the defaults."""
     asked = name_or_path or env.get(VARIABLE)
     if not asked:
         return None

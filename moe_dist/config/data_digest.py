@@ -1,4 +1,4 @@
-"""Which data a run was trained on: digests of its manifest and files, so that a swap under the same path is noticed."""
+"""Digests of a run's data, over manifest and files, so that other data under the same path are noticed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from moe_dist.config.index_header import index_paths
 from moe_dist.config.manifest import MANIFEST_FILE, Manifest
 from moe_dist.errors import DataError
 
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of a .bin: 4 MiB, spread evenly; smaller ones are read whole
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # sampled from a .bin: 4 MiB, evenly spaced; smaller files are read whole
 
 
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
-    """Size and SHA-256 of the manifest, of each training .idx, and of blocks of each training .bin and its prompt bits, by
-    file name.
+    """Size and SHA-256, by file name: of the manifest, of each training .idx, and of blocks of each training .bin and its
+    prompt bits.
 
-    Reads the indices whole (about a second a GB) and 4 MiB of each .bin: other tokens in a few blocks of a large .bin, with
-    every length the same, may pass.
+    Reads the indices whole (about a second for 1 GB) and 4 MiB of each .bin. Changed tokens in a few blocks of a large .bin
+    may go unnoticed if all lengths are the same.
 
     Raises:
         DataError: a file cannot be read.
@@ -39,7 +39,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
 
 
 def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
-    """One line for each file that is not what it was."""
+    """One line for each file that has changed."""
     return [
         f"{name}: {saved.get(name, 'was not there')} when the checkpoint was written, {found.get(name, 'is not there')} now"
         for name in dict.fromkeys([*saved, *found])
@@ -53,7 +53,7 @@ def _whole(path: Path) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """Size and SHA-256 of a file, of 4 MiB of it spread evenly where it is larger. Raises: OSError."""
+    """Size and SHA-256 of a file; of a larger file, of 4 MiB evenly spaced. Raises: OSError."""
     size = path.stat().st_size
     if size <= _BLOCKS * _BLOCK_BYTES:
         return _whole(path)

@@ -1,4 +1,4 @@
-"""What a key means: type, default and meaning, from the schema alone."""
+"""Explains keys from the schema: type, default and meaning."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def explain(key: str = "") -> RenderableType:
     """Type, default and meaning of a key; for a section (or '' for the whole) those of each of its keys.
 
     Raises:
-        ConfigError: there is no such key; the message has the nearest one.
+        ConfigError: the key does not exist; the message has the most similar one.
     """
     if not key:
         return _section(Key("", Config, None))
@@ -38,7 +38,7 @@ def explain(key: str = "") -> RenderableType:
 
 
 def default_text(key: Key) -> str:
-    """The default as it would stand in a file; 'required' where there is none."""
+    """The default in the form of a file; 'required' if there is none."""
     if key.field is None:
         return ""
     if key.field.is_required():
@@ -51,7 +51,7 @@ def default_text(key: Key) -> str:
 
 
 def _section(key: Key) -> RenderableType:
-    """The keys below a section, a heading for each of its variants."""
+    """The keys of a section, with a heading for each of its variants."""
     below = children(key.annotation)
     while set(below) in ({NAME}, {ITEM}) and children(inner := below.popitem()[1][0].annotation):
         key, below = Key(f"{key.path}.{NAME}", inner, None), children(inner)

@@ -1,7 +1,7 @@
-"""The header of Megatron's indexed data (<prefix>.idx beside <prefix>.bin), read without torch or megatron.
+"""Reads the header of Megatron's indexed data (<prefix>.idx beside <prefix>.bin), without torch or megatron.
 
-Layout of .idx, little endian, as megatron-core's `IndexedDatasetBuilder` writes it: 9 bytes magic, u64 version, u8 type
-code, u64 S sequences, u64 D entries of the document list (one more than there are documents), int32 [S] tokens a sequence,
+Layout of .idx, little endian, as written by megatron-core's `IndexedDatasetBuilder`: 9 bytes magic, u64 version, u8 type
+code, u64 S sequences, u64 D entries of the document list (one more than documents), int32 [S] tokens of each sequence,
 int64 [S] byte offsets into .bin, int64 [D] first sequence of each document, at last S; in multimodal sets int8 [S] modes.
 """
 
@@ -21,14 +21,14 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What one pair of .idx and .bin holds.
+    """Sizes of one pair of .idx and .bin.
 
     Attributes:
-        documents: Documents (runs of sequences).
-        sequences: Sequences; equal to documents unless documents were split when they were written.
+        documents: Number of documents (runs of sequences).
+        sequences: Number of sequences; equal to documents unless documents were split when written.
         tokens: Tokens of all sequences.
         dtype: numpy name of the ids' type.
-        itemsize: Bytes an id.
+        itemsize: Bytes of an id.
         bin_bytes: Size of .bin, equal to tokens x itemsize.
     """
 
@@ -46,16 +46,16 @@ def index_paths(prefix: Path) -> tuple[Path, Path]:
 
 
 def list_offsets(sequences: int) -> tuple[int, int, int]:
-    """Where the lists begin in an .idx: int32 length of each sequence, int64 byte offset of each in .bin, and the int64
-    sequence at which each document begins, with the total at the end."""
+    """Byte offsets in an .idx of its three lists: int32 length of each sequence, int64 offset of each in .bin, and int64
+    first sequence of each document, with the total at the end."""
     return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
 
 
 def read_index_header(prefix: Path) -> IndexHeader:
-    """Reads the .idx of `prefix` and holds it against the size of its .bin. Costs one pass over the list of lengths.
+    """Reads the .idx of `prefix` and compares it with the size of its .bin. Costs one pass over the list of lengths.
 
     Raises:
-        DataError: a file is missing, is not of this format, is cut short, or the two do not belong together.
+        DataError: a file is missing, of another format or truncated, or the two do not match.
     """
     idx, bin_ = index_paths(prefix)
     for path in (idx, bin_):
@@ -86,11 +86,11 @@ def read_index_header(prefix: Path) -> IndexHeader:
 
 
 def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
-    """Largest token id in .bin: of all ids up to `max_bytes` (1 GiB, about a second a GiB once cached), beyond that of
-    evenly spaced blocks of that size together.
+    """Largest token id in .bin: of all ids up to `max_bytes` (1 GiB, about a second for 1 GiB once cached); of a larger
+    file, of evenly spaced blocks of that size together.
 
     Raises:
-        DataError: as `read_index_header`; or the ids are no integers, or one is negative.
+        DataError: as `read_index_header`; or the ids are not integers, or one is negative.
     """
     header = read_index_header(prefix)
     _, bin_ = index_paths(prefix)
@@ -113,11 +113,11 @@ def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
 
 
 def _read_fixed_part(idx: Path) -> tuple[int, int, int]:
-    """Type code, sequences and entries of the document list.
+    """Type code, number of sequences, and entries of the document list.
 
     Raises:
         DataError: as `read_index_header`.
-        StorageError: the file system does not answer.
+        StorageError: the file system does not respond.
     """
     try:
         with idx.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""What `run.init_rules` demand of a configuration; the checkpoint they work on is looked at when it is loaded. No torch."""
+"""Rules of `run.init_rules` for a configuration; the checkpoint is checked when it is loaded. No torch."""
 
 from collections.abc import Mapping
 
@@ -8,22 +8,24 @@ from moe_dist.config.section import Violation
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
-    """The top_k with which null rows that copy the n true ones, each m / n times, leave the choice of a top-`true_choices`.
+    """The values of top_k for which null rows that copy each of n true rows m / n times keep the choice of a
+    top-`true_choices`.
 
-    Ordered by logit, ties true first, a token's columns are its best true expert, that one's m / n twins, its second best,
-    and so on in blocks of m / n + 1. So k choices hold ceil(k / (m / n + 1)) true experts, the best ones; that is k0 for
+    Sorted by logit, true columns first on ties, a token's columns are its best true expert, the m / n copies of that one,
+    its second best, and so on in blocks of m / n + 1. So k choices contain the ceil(k / (m / n + 1)) best true experts.
+    These are k0 for
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
-    which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. Two true experts with
-    the very same logit are no part of it: at the k0-th place both would be taken where k is not the least of the range.
+    which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The rule does not cover
+    two true experts with exactly equal logits: at the k0-th place both would be chosen unless k is the least of the range.
     """
     block = num_null // num_experts + 1
     return range((true_choices - 1) * block + 1, true_choices * block + 1)
 
 
 def init_violations(config: Config) -> list[Violation]:
-    """Rules of `run.init_rules` that do not hold, whatever the checkpoint."""
+    """Violated rules of `run.init_rules` that do not depend on the checkpoint."""
     rules, key = config.run.init_rules, "run.init_rules"
     broken = []
     if rules and config.run.init_from is None:
@@ -74,7 +76,7 @@ def _copy_violations(config: Config) -> list[Violation]:
 
 
 def no_identity(kind: object) -> str:
-    """Why a router of another kind than top_k does not begin as it was with copied null rows."""
+    """Why a router of another kind than top_k does not start unchanged with copied null rows."""
     return (
         f"with a router of kind {kind} copies of true rows do not leave the choice as it was: that follows from a plain "
         "top-k of one softmax, where a twin stands right behind its original; scores that are sigmoids, and choices "
@@ -83,10 +85,10 @@ def no_identity(kind: object) -> str:
 
 
 def source_problems(config: Config, source: Mapping[str, object]) -> list[str]:
-    """Why the trained top-k model that `source` (the configuration in its checkpoint) describes would not begin as it is
-    with the null rows of `config` copied from its true ones; empty where it does.
+    """Why a trained top-k model, given by `source` (the configuration in its checkpoint), would not start unchanged with
+    the null rows of `config` copied from its true rows; empty if it would.
 
-    Bits are kept as far as the forward pass goes; a capacity and the auxiliary terms belong to the training.
+    Bit equality concerns the forward pass; a capacity and the auxiliary terms act only in training.
     """
     here = config.model.moe
     model = source.get("model")

@@ -1,4 +1,4 @@
-"""The keys of a schema as dotted paths: what each may hold, in words, and which right key a wrong one comes nearest to."""
+"""The keys of a schema as dotted paths: permitted values in words, and the nearest known key for an unknown one."""
 
 import difflib
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Key:
         path: Dotted path; '<name>' and '<index>' stand for any key of a mapping and any item of a list.
         annotation: Its type.
         field: Its field; None for an element of a mapping or list.
-        variant: Which variant of its section has it, as 'kind: wsd'; empty where there is but one.
+        variant: The variant of its section that has it, as 'kind: wsd'; empty if there is only one.
     """
 
     path: str
@@ -40,12 +40,12 @@ class Key:
 
     @property
     def sections(self) -> dict[str, type[BaseModel]]:
-        """The section that the key holds by tag ('' where it is of one kind only), if any."""
+        """The possible sections of the key, by tag ('' if there is only one kind); empty if it is not a section."""
         return variants_of(self.annotation)
 
 
 def bare(annotation: Any) -> Any:
-    """The type without Annotated and without None."""
+    """The type without Annotated and None."""
     if get_origin(annotation) is Annotated:
         return bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -56,7 +56,7 @@ def bare(annotation: Any) -> Any:
 
 
 def tag_key(section: type[BaseModel]) -> str | None:
-    """The field that names a section's variant: the one that admits a single literal."""
+    """The field that names a section's variant: it admits a single literal."""
     for name, field in section.model_fields.items():
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return name
@@ -64,7 +64,7 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The sections a value of this type can be, by tag; a plain section has the tag ''; nothing for other types."""
+    """The possible sections of a value of this type, by tag; a plain section has the tag ''; empty for other types."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
@@ -76,7 +76,7 @@ def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def children(annotation: Any) -> dict[str, list[Key]]:
-    """Keys directly below a value of this type, by name; several where variants of a section share a name."""
+    """Keys directly below a value of this type, by name; several if variants of a section share a name."""
     kind, below = bare(annotation), {}
     for tag, section in variants_of(kind).items():
         for name, field in section.model_fields.items():
@@ -105,7 +105,7 @@ def walk(root: type[BaseModel]) -> Iterator[Key]:
 
 
 def find(root: type[BaseModel], path: str) -> list[Key]:
-    """The keys a dotted path can mean: none if it is unknown, several if variants of a section share it."""
+    """The possible keys of a dotted path: none if it is unknown, several if variants of a section share it."""
     found = [Key("", root, None)]
     for part in path.split("."):
         found = [
@@ -119,7 +119,7 @@ def find(root: type[BaseModel], path: str) -> list[Key]:
 
 
 def nearest(root: type[BaseModel], path: str) -> str | None:
-    """The known key that an unknown one comes nearest to: of the same section first, then the same name elsewhere."""
+    """The known key most similar to an unknown one: first in the same section, then with the same name elsewhere."""
     section, _, name = path.rpartition(".")
     holders = find(root, section) if section else [Key("", root, None)]
     siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}
@@ -158,7 +158,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def pattern_text(pattern: str) -> str:
-    """What a pattern admits, in words."""
+    """The texts that a pattern admits, in words."""
     return _PATTERNS.get(pattern, f"text that matches {pattern}")
 
 

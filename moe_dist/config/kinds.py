@@ -1,4 +1,4 @@
-"""Makes a folder of sections a choice of kinds: a new file there is a new kind, and no list names it."""
+"""Turns a folder of sections into a choice of kinds: a new file is a new kind, and no list has to name it."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -11,8 +11,8 @@ from moe_dist.config.section import Section
 
 
 def kinds_in(package: ModuleType, base: type[Section]) -> Any:
-    """The union of the sections in the files of `package`, told apart by their `kind`, as the type of a field. They derive
-    from `base`, which lies in the file of that name. Files come in the order of their names."""
+    """The union of the sections in the files of `package`, distinguished by `kind`, as the type of a field. All derive from
+    `base`, which is in the file of that name. Files are in alphabetical order."""
     names = sorted(each.name for each in iter_modules(package.__path__) if each.name != "base")
     modules = [import_module(f"{package.__name__}.{name}") for name in names]
     sections = [

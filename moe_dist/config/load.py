@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a Config; and from a Config back to YAML, and to what differs between two."""
+"""Makes a Config from a YAML file and dotted overrides; and YAML from a Config; and the difference of two."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ GUIDE = "docs/configuration.md"
 
 
 class Change(NamedTuple):
-    """A key whose value differs between two configurations; None also where one of them has no such key."""
+    """A key with different values in two configurations; None also if one of them lacks the key."""
 
     key: str
     old: Any
@@ -30,20 +30,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's configuration.
 
     Args:
-        path: YAML file, or the name of one, as `find_config`.
+        path: YAML file, or its name as in `find_config`.
         overrides: `key=value` with a dotted key; the value is read as YAML. Later ones win.
 
     Raises:
-        ConfigError: with every fault of the file and the overrides.
+        ConfigError: lists every fault of the file and the overrides.
     """
     return _without_faults(read_draft(path, overrides))
 
 
 def load_stored_config(path: Path) -> Config:
-    """Reads the configuration that a run folder keeps. Names of an earlier version are translated.
+    """Reads the configuration in a run folder, and translates names of an earlier version.
 
     Raises:
-        ConfigError: with every fault of the file.
+        ConfigError: lists every fault of the file.
     """
     values, problems = _read_file(path)
     return _without_faults(PartialConfig(None, tuple(problems)) if values is None else draft(Config, translate(values)))
@@ -57,7 +57,7 @@ def _without_faults(read: PartialConfig[Config]) -> Config:
 
 
 def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
-    """As `load_config`, but hands back the faults with what could be read, for those who have more to check."""
+    """Like `load_config`, but returns the faults with the readable values, for callers with further checks."""
     values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
@@ -67,7 +67,7 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 
 def model_violations(config: Config) -> list[Violation]:
-    """Every rule inside a section that does not hold, with full keys."""
+    """Every violated rule inside a section, with full keys."""
     return [
         Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
         for prefix, section in sections_in(config)
@@ -76,9 +76,9 @@ def model_violations(config: Config) -> list[Violation]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Sets `key=value` pairs in `values` and returns what could not be set.
+    """Sets `key=value` pairs in `values`; returns the faults of those that cannot be set.
 
-    Choosing another variant of a section (`placement.policy=pinned`) drops the keys that only the old one had.
+    Selecting another variant of a section (`placement.policy=pinned`) drops the keys that only the old variant had.
     """
     problems: list[str] = []
     pairs: list[tuple[str, Any]] = []
@@ -122,7 +122,7 @@ def difference(old: Config, new: Config) -> list[Change]:
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:
-    """The differences that a run must not have when it goes on."""
+    """The differences that forbid resuming a run."""
 
     def may_change(key: str) -> bool:
         return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
@@ -148,7 +148,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
-    """The value as YAML has it; where text is meant (`run.name=2024`) the text as it stands, unless it is quoted."""
+    """The value read as YAML; for a key of type text (`run.name=2024`) the literal text, unless it is quoted."""
     meant = find(Config, key)
     if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
         return load_yaml(text)
@@ -185,8 +185,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """What stands in place of a key that an override reaches into and the file leaves out: a list's default items; a
-    section begins empty, since its other keys have defaults of their own."""
+    """The value below which an override sets a key that the file leaves out: a list's default items. A section starts
+    empty, since its other keys have defaults of their own."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}

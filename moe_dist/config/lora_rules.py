@@ -1,4 +1,5 @@
-"""What adapters of either kind (LoRA experts, `model.attention_lora`) demand of the rest of a configuration. No torch."""
+"""Rules between adapters of either kind (LoRA experts, `model.attention_lora`) and the rest of a configuration. No
+torch."""
 
 from moe_dist.config.schema import Config
 from moe_dist.config.section import Violation
@@ -7,7 +8,7 @@ EXPERTS = "model.moe.experts.kind"
 
 
 def lora_violations(config: Config) -> list[Violation]:
-    """Rules of adapters and of `train.only=adapters` that do not hold."""
+    """Violated rules of adapters and of `train.only=adapters`."""
     broken = _stage_violations(config)
     if config.model.has_adapters and config.model.mixture_of_depths is not None:
         problem = "model.mixture_of_depths: a frozen base has no routers of depths, and adapters bring none; set it to null"
@@ -23,7 +24,7 @@ def lora_violations(config: Config) -> list[Violation]:
 
 
 def _stage_violations(config: Config) -> list[Violation]:
-    """Adapters, a base under them, and a frozen base belong together."""
+    """Adapters, their base, and freezing of the base must be configured together."""
     only, rules, broken = config.train.only, config.run.init_rules, []
     there = config.model.has_adapters
     if there and only != "adapters":

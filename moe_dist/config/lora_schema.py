@@ -22,7 +22,7 @@ class AttentionLoRASection(Section):
 
 
 def target_violations(targets: tuple[str, ...]) -> list[Violation]:
-    """Some target, and each once."""
+    """Checks that there are targets, each only once."""
     if targets and len(set(targets)) == len(targets):
         return []
     fix = "name each once" if targets else "name one at least, or leave the section out"

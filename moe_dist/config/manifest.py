@@ -1,4 +1,4 @@
-"""The manifest of a prepared data set: what `manifest.json` beside the .bin/.idx files says. Imports no torch."""
+"""The schema of `manifest.json`, which describes a prepared data set beside its .bin/.idx files. Imports no torch."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def _inside(path: str) -> str:
-    """A manifest may come from elsewhere: it names files of its own folder, and no others."""
+    """A manifest may come from elsewhere, so it may only name files of its own folder."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(
             f"{path!r} leads out of the data set's folder; name a file in it (a symbolic link there may point anywhere)"
@@ -63,7 +63,7 @@ class ImageSection(Section):
     )
 
 
-# Losses are shown as loss/<modality> beside these, and as eval/<modality>_no_filler.
+# Taken by losses: they are shown as loss/<name> beside modalities', and eval/<modality>_no_filler.
 RESERVED_MODALITIES: tuple[str, ...] = ("total", "balance", "z", "auxiliary")
 
 
@@ -150,8 +150,8 @@ def load_manifest(folder: str | Path) -> Manifest:
     """Reads and checks `folder`/manifest.json.
 
     Raises:
-        ConfigError: there is no manifest (the message has the command that makes one).
-        DataError: it is not a valid manifest; the message has every fault.
+        ConfigError: the manifest does not exist; the message has the command that makes one.
+        DataError: it is invalid; lists every fault.
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
@@ -161,7 +161,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         )
     try:
         values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # the second of a bomb of brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: very deeply nested brackets
         raise DataError(f"{path}: no JSON ({error}); see docs/data.md") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: must be an object with the keys {', '.join(Manifest.model_fields)}; see docs/data.md")

@@ -1,4 +1,4 @@
-"""The schema of the model: groups of experts, router, balance, depths. `schema` has the whole."""
+"""The schema of the model: groups of experts, router, balance, mixture of depths. `schema` has the whole."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ from moe_dist.config.section import (
     Violation,
 )
 
-if TYPE_CHECKING:  # to the reader of the code a field has its base's type
+if TYPE_CHECKING:  # type checkers see the type of the base
     AnyRouter = RouterSection
     AnyController = ControllerSection
     AnyExperts = ExpertsSection
@@ -60,7 +60,7 @@ class GroupSection(Section):
 
     @property
     def num_zero_computation(self) -> int:
-        """Identity and constant experts."""
+        """Number of identity and constant experts."""
         return self.num_identity + self.num_constant
 
     def violations(self) -> list[Violation]:
@@ -185,12 +185,12 @@ class ModelSection(Section):
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that hold experts."""
+        """Indices of the MoE layers."""
         return tuple(range(self.moe.first, self.num_layers, self.moe.every))
 
     @property
     def depth_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that choose their tokens."""
+        """Indices of the mixture-of-depths layers."""
         return (
             ()
             if self.mixture_of_depths is None
@@ -199,12 +199,12 @@ class ModelSection(Section):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether something stands on a frozen base: LoRA experts, or LoRA on the attention."""
+        """Whether there are adapters on a frozen base: LoRA experts, or LoRA on the attention."""
         return self.moe.experts.over_frozen_ffn or self.attention_lora is not None
 
     @property
     def largest_dropout(self) -> float:
-        """Of all adapters; 0 without any."""
+        """Largest dropout of all adapters; 0 without any."""
         return max(self.moe.experts.input_dropout, self.attention_lora.dropout if self.attention_lora else 0.0)
 
     def violations(self) -> list[Violation]:

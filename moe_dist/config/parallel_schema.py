@@ -1,4 +1,4 @@
-"""The schema of what ranks share and where experts are: dispatch, parallel, placement. `schema` has the whole."""
+"""The schema of how ranks share work and where experts live: dispatch, parallel, placement. `schema` has the whole."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,11 +10,11 @@ from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.config.kinds import kinds_in
 from moe_dist.config.section import WATCHDOG_SHARE, Count, Label, Name, Ranks, Section, Violation, WholeConfig
 
-if TYPE_CHECKING:  # to the reader of the code the field has its base's type
+if TYPE_CHECKING:  # type checkers see the type of the base
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection)
-GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements of 16 bytes, the stride that grouped GEMM needs
+GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes, the stride that grouped GEMM needs
 
 
 class ParallelSection(Section):
@@ -82,7 +82,7 @@ class ParallelSection(Section):
         return [Violation(("watchdog_seconds", "timeout_seconds"), problem)]
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
-        """`expert_gemm: grouped` against the types and widths, before any device is looked at."""
+        """Checks `expert_gemm: grouped` against types and widths, without looking at a device."""
         broken = []
         if self.expert_gemm != "grouped":
             return broken

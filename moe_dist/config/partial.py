@@ -1,7 +1,7 @@
-"""Reads values into a schema however faulty they are, so that one look shows every fault.
+"""Reads values into a schema even if they have faults, so that all faults are reported at once.
 
-What cannot be read is replaced (by its default, or by any value of its type) and remembered; the rest stays as written, and
-later checks can still judge it. A run never starts from a draft with faults.
+Unreadable values are replaced (by their default, or by any value of their type) and recorded. The rest stays as written, so
+that later checks can still test it. A run never starts from a partial configuration with faults.
 """
 
 import difflib
@@ -30,7 +30,7 @@ from moe_dist.config.keys import (
 from moe_dist.config.renamed import translation
 from moe_dist.config.section import VIOLATIONS_LATER, Violation
 
-_ROUNDS = 20  # a replaced section shows its missing keys in the next round; schemas are not nested deeper
+_ROUNDS = 20  # a replaced section shows its missing keys in the next round; no schema is nested deeper
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 
@@ -40,9 +40,9 @@ class PartialConfig(Generic[S]):
     """Values as far as they could be read.
 
     Attributes:
-        value: The section; None if nothing sensible could be made of it.
-        problems: Every fault of single keys, in words. Relations between keys are not judged here.
-        wrong: Dotted paths whose values were replaced: nothing must be concluded from them.
+        value: The section; None if no value could be made.
+        problems: Every fault of single keys, in words; not of relations between keys.
+        wrong: Dotted paths whose values were replaced; checks must draw no conclusion from them.
     """
 
     value: S | None
@@ -50,12 +50,12 @@ class PartialConfig(Generic[S]):
     wrong: frozenset[str] = frozenset()
 
     def broken(self, violations: Sequence[Violation]) -> list[str]:
-        """The faults among `violations` that rest on keys which could be read."""
+        """The faults among `violations` whose keys could all be read."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
 
 def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
-    """Reads plain values (as JSON has them) into `schema`, replacing what is wrong until it fits; old names are faults."""
+    """Reads plain values (as in JSON) into `schema`, replacing wrong ones until it fits; old names are faults."""
     values, renames = translation(json.loads(json.dumps(values)))
     problems: dict[Where, str] = {(rename.old,): rename.problem for rename in renames}
     wrong: set[str] = set()
@@ -64,8 +64,8 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             value = schema.model_validate_json(json.dumps(values), context={VIOLATIONS_LATER: True})
             return PartialConfig(value, tuple(problems.values()), frozenset(wrong))
         except ValidationError as error:
-            before = frozenset(wrong)  # what an earlier round put in place is no fault of the user's
-            # Misspelt keys first: their repair may fill a key that is reported missing.
+            before = frozenset(wrong)  # a value that an earlier round inserted is not the user's fault
+            # Misspelt keys first: correcting them may provide a key that is reported missing.
             for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
                 keys = _keys_along(schema, detail["loc"])
                 where = tuple(part for part, _ in keys)
@@ -78,7 +78,7 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
 
 
 def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: ErrorDetails) -> str:
-    """One of pydantic's errors in our words: key, value, rule, way out."""
+    """Rewords one of pydantic's errors: key, value, rule, fix."""
     path, value, kind = dotted(where) or "the whole", detail["input"], detail["type"]
     if kind == "extra_forbidden":
         return f"{path}: {_unknown(schema, path)}"
@@ -107,7 +107,7 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
 
 
 def dotted(where: Where) -> str:
-    """The path as it is written in an override."""
+    """The path in the form of an override."""
     return ".".join(map(str, where))
 
 
@@ -138,7 +138,7 @@ def _shown(value: Any) -> str:
 
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
-    """The keys on the way to one of pydantic's locations, which also name the variant of a section and mark keys."""
+    """The keys along one of pydantic's locations, which also contains variants of sections and marks for keys."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:
@@ -195,7 +195,7 @@ def _get(values: Any, where: Where) -> Any:
 
 
 def _any_value(annotation: Any) -> Any:
-    """Some value of a type; a section comes empty, and its missing keys are filled in the next round."""
+    """Any value of a type; a section is empty, and its missing keys are filled in the next round."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
     if variants := variants_of(kind):

@@ -1,6 +1,7 @@
-"""Names that keys and kinds had before: one table for the errors about them and for the configurations stored under them.
+"""Former names of keys and kinds, in one table, for error messages and for stored configurations.
 
-A user's file with an old name is refused with the new one. What a run or a checkpoint stored before is translated.
+A user's file with an old name is refused, and the message gives the new one. Configurations stored in runs or checkpoints
+are translated.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ VALUES = {
 
 
 class Rename(NamedTuple):
-    """A key, or key=value, and its name of today."""
+    """A renamed key, or key=value, with its present name."""
 
     old: str
     new: str
@@ -35,23 +36,23 @@ class Rename(NamedTuple):
 
 
 def translate(values: Any) -> Any:
-    """A stored configuration in today's names; whatever has none stays as it is, a configuration of today too.
+    """A stored configuration with present names; other names stay unchanged.
 
     Args:
-        values: A whole configuration as plain values (as YAML or JSON has them), or part of one below its sections' names,
-            as in `{"model": ...}`. It is not changed.
+        values: A whole configuration as plain values (as in YAML or JSON), or a part below its sections' names, as in
+            `{"model": ...}`. It is not changed.
     """
     return translation(values)[0]
 
 
 def translation(values: Any) -> tuple[Any, list[Rename]]:
-    """As `translate`, with the renames that it took."""
+    """Like `translate`, with the renames that were applied."""
     renames: list[Rename] = []
     return _translated(values, "", "", "", renames), renames
 
 
 def new_key(key: str) -> str | None:
-    """Today's name of a dotted key; None if it has not been renamed."""
+    """The present name of a dotted key; None if it was never renamed."""
     parts: list[str] = []
     for part in key.split("."):
         parts.append(KEYS.get(_below(_pattern(parts), part), part))
@@ -72,7 +73,7 @@ def _translated(value: Any, old: str, new: str, pattern: str, renames: list[Rena
     for name, item in value.items():
         today = KEYS.get(_below(pattern, name), name)
         if today != name and today in value:
-            today = name  # both stand there: the old one is an unknown key
+            today = name  # if both exist, the old one is an unknown key
         if today != name:
             renames.append(Rename(_below(old, name), _below(new, today)))
         found[today] = _translated(item, _below(old, name), _below(new, today), _below(pattern, today), renames)

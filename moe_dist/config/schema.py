@@ -1,8 +1,7 @@
-"""The schema of a run: frozen, strict, and complete. Every key has a type, a default where one is sensible, and a meaning.
+"""The schema of a run: frozen, strict and complete. Every key has a type, a meaning, and where sensible a default.
 
-What ran is what is written: the resolved configuration is saved beside each run. Relations between sections (experts and
-ranks, vocabulary and data) are checked by `moe_dist.plan.preflight`, which sees all of them at once; here each section only
-checks itself.
+The resolved configuration is saved with each run. Each section checks only itself here. Relations between sections (experts
+and ranks, vocabulary and data) are checked by `moe_dist.plan.preflight`, which sees all sections.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -247,7 +246,7 @@ class CheckpointSection(Section):
     )
 
 
-if TYPE_CHECKING:  # to the reader of the code the field has its base's type
+if TYPE_CHECKING:  # type checkers see the type of the base
     AnySink = SinkSection
 else:
     AnySink = kinds_in(sinks, SinkSection)
@@ -287,7 +286,7 @@ class Config(Section):
     monitor: MonitorSection = Field(default_factory=MonitorSection)
 
 
-# Keys (a section, or one key of it) that may differ when a run is resumed: the model, the data and the optimisation stay.
+# Keys (a section, or one key of it) that may differ on resume; those of model, data and optimisation may not.
 MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",
@@ -299,6 +298,6 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
-    "data.path",  # the same data elsewhere: what is in them is held by digests (config/data_digest.py)
+    "data.path",  # the same data in another place: digests check the content (config/data_digest.py)
     "router_tuning.data",  # likewise
 )

@@ -1,4 +1,4 @@
-"""What every section of a schema is made of: its base class, rules between its keys, and types of single values."""
+"""The base of every section of a schema, rules between its keys, and types of single values."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
-# Placements and layers are written out one by one: what nobody has must not fill the memory.
+# Placements and layers are listed one by one, so absurd numbers must not fill the memory.
 Experts = Annotated[int, Field(ge=1, le=1 << 20)]
 NullExperts = Annotated[int, Field(ge=0, le=1 << 20)]
 Ranks = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -28,15 +28,15 @@ GroupName = Annotated[str, Field(pattern=GROUP_PATTERN)]
 PathText = Annotated[str, Field(pattern=PATH_PATTERN)]
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 
-WATCHDOG_SHARE = 0.8  # of the process groups' timeout: the rest is for the ranks' reports
+WATCHDOG_SHARE = 0.8  # of the process groups' timeout; the rest is left for the ranks' reports
 
-WholeConfig = Any  # a `schema.Config`: named here, it would make a circle of the files of its sections
+WholeConfig = Any  # a `schema.Config`; importing it would make a circle of files
 
-VIOLATIONS_LATER = "relations_later"  # in the validation context: keep quiet about broken relations, somebody asks for them
+VIOLATIONS_LATER = "relations_later"  # validation context: the caller collects violated relations
 
 
 class Violation(NamedTuple):
-    """A rule between keys that does not hold: the keys (dotted, from the section that states it) and the fault in words."""
+    """A violated rule: its keys (dotted, from the section that states it) and the fault in words."""
 
     keys: tuple[str, ...]
     problem: str
@@ -47,17 +47,17 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """The key that names a kind has the kind's docstring for its description."""
+        """Uses a kind's docstring as the description of the key that names the kind."""
         for name in {"kind", "policy"} & cls.model_fields.keys():
             field = cls.model_fields[name]
             field.description = field.description or " ".join((cls.__doc__ or "").split())
 
     def violations(self) -> list[Violation]:
-        """Rules between this section's keys that do not hold."""
+        """Violated rules between this section's keys."""
         return []
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
-        """Rules between this section and the rest of a configuration that do not hold; keys are dotted from the top."""
+        """Violated rules between this section and the rest of a configuration; keys are dotted from the top."""
         return []
 
     @model_validator(mode="after")
@@ -68,7 +68,7 @@ class Section(BaseModel):
 
 
 def sections_in(value: Any, path: str = "") -> Iterator[tuple[str, Section]]:
-    """Every section of a configuration with its dotted key, a section before those inside it."""
+    """Every section of a configuration with its dotted key; a section comes before those inside it."""
     if isinstance(value, Section):
         yield path, value
         value = dict(value)
@@ -78,7 +78,7 @@ def sections_in(value: Any, path: str = "") -> Iterator[tuple[str, Section]]:
 
 
 def unknown_name(what: str, name: str, names: Iterable[str]) -> str:
-    """That there is none of that name, with those that there are; empty where there is."""
+    """An error text with the known names if `name` is unknown; else empty."""
     known = list(names)
     if name in known:
         return ""

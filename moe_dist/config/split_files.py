@@ -1,4 +1,4 @@
-"""The files of one split, held against their manifest. Without torch or Megatron."""
+"""Checks the files of one split against their manifest. Without torch or Megatron."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from moe_dist.errors import DataError
 
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file of bits
 BITS: tuple[Bits, ...] = ("filler", "prompt")
-_CHUNK = 1 << 22  # tokens looked at at once: 32 MiB of int64
+_CHUNK = 1 << 22  # tokens in a chunk: 32 MiB of int64
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
-    """Holds a split of a manifest against its .bin, .idx and bits. Reads the list of lengths, no tokens.
+    """Checks a split of a manifest against its .bin, .idx and bits. Reads the list of lengths, no tokens.
 
     Raises:
-        DataError: a file is missing or damaged, or the manifest has other counts than the index.
+        DataError: a file is missing or damaged, or its counts differ from the manifest's.
     """
     prefix = Path(folder) / split.path
     header = read_index_header(prefix)
@@ -32,10 +32,10 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
 
 
 def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray | None:
-    """Bits of a split, memory-mapped, eight tokens a byte as numpy.packbits writes them: an .npy, or the bare bytes.
+    """Bits of a split, memory-mapped, eight tokens in a byte as by numpy.packbits: an .npy file, or raw bytes.
 
     Returns:
-        uint8 [ceil(tokens / 8)], or None where the split has none.
+        uint8 [ceil(tokens / 8)], or None if the split has none.
 
     Raises:
         DataError: the file is missing, damaged, or of another length.
@@ -59,7 +59,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
 
 
 def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:
-    """Tokens of each modality in <prefix>.bin, by the id ranges of a manifest; reads the whole file once, in chunks.
+    """Tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
 
     Raises:
         DataError: the files are missing or damaged.

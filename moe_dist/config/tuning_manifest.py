@@ -1,13 +1,13 @@
-"""The folder that router tuning trains on: its manifest, and its files held against it. Imports no torch.
+"""The folder of samples for router tuning: its manifest, and checks of its files. Imports no torch.
 
-    manifest.json      which run, checkpoint, embedder, questions; shapes and digests of the files
-    tokens.npy         int32 [tokens], the samples one after the other: prompt, then the right answer
+    manifest.json      run, checkpoint, embedder, questions; shapes and digests of the files
+    tokens.npy         int32 [tokens], the samples in a row: prompt, then the right answer
     lengths.npy        int32 [S, 2], tokens of each sample's prompt and answer
     embeddings.npy     float32 [S, width], the questions' embeddings
     routing.npy        float32 [S, L, C], softmax of each layer at the prompt's last token
-    questions.jsonl    task, id, text and success of each sample, for the reader
+    questions.jsonl    task, id, text and success of each sample, for people to read
 
-Samples that the run has right come first: the neighbour index is over the first rows of a memory-mapped file.
+Successful samples come first, because the neighbour index covers the first rows of a memory-mapped file.
 """
 
 import json
@@ -29,7 +29,7 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "embeddings.npy": np.float32,
     "routing.npy": np.float32,
 }
-_MAX_BYTES = 1 << 24  # a manifest has a few kilobytes
+_MAX_BYTES = 1 << 24  # a manifest takes a few kilobytes
 _Size = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -39,29 +39,29 @@ class _Stored(BaseModel):
 
 
 class TaskCount(_Stored):
-    """Questions of a task, and how many of them the run has right."""
+    """Number of questions of a task, and of those answered correctly."""
 
     questions: _Size
     right: _Size
 
 
 class TuningManifest(_Stored):
-    """What is in the folder.
+    """The content of the folder.
 
     Attributes:
-        checkpoint: SHA-256 of the parameters that were scored, see `moe_dist.checkpoint.content_hash`.
-        run, step: Where that checkpoint lay, and its step; for the reader.
+        checkpoint: SHA-256 of the scored parameters, see `moe_dist.checkpoint.content_hash`.
+        run, step: Folder and step of that checkpoint, for people to read.
         model: The section `model` of its configuration.
         tokenizer: SHA-256 of the data set's tokenizer.json.
         embedder: SHA-256 of the embedder's files.
-        embedder_name: For the reader.
+        embedder_name: For people to read.
         tasks: By name.
-        samples, right: All samples, and the first ones that the run has right.
-        longest: Tokens of the longest sample, its last one (which is never read) left out.
-        layers: Indices of the transformer layers whose routing is there, L of them.
+        samples, right: Number of all samples, and of the successful ones, which come first.
+        longest: Tokens of the longest sample without its last one, which is never an input.
+        layers: Indices of the L transformer layers with stored routing.
         columns: Choice columns C of a layer.
-        width: Of an embedding.
-        options: How the questions were made: side, seed, rotations, measure.
+        width: Width of an embedding.
+        options: Options of the questions: side, seed, rotations, measure.
         digests: By file name.
     """
 
@@ -84,7 +84,7 @@ class TuningManifest(_Stored):
     digests: dict[str, str]
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Of each array; None where any length will do."""
+        """Shape of each array; None for a dimension of any length."""
         return {
             "tokens.npy": (None,),
             "lengths.npy": (self.samples, 2),
@@ -97,7 +97,7 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     """Reads `folder`/manifest.json.
 
     Raises:
-        ConfigError: there is none (the message has the command that makes one).
+        ConfigError: it does not exist; the message has the command that makes one.
         DataError: it is damaged.
     """
     path = Path(folder) / MANIFEST_FILE
@@ -130,8 +130,8 @@ _AGAIN = "prepare the folder again"
 
 
 def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
-    """What is wrong with the files: missing, other bytes than were written, other shapes than the manifest's. Reads at most
-    4 MiB of each, spread evenly."""
+    """Faults of the files: missing, changed bytes, shapes other than the manifest's. Reads at most 4 MiB of each, evenly
+    spaced."""
     folder, problems = Path(folder), []
     for name in (*ARRAYS, "questions.jsonl"):
         path = folder / name
@@ -154,12 +154,12 @@ def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
     """One of ARRAYS, memory-mapped.
 
     Raises:
-        DataError: it is missing, no plain array, or of another shape or type than the manifest says.
+        DataError: it is missing, not a plain array, or of another shape or type than in the manifest.
     """
     path, shape = folder / name, manifest.shapes()[name]
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:  # the second of an array of pickled objects, and of what is no array
+    except (OSError, ValueError) as error:  # ValueError: pickled objects, or not an array
         raise DataError(f"{path}: cannot be read as a plain array: {error}; {_AGAIN}", see=GUIDE) from error
     fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
     if array.dtype != ARRAYS[name] or not fits:

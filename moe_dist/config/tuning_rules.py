@@ -1,4 +1,4 @@
-"""What router tuning demands of a configuration, and of the folder that it trains on. Imports no torch."""
+"""Rules of router tuning for a configuration and for its folder of samples. Imports no torch."""
 
 import hashlib
 import importlib.util
@@ -15,17 +15,17 @@ from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError, DataError
 
 KEY = "router_tuning"
-# Keys of `model` that change neither what the scored model computes nor its routing.
+# Keys of `model` that change neither the scored model's output nor its routing.
 _NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance")
 
 
 def chosen_layers(section: RouterTuningSection, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Indices of the transformer layers whose routers move, in order."""
+    """Indices of the transformer layers whose routers are trained, in order."""
     return tuple(sorted(section.layers)) or moe_layers[-section.last_layers :]
 
 
 def tuning_violations(config: Config) -> list[Violation]:
-    """Rules of `router_tuning` that do not hold, whatever the data."""
+    """Violated rules of `router_tuning` that do not depend on the data."""
     section, only = config.router_tuning, config.train.only
     if section is None and only != "routers":
         return []
@@ -40,7 +40,7 @@ def tuning_violations(config: Config) -> list[Violation]:
 
 
 def _start_violations(config: Config) -> list[Violation]:
-    """A run begins with the very weights that were scored, at the beginning of its samples."""
+    """The run must start with exactly the scored weights, at the first sample."""
     run, broken = config.run, []
     if run.init_from is None:
         problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
@@ -119,10 +119,10 @@ def no_task_gradient(config: Config) -> bool:
 
 
 def check_tuning_data(config: Config, data: Manifest | None, data_problems: list[str]) -> list[Violation]:
-    """Holds the folder of samples against the configuration; what is wrong with its files goes to `data_problems`.
+    """Checks the folder of samples against the configuration; faults of its files are added to `data_problems`.
 
     Args:
-        data: Manifest of `data.path`; None where it could not be read.
+        data: Manifest of `data.path`; None if it could not be read.
     """
     section = config.router_tuning
     if section is None:
@@ -159,7 +159,7 @@ def check_tuning_data(config: Config, data: Manifest | None, data_problems: list
 
 
 def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
-    """Keys of `model` that are not the scored run's."""
+    """Keys of `model` that differ from the scored run's."""
     here, there = _flat(config.model.model_dump(mode="json")), _flat(manifest.model)
     return [
         f"made from a run with model.{key}={value!r}, here it is {here.get(key)!r}; take that run's section model"
@@ -169,7 +169,7 @@ def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
 
 
 def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
-    """SHA-256 of a data set's tokenizer; '' where it has none. Raises: OSError."""
+    """SHA-256 of a data set's tokenizer; '' without a tokenizer. Raises: OSError."""
     if data.tokenizer is None:
         return ""
     with (Path(folder) / data.tokenizer).open("rb") as stream:
@@ -179,9 +179,9 @@ def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
 def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest) -> list[str]:
     try:
         found = tokenizer_digest(config.data.path, data)
-    except OSError:  # a data set that lacks its tokenizer is a fault of its own
+    except OSError:  # another check reports a data set that lacks its tokenizer
         return []
-    if found in ("", manifest.tokenizer):  # a data set without one has ids that only its owner knows
+    if found in ("", manifest.tokenizer):  # without a tokenizer only the owner knows the ids
         return []
     return [
         f"its samples were written with another tokenizer than that of data.path={config.data.path!r}; set data.path to "
@@ -190,7 +190,7 @@ def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest
 
 
 def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
-    """There must be as many neighbours as are asked for, of samples that have themselves among them."""
+    """Checks that there are enough members for k neighbours besides the sample itself."""
     if section.regulariser == "l2" or section.weight == 0.0:
         return []
     members = manifest.right if section.filter_by_success else manifest.samples

@@ -1,4 +1,4 @@
-"""The schema of router tuning (RoMA): which layers, which neighbours, how strong. `schema` has the whole."""
+"""The schema of router tuning (RoMA): layers, neighbours, strength. `schema` has the whole."""
 
 from typing import Annotated, Any, Literal
 

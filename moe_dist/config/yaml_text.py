@@ -1,7 +1,7 @@
-"""YAML as configurations use it: safe, with YAML 1.2's plain scalars, and with repeated keys reported.
+"""Reads and writes YAML for configurations: safe, with YAML 1.2's plain scalars, and with duplicate keys reported.
 
-PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are no strings and `1e-4` is no number. Here `true` and `false` are the
-only booleans, a number is what JSON would call one (and `.inf`), and all else is text. Dates, sets and binary are refused.
+PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a number. Here only `true` and
+`false` are booleans, numbers are those of JSON (and `.inf`), and all else is text. Dates, sets and binary are refused.
 """
 
 import json
@@ -24,7 +24,7 @@ _RESOLVERS = [
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading with these resolvers; `repeated` collects keys that stand twice in one mapping."""
+    """Safe loading with these resolvers; `repeated` collects duplicate keys of a mapping."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what these resolvers would not read back as text."""
+    """Quotes texts that these resolvers would not read back as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -67,7 +67,7 @@ _Loader.yaml_constructors = {
 
 
 def load_yaml(text: str) -> tuple[Any, list[str]]:
-    """One document and what is wrong with it: repeated keys, or the one place where it stops being YAML.
+    """One document and its faults: duplicate keys, or the one place where it stops being YAML.
 
     Returns:
         The value (None if it cannot be read) and the faults.
@@ -84,5 +84,5 @@ def load_yaml(text: str) -> tuple[Any, list[str]]:
 
 
 def dump_yaml(value: Any) -> str:
-    """Text that `load_yaml` reads back equal; mappings keep their order."""
+    """Text from which `load_yaml` reads an equal value; mappings keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)

@@ -1,7 +1,7 @@
-"""What a training rank keeps in memory, estimated from plain sizes. Imports no torch.
+"""Estimates the memory of a training rank from plain sizes. Imports no torch.
 
-States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of what the rank holds (of what is frozen
-the weights alone). Activations are an estimate of the tensors that autograd keeps for one micro-batch, in elements of a
+States are exact: fp32 master weights, fp32 gradients and AdamW's two fp32 moments of the rank's parameters (frozen ones
+have only weights). Activations are an estimate of the tensors that autograd keeps for one micro-batch, in elements of a
 bytes for each token:
 
     attention   2 D + 3 H d + 3 H_kv d (with qk_norm 4 and 4)   input, norm, projections, rotated, output
@@ -9,20 +9,20 @@ bytes for each token:
                 + pairs (2 D + 4 F)                             pairs likewise; inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; 4 F of the frozen FFN above
                 + 12 C bytes in fp32                            router (C: the columns of all kinds)
-                + 4 D bytes in fp32 where a < 4                 the router's input, and as much the zero-computation
-                experts'
+                + 4 D bytes in fp32 where a < 4                 router input; the same for zero-computation experts
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
 
-`recompute: experts` does not keep what pairs need; `block` keeps the inputs of both halves of a layer and the rows that
-came back; both need the rest once, for one layer. Where routers alone are trained, frozen weights do not keep their inputs,
-and nothing is kept below the lowest of these routers, whose layer `block` cannot repeat, since its input has no gradient:
+`recompute: experts` does not keep tensors of pairs. `block` keeps the inputs of both halves of a layer and the returned
+rows. Both need the rest once, for one layer. If only routers are trained, frozen weights do not keep their inputs, and
+nothing is kept below the lowest of these routers. `block` cannot repeat the layer of that router, since its input has no
+gradient:
 
-    attention   D + 2 H d + 2 H_kv d                            not of the lowest layer
+    attention   D + 2 H d + 2 H_kv d                            not in the lowest layer
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the lowest layer
     dense FFN   D + 3 F
 
-RMSNorm keeps more on CPU. Allocator slack, kernels' scratch and libraries (1 to 2 GB on CUDA) come on top.
+RMSNorm keeps more on CPU. Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are extra.
 """
 
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.flops import Recompute, Shape, parameters
 
 FP32 = 4
-CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two fp32 moments
+CHECKPOINT_BYTES = 12  # for each parameter: fp32 weight and two fp32 moments
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Routers that are trained alone.
+    """Sizes of a run that trains only routers.
 
     Attributes:
-        routers: How many layers' they are.
-        num_layers, num_moe_layers: Layers from the lowest of these on.
+        routers: Number of layers whose routers are trained.
+        num_layers, num_moe_layers: Number of layers from the lowest of these upwards.
     """
 
     routers: int
@@ -50,15 +50,15 @@ class Tuned:
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """How ranks share the model and what of it is trained, as plain values.
+    """How ranks share the model, and what is trained, as plain values.
 
     Attributes:
-        ep, edp: Ranks of an EP group, and EP groups.
+        ep, edp: Ranks of an EP group, and number of EP groups.
         sharded: Whether dense parameters are sharded over all ranks and experts over edp (FSDP2); routers never are.
         itemsize: Bytes of an element of the compute type.
         tokens: Tokens of a rank's micro-batch.
-        max_receive_rows: Bound of the rows received in one layer; None for none but the one that always holds.
-        tuned: Of a run that trains routers alone.
+        max_receive_rows: Bound of the rows received in one layer; None for the bound that always holds.
+        tuned: For a run that trains only routers.
     """
 
     ep: int
@@ -77,10 +77,10 @@ class RankMemory:
 
     Attributes:
         parameters, gradients, optimizer: fp32 states.
-        casts: Weights in the compute type while a micro-batch is computed: all of them under DDP (autograd keeps each
-            cast), two units under FSDP2; nothing in fp32 under DDP.
+        casts: Weights in the compute type during a micro-batch: all under DDP (autograd keeps each cast), two units under
+            FSDP2; none in fp32 under DDP.
         activations: Estimate for one micro-batch.
-        exchange_bound: Send and receive buffers of one layer if every token goes to one rank; part of no sum.
+        exchange_bound: Send and receive buffers of one layer if every token goes to one rank; not part of any sum.
     """
 
     parameters: float
@@ -101,7 +101,7 @@ def rank_memory(
     """Memory of EP position `rank`.
 
     Args:
-        rows, pairs: Rows and (token, expert) pairs that the rank works on for each token of its own, as expected.
+        rows, pairs: Expected rows and (token, expert) pairs that the rank computes for each of its own tokens.
     """
     held = held_parameters(shape, placement, layout, rank=rank)
     trained = trained_parameters(shape, layout) if shape.frozen_base or layout.tuned else held
@@ -127,7 +127,7 @@ def held_parameters(shape: Shape, placement: ExpertPlacement, layout: MemoryLayo
 
 
 def trained_parameters(shape: Shape, layout: MemoryLayout) -> float:
-    """Adapters and routers on a rank, where these or some of the routers alone are trained."""
+    """Trained parameters on a rank of a run that trains only adapters and routers, or only some routers."""
     if layout.tuned is not None:
         return tuned_parameters(shape, layout.tuned)
     parts, world = parameters(shape), layout.ep * layout.edp
@@ -135,13 +135,14 @@ def trained_parameters(shape: Shape, layout: MemoryLayout) -> float:
 
 
 def tuned_parameters(shape: Shape, tuned: Tuned) -> float:
-    """Parameters of the routers that are trained alone; all layers' are of one size, and on every rank."""
+    """Parameters of the trained routers of a run that trains only these; all layers have the same, and every rank holds
+    all."""
     return parameters(shape).router * tuned.routers / shape.num_moe_layers
 
 
 def checkpoint_bytes(shape: Shape, tuned: Tuned | None = None) -> float:
-    """Of one checkpoint, all ranks together: weights and moments in fp32; of the base under adapters nothing, and where
-    routers are trained alone all weights and the moments of these."""
+    """Size of one checkpoint over all ranks: weights and moments in fp32. With adapters, without the base; if only routers
+    are trained, all weights and the moments of these routers."""
     parts = parameters(shape)
     if tuned is not None:
         return parts.total * FP32 + tuned_parameters(shape, tuned) * (CHECKPOINT_BYTES - FP32)
@@ -159,7 +160,7 @@ def _casts(shape: Shape, placement: ExpertPlacement, layout: MemoryLayout, rank:
     attention = parts.attention / shape.num_layers
     moe = (parts.experts + parts.free + parts.shared + parts.adapters) / max(1, shape.num_moe_layers)
     ffn = parts.dense_ffn / max(1, shape.num_dense_layers)
-    # The root unit (embedding, output) stays gathered; of the layers one is in use while the next is on its way.
+    # The root unit (embedding, output) stays gathered; of the layers one is in use while the next is being gathered.
     return parts.embedding + parts.output + attention + max(moe, ffn)
 
 

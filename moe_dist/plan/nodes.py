@@ -1,4 +1,4 @@
-"""Which rank goes on which node: by what its experts demand of the node, and by the fastest domain. Pure functions."""
+"""Assigns ranks to nodes by the demands of their experts and by the fastest domain. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Demand:
-    """What a rank needs of its node.
+    """The node that a rank needs.
 
     Attributes:
-        feature, labels: What the node must have.
-        owner: The group that wants the node for itself; '' for none.
+        feature, labels: Properties that the node must have.
+        owner: The group that needs the node for itself; '' for none.
     """
 
     feature: str | None = None
@@ -51,17 +51,17 @@ def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Dema
 def pack(
     demand_of_position: Sequence[Demand], *, edp: int, capacity: int, domain_nodes: int | None
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Ranks on nodes. EP groups are packed in blocks that fill a domain; without a domain all of them are one block.
+    """Assigns ranks to nodes. EP groups are packed in blocks that fill a domain; without a domain all form one block.
 
     Args:
         demand_of_position: For each position of an EP group.
-        edp: EP groups.
-        capacity: Ranks that a node takes.
-        domain_nodes: Nodes of the fastest domain; None where none is declared.
+        edp: Number of EP groups.
+        capacity: Ranks on a node.
+        domain_nodes: Nodes in the fastest domain; None if none is declared.
 
     Returns:
-        For each node its demand and its ranks in order, which is that of their local ranks; nodes by their first rank
-        within each block.
+        For each node its demand and its ranks, in the order of their local ranks; nodes by their first rank within each
+        block.
 
     Raises:
         ConfigError: one EP group needs more nodes than a domain has.
@@ -87,8 +87,8 @@ def pack(
 def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, capacity: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Ranks that demand something first, each kind on nodes of its own; the others fill those nodes' room, beside ranks of
-    their own EP group where they can, and then nodes of no kind."""
+    """Places ranks with a demand first, each kind on nodes of its own. The others fill the remaining room, if possible
+    beside ranks of their own EP group, and then nodes without a demand."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]

@@ -1,7 +1,7 @@
-"""What a placement costs for a measured mix of tokens, before anything runs: pinned and interleaved side by side.
+"""Estimates the cost of a placement for a measured token mix: pinned and interleaved side by side.
 
-All figures are expectations under a uniform router (each token's k choices are a random subset of its group's n + m), every
-rank drawing tokens of the same mix. Shape letters: R ranks of an EP group, D hidden size, F an expert's hidden width.
+All figures are expectations under a uniform router (the k choices of a token are a random subset of its group's n + m),
+with the same mix on every rank. Shape letters: R ranks of an EP group, D hidden size, F an expert's hidden width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ _SAME = 1e-9  # relative difference below which two plans are equal
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """One placement and its expected cost, a token of the mix and of the whole EP group.
+    """One placement and its expected cost, for one token of the mix over the whole EP group.
 
     Attributes:
         name: Its policy.
         placement: The map.
-        load_R: Weighted rows of each rank: pairs x ffn_dim. FLOPs of a forward pass are 6 D times that.
+        load_R: Weighted rows of each rank: pairs x ffn_dim. FLOPs of a forward pass are 6 D times this.
         remote_R: Rows that each rank receives from the others, one for each distinct (token, rank).
     """
 
@@ -37,12 +37,13 @@ class PlacementPlan:
 
     @property
     def efficiency(self) -> float:
-        """Bound of the throughput over that of an even spread: mean / max of the ranks' loads."""
+        """Upper bound of the throughput relative to an even spread: mean / max of the ranks' loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
-        """Expected remote (token, rank) rows a token; each is 2 x D x itemsize bytes in forward, and again in backward."""
+        """Expected remote (token, rank) rows per token; each is 2 x D x itemsize bytes in forward, and again in
+        backward."""
         return sum(self.remote_R)
 
 
@@ -51,8 +52,8 @@ class PlanComparison:
     """The plans, and why one is missing.
 
     Attributes:
-        plans: Pinned and interleaved, where they can be.
-        missing: Why a policy cannot be, by its name.
+        plans: Pinned and interleaved, as far as possible.
+        missing: By policy, why it is not possible.
     """
 
     plans: tuple[PlacementPlan, ...]
@@ -60,16 +61,16 @@ class PlanComparison:
 
     @property
     def fastest_compute(self) -> PlacementPlan | None:
-        """The plan whose busiest rank has least to do; None on a tie."""
+        """The plan whose busiest rank has least work; None on a tie."""
         return _least(self.plans, [max(plan.load_R) for plan in self.plans])
 
     @property
     def least_traffic(self) -> PlacementPlan | None:
-        """The plan that sends fewest rows; None on a tie."""
+        """The plan that sends the fewest rows; None on a tie."""
         return _least(self.plans, [plan.remote_rows_per_token for plan in self.plans])
 
     def verdict(self, *, itemsize: int = 2) -> str:
-        """Which plan wins, and by how much, in words. `itemsize`: bytes of an element on the wire."""
+        """A sentence that names the better plan and its advantage. `itemsize`: bytes of an element when sent."""
         if len(self.plans) < 2:
             return "; ".join(f"{name} cannot be: {why}" for name, why in self.missing.items())
         compute, comm_stats = self.fastest_compute, self.least_traffic
@@ -88,9 +89,9 @@ class PlanComparison:
 def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementPlan:
     """Expected load and traffic of a placement.
 
-    A token of a group with k of n + m choices reaches a rank with e of its experts with probability
-    1 - C(n + m - e, k) / C(n + m, k), or 1 - (1 - c)^e where each expert takes a share c of the tokens; it comes from
-    elsewhere with probability (R - 1) / R.
+    A token of a group with k of n + m choices reaches a rank with e of its experts with probability 1 - C(n + m - e, k) /
+    C(n + m, k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. It comes from another rank with probability
+    (R - 1) / R.
     """
     ranks = placement.num_ranks
     load, remote = [0.0] * ranks, [0.0] * ranks
@@ -103,7 +104,7 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
 
 
 def _reached(group: ExpertGroup, here: int) -> float:
-    """Probability that a token of the group has one of `here` experts among those that it is computed by."""
+    """Probability that at least one of `here` experts computes a token of the group."""
     if group.capacity is not None:
         return 1 - (1 - min(1.0, group.capacity)) ** here
     choices = group.num_columns
@@ -111,14 +112,14 @@ def _reached(group: ExpertGroup, here: int) -> float:
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Share of the tokens that each group routes; equal over all modalities without a mix."""
+    """Share of the tokens in each group; without a mix all modalities count equally."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Pinned (ranks divided by the planner) and interleaved for the same groups, ranks and mix; neither is assumed."""
+    """Pinned (ranks divided by the planner) and interleaved for the same groups, ranks and mix; prefers neither."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:
@@ -139,12 +140,12 @@ def render(
     width: int = 120,
     itemsize: int = 2,
 ) -> str:
-    """The chosen placement rank by rank, beside what pinned and interleaved would cost, as plain text.
+    """The chosen placement rank by rank, and the costs of pinned and interleaved, as plain text.
 
     Args:
         policy: Policy of the chosen placement.
         width: Columns of the text.
-        itemsize: Bytes of an element on the wire.
+        itemsize: Bytes of an element when sent.
     """
     plan = expected_plan(chosen, token_mix, name=f"{policy} (chosen)")
     ranks = Table(title=f"Placement: {policy}, {chosen.num_ranks} ranks an EP group", title_justify="left")
@@ -198,9 +199,9 @@ def _gain(what: str, winner: PlacementPlan | None, costs: Sequence[tuple[Placeme
 
 
 def _trade(compute: PlacementPlan, comm_stats: PlacementPlan, itemsize: int) -> str:
-    """Where each of two plans wins.
+    """A sentence that says when each of two plans is better.
 
-    A token costs the busiest rank 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward: D cancels.
+    For each token the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward: D cancels.
     """
     flops = 6 * (max(comm_stats.load_R) - max(compute.load_R))
     data = 2 * itemsize * (max(compute.remote_R) - max(comm_stats.remote_R))

@@ -1,4 +1,4 @@
-"""From a placement section to the map of experts: pinned, interleaved, explicit. A rank is a position in an EP group."""
+"""Makes the map of experts from a placement section: pinned, interleaved, explicit. A rank is a position in an EP group."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ Mix = Mapping[str, int]
 
 
 def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
-    """The groups of a configuration as plain values, their experts numbered through."""
+    """The groups of a configuration as plain values, with their experts numbered."""
     groups: list[ExpertGroup] = []
     first = 0
     for name, section in moe.groups.items():
@@ -48,10 +48,10 @@ def make_placement(
 
     Args:
         num_ranks: Ranks of an EP group.
-        token_mix: Training tokens of each modality, for pinned groups whose ranks are not given. Empty: all alike.
+        token_mix: Training tokens of each modality, for pinned groups without given ranks. Empty: all equal.
 
     Raises:
-        ConfigError: with everything about the section that cannot be.
+        ConfigError: lists every fault of the section.
     """
     return POLICIES[section.policy](section, groups, num_ranks, token_mix)
 
@@ -81,12 +81,12 @@ def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
 
 
 def replicated_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
-    """Of LoRA experts, which every rank holds: to counts of rows and bytes that is one rank with all of them."""
+    """Placement of LoRA experts, which every rank holds: for counts of rows and bytes this is one rank with all of them."""
     return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
 
 
 def group_load(group: ExpertGroup, token_mix: Mapping[str, int]) -> float:
-    """Weighted rows of a group: tokens of its modalities x expected experts a token x ffn_dim. Without a mix, 1 token."""
+    """Weighted rows of a group: tokens of its modalities x expected experts per token x ffn_dim. Without a mix, 1 token."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 
@@ -94,10 +94,10 @@ def group_load(group: ExpertGroup, token_mix: Mapping[str, int]) -> float:
 def pinned_ranks(
     section: PinnedSection, groups: Sequence[ExpertGroup], *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The ranks of each group: those given, and for the others a share of the free ranks in proportion to their load.
+    """The ranks of each group: the given ones, and for the others a share of the free ranks proportional to their load.
 
     Raises:
-        ConfigError: with everything that cannot be.
+        ConfigError: lists every fault.
     """
     given = {name: pinned.ranks for name, pinned in section.groups.items() if pinned.ranks}
     problems = _pinned_problems(section, given, groups, num_ranks)
@@ -144,10 +144,9 @@ def _pinned_problems(
 
 
 def _shares(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> list[int]:
-    """Ranks of each group: one each, then always one more to the group whose busiest rank has most to do.
+    """Number of ranks of each group: one each, then repeatedly one more for the group whose busiest rank has most work.
 
-    That is the division with the least busiest rank. Ranks that no group can use, all having a rank for each expert, stay
-    free.
+    This minimises the work of the busiest rank. Ranks stay free if every group has a rank for each expert already.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)
@@ -202,7 +201,7 @@ def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num
 
 
 def _expert_id(name: str, groups: Mapping[str, ExpertGroup]) -> int | str:
-    """Logical id of 'group/index', or what is wrong with it."""
+    """Logical id of 'group/index', or a description of its fault."""
     group_name, _, index = name.rpartition("/")
     group = groups.get(group_name)
     if group is None:

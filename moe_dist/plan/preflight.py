@@ -1,7 +1,8 @@
-"""Joins configuration, data set and placement before anything starts, and shows every fault at once. Imports no torch.
+"""Checks configuration, data set and placement against each other before a run, and reports every fault at once. Imports no
+torch.
 
-A run that passes here has keys, shapes, experts, ranks and data that fit each other. Costs a pass over the lists of lengths
-in the .idx files and over up to 256 MiB of ids of each split: a second or two.
+A run that passes has matching keys, shapes, experts, ranks and data. Costs a second or two: a pass over the lists of
+lengths in the .idx files, and over up to 256 MiB of ids of each split.
 """
 
 import difflib
@@ -26,22 +27,22 @@ from moe_dist.plan.host import host_violations
 from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 
-_LOOKED_AT = 256 << 20  # bytes of ids of each split
-_MIX_SCALE = 1_000_000  # a mix from weights is in tokens of a million
+_LOOKED_AT = 256 << 20  # bytes of ids checked in each split
+_MIX_SCALE = 1_000_000  # a mix from weights counts tokens in a million
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """A run that fits together.
+    """A run that passed the checks.
 
     Attributes:
         config: As loaded.
-        manifest: Of its data set.
+        manifest: Manifest of its data set.
         groups: Its expert groups as plain values.
         placement: Which expert lives on which rank.
-        num_micro_batches: Micro-batches of a rank and step.
-        token_mix: Training tokens of each modality, in the proportions that the run will see.
-        comparison: What pinned and interleaved placement would cost for that mix.
+        num_micro_batches: Micro-batches of a rank in each step.
+        token_mix: Training tokens of each modality, in the proportions of the run.
+        comparison: Costs of pinned and interleaved placement for that mix.
     """
 
     config: Config
@@ -57,18 +58,18 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
     """Checks a configuration against its data set and its ranks.
 
     Args:
-        manifest: Of the data set; read from `data.path` if it is not given.
-        world_size: Ranks that were started, to be held against parallel.ep x parallel.edp.
+        manifest: Manifest of the data set; by default read from `data.path`.
+        world_size: Number of started ranks, compared with parallel.ep x parallel.edp.
 
     Raises:
-        ConfigError: with every fault, those of the data among them, if any of them is the configuration's.
-        DataError: with every fault, if all of them are the data's.
+        ConfigError: lists every fault, those of the data included, if any is the configuration's.
+        DataError: lists every fault, if all are the data's.
     """
     return _check(PartialConfig(config, ()), manifest, world_size)
 
 
 def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
-    """As `check`, from the file on: misspelt keys and wrong types are shown together with everything else.
+    """Like `check`, but reads the file too: misspelt keys and wrong types are reported together with everything else.
 
     Raises:
         ConfigError, DataError: as `check`.
@@ -78,11 +79,11 @@ def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: i
 
 @dataclass(frozen=True)
 class PlannedLayout:
-    """Experts on ranks, for a configuration whose data need not be there.
+    """Placement of experts for a configuration whose data need not exist.
 
     Attributes:
         groups, placement: As `Preflight`.
-        token_mix: Training tokens of each modality; empty (all alike) where the data are not there to be counted.
+        token_mix: Training tokens of each modality; empty (all equal) if the data do not exist.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -91,7 +92,7 @@ class PlannedLayout:
 
 
 def layout_without_data(config: Config) -> PlannedLayout:
-    """Checks what can be checked without data (for a dry run), and against the manifest where there is one.
+    """Checks everything that needs no data (for a dry run), and also the manifest if it exists.
 
     Raises:
         ConfigError, DataError: as `check`.
@@ -145,7 +146,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
 
 
 def _own_violations(config: Config, groups: Sequence[ExpertGroup]) -> list[Violation]:
-    """What the configuration breaks by itself."""
+    """Rules that the configuration breaks without regard to data."""
     rules = [
         *model_violations(config),
         *group_violations(groups),
@@ -158,7 +159,7 @@ def _own_violations(config: Config, groups: Sequence[ExpertGroup]) -> list[Viola
 
 
 def group_violations(groups: Sequence[ExpertGroup]) -> list[Violation]:
-    """No modality belongs to two groups."""
+    """Checks that no modality belongs to two groups."""
     owners: dict[str, list[str]] = {}
     for group in groups:
         for modality in group.modalities:
@@ -174,7 +175,7 @@ def group_violations(groups: Sequence[ExpertGroup]) -> list[Violation]:
 
 
 def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest: Manifest) -> list[Violation]:
-    """Vocabulary, modalities, sources and ranks against the data set."""
+    """Checks vocabulary, modalities, sources and ranks against the data set."""
     return [
         *_vocabulary_violations(config, manifest),
         *_modality_violations(groups, manifest),
@@ -183,7 +184,7 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
 
 
 def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the files of a data set: missing, cut short, other counts than the manifest's, ids outside it."""
+    """Faults of a data set's files: missing, truncated, other counts than the manifest's, ids outside the vocabulary."""
     problems: list[str] = []
     for key, split in manifest.splits():
         try:
@@ -202,7 +203,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Training tokens of each modality in the proportions of `data.weights`; without weights, all of them."""
+    """Training tokens of each modality in the proportions of `data.weights`; without weights, all tokens."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

@@ -13,7 +13,7 @@ from moe_dist.plan.policies import expert_groups
 
 
 def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
-    """Sizes for the count of parameters and FLOPs."""
+    """Sizes for counting parameters and FLOPs."""
     return Shape(
         hidden_dim=section.hidden_dim,
         num_layers=section.num_layers,
@@ -40,12 +40,12 @@ def model_shape(section: ModelSection, groups: Sequence[ExpertGroup]) -> Shape:
 
 
 def tuned_layers(config: Config) -> tuple[int, ...] | None:
-    """The layers whose routers a run trains alone; None if it trains more."""
+    """The layers whose routers are trained, in a run that trains only routers; else None."""
     return None if config.router_tuning is None else chosen_layers(config.router_tuning, config.model.moe_layers)
 
 
 def tuned_routers(config: Config) -> memory.Tuned | None:
-    """The routers that a run trains alone, if it does."""
+    """Sizes of the trained routers, in a run that trains only routers; else None."""
     tuned = tuned_layers(config)
     if tuned is None:
         return None
@@ -55,7 +55,7 @@ def tuned_routers(config: Config) -> memory.Tuned | None:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Of one checkpoint, all ranks together."""
+    """Size of one checkpoint, over all ranks."""
     shape = model_shape(config.model, expert_groups(config.model.moe))
     return round(memory.checkpoint_bytes(shape, tuned_routers(config)))
 
@@ -65,5 +65,5 @@ def _adapters(section: Any) -> Adapters | None:
 
 
 def folder_bytes(config: Config) -> int:
-    """Room that the checkpoints of a run take at most: those that are kept, and the one being written."""
+    """Maximum disk space of a run's checkpoints: those that are kept, and the one being written."""
     return (config.checkpoint.keep + 1) * checkpoint_bytes(config)

@@ -1,1 +1,1 @@
-"""The kinds of controllers of the router's selection bias, a file each: their keys and their rules."""
+"""The kinds of controllers of the router's selection bias, one file each: keys and rules."""

@@ -41,7 +41,7 @@ class ActiveExpertsSection(ControllerSection):
 
 
 def _unreachable(target: float, group: Any) -> str:
-    """Why a token cannot take so many true experts of a group on average, and what to do; empty where it can."""
+    """Why the mean number of true experts per token cannot reach the target, with a fix; empty if it can."""
     others = group.num_null + group.num_zero_computation
     least, most = max(0, group.top_k - others), min(group.top_k, group.num_experts)
     if not others:

@@ -1,4 +1,4 @@
-"""What a controller's section says of its kind."""
+"""The base of the sections of controllers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,5 +13,5 @@ class ControllerSection(Section):
 
     @property
     def targets(self) -> Mapping[str, float]:
-        """True experts a token at which groups are held, by group."""
+        """Target of true experts per token, by group."""
         return {}

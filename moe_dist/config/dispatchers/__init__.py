@@ -1,1 +1,1 @@
-"""The kinds of dispatcher, a file each: their keys, what they need, and their rules."""
+"""The kinds of dispatcher, one file each: keys, requirements and rules."""

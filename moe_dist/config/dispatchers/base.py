@@ -1,4 +1,4 @@
-"""What a dispatcher's section says of its kind. The rest of the project asks these questions and never for the kind."""
+"""The base of the sections of dispatchers. Other code asks for these properties and never for the kind."""
 
 from typing import Any, ClassVar
 
@@ -13,17 +13,17 @@ class DispatchSection(Section):
 
     kind: Any
 
-    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules, on the machine that runs
-    source: ClassVar[str] = ""  # where these modules come from
+    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
+    source: ClassVar[str] = ""  # origin of these modules
 
     @property
     def name(self) -> str:
-        """The kind as an override writes it."""
+        """The kind in the form of an override."""
         return f"{KIND}={self.kind}"
 
     @property
     def node_size(self) -> int | None:
-        """Ranks of a node, where EP groups are cut into nodes."""
+        """Ranks of a node, if EP groups are divided into nodes."""
         return None
 
     def keywords(self) -> dict[str, Any]:

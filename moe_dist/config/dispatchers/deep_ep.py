@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 from moe_dist.config.dispatchers.base import KIND, KernelDispatchSection, either
 from moe_dist.config.section import Violation, WholeConfig
 
-SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # ranks for which DeepEP has settings of its kernels
+SIZES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)  # numbers of ranks for which DeepEP has kernel settings
 
 
 class DeepEPDispatchSection(KernelDispatchSection):

@@ -8,14 +8,14 @@ class HybridEPDispatchSection(KernelDispatchSection):
     """HybridEP's kernels, where deep_ep is installed from its branch hybrid-ep."""
 
     kernels: ClassVar[str] = "HybridEP"
-    # HybridEP's extension is a module of its own, which the main branch of DeepEP does not have.
+    # HybridEP's extension is a separate module, which the main branch of DeepEP lacks.
     needs_modules: ClassVar[tuple[str, ...]] = ("deep_ep", "hybrid_ep_cpp")
     source: ClassVar[str] = "DeepEP from the branch hybrid-ep of its repository"
 
     kind: Literal["hybrid_ep"] = "hybrid_ep"
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
-        """Besides: sizes that TMA copies, in wholes of 16 bytes, and more than one rank."""
+        """Further rules: rows that TMA can copy, multiples of 16 bytes, and more than one rank."""
         train, width, broken = config.train, config.model.hidden_dim, super().violations_in(config)
         tokens = train.micro_batch * config.data.seq_len
         if config.parallel.ep == 1:

@@ -1,1 +1,1 @@
-"""The kinds of expert, a file each: their keys, what they are, and their rules."""
+"""The kinds of expert, one file each: keys, properties and rules."""

@@ -1,4 +1,4 @@
-"""What an expert's section says of its kind."""
+"""The base of the sections of experts."""
 
 from typing import Any, ClassVar
 
@@ -11,9 +11,9 @@ class ExpertsSection(Section):
     kind: Any
 
     replicated: ClassVar[bool] = False  # every rank holds all: nothing is placed or sent
-    over_frozen_ffn: ClassVar[bool] = False  # adapters of one FFN a layer, which the base brings
+    over_frozen_ffn: ClassVar[bool] = False  # adapters over one FFN per layer, which comes from the base
 
     @property
     def input_dropout(self) -> float:
-        """Share of an expert's inputs that is dropped while training."""
+        """Share of an expert's inputs that is dropped in training."""
         return 0.0

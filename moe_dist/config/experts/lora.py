@@ -40,7 +40,7 @@ class LoRAExpertsSection(ExpertsSection):
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
         if not config.model.moe.router.softmax_top_k:
-            return []  # said by model.attention_lora's rules, which all adapters share
+            return []  # model.attention_lora's rules report it, for both kinds of adapters
         return [*_routing(config), *_groups(config), *_sharding(config)]
 
 
@@ -87,7 +87,7 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _sharding(config: WholeConfig) -> Iterator[Violation]:
-    """LoRA experts are replicated: what places or sends experts has nothing to do."""
+    """LoRA experts are replicated: options that place or send experts do not apply."""
     why = (
         "LoRA experts are on every rank: sending a token to one would move rows of model.hidden_dim for products of rank r "
         f"({GUIDE})"

@@ -1,1 +1,1 @@
-"""The kinds of router, a file each: their keys, what they can do, and their rules."""
+"""The kinds of router, one file each: keys, capabilities and rules."""

@@ -1,11 +1,11 @@
-"""What a router's section says of its kind. The rest of the project asks these questions and never for the kind."""
+"""The base of the sections of routers. Other code asks for these capabilities and never for the kind."""
 
 from typing import Any, ClassVar, Literal
 
 from moe_dist.config.section import Section, Violation, WholeConfig
 
 ROUTER = "model.moe.router"
-OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group: columns that are no true experts
+OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's zero-computation experts
 
 
 class RouterSection(Section):
@@ -25,7 +25,7 @@ class RouterSection(Section):
 
     @property
     def name(self) -> str:
-        """The kind as an override writes it."""
+        """The kind in the form of an override."""
         return f"{ROUTER}.kind={self.kind}"
 
     @property
@@ -35,7 +35,7 @@ class RouterSection(Section):
 
     @property
     def has_selection_bias(self) -> bool:
-        """Whether balance controllers have a bias to move."""
+        """Whether there is a bias that load controllers can change."""
         return getattr(self, "selection_bias", False)
 
     @property
@@ -54,24 +54,24 @@ class RouterSection(Section):
 
     @property
     def sum_of_weights(self) -> float | None:
-        """Sum of the weights of a token that takes a true expert; None where tokens differ in it."""
+        """Sum of the weights of a token that takes a true expert; None if it differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
-        """The ranks among whose tokens an expert chooses."""
+        """The ranks whose tokens compete for an expert."""
         return getattr(self, "scope", "rank")
 
     def expert_capacity(self, top_k: int, num_experts: int) -> float | None:
-        """Share of its group's tokens that each expert takes; None where tokens choose."""
+        """Share of its group's tokens that each expert takes; None if tokens choose."""
         return None
 
     def counts_unknown(self) -> str:
-        """Why the pairs of each rank and expert are not known before the routing, and what helps; empty where they are."""
+        """Why the pairs of each rank and expert are not known before routing, with a fix; empty if they are."""
         return f"with {self.name} the tokens choose, so that it is not known"
 
     def not_causal(self) -> str:
-        """Why the routing of a token in evaluation depends on other tokens, and what helps; empty where it does not."""
+        """Why the routing of a token in evaluation depends on other tokens, with a fix; empty if it does not."""
         return ""
 
     def keywords(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ class ExpertChoiceRouterSection(RouterSection):
     experts_choose: ClassVar[bool] = True
     fixed_choices: ClassVar[bool] = False
     needs_global_batch_info: ClassVar[bool] = True
-    only_true_experts: ClassVar[bool] = True  # a token may be left to none
+    only_true_experts: ClassVar[bool] = True  # no expert may take a token at all
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
@@ -61,7 +61,7 @@ class ExpertChoiceRouterSection(RouterSection):
         )
 
     def keywords(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"kind", "scope"})  # the scope's ranks come as an object
+        return self.model_dump(exclude={"kind", "scope"})  # the scope is passed as an object
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
         rules = (_loss, _groups, _causal, _mixture_of_depths, _second_stage)
@@ -70,7 +70,7 @@ class ExpertChoiceRouterSection(RouterSection):
 
 
 def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> list[Violation]:
-    """Losses of token choice: an expert that chooses is balanced already, and its scores are no softmax."""
+    """Losses for token choice do not apply: expert choice is balanced by construction, and its scores are not a softmax."""
     broken, schedule = [], config.loss.balance.schedule
     if any(coefficient for _, coefficient in schedule):
         problem = (
@@ -89,7 +89,7 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> list[Viola
 
 
 def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> list[Violation]:
-    """No expert takes more than all tokens, and nothing else bounds what it takes."""
+    """No expert may take more than all tokens, and no other capacity may be set."""
     broken, name = [], section.name
     for group_name, group in config.model.moe.groups.items():
         prefix = f"model.moe.groups.{group_name}"
@@ -127,7 +127,8 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> list[Vio
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> list[Violation]:
-    """The tokens of a whole micro-batch are known beforehand; those that a layer of depths takes of it are not."""
+    """Known counts need the number of tokens beforehand: that of a whole micro-batch is known, that in a mixture-of-depths
+    layer is not."""
     if config.model.mixture_of_depths is None or (section.scope == "rank" and not section.noise):
         return []
     said = f"scope={section.scope}" if section.scope != "rank" else f"noise={section.noise:g}"

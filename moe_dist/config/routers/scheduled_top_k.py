@@ -5,7 +5,7 @@ from pydantic import Field, PositiveFloat
 from moe_dist.config.routers.base import ROUTER, RouterSection
 from moe_dist.config.section import GroupName, NonNegative, Violation, WholeConfig
 
-# The router's kind is filled in before it is validated, and what is read by then is Python: a list, never a tuple.
+# Not strict: the router's kind is filled in before validation, when the value is a Python list and never a tuple.
 LayerActiveExperts = Annotated[tuple[NonNegative, ...], Field(strict=False)]
 KEY = f"{ROUTER}.active_experts"
 
@@ -48,7 +48,7 @@ class ScheduledTopKRouterSection(RouterSection):
                     "or raise top_k"
                 )
                 broken.append(Violation((f"{KEY}.{name}", f"model.moe.groups.{name}.top_k"), problem))
-            # A draw is of a step and a token; a layer of depths computes slots, and does not know which tokens these are.
+            # A draw is for a step and a token, but a mixture-of-depths layer does not know which tokens its slots hold.
             drawn = [each for each, load in zip(model.moe_layers, loads, strict=False) if load % 1.0]
             if deep := sorted(set(drawn) & set(model.depth_layers)):
                 problem = (

@@ -1,1 +1,1 @@
-"""The kinds of sink, a file each: their keys and their rules."""
+"""The kinds of sink, one file each: keys and rules."""

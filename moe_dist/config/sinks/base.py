@@ -1,4 +1,4 @@
-"""What the sections of sinks share."""
+"""The base of the sections of sinks."""
 
 from typing import Any
 
