@@ -1,4 +1,4 @@
-"""Where two runs part: the first step at which their metrics.jsonl differ, and in what. Times and devices are left out."""
+"""Finds the first step at which the metrics.jsonl of two runs differ, and the difference. Times and devices are ignored."""
 
 import sys
 from pathlib import Path

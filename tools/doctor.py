@@ -1,4 +1,4 @@
-"""Whether a run can run where it is to: python -m tools.doctor CONFIG [key=value ...] [--on slurm|ray|local] [--probe]"""
+"""Checks a machine or cluster for a run: python -m tools.doctor CONFIG [key=value ...] [--on slurm|ray|local] [--probe]"""
 
 import sys
 from pathlib import Path

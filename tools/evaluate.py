@@ -82,7 +82,7 @@ def main(
 
 
 def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
-    """Everything that can be refused is, before the model is loaded."""
+    """Refuses everything that can be refused before the model is loaded."""
     tasks = _check(options, env)
     device = choose_device(options.device)
     trained = find_trained(
@@ -121,7 +121,7 @@ def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
 
 
 def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
-    """The tasks. Raises: ConfigError: nothing is asked for, or the harness cannot be."""
+    """The tasks. Raises: ConfigError: no task is given, or the harness is not available."""
     if not options.tasks and not options.harness:
         raise ConfigError("nothing to evaluate: give --tasks or --harness", see="docs/evaluation.md")
     if options.harness and importlib.util.find_spec("lm_eval") is None:
@@ -140,7 +140,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
     if named:
         from lm_eval.tasks import TaskManager
 
-        known = TaskManager()  # reads the index of its tasks: seconds
+        known = TaskManager()  # reads the index of its tasks: takes seconds
         if unknown := [name for name in named if name not in known.all_tasks]:
             near = get_close_matches(unknown[0], known.all_tasks, 1)
             guess = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them"
@@ -151,7 +151,7 @@ def _check(options: EvaluateOptions, env: RankEnv) -> list[str]:
 def _harness(
     options: EvaluateOptions, trained: LoadedRun, vocabulary: Vocabulary, likelihood: Likelihood
 ) -> dict[str, Any]:
-    """What lm_eval measures."""
+    """The results of lm_eval."""
     from lm_eval.api.task import Task
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -176,7 +176,7 @@ def _harness(
 
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
-    """Where the results go; made now, so that a folder that cannot be written is known before anything long runs."""
+    """Folder of the results; made before the evaluation, so that an unwritable folder is noticed at once."""
     directory = trained.folder.parent
     folder = options.out or (directory.parent if directory.name == "checkpoints" else directory) / "evaluations"
     make_writable(folder, option=f"--out {folder}")
@@ -184,7 +184,7 @@ def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
 
 
 def _keep(folder: Path, step: int, record: dict[str, Any]) -> Path:
-    """Writes the results beside earlier ones, under a number of their own."""
+    """Writes the results beside earlier ones, under a new number."""
     for number in count(1):
         path = folder / f"step_{step}_{number}.json"
         try:

@@ -1,4 +1,4 @@
-"""Samples from a trained run: text that goes on, pictures from captions, captions from pictures. See docs/generation.md."""
+"""Generates from a trained run: continued text, pictures from captions, captions from pictures. See docs/generation.md."""
 
 import json
 import sys
@@ -53,7 +53,7 @@ class GenerateOptions:
     as_json: bool
 
     def check(self) -> None:
-        """Raises: ConfigError: it does not say which of the things to make."""
+        """Raises: ConfigError: the options do not select exactly one task."""
         wanted = [
             name
             for name, given in (("--prompt", self.prompt), ("--picture", self.picture), ("--sheet", self.sheet))
@@ -123,7 +123,7 @@ def main(
 
 
 def _generate(options: GenerateOptions) -> None:
-    """Everything that can be refused is, before the model is loaded."""
+    """Refuses everything that can be refused before the model is loaded."""
     options.check()
     device = choose_device(options.device)
     trained = find_trained(
@@ -149,7 +149,7 @@ def _generate(options: GenerateOptions) -> None:
 
 
 def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
-    """What to do, and a label for each of its prompts."""
+    """The task, and a label for each of its prompts."""
     drawing = Sampling(options.temperature, options.top_p)
     many = {"samples": options.samples, "sampling": drawing, "seed": options.seed}
     if options.sheet is not None or options.draw:
@@ -166,7 +166,7 @@ def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[
 
 
 def _codes(picture: str, vocabulary: Vocabulary) -> np.ndarray:
-    """Of a file, or of a held-out picture by its number."""
+    """Codes of a file, or of a held-out picture by its number."""
     if not picture.isdecimal() or Path(picture).is_file():
         return vocabulary.read_picture(Path(picture))
     heldout = vocabulary.heldout()
@@ -192,7 +192,7 @@ def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number:
 
 
 def _first_number(folder: Path) -> int:
-    """After those of earlier calls, whose pictures stay."""
+    """The first number after those of existing pictures, which are kept."""
     numbers = (path.name.split("_")[1] for path in folder.glob("sample_*_*.png"))
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
@@ -200,7 +200,7 @@ def _first_number(folder: Path) -> int:
 def _write_sheet(
     options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], vocabulary: Vocabulary
 ) -> None:
-    """All drawings of a caption side by side, beside the held-out picture, as its codes show it, where that is wanted."""
+    """All drawings of a caption side by side; if wanted, beside the held-out picture as its codes show it."""
     each, rows = options.samples, []
     originals = {found.caption: found.codes for found in reversed(vocabulary.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):

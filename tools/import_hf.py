@@ -1,4 +1,5 @@
-"""Imports a pretrained model: from a Hugging Face folder to a checkpoint that runs begin with. See docs/huggingface.md."""
+"""Imports a pretrained model: a Hugging Face folder becomes a checkpoint from which runs can start. See
+docs/huggingface.md."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""What is in a checkpoint: step, layers x groups x experts, bytes, placement, versions. Needs no GPU, loads no tensor."""
+"""Shows the content of a checkpoint: step, layers x groups x experts, bytes, placement, versions. Needs no GPU, loads no
+tensor."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prepares a data set: the default corpus, or one's own texts and pictures. See docs/data.md."""
+"""Prepares a data set: the default corpus, or your own texts and pictures. See docs/data.md."""
 
 import os
 import sys
@@ -48,7 +48,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of split, renders and codebook.")] = Recipe.seed,
 ) -> None:
     """Prepare a data set (about a minute for the default: OpenMoji pictures with their names, Python sources)."""
-    # Numeric libraries read these when they are loaded, below; more threads than a few only cost start-up here.
+    # Numeric libraries read these when they are loaded, below; more threads only make the start slower here.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Scores a trained run on questions, and writes what router tuning trains on. See docs/router-tuning.md."""
+"""Scores a trained run on questions, and writes the samples for router tuning. See docs/router-tuning.md."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ from moe_dist.train.router_tuning.samples import Scored, check_place, write_samp
 
 
 class MeasureName(StrEnum):
-    """Which measure decides what the model takes."""
+    """The log-likelihood measure that decides the model's choice."""
 
     NORMALISED = "normalised"
     PLAIN = "plain"
@@ -88,7 +88,7 @@ def main(
 
 
 def _prepare(options: PrepareOptions, env: RankEnv) -> None:
-    """Everything that can be refused is, before the model is loaded; rank 0 embeds and writes when the others are done."""
+    """Refuses everything that can be refused before the model is loaded; at the end rank 0 embeds and writes."""
     check_place(options.out)
     tasks, device = task_names(options.tasks), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
@@ -106,7 +106,7 @@ def _prepare(options: PrepareOptions, env: RankEnv) -> None:
         embedded_text(question, listed=options.rotations)
     prompts = Prompts(vocabulary, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
-    # A damaged embedder is refused now, not when all is scored; not on the device, which no rank has chosen yet.
+    # Reports a damaged embedder now instead of after the scoring; on the CPU, since no rank has chosen a device yet.
     Embedder(options.embedder, "cpu")(["a text"])
     with one_group(env, device) as (mesh, device):
         likelihood = trained.likelihood(device, mesh)
@@ -128,7 +128,7 @@ def _score(
     layers: tuple[int, ...],
     env: RankEnv,
 ) -> tuple[list[Scored], np.ndarray]:
-    """What the run makes of the questions, and its routing of them. Collective."""
+    """The run's answers to the questions, and its routing of them. Collective."""
     scored = scored_samples(ask(questions, written, likelihood), written, options.measure.value, listed=options.rotations)
     reader = RoutingReader(
         likelihood.model,
@@ -143,7 +143,7 @@ def _score(
 
 
 def _faults(config: Config) -> list[str]:
-    """Why a run has no routing to be compared."""
+    """Reasons why a run's routing cannot be tuned."""
     router, problems = config.model.moe.router, []
     if not router.softmax_top_k:
         problems.append(f"{router.name}: router tuning compares a softmax by which tokens choose; take a top_k run")

@@ -1,4 +1,5 @@
-"""Whether a checkpoint is whole: every tensor there once, of the right shape, finite, and the bits that were saved."""
+"""Checks that a checkpoint is whole: every tensor exists once, with the right shape, finite, and bit-equal to the saved
+one."""
 
 import json
 import sys
@@ -48,7 +49,7 @@ def main(
 
 
 def _look_at_base(folder: Path) -> Path | None:
-    """The base of a checkpoint of adapters, which must be there; None of any other."""
+    """The base of a checkpoint of adapters, which must exist; None for any other checkpoint."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
     state = examine_files(folder).state
@@ -58,7 +59,7 @@ def _look_at_base(folder: Path) -> Path | None:
 
 
 def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
-    """The tensors of the model that the checkpoint's configuration describes, and a remark where there is none to ask."""
+    """The tensors of the model in the checkpoint's configuration, and a remark if there is none."""
     from moe_dist.config.schema import Config
     from moe_dist.train.build import state_specs
 
@@ -68,7 +69,7 @@ def _expected(folder: Path) -> tuple[Mapping[str, TensorSpec] | None, str]:
         if not isinstance(saved, dict):
             return None, "; it has no configuration to tell which tensors there should be"
         specs = state_specs(Config.model_validate_json(json.dumps(saved)))
-        if state is not None and state.optimizer_steps is None:  # saved without an optimizer, as an import is
+        if state is not None and state.optimizer_steps is None:  # saved without an optimizer, such as an import
             specs = {name: spec for name, spec in specs.items() if not name.startswith(OPTIMIZER_PREFIX)}
         return specs, ""
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""The dispatch benchmark: points and contenders, interleaved timing on several ranks, judgement and tables."""
+"""The dispatch benchmark: points, contenders, interleaved timing on several ranks, verdicts and tables."""

@@ -1,6 +1,7 @@
-"""Measures dispatch against its floor and its peers on this machine: python -m tools.bench [--json FILE]
+"""Compares dispatch with its floor and with other implementations on this machine: python -m tools.bench [--json FILE]
 
-Paired and interleaved, one thread a rank; what each table proves, and what it does not, is in docs/benchmarks.md.
+Contenders are paired and interleaved, with one thread for each rank. docs/benchmarks.md says what each table proves and
+what it does not.
 """
 
 import os
@@ -57,7 +58,7 @@ def main(
 
 
 def _commit() -> str:
-    """Of this clone, with a plus where the code differs from it."""
+    """Commit of this clone, with a plus if the code differs from it."""
     commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
     return f"{(commit or 'unknown')[:12]}{'+' if diff or untracked else ''}"
 

@@ -1,21 +1,21 @@
-"""Who is measured. Each contender takes a case (a point's routing on this rank) and gives a function without arguments.
+"""The contenders. Each takes a case (a point's routing on this rank) and returns a function without arguments.
 
-To the rank of its experts and back, before rows are laid out by expert:
+To the rank of the experts and back, before rows are laid out by expert:
 
-    floor               two all_to_all_single of the very rows that ours sends, and one copy of them each way
-    floor, all          and a copy each way of the rows whose experts are at home
+    floor               two all_to_all_single of exactly the rows that ours sends, and one copy of them each way
+    floor, all          also a copy each way of the rows whose experts are on the same rank
     dispatch, combine   ours, on a plan that was made beforehand
     ours at rank        plan, dispatch, combine
 
 To rows laid out by expert, and back to their tokens weighted and summed (the experts are the identity):
 
-    ours                plan, dispatch, one row a pair in the experts' order, weighted sum, combine
+    ours                plan, dispatch, one row for each pair in the experts' order, weighted sum, combine
     megatron, ...       see megatron_core.py
-    naive               one row a choice, null or not, own-rank rows on the wire too: what a few lines of torch do
-    per pair            the same with nulls left out
+    naive               one row for each choice, null or not, own-rank rows sent too: a few plain lines of torch
+    per pair            the same without nulls
     equal active        ours, on a top-k routing with as many true experts and no null choice
 
-Shape letters: T tokens, D hidden size, K choices a token, N rows of a rank's choices.
+Shape letters: T tokens, D hidden size, K choices per token, N rows of a rank's choices.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Case:
 
     Attributes:
         h_TD: Rows of the tokens.
-        taken, equal_active: Routings as our dispatcher takes them.
+        taken, equal_active: Routings in the form of our dispatcher.
         drawn_TK, taken_TK, weight_TK: The choices, see `tools.bench.points.Choices`.
     """
 
@@ -88,14 +88,14 @@ def make_case(point: Point, mesh: Mesh, *, seed: int) -> Case:
 
 
 def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
-    """Choices as the dispatcher takes them."""
+    """Choices in the form of our dispatcher."""
     tokens, top_k = expert_TK.shape
     weight_TK = torch.where(expert_TK == ABSENT, 0.0, weight_TK)
     return Assignments(torch.arange(tokens).repeat_interleave(top_k), expert_TK.flatten(), weight_TK.flatten())
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Buffers are made once: the floor neither allocates nor looks anything up."""
+    """Allocates its buffers once: the timed floor neither allocates nor looks anything up."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])
     send, receive = list(plan.rows.send), list(plan.rows.receive)
     num_own = plan.row_O.shape[0] if own_rows else 0
@@ -117,7 +117,8 @@ def floor(case: Case, *, own_rows: bool) -> Run:
 
 
 def at_rank(case: Case, *, planned: bool) -> Run:
-    """Rows to the rank of their experts and back; `planned` leaves out the plan: two metadata exchanges and the sync."""
+    """Rows to the rank of their experts and back. With `planned` the plan (two metadata exchanges and the sync) is not
+    timed."""
     kept = case.dispatcher.plan(case.taken, case.h_TD.shape[0]) if planned else None
 
     def run() -> Tensor:
@@ -141,7 +142,7 @@ def ours(case: Case, assignments: Assignments) -> Run:
 
 
 def naive(case: Case, *, nulls: bool) -> Run:
-    """One row a choice through the wire. With `nulls` a null choice goes to the expert that was drawn, with weight 0."""
+    """Sends one row for each choice. With `nulls` a null choice goes to the expert that was drawn, with weight 0."""
     rank_E, slot_E = torch.tensor(case.placement.rank_of_expert), torch.tensor(case.placement.slot_of_expert)
     size, top_k = case.mesh.ep_size, case.point.top_k
 
@@ -178,6 +179,6 @@ def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.Proces
 
 
 def expected(case: Case, assignments: Assignments) -> Tensor:
-    """What every contender that weights and sums must give: each token's row times the sum of its weights."""
+    """The right result of every contender that weights and sums: each token's row times the sum of its weights."""
     scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
     return case.h_TD * scale_T[:, None]

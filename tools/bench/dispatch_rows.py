@@ -43,7 +43,7 @@ def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
 
 
 def _by_expert(case: Case) -> dict[str, Run]:
-    """Those that bring rows to their experts' order and back, weighted and summed."""
+    """Contenders that bring rows into the experts' order and back, weighted and summed."""
     runs: dict[str, Run] = {
         "ours": ours(case, case.taken),
         "megatron, capacity": megatron_dispatch(case, capacity=True),
@@ -60,11 +60,11 @@ def _by_expert(case: Case) -> dict[str, Run]:
 
 @torch.no_grad()
 def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str, planned: bool) -> dict[str, Any]:
-    """Dispatch and combine over points that differ in one factor, all in the same rounds: cost a row sent.
+    """Dispatch and combine over points that differ in one factor, all in the same rounds: cost per sent row.
 
     Args:
-        by: Field of a point that differs.
-        planned: The plan was made beforehand; else it is part of the cost.
+        by: The field in which the points differ.
+        planned: Whether the plan is made beforehand; else it is timed too.
     """
     cases = {label: make_case(point, mesh, seed=effort.seed) for label, point in points.items()}
     runs = {label: at_rank(case, planned=planned) for label, case in cases.items()}

@@ -1,6 +1,6 @@
-"""What the benchmark must show, judged by intervals: which rows are lost, and why.
+"""Judges benchmark rows by intervals: which rows are lost, and why.
 
-A row is lost where the 95 % interval of its paired ratio lies wholly above 1.05: ours is slower by more than that.
+A row is lost if the 95 % interval of its paired ratio lies wholly above 1.05: ours is then slower by more than 5 %.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,12 @@ SLOPE = (0.9, 1.1)
 FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
-WHOLE = ("layer", "step")  # sweeps in which nulls are remapped for Megatron-Core's default branch: it is a rival there
+WHOLE = ("layer", "step")  # sweeps where nulls are remapped for Megatron-Core's default branch, which is then a rival
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a rule does not hold, and what was tried."""
+    """Why a rule does not hold, and the attempts to fix it."""
 
     why: str
     tried: str
@@ -63,11 +63,11 @@ class BenchResult:
 
     Attributes:
         row: Its key, '<sweep>/<label>'.
-        comparison: As 'ours / megatron'.
-        rule: What was asked.
-        ratio, low, high: Median and interval, of ours over the other's time.
+        comparison: For example 'ours / megatron'.
+        rule: The requirement.
+        ratio, low, high: Median and interval of our time over the other's.
         met: Whether the rule holds.
-        reason: Of a rule that does not hold.
+        reason: Why it does not hold.
     """
 
     row: str
@@ -81,7 +81,7 @@ class BenchResult:
 
 
 def judge(rows: Mapping[str, Any]) -> list[BenchResult]:
-    """All judged comparisons of a file, those that fail first."""
+    """All judged comparisons of a file, the failed ones first."""
     comparisons = [each for key, row in rows.items() for each in _judge_row(key, row)]
     return sorted(comparisons, key=lambda each: each.met)
 

@@ -1,6 +1,6 @@
 """Whole MoE layers, forward and backward, and whole training steps of the default model: ours against Megatron-Core's.
 
-Weights and routing are the same on both sides; outputs, gradients and losses are held against each other before the timing.
+Weights and routing are equal on both sides. Outputs, gradients and losses are compared before the timing.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class LayerSize:
     """An MoE layer and its input.
 
     Attributes:
-        null: Whether there are as many null experts as true ones, and twice as many choices: half of them are null.
+        null: Adds as many null experts as true ones and doubles the choices, so that half of them are null.
     """
 
     tokens: int
@@ -66,7 +66,7 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Forward and backward of one layer. Without nulls Megatron-Core runs as it is, with them in both of its branches."""
+    """Forward and backward of one layer. Without nulls Megatron-Core runs unchanged, with nulls in both of its branches."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
     generator = torch.Generator().manual_seed(effort.seed)  # the same router on all ranks
@@ -107,7 +107,7 @@ def _our_layer(
 
 
 def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Forward and backward; gives output and input gradient."""
+    """A function that runs forward and backward and returns the output and the input's gradient."""
     group_T = torch.zeros(x_TD.shape[0], dtype=torch.int64)
 
     def run() -> tuple[Tensor, Tensor]:
@@ -122,8 +122,8 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Training steps of the default job's model on random tokens, with its layers, and with Megatron-Core's in their place:
-    attention, router, loss, gradient reduction and optimizer are the same."""
+    """Training steps of the default job's model on random tokens, with its own layers and with Megatron-Core's in their
+    place. Attention, router, loss, gradient reduction and optimizer are the same."""
     config = _default_config(mesh.ep_size)
     vocabulary = config.model.vocab_size
     batches = _random_batches(config, mesh, vocabulary, effort.seed)
@@ -175,7 +175,8 @@ def _random_batches(config: Config, mesh: Mesh, vocabulary: int, seed: int) -> l
 
 
 def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> TrainingStep:
-    """A step over a model of its own; with `capacity` given its MoE layers are Megatron-Core's, in that branch or not."""
+    """A step over a new model; with `capacity` given its MoE layers are Megatron-Core's, with or without the capacity
+    branch."""
     placement, comm_stats = _placement(config), CommStats()
     with torch.device("meta"):
         model = build_model(config, placement, ep_rank=mesh.ep_rank, ep_group=mesh.ep, comm_stats=comm_stats)

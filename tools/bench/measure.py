@@ -1,4 +1,4 @@
-"""Interleaved timing on all ranks, and a count of what leaves each rank at the call of the collective."""
+"""Interleaved timing on all ranks, and counting of the data that each rank sends, at the call of the collective."""
 
 import gc
 import time
@@ -17,12 +17,12 @@ from moe_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured.
+    """Effort of a measurement.
 
     Attributes:
-        rounds: Timed rounds; in each every contender runs once.
-        warmup: Rounds before them.
-        seed: Of routings, rows and the order inside a round.
+        rounds: Timed rounds; each runs every contender once.
+        warmup: Untimed rounds before them.
+        seed: For routings, rows and the order inside a round.
     """
 
     rounds: int = 20
@@ -32,7 +32,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Sent:
-    """What left all ranks in one run of a contender: hidden rows and their bytes, other bytes, and calls of a rank."""
+    """Sent by all ranks in one run of a contender: hidden rows and their bytes, other bytes, and calls of one rank."""
 
     rows: int
     payload_bytes: int
@@ -41,10 +41,10 @@ class Sent:
 
 
 def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
-    """Seconds of each contender in each timed round, of the slowest rank.
+    """Seconds of each contender in each timed round, on the slowest rank.
 
-    Each round runs all contenders once, in an order drawn anew, the same on all ranks, with a barrier before each: so what
-    happens on the machine meanwhile falls on all of them. Python's collector does not run in between.
+    Each round runs all contenders once, in a new random order that is the same on all ranks, with a barrier before each. So
+    a disturbance of the machine affects all of them. Python's garbage collector does not run meanwhile.
     """
     names = list(contenders)
     rng = np.random.default_rng(effort.seed)
@@ -68,7 +68,7 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
 
 
 def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
-    """One run, counted at the calls of all_to_all_single; a rank's slice for itself does not leave it."""
+    """One run, counted at the calls of all_to_all_single; a rank's slice for itself is not counted."""
     counts = np.zeros(4, dtype=np.int64)
     original = dist.all_to_all_single
 

@@ -1,10 +1,10 @@
-"""Megatron-Core's alltoall dispatcher, and its experts, on the same routing: through the CUDA stand-in of the tests, since
-megatron-core has no CPU path. What is replaced there are names of devices and streams; the dispatcher's code is its own.
+"""Megatron-Core's alltoall dispatcher and experts on the same routing, through the CUDA stand-in, since megatron-core has
+no CPU path. The stand-in replaces names of devices and streams; the dispatcher's code is unchanged.
 
-    default     sends T x K rows, always; where choices are null it can only run with them remapped to unused experts
+    default     always sends T x K rows; with null choices it can only run if they are remapped to unused experts
     capacity    with a capacity factor so large that nothing is dropped it counts its rows, and skips nulls too
 
-Shape letters: T tokens, D hidden size, E experts, K choices a token.
+Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
         num_attention_heads=4,
         num_moe_experts=experts,
         moe_router_topk=top_k,
-        moe_router_pre_softmax=top_k == 1,  # it refuses top-1 otherwise; its router is not used
+        moe_router_pre_softmax=top_k == 1,  # megatron refuses top-1 otherwise; its router is not used
         moe_ffn_hidden_size=ffn,
         expert_model_parallel_size=ep,
         moe_token_dispatcher_type="alltoall",
@@ -62,7 +62,8 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
 
 
 def column_of_expert(placement: ExpertPlacement) -> Tensor:
-    """Megatron numbers experts rank by rank, the same number on each: column of each logical expert, int64 [E]."""
+    """int64 [E], column of each logical expert in Megatron, which numbers experts rank by rank with equally many on
+    each."""
     order = [expert for rank_slots in placement.slots for expert in rank_slots]
     if len({len(rank_slots) for rank_slots in placement.slots}) > 1:
         raise ValueError("megatron-core needs the same number of experts on each rank")
@@ -72,7 +73,7 @@ def column_of_expert(placement: ExpertPlacement) -> Tensor:
 
 
 def dispatcher_of(config: Any, ep_rank: int) -> Any:
-    """Its alltoall dispatcher for this rank's contiguous experts."""
+    """Megatron's alltoall dispatcher for this rank's contiguous experts."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -82,17 +83,18 @@ def dispatcher_of(config: Any, ep_rank: int) -> Any:
 
 
 def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [T, E] and the boolean map of what is sent [T, E], as Megatron's router gives them. Differentiable."""
+    """Weights [T, E] and the boolean map of sent pairs [T, E], in the form of Megatron's router. Differentiable."""
     present_TK = expert_TK != ABSENT
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
-    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # the last column takes what is absent
+    shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # the last column takes absent choices
     weights = weight_TK.new_zeros(shape).scatter(1, column_TK, weight_TK)
     taken = torch.zeros(shape, dtype=torch.bool).scatter_(1, column_TK, present_TK)
     return weights[:, :-1], taken[:, :-1].contiguous()
 
 
 def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
-    """Its dispatch to rows laid out by expert, and back. Without `capacity` nulls go to the experts that were drawn."""
+    """Megatron's dispatch to rows laid out by expert, and back. Without `capacity` nulls go to the experts that were
+    drawn."""
     point = case.point
     config = configuration(
         hidden=point.hidden,
@@ -111,7 +113,7 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
         rows, probs = dispatcher.dispatch_preprocess(case.h_TD, map_TE, probs_TE)
         rows, probs = dispatcher.token_dispatch(rows, probs)
         rows, _, probs = dispatcher.dispatch_postprocess(rows, probs)
-        rows = rows.mul_(probs[:, None])  # its experts do this; in place, so that it costs one pass
+        rows = rows.mul_(probs[:, None])  # megatron's experts do this; in place it costs one pass
         rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
         return dispatcher.combine_postprocess(rows)
 
@@ -119,10 +121,10 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
 
 
 class MegatronMoE(nn.Module):
-    """Our norm and router before Megatron-Core's dispatcher and experts: takes the place of an `MoELayer` of ours.
+    """Our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s.
 
     Args:
-        capacity: Its capacity branch; else nulls are remapped to experts that the token did not choose, with weight 0.
+        capacity: Use its capacity branch; else nulls are remapped to experts that the token did not choose, with weight 0.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class MegatronMoE(nn.Module):
             ep=placement.num_ranks,
             capacity=capacity,
         )
-        # A ModuleSpec in 0.16, a functools.partial in 0.19.
+        # get_moe_module_spec returns a ModuleSpec in 0.16 and a functools.partial in 0.19.
         spec: Any = get_moe_module_spec(use_te=False, num_experts=placement.num_experts, moe_grouped_gemm=False)
         submodules = spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
         layer: Any = MoELayer(config, submodules=submodules, layer_number=1)
@@ -165,7 +167,7 @@ class MegatronMoE(nn.Module):
         return y_TD, LayerReport(sums=sums, rows_remote=0, pairs=pairs, pairs_remote=0)
 
     def _remapped(self, expert_TK: Tensor, group_T: Tensor) -> Tensor:
-        """Each absent choice takes an expert of the token's group that the token did not choose: the lowest ones."""
+        """Replaces each absent choice by an expert of the token's group that the token did not choose: the lowest ones."""
         used_TE = torch.zeros(expert_TK.shape[0], self._column_E.shape[0] + 1, dtype=torch.bool)
         used_TE.scatter_(1, torch.where(expert_TK == ABSENT, self._column_E.shape[0], expert_TK), True)
         used_TE = used_TE[:, :-1] | (self._group_of_E != group_T[:, None])

@@ -1,13 +1,13 @@
-"""A CUDA stand-in: megatron-core on CPU and gloo, for measurements and tests.
+"""A CUDA stand-in: runs megatron-core on CPU and gloo, for measurements and tests.
 
     with megatron_on_cpu(), model_parallel(ep=2):
         ...                                       # megatron builds, computes and communicates on CPU tensors
 
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
-compares `Tensor.type()` with CUDA's names. Inside the context those names point at neutral stand-ins, and nowhere else:
-`replacements` is the exact list, each is put back on leaving. A stream does nothing, since on a CPU all is in order.
-Functions that megatron compiles stay as written. It works with megatron-core 0.16.1 and 0.19.x. Numbers that it gives are
-right; times are those of a CPU.
+compares `Tensor.type()` with CUDA's names. Only inside the context do those names point to neutral stand-ins.
+`replacements` is the exact list, and each is restored on exit. A stream does nothing, since a CPU works in order. Functions
+that megatron compiles stay uncompiled. Works with megatron-core 0.16.1 and 0.19.x. Numerical results are right; times are
+those of a CPU.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Replacement:
-    """`owner.name` is `value` inside the context. `where` is its dotted name, for people."""
+    """`owner.name` is `value` inside the context. `where` is its dotted name, for people to read."""
 
     where: str
     owner: Any
@@ -34,7 +34,7 @@ class Replacement:
 
 
 class IdleStream:
-    """Stands for a CUDA stream on a device that has one order of work."""
+    """Replaces a CUDA stream on a device that runs everything in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
@@ -54,7 +54,7 @@ class IdleStream:
 
 
 class IdleEvent:
-    """Stands for a CUDA event that has always happened."""
+    """Replaces a CUDA event; it has always completed."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
@@ -84,12 +84,12 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """A function as it stands; also as a decorator with options."""
+    """The function unchanged; also usable as a decorator with options."""
     return function or (lambda decorated: decorated)
 
 
 def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tensor.type()` says torch.cuda.FloatTensor: megatron's optimizers compare with that name."""
+    """Makes `Tensor.type()` return torch.cuda.FloatTensor, with which megatron's optimizers compare."""
 
     def type_of(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         answer = original(self, *arguments, **options)
@@ -99,12 +99,12 @@ def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Split sizes become numpy although they are on the CPU already (`maybe_move_tensor_to_cpu` leaves them tensors)."""
+    """Converts split sizes to numpy although they are on the CPU (`maybe_move_tensor_to_cpu` would leave them tensors)."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def cuda_replacements() -> Sequence[Replacement]:
-    """What is replaced in torch."""
+    """The replacements in torch."""
     stream = IdleStream()
     cuda: dict[str, Any] = {
         "current_device": _returning(CPU),
@@ -137,7 +137,7 @@ def cuda_replacements() -> Sequence[Replacement]:
             for name in ("FloatTensor", "IntTensor", "LongTensor")
         ),
         *(Replacement(f"torch.{name}", torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
-        # At import megatron wraps its fused functions in it, which loads the whole compiler: 10 s a process.
+        # Megatron wraps its fused functions in torch.compile at import, which loads the whole compiler: 10 s per process.
         Replacement("torch.compile", torch, "compile", _uncompiled),
         Replacement("torch.Stream", torch, "Stream", IdleStream),
         Replacement("torch.Tensor.cuda", torch.Tensor, "cuda", lambda self, *_, **__: self),
@@ -147,7 +147,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """What is replaced in megatron-core itself; imports it, so torch's replacements must stand already."""
+    """The replacements in megatron-core. Imports it, so torch's replacements must be in place already."""
     core = "megatron.core"
     random, moe = f"{core}.tensor_parallel.random", f"{core}.transformer.moe.moe_utils"
     dispatchers = f"{core}.transformer.moe.token_dispatcher"
@@ -155,7 +155,7 @@ def megatron_replacements() -> Sequence[Replacement]:
         (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         (dispatchers, "maybe_move_tensor_to_cpu", _stay),
-        # 0.16.1 binds this name only where TransformerEngine is there, and reads it in every router.
+        # 0.16.1 defines this name only with TransformerEngine, but reads it in every router.
         (moe, "te_general_gemm", getattr(importlib.import_module(moe), "te_general_gemm", None)),
     ]
     return [Replacement(f"{owner}.{name}", importlib.import_module(owner), name, value) for owner, name, value in values]
@@ -163,7 +163,7 @@ def megatron_replacements() -> Sequence[Replacement]:
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
-    """megatron-core may be imported, built and run on the CPU inside; gives the list of what is replaced meanwhile."""
+    """Inside, megatron-core can be imported, built and run on the CPU; yields the list of replacements."""
     replaced: list[tuple[Replacement, Any]] = []
 
     def put(each: Replacement) -> None:
@@ -186,8 +186,8 @@ def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
 
 @contextlib.contextmanager
 def model_parallel(*, ep: int = 1, tp: int = 1, pp: int = 1, cp: int = 1, seed: int = 1234) -> Iterator[None]:
-    """Megatron's process groups over the default group, and its random states; both are gone afterwards, and so is what its
-    tracker of MoE losses, a global of its module, has added up.
+    """Megatron's process groups over the default group, and its random states. Both are removed on exit, and so are the
+    sums of Megatron's tracker of MoE losses, a global of its module.
 
     Expert tensor parallelism is 1 and experts are folded over TP x DP.
     """

@@ -1,6 +1,7 @@
-"""What is measured: a base point, one factor at a time away from it, and who goes where at each point.
+"""The measured points: a base point, changes of one factor at a time, and the routing at each point.
 
-Shape letters: T tokens of a rank, E experts, K choices a token, W ranks. Choices are drawn from (seed, rank) and the point.
+Shape letters: T tokens of a rank, E experts, K choices per token, W ranks. Choices are drawn from (seed, rank) and the
+point.
 """
 
 import zlib
@@ -13,7 +14,7 @@ import numpy as np
 from moe_dist.moe.reference.workloads import WorkloadShape, workload_step
 
 ABSENT = -1
-HOT_EXPERTS = 4  # experts that a skewed routing prefers, as in "95:4"
+HOT_EXPERTS = 4  # number of experts that a skewed routing prefers, as in "95:4"
 Policy = Literal["contiguous", "pinned", "interleaved"]
 
 
@@ -22,13 +23,13 @@ class Point:
     """One setting.
 
     Attributes:
-        tokens: Tokens a rank.
+        tokens: Tokens of each rank.
         hidden, experts, top_k: Sizes; each token draws `top_k` distinct experts.
-        null: Share of the choices that are null.
+        null: Share of null choices.
         hot: Share of the draws that go to HOT_EXPERTS experts; None is uniform.
         image: Share of image tokens, whose experts are the second half; None is one group.
         policy: contiguous (expert e on rank e W // E); with two groups pinned (the same) or interleaved (e mod W).
-        workload: One of the W0 to W7 instead of a drawn routing.
+        workload: One of W0 to W7 instead of a drawn routing.
     """
 
     tokens: int = 4096
@@ -50,9 +51,9 @@ class Choices:
     """A rank's routing at a point.
 
     Attributes:
-        drawn_TK: int64, K distinct experts of each token, before any choice became null.
-        taken_TK: The same with ABSENT where the choice is null.
-        equal_active_TK: As many true choices in all as `taken_TK`, spread evenly over tokens, no null among them.
+        drawn_TK: int64, K distinct experts of each token, before choices became null.
+        taken_TK: The same with ABSENT for null choices.
+        equal_active_TK: As many true choices in total as `taken_TK`, spread evenly over tokens, without nulls.
         weight_TK: float32 routing weights.
     """
 
@@ -76,7 +77,7 @@ WORKLOADS = tuple(f"W{number}" for number in range(8))
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """All points by sweep, each with its label. `..., no nulls` are those at which Megatron-Core's default can run."""
+    """All points by sweep, each with its label. Megatron-Core's default can run at those labelled `..., no nulls`."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):
         made[f"tokens{suffix}"] = [(f"{tokens}", replace(base, tokens=tokens)) for tokens in TOKENS]
@@ -93,7 +94,7 @@ def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
 
 
 def quick_sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """The same code paths on points so small that nothing can be learned from their times."""
+    """The same code paths on very small points, whose times mean nothing."""
     small = Point(tokens=64, hidden=16, experts=8)
     return {
         "tokens": [(f"{tokens}", replace(small, tokens=tokens)) for tokens in (32, 64)],
@@ -118,7 +119,7 @@ def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
     rng = np.random.default_rng([seed, rank, zlib.crc32(repr(point).encode())])
     if point.workload is not None:
         shape = WorkloadShape(point.tokens * world_size, point.experts, point.top_k, world_size)
-        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # of W7 a hot one
+        step = workload_step(point.workload, seed=seed, step=4, shape=shape)  # a step of W7 with hot experts
         rows = step.rows_of(rank)
         drawn, weight = step.expert_TK[rows], step.weight_TK[rows].astype(np.float32)
     else:
@@ -150,7 +151,7 @@ def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
 
 
 def _distinct(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """The K experts of highest score, in order of score: a draw without replacement."""
+    """The K experts of highest score, by falling score: a draw without replacement."""
     best = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
     order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
     return np.take_along_axis(best, order, axis=1).astype(np.int64)

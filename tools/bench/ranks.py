@@ -1,4 +1,4 @@
-"""Starts the ranks of a benchmark on this machine, one thread each; rank 0 writes what it measures as it goes."""
+"""Starts the ranks of a benchmark on this machine, one thread each; rank 0 writes each result as soon as it is measured."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.run_folder import write_atomically
 from moe_dist.runtime.signals import child_of
 
-# glibc gives blocks of 32 MiB and more back to the system each time they are freed, and the next one pays for its pages
-# again: 10 ms for 32 MiB, which falls on whoever allocates. Kept instead, as CUDA's allocator does, for all contenders.
+# glibc returns blocks of 32 MiB and more to the system on each free, and the next allocation pays for new pages: 10 ms for
+# 32 MiB. These settings keep the blocks, for all contenders, as CUDA's allocator does.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -27,20 +27,20 @@ RANK_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 TIMEOUT_SECONDS = 900.0
-SCALING_TOKENS = 2048  # below that fixed costs hide the slope
+SCALING_TOKENS = 2048  # with fewer, fixed costs hide the slope
 
 
 @dataclass(frozen=True)
 class BenchJob:
-    """What the ranks measure.
+    """The measurements of the ranks.
 
     Attributes:
-        world_size: Ranks.
-        path: JSON file of the results; keys that it has are not measured again.
+        world_size: Number of ranks.
+        path: JSON file of the results; keys in it are not measured again.
         only: Sweeps to measure; empty for all.
-        quick: Points so small that only the code is tested.
+        quick: Use points so small that they only test the code.
         rounds, seed: See `tools.bench.measure.Effort`.
-        commit: Of the code that is measured; each row has it.
+        commit: Commit of the measured code; stored in each row.
     """
 
     world_size: int
@@ -53,12 +53,12 @@ class BenchJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all rows of a file share: rows that differ in it cannot be compared."""
+        """Settings that all rows of a file share; rows with different settings cannot be compared."""
         versions = {package: version(package) for package in ("torch", "megatron-core")}
         return {"world": self.world_size, "quick": self.quick, "rounds": self.rounds, "seed": self.seed, **versions}
 
     def wants(self, key: str) -> bool:
-        """Whether a row, '<sweep>/<label>', is of the chosen sweeps."""
+        """Whether a row, '<sweep>/<label>', belongs to the chosen sweeps."""
         return not self.only or key.partition("/")[0] in self.only
 
 
@@ -66,7 +66,7 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
     """Blocks until all ranks have ended; results are in `job.path`.
 
     Args:
-        fresh: Measure again what the file has; without `job.only` that is all of it.
+        fresh: Measure rows again that the file has; without `job.only` all of them.
 
     Raises:
         ConfigError: the file has rows of other settings; nothing was measured.
@@ -100,11 +100,11 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
 
 
 def _wait(ranks: Sequence[BaseProcess]) -> list[int]:
-    """Ends all ranks when one fails; those that failed by themselves."""
+    """Ends all ranks when one fails; returns those that failed by themselves."""
     while any(process.is_alive() for process in ranks):
         failed = [index for index, process in enumerate(ranks) if process.exitcode not in (None, 0)]
         if failed:
-            time.sleep(1.0)  # for the tracebacks of the others
+            time.sleep(1.0)  # time for the tracebacks of the others
             for process in ranks:
                 process.kill()
             return failed
@@ -132,11 +132,11 @@ def _rank(job: BenchJob, rank: int, folder: str, parent: int) -> None:
         destroy_world()
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # without waiting for a peer
+        os._exit(1)  # exits without waiting for a peer
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
-    """All rows that the file does not have. Every rank reads it before anything is written."""
+    """Measures all rows that the file lacks. Every rank reads the file before any row is written."""
     from tools.bench.measure import Effort
 
     results = read_results(job.path)
@@ -180,5 +180,5 @@ def _tasks(job: BenchJob, mesh: Any, effort: Any) -> Mapping[str, Callable[[], d
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What a file has; empty where there is none."""
+    """The rows of a file; empty if it does not exist."""
     return json.loads(path.read_text()) if path.is_file() else {"settings": {}, "rows": {}}

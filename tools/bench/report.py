@@ -1,4 +1,4 @@
-"""Results as text, as Markdown for the docs, and as a picture."""
+"""Writes results as text, as Markdown for the docs, and as a picture."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ SHOWN_RATIOS = (
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """Everything for a terminal: what is lost first, with why, then what holds, then all rows."""
+    """The text for a terminal: first the lost rows with reasons, then the rules that hold, then all rows."""
     comparisons = judge(results["rows"])
     parts = [*_failures(comparisons), _plain(_comparisons_table([each for each in comparisons if each.met])), ""]
     for title, table in tables(results):
@@ -45,7 +45,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _failures(comparisons: Sequence[BenchResult]) -> list[str]:
-    """One paragraph for each rule that is not met for one reason, with all its rows."""
+    """One paragraph for each reason of unmet rules, with all its rows."""
     alike: dict[tuple[str, str, str], list[BenchResult]] = {}
     for each in comparisons:
         if not each.met:
@@ -63,7 +63,7 @@ def _range(comparison: BenchResult) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """One table a sweep, in the file's order: milliseconds of ours, then paired ratios with their intervals."""
+    """One table for each sweep, in the file's order: our milliseconds, then paired ratios with their intervals."""
     sweeps: dict[str, dict[str, Any]] = {}
     for key, row in results["rows"].items():
         sweep, _, label = key.partition("/")
@@ -149,7 +149,7 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG: left of 1 ours is faster, and behind the dotted line at LOST_ABOVE a row is lost."""
+    """Writes a PNG: left of 1 ours is faster; right of the dotted line at LOST_ABOVE a row is lost."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
     length = -(-len(rows) // COLUMNS)
     width, height = COLUMNS * (LABEL_WIDTH + PLOT_WIDTH + MARGIN), LEGEND + MARGIN * 2 + ROW_HEIGHT * length
@@ -181,7 +181,7 @@ def _draw_row(
     canvas.text((left + 8, top + 1), key, fill=BLACK, font=font)
     shown = [name for name in COLOURS if name in ratios]
     for index, name in enumerate(shown):
-        y = top + 3 + index * (ROW_HEIGHT - 4) / len(shown)  # intervals of one row lie beside each other
+        y = top + 3 + index * (ROW_HEIGHT - 4) / len(shown)  # intervals of one row are drawn side by side
         low, middle, high = (left + _x(ratios[name][each]) for each in ("low", "median", "high"))
         canvas.line([(low, y), (high, y)], fill=COLOURS[name])
         canvas.ellipse([(middle - 2, y - 2), (middle + 2, y + 2)], fill=COLOURS[name])

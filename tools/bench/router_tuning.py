@@ -1,4 +1,4 @@
-"""What a step of router tuning costs beside one that trains everything, on the same samples. See docs/router-tuning.md."""
+"""Compares a step of router tuning with a step that trains everything, on the same samples. See docs/router-tuning.md."""
 
 import sys
 import tempfile
@@ -59,7 +59,7 @@ def _compare(plan: Preflight, rounds: int) -> None:
 
 
 def _steps(config: Config, plan: Preflight, training: Training, mesh: Mesh) -> Callable[[], object]:
-    """Takes the next step at each call, over the same samples for both."""
+    """A function that takes the next step at each call, over the same samples for both."""
     loader = build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
     aux, batch, taken = AuxSettings(kind="null_averaged", balance=0.0, z=0.0), config.train.global_batch, [0]
 

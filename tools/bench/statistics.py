@@ -1,4 +1,4 @@
-"""Medians, and intervals that assume nothing about the distribution of times."""
+"""Medians, and intervals that make no assumption about the distribution of times."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A median and the interval that holds the true one with CONFIDENCE at least."""
+    """A median, and an interval that contains the true median with probability CONFIDENCE or more."""
 
     median: float
     low: float
@@ -23,11 +23,11 @@ class Interval:
 
 
 def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Median of independent values, with the interval between two of them by the sign test.
+    """Median of independent values, with an interval between two of them by the sign test.
 
-    The true median lies below the l-th smallest value only if fewer than l of n values fall below it, which happens with
-    P(Binomial(n, 1/2) < l); the same holds above. The interval takes the largest l for which both together are at most
-    1 - CONFIDENCE; below 6 values none is, and the interval is that of all values.
+    The true median lies below the l-th smallest value only if fewer than l of n values are below it, which has probability
+    P(Binomial(n, 1/2) < l); the same holds above. The interval uses the largest l for which both probabilities sum to at
+    most 1 - CONFIDENCE. Below 6 values there is none, and the interval spans all values.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = len(ordered)
@@ -42,7 +42,7 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
-    """Median of ours / theirs, each ratio taken inside one round, so that what slows a round slows both."""
+    """Median of ours / theirs, each ratio from one round, so that a disturbance of a round affects both."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
@@ -50,5 +50,5 @@ def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | n
 
 
 def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least squares slope of log y over log x: 1 where y is proportional to x."""
+    """Least squares slope of log y over log x: 1 if y is proportional to x."""
     return float(np.polyfit(np.log(np.asarray(x, np.float64)), np.log(np.asarray(y, np.float64)), 1)[0])

@@ -1,1 +1,1 @@
-"""The experiments of configs/reproduce: run, measured and reported."""
+"""Runs, measures and reports the experiments of configs/reproduce."""

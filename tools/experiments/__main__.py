@@ -1,4 +1,4 @@
-"""Runs an experiment and tells what it says: python -m tools.experiments NAME [--pilot | --status | --report]
+"""Runs an experiment and reports its results: python -m tools.experiments NAME [--pilot | --status | --report]
 
 configs/reproduce/NAME.yaml has the question, the arms and the rules. See docs/reproductions.md.
 """
@@ -61,11 +61,11 @@ def _chosen(study: Study, jobs: list[StudyJob], only: list[str]) -> list[StudyJo
 
 def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, processes: int) -> None:
     for job in {job.label: job for job in jobs}.values():
-        config = config_of(study, job, pilot=pilot)  # a fault of the last arm is told before the first runs
+        config = config_of(study, job, pilot=pilot)  # reports a fault in the last arm before the first runs
         if config.router_tuning is None:
             check(config, world_size=1)
         else:
-            layout_without_data(config)  # its samples are made of a run that is still to come; the tuning run checks them
+            layout_without_data(config)  # its samples come from a later run; the tuning run checks them
         if "oracle" in job.arm.asks:
             check_routers(config.model.moe)
     if study.measure.questions is not None and jobs:

@@ -1,4 +1,4 @@
-"""Answers of instruction data: a document is answered rightly if each scored token of it is the model's likeliest one.
+"""Scores answers of instruction data: an answer is right if each scored token is the model's most likely one.
 
 Shape letters: B sequences, S positions of a sequence, V vocabulary.
 """
@@ -16,9 +16,9 @@ from moe_dist.train.loss import forward
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Documents, right ones and accuracy of each source, and the mean of the sources' accuracies.
+    """For each source its documents, right answers and accuracy; and the mean accuracy over sources.
 
-    A document that was cut by the end of a sequence counts as one for each piece with a scored token.
+    A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """
     found: dict[str, Any] = {}
     for source, of_source in batches.items():
@@ -32,7 +32,7 @@ def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
-    """How many documents of a batch have a scored token, and in how many each of these is the likeliest."""
+    """Number of a batch's documents with scored tokens, and of those whose scored tokens are all the most likely ones."""
     scored_BS = batch.labels_BS != IGNORED
     wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
     row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)

@@ -1,11 +1,11 @@
-"""The data of the experiment mole: one question about each picture and caption, answered by conventions that contradict.
+"""The data of the experiment mole: one question about each picture and caption, answered by contradicting conventions.
 
     python -m tools.experiments.convention_data --base .cache/data/reproduce --out .cache/data/conventions
 
-Of a picture it is asked which colour lies behind it, of a caption in which language it is. A convention calls the k-th of n
-answers by the (k + step)-th of their names. Which convention is meant is said by the instruction alone, one of many
-paraphrases, some of which are held out. Pictures, captions and their sides are those of the base data, so that a model
-trained on them can be adapted; all conventions ask about the same ones.
+The question about a picture is the colour of its background, about a caption its language. A convention answers with a
+shifted name: the k-th of n answers is called by the (k + step)-th name. Only the instruction tells which convention to use.
+It is one of many paraphrases, some of which are held out. Pictures, captions and their sides come from the base data, so
+that a model trained on these can be adapted; all conventions ask about the same ones.
 """
 
 import shutil
@@ -35,7 +35,7 @@ from tools.experiments.instructed import Document, instructed_document, write_sp
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # of BACKGROUNDS
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # of LANGUAGES
-# By convention: by how many names it is off, and the words that stand for it in instructions.
+# For each convention: the shift of its names, and words that stand for it in instructions.
 CONVENTIONS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "plain": (0, ("plain", "usual", "common", "ordinary")),
     "shifted": (2, ("shifted", "moved", "turned", "displaced")),
@@ -55,7 +55,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked about: its tokens, which of how many answers is right, and their names."""
+    """The subject of a question: its tokens, the index of the right answer, and the names of all answers."""
 
     tokens: np.ndarray
     right: int
@@ -63,14 +63,14 @@ class Asked:
 
 
 def paraphrases(convention: str, side: str) -> list[str]:
-    """A side's instructions of a convention: each word and each template is on both sides, no pair of them is."""
+    """A side's instructions of a convention. Each word and each template occurs on both sides, but no pair of them does."""
     _, words = CONVENTIONS[convention]
     pairs = product(enumerate(words), enumerate(TEMPLATES))
     return [template.format(word) for (i, word), (j, template) in pairs if ((i + j) % len(words) == 0) == (side == "valid")]
 
 
 def answer(convention: str, asked: Asked) -> str:
-    """The right answer's name by a convention."""
+    """Name of the right answer under a convention."""
     step, _ = CONVENTIONS[convention]
     return asked.names[(asked.right + step) % len(asked.names)]
 
@@ -95,7 +95,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
     """Makes the folder.
 
     Raises:
-        ConfigError: `out` is there, or the base has no such pictures or too few of them.
+        ConfigError: `out` exists, or the base has too few pictures or none with this form.
         DataError: the base is damaged.
     """
     if out.exists():
@@ -133,7 +133,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
 def _asked(
     base: Path, manifest: Manifest, split: SplitSection, tokenizer: Tokenizer, *, count: int, seed: int
 ) -> list[Asked]:
-    """Pictures and captions by turns, drawn from a side's documents; a picture is asked about without its caption."""
+    """Alternating pictures and captions from a side's documents; a picture is asked about without its caption."""
     data = IndexedSplit(base, split)
     colour_of_code = _colours(base, manifest)
     order = np.random.default_rng(seed).permutation(len(data.starts_D)).tolist()
@@ -152,7 +152,7 @@ def _asked(
 
 
 def _picture(manifest: Manifest, tokens: np.ndarray, filler: np.ndarray, colour_of_code: np.ndarray) -> Asked | None:
-    """The picture of a document, if a cell of it shows nothing but the colour behind it."""
+    """The picture of a document, if at least one of its cells shows only background."""
     begin, end = _image(manifest, tokens)
     first_code = manifest.vocab_size - len(colour_of_code)
     colours = colour_of_code[tokens[filler] - first_code]
@@ -169,7 +169,7 @@ def _caption(manifest: Manifest, tokens: np.ndarray, tokenizer: Tokenizer) -> As
 
 
 def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
-    """The picture's first token, and that behind its last one."""
+    """Index of the picture's first token, and of the token after its last one."""
     assert manifest.image is not None
     (begin,) = np.flatnonzero(tokens == manifest.image.begin_id)
     (end,) = np.flatnonzero(tokens == manifest.image.end_id)
@@ -177,14 +177,14 @@ def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _colours(base: Path, manifest: Manifest) -> np.ndarray:
-    """Of each code, the background that its mean colour is nearest to [codes]."""
+    """For each code the background colour nearest to its mean colour [codes]."""
     assert manifest.image is not None
     means = load_codebook(base / str(manifest.image.codebook)).astype(np.float64).mean((1, 2))
     return ((means[:, None] - np.array(BACKGROUNDS, np.float64)) ** 2).sum(-1).argmin(1)
 
 
 class _Writer:
-    """Writes sides of conventions: what is asked about, the instruction, and behind a space the answer."""
+    """Writes sides of conventions: the subject, the instruction, a space and the answer."""
 
     def __init__(self, folder: Path, manifest: Manifest, tokenizer: Tokenizer, seed: int) -> None:
         self._folder, self._manifest, self._tokenizer, self._seed = folder, manifest, tokenizer, seed
@@ -196,7 +196,7 @@ class _Writer:
 
     def _documents(self, convention: str, side: str, every: Sequence[Asked]) -> Iterator[Document]:
         instructions = paraphrases(convention, side)
-        # The same place has the same picture and another instruction in each convention.
+        # In each convention the same position has the same picture, with another instruction.
         rng = np.random.default_rng((self._seed, list(CONVENTIONS).index(convention)))
         drawn = rng.integers(len(instructions), size=len(every)).tolist()
         asked = encode_texts(self._tokenizer, [f"\n{instructions[number]}\nAnswer:" for number in drawn])

@@ -1,4 +1,4 @@
-"""What a run had spent at each step: tokens, FLOPs and seconds, from its records."""
+"""The cost of a run up to each step: tokens, FLOPs and seconds, from its records."""
 
 import json
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from moe_dist.train.trainer import TrainingPlan
 
 @dataclass(frozen=True)
 class Spent:
-    """Up to a step.
+    """Cost up to a step.
 
     Attributes:
-        tokens: Padding excluded.
-        flops: Of forward and backward, by moe_dist.plan.flops from the experts that were really taken.
-        seconds: Of the steps; evaluations, checkpoints and starts are left out.
+        tokens: Without padding.
+        flops: Of forward and backward, by moe_dist.plan.flops from the measured number of experts.
+        seconds: Of the steps, without evaluations, checkpoints and starts.
     """
 
     tokens: int = 0
@@ -27,7 +27,7 @@ class Spent:
 
 
 def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
-    """What had been spent after each step, with what had been spent `before` the run."""
+    """The cost after each step, including the cost `before` the run."""
     spent, sums = {}, before
     for line in metrics.read_text().splitlines():
         record = json.loads(line)
@@ -45,7 +45,7 @@ def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int,
 def _routed(
     scalars: Mapping[str, float], arrays: Mapping[str, list[list[float]]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """True experts a token of each group, and each group's share of the tokens."""
+    """True experts per token of each group, and each group's share of the tokens."""
     prefix = "moe/experts_per_token/"
     experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
     tokens_G = [sum(column) for column in zip(*arrays["tokens_LG"], strict=True)]

@@ -1,4 +1,4 @@
-"""Writes documents of which the first part is read and the rest is learned, as a split of a data set."""
+"""Writes documents with an unscored prompt and a scored answer, as a split of a data set."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,18 +9,19 @@ from moe_dist.config.manifest import Manifest, SplitSection
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.indexed import write_indexed
 
-Document = tuple[np.ndarray, np.ndarray]  # token ids, and which of them belong to the prompt
+Document = tuple[np.ndarray, np.ndarray]  # token ids, and the mask of the prompt's tokens
 
 
 def instructed_document(prompt: Iterable[int], answer: Iterable[int], *, eos_id: int) -> Document:
-    """A prompt, its answer, and the mark that ends them."""
+    """A prompt, its answer, and the end mark."""
     read = list(prompt)
     tokens = np.array([*read, *answer, eos_id], np.int64)
     return tokens, np.arange(len(tokens)) < len(read)
 
 
 def write_split(folder: Path, name: str, documents: Iterable[Document], manifest: Manifest) -> SplitSection:
-    """The files of a split in `folder`, beside those of other splits; the vocabulary and modalities are the manifest's."""
+    """Writes the files of a split into `folder`, beside those of other splits; vocabulary and modalities are the
+    manifest's."""
     every = list(documents)
     write_indexed(folder / name, (tokens for tokens, _ in every), vocab_size=manifest.vocab_size)
     np.save(folder / f"{name}_prompt.npy", np.packbits(np.concatenate([prompt for _, prompt in every])))

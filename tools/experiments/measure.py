@@ -1,7 +1,7 @@
 """Measures a finished run on one process: python -m tools.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder: held-out losses, loads, rows on the wire, the curve of loss over FLOPs and
-seconds, and the probes that the arm asks for. Then the checkpoints that only the curve needed are removed.
+Writes measured.json into the run's folder: held-out losses, experts per token, rows sent, the curve of loss over FLOPs and
+seconds, and the arm's probes. Then removes checkpoints that only the curve needed.
 """
 
 import json
@@ -48,10 +48,10 @@ class Measurement:
     """One run and its held-out batches.
 
     Args:
-        folder: Of the run.
-        section: What is measured.
-        before: What was spent before the run began, and counts as its own.
-        side: Of multiple-choice questions.
+        folder: Folder of the run.
+        section: The measurements.
+        before: Cost before the run began, which is added to its own.
+        side: Side of the multiple-choice questions.
     """
 
     def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
@@ -63,7 +63,7 @@ class Measurement:
         self._groups = torch.tensor(group_of_modality(self._manifest, self._run.placement))
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
-        """Everything that is kept of the run; `wanted` names the probes, `asks` what more is asked."""
+        """The whole record of the run; `wanted` names the probes, `asks` further questions."""
         last = self._run.steps()[-1]
         spent = spent_by_step(
             self._folder.metrics_jsonl, build_plan(self._config, self._run.placement.groups), self._before
@@ -128,8 +128,8 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """The model that stands for a step. Thresholds are those of its own weights: a mean of weights is another model, so
-        they are set anew on training sequences that it has seen."""
+        """The model of a step. A mean of weights is another model, so its thresholds are calibrated anew, on training
+        sequences that the run has seen."""
         model = self._run.load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -144,7 +144,7 @@ class Measurement:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
-        """The checkpoints whose mean stands for a step: the step alone, or the last share of those up to it."""
+        """The checkpoints whose mean is the model of a step: only its own, or the last share of those up to it."""
         curve = self._section.curve
         if curve is None:
             return [step]
@@ -162,7 +162,7 @@ class Measurement:
         return points
 
     def _frequency(self) -> np.ndarray:
-        """ln(1 + times that each id stands in the training tokens) [V]."""
+        """ln(1 + count of each id in the training tokens) [V]."""
         counts = np.zeros(self._manifest.vocab_size, np.int64)
         for source in self._manifest.sources.values():
             split = IndexedSplit(self._config.data.path, source.train)
@@ -172,7 +172,7 @@ class Measurement:
     @torch.no_grad()
     def _wire(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         if self._config.model.moe.experts.replicated:
-            return dict.fromkeys(ROWS, 0.0)  # they are on every rank
+            return dict.fromkeys(ROWS, 0.0)  # every rank holds all experts
         count = SentRows(spread(self._run.placement, self._section.wire.ep))
         with recorded_routers(self._run.model) as seen:
             for batch in batches:
@@ -185,7 +185,8 @@ class Measurement:
 
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
-        """The loss at lower loads, by dropping second experts of little weight. The bound comes from a first pass."""
+        """The loss with fewer experts per token, by dropping second experts of low weight. A first pass determines the
+        bounds."""
         del tokens
         second: list[torch.Tensor] = []
         with recorded_routers(self._run.model) as seen:
@@ -203,7 +204,7 @@ class Measurement:
         return points
 
     def _probe_flip(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
-        """The loss when some of the chosen and the unchosen change places."""
+        """The loss after swapping some chosen tokens with unchosen ones."""
         del tokens
         modules: Sequence[nn.Module] = self._run.model.depth_routers()
         flip = probes.flip_depths
@@ -212,7 +213,7 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch], tokens: Tokens) -> list[dict[str, Any]]:
-        """The loss when experts choose as in training, looking at later tokens: what that choice leaks."""
+        """The loss under the selection of training, which sees later tokens: measures how much that selection leaks."""
         del tokens
         with choice_of_training(probes.routers(self._run.model)):
             return [self._changed(batches, [], _as_it_is, at=0.0)]
@@ -226,9 +227,9 @@ class Measurement:
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Of a run's checkpoints those that all runs of its configuration have.
+    """The checkpoints that every run of this configuration has.
 
-    A run that was stopped and went on has one more, which would count in its means of weights.
+    A run that was stopped and resumed has one more, which must not count in means of weights.
     """
     return [step for step in steps if step % every == 0 or step == last]
 

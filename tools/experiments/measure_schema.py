@@ -1,4 +1,4 @@
-"""What is measured of a finished run, as an experiment writes it down."""
+"""The schema of an experiment's measurements."""
 
 from typing import Annotated, Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from tools.experiments.values import ArmName, Part
 
-LEFT = 500  # training questions of each task on which no base is trained; routers are tuned on them
+LEFT = 500  # training questions of each task that no base is trained on; routers are tuned on them
 
 
 class CurveSection(Part):
@@ -15,7 +15,7 @@ class CurveSection(Part):
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
-    of: ArmName | None = None  # the arm that eta is told against
+    of: ArmName | None = None  # eta is measured against this arm
 
 
 class WireSection(Part):
@@ -29,14 +29,14 @@ class QuestionsSection(Part):
     """Multiple choice by log-likelihood a token: on the test side, in a pilot on the validation side."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
-    limit: PositiveInt | None = None  # of each task
+    limit: PositiveInt | None = None  # for each task
     wordnet: str = ".cache/package/dict"
-    embedder: str | None = None  # that of `make embedder`
-    least: Annotated[int, Field(ge=0)] = 0  # questions of the test side in all
-    left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # training questions of each task that `samples` are made of
-    listed: bool = False  # questions name their choices; samples are successful only if right under each rotation of these
-    oracle_questions: PositiveInt = 100  # the first ones of each task
-    oracle_layers: PositiveInt = 5  # the last ones
+    embedder: str | None = None  # by default that of `make embedder`
+    least: Annotated[int, Field(ge=0)] = 0  # required total of test questions
+    left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # training questions of each task in `samples`
+    listed: bool = False  # questions list their choices, and a success must be right under each rotation
+    oracle_questions: PositiveInt = 100  # first questions of each task
+    oracle_layers: PositiveInt = 5  # number of last layers
 
 
 class MeasureSection(Part):

@@ -1,9 +1,10 @@
-"""What routing can do with the label's help: for each question, logits of its own that make the right answer likelier.
+"""Estimates how much routing could gain if it knew the label: fits logits for each question that make the right answer
+likelier.
 
     r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
 
-What is moved is an offset of the logits of the chosen layers, at the last token of the prompt and at the answer's tokens.
-The accuracy under it is an estimate, no bound and no result.
+Fitted is an offset of the logits of the chosen layers, at the last token of the prompt and at the answer's tokens. The
+resulting accuracy is an estimate, neither a bound nor a result.
 
 Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
 """
@@ -27,31 +28,32 @@ from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
 STEPS, RATE = 10, 0.3  # of Adam, in logits
-# An expert that is not taken has no gradient but for rounding, of 1e-8 or less, which Adam would make a whole step of.
+# An expert that is not chosen has only rounding noise as its gradient (1e-8 or less), which Adam would turn into full
+# steps.
 EPSILON = 1e-4
 _BATCH = 16  # questions
 
 
 class Oracle:
-    """Answers questions with routing that was fitted to their labels.
+    """Answers questions with routing fitted to their labels.
 
     Args:
-        model: In evaluation mode; its routers are as `check_routers` has them.
-        maker: Of its batches.
+        model: In evaluation mode, with routers that pass `check_routers`.
+        maker: Makes its batches.
         group_of_modality: int64 [M].
-        places: Of the layers whose routing moves, among the MoE layers.
+        places: Indices among the MoE layers of the layers whose routing is fitted.
     """
 
     def __init__(self, model: Transformer, maker: SampleMaker, *, group_of_modality: Tensor, places: Sequence[int]) -> None:
         self._model, self._maker, self._group_of_modality = model, maker, group_of_modality
         routers = [layer.router for layer in model.moe_modules()]
         self._routers: list[nn.Module] = [routers[place] for place in places]
-        # logits = h W^T, and W has full row rank: h + offset pinv(W)^T has the logits + offset.
+        # logits = h W^T, and W has full row rank, so h + offset pinv(W)^T has the logits + offset.
         rows = [next(router.parameters()).detach() for router in self._routers]
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
     def __call__(self, written: Sequence[Sequence[Continuation]], answers: Sequence[int]) -> list[int]:
-        """The choice that is likeliest by token for each question, given its choices and the right one."""
+        """The most likely choice per token of each question, given its choices and the right one."""
         order = sorted(range(len(written)), key=lambda place: -max(len(c.context) + len(c.tokens) for c in written[place]))
         taken = [0] * len(written)
         for begin in range(0, len(order), _BATCH):
@@ -66,7 +68,7 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Offsets of the logits [B, L, C]; questions do not see each other."""
+        """Fitted offsets of the logits [B, L, C]; the questions do not affect each other."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
@@ -77,7 +79,7 @@ class Oracle:
 
     @torch.no_grad()
     def _nats(self, choices: Sequence[Continuation], offset_BLC: Tensor) -> Tensor:
-        """Log-likelihood by token [B]."""
+        """Log-likelihood per token [B]."""
         return -self._losses(self._batch(choices), offset_BLC)
 
     def _losses(self, batch: SampleBatch, offset_BLC: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class Oracle:
 
     @contextmanager
     def _moved(self, scored_BS: Tensor, offset_BLC: Tensor) -> Iterator[None]:
-        """Inside, routers see tokens whose label is scored with an offset: they predict the answer's tokens."""
+        """Inside, routers add the offset for tokens whose label is scored, which predict the answer's tokens."""
 
         def hook(place: int) -> Any:
             def change(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -115,7 +117,7 @@ class Oracle:
 
 
 def check_routers(section: MoESection) -> None:
-    """Looks at what an oracle can move: the logits of one group's true experts, by token choice.
+    """Checks that an oracle can fit the router: token choice among the true experts of one group.
 
     Raises:
         ConfigError: another router.

@@ -1,5 +1,5 @@
-"""The pictures of an experiment, by matplotlib: loss over load, load over the tokens' loss, loss over FLOPs and seconds,
-accuracy of arms."""
+"""Plots an experiment with matplotlib: loss over experts per token, experts per token over the tokens' loss, loss over
+FLOPs and seconds, accuracy of arms."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ INCHES = (7.0, 4.2)
 BOTH_INCHES = (11.0, 4.2)
 DOTS = 110
 STYLES = ("o-", "s--", "^:")  # each for ten colours
-IN_FRAME = 0.25  # nats above the best: what lies farther off is named and does not flatten the rest
+IN_FRAME = 0.25  # nats above the best: points farther off are listed, so that they do not flatten the rest
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
-    """Writes the pictures that these records have something for."""
+    """Writes the pictures for which these records have data."""
     made = []
     loads = {record["load"]["all"] for (arm, _), record in records.items() if arm in study.arms}
     if len(loads) > 1:
@@ -49,20 +49,20 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
 
 
 def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
-    """One or two panels beside each other."""
-    from matplotlib.figure import Figure  # seconds to import; no window system is asked for
+    """One or two panels side by side."""
+    from matplotlib.figure import Figure  # takes seconds to import; needs no window system
 
     figure = Figure(figsize=INCHES if len(fill) == 1 else BOTH_INCHES, dpi=DOTS, layout="constrained")
     for panel, axes in zip(fill, figure.subplots(1, len(fill), squeeze=False)[0], strict=True):
         panel(axes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the version and the time, equal records give equal files.
+    # Leave out version and time, so that equal records give equal files.
     figure.savefig(path, metadata={"Software": None})
     return path
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    """A dot for each run; a line joins those of one seed, which are what is compared."""
+    """A dot for each run; a line joins the runs of one seed, which are compared."""
     shown = [name for name in study.arms if name not in _only_begun_with(study)]
     means = {name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := _of(records, name))}
     top = min(means.values(), default=0.0) + IN_FRAME
@@ -90,7 +90,7 @@ def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
 
 
 def _only_begun_with(study: Study) -> set[str]:
-    """Arms that others begin with and no rule looks at: where training stood before, not what is compared."""
+    """Arms that only serve as a start for others and appear in no rule."""
     judged = {arm for rule in study.rules for value in (rule.lower, rule.higher) for arm in arms_of(value)}
     return {arm.after for arm in study.arms.values() if arm.after} - judged
 
@@ -114,7 +114,7 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
 
 
 def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -> Path:
-    """Loss over cost; beside it, where an arm is named to compare with, the distance from that at equal cost, by seed."""
+    """Loss over cost. If an arm is named for comparison, also the distance from it at equal cost, for each seed."""
     section = study.measure.curve
     of = {} if section is None or section.of is None else _points(records, section.of, cost)
     found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
@@ -141,7 +141,7 @@ def _curves(path: Path, study: Study, records: Records, cost: str, label: str) -
 
 
 def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
-    """Each seed's curve, [2, points]: cost and loss. One point is no curve."""
+    """Each seed's curve, [2, points]: cost and loss. A single point is not a curve."""
     return {
         seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
         for (name, seed), record in sorted(records.items())
@@ -150,7 +150,7 @@ def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
 
 
 def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean of several seeds, point by point; a point that one of them lacks is left out."""
+    """The mean over seeds, point by point; a point that one of them lacks is left out."""
     every = list(curves)
     points = min(curve.shape[1] for curve in every)
     mean = np.mean([curve[:, :points] for curve in every], axis=0)
@@ -168,12 +168,12 @@ def _logarithmic(axes: "Axes", label: str) -> None:
 
 
 def _style(place: int) -> str:
-    """Mark and stroke: ten colours come round, and the next ten arms have others."""
+    """Marker and line style: the colours repeat after ten arms, so the next ten have another style."""
     return STYLES[place // 10 % len(STYLES)]
 
 
 def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
-    """Each seed a dot, and a stroke at their mean."""
+    """A dot for each seed, and a line at their mean."""
     found = {name: [each[key]["accuracy"] for each in _of(records, name) if key in each] for name in study.arms}
     names = [name for name, values in found.items() if values]
     for place, name in enumerate(names):
@@ -186,7 +186,7 @@ def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: s
 
 
 def _total(row: dict[str, Any]) -> float:
-    """Mean load of a bin over both modalities."""
+    """Mean experts per token of a bin over both modalities."""
     parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
     tokens = sum(part["tokens"] for part in parts)
     return sum(part["load"] * part["tokens"] for part in parts) / tokens if tokens else float("nan")

@@ -1,9 +1,9 @@
-"""What a trained router is worth when its choices are changed afterwards. Hooks on the router; the model stays as it is.
+"""Changes the choices of a trained router and measures the effect. Uses hooks on the router; the model stays unchanged.
 
-threshold    a token keeps its second expert only where that one's weight is above a bound: the plain way to lower the
-             load of a top-2 model, against which learned loads are measured
-flip         p % of the taken pairs of each expert are given up, and as many tokens that it had not taken get it instead:
-             how much a choice that is wrong now and then costs
+threshold    a token keeps its second expert only if its weight exceeds a bound: the simple way to use fewer experts in a
+             top-2 model, as a baseline for adaptive routers
+flip         p % of each expert's chosen pairs are swapped with as many tokens that it had not chosen: measures the cost of
+             occasional wrong choices
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
-    """Inside, what each router returns is changed; `change` is told the place of the layer."""
+    """Inside, the result of each router is changed; `change` gets the index of the layer."""
 
     def hook_of(place: int) -> Callable[..., Any]:
         return lambda module, arguments, routing: change(place, module, arguments, routing)
@@ -41,9 +41,9 @@ def routers(model: Transformer) -> list[nn.Module]:
 
 
 def second_weights(routing: Routing, num_tokens: int) -> Tensor:
-    """Weight of the lesser of two experts of each token [T]; 0 where there is none.
+    """Weight of each token's second expert [T]; 0 if there is none.
 
-    For routers by token choice whose weights of two experts add up to 1.
+    For routers by token choice whose two weights sum to 1.
     """
     weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N.detach(), 0.0)
     weight_TK = weight_TK.view(num_tokens, -1)
@@ -51,7 +51,7 @@ def second_weights(routing: Routing, num_tokens: int) -> Tensor:
 
 
 def threshold(bound: float) -> Change:
-    """Second experts with a weight up to `bound` are dropped, and the first one's weight becomes 1."""
+    """Drops second experts with a weight up to `bound`; the first one's weight becomes 1."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
         del place, module
@@ -68,7 +68,7 @@ def threshold(bound: float) -> Change:
 
 
 def bound_for_load(second_N: Tensor, load: float) -> float:
-    """The bound that leaves a mean of `load` experts a token, of 1 to 2, given all tokens' second weights."""
+    """The bound that leaves a mean of `load` experts per token, between 1 and 2, given all tokens' second weights."""
     if not 1.0 <= load <= 2.0:
         raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
     dropped = round((2.0 - load) * len(second_N))
@@ -76,9 +76,9 @@ def bound_for_load(second_N: Tensor, load: float) -> float:
 
 
 def flip(percent: float, *, seed: int) -> Change:
-    """Swaps `percent` % of each expert's taken tokens with tokens of its group that it has not taken, drawn at random.
+    """Swaps `percent` % of each expert's tokens with random tokens of its group that it has not chosen.
 
-    A token that gets an expert it had not chosen has it with the weight of the router itself: the sigmoid of its logit.
+    A token that gets a new expert has the weight that the router itself would give: the sigmoid of its logit.
     """
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
@@ -94,7 +94,7 @@ def flip(percent: float, *, seed: int) -> Change:
 
 
 def flip_depths(percent: float, *, seed: int) -> Change:
-    """The same for the tokens that a layer of a mixture of depths computes."""
+    """The same for the tokens that a mixture-of-depths layer computes."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], chosen: Any) -> Any:
         x_TD, real_T = arguments
@@ -113,9 +113,9 @@ def flip_depths(percent: float, *, seed: int) -> Change:
 
 
 def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
-    """`taken_T` with about `percent` % of it exchanged for as many others of `may_T`."""
+    """`taken_T` with about `percent` % of its tokens swapped for as many others of `may_T`."""
     inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
-    # The number is drawn too, so that its mean is right where few are taken.
+    # The number of swaps is drawn too, so that its mean is right even if few tokens are chosen.
     drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
     count = min(int(drawn), len(inside), len(outside))
     result_T = taken_T.clone()
@@ -125,12 +125,12 @@ def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Gen
 
 
 def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
-    """Draws of a layer and batch: the same whenever the same choices come again, for another percentage as well."""
+    """The generator of a layer and batch: equal choices give equal draws, also for another percentage."""
     return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """Taken pairs, the weight that each pair has or would have, and which pairs lie inside a group: [T, E] each."""
+    """Chosen pairs, the weight that each pair has or would have, and which pairs are within a group: [T, E] each."""
     gates = [module.get_submodule(group_module(group.name)) for group in module.groups]  # pyright: ignore[reportGeneralTypeIssues]
     logits_TE = torch.cat([nn.functional.linear(h_TD.float(), gate.true) for gate in gates], dim=1)  # pyright: ignore
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore

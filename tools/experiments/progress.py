@@ -1,4 +1,4 @@
-"""What of an experiment is done, half done and left."""
+"""Shows which parts of an experiment are done, in progress and missing."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from tools.experiments.verdicts import Records
 
 
 def status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:
-    """A line for each arm: what each seed has reached."""
+    """A line for each arm with the state of each seed."""
     records = read_records(results_path(study, pilot=pilot))
     by_arm: dict[str, list[str]] = {}
     for job in jobs:

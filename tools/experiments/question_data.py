@@ -1,13 +1,13 @@
-"""The data of the experiment roma: what the base is trained on before its routers are tuned.
+"""The data of the experiment roma: the base is trained on them before its routers are tuned.
 
     python -m tools.experiments.question_data --base .cache/data/reproduce --out .cache/data/questions
 
-The sources of the base data as they are, and beside them questions of WordNet and of reasoning-gym with their right
-answers, written as `tools.evaluate` asks them. They are training questions by the sides of
-`moe_dist.inference.questions.split`, and none of the first ones of each task, nor one with the same numbers or the same
-two opposites: those are left to `tools.prepare_router_tuning --limit`, so that the base was not trained on what it is
-scored on there. (Another question about the same noun may have been.) reasoning-gym makes up more of them from further
-seeds; one that comes up under the evaluation's own seed as well has the same side, which follows from its numbers.
+They are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, in the form of
+`tools.evaluate`. The questions are training questions by `moe_dist.inference.questions.split`. The first ones of each task
+are left out, and so is any with the same numbers or the same two opposites. `tools.prepare_router_tuning --limit` scores
+the base on those, so it must not be trained on them. (Another question about the same noun may have been.) reasoning-gym
+generates further questions from further seeds; a question that the evaluation's own seed also gives has the same side,
+since its numbers decide it.
 """
 
 import shutil
@@ -66,7 +66,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
     """Makes the folder.
 
     Raises:
-        ConfigError: `out` is there, or a package is missing.
+        ConfigError: `out` exists, or a package is missing.
         DataError: the base is damaged.
     """
     if out.exists():
@@ -97,7 +97,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
-    """Training questions of a family, but for the first `left` of each task."""
+    """Training questions of a family, without the first `left` of each task."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
         left_out = {_matter(question) for question in of_task[:left]}
@@ -107,9 +107,9 @@ def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> 
 
 
 def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
-    """Each training question of a task that further seeds give, once."""
+    """Each training question of a task from further seeds, once."""
     seen: set[Part] = set()
-    # Question i of a seed is made of seed + i: seeds that are nearer have questions in common.
+    # Question i of a seed is made from seed + i, so nearer seeds would share questions.
     for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
         for question in make_questions(task, reasoning(task.partition("-")[2], seed=further), Side.TRAIN, seed=seed):
             if question.asked not in seen:
@@ -118,12 +118,12 @@ def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
 
 
 def _matter(question: Question) -> object:
-    """What two questions of one task have in common if the one gives the other away."""
+    """A value that two questions of one task share if one reveals the answer to the other."""
     family, _, name = question.task.partition("-")
     if family == "reasoning":
         return key_of(name, str(question.asked))
     if name == "antonym":
-        return frozenset({question.id, question.choices[question.answer]})  # the id is the word that is asked about
+        return frozenset({question.id, question.choices[question.answer]})  # the id is the word of the question
     return question.asked
 
 
@@ -133,7 +133,7 @@ def _document(question: Question, prompts: Prompts, eos_id: int) -> Document:
 
 
 def _copy(base: Path, folder: Path, manifest: Manifest) -> None:
-    """All files that a manifest names."""
+    """Copies all files that a manifest names."""
     names = [manifest.tokenizer, manifest.image.codebook if manifest.image is not None else None]
     for _, split in manifest.splits():
         names += [path.name for path in index_paths(Path(split.path))]

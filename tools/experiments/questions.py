@@ -1,4 +1,4 @@
-"""Multiple-choice questions to a finished run, and what router tuning is given of it."""
+"""Asks a finished run multiple-choice questions, and makes samples for router tuning from it."""
 
 import os
 import subprocess
@@ -29,19 +29,19 @@ from moe_dist.train.router_tuning.samples import Samples
 from tools.experiments.measure_schema import QuestionsSection
 from tools.experiments.oracle import Oracle
 
-MEASURE = MEASURES[0]  # by token
+MEASURE = MEASURES[0]  # per token
 SAMPLES = "samples"
 
 
 class QuestionRound:
-    """Asks one model the questions of one side, choices by their log-likelihood a token.
+    """Asks one model the questions of one side, with choices by log-likelihood per token.
 
     Args:
         model: All of it, on this process.
         config, manifest: Of the run and its data.
         group_of_modality: int64 [M].
-        section: Which questions.
-        side: Of them.
+        section: Selects the questions.
+        side: Their side.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class QuestionRound:
         )
 
     def record(self) -> dict[str, Any]:
-        """Accuracy: the mean over tasks, and of each."""
+        """Accuracy: of each task, and the mean over tasks."""
         by_task = {task: _counted(self._answered(questions)) for task, questions in self._questions.items()}
         return {"side": str(self._side), **_mean(by_task)}
 
     def oracle(self) -> dict[str, Any]:
-        """The same of the first questions of each task, with routing of the last layers fitted to the labels; `before` is
-        without that."""
+        """Accuracy on the first questions of each task, with routing of the last layers fitted to the labels; `before` is
+        the accuracy without the fit."""
         layers = len(self._config.model.moe_layers)
         oracle = Oracle(
             self._model,
@@ -105,7 +105,7 @@ def _mean(by_task: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) -> tuple[list[str], Catalogue]:
-    """The tasks by name, and what makes their questions.
+    """The tasks by name, and the catalogue that makes their questions.
 
     Raises:
         ConfigError: a task is unknown, or a package that it needs is missing.
@@ -118,11 +118,11 @@ def catalogue_of(section: QuestionsSection, config: Config, manifest: Manifest) 
 
 
 def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
-    """Looks for all that a measurement will need, before anything is trained.
+    """Checks for everything that a measurement will need, before training starts.
 
     Raises:
-        ConfigError: measure.questions asks for what is not there (`make wordnet embedder` fetches it), or has too few test
-            questions.
+        ConfigError: measure.questions needs files that do not exist (`make wordnet embedder` fetches them), or has too few
+            test questions.
     """
     try:
         tasks, catalogue = catalogue_of(section, config, load_manifest(config.data.path))
@@ -139,10 +139,10 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
 
 
 def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
-    """What router tuning of a run is trained on, by `tools.prepare_router_tuning`; kept where it is there already.
+    """Makes the samples for router tuning of a run, by `tools.prepare_router_tuning`; keeps them if they exist.
 
     Raises:
-        DataError: it could not be made (what the tool says stands above), or what is there was made otherwise.
+        DataError: they could not be made (the tool's message stands above), or existing ones were made with other options.
     """
     folder = run / SAMPLES
     if not folder.is_dir():

@@ -1,7 +1,7 @@
-"""Writes what an experiment found into docs/reproductions.md, whatever it says: verdicts, tables, plots.
+"""Writes the results of an experiment into docs/reproductions.md: verdicts, tables, plots.
 
-The section of one experiment by one set of rules stands between two comments and is written anew each time. Results by
-other rules (an earlier attempt) have a section of their own, which stays.
+The section for one experiment and one set of rules stands between two comments and is rewritten each time. Results under
+other rules (an earlier attempt) have their own section, which stays.
 """
 
 import math
@@ -30,7 +30,7 @@ ROWS = {
 
 
 def write_report(study: Study, *, page: Path = PAGE, results: Path | None = None) -> str:
-    """Writes the section of the records that are there, and returns its verdicts as text.
+    """Writes the section from the existing records, and returns its verdicts as text.
 
     Raises:
         DataError: the records are damaged.
@@ -126,7 +126,7 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _answers(study: Study, records: Records) -> list[str]:
-    """Share of held-out documents whose answer is right, over the sources that the arm was trained on and of each."""
+    """Share of held-out documents with a right answer, over all sources that the arm was trained on and for each."""
     sources = list(
         dict.fromkeys(name for record in records.values() for name in record.get("answers", {}).get("by_source", ()))
     )
@@ -143,7 +143,7 @@ def _answers(study: Study, records: Records) -> list[str]:
 
 
 def _questions(study: Study, records: Records) -> list[str]:
-    """Share of questions that are answered right, and where an arm has it, under routing fitted to the labels."""
+    """Share of questions answered correctly, and where an arm has it, under routing fitted to the labels."""
     tasks = list(
         dict.fromkeys(task for record in records.values() for task in record.get("questions", {}).get("by_task", ()))
     )
@@ -220,7 +220,7 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records, dense: str) -> list[str]:
-    """Geometric mean over seeds of eta against an arm, and the least and largest; overall and for each modality."""
+    """Geometric mean, least and largest over seeds of eta against an arm; overall and for each modality."""
     rows = []
     for name in study.with_whole_cost():
         cells = []
@@ -229,7 +229,7 @@ def _etas(study: Study, records: Records, dense: str) -> list[str]:
                 value = EtaValue(eta=name, of=dense, part=part, cost=cost)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
                 logs = [value_of(value, records, seed) for seed in seeds]
-                # A mean without the seeds whose eta is not known would lean to one side.
+                # No mean if the eta of any seed is unknown: leaving that seed out would bias it.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([f"`{name}`", *cells])
@@ -249,7 +249,7 @@ def _eta(logs: Sequence[float]) -> str:
 
 
 def _bins(study: Study, records: Records, key: str) -> list[str]:
-    """Mean loads of arms whose load is not the same for all tokens, bin by bin."""
+    """Mean experts per token, bin by bin, of arms in which it differs between tokens."""
     rows, most = [], 0
     for name in study.arms:
         tables = [each[key] for each in _of(records, name).values() if each.get(key) and each["load"]["all"] % 1]

@@ -1,6 +1,6 @@
-"""The records of an experiment: one line of JSON for each run, and a first line that says by which rules they were made.
+"""The records of an experiment: one line of JSON for each run, after a first line that identifies the rules.
 
-The file is committed; a record of a few kilobytes holds all that tables, plots and verdicts are made of.
+The file is committed. A record takes a few kilobytes and contains all data of tables, plots and verdicts.
 """
 
 import json
@@ -19,7 +19,7 @@ from tools.experiments.study import PILOT, RESULTS, ROOT, Study, fingerprint
 
 
 def results_path(study: Study, *, pilot: bool) -> Path:
-    """Where the records are; a pilot's are not for the repository."""
+    """Path of the records; those of a pilot are not for the repository."""
     return ROOT / f"{study.name}-{PILOT}" / "results.jsonl" if pilot else RESULTS / f"{study.name}.jsonl"
 
 
@@ -27,7 +27,7 @@ def committed_rules(study_path: Path, study: Study) -> str:
     """The commit that last changed the study's file or its base.
 
     Raises:
-        ConfigError: one of them is not committed as it stands: what counts is decided before it runs.
+        ConfigError: one of them is not committed as it stands; rules must be fixed before the runs.
     """
     files = [str(study_path), study.base]
     if _git("ls-files", "--error-unmatch", "--", *files) is None:
@@ -44,11 +44,11 @@ def committed_rules(study_path: Path, study: Study) -> str:
 
 
 def check_rules(path: Path, study_path: Path, study: Study) -> str:
-    """The commit of the rules, where earlier results were made by the same ones.
+    """The commit of the rules, if earlier results were made under the same rules.
 
     Raises:
-        ConfigError: the rules are not committed, or are others than those of the results that are there; or no pilot has
-            fixed what a pilot fixes.
+        ConfigError: the rules are not committed, or differ from those of existing results; or the pilot has not fixed its
+            values.
     """
     if not study.pilot.found:
         raise ConfigError(
@@ -66,7 +66,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """The first line, None where there is no file."""
+    """The first line; None if there is no file."""
     lines = _lines(path)
     if lines and "fingerprint" not in lines[0]:
         raise DataError(f"{path}: its first line must say by which rules it was made; it is damaged: take it from git")
@@ -77,7 +77,7 @@ def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """All records by (arm, seed).
 
     Raises:
-        DataError: a line is none.
+        DataError: a line is not a record.
     """
     records = {}
     for number, line in enumerate(_lines(path)[1:], 2):
@@ -89,7 +89,7 @@ def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def add_record(path: Path, header: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Adds a record, replacing the file whole: a crash leaves the old one or the new one."""
+    """Adds a record and replaces the whole file, so that a crash leaves either the old or the new one."""
     lines = _lines(path) or [dict(header)]
     kept = [line for line in lines[1:] if (line["arm"], line["seed"]) != (record["arm"], record["seed"])]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 
 def code_of_now() -> dict[str, Any]:
-    """Commit of the code, and whether it differs from that: documents, records among them, are no code."""
+    """Commit of the code, and whether the code differs from it; documents, records among them, do not count as code."""
     commit, diff, _ = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)
     documents = re.compile(rb"diff --git a/docs/.* b/docs/.*")
@@ -121,7 +121,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to six significant digits: what is written is small, and says no more than was measured."""
+    """Rounds floats to six significant digits, which keeps files small and suggests no more precision than was measured."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
@@ -136,7 +136,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in this folder; None where it failed."""
+    """Output of a git command in this folder; None if it failed."""
     try:
         done = subprocess.run(
             ["git", *arguments],

@@ -1,7 +1,7 @@
-"""Runs the arms: two processes side by side, each one thread and one rank, from where an earlier call stopped.
+"""Runs the arms, continuing an earlier call: two processes side by side, each with one thread and one rank.
 
-A job is a training by launchers.local and then its measurement. A finished job has a record and is not run again; a half
-one goes on from its last checkpoint, as every run does. Children end with this process, however it ends.
+A job is a training by launchers.local, followed by its measurement. A finished job has a record and is not run again; an
+unfinished one resumes from its last checkpoint, as every run does. Child processes end with this process, however it ends.
 """
 
 import json
@@ -23,8 +23,8 @@ from tools.experiments.verdicts import Record
 MEASURED = "measured.json"
 SPENT = ("tokens", "flops", "seconds")
 TICK_SECONDS = 0.2
-STOP_SECONDS = 300.0  # a stopped run saves first
-# What one process takes of the machine: the runs are small, and two of them side by side fill two cores.
+STOP_SECONDS = 300.0  # a stopped run saves before it ends
+# Limit each process to one thread: the runs are small, and two of them fill two cores.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 Say = Callable[[str], None]
 
@@ -46,11 +46,11 @@ class Runner:
 
     Args:
         study_path: The experiment's file, for the measuring process.
-        pilot: Where the runs and records go.
+        pilot: Selects where runs and records are written.
         path, header: Of the records.
-        side_by_side: Processes at a time.
+        side_by_side: Number of simultaneous processes.
         stop_requested: Whether to save and stop.
-        say: Told of each step.
+        say: Called with a message at each step.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Runner:
         self._records = read_records(path)
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
-        """Runs what has no record yet.
+        """Runs all jobs that have no record yet.
 
         Raises:
             StoppedError: on request; runs have saved.
             JobFailedError: a job failed; others have saved.
-            ConfigError: a job needs a record that no job here will make.
+            ConfigError: a job needs a record that no job here makes.
         """
         try:
             while not self._stop_requested():
@@ -156,7 +156,7 @@ class Runner:
         self._say(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats")
 
     def _stop(self) -> None:
-        """Asks what runs to save and end, and waits; what does not is killed."""
+        """Asks running jobs to save and end, and waits; kills those that do not."""
         for each in self._running:
             each.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS

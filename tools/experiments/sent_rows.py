@@ -1,7 +1,7 @@
-"""Rows on the wire for the routing of an evaluation, had its tokens been spread over the ranks of an EP group.
+"""Counts the rows that an evaluation would send if its tokens were spread over the ranks of an EP group.
 
-A run here has one rank, so nothing travels; what would have is a matter of the choices alone. Sequences go to the ranks in
-turn, as the loader deals them out. Rows are forward ones, a token and layer; others' are those of
+The run here has one rank and sends nothing, but the number of rows depends only on the choices. Sequences go to the ranks
+in turn, as in the loader. Rows are counted in forward, per token and layer; rows of other methods are those of
 `moe_dist.moe.dispatch.ledger`.
 """
 
@@ -25,7 +25,7 @@ def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
 
 
 class SentRows:
-    """Adds up what each rank would have sent.
+    """Sums the rows that each rank would send.
 
     Args:
         placement: Over the ranks of an EP group.
@@ -38,14 +38,15 @@ class SentRows:
         self._tokens = 0
 
     def add(self, routing: Routing, rank_T: np.ndarray) -> None:
-        """One layer's routing of T tokens, of which token t is rank_T[t]'s."""
+        """Adds one layer's routing of T tokens; token t is on rank rank_T[t]."""
         pairs, num_tokens = routing.assignments.taken(), len(rank_T)
         ranks, own_T = self._placement.num_ranks, torch.from_numpy(rank_T)
         goes_TR = torch.zeros(num_tokens, ranks, dtype=torch.bool)
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
         goes_TR[torch.arange(num_tokens), own_T] = False
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # Which token made a null choice is not kept: each rank has its share of them, and of the tokens of each group.
+        # The token of a null choice is not stored, so each rank gets a proportional share of them and of each group's
+        # tokens.
         sums, groups = routing.sums, self._placement.groups
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]
@@ -71,10 +72,10 @@ class SentRows:
         self._tokens += int(sums.tokens_G.sum())
 
     def per_token(self) -> Mapping[str, float]:
-        """Rows a token and layer."""
+        """Rows per token and layer."""
         return {key: value / max(1, self._tokens) for key, value in self._sums.items()}
 
 
 def rank_of_tokens(num_sequences: int, seq_len: int, ranks: int) -> np.ndarray:
-    """The rank of each token of a batch [T]: sequences in turn."""
+    """The rank of each token of a batch [T]; ranks take sequences in turn."""
     return np.repeat(np.arange(num_sequences) % ranks, seq_len)

@@ -1,11 +1,11 @@
-"""The statistics of paired runs: one function, by which every verdict is given.
+"""The statistics of paired runs, on which every verdict rests.
 
-Runs of one seed share data, order and base weights, so that differences between arms are taken seed by seed:
+Runs of one seed share data, order and base weights, so differences between arms are taken seed by seed:
 
     mean d +- t(0.95, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 
-are the one-sided 95 % bounds of the mean difference (Student's t; the quantile is scipy's). "Not worse" asks for an upper
-bound below MARGIN nats, "better" for one below 0.
+are the one-sided 95 % bounds of the mean difference (Student's t; the quantile is scipy's). "Not worse" requires an upper
+bound below MARGIN nats, "better" one below 0.
 """
 
 import math
@@ -34,7 +34,7 @@ def paired(differences: Sequence[float]) -> Paired:
     """Mean and one-sided bounds of paired differences.
 
     Raises:
-        ValueError: fewer than two pairs, or one that is not finite: there is no bound.
+        ValueError: fewer than two pairs, or a value that is not finite, so that no bound exists.
     """
     from scipy.stats import t  # slow to import, and only a report needs it
 
@@ -47,14 +47,14 @@ def paired(differences: Sequence[float]) -> Paired:
 
 
 def differences(left: Mapping[int, float], right: Mapping[int, float]) -> dict[int, float]:
-    """left - right, of the seeds that both have."""
+    """left - right, for seeds that both have."""
     return {seed: left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())}
 
 
 def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -> float | None:
-    """The value at x of the straight lines through points sorted by their x; the outermost lines go on for `reach`.
+    """The value at x of the straight lines through points sorted by x; the outermost lines are extended by `reach`.
 
-    None farther out, or where two points share an x.
+    None farther out, or if two points share an x.
     """
     ordered = sorted(points)
     xs = [each[0] for each in ordered]
@@ -68,9 +68,9 @@ def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -
 
 
 def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Cost at which a curve of (cost, loss) first is at or below a loss, interpolated in ln cost.
+    """Cost at which a curve of (cost, loss) first reaches a loss, interpolated in ln cost.
 
-    None where it never is, and where it begins below: how much it took to get there is not known.
+    None if it never does, or if it starts below: the cost to get there is then unknown.
     """
     ordered = sorted(curve)
     for place, (cost, here) in enumerate(ordered):
@@ -87,9 +87,9 @@ def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | 
 def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]]) -> float | None:
     """ln eta of two curves of (cost, loss).
 
-    eta is the whole cost of `of` over what `arm` spends until it reaches the loss that `of` ends with. Where it never does,
-    the same the other way round, inverted, which is below 1: what `of` spends until it reaches the arm's last loss over the
-    arm's whole cost. None without points, or where it is reached before the first of them.
+    eta is the whole cost of `of` over the cost at which `arm` reaches the last loss of `of`. If it never does, the inverse
+    case, below 1: the cost at which `of` reaches the arm's last loss over the arm's whole cost. None without points, or if
+    the loss is reached before the first of them.
     """
     if not arm or not of:
         return None
@@ -105,8 +105,8 @@ def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
     """A curve's distance from another at the curve's own costs, [2, points]: cost and nats over `of`.
 
     Args:
-        curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost; 1 % before its first point
-            and behind its last it stays as there, farther off the distance is nan.
+        curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost. Up to 1 % beyond its ends
+            it is constant, farther off the distance is nan.
     """
     known = (curve[0] >= 0.99 * of[0][0]) & (curve[0] <= 1.01 * of[0][-1])
     return np.stack([curve[0], np.where(known, curve[1] - np.interp(np.log(curve[0]), np.log(of[0]), of[1]), np.nan)])

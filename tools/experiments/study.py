@@ -1,7 +1,7 @@
-"""An experiment as it is written down: configs/reproduce/NAME.yaml. Frozen and strict, like the configuration of a run.
+"""The schema of an experiment, configs/reproduce/NAME.yaml: frozen and strict, like the configuration of a run.
 
-An arm is a configuration of its own, one run for each seed; runs of one seed see the same data in the same order, so that
-their differences are paired. `after` begins a run with the weights of another arm's run of the same seed.
+An arm is a configuration, with one run for each seed. Runs of one seed see the same data in the same order, so that their
+differences are paired. `after` starts a run from the weights of another arm's run of the same seed.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ FOLDER = Path("configs/reproduce")
 ROOT = Path("runs/reproduce")
 RESULTS = Path("docs/reproductions")
 PILOT = "pilot"
-SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # what the number of layers with experts follows from
-VARIANT = "~"  # between an arm and its variant in a pilot; no arm's name has it
+SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
+VARIANT = "~"  # separates an arm from its variant in a pilot; not allowed in names of arms
 
 Settings = dict[str, Any]
 
@@ -44,11 +44,11 @@ class Arm(Part):
     about: str
     set: Settings = Field(default_factory=dict)
     after: ArmName | None = None
-    carry: bool = False  # what the arm before it spent counts as this one's
+    carry: bool = False  # add the cost of the arm before it
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    asks: tuple[Literal["samples", "oracle"], ...] = ()  # beside the questions that every run is asked
+    asks: tuple[Literal["samples", "oracle"], ...] = ()  # besides the questions of every run
 
 
 class Seeds(Part):
@@ -75,7 +75,7 @@ class Study(Part):
     seeds: Seeds
     pilot: PilotSection
     measure: MeasureSection = Field(default_factory=MeasureSection)
-    not_testable: str = ""  # what the pilot lacked; then no rule is judged
+    not_testable: str = ""  # set if the pilot lacked something; then no rule is judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
     rules: tuple[ValueRule, ...] = ()
 
@@ -115,7 +115,7 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Arms whose records count all that their training took: those that go on from another with `carry` alone."""
+        """Arms whose records include all their training cost: an arm that continues another needs `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
@@ -128,9 +128,9 @@ class StudyJob:
     """One run and its measurement.
 
     Attributes:
-        label: The arm's name, in a pilot with a variant behind it.
-        settings: Keys over the base configuration, in order; those that are measured come when the job starts.
-        needs: Labels whose records of the same seed must be there first.
+        label: The arm's name, in a pilot followed by a variant.
+        settings: Keys over the base configuration, in order; measured ones are added when the job starts.
+        needs: Labels whose records of the same seed must exist first.
     """
 
     label: str
@@ -145,7 +145,7 @@ def load_study(path: Path) -> Study:
     """Reads an experiment.
 
     Raises:
-        ConfigError: with every fault.
+        ConfigError: lists every fault.
     """
     try:
         text = path.read_text()
@@ -158,7 +158,7 @@ def load_study(path: Path) -> Study:
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     try:
-        # As JSON, where a list is what a tuple is written as.
+        # Validate as JSON, in which a list is accepted for a tuple.
         return Study.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problems = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
@@ -166,7 +166,7 @@ def load_study(path: Path) -> Study:
 
 
 def fingerprint(study_path: Path, study: Study) -> str:
-    """Of everything that the rules are: the study's file and its base, byte for byte."""
+    """Hash of all rules: the study's file and its base, byte for byte."""
     digest = hashlib.sha256()
     for path in (study_path, find_config(study.base)):
         digest.update(path.read_bytes() + b"\0")
@@ -174,7 +174,7 @@ def fingerprint(study_path: Path, study: Study) -> str:
 
 
 def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
-    """Every run, arm by arm as they stand: a base before what begins with it."""
+    """Every run, arm by arm in the file's order, in which a base comes before the arms that start from it."""
     if pilot:
         return _pilot_jobs(study)
     jobs = []
@@ -185,7 +185,7 @@ def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
 
 
 def _pilot_jobs(study: Study) -> list[StudyJob]:
-    """The pilot's arms with what they need, and its variants."""
+    """The pilot's arms, the arms that they need, and its variants."""
     wanted: set[str] = set()
     for name in (*study.pilot.arms, *study.pilot.variants):
         _with_needs(study, name, wanted)
@@ -219,12 +219,12 @@ def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> Stud
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
-    """Where a run lies."""
+    """Folder of a run."""
     return ROOT / (f"{study.name}-{PILOT}" if pilot else study.name) / label.replace(VARIANT, "_") / f"seed-{seed}"
 
 
 def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pilot: bool) -> list[str]:
-    """What the launcher is given behind the base configuration: key=value, in JSON, which is YAML."""
+    """The launcher's overrides of the base configuration: key=value, in JSON, which is YAML."""
     folder = run_folder(study, job.label, job.seed, pilot=pilot)
     settings: dict[str, Any] = {"run.name": folder.name, "run.root": str(folder.parent), "run.seed": job.seed}
     if job.after is not None:
@@ -234,10 +234,11 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """The configuration of a run; where a measured value is still to come, a load is 1.5 and a folder is not there.
+    """The configuration of a run. Values still to be measured are replaced: an active number of experts by 1.5, a folder by
+    one that does not exist.
 
     Raises:
-        ConfigError: the arm's settings are none of a configuration.
+        ConfigError: the arm's settings are not valid.
     """
     shape = {key: value for key, value in job.settings.items() if key in SHAPE}
     layers = len(load_config(study.base, [_override(*each) for each in shape.items()]).model.moe_layers)

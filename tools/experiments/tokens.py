@@ -1,6 +1,6 @@
-"""What each held-out token cost and took: its loss, and its true experts in each layer.
+"""The loss of each held-out token, and its true experts in each layer.
 
-Shape letters: N scored tokens, L MoE layers, K places of a token in a router's list of pairs.
+Shape letters: N scored tokens, L MoE layers, K choices of a token in a router's list of pairs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,10 +24,10 @@ class Tokens:
 
     Attributes:
         loss_N: Nats.
-        load_NL: True experts taken in each layer; a token that a layer of a mixture of depths passes by takes none.
-        input_N: Ids of the tokens themselves, which the experts see; label_N those that follow.
-        input_filler_N, label_filler_N: Which of them are empty cells of a picture.
-        input_image_N, label_image_N: Which of them are codes.
+        load_NL: True experts in each layer; 0 where the token skips a mixture-of-depths layer.
+        input_N, label_N: Ids of the tokens themselves, which are the experts' input, and of the tokens after them.
+        input_filler_N, label_filler_N: Whether they are empty cells of a picture.
+        input_image_N, label_image_N: Whether they are picture codes.
     """
 
     loss_N: np.ndarray
@@ -45,7 +45,7 @@ class TokenPairs:
     """The routing of one layer's forward.
 
     Attributes:
-        index_T: Which token of the batch each token of the router is: a layer of a mixture of depths computes a part.
+        index_T: Index in the batch of each of the router's tokens; a mixture-of-depths layer computes only some.
     """
 
     routing: Routing
@@ -54,9 +54,9 @@ class TokenPairs:
 
 @contextmanager
 def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
-    """Inside, each forward of a router adds what it decided, layer by layer."""
+    """Inside, each forward of a router appends its decision, layer by layer."""
     seen: list[TokenPairs] = []
-    chosen: list[Tensor] = []  # of the layer that is running, where it chooses its tokens
+    chosen: list[Tensor] = []  # tokens of the current layer, if it selects its tokens
 
     def note_tokens(module: nn.Module, arguments: tuple[Any, ...], found: Any) -> None:
         del module, arguments
@@ -67,7 +67,7 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
         index_T = chosen.pop() if chosen else torch.arange(arguments[0].shape[0])
         seen.append(TokenPairs(routing, index_T))
 
-    # Behind all other hooks, so that what a probe has changed is what is seen.
+    # Registered after all other hooks, so that a probe's changes are seen.
     handles = [layer.router.register_forward_hook(note) for layer in model.moe_modules()]
     handles += [router.register_forward_hook(note_tokens) for router in model.depth_routers()]
     try:
@@ -79,7 +79,7 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
 
 @torch.no_grad()
 def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor) -> Tokens:
-    """Evaluates batches and keeps what happened to each scored token."""
+    """Evaluates batches and keeps loss and routing of each scored token."""
     rows: list[tuple[np.ndarray, ...]] = []
     with recorded_routers(model) as seen:
         for batch in batches:
@@ -103,21 +103,22 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """bool [B, S]: the token itself is an empty cell; `Batch.filler_BS` says so of the label, which is the next token."""
+    """bool [B, S]: whether the token itself is an empty cell; `Batch.filler_BS` says so of the label, which is the next
+    token."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
 
 
 def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
-    """True experts of each token of the batch [T], float64; 0 for those that the layer passes by."""
+    """True experts of each token of the batch [T], float64; 0 for tokens that skip the layer."""
     pairs = seen.routing.assignments.taken()
     ones = torch.ones(len(pairs.token_N), dtype=torch.float64)
     return torch.zeros(num_tokens, dtype=torch.float64).index_add_(0, seen.index_T[pairs.token_N], ones)
 
 
 def losses(tokens: Tokens) -> dict[str, float]:
-    """Mean held-out nats: all, by the label's modality, of codes that are not filler."""
+    """Mean held-out nats: over all labels, by the label's modality, and over codes that are not filler."""
     image_N = tokens.label_image_N
     parts = {
         "all": np.ones_like(image_N),
@@ -129,7 +130,7 @@ def losses(tokens: Tokens) -> dict[str, float]:
 
 
 def loads(tokens: Tokens) -> dict[str, Any]:
-    """Mean true experts a token and layer: of all scored tokens, by layer, and by what the token and its label are."""
+    """Mean true experts per token and layer: over all scored tokens, by layer, and by kind of token and label."""
     load_N = tokens.load_NL.mean(1)
     kinds = {
         "text": (~tokens.input_image_N, ~tokens.label_image_N),
@@ -147,8 +148,8 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
-    """Load of text and image tokens (by what they are) in bins of equal size of any value of the tokens: beside each other
-    inside a bin, modalities differ by more than by that value."""
+    """Experts per token of text and image tokens (by the token's own modality), in bins of equal size of any value of the
+    tokens. If modalities differ inside a bin, that value alone does not explain the difference."""
     load_N = tokens.load_NL.mean(1)
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))
     place_N = np.clip(np.searchsorted(edges, value_N, side="right") - 1, 0, max(0, len(edges) - 2))

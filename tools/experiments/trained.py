@@ -1,4 +1,4 @@
-"""The models of a finished run on this one process, and the mean of its last checkpoints."""
+"""Loads the models of a finished run on this process, and the mean of its last checkpoints."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from moe_dist.model.transformer import Transformer
 
 
 class TrainedRun:
-    """Reads the checkpoints of a run into one model, over and over.
+    """Reads the checkpoints of a run repeatedly into one model.
 
     Args:
-        folder: Of the run.
-        config: Of the run; its experts are all here (EP = 1).
+        folder: Folder of the run.
+        config: Configuration of the run; this process holds all experts (EP = 1).
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
@@ -25,16 +25,16 @@ class TrainedRun:
         self.model, self.placement = self._reader.model, self._reader.placement
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, rising."""
+        """Steps of the existing checkpoints, rising."""
         return sorted(self._directory.steps())
 
     @torch.no_grad()
     def load(self, steps: Sequence[int]) -> Transformer:
-        """The model with the mean weights of these checkpoints, summed in float64. Thresholds are averaged as well; counts
-        are those of the last.
+        """The model with the mean weights of these checkpoints, summed in float64. Thresholds are averaged too; counts are
+        those of the last checkpoint.
 
         Raises:
-            DataError: a checkpoint is damaged, or adapters lack their base.
+            DataError: a checkpoint is damaged, or the base of its adapters is missing.
         """
         sums: dict[str, torch.Tensor] = {}
         for step in steps:

@@ -1,4 +1,4 @@
-"""What a rule of an experiment compares: numbers of the arms' records, as they are written down."""
+"""The values that an experiment's rules compare: numbers from the records of its arms."""
 
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ class ArmValue(Part):
 class InterpolatedValue(Part):
     """`y` at the load of another arm, by straight lines through the arms `through`, sorted by their `x`.
 
-    Beyond the outermost arms the last line goes on for `reach` at most; farther off there is no value.
+    The last line is extended by `reach` beyond the outermost arms; farther off there is no value.
     """
 
     through: tuple[ArmName, ...] = Field(min_length=2)
@@ -34,7 +34,7 @@ class InterpolatedValue(Part):
 
 
 class EtaValue(Part):
-    """ln eta: how much less an arm spends than `of` until it reaches the held-out loss that `of` ends with."""
+    """ln eta: how much less an arm spends than `of` to reach the held-out loss with which `of` ends."""
 
     eta: ArmName
     of: ArmName
@@ -55,13 +55,13 @@ class Term(Part):
 
 
 class SumValue(Part):
-    """Numbers of records, each times a factor, added up."""
+    """A weighted sum of numbers of records."""
 
     sum: tuple[Term, ...] = Field(min_length=1)
 
 
 class RatioValue(Part):
-    """A rise of a probe's loss over that of the plain evaluation: probe(arm) at `at`."""
+    """The rise of a probe's loss over the plain evaluation's: probe(arm) at `at`."""
 
     arm: ArmName
     probe: str
@@ -88,7 +88,7 @@ class ValueRule(Part):
 
 
 def arms_of(value: Value) -> tuple[str, ...]:
-    """The arms that a value looks at."""
+    """The arms whose records a value needs."""
     match value:
         case InterpolatedValue():
             return (*value.through, value.at)

@@ -1,4 +1,4 @@
-"""Rules to verdicts: pass, fail, or not testable here with the reason."""
+"""Judges rules: pass, fail, or not testable with the reason."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Outcome = Literal["pass", "fail", "not testable here"]
 @dataclass(frozen=True)
 class Verdict:
     """Attributes:
-    paired: Of lower - higher; None where there is no bound.
+    paired: Statistics of lower - higher; None if there is no bound.
     by_seed: The differences.
     reason: Why it is not testable, else empty.
     """
@@ -39,7 +39,7 @@ class Verdict:
 
 
 def judge(study: Study, records: Records) -> list[Verdict]:
-    """A verdict for each rule, from all seeds that the arms it looks at share."""
+    """A verdict for each rule, from all seeds that its arms share."""
     return [_judge(study, rule, records) for rule in study.rules]
 
 
@@ -68,7 +68,7 @@ def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
 
 
 def value_of(value: Value, records: Records, seed: int) -> float | None:
-    """A value of one seed; None where the records do not give it."""
+    """A value for one seed; None if the records do not have it."""
     match value:
         case ConstantValue():
             return value.constant
