@@ -1,1 +1,1 @@
-"""The mixture-of-experts layer: routing, dispatch, experts, and the slow reference they are held to."""
+"""The mixture-of-experts layer: routing, dispatch, experts, and a slow reference for tests."""

@@ -1,8 +1,8 @@
-"""Random numbers that depend on names alone: the same in any order, and when asked for again.
+"""Random numbers that depend only on names: the same in any order and on every call.
 
-A counter-based generator (`logistic`): the number of (seed, step, layer; token, expert) is a hash of them, so that nothing
-has a state, nothing is saved, recomputation draws what the first forward drew, and any layout of ranks draws the same.
-Dropout (`dropped`) draws from a generator that a name begins anew: the same again, but for one rank's tokens at once.
+`logistic` is a counter-based generator: the number for (seed, step, layer; token, expert) is a hash of these. So there is
+no state to save, recomputation draws the same numbers as the first forward, and any layout of ranks draws the same.
+`dropped` (dropout) seeds a generator by a name, for one rank's tokens at once.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """x with a share of its elements at 0 and the others over 1 - share, so that the mean stays. The same draw whenever the
-    name is the same, on one kind of device: a generator that lives for this draw alone.
+    """x with a share of its elements set to 0 and the others divided by 1 - share, so that the mean stays. Equal names give
+    equal draws on one kind of device.
 
     Args:
-        name: What the draw is for, as (seed, step, layer, first token, projection).
+        name: Identifies the draw, as (seed, step, layer, first token, projection).
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

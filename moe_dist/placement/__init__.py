@@ -1,1 +1,1 @@
-"""Which expert lives on which rank: the map, the policies that make one, and the planner. Imports no torch."""
+"""The map of experts to ranks, the roles of parameters, and the routing counts. Imports no torch."""

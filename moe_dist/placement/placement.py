@@ -20,14 +20,13 @@ class ExpertGroup:
         name: Name of the group, part of the experts' logical names.
         num_experts: True experts (n).
         num_null: Null experts (m); they are never placed.
-        top_k: Choices a token makes (k).
+        top_k: Choices per token (k).
         ffn_dim: Hidden width of each expert (F).
         first_expert: Logical id of the group's expert 0.
         modalities: Modalities routed to the group.
-        num_identity, num_constant: Experts that are computed where the token is: its own row, and a learned vector mixed
-            with it; never placed either.
-        capacity: Where the experts choose their tokens, the share of the group's tokens that each takes (c); None where
-            the tokens choose.
+        num_identity, num_constant: Identity and constant experts; each rank computes them for its own tokens, so they are
+            never placed either.
+        capacity: Expert choice: the share of the group's tokens that each expert takes (c); None if tokens choose.
     """
 
     name: str
@@ -48,13 +47,13 @@ class ExpertGroup:
 
     @property
     def num_columns(self) -> int:
-        """Columns that a token of the group chooses among: true, null, identity and constant experts."""
+        """Number of columns among which a token of the group chooses: true, null, identity and constant experts."""
         return self.num_experts + self.num_null + self.num_identity + self.num_constant
 
     @property
     def expected_experts_per_token(self) -> float:
-        """True experts a token takes under a uniform router: k n over all columns, k n / (n + m) with nulls alone; c n
-        where the experts choose."""
+        """True experts per token under a uniform router: k n over all columns, k n / (n + m) with only nulls; c n with
+        expert choice."""
         if self.capacity is not None:
             return min(1.0, self.capacity) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
@@ -62,9 +61,9 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """For each rank of an EP group the logical experts in its slots, in slot order.
+    """The logical experts in the slots of each rank of an EP group, in slot order.
 
-    The slots of a rank are sorted by logical id, so that the experts of a group are one contiguous run.
+    The slots of a rank are sorted by logical id, so the experts of a group are contiguous.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -84,7 +83,8 @@ class ExpertPlacement:
 
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
-        """Every group over all ranks, as evenly as it goes; a group's odd experts begin where the last group's ended."""
+        """Spreads every group evenly over all ranks; a group's remaining experts start where those of the last group
+        ended."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
@@ -133,7 +133,7 @@ class ExpertPlacement:
 
 
 def even_runs(experts: range, parts: int) -> list[range]:
-    """Cuts a range into runs whose lengths differ by at most one, the longer ones first."""
+    """Divides a range into runs whose lengths differ by at most one, the longer ones first."""
     short, longer = divmod(len(experts), parts)
     edges = [part * short + min(part, longer) for part in range(parts + 1)]
     return [experts[a:b] for a, b in itertools.pairwise(edges)]

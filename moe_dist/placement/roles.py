@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Role(Enum):
-    """What a parameter is for. Decides sharding, gradient sums, weight decay, initial value and what stays frozen."""
+    """The purpose of a parameter. Decides sharding, gradient sums, weight decay, initial value and freezing."""
 
     DENSE = "dense"
     EMBEDDING = "embedding"
@@ -60,7 +60,7 @@ class NamedParameter(NamedTuple):
     parameter: "nn.Parameter"
 
 
-@cache  # asked for in each forward
+@cache  # called in each forward
 def group_module(name: str) -> str:
     """Name of the child module that belongs to an expert group: its prefix keeps it apart from the parent's attributes."""
     return f"{_GROUP}{name}"

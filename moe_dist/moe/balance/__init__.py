@@ -1,1 +1,1 @@
-"""Controllers of the routers' selection biases, one rule a file: they steer the load without a gradient."""
+"""Load controllers: they change the routers' selection biases without a gradient; one rule in each file."""

@@ -1,16 +1,16 @@
-"""Holds the mean number of true experts a token takes at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
+"""Holds the mean number of true experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
 
-Called PID there, it is an integral controller: the bias is the sum of all errors. With k choices among n true experts and
-others, the load c_i / T of true expert i, and its sum c / T over the n:
+The paper calls it PID; it is an integral controller: the bias is the sum of all errors. With k choices among n true experts
+and others, the load c_i / T of true expert i, and its sum c / T over the n:
 
     per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
     per group                   b_i += mu (target - c / T) / (k n)       the mean of the above, the same for all i
 
-Below the target the biases rise, true experts win choices from null ones, and the load rises. Both move the mean bias
-alike; the first also evens out the true experts, the second leaves their order to the router.
+Below the target the biases rise, so true experts win choices from null ones. Both forms move the mean bias equally; the
+first also balances the true experts, the second leaves their order to the router.
 
-mu = rate / (1 + step / decay_steps): its sum has no bound and that of its squares has one, so that the load converges to
-the target although each step's count is noisy (Robbins and Monro, 1951), and still follows a router that learns.
+mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of its squares converges, so the mean
+converges to the target although each step is noisy (Robbins and Monro, 1951), and still follows a router that learns.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ class ActiveExperts:
     """The rule.
 
     Args:
-        target: True experts a token, by name of the group; groups that are not named are left alone.
+        target: True experts per token, by name of the group; other groups are not controlled.
         rate: mu of the first step.
-        decay_steps: Updates after which mu is half the rate; None keeps it.
-        per: Whether the true experts of a group move together or each by its own load.
+        decay_steps: Updates after which mu is half the rate; None keeps it constant.
+        per: Whether the true experts of a group share one update, or each gets one by its own load.
     """
 
     def __init__(

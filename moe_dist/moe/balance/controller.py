@@ -1,8 +1,7 @@
-"""Selection biases that follow the load: after each optimizer step, by rules that see the step's counts over all ranks.
+"""Updates selection biases after each optimizer step, by rules on the step's counts over all ranks.
 
-A bias moves choices only: no weight, no logit and no gradient sees it. Only those of true experts move; null and
-    zero-computation
-columns stay where they are, so that a common shift of the true ones changes how many of them a token takes.
+A bias changes only choices: weights, logits and gradients do not depend on it. Only the biases of true experts change.
+Those of zero-computation columns stay 0, so a common shift of the true ones changes how many of them a token takes.
 Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
 """
 
@@ -25,26 +24,26 @@ class Gate(Protocol):
 
 
 class Rule(Protocol):
-    """How one step's load moves the biases of a group's true experts."""
+    """Computes the update of a group's biases from one step's load."""
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """What to add to the biases, float64 [L, n]; None where the rule has nothing to say about the group.
+        """The update of the biases, float64 [L, n]; None if the rule does not apply to the group.
 
         Args:
             true_Ln: float64, choices of each true expert in the step, over all ranks, before any capacity.
-            tokens_L1: float64, the group's tokens, at least 1 each: layers without tokens are left out by the caller.
+            tokens_L1: float64, the group's tokens, at least 1 each: the caller leaves out layers without tokens.
             step: Updates before this one.
         """
         ...
 
 
 class BiasController:
-    """Applies rules to the biases of all layers and groups. The same on all ranks: it sees nothing but global counts.
+    """Applies rules to the biases of all layers and groups. All ranks compute the same, since it uses only global counts.
 
     Args:
-        gates_LG: Of each layer and group; their `bias` is looked up at each update, since a model may replace its buffers.
+        gates_LG: For each layer and group; their `bias` is looked up at each update, since a model may replace its buffers.
         groups: All groups, in logical order.
-        rules: Each sees the same counts; what they say is added up.
+        rules: All get the same counts; their updates are added.
     """
 
     def __init__(self, gates_LG: Sequence[Sequence[Gate]], groups: Sequence[ExpertGroup], rules: Sequence[Rule]) -> None:
@@ -53,10 +52,10 @@ class BiasController:
 
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Moves the biases; called after the optimizer step, never between forward and backward. No collective, no sync.
+        """Updates the biases; called after the optimizer step, never between forward and backward. No collective, no sync.
 
         Args:
-            counts: Of the whole step over all ranks; a layer of a group that had no token stays as it is.
+            counts: Of the whole step over all ranks; a layer of a group without tokens keeps its biases.
         """
         for index, group in enumerate(self._groups):
             true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
@@ -71,14 +70,14 @@ class BiasController:
         self.step += 1
 
     def state(self) -> JsonValue:
-        """What resumes beside the biases, which are buffers of the model: the number of updates."""
+        """The number of updates; the biases themselves are saved as buffers of the model."""
         return {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:
-        """Takes a saved state back.
+        """Restores a saved state.
 
         Raises:
-            DataError: it is none.
+            DataError: it is invalid.
         """
         step = state.get("step") if isinstance(state, dict) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:

@@ -2,9 +2,9 @@
 
     b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
 
-Where a group has null or zero-computation columns, the mean of the signs is taken off: the rule then says nothing about how
-many true experts a token takes, which is another controller's part. Without such columns a common shift changes no choice,
-and the published rule is kept as it is.
+If a group has zero-computation columns, the mean of the signs is subtracted, so that the rule does not change how many true
+experts a token takes; another controller does that. Without such columns a common shift changes no choice, and the
+published rule is used unchanged.
 """
 
 import torch
@@ -17,7 +17,7 @@ class LossFree:
     """The rule.
 
     Args:
-        rate: By how much a bias moves in a step.
+        rate: Change of a bias in one step.
     """
 
     def __init__(self, *, rate: float) -> None:
@@ -25,7 +25,7 @@ class LossFree:
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
         """As `moe_dist.moe.balance.controller.Rule`."""
-        # Counts are whole numbers, so n c_i is held against their sum exactly: no sign hangs on a rounded mean.
+        # Compare integers, n c_i with the sum of counts, so that no sign depends on a rounded mean.
         sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
         if group.num_columns > group.num_experts:
             sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)

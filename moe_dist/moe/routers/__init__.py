@@ -1,1 +1,1 @@
-"""Routers, one a file: who goes where."""
+"""Routers, one in each file."""
