@@ -73,11 +73,11 @@ def grouped_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts:
 def choose_gemm(
     kind: ExpertGemm, *, dtype: torch.dtype, device: torch.device, widths: Sequence[int], num_experts: int
 ) -> StackedSwiGLU:
-    """The way to compute `num_experts` experts whose D and F are `widths`.
+    """The function that computes `num_experts` experts whose D and F are `widths`.
 
-    `auto` is grouped where CUDA has a kernel for it: one launch instead of one an expert. On CPU both are loops, and
-    grouped is taken from as many experts on as it was measured to be faster (docs/parallelism.md). Cheap enough to ask in
-    each forward.
+    `auto` is grouped if CUDA has a kernel for it: one launch instead of one for each expert. On CPU both are loops, and
+    grouped is used from the number of experts at which it was measured to be faster (docs/parallelism.md). Cheap enough to
+    call in each forward.
 
     Raises:
         ValueError: `grouped` where it is not possible, with the reason.
@@ -137,7 +137,7 @@ class _ZeroGradientOf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = grads
-        for expert in ctx.experts:  # the product's own fresh buffer, which nobody else holds
+        for expert in ctx.experts:  # a fresh buffer that only this product holds
             gradient[expert].zero_()
         return gradient, None
 

@@ -1,4 +1,4 @@
-"""Experts, or the block of a layer, choose their tokens: which tokens compete, and which of them are taken.
+"""Selects tokens for experts, or for the block of a layer: which tokens compete, and which are taken.
 
 Expert choice has one such chooser for each expert; mixture of depths is the case of one chooser a layer. The tokens of
 one selection scope compete:
@@ -59,7 +59,7 @@ class AuxiliaryRouter(nn.Module):
 
 
 class ThresholdGate(Protocol):
-    """What holds the thresholds of n choosers."""
+    """Holds the thresholds of n choosers."""
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
         """Threshold, running mean and steps, [n] each: buffers, or views of them, that are written in place."""
@@ -70,8 +70,8 @@ class ChoosingRouter(nn.Module):
     """A router whose E choosers take tokens in training: experts, or the block of a layer.
 
     Attributes:
-        causal: How a token is judged in evaluation.
-        noncausal: Choose in evaluation as in training, looking at later tokens and without noise.
+        causal: How evaluation decides for a token.
+        noncausal: In evaluation select as in training, which sees later tokens, but without noise.
     """
 
     causal: Causal | None
@@ -79,7 +79,7 @@ class ChoosingRouter(nn.Module):
     noncausal = False
 
     def gates(self) -> Sequence[ThresholdGate]:
-        """What holds the choosers' thresholds, in their order, where evaluation is by thresholds."""
+        """Holders of the choosers' thresholds, in order, if evaluation uses thresholds."""
         raise NotImplementedError
 
     def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
@@ -153,7 +153,7 @@ class SelectionScope:
         )
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """T of each rank of the scope. Without the micro-batch's sizes (evaluation, depths) it is the same on all ranks."""
+        """T of each rank of the scope. Without the micro-batch's sizes (evaluation, mixture of depths) all ranks have the same T."""
         return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
     def choose(
@@ -215,10 +215,10 @@ def choose(
 
     Args:
         logits_UE: Without noise, OUTSIDE where the token does not compete; sigmoid of it is the score.
-        noisy_UE: What is compared: the same tensor, or one with noise.
+        noisy_UE: The compared logits: the same tensor, or one with noise.
         capacity_E: float64, c of each chooser.
         own: This rank's rows of the scope.
-        keep_order: The scope is one rank, and its order is wanted.
+        keep_order: Return the order too; only for a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
     order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices
@@ -229,7 +229,7 @@ def choose(
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Score of the last token that there is room for, noise left out; 0 where there is room for none."""
+    """Lowest selected score of each chooser, without noise; 0 if it selects none."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
     if order_UE is None:

@@ -1,4 +1,4 @@
-"""The thresholds that make a choice of tokens causal in evaluation: running means of the last score taken, corrected.
+"""Thresholds that make the selection of tokens causal in evaluation: running means of the lowest selected score, corrected.
 
 Expert Threshold (arXiv 2603.11535): c_i is the running mean of the k-th largest score of chooser i over its selection
 scopes. With q the mean of a step (scopes weighted by their tokens) and w the weight of one step (1 / steps at first, then
@@ -30,10 +30,10 @@ class ThresholdUpdater:
     """Updates thresholds after each step. Their state is in buffers of the routers.
 
     Args:
-        gates_LG: Of each layer; one a group.
+        gates_LG: For each layer, one for each group.
         decay: Of the running means.
         dtype: Of the arithmetic; None for that of the buffers.
-        mixture_of_depths: Whether the gates choose the tokens of layers, and not of experts.
+        mixture_of_depths: Whether the gates select tokens for layers instead of experts.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ThresholdUpdater:
 
     @classmethod
     def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdUpdater | None":
-        """For a model's MoE layers; None where tokens choose."""
+        """For a model's MoE layers; None if tokens choose."""
         routers = [layer.router for layer in layers if isinstance(layer.router, ChoosingRouter)]
         if not routers:
             return None

@@ -4,8 +4,8 @@ m = 0).
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); a token whose A is empty gets 0, and the residual carries it.
 
-Null choices become absent pairs, which nothing after the router sees. So do pairs that a
-capacity drops. Free choices (identity, constant) leave as weights of their own, for the token's own rank.
+Null choices and pairs that a capacity drops become absent pairs, which cost nothing after the router. Choices of identity
+and constant experts are returned as separate weights, which the token's own rank applies.
 """
 
 from collections.abc import Sequence
@@ -201,7 +201,7 @@ class TopKRouter(nn.Module):
         return masked_TC.softmax(dim=-1)
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
-        """By what each token chooses, largest first, without gradient; -inf for columns that it cannot take."""
+        """Scores by which each token chooses, largest first, without gradient; -inf for columns that it cannot take."""
         score_TC = masked_TC.detach()
         if not self.selection_bias:
             return score_TC
