@@ -153,7 +153,7 @@ class SelectionScope:
         )
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """T of each rank of the scope; equal on all ranks without the micro-batch's sizes (evaluation, mixture of depths)."""
+        """T of each rank of the scope; equal on all ranks without the batch's sizes (evaluation, mixture of depths)."""
         return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
     def choose(
