@@ -20,13 +20,18 @@ def initialise(
 
     Norms start at 1; biases and the second matrices of adapters at 0. The first adapter matrices [r, in] are normal with
     the variance of the authors' code, 1 / (3 in). All others are normal with `std`; projections into the residual stream
-    (attention.o, every down) with std / sqrt(2 L). One whole tensor at a time is drawn on the host, then sharded.
+    (attention.o, every down) with std / sqrt(2 L). A module that needs another start gives a constant for each of its
+    parameters by name in `initial_values`. One whole tensor at a time is drawn on the host, then sharded.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
     for each in named_parameters(model):
         scale = residual if each.name.endswith((".o.weight", ".down.weight", ".down")) else std
-        set_whole(each.parameter, _draw(each, placement, ep_rank, seed, scale))
+        owner, _, leaf = each.path.rpartition(".")
+        constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
+        drawn = constant is None  # a value set in the constructor is lost: the model was on the meta device then
+        shape = each.parameter.shape
+        set_whole(each.parameter, _draw(each, placement, ep_rank, seed, scale) if drawn else torch.full(shape, constant))
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
