@@ -13,9 +13,8 @@ class AttentionLoRASection(Section):
     rank: PositiveInt = Field(description="Rank of the adapters (r).")
     alpha: PositiveFloat = Field(description="An adapter's output is scaled by alpha / rank.")
     dropout: Decay = Field(default=0.0, description="Share of an adapter's inputs that is dropped while training.")
-    targets: tuple[Literal["q", "k", "v", "o"], ...] = Field(
-        default=("q", "k", "v", "o"), description="Projections that have an adapter."
-    )
+    targets: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
+    """Projections that have an adapter."""
 
     def violations(self) -> list[Violation]:
         return target_violations(self.targets)

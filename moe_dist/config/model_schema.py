@@ -38,25 +38,19 @@ class GroupSection(Section):
     """One group of experts: a token is routed inside the group of its modality."""
 
     num_experts: Experts = Field(description="True experts of the group (n).")
-    num_null: NullExperts = Field(
-        default=0, description="Null experts of the group (m): choices that cost nothing. 0 is plain top-k."
-    )
-    num_identity: Count = Field(
-        default=0, description="Identity experts: they add the token's normed input times its weight, on its own rank."
-    )
-    num_constant: Count = Field(
-        default=0, description="Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."
-    )
-    top_k: PositiveInt = Field(
-        description="Choices a token makes among all experts of its group, null ones included (k). With "
-        "router.kind=expert_choice the number of experts that take a token on average, unless router.capacity says so."
-    )
-    ffn_dim: PositiveInt = Field(
-        description="Hidden width of each expert's SwiGLU (F); with model.moe.experts.kind=lora of the frozen FFN."
-    )
-    modalities: tuple[Name, ...] = Field(
-        default=(), description="Modalities routed to this group; empty means the one that has the group's name."
-    )
+    num_null: NullExperts = 0
+    """Null experts of the group (m): choices that cost nothing. 0 is plain top-k."""
+    num_identity: Count = 0
+    """Identity experts: they add the token's normed input times its weight, on its own rank."""
+    num_constant: Count = 0
+    """Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."""
+    top_k: PositiveInt
+    """Choices a token makes among all experts of its group, null ones included (k). With router.kind=expert_choice the
+    number of experts that take a token on average, unless router.capacity says so."""
+    ffn_dim: PositiveInt
+    """Hidden width of each expert's SwiGLU (F); with model.moe.experts.kind=lora of the frozen FFN."""
+    modalities: tuple[Name, ...] = ()
+    """Modalities routed to this group; empty means the one that has the group's name."""
 
     @property
     def num_zero_computation(self) -> int:
@@ -77,40 +71,31 @@ class GroupSection(Section):
 class CapacitySection(Section):
     """A bound of the (token, expert) pairs that an expert takes while training; what lies beyond it is dropped."""
 
-    factor: PositiveFloat = Field(
-        description="An expert takes ceil(factor x k x T / columns) pairs of its group's T tokens; 1 is the even share."
-    )
-    drop: Literal["probability", "position"] = Field(
-        default="probability",
-        description="Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token.",
-    )
-    scope: Literal["rank"] = Field(
-        default="rank", description="Tokens that compete for an expert's room: those of one rank's micro-batch."
-    )
+    factor: PositiveFloat
+    """An expert takes ceil(factor x k x T / columns) pairs of its group's T tokens; 1 is the even share."""
+    drop: Literal["probability", "position"] = "probability"
+    """Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token."""
+    scope: Literal["rank"] = "rank"
+    """Tokens that compete for an expert's room: those of one rank's micro-batch."""
 
 
 class MoESection(Section):
     """Expert groups, their router, and which layers hold them."""
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
-    experts: AnyExperts = Field(
-        default_factory=FFNExpertsSection, description="What a true expert is: an FFN, or LoRA over a frozen FFN."
-    )
+    experts: AnyExperts = Field(default_factory=FFNExpertsSection)
+    """What a true expert is: an FFN, or LoRA over a frozen FFN."""
     router: AnyRouter = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
-    capacity: CapacitySection | None = Field(
-        default=None, description="Bound of the pairs an expert takes while training; null for none."
-    )
-    balance: tuple[AnyController, ...] = Field(
-        default=(), description="Controllers of the router's selection bias, one of a kind; what they say is added up."
-    )
+    capacity: CapacitySection | None = None
+    """Bound of the pairs an expert takes while training; null for none."""
+    balance: tuple[AnyController, ...] = ()
+    """Controllers of the router's selection bias, one of a kind; what they say is added up."""
     every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
-    shared_ffn_dim: Count = Field(
-        default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
-    )
-    shared_gate: bool = Field(
-        default=False, description="Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."
-    )
+    shared_ffn_dim: Count = 0
+    """Hidden width of a shared expert that sees every token; 0 for none."""
+    shared_gate: bool = False
+    """Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."""
 
     def violations(self) -> list[Violation]:
         if not self.shared_gate or self.shared_ffn_dim:
@@ -130,22 +115,16 @@ class MixtureOfDepthsSection(Section):
 
     every: PositiveInt = Field(default=2, description="Every how many layers a layer chooses its tokens.")
     first: Count = Field(default=0, description="Index of the first layer that does.")
-    capacity: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.25, description="Share of the selection scope's tokens that such a layer computes (c); MoMa takes 0.25."
-    )
-    scope: Literal["rank", "ep_group", "world"] = Field(
-        default="rank",
-        description="Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all "
-        "ranks'. The latter two exchange a score for each token in each such layer.",
-    )
-    causal: Literal["threshold", "auxiliary"] = Field(
-        default="auxiliary",
-        description="How evaluation and generation judge a token without looking at later ones: by a threshold that "
-        "follows the score of the last token taken, or by an auxiliary router, trained beside the model.",
-    )
-    threshold_decay: Decay = Field(
-        default=0.99, description="Decay a step of the running mean behind the threshold; its memory is 1 / (1 - it)."
-    )
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Share of the selection scope's tokens that such a layer computes (c); MoMa takes 0.25."""
+    scope: Literal["rank", "ep_group", "world"] = "rank"
+    """Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all ranks'. The latter
+    two exchange a score for each token in each such layer."""
+    causal: Literal["threshold", "auxiliary"] = "auxiliary"
+    """How evaluation and generation judge a token without looking at later ones: by a threshold that follows the score of
+    the last token taken, or by an auxiliary router, trained beside the model."""
+    threshold_decay: Decay = 0.99
+    """Decay a step of the running mean behind the threshold; its memory is 1 / (1 - it)."""
 
 
 class ModelSection(Section):
@@ -161,23 +140,17 @@ class ModelSection(Section):
     dense_ffn_dim: PositiveInt | None = Field(default=None, description="FFN width of layers without experts.")
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position frequencies.")
     norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
-    qk_norm: Literal["none", "head", "full"] = Field(
-        default="none",
-        description="RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE).",
-    )
-    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
-        default="none",
-        description="Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too.",
-    )
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE)."""
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    """Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too."""
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
     moe: MoESection
-    attention_lora: AttentionLoRASection | None = Field(
-        default=None, description="LoRA adapters on the attention, trained by train.only=adapters; null for none."
-    )
-    mixture_of_depths: MixtureOfDepthsSection | None = Field(
-        default=None, description="Layers that compute a share of the tokens alone (mixture of depths); null for none."
-    )
+    attention_lora: AttentionLoRASection | None = None
+    """LoRA adapters on the attention, trained by train.only=adapters; null for none."""
+    mixture_of_depths: MixtureOfDepthsSection | None = None
+    """Layers that compute a share of the tokens alone (mixture of depths); null for none."""
 
     @property
     def resolved_head_dim(self) -> int:

@@ -11,19 +11,14 @@ class ActiveExpertsSection(ControllerSection):
     """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
 
     kind: Literal["active_experts"] = "active_experts"
-    target: dict[GroupName, PositiveFloat] = Field(
-        min_length=1, description="True experts a token, by group; groups that are not named are left alone."
-    )
-    rate: PositiveFloat = Field(
-        description="Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."
-    )
-    decay_steps: PositiveInt | None = Field(
-        default=None, description="Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."
-    )
-    per: Literal["group", "expert"] = Field(
-        default="group",
-        description="The true experts of a group move together, or each by its own load, which evens them out as well.",
-    )
+    target: dict[GroupName, PositiveFloat] = Field(min_length=1)
+    """True experts a token, by group; groups that are not named are left alone."""
+    rate: PositiveFloat
+    """Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."""
+    decay_steps: PositiveInt | None = None
+    """Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."""
+    per: Literal["group", "expert"] = "group"
+    """The true experts of a group move together, or each by its own load, which evens them out as well."""
 
     @property
     def targets(self) -> Mapping[str, float]:

@@ -21,15 +21,11 @@ class LoRAExpertsSection(ExpertsSection):
     rank: PositiveInt = Field(description="Rank of each expert's adapters (r).")
     alpha: PositiveFloat = Field(description="An adapter's output is scaled by alpha / rank.")
     dropout: Decay = Field(default=0.0, description="Share of an adapter's inputs that is dropped while training.")
-    targets: tuple[Literal["gate", "up", "down"], ...] = Field(
-        default=("gate", "up", "down"),
-        description="Projections of the FFN that have adapters; all share the token's route.",
-    )
-    weight: Literal["probability", "straight_through", "published"] = Field(
-        default="probability",
-        description="Weight of a chosen expert: its probability p among all columns; p / p, whose value is 1 and whose "
-        "gradient is p's; or 1 as published, where the task teaches the router nothing.",
-    )
+    targets: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
+    """Projections of the FFN that have adapters; all share the token's route."""
+    weight: Literal["probability", "straight_through", "published"] = "probability"
+    """Weight of a chosen expert: its probability p among all columns; p / p, whose value is 1 and whose gradient is p's; or
+    1 as published, where the task teaches the router nothing."""
 
     @property
     def input_dropout(self) -> float:

@@ -15,29 +15,20 @@ class ExpertChoiceRouterSection(RouterSection):
     only_true_experts: ClassVar[bool] = True  # no expert may take a token at all
 
     kind: Literal["expert_choice"] = "expert_choice"
-    capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
-        default=None,
-        description="Share of its group's tokens in the selection scope that each expert takes (c); null is top_k / "
-        "num_experts of the group, so that a token is taken by top_k experts on average.",
-    )
-    scope: Literal["rank", "ep_group", "world"] = Field(
-        default="rank",
-        description="Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all "
-        "ranks'. The latter two exchange the router's logits in each layer.",
-    )
-    noise: NonNegative = Field(
-        default=0.0,
-        description="Scale of Gumbel-sigmoid noise on the logits in training, sigmoid(x + noise (G' - G'')); MoMa takes 1 "
-        "after upcycling.",
-    )
-    causal: Literal["threshold", "auxiliary"] | None = Field(
-        default=None,
-        description="How evaluation routes a token without looking at later ones: by thresholds that follow the k-th "
-        "largest score, or by auxiliary routers, trained in a second stage (train.only). Evaluation needs one of them.",
-    )
-    threshold_decay: Decay = Field(
-        default=0.99, description="Decay a step of the running means behind the thresholds; their memory is 1 / (1 - it)."
-    )
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of its group's tokens in the selection scope that each expert takes (c); null is top_k / num_experts of the
+    group, so that a token is taken by top_k experts on average."""
+    scope: Literal["rank", "ep_group", "world"] = "rank"
+    """Tokens among which an expert chooses: those of one rank's micro-batch, of an EP group's, or of all ranks'. The latter
+    two exchange the router's logits in each layer."""
+    noise: NonNegative = 0.0
+    """Scale of Gumbel-sigmoid noise on the logits in training, sigmoid(x + noise (G' - G'')); MoMa takes 1 after
+    upcycling."""
+    causal: Literal["threshold", "auxiliary"] | None = None
+    """How evaluation routes a token without looking at later ones: by thresholds that follow the k-th largest score, or by
+    auxiliary routers, trained in a second stage (train.only). Evaluation needs one of them."""
+    threshold_decay: Decay = 0.99
+    """Decay a step of the running means behind the thresholds; their memory is 1 / (1 - it)."""
 
     @property
     def has_auxiliary_routers(self) -> bool:

@@ -10,24 +10,16 @@ class GroupLimitedRouterSection(RouterSection):
     """Top-k of sigmoid scores + bias among the experts of a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
 
     kind: Literal["group_limited"] = "group_limited"
-    n_group: PositiveInt = Field(
-        default=1,
-        description="Node groups that each group's true experts are cut into, in order. Null and zero-computation "
-        "experts lie in none.",
-    )
-    topk_group: PositiveInt = Field(
-        default=1,
-        description="Node groups whose experts a token may take: those with the largest sums of their two best scores.",
-    )
-    normalise: Literal["true_chosen", "none"] = Field(
-        default="true_chosen",
-        description="Routing weights are the sigmoids of the chosen experts over their sum, null ones left out, or the "
-        "sigmoids as they are.",
-    )
+    n_group: PositiveInt = 1
+    """Node groups that each group's true experts are cut into, in order. Null and zero-computation experts lie in none."""
+    topk_group: PositiveInt = 1
+    """Node groups whose experts a token may take: those with the largest sums of their two best scores."""
+    normalise: Literal["true_chosen", "none"] = "true_chosen"
+    """Routing weights are the sigmoids of the chosen experts over their sum, null ones left out, or the sigmoids as they
+    are."""
     scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight (routed_scaling_factor).")
-    selection_bias: bool = Field(
-        default=True, description="Choose by sigmoid + bias, which starts at 0 and enters no weight; loss_free moves it."
-    )
+    selection_bias: bool = True
+    """Choose by sigmoid + bias, which starts at 0 and enters no weight; loss_free moves it."""
 
     def violations_in(self, config: WholeConfig) -> list[Violation]:
         broken = super().violations_in(config)

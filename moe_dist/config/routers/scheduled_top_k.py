@@ -17,14 +17,11 @@ class ScheduledTopKRouterSection(RouterSection):
     only_true_experts: ClassVar[bool] = True
 
     kind: Literal["scheduled_top_k"] = "scheduled_top_k"
-    active_experts: dict[GroupName, LayerActiveExperts] = Field(
-        min_length=1,
-        description="By group, true experts a token in each MoE layer, at most the group's top_k: its floor for every "
-        "token, the best ones, and one more for a random part of them. Whole numbers are a k by layer.",
-    )
-    normalise: Literal["true_chosen", "none"] = Field(
-        default="true_chosen", description="As in router.kind=top_k: a softmax over the chosen experts, or over the group."
-    )
+    active_experts: dict[GroupName, LayerActiveExperts] = Field(min_length=1)
+    """By group, true experts a token in each MoE layer, at most the group's top_k: its floor for every token, the best
+    ones, and one more for a random part of them. Whole numbers are a k by layer."""
+    normalise: Literal["true_chosen", "none"] = "true_chosen"
+    """As in router.kind=top_k: a softmax over the chosen experts, or over the group."""
     scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight.")
 
     def not_causal(self) -> str:
