@@ -7,7 +7,7 @@ they are used, except `prelude`, which is shell code. So a cluster file is as po
 it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -120,21 +120,19 @@ class Cluster(Section):
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         """Two rules. A signal sent at once would stop every job as soon as it trains. A repeated option would override the
         plan, or be overridden."""
-        broken, limit = [], seconds_of(self.time)
+        limit = seconds_of(self.time)
         if 0.0 < limit <= self.signal_seconds:  # a limit of 0 means none
             problem = (
                 f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to save "
                 "and stop as soon as they have begun; lower it, or ask for more time"
             )
-            broken.append(Violation(("time", "signal_seconds"), problem))
-        ours = [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]
-        if ours:
+            yield Violation(("time", "signal_seconds"), problem)
+        if ours := [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]:
             problem = f"options: {', '.join(ours)}: the launcher says that; use the other keys of the cluster file"
-            broken.append(Violation(("options",), problem))
-        return broken
+            yield Violation(("options",), problem)
 
 
 def seconds_of(time: str) -> float:

@@ -77,30 +77,30 @@ class Manifest(Section):
     """Held-out nats a token of count models fitted on the training tokens: 'text/unigram', 'image/left_bigram',
     'image_no_filler/unigram', ..."""
 
-    def violations(self) -> list[Violation]:
-        problems = [Violation(("modalities", "vocab_size"), problem) for problem in self._range_problems()]
+    def violations(self) -> Iterator[Violation]:
+        for problem in self._range_problems():
+            yield Violation(("modalities", "vocab_size"), problem)
         for name in self.modalities:
             if name in RESERVED_MODALITIES or name.endswith("_no_filler"):
                 problem = f"modalities: the name {name!r} means something else in loss/{name}; choose another"
-                problems.append(Violation(("modalities",), problem))
+                yield Violation(("modalities",), problem)
         marks = {"pad_id": self.pad_id, "eos_id": self.eos_id}
         if self.image is not None:
             marks |= {"image.begin_id": self.image.begin_id, "image.end_id": self.image.end_id}
         for key, value in marks.items():
             if value >= self.vocab_size:
                 problem = f"{key}={value} lies outside [0, vocab_size={self.vocab_size})"
-                problems.append(Violation((key, "vocab_size"), problem))
+                yield Violation((key, "vocab_size"), problem)
         for key, split in self.splits():
             counts = split.tokens_by_modality
             if unknown := [name for name in counts if name not in self.modalities]:
                 problem = (
                     f"{key}.tokens_by_modality: {', '.join(unknown)} not among the modalities {', '.join(self.modalities)}"
                 )
-                problems.append(Violation((key, "modalities"), problem))
+                yield Violation((key, "modalities"), problem)
             elif counts and sum(counts.values()) != split.tokens:
                 problem = f"{key}: tokens={split.tokens}, but tokens_by_modality adds up to {sum(counts.values())}"
-                problems.append(Violation((key,), problem))
-        return problems
+                yield Violation((key,), problem)
 
     def splits(self) -> Iterator[tuple[str, SplitSection]]:
         """Every split with its dotted key."""

@@ -1,5 +1,6 @@
 """The schema of the model: groups of experts, router, balance, mixture of depths. `schema` has the whole."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -12,17 +13,7 @@ from moe_dist.config.kinds import kinds_in
 from moe_dist.config.lora_schema import AttentionLoRASection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
-from moe_dist.config.section import (
-    Count,
-    Decay,
-    Experts,
-    GroupName,
-    Layers,
-    Name,
-    NullExperts,
-    Section,
-    Violation,
-)
+from moe_dist.config.section import Count, Decay, Experts, GroupName, Layers, Name, NullExperts, Section, Violation
 
 if TYPE_CHECKING:  # type checkers see the type of the base
     AnyRouter = RouterSection
@@ -57,15 +48,15 @@ class GroupSection(Section):
         """Number of identity and constant experts."""
         return self.num_identity + self.num_constant
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         free = self.num_zero_computation
         if self.top_k <= self.num_experts + self.num_null + free:
-            return []
+            return
         problem = (
             f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null"
             f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
         )
-        return [Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)]
+        yield Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)
 
 
 class CapacitySection(Section):
@@ -97,11 +88,11 @@ class MoESection(Section):
     shared_gate: bool = False
     """Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."""
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         if not self.shared_gate or self.shared_ffn_dim:
-            return []
+            return
         problem = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
-        return [Violation(("shared_gate", "shared_ffn_dim"), problem)]
+        yield Violation(("shared_gate", "shared_ffn_dim"), problem)
 
     @field_validator("router", mode="before")
     @classmethod
@@ -164,11 +155,8 @@ class ModelSection(Section):
     @property
     def depth_layers(self) -> tuple[int, ...]:
         """Indices of the mixture-of-depths layers."""
-        return (
-            ()
-            if self.mixture_of_depths is None
-            else tuple(range(self.mixture_of_depths.first, self.num_layers, self.mixture_of_depths.every))
-        )
+        depths = self.mixture_of_depths
+        return () if depths is None else tuple(range(depths.first, self.num_layers, depths.every))
 
     @property
     def has_adapters(self) -> bool:
@@ -180,44 +168,34 @@ class ModelSection(Section):
         """Largest dropout of all adapters; 0 without any."""
         return max(self.moe.experts.input_dropout, self.attention_lora.dropout if self.attention_lora else 0.0)
 
-    def violations(self) -> list[Violation]:
-        heads, kv_heads, broken = self.num_heads, self.num_kv_heads, []
+    def violations(self) -> Iterator[Violation]:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             problem = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
-            broken.append(Violation(("num_heads", "num_kv_heads"), problem))
+            yield Violation(("num_heads", "num_kv_heads"), problem)
         head_keys = ("hidden_dim", "num_heads", "head_dim")
         if self.head_dim is None and self.hidden_dim % heads:
             problem = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
-            broken.append(Violation(head_keys, problem))
+            yield Violation(head_keys, problem)
         elif self.resolved_head_dim % 2:
-            problem = f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs"
-            broken.append(Violation(head_keys, problem))
+            yield Violation(head_keys, f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs")
         if not self.moe_layers:
             problem = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
-            broken.append(Violation(("moe.first", "num_layers"), problem))
+            yield Violation(("moe.first", "num_layers"), problem)
         elif len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
             problem = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
-            broken.append(Violation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), problem))
-        return [*broken, *self._depth_violations()]
-
-    def _depth_violations(self) -> list[Violation]:
-        if self.mixture_of_depths is None:
-            return []
-        if not self.depth_layers:
-            first = f"mixture_of_depths.first={self.mixture_of_depths.first}"
-            problem = f"{first} leaves no layer that chooses among num_layers={self.num_layers}"
-            return [
-                Violation(
-                    ("mixture_of_depths.first", "num_layers"), f"{problem}; lower it, or set mixture_of_depths to null"
-                )
-            ]
+            yield Violation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), problem)
         dense = sorted(set(self.depth_layers) - set(self.moe_layers))
-        if not dense:
-            return []
-        problem = (
-            f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts "
-            f"(moe.first={self.moe.first}, "
-            f"moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and mixture_of_depths.every to "
-            f"a multiple of moe.every"
-        )
-        return [Violation(("mixture_of_depths.first", "mixture_of_depths.every", "moe.first", "moe.every"), problem)]
+        if self.mixture_of_depths is not None and not self.depth_layers:
+            problem = (
+                f"mixture_of_depths.first={self.mixture_of_depths.first} leaves no layer that chooses among num_layers="
+                f"{self.num_layers}; lower it, or set mixture_of_depths to null"
+            )
+            yield Violation(("mixture_of_depths.first", "num_layers"), problem)
+        elif dense:
+            problem = (
+                f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first="
+                f"{self.moe.first}, moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and "
+                "mixture_of_depths.every to a multiple of moe.every"
+            )
+            yield Violation(("mixture_of_depths.first", "mixture_of_depths.every", "moe.first", "moe.every"), problem)

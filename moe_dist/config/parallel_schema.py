@@ -1,5 +1,6 @@
 """The schema of how ranks share work and where experts live: dispatch, parallel, placement. `schema` has the whole."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -55,26 +56,25 @@ class ParallelSection(Section):
     def resolved_watchdog_seconds(self) -> float:
         return self.watchdog_seconds or WATCHDOG_SHARE * self.timeout_seconds
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         if self.resolved_watchdog_seconds <= WATCHDOG_SHARE * self.timeout_seconds:
-            return []
+            return
         problem = (
             f"watchdog_seconds={self.watchdog_seconds:g} must be at most {WATCHDOG_SHARE:g} x timeout_seconds="
             f"{self.timeout_seconds:g}, since the ranks need time for their reports; lower it, or raise timeout_seconds"
         )
-        return [Violation(("watchdog_seconds", "timeout_seconds"), problem)]
+        yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         """Checks `expert_gemm: grouped` against types and widths, without looking at a device."""
-        broken = []
         if self.expert_gemm != "grouped":
-            return broken
+            return
         if self.device == "cuda" and self.precision != "bf16":
             problem = (
                 f"parallel.expert_gemm=grouped: on CUDA torch has a grouped kernel for bf16 only, not for "
                 f"parallel.precision={self.precision}; take bf16, or parallel.expert_gemm=auto"
             )
-            broken.append(Violation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), problem))
+            yield Violation(("parallel.expert_gemm", "parallel.device", "parallel.precision"), problem)
         step = GROUPED_STEP[self.precision]
         widths = {"model.hidden_dim": config.model.hidden_dim}
         widths |= {f"model.moe.groups.{name}.ffn_dim": group.ffn_dim for name, group in config.model.moe.groups.items()}
@@ -84,8 +84,7 @@ class ParallelSection(Section):
                     f"{key}={width}: must be a multiple of {step} for parallel.expert_gemm=grouped in {self.precision} "
                     f"(rows of 16 bytes); take {width + -width % step}, or parallel.expert_gemm=auto"
                 )
-                broken.append(Violation((key, "parallel.expert_gemm", "parallel.precision"), problem))
-        return broken
+                yield Violation((key, "parallel.expert_gemm", "parallel.precision"), problem)
 
     @field_validator("dispatch", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ The resolved configuration is saved with each run. Each section checks only itse
 and ranks, vocabulary and data) are checked by `moe_dist.plan.preflight`, which sees all sections.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -52,14 +53,14 @@ class RunSection(Section):
     """With init_from, go on in the data where that checkpoint stands instead of at its beginning; needs the same data, data
     section and seed. Steps and learning rate begin anew."""
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         if self.init_from is not None or not self.keep_position:
-            return []
+            return
         problem = (
             "keep_position=true: there is no init_from whose position could be kept; name a checkpoint in init_from, or "
             "set keep_position to false"
         )
-        return [Violation(("keep_position", "init_from"), problem)]
+        yield Violation(("keep_position", "init_from"), problem)
 
 
 class DataSection(Section):
@@ -71,14 +72,14 @@ class DataSection(Section):
     """Share of sequences from each source of the manifest; empty means in proportion to their tokens."""
     pack_window: PositiveInt = Field(default=512, description="Documents among which the packer looks for a best fit.")
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if self.seq_len <= config.model.max_seq_len:
-            return []
+            return
         problem = (
             f"data.seq_len={self.seq_len}: longer than model.max_seq_len={config.model.max_seq_len}; shorten it, or make "
             "the model for longer sequences"
         )
-        return [Violation(("data.seq_len", "model.max_seq_len"), problem)]
+        yield Violation(("data.seq_len", "model.max_seq_len"), problem)
 
 
 class ConstantSchedule(Section):
@@ -135,14 +136,13 @@ class BalanceSection(Section):
     schedule: tuple[tuple[Count, NonNegative], ...] = ((0, 0.02),)
     """[first step, coefficient] pairs; each holds until the next one's first step."""
 
-    def violations(self) -> list[Violation]:
-        starts, broken = [start for start, _ in self.schedule], []
+    def violations(self) -> Iterator[Violation]:
+        starts = [start for start, _ in self.schedule]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            broken.append(Violation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}"))
+            yield Violation(("schedule",), f"schedule must start at step 0 and rise, got first steps {starts}")
         if self.null_weight and self.kind == "vanilla":
             problem = "null_weight: kind=vanilla gives every null expert its own load; take null_averaged or null_split"
-            broken.append(Violation(("null_weight", "kind"), problem))
-        return broken
+            yield Violation(("null_weight", "kind"), problem)
 
 
 class LossSection(Section):
@@ -165,18 +165,18 @@ class TrainSection(Section):
     of expert choice; adapters are LoRA and the routers; routers is router tuning (section router_tuning). null trains
     all."""
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         ranks = config.parallel.ep * config.parallel.edp
         each = self.micro_batch * ranks
         if self.global_batch % each == 0:
-            return []
+            return
         below = self.global_batch // each * each
         near = f"{below} or {below + each}" if below else str(each)
         problem = (
             f"train.global_batch={self.global_batch}: must be a multiple of train.micro_batch={self.micro_batch} x "
             f"{ranks} ranks (parallel.ep x parallel.edp) = {each}; take {near}, or another micro-batch or number of ranks"
         )
-        return [Violation(("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp"), problem)]
+        yield Violation(("train.global_batch", "train.micro_batch", "parallel.ep", "parallel.edp"), problem)
 
 
 CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "null_fraction", "no_step_skipped"]

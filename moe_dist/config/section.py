@@ -62,17 +62,17 @@ class Section(BaseModel):
             text = field.description or named
             field.description = text if text is None else " ".join(text.split())
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterable[Violation]:
         """Violated rules between this section's keys."""
-        return []
+        return ()
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
         """Violated rules between this section and the rest of a configuration; keys are dotted from the top."""
-        return []
+        return ()
 
     @model_validator(mode="after")
     def _no_violations(self, info: ValidationInfo) -> "Section":
-        if not (info.context or {}).get(VIOLATIONS_LATER) and (broken := self.violations()):
+        if not (info.context or {}).get(VIOLATIONS_LATER) and (broken := [*self.violations()]):
             raise ValueError("; ".join(violation.problem for violation in broken))
         return self
 

@@ -1,5 +1,6 @@
 """The schema of router tuning (RoMA): layers, neighbours, strength. `schema` has the whole."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -56,15 +57,13 @@ class RouterTuningSection(Section):
         """`neighbours: {k: 5}` means the default kind, which has that key."""
         return {"kind": "nearest", **value} if isinstance(value, dict) and "kind" not in value else value
 
-    def violations(self) -> list[Violation]:
-        broken = []
+    def violations(self) -> Iterator[Violation]:
         if self.random_neighbours and self.neighbours.kind == "radius":
             problem = (
                 "random_neighbours=true: draws neighbours.k of them, and kind=radius has no k; take neighbours.kind=nearest"
             )
-            broken.append(Violation(("random_neighbours", "neighbours"), problem))
+            yield Violation(("random_neighbours", "neighbours"), problem)
         if self.refresh_every is not None and (self.regulariser == "l2" or self.weight == 0.0):
             why = "regulariser=l2 pulls towards the routing before the first step" if self.weight else "weight=0 uses none"
             problem = f"refresh_every={self.refresh_every}: {why}, so that there is nothing to compute anew; set it to null"
-            broken.append(Violation(("refresh_every", "regulariser", "weight"), problem))
-        return broken
+            yield Violation(("refresh_every", "regulariser", "weight"), problem)

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -24,15 +24,13 @@ class ActiveExpertsSection(ControllerSection):
     def targets(self) -> Mapping[str, float]:
         return self.target
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        groups, broken = config.model.moe.groups, []
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        groups = config.model.moe.groups
         key = f"model.moe.balance.{config.model.moe.balance.index(self)}.target"
         for name, target in self.target.items():
-            problem = unknown_name("group", name, groups) or _unreachable(target, groups[name])
-            if problem:
+            if problem := unknown_name("group", name, groups) or _unreachable(target, groups[name]):
                 where = f"{key}.{name}={target:g}" if name in groups else f"{key}.{name}"
-                broken.append(Violation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {problem}"))
-        return broken
+                yield Violation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {problem}")
 
 
 def _unreachable(target: float, group: Any) -> str:

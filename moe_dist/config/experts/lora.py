@@ -31,13 +31,13 @@ class LoRAExpertsSection(ExpertsSection):
     def input_dropout(self) -> float:
         return self.dropout
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         return target_violations(self.targets)
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        if not config.model.moe.router.softmax_top_k:
-            return []  # model.attention_lora's rules report it, for both kinds of adapters
-        return [*_routing(config), *_groups(config), *_sharding(config)]
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if config.model.moe.router.softmax_top_k:  # else lora_rules reports it, for both kinds of adapters
+            for rule in (_routing, _groups, _sharding):
+                yield from rule(config)
 
 
 def _routing(config: WholeConfig) -> Iterator[Violation]:
