@@ -47,7 +47,7 @@ class ScheduledTopKRouterSection(RouterSection):
                     "or raise top_k"
                 )
                 yield Violation((f"{KEY}.{name}", f"model.moe.groups.{name}.top_k"), problem)
-            # A draw is of a step and a token; a layer of depths computes slots, and does not know which tokens these are.
+            # A draw is for a step and a token, but a mixture-of-depths layer does not know which tokens its slots hold.
             drawn = [each for each, load in zip(model.moe_layers, loads, strict=False) if load % 1.0]
             if deep := sorted(set(drawn) & set(model.depth_layers)):
                 problem = (
