@@ -194,7 +194,7 @@ def main(
         options = _options(limit, dependency)
         if limit is not None:
             site = site.model_copy(update={"time": limit})
-            if broken := site.violations():
+            if broken := list(site.violations()):
                 raise ConfigError([f"--time={limit}: {violation.problem}" for violation in broken])
         if array is not None and overwrite:
             raise ConfigError("--overwrite: cannot be combined with --array; rename the folder of the sweep by hand")

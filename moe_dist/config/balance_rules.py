@@ -1,32 +1,32 @@
 """Rules between load controllers, the balance loss and the rest of a configuration. Imports no torch."""
 
+from collections.abc import Iterator
+
 from moe_dist.config.model_schema import MoESection
 from moe_dist.config.schema import Config
 from moe_dist.config.section import Violation, unknown_name
 
 
-def balance_violations(config: Config) -> list[Violation]:
+def balance_violations(config: Config) -> Iterator[Violation]:
     """Violated rules of `model.moe.balance` and `loss.balance`."""
     moe, key = config.model.moe, "model.moe.balance"
-    broken = [
-        Violation(("loss.balance.null_weight", "model.moe.groups"), f"loss.balance.null_weight.{name}: {problem}")
-        for name in config.loss.balance.null_weight
-        if (problem := unknown_name("group", name, moe.groups))
-    ]
+    for name in config.loss.balance.null_weight:
+        if problem := unknown_name("group", name, moe.groups):
+            where = "loss.balance.null_weight"
+            yield Violation((where, "model.moe.groups"), f"{where}.{name}: {problem}")
     kinds = [section.kind for section in moe.balance]
     for kind in dict.fromkeys(kinds):
         if kinds.count(kind) > 1:
             problem = (
                 f"{key}: {kinds.count(kind)} controllers of kind {kind}; leave one, its target may name several groups"
             )
-            broken.append(Violation((key,), problem))
+            yield Violation((key,), problem)
     if moe.balance and not moe.router.has_selection_bias:
         problem = (
             f"{key}: controllers move the bias that the router chooses by, and model.moe.router has none; set "
             "model.moe.router.selection_bias=true (kind top_k or group_limited), or leave out the controllers"
         )
-        broken.append(Violation((key, "model.moe.router"), problem))
-    return broken
+        yield Violation((key, "model.moe.router"), problem)
 
 
 def active_targets(section: MoESection) -> dict[str, float]:

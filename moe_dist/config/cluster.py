@@ -7,7 +7,7 @@ they are used, except `prelude`, which is shell code. So a cluster file is as po
 it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,9 +46,8 @@ Line = Annotated[str, Field(pattern=LINE_PATTERN)]
 class GpuSection(Section):
     """The GPUs of a node, and how the site asks for them."""
 
-    syntax: Literal["gres", "gpus-per-node", "none"] = Field(
-        default="gres", description="--gres=gpu:8, --gpus-per-node=8, or no GPUs at this site."
-    )
+    syntax: Literal["gres", "gpus-per-node", "none"] = "gres"
+    """--gres=gpu:8, --gpus-per-node=8, or no GPUs at this site."""
     type: Name | None = Field(default=None, description="Type in the request, as in gpu:h100:8; null asks for any.")
     per_node: PositiveInt = Field(default=8, description="GPUs of a node, one rank each.")
 
@@ -91,39 +90,28 @@ class Cluster(Section):
     account: SiteName | None = Field(default=None, description="Slurm account that pays.")
     partition: SiteName | None = Field(default=None, description="Slurm partition; null is the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
-    options: tuple[Option, ...] = Field(
-        default=(),
-        description="Further options of sbatch, for every part of a job, as --mem=0, --exclude=node7, --reservation=x.",
-    )
+    options: tuple[Option, ...] = ()
+    """Further options of sbatch, for every part of a job, as --mem=0, --exclude=node7, --reservation=x."""
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks of a node where they compute on the CPU.")
-    cpus_per_rank: PositiveInt | None = Field(
-        default=None, description="CPU cores a rank asks for; null leaves that to the site."
-    )
-    interface: SiteName | None = Field(
-        default=None, description="Network interface of the interconnect, for gloo and NCCL; null lets them choose."
-    )
-    nccl: dict[VariableName, NcclVariable] = Field(
-        default_factory=dict, description="Variables of NCCL, each with its value and reason."
-    )
-    prelude: tuple[Line, ...] = Field(
-        default=(), description="Shell lines before Python starts, as `module load cuda` or `conda activate x`."
-    )
-    python: PathText | None = Field(
-        default=None, description="Interpreter on the nodes; null is that of the clone's .venv, else python3."
-    )
+    cpus_per_rank: PositiveInt | None = None
+    """CPU cores a rank asks for; null leaves that to the site."""
+    interface: SiteName | None = None
+    """Network interface of the interconnect, for gloo and NCCL; null lets them choose."""
+    nccl: dict[VariableName, NcclVariable] = Field(default_factory=dict)
+    """Variables of NCCL, each with its value and reason."""
+    prelude: tuple[Line, ...] = ()
+    """Shell lines before Python starts, as `module load cuda` or `conda activate x`."""
+    python: PathText | None = None
+    """Interpreter on the nodes; null is that of the clone's .venv, else python3."""
     container: ContainerSection = Field(default_factory=NoContainer, description="What the ranks run in.")
-    domain_nodes: PositiveInt | None = Field(
-        default=None,
-        description="Nodes of the fastest domain (1: NVLink inside a node), which an EP group must not leave; null: not "
-        "declared, an EP group may lie on any nodes.",
-    )
-    time: Annotated[str, Field(pattern=TIME_PATTERN)] = Field(
-        default="24:00:00", description="Time limit of one start of a job, as Slurm writes it."
-    )
-    signal_seconds: PositiveInt = Field(
-        default=300, description="Seconds before the time limit at which ranks are told to save and stop."
-    )
+    domain_nodes: PositiveInt | None = None
+    """Nodes of the fastest domain (1: NVLink inside a node), which an EP group must not leave; null: not declared, an EP
+    group may lie on any nodes."""
+    time: Annotated[str, Field(pattern=TIME_PATTERN)] = "24:00:00"
+    """Time limit of one start of a job, as Slurm writes it."""
+    signal_seconds: PositiveInt = 300
+    """Seconds before the time limit at which ranks are told to save and stop."""
     max_restarts: Count = Field(default=20, description="How often a job is started again before somebody has to look.")
 
     @property
@@ -132,21 +120,19 @@ class Cluster(Section):
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         """Two rules. A signal sent at once would stop every job as soon as it trains. A repeated option would override the
         plan, or be overridden."""
-        broken, limit = [], seconds_of(self.time)
+        limit = seconds_of(self.time)
         if 0.0 < limit <= self.signal_seconds:  # a limit of 0 means none
             problem = (
                 f"signal_seconds={self.signal_seconds}: must be shorter than time={self.time!r}, or ranks are told to save "
                 "and stop as soon as they have begun; lower it, or ask for more time"
             )
-            broken.append(Violation(("time", "signal_seconds"), problem))
-        ours = [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]
-        if ours:
+            yield Violation(("time", "signal_seconds"), problem)
+        if ours := [option for option in self.options if option[2:].partition("=")[0] in LAUNCHERS_OPTIONS]:
             problem = f"options: {', '.join(ours)}: the launcher says that; use the other keys of the cluster file"
-            broken.append(Violation(("options",), problem))
-        return broken
+            yield Violation(("options",), problem)
 
 
 def seconds_of(time: str) -> float:

@@ -1,6 +1,6 @@
 """Rules of `run.init_rules` for a configuration; the checkpoint is checked when it is loaded. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from moe_dist.config.model_schema import GroupSection
 from moe_dist.config.schema import Config
@@ -24,39 +24,37 @@ def identity_choices(num_experts: int, num_null: int, true_choices: int) -> rang
     return range((true_choices - 1) * block + 1, true_choices * block + 1)
 
 
-def init_violations(config: Config) -> list[Violation]:
+def init_violations(config: Config) -> Iterator[Violation]:
     """Violated rules of `run.init_rules` that do not depend on the checkpoint."""
     rules, key = config.run.init_rules, "run.init_rules"
-    broken = []
     if rules and config.run.init_from is None:
         problem = (
             f"{key}={list(rules)}: there are no weights to make anything of; set run.init_from, or leave the rules out"
         )
-        broken.append(Violation((key, "run.init_from"), problem))
+        yield Violation((key, "run.init_from"), problem)
     if len(set(rules)) < len(rules):
-        broken.append(Violation((key,), f"{key}={list(rules)}: a rule stands there twice; once is enough"))
+        yield Violation((key,), f"{key}={list(rules)}: a rule stands there twice; once is enough")
     if "adapt" in rules and len(set(rules)) > 1:
         problem = f"{key}={list(rules)}: under adapters the base stays as it is; leave the other rules out, or adapt"
-        broken.append(Violation((key,), problem))
+        yield Violation((key,), problem)
     if "copy_nulls" in rules:
-        broken += _copy_violations(config)
-    return broken
+        yield from _copy_violations(config)
 
 
-def _copy_violations(config: Config) -> list[Violation]:
+def _copy_violations(config: Config) -> Iterator[Violation]:
     moe, key = config.model.moe, "run.init_rules"
     name, fix = f"{key}: copy_nulls", "or leave copy_nulls out: null rows then begin as new ones"
     if not moe.router.softmax_top_k:
         problem = f"{name}: {no_identity(moe.router.kind)}; take model.moe.router.kind=top_k, {fix}"
-        return [Violation((key, "model.moe.router.kind"), problem)]
-    broken = []
+        yield Violation((key, "model.moe.router.kind"), problem)
+        return
     if moe.router.single_null_row:
         problem = (
             f"{name}: model.moe.router.null_logit=single has one null row, which cannot copy several; take each, {fix}"
         )
-        broken.append(Violation((key, "model.moe.router.null_logit"), problem))
+        yield Violation((key, "model.moe.router.null_logit"), problem)
     if not any(group.num_null for group in moe.groups.values()):
-        broken.append(Violation((key, "model.moe.groups"), f"{name}: no group has null experts; give one num_null"))
+        yield Violation((key, "model.moe.groups"), f"{name}: no group has null experts; give one num_null")
     for group_name, group in moe.groups.items():
         if group.num_null % group.num_experts:
             near = -(-group.num_null // group.num_experts) * group.num_experts
@@ -64,15 +62,14 @@ def _copy_violations(config: Config) -> list[Violation]:
                 f"{name}: model.moe.groups.{group_name}.num_null={group.num_null} is no multiple of num_experts="
                 f"{group.num_experts}, so that some true rows would have more copies than others; take {near}, {fix}"
             )
-            broken.append(Violation((key, f"model.moe.groups.{group_name}"), problem))
+            yield Violation((key, f"model.moe.groups.{group_name}"), problem)
         if group.num_identity or group.num_constant:
             problem = (
                 f"{name}: model.moe.groups.{group_name} has num_identity={group.num_identity} and num_constant="
-                f"{group.num_constant} zero-computation experts, which would be chosen before some copies; set both to "
-                f"0, {fix}"
+                f"{group.num_constant} zero-computation experts, which would be chosen before some copies; set both "
+                f"to 0, {fix}"
             )
-            broken.append(Violation((key, f"model.moe.groups.{group_name}"), problem))
-    return broken
+            yield Violation((key, f"model.moe.groups.{group_name}"), problem)
 
 
 def no_identity(kind: object) -> str:
@@ -128,9 +125,8 @@ def _group_problems(name: str, group: GroupSection, old: Mapping[str, object]) -
     before = {field: value for field, value in old.items() if isinstance(value, int)}
     if before.get("num_null") or before.get("num_identity") or before.get("num_constant"):
         return [
-            f"{key}: the checkpoint's group has null or zero-computation experts already; its null rows are taken as "
-            f"they are where "
-            "num_null agrees, without copy_nulls"
+            f"{key}: the checkpoint's group has null or zero-computation experts already; its null rows are taken as they "
+            "are where num_null agrees, without copy_nulls"
         ]
     if before.get("num_experts") != group.num_experts:
         return [f"{key}.num_experts={group.num_experts}: the checkpoint has {before.get('num_experts')}; take as many"]

@@ -35,14 +35,10 @@ class SplitSection(Section):
     documents: PositiveInt = Field(description="Documents in the index.")
     tokens: PositiveInt = Field(description="Tokens in the index.")
     tokens_by_modality: dict[Name, Count] = Field(default_factory=dict, description="Tokens of each modality.")
-    filler: FilePath | None = Field(
-        default=None,
-        description="Bits, one a token in file order, packed by numpy.packbits: 1 where an image cell is empty.",
-    )
-    prompt: FilePath | None = Field(
-        default=None,
-        description="The same kind of bits: 1 where a token belongs to a prompt, which is read and not scored.",
-    )
+    filler: FilePath | None = None
+    """Bits, one a token in file order, packed by numpy.packbits: 1 where an image cell is empty."""
+    prompt: FilePath | None = None
+    """The same kind of bits: 1 where a token belongs to a prompt, which is read and not scored."""
 
 
 class SourceSection(Section):
@@ -58,9 +54,8 @@ class ImageSection(Section):
     grid: tuple[PositiveInt, PositiveInt] = Field(description="Rows and columns of codes.")
     begin_id: Count = Field(description="Token before the codes.")
     end_id: Count = Field(description="Token after the codes.")
-    codebook: FilePath | None = Field(
-        default=None, description=".npy of uint8 [codes, patch, patch, 3], relative to the manifest."
-    )
+    codebook: FilePath | None = None
+    """.npy of uint8 [codes, patch, patch, 3], relative to the manifest."""
 
 
 # Taken by losses: they are shown as loss/<name> beside modalities', and eval/<modality>_no_filler.
@@ -71,44 +66,41 @@ class Manifest(Section):
     format: Annotated[int, Field(ge=1, le=1)] = 1
     name: str
     vocab_size: PositiveInt = Field(description="One more than the largest id that may appear.")
-    modalities: dict[Name, tuple[IdRange, ...]] = Field(
-        min_length=1, description="Id ranges of each modality, [first, past the last); together they cover the vocabulary."
-    )
+    modalities: dict[Name, tuple[IdRange, ...]] = Field(min_length=1)
+    """Id ranges of each modality, [first, past the last); together they cover the vocabulary."""
     pad_id: Count = Field(description="Id that fills up a sequence; never a label.")
     eos_id: Count = Field(description="Id that ends a document.")
     tokenizer: FilePath | None = Field(default=None, description="tokenizers JSON file, relative to the manifest.")
     image: ImageSection | None = None
     sources: dict[Name, SourceSection] = Field(min_length=1)
-    baselines: dict[str, float] = Field(
-        default_factory=dict,
-        description="Held-out nats a token of count models fitted on the training tokens: 'text/unigram', "
-        "'image/left_bigram', 'image_no_filler/unigram', ...",
-    )
+    baselines: dict[str, float] = Field(default_factory=dict)
+    """Held-out nats a token of count models fitted on the training tokens: 'text/unigram', 'image/left_bigram',
+    'image_no_filler/unigram', ..."""
 
-    def violations(self) -> list[Violation]:
-        problems = [Violation(("modalities", "vocab_size"), problem) for problem in self._range_problems()]
+    def violations(self) -> Iterator[Violation]:
+        for problem in self._range_problems():
+            yield Violation(("modalities", "vocab_size"), problem)
         for name in self.modalities:
             if name in RESERVED_MODALITIES or name.endswith("_no_filler"):
                 problem = f"modalities: the name {name!r} means something else in loss/{name}; choose another"
-                problems.append(Violation(("modalities",), problem))
+                yield Violation(("modalities",), problem)
         marks = {"pad_id": self.pad_id, "eos_id": self.eos_id}
         if self.image is not None:
             marks |= {"image.begin_id": self.image.begin_id, "image.end_id": self.image.end_id}
         for key, value in marks.items():
             if value >= self.vocab_size:
                 problem = f"{key}={value} lies outside [0, vocab_size={self.vocab_size})"
-                problems.append(Violation((key, "vocab_size"), problem))
+                yield Violation((key, "vocab_size"), problem)
         for key, split in self.splits():
             counts = split.tokens_by_modality
             if unknown := [name for name in counts if name not in self.modalities]:
                 problem = (
                     f"{key}.tokens_by_modality: {', '.join(unknown)} not among the modalities {', '.join(self.modalities)}"
                 )
-                problems.append(Violation((key, "modalities"), problem))
+                yield Violation((key, "modalities"), problem)
             elif counts and sum(counts.values()) != split.tokens:
                 problem = f"{key}: tokens={split.tokens}, but tokens_by_modality adds up to {sum(counts.values())}"
-                problems.append(Violation((key,), problem))
-        return problems
+                yield Violation((key,), problem)
 
     def splits(self) -> Iterator[tuple[str, SplitSection]]:
         """Every split with its dotted key."""

@@ -1,5 +1,6 @@
 """The schema of the model: groups of experts, router, balance, mixture of depths. `schema` has the whole."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -12,17 +13,7 @@ from moe_dist.config.kinds import kinds_in
 from moe_dist.config.lora_schema import AttentionLoRASection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
-from moe_dist.config.section import (
-    Count,
-    Decay,
-    Experts,
-    GroupName,
-    Layers,
-    Name,
-    NullExperts,
-    Section,
-    Violation,
-)
+from moe_dist.config.section import Count, Decay, Experts, GroupName, Layers, Name, NullExperts, Section, Violation
 
 if TYPE_CHECKING:  # type checkers see the type of the base
     AnyRouter = RouterSection
@@ -38,85 +29,70 @@ class GroupSection(Section):
     """One group of experts: a token is routed inside the group of its modality."""
 
     num_experts: Experts = Field(description="True experts of the group (n).")
-    num_null: NullExperts = Field(
-        default=0, description="Null experts of the group (m): choices that cost nothing. 0 is plain top-k."
-    )
-    num_identity: Count = Field(
-        default=0, description="Identity experts: they add the token's normed input times its weight, on its own rank."
-    )
-    num_constant: Count = Field(
-        default=0, description="Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."
-    )
-    top_k: PositiveInt = Field(
-        description="Choices a token makes among all experts of its group, null ones included (k). With "
-        "router.kind=expert_choice the number of experts that take a token on average, unless router.capacity says so."
-    )
-    ffn_dim: PositiveInt = Field(
-        description="Hidden width of each expert's SwiGLU (F); with model.moe.experts.kind=lora of the frozen FFN."
-    )
-    modalities: tuple[Name, ...] = Field(
-        default=(), description="Modalities routed to this group; empty means the one that has the group's name."
-    )
+    num_null: NullExperts = 0
+    """Null experts of the group (m): choices that cost nothing. 0 is plain top-k."""
+    num_identity: Count = 0
+    """Identity experts: they add the token's normed input times its weight, on its own rank."""
+    num_constant: Count = 0
+    """Constant experts (MoE++): a learned vector mixed with the input, on the token's own rank."""
+    top_k: PositiveInt
+    """Choices a token makes among all experts of its group, null ones included (k). With router.kind=expert_choice the
+    number of experts that take a token on average, unless router.capacity says so."""
+    ffn_dim: PositiveInt
+    """Hidden width of each expert's SwiGLU (F); with model.moe.experts.kind=lora of the frozen FFN."""
+    modalities: tuple[Name, ...] = ()
+    """Modalities routed to this group; empty means the one that has the group's name."""
 
     @property
     def num_zero_computation(self) -> int:
         """Number of identity and constant experts."""
         return self.num_identity + self.num_constant
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         free = self.num_zero_computation
         if self.top_k <= self.num_experts + self.num_null + free:
-            return []
+            return
         problem = (
             f"top_k={self.top_k} is larger than the group's {self.num_experts} true + {self.num_null} null"
             f"{f' + {free} free' if free else ''} choices; lower top_k, or raise num_experts or num_null"
         )
-        return [Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)]
+        yield Violation(("top_k", "num_experts", "num_null", "num_identity", "num_constant"), problem)
 
 
 class CapacitySection(Section):
     """A bound of the (token, expert) pairs that an expert takes while training; what lies beyond it is dropped."""
 
-    factor: PositiveFloat = Field(
-        description="An expert takes ceil(factor x k x T / columns) pairs of its group's T tokens; 1 is the even share."
-    )
-    drop: Literal["probability", "position"] = Field(
-        default="probability",
-        description="Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token.",
-    )
-    scope: Literal["rank"] = Field(
-        default="rank", description="Tokens that compete for an expert's room: those of one rank's micro-batch."
-    )
+    factor: PositiveFloat
+    """An expert takes ceil(factor x k x T / columns) pairs of its group's T tokens; 1 is the even share."""
+    drop: Literal["probability", "position"] = "probability"
+    """Pairs of least probability go first, or those of the last tokens; ties stay with the earlier token."""
+    scope: Literal["rank"] = "rank"
+    """Tokens that compete for an expert's room: those of one rank's micro-batch."""
 
 
 class MoESection(Section):
     """Expert groups, their router, and which layers hold them."""
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
-    experts: AnyExperts = Field(
-        default_factory=FFNExpertsSection, description="What a true expert is: an FFN, or LoRA over a frozen FFN."
-    )
+    experts: AnyExperts = Field(default_factory=FFNExpertsSection)
+    """What a true expert is: an FFN, or LoRA over a frozen FFN."""
     router: AnyRouter = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
-    capacity: CapacitySection | None = Field(
-        default=None, description="Bound of the pairs an expert takes while training; null for none."
-    )
-    balance: tuple[AnyController, ...] = Field(
-        default=(), description="Controllers of the router's selection bias, one of a kind; what they say is added up."
-    )
+    capacity: CapacitySection | None = None
+    """Bound of the pairs an expert takes while training; null for none."""
+    balance: tuple[AnyController, ...] = ()
+    """Controllers of the router's selection bias, one of a kind; what they say is added up."""
     every: PositiveInt = Field(default=1, description="Every how many layers a layer is MoE; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
-    shared_ffn_dim: Count = Field(
-        default=0, description="Hidden width of a shared expert that sees every token; 0 for none."
-    )
-    shared_gate: bool = Field(
-        default=False, description="Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."
-    )
+    shared_ffn_dim: Count = 0
+    """Hidden width of a shared expert that sees every token; 0 for none."""
+    shared_gate: bool = False
+    """Multiply the shared expert by a sigmoid of one number a token (Qwen2-MoE)."""
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         if not self.shared_gate or self.shared_ffn_dim:
-            return []
+            return
         problem = "shared_gate=true needs a shared expert; set shared_ffn_dim to its width, or shared_gate=false"
-        return [Violation(("shared_gate", "shared_ffn_dim"), problem)]
+        yield Violation(("shared_gate", "shared_ffn_dim"), problem)
 
     @field_validator("router", mode="before")
     @classmethod
@@ -130,22 +106,16 @@ class MixtureOfDepthsSection(Section):
 
     every: PositiveInt = Field(default=2, description="Every how many layers a layer chooses its tokens.")
     first: Count = Field(default=0, description="Index of the first layer that does.")
-    capacity: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=0.25, description="Share of the selection scope's tokens that such a layer computes (c); MoMa takes 0.25."
-    )
-    scope: Literal["rank", "ep_group", "world"] = Field(
-        default="rank",
-        description="Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all "
-        "ranks'. The latter two exchange a score for each token in each such layer.",
-    )
-    causal: Literal["threshold", "auxiliary"] = Field(
-        default="auxiliary",
-        description="How evaluation and generation judge a token without looking at later ones: by a threshold that "
-        "follows the score of the last token taken, or by an auxiliary router, trained beside the model.",
-    )
-    threshold_decay: Decay = Field(
-        default=0.99, description="Decay a step of the running mean behind the threshold; its memory is 1 / (1 - it)."
-    )
+    capacity: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Share of the selection scope's tokens that such a layer computes (c); MoMa takes 0.25."""
+    scope: Literal["rank", "ep_group", "world"] = "rank"
+    """Tokens among which a layer chooses: those of one rank's micro-batch, of an EP group's, or of all ranks'. The latter
+    two exchange a score for each token in each such layer."""
+    causal: Literal["threshold", "auxiliary"] = "auxiliary"
+    """How evaluation and generation judge a token without looking at later ones: by a threshold that follows the score of
+    the last token taken, or by an auxiliary router, trained beside the model."""
+    threshold_decay: Decay = 0.99
+    """Decay a step of the running mean behind the threshold; its memory is 1 / (1 - it)."""
 
 
 class ModelSection(Section):
@@ -161,23 +131,17 @@ class ModelSection(Section):
     dense_ffn_dim: PositiveInt | None = Field(default=None, description="FFN width of layers without experts.")
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position frequencies.")
     norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
-    qk_norm: Literal["none", "head", "full"] = Field(
-        default="none",
-        description="RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE).",
-    )
-    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
-        default="none",
-        description="Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too.",
-    )
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm on queries and keys: over each head (Qwen3) or over the whole projection (OLMoE)."""
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    """Biases of the attention's projections: none; of queries, keys and values (Qwen2); of the output too."""
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
     init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
     moe: MoESection
-    attention_lora: AttentionLoRASection | None = Field(
-        default=None, description="LoRA adapters on the attention, trained by train.only=adapters; null for none."
-    )
-    mixture_of_depths: MixtureOfDepthsSection | None = Field(
-        default=None, description="Layers that compute a share of the tokens alone (mixture of depths); null for none."
-    )
+    attention_lora: AttentionLoRASection | None = None
+    """LoRA adapters on the attention, trained by train.only=adapters; null for none."""
+    mixture_of_depths: MixtureOfDepthsSection | None = None
+    """Layers that compute a share of the tokens alone (mixture of depths); null for none."""
 
     @property
     def resolved_head_dim(self) -> int:
@@ -191,11 +155,8 @@ class ModelSection(Section):
     @property
     def depth_layers(self) -> tuple[int, ...]:
         """Indices of the mixture-of-depths layers."""
-        return (
-            ()
-            if self.mixture_of_depths is None
-            else tuple(range(self.mixture_of_depths.first, self.num_layers, self.mixture_of_depths.every))
-        )
+        depths = self.mixture_of_depths
+        return () if depths is None else tuple(range(depths.first, self.num_layers, depths.every))
 
     @property
     def has_adapters(self) -> bool:
@@ -207,44 +168,34 @@ class ModelSection(Section):
         """Largest dropout of all adapters; 0 without any."""
         return max(self.moe.experts.input_dropout, self.attention_lora.dropout if self.attention_lora else 0.0)
 
-    def violations(self) -> list[Violation]:
-        heads, kv_heads, broken = self.num_heads, self.num_kv_heads, []
+    def violations(self) -> Iterator[Violation]:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             problem = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"
-            broken.append(Violation(("num_heads", "num_kv_heads"), problem))
+            yield Violation(("num_heads", "num_kv_heads"), problem)
         head_keys = ("hidden_dim", "num_heads", "head_dim")
         if self.head_dim is None and self.hidden_dim % heads:
             problem = f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={heads}; or set head_dim"
-            broken.append(Violation(head_keys, problem))
+            yield Violation(head_keys, problem)
         elif self.resolved_head_dim % 2:
-            problem = f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs"
-            broken.append(Violation(head_keys, problem))
+            yield Violation(head_keys, f"head_dim={self.resolved_head_dim} must be even: rotary positions turn pairs")
         if not self.moe_layers:
             problem = f"moe.first={self.moe.first} leaves no MoE layer among num_layers={self.num_layers}"
-            broken.append(Violation(("moe.first", "num_layers"), problem))
+            yield Violation(("moe.first", "num_layers"), problem)
         elif len(self.moe_layers) < self.num_layers and self.dense_ffn_dim is None:
             problem = "dense_ffn_dim is needed: some layers hold no experts (moe.every, moe.first)"
-            broken.append(Violation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), problem))
-        return [*broken, *self._depth_violations()]
-
-    def _depth_violations(self) -> list[Violation]:
-        if self.mixture_of_depths is None:
-            return []
-        if not self.depth_layers:
-            first = f"mixture_of_depths.first={self.mixture_of_depths.first}"
-            problem = f"{first} leaves no layer that chooses among num_layers={self.num_layers}"
-            return [
-                Violation(
-                    ("mixture_of_depths.first", "num_layers"), f"{problem}; lower it, or set mixture_of_depths to null"
-                )
-            ]
+            yield Violation(("dense_ffn_dim", "moe.every", "moe.first", "num_layers"), problem)
         dense = sorted(set(self.depth_layers) - set(self.moe_layers))
-        if not dense:
-            return []
-        problem = (
-            f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts "
-            f"(moe.first={self.moe.first}, "
-            f"moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and mixture_of_depths.every to "
-            f"a multiple of moe.every"
-        )
-        return [Violation(("mixture_of_depths.first", "mixture_of_depths.every", "moe.first", "moe.every"), problem)]
+        if self.mixture_of_depths is not None and not self.depth_layers:
+            problem = (
+                f"mixture_of_depths.first={self.mixture_of_depths.first} leaves no layer that chooses among num_layers="
+                f"{self.num_layers}; lower it, or set mixture_of_depths to null"
+            )
+            yield Violation(("mixture_of_depths.first", "num_layers"), problem)
+        elif dense:
+            problem = (
+                f"mixture_of_depths: layer {dense[0]} would choose its tokens and holds no experts (moe.first="
+                f"{self.moe.first}, moe.every={self.moe.every}); set mixture_of_depths.first={self.moe.first} and "
+                "mixture_of_depths.every to a multiple of moe.every"
+            )
+            yield Violation(("mixture_of_depths.first", "mixture_of_depths.every", "moe.first", "moe.every"), problem)

@@ -6,7 +6,7 @@ that later checks can still test it. A run never starts from a partial configura
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from reprlib import Repr
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
@@ -49,7 +49,7 @@ class PartialConfig(Generic[S]):
     problems: tuple[str, ...]
     wrong: frozenset[str] = frozenset()
 
-    def broken(self, violations: Sequence[Violation]) -> list[str]:
+    def broken(self, violations: Iterable[Violation]) -> list[str]:
         """The faults among `violations` whose keys could all be read."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 

@@ -43,26 +43,36 @@ class Violation(NamedTuple):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    """A key's meaning stands beside it as `description`, or below it as a docstring where the line is too short."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Uses a kind's docstring as the description of the key that names the kind."""
-        for name in {"kind", "policy"} & cls.model_fields.keys():
-            field = cls.model_fields[name]
-            field.description = field.description or " ".join((cls.__doc__ or "").split())
+        """Uses a kind's docstring as the description of the key that names it; joins each description to one line."""
+        for name, field in cls.model_fields.items():
+            named = (cls.__doc__ or "") if name in ("kind", "policy") else None
+            text = field.description or named
+            field.description = text if text is None else " ".join(text.split())
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterable[Violation]:
         """Violated rules between this section's keys."""
-        return []
+        return ()
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
         """Violated rules between this section and the rest of a configuration; keys are dotted from the top."""
-        return []
+        return ()
 
     @model_validator(mode="after")
     def _no_violations(self, info: ValidationInfo) -> "Section":
-        if not (info.context or {}).get(VIOLATIONS_LATER) and (broken := self.violations()):
+        if not (info.context or {}).get(VIOLATIONS_LATER) and (broken := [*self.violations()]):
             raise ValueError("; ".join(violation.problem for violation in broken))
         return self
 

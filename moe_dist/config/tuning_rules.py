@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -24,92 +24,91 @@ def chosen_layers(section: RouterTuningSection, moe_layers: tuple[int, ...]) -> 
     return tuple(sorted(section.layers)) or moe_layers[-section.last_layers :]
 
 
-def tuning_violations(config: Config) -> list[Violation]:
+def tuning_violations(config: Config) -> Iterator[Violation]:
     """Violated rules of `router_tuning` that do not depend on the data."""
     section, only = config.router_tuning, config.train.only
-    if section is None and only != "routers":
-        return []
     if section is None:
-        problem = f"train.only=routers: needs the section {KEY}, which names its data; add it, or set train.only to null"
-        return [Violation(("train.only", KEY), problem)]
-    broken = []
+        if only == "routers":
+            problem = (
+                f"train.only=routers: needs the section {KEY}, which names its data; add it, or set train.only to null"
+            )
+            yield Violation(("train.only", KEY), problem)
+        return
     if only != "routers":
         problem = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or leave {KEY} out"
-        broken.append(Violation(("train.only", KEY), problem))
-    return [*broken, *_start_violations(config), *_model_violations(config), *_layer_violations(config, section)]
+        yield Violation(("train.only", KEY), problem)
+    yield from _start_violations(config)
+    yield from _model_violations(config)
+    yield from _layer_violations(config, section)
 
 
-def _start_violations(config: Config) -> list[Violation]:
+def _start_violations(config: Config) -> Iterator[Violation]:
     """The run must start with exactly the scored weights, at the first sample."""
-    run, broken = config.run, []
+    run = config.run
     if run.init_from is None:
         problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
-        broken.append(Violation(("run.init_from", KEY), problem))
+        yield Violation(("run.init_from", KEY), problem)
     if run.init_rules:
         problem = (
             f"run.init_rules={list(run.init_rules)}: makes another model than the one that {KEY}.data was read from; leave "
             "them out, or train that model first"
         )
-        broken.append(Violation(("run.init_rules", KEY), problem))
+        yield Violation(("run.init_rules", KEY), problem)
     if run.keep_position:
         problem = (
             f"run.keep_position=true: {KEY} reads samples of its own, where that checkpoint has no place; set it to false"
         )
-        broken.append(Violation(("run.keep_position", KEY), problem))
-    return broken
+        yield Violation(("run.keep_position", KEY), problem)
 
 
-def _model_violations(config: Config) -> list[Violation]:
-    moe, broken = config.model.moe, []
+def _model_violations(config: Config) -> Iterator[Violation]:
+    moe = config.model.moe
     if config.loss.z:
         problem = f"loss.z={config.loss.z:g}: {KEY} has no z-loss, which would pull all routing together; set it to 0"
-        broken.append(Violation(("loss.z", KEY), problem))
+        yield Violation(("loss.z", KEY), problem)
     if not moe.router.softmax_top_k:
         problem = (
             f"{moe.router.name}: {KEY} compares the softmax by which tokens choose experts, and "
             "there experts choose, or the number of choices is fixed or drawn; tune a run with kind=top_k"
         )
-        broken.append(Violation(("model.moe.router.kind", KEY), problem))
+        yield Violation(("model.moe.router.kind", KEY), problem)
     if config.model.mixture_of_depths is not None:
         problem = (
             f"model.mixture_of_depths: a token that a layer passes by has no routing there to compare; {KEY} needs "
             "model.mixture_of_depths=null"
         )
-        broken.append(Violation(("model.mixture_of_depths", KEY), problem))
+        yield Violation(("model.mixture_of_depths", KEY), problem)
     if moe.balance:
         problem = (
             f"model.moe.balance: its controllers would move selection biases, which {KEY} leaves alone; set it to []: "
             "the biases of the checkpoint are kept"
         )
-        broken.append(Violation(("model.moe.balance", KEY), problem))
-    return broken
+        yield Violation(("model.moe.balance", KEY), problem)
 
 
-def _layer_violations(config: Config, section: RouterTuningSection) -> list[Violation]:
-    there, broken = config.model.moe_layers, []
+def _layer_violations(config: Config, section: RouterTuningSection) -> Iterator[Violation]:
+    there = config.model.moe_layers
     if section.weight and section.regulariser == "manifold" and importlib.util.find_spec("sklearn") is None:
         problem = f"{KEY}.neighbours: needs the package scikit-learn; install moe_dist[router-tuning], or {KEY}.weight=0"
-        broken.append(Violation((f"{KEY}.neighbours",), problem))
+        yield Violation((f"{KEY}.neighbours",), problem)
     if not section.layers and section.last_layers > len(there):
         problem = (
             f"{KEY}.last_layers={section.last_layers}: the model has {len(there)} MoE layers; take no more, all "
             "of them at most"
         )
-        broken.append(Violation((f"{KEY}.last_layers", "model.num_layers"), problem))
+        yield Violation((f"{KEY}.last_layers", "model.num_layers"), problem)
     wrong = sorted(set(section.layers) - set(there))
     if wrong or len(set(section.layers)) < len(section.layers):
         what = f"layers {wrong} hold no experts" if wrong else "a layer stands there twice"
         problem = f"{KEY}.layers={list(section.layers)}: {what}; take some of {list(there)}, each once"
-        broken.append(Violation((f"{KEY}.layers", "model.num_layers", "model.moe"), problem))
+        yield Violation((f"{KEY}.layers", "model.num_layers", "model.moe"), problem)
     if section.weight == 0.0 and no_task_gradient(config):
         problem = (
-            f"{KEY}.weight=0: with normalised weights ({config.model.moe.router.said}) and top_k=1 each weight is "
-            f"always 1, so "
-            f"that cross entropy gives no router a gradient and nothing would move; set {KEY}.weight above 0, or tune a "
-            "run with top_k of 2 or more"
+            f"{KEY}.weight=0: with normalised weights ({config.model.moe.router.said}) and top_k=1 each weight is always "
+            f"1, so that cross entropy gives no router a gradient and nothing would move; set {KEY}.weight above 0, or "
+            "tune a run with top_k of 2 or more"
         )
-        broken.append(Violation((f"{KEY}.weight", "model.moe.router", "model.moe.groups"), problem))
-    return broken
+        yield Violation((f"{KEY}.weight", "model.moe.router", "model.moe.groups"), problem)
 
 
 def no_task_gradient(config: Config) -> bool:

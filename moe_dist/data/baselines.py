@@ -12,7 +12,6 @@ c counts training labels of the modality; c(a) those of them that follow a.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -65,7 +64,9 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
     return baselines
 
 
-def _score(model: "_Model", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str) -> dict[str, float]:
+def _score(
+    model: "_Unigram | _LeftBigram", heldout: Mapping[str, _Labels], masks: Mapping[str, np.ndarray], key: str
+) -> dict[str, float]:
     """Mean nats of the masked labels over all sources, and for each source if there are several."""
     nats = {name: model.nats(labels.label[masks[name]], labels.left[masks[name]]) for name, labels in heldout.items()}
     parts = {f"{name}/{key}": part for name, part in nats.items()} if len(nats) > 1 else {}
@@ -73,21 +74,14 @@ def _score(model: "_Model", heldout: Mapping[str, _Labels], masks: Mapping[str, 
     return {name: float(part.mean()) for name, part in {**whole, **parts}.items() if len(part)}
 
 
-class _Model(Protocol):
-    def nats(self, label: np.ndarray, left: np.ndarray) -> np.ndarray: ...
-
-
 class _Unigram:
     def __init__(self, train: _Labels, ranges: tuple[tuple[int, int], ...]) -> None:
         labels = train.label[_within(train.label, ranges)]
         counts = np.bincount(labels, minlength=max(end for _, end in ranges))
-        self._p = (counts + 1) / (len(labels) + sum(end - first for first, end in ranges))
-
-    def probability(self, label: np.ndarray) -> np.ndarray:
-        return self._p[label]
+        self.p = (counts + 1) / (len(labels) + sum(end - first for first, end in ranges))
 
     def nats(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:
-        return -np.log(self.probability(label))
+        return -np.log(self.p[label])
 
 
 class _LeftBigram:
@@ -99,10 +93,8 @@ class _LeftBigram:
         self._unigram = _Unigram(train, ranges)
         self._left_counts = np.bincount(train.left[chosen], minlength=vocab_size)
         pairs, counts = np.unique(self._pair(train.label[chosen], train.left[chosen]), return_counts=True)
-        self._pairs, self._pair_counts = (
-            np.append(pairs, -1),
-            np.append(counts, 0),
-        )  # sentinel: no pair is -1, so a search past the end counts 0
+        # Sentinel: no pair is -1, so a search past the end counts 0.
+        self._pairs, self._pair_counts = np.append(pairs, -1), np.append(counts, 0)
 
     def _pair(self, label: np.ndarray, left: np.ndarray) -> np.ndarray:
         return left * self._vocab_size + label
@@ -111,7 +103,7 @@ class _LeftBigram:
         pair = self._pair(label, left)
         at = np.searchsorted(self._pairs[:-1], pair)
         counts = np.where(self._pairs[at] == pair, self._pair_counts[at], 0)
-        prior = BIGRAM_PRIOR * self._unigram.probability(label)
+        prior = BIGRAM_PRIOR * self._unigram.p[label]
         return -np.log((counts + prior) / (self._left_counts[left] + BIGRAM_PRIOR))
 
 

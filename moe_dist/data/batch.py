@@ -98,7 +98,8 @@ class BatchMaker:
             for document, segment in enumerate(segments):
                 end, scored = at + segment.length, at + len(segment.tokens) - 1
                 tokens[row, at:end] = segment.tokens[: segment.length]
-                labels[row, at:scored] = _labels(segment)
+                read = False if segment.prompt is None else segment.prompt[1:]
+                labels[row, at:scored] = np.where(read, IGNORED, segment.tokens[1:])
                 filler[row, at:scored] = segment.filler[1:]
                 positions[row, at:end] = np.arange(segment.length)
                 documents[row, at:end] = document
@@ -119,9 +120,3 @@ class BatchMaker:
                 f"token id {low if low < 0 else high} in the data is outside the manifest's vocab_size={vocab_size}; "
                 "the manifest belongs to other data, or vocab_size and modalities must be raised"
             )
-
-
-def _labels(segment: Segment) -> np.ndarray:
-    if segment.prompt is None:
-        return segment.tokens[1:]
-    return np.where(segment.prompt[1:], IGNORED, segment.tokens[1:])

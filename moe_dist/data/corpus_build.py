@@ -14,15 +14,7 @@ from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, Spli
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
-from moe_dist.data.corpus import (
-    Corpus,
-    HoldOut,
-    InstructionSource,
-    PictureSource,
-    Recipe,
-    Text,
-    TextSource,
-)
+from moe_dist.data.corpus import Corpus, HoldOut, InstructionSource, PictureSource, Recipe, Text, TextSource
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all

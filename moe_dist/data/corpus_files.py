@@ -5,15 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.corpus import (
-    Instruction,
-    InstructionSource,
-    Picture,
-    PictureSource,
-    Text,
-    TextSource,
-    content_family,
-)
+from moe_dist.data.corpus import Instruction, InstructionSource, Picture, PictureSource, Text, TextSource, content_family
 from moe_dist.errors import ConfigError, DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -136,12 +128,10 @@ def _utf8(path: Path) -> str:
         return ""
 
 
-def _json_lines(path: Path) -> list[tuple[str, str]]:
-    found = []
+def _json_lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in _objects(path):
         if "text" not in line:
             raise DataError(f'{path}, line {number}: needs an object like {{"text": "..."}}')
         if not isinstance(line["text"], str):
             raise DataError(f'{path}, line {number}: "text" is {type(line["text"]).__name__}, not a string')
-        found.append((str(number), line["text"]))
-    return found
+        yield str(number), line["text"]

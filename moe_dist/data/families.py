@@ -22,19 +22,12 @@ FACING_RIGHT = 0x27A1  # after a joiner: the mirror image of the emoji before it
 _PERSON, _CHILD, _ELDER, _ROYAL, _CLAUS, _HEART, _KISS = 0x1F9D1, 0x1F9D2, 0x1F9D3, 0x1FAC5, 0x1F384, 0x2764, 0x1F48B
 _HOLDING_HANDS = (_PERSON, JOINER, 0x1F91D, JOINER, _PERSON)
 NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
-    0x1F468: (_PERSON,),
-    0x1F469: (_PERSON,),
-    0x1F466: (_CHILD,),
-    0x1F467: (_CHILD,),
-    0x1F474: (_ELDER,),
-    0x1F475: (_ELDER,),
-    0x1F934: (_ROYAL,),
-    0x1F478: (_ROYAL,),
-    0x1F385: (_PERSON, JOINER, _CLAUS),
-    0x1F936: (_PERSON, JOINER, _CLAUS),
-    0x1F46B: _HOLDING_HANDS,
-    0x1F46C: _HOLDING_HANDS,
-    0x1F46D: _HOLDING_HANDS,
+    **dict.fromkeys((0x1F468, 0x1F469), (_PERSON,)),
+    **dict.fromkeys((0x1F466, 0x1F467), (_CHILD,)),
+    **dict.fromkeys((0x1F474, 0x1F475), (_ELDER,)),
+    **dict.fromkeys((0x1F934, 0x1F478), (_ROYAL,)),
+    **dict.fromkeys((0x1F385, 0x1F936), (_PERSON, JOINER, _CLAUS)),
+    **dict.fromkeys((0x1F46B, 0x1F46C, 0x1F46D), _HOLDING_HANDS),
     0x1F48F: (_PERSON, JOINER, _HEART, JOINER, _KISS, JOINER, _PERSON),
     0x1F491: (_PERSON, JOINER, _HEART, JOINER, _PERSON),
 }

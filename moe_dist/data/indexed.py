@@ -10,7 +10,8 @@ is written.
 import os
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -34,10 +35,8 @@ class CheckedFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
+        with _readable(self.path):
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
         weakref.finalize(self, os.close, self._fd)
         self.size = self._size()
 
@@ -51,10 +50,8 @@ class CheckedFile:
         parts: list[bytes] = []
         missing = num_bytes
         while missing:
-            try:
+            with _readable(self.path):
                 part = os.pread(self._fd, missing, offset + num_bytes - missing)
-            except OSError as error:
-                raise _unreadable(self.path, error) from error
             if not part:
                 raise DataError(
                     f"{self.path}: {self._size()} bytes, but there were {self.size} when it was opened: cut short while "
@@ -66,18 +63,20 @@ class CheckedFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _size(self) -> int:
-        try:
+        with _readable(self.path):
             return os.fstat(self._fd).st_size
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{path}: cannot be read: {error.strerror or error}; look at the disk or file system that holds it, then start "
-        "again from the last checkpoint",
-        see="docs/reliability.md",
-    )
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be read: {error.strerror or error}; look at the disk or file system that holds it, then start "
+            "again from the last checkpoint",
+            see="docs/reliability.md",
+        ) from error
 
 
 _UINT16_BELOW = 65500  # Megatron's own bound (DType.optimal_dtype)

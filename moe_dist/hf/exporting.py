@@ -37,7 +37,7 @@ from moe_dist.hf.families import FAMILIES, ModelFamily, misfits, read_section, t
 from moe_dist.hf.fields import INERT, read_json
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.merging import Read, check_mergeable, merged_reader
-from moe_dist.hf.names import Slot, router_name, slots
+from moe_dist.hf.names import Slot, router_name, shards, slots
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE
 from moe_dist.moe.routers.copy_init import folded_choices, uneven_twins
 from moe_dist.runtime.progress import Report
@@ -104,13 +104,13 @@ def export_model(
     wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
     fields = _fields(section, chosen, like, list(wanted.values()))
     with _made(out) as folder:
-        shards = _write(folder, reader, found, wanted, shard_bytes, report)
+        num_shards = _write(folder, reader, found, wanted, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
         for name in COMPANIONS if like else ():
             if like and (like / name).is_file():
                 write_durably(folder / name, (like / name).read_bytes())
     nulls = sum(group.num_null for group in config.model.moe.groups.values())
-    return Exported(chosen.name, len(found), shards, nulls, like, merged)
+    return Exported(chosen.name, len(found), num_shards, nulls, like, merged)
 
 
 def _merged(adapters: Contents) -> tuple[Contents, Read]:
@@ -314,11 +314,12 @@ def _write(
     folder: Path, reader: _Reader, found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int, report: Report
 ) -> int:
     """Writes the shards, and an index if there are several; returns their number."""
-    shards = list(_shards(found, dtypes, shard_bytes))
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = [WEIGHTS_FILE] if len(shards) == 1 else names
+    sizes = [slot.numel * DTYPES[dtypes[slot.name]].itemsize for slot in found]
+    parts = list(shards(zip(found, sizes, strict=True), shard_bytes))
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    names = [WEIGHTS_FILE] if len(parts) == 1 else names
     done = 0
-    for name, shard in zip(names, shards, strict=True):
+    for name, shard in zip(names, parts, strict=True):
         tensors: dict[str, Tensor] = {}
         for slot in shard:
             tensors[slot.places[0].name] = reader.read(slot.name).to(DTYPES[dtypes[slot.name]])
@@ -326,29 +327,11 @@ def _write(
             report("export", done, len(found))
         save_file(tensors, folder / name, metadata={"format": "pt"})
         sync(folder / name)
-    if len(shards) > 1:
-        weight_map = {slot.places[0].name: name for name, shard in zip(names, shards, strict=True) for slot in shard}
-        total = sum(_nbytes(slot, dtypes) for slot in found)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if len(parts) > 1:
+        weight_map = {slot.places[0].name: name for name, shard in zip(names, parts, strict=True) for slot in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_durably(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
-    return len(shards)
-
-
-def _shards(found: Sequence[Slot], dtypes: Mapping[str, str], shard_bytes: int) -> Iterator[list[Slot]]:
-    shard: list[Slot] = []
-    size = 0
-    for slot in found:
-        nbytes = _nbytes(slot, dtypes)
-        if shard and size + nbytes > shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(slot)
-        size += nbytes
-    yield shard
-
-
-def _nbytes(slot: Slot, dtypes: Mapping[str, str]) -> int:
-    return slot.numel * DTYPES[dtypes[slot.name]].itemsize
+    return len(parts)
 
 
 @contextmanager

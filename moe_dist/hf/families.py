@@ -79,10 +79,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
 
 _MLA = "its attention (multi-head latent attention, MLA) is not in the model"
 REFUSED = {
-    "deepseek_v2": _MLA,
-    "deepseek_v3": _MLA,
-    "kimi_k2": _MLA,
-    "longcat_flash": _MLA,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "longcat_flash"), _MLA),
     "gpt_oss": "its attention sinks and its experts' clipped activation are not in the model",
     "qwen3_next": "its linear attention is not in the model",
     "llama4_text": "its chunked attention is not in the model",

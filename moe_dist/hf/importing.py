@@ -37,7 +37,7 @@ from moe_dist.config.load import resolved_yaml
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.hf.families import read_section
-from moe_dist.hf.plan import ITEMSIZE, ImportOptions, ImportPlan, changed_section, make_plan, refused
+from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section, make_plan, refused
 from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, inside, open_source
 from moe_dist.hf.tokenizer import check_tokenizer
 from moe_dist.placement.placement import ExpertPlacement
@@ -231,7 +231,7 @@ def _is_whole(folder: Path, number: int, save_id: str) -> bool:
 def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str) -> None:
     """Writes index, state and digests of the checkpoint, and the configuration, all durable."""
     folder = tree / "step_0"
-    specs = {part.name: _spec(part.shape) for part in plan.parts}
+    specs = {part.name: TensorSpec(part.shape, DTYPES["F32"]) for part in plan.parts}
     index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
     check_complete(index, specs)
     groups = expert_groups(config.model.moe)
@@ -243,11 +243,6 @@ def _conclude(tree: Path, plan: ImportPlan, config: Config, values: Mapping[str,
     sync(folder)
     write_durably(tree / LATEST_FILE, f"{folder.name}\n".encode())
     write_durably(tree / "config.yaml", resolved_yaml(config).encode())
-
-
-def _spec(shape: tuple[int, ...]) -> TensorSpec:
-    assert DTYPES["F32"].itemsize == ITEMSIZE
-    return TensorSpec(shape, DTYPES["F32"])
 
 
 def _companions(source: Source, folder: Path) -> None:

@@ -6,11 +6,31 @@ down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so a name a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.hf.families import ModelFamily
+
+Item = TypeVar("Item")
+
+
+def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]:
+    """Fills shards of at most `most` bytes with items in order; a larger item has a shard of its own.
+
+    Args:
+        items: Each item with its bytes.
+    """
+    shard: list[Item] = []
+    size = 0
+    for item, nbytes in items:
+        if shard and size + nbytes > most:
+            yield shard
+            shard, size = [], 0
+        shard.append(item)
+        size += nbytes
+    yield shard
 
 
 @dataclass(frozen=True)

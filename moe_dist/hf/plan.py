@@ -17,7 +17,7 @@ from moe_dist.config.init_rules import identity_choices
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.families import GROUP, ModelFamily
-from moe_dist.hf.names import Slot, router_name, slots
+from moe_dist.hf.names import Slot, router_name, shards, slots
 from moe_dist.hf.source import Source
 from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.parallel.initialise import normal_tensor
@@ -199,7 +199,8 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
                for name in source.tensors if name not in used]  # fmt: skip
     if problems:
         raise DataError(sorted(set(problems)), see="docs/huggingface.md")
-    return ImportPlan(section, list(_shards(parts, shard_bytes)), dtypes)
+    pieces = ((piece, piece.nbytes) for part in parts for piece in _cut(part, shard_bytes))
+    return ImportPlan(section, list(shards(pieces, shard_bytes)), dtypes)
 
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
@@ -224,20 +225,8 @@ def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
     return TensorPart(router_name(section, layer, "null"), shape, 0, group.num_null, "tiled", gate.source)
 
 
-def _shards(parts: Sequence[TensorPart], shard_bytes: int) -> Iterator[list[TensorPart]]:
-    """Fills shards with parts in order; larger parts are cut by rows."""
-    shard: list[TensorPart] = []
-    size = 0
-    for part in (piece for each in parts for piece in _cut(each, shard_bytes)):
-        if shard and size + part.nbytes > shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(part)
-        size += part.nbytes
-    yield shard
-
-
 def _cut(part: TensorPart, shard_bytes: int) -> Iterator[TensorPart]:
+    """Cuts a part by rows if it is larger than a shard."""
     if part.kind != "stored" or part.nbytes <= shard_bytes:
         yield part
         return

@@ -6,6 +6,7 @@ file would count as a whole against limits of a process's data.
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -218,9 +219,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     end, before = 0, 8 + length
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
         begin, stop = part.data_offsets
-        count = 1
-        for each in part.shape:
-            count *= each
+        count = math.prod(part.shape)
         width = DTYPES[part.dtype].itemsize if part.dtype in DTYPES else None
         if begin != end or stop < begin or (width is not None and stop - begin != count * width):
             raise DataError(

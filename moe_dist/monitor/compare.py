@@ -26,11 +26,7 @@ class Parting:
 
 
 def first_difference(
-    first: Iterable[Mapping[str, Any]],
-    second: Iterable[Mapping[str, Any]],
-    *,
-    rtol: float = 0.0,
-    only: Sequence[str] = (),
+    first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Parting | None, int]:
     """The first line that differs, and the number of lines compared. Only lines that both records have are compared: an
     earlier end is no difference.

@@ -371,11 +371,7 @@ def perf_scalars(stats: StepStatistics, peak_flops: float | None) -> dict[str, f
     """Throughput. mfu = FLOPs per token x tokens per second / `peak_flops` (Chowdhery et al. 2022, appendix B)."""
     rate = _ratio(stats.result.tokens, stats.step_seconds)
     mfu = rate * stats.flops_per_token / peak_flops if rate and stats.flops_per_token and peak_flops else None
-    return {
-        "perf/tokens_per_second": rate,
-        "perf/step_seconds": stats.step_seconds,
-        "perf/mfu": mfu,
-    }
+    return {"perf/tokens_per_second": rate, "perf/step_seconds": stats.step_seconds, "perf/mfu": mfu}
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -11,33 +11,26 @@ class ActiveExpertsSection(ControllerSection):
     """Hold the mean number of true experts a token takes at a target, by the bias (LongCat-Flash)."""
 
     kind: Literal["active_experts"] = "active_experts"
-    target: dict[GroupName, PositiveFloat] = Field(
-        min_length=1, description="True experts a token, by group; groups that are not named are left alone."
-    )
-    rate: PositiveFloat = Field(
-        description="Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."
-    )
-    decay_steps: PositiveInt | None = Field(
-        default=None, description="Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."
-    )
-    per: Literal["group", "expert"] = Field(
-        default="group",
-        description="The true experts of a group move together, or each by its own load, which evens them out as well.",
-    )
+    target: dict[GroupName, PositiveFloat] = Field(min_length=1)
+    """True experts a token, by group; groups that are not named are left alone."""
+    rate: PositiveFloat
+    """Of the first step: a bias moves by rate x (target - load) / (k x n), a part of a probability."""
+    decay_steps: PositiveInt | None = None
+    """Steps after which the rate is half, as rate / (1 + step / decay_steps); null keeps it."""
+    per: Literal["group", "expert"] = "group"
+    """The true experts of a group move together, or each by its own load, which evens them out as well."""
 
     @property
     def targets(self) -> Mapping[str, float]:
         return self.target
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        groups, broken = config.model.moe.groups, []
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        groups = config.model.moe.groups
         key = f"model.moe.balance.{config.model.moe.balance.index(self)}.target"
         for name, target in self.target.items():
-            problem = unknown_name("group", name, groups) or _unreachable(target, groups[name])
-            if problem:
+            if problem := unknown_name("group", name, groups) or _unreachable(target, groups[name]):
                 where = f"{key}.{name}={target:g}" if name in groups else f"{key}.{name}"
-                broken.append(Violation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {problem}"))
-        return broken
+                yield Violation((key, f"model.moe.groups.{name}", "model.moe.groups"), f"{where}: {problem}")
 
 
 def _unreachable(target: float, group: Any) -> str:

@@ -1,5 +1,6 @@
 """The base of the sections of dispatchers. Other code asks for these properties and never for the kind."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from moe_dist.config.section import Section, Violation, WholeConfig
@@ -36,33 +37,31 @@ class KernelDispatchSection(DispatchSection):
 
     kernels: ClassVar[str]
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         parallel, name = config.parallel, self.name
-        broken = []
         if config.model.mixture_of_depths is not None:
             problem = (
                 f"{name}: its buffers are made for one number of tokens, and with model.mixture_of_depths layers differ in "
                 f"it; take {KIND}=all_to_all, or set model.mixture_of_depths to null"
             )
-            broken.append(Violation((KIND, "model.mixture_of_depths"), problem))
+            yield Violation((KIND, "model.mixture_of_depths"), problem)
         if parallel.precision != "bf16":
             problem = f"{name}: rows travel in bf16, but parallel.precision={parallel.precision}; set it to bf16, {FIX}"
-            broken.append(Violation((KIND, "parallel.precision"), problem))
+            yield Violation((KIND, "parallel.precision"), problem)
         if parallel.device == "cpu":
             problem = f"{name}: its kernels need GPUs, but parallel.device=cpu; set it to cuda, {FIX}"
-            broken.append(Violation((KIND, "parallel.device"), problem))
+            yield Violation((KIND, "parallel.device"), problem)
         if parallel.check_exchanges:
             problem = (
                 f"{name}: parallel.check_exchanges cannot look into {self.kernels}'s exchanges; set it to false, {FIX}"
             )
-            broken.append(Violation((KIND, "parallel.check_exchanges"), problem))
+            yield Violation((KIND, "parallel.check_exchanges"), problem)
         if parallel.max_receive_rows is not None:
             problem = (
                 f"{name}: {self.kernels} makes the receive buffer itself, so that "
                 f"parallel.max_receive_rows={parallel.max_receive_rows} cannot be kept; set it to null, {FIX}"
             )
-            broken.append(Violation((KIND, "parallel.max_receive_rows"), problem))
-        return broken
+            yield Violation((KIND, "parallel.max_receive_rows"), problem)
 
 
 def either(values: list[str]) -> str:

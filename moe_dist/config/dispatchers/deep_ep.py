@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from moe_dist.config.dispatchers.base import KIND, KernelDispatchSection, either
@@ -15,20 +16,18 @@ class DeepEPDispatchSection(KernelDispatchSection):
 
     kind: Literal["deep_ep"] = "deep_ep"
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        ep, router, broken = config.parallel.ep, config.model.moe.router, super().violations_in(config)
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        ep, router = config.parallel.ep, config.model.moe.router
         if ep not in SIZES:
             problem = (
                 f"{self.name}: DeepEP has no settings for parallel.ep={ep} ranks; take {either([*map(str, SIZES)])}, or "
-                f"take "
-                f"{KIND}=all_to_all"
+                f"take {KIND}=all_to_all"
             )
-            broken.append(Violation((KIND, "parallel.ep"), problem))
+            yield Violation((KIND, "parallel.ep"), problem)
         if not router.fixed_choices:
             problem = (
                 f"{self.name}: takes top_k choices of each token, and with {router.name} a token may be taken by any "
-                f"number "
-                f"of experts; take {KIND}=all_to_all"
+                f"number of experts; take {KIND}=all_to_all"
             )
-            broken.append(Violation((KIND, "model.moe.router.kind"), problem))
-        return broken
+            yield Violation((KIND, "model.moe.router.kind"), problem)

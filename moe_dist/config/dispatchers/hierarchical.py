@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, PositiveInt
@@ -16,13 +17,13 @@ class HierarchicalDispatchSection(DispatchSection):
     def node_size(self) -> int:
         return self.ranks_per_node
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         ep = config.parallel.ep
         if ep % self.ranks_per_node == 0:
-            return []
+            return
         near = [str(ranks) for ranks in range(1, ep + 1) if ep % ranks == 0]
         problem = (
             f"parallel.dispatch.ranks_per_node={self.ranks_per_node}: an EP group of parallel.ep={ep} ranks cannot be cut "
             f"into nodes of so many; take {either(near)}, or another parallel.ep"
         )
-        return [Violation(("parallel.dispatch.ranks_per_node", "parallel.ep"), problem)]
+        yield Violation(("parallel.dispatch.ranks_per_node", "parallel.ep"), problem)

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
@@ -14,20 +15,20 @@ class HybridEPDispatchSection(KernelDispatchSection):
 
     kind: Literal["hybrid_ep"] = "hybrid_ep"
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         """Further rules: rows that TMA can copy, multiples of 16 bytes, and more than one rank."""
-        train, width, broken = config.train, config.model.hidden_dim, super().violations_in(config)
+        yield from super().violations_in(config)
+        train, width = config.train, config.model.hidden_dim
         tokens = train.micro_batch * config.data.seq_len
         if config.parallel.ep == 1:
             problem = f"{self.name}: there is no other rank with parallel.ep=1; raise it, {FIX}"
-            broken.append(Violation((KIND, "parallel.ep"), problem))
+            yield Violation((KIND, "parallel.ep"), problem)
         if tokens % 4:
             problem = (
                 f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "
                 f"data.seq_len={config.data.seq_len} is {tokens}; change either, {FIX}"
             )
-            broken.append(Violation((KIND, "train.micro_batch", "data.seq_len"), problem))
+            yield Violation((KIND, "train.micro_batch", "data.seq_len"), problem)
         if width % 16:
             problem = f"{self.name}: rows must be a multiple of 16 wide, but model.hidden_dim={width}; change it, {FIX}"
-            broken.append(Violation((KIND, "model.hidden_dim"), problem))
-        return broken
+            yield Violation((KIND, "model.hidden_dim"), problem)

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import Literal
 
 from moe_dist.config.dispatchers.base import KIND, DispatchSection
@@ -9,10 +10,7 @@ class KnownCountsDispatchSection(DispatchSection):
 
     kind: Literal["known_counts"] = "known_counts"
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        unknown = config.model.moe.router.counts_unknown()
-        problem = (
-            f"{self.name}: needs the number of pairs of each rank and expert beforehand, and {unknown}; take "
-            f"{KIND}=all_to_all"
-        )
-        return [Violation((KIND, "model.moe.router"), problem)] if unknown else []
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if unknown := config.model.moe.router.counts_unknown():
+            problem = f"needs the number of pairs of each rank and expert beforehand, and {unknown}; take {KIND}=all_to_all"
+            yield Violation((KIND, "model.moe.router"), f"{self.name}: {problem}")

@@ -21,27 +21,23 @@ class LoRAExpertsSection(ExpertsSection):
     rank: PositiveInt = Field(description="Rank of each expert's adapters (r).")
     alpha: PositiveFloat = Field(description="An adapter's output is scaled by alpha / rank.")
     dropout: Decay = Field(default=0.0, description="Share of an adapter's inputs that is dropped while training.")
-    targets: tuple[Literal["gate", "up", "down"], ...] = Field(
-        default=("gate", "up", "down"),
-        description="Projections of the FFN that have adapters; all share the token's route.",
-    )
-    weight: Literal["probability", "straight_through", "published"] = Field(
-        default="probability",
-        description="Weight of a chosen expert: its probability p among all columns; p / p, whose value is 1 and whose "
-        "gradient is p's; or 1 as published, where the task teaches the router nothing.",
-    )
+    targets: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
+    """Projections of the FFN that have adapters; all share the token's route."""
+    weight: Literal["probability", "straight_through", "published"] = "probability"
+    """Weight of a chosen expert: its probability p among all columns; p / p, whose value is 1 and whose gradient is p's; or
+    1 as published, where the task teaches the router nothing."""
 
     @property
     def input_dropout(self) -> float:
         return self.dropout
 
-    def violations(self) -> list[Violation]:
+    def violations(self) -> Iterator[Violation]:
         return target_violations(self.targets)
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        if not config.model.moe.router.softmax_top_k:
-            return []  # model.attention_lora's rules report it, for both kinds of adapters
-        return [*_routing(config), *_groups(config), *_sharding(config)]
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if config.model.moe.router.softmax_top_k:  # else lora_rules reports it, for both kinds of adapters
+            for rule in (_routing, _groups, _sharding):
+                yield from rule(config)
 
 
 def _routing(config: WholeConfig) -> Iterator[Violation]:

@@ -1,5 +1,6 @@
 """The base of the sections of routers. Other code asks for these capabilities and never for the kind."""
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from moe_dist.config.section import Section, Violation, WholeConfig
@@ -78,14 +79,13 @@ class RouterSection(Section):
         """The fields that the router's constructor takes."""
         return self.model_dump(exclude={"kind"})
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        broken = []
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.train.only == "auxiliary_routers" and not self.has_auxiliary_routers:
             problem = (
                 f"train.only={config.train.only}: {self.name} has no auxiliary routers; set train.only to null, or "
                 f"{ROUTER}.kind=expert_choice with {ROUTER}.causal=auxiliary"
             )
-            broken.append(Violation(("train.only", f"{ROUTER}.kind"), problem))
+            yield Violation(("train.only", f"{ROUTER}.kind"), problem)
         for group, section in config.model.moe.groups.items() if self.only_true_experts else ():
             for key in OTHERS:
                 if count := getattr(section, key):
@@ -93,5 +93,4 @@ class RouterSection(Section):
                         f"model.moe.groups.{group}.{key}={count}: with {self.name} there are true experts alone; set it to "
                         f"0, or {ROUTER}.kind=top_k"
                     )
-                    broken.append(Violation((f"model.moe.groups.{group}.{key}", f"{ROUTER}.kind"), problem))
-        return broken
+                    yield Violation((f"model.moe.groups.{group}.{key}", f"{ROUTER}.kind"), problem)

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -10,50 +11,40 @@ class GroupLimitedRouterSection(RouterSection):
     """Top-k of sigmoid scores + bias among the experts of a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
 
     kind: Literal["group_limited"] = "group_limited"
-    n_group: PositiveInt = Field(
-        default=1,
-        description="Node groups that each group's true experts are cut into, in order. Null and zero-computation "
-        "experts lie in none.",
-    )
-    topk_group: PositiveInt = Field(
-        default=1,
-        description="Node groups whose experts a token may take: those with the largest sums of their two best scores.",
-    )
-    normalise: Literal["true_chosen", "none"] = Field(
-        default="true_chosen",
-        description="Routing weights are the sigmoids of the chosen experts over their sum, null ones left out, or the "
-        "sigmoids as they are.",
-    )
+    n_group: PositiveInt = 1
+    """Node groups that each group's true experts are cut into, in order. Null and zero-computation experts lie in none."""
+    topk_group: PositiveInt = 1
+    """Node groups whose experts a token may take: those with the largest sums of their two best scores."""
+    normalise: Literal["true_chosen", "none"] = "true_chosen"
+    """Routing weights are the sigmoids of the chosen experts over their sum, null ones left out, or the sigmoids as they
+    are."""
     scale: PositiveFloat = Field(default=1.0, description="Factor on every routing weight (routed_scaling_factor).")
-    selection_bias: bool = Field(
-        default=True, description="Choose by sigmoid + bias, which starts at 0 and enters no weight; loss_free moves it."
-    )
+    selection_bias: bool = True
+    """Choose by sigmoid + bias, which starts at 0 and enters no weight; loss_free moves it."""
 
-    def violations_in(self, config: WholeConfig) -> list[Violation]:
-        broken = super().violations_in(config)
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
         if self.topk_group > self.n_group:
             problem = (
-                f"{ROUTER}.topk_group={self.topk_group}: there are {ROUTER}.n_group={self.n_group} node groups; lower "
-                f"it, or "
-                "raise n_group"
+                f"{ROUTER}.topk_group={self.topk_group}: there are {ROUTER}.n_group={self.n_group} node groups; lower it, "
+                "or raise n_group"
             )
-            return [*broken, Violation((f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem)]
+            yield Violation((f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem)
+            return
         for name, group in config.model.moe.groups.items():
             key, size = f"model.moe.groups.{name}", group.num_experts // self.n_group
             if group.num_experts % self.n_group or (self.n_group > 1 and size < 2):
                 problem = (
                     f"{ROUTER}.n_group={self.n_group}: {key}.num_experts={group.num_experts} must make node groups of one "
                     f"size, 2 experts at least; take a divisor of it up to {max(1, group.num_experts // 2)}, or other "
-                    f"experts"
+                    "experts"
                 )
-                broken.append(Violation((f"{ROUTER}.n_group", f"{key}.num_experts"), problem))
+                yield Violation((f"{ROUTER}.n_group", f"{key}.num_experts"), problem)
                 continue
             open_columns = self.topk_group * size + group.num_null + group.num_zero_computation
             if group.top_k > open_columns:
                 problem = (
-                    f"{key}.top_k={group.top_k}: with {ROUTER}.topk_group={self.topk_group} of {self.n_group} node "
-                    f"groups a "
-                    f"token has {open_columns} columns to take; lower top_k, or raise topk_group"
+                    f"{key}.top_k={group.top_k}: with {ROUTER}.topk_group={self.topk_group} of {self.n_group} node groups "
+                    f"a token has {open_columns} columns to take; lower top_k, or raise topk_group"
                 )
-                broken.append(Violation((f"{key}.top_k", f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem))
-        return broken
+                yield Violation((f"{key}.top_k", f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem)

@@ -1,7 +1,5 @@
 from typing import Literal
 
-from pydantic import Field
-
 from moe_dist.config.section import PathText
 from moe_dist.config.sinks.base import SinkSection
 
@@ -10,6 +8,5 @@ class PrometheusSinkSection(SinkSection):
     """A textfile for Prometheus' node exporter, replaced at each step."""
 
     kind: Literal["prometheus"] = "prometheus"
-    path: PathText | None = Field(
-        default=None, description="Textfile to replace at each step; default metrics.prom in the run folder."
-    )
+    path: PathText | None = None
+    """Textfile to replace at each step; default metrics.prom in the run folder."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,26 +12,24 @@ from rich.text import Text
 
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record, depth_computed
+from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
 SHOWN_GROUPS = 3  # groups that fit into a line
 WIDE = 120  # minimum columns for group names in the bar
 
 
-class CheckLine(Protocol):
+@dataclass(frozen=True)
+class Check:
     """One line of the summary: the measurement, the rule, and whether it passes."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def value(self) -> str: ...
-    @property
-    def rule(self) -> str: ...
-    @property
-    def passed(self) -> bool: ...
+    name: str
+    value: str
+    rule: str
+    passed: bool
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """Shows the run on the console.
 
     Args:
@@ -87,9 +85,6 @@ class ConsoleSink:
         if result.mixture_of_depths is not None and result.mixture_of_depths.tokens_LG.any():
             self._print(depth_text(result.mixture_of_depths))
         self._previous = result
-
-    def text(self, tag: str, markdown: str) -> None:
-        """Does nothing: the caller decides what to print at the start."""
 
     def flush(self) -> None:
         self._console.file.flush()
@@ -172,11 +167,8 @@ def choice_lines(result: EvaluationResult) -> list[str]:
 
 def depth_text(mixture_of_depths: DepthStatistics) -> str:
     """Share of held-out tokens that mixture-of-depths layers computed, beside the capacity."""
-    computed_L, taken_G, tokens_G = (
-        depth_computed(mixture_of_depths),
-        mixture_of_depths.taken_LG.sum(0),
-        mixture_of_depths.tokens_LG.sum(0),
-    )
+    computed_L = depth_computed(mixture_of_depths)
+    taken_G, tokens_G = mixture_of_depths.taken_LG.sum(0), mixture_of_depths.tokens_LG.sum(0)
     shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(mixture_of_depths.groups) if tokens_G[g]]
     return (
         f"layers of depths computed {computed_L.mean():.3f} of the held-out tokens, target {mixture_of_depths.capacity:g} "
@@ -184,7 +176,7 @@ def depth_text(mixture_of_depths: DepthStatistics) -> str:
     )
 
 
-def summary_table(checks: Sequence[CheckLine], *, title: str = "Summary") -> Table:
+def summary_table(checks: Sequence[Check], *, title: str = "Summary") -> Table:
     """A finished run against its checks: one line for each, pass or fail."""
     passed = sum(check.passed for check in checks)
     table = Table(title=title, caption=f"{passed} of {len(checks)} passed", title_justify="left", caption_justify="left")

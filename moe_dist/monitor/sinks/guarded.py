@@ -8,8 +8,10 @@ from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult
 
+logger = logging.getLogger(__name__)
 
-class LeaseWatch:
+
+class LeaseWatch(Sink):
     """A sink that checks the lease before each record, called before the sinks that write. Costs a read of one small file
     for each step.
 
@@ -29,17 +31,8 @@ class LeaseWatch:
     def text(self, tag: str, markdown: str) -> None:
         self._check()
 
-    def flush(self) -> None:
-        """Does nothing: records were checked when they were written."""
 
-    def close(self) -> None:
-        """Does nothing: there is nothing to release."""
-
-
-logger = logging.getLogger(__name__)
-
-
-class GuardedSinks:
+class GuardedSinks(Sink):
     """Passes every call to each sink. A sink whose disk fails is reported and left out until the next start. The exception
     is a sink that holds back checkpoints (metrics.jsonl, by raising CheckpointError from `flush`): it stays and tries
     again.

@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record, depth_line
+from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import in_todays_names
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')  # the first keys of each line
 
 
-class JsonlSink:
+class JsonlSink(Sink):
     """Appends lines to `path`. Each is written at once, so that a reader who follows the file sees whole steps.
 
     Args:
@@ -94,9 +95,6 @@ class JsonlSink:
                 **({} if result.mixture_of_depths is None else {"mixture_of_depths": depth_line(result.mixture_of_depths)}),
             }
         )
-
-    def text(self, tag: str, markdown: str) -> None:
-        """Does nothing: configuration and placement are separate files in the folder."""
 
     def flush(self) -> None:
         """As `Sink.flush`.
@@ -187,13 +185,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
         os.fsync(new.fileno())
     os.replace(kept_path, path)
     if unreadable or dropped:
-        logger.info(
-            "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones",
-            path,
-            step,
-            dropped,
-            unreadable,
-        )
+        told = "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones"
+        logger.info(told, path, step, dropped, unreadable)
 
 
 def _parse(text: str) -> dict[str, Any] | None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import meaning, split_tag
 
 PREFIX = "moe_dist_"
 
 
-class PrometheusSink:
+class PrometheusSink(Sink):
     """Replaces `path` at each step by a rename, so that a reader never sees a partial file.
 
     Args:
@@ -41,15 +42,6 @@ class PrometheusSink:
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._latest.update(scalars)
         self._replace()
-
-    def text(self, tag: str, markdown: str) -> None:
-        """Does nothing: the format has only numbers."""
-
-    def flush(self) -> None:
-        """Does nothing: the file is whole after each step, and need not survive a power cut."""
-
-    def close(self) -> None:
-        """Does nothing: the last values stay for the next scrape."""
 
     def _replace(self) -> None:
         # The collector ignores hidden files and names without .prom.

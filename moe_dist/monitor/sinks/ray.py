@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.prometheus import samples
+from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult
 
 
-class RaySink:
+class RaySink(Sink):
     """Sends the scalars of each step in one datagram to a Unix socket. A datagram without reader or buffer space is lost:
     training does not wait, and metrics.jsonl has the records.
 
@@ -35,12 +36,6 @@ class RaySink:
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._send(scalars)
-
-    def text(self, tag: str, markdown: str) -> None:
-        """Does nothing: metrics are numbers."""
-
-    def flush(self) -> None:
-        """Does nothing: datagrams are not buffered here."""
 
     def close(self) -> None:
         self._socket.close()

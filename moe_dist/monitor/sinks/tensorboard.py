@@ -14,6 +14,7 @@ from moe_dist.monitor.heatmaps import Axis, draw, linear_scale
 from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, heat_maps, loads
 from moe_dist.monitor.sinks.event_files import drop_events_after
+from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 
@@ -21,7 +22,7 @@ FLUSH_SECONDS = 10  # maximum age of the page
 NUM_BINS = 40
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Writes event files into `folder`.
 
     Args:

@@ -6,10 +6,11 @@ from typing import Any
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
+from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import EvaluationResult
 
 
-class WandbSink:
+class WandbSink(Sink):
     """One wandb run for each attempt, since wandb cannot take steps back; a group named after the run joins them.
 
     Args:
@@ -59,9 +60,6 @@ class WandbSink:
 
     def text(self, tag: str, markdown: str) -> None:
         self._run.config.update({tag: markdown}, allow_val_change=True)
-
-    def flush(self) -> None:
-        """Does nothing: wandb's own process writes rows as they come."""
 
     def close(self) -> None:
         if self._run is not None:

@@ -1,10 +1,10 @@
 """Checks a finished run against count models of its training tokens, and against expected routing. Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from moe_dist.monitor.sinks.console import Check
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.placement.placement import ExpertGroup
 
@@ -12,16 +12,6 @@ TEXT_MARGIN = 1.0  # nats below the unigram model
 NO_FILLER_RATIO = 0.8  # of the unigram model's loss, on cells that are not background
 ABLATION_MARGIN = 0.2  # nats by which the loss must rise when experts are set to zero
 NULL_TOLERANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the summary: the measurement, the rule, and whether it passes."""
-
-    name: str
-    value: str
-    rule: str
-    passed: bool
 
 
 def run_checks(

@@ -70,7 +70,7 @@ def source(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_trained_top_k_model_passes(tmp_path: Path) -> None:
-    assert init_violations(config(tmp_path)) == []
+    assert not list(init_violations(config(tmp_path)))
     assert source_problems(config(tmp_path), source()) == []
     assert source_problems(config(tmp_path), source(router__normalise="all_chosen")) == []
     plain = config(tmp_path, model__moe__router={"normalise": "true_all"})

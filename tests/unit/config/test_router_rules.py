@@ -38,7 +38,7 @@ def config(changes: dict[str, Any]) -> Config:
 
 
 def violations(run: Config) -> list[Violation]:
-    return run.model.moe.router.violations_in(run)
+    return list(run.model.moe.router.violations_in(run))
 
 
 @pytest.mark.parametrize("changes", [SOUND, SECOND, {}], ids=["threshold", "second stage", "token choice"])
