@@ -8,8 +8,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from moe_dist.checkpoint.index import INDEX_FILE
-from moe_dist.checkpoint.state_file import STATE_FILE
+from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE
 
 CHECKSUMS_FILE = "SHA256SUMS"
 CHECKED_FILES = (INDEX_FILE, STATE_FILE)
@@ -34,8 +33,7 @@ def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
     pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
         rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
     )
-    match = re.fullmatch(pattern, text)
-    if match is None:
+    if (match := re.fullmatch(pattern, text)) is None:
         return None
     save_id, *digests = (group.decode() for group in match.groups())
     return save_id, dict(zip(CHECKED_FILES, digests, strict=True))

@@ -20,7 +20,6 @@ class Taken:
     """Result of a partial load.
 
     Attributes:
-        folder: Folder of the checkpoint.
         taken: Parameters that were loaded.
         elements: Their number of elements.
         kept: Parameters of the model that keep their initial values, with the reason.
