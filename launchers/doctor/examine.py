@@ -17,7 +17,7 @@ from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
 from moe_dist.doctor.node_checks import check_folders, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
-from moe_dist.plan.preflight import Preflight, check_file
+from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.shared_folder import relative_paths
@@ -54,24 +54,22 @@ def examine(
         cluster: Name or path of the cluster file.
         probe: Start a job of at most two minutes that checks each node.
         fabric: Measure the network between every pair of nodes.
-        env: Environment variables.
     """
     try:
         site_file = load_cluster(cluster, env)
         preflight = check_file(config_path, overrides)
         config = preflight.config
         yield ok("configuration", f"{config_path}: model, data, ranks and placement fit together")
-        plan = _plan(preflight, site_file, on)
+        world_size = config.parallel.ep * config.parallel.edp
+        plan = one_node(world_size) if on == "local" else plan_job(preflight, site_file)
         yield ok("plan", _plan_text(plan))
     except MoeDistError as failed:
         for problem in failed.problems:
             yield error("configuration", problem, "", kind=type(failed))
         return
     if on == "ray" and (problems := relative_paths(config)):
-        yield from (
-            error("configuration", problem, "with --submit this is done automatically", kind=ConfigError)
-            for problem in problems
-        )
+        for problem in problems:
+            yield error("configuration", problem, "with --submit this is done automatically", kind=ConfigError)
         return
     needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)
@@ -112,11 +110,6 @@ def _on_cluster(
         yield note("nodes of the job", "not checked; --probe checks each node, as the job itself does when it starts")
     if fabric:
         yield from measure_fabric(config, plan, site.run)
-
-
-def _plan(preflight: Preflight, cluster: Cluster, on: str) -> JobPlan:
-    config: Config = preflight.config
-    return one_node(config.parallel.ep * config.parallel.edp) if on == "local" else plan_job(preflight, cluster)
 
 
 def _plan_text(plan: JobPlan) -> str:
