@@ -10,7 +10,7 @@ from pathlib import Path
 from launchers.command import JobPlan, one_node, plan_job
 from launchers.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
 from launchers.doctor.slurm_checks import check_graces, check_slurm
-from launchers.doctor.slurm_nodes import run_on_nodes
+from launchers.doctor.slurm_nodes import run_on_nodes, srun_command
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
 from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
@@ -131,7 +131,7 @@ def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping
 
         def run(module: str, argument: str, tasks_per_node: int, minutes: int) -> Iterator[tuple[float, str]]:
             size = {"tasks_per_node": tasks_per_node, "minutes": minutes}
-            return run_on_nodes(plan, cluster, module, argument, visible=visible, **size)
+            return run_on_nodes(srun_command(plan, cluster, module, argument, visible=visible, **size), minutes=minutes)
 
         yield Site(lambda save_seconds: check_slurm(plan, cluster, save_seconds), run)
         return

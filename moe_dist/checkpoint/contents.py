@@ -1,15 +1,34 @@
-"""Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch."""
+"""Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
+Every bit of a checkpoint is checked: SHA256SUMS (in the format of `sha256sum -c SHA256SUMS`) covers index.json and
+state.json, the index covers the headers of the shards (ShardEntry), and fingerprints cover the tensors.
+"""
+
+import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_dist.checkpoint.checksums import CHECKSUMS_FILE, digest_of, read_checksums
 from moe_dist.checkpoint.directory import step_of
-from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, Index, StateFile, read_index, read_stored, shard_file
-from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
+from moe_dist.checkpoint.index import (
+    INDEX_FILE,
+    STATE_FILE,
+    CheckpointProblem,
+    DamagedError,
+    Index,
+    StateFile,
+    read_index,
+    read_stored,
+    shard_file,
+)
 from moe_dist.checkpoint.shard_header import ShardHeader, read_shard_header
 from moe_dist.errors import DataError
+
+CHECKSUMS_FILE = "SHA256SUMS"
+CHECKED_FILES = (INDEX_FILE, STATE_FILE)
+
+_MAX_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -153,3 +172,32 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
         if name not in faulty and (folder / name).is_file() and digest_of(folder / name) != digest:
             detail = f"differs from what was saved: its digest is not the one in {CHECKSUMS_FILE}"
             problems.append(CheckpointProblem("damaged", name, detail))
+
+
+def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
+    """Content of SHA256SUMS; a comment contains the save id."""
+    lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
+    return "".join([f"# save {save_id}\n", *lines]).encode()
+
+
+def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
+    """The save id and the digest of each file; None if the file is malformed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with (folder / CHECKSUMS_FILE).open("rb") as stream:
+        text = stream.read(_MAX_BYTES)  # bounds the read: a valid file has about 200 bytes
+    pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
+        rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
+    )
+    if (match := re.fullmatch(pattern, text)) is None:
+        return None
+    save_id, *digests = (group.decode() for group in match.groups())
+    return save_id, dict(zip(CHECKED_FILES, digests, strict=True))
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # reads in blocks, so a large file needs no memory

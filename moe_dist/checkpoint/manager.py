@@ -3,7 +3,7 @@
     <folder>/step_N/shard_R.safetensors   tensors of rank R                    (storage.py)
                     index.json            which file contains which tensor     (index.py)
                     state.json            everything except tensors            (index.py)
-                    SHA256SUMS            digests of the two JSON files        (checksums.py)
+                    SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
 A checkpoint is committed when `latest` names it. Before that its files lie in `step_N.<id>.tmp` with a random id, so that
@@ -20,15 +20,13 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.checksums import CHECKSUMS_FILE, checksums_of
 from moe_dist.checkpoint.collective_status import CollectiveStatus
-from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
+from moe_dist.checkpoint.contents import CHECKSUMS_FILE, Contents, checksums_of, open_checkpoint, open_shard
 from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import check_complete, check_fits
-from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, read_index, shard_file
+from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, DamagedError, read_index, shard_file
 from moe_dist.checkpoint.partial_load import Taken, fitting, taken_from
-from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 
-from moe_dist.checkpoint.index import ITEMSIZE, Chunk, StoredModel, shard_file
-from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
+from moe_dist.checkpoint.index import ITEMSIZE, CheckpointProblem, Chunk, DamagedError, StoredModel, shard_file
 
 MAX_HEADER_BYTES = 100_000_000  # limit of safetensors
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"

@@ -10,8 +10,7 @@ import torch
 from moe_dist.checkpoint.contents import Examined, examine
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
-from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, Index, StateFile, shard_file
-from moe_dist.checkpoint.problems import CheckpointProblem
+from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, Index, StateFile, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 from moe_dist.checkpoint.storage import open_tensors
 from moe_dist.errors import DataError

@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 MARK = "moe_dist node facts: "  # prefix that distinguishes the line from the output of a prelude
 CONNECT_SECONDS = 5.0
@@ -194,9 +195,7 @@ def from_line(line: str) -> NodeFacts | None:
 
 def questions_from(text: str) -> Questions:
     """Inverse of `json.dumps(asdict(questions))`."""
-    values: dict[str, Any] = json.loads(text)
-    pairs = {name: tuple(values[name]) for name in ("token_file", "hosts") if values.get(name) is not None}
-    return Questions(**{**values, **pairs})
+    return TypeAdapter(Questions).validate_json(text)
 
 
 def _version(package: str) -> str | None:
