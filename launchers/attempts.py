@@ -92,11 +92,8 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
 
 
 def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
-    """The last traceback in a rank's log, with the exceptions that caused it; without a traceback the last 20 lines.
-
-    Args:
-        offset: Byte of the log at which this attempt begins.
-    """
+    """The last traceback in a rank's log from byte `offset`, with the exceptions that caused it; without one the last 20
+    lines."""
     with log.open("rb") as stream:
         stream.seek(offset)
         lines = stream.read().decode(errors="replace").splitlines()

@@ -177,12 +177,9 @@ def _ranges(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """The command that starts one rank.
+    """Program and arguments that start one rank on its node.
 
     Attributes:
-        rank: Global rank.
-        node: Index of its node.
-        argv: Program and arguments.
         env: Variables added to the node's environment; all others (CUDA_VISIBLE_DEVICES above all) stay as they are.
     """
 
@@ -199,15 +196,12 @@ class LaunchPlan:
     Attributes:
         config: Path of the YAML file, readable on every node.
         overrides: `key=value` strings.
-        job: Which rank runs on which node.
-        rendezvous: Environment variables for torch's rendezvous, from `published_rendezvous`, `file_rendezvous` or
-            `tcp_rendezvous`.
+        rendezvous: Environment variables for torch's rendezvous, from `published_rendezvous` or `file_rendezvous`.
         attempt: Number of restarts before this attempt.
         attempt_id: Unique name of this attempt.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: All ranks are on this machine, so gloo binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None does not set it.
-        python: Interpreter.
         program: Arguments of the interpreter before the configuration.
         hosts: Host names ordered by node index; empty where they are not known.
     """
@@ -237,11 +231,6 @@ def published_rendezvous() -> dict[str, str]:
     return {"MOE_DIST_INIT_METHOD": PUBLISHED}
 
 
-def tcp_rendezvous(host: str, port: int) -> dict[str, str]:
-    """Rendezvous at a fixed port on rank 0's node; the caller keeps this port free."""
-    return {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-
-
 def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
     """Program, arguments and environment of each rank, ordered by rank."""
     shared = {
@@ -267,11 +256,7 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Overrides that make the paths of a run absolute, so that they hold in every working directory.
-
-    Args:
-        base: Absolute folder for relative paths.
-    """
+    """Overrides that make a run's paths absolute (relative to `base`), so that they hold in every working directory."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths.items() if path is not None)
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +25,8 @@ from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from launchers.supervise import Ranks, StopSignals
 from moe_dist.config.load import read_draft
-from moe_dist.errors import EXIT_FAILED, MoeDistError
 from moe_dist.plan.preflight import check_file
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
@@ -45,16 +44,13 @@ def launch(
     program: tuple[str, ...] = TRAIN,
 ) -> int:
     """Checks a run, starts its ranks on this machine and waits for their end. Failed ranks are restarted from the last
-    checkpoint. Must be called in the main thread, because it installs signal handlers.
+    checkpoint. Must be called in the main thread, because it installs signal handlers. Returns the run's exit code.
 
     Args:
         nproc: Number of ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.
         overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
         max_restarts: Limit for restarts after failures, see `launchers.restart`.
         program: Arguments of each rank's interpreter before the configuration.
-
-    Returns:
-        The exit code of the run.
 
     Raises:
         MoeDistError: the run is invalid; no process was started.
@@ -74,33 +70,23 @@ def launch(
     print(f"{world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}", file=sys.stderr)
     threads = threads_per_rank(world_size, os.environ)
 
-    def plan(restarts: int, attempt_id: str, meeting_place: str) -> LaunchPlan:
-        return LaunchPlan(
-            config=config_path,
-            overrides=tuple(overrides),
-            job=one_node(world_size),
-            rendezvous=file_rendezvous(Path(meeting_place) / "store"),
-            attempt=restarts,
-            attempt_id=attempt_id,
-            grace_seconds=grace_seconds,
-            loopback=True,
-            threads=threads,
-            program=program,
-        )
-
-    return _run_attempts(folder, plan, grace_seconds=grace_seconds, max_restarts=max_restarts)
-
-
-def _run_attempts(
-    folder: RunFolder, plan: Callable[[int, str, str], LaunchPlan], *, grace_seconds: float, max_restarts: int
-) -> int:
-    """Runs attempts; each has its own rendezvous file."""
     with StopSignals() as signals:  # signals between two attempts count, too
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
             with tempfile.TemporaryDirectory(prefix="moe_dist_") as meeting_place:  # mode 0700, so no other user can join
-                commands = rank_commands(plan(restarts, attempt_id, meeting_place))
-                return _run(commands, folder, attempt_id, signals, grace_seconds)
+                plan = LaunchPlan(
+                    config=config_path,
+                    overrides=tuple(overrides),
+                    job=one_node(world_size),
+                    rendezvous=file_rendezvous(Path(meeting_place) / "store"),
+                    attempt=restarts,
+                    attempt_id=attempt_id,
+                    grace_seconds=grace_seconds,
+                    loopback=True,
+                    threads=threads,
+                    program=program,
+                )
+                return _run(rank_commands(plan), folder, attempt_id, signals, grace_seconds)
 
         return run_attempts(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
 
@@ -137,15 +123,8 @@ def main(
     """Run on this machine, one process per rank. Ctrl-C saves a checkpoint and stops; a second Ctrl-C kills the run."""
     overrides = [*(overrides or []), *([f"run.init_from={init_from}"] if init_from is not None else [])]
     options = {"nproc": nproc, "overwrite": overwrite, "grace_seconds": grace, "max_restarts": max_restarts}
-    try:
-        code = launch(config, overrides, **options)
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except OSError as error:
-        print(f"{error}; the run folder is <run.root>/<run.name>: repair it, or choose another run.root", file=sys.stderr)
-        code = EXIT_FAILED
-    raise typer.Exit(code)
+    with reports_errors(storage=RUN_FOLDER_FIX):
+        raise typer.Exit(launch(config, overrides, **options))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.errors import (
-    EXIT_DONE,
-    ConfigError,
-    DataError,
-    DivergedError,
-    MoeDistError,
-    ResourceError,
-    StoppedError,
-)
+from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
 DEFAULT_MAX_RESTARTS = 3
 WITHOUT_GAIN = 2  # after this many attempts in a row without a later checkpoint, a restart will not help
-_KINDS: tuple[type[MoeDistError], ...] = (ConfigError, DataError, DivergedError, ResourceError)
 # Exit codes without a restart: errors that would only repeat, success, and a stop on request.
-FINAL = frozenset(kind.exit_code for kind in _KINDS) | {EXIT_DONE, StoppedError.exit_code}
+FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
 
 
 @dataclass(frozen=True)

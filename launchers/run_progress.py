@@ -13,11 +13,11 @@ from typing import Any
 from launchers.restart import committed_step
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError, DataError, DivergedError, ResourceError, StoppedError
+from moe_dist.runtime.files import lines_from_end
 from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.status import AttemptRecord
-from moe_dist.runtime.tail import lines_from_end
 
 RATE_STEPS = 20  # throughput is the median over this many steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
@@ -26,7 +26,7 @@ _STEP_LINE = b'"kind":"step"'
 
 
 class RunState(Enum):
-    """RunState of a run."""
+    """State of a run."""
 
     NEW = "not begun"
     RUNNING = "running"
@@ -55,8 +55,6 @@ class RunProgress:
     """A run at one moment.
 
     Attributes:
-        name, folder: Name and folder of the run.
-        state: RunState of the run.
         why: Reason of the latest attempt, or the error in reading the run folder.
         step, total_steps: Last recorded step and train.steps; total_steps is None if the configuration cannot be read.
         tokens_per_second, step_seconds: Medians over the last steps; None before the first step.
@@ -65,7 +63,7 @@ class RunProgress:
         save_seconds: Longest of the last saves; None if no save was logged.
         losses: Losses of the last step, by name.
         attempts: All attempts, latest last.
-        holder: Holder of the run's lease; None without one.
+        holder: None if no process holds the lease.
     """
 
     name: str
@@ -84,11 +82,6 @@ class RunProgress:
     losses: Mapping[str, float] | None = None
     attempts: tuple[AttemptRecord, ...] = ()
     holder: Holder | None = None
-
-    @property
-    def restarts(self) -> int:
-        """Number of attempts after the first."""
-        return max(0, len(self.attempts) - 1)
 
     @property
     def remaining_seconds(self) -> float | None:
@@ -113,7 +106,9 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
     records = _last_records(folder.metrics_jsonl)
     latest = attempts[-1] if attempts else None
     step = records[0]["step"] if records else 0
-    holder, beat_age = _holder(folder.lease_json), _age(folder.lease_json, now)
+    holder, beat_age = None, _age(folder.lease_json, now)
+    with contextlib.suppress(OSError):
+        holder = read_holder(folder.lease_json)
     state = RunState.UNREADABLE if unreadable else _state(latest, holder, beat_age)
     committed = committed_step(folder.checkpoints)
     return RunProgress(
@@ -147,13 +142,6 @@ def _state(latest: AttemptRecord | None, holder: Holder | None, beat_age: float 
     if latest is None:
         return RunState.NEW
     return RunState.DIED if latest.verdict is None else _STATES.get(latest.verdict, RunState.FAILED)
-
-
-def _holder(path: Path) -> Holder | None:
-    try:
-        return read_holder(path)
-    except OSError:
-        return None
 
 
 def _last_records(path: Path) -> list[dict[str, Any]]:

@@ -32,11 +32,7 @@ _NEW_CODE = (".py", ".sh", ".sbatch", ".yaml")  # suffixes of untracked files th
 
 @dataclass(frozen=True)
 class CodeSnapshot:
-    """The snapshot of one job.
-
-    Attributes:
-        folder: Folder on a file system that all nodes share.
-    """
+    """The snapshot of one job, in a folder that all nodes share."""
 
     folder: Path
 

@@ -1,6 +1,5 @@
 """Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. Only reads run folders."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from launchers.run_progress import RunProgress, RunState, is_run, read_progress
 from moe_dist.errors import EXIT_DONE, ConfigError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.status import AttemptRecord
 
 WIDTH = 120  # columns if the output is no terminal
@@ -26,6 +25,16 @@ _STYLES = {
     RunState.SILENT: "yellow",
     RunState.NEW: "dim",
 }
+_RESUMES = "the same command resumes from the last checkpoint"
+_REPEATS = "fix the problem that the last attempt names; an unchanged restart would fail again"
+_ADVICE = {
+    RunState.STOPPED: _RESUMES,
+    RunState.DIED: _RESUMES,
+    RunState.FAILED: _RESUMES,
+    RunState.SILENT: "its writer is suspended or died with its node; a new attempt takes the lease over after 30 s",
+    RunState.REFUSED: _REPEATS,
+    RunState.DIVERGED: _REPEATS,
+}
 _VERDICTS = {0: "done", 75: "stopped, saved", 78: "configuration", 69: "placement", 65: "data", 70: "diverged"}
 
 
@@ -37,11 +46,8 @@ def main(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
-    try:
+    with reports_errors():
         found = [read_progress(path) for path in find_runs(runs or [], root)]
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
     console.print(one_run(found[0]) if len(found) == 1 and runs else many_runs(found, width=console.width))
     raise typer.Exit(EXIT_DONE)
 
@@ -82,7 +88,7 @@ def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableT
     left = max(len("last reason"), width - sum(widths) - 2 * len(names))
     table.add_column("last reason", width=left, overflow="ellipsis", no_wrap=True)
     for run, row in zip(runs, rows, strict=True):
-        table.add_row(row[0], _state(run), *row[2:], _first_line(run.why))
+        table.add_row(row[0], _state(run), *row[2:], run.why.partition("\n")[0])
     return table
 
 
@@ -90,7 +96,8 @@ def _row(run: RunProgress) -> list[str]:
     rate = _rate(run) if run.state is RunState.RUNNING else ""
     starts = str(len(run.attempts)) if run.attempts else "-"
     left = duration(run.remaining_seconds)
-    return [_short_name(run), run.state.value, _steps(run), rate, left, _checkpoint(run), starts]
+    name = f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name  # of an array task <name>/<task>
+    return [name, run.state.value, _steps(run), rate, left, _checkpoint(run), starts]
 
 
 def one_run(run: RunProgress) -> RenderableType:
@@ -128,7 +135,8 @@ def _bar(share: float, style: str) -> Text:
 
 
 def _facts(run: RunProgress) -> list[tuple[str, RenderableType]]:
-    facts: list[tuple[str, RenderableType]] = [("step", _steps(run) + _record_age(run))]
+    age = f", {duration(run.record_age)} ago" if run.record_age is not None else ""
+    facts: list[tuple[str, RenderableType]] = [("step", _steps(run) + age)]
     if run.tokens_per_second is not None:
         left = f", {duration(run.remaining_seconds)} left" if run.remaining_seconds is not None else ""
         facts.append(("pace", f"{_rate(run)} tokens/s, {run.step_seconds or 0.0:.3g} s a step{left}"))
@@ -141,22 +149,9 @@ def _facts(run: RunProgress) -> list[tuple[str, RenderableType]]:
         facts.append(("writer", f"process {run.holder.pid} on {run.holder.host}{beat}"))
     if run.state is RunState.UNREADABLE:
         facts.append(("problem", run.why))
-    advice = _advice(run)
-    if advice:
-        facts.append(("next", advice))
+    if run.state in _ADVICE:
+        facts.append(("next", _ADVICE[run.state]))
     return facts
-
-
-def _advice(run: RunProgress) -> str:
-    match run.state:
-        case RunState.STOPPED | RunState.DIED | RunState.FAILED:
-            return "the same command resumes from the last checkpoint"
-        case RunState.SILENT:
-            return "its writer is suspended or died with its node; a new attempt takes the lease over after 30 s"
-        case RunState.REFUSED | RunState.DIVERGED:
-            return "fix the problem that the last attempt names; an unchanged restart would fail again"
-        case _:
-            return ""
 
 
 def _attempts(run: RunProgress) -> Table:
@@ -197,7 +192,7 @@ def _reason(ending: AttemptRecord) -> str:
     if ending.verdict is None:
         return ""
     by = f"rank {ending.rank}: " if ending.rank is not None and not ending.reason.startswith("rank ") else ""
-    return (by if ending.verdict not in (0, 75) else "") + _first_line(ending.reason)
+    return (by if ending.verdict not in (0, 75) else "") + ending.reason.partition("\n")[0]
 
 
 def _state(run: RunProgress) -> Text:
@@ -208,10 +203,6 @@ def _steps(run: RunProgress) -> str:
     return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
 
 
-def _record_age(run: RunProgress) -> str:
-    return f", {duration(run.record_age)} ago" if run.record_age is not None else ""
-
-
 def _rate(run: RunProgress) -> str:
     rate = run.tokens_per_second
     if rate is None:
@@ -220,25 +211,12 @@ def _rate(run: RunProgress) -> str:
 
 
 def _checkpoint(run: RunProgress) -> str:
-    if not run.checkpoint_step:
-        return "-"
-    return f"{run.checkpoint_step}, {duration(run.checkpoint_age)} ago"
-
-
-def _short_name(run: RunProgress) -> str:
-    """The run's name; for an array task <name>/<task>."""
-    return f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+    return f"{run.checkpoint_step}, {duration(run.checkpoint_age)} ago" if run.checkpoint_step else "-"
 
 
 def _last_written(run: Path) -> float:
-    times = [
-        path.stat().st_mtime for path in (run / "metrics.jsonl", run / "status.json", run / "config.yaml") if path.exists()
-    ]
-    return max(times, default=0.0)
+    files = (run / "metrics.jsonl", run / "status.json", run / "config.yaml")
+    return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
 
 if __name__ == "__main__":

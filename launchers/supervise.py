@@ -93,9 +93,7 @@ class Ranks:
     """The rank processes of one attempt on this machine.
 
     Args:
-        commands: One per rank.
         logs: Log file of each rank, opened for appending without a buffer.
-        timeouts: Time limits for stopping.
         base_env: Environment to which the variables of each command are added.
         terminal: Shows rank 0's standard error; default the launcher's own standard error.
     """

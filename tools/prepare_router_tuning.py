@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import typer
 
-from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import TuningManifest

@@ -10,14 +10,14 @@ from pathlib import Path
 from launchers.command import JobPlan, one_node, plan_job
 from launchers.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
 from launchers.doctor.slurm_checks import check_graces, check_slurm
-from launchers.doctor.slurm_nodes import run_on_nodes
+from launchers.doctor.slurm_nodes import run_on_nodes, srun_command
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
 from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
 from moe_dist.doctor.node_checks import check_folders, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
-from moe_dist.plan.preflight import Preflight, check_file
+from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.save_time import measured_save_seconds
 from moe_dist.runtime.shared_folder import relative_paths
@@ -54,24 +54,22 @@ def examine(
         cluster: Name or path of the cluster file.
         probe: Start a job of at most two minutes that checks each node.
         fabric: Measure the network between every pair of nodes.
-        env: Environment variables.
     """
     try:
         site_file = load_cluster(cluster, env)
         preflight = check_file(config_path, overrides)
         config = preflight.config
         yield ok("configuration", f"{config_path}: model, data, ranks and placement fit together")
-        plan = _plan(preflight, site_file, on)
+        world_size = config.parallel.ep * config.parallel.edp
+        plan = one_node(world_size) if on == "local" else plan_job(preflight, site_file)
         yield ok("plan", _plan_text(plan))
     except MoeDistError as failed:
         for problem in failed.problems:
             yield error("configuration", problem, "", kind=type(failed))
         return
     if on == "ray" and (problems := relative_paths(config)):
-        yield from (
-            error("configuration", problem, "with --submit this is done automatically", kind=ConfigError)
-            for problem in problems
-        )
+        for problem in problems:
+            yield error("configuration", problem, "with --submit this is done automatically", kind=ConfigError)
         return
     needs, here = needs_of(config, plan), look(Questions(folder=config.run.root, data=config.data.path), env=env)
     save_seconds = measured_save_seconds(RunFolder.of(config).logs)
@@ -114,11 +112,6 @@ def _on_cluster(
         yield from measure_fabric(config, plan, site.run)
 
 
-def _plan(preflight: Preflight, cluster: Cluster, on: str) -> JobPlan:
-    config: Config = preflight.config
-    return one_node(config.parallel.ep * config.parallel.edp) if on == "local" else plan_job(preflight, cluster)
-
-
 def _plan_text(plan: JobPlan) -> str:
     kinds = sorted({each for node in plan.nodes for each in [node.feature, *map("=".join, node.labels.items())] if each})
     gpus = f", {plan.gpus_per_node} GPUs each" if plan.gpus_per_node else ""
@@ -138,7 +131,7 @@ def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping
 
         def run(module: str, argument: str, tasks_per_node: int, minutes: int) -> Iterator[tuple[float, str]]:
             size = {"tasks_per_node": tasks_per_node, "minutes": minutes}
-            return run_on_nodes(plan, cluster, module, argument, visible=visible, **size)
+            return run_on_nodes(srun_command(plan, cluster, module, argument, visible=visible, **size), minutes=minutes)
 
         yield Site(lambda save_seconds: check_slurm(plan, cluster, save_seconds), run)
         return

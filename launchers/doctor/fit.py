@@ -14,7 +14,6 @@ class Offer:
     """A node of the cluster.
 
     Attributes:
-        name: Node name.
         state: State as the scheduler calls it.
         up: Whether jobs can run there, now or after other jobs end.
         traits: Features, or labels as 'name=value'.
@@ -89,11 +88,9 @@ def _no_such_node(want: Want, offers: Sequence[Offer], trait_word: str, where: s
     if not offers:
         return error(CHECK, f"{where} has no nodes", "correct the cluster file's partition, or start the cluster")
     both = ", ".join(sorted(want.traits))
-    return error(
-        CHECK,
-        f"{want.who} one node with the {trait_word}s {both}, but no node of {where} has all of them",
-        f"require fewer {trait_word}s in placement.groups.<group>.node",
-    )
+    text = f"{want.who} one node with the {trait_word}s {both}, but no node of {where} has all of them"
+    fix = f"require fewer {trait_word}s in placement.groups.<group>.node"
+    return error(CHECK, text, fix)
 
 
 def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str) -> CheckResult:
@@ -101,11 +98,9 @@ def _too_large(want: Want, having: Sequence[Offer], trait_word: str, where: str)
     name = missing[0] if missing else next(iter(want.amounts))
     most = max(offer.amounts.get(name, 0) for offer in having)
     kind = f" with the {trait_word} {', '.join(sorted(want.traits))}" if want.traits else ""
-    return error(
-        CHECK,
-        f"{want.who} {want.amounts[name]:g} {name} on one node, but no node of {where}{kind} has more than {most:g}",
-        "use fewer ranks per node (cluster file: gpus.per_node, ranks_per_node) or fewer cores per rank (cpus_per_rank)",
-    )
+    text = f"{want.who} {want.amounts[name]:g} {name} on one node, but no node of {where}{kind} has more than {most:g}"
+    fix = "use fewer ranks per node (cluster file: gpus.per_node, ranks_per_node) or fewer cores per rank (cpus_per_rank)"
+    return error(CHECK, text, fix)
 
 
 def _too_few(wants: Sequence[Want], offers: Sequence[Offer], left: Want, trait_word: str, where: str) -> CheckResult:
@@ -115,8 +110,6 @@ def _too_few(wants: Sequence[Want], offers: Sequence[Offer], left: Want, trait_w
     kind = f" with the {trait_word} {', '.join(sorted(left.traits))}" if left.traits else ""
     down = [f"{offer.name} {offer.state}" for offer in fitting if not offer.up]
     reason = f" ({', '.join(down)})" if down else ""
-    return error(
-        CHECK,
-        f"the plan needs {alike} nodes{kind} (of {len(wants)} in all), but {where} has {up} that can be used{reason}",
-        "wait for them, choose another partition or cluster, or lower parallel.edp",
-    )
+    text = f"the plan needs {alike} nodes{kind} (of {len(wants)} in all), but {where} has {up} that can be used{reason}"
+    fix = "wait for them, choose another partition or cluster, or lower parallel.edp"
+    return error(CHECK, text, fix)

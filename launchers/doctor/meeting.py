@@ -6,7 +6,6 @@ It uses the same address as the rendezvous of a run (moe_dist/runtime/rendezvous
 import contextlib
 import json
 import os
-import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from moe_dist.doctor.node_facts import node_name, unreachable, unresolved
 from moe_dist.errors import ConfigError
+from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.rendezvous import HOST_VARIABLE, node_address
 
 WAIT_SECONDS = 45.0  # timeout; the scheduler may start the nodes one after the other
@@ -75,10 +75,8 @@ def connect(path: Path) -> Reachability:
 
 
 def _publish(path: Path, where: Where) -> None:
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):  # another check reports a folder that is not writable
-        new.write_text(json.dumps(asdict(where)))
-        os.replace(new, path)  # readers never see a partial file
+        write_atomically(path, json.dumps(asdict(where)))
 
 
 def _read(path: Path) -> Where | None:

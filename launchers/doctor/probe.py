@@ -62,7 +62,11 @@ def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFac
         except MoeDistError as failed:
             if not heard:
                 return [error("probe", str(failed), "start one task per node by hand and read its error")]
-    found = [_enough(len(heard), len(plan.nodes))] if len(heard) < len(plan.nodes) else []
+    found = []
+    if len(heard) < len(plan.nodes):
+        text = f"{len(heard)} of {len(plan.nodes)} nodes answered within {PROBE_MINUTES} minutes"
+        fix = "check that the others see this clone and its environment (cluster file: prelude, python, container)"
+        found.append(error("probe", text, fix))
     answers = [heard[node] for node in sorted(heard, key=lambda name: (len(name), name))]  # node2 before node10
     nodes, when = [facts for _, facts in answers], [when for when, _ in answers]
     return [*found, *check_nodes(nodes, needs_of(config, plan), when, here=here)]
@@ -126,11 +130,3 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
         yield (str(folder / "token"), token), folder / "meeting"
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # also after a failed job
-
-
-def _enough(heard: int, wanted: int) -> CheckResult:
-    return error(
-        "probe",
-        f"{heard} of {wanted} nodes answered within {PROBE_MINUTES} minutes",
-        "check that the others see this clone and its environment (cluster file: prelude, python, container)",
-    )

@@ -116,11 +116,9 @@ def _names(nodes: Sequence[RayNode]) -> list[str]:
 
 def _exposure(parts: Mapping[str, str]) -> CheckResult:
     if exposure_text(listening(parts), token=asks_for_token()):
-        return warning(
-            "exposure",
-            "Ray accepts connections from other machines without a token: anyone who connects can run any code as you",
-            "start all of Ray with RAY_AUTH_MODE=token, or keep its ports inside a private network (docs/ray.md)",
-        )
+        text = "Ray accepts connections from other machines without a token: anyone who connects can run any code as you"
+        fix = "start all of Ray with RAY_AUTH_MODE=token, or keep its ports inside a private network (docs/ray.md)"
+        return warning("exposure", text, fix)
     return ok("exposure", "Ray listens only on the loopback, or requires a token")
 
 
@@ -128,9 +126,7 @@ def _grace(grace: float | None, save_seconds: float | None) -> CheckResult:
     if grace is None:
         return note("stop grace", "the driver does not run in a Ray job, so Ray does not kill it after a stop")
     if grace <= STOP_WAIT_DEFAULT:
-        return warning(
-            "stop grace",
-            f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})",
-            "set this variable in the job's runtime environment, as the command in the README does",
-        )
+        text = f"`ray job stop` kills the driver after {grace:g} s ({STOP_WAIT})"
+        fix = "set this variable in the job's runtime environment, as the command in the README does"
+        return warning("stop grace", text, fix)
     return check_graces({f"after `ray job stop` ({STOP_WAIT})": grace}, save_seconds)

@@ -32,11 +32,7 @@ def ask(command: Sequence[str]) -> str:
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
-    """Checks that Slurm answers, nodes with features and resources, the time limit, and the grace period of a stop.
-
-    Args:
-        save_seconds: Measured seconds of a save; None if not measured.
-    """
+    """Checks that Slurm answers, nodes with features and resources, the time limit, and the grace period of a stop."""
     try:
         offers = read_offers(cluster.partition, ask)
         limit = _partition_limit(cluster.partition, ask)
@@ -121,11 +117,9 @@ def check_graces(graces: dict[str, float], save_seconds: float | None) -> CheckR
     short = {when: seconds for when, seconds in graces.items() if seconds < save_seconds}
     if short:
         when, seconds = min(short.items(), key=lambda each: each[1])
-        return warning(
-            "stop grace",
-            f"{seconds:g} s {when}, but the last saves took up to {save_seconds:.1f} s",
-            "increase it, or save more often (checkpoint.every): a stop would lose the steps since the last checkpoint",
-        )
+        text = f"{seconds:g} s {when}, but the last saves took up to {save_seconds:.1f} s"
+        fix = "increase it, or save more often (checkpoint.every): a stop would lose the steps since the last checkpoint"
+        return warning("stop grace", text, fix)
     return ok("stop grace", f"{shown}; the last saves took up to {save_seconds:.1f} s")
 
 

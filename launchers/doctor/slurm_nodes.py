@@ -16,28 +16,12 @@ from moe_dist.errors import ResourceError
 START_SECONDS = 300.0  # how long the job may wait in the queue
 
 
-def run_on_nodes(
-    plan: JobPlan,
-    cluster: Cluster,
-    module: str,
-    argument: str,
-    *,
-    tasks_per_node: int,
-    minutes: int,
-    visible: Sequence[str] = (),
-) -> Iterator[tuple[float, str]]:
-    """Yields the lines that the tasks print, each with its Unix time of arrival. Task 0 runs on node 0 of the plan. The job
-    requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
-
-    Args:
-        module, argument: `python -m MODULE ARGUMENT`, with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set.
-        minutes: Time limit of the job.
-        visible: Further folders to mount in the site's container under the same path.
+def run_on_nodes(command: Sequence[str], *, minutes: int) -> Iterator[tuple[float, str]]:
+    """Runs an `srun_command` with its time limit; yields the lines that the tasks print, each with its time of arrival.
 
     Raises:
         ResourceError: Slurm refuses the job, does not start it in time, or it fails; with srun's error message.
     """
-    command = srun_command(plan, cluster, module, argument, tasks_per_node=tasks_per_node, minutes=minutes, visible=visible)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=code_folder()
     ) as srun:
@@ -73,7 +57,14 @@ def srun_command(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> list[str]:
-    """The srun command; each kind of node is one component, as in the job itself. Arguments as in `run_on_nodes`."""
+    """The srun command. It requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
+    Each kind of node is one component, as in the job itself. Task 0 runs on node 0 of the plan.
+
+    Args:
+        module, argument: `python -m MODULE ARGUMENT`, with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set.
+        minutes: Time limit of the job.
+        visible: Further folders to mount in the site's container under the same path.
+    """
     visible = list(dict.fromkeys([str(code_folder()), *visible]))
     task = ["bash", "-c", _script(cluster, module, argument, tasks_per_node, visible)]
     site = [option for option in site_options(cluster) if not option.startswith(("--time", "--signal"))]  # the job is short

@@ -6,7 +6,6 @@ python -m launchers.ray --stop ID [--submit ADDRESS]               stops a job a
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,22 +21,19 @@ from moe_dist.config.cluster import FOLDER as CLUSTERS
 from moe_dist.config.cluster import VARIABLE as CLUSTER_VARIABLE
 from moe_dist.config.cluster import cluster_file, load_cluster
 from moe_dist.config.load import load_config
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.errors import EXIT_DONE, ConfigError
+from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
 from moe_dist.runtime.shared_folder import relative_paths
 
 DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
-    """The driver: checks a run, starts its ranks on this process's Ray cluster, and waits for them. Must be called in the
-    main thread, because it installs signal handlers.
+    """The driver: checks a run, starts its ranks on this process's Ray cluster, and waits for them; returns the run's exit
+    code. Must be called in the main thread, because it installs signal handlers.
 
     Args:
         options: Keyword arguments of `launchers.ray.job.check_job`.
-
-    Returns:
-        The exit code of the run.
 
     Raises:
         MoeDistError: the run is invalid, or the cluster lacks its nodes; no rank was started.
@@ -60,17 +56,14 @@ def submitted(
     grace_seconds: int,
     forwarded: Sequence[str],
 ) -> int:
-    """Submits the driver as a job and follows its log. Relative paths of the run are resolved against the current folder.
+    """Submits the driver as a job, follows its log, and returns the run's exit code. Relative paths of the run are resolved
+    against the current folder.
 
     Args:
         address: Address of Ray's dashboard.
         options: Command line options of the driver.
-        cluster: Name or path of the cluster file.
         grace_seconds: Time from a stop until Ray kills the driver.
         forwarded: Names of environment variables to pass to the job.
-
-    Returns:
-        The exit code of the run.
 
     Raises:
         ConfigError: the configuration or the cluster file is invalid, or a variable is not set.
@@ -132,46 +125,36 @@ def main(
 ) -> None:
     """Run on a Ray cluster, with one actor and one process per rank. Without --submit or --stop this is the driver: run it
     in a job (`ray job submit`) or on a node of the cluster."""
-    drives = False
+    drives = stop is None and config is not None and not dry_run and submit is None
     options = [f"--max-failures={max_failures}", *(["--overwrite"] if overwrite else [])]
     options += [f"--wait-for-nodes={wait_for_nodes:g}"] if wait_for_nodes is not None else []
+    own, forwarded = tuple(overrides or ()), tuple(env or ())
     try:
-        if stop is not None:
-            code = ray_submit.stop(submit or DASHBOARD, stop)
-        elif config is None:
-            raise ConfigError("CONFIG is missing: name the YAML file of the run, as configs/adamoe_moma_tiny_cpu.yaml")
-        elif dry_run:
-            code = planned(config, overrides or (), options=options, cluster=cluster)
-        elif submit is not None:
-            code = submitted(
-                config,
-                overrides or (),
-                address=submit,
-                options=options,
-                cluster=cluster,
-                grace_seconds=grace,
-                forwarded=env or (),
-            )
-        else:
-            drives = True
-            code = launch(
-                config,
-                overrides or (),
-                cluster=cluster,
-                overwrite=overwrite,
-                max_failures=max_failures,
-                wait_seconds=wait_for_nodes,
-                forwarded=env or (),
-            )
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except OSError as error:
-        print(f"{error}; the run folder is <run.root>/<run.name>: repair it, or choose another run.root", file=sys.stderr)
-        code = EXIT_FAILED
-    if drives:  # only the driver's log ends with the verdict
-        print(ray_submit.verdict_line(code), flush=True)
-    raise typer.Exit(code)
+        with reports_errors(storage=RUN_FOLDER_FIX):
+            if stop is not None:
+                code = ray_submit.stop(submit or DASHBOARD, stop)
+            elif config is None:
+                raise ConfigError("CONFIG is missing: name the YAML file of the run, as configs/adamoe_moma_tiny_cpu.yaml")
+            elif dry_run:
+                code = planned(config, own, options=options, cluster=cluster)
+            elif submit is not None:
+                code = submitted(
+                    config,
+                    own,
+                    address=submit,
+                    options=options,
+                    cluster=cluster,
+                    grace_seconds=grace,
+                    forwarded=forwarded,
+                )
+            else:
+                driver = {"overwrite": overwrite, "max_failures": max_failures, "wait_seconds": wait_for_nodes}
+                code = launch(config, own, **driver, cluster=cluster, forwarded=forwarded)
+            raise typer.Exit(code)
+    except typer.Exit as end:
+        if drives:  # only the driver's log ends with the verdict
+            print(ray_submit.verdict_line(end.exit_code), flush=True)
+        raise
 
 
 if __name__ == "__main__":

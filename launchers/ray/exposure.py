@@ -23,11 +23,8 @@ def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str:
-    """A warning if a part of Ray accepts connections from other machines without a token; empty otherwise.
-
-    Args:
-        addresses: Addresses at which each part listens.
-    """
+    """A warning if a part of Ray, of which each listens at its addresses, accepts connections from other machines without a
+    token; empty otherwise."""
     beyond = [f"{part} at {each}" for part, listens in addresses.items() for each in listens if not _is_loopback(each)]
     if token or not beyond:
         return ""

@@ -103,7 +103,8 @@ class Gang:
             ray.get(started, timeout=ANSWER_SECONDS)
         except (RayError, GetTimeoutError) as error:
             # the caller retries with new nodes
-            raise LostError(f"a rank could not be started: {_first_line(error)}") from error
+            first, _, _ = str(error).strip().partition("\n")
+            raise LostError(f"a rank could not be started: {first}") from error
 
     def supervise(self, signals: StopSignals, timeouts: ShutdownTimeouts) -> Outcome:
         """Blocks until all ranks have ended, or are lost with their node or Ray worker."""
@@ -257,7 +258,3 @@ def takes_connections(node: RayNode) -> bool:
         socket.create_connection((node.address, node.port), CONNECT_SECONDS).close()
         return True
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

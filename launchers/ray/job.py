@@ -24,8 +24,6 @@ class RayJob:
     Attributes:
         config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
         overrides: `key=value` strings.
-        plan: Nodes and their ranks.
-        cluster: The cluster file.
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_failures: Limit for restarts after failures, see `launchers.restart`.
         wait_seconds: Wait for nodes that the cluster lacks; None takes SETTLE_SECONDS at first, REPLACE_SECONDS later.

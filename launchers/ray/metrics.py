@@ -15,11 +15,7 @@ LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 
 
 def serve_metrics(path: Path) -> None:
-    """Starts a daemon thread that reads a new Unix socket.
-
-    Args:
-        path: Path of the socket, at most 107 characters (a limit of Unix sockets).
-    """
+    """Starts a daemon thread that reads a new Unix socket, whose path may have 107 characters."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(str(path))  # before the rank starts, which connects at its first step
     threading.Thread(target=_serve, args=(receiver,), name="metrics", daemon=True).start()

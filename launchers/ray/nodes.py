@@ -20,7 +20,6 @@ class RayNode:
 
     Attributes:
         node_id: Ray's id of the node.
-        host: Host name.
         address, port: Address and port of its raylet.
         labels: All labels, with those set by Ray.
         total: Amount of each resource.
@@ -59,11 +58,7 @@ class Assignment:
 
 
 def bundle_of_rank(job: JobPlan, cpus: int | None) -> dict[str, float]:
-    """Resources of one rank.
-
-    Args:
-        cpus: CPU cores; None means one.
-    """
+    """Resources of one rank; without a number of CPU cores it gets one."""
     return {"CPU": float(cpus or 1), **({"GPU": 1.0} if job.gpus_per_node else {})}
 
 

@@ -36,7 +36,6 @@ class WorkerInfo:
     Attributes:
         node_id: Ray's id of the node.
         host: Address at which other nodes reach this one.
-        labels: Labels of the node.
         gpus: Ids of the GPUs that Ray has assigned to this actor.
         missing: Requested paths that do not exist on this node.
     """

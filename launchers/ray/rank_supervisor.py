@@ -37,7 +37,6 @@ class Order:
     """The command of a rank.
 
     Attributes:
-        argv: Program and arguments.
         env: The complete environment.
         log: File to which the output is appended.
         shown: True for rank 0: both outputs go to the driver, and standard error also into the log.

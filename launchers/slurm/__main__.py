@@ -23,9 +23,9 @@ from launchers.snapshot import code_folder, read_sweep, take_snapshot
 from moe_dist.config.cluster import TIME_PATTERN, Cluster, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError, ResourceError
+from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import check, check_file
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
 
 # Errors of sbatch about missing nodes. Its other errors concern account, partition or limits.
@@ -43,8 +43,6 @@ class Submission:
 
     Attributes:
         config: Configuration of the run; for an array, before each task's overrides.
-        cluster: The cluster file.
-        plan: Which rank runs on which node.
         sweep: Overrides of each array task; empty for a single run.
         folder: Run folder; for an array, the parent of all its run folders.
         snapshot: Folder for the copy of the code.
@@ -189,7 +187,7 @@ def main(
     ),
 ) -> None:
     """Plan a run for a Slurm cluster, copy its code and configuration into the run folder, and submit it."""
-    try:
+    with reports_errors(storage=RUN_FOLDER_FIX):
         site = load_cluster(cluster, os.environ)
         options = _options(limit, dependency)
         if limit is not None:
@@ -205,12 +203,6 @@ def main(
             print(job.plan.table(), file=sys.stderr)
             raise typer.Exit(EXIT_DONE)
         _submit(job, options, overwrite=overwrite)
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-    except OSError as error:
-        print(f"{error}; the run folder is <run.root>/<run.name>: repair it, or choose another run.root", file=sys.stderr)
-        raise typer.Exit(EXIT_FAILED) from error
 
 
 def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None:

@@ -26,9 +26,9 @@ from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, MoeDistError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from moe_dist.plan.preflight import check, check_file
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder, Start
 
@@ -45,7 +45,10 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         MoeDistError: the run or its allocation is invalid; no task was started.
     """
     snapshot = CodeSnapshot(Path(env["MOE_DIST_SNAPSHOT"])) if env.get("MOE_DIST_SNAPSHOT") else None
-    cluster, config = _read_snapshot(job, snapshot) if snapshot else _read_clone(job, arguments, env)
+    if snapshot:
+        cluster, config = snapshot.cluster(), load_config(snapshot.config_yaml, snapshot.overrides_of(job.task))
+    else:
+        cluster, config = _read_clone(job, arguments, env)
     folder = RunFolder.of(config)
     if folder.inspect(config) is Start.FINISHED:
         print(folder.read_summary())
@@ -64,7 +67,8 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         return EXIT_FAILED
     hosts = hosts_of(plan, allocation)
     print(f"attempt {job.restarts} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
-    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=_program(env))
+    program = tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
+    command = _step(job, snapshot, config, cluster, plan=plan, allocation=allocation, program=program)
     with StopSignals() as signals:
         code, ended = run_step(command)
         ranks_of = {hosts[node.index]: node.ranks for node in plan.nodes}
@@ -72,10 +76,6 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         if verdict == STOPPED:  # after all other verdicts a restart cannot help, or Slurm restarts by itself
             requeue_job(job, snapshot, _restart_limit([*begins, committed_step(folder.checkpoints)], cluster))
     return verdict
-
-
-def _read_snapshot(job: SlurmJob, snapshot: CodeSnapshot) -> tuple[Cluster, Config]:
-    return snapshot.cluster(), load_config(snapshot.config_yaml, snapshot.overrides_of(job.task))
 
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
@@ -107,9 +107,8 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
         pointer.parent.mkdir(exist_ok=True)
         write_atomically(pointer, str(place))
     except OSError as error:
-        print(
-            f"{pointer}: {error.strerror}; after a requeue the job will run the current code of the clone", file=sys.stderr
-        )
+        consequence = "after a requeue the job will run the current code of the clone"
+        print(f"{pointer}: {error.strerror}; {consequence}", file=sys.stderr)
     return snapshot
 
 
@@ -124,10 +123,6 @@ def _restart_limit(steps: Sequence[int], cluster: Cluster) -> str | None:
     """Why there is no attempt after those that began at these steps; None if another one may start."""
     attempts = [AttemptEnd(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
     return exhausted(attempts, cluster.max_restarts)
-
-
-def _program(env: dict[str, str]) -> tuple[str, ...]:
-    return tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
 
 
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
@@ -182,16 +177,9 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200.")] = None,
 ) -> None:
     """Run one attempt of a job that Slurm has started; called by slurm/train.sbatch."""
-    try:
+    with reports_errors(storage="run folder and snapshot must be writable on this node"):
         arguments = [] if config is None else [config, *(overrides or [])]
-        code = run_attempt(SlurmJob.from_environment(), arguments, dict(os.environ))
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except OSError as error:
-        print(f"{error}; run folder and snapshot must be writable on this node", file=sys.stderr)
-        code = EXIT_FAILED
-    sys.exit(code)
+        raise typer.Exit(run_attempt(SlurmJob.from_environment(), arguments, dict(os.environ)))
 
 
 if __name__ == "__main__":

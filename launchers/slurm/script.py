@@ -21,11 +21,7 @@ HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 
 @dataclass(frozen=True)
 class ScriptPart:
-    """Nodes of one kind: a whole job, or one component of a heterogeneous job.
-
-    Attributes:
-        nodes: Planned nodes, in order.
-    """
+    """Planned nodes of one kind, in order: a whole job, or one component of a heterogeneous job."""
 
     nodes: tuple[NodePlan, ...]
 
@@ -72,11 +68,7 @@ def site_options(cluster: Cluster) -> list[str]:
 
 
 def sbatch_line(job: JobPlan, cluster: Cluster, arguments: Sequence[str]) -> str:
-    """The sbatch command that requests exactly the nodes of the plan.
-
-    Args:
-        arguments: Script, configuration and overrides.
-    """
+    """The sbatch command that requests exactly the nodes of the plan, for a script with its arguments."""
     options = " : ".join(shlex.join([*part_options(part, job, cluster), *site_options(cluster)]) for part in parts(job))
     return f"sbatch {options} {shlex.join(arguments)}"
 
@@ -179,11 +171,7 @@ def interpreter(cluster: Cluster) -> str:
 
 
 def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
-    """Options of srun for a pyxis container; empty otherwise.
-
-    Args:
-        visible: Folders to mount in the container under the same path.
-    """
+    """Options of srun for a pyxis container with the `visible` folders under the same path; empty without pyxis."""
     container = cluster.container
     if not isinstance(container, PyxisContainer):
         return []

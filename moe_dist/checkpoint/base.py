@@ -5,6 +5,7 @@ of a layer is the base's dense FFN in that layer, else the only expert of its on
 imported). The same holds for a layer that is dense in the model.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,6 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.content_hash import content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import DTYPES
@@ -26,6 +26,17 @@ GUIDE = "docs/lora-experts.md"
 
 _FFN = re.compile(r"(?P<layer>layers\.\d+)\.(moe\.)?ffn\.(?P<tensor>gate|up|down)\.weight")
 _NORM = re.compile(r"(?P<layer>layers\.\d+)\.(moe|ffn)\.norm\.weight")
+
+
+def content_hash(index: Index) -> str:
+    """SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer, without the optimizer's moments; so it
+    does not depend on layout and step count."""
+    lines = [
+        f"{name} {entry.dtype} {list(entry.shape)} {entry.fingerprint}\n"
+        for name, entry in sorted(index.tensors.items())
+        if not name.startswith(OPTIMIZER_PREFIX)
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,34 @@
-"""Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch."""
+"""Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
 
+Every bit of a checkpoint is checked: SHA256SUMS (in the format of `sha256sum -c SHA256SUMS`) covers index.json and
+state.json, the index covers the headers of the shards (ShardEntry), and fingerprints cover the tensors.
+"""
+
+import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_dist.checkpoint.checksums import CHECKSUMS_FILE, digest_of, read_checksums
 from moe_dist.checkpoint.directory import step_of
-from moe_dist.checkpoint.index import INDEX_FILE, Index, read_index, read_stored, shard_file
-from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
+from moe_dist.checkpoint.index import (
+    INDEX_FILE,
+    STATE_FILE,
+    CheckpointProblem,
+    DamagedError,
+    Index,
+    StateFile,
+    read_index,
+    read_stored,
+    shard_file,
+)
 from moe_dist.checkpoint.shard_header import ShardHeader, read_shard_header
-from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.errors import DataError
+
+CHECKSUMS_FILE = "SHA256SUMS"
+CHECKED_FILES = (INDEX_FILE, STATE_FILE)
+
+_MAX_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -86,12 +104,9 @@ def examine_files(folder: Path) -> Examined:
     """Checks the JSON files only."""
     examined = Examined()
     problems = examined.file_problems
-    present = [name for name in (INDEX_FILE, STATE_FILE, CHECKSUMS_FILE) if (folder / name).is_file()]
-    problems += [
-        CheckpointProblem("missing", name, "does not exist")
-        for name in (INDEX_FILE, STATE_FILE, CHECKSUMS_FILE)
-        if name not in present
-    ]
+    files = (INDEX_FILE, STATE_FILE, CHECKSUMS_FILE)
+    present = [name for name in files if (folder / name).is_file()]
+    problems += [CheckpointProblem("missing", name, "does not exist") for name in files if name not in present]
     try:
         examined.index = read_index(folder) if INDEX_FILE in present else None
     except DataError as error:
@@ -113,29 +128,19 @@ def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointP
     """The problem of a shard with a readable header; None without one."""
     name = shard_file(number)
     if header.save_id != index.save_id:  # before the digests: another save explains all other differences
-        known = all(
-            part in index.tensors and index.tensors[part].dtype == dtype for part, (dtype, _) in header.parts.items()
-        )
         whose = f"of save {header.save_id} at step {header.step}; the checkpoint is {index.save_id} at step {index.step}"
-        return (
-            CheckpointProblem("mixed up", name, whose)
-            if known
-            else CheckpointProblem("foreign", name, f"{whose}; it belongs to another model")
-        )
-    entry = index.shards[number]
-    if header.sha256 != entry.header_sha256 or header.size != entry.size:
-        return CheckpointProblem(
-            "damaged", name, "its header differs from the one that was saved; perhaps it is another rank's file"
-        )
-    missing = [part for part, (dtype, chunk) in header.parts.items() if not _indexed(index, part, dtype, chunk)]
-    if missing:
-        return CheckpointProblem("damaged", name, f"contains a part that {INDEX_FILE} does not list", missing[0])
+        if all(part in index.tensors and index.tensors[part].dtype == dtype for part, (dtype, _) in header.parts.items()):
+            return CheckpointProblem("mixed up", name, whose)
+        return CheckpointProblem("foreign", name, f"{whose}; it belongs to another model")
+    shard = index.shards[number]
+    if header.sha256 != shard.header_sha256 or header.size != shard.size:
+        detail = "its header differs from the one that was saved; perhaps it is another rank's file"
+        return CheckpointProblem("damaged", name, detail)
+    for part, (dtype, chunk) in header.parts.items():
+        entry = index.tensors.get(part)
+        if entry is None or entry.dtype != dtype or chunk not in entry.chunks:
+            return CheckpointProblem("damaged", name, f"contains a part that {INDEX_FILE} does not list", part)
     return None
-
-
-def _indexed(index: Index, name: str, dtype: str, chunk: object) -> bool:
-    entry = index.tensors.get(name)
-    return entry is not None and entry.dtype == dtype and chunk in entry.chunks
 
 
 def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> None:
@@ -165,8 +170,34 @@ def _examine_saves(folder: Path, examined: Examined, has_checksums: bool) -> Non
     faulty = {problem.file for problem in problems}  # a file with a known problem needs no second one
     for name, digest in (checksums[1] if checksums else {}).items():
         if name not in faulty and (folder / name).is_file() and digest_of(folder / name) != digest:
-            problems.append(
-                CheckpointProblem(
-                    "damaged", name, f"differs from what was saved: its digest is not the one in {CHECKSUMS_FILE}"
-                )
-            )
+            detail = f"differs from what was saved: its digest is not the one in {CHECKSUMS_FILE}"
+            problems.append(CheckpointProblem("damaged", name, detail))
+
+
+def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
+    """Content of SHA256SUMS; a comment contains the save id."""
+    lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
+    return "".join([f"# save {save_id}\n", *lines]).encode()
+
+
+def read_checksums(folder: Path) -> tuple[str, dict[str, str]] | None:
+    """The save id and the digest of each file; None if the file is malformed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with (folder / CHECKSUMS_FILE).open("rb") as stream:
+        text = stream.read(_MAX_BYTES)  # bounds the read: a valid file has about 200 bytes
+    pattern = rb"# save ([0-9a-f]+)\n" + b"".join(
+        rb"([0-9a-f]{64})  %s\n" % re.escape(name.encode()) for name in CHECKED_FILES
+    )
+    if (match := re.fullmatch(pattern, text)) is None:
+        return None
+    save_id, *digests = (group.decode() for group in match.groups())
+    return save_id, dict(zip(CHECKED_FILES, digests, strict=True))
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # reads in blocks, so a large file needs no memory

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index
-from moe_dist.checkpoint.state_file import StateFile
+from moe_dist.checkpoint.index import ITEMSIZE, Entry, Index, StateFile
 from moe_dist.placement.roles import EXPERT_NAME, ROUTERS, Role, role_of_name
 
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
@@ -48,32 +47,21 @@ def facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
     counters = progress if isinstance(progress, dict) else {}
     config = state.values.get("config")
     run = config.get("run") if isinstance(config, dict) else None
+    base = state.values.get("base")  # of a checkpoint of adapters
+    taken = f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""
+    counted = [f"{name} {value:,}" for name, value in counters.items() if isinstance(value, int)]
+    sizes = [shard.size for shard in index.shards]
     return [
-        (
-            "step",
-            f"{index.step}" + (f", {state.optimizer_steps} of them by the optimizer" if state.optimizer_steps else ""),
-        ),
+        ("step", f"{index.step}{taken}"),
         ("run", str(run.get("name", "?")) if isinstance(run, dict) else "unknown"),
         ("save", index.save_id),
-        (
-            "progress",
-            ", ".join(f"{name} {value:,}" for name, value in counters.items() if isinstance(value, int)) or "none",
-        ),
+        ("progress", ", ".join(counted) or "none"),
         ("written by", f"{state.world_size} ranks" + _layout(config)),
-        (
-            "shards",
-            f"{index.num_shards} of {min(s.size for s in index.shards):,} to {max(s.size for s in index.shards):,} bytes",
-        ),
-        *_base(state),
+        ("shards", f"{index.num_shards} of {min(sizes):,} to {max(sizes):,} bytes"),
+        *([("base", f"{base.get('path')}, content hash {base.get('content')}")] if isinstance(base, dict) else []),
         ("versions", ", ".join(f"{name} {version}" for name, version in state.versions.items())),
         ("also saved", ", ".join(sorted(state.values)) or "nothing"),
     ]
-
-
-def _base(state: StateFile) -> list[tuple[str, str]]:
-    """The base of a checkpoint of adapters."""
-    base = state.values.get("base")
-    return [("base", f"{base.get('path')}, content hash {base.get('content')}")] if isinstance(base, dict) else []
 
 
 def placement_lines(state: StateFile) -> list[str]:

@@ -6,8 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from moe_dist.checkpoint.index import INDEX_FILE
-from moe_dist.checkpoint.state_file import STATE_FILE
+from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE
 from moe_dist.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -27,11 +26,7 @@ def step_of(folder: Path) -> int | None:
 
 
 class CheckpointDirectory:
-    """The checkpoints in a folder.
-
-    Args:
-        folder: The folder; it need not exist yet.
-    """
+    """The checkpoints in a folder, which need not exist yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,9 +88,8 @@ class CheckpointDirectory:
         attempt looks the same."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
-                with contextlib.suppress(
-                    FileNotFoundError
-                ):  # a writer that lost the lease may delete its own files at the same time
+                # a writer that lost the lease may delete its own files at the same time
+                with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -1,23 +1,24 @@
-"""index.json of a checkpoint: which file contains which part of each logical tensor. Does not import torch, so that a
-checkpoint can be inspected without it."""
+"""The JSON files of a checkpoint: index.json says which file contains which part of each logical tensor, state.json holds
+everything except tensors. Does not import torch, so that a checkpoint and its problems can be inspected without it."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError, field_validator
 
+from moe_dist.config.renamed import translate
 from moe_dist.errors import DataError
 
-INDEX_FILE = "index.json"
+INDEX_FILE, STATE_FILE = "index.json", "state.json"
 FORMAT = 2  # 1 had no fingerprints
 MAX_FAULTS = 20  # largest number of problems in one message
 MAX_JSON_BYTES = 1 << 28  # an index of 64 layers x 128 experts has 16 MB; a larger file cannot be valid
 
 # Bytes per element of each dtype in checkpoints, by its name in safetensors.
 ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-
-_Size = Annotated[int, Field(ge=0)]
 
 
 class StoredModel(BaseModel):
@@ -30,9 +31,9 @@ M = TypeVar("M", bound=StoredModel)
 class Chunk(StoredModel):
     """A box of a tensor, stored in the shard file with number `shard`."""
 
-    shard: _Size
-    offsets: tuple[_Size, ...]
-    shape: tuple[_Size, ...]
+    shard: NonNegativeInt
+    offsets: tuple[NonNegativeInt, ...]
+    shape: tuple[NonNegativeInt, ...]
 
 
 class Entry(StoredModel):
@@ -46,7 +47,7 @@ class Entry(StoredModel):
     """
 
     dtype: str
-    shape: tuple[_Size, ...]
+    shape: tuple[NonNegativeInt, ...]
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     chunks: tuple[Chunk, ...]
 
@@ -54,7 +55,7 @@ class Entry(StoredModel):
 class ShardEntry(StoredModel):
     """One shard file: its size, and the SHA-256 of its header. Fingerprints cover the tensors after the header."""
 
-    size: _Size
+    size: NonNegativeInt
     header_sha256: str
 
 
@@ -68,13 +69,41 @@ class Index(StoredModel):
 
     format: Literal[2] = FORMAT
     save_id: str
-    step: _Size
+    step: NonNegativeInt
     shards: tuple[ShardEntry, ...]
     tensors: dict[str, Entry]
 
     @property
     def num_shards(self) -> int:
         return len(self.shards)
+
+
+class StateFile(StoredModel):
+    """Content of state.json.
+
+    Attributes:
+        optimizer_steps: Steps that the optimizer has taken; None without an optimizer.
+        placement: Groups and slots at the time of the save; for information, loading does not use them.
+        values: See `CheckpointState.values`; a configuration among them takes today's names.
+    """
+
+    format: Literal[2] = FORMAT
+    save_id: str
+    step: int
+    world_size: int
+    optimizer_steps: int | None
+    placement: dict[str, JsonValue]
+    versions: dict[str, str]
+    values: dict[str, JsonValue]
+
+    @field_validator("values")
+    @classmethod
+    def _in_todays_names(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        return {name: translate(value) if name == "config" else value for name, value in values.items()}
+
+    def to_json(self) -> bytes:
+        """The file's content. NaN and infinity raise ValueError, because JSON does not have them."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
 
 
 def shard_file(number: int) -> str:
@@ -91,13 +120,12 @@ def read_stored(path: Path, model: type[M]) -> M:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:  # before reading, so that a planted file cannot exhaust the memory
             raise DataError(f"checkpoint file {path}: {path.stat().st_size:,} bytes, too large for this file")
-        content = path.read_bytes()
-        return model.model_validate_json(content)
+        return model.model_validate_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"checkpoint file {path}: cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(map(str, first["loc"]))
         if where == "format":
             raise DataError(
                 f"checkpoint file {path}: format {first['input']!r}, but this version reads {FORMAT}; use the version of "
@@ -113,8 +141,7 @@ def read_index(folder: Path) -> Index:
         DataError: the index is missing or damaged, or the boxes of a tensor do not cover it exactly once.
     """
     index = read_stored(folder / INDEX_FILE, Index)
-    problems = index_problems(index)
-    if problems:
+    if problems := index_problems(index):
         raise DataError(listed(f"checkpoint {folder}: {INDEX_FILE} is damaged", problems))
     return index
 
@@ -159,3 +186,36 @@ def listed(head: str, problems: Sequence[str]) -> str:
     shown = list(problems[:MAX_FAULTS])
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])
+
+
+Kind = Literal["missing", "truncated", "damaged", "mixed up", "foreign", "incomplete", "not finite"]
+
+
+@dataclass(frozen=True)
+class CheckpointProblem:
+    """One problem of a checkpoint.
+
+    Attributes:
+        kind: missing (a file does not exist), truncated (a file is cut short), damaged (bits changed), mixed up (a file
+            belongs to another save, or the folder's name to another step), foreign (no checkpoint file, or of another
+            model), incomplete (a tensor is missing or duplicated), not finite (a tensor contains nan or inf).
+        file: Name of the file in the checkpoint's folder; empty if the problem concerns the whole checkpoint.
+        tensor: Logical name of the tensor; empty if the problem concerns a file.
+    """
+
+    kind: Kind
+    file: str
+    detail: str
+    tensor: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {': '.join(part for part in (self.file, self.tensor, self.detail) if part)}"
+
+
+class DamagedError(DataError):
+    """A checkpoint differs from what was saved. `file_problems` lists each problem with its kind."""
+
+    def __init__(self, head: str, problems: Sequence[CheckpointProblem], *, fix: str = "") -> None:
+        self.head, self.file_problems = head, tuple(problems)
+        text = listed(head, [str(problem) for problem in problems])
+        super().__init__(text + (f"\n{fix}" if fix else ""), see="docs/checkpoints.md")

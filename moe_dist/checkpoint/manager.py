@@ -2,8 +2,8 @@
 
     <folder>/step_N/shard_R.safetensors   tensors of rank R                    (storage.py)
                     index.json            which file contains which tensor     (index.py)
-                    state.json            everything except tensors            (state_file.py)
-                    SHA256SUMS            digests of the two JSON files        (checksums.py)
+                    state.json            everything except tensors            (index.py)
+                    SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
 A checkpoint is committed when `latest` names it. Before that its files lie in `step_N.<id>.tmp` with a random id, so that
@@ -14,24 +14,22 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.checksums import CHECKSUMS_FILE, checksums_of
 from moe_dist.checkpoint.collective_status import CollectiveStatus
-from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
+from moe_dist.checkpoint.contents import CHECKSUMS_FILE, Contents, checksums_of, open_checkpoint, open_shard
 from moe_dist.checkpoint.directory import LATEST_FILE, NONE_YET, CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.fingerprint import hexadecimal, signed
 from moe_dist.checkpoint.fits import check_complete, check_fits
-from moe_dist.checkpoint.index import INDEX_FILE, read_index, shard_file
+from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, DamagedError, read_index, shard_file
 from moe_dist.checkpoint.partial_load import Taken, fitting, taken_from
-from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
 from moe_dist.checkpoint.shard_header import ShardHeader
 from moe_dist.checkpoint.snapshot import Snapshot, take_snapshot
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, RankLayout, TensorSpec
-from moe_dist.checkpoint.state_file import STATE_FILE
 from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, sync, write_durably, write_shard
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
@@ -112,10 +110,9 @@ class CheckpointManager:
         status = self._untracked
         try:
             status.phase("prepare", lambda: self._prepare(temporary, needed), only_first=True)
-            status.phase("write", lambda: self._write_own(temporary, snapshot, save_id))
-            status.phase(
-                "commit", lambda: self._commit(temporary, target, snapshot.step, save_id, snapshot), only_first=True
-            )
+            write = partial(write_shard, temporary, status.rank, snapshot.pieces, save_id=save_id, step=snapshot.step)
+            status.phase("write", partial(write, rank_values=snapshot.rank_values))
+            status.phase("commit", lambda: self._commit(temporary, target, save_id, snapshot), only_first=True)
         except BaseException:
             if status.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -253,22 +250,12 @@ class CheckpointManager:
             self._point(NONE_YET)
         temporary.mkdir()  # fails if the folder exists, so an id is never used twice
 
-    def _write_own(self, temporary: Path, snapshot: Snapshot, save_id: str) -> None:
-        """On each rank: writes its own pieces."""
-        write_shard(
-            temporary,
-            self._status.rank,
-            snapshot.pieces,
-            save_id=save_id,
-            step=snapshot.step,
-            rank_values=snapshot.rank_values,
-        )
-
-    def _commit(self, temporary: Path, target: Path, step: int, save_id: str, snapshot: Snapshot) -> None:
+    def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
         """On rank 0: writes index and state, then renames; checks the lease right before each rename (see `clear`). Each
         step is synced to disk before the next."""
         try:
-            index = build_index(temporary, snapshot.specs, step=step, save_id=save_id, num_shards=self._status.world_size)
+            ranks = self._status.world_size
+            index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
         except DataError as error:
             raise CheckpointError(f"the written files cannot be read back: {error}") from error
         check_complete(index, snapshot.specs)  # reads headers only; the tensors were just written

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.fits import differences
-from moe_dist.checkpoint.index import Index
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -20,7 +19,6 @@ class Taken:
     """Result of a partial load.
 
     Attributes:
-        folder: Folder of the checkpoint.
         taken: Parameters that were loaded.
         elements: Their number of elements.
         kept: Parameters of the model that keep their initial values, with the reason.
@@ -49,16 +47,12 @@ class Taken:
         return "\n".join([*lines, *_families(self.left)])
 
 
-def fitting_names(index: Index, specs: Mapping[str, TensorSpec]) -> set[str]:
-    """Parameters that a checkpoint and a model share, by name, shape and dtype; the same on all ranks."""
-    parameters = _parameters(specs)
-    differ = {line.partition(": ")[0] for line in differences(index, parameters)}
-    return {name for name in parameters if name in index.tensors and name not in differ}
-
-
 def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """The parameters of `fitting_names`, each loaded from the tensor of the same name."""
-    return {name: name for name in fitting_names(contents.index, specs)}
+    """The parameters that a checkpoint and a model share by name, shape and dtype, each loaded by its own name; the same on
+    all ranks."""
+    parameters = _parameters(specs)
+    differ = {line.partition(": ")[0] for line in differences(contents.index, parameters)}
+    return {name: name for name in parameters if name in contents.index.tensors and name not in differ}
 
 
 def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> Taken:

@@ -7,30 +7,28 @@ each part in its tensor), and the entries of moe_dist.
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, NonNegativeInt, TypeAdapter, ValidationError
 
-from moe_dist.checkpoint.index import ITEMSIZE, Chunk, StoredModel, shard_file
-from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
+from moe_dist.checkpoint.index import ITEMSIZE, CheckpointProblem, Chunk, DamagedError, StoredModel, shard_file
 
 MAX_HEADER_BYTES = 100_000_000  # limit of safetensors
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
-_Count = Annotated[int, Field(ge=0)]
-
 
 class _Part(StoredModel):
     dtype: str
-    shape: tuple[_Count, ...]
-    data_offsets: tuple[_Count, _Count]
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
 
 
 _METADATA = TypeAdapter(dict[str, str])
-_OFFSETS_OF = TypeAdapter(dict[str, dict[str, tuple[_Count, ...]]])
+_OFFSETS_OF = TypeAdapter(dict[str, dict[str, tuple[NonNegativeInt, ...]]])
 _SUMS = TypeAdapter(dict[str, Annotated[str, Field(pattern="^[0-9a-f]{16}$")]])
 _VALUES = TypeAdapter(dict[str, JsonValue])
 _HEADER = TypeAdapter(dict[str, dict[str, JsonValue]])
@@ -123,11 +121,8 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
     sums = _SUMS.validate_json(metadata["fingerprints"])
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
-        count = 1
-        for length in part.shape:
-            count *= length
         # gaps or overlaps would let bytes escape the fingerprints
-        if part.data_offsets[0] != end or part.data_offsets[1] - end != count * ITEMSIZE[part.dtype]:
+        if part.data_offsets != (end, end + math.prod(part.shape) * ITEMSIZE[part.dtype]):
             raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]
     before = len(start) + len(raw)
@@ -148,8 +143,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
     """Kind and detail for a header that does not parse: a damaged one of moe_dist, or one of another program."""
-    ours = b'"save_id"' in raw or b'"fingerprints"' in raw
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
-    if ours:
+    if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"
     return "foreign", "a safetensors file, but not of a moe_dist checkpoint (no save_id in its header)"

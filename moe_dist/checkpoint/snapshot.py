@@ -13,8 +13,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from moe_dist import __version__
+from moe_dist.checkpoint.index import StateFile
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, TensorSpec
-from moe_dist.checkpoint.state_file import StateFile
 from moe_dist.checkpoint.storage import Piece, pieces_of
 from moe_dist.optim.optimizer import step_count
 

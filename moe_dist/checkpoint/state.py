@@ -94,11 +94,11 @@ class CheckpointState:
 
     def written(self) -> dict[str, Tensor]:
         """The tensors that this rank writes: a hash of the name chooses one writer among the ranks with the same piece."""
-        return {name: held.tensor for name, held in self.held.items() if _writes(name, held)}
-
-    def written_bytes(self) -> int:
-        """Bytes that this rank writes."""
-        return sum(_local(tensor).nbytes for tensor in self.written().values())
+        return {
+            name: held.tensor
+            for name, held in self.held.items()
+            if _local(held.tensor).numel() > 0 and zlib.crc32(name.encode()) % held.copies == held.position
+        }
 
 
 def capture(
@@ -225,11 +225,6 @@ def _replicas(tensor: DTensor) -> tuple[int, int]:
             position = position * tensor.device_mesh.size(axis) + coordinate[axis]
             copies *= tensor.device_mesh.size(axis)
     return copies, position
-
-
-def _writes(name: str, held: LocalShard) -> bool:
-    # spreads the writes over the ranks with copies
-    return _local(held.tensor).numel() > 0 and zlib.crc32(name.encode()) % held.copies == held.position
 
 
 def _local(tensor: Tensor) -> Tensor:

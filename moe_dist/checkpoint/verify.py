@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,14 +10,16 @@ import torch
 from moe_dist.checkpoint.contents import Examined, examine
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
-from moe_dist.checkpoint.index import INDEX_FILE, Index, shard_file
-from moe_dist.checkpoint.problems import CheckpointProblem
+from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, CheckpointProblem, Index, StateFile, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
-from moe_dist.checkpoint.state_file import STATE_FILE, StateFile
 from moe_dist.checkpoint.storage import open_tensors
 from moe_dist.errors import DataError
 from moe_dist.optim.optimizer import MOMENTS
 from moe_dist.placement.roles import EXPERT_NAME
+
+# Problems of a tensor in the index; the arguments are the detail and the tensor's name.
+_incomplete = partial(CheckpointProblem, "incomplete", INDEX_FILE)
+_foreign = partial(CheckpointProblem, "foreign", INDEX_FILE)
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
@@ -43,7 +46,9 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
         # The parts were compared with their shard's header above; here their sum is compared with the index.
-        if not files & unread and hexadecimal(sums[name]) != entry.fingerprint and not _named(problems, name):
+        if files & unread or any(problem.tensor == name for problem in problems):
+            continue
+        if hexadecimal(sums[name]) != entry.fingerprint:
             problems.append(CheckpointProblem("damaged", INDEX_FILE, "its fingerprint is not the sum over its parts", name))
     return examined, problems
 
@@ -61,9 +66,8 @@ def _check_shard(folder: Path, examined: Examined, number: int, sums: dict[str, 
                     problems.append(CheckpointProblem("damaged", file, "its bits differ from those that were saved", name))
                 # only for intact bits: damage may look like nan
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    problems.append(
-                        CheckpointProblem("not finite", file, "contains nan or inf, and was saved like that", name)
-                    )
+                    detail = "contains nan or inf, and was saved like that"
+                    problems.append(CheckpointProblem("not finite", file, detail, name))
     except DataError as error:
         problems.append(CheckpointProblem("damaged", file, str(error)))
     return problems
@@ -77,14 +81,12 @@ def _missing(index: Index, specs: Mapping[str, TensorSpec]) -> list[CheckpointPr
         if 0 in spec.shape:
             continue
         if entry is None:
-            problems.append(CheckpointProblem("incomplete", INDEX_FILE, "does not exist", name))
+            problems.append(_incomplete("does not exist", name))
         elif entry.shape != spec.shape or DTYPES.get(entry.dtype) != spec.dtype:
             detail = f"{entry.dtype} {entry.shape}, but its configuration gives {spec.dtype} {spec.shape}"
-            problems.append(CheckpointProblem("foreign", INDEX_FILE, detail, name))
+            problems.append(_foreign(detail, name))
     surplus = sorted(index.tensors.keys() - specs.keys())
-    return problems + [
-        CheckpointProblem("foreign", INDEX_FILE, "its configuration has no such tensor", name) for name in surplus
-    ]
+    return problems + [_foreign("its configuration has no such tensor", name) for name in surplus]
 
 
 def _missing_moments(index: Index) -> list[CheckpointProblem]:
@@ -96,15 +98,11 @@ def _missing_moments(index: Index) -> list[CheckpointProblem]:
         for moment in moments:
             entry = index.tensors.get(moment + parameter)
             if entry is None:
-                problems.append(CheckpointProblem("incomplete", INDEX_FILE, "does not exist", moment + parameter))
+                problems.append(_incomplete("does not exist", moment + parameter))
             elif parameter not in index.tensors:
-                problems.append(
-                    CheckpointProblem("incomplete", INDEX_FILE, "does not exist, but its moments do", parameter)
-                )
+                problems.append(_incomplete("does not exist, but its moments do", parameter))
             elif entry.shape != index.tensors[parameter].shape:
-                problems.append(
-                    CheckpointProblem("foreign", INDEX_FILE, "its shape differs from its parameter's", moment + parameter)
-                )
+                problems.append(_foreign("its shape differs from its parameter's", moment + parameter))
     return problems
 
 
@@ -127,14 +125,10 @@ def _missing_experts(index: Index, state: StateFile) -> list[CheckpointProblem]:
                 for tensor in sorted(tensors):
                     if (expert, tensor) not in seen[layer, group]:
                         name = f"{layer}.moe.experts.{group}.{expert}.{tensor}"
-                        problems.append(CheckpointProblem("incomplete", INDEX_FILE, "does not exist", name))
+                        problems.append(_incomplete("does not exist", name))
     for (layer, group), each in sorted(seen.items()):
         beyond = sorted({expert for expert, _ in each if expert >= expected.get(group, 0)})
         if beyond:
             detail = f"group {group} has {expected.get(group, 0)} experts in {STATE_FILE}"
-            problems.append(CheckpointProblem("foreign", INDEX_FILE, detail, f"{layer}.moe.experts.{group}.{beyond[0]}"))
+            problems.append(_foreign(detail, f"{layer}.moe.experts.{group}.{beyond[0]}"))
     return problems
-
-
-def _named(problems: list[CheckpointProblem], tensor: str) -> bool:
-    return any(problem.tensor == tensor for problem in problems)

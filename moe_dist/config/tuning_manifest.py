@@ -49,7 +49,7 @@ class TuningManifest(_Stored):
     """The content of the folder.
 
     Attributes:
-        checkpoint: SHA-256 of the scored parameters, see `moe_dist.checkpoint.content_hash`.
+        checkpoint: SHA-256 of the scored parameters, see `moe_dist.checkpoint.base.content_hash`.
         run, step: Folder and step of that checkpoint, for people to read.
         model: The section `model` of its configuration.
         tokenizer: SHA-256 of the data set's tokenizer.json.

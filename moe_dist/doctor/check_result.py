@@ -22,7 +22,6 @@ class CheckResult:
 
     Attributes:
         check: Name of the check, as 'shared folder'.
-        level: Severity.
         text: The observed state; for a problem with field, value and rule.
         fix: How to fix a warning or an error.
         verdict: Exit code that an error would cause.
@@ -62,14 +61,15 @@ def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = Resourc
     return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
-_WORST_FIRST = (ConfigError.exit_code, DataError.exit_code, ResourceError.exit_code)
+# The kinds of errors, first the one that must be fixed first.
+_KINDS: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ResourceError)}
 
 
 def exit_code(results: Iterable[CheckResult]) -> int:
     """Exit code for all results: with errors the first of 78, 65, 69 that occurs; 1 with warnings only; otherwise 0."""
     problems = [result for result in results if result.is_problem]
     verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
-    worst = [code for code in (*_WORST_FIRST, *sorted(verdicts)) if code in verdicts]  # what must be fixed first
+    worst = [code for code in (*_KINDS, *sorted(verdicts)) if code in verdicts]
     return worst[0] if worst else EXIT_FAILED if problems else EXIT_DONE
 
 
@@ -79,10 +79,8 @@ def raise_errors(results: Sequence[CheckResult]) -> None:
     Raises:
         ConfigError, DataError, ResourceError: there are errors; the class is that of `exit_code`.
     """
-    errors = [result for result in results if result.level is Level.ERROR]
-    if errors:
-        kinds: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ResourceError)}
-        raise kinds[exit_code(errors)]([str(result) for result in errors], see="docs/scaling.md")
+    if errors := [result for result in results if result.level is Level.ERROR]:
+        raise _KINDS[exit_code(errors)]([str(result) for result in errors], see="docs/scaling.md")
 
 
 def names(nodes: Sequence[str], *, most: int = 6) -> str:

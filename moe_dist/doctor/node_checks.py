@@ -22,10 +22,8 @@ class Needs:
     """Requirements of a run on its nodes.
 
     Attributes:
-        world_size: Number of ranks.
         ranks_per_node: Largest number of ranks on one node.
         gpus_per_node: Largest number of GPUs on one node; 0 for a run on CPUs.
-        num_nodes: Number of nodes.
         folder_bytes: Bytes that the run writes to run.root.
         folder, data: run.root and data.path, for messages.
     """
@@ -76,12 +74,9 @@ def _resolve(nodes: Sequence[NodeFacts]) -> CheckResult:
         return ok("rendezvous host", f"resolves on {_all(nodes)}")
     host, where = next(iter(broken.items()))
     others = f" (and {len(broken) - 1} other names)" if len(broken) > 1 else ""
-    return error(
-        "rendezvous host",
-        f"{host!r}{others} does not resolve on {_named(where)}: {where[0].unresolved[host]}",
-        "enter it in the DNS or /etc/hosts of that node, or set MOE_DIST_RENDEZVOUS_HOST to an address of rank 0's node",
-        kind=ConfigError,
-    )
+    text = f"{host!r}{others} does not resolve on {_named(where)}: {where[0].unresolved[host]}"
+    fix = "enter it in the DNS or /etc/hosts of that node, or set MOE_DIST_RENDEZVOUS_HOST to an address of rank 0's node"
+    return error("rendezvous host", text, fix, kind=ConfigError)
 
 
 def _ports(nodes: Sequence[NodeFacts]) -> CheckResult:
@@ -90,30 +85,22 @@ def _ports(nodes: Sequence[NodeFacts]) -> CheckResult:
         return note("ports", "one node: its ranks connect on the loopback or through a file")
     if not cut_off:
         return ok("ports", f"{_all(nodes)} can connect to a free port of rank 0's node")
-    return error(
-        "ports",
-        f"{_named(cut_off)} cannot connect to a free port of rank 0's node: {cut_off[0].unreachable}",
-        "open the ports between the nodes of a job (docs/security.md), or correct `interface` in the cluster file",
-    )
+    text = f"{_named(cut_off)} cannot connect to a free port of rank 0's node: {cut_off[0].unreachable}"
+    fix = "open the ports between the nodes of a job (docs/security.md), or correct `interface` in the cluster file"
+    return error("ports", text, fix)
 
 
 def _folder(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     broken = [n for n in nodes if n.folder_problem]
     blind = [n for n in nodes if n.sees_token is False and not n.folder_problem]
     if broken:
-        return error(
-            "shared folder",
-            f"run.root={needs.folder!r} cannot be written on {_named(broken)}: {broken[0].folder_problem}",
-            "repair the mount or its permissions there, or choose another run.root",
-            kind=ConfigError,
-        )
+        text = f"run.root={needs.folder!r} cannot be written on {_named(broken)}: {broken[0].folder_problem}"
+        fix = "repair the mount or its permissions there, or choose another run.root"
+        return error("shared folder", text, fix, kind=ConfigError)
     if blind:
-        return error(
-            "shared folder",
-            f"run.root={needs.folder!r} is a different folder on {_named(blind)}: it lacks a file written from here",
-            "choose a run.root on a file system that all nodes mount, as an absolute path",
-            kind=ConfigError,
-        )
+        text = f"run.root={needs.folder!r} is a different folder on {_named(blind)}: it lacks a file written from here"
+        fix = "choose a run.root on a file system that all nodes mount, as an absolute path"
+        return error("shared folder", text, fix, kind=ConfigError)
     return ok("shared folder", f"run.root={needs.folder!r} can be written on {_all(nodes)}")
 
 
@@ -125,24 +112,18 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     free = least.free_bytes or 0  # of the node with the least, because all see one file system
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
-    return warning(
-        "room",
-        f"run.root={needs.folder!r} has {_bytes(free)} free on {least.node}, but the checkpoints need "
-        f"{_bytes(needs.folder_bytes)}",
-        "free space, choose another run.root, or keep fewer checkpoints (checkpoint.keep)",
-    )
+    need = _bytes(needs.folder_bytes)
+    text = f"run.root={needs.folder!r} has {_bytes(free)} free on {least.node}, but the checkpoints need {need}"
+    return warning("room", text, "free space, choose another run.root, or keep fewer checkpoints (checkpoint.keep)")
 
 
 def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     without = [n for n in nodes if not n.sees_data]
     if not without:
         return ok("data", f"data.path={needs.data!r} exists on {_all(nodes)}")
-    return error(
-        "data",
-        f"data.path={needs.data!r} does not exist on {_named(without)}",
-        "put the data on a file system that all nodes mount, and use its absolute path",
-        kind=ConfigError,
-    )
+    text = f"data.path={needs.data!r} does not exist on {_named(without)}"
+    fix = "put the data on a file system that all nodes mount, and use its absolute path"
+    return error("data", text, fix, kind=ConfigError)
 
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
@@ -158,11 +139,9 @@ def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> CheckResult:
     if not wrong:
         return ok("clocks", f"the clocks of {_all(nodes)} agree within {CLOCK_SECONDS:g} s")
     node, seconds = max(wrong.items(), key=lambda each: abs(each[1]))
-    return warning(
-        "clocks",
-        f"{names(sorted(wrong))}: off by {seconds:+.0f} s ({node})",
-        "synchronise its clock (chrony or ntpd); until then times in logs are wrong and access tokens may be rejected",
-    )
+    text = f"{names(sorted(wrong))}: off by {seconds:+.0f} s ({node})"
+    fix = "synchronise its clock (chrony or ntpd); until then times in logs are wrong and access tokens may be rejected"
+    return warning("clocks", text, fix)
 
 
 def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
@@ -181,11 +160,9 @@ def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
         )
     versions = nodes[0].versions
     if versions.get("torch") is None:
-        return error(
-            "versions",
-            f"torch is not installed on {_all(nodes)}",
-            "activate the Python environment in the cluster file's prelude, or before the command",
-        )
+        text = f"torch is not installed on {_all(nodes)}"
+        fix = "activate the Python environment in the cluster file's prelude, or before the command"
+        return error("versions", text, fix)
     shown = ", ".join(f"{package} {version}" for package in PACKAGES if (version := versions.get(package)))
     return ok("versions", f"{shown} on {_all(nodes)}")
 
@@ -193,18 +170,14 @@ def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
 def _apex(nodes: Sequence[NodeFacts]) -> CheckResult:
     wrong = [n for n in nodes if n.apex == "other"]
     if wrong:
-        return warning(
-            "apex",
-            f"the package `apex` on {_named(wrong)} is not NVIDIA Apex but an unrelated package",
-            "pip uninstall apex; NVIDIA Apex is optional and must be built from its repository",
-        )
+        text = f"the package `apex` on {_named(wrong)} is not NVIDIA Apex but an unrelated package"
+        fix = "pip uninstall apex; NVIDIA Apex is optional and must be built from its repository"
+        return warning("apex", text, fix)
     kinds = _grouped(nodes, lambda n: n.apex)
     if len(kinds) > 1:
-        return warning(
-            "apex",
-            f"NVIDIA Apex is installed on {_named(kinds['nvidia'])}, but not on {_named(kinds['none'])}",
-            "install it on all nodes, or set optimizer.backend=torch",
-        )
+        text = f"NVIDIA Apex is installed on {_named(kinds['nvidia'])}, but not on {_named(kinds['none'])}"
+        fix = "install it on all nodes, or set optimizer.backend=torch"
+        return warning("apex", text, fix)
     return ok("apex", "NVIDIA Apex is installed" if "nvidia" in kinds else "not installed: torch's fused optimizer is used")
 
 
@@ -231,11 +204,9 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     small = [n for n in nodes if n.shm_bytes is not None and n.shm_bytes < need] if needs.ranks_per_node > 1 else []
     if not small:
         return ok("/dev/shm", f"large enough for {needs.ranks_per_node} ranks on {_all(nodes)}")
-    return warning(
-        "/dev/shm",
-        f"{_bytes(small[0].shm_bytes or 0)} on {_named(small)}, but {needs.ranks_per_node} ranks need {_bytes(need)}",
-        "enlarge it: --shm-size of a container, or mount -o remount,size=...",
-    )
+    text = f"{_bytes(small[0].shm_bytes or 0)} on {_named(small)}, but {needs.ranks_per_node} ranks need {_bytes(need)}"
+    fix = "enlarge it: --shm-size of a container, or mount -o remount,size=..."
+    return warning("/dev/shm", text, fix)
 
 
 def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
@@ -243,11 +214,9 @@ def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     low = [n for n in nodes if n.open_files != NO_LIMIT and n.open_files < need]
     if not low:
         return ok("open files", f"the limit is high enough for {needs.world_size} ranks on {_all(nodes)}")
-    return warning(
-        "open files",
-        f"the limit is {low[0].open_files} on {_named(low)}, but a rank of {needs.world_size} may open {need}",
-        f"put ulimit -n {need} into the cluster file's prelude, or raise the limit in limits.conf",
-    )
+    text = f"the limit is {low[0].open_files} on {_named(low)}, but a rank of {needs.world_size} may open {need}"
+    fix = f"put ulimit -n {need} into the cluster file's prelude, or raise the limit in limits.conf"
+    return warning("open files", text, fix)
 
 
 def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:

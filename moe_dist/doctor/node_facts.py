@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 MARK = "moe_dist node facts: "  # prefix that distinguishes the line from the output of a prelude
 CONNECT_SECONDS = 5.0
@@ -31,7 +32,6 @@ class Questions:
 
     Attributes:
         folder: run.root; every node must be able to write there.
-        data: data.path.
         token_file: Path and content of a file that the doctor has written into `folder`; None without one.
         hosts: Host names that the node must be able to resolve (the rendezvous host).
         meeting: File with the address for the connection test, see `launchers/doctor/meeting.py`; None for no test.
@@ -59,11 +59,9 @@ class NodeFacts:
         driver: Version of NVIDIA's driver, or the error of NVML.
         shm_bytes: Size of /dev/shm.
         open_files, locked_memory: Soft limits; NO_LIMIT for none.
-        infiniband: Whether the node has InfiniBand cards.
         folder_problem: Why a file cannot be written to the folder and read back; empty without a problem.
         free_bytes: Free space in the folder for this user.
         sees_token: Whether the node sees the doctor's token file; None without one.
-        sees_data: Whether data.path exists.
         unresolved: Host names that do not resolve, with the resolver's error.
         unreachable: Error on connecting to rank 0's node; empty after success or without the test.
     """
@@ -97,12 +95,12 @@ def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFa
         apex=apex_kind(),
         gpus=gpus,
         driver=driver,
-        shm_bytes=_size("/dev/shm"),
+        shm_bytes=_space(Path("/dev/shm"))[0],
         open_files=_soft_limit(resource.RLIMIT_NOFILE),
         locked_memory=_soft_limit(resource.RLIMIT_MEMLOCK),
         infiniband=INFINIBAND.is_dir() and any(INFINIBAND.iterdir()),
         folder_problem=write_problem(folder),
-        free_bytes=_free(folder),
+        free_bytes=_space(nearest(folder))[1],
         sees_token=_sees(questions.token_file),
         sees_data=Path(questions.data).exists(),
         unresolved=unresolved(questions.hosts),
@@ -197,9 +195,7 @@ def from_line(line: str) -> NodeFacts | None:
 
 def questions_from(text: str) -> Questions:
     """Inverse of `json.dumps(asdict(questions))`."""
-    values: dict[str, Any] = json.loads(text)
-    pairs = {name: tuple(values[name]) for name in ("token_file", "hosts") if values.get(name) is not None}
-    return Questions(**{**values, **pairs})
+    return TypeAdapter(Questions).validate_json(text)
 
 
 def _version(package: str) -> str | None:
@@ -223,20 +219,13 @@ def _nvml() -> tuple[int | None, str]:
         return None, str(error)
 
 
-def _size(folder: str) -> int | None:
+def _space(folder: Path) -> tuple[int | None, int | None]:
+    """Size of a file system, and its free bytes for this user; None if unknown."""
     try:
         found = os.statvfs(folder)
     except OSError:
-        return None
-    return found.f_blocks * found.f_frsize
-
-
-def _free(folder: Path) -> int | None:
-    try:
-        found = os.statvfs(nearest(folder))
-    except OSError:
-        return None
-    return found.f_bavail * found.f_frsize
+        return None, None
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
 def _soft_limit(kind: int) -> int:

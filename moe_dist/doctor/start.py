@@ -42,7 +42,6 @@ def check_at_start(
     rank of each node works; only rank 0 logs warnings.
 
     Args:
-        variables: Environment variables.
         wait_seconds: How long rank 0 waits for the other nodes; later ones are not compared.
 
     Returns:
@@ -54,10 +53,13 @@ def check_at_start(
     if env.local_rank > 0:
         return []
     began, needs = time.time(), _needs(config, env, variables)
-    facts = look(_questions(config, variables), env=variables)
+    hosts = (host,) if (host := variables.get("MASTER_ADDR")) else ()
+    facts = look(Questions(folder=config.run.root, data=config.data.path, hosts=hosts), env=variables)
     folder = run_folder / f".nodes_{env.attempt_id}_{env.attempt}"
     if env.rank > 0:
-        _publish(folder, env, facts)
+        folder.mkdir(exist_ok=True)
+        content = {"local_world_size": env.local_world_size, "facts": asdict(facts)}
+        write_atomically(folder / f"{env.rank}.json", json.dumps(content))
         results = check_nodes([facts], needs)
         raise_errors(results)
         return results
@@ -75,11 +77,6 @@ def check_at_start(
     return results
 
 
-def _questions(config: Config, variables: Mapping[str, str]) -> Questions:
-    hosts = [host] if (host := variables.get("MASTER_ADDR")) else []
-    return Questions(folder=config.run.root, data=config.data.path, hosts=tuple(hosts))
-
-
 def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
     place = RunPlace.from_environment(variables)
     return Needs(
@@ -91,12 +88,6 @@ def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
         folder=config.run.root,
         data=config.data.path,
     )
-
-
-def _publish(folder: Path, env: RankEnv, facts: NodeFacts) -> None:
-    folder.mkdir(exist_ok=True)
-    content = {"local_world_size": env.local_world_size, "facts": asdict(facts)}
-    write_atomically(folder / f"{env.rank}.json", json.dumps(content))
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:

@@ -26,8 +26,7 @@ from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES as OURS
-from moe_dist.checkpoint.index import shard_file
-from moe_dist.checkpoint.problems import CheckpointProblem, DamagedError
+from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.storage import open_tensors, sync, write_durably
 from moe_dist.config.model_schema import ModelSection

@@ -5,6 +5,7 @@ They need one all-reduce of a few integers per layer, only with gradients enable
 repeat it.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,7 +36,6 @@ class AuxTerms:
         data_parallel_size: Size of DP without CP.
         per_token_loss: Whether Megatron divides gradients by the step's number of tokens, not by micro-batches and DP.
         layer_number, num_layers: Layer number for the tracker, from 1, and number of layers.
-        record: Megatron's tracker.
     """
 
     groups: Sequence[ExpertGroup]
@@ -59,7 +59,9 @@ class AuxTerms:
         tables = ColumnTables.on(self.groups, y.device)
         balance = balance_terms(sums.prob_C[None], choices_LC, tokens_LG, tables, kind=self.kind).sum()
         z = z_terms(sums.log_z_squared_G[None], tokens_LG).sum()
-        scale = self._scale(tokens_LG)
+        # Megatron sums the gradients over TP. Then it averages over DP x CP (its scaler has CP / micro-batches), or divides
+        # their sum by the step's tokens. The factor makes the shares of all ranks sum to the term.
+        scale = tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)
         for name, term, coefficient in (("global_load_balancing_loss", balance, self.balance), ("z_loss", z, self.z)):
             if coefficient:
                 self.record(name, term, self.layer_number, self.num_layers, self.every_rank)
@@ -67,10 +69,23 @@ class AuxTerms:
                 y = MoEAuxLossAutoScaler.apply(y, coefficient * scale * term)
         return y
 
-    def _scale(self, tokens_LG: Tensor) -> Tensor | float:
-        """Factor that compensates Megatron's later scaling of gradients, so that the shares of all ranks sum to the term.
 
-        Megatron sums over TP. Then it averages over DP x CP (its scaler already contains CP / micro-batches), or sums and
-        divides by the step's tokens; in the second case the factor is this micro-batch's number of tokens on all ranks.
-        """
-        return tokens_LG.sum() if self.per_token_loss else float(self.data_parallel_size)
+def tracker() -> Record:
+    """Adds a value to Megatron's tracker, which reduces and prints it: an object in newer versions, a function in 0.16."""
+    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None:
+        return _record_in_object
+    return _record_by_function
+
+
+def _record_in_object(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
+    from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
+        get_moe_metrics_tracker,
+    )
+
+    get_moe_metrics_tracker().record(name, value, layer, num_layers, reduce_group=group, needs_dp_avg=False)
+
+
+def _record_by_function(name: str, value: Tensor, layer: int, num_layers: int, group: dist.ProcessGroup) -> None:
+    from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
+
+    save_to_aux_losses_tracker(name, value, layer, num_layers, reduce_group=group, reduce_group_has_dp=True)

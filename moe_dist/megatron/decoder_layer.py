@@ -54,20 +54,17 @@ class DecoderLayer(TransformerLayer):
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
         # a copy, because Megatron shares one spec among layers
         parts = copy.copy(submodules or _megatrons_own(config, number))
-        holds_experts = _holds_experts(config, number)
+        every = config.moe_layer_freq
+        holds_experts = (number - 1) % every == 0 if isinstance(every, int) else bool(every[number - 1])
         stock = parts.mlp
         if holds_experts:
             parts.mlp = IdentityOp  # built below: Megatron passes process groups to its own MoE layer only
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
             self.recompute_mlp = False  # Megatron treats the layer as dense; `ExpertLayer` recomputes by itself
-            self.mlp = ExpertLayer(
-                config,
-                settings,
-                pg_collection=groups,
-                layer_number=self.layer_number,
-                shared=_shared_expert(stock, config, groups),
-            )
+            shared = _shared_expert(stock, config, groups)
+            number = self.layer_number
+            self.mlp = ExpertLayer(config, settings, pg_collection=groups, layer_number=number, shared=shared)
 
 
 def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
@@ -77,11 +74,6 @@ def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
 
 # For --spec, which looks up an object without calling it; each layer then reads its settings from the environment.
 decoder_layer = ModuleSpec(module=DecoderLayer)
-
-
-def _holds_experts(config: TransformerConfig, number: int) -> bool:
-    frequency = config.moe_layer_freq
-    return (number - 1) % frequency == 0 if isinstance(frequency, int) else bool(frequency[number - 1])
 
 
 def _megatrons_own(config: TransformerConfig, number: int) -> TransformerLayerSubmodules:

@@ -4,6 +4,7 @@ Shape letters: s positions on this rank, B sequences, T = s x B tokens, D hidden
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,17 +18,16 @@ from torch import Tensor, nn
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError
-from moe_dist.megatron.aux_terms import AuxTerms
-from moe_dist.megatron.initialise import initialise_layer
+from moe_dist.megatron.aux_terms import AuxTerms, tracker
 from moe_dist.megatron.modality import PADDING, groups_of_rank
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 from moe_dist.megatron.sharding import sharded_layer_state
-from moe_dist.megatron.tracker import tracker
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer, Recompute
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.roles import group_module, named_parameters
 
 
 class UntimedCommStats(CommStats):
@@ -43,8 +43,6 @@ class ExpertLayer(MegatronModule):
 
     Args:
         config: Megatron's configuration, already checked (`requirements.check`).
-        settings: Groups, router and placement.
-        pg_collection: Megatron's process groups.
         layer_number: Number of the layer in the whole model, from 1.
         shared: Megatron's shared expert (tensor-parallel), or None.
     """
@@ -86,7 +84,7 @@ class ExpertLayer(MegatronModule):
             num_layers=config.num_layers,
             record=tracker(),
         )
-        initialise_layer(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
+        _initialise(self.moe, self.placement, config, ep_rank=self.ep_rank, layer=layer_number - 1, seed=settings.seed)
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
@@ -172,3 +170,36 @@ def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
         parameter.requires_grad_(parameter.numel() > 0)
     for parameter in layer.router.parameters():
         parameter.sequence_parallel = sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def _initialise(
+    moe: MoELayer, placement: ExpertPlacement, config: TransformerConfig, *, ep_rank: int, layer: int, seed: int
+) -> None:
+    """Initialises router and experts with Megatron's initialisers, seeded by (seed, logical name); `down` uses the one of
+    output layers.
+
+    Draws one expert's matrix at a time on the host in fp32, so it is equal for every layout and device. Does nothing if
+    `perform_initialization` is off.
+    """
+    if not config.perform_initialization:
+        return
+    prefix = f"layers.{layer}"
+    for _, name, _, weight in named_parameters(moe.router):
+        weight.copy_(_draw(f"{prefix}.router.{name}", weight, config.init_method, seed))
+    for group in placement.groups:
+        local = placement.local_experts(ep_rank, group)
+        for name, stack in moe.experts.get_submodule(group_module(group.name)).named_parameters():
+            initialiser = config.output_layer_init_method if name == "down" else config.init_method
+            for weight, expert in zip(stack, local, strict=True):
+                logical = f"{prefix}.experts.{group.name}.{expert - group.first_expert}.{name}"
+                weight.copy_(_draw(logical, weight, initialiser, seed))  # casts to the parameter's dtype
+
+
+def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):  # host generator only: Megatron manages those of the devices
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu")
+        initialiser(drawn)
+    return drawn

@@ -89,10 +89,8 @@ def _expert_problems(config: TransformerConfig, settings: ExpertSettings) -> lis
 
 
 def _option_problems(config: TransformerConfig) -> list[str]:
-    problems = []
-    for field, off, reason in _OFF:
-        # Not every version has every field; None, False and 0 all mean off.
-        value = getattr(config, field, off)
-        if value != off and (value or off):
-            problems.append(f"{field}={value}: must be {off}; {reason}")
-    return problems
+    # Not every version has every field; None, False and 0 all mean off.
+    values = [(field, getattr(config, field, off), off, reason) for field, off, reason in _OFF]
+    return [
+        f"{field}={value}: must be {off}; {why}" for field, value, off, why in values if value != off and (value or off)
+    ]

@@ -1,24 +1,28 @@
-"""Atomic writes, and a check that a folder is writable."""
+"""Atomic writes, a check that a folder is writable, and the last lines of a large file."""
 
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_dist.errors import ConfigError
 
+BLOCK = 1 << 16  # bytes of one read in `lines_from_end`
 
-def write_atomically(path: Path, content: str | bytes, *, before_rename: Callable[[], None] | None = None) -> None:
+
+def write_atomically(
+    path: Path, content: str | bytes, *, before_rename: Callable[[], None] | None = None, mode: int = 0o666
+) -> None:
     """Replaces a file atomically: a reader sees either the old or the new content, also after a crash of the machine.
-    Permissions follow the umask.
 
     Args:
         before_rename: Called right before the rename (a lease's `check`); if it raises, the old file stays.
+        mode: Permissions of the file, less those of the umask.
     """
     # A random name with O_EXCL and O_NOFOLLOW: another user cannot have placed a link there to redirect the write.
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         with open(descriptor, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
@@ -47,3 +51,30 @@ def make_writable(folder: Path, *, option: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{option}: not writable: {error.strerror}; choose another folder") from error
+
+
+def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
+    """Yields the complete lines in the last `most_bytes` of a file, last first; nothing for a missing file.
+
+    Skips a last line without newline: it is still being written, or a crash cut it.
+    """
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        at = stream.seek(0, 2)
+        begin = max(0, at - most_bytes)
+        rest, torn = b"", True
+        while at > begin:
+            size = min(BLOCK, at - begin)
+            at -= size
+            stream.seek(at)
+            lines = (stream.read(size) + rest).split(b"\n")  # the first line may continue in the previous block
+            rest = lines[0]
+            for line in reversed(lines[1:]):
+                if not torn:
+                    yield line
+                torn = False
+        if at == 0 and not torn:
+            yield rest

@@ -74,7 +74,6 @@ class Lease:
 
     Args:
         path: The lease file, on the file system of the run folder.
-        attempt_id: Name of the attempt.
         stale_seconds: A lease counts as abandoned after this time without a heartbeat; the holder sends six in this time.
     """
 

@@ -1,4 +1,4 @@
-"""Logging of one rank; each line shows rank and step.
+"""Logging of one rank; each line shows rank and step. And what a starting run is doing.
 
 The launchers already send standard error into log/rank_R.log. Therefore:
 
@@ -10,11 +10,16 @@ The launchers already send standard error into log/rank_R.log. Therefore:
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
+from typing import TextIO
 
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.secrets import without_secrets
+
+QUIET_SECONDS = 10.0
 
 
 class WithoutSecrets(logging.Formatter):
@@ -72,3 +77,34 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
     root.setLevel(logging.WARNING)  # libraries are quiet
     logging.getLogger("moe_dist").setLevel(level)
     return prefix
+
+
+class Startup:
+    """Prints at intervals, from a thread, what a starting run is doing, until `done`: importing torch or reading data can
+    take minutes.
+
+    Args:
+        enabled: True on rank 0 only.
+        quiet_seconds: Interval between lines.
+        stream: Output; default standard error.
+    """
+
+    def __init__(self, *, enabled: bool, quiet_seconds: float = QUIET_SECONDS, stream: TextIO | None = None) -> None:
+        self._quiet_seconds, self._stream = quiet_seconds, stream or sys.stderr
+        self._doing, self._began = "", time.monotonic()
+        self._done = threading.Event()
+        if enabled:
+            threading.Thread(target=self._tell, name="startup", daemon=True).start()
+
+    def now(self, doing: str) -> None:
+        """Sets what the main thread does now, as 'importing torch'."""
+        self._doing = doing
+
+    def done(self) -> None:
+        """Ends the output; a second call does nothing."""
+        self._done.set()
+
+    def _tell(self) -> None:
+        while not self._done.wait(self._quiet_seconds):
+            self._stream.write(f"still starting after {time.monotonic() - self._began:.0f} s: {self._doing}\n")
+            self._stream.flush()  # a pipe is block-buffered

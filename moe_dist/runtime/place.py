@@ -21,10 +21,8 @@ class RunPlace:
     """The planned place of one rank.
 
     Attributes:
-        rank: Global rank.
         node: Index of the node in the plan.
         local_rank: Local rank on the node.
-        groups: Names of the rank's expert groups.
         host: Host name; None before the nodes are allocated.
         feature, labels: Requirements on the node.
         gpu: Index into the visible GPUs; None without GPUs.
@@ -67,7 +65,6 @@ class Found:
         host: Host name.
         local_rank: Index of the task on the node.
         features, labels: Features and labels of the node.
-        gpus: Visible GPUs.
     """
 
     host: str | None = None
@@ -100,8 +97,7 @@ def check_place(place: RunPlace | None, found: Found) -> None:
     """
     if place is None:
         return
-    problems = [*_where(place, found), *_what(place, found)]
-    if problems:
+    if problems := _differences(place, found):
         groups = f" (experts of {', '.join(place.groups)})" if place.groups else ""
         raise PlacementError(
             f"rank {place.rank}{groups} is not on its planned node: {'; '.join(problems)}; start the job with a launcher, "
@@ -109,7 +105,7 @@ def check_place(place: RunPlace | None, found: Found) -> None:
         )
 
 
-def _where(place: RunPlace, found: Found) -> list[str]:
+def _differences(place: RunPlace, found: Found) -> list[str]:
     problems = []
     if place.host is not None and found.host != place.host:
         problems.append(f"its node must be {place.host}, but it runs on {found.host}")
@@ -120,11 +116,6 @@ def _where(place: RunPlace, found: Found) -> list[str]:
         problems.append(
             f"it needs GPU {place.gpu} of {found.host}, but its visible GPUs are {shown} (CUDA_VISIBLE_DEVICES)"
         )
-    return problems
-
-
-def _what(place: RunPlace, found: Found) -> list[str]:
-    problems = []
     if place.feature is not None and found.features is not None and place.feature not in found.features:
         has = ", ".join(sorted(found.features)) or "none"
         problems.append(f"its node must have the feature {place.feature!r}; {found.host} has {has}")

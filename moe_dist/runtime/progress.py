@@ -4,15 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -20,13 +12,8 @@ Report = Callable[[str, int, int], None]  # (stage, done, total)
 @contextmanager
 def shown_progress() -> Iterator[Report]:
     """Yields a function that updates the progress bar of a stage."""
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    _, bar, percentage, remaining = Progress.get_default_columns()
+    columns = (TextColumn("{task.description:<28}"), bar, percentage, TimeElapsedColumn(), remaining)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         stages: dict[str, TaskID] = {}
 

@@ -29,6 +29,8 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
     if diff:
         patch = f"diff_{hashlib.sha256(diff).hexdigest()[:12]}.patch"
         write_atomically(folder / patch, diff)  # before the entry that refers to it
+    found = sorted(importlib.metadata.distributions(), key=lambda each: each.name.lower())
+    packages = {each.name: each.version for each in found}
     entries.append(
         {
             "attempt_id": attempt_id,
@@ -40,9 +42,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             "untracked": untracked,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "packages": {
-                d.name: d.version for d in sorted(importlib.metadata.distributions(), key=lambda d: d.name.lower())
-            },
+            "packages": packages,
         }
     )
     write_atomically(path, json.dumps(entries, indent=1) + "\n")
@@ -59,11 +59,8 @@ def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
     commit = _git(code, "rev-parse", "HEAD")
     diff = _git(code, "diff", "HEAD", "--no-ext-diff", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "--", ":/")
     untracked = _git(code, "ls-files", "--others", "--exclude-standard", "--full-name", "--", ":/")
-    return (
-        commit.decode().strip() if commit else None,
-        diff or b"",
-        (untracked or b"").decode(errors="replace").splitlines(),
-    )
+    listed = (untracked or b"").decode(errors="replace").splitlines()
+    return commit.decode().strip() if commit else None, diff or b"", listed
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:

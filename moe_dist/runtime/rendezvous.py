@@ -20,6 +20,7 @@ import psutil
 
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.ownership import RunFolderError, user_name
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
@@ -102,15 +103,10 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
         ) from error
     # new for each attempt
     address = Address(env.attempt_id, env.attempt, host, listener.getsockname()[1], secrets.token_hex(16))
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(asdict(address), stream)
-        os.replace(new, path)  # readers never see a partial file
+        write_atomically(path, json.dumps(asdict(address)), mode=0o600)
     except BaseException:
         listener.close()
-        new.unlink(missing_ok=True)
         raise
     return address, listener
 

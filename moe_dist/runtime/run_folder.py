@@ -149,24 +149,21 @@ class RunFolder:
             ConfigError: the folder is no run folder, or belongs to another user.
         """
         with in_words(self.path):
-            return self._move_aside()
-
-    def _move_aside(self) -> Path | None:
-        if not self.config_yaml.is_file():
-            self._refuse_strangers()
-            return None
-        if owner := other_owner(self.path):
-            raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
-        # fails while a run writes
-        lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
-        try:
-            taken = {entry.name for entry in self.path.parent.iterdir()}
-            name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
-            old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted
-            (old / self.lease_json.name).unlink(missing_ok=True)  # the lease moved with the folder
-        finally:
-            lease.release()
-        return old
+            if not self.config_yaml.is_file():
+                self._refuse_strangers()
+                return None
+            if owner := other_owner(self.path):
+                raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
+            # fails while a run writes
+            lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
+            try:
+                taken = {entry.name for entry in self.path.parent.iterdir()}
+                name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
+                old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted
+                (old / self.lease_json.name).unlink(missing_ok=True)  # the lease moved with the folder
+            finally:
+                lease.release()
+            return old
 
     def put_back(self, old: Path) -> None:
         """Undoes `move_aside` if no attempt has opened the new folder, because the job was refused."""
@@ -255,7 +252,8 @@ class RunFolder:
         Returns:
             Whether it was written; False if the attempt already has a verdict or has lost the lease.
         """
-        if not self._is_held_by(attempt_id):
+        holder = read_holder(self.lease_json)
+        if holder is None or holder.attempt_id != attempt_id:
             return False
         try:
             # O_EXCL lets the file server decide which rank is first; a client's cache could be outdated.
@@ -273,11 +271,8 @@ class RunFolder:
                 raise LeaseError(f"{self.path}: another attempt now writes to this run")
 
         try:
-            write_status(
-                self.status_json,
-                replace(record, verdict=verdict, reason=reason, last_step=last_step, rank=rank, ended=time.time()),
-                before_rename=check,
-            )
+            ended = replace(record, verdict=verdict, reason=reason, last_step=last_step, rank=rank, ended=time.time())
+            write_status(self.status_json, ended, before_rename=check)
         except LeaseError:
             return False
         return True
@@ -324,10 +319,6 @@ class RunFolder:
 
     def _claim(self, attempt_id: str) -> Path:
         return self.path / f".verdict_{attempt_id}"
-
-    def _is_held_by(self, attempt_id: str) -> bool:
-        holder = read_holder(self.lease_json)
-        return holder is not None and holder.attempt_id == attempt_id
 
     def _refuse_strangers(self) -> None:
         """Refuses a folder with other content that is no run: it must neither be written nor renamed."""

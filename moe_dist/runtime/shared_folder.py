@@ -37,7 +37,15 @@ def shared_with_rank_0(run_folder: Path, env: RankEnv, *, wait_seconds: float = 
         finally:
             probe.unlink(missing_ok=True)
     else:
-        _wait_for(probe, env, wait_seconds)
+        deadline = time.monotonic() + wait_seconds
+        while not probe.exists():
+            if time.monotonic() >= deadline:
+                what = "is a different folder, or rank 0 has not started" if run_folder.exists() else "does not exist"
+                raise ConfigError(
+                    f"rank {env.rank} waited {wait_seconds:g} s for {probe.name}, which rank 0 writes into {run_folder}; "
+                    f"on this node it {what}; run.root must be a folder that all nodes share"
+                )
+            time.sleep(_POLL_SECONDS)
         yield
 
 
@@ -49,15 +57,3 @@ def relative_paths(config: Config) -> list[str]:
         for key, path in paths.items()
         if path is not None and not Path(path).is_absolute()
     ]
-
-
-def _wait_for(probe: Path, env: RankEnv, wait_seconds: float) -> None:
-    deadline = time.monotonic() + wait_seconds
-    while not probe.exists():
-        if time.monotonic() >= deadline:
-            what = "is a different folder, or rank 0 has not started" if probe.parent.exists() else "does not exist"
-            raise ConfigError(
-                f"rank {env.rank} waited {wait_seconds:g} s for {probe.name}, which rank 0 writes into {probe.parent}; "
-                f"on this node it {what}; run.root must be a folder that all nodes share"
-            )
-        time.sleep(_POLL_SECONDS)

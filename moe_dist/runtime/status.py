@@ -75,11 +75,7 @@ def read_status(path: Path) -> Status:
 
 
 def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[], None] | None = None) -> None:
-    """Adds an attempt, or replaces its entry. The file's top level repeats the latest verdict, for `jq .verdict`.
-
-    Args:
-        before_rename: As in `write_atomically`.
-    """
+    """Adds an attempt, or replaces its entry. The file's top level repeats the latest verdict, for `jq .verdict`."""
     attempts = [entry for entry in read_status(path).attempts if entry.attempt_id != record.attempt_id]
     summary = {
         "verdict": record.verdict,

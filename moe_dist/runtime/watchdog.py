@@ -139,10 +139,7 @@ class Watchdog:
     """The watchdog thread of one rank.
 
     Args:
-        tracker: This rank's tracker.
-        attempt_id: Name of the attempt, equal on all ranks.
         seconds: Time limit of a collective.
-        logs: Log folder of the run.
         step: Returns the current step.
         end: Called in the thread with the reason; must record it and end the process.
     """

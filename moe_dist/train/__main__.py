@@ -19,12 +19,12 @@ from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
+from moe_dist.runtime.log import Startup
 from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.save_time import record_save_seconds
 from moe_dist.runtime.shared_folder import shared_with_rank_0
 from moe_dist.runtime.signals import StopRequest
-from moe_dist.runtime.startup import Startup
 
 
 def main(

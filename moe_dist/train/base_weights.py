@@ -12,8 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import nn
 
-from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, find_base
-from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.base import GUIDE, KEY, Base, base_sources, content_hash, find_base
 from moe_dist.checkpoint.contents import Contents
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture

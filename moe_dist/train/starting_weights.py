@@ -13,8 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from moe_dist.checkpoint.base import GUIDE, KEY
-from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.base import GUIDE, KEY, content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import ABSENT

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moe_dist.checkpoint.manager import CheckpointManager
+from moe_dist.checkpoint.snapshot import take_snapshot
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, capture
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import MoeDistError
@@ -132,7 +133,7 @@ def save_body(rank: RankContext, layout: Layout, folder: Path) -> int:
     with NothingPickled():
         state = setup.capture(position=7)
         manager(folder).save(5, state)
-    return state.written_bytes()
+    return take_snapshot(5, state).nbytes
 
 
 def load_body(rank: RankContext, layout: Layout, folders: list[Path]) -> int:

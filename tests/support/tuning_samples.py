@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.config.tuning_manifest import TuningManifest

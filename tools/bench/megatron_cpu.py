@@ -214,7 +214,7 @@ def _forget_losses() -> None:
         from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
             destroy_moe_metrics_tracker,
         )
-    except ImportError:  # before 0.17 or later, see moe_dist.megatron.tracker
+    except ImportError:  # before 0.17 or later, see moe_dist.megatron.aux_terms
         from megatron.core.transformer.moe import moe_utils
 
         moe_utils.get_moe_layer_wise_logging_tracker().clear()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_dist.checkpoint.content_hash import content_hash
+from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.config.manifest import Manifest, load_manifest

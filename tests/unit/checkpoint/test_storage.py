@@ -8,9 +8,8 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from moe_dist.checkpoint.contents import Contents, open_shard
-from moe_dist.checkpoint.index import Index, shard_file
+from moe_dist.checkpoint.index import Index, StateFile, shard_file
 from moe_dist.checkpoint.state import TensorSpec
-from moe_dist.checkpoint.state_file import StateFile
 from moe_dist.checkpoint.storage import build_index, pieces_of, read_tensors, write_shard
 from moe_dist.errors import DataError
 

@@ -139,7 +139,7 @@ def test_what_families_do_not_have_is_refused_by_name(tmp_path: Path, change: di
 
 def change_config(folder: Path, change: dict[str, Any]) -> None:
     """Changes `model.moe` in the state.json of an import, with its digest."""
-    from moe_dist.checkpoint.checksums import checksums_of
+    from moe_dist.checkpoint.contents import checksums_of
 
     step = folder / "step_0"
     state = json.loads((step / "state.json").read_text())

@@ -13,7 +13,6 @@ from launchers.command import (
     fit_world_size,
     plan_job,
     rank_commands,
-    tcp_rendezvous,
     threads_per_rank,
 )
 from moe_dist.config.cluster import Cluster
@@ -30,7 +29,7 @@ def plan(**changes: object) -> LaunchPlan:
         "config": Path("configs/x.yaml"),
         "overrides": ("train.steps=3",),
         "job": JobPlan((NodePlan(0, (0, 1)), NodePlan(1, (2,)))),
-        "rendezvous": tcp_rendezvous("node1", 2345),
+        "rendezvous": {"MASTER_ADDR": "node1", "MASTER_PORT": "2345"},
         "attempt": 4,
         "attempt_id": "job.4",
     }

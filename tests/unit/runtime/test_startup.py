@@ -3,7 +3,7 @@
 import io
 import time
 
-from moe_dist.runtime.startup import Startup
+from moe_dist.runtime.log import Startup
 
 
 def wait_for(stream: io.StringIO, text: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.runtime.tail import BLOCK, lines_from_end
+from moe_dist.runtime.files import BLOCK, lines_from_end
 
 
 def read(path: Path, most_bytes: int = 1 << 30) -> list[bytes]:

@@ -80,7 +80,7 @@ def srun(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_come_with_their_time_of_arrival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     srun(tmp_path, "echo one; echo two", monkeypatch)
-    heard = list(run_on_nodes(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=1))
+    heard = list(run_on_nodes(srun_command(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=1), minutes=1))
     assert [line for _, line in heard] == ["one\n", "two\n"]
     assert heard[0][0] <= heard[1][0]
 
@@ -88,12 +88,12 @@ def test_lines_come_with_their_time_of_arrival(tmp_path: Path, monkeypatch: pyte
 def test_a_refusal_contains_sruns_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     srun(tmp_path, "echo 'srun: error: Unable to allocate resources: Invalid account' >&2; exit 1", monkeypatch)
     with refused(ResourceError):
-        list(run_on_nodes(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=1))
+        list(run_on_nodes(srun_command(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=1), minutes=1))
 
 
 def test_a_job_that_does_not_end_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     srun(tmp_path, "trap 'echo gone > \"$0.gone\"; exit 143' TERM; sleep 60 >/dev/null 2>&1 & wait", monkeypatch)
     monkeypatch.setattr("launchers.doctor.slurm_nodes.START_SECONDS", 0.5)
     with refused(ResourceError):
-        list(run_on_nodes(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=0))
+        list(run_on_nodes(srun_command(PLAN, Cluster(), "m", "a", tasks_per_node=1, minutes=0), minutes=0))
     assert (tmp_path / "srun.gone").exists()
