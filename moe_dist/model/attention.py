@@ -22,7 +22,7 @@ from moe_dist.moe.routing import GlobalBatchInfo
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Block mask for flex attention: only blocks inside a document are computed. FSDP2 would take a bare one apart."""
+    """Block mask for flex attention, which computes only blocks within documents. FSDP2 would flatten a bare one."""
 
     blocks: BlockMask
 
@@ -67,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Norm, attention, output projection; the caller adds the residual."""
+    """Norm, attention and output projection; the caller adds the residual."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:
-    """Width of the FFN of a layer with experts that sees every token: the shared expert, or the FFN under LoRA experts."""
+    """Width of the FFN in an MoE layer that computes every token: the shared expert, or the FFN under LoRA experts."""
     moe = model.moe
     return next(iter(moe.groups.values())).ffn_dim if moe.experts.over_frozen_ffn else moe.shared_ffn_dim
 
@@ -49,13 +49,13 @@ def router_rows(model: ModelSection) -> int:
 
 
 def layers_passed_by(model: ModelSection) -> float:
-    """Layers with experts that a mean token does not meet."""
+    """Mean number of MoE layers that a token skips by mixture of depths."""
     depths = model.mixture_of_depths
     return 0.0 if depths is None else len(model.depth_layers) * (1.0 - depths.capacity)
 
 
 def depth_router(model: ModelSection) -> int:
-    """Parameters of the routers of all layers that choose their tokens, which every token meets."""
+    """Parameters of all mixture-of-depths routers, which every token uses."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
