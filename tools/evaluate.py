@@ -23,7 +23,7 @@ from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_voc
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
-from moe_dist.parallel.one_group import one_group
+from moe_dist.parallel.mesh import one_group
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable

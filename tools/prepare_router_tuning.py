@@ -25,7 +25,7 @@ from moe_dist.inference.questions.fact import Question
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
-from moe_dist.parallel.one_group import one_group
+from moe_dist.parallel.mesh import one_group
 from moe_dist.runtime.command_line import run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.train.router_tuning.loader import SampleMaker

@@ -18,7 +18,7 @@ from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, from_line, nearest
 from moe_dist.errors import MoeDistError
 from moe_dist.parallel.round_robin import Pair, PairExchange
-from moe_dist.plan.sizes import folder_bytes
+from moe_dist.plan.memory import folder_bytes
 
 PROBE_MINUTES, FABRIC_MINUTES = 2, 10
 # (module, argument, tasks per node, minutes) -> (Unix time of arrival, line) of each line that

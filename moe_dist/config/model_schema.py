@@ -159,6 +159,17 @@ class ModelSection(Section):
         return () if depths is None else tuple(range(depths.first, self.num_layers, depths.every))
 
     @property
+    def num_dense_layers(self) -> int:
+        return self.num_layers - len(self.moe_layers)
+
+    @property
+    def attention_widths(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each of the attention's projections."""
+        dim, width = self.hidden_dim, self.resolved_head_dim
+        heads, kv_heads = self.num_heads * width, self.num_kv_heads * width
+        return {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}
+
+    @property
     def has_adapters(self) -> bool:
         """Whether there are adapters on a frozen base: LoRA experts, or LoRA on the attention."""
         return self.moe.experts.over_frozen_ffn or self.attention_lora is not None

@@ -19,7 +19,7 @@ from moe_dist.config.schema import Config
 from moe_dist.doctor.check_result import CheckResult, Level, raise_errors
 from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, look
-from moe_dist.plan.sizes import folder_bytes
+from moe_dist.plan.memory import folder_bytes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.place import RunPlace

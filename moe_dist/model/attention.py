@@ -6,7 +6,7 @@ Shape letters: B sequences, S positions, H query heads, d head width, D hidden s
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,35 +16,25 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import LayerCache
-from moe_dist.model.layers import Projection, RMSNorm, rotate
+from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, rotate
 from moe_dist.moe.routing import GlobalBatchInfo
 
 
 @dataclass(frozen=True)
-class DenseMask:
-    """bool [B, 1, S, S], true where a query may see a key. Takes S^2 bytes for each sequence: for CPU and short
-    sequences."""
-
-    visible: Tensor
-
-
-@dataclass(frozen=True)
 class FlexMask:
-    """Block mask for flex attention, which computes only blocks within documents."""
+    """Block mask for flex attention, which computes only blocks within documents. FSDP2 would flatten a bare one."""
 
     blocks: BlockMask
 
 
-AttentionMask = DenseMask | FlexMask
-QKNorm = Literal["none", "head", "full"]
-Bias = Literal["none", "qkv", "qkvo"]
+AttentionMask = FlexMask | Tensor  # or bool [B, 1, S, S], true where a query may see a key: S^2 bytes, for short sequences
 
 
-def dense_mask(documents_BS: Tensor) -> DenseMask:
+def dense_mask(documents_BS: Tensor) -> Tensor:
     """The causal mask within documents, dense."""
     length = documents_BS.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
-    return DenseMask((documents_BS[:, :, None] == documents_BS[:, None, :])[:, None] & causal)
+    return (documents_BS[:, :, None] == documents_BS[:, None, :])[:, None] & causal
 
 
 def flex_mask(documents_BS: Tensor) -> FlexMask:
@@ -70,47 +60,30 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Softmax attention [B, H, S, d]; k and v may have fewer heads (H_kv), each for H / H_kv query heads."""
-    if isinstance(mask, DenseMask):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, enable_gqa=q.shape[1] != k.shape[1])
+    if isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     flex = _compiled(flex_attention) if q.is_cuda else flex_attention
     return flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
-    """Norm, attention and output projection; the caller adds the residual.
+    """Norm, attention and output projection; the caller adds the residual."""
 
-    Args:
-        dim, num_heads, num_kv_heads, head_dim: D, H, key-value heads, d.
-        norm_eps: Epsilon of all norms here.
-        qk_norm: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projection (OLMoE).
-        bias: The projections that have one.
-        recompute: Recompute the activations in backward.
-    """
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        norm_eps: float,
-        qk_norm: QKNorm = "none",
-        bias: Bias = "none",
-        recompute: bool = False,
-    ) -> None:
+    def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.recompute = recompute
-        self.norm = RMSNorm(dim, norm_eps)
-        self.q = Projection(dim, num_heads * head_dim, bias=bias != "none")
-        self.k = Projection(dim, num_kv_heads * head_dim, bias=bias != "none")
-        self.v = Projection(dim, num_kv_heads * head_dim, bias=bias != "none")
-        self.o = Projection(num_heads * head_dim, dim, bias=bias == "qkvo")
+        dim, heads, kv_heads = args.hidden_dim, args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
+        qk_norm, bias = args.qk_norm, args.attention_bias
+        self.head_dim = args.head_dim
+        self.recompute = args.recompute_blocks
+        self.norm = RMSNorm(dim, args.norm_eps)
+        self.q = Projection(dim, heads, bias=bias != "none")
+        self.k = Projection(dim, kv_heads, bias=bias != "none")
+        self.v = Projection(dim, kv_heads, bias=bias != "none")
+        self.o = Projection(heads, dim, bias=bias == "qkvo")
         self.qk_norm: QKNorm = qk_norm
-        q_dim, k_dim = (head_dim, head_dim) if qk_norm == "head" else (num_heads * head_dim, num_kv_heads * head_dim)
-        self.q_norm = nn.Identity() if qk_norm == "none" else RMSNorm(q_dim, norm_eps)
-        self.k_norm = nn.Identity() if qk_norm == "none" else RMSNorm(k_dim, norm_eps)
+        q_dim, k_dim = (args.head_dim, args.head_dim) if qk_norm == "head" else (heads, kv_heads)
+        self.q_norm = nn.Identity() if qk_norm == "none" else RMSNorm(q_dim, args.norm_eps)
+        self.k_norm = nn.Identity() if qk_norm == "none" else RMSNorm(k_dim, args.norm_eps)
         self.adapters: AttentionLoRA | None = None
 
     def forward(
@@ -131,7 +104,7 @@ class Attention(nn.Module):
         q, k, v = self._project(x_BND, rotary)
         cache.append(k, v, positions_BN, taken_BN)
         k, v, visible = cache.entries(positions_BN, taken_BN)
-        return self._linear("o", attend(q, k, v, DenseMask(visible)).transpose(1, 2).flatten(2), None)
+        return self._linear("o", attend(q, k, v, visible).transpose(1, 2).flatten(2), None)
 
     def _forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None

@@ -7,29 +7,21 @@ here syncs with the host.
 Shape letters: B sequences, N new tokens of each, H key-value heads, d head width, C entries.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from moe_dist.model.layers import ModelArgs
 
 _NEVER = torch.iinfo(torch.int64).max  # position of an empty entry: later than any query, so never visible
 
 
 class LayerCache:
-    """Entries of one layer.
+    """Entries of one layer, at most `capacity` of each of `batch` sequences."""
 
-    Args:
-        batch, heads, width: B, H, d.
-        capacity: Maximum number of entries in a sequence.
-        dtype, device: Of keys and values.
-    """
-
-    def __init__(
-        self, *, batch: int, heads: int, width: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, args: ModelArgs, *, batch: int, capacity: int, device: torch.device) -> None:
         # The extra last place takes the writes of unmarked tokens and is never visible. Zeros, since a masked NaN stays
         # NaN.
-        shape = (batch, heads, capacity + 1, width)
+        shape, dtype = (batch, args.num_kv_heads, capacity + 1, args.head_dim), args.compute_dtype
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.full((batch, capacity + 1), _NEVER, device=device)
@@ -62,8 +54,4 @@ class LayerCache:
         return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible
 
 
-@dataclass(frozen=True)
-class KeyValueCache:
-    """One `LayerCache` for each layer of a transformer."""
-
-    layers: tuple[LayerCache, ...]
+KeyValueCache = tuple[LayerCache, ...]  # one for each layer of a transformer

@@ -1,14 +1,50 @@
-"""Norm, projection and rotary positions; each computes in the dtype of its input.
+"""Sizes of a transformer, and its small parts: norm, projection, rotary positions. Each computes in its input's dtype.
 
 Master weights may be fp32 while activations are bf16. Every weight is cast where it is used, which is free if the dtype
 already matches, as under FSDP2's mixed precision. So precision follows from the input and not from the wrapper.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.placement.roles import Role
+
+QKNorm = Literal["none", "head", "full"]
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Sizes of a transformer.
+
+    Attributes:
+        moe_layers: Indices of the MoE layers; the others are dense with `dense_ffn_dim`.
+        depth_layers: Indices of the mixture-of-depths layers, which compute a share of the tokens.
+        qk_norm: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projection (OLMoE).
+        attention_bias: The projections of the attention that have one.
+        recompute_blocks: Recompute the activations of attention in backward.
+        compute_dtype: Dtype of activations; weights are cast to it where they are used.
+    """
+
+    vocab_size: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    moe_layers: tuple[int, ...]
+    depth_layers: tuple[int, ...] = ()
+    dense_ffn_dim: int | None = None
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: QKNorm = "none"
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    tie_embeddings: bool = False
+    compute_dtype: torch.dtype = torch.float32
+    recompute_blocks: bool = False
 
 
 class RMSNorm(nn.Module):

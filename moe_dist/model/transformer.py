@@ -4,48 +4,19 @@ Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, V voca
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.model.attention import Attention, Bias, QKNorm, make_mask
+from moe_dist.model.attention import Attention, make_mask
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import KeyValueCache, LayerCache
-from moe_dist.model.layers import Embedding, Projection, RMSNorm, SwiGLU, rotary_table
+from moe_dist.model.layers import Embedding, ModelArgs, Projection, RMSNorm, SwiGLU, rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter, slot_documents
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRALayer
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
-
-
-@dataclass(frozen=True)
-class ModelArgs:
-    """Sizes of a transformer.
-
-    Attributes:
-        moe_layers: Indices of the MoE layers; the others are dense with `dense_ffn_dim`.
-        depth_layers: Indices of the mixture-of-depths layers, which compute a share of the tokens.
-        compute_dtype: Dtype of activations; weights are cast to it where they are used.
-    """
-
-    vocab_size: int
-    hidden_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    moe_layers: tuple[int, ...]
-    depth_layers: tuple[int, ...] = ()
-    dense_ffn_dim: int | None = None
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    qk_norm: QKNorm = "none"
-    attention_bias: Bias = "none"
-    tie_embeddings: bool = False
-    compute_dtype: torch.dtype = torch.float32
-    recompute_blocks: bool = False
 
 
 class DenseFFN(SwiGLU):
@@ -70,16 +41,7 @@ class Layer(nn.Module):
         adapters: AttentionLoRA | None = None,
     ) -> None:
         super().__init__()
-        self.attention = Attention(
-            dim=args.hidden_dim,
-            num_heads=args.num_heads,
-            num_kv_heads=args.num_kv_heads,
-            head_dim=args.head_dim,
-            norm_eps=args.norm_eps,
-            qk_norm=args.qk_norm,
-            bias=args.attention_bias,
-            recompute=args.recompute_blocks,
-        )
+        self.attention = Attention(args)
         self.attention.adapters = adapters
         if moe is not None:
             self.moe = moe
@@ -170,7 +132,7 @@ class Transformer(nn.Module):
         rotary = rotary_table(positions_BN, self.args.head_dim, self.args.rope_base)
         real_BN = group_BN >= 0
         x_BND = F.embedding(tokens_BN, self.embedding.weight).to(self.args.compute_dtype)
-        for layer, entries in zip(self.layers, cache.layers, strict=True):
+        for layer, entries in zip(self.layers, cache, strict=True):
             taken_BN, taken_group_BN, weight_BN = real_BN, group_BN, None
             if layer.depths is not None:
                 taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
@@ -192,20 +154,8 @@ class Transformer(nn.Module):
 
         Bytes: 2 x layers x batch x capacity x num_kv_heads x head_dim x itemsize.
         """
-        args = self.args
-        return KeyValueCache(
-            tuple(
-                LayerCache(
-                    batch=batch,
-                    heads=args.num_kv_heads,
-                    width=args.head_dim,
-                    capacity=capacity,
-                    dtype=args.compute_dtype,
-                    device=self.embedding.weight.device,
-                )
-                for _ in self.layers
-            )
-        )
+        device = self.embedding.weight.device
+        return tuple(LayerCache(self.args, batch=batch, capacity=capacity, device=device) for _ in self.layers)
 
     def _shallow(
         self, layer: Layer, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor

@@ -16,8 +16,8 @@ What lies beyond the last offset stays uninitialised, in the output and in the g
 kernel takes bf16 on compute capability 8.0 and up.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,9 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import Role, group_module
 
 ExpertGemm = Literal["auto", "grouped", "loop"]
+StackedSwiGLU = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int]], Tensor]  # see the top of this file
 ALIGNMENT = 16  # bytes of a stride
 GROUPED_ON_CPU = 16  # experts of a group on a rank, from which the loop in C++ was measured to be faster
-
-
-class StackedSwiGLU(Protocol):
-    """See the top of this file."""
-
-    def __call__(self, x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor: ...
 
 
 def loop_swiglu(x_QD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Sequence[int]) -> Tensor:

@@ -11,6 +11,8 @@
   `local`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,8 +21,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.runtime.environment import RankEnv
 
 CHECKPOINT_TIMEOUT = timedelta(hours=2)
+_ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 
 @dataclass(frozen=True)
@@ -185,3 +189,20 @@ def destroy_world() -> None:
     """Destroys the default process group and all its subgroups."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
+    """For commands that use a trained model: the mesh with all ranks in one EP group, None for a single rank; and this
+    rank's device."""
+    if env.world_size == 1:
+        yield None, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", env.local_rank)
+        torch.cuda.set_device(device)
+    init_world(env.init_method, rank=env.rank, world_size=env.world_size, device=device, timeout=_ONE_GROUP_TIMEOUT)
+    try:
+        yield make_mesh(ep=env.world_size, device=device, timeout=_ONE_GROUP_TIMEOUT), device
+    finally:
+        destroy_world()

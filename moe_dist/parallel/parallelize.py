@@ -11,7 +11,6 @@ dtype; their small gradients are summed over the world after backward.
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,24 +26,9 @@ from moe_dist.comm.collectives import sum_gradients, sum_small_gradients
 from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.placement.roles import ROUTERS, Role, named_parameters
+from moe_dist.placement.roles import ROUTERS, NamedParameter, Role, named_parameters
 
 _NOT_IN_DDP = ROUTERS | {Role.EXPERT}  # DDP leaves their gradients to `reduce_gradients`
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """A parameter of this rank.
-
-    Attributes:
-        name: Logical name; for a stack of experts without the experts' indices.
-        replicas: Number of ranks with the same values; 1 for a shard. The global norm divides by it.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    role: Role
-    replicas: int
 
 
 class ParallelModel:
@@ -52,24 +36,26 @@ class ParallelModel:
 
     Attributes:
         model: The unwrapped transformer, for evaluation and state; under FSDP2 its parameters are DTensors.
-        parameters: All parameters of this rank with role and replicas.
+        parameters: All parameters of this rank; stacks of experts by names without the experts' indices.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
         self.model = model
         self.mesh = mesh
         self.data: Literal["ddp", "fsdp2"] = data
-        named = list(named_parameters(model))
-        dense = any(each.role not in _NOT_IN_DDP and each.parameter.requires_grad for each in named)
+        self.parameters = tuple(named_parameters(model))
+        dense = any(each.role not in _NOT_IN_DDP and each.parameter.requires_grad for each in self.parameters)
         # DDP rejects a model without trainable dense parameters.
         self._module: nn.Module = _wrap_ddp(model, mesh) if data == "ddp" and dense else model
-        self.parameters = tuple(
-            ParameterInfo(each.name, each.parameter, each.role, _replicas(each.role, each.parameter, mesh))
-            for each in named
-        )
 
     def __call__(self, *args: Any) -> Any:
         return self._module(*args)
+
+    def replicas(self, named: NamedParameter) -> int:
+        """Number of ranks with the same values of a parameter; 1 for a shard. The global norm divides by it."""
+        if isinstance(named.parameter, DTensor):
+            return 1
+        return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -170,9 +156,3 @@ def _sum_hook(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Fut
     if work is None:
         raise AssertionError("the process group returned no work for an asynchronous all-reduce")
     return work.get_future().then(lambda future: future.value()[0])
-
-
-def _replicas(role: Role, parameter: nn.Parameter, mesh: Mesh) -> int:
-    if isinstance(parameter, DTensor):
-        return 1
-    return mesh.edp_size if role is Role.EXPERT else mesh.world_size

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of the transformer from plain sizes: the project's only such count. Imports no torch.
+"""Parameters and FLOPs of the transformer from its configuration: the project's only such count. Imports no torch.
 
 A multiplication and an addition are two FLOPs. Matrix products are counted; norms, softmax, SwiGLU's product and the
 weighting of expert outputs are not (together below 1 %). Attention's products count all positions of the sequence, as
@@ -8,114 +8,57 @@ Shape letters: S sequence length, D hidden size, H query heads, d head width, F 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+from moe_dist.config.model_schema import ModelSection
+from moe_dist.config.schema import Config
+from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.placement.placement import ExpertGroup
+from moe_dist.plan.policies import expert_groups
 
 Recompute = Literal["none", "experts", "block"]
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """LoRA of rank r on some projections, by name: gate, up and down of an FFN, or q, k, v and o of the attention."""
-
-    rank: int
-    targets: tuple[str, ...]
-
-    def numbers(self, widths: Mapping[str, tuple[int, int]]) -> int:
-        """Parameters of one adapter on each target, given each target's inputs and outputs."""
-        return sum(self.rank * sum(widths[target]) for target in self.targets)
+def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
+    """Parameters of one adapter on each target of a LoRA section, given the inputs and outputs of each; 0 without one."""
+    return 0 if section is None else sum(section.rank * sum(widths[target]) for target in section.targets)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a transformer with experts.
+def expert_parameters(model: ModelSection) -> dict[str, int]:
+    """Parameters of one expert of each group."""
+    dim, experts = model.hidden_dim, model.moe.experts
+    if not experts.over_frozen_ffn:
+        return {name: 3 * dim * group.ffn_dim for name, group in model.moe.groups.items()}
+    ffn = ffn_dim_for_all(model)
+    return dict.fromkeys(
+        model.moe.groups, adapter_parameters(experts, {"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)})
+    )
 
-    Attributes:
-        num_layers, num_moe_layers: Number of all layers, and of MoE layers.
-        dense_ffn_dim: FFN width of the other layers.
-        shared_ffn_dim: Width of the shared expert of each MoE layer; 0 for none.
-        groups: Expert groups.
-        auxiliary_routers: Each group has an auxiliary router of two layers, D to D / 2 to n.
-        single_null_row: Whether the null experts of a group share one router row.
-        num_depth_layers, depth_capacity: Number of mixture-of-depths layers, and the share of the tokens that they compute.
-        depth_auxiliary: Whether each of them has an auxiliary router of two layers, D to D / 2 to 1.
-        shared_gate: Whether a sigmoid of one number per token scales the shared expert.
-        attention_bias: The projections of the attention that have a bias.
-        lora: The true experts are these adapters, over one frozen FFN of the groups' width.
-        attention_lora: Adapters on every layer's attention. With either kind, all but adapters and routers is frozen.
-    """
 
-    hidden_dim: int
-    num_layers: int
-    num_moe_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    dense_ffn_dim: int
-    shared_ffn_dim: int
-    qk_norm: Literal["none", "head", "full"]
-    tie_embeddings: bool
-    groups: Sequence[ExpertGroup]
-    auxiliary_routers: bool = False
-    single_null_row: bool = False
-    num_depth_layers: int = 0
-    depth_capacity: float = 1.0
-    depth_auxiliary: bool = False
-    shared_gate: bool = False
-    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
-    lora: Adapters | None = None
-    attention_lora: Adapters | None = None
+def ffn_dim_for_all(model: ModelSection) -> int:
+    """Width of the FFN in an MoE layer that computes every token: the shared expert, or the FFN under LoRA experts."""
+    moe = model.moe
+    return next(iter(moe.groups.values())).ffn_dim if moe.experts.over_frozen_ffn else moe.shared_ffn_dim
 
-    @property
-    def frozen_base(self) -> bool:
-        """Whether only adapters and routers are trained."""
-        return self.lora is not None or self.attention_lora is not None
 
-    @property
-    def for_all_ffn_dim(self) -> int:
-        """Width of the FFN in an MoE layer that computes every token: the shared expert, or the FFN under LoRA experts."""
-        return self.shared_ffn_dim if self.lora is None else self.groups[0].ffn_dim
+def router_rows(model: ModelSection) -> int:
+    """Rows of a layer's router, over all groups."""
+    groups = expert_groups(model.moe)
+    shared = sum(max(0, group.num_null - 1) for group in groups) if model.moe.router.single_null_row else 0
+    return sum(group.num_columns for group in groups) - shared
 
-    @property
-    def expert(self) -> Mapping[str, int]:
-        """Parameters of one expert of each group."""
-        if self.lora is None:
-            return {group.name: 3 * self.hidden_dim * group.ffn_dim for group in self.groups}
-        dim, ffn = self.hidden_dim, self.for_all_ffn_dim
-        numbers = self.lora.numbers({"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)})
-        return {group.name: numbers for group in self.groups}
 
-    @property
-    def attention_adapters(self) -> int:
-        """Parameters of the adapters of all layers' attention."""
-        if self.attention_lora is None:
-            return 0
-        dim, heads, kv_heads = self.hidden_dim, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        widths = {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}
-        return self.num_layers * self.attention_lora.numbers(widths)
+def layers_passed_by(model: ModelSection) -> float:
+    """Mean number of MoE layers that a token skips by mixture of depths."""
+    depths = model.mixture_of_depths
+    return 0.0 if depths is None else len(model.depth_layers) * (1.0 - depths.capacity)
 
-    @property
-    def router_rows(self) -> int:
-        """Rows of a layer's router, over all groups."""
-        shared = sum(max(0, group.num_null - 1) for group in self.groups) if self.single_null_row else 0
-        return sum(group.num_columns for group in self.groups) - shared
 
-    @property
-    def num_dense_layers(self) -> int:
-        return self.num_layers - self.num_moe_layers
-
-    @property
-    def layers_passed_by(self) -> float:
-        """Mean number of MoE layers that a token skips by mixture of depths."""
-        return self.num_depth_layers * (1.0 - self.depth_capacity)
-
-    @property
-    def depth_router(self) -> int:
-        """Parameters of all mixture-of-depths routers, which every token uses."""
-        auxiliary = max(1, self.hidden_dim // 2) * (self.hidden_dim + 1) if self.depth_auxiliary else 0
-        return self.num_depth_layers * (self.hidden_dim + auxiliary)
+def depth_router(model: ModelSection) -> int:
+    """Parameters of all mixture-of-depths routers, which every token uses."""
+    depths, dim = model.mixture_of_depths, model.hidden_dim
+    auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
+    return len(model.depth_layers) * (dim + auxiliary)
 
 
 @dataclass(frozen=True)
@@ -151,36 +94,39 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
     return {group.name: group.expected_experts_per_token for group in groups}
 
 
-def parameters(shape: Shape, *, experts_held: Mapping[str, float] | None = None) -> Parts:
+def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
     """Parameters by part; routers include the rows of zero-computation experts.
 
     Args:
         experts_held: Number of experts of each group to count in each layer. By default all; or those of a rank; or, for
             active parameters, those that a token takes, weighted by the groups' shares of the tokens.
     """
-    s, dim = shape, shape.hidden_dim
-    held = experts_held if experts_held is not None else {group.name: group.num_experts for group in s.groups}
-    heads, kv_heads = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-    projections = dim * (2 * heads + 2 * kv_heads)
-    auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in s.groups) if s.auxiliary_routers else 0
-    qk_norms = {"none": 0, "head": 2 * s.head_dim, "full": heads + kv_heads}[s.qk_norm]
-    experts = s.num_moe_layers * sum(s.expert[g.name] * held[g.name] for g in s.groups)
-    biases = {"none": 0, "qkv": heads + 2 * kv_heads, "qkvo": heads + 2 * kv_heads + dim}[s.attention_bias]
+    dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
+    held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
+    widths = model.attention_widths
+    heads, kv_heads = widths["q"][1], widths["k"][1]
+    qk_norms = {"none": 0, "head": 2 * model.resolved_head_dim, "full": heads + kv_heads}[model.qk_norm]
+    biases = {"none": 0, "qkv": heads + 2 * kv_heads, "qkvo": heads + 2 * kv_heads + dim}[model.attention_bias]
+    auxiliary = sum(max(1, dim // 2) * (dim + g.num_experts) for g in groups) if moe.router.has_auxiliary_routers else 0
+    experts = num_moe_layers * sum(each * held[name] for name, each in expert_parameters(model).items())
+    lora = moe.experts.over_frozen_ffn
     return Parts(
-        embedding=s.vocab_size * dim,
-        attention=s.num_layers * (projections + qk_norms + biases),
-        router=s.num_moe_layers * (dim * s.router_rows + auxiliary) + s.depth_router,
-        experts=0 if s.lora else experts,
-        free=s.num_moe_layers * 3 * dim * sum(g.num_constant for g in s.groups),
-        shared=s.num_moe_layers * dim * (3 * s.for_all_ffn_dim + s.shared_gate),
-        dense_ffn=s.num_dense_layers * 3 * dim * s.dense_ffn_dim,
-        norms=dim * (2 * s.num_layers + 1),
-        output=0 if s.tie_embeddings else s.vocab_size * dim,
-        adapters=s.attention_adapters + (experts if s.lora else 0),
+        embedding=model.vocab_size * dim,
+        attention=model.num_layers * (sum(i * o for i, o in widths.values()) + qk_norms + biases),
+        router=num_moe_layers * (dim * router_rows(model) + auxiliary) + depth_router(model),
+        experts=0 if lora else experts,
+        free=num_moe_layers * 3 * dim * sum(g.num_constant for g in groups),
+        shared=num_moe_layers * dim * (3 * ffn_dim_for_all(model) + moe.shared_gate),
+        dense_ffn=model.num_dense_layers * 3 * dim * (model.dense_ffn_dim or 0),
+        norms=dim * (2 * model.num_layers + 1),
+        output=0 if model.tie_embeddings else model.vocab_size * dim,
+        adapters=model.num_layers * adapter_parameters(model.attention_lora, widths) + (experts if lora else 0),
     )
 
 
-def active_parameters(shape: Shape, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]) -> Parts:
+def active_parameters(
+    model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
+) -> Parts:
     """Parameters that a mean token uses: all except experts that it does not take and layers that it skips.
 
     Args:
@@ -188,24 +134,23 @@ def active_parameters(shape: Shape, *, experts_per_token: Mapping[str, float], t
         token_share: Share of the tokens in each group.
     """
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
-    met = parameters(shape, experts_held=taken)
-    if not shape.num_depth_layers:
+    met, passed_by, depths = parameters(model, experts_held=taken), layers_passed_by(model), depth_router(model)
+    if not model.depth_layers:
         return met
-    layers = 1 - shape.layers_passed_by / shape.num_layers
-    moe = 1 - shape.layers_passed_by / shape.num_moe_layers
+    layers, moe = 1 - passed_by / model.num_layers, 1 - passed_by / len(model.moe_layers)
     return replace(
         met,
         attention=layers * met.attention,
-        router=moe * (met.router - shape.depth_router) + shape.depth_router,
+        router=moe * (met.router - depths) + depths,
         experts=moe * met.experts,
         free=moe * met.free,
         shared=moe * met.shared,
-        norms=met.norms - 2 * shape.hidden_dim * shape.layers_passed_by,
+        norms=met.norms - 2 * model.hidden_dim * passed_by,
     )
 
 
 def forward_flops(
-    shape: Shape, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
+    model: ModelSection, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
     """FLOPs of a forward pass for a mean token, by part.
 
@@ -216,34 +161,37 @@ def forward_flops(
         seq_len: S.
         experts_per_token, token_share: As `active_parameters`.
     """
-    s, dim = shape, shape.hidden_dim
-    weights = active_parameters(s, experts_per_token=experts_per_token, token_share=token_share)
-    heads = s.num_heads * s.head_dim
-    projections = dim * (2 * heads + 2 * s.num_kv_heads * s.head_dim)
+    weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
+    projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
     # In a mixture-of-depths layer a share c of the tokens attends, each to a share c of the positions: c^2.
-    attending = s.num_layers - s.num_depth_layers * (1 - s.depth_capacity**2)
+    share = model.mixture_of_depths.capacity if model.mixture_of_depths is not None else 1.0
+    attending = model.num_layers - len(model.depth_layers) * (1 - share**2)
     return Parts(
-        attention=(s.num_layers - s.layers_passed_by) * 2 * projections + attending * 4 * heads * seq_len,
+        attention=(model.num_layers - layers_passed_by(model)) * 2 * projections + attending * _score_flops(model, seq_len),
         router=2 * weights.router,
         experts=2 * weights.experts,
         free=2 * weights.free,
         shared=2 * weights.shared,
         dense_ffn=2 * weights.dense_ffn,
-        output=2 * s.vocab_size * dim,
+        output=2 * model.vocab_size * model.hidden_dim,
         adapters=2 * weights.adapters,
     )
 
 
-def frozen_flops(shape: Shape, forward: Parts, *, seq_len: int) -> float:
+def _score_flops(model: ModelSection, seq_len: int) -> int:
+    """Of one layer and token: the products of queries with keys, and of their softmax with values."""
+    return 4 * model.attention_widths["q"][1] * seq_len
+
+
+def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
     """FLOPs of a forward pass in products with frozen weights; backward computes no gradient of these weights. 0 without
     adapters."""
-    if not shape.frozen_base:
+    if not model.has_adapters:
         return 0.0
-    scores = shape.num_layers * 4 * shape.num_heads * shape.head_dim * seq_len
-    return forward.total - forward.adapters - forward.router - scores
+    return forward.total - forward.adapters - forward.router - model.num_layers * _score_flops(model, seq_len)
 
 
-def untuned_flops(shape: Shape, forward: Parts, *, seq_len: int, moe_layers: Sequence[int], tuned: Sequence[int]) -> float:
+def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
     """FLOPs of forward and backward in full training that router tuning does not compute.
 
     Backward ends at the lowest tuned layer. Its router needs a gradient of its weights, and its experts one of their input,
@@ -253,48 +201,44 @@ def untuned_flops(shape: Shape, forward: Parts, *, seq_len: int, moe_layers: Seq
 
     Args:
         forward: From `forward_flops`; without mixture of depths.
-        moe_layers, tuned: Indices of the MoE layers, and of those whose routers are trained.
+        tuned: Indices of the layers whose routers move.
     """
-    lowest = min(tuned)
-    above, moe_above = shape.num_layers - 1 - lowest, sum(layer > lowest for layer in moe_layers)
-    scores = 4 * shape.num_heads * shape.head_dim * seq_len
-    attention = above * (forward.attention / shape.num_layers + scores)
-    router = forward.router / shape.num_moe_layers
-    moe = (forward.experts + forward.free + forward.shared) / shape.num_moe_layers + router
-    dense = (above - moe_above) * forward.dense_ffn / max(1, shape.num_dense_layers)
-    lowest_experts = forward.experts / shape.num_moe_layers
+    lowest, num_moe_layers = min(tuned), len(model.moe_layers)
+    above, moe_above = model.num_layers - 1 - lowest, sum(layer > lowest for layer in model.moe_layers)
+    attention = above * (forward.attention / model.num_layers + _score_flops(model, seq_len))
+    router = forward.router / num_moe_layers
+    moe = (forward.experts + forward.free + forward.shared) / num_moe_layers + router
+    dense = (above - moe_above) * forward.dense_ffn / max(1, model.num_dense_layers)
+    lowest_experts = forward.experts / num_moe_layers
     backward = forward.output + attention + moe_above * moe + dense + lowest_experts + len(tuned) * router
     return 2 * forward.total - backward
 
 
+def tuned_layers(config: Config) -> tuple[int, ...] | None:
+    """The layers whose routers are trained, in a run that trains only routers; else None."""
+    return None if config.router_tuning is None else chosen_layers(config.router_tuning, config.model.moe_layers)
+
+
+def flops_left_out(config: Config, forward: Parts) -> float:
+    """FLOPs of full training that a run does not compute because it trains only adapters, or only some routers."""
+    model, seq_len, tuned = config.model, config.data.seq_len, tuned_layers(config)
+    if tuned is None:
+        return frozen_flops(model, forward, seq_len=seq_len)
+    return untuned_flops(model, forward, seq_len=seq_len, tuned=tuned)
+
+
 def model_flops_per_token(
-    experts_per_token: Mapping[str, float],
-    token_share: Mapping[str, float],
-    *,
-    shape: Shape,
-    seq_len: int,
-    moe_layers: Sequence[int],
-    tuned: Sequence[int] | None,
+    experts_per_token: Mapping[str, float], token_share: Mapping[str, float], *, config: Config
 ) -> float:
     """FLOPs of forward and backward for a mean token of a training run, without recomputation.
 
     Args:
         experts_per_token, token_share: As `active_parameters`.
-        moe_layers, tuned: As `untuned_flops`; tuned is None unless only routers are trained.
     """
-    forward = forward_flops(shape, seq_len=seq_len, experts_per_token=experts_per_token, token_share=token_share)
-    return training_flops(
-        forward, frozen=flops_left_out(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
+    forward = forward_flops(
+        config.model, seq_len=config.data.seq_len, experts_per_token=experts_per_token, token_share=token_share
     )
-
-
-def flops_left_out(
-    shape: Shape, forward: Parts, *, seq_len: int, moe_layers: Sequence[int], tuned: Sequence[int] | None
-) -> float:
-    """FLOPs of full training that a run does not compute because it trains only adapters, or only some routers."""
-    if tuned is None:
-        return frozen_flops(shape, forward, seq_len=seq_len)
-    return untuned_flops(shape, forward, seq_len=seq_len, moe_layers=moe_layers, tuned=tuned)
+    return training_flops(forward, frozen=flops_left_out(config, forward))
 
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:

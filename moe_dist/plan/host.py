@@ -25,26 +25,26 @@ def apex_violations(config: Config) -> list[Violation]:
     """
     if config.optimizer.backend != "apex":
         return []
-    broken = []
-    if config.parallel.data == "fsdp2":
-        problem = (
-            "optimizer.backend=apex: its kernels cannot take the sharded parameters of parallel.data=fsdp2; set "
-            "parallel.data=ddp or optimizer.backend=torch"
-        )
-        broken.append(Violation(("optimizer.backend", "parallel.data"), problem))
-    if config.parallel.device == "cpu":
-        problem = (
-            "optimizer.backend=apex: its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or "
-            "another device"
-        )
-        broken.append(Violation(("optimizer.backend", "parallel.device"), problem))
-    if importlib.util.find_spec("torch") is not None and not _has_apex():
-        problem = (
-            "optimizer.backend=apex: NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package `apex` on "
-            "the Python index is another project); build it from NVIDIA's repository, or set optimizer.backend=torch"
-        )
-        broken.append(Violation(("optimizer.backend",), problem))
-    return broken
+    found = [
+        (
+            config.parallel.data == "fsdp2",
+            ("optimizer.backend", "parallel.data"),
+            "its kernels cannot take the sharded parameters of parallel.data=fsdp2; set parallel.data=ddp or "
+            "optimizer.backend=torch",
+        ),
+        (
+            config.parallel.device == "cpu",
+            ("optimizer.backend", "parallel.device"),
+            "its kernels need CUDA, but parallel.device=cpu; set optimizer.backend=torch, or another device",
+        ),
+        (
+            importlib.util.find_spec("torch") is not None and not _has_apex(),
+            ("optimizer.backend",),
+            "NVIDIA Apex is not installed (no apex/optimizers/fused_adam.py; the package `apex` on the Python index is "
+            "another project); build it from NVIDIA's repository, or set optimizer.backend=torch",
+        ),
+    ]
+    return [Violation(keys, f"optimizer.backend=apex: {problem}") for holds, keys, problem in found if holds]
 
 
 def deep_ep_violations(config: Config) -> list[Violation]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moe_dist.config.model_schema import MoESection
-from moe_dist.config.parallel_schema import ExplicitSection, InterleavedSection, PinnedSection, PlacementSection
+from moe_dist.config.parallel_schema import ExplicitSection, PinnedSection, PlacementSection
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, even_runs
 
@@ -56,23 +56,10 @@ def make_placement(
     return POLICIES[section.policy](section, groups, num_ranks, token_mix)
 
 
-def _interleaved(_: InterleavedSection, groups: Groups, num_ranks: int, _mix: Mix) -> ExpertPlacement:
-    return ExpertPlacement.interleaved(groups, num_ranks)
-
-
-def _pinned(section: PinnedSection, groups: Groups, num_ranks: int, token_mix: Mix) -> ExpertPlacement:
-    ranks = pinned_ranks(section, groups, num_ranks=num_ranks, token_mix=token_mix)
-    return _placed(groups, _spread(groups, ranks, num_ranks))
-
-
-def _explicit(section: ExplicitSection, groups: Groups, num_ranks: int, _mix: Mix) -> ExpertPlacement:
-    return _placed(groups, _explicit_slots(section, groups, num_ranks))
-
-
 POLICIES: dict[str, Callable[[Any, Groups, int, Mix], ExpertPlacement]] = {
-    "interleaved": _interleaved,
-    "pinned": _pinned,
-    "explicit": _explicit,
+    "interleaved": lambda _, groups, num_ranks, _mix: ExpertPlacement.interleaved(groups, num_ranks),
+    "pinned": lambda section, groups, num_ranks, mix: _pinned(section, groups, num_ranks, mix),
+    "explicit": lambda section, groups, num_ranks, _mix: _placed(groups, _explicit_slots(section, groups, num_ranks)),
 }
 
 
@@ -163,12 +150,13 @@ def _busiest(group: ExpertGroup, load: float, num_ranks: int) -> float:
     return load * -(-group.num_experts // num_ranks) / group.num_experts
 
 
-def _spread(groups: Sequence[ExpertGroup], ranks: Mapping[str, tuple[int, ...]], num_ranks: int) -> Slots:
+def _pinned(section: PinnedSection, groups: Groups, num_ranks: int, token_mix: Mix) -> ExpertPlacement:
+    ranks = pinned_ranks(section, groups, num_ranks=num_ranks, token_mix=token_mix)
     slots: Slots = [[] for _ in range(num_ranks)]
     for group in groups:
         for rank, experts in zip(ranks[group.name], even_runs(group.experts, len(ranks[group.name])), strict=True):
             slots[rank].extend(experts)
-    return slots
+    return _placed(groups, slots)
 
 
 def _explicit_slots(section: ExplicitSection, groups: Sequence[ExpertGroup], num_ranks: int) -> Slots:

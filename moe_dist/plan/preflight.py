@@ -40,7 +40,6 @@ class Preflight:
         manifest: Manifest of its data set.
         groups: Its expert groups as plain values.
         placement: Which expert lives on which rank.
-        num_micro_batches: Micro-batches of a rank in each step.
         token_mix: Training tokens of each modality, in the proportions of the run.
         comparison: Costs of pinned and interleaved placement for that mix.
     """
@@ -49,7 +48,6 @@ class Preflight:
     manifest: Manifest
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    num_micro_batches: int
     token_mix: Mapping[str, int]
     comparison: PlanComparison
 
@@ -140,9 +138,8 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     )
     if placement is None or manifest is None:
         raise AssertionError("a fault was found but not reported")
-    micro_batches = config.train.global_batch // (config.train.micro_batch * config.parallel.ep * config.parallel.edp)
     comparison = compare(groups, placement.num_ranks, mix)
-    return Preflight(config, manifest, groups, placement, micro_batches, mix, comparison)
+    return Preflight(config, manifest, groups, placement, mix, comparison)
 
 
 def _own_violations(config: Config, groups: Sequence[ExpertGroup]) -> list[Violation]:

@@ -1,7 +1,7 @@
 """Turns configuration sections into objects; only this file and the other `build_*` files do so."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -13,13 +13,13 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.balance_rules import active_targets, even_active
 from moe_dist.config.manifest import Manifest
-from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_rules import chosen_layers
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
+from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
-from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.experts import choose_gemm
 from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
@@ -32,42 +32,26 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import ROUTERS, Role
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups
-from moe_dist.plan.sizes import model_shape, tuned_layers
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
 from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
 from moe_dist.train.build_tuning import build_sample_loader, build_tuning
 from moe_dist.train.evaluation.evaluator import Evaluator
-from moe_dist.train.loss import aux_at
+from moe_dist.train.loss import AuxSettings, aux_at
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
-from moe_dist.train.trainer import TrainingPlan
 
 TRAINED_ROLES = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": ROUTERS | {Role.ADAPTER}}
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def model_args(section: ModelSection, *, compute_dtype: torch.dtype, recompute_blocks: bool) -> ModelArgs:
-    """Sizes of the transformer as plain values."""
-    return ModelArgs(
-        vocab_size=section.vocab_size,
-        hidden_dim=section.hidden_dim,
-        num_layers=section.num_layers,
-        num_heads=section.num_heads,
-        num_kv_heads=section.num_kv_heads,
-        head_dim=section.resolved_head_dim,
-        moe_layers=section.moe_layers,
-        depth_layers=section.depth_layers,
-        dense_ffn_dim=section.dense_ffn_dim,
-        rope_base=section.rope_base,
-        norm_eps=section.norm_eps,
-        qk_norm=section.qk_norm,
-        attention_bias=section.attention_bias,
-        tie_embeddings=section.tie_embeddings,
-        compute_dtype=compute_dtype,
-        recompute_blocks=recompute_blocks,
-    )
+def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
+    """What the transformer needs of its section, as plain values: `model` imports no configuration."""
+    section = config.model
+    named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
+    named["head_dim"] = section.resolved_head_dim
+    return ModelArgs(**named, compute_dtype=compute_dtype, recompute_blocks=config.parallel.recompute == "block")
 
 
 def build_model(
@@ -96,7 +80,6 @@ def build_model(
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
-    args = model_args(section, compute_dtype=dtype, recompute_blocks=config.parallel.recompute == "block")
     wire = build_all_to_all(config.parallel, ep_group, stats, tracker)
     parts = LayerParts(config, placement, ep_rank, wire, node_groups, scope_ranks or ScopeRanks())
 
@@ -105,7 +88,9 @@ def build_model(
         fields = section.mixture_of_depths.model_dump(exclude={"every", "first", "scope"})
         return DepthRouter(section.hidden_dim, selection_scope=depth_scope, name=f"layers.{layer}", **fields)
 
-    return Transformer(args, EXPERTS[section.moe.experts.kind](parts), make_depths, attention_adapters(config))
+    return Transformer(
+        model_args(config, dtype), EXPERTS[section.moe.experts.kind](parts), make_depths, attention_adapters(config)
+    )
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
@@ -257,10 +242,43 @@ def build_evaluator(config: Config, manifest: Manifest, training: Training, plac
     )
 
 
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Settings of the loop, as plain values.
+
+    Attributes:
+        steps: Last step of the run.
+        global_batch: Sequences in a step.
+        lr: Learning rate of a step (0-based).
+        aux: Auxiliary coefficients of a step (0-based).
+        evaluate_every, save_every: In steps.
+        max_skipped_in_a_row: Non-finite steps in a row that end the run.
+        flops_per_token: Forward and backward FLOPs per token, from the mean true experts per token and the share of the
+            tokens of each group.
+        peak_flops: Of all devices together; None if unknown.
+        active_target: Target of a load controller, in true experts per token, by group.
+        even_active: Expected true experts per token by group, where controllers and balance loss make them differ from k n
+            over all columns.
+        checks: Names of the checks of the finished run (`evaluation.checks`).
+    """
+
+    steps: int
+    global_batch: int
+    lr: Callable[[int], float]
+    aux: Callable[[int], AuxSettings]
+    evaluate_every: int
+    save_every: int
+    max_skipped_in_a_row: int
+    flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
+    peak_flops: float | None = None
+    active_target: Mapping[str, float] = field(default_factory=dict)
+    even_active: Mapping[str, float] = field(default_factory=dict)
+    checks: tuple[str, ...] = ()
+
+
 def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> TrainingPlan:
     """Steps, schedules and intervals of the loop."""
-    shape, peak = model_shape(config.model, groups), config.monitor.peak_tflops
-    optimizer, balance = config.optimizer, config.loss.balance
+    optimizer, balance, peak = config.optimizer, config.loss.balance, config.monitor.peak_tflops
     weights = tuple(balance.null_weight.get(group.name, 1.0) for group in groups) if balance.null_weight else None
 
     return TrainingPlan(
@@ -271,13 +289,7 @@ def build_plan(config: Config, groups: Sequence[ExpertGroup]) -> TrainingPlan:
         evaluate_every=config.evaluation.every,
         save_every=config.checkpoint.every,
         max_skipped_in_a_row=config.train.max_skipped_in_a_row,
-        flops_per_token=partial(
-            model_flops_per_token,
-            shape=shape,
-            seq_len=config.data.seq_len,
-            moe_layers=config.model.moe_layers,
-            tuned=tuned_layers(config),
-        ),
+        flops_per_token=partial(model_flops_per_token, config=config),
         active_target=active_targets(config.model.moe),
         even_active=even_active(config),
         checks=config.evaluation.checks,

@@ -112,13 +112,9 @@ EXPERTS: dict[str, Callable[[LayerParts], Callable[[int], MoELayer | LoRALayer]]
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
     """Returns a function that makes the adapters of a layer's attention; None without any. The section's other fields are
     keywords."""
-    section, lora = config.model, config.model.attention_lora
+    lora, widths = config.model.attention_lora, config.model.attention_widths
     if lora is None:
         return None
-    dim, heads, kv_heads = (
-        section.hidden_dim, section.num_heads * section.resolved_head_dim, section.num_kv_heads * section.resolved_head_dim
-    )  # fmt: skip
-    widths = {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}
     targets = {target: widths[target] for target in lora.targets}
     fields = lora.model_dump(exclude={"targets"})
     return lambda layer: AttentionLoRA(targets, **fields, seed=config.run.seed, layer=layer)

@@ -19,8 +19,7 @@ from moe_dist.placement.roles import Role, named_parameters
 from moe_dist.plan import flops, memory
 from moe_dist.plan.planner import PlacementPlan, expected_plan, group_shares
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
-from moe_dist.plan.sizes import model_shape, tuned_layers, tuned_routers
-from moe_dist.train.build import COMPUTE_DTYPES, build_model
+from moe_dist.train.build import build_model
 
 
 @dataclass(frozen=True)
@@ -75,37 +74,24 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
 def estimate(config: Config) -> DryRun:
     """The figures of a run. Raises as `dry_run`."""
     layout = layout_without_data(config)
-    shape, parallel = model_shape(config.model, layout.groups), config.parallel
-    parts = flops.parameters(shape)
+    model, parallel = config.model, config.parallel
+    parts = flops.parameters(model)
     _agree_with_model(config, layout, parts)
     share = dict(zip((g.name for g in layout.groups), group_shares(layout.groups, layout.token_mix), strict=True))
     per_token = {"experts_per_token": flops.expected_experts(layout.groups), "token_share": share}
-    forward = flops.forward_flops(shape, seq_len=config.data.seq_len, **per_token)
+    forward = flops.forward_flops(model, seq_len=config.data.seq_len, **per_token)
     plan = expected_plan(layout.placement, layout.token_mix, name=config.placement.policy)
-    itemsize = COMPUTE_DTYPES[parallel.precision].itemsize
-    shared = memory.MemoryLayout(
-        ep=parallel.ep,
-        edp=parallel.edp,
-        sharded=parallel.data == "fsdp2",
-        itemsize=itemsize,
-        recompute=parallel.recompute,
-        tokens=config.train.micro_batch * config.data.seq_len,
-        max_receive_rows=parallel.max_receive_rows,
-        tuned=tuned_routers(config),
-    )
     ranks = range(layout.placement.num_ranks)
-    memories = [_memory(shape, layout, shared, plan, rank, share) for rank in ranks]
+    memories = [_memory(config, layout, plan, rank, share) for rank in ranks]
     rank = max(ranks, key=lambda r: memories[r].total)
-    frozen = flops.flops_left_out(
-        shape, forward, seq_len=config.data.seq_len, moe_layers=config.model.moe_layers, tuned=tuned_layers(config)
-    )
+    frozen = flops.flops_left_out(config, forward)
     useful = flops.training_flops(forward, frozen=frozen)
     exchanges = 5 if parallel.recompute == "block" else 4  # block repeats a dispatch
     return DryRun(
         layout=layout,
         world_size=parallel.ep * parallel.edp,
         parts=parts,
-        active_parameters=flops.active_parameters(shape, **per_token).total,
+        active_parameters=flops.active_parameters(model, **per_token).total,
         forward=forward,
         training_flops=(useful, flops.training_flops(forward, recompute=parallel.recompute, frozen=frozen)),
         plan=plan,
@@ -113,9 +99,9 @@ def estimate(config: Config) -> DryRun:
         rank_memory=memories[rank],
         exchange_bytes=exchanges
         * plan.remote_rows_per_token
-        * (shape.num_moe_layers - shape.layers_passed_by)
-        * (shape.hidden_dim * itemsize),
-        checkpoint_bytes=memory.checkpoint_bytes(shape, shared.tuned),
+        * (len(model.moe_layers) - flops.layers_passed_by(model))
+        * (model.hidden_dim * memory.ITEMSIZE[parallel.precision]),
+        checkpoint_bytes=memory.checkpoint_bytes(config),
         tokens=config.train.steps * config.train.global_batch * config.data.seq_len,
     )
 
@@ -180,12 +166,7 @@ def bytes_text(number: float) -> str:
 
 
 def _memory(
-    shape: flops.Shape,
-    layout: PlannedLayout,
-    shared: memory.MemoryLayout,
-    plan: PlacementPlan,
-    rank: int,
-    share: dict[str, float],
+    config: Config, layout: PlannedLayout, plan: PlacementPlan, rank: int, share: dict[str, float]
 ) -> memory.RankMemory:
     """Memory of one EP position. Rows and pairs come from the plan, which counts them for one token of the whole EP
     group."""
@@ -193,7 +174,7 @@ def _memory(
     held = {group.name: len(placement.local_experts(rank, group)) / group.num_experts for group in layout.groups}
     pairs = ranks * sum(share[g.name] * g.expected_experts_per_token * held[g.name] for g in layout.groups)
     rows = plan.remote_R[rank] * ranks * ranks / (ranks - 1) if ranks > 1 else min(1.0, pairs)
-    return memory.rank_memory(shape, placement, shared, rank=rank, rows=rows, pairs=pairs)
+    return memory.rank_memory(config, placement, rank=rank, rows=rows, pairs=pairs)
 
 
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:

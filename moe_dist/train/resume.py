@@ -12,7 +12,7 @@ placement, versions                           for people who read it
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -35,9 +35,38 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.base_weights import begin_on_base, load_base
 from moe_dist.train.build import Training, saved_part
 from moe_dist.train.starting_weights import begin_with_weights
-from moe_dist.train.trainer import Progress
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """The state of a run besides weights and optimizer.
+
+    Attributes:
+        step: Steps taken, skipped ones included.
+        position: Sequences drawn from the global stream.
+        tokens: Tokens seen, padding excluded.
+        skipped_steps, skipped_in_a_row: Non-finite steps, in total and since the last good one.
+        evaluated: Step of the last evaluation. After a stop request one may be owed; it is done on resume.
+        first_position: Position in the global stream at which the run began; above 0 if it kept the position of its initial
+            weights.
+    """
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    evaluated: int = 0
+    first_position: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    def owes_evaluation(self, every: int, last: int) -> bool:
+        """Whether an evaluation is due after this step (every `every` steps and after the last), and is not stored yet."""
+        return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
 class Controller(Protocol):

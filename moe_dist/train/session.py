@@ -32,7 +32,8 @@ from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.watchdog import Watchdog
 from moe_dist.train.build import COMPUTE_DTYPES
-from moe_dist.train.trainer import Finished, Progress
+from moe_dist.train.resume import Progress
+from moe_dist.train.trainer import Finished
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from moe_dist.comm.collectives import CommStats, sum_over
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.data.batch import Batch
 from moe_dist.moe.dispatch.ledger import LEDGER_KEYS, compare
 from moe_dist.moe.losses import ColumnTables
 from moe_dist.moe.routing import GlobalBatchInfo, LayerReport, RoutingRequest
@@ -26,7 +26,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.loss import AuxSettings, MicroLoss, forward, micro_loss, on_host, step_counts
+from moe_dist.train.loss import AuxSettings, MicroLoss, forward, micro_loss, on_host, step_counts, sums_by_modality
 from moe_dist.train.router_tuning.tuning import RouterTuning
 
 
@@ -97,12 +97,17 @@ class TrainingStep:
         Besides the dispatchers, syncs with the host only at the end: for this rank's own counts, which the ledger needs,
         and for the summed vector and counts.
         """
-        mesh = self.parallel.mesh
+        mesh, num_modalities = self.parallel.mesh, len(self.group_of_modality)
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches)
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
-        labels_M = self._count_labels(batches)
+        labels_M = torch.stack(  # scored labels of each micro-batch and modality on this rank
+            [
+                sums_by_modality(torch.ones_like(each.labels_BS), each.labels_BS, each.label_modality_BS, num_modalities)
+                for each in batches
+            ]
+        )
         # The times of the previous step are summed along. Sums of counts are exact in any order, so this changes no bit.
         members = _count_members(
             batches, self.group_of_modality, mesh, len(self.placement.groups), asked=self.needs_global_batch_info
@@ -126,7 +131,7 @@ class TrainingStep:
                     reports,
                     batch.labels_BS,
                     batch.label_modality_BS,
-                    num_modalities=len(self.group_of_modality),
+                    num_modalities=num_modalities,
                     tables=self._tables,
                     aux=aux,
                     labels_in_step=labels_in_step,
@@ -150,15 +155,6 @@ class TrainingStep:
         summed = sum_over(local, mesh.world, name=STEP_SUMS, tracker=mesh.tracker)
         return self._vote_and_update(summed, losses, lr, times_W)
 
-    def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
-        """Scored labels of each micro-batch and modality on this rank, float64 [micro-batches, M]."""
-        modalities = torch.arange(len(self.group_of_modality), device=self.parallel.mesh.device)
-        rows = []
-        for batch in batches:
-            member = batch.label_modality_BS.flatten()[:, None] == modalities
-            rows.append((member & (batch.labels_BS != IGNORED).flatten()[:, None]).sum(0))
-        return torch.stack(rows).to(torch.float64)
-
     def _pack(
         self,
         losses: Sequence[MicroLoss],
@@ -169,7 +165,8 @@ class TrainingStep:
     ) -> Tensor:
         """This rank's part of norm, vote and statistics as one float64 vector, for a single all-reduce."""
         device = self.parallel.mesh.device
-        squared = local_norm_squared(((info.parameter, info.replicas) for info in self.parallel.parameters), device=device)
+        replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
+        squared = local_norm_squared(replicas, device=device)
         between_nodes = self.comm_stats.inter_node_bytes
         payload, metadata, seconds = self.comm_stats.take()
         rows_remote, pairs, pairs_remote = (int(value) for value in forward_rows)

@@ -2,13 +2,13 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from moe_dist.data.batch import Batch
+from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.metrics import build_record, evaluation_scalars
@@ -17,108 +17,16 @@ from moe_dist.monitor.statistics import EvaluationResult, StepResult, StepStatis
 from moe_dist.placement.counts import StepCounts
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.signals import StopRequest
+from moe_dist.train.build import TrainingPlan
 from moe_dist.train.evaluation.acceptance import Check, run_checks
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings
+from moe_dist.train.resume import Progress, Resumable
+from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step import TrainingStep
 
 WINDOW = 100  # steps over which the final checks count routing
-
-
-@dataclass
-class Progress:
-    """The state of a run besides weights and optimizer.
-
-    Attributes:
-        step: Steps taken, skipped ones included.
-        position: Sequences drawn from the global stream.
-        tokens: Tokens seen, padding excluded.
-        skipped_steps, skipped_in_a_row: Non-finite steps, in total and since the last good one.
-        evaluated: Step of the last evaluation. After a stop request one may be owed; it is done on resume.
-        first_position: Position in the global stream at which the run began; above 0 if it kept the position of its initial
-            weights.
-    """
-
-    step: int = 0
-    position: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    evaluated: int = 0
-    first_position: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
-
-    def owes_evaluation(self, every: int, last: int) -> bool:
-        """Whether an evaluation is due after this step (every `every` steps and after the last), and is not stored yet."""
-        return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
-
-
-class Loader(Protocol):
-    """A rank's share of an endless stream of sequences, by position."""
-
-    def batches(self, position: int) -> list[Batch]:
-        """The micro-batches of the step that starts at a position."""
-        ...
-
-    def epochs(self, position: int) -> dict[str, float]:
-        """How often the training data of each modality have been seen up to that position."""
-        ...
-
-
-class Saver(Protocol):
-    """Makes the state durable; fails on all ranks or on none."""
-
-    def save(self, progress: Progress, *, durable: bool) -> None:
-        """Saves the present state. With `durable` returns once it is on disk, else it may be written later.
-
-        Raises:
-            CheckpointError: a durable save failed; the previous checkpoint stays valid.
-        """
-        ...
-
-    def poll(self) -> None:
-        """Reports a failed background save: logs it, or raises if the run cannot continue. Costs nothing."""
-        ...
-
-    def wait(self) -> None:
-        """Waits until no save is in progress."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Settings of the loop, as plain values.
-
-    Attributes:
-        steps: Last step of the run.
-        global_batch: Sequences in a step.
-        lr: Learning rate of a step (0-based).
-        aux: Auxiliary coefficients of a step (0-based).
-        evaluate_every, save_every: In steps.
-        max_skipped_in_a_row: Non-finite steps in a row that end the run.
-        flops_per_token: Forward and backward FLOPs per token, from the mean true experts per token and the share of the
-            tokens of each group.
-        peak_flops: Of all devices together; None if unknown.
-        active_target: Target of a load controller, in true experts per token, by group.
-        even_active: Expected true experts per token by group, where controllers and balance loss make them differ from k n
-            over all columns.
-        checks: Names of the checks of the finished run (`evaluation.checks`).
-    """
-
-    steps: int
-    global_batch: int
-    lr: Callable[[int], float]
-    aux: Callable[[int], AuxSettings]
-    evaluate_every: int
-    save_every: int
-    max_skipped_in_a_row: int
-    flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
-    peak_flops: float | None = None
-    active_target: Mapping[str, float] = field(default_factory=dict)
-    even_active: Mapping[str, float] = field(default_factory=dict)
-    checks: tuple[str, ...] = ()
+Loader = TrainLoader | SampleLoader
 
 
 @dataclass(frozen=True)
@@ -154,7 +62,7 @@ class Trainer:
         placement: ExpertPlacement,
         sinks: Sequence[Sink],
         devices: DeviceMonitor | None,
-        saver: Saver,
+        saver: Resumable,
         stop: StopRequest,
         progress: Progress,
         modalities: Sequence[str],

@@ -14,8 +14,8 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.megatron.settings import ExpertSettings
-from moe_dist.model.layers import RMSNorm, SwiGLU
-from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.model.layers import ModelArgs, RMSNorm, SwiGLU
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer

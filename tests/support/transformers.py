@@ -7,9 +7,9 @@ import torch
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
-from moe_dist.model.layers import RMSNorm
+from moe_dist.model.layers import ModelArgs, RMSNorm
 from moe_dist.model.mixture_of_depths import DepthRouter
-from moe_dist.model.transformer import ModelArgs, Transformer
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_dist.train.trainer import TrainingPlan
+from moe_dist.train.build import TrainingPlan
 
 
 @dataclass(frozen=True)

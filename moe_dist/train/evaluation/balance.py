@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.comm.collectives import max_over
+from moe_dist.comm.names import SLOWEST_RANK
 from moe_dist.data.batch import Batch
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import ABSENT, Routing, RoutingCache
@@ -115,7 +116,7 @@ def _timed(
         seconds = time.perf_counter() - begin
     model.train(training)
     slowest = torch.tensor(seconds, dtype=torch.float64, device=mesh.device)
-    return float(max_over(slowest, mesh.world, name="seconds of the slowest rank", tracker=mesh.tracker).item())
+    return float(max_over(slowest, mesh.world, name=SLOWEST_RANK, tracker=mesh.tracker).item())
 
 
 def _synchronise(device: torch.device) -> None:

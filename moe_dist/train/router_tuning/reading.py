@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.names import SAMPLE_ROUTING
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing import LayerReport, RoutingRequest
@@ -62,10 +63,10 @@ class RoutingReader:
         """
         training = self._model.training
         self._model.eval()
-        with self._watch.among("routing of samples") if self._watch is not None else nullcontext():
+        with self._watch.among(SAMPLE_ROUTING) if self._watch is not None else nullcontext():
             found = self._all(prompts)
         self._model.train(training)
-        return sum_over(found, self._world, name="routing of samples", tracker=self._watch).cpu()
+        return sum_over(found, self._world, name=SAMPLE_ROUTING, tracker=self._watch).cpu()
 
     def _all(self, prompts: Sequence[np.ndarray]) -> Tensor:
         """This rank's share; zeros elsewhere, for the sum over ranks."""

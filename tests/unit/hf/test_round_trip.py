@@ -21,8 +21,6 @@ from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.plan.flops import parameters
-from moe_dist.plan.policies import expert_groups
-from moe_dist.plan.sizes import model_shape
 from moe_dist.train.build import state_specs
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_model
@@ -62,7 +60,7 @@ def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tm
     folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")
     specs = {name: spec for name, spec in state_specs(config).items() if not name.startswith(OPTIMIZER_PREFIX)}
     assert verify(folder, specs)[1] == []
-    counted = parameters(model_shape(config.model, expert_groups(config.model.moe)))
+    counted = parameters(config.model)
     assert sum(math.prod(spec.shape) for spec in specs.values()) == counted.total
     assert open_checkpoint(folder).index.tensors.keys() == specs.keys()
     assert config.run.init_from == str(tmp_path / "ours")

@@ -96,7 +96,7 @@ def test_padding_leaves_no_entry_and_shifts_nothing() -> None:
             if step == 0:
                 torch.testing.assert_close(got[b], expected[0, -2], rtol=0, atol=1e-10)
             torch.testing.assert_close(logits[b, 0], expected[0, -1], rtol=0, atol=1e-10)
-    assert cache.layers[0].lengths.tolist() == [5, 7]
+    assert cache[0].lengths.tolist() == [5, 7]
 
 
 def test_a_cache_takes_no_more_than_it_is_made_for() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.model.attention import Attention, attend, dense_mask, flex_mask
-from moe_dist.model.layers import rotary_table, rotate
+from moe_dist.model.layers import ModelArgs, rotary_table, rotate
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
 
@@ -37,7 +37,8 @@ def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads:
 
 def make_attention(**options: Any) -> Attention:
     torch.manual_seed(0)
-    module = Attention(dim=16, num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-5, **options)
+    sizes = {"vocab_size": 1, "hidden_dim": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    module = Attention(ModelArgs(**sizes, moe_layers=(), **options))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return module
@@ -63,7 +64,7 @@ def test_recompute_gives_the_same_gradients() -> None:
     rotary, mask = rotary_table(torch.arange(6).expand(2, 6), 4, 1e4), dense_mask(DOCUMENTS)
     gradients = []
     for recompute in (False, True):
-        module = make_attention(recompute=recompute)
+        module = make_attention(recompute_blocks=recompute)
         x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         module(x, rotary, mask).square().sum().backward()
         gradients.append([x.grad, *(p.grad for p in module.parameters())])

@@ -269,7 +269,7 @@ def test_cached_logits_are_the_whole_ones_and_skipped_tokens_leave_no_entry(caus
         logits.append(model.forward_cached(tokens[:, part], positions[:, part], group[:, part], cache))
         at += length
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
-    for layer, report in zip(cache.layers, reports, strict=True):
+    for layer, report in zip(cache, reports, strict=True):
         taken = 24 if report.depth is None else int(report.depth.taken)
         assert int(layer.lengths.sum()) == taken
         assert report.depth is None or 0 < taken < 24

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.flops import (
-    Adapters,
-    Shape,
     active_parameters,
+    depth_router,
     expected_experts,
     flops_left_out,
     forward_flops,
@@ -21,26 +21,31 @@ from moe_dist.plan.flops import (
     training_flops,
 )
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.plan.sizes import model_shape, tuned_layers
 from moe_dist.train.build import build_model, freeze
 
 
-def shape(**changes: Any) -> Shape:
+def group(num_experts: int, num_null: int, top_k: int, ffn_dim: int, **others: int) -> dict[str, int]:
+    return {"num_experts": num_experts, "num_null": num_null, "top_k": top_k, "ffn_dim": ffn_dim, **others}
+
+
+def shape(*, moe: dict[str, Any] | None = None, **changes: Any) -> ModelSection:
     values: dict[str, Any] = {
         "hidden_dim": 8,
         "num_layers": 3,
-        "num_moe_layers": 2,
         "num_heads": 4,
         "num_kv_heads": 2,
-        "head_dim": 2,
         "vocab_size": 10,
+        "max_seq_len": 16,
         "dense_ffn_dim": 20,
-        "shared_ffn_dim": 6,
         "qk_norm": "full",
-        "tie_embeddings": False,
-        "groups": (ExpertGroup("text", 3, 1, 2, 5, 0, ("text",)), ExpertGroup("image", 2, 0, 1, 7, 3, ("image",))),
+        "moe": {
+            "first": 1,
+            "shared_ffn_dim": 6,
+            "groups": {"text": group(3, 1, 2, 5), "image": group(2, 0, 1, 7)},
+            **(moe or {}),
+        },
     }
-    return Shape(**{**values, **changes})
+    return ModelSection.model_validate_json(json.dumps({**values, **changes}))
 
 
 def test_parameters_by_hand() -> None:
@@ -72,13 +77,13 @@ def test_flops_by_hand() -> None:
 
 def test_free_experts_by_hand() -> None:
     """Router rows of every column; of constant experts a vector and two gate rows each, of identity ones nothing."""
-    group = ExpertGroup("text", 3, 1, 2, 5, 0, ("text",), num_identity=2, num_constant=4)
-    parts = parameters(shape(groups=(group,)))
+    model = shape(moe={"groups": {"text": group(3, 1, 2, 5, num_identity=2, num_constant=4)}})
+    parts = parameters(model)
     assert parts.router == 2 * 8 * (3 + 1 + 2 + 4)
     assert parts.free == 2 * 4 * (8 + 2 * 8)
-    forward = forward_flops(shape(groups=(group,)), seq_len=16, experts_per_token={"text": 0.6}, token_share={"text": 1.0})
+    forward = forward_flops(model, seq_len=16, experts_per_token={"text": 0.6}, token_share={"text": 1.0})
     assert forward.free == 2 * 4 * (2 * 2 * 8 + 2 * 8)
-    assert group.expected_experts_per_token == 2 * 3 / 10
+    assert expert_groups(model.moe)[0].expected_experts_per_token == 2 * 3 / 10
 
 
 @pytest.mark.parametrize(("kind", "entries"), [("none", 0), ("head", 2 * 2), ("full", 8 + 4)])
@@ -92,17 +97,22 @@ def test_expected_experts_of_adamoe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("published", "sizes", "group"),
+    ("published", "sizes", "experts"),
     [
         # OLMoE (arXiv 2409.02060): 6.9B and 1.3B. Mixtral of Experts (arXiv 2401.04088): 47B and 13B.
-        ((6.9, 1.3), (2048, 16, 16, 16, 128, 50304), ExpertGroup("text", 64, 0, 8, 1024, 0, ("text",))),
-        ((46.7, 12.9), (4096, 32, 32, 8, 128, 32000), ExpertGroup("text", 8, 0, 2, 14336, 0, ("text",))),
+        ((6.9, 1.3), (2048, 16, 16, 16, 128, 50304), group(64, 0, 8, 1024)),
+        ((46.7, 12.9), (4096, 32, 32, 8, 128, 32000), group(8, 0, 2, 14336)),
     ],
 )
-def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...], group: ExpertGroup) -> None:
+def test_published_sizes(published: tuple[float, float], sizes: tuple[int, ...], experts: dict[str, int]) -> None:
     dim, layers, heads, kv_heads, head_dim, vocab = sizes
-    model = Shape(dim, layers, layers, heads, kv_heads, head_dim, vocab, 0, 0, "none", False, (group,))
-    active = active_parameters(model, experts_per_token=expected_experts(model.groups), token_share={"text": 1.0})
+    model = shape(
+        moe={"first": 0, "shared_ffn_dim": 0, "groups": {"text": experts}},
+        hidden_dim=dim, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
+        qk_norm="none",
+    )  # fmt: skip
+    per_token = expected_experts(expert_groups(model.moe))
+    active = active_parameters(model, experts_per_token=per_token, token_share={"text": 1.0})
     assert round(parameters(model).total / 1e9, 1) == published[0]
     assert round(active.total / 1e9, 1) == published[1]
 
@@ -159,7 +169,7 @@ def count_training(config: Config, batch: int = 4) -> tuple[int, float, int]:
 def test_agrees_with_torchs_counter(free: bool) -> None:
     cfg = config(free=free)
     counted, experts, tokens = count_training(cfg)
-    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    model = cfg.model
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
     assert counted == pytest.approx(training_flops(forward) * tokens, rel=1e-3)
 
@@ -172,21 +182,21 @@ def test_depths_agree_with_torchs_counter(causal: str) -> None:
     cfg = config(mixture_of_depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
     counted, experts, tokens = count_training(cfg, batch=1)
     assert experts < 0.6  # of all tokens, while those that are taken have 4 / 3
-    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
-    assert model.num_depth_layers == 2
+    model = cfg.model
+    assert len(model.depth_layers) == 2
     sizes = {"experts_per_token": {"text": experts / 0.25}, "token_share": {"text": 1.0}}
     forward = forward_flops(model, seq_len=cfg.data.seq_len, **sizes)
     scores = 2 * cfg.model.hidden_dim
-    unseen = 6 * scores + 4 * (model.depth_router - scores)
+    unseen = 6 * scores + 4 * (depth_router(model) - scores)
     assert counted == pytest.approx((training_flops(forward) - unseen) * tokens, rel=1e-3)
-    plain = model_shape(config().model, expert_groups(cfg.model.moe))
+    plain = config().model
     assert forward.attention < 0.5 * forward_flops(plain, seq_len=16, **sizes).attention
 
 
 def test_depths_by_hand() -> None:
     share, experts = {"text": 0.75, "image": 0.25}, {"text": 1.5, "image": 1.0}
     plain = forward_flops(shape(), seq_len=16, experts_per_token=experts, token_share=share)
-    some = shape(num_depth_layers=2, depth_capacity=0.25, depth_auxiliary=True)
+    some = shape(mixture_of_depths={"first": 1, "every": 1, "capacity": 0.25, "causal": "auxiliary"})
     forward = forward_flops(some, seq_len=16, experts_per_token=experts, token_share=share)
     projections, products = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8), 2 * 2 * 4 * 2 * 16
     assert forward.attention == 1.5 * projections + (1 + 2 / 16) * products
@@ -210,9 +220,12 @@ def lora_config(**parallel: Any) -> Config:
 
 
 def test_lora_by_hand() -> None:
-    groups = tuple(ExpertGroup(name, n, 1, 1, 5, 0, (name,)) for name, n in (("text", 3), ("image", 2)))
+    experts = {"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["gate", "up", "down"]}
+    groups = {"text": group(3, 1, 1, 5), "image": group(2, 1, 1, 5)}
+    router = {"kind": "top_k", "normalise": "none"}
     some = shape(
-        groups=groups, shared_ffn_dim=0, lora=Adapters(2, ("gate", "up", "down")), attention_lora=Adapters(3, ("q", "k"))
+        moe={"groups": groups, "shared_ffn_dim": 0, "experts": experts, "router": router},
+        attention_lora={"rank": 3, "alpha": 3.0, "targets": ["q", "k"]},
     )
     parts = parameters(some)
     assert (parts.experts, parts.shared) == (0, 2 * 3 * 8 * 5)
@@ -232,7 +245,7 @@ def test_lora_agrees_with_torchs_counter() -> None:
     """The forward exactly; the whole up to what has no gradient below the first adapter, which is counted here by hand."""
     cfg = lora_config()
     counted, experts, tokens = count_training(cfg)
-    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    model = cfg.model
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
     frozen = frozen_flops(model, forward, seq_len=cfg.data.seq_len)
     below = (
@@ -257,13 +270,11 @@ def tuned_config(layers: list[int]) -> Config:
 def test_router_tuning_agrees_with_torchs_counter(layers: list[int]) -> None:
     cfg = tuned_config(layers)
     counted, experts, tokens = count_training(cfg)
-    model = model_shape(cfg.model, expert_groups(cfg.model.moe))
+    model = cfg.model
     forward = forward_flops(model, seq_len=cfg.data.seq_len, experts_per_token={"text": experts}, token_share={"text": 1.0})
     expected = training_flops(
         forward,
-        frozen=flops_left_out(
-            model, forward, seq_len=cfg.data.seq_len, moe_layers=cfg.model.moe_layers, tuned=tuned_layers(cfg)
-        ),
+        frozen=flops_left_out(cfg, forward),
     )
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
     assert expected < 0.7 * training_flops(forward)
@@ -271,7 +282,7 @@ def test_router_tuning_agrees_with_torchs_counter(layers: list[int]) -> None:
 
 def test_recompute_repeats_no_more_than_counted() -> None:
     plain, experts, tokens = count_training(config())
-    model = model_shape(config().model, expert_groups(config().model.moe))
+    model = config().model
     forward = forward_flops(model, seq_len=16, experts_per_token={"text": experts}, token_share={"text": 1.0})
     for recompute in ("experts", "block"):
         repeated = count_training(config(recompute=recompute))[0] - plain

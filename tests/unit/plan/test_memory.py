@@ -8,16 +8,16 @@ import torch
 
 from moe_dist.config.schema import Config
 from moe_dist.plan.flops import parameters
-from moe_dist.plan.memory import MemoryLayout, Tuned, checkpoint_bytes, held_parameters, rank_memory
+from moe_dist.plan.memory import checkpoint_bytes, held_parameters, rank_memory
 from moe_dist.plan.policies import expert_groups, make_placement
-from moe_dist.plan.sizes import model_shape
 from moe_dist.train.build import build_model
 from moe_dist.train.loss import token_losses
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 
 
-def config(*, ep: int = 1, recompute: str = "none", **model: Any) -> Config:
-    values = {
+def config(*, parallel: dict[str, Any] | None = None, tuned: tuple[int, ...] = (), **model: Any) -> Config:
+    """A run in fp32; with `tuned` of these layers' routers alone."""
+    values: dict[str, Any] = {
         "run": {"name": "memory"},
         "model": {
             "hidden_dim": 64,
@@ -37,15 +37,13 @@ def config(*, ep: int = 1, recompute: str = "none", **model: Any) -> Config:
         "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
         "optimizer": {"lr": 1e-3},
         "evaluation": {"every": 1},
-        "parallel": {"recompute": recompute, "ep": ep},
+        "parallel": {"precision": "fp32", **(parallel or {})},
     }
+    if tuned:
+        values["run"] |= {"init_from": "x"}
+        values["train"]["only"] = "routers"
+        values["router_tuning"] = {"data": "none", "layers": tuned}
     return Config.model_validate_json(json.dumps(values))
-
-
-def layout(cfg: Config, **changes: Any) -> MemoryLayout:
-    tokens = cfg.train.micro_batch * cfg.data.seq_len
-    values = {"ep": cfg.parallel.ep, "edp": 1, "sharded": False, "itemsize": 4, "recompute": "none", "tokens": tokens}
-    return MemoryLayout(**{**values, **changes})
 
 
 def kept_by_autograd(cfg: Config, *tuned: int) -> tuple[int, float, float]:
@@ -85,36 +83,33 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
     kept, rows, pairs = kept_by_autograd(cfg)
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
-    memory = rank_memory(model_shape(cfg.model, groups), placement, layout(cfg), rank=0, rows=rows, pairs=pairs)
+    memory = rank_memory(cfg, placement, rank=0, rows=rows, pairs=pairs)
     assert 0.75 < memory.activations / kept < 1.25
 
 
 @pytest.mark.parametrize("layers", [(2,), (1, 2), (0, 2)], ids=str)
 def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_routers(layers: tuple[int, ...]) -> None:
-    cfg = config(vocab_size=16)  # the output's share counts a gradient, which forward does not keep
+    cfg = config(tuned=layers, vocab_size=16)  # the output's share counts a gradient, which forward does not keep
     kept, rows, pairs = kept_by_autograd(cfg, *layers)
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
-    shape, above = model_shape(cfg.model, groups), 3 - min(layers)
-    tuned = Tuned(len(layers), above, above)
-    memory = rank_memory(shape, placement, layout(cfg, tuned=tuned), rank=0, rows=rows, pairs=pairs)
+    memory = rank_memory(cfg, placement, rank=0, rows=rows, pairs=pairs)
     assert 0.75 < memory.activations / kept < 1.25
-    routers, whole = len(layers) * 8 * 64, parameters(shape).total
+    routers, whole = len(layers) * 8 * 64, parameters(cfg.model).total
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * whole, 4 * routers, 8 * routers)
-    assert checkpoint_bytes(shape, tuned) == 4 * whole + 8 * routers
+    assert checkpoint_bytes(cfg) == 4 * whole + 8 * routers
 
 
 def test_router_tuning_keeps_its_lowest_layer_whole_under_recompute_of_blocks() -> None:
     """What hooks see of a forward: inputs of repeated blocks are held by their closures."""
-    cfg = config(vocab_size=16, recompute="block")
+    cfg = config(parallel={"recompute": "block"}, vocab_size=16)
     kept, rows, pairs = kept_by_autograd(cfg, 0, 2)
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
-    shape = model_shape(cfg.model, groups)
 
     def estimate(recompute: str, layers: int) -> float:
-        lay = layout(cfg, recompute=recompute, tuned=Tuned(1, layers, layers))
-        return rank_memory(shape, placement, lay, rank=0, rows=rows, pairs=pairs).activations
+        tuning = config(parallel={"recompute": recompute}, tuned=(3 - layers,), vocab_size=16)
+        return rank_memory(tuning, placement, rank=0, rows=rows, pairs=pairs).activations
 
     assert estimate("block", 1) == estimate("none", 1)
     assert 0.75 < estimate("block", 1) / kept < 1.25
@@ -126,29 +121,26 @@ def test_recompute_keeps_less() -> None:
     cfg = config()
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=1, token_mix={})
-    shape = model_shape(cfg.model, groups)
     none, experts, block = (
-        rank_memory(shape, placement, layout(cfg, recompute=how), rank=0, rows=1.0, pairs=1.9).activations
+        rank_memory(config(parallel={"recompute": how}), placement, rank=0, rows=1.0, pairs=1.9).activations
         for how in ("none", "experts", "block")
     )
     assert block < experts < none
 
 
 def test_states_of_a_rank() -> None:
-    cfg = config(ep=4)
+    cfg = config(parallel={"ep": 4})
     groups = expert_groups(cfg.model.moe)
     placement = make_placement(cfg.placement, groups, num_ranks=4, token_mix={})
-    shape = model_shape(cfg.model, groups)
-    whole = parameters(shape)
+    whole = parameters(cfg.model)
     expert = whole.experts / 5
     dense = whole.total - whole.experts
-    replicated = layout(cfg)
-    held = [held_parameters(shape, placement, replicated, rank=rank) for rank in range(4)]
+    held = [held_parameters(cfg, placement, rank=rank) for rank in range(4)]
     assert held == [dense + count * expert for count in (2, 1, 1, 1)]  # five experts on four ranks
-    sharded = layout(cfg, sharded=True, edp=2)
-    assert held_parameters(shape, placement, sharded, rank=0) == (dense - whole.router) / 8 + expert + whole.router
-    memory = rank_memory(shape, placement, replicated, rank=0, rows=1.0, pairs=1.0)
+    sharded = config(parallel={"ep": 4, "data": "fsdp2", "edp": 2})
+    assert held_parameters(sharded, placement, rank=0) == (dense - whole.router) / 8 + expert + whole.router
+    memory = rank_memory(cfg, placement, rank=0, rows=1.0, pairs=1.0)
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * held[0], 4 * held[0], 8 * held[0])
     assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4  # each way, three other ranks' micro-batches of 256 tokens
-    bounded = rank_memory(shape, placement, layout(cfg, max_receive_rows=100), rank=0, rows=1.0, pairs=1.0)
+    bounded = rank_memory(config(parallel={"ep": 4, "max_receive_rows": 100}), placement, rank=0, rows=1.0, pairs=1.0)
     assert bounded.exchange_bound == (3 * 256 + 100) * 64 * 4
