@@ -4,7 +4,6 @@ configs/reproduce/NAME.yaml has the question, the arms and the rules. See docs/r
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +11,9 @@ import typer
 from filelock import FileLock, Timeout
 
 from moe_dist.config.bundled import find_config
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check, layout_without_data
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.signals import StopRequest
 from tools.experiments.oracle import check_routers
 from tools.experiments.progress import status_text
@@ -25,6 +24,7 @@ from tools.experiments.runner import STOP_SECONDS, Runner
 from tools.experiments.study import FOLDER, Study, StudyJob, config_of, jobs_of, load_study
 
 
+@reports_errors()
 def main(
     name: Annotated[str, typer.Argument(help="Of configs/reproduce/NAME.yaml.")],
     pilot: Annotated[
@@ -36,20 +36,16 @@ def main(
     processes: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")] = 2,
 ) -> None:
     """Run what is missing, then report. Ctrl-C saves and stops; the same command goes on."""
-    try:
-        path = find_config(FOLDER / f"{name}.yaml")
-        study = load_study(path)
-        jobs = _chosen(study, jobs_of(study, pilot=pilot), only)
-        if status:
-            print(status_text(study, jobs, pilot=pilot))
-            return
-        if not report:
-            _run(path, study, jobs, pilot=pilot, processes=processes)
-        if not pilot:
-            print(write_report(study))
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    path = find_config(FOLDER / f"{name}.yaml")
+    study = load_study(path)
+    jobs = _chosen(study, jobs_of(study, pilot=pilot), only)
+    if status:
+        print(status_text(study, jobs, pilot=pilot))
+        return
+    if not report:
+        _run(path, study, jobs, pilot=pilot, processes=processes)
+    if not pilot:
+        print(write_report(study))
 
 
 def _chosen(study: Study, jobs: list[StudyJob], only: list[str]) -> list[StudyJob]:

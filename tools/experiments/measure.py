@@ -5,7 +5,6 @@ seconds, and the arm's probes. Then removes checkpoints that only the curve need
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +20,10 @@ from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import heldout_batches, source_shares
-from moe_dist.errors import MoeDistError
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build import build_loader, build_plan, group_of_modality
@@ -239,6 +237,7 @@ def _as_it_is(place: int, module: nn.Module, arguments: tuple[Any, ...], found: 
     return found
 
 
+@reports_errors()
 def main(
     study: Annotated[Path, typer.Argument(help="The experiment's file.")],
     folder: Annotated[Path, typer.Argument(help="Of the run.")],
@@ -249,13 +248,9 @@ def main(
 ) -> None:
     """Measure one finished run."""
     torch.set_num_threads(1)
-    try:
-        side = Side.VALID if pilot else Side.TEST
-        measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)), side=side)
-        record = measurement.record(*([name for name in names.split(",") if name] for names in (wanted, asks)))
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    side = Side.VALID if pilot else Side.TEST
+    measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)), side=side)
+    record = measurement.record(*([name for name in names.split(",") if name] for names in (wanted, asks)))
     write_atomically(folder / MEASURED, json.dumps(record) + "\n")
 
 

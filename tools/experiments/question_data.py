@@ -11,7 +11,6 @@ since its numbers decide it.
 """
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,7 @@ from moe_dist.config.manifest import Manifest, SourceSection, load_manifest, wri
 from moe_dist.config.split_files import BITS
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.prepare import renamed_when_complete
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.inference.multiple_choice import Prompts
 from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
 from moe_dist.inference.questions.fact import Part, Question
@@ -31,7 +30,7 @@ from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from tools.experiments.instructed import Document, instructed_document, write_split
 from tools.experiments.measure_schema import LEFT
 
@@ -43,6 +42,7 @@ LICENCES = {
 }
 
 
+@reports_errors()
 def main(
     base: Annotated[Path, typer.Option(help="Data whose sources, tokenizer and codebook are taken over.")] = Path(
         ".cache/data/reproduce"
@@ -54,11 +54,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Of the sides; that of tools.evaluate.")] = 0,
 ) -> None:
     """Make the data: the base's sources, `wordnet` and `reasoning`."""
-    try:
-        made = make(base, out, wordnet=wordnet, left=left, seeds=seeds, seed=seed)
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    made = make(base, out, wordnet=wordnet, left=left, seeds=seeds, seed=seed)
     print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
 
 
