@@ -92,7 +92,9 @@ def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
     if row["by"] == "tokens":
         slope = row["log-log slope of time"]
         met = SLOPE[0] <= slope <= SLOPE[1]
-        yield _result(key, "time over tokens", f"log-log slope in {SLOPE}", {"median": slope, "low": slope, "high": slope}, met)
+        yield _result(
+            key, "time over tokens", f"log-log slope in {SLOPE}", {"median": slope, "low": slope, "high": slope}, met
+        )
         return
     for label, ratio in row["cost a row / the first's"].items():
         met = FLATNESS[0] <= ratio["median"] <= FLATNESS[1]
