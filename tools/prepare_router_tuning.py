@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from moe_dist.config.tuning_rules import tokenizer_digest
 from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
-from moe_dist.inference.multiple_choice import Prompts, Written, ask, check_vocabulary, write
+from moe_dist.inference.multiple_choice import Measure, Prompts, Written, ask, check_vocabulary, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.fact import Question
 from moe_dist.inference.questions.split import Side
@@ -32,13 +31,6 @@ from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Scored, check_place, write_samples
 
 
-class MeasureName(StrEnum):
-    """The log-likelihood measure that decides the model's choice."""
-
-    NORMALISED = "normalised"
-    PLAIN = "plain"
-
-
 @dataclass(frozen=True)
 class PrepareOptions:
     """The command line."""
@@ -49,7 +41,7 @@ class PrepareOptions:
     embedder: Annotated[Path, typer.Option(help="Folder of a sentence embedder.")] = PACKAGED
     limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 0
     rotations: Annotated[bool, typer.Option(help="List the choices; right only under each rotation of them.")] = True
-    measure: Annotated[MeasureName, typer.Option(help="Log-likelihood by token, or as it is.")] = MeasureName.NORMALISED
+    measure: Annotated[Measure, typer.Option(help="Log-likelihood by token, or as it is.")] = "normalised"
     layers: Annotated[str, typer.Option(help="Layers whose routing is kept, with commas between; all by default.")] = ""
     wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET
     quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ
@@ -104,7 +96,7 @@ def _score(
     env: RankEnv,
 ) -> tuple[list[Scored], np.ndarray]:
     """The run's answers to the questions, and its routing of them. Collective."""
-    scored = scored_samples(ask(questions, written, likelihood), written, options.measure.value, listed=options.rotations)
+    scored = scored_samples(ask(questions, written, likelihood), written, options.measure, listed=options.rotations)
     reader = RoutingReader(
         likelihood.model,
         SampleMaker(trained.manifest),
@@ -159,7 +151,7 @@ def _facts(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, laye
             "seed": options.seed,
             "limit": options.limit,
             "rotations": options.rotations,
-            "measure": options.measure.value,
+            "measure": options.measure,
         },
         tasks={}, samples=0, right=0, longest=0, columns=0, width=0, digests={},
     )  # fmt: skip

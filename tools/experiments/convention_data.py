@@ -19,8 +19,7 @@ import numpy as np
 import typer
 from tokenizers import Tokenizer
 
-from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, load_manifest, write_manifest
-from moe_dist.data.baselines import count_baselines
+from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, load_manifest
 from moe_dist.data.codebook import load_codebook
 from moe_dist.data.corpus_openmoji import LANGUAGES
 from moe_dist.data.indexed import IndexedSplit
@@ -30,7 +29,7 @@ from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, spec
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.questions.pictures import OPENMOJI
 from moe_dist.runtime.command_line import reports_errors, run_command
-from tools.experiments.instructed import Document, instructed_document, write_split
+from tools.experiments.instructed import Document, instructed_document, write_sources, write_split
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # of BACKGROUNDS
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # of LANGUAGES
@@ -120,10 +119,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
                 sections[name] = SourceSection(
                     train=train, valid=valid, licence=source.licence, attribution=source.attribution
                 )
-        found = manifest.model_copy(update={"name": "conventions", "sources": sections, "baselines": {}})
-        found = found.model_copy(update={"baselines": count_baselines(folder, found)})
-        write_manifest(found, folder)
-    return found
+        return write_sources(folder, manifest, "conventions", sections)
 
 
 def _asked(

@@ -6,6 +6,7 @@ seconds, and the arm's probes. Then removes checkpoints that only the curve need
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,14 +33,13 @@ from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.answers import answers
-from tools.experiments.cost import Spent, spent_by_step
 from tools.experiments.measure_schema import CurveSection, MeasureSection, QuestionsSection
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
 from tools.experiments.sent_rows import ROWS, SentRows, rank_of_tokens, spread
 from tools.experiments.study import load_study
 from tools.experiments.tokens import Tokens, binned, evaluate, loads, losses, recorded_routers
-from tools.experiments.trained import TrainedRun
+from tools.experiments.trained import Spent, TrainedRun, spent_by_step
 
 
 class Measurement:
@@ -72,7 +72,7 @@ class Measurement:
         tokens = evaluate(model := self._model_at(last), batches, self._groups)
         found = {
             "steps": last,
-            **spent[last].to_json(),
+            **asdict(spent[last]),
             "loss": losses(tokens),
             "tokens_scored": len(tokens.loss_N),
             "load": loads(tokens),
@@ -156,7 +156,7 @@ class Measurement:
         for step in self._planned():
             tokens = evaluate(self._model_at(step), batches, self._groups)
             load = loads(tokens)["all"]
-            points.append({"step": step, **spent[step].to_json(), "loss": losses(tokens), "load": load})
+            points.append({"step": step, **asdict(spent[step]), "loss": losses(tokens), "load": load})
         return points
 
     def _frequency(self) -> np.ndarray:

@@ -18,9 +18,8 @@ from typing import Annotated
 import typer
 
 from moe_dist.config.index_header import index_paths
-from moe_dist.config.manifest import Manifest, SourceSection, load_manifest, write_manifest
+from moe_dist.config.manifest import Manifest, SourceSection, load_manifest
 from moe_dist.config.split_files import BITS
-from moe_dist.data.baselines import count_baselines
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError
 from moe_dist.inference.multiple_choice import Prompts
@@ -31,7 +30,7 @@ from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.runtime.command_line import reports_errors, run_command
-from tools.experiments.instructed import Document, instructed_document, write_split
+from tools.experiments.instructed import Document, instructed_document, write_sources, write_split
 from tools.experiments.measure_schema import LEFT
 
 SLOW = ("reasoning-number_sequence",)  # half a minute for 2,000 questions, the others a second or less
@@ -86,10 +85,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
                 for side, of_side in questions.items()
             }
             sections[name] = SourceSection(**splits, licence=licence, attribution=attribution)
-        found = manifest.model_copy(update={"name": "questions", "sources": sections, "baselines": {}})
-        found = found.model_copy(update={"baselines": count_baselines(folder, found)})
-        write_manifest(found, folder)
-    return found
+        return write_sources(folder, manifest, "questions", sections)
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
