@@ -1,20 +1,20 @@
 """Finds the first step at which the metrics.jsonl of two runs differ, and the difference. Times and devices are ignored."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.compare import Parting, first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 
 RECORD = "metrics.jsonl"
 SHOWN = 20
 
 
+@reports_errors("compare_runs")
 def main(
     first: Annotated[Path, typer.Argument(help="A run folder, or its metrics.jsonl.")],
     second: Annotated[Path, typer.Argument(help="Another one.")],
@@ -25,9 +25,8 @@ def main(
     try:
         paths = [_record(first), _record(second)]
         parting, same = first_difference(read_lines(paths[0]), read_lines(paths[1]), rtol=rtol, only=only)
-    except (MoeDistError, ValueError) as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code if isinstance(error, MoeDistError) else 65) from error
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if parting is None:
         print(f"{same} lines, no difference")
         return

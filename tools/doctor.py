@@ -1,6 +1,5 @@
 """Checks a machine or cluster for a run: python -m tools.doctor CONFIG [key=value ...] [--on slurm|ray|local] [--probe]"""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +9,7 @@ from rich.text import Text
 
 from launchers.doctor.examine import examine
 from moe_dist.doctor.check_result import CheckResult, Level, exit_code
-from moe_dist.errors import MoeDistError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 
 _MARKS = {
     Level.OK: ("ok", "green"),
@@ -21,6 +19,7 @@ _MARKS = {
 }
 
 
+@reports_errors()
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.steps=200.")] = None,
@@ -35,14 +34,10 @@ def main(
     run would end with."""
     console = Console(highlight=False, soft_wrap=True)
     found: list[CheckResult] = []
-    try:
-        for result in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):
-            found.append(result)
-            mark, style = _MARKS[result.level]
-            console.print(Text.assemble((f"{mark:<4}", style), " ", str(result)))
-    except MoeDistError as failed:
-        print(failed, file=sys.stderr)
-        raise typer.Exit(failed.exit_code) from failed
+    for result in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):
+        found.append(result)
+        mark, style = _MARKS[result.level]
+        console.print(Text.assemble((f"{mark:<4}", style), " ", str(result)))
     raise typer.Exit(exit_code(found))
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import count
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.inference.causal import causal_problems
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
@@ -24,7 +23,7 @@ from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, tas
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.parallel.mesh import one_group
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable
 
@@ -33,20 +32,20 @@ from moe_dist.runtime.files import make_writable
 class EvaluateOptions:
     """The command line."""
 
-    run: Path
-    tasks: str
-    harness: str
-    side: Side
-    limit: int
-    rotations: bool
-    wordnet: Path
-    quiz: Path
-    seed: int
-    step: int | None
-    data: Path | None
-    out: Path | None
-    device: str
-    as_json: bool
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")] = ""
+    harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, by name or YAML file, likewise.")] = ""
+    split: Annotated[Side, typer.Option(help="Which side of the questions.")] = Side.TEST
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 500
+    rotations: Annotated[bool, typer.Option("--rotations", help="Right only under each rotation of the choices.")] = False
+    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET
+    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ
+    seed: Annotated[int, typer.Option(min=0, help="Of sides, choices and intervals.")] = 0
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None
+    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; by default `evaluations` in the run.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False
 
     @property
     def harness_tasks(self) -> list[str]:
@@ -54,36 +53,12 @@ class EvaluateOptions:
         return [name.strip() for name in self.harness.split(",") if name.strip()]
 
 
-def main(
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")],
-    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")] = "",
-    harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, by name or YAML file, likewise.")] = "",
-    split: Annotated[Side, typer.Option(help="Which side of the questions.")] = Side.TEST,
-    limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 500,
-    rotations: Annotated[bool, typer.Option("--rotations", help="Right only under each rotation of the choices.")] = False,
-    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET,
-    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ,
-    seed: Annotated[int, typer.Option(min=0, help="Of sides, choices and intervals.")] = 0,
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; by default `evaluations` in the run.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
-) -> None:
+@reports_errors("evaluate")
+@takes(EvaluateOptions)
+def main(options: EvaluateOptions) -> None:
     """Evaluates a trained run."""
-    options = EvaluateOptions(
-        run, tasks, harness, split, limit, rotations, wordnet, quiz, seed, step, data, out, device, as_json
-    )  # fmt: skip
-    try:
-        _evaluate(options, RankEnv.from_environment(os.environ))
-    except MoeDistError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-
-
-def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
-    """Refuses everything that can be refused before the model is loaded."""
-    tasks = _check(options, env)
+    env = RankEnv.from_environment(os.environ)
+    tasks = _check(options, env)  # everything that can be refused is refused before the model is loaded
     device = choose_device(options.device)
     trained = find_trained(
         options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)
@@ -94,7 +69,7 @@ def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
     catalogue = Catalogue(vocabulary, tuple(trained.manifest.sources), options.wordnet, options.quiz, options.seed)
     catalogue.check(tasks)
     limit = options.limit or None
-    questions = {task: catalogue.questions(task, options.side, limit=limit) for task in tasks}
+    questions = {task: catalogue.questions(task, options.split, limit=limit) for task in tasks}
     prompts = Prompts(vocabulary, listed=options.rotations)
     written = {
         task: write(each, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
@@ -107,7 +82,7 @@ def _evaluate(options: EvaluateOptions, env: RankEnv) -> None:
         record = {
             "checkpoint": str(trained.folder),
             "step": trained.step,
-            "split": str(options.side),
+            "split": str(options.split),
             "seed": options.seed,
             "limit": limit,
             "rotations": options.rotations,

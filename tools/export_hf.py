@@ -1,17 +1,17 @@
 """Exports a checkpoint as a Hugging Face folder that transformers loads. See docs/huggingface.md."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.errors import MoeDistError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.command_line import reports_errors, run_command
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+@reports_errors("export_hf")
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a run, or an import.")],
     out: Annotated[Path, typer.Option(help="Folder to make; nothing that is there is overwritten.")],
@@ -29,22 +29,17 @@ def main(
     from moe_dist.runtime.progress import shown_progress
 
     if dtype is not None and dtype not in DTYPES:
-        print(f"export_hf: --dtype={dtype}: must be {', '.join(DTYPES)}", file=sys.stderr)
-        raise typer.Exit(78)
-    try:
-        with shown_progress() as report:
-            done = export_model(
-                checkpoint,
-                out,
-                dtype=DTYPES[dtype] if dtype else None,
-                family=family,
-                like=like,
-                shard_bytes=shard_mb * 10**6,
-                report=report,
-            )
-    except MoeDistError as error:
-        print(f"export_hf: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+        raise ConfigError(f"--dtype={dtype}: must be {', '.join(DTYPES)}")
+    with shown_progress() as report:
+        done = export_model(
+            checkpoint,
+            out,
+            dtype=DTYPES[dtype] if dtype else None,
+            family=family,
+            like=like,
+            shard_bytes=shard_mb * 10**6,
+            report=report,
+        )
     if done.merged:
         print("adapters merged into their base")
     if done.folded:

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.inference.causal import causal_problems
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.loaded_run import choose_device, find_trained
@@ -25,32 +25,34 @@ from moe_dist.inference.tasks import (
     run_task,
 )
 from moe_dist.inference.vocabulary import Vocabulary, picture_of, png
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """The command line."""
 
-    run: Path
-    prompt: str | None
-    draw: bool
-    picture: str | None
-    sheet: Path | None
-    originals: bool
-    captions: int
-    starting: str
-    samples: int
-    tokens: int
-    temperature: float
-    top_p: float
-    guidance: float
-    seed: int
-    step: int | None
-    data: Path | None
-    out: Path
-    device: str
-    as_json: bool
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+    prompt: Annotated[str | None, typer.Option(help="Text to go on with; or, with --draw, a caption.")] = None
+    draw: Annotated[bool, typer.Option("--draw", help="Draw the prompt.")] = False
+    picture: Annotated[str | None, typer.Option(help="Picture to describe: a file, or the number of a held-out one.")] = (
+        None
+    )
+    sheet: Annotated[Path | None, typer.Option(help="PNG to make: drawings of held-out captions.")] = None
+    originals: Annotated[bool, typer.Option("--originals", help="Show the held-out pictures on the sheet, too.")] = False
+    captions: Annotated[int, typer.Option(min=1, help="Captions of the sheet, chosen at random by the seed.")] = 40
+    starting: Annotated[str, typer.Option(help="What these captions start with.")] = ""
+    samples: Annotated[int, typer.Option(min=1, max=4096, help="Samples of each prompt.")] = 1
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a text or caption.")] = 48
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 1.0
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach this probability.")] = 0.95
+    guidance: Annotated[float, typer.Option(help="How closely a drawing follows its caption; 1 is the model's own.")] = 1.0
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Of all draws.")] = 0
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None
+    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None
+    out: Annotated[Path, typer.Option(help="Folder for pictures; those in it stay.")] = Path("generated")
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each sample, with its tokens.")] = False
 
     def check(self) -> None:
         """Raises: ConfigError: the options do not select exactly one task."""
@@ -69,62 +71,11 @@ class GenerateOptions:
             raise ConfigError("--originals: stands on a sheet; give --sheet as well, or leave it out")
 
 
-def main(
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to go on with; or, with --draw, a caption.")] = None,
-    draw: Annotated[bool, typer.Option("--draw", help="Draw the prompt.")] = False,
-    picture: Annotated[
-        str | None, typer.Option(help="Picture to describe: a file, or the number of a held-out one.")
-    ] = None,
-    sheet: Annotated[Path | None, typer.Option(help="PNG to make: drawings of held-out captions.")] = None,
-    originals: Annotated[bool, typer.Option("--originals", help="Show the held-out pictures on the sheet, too.")] = False,
-    captions: Annotated[int, typer.Option(min=1, help="Captions of the sheet, chosen at random by the seed.")] = 40,
-    starting: Annotated[str, typer.Option(help="What these captions start with.")] = "",
-    samples: Annotated[int, typer.Option(min=1, max=4096, help="Samples of each prompt.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a text or caption.")] = 48,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach this probability.")] = 0.95,
-    guidance: Annotated[float, typer.Option(help="How closely a drawing follows its caption; 1 is the model's own.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Of all draws.")] = 0,
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for pictures; those in it stay.")] = Path("generated"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object for each sample, with its tokens.")] = False,
-) -> None:
+@reports_errors("generate")
+@takes(GenerateOptions)
+def main(options: GenerateOptions) -> None:
     """Samples from a trained run."""
-    try:
-        _generate(
-            GenerateOptions(
-                run,
-                prompt,
-                draw,
-                picture,
-                sheet,
-                originals,
-                captions,
-                starting,
-                samples,
-                tokens,
-                temperature,
-                top_p,
-                guidance,
-                seed,
-                step,
-                data,
-                out,
-                device,
-                as_json,
-            )
-        )
-    except MoeDistError as error:
-        print(f"generate: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-
-
-def _generate(options: GenerateOptions) -> None:
-    """Refuses everything that can be refused before the model is loaded."""
-    options.check()
+    options.check()  # everything that can be refused is refused before the model is loaded
     device = choose_device(options.device)
     trained = find_trained(
         options.run, step=options.step, data=options.data, allow=lambda config: causal_problems(config.model)

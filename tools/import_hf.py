@@ -1,16 +1,15 @@
 """Imports a pretrained model: a Hugging Face folder becomes a checkpoint from which runs can start. See
 docs/huggingface.md."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.errors import MoeDistError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 
 
+@reports_errors("import_hf")
 def main(
     folder: Annotated[Path, typer.Argument(help="A model: config.json and safetensors; tokenizer.json where it has one.")],
     out: Annotated[Path, typer.Option(help="Folder to make; nothing that is there is overwritten.")],
@@ -29,12 +28,8 @@ def main(
     from moe_dist.runtime.progress import shown_progress
 
     options = ImportOptions(null_experts, top_k, experts, experts_top_k, seed, tuple(modalities.split(",")))
-    try:
-        with shown_progress() as report:
-            done = import_model(folder, out, options, data_path=data, shard_bytes=shard_mb * 10**6, report=report)
-    except MoeDistError as error:
-        print(f"import_hf: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    with shown_progress() as report:
+        done = import_model(folder, out, options, data_path=data, shard_bytes=shard_mb * 10**6, report=report)
     if done.ignored:
         print(f"not opened, since reading them can run code: {', '.join(done.ignored)}")
     if done.unread:

@@ -14,24 +14,17 @@ from moe_dist.checkpoint.describe import facts, families, placement_lines
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.index import shard_file
 from moe_dist.config.yaml_text import dump_yaml
-from moe_dist.errors import MoeDistError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 
 
+@reports_errors("inspect_checkpoint")
 def main(
     path: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a folder of checkpoints, or a run: its newest.")],
     config: Annotated[bool, typer.Option("--config", help="Print the configuration it was written with, as YAML.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its shards and fingerprint.")] = False,
 ) -> None:
     """Prints what a checkpoint holds, from its JSON files and the headers of its shards."""
-    try:
-        _show(find_checkpoint(path), config=config, tensors=tensors)
-    except MoeDistError as error:
-        print(f"inspect_checkpoint: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-
-
-def _show(folder: Path, *, config: bool, tensors: bool) -> None:
+    folder = find_checkpoint(path)
     contents = open_checkpoint(folder)
     if config:
         saved = contents.state.values.get("config")

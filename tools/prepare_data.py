@@ -1,7 +1,6 @@
 """Prepares a data set: the default corpus, or your own texts and pictures. See docs/data.md."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +12,14 @@ from rich.table import Table
 from moe_dist.config.manifest import Manifest
 from moe_dist.data.corpus import VARIATIONS, HoldOut, Recipe
 from moe_dist.data.prepare import Inputs, prepare
-from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import shown_progress
 
 DEFAULT_OUT = Path(".cache/data/openmoji")
 
 
+@reports_errors("prepare_data")
 def main(
     out: Annotated[Path, typer.Option(help="Folder to make; left alone if it is finished.")] = DEFAULT_OUT,
     text: Annotated[str | None, typer.Option(help="Your texts: a folder, or a JSONL with a 'text' a line.")] = None,
@@ -52,35 +52,29 @@ def main(
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()
-    try:
-        named = dict(_named("--extra-text", entry) for entry in extra_text)
-        instructed = dict(_named("--instructions", entry) for entry in instructions)
-        inputs = Inputs(
-            text=text,
-            images=images,
-            extra_text=named,
-            licence=licence,
-            instructions=instructed,
-            languages=_listed(languages),
-        )
-        recipe = Recipe(
-            seed=seed,
-            renders=renders,
-            heldout_renders=heldout_renders,
-            val_fraction=val_fraction,
-            vocab_size=vocab_size,
-            codes=codes,
-            tokenizer=tokenizer,
-            codebook=codebook,
-            hold_out=hold_out,
-            vary=_variations(vary),
-            caption_first=caption_first,
-        )
-        with shown_progress() as report:
-            manifest, built = prepare(out, inputs, recipe, report)
-    except MoeDistError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    inputs = Inputs(
+        text=text,
+        images=images,
+        extra_text=dict(_named("--extra-text", entry) for entry in extra_text),
+        licence=licence,
+        instructions=dict(_named("--instructions", entry) for entry in instructions),
+        languages=_listed(languages),
+    )
+    recipe = Recipe(
+        seed=seed,
+        renders=renders,
+        heldout_renders=heldout_renders,
+        val_fraction=val_fraction,
+        vocab_size=vocab_size,
+        codes=codes,
+        tokenizer=tokenizer,
+        codebook=codebook,
+        hold_out=hold_out,
+        vary=_variations(vary),
+        caption_first=caption_first,
+    )
+    with shown_progress() as report:
+        manifest, built = prepare(out, inputs, recipe, report)
     if not built:
         print(f"{out} is finished; nothing to do")
         return

@@ -1,9 +1,7 @@
 """Scores a trained run on questions, and writes the samples for router tuning. See docs/router-tuning.md."""
 
 import os
-import sys
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,80 +14,49 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.config.tuning_manifest import TuningManifest
 from moe_dist.config.tuning_rules import tokenizer_digest
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.loaded_run import LoadedRun, choose_device, find_trained
-from moe_dist.inference.multiple_choice import Prompts, Written, ask, check_vocabulary, write
+from moe_dist.inference.multiple_choice import Measure, Prompts, Written, ask, check_vocabulary, write
 from moe_dist.inference.questions.catalogue import QUIZ, WORDNET, Catalogue, task_names
 from moe_dist.inference.questions.fact import Question
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from moe_dist.inference.router_tuning.scoring import embedded_text, scored_samples
 from moe_dist.parallel.mesh import one_group
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Scored, check_place, write_samples
 
 
-class MeasureName(StrEnum):
-    """The log-likelihood measure that decides the model's choice."""
-
-    NORMALISED = "normalised"
-    PLAIN = "plain"
-
-
 @dataclass(frozen=True)
 class PrepareOptions:
     """The command line."""
 
-    run: Path
-    tasks: str
-    out: Path
-    embedder: Path
-    limit: int
-    rotations: bool
-    measure: MeasureName
-    layers: str
-    wordnet: Path
-    quiz: Path
-    seed: int
-    step: int | None
-    data: Path | None
-    device: str
+    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")]
+    out: Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten.")]
+    embedder: Annotated[Path, typer.Option(help="Folder of a sentence embedder.")] = PACKAGED
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 0
+    rotations: Annotated[bool, typer.Option(help="List the choices; right only under each rotation of them.")] = True
+    measure: Annotated[Measure, typer.Option(help="Log-likelihood by token, or as it is.")] = "normalised"
+    layers: Annotated[str, typer.Option(help="Layers whose routing is kept, with commas between; all by default.")] = ""
+    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET
+    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ
+    seed: Annotated[int, typer.Option(min=0, help="Of sides and choices.")] = 0
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None
+    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
 
 
-def main(
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")],
-    tasks: Annotated[str, typer.Option(help="Tasks or families of them, with commas between.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; nothing is overwritten.")],
-    embedder: Annotated[Path, typer.Option(help="Folder of a sentence embedder.")] = PACKAGED,
-    limit: Annotated[int, typer.Option(min=0, help="Questions of each task, chosen by the seed; 0 for all.")] = 0,
-    rotations: Annotated[bool, typer.Option(help="List the choices; right only under each rotation of them.")] = True,
-    measure: Annotated[MeasureName, typer.Option(help="Log-likelihood by token, or as it is.")] = MeasureName.NORMALISED,
-    layers: Annotated[str, typer.Option(help="Layers whose routing is kept, with commas between; all by default.")] = "",
-    wordnet: Annotated[Path, typer.Option(help="Folder of WordNet's files.")] = WORDNET,
-    quiz: Annotated[Path, typer.Option(help="Folder of the quiz files of bsdgames.")] = QUIZ,
-    seed: Annotated[int, typer.Option(min=0, help="Of sides and choices.")] = 0,
-    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Where the run's data set is now.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
+@reports_errors("prepare_router_tuning")
+@takes(PrepareOptions)
+def main(options: PrepareOptions) -> None:
     """Scores a run on the training side of question sets, for router tuning."""
-    options = PrepareOptions(
-        run, tasks, out, embedder, limit, rotations, measure, layers, wordnet, quiz, seed, step, data, device
-    )  # fmt: skip
-    try:
-        _prepare(options, RankEnv.from_environment(os.environ))
-    except MoeDistError as error:
-        print(f"prepare_router_tuning: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-
-
-def _prepare(options: PrepareOptions, env: RankEnv) -> None:
-    """Refuses everything that can be refused before the model is loaded; at the end rank 0 embeds and writes."""
-    check_place(options.out)
+    env = RankEnv.from_environment(os.environ)
+    check_place(options.out)  # everything that can be refused is refused before the model is loaded
     tasks, device = task_names(options.tasks), choose_device(options.device)
     embedder = Embedder(options.embedder, device)
     trained = find_trained(options.run, step=options.step, data=options.data, allow=_faults)
@@ -111,7 +78,7 @@ def _prepare(options: PrepareOptions, env: RankEnv) -> None:
     with one_group(env, device) as (mesh, device):
         likelihood = trained.likelihood(device, mesh)
         scored, routing_SLC = _score(options, questions, written, likelihood, trained, layers, env)
-    if env.rank == 0:
+    if env.rank == 0:  # when the other ranks are done
         embeddings_SE = embedder([each.text for each in scored])
         manifest = write_samples(
             options.out, scored, embeddings_SE, routing_SLC, _facts(options, trained, embedder, layers)
@@ -129,7 +96,7 @@ def _score(
     env: RankEnv,
 ) -> tuple[list[Scored], np.ndarray]:
     """The run's answers to the questions, and its routing of them. Collective."""
-    scored = scored_samples(ask(questions, written, likelihood), written, options.measure.value, listed=options.rotations)
+    scored = scored_samples(ask(questions, written, likelihood), written, options.measure, listed=options.rotations)
     reader = RoutingReader(
         likelihood.model,
         SampleMaker(trained.manifest),
@@ -184,7 +151,7 @@ def _facts(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, laye
             "seed": options.seed,
             "limit": options.limit,
             "rotations": options.rotations,
-            "measure": options.measure.value,
+            "measure": options.measure,
         },
         tasks={}, samples=0, right=0, longest=0, columns=0, width=0, digests={},
     )  # fmt: skip

@@ -2,7 +2,6 @@
 one."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +12,11 @@ from moe_dist.checkpoint.contents import examine_files
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.index import MAX_FAULTS
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
-from moe_dist.errors import DataError, MoeDistError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.errors import DataError
+from moe_dist.runtime.command_line import reports_errors, run_command
 
 
+@reports_errors("verify_checkpoint")
 def main(
     path: Annotated[Path, typer.Argument(help="A checkpoint (step_N), a folder of checkpoints, or a run: its newest.")],
     every: Annotated[bool, typer.Option("--every", help="List every fault, not the first few.")] = False,
@@ -24,14 +24,10 @@ def main(
     """Reads every byte of a checkpoint and tells what is wrong: exit code 0 if nothing is, 65 if something is."""
     from moe_dist.checkpoint.verify import verify
 
-    try:
-        folder = find_checkpoint(path)
-        specs, doubt = _expected(folder)
-        examined, problems = verify(folder, specs)
-        base = _look_at_base(folder)
-    except MoeDistError as error:
-        print(f"verify_checkpoint: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    folder = find_checkpoint(path)
+    specs, doubt = _expected(folder)
+    examined, problems = verify(folder, specs)
+    base = _look_at_base(folder)
     if problems:
         for problem in problems if every else problems[:MAX_FAULTS]:
             print(problem)

@@ -1,14 +1,17 @@
 """Starts a command line program, and ends it with the exit code of an error."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 
 from moe_dist.errors import EXIT_FAILED, MoeDistError
 
+Options = TypeVar("Options")
 RUN_FOLDER_FIX = "the run folder is <run.root>/<run.name>: repair it, or choose another run.root"
 
 
@@ -43,3 +46,18 @@ def command_app(main: Callable[..., Any]) -> typer.Typer:
 def run_command(main: Callable[..., Any]) -> None:
     """As `typer.run`, with the traceback of `command_app`."""
     command_app(main)()
+
+
+def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Makes a command whose arguments and options are the fields of a dataclass."""
+
+    def decorate(main: Callable[[Options], None]) -> Callable[..., None]:
+        @wraps(main)
+        def command(**values: Any) -> None:
+            main(options(**values))
+
+        command.__annotations__ = get_type_hints(options, include_extras=True)
+        command.__signature__ = inspect.signature(options)  # pyright: ignore[reportAttributeAccessIssue]
+        return command
+
+    return decorate

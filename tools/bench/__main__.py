@@ -13,7 +13,7 @@ import typer
 
 import moe_dist
 from moe_dist.errors import EXIT_FAILED, ConfigError
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.provenance import code_state
 from tools.bench.ranks import BenchJob, measure, read_results
 from tools.bench.report import draw, markdown, text
@@ -22,6 +22,7 @@ DEFAULT_JSON = Path(".cache/bench/dispatch.json")
 QUICK_JSON = Path(".cache/bench/quick.json")
 
 
+@reports_errors()
 def main(
     world: Annotated[int, typer.Option(min=2, help="Ranks; at most the cores.")] = 2,
     json: Annotated[
@@ -39,13 +40,9 @@ def main(
     if not as_markdown:
         cores = len(os.sched_getaffinity(0))
         if world > cores:
-            print(f"--world {world}: more ranks than the {cores} cores; their times would say nothing", file=sys.stderr)
-            raise typer.Exit(ConfigError.exit_code)
+            raise ConfigError(f"--world {world}: more ranks than the {cores} cores; their times would say nothing")
         try:
             measure(BenchJob(world, path, tuple(only), quick, rounds, seed, _commit()), fresh=fresh)
-        except ConfigError as error:
-            print(error, file=sys.stderr)
-            raise typer.Exit(error.exit_code) from error
         except RuntimeError as error:
             print(error, file=sys.stderr)
             raise typer.Exit(EXIT_FAILED) from error

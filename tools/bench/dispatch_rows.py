@@ -9,7 +9,7 @@ import torch
 
 from moe_dist.parallel.mesh import Mesh
 from tools.bench.contenders import Case, Run, at_rank, expected, floor, make_case, naive, ours
-from tools.bench.measure import Effort, count_sent, time_interleaved
+from tools.bench.measure import Effort, count_sent, measured_row, time_interleaved
 from tools.bench.megatron_core import megatron_dispatch
 from tools.bench.points import Point
 from tools.bench.statistics import log_log_slope, median_interval, paired_ratio
@@ -27,19 +27,12 @@ def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
     }
     by_expert = _by_expert(case)
     contenders = {**at_rank_alone, **by_expert}
-    sent = {name: asdict(count_sent(run, mesh, hidden=point.hidden)) for name, run in contenders.items()}
     for name, run in by_expert.items():
         wanted = expected(case, case.equal_active if name == "equal active" else case.taken)
         torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-    seconds = time_interleaved(contenders, mesh, effort)
     pairs = [(mine, bound) for mine in ("dispatch, combine", "ours at rank") for bound in ("floor", "floor, all")]
     pairs += [("ours", name) for name in by_expert if name != "ours"]
-    return {
-        "point": point.to_json(),
-        "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
-        "ratio": {f"{mine} / {other}": paired_ratio(seconds[mine], seconds[other]).to_json() for mine, other in pairs},
-        "sent": sent,
-    }
+    return measured_row(contenders, mesh, effort, hidden=point.hidden, point=asdict(point), pairs=pairs)
 
 
 def _by_expert(case: Case) -> dict[str, Run]:

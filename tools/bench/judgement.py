@@ -11,48 +11,30 @@ LOST_ABOVE = 1.05
 FLOOR_LIMIT, FLOOR_AIM = 1.25, 1.10
 NAIVE_FACTOR = 1.8
 MIN_TOKENS, MIN_HIDDEN = 4096, 512
-SLOPE = (0.9, 1.1)
-FLATNESS = (0.9, 1.1)
+SLOPE = FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
 WHOLE = ("layer", "step")  # sweeps where nulls are remapped for Megatron-Core's default branch, which is then a rival
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Why a rule does not hold, and the attempts to fix it."""
-
-    why: str
-    tried: str
-
-    def __str__(self) -> str:
-        return f"{self.why}; tried: {self.tried}"
-
-
 NOT_EXPLAINED = "not explained yet"
-# By comparison, then by sweep ("" for all).
-_FEW_ROWS = Explanation(
-    "with so few rows the fixed cost shows: the exchange of weights, and y written whole",
-    "the weights' exchange is in flight beside the rows' already; leaving it out would need them in the rows' payload",
-)
-EXPLANATIONS: Mapping[str, Mapping[str, Explanation]] = {
+# Why a rule does not hold and what was tried, by comparison, then by sweep ("" for all).
+EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
-        "": Explanation(
-            "this floor leaves out the rows whose experts are at home, half of all at two ranks; 'floor, all' has them",
-            "copying them while the others fly (no gain where the wire is the cores' own work), embedding_bag for the sums "
-            "(0.3 ms of 11), index_copy_ for first terms (slower)",
-        ),
+        "": "this floor leaves out the rows whose experts are at home, half of all at two ranks; 'floor, all' has them; "
+        "tried: copying them while the others fly (no gain where the wire is the cores' own work), embedding_bag for the "
+        "sums (0.3 ms of 11), index_copy_ for first terms (slower)",
     },
-    "dispatch, combine / floor, all": {"null fraction": _FEW_ROWS},
+    "dispatch, combine / floor, all": {
+        "null fraction": "with so few rows the fixed cost shows: the exchange of weights, and y written whole; tried: the "
+        "weights' exchange is in flight beside the rows' already; leaving it out would need them in the rows' payload",
+    },
     "ours / naive": {
-        "": Explanation("by its median it holds, the interval of this row is wide", "nothing, its neighbours hold"),
+        "": "by its median it holds, the interval of this row is wide; tried: nothing, its neighbours hold",
     },
     "time over tokens": {
-        "": Explanation(
-            "it grows more slowly than the tokens: the exchange of weights, with the plan those of counts and indices and "
-            "a host sync, cost 1 to 4 ms at any size",
-            "pair indices are in flight while tokens are looked up",
-        ),
+        "": "it grows more slowly than the tokens: the exchange of weights, with the plan those of counts and indices and "
+        "a host sync, cost 1 to 4 ms at any size; tried: pair indices are in flight while tokens are looked up",
     },
 }
 
@@ -110,8 +92,9 @@ def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
     if row["by"] == "tokens":
         slope = row["log-log slope of time"]
         met = SLOPE[0] <= slope <= SLOPE[1]
-        reason = "" if met else _reason("time over tokens", key)
-        yield BenchResult(key, "time over tokens", f"log-log slope in {SLOPE}", slope, slope, slope, met, reason)
+        yield _result(
+            key, "time over tokens", f"log-log slope in {SLOPE}", {"median": slope, "low": slope, "high": slope}, met
+        )
         return
     for label, ratio in row["cost a row / the first's"].items():
         met = FLATNESS[0] <= ratio["median"] <= FLATNESS[1]
@@ -119,10 +102,6 @@ def _judge_scaling(key: str, row: Mapping[str, Any]) -> Iterator[BenchResult]:
 
 
 def _result(key: str, comparison: str, rule: str, ratio: Mapping[str, float], met: bool) -> BenchResult:
-    reason = "" if met else _reason(comparison, key)
-    return BenchResult(key, comparison, rule, ratio["median"], ratio["low"], ratio["high"], met, reason)
-
-
-def _reason(comparison: str, key: str) -> str:
     known = EXPLANATIONS.get(comparison, {})
-    return str(known.get(key.partition("/")[0], known.get("", NOT_EXPLAINED)))
+    reason = "" if met else known.get(key.partition("/")[0], known.get("", NOT_EXPLAINED))
+    return BenchResult(key, comparison, rule, ratio["median"], ratio["low"], ratio["high"], met, reason)

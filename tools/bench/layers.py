@@ -29,10 +29,9 @@ from moe_dist.train.build import build_model
 from moe_dist.train.build_dispatch import DispatchParts, build_dispatcher
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
-from tools.bench.measure import Effort, count_sent, time_interleaved
+from tools.bench.measure import Effort, measured_row
 from tools.bench.megatron_core import MegatronMoE, copy_experts
 from tools.bench.points import Point, slots
-from tools.bench.statistics import median_interval, paired_ratio
 
 DEFAULT_JOB = source_root() / "configs" / "adamoe_moma_tiny_cpu.yaml"
 LEARNING_RATE = 1e-3
@@ -87,7 +86,8 @@ def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]
     for name, (y_TD, gradient_TD) in results.items():
         torch.testing.assert_close(y_TD, results["ours"][0], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
         torch.testing.assert_close(gradient_TD, results["ours"][1], rtol=1e-3, atol=1e-4)
-    return _row(contenders, mesh, effort, hidden=size.hidden, point=asdict(size))
+    pairs = [("ours", name) for name in rivals]
+    return measured_row(contenders, mesh, effort, hidden=size.hidden, point=asdict(size), pairs=pairs)
 
 
 def _our_layer(
@@ -125,8 +125,7 @@ def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
     """Training steps of the default job's model on random tokens, with its own layers and with Megatron-Core's in their
     place. Attention, router, loss, gradient reduction and optimizer are the same."""
     config = _default_config(mesh.ep_size)
-    vocabulary = config.model.vocab_size
-    batches = _random_batches(config, mesh, vocabulary, effort.seed)
+    batches = _random_batches(config, mesh, effort.seed)
     steps = {
         "ours": _training_step(config, mesh, None),
         "megatron, capacity": _training_step(config, mesh, True),
@@ -139,7 +138,8 @@ def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
         np.testing.assert_allclose(result.nll_M, results["ours"].nll_M, rtol=1e-4, err_msg=name)
         np.testing.assert_allclose(result.grad_norm, results["ours"].grad_norm, rtol=1e-3, err_msg=name)
     shape = {"tokens of a rank": sum(batch.tokens_BS.numel() for batch in batches), "config": DEFAULT_JOB.name}
-    return _row(contenders, mesh, effort, hidden=config.model.hidden_dim, point=shape)
+    pairs = [("ours", name) for name in steps if name != "ours"]
+    return measured_row(contenders, mesh, effort, hidden=config.model.hidden_dim, point=shape, pairs=pairs)
 
 
 def _default_config(ep: int) -> Config:
@@ -160,8 +160,9 @@ def _placement(config: Config) -> ExpertPlacement:
     return ExpertPlacement(tuple(groups), slots(Point(experts=first), config.parallel.ep))
 
 
-def _random_batches(config: Config, mesh: Mesh, vocabulary: int, seed: int) -> list[Batch]:
+def _random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
     """This rank's micro-batches of one step: half the documents are text, half picture codes."""
+    vocabulary = config.model.vocab_size
     boundary = vocabulary * 8 // 9
     maker = BatchMaker(seq_len=config.data.seq_len, pad_id=0, modalities=[[(0, boundary)], [(boundary, vocabulary)]])
     rng = np.random.default_rng([seed, mesh.rank])
@@ -189,13 +190,8 @@ def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> Trainin
             )
             copy_experts(moe.experts, theirs.experts)
             layer.moe = theirs
-    optimizer = make_optimizer(
-        split_parameters(model, weight_decay=0.1),
-        backend="torch",
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-    )
+    parameters = split_parameters(model, weight_decay=0.1)
+    optimizer = make_optimizer(parameters, backend="torch", lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
     return TrainingStep(
         ParallelModel(model, mesh, "ddp"),
         optimizer,
@@ -204,20 +200,3 @@ def _training_step(config: Config, mesh: Mesh, capacity: bool | None) -> Trainin
         clip_norm=1.0,
         comm_stats=comm_stats,
     )
-
-
-def _row(
-    contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort, *, hidden: int, point: Mapping[str, Any]
-) -> dict[str, Any]:
-    sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
-    seconds = time_interleaved(contenders, mesh, effort)
-    return {
-        "point": dict(point),
-        "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
-        "ratio": {
-            f"ours / {name}": paired_ratio(seconds["ours"], each).to_json()
-            for name, each in seconds.items()
-            if name != "ours"
-        },
-        "sent": sent,
-    }

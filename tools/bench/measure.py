@@ -2,10 +2,10 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.parallel.mesh import Mesh
+from tools.bench.statistics import median_interval, paired_ratio
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
         counts[:] += [remote * is_payload, remote * row_bytes * is_payload, remote * row_bytes * (not is_payload), 1]
         return original(output, input, output_split_sizes, input_split_sizes, **rest)
 
-    with _patched(dist, "all_to_all_single", counted):
+    with mock.patch.object(dist, "all_to_all_single", counted):
         run()
     total = torch.from_numpy(counts.copy())
     dist.all_reduce(total, group=mesh.world)
@@ -91,11 +92,21 @@ def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
     return Sent(rows, payload, other, calls // mesh.world_size)
 
 
-@contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+def measured_row(
+    contenders: Mapping[str, Callable[[], Any]],
+    mesh: Mesh,
+    effort: Effort,
+    *,
+    hidden: int,
+    point: Mapping[str, Any],
+    pairs: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """Counts and times of all contenders at a point, and the paired ratio of each of `pairs`; the same on all ranks."""
+    sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
+    seconds = time_interleaved(contenders, mesh, effort)
+    return {
+        "point": dict(point),
+        "milliseconds": {name: median_interval(each * 1e3).to_json() for name, each in seconds.items()},
+        "ratio": {f"{mine} / {other}": paired_ratio(seconds[mine], seconds[other]).to_json() for mine, other in pairs},
+        "sent": sent,
+    }

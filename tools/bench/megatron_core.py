@@ -109,15 +109,10 @@ def megatron_dispatch(case: Case, *, capacity: bool) -> Run:
     chosen_TK = case.taken_TK if capacity else case.drawn_TK
     probs_TE, map_TE = routing_tables(chosen_TK, weight_TK, column_of_expert(case.placement))
 
-    def run() -> Tensor:
-        rows, probs = dispatcher.dispatch_preprocess(case.h_TD, map_TE, probs_TE)
-        rows, probs = dispatcher.token_dispatch(rows, probs)
-        rows, _, probs = dispatcher.dispatch_postprocess(rows, probs)
-        rows = rows.mul_(probs[:, None])  # megatron's experts do this; in place it costs one pass
-        rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
-        return dispatcher.combine_postprocess(rows)
+    def identity(rows: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        return rows.mul_(probs[:, None]), None  # megatron's experts do this; in place it costs one pass
 
-    return run
+    return lambda: run_experts(dispatcher, identity, case.h_TD, probs_TE, map_TE)
 
 
 class MegatronMoE(nn.Module):

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
 CPU = torch.device("cpu")
-_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -164,24 +164,13 @@ def megatron_replacements() -> Sequence[Replacement]:
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
     """Inside, megatron-core can be imported, built and run on the CPU; yields the list of replacements."""
-    replaced: list[tuple[Replacement, Any]] = []
-
-    def put(each: Replacement) -> None:
-        replaced.append((each, each.owner.__dict__.get(each.name, _MISSING)))
-        setattr(each.owner, each.name, each.value)
-
-    try:
-        for each in cuda_replacements():
-            put(each)
-        for each in megatron_replacements():
-            put(each)
-        yield [each for each, _ in replaced]
-    finally:
-        for each, before in reversed(replaced):
-            if before is _MISSING:
-                delattr(each.owner, each.name)
-            else:
-                setattr(each.owner, each.name, before)
+    replaced: list[Replacement] = []
+    with contextlib.ExitStack() as stack:
+        for replacements in (cuda_replacements, megatron_replacements):
+            for each in replacements():
+                stack.enter_context(mock.patch.object(each.owner, each.name, each.value, create=True))
+                replaced.append(each)
+        yield replaced
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ point.
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -41,9 +41,6 @@ class Point:
     image: float | None = None
     policy: Policy = "contiguous"
     workload: str | None = None
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Compares a step of router tuning with a step that trains everything, on the same samples. See docs/router-tuning.md."""
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,32 +10,25 @@ import torch
 import typer
 
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.parallel.mesh import Mesh, destroy_world, init_world, make_mesh
 from moe_dist.plan.preflight import Preflight, check_file
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.train.build import Training, build_loader, build_training
 from moe_dist.train.loss import AuxSettings
 from tools.bench.measure import Effort, time_interleaved
 
 
+@reports_errors("bench_router_tuning")
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file of a run of router tuning.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as in train.micro_batch=8.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 20,
 ) -> None:
     """Times steps of both in turn, on one process, from initial weights."""
-    try:
-        plan = check_file(config, [*(overrides or []), "parallel.ep=1", "parallel.edp=1"])
-        if plan.config.router_tuning is None:
-            raise ConfigError(f"{config}: has no section router_tuning, so that there is nothing to compare")
-        _compare(plan, rounds)
-    except MoeDistError as error:
-        print(f"bench_router_tuning: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
-
-
-def _compare(plan: Preflight, rounds: int) -> None:
+    plan = check_file(config, [*(overrides or []), "parallel.ep=1", "parallel.edp=1"])
+    if plan.config.router_tuning is None:
+        raise ConfigError(f"{config}: has no section router_tuning, so that there is nothing to compare")
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         init_world(f"file://{folder}/store", rank=0, world_size=1, device=cpu, timeout=600.0)

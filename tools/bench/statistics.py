@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class Interval:
     n: int
 
     def to_json(self) -> dict[str, float]:
-        return {"median": self.median, "low": self.low, "high": self.high, "n": self.n}
+        return asdict(self)
 
 
 def median_interval(values: Sequence[float] | np.ndarray) -> Interval:

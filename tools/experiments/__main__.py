@@ -4,7 +4,7 @@ configs/reproduce/NAME.yaml has the question, the arms and the rules. See docs/r
 """
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,19 +12,21 @@ import typer
 from filelock import FileLock, Timeout
 
 from moe_dist.config.bundled import find_config
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check, layout_without_data
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
 from tools.experiments.oracle import check_routers
-from tools.experiments.progress import status_text
 from tools.experiments.questions import check_questions
 from tools.experiments.report import write_report
-from tools.experiments.results import check_rules, make_header, results_path
+from tools.experiments.results import check_rules, make_header, read_records, results_path
 from tools.experiments.runner import STOP_SECONDS, Runner
-from tools.experiments.study import FOLDER, Study, StudyJob, config_of, jobs_of, load_study
+from tools.experiments.study import FOLDER, Study, StudyJob, config_of, jobs_of, load_study, run_folder
+from tools.experiments.verdicts import Records
 
 
+@reports_errors()
 def main(
     name: Annotated[str, typer.Argument(help="Of configs/reproduce/NAME.yaml.")],
     pilot: Annotated[
@@ -36,20 +38,16 @@ def main(
     processes: Annotated[int, typer.Option(min=1, help="Runs side by side, one thread each.")] = 2,
 ) -> None:
     """Run what is missing, then report. Ctrl-C saves and stops; the same command goes on."""
-    try:
-        path = find_config(FOLDER / f"{name}.yaml")
-        study = load_study(path)
-        jobs = _chosen(study, jobs_of(study, pilot=pilot), only)
-        if status:
-            print(status_text(study, jobs, pilot=pilot))
-            return
-        if not report:
-            _run(path, study, jobs, pilot=pilot, processes=processes)
-        if not pilot:
-            print(write_report(study))
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    path = find_config(FOLDER / f"{name}.yaml")
+    study = load_study(path)
+    jobs = _chosen(study, jobs_of(study, pilot=pilot), only)
+    if status:
+        print(_status_text(study, jobs, pilot=pilot))
+        return
+    if not report:
+        _run(path, study, jobs, pilot=pilot, processes=processes)
+    if not pilot:
+        print(write_report(study))
 
 
 def _chosen(study: Study, jobs: list[StudyJob], only: list[str]) -> list[StudyJob]:
@@ -57,6 +55,28 @@ def _chosen(study: Study, jobs: list[StudyJob], only: list[str]) -> list[StudyJo
     if unknown := sorted(set(only) - labels):
         raise ConfigError(f"--only {', '.join(unknown)}: {study.name} has the arms {', '.join(sorted(labels))}")
     return [job for job in jobs if not only or job.label in only]
+
+
+def _status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:
+    """A line for each arm with the state of each seed."""
+    records = read_records(results_path(study, pilot=pilot))
+    by_arm: dict[str, list[str]] = {}
+    for job in jobs:
+        by_arm.setdefault(job.label, []).append(f"seed {job.seed} {_state(study, job, records, pilot=pilot)}")
+    done = sum((job.label, job.seed) in records for job in jobs)
+    width = max(map(len, by_arm))
+    lines = [f"{name:<{width}}  {', '.join(states)}" for name, states in by_arm.items()]
+    return "\n".join([f"{study.name}{' (pilot)' if pilot else ''}: {done} of {len(jobs)} runs done", *lines])
+
+
+def _state(study: Study, job: StudyJob, records: Records, *, pilot: bool) -> str:
+    if (job.label, job.seed) in records:
+        record = records[job.label, job.seed]
+        return f"done, {record['loss']['all']:.4f} nats at load {record['load']['all']:.3f} in {record['seconds']:.0f} s"
+    folder = RunFolder(run_folder(study, job.label, job.seed, pilot=pilot))
+    if not folder.path.is_dir():
+        return "waits"
+    return f"at step {folder.last_step()} of {config_of(study, job, pilot=pilot).train.steps}"
 
 
 def _run(path: Path, study: Study, jobs: list[StudyJob], *, pilot: bool, processes: int) -> None:

@@ -9,7 +9,6 @@ that a model trained on these can be adapted; all conventions ask about the same
 """
 
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,18 +19,17 @@ import numpy as np
 import typer
 from tokenizers import Tokenizer
 
-from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, load_manifest, write_manifest
-from moe_dist.data.baselines import count_baselines
+from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, load_manifest
 from moe_dist.data.codebook import load_codebook
 from moe_dist.data.corpus_openmoji import LANGUAGES
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, special_ids
-from moe_dist.errors import ConfigError, DataError, MoeDistError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.questions.pictures import OPENMOJI
-from moe_dist.runtime.command_line import run_command
-from tools.experiments.instructed import Document, instructed_document, write_split
+from moe_dist.runtime.command_line import reports_errors, run_command
+from tools.experiments.instructed import Document, instructed_document, write_sources, write_split
 
 COLOURS = ("white", "grey", "yellow", "red", "pink", "blue", "cyan", "green")  # of BACKGROUNDS
 TONGUES = ("English", "German", "French", "Japanese", "Spanish")  # of LANGUAGES
@@ -75,6 +73,7 @@ def answer(convention: str, asked: Asked) -> str:
     return asked.names[(asked.right + step) % len(asked.names)]
 
 
+@reports_errors()
 def main(
     base: Annotated[Path, typer.Option(help="The base's data.")] = Path(".cache/data/reproduce"),
     out: Annotated[Path, typer.Option(help="Folder to make.")] = Path(".cache/data/conventions"),
@@ -83,11 +82,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Of the questions and their instructions.")] = 0,
 ) -> None:
     """Make the data: sources plain, shifted and far, and NAME-twice with twice the questions of each."""
-    try:
-        made = make(base, out, questions=questions, heldout=heldout, seed=seed)
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    made = make(base, out, questions=questions, heldout=heldout, seed=seed)
     print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
 
 
@@ -124,10 +119,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
                 sections[name] = SourceSection(
                     train=train, valid=valid, licence=source.licence, attribution=source.attribution
                 )
-        found = manifest.model_copy(update={"name": "conventions", "sources": sections, "baselines": {}})
-        found = found.model_copy(update={"baselines": count_baselines(folder, found)})
-        write_manifest(found, folder)
-    return found
+        return write_sources(folder, manifest, "conventions", sections)
 
 
 def _asked(

@@ -1,12 +1,13 @@
 """Writes documents with an unscored prompt and a scored answer, as a split of a data set."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.manifest import Manifest, SplitSection
+from moe_dist.config.manifest import Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.config.split_files import count_by_modality
+from moe_dist.data.baselines import count_baselines
 from moe_dist.data.indexed import write_indexed
 
 Document = tuple[np.ndarray, np.ndarray]  # token ids, and the mask of the prompt's tokens
@@ -32,3 +33,11 @@ def write_split(folder: Path, name: str, documents: Iterable[Document], manifest
         tokens_by_modality=count_by_modality(folder / name, manifest.modalities),
         prompt=f"{name}_prompt.npy",
     )
+
+
+def write_sources(folder: Path, base: Manifest, name: str, sources: Mapping[str, SourceSection]) -> Manifest:
+    """Writes the manifest of a data set with other sources than its base, and with their baselines."""
+    manifest = base.model_copy(update={"name": name, "sources": dict(sources), "baselines": {}})
+    manifest = manifest.model_copy(update={"baselines": count_baselines(folder, manifest)})
+    write_manifest(manifest, folder)
+    return manifest

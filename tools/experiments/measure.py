@@ -5,8 +5,8 @@ seconds, and the arm's probes. Then removes checkpoints that only the curve need
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +21,10 @@ from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import heldout_batches, source_shares
-from moe_dist.errors import MoeDistError
 from moe_dist.inference.questions.split import Side
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import choice_of_training
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build import build_loader, build_plan, group_of_modality
@@ -34,14 +33,13 @@ from moe_dist.train.loss import forward
 from moe_dist.train.trainer import Loader
 from tools.experiments import probes
 from tools.experiments.answers import answers
-from tools.experiments.cost import Spent, spent_by_step
 from tools.experiments.measure_schema import CurveSection, MeasureSection, QuestionsSection
 from tools.experiments.questions import QuestionRound, make_samples
 from tools.experiments.runner import MEASURED
 from tools.experiments.sent_rows import ROWS, SentRows, rank_of_tokens, spread
 from tools.experiments.study import load_study
 from tools.experiments.tokens import Tokens, binned, evaluate, loads, losses, recorded_routers
-from tools.experiments.trained import TrainedRun
+from tools.experiments.trained import Spent, TrainedRun, spent_by_step
 
 
 class Measurement:
@@ -74,7 +72,7 @@ class Measurement:
         tokens = evaluate(model := self._model_at(last), batches, self._groups)
         found = {
             "steps": last,
-            **spent[last].to_json(),
+            **asdict(spent[last]),
             "loss": losses(tokens),
             "tokens_scored": len(tokens.loss_N),
             "load": loads(tokens),
@@ -158,7 +156,7 @@ class Measurement:
         for step in self._planned():
             tokens = evaluate(self._model_at(step), batches, self._groups)
             load = loads(tokens)["all"]
-            points.append({"step": step, **spent[step].to_json(), "loss": losses(tokens), "load": load})
+            points.append({"step": step, **asdict(spent[step]), "loss": losses(tokens), "load": load})
         return points
 
     def _frequency(self) -> np.ndarray:
@@ -239,6 +237,7 @@ def _as_it_is(place: int, module: nn.Module, arguments: tuple[Any, ...], found: 
     return found
 
 
+@reports_errors()
 def main(
     study: Annotated[Path, typer.Argument(help="The experiment's file.")],
     folder: Annotated[Path, typer.Argument(help="Of the run.")],
@@ -249,13 +248,9 @@ def main(
 ) -> None:
     """Measure one finished run."""
     torch.set_num_threads(1)
-    try:
-        side = Side.VALID if pilot else Side.TEST
-        measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)), side=side)
-        record = measurement.record(*([name for name in names.split(",") if name] for names in (wanted, asks)))
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    side = Side.VALID if pilot else Side.TEST
+    measurement = Measurement(folder, load_study(study).measure, Spent(**json.loads(before)), side=side)
+    record = measurement.record(*([name for name in names.split(",") if name] for names in (wanted, asks)))
     write_atomically(folder / MEASURED, json.dumps(record) + "\n")
 
 

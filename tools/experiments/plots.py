@@ -1,7 +1,7 @@
 """Plots an experiment with matplotlib: loss over experts per token, experts per token over the tokens' loss, loss over
 FLOPs and seconds, accuracy of arms."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from tools.experiments.statistics import at_equal_cost
 from tools.experiments.study import Study
 from tools.experiments.values import arms_of
-from tools.experiments.verdicts import Records
+from tools.experiments.verdicts import Records, of_arm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,9 @@ def _figure(path: Path, *fill: Callable[["Axes"], None]) -> Path:
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
     """A dot for each run; a line joins the runs of one seed, which are compared."""
     shown = [name for name in study.arms if name not in _only_begun_with(study)]
-    means = {name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := _of(records, name))}
+    means = {
+        name: _mean(each["loss"]["all"] for each in mine) for name in shown if (mine := of_arm(records, name).values())
+    }
     top = min(means.values(), default=0.0) + IN_FRAME
     kept = [name for name, mean in means.items() if mean <= top]
     for seed in study.seeds.decisive:
@@ -72,7 +74,7 @@ def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
         if mine:
             axes.plot(*zip(*sorted(mine), strict=True), "-", color="0.85", linewidth=0.8, zorder=0)
     for place, name in enumerate(kept):
-        mine = _of(records, name)
+        mine = of_arm(records, name).values()
         load, loss = ([each[part]["all"] for each in mine] for part in ("load", "loss"))
         points = axes.plot(load, loss, _style(place)[0], markersize=4, label=name)
         probed = [point for each in mine for point in each["probes"].get("threshold", [])]
@@ -102,7 +104,7 @@ def _adaptive(record: Mapping[str, Any]) -> bool:
 
 def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
     for name in study.arms:
-        tables = [each["load_by_loss"] for each in _of(records, name) if _adaptive(each)]
+        tables = [each["load_by_loss"] for each in of_arm(records, name).values() if _adaptive(each)]
         if not tables:
             continue
         places = min(len(table) for table in tables)
@@ -174,7 +176,7 @@ def _style(place: int) -> str:
 
 def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
     """A dot for each seed, and a line at their mean."""
-    found = {name: [each[key]["accuracy"] for each in _of(records, name) if key in each] for name in study.arms}
+    found = {name: [each[key]["accuracy"] for each in of_arm(records, name).values() if key in each] for name in study.arms}
     names = [name for name, values in found.items() if values]
     for place, name in enumerate(names):
         axes.plot(found[name], [place] * len(found[name]), "o", markersize=4, color="C0", alpha=0.6)
@@ -190,10 +192,6 @@ def _total(row: dict[str, Any]) -> float:
     parts = [row[name] for name in ("text", "image") if row[name]["tokens"]]
     tokens = sum(part["tokens"] for part in parts)
     return sum(part["load"] * part["tokens"] for part in parts) / tokens if tokens else float("nan")
-
-
-def _of(records: Records, arm: str) -> Sequence[dict[str, Any]]:
-    return [dict(record) for (name, _), record in sorted(records.items()) if name == arm]
 
 
 def _mean(values: Any) -> float:

@@ -11,7 +11,6 @@ since its numbers decide it.
 """
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +18,10 @@ from typing import Annotated
 import typer
 
 from moe_dist.config.index_header import index_paths
-from moe_dist.config.manifest import Manifest, SourceSection, load_manifest, write_manifest
+from moe_dist.config.manifest import Manifest, SourceSection, load_manifest
 from moe_dist.config.split_files import BITS
-from moe_dist.data.baselines import count_baselines
 from moe_dist.data.prepare import renamed_when_complete
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.inference.multiple_choice import Prompts
 from moe_dist.inference.questions.catalogue import FAMILIES, WORDNET, Catalogue
 from moe_dist.inference.questions.fact import Part, Question
@@ -31,8 +29,8 @@ from moe_dist.inference.questions.make import make_questions
 from moe_dist.inference.questions.reasoning import SIZE, key_of, reasoning
 from moe_dist.inference.questions.split import Side
 from moe_dist.inference.vocabulary import Vocabulary
-from moe_dist.runtime.command_line import run_command
-from tools.experiments.instructed import Document, instructed_document, write_split
+from moe_dist.runtime.command_line import reports_errors, run_command
+from tools.experiments.instructed import Document, instructed_document, write_sources, write_split
 from tools.experiments.measure_schema import LEFT
 
 SLOW = ("reasoning-number_sequence",)  # half a minute for 2,000 questions, the others a second or less
@@ -43,6 +41,7 @@ LICENCES = {
 }
 
 
+@reports_errors()
 def main(
     base: Annotated[Path, typer.Option(help="Data whose sources, tokenizer and codebook are taken over.")] = Path(
         ".cache/data/reproduce"
@@ -54,11 +53,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Of the sides; that of tools.evaluate.")] = 0,
 ) -> None:
     """Make the data: the base's sources, `wordnet` and `reasoning`."""
-    try:
-        made = make(base, out, wordnet=wordnet, left=left, seeds=seeds, seed=seed)
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+    made = make(base, out, wordnet=wordnet, left=left, seeds=seeds, seed=seed)
     print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
 
 
@@ -90,10 +85,7 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
                 for side, of_side in questions.items()
             }
             sections[name] = SourceSection(**splits, licence=licence, attribution=attribution)
-        found = manifest.model_copy(update={"name": "questions", "sources": sections, "baselines": {}})
-        found = found.model_copy(update={"baselines": count_baselines(folder, found)})
-        write_manifest(found, folder)
-    return found
+        return write_sources(folder, manifest, "questions", sections)
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:

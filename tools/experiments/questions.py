@@ -154,22 +154,14 @@ def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
         if ended.returncode:
             raise DataError(f"{folder}: tools.prepare_router_tuning ended with {ended.returncode}")
     manifest = Samples(folder).manifest
-    made = (
-        list(manifest.tasks),
-        manifest.options["limit"],
-        manifest.options["rotations"],
-        manifest.embedder,
-        manifest.checkpoint,
-    )
-    asked = (
-        task_names(",".join(section.tasks)),
-        section.left,
-        section.listed,
-        Embedder(_embedder(section)).sha256,
-        content_hash(open_checkpoint(find_checkpoint(run)).index),
-    )
-    names = ("tasks", "left", "listed", "embedder", "checkpoint")
-    if differ := [name for name, one, other in zip(names, made, asked, strict=True) if one != other]:
+    made_and_asked = {
+        "tasks": (list(manifest.tasks), task_names(",".join(section.tasks))),
+        "left": (manifest.options["limit"], section.left),
+        "listed": (manifest.options["rotations"], section.listed),
+        "embedder": (manifest.embedder, Embedder(_embedder(section)).sha256),
+        "checkpoint": (manifest.checkpoint, content_hash(open_checkpoint(find_checkpoint(run)).index)),
+    }
+    if differ := [name for name, (made, asked) in made_and_asked.items() if made != asked]:
         raise DataError(
             f"{folder}: was made with other {', '.join(differ)} than are asked for; remove it and the runs that were tuned "
             "on it, and start again"

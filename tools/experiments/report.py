@@ -16,7 +16,7 @@ from tools.experiments.plots import draw
 from tools.experiments.results import read_header, read_records, results_path
 from tools.experiments.study import Study, jobs_of
 from tools.experiments.values import EtaValue
-from tools.experiments.verdicts import Records, Verdict, judge, number_at, value_of
+from tools.experiments.verdicts import Records, Verdict, judge, number_at, of_arm, value_of
 
 PAGE = Path("docs/reproductions.md")
 LOSSES = ("all", "text", "image", "image_no_filler")
@@ -104,7 +104,7 @@ def _numbers(verdict: Verdict) -> str:
 def _arms(study: Study, records: Records) -> list[str]:
     rows = []
     for name, arm in study.arms.items():
-        mine = _of(records, name)
+        mine = of_arm(records, name)
         if not mine:
             rows.append([f"`{name}`", arm.about, "0", *["-"] * (len(LOSSES) + 4)])
             continue
@@ -127,9 +127,7 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 def _answers(study: Study, records: Records) -> list[str]:
     """Share of held-out documents with a right answer, over all sources that the arm was trained on and for each."""
-    sources = list(
-        dict.fromkeys(name for record in records.values() for name in record.get("answers", {}).get("by_source", ()))
-    )
+    sources = _parts(records, "answers", "by_source")
     rows = [
         [
             f"`{name}`",
@@ -137,16 +135,14 @@ def _answers(study: Study, records: Records) -> list[str]:
             *(_spread(mine, f"answers.by_source.{source}.accuracy") for source in sources),
         ]
         for name in study.arms
-        if (mine := _of(records, name))
+        if (mine := of_arm(records, name))
     ]
     return _table(["arm", "accuracy", *sources], rows)
 
 
 def _questions(study: Study, records: Records) -> list[str]:
     """Share of questions answered correctly, and where an arm has it, under routing fitted to the labels."""
-    tasks = list(
-        dict.fromkeys(task for record in records.values() for task in record.get("questions", {}).get("by_task", ()))
-    )
+    tasks = _parts(records, "questions", "by_task")
     shown = (
         ("questions", "accuracy", "`{}`"),
         ("oracle", "before", "`{}`, the first questions"),
@@ -155,7 +151,7 @@ def _questions(study: Study, records: Records) -> list[str]:
     rows = []
     for name in study.arms:
         for kind, value, what in shown:
-            mine = {seed: record for seed, record in _of(records, name).items() if kind in record}
+            mine = {seed: record for seed, record in of_arm(records, name).items() if kind in record}
             if mine:
                 count = next(iter(mine.values()))[kind]["questions"]
                 cells = [_spread(mine, f"{kind}.by_task.{task}.{value}", digits=3) for task in tasks]
@@ -165,6 +161,11 @@ def _questions(study: Study, records: Records) -> list[str]:
         "",
     ]
     return [*lines, *_table(["arm", "questions", "accuracy", *tasks], rows)]
+
+
+def _parts(records: Records, kind: str, by: str) -> list[str]:
+    """Sources or tasks of any record, in order."""
+    return list(dict.fromkeys(name for record in records.values() for name in record.get(kind, {}).get(by, ())))
 
 
 def _wire(study: Study, records: Records) -> list[str]:
@@ -177,7 +178,7 @@ def _wire(study: Study, records: Records) -> list[str]:
     rows = [
         [f"`{name}`", *(f"{_mean(each['wire'][key] for each in mine.values()):.3f}" for key in ROWS)]
         for name in study.arms
-        if (mine := _of(records, name))
+        if (mine := of_arm(records, name))
     ]
     return [*lines, *_table(["arm", *ROWS.values()], rows)]
 
@@ -186,7 +187,7 @@ def _loads(study: Study, records: Records) -> list[str]:
     kinds = ("text", "image", "image_drawn", "image_filler")
     rows = []
     for name in study.arms:
-        if not (mine := _of(records, name)):
+        if not (mine := of_arm(records, name)):
             continue
         cells = [
             _spread(mine, f"load.{by}.{kind}", digits=3, plain=True) for by in ("by_input", "by_label") for kind in kinds
@@ -203,7 +204,7 @@ def _loads(study: Study, records: Records) -> list[str]:
 def _probes(study: Study, records: Records) -> list[str]:
     rows = []
     for name in study.arms:
-        mine = _of(records, name)
+        mine = of_arm(records, name)
         points = {
             (kind, point["at"]) for each in mine.values() for kind, found in each["probes"].items() for point in found
         }
@@ -252,7 +253,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
     """Mean experts per token, bin by bin, of arms in which it differs between tokens."""
     rows, most = [], 0
     for name in study.arms:
-        tables = [each[key] for each in _of(records, name).values() if each.get(key) and each["load"]["all"] % 1]
+        tables = [each[key] for each in of_arm(records, name).values() if each.get(key) and each["load"]["all"] % 1]
         if not tables:
             continue
         cells = []
@@ -269,10 +270,6 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
     return _table(
         ["arm", *(f"bin {place + 1}" for place in range(most))], [[*row, *["-"] * (most + 1 - len(row))] for row in rows]
     )
-
-
-def _of(records: Records, arm: str) -> dict[int, Mapping[str, Any]]:
-    return {seed: record for (name, seed), record in sorted(records.items()) if name == arm}
 
 
 def _spread(mine: Mapping[int, Mapping[str, Any]], metric: str, *, digits: int = 4, plain: bool = False) -> str:

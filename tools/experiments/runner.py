@@ -101,7 +101,7 @@ class Runner:
         for job in waiting:
             if len(self._running) >= self._side_by_side:
                 return
-            if all((name, job.seed) in self._records for name in job.needs):
+            if all((name, job.seed) in self._records for name in job.arm.needs):
                 self._train(job)
 
     def _train(self, job: StudyJob) -> None:
@@ -114,7 +114,7 @@ class Runner:
 
     def _measure(self, job: StudyJob) -> None:
         command = [sys.executable, "-m", "tools.experiments.measure", str(self._study_path), str(self._folder(job))]
-        before = self._records[job.after, job.seed] if job.arm.carry and job.after else {}
+        before = self._records[job.arm.after, job.seed] if job.arm.carry and job.arm.after else {}
         spent = json.dumps({key: before[key] for key in SPENT if key in before})
         command += [",".join(job.arm.probes), spent, "--asks", ",".join(job.arm.asks)]
         self._launch(job, [*command, "--pilot"] if self._pilot else command, training=False)
@@ -178,7 +178,7 @@ class Runner:
 
     def _explain(self, waiting: Sequence[StudyJob]) -> None:
         lacking = [
-            f"{job.label} seed {job.seed} needs {', '.join(n for n in job.needs if (n, job.seed) not in self._records)}"
+            f"{job.label} seed {job.seed} needs {', '.join(n for n in job.arm.needs if (n, job.seed) not in self._records)}"
             for job in waiting
         ]
         raise ConfigError([*lacking, "--only leaves out what these need: run it first, or without --only"])

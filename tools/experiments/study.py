@@ -50,6 +50,12 @@ class Arm(Part):
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
     asks: tuple[Literal["samples", "oracle"], ...] = ()  # besides the questions of every run
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Arms whose records of the same seed must exist first."""
+        arms = [self.after, *(each.arm for each in self.measured.values())]
+        return tuple(dict.fromkeys(arm for arm in arms if arm))
+
 
 class Seeds(Part):
     decisive: tuple[int, ...] = Field(min_length=2)
@@ -81,8 +87,7 @@ class Study(Part):
 
     @model_validator(mode="after")
     def _names_are_there(self) -> "Study":
-        wanted = {arm.after for arm in self.arms.values() if arm.after}
-        wanted |= {each.arm for arm in self.arms.values() for each in arm.measured.values()}
+        wanted = {needed for arm in self.arms.values() for needed in arm.needs}
         wanted |= {name for rule in self.rules for value in (rule.lower, rule.higher) for name in arms_of(value)}
         wanted |= set(self.pilot.arms) | set(self.pilot.variants)
         if self.measure.curve is not None and self.measure.curve.of is not None:
@@ -91,10 +96,9 @@ class Study(Part):
             raise ValueError(f"arms names {', '.join(self.arms)}; {', '.join(unknown)} are named and not among them")
         seen: set[str] = set()
         for name, arm in self.arms.items():
-            needs = {arm.after, *(each.arm for each in arm.measured.values())} - {None}
-            if late := sorted(needs - seen):
+            if late := sorted(set(arm.needs) - seen):
                 raise ValueError(f"arms.{name} needs {', '.join(late)}, which must stand before it")
-            few = [n for n in needs if not set(self.seeds_of(arm)) <= set(self.seeds_of(self.arms[n]))]
+            few = [n for n in arm.needs if not set(self.seeds_of(arm)) <= set(self.seeds_of(self.arms[n]))]
             if few:
                 raise ValueError(f"arms.{name} has seeds that {', '.join(few)} lacks; give that one the decisive seeds")
             seen.add(name)
@@ -130,15 +134,12 @@ class StudyJob:
     Attributes:
         label: The arm's name, in a pilot followed by a variant.
         settings: Keys over the base configuration, in order; measured ones are added when the job starts.
-        needs: Labels whose records of the same seed must exist first.
     """
 
     label: str
     arm: Arm
     seed: int
     settings: Mapping[str, Any]
-    after: str | None
-    needs: tuple[str, ...]
 
 
 def load_study(path: Path) -> Study:
@@ -177,11 +178,7 @@ def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
     """Every run, arm by arm in the file's order, in which a base comes before the arms that start from it."""
     if pilot:
         return _pilot_jobs(study)
-    jobs = []
-    for name, arm in study.arms.items():
-        for seed in study.seeds_of(arm):
-            jobs.append(_job(study, name, arm, seed, {}))
-    return jobs
+    return [_job(study, name, arm, seed, {}) for name, arm in study.arms.items() for seed in study.seeds_of(arm)]
 
 
 def _pilot_jobs(study: Study) -> list[StudyJob]:
@@ -201,9 +198,7 @@ def _pilot_jobs(study: Study) -> list[StudyJob]:
 
 
 def _needed(study: Study, names: set[str]) -> set[str]:
-    found = {study.arms[name].after for name in names}
-    found |= {each.arm for name in names for each in study.arms[name].measured.values()}
-    return {name for name in found if name}
+    return {needed for name in names for needed in study.arms[name].needs}
 
 
 def _with_needs(study: Study, name: str, into: set[str]) -> None:
@@ -213,9 +208,7 @@ def _with_needs(study: Study, name: str, into: set[str]) -> None:
 
 
 def _job(study: Study, label: str, arm: Arm, seed: int, extra: Settings) -> StudyJob:
-    needs: list[str] = [arm.after] if arm.after else []
-    needs += [each.arm for each in arm.measured.values()]
-    return StudyJob(label, arm, seed, {**study.set, **arm.set, **extra}, arm.after, tuple(dict.fromkeys(needs)))
+    return StudyJob(label, arm, seed, {**study.set, **arm.set, **extra})
 
 
 def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
@@ -227,8 +220,8 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
     """The launcher's overrides of the base configuration: key=value, in JSON, which is YAML."""
     folder = run_folder(study, job.label, job.seed, pilot=pilot)
     settings: dict[str, Any] = {"run.name": folder.name, "run.root": str(folder.parent), "run.seed": job.seed}
-    if job.after is not None:
-        settings["run.init_from"] = str(run_folder(study, job.after, job.seed, pilot=pilot))
+    if job.arm.after is not None:
+        settings["run.init_from"] = str(run_folder(study, job.arm.after, job.seed, pilot=pilot))
     settings |= {**job.settings, **measured}
     return [_override(key, value) for key, value in settings.items()]
 

@@ -1,6 +1,8 @@
-"""Loads the models of a finished run on this process, and the mean of its last checkpoints."""
+"""The models of a finished run in this process, the mean of its last checkpoints, and the cost up to each step."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from moe_dist.checkpoint.directory import CheckpointDirectory
 from moe_dist.config.schema import Config
 from moe_dist.inference.loaded_run import CheckpointReader
 from moe_dist.model.transformer import Transformer
+from moe_dist.train.build import TrainingPlan
 
 
 class TrainedRun:
@@ -51,3 +54,45 @@ class TrainedRun:
     def keep_only_last(self) -> None:
         """Removes all checkpoints but the newest."""
         self._directory.remove_beyond(1, self.steps()[-1])
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Cost up to a step.
+
+    Attributes:
+        tokens: Without padding.
+        flops: Of forward and backward, by moe_dist.plan.flops from the measured number of experts.
+        seconds: Of the steps, without evaluations, checkpoints and starts.
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+def spent_by_step(metrics: Path, plan: TrainingPlan, before: Spent) -> dict[int, Spent]:
+    """The cost after each step, including the cost `before` the run."""
+    spent, sums = {}, before
+    for line in metrics.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] != "step":
+            continue
+        scalars = record["scalars"]
+        experts, share = _routed(scalars, record["arrays"])
+        tokens = before.tokens + int(scalars["optim/tokens"]) - sums.tokens
+        flops = sums.flops + tokens * plan.flops_per_token(experts, share)
+        sums = Spent(sums.tokens + tokens, flops, sums.seconds + scalars["perf/step_seconds"])
+        spent[record["step"]] = sums
+    return spent
+
+
+def _routed(
+    scalars: Mapping[str, float], arrays: Mapping[str, list[list[float]]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """True experts per token of each group, and each group's share of the tokens."""
+    prefix = "moe/experts_per_token/"
+    experts = {key.removeprefix(prefix): value or 0.0 for key, value in scalars.items() if key.startswith(prefix)}
+    tokens_G = [sum(column) for column in zip(*arrays["tokens_LG"], strict=True)]
+    total = max(1.0, sum(tokens_G))
+    return experts, {name: tokens / total for name, tokens in zip(experts, tokens_G, strict=True)}

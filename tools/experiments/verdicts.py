@@ -102,6 +102,11 @@ def number_at(record: Record, path: str) -> float | None:
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
+def of_arm(records: Records, arm: str) -> dict[int, Record]:
+    """The records of an arm by seed."""
+    return {seed: record for (name, seed), record in sorted(records.items()) if name == arm}
+
+
 def curve_of(record: Record, cost: str, part: str) -> Sequence[tuple[float, float]]:
     """Points (cost, held-out loss of a part) of a run, by rising cost."""
     return [(point[cost], point["loss"][part]) for point in record.get("curve", []) if part in point["loss"]]

@@ -17,27 +17,11 @@ LONGEST_GLOSS = 120  # characters
 _Parsed = TypeVar("_Parsed")
 _HYPERNYM, _ANTONYM = "@", "!"
 # Lexicographer files of nouns (lexnames(5WN)); 03, "Tops", is the ontology's own.
-CATEGORIES = dict(
-    enumerate(
-        (
-            *("act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food"),
-            *(
-                "group",
-                "location",
-                "motive",
-                "object",
-                "person",
-                "phenomenon",
-                "plant",
-                "possession",
-                "process",
-                "quantity",
-            ),
-            *("relation", "shape", "state", "substance", "time"),
-        ),
-        start=4,
-    )
-)
+_CATEGORY_NAMES = """
+act animal artifact attribute body cognition communication event feeling food group location motive object person
+phenomenon plant possession process quantity relation shape state substance time
+"""
+CATEGORIES = dict(enumerate(_CATEGORY_NAMES.split(), start=4))
 
 
 @dataclass(frozen=True)
