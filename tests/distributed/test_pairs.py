@@ -17,7 +17,7 @@ def measure(rank: RankContext, per_node: int, doubted: list[tuple[int, int]], sl
     names = names_of_nodes(f"node{ranks.node}", ranks, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "SECONDS", 0.02)
-        patch.setattr(pairs, "suspects", lambda measured: doubted)
+        patch.setattr(pairs, "slow_pairs", lambda measured: doubted)
         patch.setattr(pairs, "_stays_slow", lambda pair, *others: pairs_stays_slow(pair, *others) or pair in slow)
         patch.setattr(pairs, "is_slow", lambda own, than: False)
         measured, found = measure_pairs(ranks, payload_bytes=1 << 14, device=CPU, timeout=600.0)

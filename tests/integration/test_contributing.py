@@ -96,6 +96,7 @@ def test_the_page_has_each_kind() -> None:
     assert list(RECIPES) == ["A router", "A dispatcher", "An expert type", "A controller", "A sink", "A launcher"]
     for title, recipe in RECIPES.items():
         assert len({block.path for block in recipe.blocks}) <= 3, f"{title}: class, section, table"
+        assert recipe.overrides or title == "A launcher", f"{title}: no line begins with `Train with`"
     assert PAGE.count("```python") == sum(len(recipe.blocks) for recipe in RECIPES.values()), "a block that nobody applies"
 
 

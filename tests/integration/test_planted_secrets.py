@@ -25,8 +25,8 @@ SINKS = [
 FAILING = """
 import os, sys
 from moe_dist.runtime.command_line import run_command
-from moe_dist.trainer import Trainer
-from moe_dist.train import main
+from moe_dist.train.trainer import Trainer
+from moe_dist.train.__main__ import main
 taken = Trainer._step
 def step(self):
     if self.progress.step < 2:
