@@ -87,7 +87,7 @@ def test_another_version_of_torch_on_one_node(doctor: Doctor, slurm: SlurmCluste
     with Node(slurm, "node3").other_version("torch", "2.11.0", tmp_path):
         said = doctor.says("--probe")
     version = re.escape(importlib.metadata.version("torch"))
-    assert_only(said, 69, f"^FAIL versions: torch {version} on node1, node2 and node4, 2.11.0 on node3; use one environment")
+    assert_only(said, 69, f"^FAIL versions: torch {version} on node1, node2 and node4, 2.11.0 on node3; use one")
 
 
 def test_the_package_that_is_called_apex_and_is_not_nvidias(doctor: Doctor, slurm: SlurmCluster, tmp_path: Path) -> None:
