@@ -67,7 +67,7 @@ class Section(BaseModel):
         return ()
 
     def violations_in(self, config: WholeConfig) -> Iterable[Violation]:
-        """Violated rules between this section and the rest of a configuration; keys are dotted from the top."""
+        """Violated rules that involve this section and other sections. Keys are full dotted paths, as `parallel.ep`."""
         return ()
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from moe_dist.data.tokenizer import BOS, encode_texts, load_tokenizer, special_i
 from moe_dist.errors import ConfigError
 from moe_dist.inference.grammar import Grammar, grammar_of
 
-_SCALE = 8  # pixels of a file for each pixel of a picture
+_SCALE = 8  # upscaling factor: a pixel of a picture becomes 8 x 8 pixels of the image file
 
 
 @dataclass(frozen=True)

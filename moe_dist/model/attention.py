@@ -27,7 +27,8 @@ class FlexMask:
     blocks: BlockMask
 
 
-AttentionMask = FlexMask | Tensor  # or bool [B, 1, S, S], true where a query may see a key: S^2 bytes, for short sequences
+# The tensor is a dense bool mask [B, 1, S, S], true where a query may attend to a key. It takes S^2 bytes per sequence.
+AttentionMask = FlexMask | Tensor
 
 
 def dense_mask(documents_BS: Tensor) -> Tensor:

@@ -146,8 +146,9 @@ class LoRAExperts(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """y = ffn'(norm(x)), the frozen FFN with each token's LoRA experts; the caller adds the residual. Stands where an
-    `MoELayer` would, with the same report, and exchanges nothing.
+    """y = ffn'(norm(x)), the frozen FFN with each token's LoRA experts; the caller adds the residual. A drop-in
+    replacement for `MoELayer` that returns the same `LayerReport`. It needs no all-to-all: every rank holds all LoRA
+    experts.
 
     Args:
         norm: Of the base, frozen.

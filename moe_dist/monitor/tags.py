@@ -85,8 +85,9 @@ def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = 
     """Splits as many families as fit into `MAX_SCALARS`: losses first, then groups, then epochs.
 
     Args:
-        mixture_of_depths: Whether some layers compute only a share of the tokens. Their scalars need room, so families are
-            split by group one by one, in order, as far as they fit. Otherwise all families are split or none.
+        mixture_of_depths: Whether some layers compute only a share of the tokens. The scalars of these layers use part of
+            `MAX_SCALARS`. So families are logged per group one after the other, in order, until the limit is reached.
+            Without such layers either all families are logged per group or none.
     """
     families = (DEPTH_FAMILY, *GROUP_FAMILIES) if mixture_of_depths else GROUP_FAMILIES
     room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if mixture_of_depths else 0)

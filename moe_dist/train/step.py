@@ -163,7 +163,8 @@ class TrainingStep:
         forward_rows: Tensor,
         tokens_and_stop: list[float],
     ) -> Tensor:
-        """This rank's part of norm, vote and statistics as one float64 vector, for a single all-reduce."""
+        """Packs this rank's share of the squared gradient norm, the losses, the stop request and the statistics into one
+        float64 vector, so that one all-reduce sums them all."""
         device = self.parallel.mesh.device
         replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
         squared = local_norm_squared(replicas, device=device)

@@ -73,7 +73,7 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor constructor whose `device="cuda..."` means the CPU."""
+    """Wraps a tensor constructor such as `torch.empty`, so that `device="cuda..."` allocates on the CPU."""
 
     def constructor(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):

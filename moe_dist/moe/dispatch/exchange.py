@@ -203,7 +203,8 @@ class CombineReceive:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows and pair weights one way, their gradients the other. Every rank issues both, in this order."""
+    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. Every rank
+    issues the same collectives in the same order."""
 
     @staticmethod
     def forward(ctx: Any, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan, exchange: Exchange) -> Any:

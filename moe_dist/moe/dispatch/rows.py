@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE_BYTES = 16 << 20  # of rows that are converted at once: enough work for a kernel, little beside the rows
+SLICE_BYTES = 16 << 20  # rows are converted in slices of this size: enough work for a kernel, little extra memory
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

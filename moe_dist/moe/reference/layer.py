@@ -60,9 +60,10 @@ def weights_of(
 
 
 def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, int], drop: str) -> set[tuple[int, int]]:
-    """The (token, expert) pairs that their experts have room for, of (token, expert, probability) in one selection scope.
+    """Returns the (token, expert) pairs that no capacity drops.
 
-    An expert serves its pairs one after the other until it is full: the most probable first, or the earliest token's.
+    `pairs` are the (token, expert, probability) of tokens that compete for the same capacity (a selection scope). An expert
+    serves its pairs one after the other until it is full: the most probable first, or the earliest token's.
     """
     kept: set[tuple[int, int]] = set()
     for expert, room in capacity.items():

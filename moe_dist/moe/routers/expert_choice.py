@@ -75,8 +75,8 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     Args:
         hidden_dim: D.
-        groups: All groups, in logical order, without null or zero-computation experts.
-        capacity: c, the share of its group's tokens that each expert takes; None for each group's own (`ExpertGroup`).
+        groups: All expert groups, in the order of their expert ids; none may have null or zero-computation experts.
+        capacity: c, the fraction of its group's tokens that each expert takes; with None, top_k / num_experts of the group.
         noise: Scale of the noise on the logits in training, as Gumbel-sigmoid adds it; 1 is MoMa's, 0 none.
         causal: How tokens are routed in evaluation; with None evaluation is an error.
         threshold_decay: Of the running means that make the thresholds.
