@@ -76,7 +76,8 @@ class ExpertChoiceRouter(ChoosingRouter):
     Args:
         hidden_dim: D.
         groups: All expert groups, in the order of their expert ids; none may have null or zero-computation experts.
-        capacity: c, the fraction of its group's tokens that each expert takes; with None, top_k / num_experts of the group.
+        capacity: c, the fraction of its group's tokens that each expert takes; with None, the
+            capacity of the `ExpertGroup`, or else top_k / num_experts.
         noise: Scale of the noise on the logits in training, as Gumbel-sigmoid adds it; 1 is MoMa's, 0 none.
         causal: How tokens are routed in evaluation; with None evaluation is an error.
         threshold_decay: Of the running means that make the thresholds.
