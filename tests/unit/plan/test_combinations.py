@@ -7,6 +7,7 @@ rank's model is built on the meta device, as a dry run builds it.
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe_dist.config.keys import find
 from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError
-from moe_dist.parallel.mesh import make_mesh
+from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.train.build import build_loader, build_model, build_plan, build_training, state_specs
 from tests.support.one_rank import world_of_one
@@ -207,9 +208,14 @@ def check_words(problems: tuple[str, ...]) -> None:
         assert re.search(FIXES, problem), problem
 
 
+@cache  # each mesh makes process groups, whose threads would pile up over 2,000 draws
+def mesh_of(ranks_per_node: int | None) -> Mesh:
+    return make_mesh(ep=1, device=torch.device("cpu"), timeout=600.0, ranks_per_node=ranks_per_node)
+
+
 def take_a_step(plan: Preflight) -> None:
     config = plan.config
-    mesh = make_mesh(ep=1, device=torch.device("cpu"), timeout=60.0, ranks_per_node=config.parallel.dispatch.node_size)
+    mesh = mesh_of(config.parallel.dispatch.node_size)
     training = build_training(config, plan.manifest, plan.placement, mesh)
     loader = build_loader(config, plan.manifest, rank=0, world_size=1)
     batches = loader.batches(0)
