@@ -35,8 +35,8 @@ def test_a_run_without_room_for_checkpoints_says_so_and_goes_on_when_there_is(si
     filler = fill(site.disk, leave=700_000)  # records and logs fit, no checkpoint does
     assert started(path, log, max_restarts=0) == 1
     text = log.read_text()
-    assert re.search(r"needs [\d,]+ bytes and [\d,]+ are free; make room", text)
-    assert "training goes on" in text
+    assert re.search(r"needs [\d,]+ bytes, but [\d,]+ are free; free space", text)
+    assert "training continues" in text
     assert not (run.checkpoints / "latest").exists() or "step_" not in (run.checkpoints / "latest").read_text()
     assert [line["step"] for line in read_lines(run.metrics_jsonl) if line["kind"] == "step"] == list(range(1, 13))
     filler.unlink()
