@@ -42,7 +42,7 @@ test: $(INSTALLED)  ## Run all tests but those of test-full, test-faults and tes
 test-full: $(INSTALLED) $(NEXT_MEGATRON)/.installed  ## Run these with every case of the exhaustive products
 	@$(call BOTH_HALVES,-m "")
 
-quick: $(INSTALLED)  ## Run the fast unit tests, within two minutes
+quick: $(INSTALLED)  ## Run the fast unit tests
 	@$(TEST) -m "not full and not slow" $(BESIDE) tests/unit
 
 # A file given as a goal exists, so make itself has nothing to do for it.
