@@ -10,13 +10,14 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.cells import FEASIBLE, Cell
 from tests.support.fault_plan import Fault, FaultPlan, environment
-from tests.support.judgement import differences, left_over, look_back, unverified
+from tests.support.judgement import differences, left_over, look_back, survives, unverified
 from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
 from tests.support.tiny import tiny_config, write_config
 
@@ -41,9 +42,9 @@ def draw(rng: random.Random, wanted: Sequence[Cell] = (), *, count: int = FAULTS
         if cell.kind != "SIGSTOP" or frozen() < MOST_FROZEN:
             cells.append(cell)
     rng.shuffle(cells)
-    if cells[-1].phase == "import":  # it strikes at the start after its predecessor: there must be one
-        other = next(at for at, cell in enumerate(cells) if cell.phase != "import")
-        cells[-1], cells[other] = cells[other], cells[-1]
+    # A fault of phase import strikes at the start after its predecessor, which therefore has to end its attempt.
+    while any(late.phase == "import" and survives(early) for early, late in pairwise(cells)):
+        rng.shuffle(cells)
     steps = sorted(rng.sample(range(2, STEPS - 6), len(cells)))
     return tuple(
         Fault(

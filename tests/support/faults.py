@@ -73,12 +73,11 @@ def inject(spec: Mapping[str, Any]) -> None:
         first["step"] = self.progress.step  # a resumed run counts on
         return original(self)
 
-    def commit(
-        original: Callable[..., Any], self: CheckpointManager, temporary: Any, target: Any, number: int, *rest: Any
-    ) -> Any:
-        if spec["phase"] == "before_commit" and number == spec["step"]:
+    def commit(original: Callable[..., Any], self: CheckpointManager, *args: Any) -> Any:
+        *_, snapshot = args
+        if spec["phase"] == "before_commit" and snapshot.step == spec["step"]:
             strike(spec["kind"])
-        return original(self, temporary, target, number, *rest)
+        return original(self, *args)
 
     around(TrainingStep, "__call__", step)
     around(MoELayer, "forward", layer)

@@ -17,7 +17,7 @@ from launchers.restart import committed_step
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cells import SAVING
+from tests.support.cells import SAVING, Cell
 from tests.support.fault_plan import PLAN, Fault, FaultPlan
 from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECONDS
 
@@ -130,7 +130,7 @@ def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]
     return faults, problems
 
 
-def survives(fault: Fault) -> bool:
+def survives(fault: Fault | Cell) -> bool:
     """Whether the run should go on as if nothing had been."""
     return fault.phase in SAVING and fault.kind in SURVIVED
 
