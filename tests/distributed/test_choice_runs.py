@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.cover import full
 from tests.support.whole_run import WholeRun, whole_run
 
 CHOICE = {
@@ -140,7 +141,7 @@ def second_alone(run: Run, first_stage: list[WholeRun]) -> WholeRun:
     return second_stage(run, 1, 1)[0]
 
 
-@pytest.mark.parametrize(("ranks", "ep"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("ranks", "ep"), [full(2, 2), (4, 2), full(4, 4)])
 def test_the_second_stage_on_ranks_equals_one_rank(run: Run, second_alone: WholeRun, ranks: int, ep: int) -> None:
     alone, outcomes = second_alone, second_stage(run, ranks, ep)
     for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):

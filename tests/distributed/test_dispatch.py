@@ -19,6 +19,7 @@ from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.cover import full
 from tests.support.worlds import RankContext
 
 D = 3
@@ -167,7 +168,11 @@ def run_cases(rank: RankContext, seeds: range, timetable: Timetable = PLAIN) -> 
     return len(seeds)
 
 
-@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(300)), (2, range(400)), (4, range(300))], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "seeds"),
+    [(1, range(300)), (2, range(150)), (4, range(100)), full(2, range(150, 400)), full(4, range(100, 300))],
+    ids=str,
+)
 def test_ledger_equals_the_closed_form_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:

@@ -25,6 +25,7 @@ from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.evaluation.calibration import calibrate
+from tests.support.cover import others_full
 from tests.support.layouts import (
     HIDDEN_DIM,
     LAYERS,
@@ -85,7 +86,7 @@ def one_process(
     return of
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
 def test_ranks_equal_one_process_over_the_same_sets(
     run_in_world: Callable[..., list[Any]], one_process: Callable[[Layout], tuple[Path, Outcome]], layout: Layout
 ) -> None:

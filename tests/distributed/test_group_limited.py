@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.cover import others_full
 from tests.support.layouts import Layout, Outcome, merged, train
 
 LAYOUTS = [
@@ -29,7 +30,7 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
     return run_in_world(1, train, Layout(limited=True, balance=True), start)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
 def test_ranks_equal_one_rank(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
 ) -> None:

@@ -18,6 +18,7 @@ from moe_dist.moe.dispatch.exchange import Exchange, ExchangePlan
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.support.cover import full
 from tests.support.worlds import RankContext
 
 KINDS = ("dropped", "duplicated", "swapped", "flipped")
@@ -204,7 +205,11 @@ def _clean_pass(dispatcher: AllToAllDispatcher, chosen: torch.Tensor, dtype: tor
     return h_TD.grad
 
 
-@pytest.mark.parametrize(("world_size", "seeds"), [(2, range(350)), (2, range(350, 700)), (4, range(700, 1000))], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "seeds"),
+    [(2, range(150)), (4, range(150, 250)), full(2, range(250, 600)), full(4, range(600, 1000))],
+    ids=str,
+)
 def test_a_thousand_clean_routings_are_not_blamed(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:

@@ -21,6 +21,7 @@ from moe_dist.train.build import build_loader, build_training
 from moe_dist.train.build_routing import build_balance
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
+from tests.support.cover import full, others_full
 from tests.support.layouts import (
     CONTROLLERS,
     GROUPS,
@@ -90,7 +91,7 @@ def test_one_rank_equals_the_loops(one_rank: Outcome) -> None:
     assert (first != last).any()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
 def test_layout_equals_one_rank(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
 ) -> None:
@@ -184,9 +185,9 @@ def resumed(rank: RankContext, layout: Layout, folder: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("writer", "reader"),
     [
-        (Layout(2, 1, "pinned", "fsdp2", balance=True), Layout(2, 1, "pinned", "fsdp2", balance=True)),
+        full(Layout(2, 1, "pinned", "fsdp2", balance=True), Layout(2, 1, "pinned", "fsdp2", balance=True)),
         (Layout(2, 1, "pinned", "fsdp2", balance=True), Layout(4, 1, "uneven", balance=True)),
-        (Layout(2, 2, "interleaved", balance=True), Layout(1, 1, balance=True)),
+        full(Layout(2, 2, "interleaved", balance=True), Layout(1, 1, balance=True)),
     ],
     ids=str,
 )
@@ -265,6 +266,7 @@ def held(rank: RankContext, data: Path, root: Path) -> tuple[dict[str, list[floa
     return loads, losses
 
 
+@pytest.mark.full  # 160 steps; tests/unit/moe/balance holds the same controllers to their targets
 def test_a_training_holds_the_mean_load_of_each_modality(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import forward
+from tests.support.cover import full, others_full
 from tests.support.layouts import SEQUENCES, Layout, Outcome, batch_of, build, merged, train
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
@@ -30,7 +31,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
 def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], tmp_path: Path, layout: Layout) -> None:
     oracle: Outcome = run_in_world(1, train, Layout(lora=layout.lora), tmp_path)[0]
     outcomes = run_in_world(layout.world_size, train, layout, tmp_path)
@@ -100,7 +101,7 @@ def is_trained(name: str) -> bool:
     return ".adapters." in name or ".moe.router." in name
 
 
-@pytest.mark.parametrize(("world_size", "data"), [(1, "ddp"), (2, "ddp"), (2, "fsdp2"), (4, "fsdp2")])
+@pytest.mark.parametrize(("world_size", "data"), [full(1, "ddp"), (2, "ddp"), full(2, "fsdp2"), (4, "fsdp2")])
 def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
     run_in_world: Run, tiny_data: Path, root: Path, world_size: int, data: str
 ) -> None:

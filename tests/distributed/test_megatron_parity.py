@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.cover import full
 from tests.support.megatron_model import (
     HIDDEN_DIM,
     MOE_LAYERS,
@@ -100,17 +101,20 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
 
 LAYOUTS = [
     Layout(ep=1),
-    Layout(ep=2),
-    Layout(ep=4),
-    Layout(ep=2, uneven=True),
-    Layout(ep=4, uneven=True),
+    full(Layout(ep=2)),
+    full(Layout(ep=4)),
+    full(Layout(ep=2, uneven=True)),
+    full(Layout(ep=4, uneven=True)),
     Layout(ep=4, values=ONE_GROUP),
-    Layout(ep=4, tp=2),
+    full(Layout(ep=4, tp=2)),
     Layout(ep=2, tp=2, uneven=True),
     Layout(ep=2, options={"calculate_per_token_loss": True}),
-    Layout(ep=4, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
-    Layout(
-        ep=4, options={"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True}
+    full(Layout(ep=4, uneven=True, options={"recompute_granularity": "selective", "recompute_modules": ["moe"]})),
+    full(
+        Layout(
+            ep=4,
+            options={"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True},
+        )
     ),
     Layout(ep=4, options={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
 ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_dist.placement.placement import ExpertPlacement
+from tests.support.cover import full
 from tests.support.megatron_model import (
     BALANCE,
     MOE_LAYERS,
@@ -96,7 +97,7 @@ def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float,
         return float((logits - stock_logits).abs().max()), largest_difference(stock_gradients, expected), scale
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("ep", [full(1), full(2), 4])
 def test_megatrons_own_layer_gives_the_same_without_null_experts(
     run_with_megatron: Callable[..., list[Any]], ep: int
 ) -> None:
@@ -265,7 +266,7 @@ def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -
 UNEVEN, EVEN, FOLDED = Layout(ep=4, uneven=True), Layout(ep=2), Layout(ep=4, tp=2)
 
 
-@pytest.mark.parametrize(("first", "then"), [(UNEVEN, [UNEVEN, EVEN]), (FOLDED, [UNEVEN])], ids=["uneven", "folded"])
+@pytest.mark.parametrize(("first", "then"), [full(UNEVEN, [UNEVEN, EVEN]), (FOLDED, [UNEVEN])], ids=["uneven", "folded"])
 def test_trains_and_goes_on_from_a_checkpoint_at_any_ep(
     run_with_megatron: Callable[..., list[Any]], first: Layout, then: list[Layout]
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import DEPTH_SCORES
+from tests.support.cover import others_full
 from tests.support.layouts import MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
 
 LAYOUTS = [
@@ -44,7 +45,7 @@ def parts_of(layout: Layout) -> int:
     return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[layout.mixture_of_depths or "world"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", others_full(LAYOUTS), ids=str)
 def test_layout_equals_one_process_over_the_same_sets(
     run_in_world: Callable[..., list[Any]], start: Path, oracle_of: Callable[[str, int], Outcome], layout: Layout
 ) -> None:

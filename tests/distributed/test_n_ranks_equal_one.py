@@ -1,13 +1,14 @@
 """N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
 
-`make test` trains every pair of values of the axes and all special layouts; test-full trains the whole product.
+`make test` trains every pair of placement, data parallelism and recompute, and every value of the other axes; test-full
+trains the whole product.
 
 The batches hold a sequence that is all padding, one of text alone and one of pictures alone, so that with 8 ranks there are
 ranks without a token and ranks of one modality.
 """
 
 from collections.abc import Callable
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import EXPERT_IDS, PAIR_ROWS
+from tests.support.cover import others_full
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, merged, train
 
 SIZES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
@@ -65,23 +67,11 @@ def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
     return run_in_world(1, train, Layout(), start)[0]
 
 
-def pairs_of(layout: Layout) -> set[tuple[str, ...]]:
-    """Pairs of values of the axes that this layout has."""
-    budget = f"budget {layout.pair_budget}"
-    return set(combinations((f"{layout.ep}x{layout.edp}", layout.placement, layout.data, layout.recompute, budget), 2))
-
-
-def others_full(product: list[Layout]) -> list[Any]:
-    """The product, of which a greedy cover of all pairs is in `make test`."""
-    missing, cover = set().union(*map(pairs_of, product)), set()
-    while missing:
-        best = max(product, key=lambda layout: len(pairs_of(layout) & missing))
-        cover.add(best)
-        missing -= pairs_of(best)
-    return [layout if layout in cover else pytest.param(layout, marks=pytest.mark.full) for layout in product]
-
-
-@pytest.mark.parametrize("layout", others_full(LAYOUTS + ONE_RANK) + TIMETABLES + EXTRA + NODES, ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    others_full(LAYOUTS + ONE_RANK + TIMETABLES + EXTRA + NODES, pairs_of=("placement", "data", "recompute")),
+    ids=str,
+)
 def test_layout_equals_one_rank(
     run_in_world: Callable[..., list[Any]], start: Path, one_rank: Outcome, layout: Layout
 ) -> None:
@@ -136,11 +126,13 @@ def hops_of(layout: Layout) -> list[str]:
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(2, 2, "pinned", "ddp", "block", free=True),
-        Layout(4, 1, "uneven", "fsdp2", "experts", free=True),
-        Layout(2, 2, "interleaved", "fsdp2", "none", free=True),
-    ],
+    others_full(
+        [
+            Layout(2, 2, "pinned", "ddp", "block", free=True),
+            Layout(4, 1, "uneven", "fsdp2", "experts", free=True),
+            Layout(2, 2, "interleaved", "fsdp2", "none", free=True),
+        ]
+    ),
     ids=str,
 )
 def test_free_experts_on_ranks_equal_one_rank(
@@ -163,16 +155,18 @@ def test_free_experts_on_ranks_equal_one_rank(
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
-        Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split"),
-        Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),
-        Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla"),
-        Layout(2, 1, "pinned", balance_loss="null_split"),
-        Layout(2, 1, "pinned", "fsdp2", "block", fixed=True),
-        Layout(4, 1, "uneven", "ddp", "experts", fixed=True),
-        Layout(2, 2, "interleaved", "fsdp2", fixed=True, overlap=True, chunks=2),
-    ],
+    others_full(
+        [
+            Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
+            Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split"),
+            Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla"),
+            Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla"),
+            Layout(2, 1, "pinned", balance_loss="null_split"),
+            Layout(2, 1, "pinned", "fsdp2", "block", fixed=True),
+            Layout(4, 1, "uneven", "ddp", "experts", fixed=True),
+            Layout(2, 2, "interleaved", "fsdp2", fixed=True, overlap=True, chunks=2),
+        ]
+    ),
     ids=str,
 )
 def test_one_logit_for_all_nulls_the_other_losses_and_fixed_loads(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import DISPATCH_ROWS
+from tests.support.cover import others_full
 from tests.support.layouts import GROUPS, IMAGE, LAYERS, Layout
 from tests.support.tuned import Tuned, tune
 from tests.support.tuning_samples import made_samples
@@ -46,7 +47,7 @@ def oracle(
     return found
 
 
-@pytest.mark.parametrize(("layout", "refresh_every"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "refresh_every"), others_full(LAYOUTS), ids=str)
 def test_n_ranks_equal_one(
     run_in_world: Callable[..., list[Any]],
     folder: Path,
