@@ -19,7 +19,7 @@ from moe_dist.data.picture_coding import divide
 from moe_dist.data.pictures import augmented, plain, rasterise
 from moe_dist.data.tokenizer import SPECIALS, load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]  # preparing all of the default data takes 45 s
 
 Side = list[tuple[int, np.ndarray, np.ndarray]]
 
@@ -82,7 +82,6 @@ def test_near_equal_grids_are_on_one_side(prepared, held_out: np.ndarray, which:
     assert near_pairs(grids[held_out], flipped[~held_out], most=8) == []
 
 
-@pytest.mark.full
 def test_held_out_variants_have_kin_and_no_twin_in_training(prepared) -> None:
     pictures, rasters = prepared.pictures.pictures, prepared.division.rasters_N
     recipe = replace(prepared.recipe, hold_out=HoldOut.VARIANTS)
