@@ -34,14 +34,6 @@ class Subject:
     active_target: Mapping[str, float] = field(default_factory=dict)
     mixture_of_depths: bool = False
 
-    @property
-    def layer_axis(self) -> Axis:
-        return Axis("layer", [str(layer) for layer in self.moe_layers])
-
-    @property
-    def group_axis(self) -> Axis:
-        return Axis("group", [group.name for group in self.groups])
-
     def expert_axis(self, group: ExpertGroup) -> Axis:
         ranks = [self.placement.rank_of_expert[expert] for expert in group.experts]
         word = "rank " if len(ranks) <= 16 else "r"  # a narrow column has no space for the long word
@@ -54,7 +46,9 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
     No tag may equal a scalar's tag, because TensorBoard shows only the first kind of value that it reads under a tag.
     """
-    layers, groups, by_group = subject.layer_axis, subject.groups, subject.group_axis
+    groups = subject.groups
+    layers = Axis("layer", [str(layer) for layer in subject.moe_layers])
+    by_group = Axis("group", [group.name for group in groups])
     for group, load_Ln in loads(sums["choices_LC"], groups):
         scale = ratio_scale(f"choices over the mean expert's, {steps}")
         title = f"Load of the {group.name} experts"

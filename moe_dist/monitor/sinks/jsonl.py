@@ -114,7 +114,9 @@ class JsonlSink(Sink):
 
     def _write(self, line: Mapping[str, Any]) -> None:
         # Without fsync: a kill loses nothing, a power cut loses the lines since the last flush().
-        self._waiting += encode(line).encode() + b"\n"
+        odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
+        finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # JSON has no nan and inf
+        self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         try:
             self._drain()
             self._told = False
@@ -128,12 +130,6 @@ class JsonlSink(Sink):
             del self._waiting[: self._file.write(self._waiting)]
 
 
-def encode(line: Mapping[str, Any]) -> str:
-    """One line of strict JSON. nan and inf become null, and `non_finite` lists such scalars with their values."""
-    odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
-    return json.dumps(_finite({**line, **({"non_finite": odd} if odd else {})}), allow_nan=False, separators=(",", ":"))
-
-
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a metrics.jsonl in order, with current key names. A torn last line is left out.
 
@@ -142,8 +138,11 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
-            line = _parse(text)
-            if line is not None:
+            try:
+                line = json.loads(text) if text.endswith("\n") else None  # without newline it is torn, even if it parses
+            except ValueError:
+                line = None
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
                 yield in_todays_names(line)
             elif next(file, None) is not None:
                 raise ValueError(f"{path}: line {number} is not a record")
@@ -177,15 +176,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
         logger.info(told, path, step, dropped, unreadable)
 
 
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text) if text.endswith("\n") else None  # a line without newline is torn, even if it parses
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
 def _finite(value: Any) -> Any:
+    """Replaces nan and inf by None, and numpy numbers by Python numbers."""
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

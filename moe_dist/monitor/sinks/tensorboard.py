@@ -231,7 +231,11 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
         writer = RecordWriter(file)
         for raw in RawEventFileLoader(str(path)).Load():  # stops silently at a torn event, as TensorBoard does
             event = Event.FromString(raw)
-            if event.step > step or (evaluation_owed and event.step == step and _is_evaluation(event)):
+            values = event.summary.value
+            evaluation = bool(values) and values[0].tag.startswith(
+                "eval/"
+            )  # an evaluation is one event, a loss comes first
+            if event.step > step or (evaluation_owed and event.step == step and evaluation):
                 dropped = True
             else:
                 kept_steps |= event.step > 0  # the header of a file is an event of step 0
@@ -240,11 +244,6 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
         os.fsync(file.fileno())
     os.replace(kept_path, path)  # always: a stale writer that wakes up then writes to a deleted file
     return kept_steps and not dropped
-
-
-def _is_evaluation(event: Event) -> bool:
-    """An evaluation is one event, and its first scalar is a loss (`metrics.evaluation_scalars`)."""
-    return bool(event.summary.value) and event.summary.value[0].tag.startswith("eval/")
 
 
 def _began_at(path: Path) -> tuple[int, int]:
