@@ -36,7 +36,7 @@ def first_difference(
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """
     same = 0
-    for one, other in zip(first, second, strict=False):
+    for one, other in zip(first, second, strict=False):  # an earlier end is no difference
         keys = tuple(_differing(_part(one, only), _part(other, only), rtol))
         if (one["step"], one.get("kind")) != (other["step"], other.get("kind")):
             keys = (("step", one["step"], other["step"]), ("kind", one.get("kind"), other.get("kind")))

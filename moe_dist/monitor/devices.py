@@ -40,7 +40,7 @@ class DeviceMonitor:
         if self._thread is None:
             return
         self._stopped.set()
-        self._thread.join()
+        self._thread.join()  # waits for at most one reading
         self._thread = None
         if self._gpu is not None:
             self._gpu.close()

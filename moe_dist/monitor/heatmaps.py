@@ -183,7 +183,7 @@ def _short(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # a picture writes thousands of labels in a few sizes
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)  # part of Pillow: needs no font file of the system
 
@@ -204,7 +204,7 @@ def draw_against_targets(
     image, canvas = _page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
     known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
     low, high = float(np.nanmin(known)), float(np.nanmax(known))
-    margin = 0.08 * (high - low) or 0.5
+    margin = 0.08 * (high - low) or 0.5  # a flat curve still needs a scale
     low, high = low - margin, high + margin
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 

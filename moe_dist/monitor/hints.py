@@ -49,11 +49,11 @@ class HintWatch:
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
         self._window, self._quiet = window, quiet
-        self._records: deque[Record] = deque(maxlen=window)
+        self._records: deque[Record] = deque(maxlen=window)  # holds the arrays of `window` steps in memory
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._speeds: deque[float] = deque(maxlen=window)
         self._first_loss: float | None = None
-        self._said: dict[str, int] = {}
+        self._said: dict[str, int] = {}  # kind -> step of its last hint
 
     def update(self, record: Record) -> list[Hint]:
         """Takes the record of the next step and returns its hints, without recent repeats."""
@@ -143,7 +143,7 @@ def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iter
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
     """Warns about an EP rank with much more work than the mean rank, because all other ranks wait for it."""
     load_R = weighted_rows_LR.sum(0)
-    if load_R.size < 2 or not load_R.mean():
+    if load_R.size < 2 or not load_R.mean():  # nothing to compare
         return
     ratio = float(load_R.max() / load_R.mean())
     if ratio >= BUSY_RANK:

@@ -119,7 +119,7 @@ def build_record(
             "tokens_LG": counts.tokens_LG,
             "rows_LR": rows_LR,
             "dropped_LG": dropped_LG,
-            "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),
+            "entropy_LG": divide(counts.entropy_LG, counts.tokens_LG),  # a mean per token, from a sum
             "weighted_rows_LR": weighted_LR,
             **({"above_LE": counts.above_LE, "idle_LG": counts.unrouted_LG} if counts.unrouted_LG.size else {}),
         },
@@ -333,7 +333,7 @@ def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: Expert
     width_E = np.array([group.ffn_dim for group in placement.groups for _ in group.experts], dtype=np.float64)
     choices_LE = choices_LC[:, : placement.num_experts]  # before a capacity drops pairs
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
-    return rows_LR * np.nan_to_num(width_LR)
+    return rows_LR * np.nan_to_num(width_LR)  # a rank without choices has no width and no rows
 
 
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
@@ -372,7 +372,7 @@ def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
 
 def reduce_known(values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> float | None:
     """Reduces the values that are not nan; None if all are nan."""
-    known = values[~np.isnan(values)]
+    known = values[~np.isnan(values)]  # nan marks a layer or group without tokens
     return float(reduce(known)) if known.size else None
 
 

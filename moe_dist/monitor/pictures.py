@@ -88,7 +88,7 @@ def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGro
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
     """Mean entropy of a token over the largest possible entropy, float64 [L, G]; nan without tokens."""
-    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])
+    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 would divide by 0
     return divide(entropy_sum_LG, tokens_LG) / largest_G
 
 

@@ -53,7 +53,7 @@ class ConsoleSink(Sink):
     ) -> None:
         self._total, self._every, self._hints, self._clock = total_steps, every, hints, clock
         self._console = console or Console(highlight=False)
-        self._began_at, self._began_step = clock(), resume_step
+        self._began_at, self._began_step = clock(), resume_step  # the time left counts this attempt only
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
         if self._console.is_terminal:

@@ -50,9 +50,9 @@ class JsonlSink(Sink):
         self._path, self._arrays_every, self._clock = Path(path), arrays_every, clock
         self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_after(self._path, resume_step, evaluation_owed=evaluation_owed)
-        self._file = self._path.open("ab", buffering=0)
+        self._file = self._path.open("ab", buffering=0)  # unbuffered: a kill loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
-        self._told = False
+        self._told = False  # a failing disk is logged once, not at every step
 
     def step(self, record: Record) -> None:
         line = {
@@ -64,7 +64,7 @@ class JsonlSink(Sink):
             **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
         }
         if record.step % self._arrays_every == 0:
-            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}
+            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # most bytes of a line
         self._write(line)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
@@ -95,7 +95,7 @@ class JsonlSink(Sink):
             return
         try:
             self._drain()
-            os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())  # waits for the disk
         except OSError as error:
             raise CheckpointError(
                 f"{self._path}: its last lines cannot be written: {error.strerror or error}; without them no checkpoint is "
@@ -127,7 +127,7 @@ class JsonlSink(Sink):
 
     def _drain(self) -> None:
         while self._waiting:
-            del self._waiting[: self._file.write(self._waiting)]
+            del self._waiting[: self._file.write(self._waiting)]  # a write may accept only a part
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -169,7 +169,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
             else:
                 new.write(text)
         new.flush()
-        os.fsync(new.fileno())
+        os.fsync(new.fileno())  # the rename below must not become durable before the content
     os.replace(kept_path, path)
     if unreadable or dropped:
         told = "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones"

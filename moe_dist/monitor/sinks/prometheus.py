@@ -47,7 +47,7 @@ class PrometheusSink(Sink):
         # node_exporter ignores the scratch file, because its name does not end in .prom.
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         scratch.write_text(exposition(self._latest, step=self._step, run_name=self._run_name), encoding="utf-8")
-        os.replace(scratch, self._path)
+        os.replace(scratch, self._path)  # atomic, without fsync: the file is replaced at the next step anyway
 
 
 class MetricSample(NamedTuple):
@@ -106,7 +106,7 @@ class RaySink(Sink):
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:
         self._path, self._run_name, self._step = socket_path, run_name, resume_step
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
+        self._socket.setblocking(False)  # training must not wait for a reader
 
     def step(self, record: Record) -> None:
         self._step = record.step

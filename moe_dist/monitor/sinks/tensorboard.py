@@ -48,7 +48,7 @@ class TensorBoardSink(Sink):
         self._first_step, self._last_step = resume_step + 1, resume_step
         self._window = Window()
         drop_events_after(folder, resume_step, evaluation_owed=evaluation_owed)
-        self._writer: FileWriter | None = FileWriter(str(folder), flush_secs=FLUSH_SECONDS)
+        self._writer: FileWriter | None = FileWriter(str(folder), flush_secs=FLUSH_SECONDS)  # starts a thread
         self._writer.add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
 
     def step(self, record: Record) -> None:
@@ -241,7 +241,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
                 kept_steps |= event.step > 0  # the header of a file is an event of step 0
                 writer.write(raw)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # the rename below must not become durable before the content
     os.replace(kept_path, path)  # always: a stale writer that wakes up then writes to a deleted file
     return kept_steps and not dropped
 
