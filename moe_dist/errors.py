@@ -1,7 +1,7 @@
-"""Errors of a run with their exit codes, and whether a restart can help.
+"""The errors of a run, with their exit codes.
 
-Exit codes: 0 done; 75 stopped on request after a save, start it again; 78 invalid configuration; 69 the cluster lacks the
-nodes or memory; 65 invalid or damaged data; 70 diverged; 1 any other error.
+Exit codes: 0 done; 75 stopped on request after a save, start the run again; 78 invalid configuration; 69 the cluster lacks
+the nodes or memory; 65 invalid or damaged data; 70 diverged; 1 any other error.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ EXIT_FAILED = 1
 
 
 class MoeDistError(Exception):
-    """Base of all errors that a user can cause and fix. Each problem names field, value, rule and fix.
+    """Base of all errors that a user can cause and fix.
 
     Args:
-        problems: One problem, or all that were found.
+        problems: One problem, or all problems found. Each names the field, its value, the rule and the fix.
         see: Page of the docs.
     """
 
     exit_code: int = EXIT_FAILED
-    retry: bool = True  # whether a launcher may start the same command again
-    consequence: bool = False  # caused by an error on another rank, which reports the reason
+    retry: bool = True  # True if a launcher may start the same command again
+    consequence: bool = False  # True if an error on another rank is the cause; that rank reports the reason
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -36,18 +36,18 @@ class ConfigError(MoeDistError):
 
 
 class ResourceError(MoeDistError):
-    """The available ranks, nodes or memory do not meet the plan's requirements."""
+    """The plan needs more ranks, nodes or memory than there are."""
 
     exit_code = 69
     retry = False
 
 
 class PlacementError(ResourceError):
-    """A rank is on another node than the plan puts it on."""
+    """A rank runs on another node than the plan assigned."""
 
 
 class DataError(MoeDistError):
-    """A data file is missing a part, damaged, or disagrees with its manifest."""
+    """A data file is incomplete, damaged, or disagrees with its manifest."""
 
     exit_code = 65
     retry = False
@@ -64,7 +64,6 @@ class StoppedError(MoeDistError):
     """The run got a stop signal; it can be resumed from its last checkpoint."""
 
     exit_code = 75
-    retry = True
 
 
 class CheckpointError(MoeDistError):
@@ -72,8 +71,8 @@ class CheckpointError(MoeDistError):
 
 
 class StorageError(MoeDistError):
-    """A file cannot be read or written at the moment: disk full, disk error or lost file system."""
+    """A file cannot be read or written now: the disk is full or failing, or the file system is lost."""
 
 
 class IntegrityError(MoeDistError):
-    """A rank received other data than its peer has sent (found by `parallel.check_exchanges`)."""
+    """A rank received other data than its peer sent. `parallel.check_exchanges` finds such errors."""

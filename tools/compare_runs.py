@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.monitor.compare import Parting, first_difference
+from moe_dist.monitor.compare import Difference, first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.command_line import reports_errors, run_command
 
@@ -41,7 +41,7 @@ def _record(path: Path) -> Path:
     return found
 
 
-def _show(parting: Parting) -> None:
+def _show(parting: Difference) -> None:
     print(f"first difference: step {parting.step}, {parting.kind}; the {parting.same} lines before it are equal")
     for key, one, other in parting.keys[:SHOWN]:
         print(f"  {key}: {one!r:.60} and {other!r:.60}")

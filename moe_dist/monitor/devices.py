@@ -1,4 +1,4 @@
-"""Reads GPU and host on a background thread: the training loop takes the latest readings and never waits for a driver."""
+"""Reads GPU and host on a background thread, so that the training loop never waits for a driver."""
 
 import logging
 import threading
@@ -16,20 +16,19 @@ class DeviceMonitor:
     """Reads every `seconds` until `stop`.
 
     Args:
-        seconds: Time between readings.
-        gpu: UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index of this rank's GPU. None if the run is
-            on the CPU: the host's readings then take the place of the device's. An index counts all GPUs of the machine and
-            ignores CUDA_VISIBLE_DEVICES; prefer the UUID.
+        gpu: This rank's GPU, as UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index; None if the run
+            is on the CPU. An NVML index counts all GPUs of the machine and ignores CUDA_VISIBLE_DEVICES; prefer the UUID.
 
     Attributes:
-        latest: Latest readings: device/utilisation (percent), device/memory (MiB), device/power (watts), each None if
-            unreadable; and for the host cpu_percent (all cores) and resident_mib (this process).
+        latest: Latest readings. device/utilisation (percent), device/memory (MiB) and device/power (watts) are None if
+            unreadable; without a GPU the host's CPU utilisation and the memory of this process replace them. cpu_percent
+            (all cores) and resident_mib (this process) describe the host.
     """
 
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
         self._seconds = seconds
         self._process = psutil.Process()
-        psutil.cpu_percent()  # cpu_percent measures since the previous call: this one starts the clock
+        psutil.cpu_percent()  # starts the clock: cpu_percent measures since the previous call
         self._gpu = _Gpu(gpu) if gpu is not None else None
         self.latest: Mapping[str, float | None] = self._take()
         self._stopped = threading.Event()
@@ -41,29 +40,25 @@ class DeviceMonitor:
         if self._thread is None:
             return
         self._stopped.set()
-        self._thread.join()
+        self._thread.join()  # waits for at most one reading
         self._thread = None
         if self._gpu is not None:
             self._gpu.close()
 
     def _loop(self) -> None:
         while not self._stopped.wait(self._seconds):
-            self.latest = self._take()  # a single assignment, so that a reader sees all old or all new readings
+            self.latest = self._take()  # one assignment: a reader never sees a mix of old and new
 
     def _take(self) -> dict[str, float | None]:
         host = {"cpu_percent": psutil.cpu_percent(), "resident_mib": self._process.memory_info().rss / MIB}
         if self._gpu is not None:
             return {**self._gpu.read(), **host}
-        return {
-            "device/utilisation": host["cpu_percent"],
-            "device/memory": host["resident_mib"],
-            "device/power": None,
-            **host,
-        }
+        by_tag = {"device/utilisation": host["cpu_percent"], "device/memory": host["resident_mib"], "device/power": None}
+        return {**by_tag, **host}
 
 
 class _Gpu:
-    """One GPU through NVML. A reading that fails is reported once and is None until it works again."""
+    """One GPU, read through NVML. The first failure of a reading is logged; a failed reading is None."""
 
     def __init__(self, gpu: str | int) -> None:
         self._nvml: Any = None
@@ -79,8 +74,8 @@ class _Gpu:
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             else:
                 self._handle = pynvml.nvmlDeviceGetHandleByIndex(gpu)
-        except Exception as error:  # no package, driver or such GPU: training must continue without
-            self._say("nvml", f"no readings of GPU {gpu} (NVML: {error}); going on without")
+        except Exception as error:  # no package, driver or GPU: training needs none of them
+            self._say("nvml", f"no readings of GPU {gpu} (NVML: {error}); training continues without them")
 
     def read(self) -> dict[str, float | None]:
         return {

@@ -1,9 +1,9 @@
-"""Draws heat maps: an array of numbers in, uint8 [height, width, 3] out. Uses only numpy and Pillow.
+"""Draws heat maps and curves: arrays of numbers in, uint8 [height, width, 3] out. Uses only numpy and Pillow.
 
-Cells shrink as the table grows: from 44 pixels with the value written inside, to 7 for the largest models.
+Cells of a heat map shrink as the table grows: from 44 pixels with the value written inside, to 7 pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 INK, GREY, PAPER = (32, 33, 36), (110, 113, 119), (255, 255, 255)
 NO_VALUE = (222, 222, 222)
 CANVAS, MARGIN, BAR_WIDTH = 1100, 16, 18
-MIN_CELL, MAX_CELL, TEXT_CELL = 7, 44, 34
+MIN_CELL, MAX_CELL, TEXT_CELL = 7, 44, 34  # pixels; cells narrower than TEXT_CELL show no number
+WIDTH, HEIGHT, TOP, LEFT, FOOT = 900, 360, 74, 62, 46  # a picture of curves
 
 Colour = tuple[int, int, int]
 
@@ -26,6 +27,7 @@ SEQUENTIAL: tuple[Colour, ...] = (
     (68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142),
     (31, 158, 137), (53, 183, 121), (109, 205, 89), (180, 222, 44), (253, 231, 37),
 )  # fmt: skip
+COLOURS: tuple[Colour, ...] = ((33, 102, 172), (178, 24, 43), (35, 139, 69), (106, 81, 163), (217, 95, 14), (99, 99, 99))
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ class Scale:
     """Maps numbers to colours.
 
     Attributes:
-        colours: Colours at even distances from 0 to 1.
+        colours: Colours at equal distances from 0 to 1.
         to_unit: Maps numbers to [0, 1].
-        ticks: Numbers marked on the colour bar.
-        write: A number as a short text.
-        caption: Name of the number; stands under the title.
-        zero: Colour of exact zeros, if they have a meaning of their own.
+        ticks: Numbers that the colour bar marks.
+        write: Formats a number as a short text.
+        caption: Describes the number; stands under the title.
+        zero: Colour of exact zeros; None colours zeros as other numbers.
     """
 
     colours: tuple[Colour, ...]
@@ -51,7 +53,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """One side of the table: its name and a label for each row or column, optionally with a smaller one below."""
+    """One side of the table: a name, and a label for each row or column. Optional sublabels stand below the labels."""
 
     name: str
     labels: Sequence[str]
@@ -59,44 +61,36 @@ class Axis:
 
 
 def ratio_scale(caption: str) -> Scale:
-    """For loads over their mean: white is even, full red four times the mean, full blue a quarter, black none."""
+    """Scale for a load over the mean load: white is 1, full red 4 or more, full blue a quarter or less, black exactly 0."""
 
     def to_unit(values: np.ndarray) -> np.ndarray:
         return np.clip(np.log2(np.maximum(values, 2.0**-9)) / 4 + 0.5, 0.0, 1.0)
 
-    return Scale(DIVERGING, to_unit, (0.25, 0.5, 1.0, 2.0, 4.0), _short, caption, zero=(0, 0, 0))
+    return Scale(DIVERGING, to_unit, (0.25, 0.5, 1.0, 2.0, 4.0), _short, f"{caption}; black: none at all", zero=(0, 0, 0))
 
 
 def linear_scale(caption: str, top: float) -> Scale:
-    """For numbers from 0 to `top`."""
+    """Scale for numbers from 0 to `top`."""
     top = top if top > 0 else 1.0
     return Scale(SEQUENTIAL, lambda values: np.clip(values / top, 0.0, 1.0), tuple(np.linspace(0, top, 5)), _short, caption)
 
 
 def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: str) -> np.ndarray:
-    """A heat map of `values` [rows, columns]; nan is a grey cell.
-
-    Returns:
-        uint8 [height, width, 3].
-    """
+    """Draws `values` [rows, columns] as a heat map; nan is a grey cell."""
     num_rows, num_columns = values.shape
     row_gutter = MARGIN + max(30, _widest(rows.labels, 13) + 16)
     bar_space = BAR_WIDTH + 74
     width_cell = _cell_size(CANVAS - row_gutter - bar_space, num_columns)
     label_width = max(_widest(columns.labels, 13), _widest(columns.sublabels, 11)) + 8
-    if num_columns * label_width <= CANVAS // 2:  # few columns with long names: room for all of them
+    if num_columns * label_width <= CANVAS // 2:  # few columns with long names: show all names
         width_cell = max(width_cell, label_width)
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88
     foot = 58 if columns.sublabels else 44
-    header_width = max(font(19).getlength(title), font(14).getlength(_caption(scale))) + 2 * MARGIN
-    # Minimum height, so that the numbers of the colour bar fit.
-    body = max(num_rows * height_cell, 120)
+    header_width = max(font(19).getlength(title), font(14).getlength(scale.caption)) + 2 * MARGIN
+    body = max(num_rows * height_cell, 120)  # the numbers of the colour bar need 120 pixels
     width = int(max(row_gutter + num_columns * width_cell + bar_space, header_width))
-    image = Image.new("RGB", (width, head + body + foot), PAPER)
-    canvas = ImageDraw.Draw(image)
-    canvas.text((MARGIN, 12), title, fill=INK, font=font(19))
-    canvas.text((MARGIN, 40), _caption(scale), fill=GREY, font=font(14))
+    image, canvas = _page(width, head + body + foot, title, scale.caption)
     canvas.text((MARGIN, head - 22), rows.name, fill=GREY, font=font(13))
 
     left, bottom = row_gutter, head + num_rows * height_cell
@@ -104,7 +98,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     for r in range(num_rows):
         for c in range(num_columns):
             box = (left + c * width_cell, head + r * height_cell)
-            _cell(canvas, box, (width_cell, height_cell), values[r, c], tuple(int(x) for x in rgb[r, c]), scale)
+            _cell(canvas, box, (width_cell, height_cell), values[r, c], tuple(rgb[r, c].tolist()), scale)
     for r in _labelled(num_rows, height_cell, 18):
         at = (left - 8, head + r * height_cell + height_cell // 2)
         canvas.text(at, rows.labels[r], fill=INK, font=font(13), anchor="rm")
@@ -116,7 +110,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """uint8 [..., 3]: interpolates linearly between the scale's colours; grey for nan, `scale.zero` for exact zeros."""
+    """Interpolates linearly between the colours of the scale, uint8 [..., 3]; nan is grey, an exact zero `scale.zero`."""
     known = ~np.isnan(values)
     unit = scale.to_unit(np.where(known, values, 0.0))
     stops = np.linspace(0.0, 1.0, len(scale.colours))
@@ -129,12 +123,7 @@ def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
 
 
 def _cell(
-    canvas: ImageDraw.ImageDraw,
-    at: tuple[int, int],
-    size: tuple[int, int],
-    value: float,
-    fill: tuple[int, ...],
-    scale: Scale,
+    canvas: ImageDraw.ImageDraw, at: tuple[int, int], size: tuple[int, int], value: float, fill: Colour, scale: Scale
 ) -> None:
     gap = 1 if min(size) >= 12 else 0
     (x, y), (width, height) = at, size
@@ -175,7 +164,7 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
 
 
 def _labelled(count: int, cell: int, needed: int) -> range:
-    """The rows or columns that get a label: all, or every 2nd, 4th, 8th ... if space is short."""
+    """Selects the rows or columns with a label: all, or every 2nd, 4th, 8th ... if space is short."""
     stride = 1
     while stride * cell < needed:
         stride *= 2
@@ -186,19 +175,60 @@ def _widest(labels: Sequence[str], size: int) -> int:
     return max((round(font(size).getlength(label)) for label in labels), default=0)
 
 
-def _caption(scale: Scale) -> str:
-    return scale.caption + ("; black: none at all" if scale.zero is not None else "")
-
-
 def _short(value: float) -> str:
-    """The number with two significant digits: 0.07, 0.5, 1.3, 12."""
+    """Formats a number with about two significant digits: 0.07, 0.5, 1.3, 12."""
     if value == 0:
         return "0"
     text = f"{value:.2f}" if abs(value) < 1 else f"{value:.1f}" if abs(value) < 10 else f"{value:.0f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # a picture writes thousands of labels in a few sizes
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font."""
-    return ImageFont.load_default(size)  # comes with Pillow: no font files of the system
+    return ImageFont.load_default(size)  # part of Pillow: needs no font file of the system
+
+
+def _page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (width, height), PAPER)
+    canvas = ImageDraw.Draw(image)
+    canvas.text((MARGIN, 12), title, fill=INK, font=font(19))
+    canvas.text((MARGIN, 40), caption, fill=GREY, font=font(14))
+    return image, canvas
+
+
+def draw_against_targets(
+    steps: Sequence[int], values: Mapping[str, Sequence[float]], targets: Mapping[str, float], *, title: str, caption: str
+) -> np.ndarray:
+    """Draws for each name of `targets` its values over `steps` as a curve, and its target as a dashed line. A nan leaves a
+    gap. `steps` rise, and there is at least one."""
+    image, canvas = _page(WIDTH, TOP + HEIGHT + FOOT, title, caption)
+    known = np.array([*targets.values(), *(v for each in values.values() for v in each)], dtype=np.float64)
+    low, high = float(np.nanmin(known)), float(np.nanmax(known))
+    margin = 0.08 * (high - low) or 0.5  # a flat curve still needs a scale
+    low, high = low - margin, high + margin
+    first, last = steps[0], max(steps[-1], steps[0] + 1)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        x = LEFT + (step - first) / (last - first) * (WIDTH - LEFT - 170)
+        return x, TOP + (high - value) / (high - low) * HEIGHT
+
+    for tick in np.linspace(low + margin, high - margin, 5):
+        y = at(first, float(tick))[1]
+        canvas.line((LEFT - 5, y, LEFT, y), fill=GREY)
+        canvas.text((LEFT - 9, y), f"{tick:.3g}", fill=INK, font=font(13), anchor="rm")
+    canvas.line((LEFT, TOP, LEFT, TOP + HEIGHT, WIDTH - 170, TOP + HEIGHT), fill=GREY)
+    for step in dict.fromkeys((first, steps[-1])):
+        canvas.text((at(step, low)[0], TOP + HEIGHT + 8), f"step {step}", fill=INK, font=font(13), anchor="ma")
+    for index, (name, target) in enumerate(targets.items()):
+        shade = COLOURS[index % len(COLOURS)]
+        for x in range(LEFT, WIDTH - 170, 12):
+            canvas.line((x, at(first, target)[1], x + 6, at(first, target)[1]), fill=shade)
+        points = [None if np.isnan(v) else at(s, v) for s, v in zip(steps, values[name], strict=True)]  # a gap
+        for here, there in zip(points, [*points[1:], None], strict=True):
+            if here is not None:
+                end = here if there is None else there
+                canvas.line((*here, *end), fill=shade, width=2)
+                canvas.ellipse((here[0] - 1, here[1] - 1, here[0] + 1, here[1] + 1), fill=shade)
+        label = f"{name}, target {target:g}"
+        canvas.text((WIDTH - 160, TOP + 20 * index), label, fill=shade, font=font(13))
+    return np.asarray(image)

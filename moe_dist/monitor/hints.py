@@ -1,6 +1,6 @@
-"""Warns during a run in words: the number, its expected value, where to look, what to try.
+"""Warns during a run in words: the number, its expected value, the place to look, the key to try.
 
-Hints are judged over windows of steps, so a single odd batch causes none; each kind appears at most once in `quiet` steps.
+Most hints are judged over a window of steps, because a single odd batch proves nothing.
 """
 
 import math
@@ -14,28 +14,28 @@ import numpy as np
 from moe_dist.monitor.metrics import Record, group_choices, slowest_rank
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_EXPERT = 3.0  # times the even share
-BUSY_RANK = 1.5  # times the mean rank
-NULL_EDGE = 0.02  # distance from 0 or 1
-LOSS_RISE = 1.05  # times the mean of the window before
-LOSS_FALL = 0.99  # times the mean of the first window
-SLOW_RANK = 1.5  # times the median of the others
-SLOW_SECONDS = 0.005  # minimum difference; smaller ones are noise
-SPEED_DROP = 0.6  # times the median of the window before
-RECENT = 10  # steps whose median speed is compared
-NAMED = 4  # number of dead experts listed by name
+BUSY_EXPERT = 3.0  # times the even share of choices
+BUSY_RANK = 1.5  # times the mean rank's rows
+NULL_EDGE = 0.02  # distance of the null fraction from 0 or 1
+LOSS_RISE = 1.05  # times the mean loss of the previous window
+LOSS_FALL = 0.99  # times the mean loss of the first window
+SLOW_RANK = 1.5  # times the median seconds of the other ranks
+SLOW_SECONDS = 0.005  # smaller differences are noise
+SPEED_DROP = 0.6  # times the median speed of the previous steps
+RECENT = 10  # steps that make a median speed
+NAMED = 4  # dead experts that a hint names
 
 
 @dataclass(frozen=True)
 class Hint:
-    """One warning; repeats are recognised by `kind`."""
+    """One warning. Hints of one `kind` are repeats of each other."""
 
     kind: str
     text: str
 
 
 class HintWatch:
-    """Keeps windows of records and returns hints about them.
+    """Keeps a window of records and returns the hints that it justifies.
 
     Args:
         groups: Groups in the order of the arrays' columns.
@@ -49,33 +49,30 @@ class HintWatch:
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
         self._window, self._quiet = window, quiet
-        self._records: deque[Record] = deque(maxlen=window)
+        self._records: deque[Record] = deque(maxlen=window)  # holds the arrays of `window` steps in memory
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._speeds: deque[float] = deque(maxlen=window)
         self._first_loss: float | None = None
-        self._said: dict[str, int] = {}
+        self._said: dict[str, int] = {}  # kind -> step of its last hint
 
     def update(self, record: Record) -> list[Hint]:
-        """Takes the record of a step and returns the hints that are due."""
+        """Takes the record of the next step and returns its hints, without recent repeats."""
         self._records.append(record)
         loss, speed = record.scalars["loss/total"], record.scalars["perf/tokens_per_second"]
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
         if speed is not None:
             self._speeds.append(speed)
-        due = [hint for hint in self._judge(record) if self._is_due(hint.kind, record.step)]
+        due = [hint for hint in self._judge(record) if record.step - self._said.get(hint.kind, -self._quiet) >= self._quiet]
         self._said.update({hint.kind: record.step for hint in due})
         return due
-
-    def _is_due(self, kind: str, step: int) -> bool:
-        return kind not in self._said or step - self._said[kind] >= self._quiet
 
     def _judge(self, record: Record) -> Iterator[Hint]:
         yield from skipped_step(record)
         yield from slower(tuple(self._speeds))
         if len(self._records) < self._window:
             return
-        # The first window of the run, not of the attempt: late in training the loss is expected to fall slowly.
+        # The first window of the run, not of a later attempt, whose loss falls slowly anyway.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -90,7 +87,7 @@ class HintWatch:
 def busy_expert(
     choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], coefficient: float
 ) -> Iterator[Hint]:
-    """For each group its busiest expert of any layer, if its share is several times the even one."""
+    """Warns if one expert takes several times the even share of its group's choices in a layer."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         share_Ln = true_Ln / np.maximum(true_Ln.sum(1, keepdims=True), 1)
         layer, expert = divmod(int(share_Ln.argmax()), group.num_experts)
@@ -108,10 +105,9 @@ def busy_expert(
 def dead_experts(
     choices_LC: np.ndarray, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], window: int
 ) -> Iterator[Hint]:
-    """For each group the experts that no token chose during the whole window."""
+    """Warns about the experts that no token chose during the whole window."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
-        # Skip layers without true choices: they had no tokens of the group, or only null choices, which null_collapse
-        # reports.
+        # A layer without true choices is skipped: no token of the group came, or null_collapse warns.
         dead = np.argwhere((true_Ln == 0) & (true_Ln.sum(1, keepdims=True) > 0))
         if not len(dead):
             continue
@@ -126,7 +122,7 @@ def dead_experts(
 
 
 def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[Hint]:
-    """For each group with null experts: whether its null fraction is near 0 or 1."""
+    """Warns if nearly all or nearly none of a group's choices are null."""
     for group, choices in zip(groups, group_choices(choices_LC, groups), strict=True):
         total = int(choices.total.sum())
         if not group.num_null or not total:
@@ -145,9 +141,9 @@ def null_collapse(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iter
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """The rank with the most work, for which all others wait."""
+    """Warns about an EP rank with much more work than the mean rank, because all other ranks wait for it."""
     load_R = weighted_rows_LR.sum(0)
-    if load_R.size < 2 or not load_R.mean():
+    if load_R.size < 2 or not load_R.mean():  # nothing to compare
         return
     ratio = float(load_R.max() / load_R.mean())
     if ratio >= BUSY_RANK:
@@ -159,7 +155,7 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """The rank whose own work takes longest over a window of steps; time spent waiting for peers is not counted."""
+    """Warns about a rank that works much longer than the others. Time spent waiting for peers is not counted."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return
@@ -175,7 +171,7 @@ def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Whether the loss rose over the last two windows, or never fell. `first` is the mean of the first window."""
+    """Warns if the loss rose over the last two windows, or never fell. `first` is the mean of the run's first window."""
     if len(losses) < 2 * window or first is None:
         return
     before, now = fmean(losses[:window]), fmean(losses[window:])
@@ -194,7 +190,7 @@ def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Ite
 
 
 def skipped_step(record: Record) -> Iterator[Hint]:
-    """A loss or gradient that was not finite."""
+    """Warns that a loss or gradient was not finite."""
     if record.skipped:
         so_far = int(record.scalars["optim/skipped_steps"] or 0)
         yield Hint(
@@ -205,7 +201,7 @@ def skipped_step(record: Record) -> Iterator[Hint]:
 
 
 def slower(speeds: Sequence[float]) -> Iterator[Hint]:
-    """Compares tokens per second with the window before."""
+    """Warns if tokens per second fell."""
     if len(speeds) < 3 * RECENT:
         return
     before, now = median(speeds[:-RECENT]), median(speeds[-RECENT:])

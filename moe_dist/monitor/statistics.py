@@ -1,8 +1,7 @@
-"""The input of monitoring after each step: global sums, as plain numbers and numpy arrays.
+"""The input of monitoring: global sums of a step or an evaluation, as plain numbers and numpy arrays.
 
-All scalars and pictures are computed from it by pure functions (`metrics.py`); sinks do not access the model. Shape
-letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then the groups' null experts, identity
-experts and constant experts), R ranks of an EP group.
+Pure functions (`metrics.py`) compute all scalars and pictures from these sums, and sinks never touch the model. Shape
+letters: L MoE layers, G groups, M modalities in the manifest's order, W ranks of the world.
 """
 
 from collections.abc import Mapping
@@ -15,17 +14,16 @@ from moe_dist.placement.counts import StepCounts
 
 @dataclass(frozen=True)
 class DepthStatistics:
-    """Mixture-of-depths layers: sums over all ranks and micro-batches of a step, or over a held-out evaluation. L counts
-    these layers here.
+    """Sums of the mixture-of-depths layers over a step, or over a held-out evaluation. L counts only these layers here.
 
     Attributes:
-        layers: Index in the model of each.
-        capacity: Share of the tokens that each should compute.
+        layers: Index in the model of each layer.
+        capacity: Share of the tokens that each layer should compute.
         groups: Names of the columns G.
-        tokens_LG, taken_LG: int64, tokens of each group, and those that the layer computed.
-        agreed_L: int64, tokens for which the causal decision equals the selection of training; None in evaluation, which
-            uses only the causal decision.
-        weight_L: float64, sum of the weights of the computed tokens; None in evaluation.
+        tokens_LG, taken_LG: int64, the tokens of each group, and the computed tokens of each group.
+        agreed_L: int64, tokens whose causal decision equals the selection of training; None in evaluation, which makes
+            only causal decisions.
+        weight_L: float64, sum of the gate weights of the computed tokens; None in evaluation.
     """
 
     layers: tuple[int, ...]
@@ -39,23 +37,21 @@ class DepthStatistics:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, summed over all ranks and micro-batches, as plain numbers. Shape letters: M modalities of the
-    data, in the manifest's order; W ranks of the world.
+    """Sums of one optimizer step over all ranks and micro-batches.
 
     Attributes:
-        nll_M, labels_M: Token losses (nats) and scored labels by the label's modality.
-        balance, z: Both terms as added to the loss, coefficients included.
-        auxiliary: The term of auxiliary routers, or of router tuning, as added to the loss; 0 without either.
-        grad_norm: Global norm before clipping, not finite if the step was skipped.
-        skipped: No rank took the step, because the loss or a gradient was not finite.
+        nll_M, labels_M: Token losses (nats) and number of scored labels, by the modality of the label.
+        balance, z: Balance loss and z-loss as added to the loss, coefficients included.
+        auxiliary: Loss of auxiliary routers or of router tuning as added to the loss; 0 if the run has neither.
+        grad_norm: Global norm before clipping; not finite if the step was skipped.
+        skipped: True if no rank took the step, because the loss or a gradient was not finite.
         tokens: Input tokens without padding.
-        counts: Routing counts.
-        ledger: Sums of the dispatch ledger, by `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`. Bytes and rows.
-        comm_seconds: Mean over ranks of the time inside dispatch and combine collectives.
-        busy_seconds_W: Seconds in which each rank computed and read data in the step before, without waiting for peers;
+        ledger: Bytes and rows of dispatch and combine, with the keys `moe_dist.moe.dispatch.ledger.LEDGER_KEYS`.
+        comm_seconds: Time inside dispatch and combine collectives, mean over ranks.
+        busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waiting for peers;
             empty in the first step.
-        stop_requested: At least one rank was asked to stop.
-        mixture_of_depths: Sums of the mixture-of-depths layers; None without any.
+        stop_requested: True if a rank got a stop signal.
+        mixture_of_depths: None if the model has no mixture-of-depths layers.
     """
 
     nll_M: np.ndarray
@@ -79,14 +75,13 @@ class StepStatistics:
     """The result of a step, with values that only the training loop knows.
 
     Attributes:
-        result: Result of the step.
-        step: Steps taken, this one included (1 is the first).
+        step: Number of the step; the first step of a run is 1.
         balance_coefficient: Coefficient of the balance loss in this step.
         lr: Learning rate of this step.
-        skipped_steps: Skipped steps so far.
-        tokens: Tokens seen so far (padding excluded).
+        skipped_steps: Skipped steps of the run so far.
+        tokens: Input tokens of the run so far, without padding.
         step_seconds: Wall time of the step.
-        epochs: Epochs seen of each modality.
+        epochs: Passes over the training data of each modality so far.
         flops_per_token: Forward and backward FLOPs per token at the measured number of experts; None if unknown.
         active_target: Target of a load controller, in true experts per token, by group.
     """
@@ -105,21 +100,21 @@ class StepStatistics:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Held-out losses at one step.
+    """Held-out losses after one step. Optional mappings are empty if not measured.
 
     Attributes:
-        step: Step after which they were measured.
-        loss: Nats per token by modality; 'image_no_filler' if the data marks filler cells.
+        step: Steps taken before the evaluation.
+        loss: Nats per token by modality; also 'image_no_filler' if the data marks filler cells.
         tokens: Number of labels of each loss.
-        ablated_loss: The same with the experts' output set to zero; empty if not measured.
-        balance_efficiency: Throughput with real over evenly spread routing; None if the timing would mean nothing.
-        balance_efficiency_by_count: Mean over max of the ranks' weighted rows: the efficiency that the counts allow.
-        balance_note: Why the timing is None, or how it was measured.
-        choice_loss: With expert choice: `loss` under the selection of training, which sees later tokens; empty if not
-            measured.
-        experts_per_token, choice_experts_per_token: True experts per token by group: as evaluated, and under the selection
-            of training.
-        mixture_of_depths: Sums of the mixture-of-depths layers, by their causal decision; None without any.
+        ablated_loss: The losses with the experts' output set to zero.
+        balance_efficiency: Throughput with the real routing over throughput with evenly spread routing; None if timing
+            proves nothing.
+        balance_efficiency_by_count: Mean over maximum of the ranks' weighted rows: the efficiency that the counts allow.
+        balance_note: How the timing was done, or why it was not.
+        choice_loss: Expert choice: the losses under the selection of training, which sees later tokens.
+        experts_per_token: True experts per token by group, as evaluated.
+        choice_experts_per_token: True experts per token by group under the selection of training.
+        mixture_of_depths: Sums of the causal decisions; None if the model has no mixture-of-depths layers.
     """
 
     step: int

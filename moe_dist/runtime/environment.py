@@ -11,7 +11,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 PUBLISHED = "published"  # rank 0 writes its address into the run folder (runtime/rendezvous.py)
-RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: the socket to which rank 0 sends its metrics (monitor/sinks/ray.py)
+RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: rank 0 sends its metrics to this socket (monitor/sinks/prometheus.py)
 ALONE = "tcp://127.0.0.1:0"  # rendezvous of a single process, on any free port
 
 

@@ -18,11 +18,9 @@ from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink, choice_lines, summary_table
-from moe_dist.monitor.sinks.guarded import GuardedSinks, LeaseWatch
 from moe_dist.monitor.sinks.jsonl import JsonlSink
-from moe_dist.monitor.sinks.prometheus import PrometheusSink
-from moe_dist.monitor.sinks.ray import RaySink
-from moe_dist.monitor.sinks.sink import Sink
+from moe_dist.monitor.sinks.prometheus import PrometheusSink, RaySink
+from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink
 from moe_dist.monitor.sinks.wandb import WandbSink
 from moe_dist.plan.planner import render
 from moe_dist.plan.preflight import Preflight

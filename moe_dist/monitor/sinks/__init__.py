@@ -1,1 +1,1 @@
-"""Destinations of records: one file for each kind, all with the interface `sink.Sink`."""
+"""Destinations of records, all with the interface `sink.Sink`."""

@@ -1,4 +1,4 @@
-"""The console sink: a progress bar on a terminal, else plain lines; evaluations, hints, and the table at the end."""
+"""The console sink: a progress bar on a terminal, else plain lines; evaluations, hints, and the final table."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from moe_dist.monitor.hints import HintWatch
-from moe_dist.monitor.metrics import Record, depth_computed
+from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
-SHOWN_GROUPS = 3  # groups that fit into a line
-WIDE = 120  # minimum columns for group names in the bar
+SHOWN_GROUPS = 3  # more groups do not fit into a line
+WIDE = 120  # columns from which the bar shows group names
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the summary: the measurement, the rule, and whether it passes."""
+    """One line of the summary table: a measurement and the rule that it must meet."""
 
     name: str
     value: str
@@ -34,11 +34,11 @@ class ConsoleSink(Sink):
 
     Args:
         total_steps: Last step of the run.
-        every: Steps between plain lines if there is no terminal.
+        every: Steps between plain lines if the console is no terminal.
         resume_step: Last step of the earlier attempt.
-        hints: Makes the hints; None shows none.
-        console: Where to write; by default standard output.
-        clock: Returns seconds, to estimate the time left.
+        hints: Source of the hints; None shows no hints.
+        console: Destination; standard output by default.
+        clock: Returns seconds; the time left is estimated from it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ConsoleSink(Sink):
     ) -> None:
         self._total, self._every, self._hints, self._clock = total_steps, every, hints, clock
         self._console = console or Console(highlight=False)
-        self._began_at, self._began_step = clock(), resume_step
+        self._began_at, self._began_step = clock(), resume_step  # the time left counts this attempt only
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
         if self._console.is_terminal:
@@ -61,7 +61,8 @@ class ConsoleSink(Sink):
                 MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
-                _TimeLeft(table_column=Column(no_wrap=True, min_width=len("3h04m"))),
+                # Not the estimate of rich, because that omits the time between steps.
+                TextColumn("{task.fields[left]}", style="cyan", table_column=Column(no_wrap=True, min_width=len("3h04m"))),
                 console=self._console,
                 expand=True,
             )
@@ -95,28 +96,17 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        # soft_wrap keeps a line of a log file on one line, however long.
-        self._console.print(Text(text), style=style, soft_wrap=not self._console.is_terminal)
+        unbroken = not self._console.is_terminal  # a log keeps one line for each message, however long
+        self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
-        """Estimates by the mean step time of this attempt, evaluations and checkpoints included."""
+        """Estimates from the mean time of a step in this attempt, evaluations and checkpoints included."""
         done = max(1, step - self._began_step)
         return duration((self._clock() - self._began_at) / done * (self._total - step))
 
 
-class _TimeLeft(ProgressColumn):
-    """The same estimate as in plain lines; rich's own omits the time between steps."""
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields["left"]), style="cyan")
-
-
 def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
-    """The numbers beside the bar: loss, tokens/s, true experts per token and load imbalance by group.
-
-    Args:
-        named: Write the names of the groups; without names the line fits into 80 columns.
-    """
+    """The numbers beside the bar. Without the names of the groups (`named`) the line fits into 80 columns."""
     loss, rate = scalars.get("loss/total"), scalars.get("perf/tokens_per_second")
     return (
         f"loss {_number(loss, '.3f')} · {_thousands(rate)} tok/s · "
@@ -126,7 +116,7 @@ def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
 
 
 def line_numbers(scalars: Mapping[str, float | None]) -> str:
-    """The same in words, for a log."""
+    """The numbers of a plain line, with the loss of each modality."""
     parts = [f"{tag[5:]} {_number(v, '.3f')}" for tag, v in scalars.items() if _is_modality_loss(tag)]
     loss = f"loss {_number(scalars.get('loss/total'), '.3f')}" + (f" ({', '.join(parts)})" if parts else "")
     rate = f"{_thousands(scalars.get('perf/tokens_per_second'))} tokens/s"
@@ -136,7 +126,7 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Held-out losses, with the change if the previous evaluation had as many tokens (a run's final one has more)."""
+    """Held-out losses, with their changes if the previous evaluation had as many tokens. The final evaluation has more."""
     parts = []
     for name, loss in result.loss.items():
         change = ""
@@ -152,32 +142,32 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
 
 
 def choice_lines(result: EvaluationResult) -> list[str]:
-    """Expert choice: held-out losses and experts per token, as evaluated and under the selection of training."""
+    """Expert choice: held-out losses and experts per token, beside the values under the selection of training."""
     losses = [
-        f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, with the choice of training, which sees later tokens, "
-        f"{seen:.3f} ({seen - result.loss[name]:+.3f})"
+        f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, "
+        f"with the selection of training, which sees later tokens, {seen:.3f} ({seen - result.loss[name]:+.3f})"
         for name, seen in result.choice_loss.items()
     ]
     loads = [
-        f"experts a token of {name} {result.experts_per_token[name]:.3f}, with the choice of training {seen:.3f}"
+        f"experts per token of {name} {result.experts_per_token[name]:.3f}, with the selection of training {seen:.3f}"
         for name, seen in result.choice_experts_per_token.items()
     ]
     return losses + loads
 
 
-def depth_text(mixture_of_depths: DepthStatistics) -> str:
-    """Share of held-out tokens that mixture-of-depths layers computed, beside the capacity."""
-    computed_L = depth_computed(mixture_of_depths)
-    taken_G, tokens_G = mixture_of_depths.taken_LG.sum(0), mixture_of_depths.tokens_LG.sum(0)
-    shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(mixture_of_depths.groups) if tokens_G[g]]
+def depth_text(depths: DepthStatistics) -> str:
+    """The share of held-out tokens that the mixture-of-depths layers computed, beside the target share."""
+    computed_L = depth_metrics(depths)["computed"]
+    taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
+    shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(depths.groups) if tokens_G[g]]
     return (
-        f"layers of depths computed {computed_L.mean():.3f} of the held-out tokens, target {mixture_of_depths.capacity:g} "
+        f"mixture-of-depths layers computed {computed_L.mean():.3f} of the held-out tokens, target {depths.capacity:g} "
         f"(layers {computed_L.min():.3f} to {computed_L.max():.3f}; {', '.join(shares[:SHOWN_GROUPS])})"
     )
 
 
 def summary_table(checks: Sequence[Check], *, title: str = "Summary") -> Table:
-    """A finished run against its checks: one line for each, pass or fail."""
+    """A table with one line for each check of a finished run: pass or fail."""
     passed = sum(check.passed for check in checks)
     table = Table(title=title, caption=f"{passed} of {len(checks)} passed", title_justify="left", caption_justify="left")
     table.add_column("check")
@@ -191,7 +181,7 @@ def summary_table(checks: Sequence[Check], *, title: str = "Summary") -> Table:
 
 
 def duration(seconds: float) -> str:
-    """4:05 (minutes and seconds), 3h04m or 2d03h: short enough for a narrow terminal."""
+    """Formats as 4:05 (minutes and seconds), 3h04m or 2d03h, because a narrow terminal has little space."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 24:

@@ -1,8 +1,7 @@
-"""metrics.jsonl: one line for each step, the source of everything shown. A crash at any byte loses at most the line being
-written.
+"""The sink of metrics.jsonl: one line for each step and evaluation. All displays can be made again from this file.
 
-A full or failing disk loses none: lines wait in memory and are written when the disk accepts them again, beginning with the
-torn one. No checkpoint is committed before all lines up to its step are on disk (`flush`), so a restart finds them all.
+A crash loses at most the line that is being written. A full or failing disk loses no line: lines wait in memory until the
+disk accepts them. No checkpoint is committed before all lines up to its step are on disk, so a restart finds every line.
 """
 
 import json
@@ -25,18 +24,18 @@ from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
 
-LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')  # the first keys of each line
+# A line begins with these keys, so that a resume need not parse the JSON of gigabytes.
+LINE_BEGIN = re.compile(rb'\{"step":(\d+),"kind":"(\w+)",')
+STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
 
 class JsonlSink(Sink):
-    """Appends lines to `path`. Each is written at once, so that a reader who follows the file sees whole steps.
+    """Appends lines to `path`. Each line is written at once, so that a reader who follows the file sees whole steps.
 
     Args:
-        path: The file.
-        resume_step: Last step whose lines are kept.
-        evaluation_owed: Whether the evaluation of that step is repeated: an earlier one is removed.
+        resume_step, evaluation_owed: See `Sink`.
         arrays_every: Steps between lines with the arrays (choices of every expert in every layer).
-        clock: Seconds since 1970, for the field `time`.
+        clock: Returns seconds since 1970, for the field `time`.
     """
 
     def __init__(
@@ -48,34 +47,24 @@ class JsonlSink(Sink):
         arrays_every: int = 1,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._arrays_every = arrays_every
-        self._clock = clock
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(path, resume_step, evaluation_owed=evaluation_owed)
-        self._path = path
-        self._file = path.open("ab", buffering=0)
-        self._waiting = bytearray()  # bytes not yet accepted by the disk
-        self._told = False
+        self._path, self._arrays_every, self._clock = Path(path), arrays_every, clock
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        drop_lines_after(self._path, resume_step, evaluation_owed=evaluation_owed)
+        self._file = self._path.open("ab", buffering=0)  # unbuffered: a kill loses no written line
+        self._waiting = bytearray()  # bytes that the disk has not accepted yet
+        self._told = False  # a failing disk is logged once, not at every step
 
     def step(self, record: Record) -> None:
         line = {
             "step": record.step,
             "kind": "step",
             "time": self._clock(),
-            "skipped": record.skipped,
-            "scalars": record.scalars,
-            "losses": record.losses,
-            "labels": record.labels,
-            "epochs": record.epochs,
-            "balance_coefficient": record.balance_coefficient,
-            "ledger": record.ledger,
-            "host": record.host,
+            **{name: getattr(record, name) for name in STORED},
             **({"load": record.load} if record.load else {}),
             **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
         }
         if record.step % self._arrays_every == 0:
-            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}
+            line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # most bytes of a line
         self._write(line)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
@@ -97,16 +86,16 @@ class JsonlSink(Sink):
         )
 
     def flush(self) -> None:
-        """As `Sink.flush`.
+        """Makes all lines durable.
 
         Raises:
-            CheckpointError: the disk does not accept the lines. They are kept, and a checkpoint of these steps must wait.
+            CheckpointError: The disk does not accept the lines. They stay in memory, and the next checkpoint must wait.
         """
         if self._file.closed:
             return
         try:
             self._drain()
-            os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())  # waits for the disk
         except OSError as error:
             raise CheckpointError(
                 f"{self._path}: its last lines cannot be written: {error.strerror or error}; without them no checkpoint is "
@@ -124,9 +113,10 @@ class JsonlSink(Sink):
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        # Write to the operating system, not to the disk: a kill loses nothing, a power cut the lines since the last
-        # flush().
-        self._waiting += encode(line).encode() + b"\n"
+        # Without fsync: a kill loses nothing, a power cut loses the lines since the last flush().
+        odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
+        finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # JSON has no nan and inf
+        self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         try:
             self._drain()
             self._told = False
@@ -137,36 +127,33 @@ class JsonlSink(Sink):
 
     def _drain(self) -> None:
         while self._waiting:
-            del self._waiting[: self._file.write(self._waiting)]
-
-
-def encode(line: Mapping[str, Any]) -> str:
-    """One line of strict JSON. JSON has no nan and inf: they become null, and such scalars are listed in `non_finite`."""
-    odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
-    return json.dumps(_finite({**line, **({"non_finite": odd} if odd else {})}), allow_nan=False, separators=(",", ":"))
+            del self._waiting[: self._file.write(self._waiting)]  # a write may accept only a part
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl in order, with current key names; a torn last line is left out.
+    """Yields the lines of a metrics.jsonl in order, with current key names. A torn last line is left out.
 
     Raises:
-        ValueError: a line before the last is not JSON.
+        ValueError: A line before the last is not JSON.
     """
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
-            line = _parse(text)
-            if line is not None:
+            try:
+                line = json.loads(text) if text.endswith("\n") else None  # without newline it is torn, even if it parses
+            except ValueError:
+                line = None
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
                 yield in_todays_names(line)
             elif next(file, None) is not None:
                 raise ValueError(f"{path}: line {number} is not a record")
 
 
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
-    """Drops lines of steps after `step` and lines that are not records, such as the torn one after a crash. If the
-    evaluation of `step` is owed, drops that too: an attempt took it and saved nothing afterwards.
+    """Drops lines of steps after `step`, and lines that are no records, such as a line that a crash tore. With
+    `evaluation_owed` the evaluation of `step` is dropped too, because it will be repeated.
 
-    The file is always replaced by one rename. A crash in between keeps the old file whole, and an earlier writer that wakes
-    up writes to a deleted file. Reads the file once and does not parse numbers, since a long run has gigabytes.
+    The file is always replaced by one rename: a crash leaves the old file whole, and a stale writer that wakes up writes to
+    a deleted file. Reads the file once.
     """
     if not path.exists():
         return
@@ -175,31 +162,22 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     with path.open("rb") as old, kept_path.open("wb") as new:
         for text in old:
             begin = LINE_BEGIN.match(text)
-            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # zeros: blocks that a power cut left unwritten
+            if begin is None or not text.endswith(b"}\n") or b"\0" in text:  # zeros: a power cut left a block unwritten
                 unreadable += 1
             elif int(begin[1]) > step or (evaluation_owed and int(begin[1]) == step and begin[2] == b"evaluation"):
                 dropped += 1
             else:
                 new.write(text)
         new.flush()
-        os.fsync(new.fileno())
+        os.fsync(new.fileno())  # the rename below must not become durable before the content
     os.replace(kept_path, path)
     if unreadable or dropped:
         told = "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones"
         logger.info(told, path, step, dropped, unreadable)
 
 
-def _parse(text: str) -> dict[str, Any] | None:
-    if not text.endswith("\n"):  # torn, even if it happens to parse
-        return None
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
 def _finite(value: Any) -> Any:
+    """Replaces nan and inf by None, and numpy numbers by Python numbers."""
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,11 +1,14 @@
-"""Writes the latest scalars as a Prometheus textfile, for node_exporter's textfile collector.
+"""Two sinks of the latest scalars as labelled samples: a textfile for Prometheus, and datagrams for Ray's metrics.
 
-Format: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All metrics are gauges, since a
-resumed run may go back in steps.
+Textfile format: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All metrics are
+gauges, because a resumed run goes back in steps, and a counter must never fall.
 """
 
+import contextlib
+import json
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,15 +25,12 @@ class PrometheusSink(Sink):
     """Replaces `path` at each step by a rename, so that a reader never sees a partial file.
 
     Args:
-        path: The textfile; node_exporter reads it only if its name ends in .prom.
-        run_name: Value of the label `run` on every sample.
-        resume_step: Last step of the earlier attempt; unused, since the first record replaces the old file.
+        path: The textfile. node_exporter reads it only if its name ends in .prom.
+        run_name: Value of the label `run` of each sample.
     """
 
     def __init__(self, *, path: str | Path, run_name: str, resume_step: int = 0) -> None:
-        self._path = Path(path)
-        self._run_name = run_name
-        self._step = resume_step
+        self._path, self._run_name, self._step = Path(path), run_name, resume_step
         self._latest: dict[str, float | None] = {}
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -44,14 +44,14 @@ class PrometheusSink(Sink):
         self._replace()
 
     def _replace(self) -> None:
-        # The collector ignores hidden files and names without .prom.
+        # node_exporter ignores the scratch file, because its name does not end in .prom.
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         scratch.write_text(exposition(self._latest, step=self._step, run_name=self._run_name), encoding="utf-8")
-        os.replace(scratch, self._path)
+        os.replace(scratch, self._path)  # atomic, without fsync: the file is replaced at the next step anyway
 
 
 class MetricSample(NamedTuple):
-    """One number for a monitoring system: metric, meaning, labels, value."""
+    """One number for a monitoring system."""
 
     name: str
     meaning: str
@@ -60,7 +60,7 @@ class MetricSample(NamedTuple):
 
 
 def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> Iterator[MetricSample]:
-    """The step and every scalar that has a value; tags with a label become one metric with a label."""
+    """Yields the step and every scalar that has a value. A tag of a group or modality becomes a metric with a label."""
     yield MetricSample(f"{PREFIX}step", "Steps taken.", {"run": run_name}, step)
     for tag, value in scalars.items():
         if value is None:
@@ -71,19 +71,15 @@ def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) ->
 
 
 def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:
-    """The text of a scrape: each family once, with help and type, followed by its samples."""
+    """Formats the textfile: each metric with its help and type, followed by its samples."""
     families: dict[str, list[str]] = {}
     for sample in samples(scalars, step=step, run_name=run_name):
         if sample.name not in families:
             help_text = sample.meaning.replace("\\", r"\\")
             families[sample.name] = [f"# HELP {sample.name} {help_text}", f"# TYPE {sample.name} gauge"]
-        families[sample.name].append(_line(sample))
+        pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in sample.labels.items())
+        families[sample.name].append(f"{sample.name}{{{pairs}}} {_number(sample.value)}")
     return "".join(line + "\n" for lines in families.values() for line in lines)
-
-
-def _line(sample: MetricSample) -> str:
-    pairs = ",".join(f'{key}="{_escape(text)}"' for key, text in sample.labels.items())
-    return f"{sample.name}{{{pairs}}} {_number(sample.value)}"
 
 
 def _number(value: float) -> str:
@@ -94,3 +90,35 @@ def _number(value: float) -> str:
 
 def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+class RaySink(Sink):
+    """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/metrics.py`), in one datagram to a Unix socket.
+
+    The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere. If
+    nobody reads or the buffer is full, the datagram is lost, because training must not wait; metrics.jsonl has all records.
+
+    Args:
+        socket_path: Socket of the actor.
+        run_name: Value of the label `run` of each sample.
+    """
+
+    def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:
+        self._path, self._run_name, self._step = socket_path, run_name, resume_step
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)  # training must not wait for a reader
+
+    def step(self, record: Record) -> None:
+        self._step = record.step
+        self._send(record.scalars)
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._send(scalars)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _send(self, scalars: Mapping[str, float | None]) -> None:
+        content = json.dumps(list(samples(scalars, step=self._step, run_name=self._run_name)))
+        with contextlib.suppress(OSError):  # no reader, or a full buffer
+            self._socket.sendto(content.encode(), self._path)

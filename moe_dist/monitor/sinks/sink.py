@@ -1,32 +1,106 @@
-"""The interface of all sinks. Only rank 0 has sinks; a sink issues no collective and does not touch the model."""
+"""The interface of all sinks, and the wrapper that calls them. Only rank 0 has sinks, so a sink may issue no collective.
 
-from collections.abc import Mapping
+A failing display never ends a run, but a checkpoint waits for the records that a restart needs.
+"""
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from moe_dist.errors import CheckpointError
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.statistics import EvaluationResult
 
+logger = logging.getLogger(__name__)
+
 
 class Sink:
-    """A destination of records. Methods that a sink does not define do nothing.
+    """A destination of records. A method that a sink does not define does nothing.
 
-    A sink is created with `resume_step`, the last step to keep (0 in a new run): it drops an earlier attempt's records of
-    later steps, so that each step appears exactly once after any number of resumes. The sinks for metrics.jsonl and
-    TensorBoard also get `evaluation_owed`: the evaluation of that step will be repeated, because the earlier attempt died
-    before its next checkpoint, and its result must go.
+    Constructors take `resume_step`, the last step whose records stay (0 in a new run). The sink drops an earlier attempt's
+    records of later steps, so that each step appears exactly once after any number of resumes. JsonlSink and
+    TensorBoardSink also take `evaluation_owed`. It is true if the evaluation of `resume_step` will be repeated, because the
+    earlier attempt died before the next checkpoint; the sink then drops the earlier evaluation too.
     """
 
     def step(self, record: Record) -> None:
-        """Takes the record of a step. Steps come once each, in order."""
+        """Takes the record of a step. Steps arrive in order, each once."""
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        """Takes a held-out evaluation and its scalars (`metrics.evaluation_scalars`), after the record of its step."""
+        """Takes a held-out evaluation and its scalars (`metrics.evaluation_scalars`), after the record of the same step."""
 
     def text(self, tag: str, markdown: str) -> None:
-        """Takes a page of text: configuration, placement."""
+        """Takes a page of text, such as the configuration."""
 
     def flush(self) -> None:
-        """Makes all records so far durable. Call it before a checkpoint is committed: records up to the checkpoint's step
-        are not written again on resume."""
+        """Makes all records so far durable. The caller flushes before it commits a checkpoint, because a later resume does
+        not write these records again."""
 
     def close(self) -> None:
         """Flushes and releases files and threads. A second call does nothing."""
+
+
+class LeaseWatch(Sink):
+    """Checks the lease before each record. It must stand before the sinks that write. Each check reads one small file.
+
+    Args:
+        check: Raises if this process may no longer write to the run folder.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def step(self, record: Record) -> None:
+        self._check()
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._check()
+
+    def text(self, tag: str, markdown: str) -> None:
+        self._check()
+
+
+class GuardedSinks(Sink):
+    """Passes every call to each sink, in order. A sink that raises OSError is logged and left out until the next start.
+
+    A sink whose `flush` raises CheckpointError (metrics.jsonl) stays and tries again; until it succeeds, no checkpoint is
+    committed.
+    """
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+        self._unwritten: CheckpointError | None = None
+
+    def step(self, record: Record) -> None:
+        self._each(lambda sink: sink.step(record))
+
+    def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
+        self._each(lambda sink: sink.evaluation(result, scalars))
+
+    def text(self, tag: str, markdown: str) -> None:
+        self._each(lambda sink: sink.text(tag, markdown))
+
+    def flush(self) -> None:
+        """Flushes each sink. Raises nothing; call `check_written` before a checkpoint is committed."""
+        # One assignment after all sinks, because the thread that writes checkpoints reads the result at any time.
+        self._unwritten = self._each(lambda sink: sink.flush())
+
+    def check_written(self) -> None:
+        """Raises the CheckpointError of the last `flush`, if there was one."""
+        if self._unwritten is not None:
+            raise self._unwritten
+
+    def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
+    def _each(self, call: Callable[[Sink], None]) -> CheckpointError | None:
+        """Calls each sink and returns the last CheckpointError."""
+        unwritten = None
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except CheckpointError as error:
+                unwritten = error
+            except OSError as error:
+                logger.error("%s: %s; it shows nothing more until the next start", type(sink).__name__, error)
+                self._sinks.remove(sink)
+        return unwritten

@@ -1,24 +1,26 @@
-"""TensorBoard: curves, heat maps of where tokens are routed, histograms, and pages of text."""
+"""The TensorBoard sink: curves, heat maps, histograms, and pages of text."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]: made at import
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: made at import
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter, summary
 
-from moe_dist.monitor.curves import draw_against_targets
-from moe_dist.monitor.heatmaps import Axis, draw, linear_scale
+from moe_dist.monitor.heatmaps import Axis, draw, draw_against_targets, linear_scale
 from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, heat_maps, loads
-from moe_dist.monitor.sinks.event_files import drop_events_after
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, tag_plan
 
-FLUSH_SECONDS = 10  # maximum age of the page
+FLUSH_SECONDS = 10  # an event reaches the disk after at most this time
 NUM_BINS = 40
 
 
@@ -27,11 +29,9 @@ class TensorBoardSink(Sink):
 
     Args:
         folder: runs/<name>/tensorboard.
-        subject: The run that the pictures show.
         modalities: Modalities of the data, for the charts of the custom scalars page.
         pictures_every: Steps between heat maps and histograms.
-        resume_step: Last step to keep.
-        evaluation_owed: Whether the evaluation of that step is repeated: an earlier one is removed.
+        resume_step, evaluation_owed: See `Sink`.
     """
 
     def __init__(
@@ -44,13 +44,11 @@ class TensorBoardSink(Sink):
         resume_step: int = 0,
         evaluation_owed: bool = False,
     ) -> None:
-        self._subject = subject
-        self._pictures_every = pictures_every
-        self._first_step = resume_step + 1
-        self._last_step = resume_step
+        self._subject, self._pictures_every = subject, pictures_every
+        self._first_step, self._last_step = resume_step + 1, resume_step
         self._window = Window()
         drop_events_after(folder, resume_step, evaluation_owed=evaluation_owed)
-        self._writer: FileWriter | None = FileWriter(str(folder), flush_secs=FLUSH_SECONDS)
+        self._writer: FileWriter | None = FileWriter(str(folder), flush_secs=FLUSH_SECONDS)  # starts a thread
         self._writer.add_summary(summary.custom_scalars(layout(subject, modalities)), self._first_step)
 
     def step(self, record: Record) -> None:
@@ -64,8 +62,7 @@ class TensorBoardSink(Sink):
         self._add(scalars, result.step)
 
     def text(self, tag: str, markdown: str) -> None:
-        # At the attempt's first step: the text differs between attempts, and is removed together with the steps of its
-        # attempt.
+        # An attempt's text stands at its first step, so that a resume before that step removes the text too.
         self._open.add_summary(summary.text(tag, markdown), self._first_step)
 
     def flush(self) -> None:
@@ -87,20 +84,17 @@ class TensorBoardSink(Sink):
 
     def _add(self, scalars: Mapping[str, float | None], step: int) -> None:
         known = [summary.scalar(tag, value).value[0] for tag, value in scalars.items() if value is not None]
-        self._open.add_summary(Summary(value=known), step)  # one event for each step instead of one for each curve
+        self._open.add_summary(Summary(value=known), step)  # one event for each step costs less than one for each curve
 
     def _add_pictures(self) -> None:
-        curves = self._window.load_curves()
-        if curves is not None:
-            self._open.add_summary(summary.image("moe/load_against_target", curves, dataformats="HWC"), self._last_step)
-        mixture_of_depths = self._window.depth_map()
-        if mixture_of_depths is not None:
-            self._open.add_summary(
-                summary.image("mixture_of_depths/layers", mixture_of_depths, dataformats="HWC"), self._last_step
-            )
+        pictures = {
+            "moe/load_against_target": self._window.load_curves(),
+            "mixture_of_depths/layers": self._window.depth_map(),
+        }
         sums, steps = self._window.take()
-        for tag, picture in heat_maps(sums, self._subject, steps):
-            self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)
+        for tag, picture in (*pictures.items(), *heat_maps(sums, self._subject, steps)):
+            if picture is not None:
+                self._open.add_summary(summary.image(tag, picture, dataformats="HWC"), self._last_step)
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
             known = load_Ln[~np.isnan(load_Ln)]
             if known.size:
@@ -121,30 +115,27 @@ class Window:
 
     def add(self, record: Record) -> None:
         tokens_LG = record.arrays["tokens_LG"]
-        arrays = {
-            "choices_LC": record.arrays["choices_LC"],
-            "tokens_LG": tokens_LG,
-            "dropped_LG": record.arrays["dropped_LG"],
-            "entropy_sum_LG": np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0),
-            "weighted_rows_LR": record.arrays["weighted_rows_LR"],
-            **{name: record.arrays[name] for name in ("idle_LG",) if name in record.arrays},
-        }
+        names = ("choices_LC", "tokens_LG", "dropped_LG", "weighted_rows_LR", "idle_LG")
+        arrays = {name: record.arrays[name] for name in names if name in record.arrays}
+        # The product undoes the mean, and nan (a group without tokens) must not enter the sum.
+        arrays["entropy_sum_LG"] = np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0)
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
         self._load.append(record.load)
         self._depths = _sum_depths(self._depths, record.mixture_of_depths)
 
     def load_curves(self) -> np.ndarray | None:
-        """Measured true experts per token over the window, with the controller's targets; None without a controller."""
+        """Draws the true experts per token of each step, and the controller's targets; None without a controller."""
         targets = {name: each["target"] or 0.0 for name, each in self._load[-1].items()} if self._load else {}
         if not targets:
             return None
-        values = {name: [_number(load.get(name, {}).get("achieved")) for load in self._load] for name in targets}
+        achieved = {name: [load.get(name, {}).get("achieved") for load in self._load] for name in targets}
+        values = {name: [math.nan if value is None else value for value in each] for name, each in achieved.items()}
         caption = "mean over layers, each step; dashed: the target of the load controller"
-        return draw_against_targets(self._steps, values, targets, title="True experts a token", caption=caption)
+        return draw_against_targets(self._steps, values, targets, title="True experts per token", caption=caption)
 
     def depth_map(self) -> np.ndarray | None:
-        """One row for each mixture-of-depths layer; None without any."""
+        """Draws one row for each mixture-of-depths layer; None without such layers."""
         if self._depths is None:
             return None
         metrics = depth_metrics(self._depths)
@@ -152,14 +143,13 @@ class Window:
         for name in ("agreement", "gate_weight"):
             if name in metrics:
                 names, columns = [*names, name.replace("_", " ")], [*columns, metrics[name]]
-        target = f"{self._depths.capacity:g}"
-        caption = f"share of tokens computed, target {target}; agreement and gate weight; {self._words()}"
-        scale = linear_scale(caption, 1.0)
+        caption = f"share of tokens computed, target {self._depths.capacity:g}; agreement and gate weight; {self._words()}"
         rows = Axis("layer", [str(layer) for layer in self._depths.layers])
-        return draw(np.stack(columns, axis=1), rows, Axis("", names), scale=scale, title="Mixture of depths")
+        scale, values = linear_scale(caption, 1.0), np.stack(columns, axis=1)
+        return draw(values, rows, Axis("", names), scale=scale, title="Mixture of depths")
 
     def take(self) -> tuple[dict[str, np.ndarray], str]:
-        """Returns the sums and their steps in words, and empties the window."""
+        """Returns the sums and a text that names their steps, and empties the window."""
         taken = self._sums, self._words()
         self._sums, self._steps, self._load, self._depths = {}, [], [], None
         return taken
@@ -172,20 +162,16 @@ class Window:
         return bool(self._steps)
 
 
-def _sum_depths(sums: DepthStatistics | None, mixture_of_depths: DepthStatistics | None) -> DepthStatistics | None:
-    """Adds the sums of two steps of one run; all other fields are equal."""
-    if sums is None or mixture_of_depths is None:
-        return mixture_of_depths
+def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) -> DepthStatistics | None:
+    """Adds the sums of two steps; the remaining fields are equal in all steps of a run."""
+    if sums is None or depths is None:
+        return depths
     counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
-    return replace(sums, **{name: getattr(sums, name) + getattr(mixture_of_depths, name) for name in counted})
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return replace(sums, **{name: getattr(sums, name) + getattr(depths, name) for name in counted})
 
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
-    """The custom scalars page: the most important curves, several to a chart."""
+    """The custom scalars page: pages of charts, each with the regular expressions of the tags that it shows."""
     plan = tag_plan(len(subject.groups), len(modalities), mixture_of_depths=subject.mixture_of_depths)
     losses = [f"loss/{name}" for name in modalities] if plan.loss_per_modality else []
 
@@ -197,28 +183,70 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
         return chart(*(f"{tag}/{name}" for name in ([group.name for group in subject.groups] if split else ["mean"])))
 
     mixture_of_depths = {
-        "share of the tokens computed": by_group(f"mixture_of_depths/{DEPTH_FAMILY}"),
-        "held-out load over its target": chart("mixture_of_depths/load_over_target"),
-        "agreement of the causal decision with the choice": chart("mixture_of_depths/agreement"),
-        "weight of a computed token": chart("mixture_of_depths/gate_weight"),
+        "share of tokens computed": by_group(f"mixture_of_depths/{DEPTH_FAMILY}"),
+        "held-out share of tokens computed, over the target": chart("mixture_of_depths/load_over_target"),
+        "agreement of the causal decision with the selection of training": chart("mixture_of_depths/agreement"),
+        "gate weight of a computed token": chart("mixture_of_depths/gate_weight"),
     }
     return {
         "Is it learning?": {
-            "training loss, nats a token": chart("loss/total", *losses),
-            "held-out loss, nats a token": chart("eval/.*"),
+            "training loss, nats per token": chart("loss/total", *losses),
+            "held-out loss, nats per token": chart("eval/.*"),
             "gradient norm": chart("optim/grad_norm"),
         },
         "Where do the tokens go?": {family.replace("_", " "): by_group(f"moe/{family}") for family in GROUP_FAMILIES}
         | {"dead experts": chart("moe/dead_experts"), "rank imbalance": chart("moe/rank_imbalance")},
-        **({"Which tokens pass layers by?": mixture_of_depths} if subject.mixture_of_depths else {}),
+        **({"Which tokens skip layers?": mixture_of_depths} if subject.mixture_of_depths else {}),
         "What does it cost?": {
-            "tokens a second": chart("perf/tokens_per_second"),
+            "tokens per second": chart("perf/tokens_per_second"),
             "balance efficiency": chart("perf/balance_efficiency", "moe/balance_efficiency_by_count"),
-            "bytes sent, and what others would send on top": chart(
+            "bytes sent, and the additional bytes of other methods": chart(
                 "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active"
             ),
-            "seconds a step, and in collectives": chart("perf/step_seconds", "comm/seconds"),
-            "rows saved by one row for each rank": chart("comm/dedup_factor"),
+            "seconds per step, and seconds in collectives": chart("perf/step_seconds", "comm/seconds"),
+            "deduplication factor of rows": chart("comm/dedup_factor"),
             "device memory, MiB": chart("device/memory"),
         },
     }
+
+
+def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = False) -> None:
+    """Drops the events of steps after `step` from the event files in `folder`. With `evaluation_owed` the evaluation of
+    `step` is dropped too, because it will be repeated. Each file is replaced by one rename.
+
+    TensorBoard's own mark for this (`purge_step`) does not help: its fast server ignores the mark and shows both attempts.
+    Reads from the newest file back to the first that needs no cut: older files were cut when a later attempt began. The
+    events of 100,000 steps take about ten seconds.
+    """
+    for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
+        if _cut(path, step, evaluation_owed):
+            return
+
+
+def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
+    """Cuts a file. Returns True if the file has steps and keeps all of them."""
+    kept_path = path.with_name("kept")  # TensorBoard reads only names with "tfevents"
+    kept_steps = dropped = False
+    with kept_path.open("wb") as file:
+        writer = RecordWriter(file)
+        for raw in RawEventFileLoader(str(path)).Load():  # stops silently at a torn event, as TensorBoard does
+            event = Event.FromString(raw)
+            values = event.summary.value
+            evaluation = bool(values) and values[0].tag.startswith(
+                "eval/"
+            )  # an evaluation is one event, a loss comes first
+            if event.step > step or (evaluation_owed and event.step == step and evaluation):
+                dropped = True
+            else:
+                kept_steps |= event.step > 0  # the header of a file is an event of step 0
+                writer.write(raw)
+        file.flush()
+        os.fsync(file.fileno())  # the rename below must not become durable before the content
+    os.replace(kept_path, path)  # always: a stale writer that wakes up then writes to a deleted file
+    return kept_steps and not dropped
+
+
+def _began_at(path: Path) -> tuple[int, int]:
+    """Sort key of the name events.out.tfevents.<seconds>.<host>.<pid>.<count>; the host may contain dots."""
+    parts = path.name.split(".")
+    return int(parts[3]), int(parts[-1])

@@ -1,4 +1,4 @@
-"""Weights & Biases, an extra: install moe_dist[wandb]. Imported only if the sink is configured."""
+"""The sink of Weights & Biases. It needs the extra moe_dist[wandb], and only a configured sink imports wandb."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +11,12 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 
 class WandbSink(Sink):
-    """One wandb run for each attempt, since wandb cannot take steps back; a group named after the run joins them.
+    """Starts a wandb run for each attempt, because wandb cannot go back in steps. The group `run_name` joins the attempts.
 
     Args:
         project: Project in wandb.
         mode: 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files under `folder`, which
             `wandb sync` can upload later.
-        run_name: Name of the run.
         folder: The run folder.
         resume_step: Last step of the earlier attempt.
 
@@ -37,11 +36,11 @@ class WandbSink(Sink):
         name = f"{run_name} from step {resume_step}" if resume_step else run_name
         settings = wandb.Settings(
             mode="offline" if mode == "offline" else "online",
-            console="off",  # the console has its own sink
+            console="off",  # ConsoleSink writes the console
             silent=True,
             disable_code=True,
             disable_git=True,
-            x_disable_stats=True,  # our records have the device readings
+            x_disable_stats=True,  # the scalars have the device readings
         )
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
@@ -52,7 +51,7 @@ class WandbSink(Sink):
             ) from error
 
     def step(self, record: Record) -> None:
-        # Not committed yet: an evaluation of this step goes into the same row.
+        # Not committed yet, because an evaluation of this step goes into the same row.
         self._run.log(_known(record.scalars), step=record.step, commit=False)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:

@@ -11,7 +11,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.data.loader import heldout_batches
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
-from moe_dist.monitor.metrics import busiest_over_mean, layer_mean, rows_by_rank, weighted_rows
+from moe_dist.monitor.metrics import busiest_over_mean, reduce_known, rows_by_rank, weighted_rows
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
@@ -150,7 +150,7 @@ class Evaluator:
         if choices_LC is None:
             return None
         rows_LR = rows_by_rank(choices_LC, self._placement)
-        imbalance = layer_mean(busiest_over_mean(weighted_rows(choices_LC, rows_LR, self._placement)))
+        imbalance = reduce_known(busiest_over_mean(weighted_rows(choices_LC, rows_LR, self._placement)))
         return 1.0 / imbalance if imbalance else None
 
     def _batches(self, sequences: int) -> list[Batch]:

@@ -191,7 +191,7 @@ def test_the_console_says_what_the_held_out_tokens_met(make_record: MakeRecord) 
     sink.evaluation(RESULT, {})
     sink.evaluation(replace(RESULT, mixture_of_depths=None), {})
     assert [line for line in file.getvalue().splitlines() if "depths" in line] == [
-        "layers of depths computed 0.525 of the held-out tokens, target 0.25 "
+        "mixture-of-depths layers computed 0.525 of the held-out tokens, target 0.25 "
         "(layers 0.050 to 1.000; text 0.540, image 0.500)"
     ]
 

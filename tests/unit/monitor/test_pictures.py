@@ -77,7 +77,6 @@ def test_maps_without_a_subject_are_left_out(make_record: MakeRecord, groups: tu
 
 def test_the_expert_axis_names_the_rank(subject: Subject) -> None:
     assert list(subject.expert_axis(subject.groups[1]).sublabels) == ["rank 2", "rank 2", "rank 3", "rank 3"]
-    assert list(subject.layer_axis.labels) == ["1", "3", "5"]
 
 
 def test_the_load_over_its_target_by_hand(

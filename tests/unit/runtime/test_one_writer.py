@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.guarded import LeaseWatch
 from moe_dist.monitor.sinks.jsonl import JsonlSink, read_lines
+from moe_dist.monitor.sinks.sink import LeaseWatch
 from moe_dist.runtime import lease as lease_module
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import Lease, LeaseError
@@ -169,7 +169,7 @@ def sleeper(tmp_path: Path):
 SINKS = """
     import numpy as np
     from moe_dist.monitor.sinks.jsonl import JsonlSink
-    from moe_dist.monitor.sinks.guarded import LeaseWatch
+    from moe_dist.monitor.sinks.sink import LeaseWatch
     from moe_dist.monitor.metrics import Record
     from moe_dist.runtime.lease import LeaseError
     def record(step):

@@ -174,6 +174,6 @@ def test_the_last_evaluation_tells_what_the_choice_of_training_is_worth() -> Non
     sink.evaluation(result, {})
     assert output(console).splitlines() == [
         "evaluation after step 10: held-out text 3.500",
-        "held-out text 3.500, with the choice of training, which sees later tokens, 3.250 (-0.250)",
-        "experts a token of text 0.960, with the choice of training 1.010",
+        "held-out text 3.500, with the selection of training, which sees later tokens, 3.250 (-0.250)",
+        "experts per token of text 0.960, with the selection of training 1.010",
     ]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import CheckpointError
-from moe_dist.monitor.sinks.guarded import GuardedSinks
+from moe_dist.monitor.sinks.sink import GuardedSinks
 from tests.support.messages import refused
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.ray import RaySink
+from moe_dist.monitor.sinks.prometheus import RaySink
 from moe_dist.monitor.statistics import EvaluationResult
 
 MakeRecord = Callable[..., Record]
