@@ -18,6 +18,7 @@ from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
+from tests.support.cover import full
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.worlds import RankContext
 
@@ -57,11 +58,11 @@ def _unit(name: str) -> str:
     Layout(2, 2, "pinned", "fsdp2"),
     Layout(2, 2, "pinned", "fsdp2", pair_budget=3),
     Layout(2, 2, "interleaved", "fsdp2", "block"),
-    Layout(4, 2, "uneven", "fsdp2"),
+    full(Layout(4, 2, "uneven", "fsdp2")),
     Layout(2, 2, "pinned", "fsdp2", overlap=True),
     Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=3),
-    Layout(4, 2, "uneven", "fsdp2", chunks=2),
-    Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2),
+    full(Layout(4, 2, "uneven", "fsdp2", chunks=2)),
+    full(Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2)),
 ], ids=str)  # fmt: skip
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)

@@ -15,6 +15,7 @@ from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
+from tests.support.cover import full
 from tests.support.layouts import Layout, batch_of, build, placement_of
 from tests.support.whole_tensors import logical
 from tests.support.worlds import RankContext
@@ -60,7 +61,7 @@ def trained(rank: RankContext, layout: Layout, threads: int) -> str:
         return digest.hexdigest()
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [full(1), 4])
 @pytest.mark.parametrize("data", ["ddp", "fsdp2"])
 def test_two_runs_have_the_same_bits(run_in_world: Callable[..., list[Any]], data: str, threads: int) -> None:
     layout = Layout(2, 1, "pinned", data, precision="float32")

@@ -15,6 +15,7 @@ from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
 from moe_dist.moe.reference.layer import expected_node_traffic
 from moe_dist.moe.routing import ABSENT
 from moe_dist.parallel.mesh import make_mesh
+from tests.support.cover import full
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext
 
@@ -72,7 +73,15 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
 
 @pytest.mark.parametrize(
     ("world_size", "per_node", "seeds"),
-    [(1, 1, range(20)), (2, 1, range(40)), (2, 2, range(40)), (4, 2, range(100)), (4, 1, range(30)), (4, 4, range(30))],
+    [
+        (1, 1, range(20)),
+        (2, 1, range(40)),
+        full(2, 2, range(40)),
+        (4, 2, range(50)),
+        full(4, 2, range(50, 100)),
+        full(4, 1, range(30)),
+        full(4, 4, range(30)),
+    ],
     ids=str,
 )
 def test_both_hops_equal_their_closed_forms_on_random_routings(

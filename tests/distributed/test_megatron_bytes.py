@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.cover import full
 from tests.support.megatron_model import HIDDEN_DIM, TWO_GROUPS, Layout, transformer_config
 from tests.support.megatron_run import megatron
 from tests.support.worlds import RankContext
@@ -92,7 +93,7 @@ def layouts_of(world_size: int) -> list[Layout]:
     return layouts
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [full(1), full(2), 4])
 def test_bytes_equal_the_closed_form_on_random_routings(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
     """400 routings: ranks whose tokens are all padding, batches of one modality, a rank without experts (of four)."""
     assert TWO_GROUPS["groups"]["text"]["num_null"] > 0
