@@ -10,8 +10,8 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.deep_ep import LAYOUT, DeepEPDispatcher
-from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.parallel.mesh import make_mesh
+from tests.reference.layer import expected_traffic
 from tests.support.deep_ep_gloo import GlooBuffer
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext

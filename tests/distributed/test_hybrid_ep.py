@@ -14,11 +14,11 @@ from moe_dist.moe.dispatch.hybrid_ep import COUNTS, HybridEPDispatcher
 from moe_dist.moe.dispatch.kernels import SlotNumbers
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.reference.layer import expected_traffic
 from tests.support.hybrid_ep_gloo import GlooHybridBuffer
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext

@@ -21,20 +21,19 @@ from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.reference.layer import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
-from moe_dist.moe.reference.workloads import (
-    WORKLOADS,
-    WorkloadShape,
-    WorkloadStep,
-    hidden_states,
-    router_weight,
-    workload_step,
-)
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.reference.layer import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
+from tests.reference.workloads import hidden_states, router_weight
 from tests.support.worlds import RankContext
+from tools.bench.workloads import (
+    WORKLOADS,
+    WorkloadShape,
+    WorkloadStep,
+    workload_step,
+)
 
 E, K, D, F, T = 8, 2, 10, 3, 40
 GROUP = ExpertGroup("all", E, 0, K, F, 0, ("text",))
