@@ -39,8 +39,8 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         tokens, experts = case.taken(rank.rank)
         rows, pairs = expected_traffic(tokens, experts, case.placement.rank_of_expert, rank.rank)
         plan = trip.plan
-        assert (plan.num_remote_rows, plan.num_remote_pairs, plan.num_pairs) == (rows, pairs, len(experts))
-        received = sum(plan.arrival.handle.received) - plan.counts.own_rows
+        assert tuple(plan.sent) == (rows, len(experts), pairs)
+        received = sum(plan.arrival.handle.received) - plan.own_rows
         assert trip.forward_bytes == (rows + received) * D * 4
         assert trip.total_bytes == 2 * trip.forward_bytes
         assert comm_stats.events == [

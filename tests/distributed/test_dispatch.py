@@ -128,9 +128,9 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timeta
 
     taken = assignments.taken()
     rows, pairs = expected_traffic(taken.token_N.tolist(), taken.expert_N.tolist(), placement.rank_of_expert, rank)
-    assert plan.num_remote_rows == rows
-    assert plan.num_remote_pairs == pairs
-    assert plan.num_pairs == len(taken.token_N)
+    assert plan.sent.rows_remote == rows
+    assert plan.sent.pairs_remote == pairs
+    assert plan.sent.pairs == len(taken.token_N)
     forward_bytes = (rows + received) * D * 8
     assert comm_stats.payload_bytes == forward_bytes
 

@@ -61,8 +61,8 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
         assert trip.forward_bytes == (crossing + inside + received) * D * 8
         assert trip.total_bytes == 2 * trip.forward_bytes
         _, experts = taken[rank.rank]
-        assert plan.num_pairs == len(experts)
-        assert plan.num_remote_pairs == sum(case.placement.rank_of_expert[e] != rank.rank for e in experts)
+        assert plan.sent.pairs == len(experts)
+        assert plan.sent.pairs_remote == sum(case.placement.rank_of_expert[e] != rank.rank for e in experts)
         assert comm_stats.events is not None
         missing = {"inter-node": per_node == rank.world_size, "intra-node": per_node == 1}
         wanted = [e for e in PLAN + FORWARD + BACKWARD if not missing.get(e.partition(" ")[0])]

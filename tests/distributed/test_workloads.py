@@ -116,12 +116,12 @@ def dispatch_only(context: RankContext, kind: str) -> dict[str, int]:
             theirs = torch.autograd.grad((expected * direction).sum(), [h_TD, weight_N])
             assert all(torch.equal(mine, wanted) for mine, wanted in zip(ours, theirs, strict=True))
             rows, between = ranks.rows_sent(step)
-            assert plan.num_remote_rows == rows
+            assert plan.sent.rows_remote == rows
             total = torch.tensor([rows, between, ranks.comm_stats.payload_bytes, ranks.comm_stats.inter_node_bytes])
             dist.all_reduce(total, group=ranks.group)
             rows, between, payload, payload_between = total.tolist()
             assert (payload, payload_between) == (4 * rows * D * 8, 4 * between * D * 8)
-            seen[workload] += plan.num_remote_rows
+            seen[workload] += plan.sent.rows_remote
     return seen
 
 
