@@ -44,7 +44,7 @@ def flex_mask(documents_BS: Tensor) -> FlexMask:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
 
     batch, length = documents_BS.shape
-    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask
+    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask  # compiled once a shape
     return FlexMask(make(visible, batch, None, length, length, device=documents_BS.device.type))
 
 
@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """Softmax attention [B, H, S, d]. k and v may have fewer heads (H_kv); H / H_kv query heads share one of them."""
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    flex = _compiled(flex_attention) if q.is_cuda else flex_attention
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would build S x S scores
     return flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 

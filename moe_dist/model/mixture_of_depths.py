@@ -126,7 +126,7 @@ class DepthRouter(ChoosingRouter):
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
-            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]
+            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # one chooser
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
@@ -182,7 +182,7 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
     length = taken_T.shape[0]
     if slots is None:
         slots = int(taken_T.sum())  # host sync: the number of tokens that the layer computes
-        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1
+        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounds up, so that few shapes occur
         slots = min(length, -(-slots // step) * step)
     place_T = torch.arange(length, device=taken_T.device)
     first_C = torch.where(taken_T, place_T, length).sort().values[: max(1, slots)]

@@ -101,7 +101,7 @@ class Transformer(nn.Module):
             request: Passed to the routers of all layers without mixture of depths. Mixture-of-depths layers select their
                 tokens first, so numbers of tokens in a request do not fit them.
         """
-        mask = make_mask(documents_BS)
+        mask = make_mask(documents_BS)  # once for all layers; B x S^2 bytes where it is dense
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
@@ -164,6 +164,7 @@ class Transformer(nn.Module):
         chosen = layer.depths(x_TD, group_T >= 0)
         x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
         group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
+        # selected tokens keep their positions, so that distances to other tokens do not change
         rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)
         a_1CD = layer.attention(x_1CD, rotary, make_mask(slot_documents(documents_BS, chosen)))
         y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C)
@@ -194,7 +195,7 @@ class Transformer(nn.Module):
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)
+        x_BSD = self.norm(x_BSD)  # the logits below are the largest activation: B x S x V
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
         return F.linear(x_BSD, output.to(x_BSD.dtype))
 

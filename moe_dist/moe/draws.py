@@ -32,7 +32,7 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
-    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])
+    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # T x E int64: no state, but memory
     # 24 bits and a half: never 0 or 1, and exact in fp32, so that every device and dtype sees the same uniform number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
@@ -46,7 +46,7 @@ def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
             kind of device.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
-    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # seeds are below 2^63
     kept = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - share, generator=generator)
     return x * (kept / (1.0 - share)).to(x.dtype)
 

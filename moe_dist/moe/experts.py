@@ -140,7 +140,7 @@ class ExpertStack(nn.Module):
             # without a gradient. Its edp peers hold no expert of this group either, so all of them skip it.
             return x_QD[:0]
         swiglu = choose_gemm(self.gemm, dtype=x_QD.dtype, device=x_QD.device, widths=self.widths, num_experts=len(counts))
-        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))
+        gate, up, down = (weight.to(x_QD.dtype) for weight in (self.gate, self.up, self.down))  # free under FSDP2
         return swiglu(x_QD, gate, up, down, counts)
 
 
@@ -181,7 +181,7 @@ class Experts(nn.Module):
         budget = self.pair_budget or sum(plan.slot_counts)
         out_RD: Tensor | None = None
         chunks = slot_chunks(plan.slot_counts, budget)
-        recompute = recompute or len(chunks) > 1
+        recompute = recompute or len(chunks) > 1  # kept activations of all chunks would undo the budget
         at = 0
         for counts in chunks:
             row_Q = plan.row_of_pair_Q[at : at + sum(counts)]
@@ -194,11 +194,11 @@ class Experts(nn.Module):
             out_RD = part_RD if out_RD is None else out_RD + part_RD
             at += sum(counts)
         assert out_RD is not None, "there is always one chunk"
-        return out_RD.to(rows_RD.dtype)
+        return out_RD.to(rows_RD.dtype)  # the one rounding
 
     def _weighted_sum(self, rows_RD: Tensor, weight_Q: Tensor, row_Q: Tensor, counts: Sequence[int]) -> Tensor:
         """Runs the experts over some pairs, and sums the weighted outputs by row: [R, D] in the weights' dtype."""
-        x_QD = gather_rows(rows_RD, row_Q)
+        x_QD = gather_rows(rows_RD, row_Q)  # a copy of each row for each of its pairs
         outputs, at, slot = [x_QD[:0]], 0, 0  # the empty slice ties a rank without experts into the graph
         for name, num_local in self.local:
             group_counts = counts[slot : slot + num_local]

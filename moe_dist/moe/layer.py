@@ -56,7 +56,7 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
         self.name = name
-        self.experts_off = False
+        self.experts_off = False  # evaluation sets it to measure what the experts contribute
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
         h_TD = self.norm(x_TD)
         assignments, sums, zero_weight_TF, prob_AC = self.router(h_TD, group_T, cache)
         repeated = cache.plan is not None  # this is the recomputation of a block
-        plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
+        plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)  # the layer's host sync
         cache.plan = plan
         # No op after combine may save a tensor for backward; otherwise block recompute repeats the combine all-to-all.
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)

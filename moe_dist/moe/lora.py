@@ -55,7 +55,7 @@ class LoRAPlan:
         bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
         bins.scatter_add_(0, expert_N, torch.ones_like(expert_N))
         counts = tuple(comm_stats.to_host("LoRA pairs of each expert", bins[:num_experts]))
-        pair_Q = expert_N.argsort(stable=True)[: sum(counts)]
+        pair_Q = expert_N.argsort(stable=True)[: sum(counts)]  # absent pairs are sorted last
         return cls(pair_Q, assignments.token_N[pair_Q], counts)
 
 
@@ -129,7 +129,7 @@ class LoRAExperts(nn.Module):
         if self.training and self._dropout:
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
-        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale
+        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale  # on r numbers, not on O
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]
         deltas = [

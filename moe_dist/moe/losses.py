@@ -78,9 +78,9 @@ def balance_terms(
         return _split_terms(prob_LC, load_LC, tokens_LG.to(prob_LC.dtype).clamp_min(1.0), tables, weight_G)
     if kind == "null_averaged":
         load_LC = _average_copies(load_LC, groups, weight_G)
-    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]
+    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]  # a group without tokens gives 0 / 1
     products_LC = load_LC / tokens_LC * prob_LC / tokens_LC
-    sums_LG = products_LC @ tables.member_CG.to(prob_LC.dtype)
+    sums_LG = products_LC @ tables.member_CG.to(prob_LC.dtype)  # deterministic, unlike a scatter on CUDA
     if kind == "vanilla" or null_weight_G is None:
         return sums_LG * tables.size_G.to(prob_LC.dtype)
     sizes = [group.num_columns + group.num_null * (w - 1.0) for group, w in zip(groups, weight_G, strict=True)]

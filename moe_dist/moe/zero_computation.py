@@ -47,7 +47,7 @@ class ZeroComputationExperts(nn.Module):
         """Weighted sum of the zero-computation experts [T, D] in the dtype of `h_TD`, summed in fp32 (float64 for float64)
         and rounded once. All experts together are one number times x, plus one product with the stacked vectors."""
         dtype = accumulation_dtype(h_TD.dtype)
-        with torch.autocast(device_type=h_TD.device.type, enabled=False):
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):  # keeps the sum in fp32
             x_TD = h_TD.to(dtype)
             identity_TF, constant_Tc = weight_TF[:, : self.num_identity], weight_TF[:, self.num_identity :]
             scale_T = identity_TF.sum(1)

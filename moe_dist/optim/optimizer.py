@@ -133,7 +133,7 @@ def set_step_count(optimizer: Optimizer, count: int) -> None:
             group["step"] = count
     else:
         for state in optimizer.state.values():
-            state["step"].fill_(count)
+            state["step"].fill_(count)  # in place, because the fused kernel reads this tensor
 
 
 def _counts_by_group(optimizer: Optimizer) -> bool:
@@ -163,7 +163,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: no sync
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32

@@ -90,7 +90,7 @@ class ExpertPlacement:
         for group in groups:
             for part, experts in enumerate(even_runs(group.experts, num_ranks)):
                 slots[(offset + part) % num_ranks].extend(experts)
-            offset += group.num_experts
+            offset += group.num_experts  # the next group starts where this one ended
         return cls(tuple(groups), tuple(map(tuple, slots)))
 
     @property
@@ -102,7 +102,7 @@ class ExpertPlacement:
         """Number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
-    @cached_property
+    @cached_property  # each layer's plan reads it
     def rank_of_expert(self) -> tuple[int, ...]:
         """Rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())

@@ -13,7 +13,7 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a login node has no torch
     from torch import nn
 
 
@@ -35,7 +35,7 @@ ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # 
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
 _GROUP = "group:"  # no attribute name contains a colon
-_ROLES_OF_NAMES = (
+_ROLES_OF_NAMES = (  # special names before general ones, because the first match counts
     (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
     (re.compile(r"layers\.\d+\.(moe\.router\.[^.]+|depths)\.auxiliary\..+"), Role.AUXILIARY_ROUTER),
     (re.compile(r"layers\.\d+\.moe\.router\..+"), Role.ROUTER),

@@ -59,10 +59,10 @@ class BiasController:
             for rule in self._rules:
                 delta_Ln = rule.delta(group, true_Ln, tokens_L1.clamp_min(1.0), self.step)
                 if delta_Ln is not None:
-                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)
+                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no tokens, no update
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
-                        bias[: group.num_experts] += delta_n.to(bias.dtype)
+                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place: checkpoints hold this buffer
         self.step += 1
 
     def state(self) -> JsonValue:

@@ -24,5 +24,5 @@ class LossFree:
         # compares integers, n c_i with the sum of c, because a rounded mean could flip a sign
         sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
         if group.num_columns > group.num_experts:
-            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)
+            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # no common shift
         return self.rate * sign_Ln

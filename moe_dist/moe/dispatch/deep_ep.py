@@ -39,7 +39,7 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
             f"{assignments.expert_N.shape[0]} pairs; a router whose experts choose tokens needs "
             "parallel.dispatch.kind=all_to_all"
         )
-    token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)
+    token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)  # the order DeepEP needs
     # asserted on the device, because a check on the host would sync
     in_order = (assignments.token_N == token_N).all()
     torch._assert_async(in_order, "deep_ep: pairs are not in the order of tokens")  # pyright: ignore[reportPrivateImportUsage]
@@ -51,7 +51,7 @@ def make_buffer(group: Any, hidden_dim: int) -> Any:
     """A `deep_ep.Buffer` for bf16 rows of `hidden_dim`, as large as DeepEP's hints say. Collective: DeepEP exchanges its
     handles as Python objects."""
     deep_ep = import_module("deep_ep")  # preflight has checked that it is installed
-    size, row_bytes = group.size(), hidden_dim * 2
+    size, row_bytes = group.size(), hidden_dim * 2  # bf16
     configs = (deep_ep.Buffer.get_dispatch_config(size), deep_ep.Buffer.get_combine_config(size))
     return deep_ep.Buffer(
         group,
@@ -123,11 +123,11 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         num_slots = len(self.placement.slots[self.wire.rank])
         slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # no selection: sorted last
         pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
-        plan.settle(Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots])))
+        plan.arrived = Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots]))
         return rows_RD
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        return self.buffer.dispatch(rows_TD, handle=plan.arrival.handle)[0]
+        return self.buffer.dispatch(rows_TD, handle=plan.arrival.handle)[0]  # no host sync: the handle has the counts
 
     def reduce(self, rows_RD: Tensor, plan: DeepEPPlan, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
         return self.buffer.combine(rows_RD, plan.arrival.handle, topk_weights=weight_RY)[:2]

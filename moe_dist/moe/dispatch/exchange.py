@@ -139,10 +139,10 @@ class DispatchSend:
         if weight_N is not None:
             name, weight_P = DISPATCH_ROWS, weight_N.index_select(0, plan.pair_P)
             self.own_weight = weight_P[plan.num_remote_pairs :]
-            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)
+            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)  # before the rows
         own = plan.num_own_rows
         self.send_SD = exchange.buffers.take(plan.num_remote_rows, table_MD)
-        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)
+        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the one copy of remote rows
         self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
         self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
         torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while the others are in flight
@@ -155,7 +155,7 @@ class DispatchSend:
     def wait(self) -> Tensor:
         """Returns rows [R, D]: own rows, then received rows."""
         self.rows.wait()
-        self.exchange.buffers.give(self.send_SD)
+        self.exchange.buffers.give(self.send_SD)  # only now, because the collective has read it
         return self.rows_RD
 
 
@@ -179,7 +179,7 @@ class CombineReceive:
     def wait_weights(self, num_weights: int) -> Tensor:
         """Returns the gradient of the weights [N], zero where no pair is taken."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
-        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)
+        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # pairs are unique: no addition
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
         """Returns the sums of the rows and of `base_MD`, if given, [M, D]: rounded once to the rows' dtype."""
@@ -187,7 +187,7 @@ class CombineReceive:
         if base_MD is None:  # a sum in fp32: M x D x 4 bytes beside bf16 rows
             sum_MD = rows_RD.new_zeros((plan.table_rows, rows_RD.shape[1]), dtype=dtype)
         else:
-            sum_MD = base_MD.to(dtype, copy=True)
+            sum_MD = base_MD.to(dtype, copy=True)  # a copy, because the caller keeps its base
         add_rows(sum_MD, plan.row_O, rows_RD[: plan.num_own_rows])  # while the others are in flight
         add_rows(sum_MD, plan.row_S, self.rows.wait())
         self.exchange.buffers.give(self.back_SD)

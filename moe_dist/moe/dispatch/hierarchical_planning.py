@@ -123,7 +123,7 @@ class NodePlanner:
         place_N = tables.rank_E[expert_N] // per_node
         place_N = torch.where(place_N == node, num_nodes, place_N)
         place_N = torch.where(assignments.expert_N == ABSENT, num_nodes + 1, place_N)
-        by_token_N = counting_order(token_N, num_tokens)
+        by_token_N = counting_order(token_N, num_tokens)  # assignments need not be in token order
         pair_N = by_token_N[counting_order(place_N[by_token_N], num_nodes + 2)]
 
         num_out = sum(sizes.inter.pairs.send)
@@ -141,7 +141,7 @@ class NodePlanner:
         """Plans the hop inside the node. `code_A` are the codes of the middle table's pairs, in the order of its rows."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
-        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs last: they are not sent
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
         num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows: M
@@ -180,7 +180,7 @@ class NodePlanner:
         int64, flat. It needs no sort: a bitmap of (rank, token) takes W x T bytes. Does not sync."""
         total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
         taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
-        counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)
+        counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last bin takes absent pairs
         bin_N = torch.where(taken_N, tables.pair_bin_E[expert_N], total)
         counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
         cells = self.placement.num_ranks * num_tokens

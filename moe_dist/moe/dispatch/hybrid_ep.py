@@ -95,7 +95,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         """See `KernelDispatcher`. The first dispatch also counts the gathered map."""
         rows_RD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
-            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)
+            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # one byte for each bool, to each peer
             self.wire.comm_stats.count("HybridEP routing map", mapped, payload=False)
         return rows_RD
 
@@ -110,20 +110,18 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         here_ER = handle[_LOCAL_MAP][:num_rows].t()
         map_TWE = plan.routing_map_TX.view(-1, size, slots)
         sizes_of = [map_TWE.any(2).sum(0), map_TWE.sum((0, 2)), here_ER.sum(1)]
-        counts = self.wire.comm_stats.to_host(COUNTS, torch.cat(sizes_of))
+        counts = self.wire.comm_stats.to_host(COUNTS, torch.cat(sizes_of))  # host sync
         rows, pairs, here = counts[:size], counts[size : 2 * size], counts[2 * size :]
         cell_Q = compact(torch.arange(here_ER.numel(), device=here_ER.device), here_ER.reshape(-1), sum(here))
         row_Q, slot_Q = cell_Q % max(1, num_rows), cell_Q // max(1, num_rows)
         plan.domain_slots = weight_RY.shape[1]
         plan.count(own, rows, pairs)
-        plan.settle(
-            Arrival(
-                handle=handle,
-                weight_RY=weight_RY[:, self._own_columns].contiguous(),
-                pair_Q=row_Q * slots + slot_Q,
-                row_of_pair_Q=row_Q,
-                slot_counts=tuple(here[: len(self.placement.slots[own])]),
-            )
+        plan.arrived = Arrival(
+            handle=handle,
+            weight_RY=weight_RY[:, self._own_columns].contiguous(),
+            pair_Q=row_Q * slots + slot_Q,
+            row_of_pair_Q=row_Q,
+            slot_counts=tuple(here[: len(self.placement.slots[own])]),
         )
         return rows_RD
 
@@ -134,7 +132,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
     def reduce(self, rows_RD: Tensor, plan: HybridEPPlan, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
         probs = None
         if weight_RY is not None:
-            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)
+            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # combine needs all slots of the domain
             probs[:, self._own_columns] = weight_RY
         return self.buffer.combine(rows_RD, probs=probs, handle=plan.arrival.handle)
 

@@ -67,15 +67,12 @@ class Arrival:
 
 @dataclass
 class KernelPlan:
-    """The plan of one layer and micro-batch. The first dispatch completes it: HybridEP knows no counts before."""
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`; with HybridEP also the counts."""
 
     layer: str
     own_rows: int = 0
+    arrived: Arrival | None = None
     _sent: SentCounts | None = None
-    _arrival: Arrival | None = None
-
-    def settle(self, arrival: Arrival) -> None:
-        self._arrival = arrival
 
     def count(self, own: int, rows_W: list[int], pairs_W: list[int]) -> None:
         """Sets the counts from the numbers of rows and pairs to each rank."""
@@ -83,14 +80,10 @@ class KernelPlan:
         self._sent = SentCounts(sum(rows_W) - rows_W[own], sum(pairs_W), sum(pairs_W) - pairs_W[own])
 
     @property
-    def arrived(self) -> bool:
-        return self._arrival is not None
-
-    @property
     def arrival(self) -> Arrival:
-        if self._arrival is None:
+        if self.arrived is None:
             raise AssertionError("a rank's pairs are known when rows have arrived: call dispatch first")
-        return self._arrival
+        return self.arrived
 
     @property
     def sent(self) -> SentCounts:
@@ -129,6 +122,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         self.numbers = SlotNumbers.of(placement, multiple=multiple)
         self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
         self._buffer = buffer
+        # cached, because a copy to the device in each layer would be a host sync
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 
     @property
@@ -139,7 +133,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         return self._buffer
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: K) -> DispatchedRows:
-        weight_TX = self.weights_of_tokens(weight_N.float(), plan)
+        weight_TX = self.weights_of_tokens(weight_N.float(), plan)  # the kernels take fp32
         rows_RD, weight_RY = _Dispatch.apply(h_TD, weight_TX, self, plan)  # pyright: ignore[reportGeneralTypeIssues]
         return DispatchedRows(rows_RD, weight_RY.reshape(-1)[plan.arrival.pair_Q].to(weight_N.dtype))
 

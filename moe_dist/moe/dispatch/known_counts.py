@@ -73,7 +73,7 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
                 "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
-        order = self._order(counts, assignments.token_N.device)
+        order = self._order(counts, assignments.token_N.device)  # cached: layers of a micro-batch share it
         # Wrong counts would send rows to wrong experts. Asserted on the device, because a check on the host would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]

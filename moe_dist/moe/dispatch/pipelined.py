@@ -99,6 +99,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         `repeated` it skips combine and fills y with NaN, so that any accidental use shows."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
         parts, flights = h_TD.split(lengths), [_Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
+        # without overlap the shared expert runs before the first exchange is issued
         shared_TD = None if shared is None or self.overlap else shared(h_TD)
         bases: list[Tensor | None] = [None] * len(flights)
         y_parts = []
@@ -114,7 +115,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
             thread, rows_RD, weight_Q = _EndDispatch.apply(thread, flight)  # pyright: ignore[reportGeneralTypeIssues]
             rows = DispatchedRows(mark(f"pairs{flight.plan.suffix}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
-            if index > 0:
+            if index > 0:  # combine of the chunk before was in flight during these experts
                 thread, y_TD = _EndCombine.apply(thread, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
             thread = _StartCombine.apply(thread, out_RD, flight)
@@ -188,7 +189,7 @@ class _EndDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
-        weight_Q = send.wait_weights()
+        weight_Q = send.wait_weights()  # in the order of issue
         return thread.new_empty(0), send.wait(), weight_Q
 
     @staticmethod

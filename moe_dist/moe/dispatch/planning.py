@@ -142,7 +142,7 @@ class Planner:
             raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")
         tables = self._tables_on(assignments.expert_N.device)
         cells = self._cells(assignments, num_tokens, tables)
-        order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)
+        order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)  # queued before the sync
         counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the host sync
         arriving = sum(sum(each.rows.receive) for each in counts.sizes)
         check_receive_rows(arriving, self.max_receive_rows, self.wire.rank, "one layer")
@@ -191,7 +191,7 @@ class Planner:
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
         taken_N = assignments.expert_N != ABSENT
-        expert_N = assignments.expert_N.clamp_min(0)
+        expert_N = assignments.expert_N.clamp_min(0)  # a valid index for absent pairs too, which are masked below
         bin_N, place_N, token_N = tables.bin_E[expert_N], tables.place_E[expert_N], assignments.token_N
         run_N = place_N
         if chunks > 1:
@@ -210,7 +210,7 @@ class Planner:
         return _Cells(
             bin_N=bin_N,
             run_N=run_N,
-            index_N=index.view(-1)[cell_N.clamp_max(index.numel() - 1)] - 1,
+            index_N=index.view(-1)[cell_N.clamp_max(index.numel() - 1)] - 1,  # the running count includes the row itself
             row_counts=index[:, -1].to(torch.int64),
             pair_counts=pair_counts[:-1],
         )
@@ -222,12 +222,12 @@ class Planner:
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
         received = message
-        if self.wire.group is None:
+        if self.wire.group is None:  # one rank receives what it sends
             sent_values = received_values = comm_stats.to_host(SPLIT_SIZES, message)
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy for both, so one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
         # for each rank [C, X]; ranks have different numbers of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
@@ -270,7 +270,7 @@ class Planner:
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
         pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
-        return pairs, [each.to(torch.int64) for each in indices]
+        return pairs, [each.to(torch.int64) for each in indices]  # they travel as int32
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
@@ -292,7 +292,7 @@ class Planner:
         total, length_X = index_Q.shape[0], pairs_HX.reshape(-1)
         first_HX = (length_X.cumsum(0) - length_X).view(pairs_HX.shape)
         row_Q = index_Q + spread(rows_H.cumsum(0) - rows_H, pairs_HX.sum(1), total)
-        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)
+        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)  # by slot, then by rank: no sort
         return order_Q, row_Q[order_Q]
 
     def _make_tables(self, device: torch.device) -> _Tables:

@@ -25,7 +25,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
-        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]
+        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # held, not saved: the plan owns the index anyway
         return table_TD.index_select(0, index_Q)  # on the host faster than table[index]
 
     @staticmethod
@@ -48,7 +48,7 @@ class _WeightedSum(torch.autograd.Function):
         (grad_RD,) = grads
         y_QD, weight_Q = ctx.saved_tensors
         grad_QD = grad_RD.index_select(0, ctx.row_Q)
-        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)
+        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)  # Q x D numbers in the weights' dtype
         return (grad_QD * weight_Q[:, None]).to(y_QD.dtype), grad_weight_Q, None, None
 
 
@@ -102,7 +102,7 @@ def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
 
     `total` is the sum of the lengths; CUDA would have to sync to learn it.
     """
-    shift_X = start_X - (length_X.cumsum(0) - length_X)
+    shift_X = start_X - (length_X.cumsum(0) - length_X)  # distance of a run's items from their places in the result
     return spread(shift_X, length_X, total) + torch.arange(total, device=start_X.device)
 
 
@@ -113,6 +113,6 @@ def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
     """`items[keep]` in order. Does not sync, because its length is given."""
-    kept = items_N.new_empty(num_kept + 1)
+    kept = items_N.new_empty(num_kept + 1)  # the last place takes all items that are not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]

@@ -147,7 +147,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             h_TD = h_TD.to(dtype)
             logits_TE = self._logits(h_TD)
             member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
-            inside_TE = member_TG[:, self.group_of_expert_E]
+            inside_TE = member_TG[:, self.group_of_expert_E]  # T x E bytes
             noisy_TE = self._with_noise(logits_TE, cache.batch_info)
             weight_TE = noisy_TE.sigmoid()
             by_choice = self.training or self.noncausal
@@ -235,7 +235,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
         shares = [self.share_of_group[index] for index in self.group_of_E]
         pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, batch_info, self.selection_scope.ep_ranks)
-        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])
+        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # a sort without a host sync
 
     @torch.no_grad()
     def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, inside_TE: Tensor, member_TG: Tensor) -> RouterSums:
@@ -251,7 +251,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             choices_C=choice.taken_TE.sum(0),
             prob_C=score_TE.sum(0),
             tokens_G=tokens_G,
-            log_z_squared_G=score_TE.new_zeros(len(self.groups)),
+            log_z_squared_G=score_TE.new_zeros(len(self.groups)),  # sigmoids have no z-loss
             entropy_G=entropy_T @ member,
             dropped_E=torch.zeros_like(self.group_of_expert_E),
             choice=ChoiceSums(

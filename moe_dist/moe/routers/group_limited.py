@@ -68,7 +68,7 @@ class GroupLimitedRouter(TopKRouter):
         if self.selection_bias:
             score_TC = score_TC + self._bias(score_TC.dtype)
         score_TC = score_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))
-        if self.topk_group == self.n_group:
+        if self.topk_group == self.n_group:  # all node groups are allowed
             return score_TC
         parts = [self._within_limit(score_TC[:, group.first_expert :][:, : group.num_experts]) for group in self.groups]
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)
@@ -78,7 +78,7 @@ class GroupLimitedRouter(TopKRouter):
         tie."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk does not order ties
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 

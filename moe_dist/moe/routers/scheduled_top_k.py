@@ -55,7 +55,7 @@ class ScheduledTopKRouter(TopKRouter):
         super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
         self.place, self.seed = place, seed
         self.load_G = tuple(float(active_experts[group.name][place]) for group in groups)
-        self.reset_buffers()
+        self.reset_buffers()  # again, because the base class made them without loads
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
@@ -75,6 +75,7 @@ class ScheduledTopKRouter(TopKRouter):
         step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
         token_T = torch.arange(group_T.shape[0], device=group_T.device) + first
         column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
+        # float64, because fp32 rounds a draw near 1 to 1
         uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]
         more_T = (uniform_T < self.fraction_G[group_T]).to(torch.int64)
         place_K = torch.arange(self.num_choices, device=group_T.device)

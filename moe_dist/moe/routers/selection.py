@@ -104,17 +104,6 @@ def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ScopeRanks:
-    """The process groups and global ranks of all possible scopes of one rank."""
-
-    world: dist.ProcessGroup | None = None
-    world_size: int = 1
-    rank: int = 0
-    ep: dist.ProcessGroup | None = None
-    ep_ranks: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
 class SelectionScope:
     """The ranks whose tokens compete.
 
@@ -132,23 +121,6 @@ class SelectionScope:
     ep_ranks: tuple[int, ...] = (0,)
     comm_stats: CommStats | None = None
     tracker: CollectiveTracker | None = None
-
-    @classmethod
-    def over(
-        cls, kind: ScopeKind, where: ScopeRanks, *, comm_stats: CommStats | None, tracker: CollectiveTracker | None
-    ) -> "SelectionScope":
-        """Makes the scope of a kind. A scope of one rank has no group."""
-        ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
-        group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
-        return cls(
-            kind=kind,
-            group=group if len(ranks) > 1 else None,
-            ranks=ranks,
-            own=ranks.index(where.rank),
-            ep_ranks=where.ep_ranks,
-            comm_stats=comm_stats,
-            tracker=tracker,
-        )
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
         """T of each rank of the scope. Without `batch_info` (evaluation, mixture of depths) all ranks have the same T."""
@@ -187,7 +159,7 @@ class SelectionScope:
         longest = max(lengths)  # all-gather needs equal sizes
         padded = logits_TE.new_full((longest, logits_TE.shape[1]), OUTSIDE)
         padded[: logits_TE.shape[0]] = logits_TE
-        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))
+        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # S x T x E numbers on every rank
         if self.comm_stats is not None:
             self.comm_stats.count(name, (len(lengths) - 1) * padded.nbytes, payload=False)
         with track_collective(self.tracker, name, device=padded.device, layer=layer):
@@ -220,7 +192,7 @@ def choose(
         keep_order: Also return the order; only for a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
-    order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices
+    order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # O(U x E) memory in int64
     place_U = torch.arange(logits_UE.shape[0], device=logits_UE.device)
     taken_UE = torch.zeros_like(order_UE, dtype=torch.bool).scatter_(0, order_UE, place_U[:, None] < room_E)
     kth_score_E = _kth_score(logits_UE, order_UE if noisy_UE is logits_UE else None, room_E)
@@ -232,7 +204,7 @@ def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Te
     that order is known."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
-    if order_UE is None:
+    if order_UE is None:  # with noise the k-th largest score needs a second sort
         order_UE = torch.sort(logits_UE, dim=0, descending=True).indices
     last_1E = (room_E - 1).clamp_min(0)[None]
     kth_score_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
@@ -257,7 +229,7 @@ def counted_pairs(
         for rank in ep_ranks
     )
     mine = counts_WE[list(ep_ranks).index(batch_info.rank)]
-    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])
+    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # counts are on the host
     expert_N = torch.cat(
         [torch.full((count,), expert, dtype=torch.int64, device=token_N.device) for expert, count in enumerate(mine)]
     )

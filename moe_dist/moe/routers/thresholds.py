@@ -63,7 +63,7 @@ class ThresholdUpdater:
             kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
-        tokens_E = tokens_LG.to(torch.float64).flatten()
+        tokens_E = tokens_LG.to(torch.float64).flatten()  # first one number for each gate, then one for each chooser
         tokens_E = torch.cat([one.expand(size) for one, size in zip(tokens_E.split(1), sizes, strict=True)])
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)
@@ -81,5 +81,5 @@ def updated(
     """Returns threshold, mean and steps after one step with q = `kth_score_n`. The tensors may have any shape."""
     weight_n = (1.0 / (steps_n + 1.0)).clamp_min(1.0 - decay)
     new_mean_n = mean_n + weight_n * (kth_score_n - mean_n)
-    new_threshold_n = new_mean_n + (threshold_n - mean_n)
+    new_threshold_n = new_mean_n + (threshold_n - mean_n)  # keeps the correction d
     return new_threshold_n.to(threshold_n.dtype), new_mean_n.to(mean_n.dtype), steps_n + 1.0

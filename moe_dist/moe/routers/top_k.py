@@ -140,10 +140,10 @@ class TopKRouter(nn.Module):
         (float64 for a float64 model). Shapes depend on T alone: no host sync."""
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
-        with torch.autocast(device_type=h_TD.device.type, enabled=False):
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):  # or it would run the router in bf16
             logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
-            inside_TC = self.group_of_column_C == group_T[:, None]
+            inside_TC = self.group_of_column_C == group_T[:, None]  # T x C bytes
             # Padding keeps finite logits, because the softmax of a row of -inf is NaN; every sum masks padding.
             masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
             probs_TC = self._probs(masked_TC)
@@ -174,7 +174,7 @@ class TopKRouter(nn.Module):
                 if count:
                     rows = self._gate(group, kind).to(h_TD.dtype)
                     products = [F.linear(h_TD, slice_nD) for slice_nD in rows.split(group.num_experts)]
-                    single = (kind, self.null_logit) == ("null", "single")
+                    single = (kind, self.null_logit) == ("null", "single")  # one logit stands in all null columns
                     parts += [products[0].expand(-1, count)] if single else products
         return torch.cat(parts, dim=1)
 
@@ -200,7 +200,7 @@ class TopKRouter(nn.Module):
             return score_TC
         biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
         biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
-        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])
+        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # on the device: no host sync
         return torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
 
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
@@ -239,6 +239,7 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
+        # the last column takes all other choices, so that shapes do not depend on data
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
@@ -253,7 +254,7 @@ class TopKRouter(nn.Module):
                 capacity_of(self.capacity.factor, choices_E, self.columns_E),
                 self.capacity.drop,
             )
-            cache.dropped_TK = over_N.view_as(chosen.column_TK)
+            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # recompute must drop the same pairs
         return cache.dropped_TK
 
     @staticmethod
@@ -284,7 +285,7 @@ class TopKRouter(nn.Module):
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
     """Softmax over the marked entries of each row, and 0 elsewhere. A row without marks is 0 with a zero gradient."""
-    safe_TK = torch.where(among_TK, logits_TK, 0.0)
+    safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients behind the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
