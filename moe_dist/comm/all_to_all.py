@@ -105,7 +105,7 @@ class AllToAll:
         have something to send.
 
         Args:
-            layer, name: As in `Pending`.
+            layer, name: See `Pending`.
             payload: The items are hidden rows, not metadata.
             out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
         """
@@ -119,7 +119,7 @@ class AllToAll:
         return pending
 
     def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "") -> Tensor:
-        """Exchanges metadata and waits: the items received, [sum(receive), ...]."""
+        """Exchanges metadata, waits, and returns the received items [sum(receive), ...]."""
         return self.start(items, splits, name=name, layer=layer).wait()
 
 
@@ -147,7 +147,7 @@ class RowBuffers:
         storage = None if index is None else self._free.pop(index)
         if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # bytes, so that every dtype can use them
 
     def give(self, rows: Tensor) -> None:
         """Takes rows back; their values may change from now on."""

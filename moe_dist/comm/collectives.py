@@ -61,7 +61,7 @@ class CommStats:
         return tensor
 
     def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
-        """Integers [n] as a list. The named host sync of a layer: the host waits for all work queued on the device."""
+        """Copies integers [n] to the host as a list, and records `name`. The host waits for all queued work."""
         self.event(f"sync {name}")
         return counts.tolist()  # host sync
 
@@ -78,7 +78,7 @@ class CommStats:
         """Times the wait for a collective; on CUDA by events, because reading the clock would need a host sync."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            start.record()  # queued on the stream: no sync
             yield
             end.record()
             self._pending.append((start, end))
@@ -96,7 +96,7 @@ class CommStats:
 
     def take(self) -> tuple[int, int, float]:
         """Returns payload bytes, metadata bytes and seconds since the last call, and sets all counts to 0."""
-        self.drain()
+        self.drain()  # host sync on CUDA
         taken = (self.payload_bytes, self.metadata_bytes, self.seconds)
         self.payload_bytes, self.metadata_bytes, self.seconds = 0, 0, 0.0
         self.inter_node_bytes = 0

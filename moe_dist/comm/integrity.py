@@ -75,7 +75,7 @@ class CheckedAllToAll(AllToAll):
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """As `AllToAll.start`.
+        """Compares the ranks' sizes, then starts the exchanges of the rows and of their checksums. See `AllToAll.start`.
 
         Raises:
             IntegrityError: the ranks disagree about the call or its sizes; no row has been sent yet.
@@ -84,7 +84,7 @@ class CheckedAllToAll(AllToAll):
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
-        sums = (content_sums(items) % MODULUS + place) % MODULUS
+        sums = (content_sums(items) % MODULUS + place) % MODULUS  # from the sender's rows, before they leave
         self._announce(items, splits, name=name, layer=layer)
         rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)
@@ -95,7 +95,7 @@ class CheckedAllToAll(AllToAll):
         tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
         mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
         one_each = Splits((1,) * self.size, (1,) * self.size)
-        theirs = self.transport.exchange(mine, one_each, name=f"announcement of {name}", layer=layer).tolist()
+        theirs = self.transport.exchange(mine, one_each, name=f"announcement of {name}", layer=layer).tolist()  # host sync
         for source, (count, their_width, their_tag) in enumerate(theirs):
             where = self._where(name, layer, source)
             if their_tag != tag:

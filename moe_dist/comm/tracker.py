@@ -85,7 +85,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._unfinished[entered] = (position, _passed(device))
+                    self._unfinished[entered] = (position, _passed(device))  # `oldest` removes it
                 else:
                     del self._unfinished[entered]
                 self._moved = time.monotonic()
@@ -94,7 +94,7 @@ class CollectiveTracker:
     def oldest(self) -> Position | None:
         """The first unfinished collective; None if there is none and the rank is not inside `among`."""
         with self._lock:
-            for entered, (_, finished) in list(self._unfinished.items()):
+            for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes
                 if finished is not None and finished():
                     del self._unfinished[entered]
                     self._moved = time.monotonic()

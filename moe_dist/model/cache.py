@@ -44,7 +44,7 @@ class LayerCache:
         self.keys.scatter_(2, at, key_BHNd)
         self.values.scatter_(2, at, value_BHNd)
         self.positions.scatter_(1, place_BN, torch.where(taken_BN, positions_BN, _NEVER))
-        self.lengths += taken_BN.sum(1)
+        self.lengths += taken_BN.sum(1)  # on the device: no sync
 
     def entries(self, positions_BN: Tensor, taken_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the keys and values [B, H, C, d], and a bool mask [B, 1, N, C] of the entries that each query sees: those

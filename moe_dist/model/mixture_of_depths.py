@@ -122,7 +122,7 @@ class DepthRouter(ChoosingRouter):
         sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # detached: the auxiliary loss trains no other parameter
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:

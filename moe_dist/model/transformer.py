@@ -117,8 +117,8 @@ class Transformer(nn.Module):
         return self._logits(x_BSD), reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, N, V] of N new tokens of each sequence, and adds the new tokens to the cache. Each sequence is one
-        document. Call it in evaluation mode.
+        """Returns logits [B, N, V] of N new tokens of each sequence, and adds the new tokens to the cache. Each sequence is
+        one document. Call it in evaluation mode.
 
         The logits equal those of `forward` over the whole sequences up to rounding.
 

@@ -30,8 +30,8 @@ class MoELayer(nn.Module):
         dispatcher: Sends rows to their experts' ranks, and sums the results back into the tokens.
         shared: An expert that computes every token, or None.
         free: Identity and constant experts, if a group has any.
-        recompute: What backward computes again. `experts`: the expert FFNs, which repeats no exchange. `block`: the whole
-            layer but the routing and the plan, which repeats the dispatch exchange.
+        recompute: Backward computes these parts again. `experts`: the expert FFNs, which repeats no exchange. `block`: the
+            whole layer but the routing and the plan, which repeats the dispatch exchange.
         name: Name of the layer in records, and in reports of a hang or of damage.
     """
 

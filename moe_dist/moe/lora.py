@@ -153,7 +153,7 @@ class LoRALayer(nn.Module):
         norm: Frozen norm of the base model.
         router: A top-k router whose weights are plain probabilities.
         ffn: Frozen FFN with `gate`, `up` and `down`.
-        recompute: What backward computes again. `experts`: the FFN and the adapters. `block`: all but the routing.
+        recompute: Backward computes these parts again. `experts`: the FFN and the adapters. `block`: all but the routing.
         seed, layer: Name the draws of the dropout, together with the step and the tokens.
         comm_stats: Records the host syncs.
     """

@@ -37,7 +37,7 @@ def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterat
         return
     address, listener = publish(path, env, listening_host(env, os.environ))
     try:
-        # the store takes over the listening socket, so that no other process can take the port in between
+        # the store gets the listening socket itself, so that no other process can take the port in between
         options: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
         store = TCPStore(address.host, address.port, env.world_size, True, wait, **options)
         yield PrefixStore(address.secret, store)  # a peer with another secret cannot see the keys

@@ -58,7 +58,7 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 
-def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str, SelectionScope]:
+def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str, Any]:
     """The selection scopes of expert choice and of mixture of depths, as keywords of `build_model`."""
 
     def scope(kind: ScopeKind) -> SelectionScope:

@@ -77,7 +77,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         capacity: c, the share of its group's tokens that each expert takes; None takes `ExpertGroup.capacity`, or else
             top_k / num_experts.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa has 1.
-        causal: How evaluation routes tokens; with None evaluation is an error.
+        causal: The rule by which evaluation routes each token alone. With None, evaluation is an error.
         threshold_decay: Decay of the running means of the thresholds.
         selection_scope: The ranks whose tokens compete.
         seed, layer: Name the noise, together with the step, token and expert.

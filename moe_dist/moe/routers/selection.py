@@ -69,7 +69,7 @@ class ChoosingRouter(nn.Module):
     """A router whose E choosers take tokens in training.
 
     Attributes:
-        causal: How evaluation decides for a token.
+        causal: The rule by which evaluation decides for each token alone.
         noncausal: Evaluation selects as training does, from all tokens, but without noise.
     """
 
