@@ -1,1 +1,1 @@
-"""Collectives as differentiable, counted operations on process groups and tensors; the groups are made elsewhere."""
+"""Collectives over process groups, with counts of their bytes. `parallel/mesh.py` makes the groups."""

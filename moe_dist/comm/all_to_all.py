@@ -1,4 +1,4 @@
-"""Uneven all-to-all over one process group: counted, and in flight until it is waited for; and buffers for its rows."""
+"""Asynchronous all-to-all with uneven splits over one process group, and reusable buffers for its rows."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +14,7 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass(frozen=True)
 class Splits:
-    """How many items go to, and come from, each rank of the group. The own rank's entries are 0: they stay on this rank."""
+    """Numbers of items to and from each rank of the group. The own rank has 0, because its items never leave it."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -25,63 +25,60 @@ class Splits:
 
 @dataclass(eq=False)
 class Pending:
-    """An all-to-all that was issued. Until it has been waited for, its items must not change and its result is undefined.
+    """An all-to-all in flight. Until `wait` returns, the sent items must not change and `received` is undefined.
 
     Attributes:
-        layer, name: The layer that issued it, and the name of its content.
-        splits: Its sizes.
-        received: The buffer that receives.
-        comm_stats, tracker: Where it is counted and noted.
+        wire: The `AllToAll` that issued it.
+        layer, name: The layer that asked for it and its content, for records and for the report of a hang.
+        received: Buffer for the items that arrive, [sum(receive), ...].
     """
 
+    wire: "AllToAll" = field(repr=False)
     layer: str
     name: str
     splits: Splits
     received: Tensor = field(repr=False)
-    comm_stats: CommStats = field(repr=False)
-    tracker: CollectiveTracker | None = field(default=None, repr=False)
     _work: dist.Work | None = None
-    _items: Tensor | None = None  # the collective reads it until it has ended
+    _items: Tensor | None = None  # keeps the memory alive that the collective still reads
     _waited: bool = False
 
-    def issue(self, items: Tensor, group: dist.ProcessGroup) -> None:
+    def issue(self, items: Tensor) -> None:
         """Starts the collective. `AllToAll` calls it once."""
         self._items = items
-        with self.comm_stats.timed_call(items.device), self._tracked():
+        with self.wire.comm_stats.timed_call(items.device), self._tracked():
             self._work = dist.all_to_all_single(
-                self.received, items, list(self.splits.receive), list(self.splits.send), group=group, async_op=True
+                self.received,
+                items,
+                list(self.splits.receive),
+                list(self.splits.send),
+                group=self.wire.group,
+                async_op=True,
             )
 
     def wait(self) -> Tensor:
-        """The items received, [sum(receive), ...]. Blocks the stream, not the host (on gloo the host). Call it once."""
+        """The items received, [sum(receive), ...]. On NCCL the stream waits, on gloo the host. Call it once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
-            self.comm_stats.event(f"wait {self.name}")
-            with self.comm_stats.timed(self.received.device), self._tracked():
+            self.wire.comm_stats.event(f"wait {self.name}")
+            with self.wire.comm_stats.timed(self.received.device), self._tracked():
                 self._work.wait()
         self._waited, self._items = True, None
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Notes the collective for the watchdog, around the call (a first call may wait for its peers) and around the wait.
-        Between the two the rank itself is in no collective."""
-        return track_collective(
-            self.tracker,
-            self.name,
-            device=self.received.device,
-            layer=self.layer,
-            send=self.splits.send,
-            receive=self.splits.receive,
-        )
+        """Shows the watchdog that this rank is inside the collective: during the call, because the first call may wait for
+        its peers, and during the wait. In between, the rank computes."""
+        where = {"layer": self.layer, "send": self.splits.send, "receive": self.splits.receive}
+        return track_collective(self.wire.tracker, self.name, device=self.received.device, **where)
 
 
 class AllToAll:
-    """All-to-all over one process group. Without a group it is the identity on a single rank: the same calls, no bytes.
+    """All-to-all over one process group. Without a group it has one rank, and each exchange moves nothing.
 
     Args:
-        tracker: Notes its collectives for the watchdog.
-        between_nodes: Its ranks are on different nodes; its payload is counted apart as well.
+        tracker: Tracks each exchange for the watchdog.
+        between_nodes: The ranks of the group are on different nodes; the payload then also counts as inter-node bytes.
     """
 
     def __init__(
@@ -102,42 +99,39 @@ class AllToAll:
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """Issues the exchange of consecutive slices of `items` [sum(send), ...] to the ranks in order, and returns at once.
+        """Sends consecutive slices of `items` [sum(send), ...] to the ranks in order, and returns at once.
 
-        Counted here, at the call. All ranks of the group must call it in the same order, with whatever sizes, zero
-        included: nothing is skipped on empty splits, since a peer may have something to send.
+        All ranks of the group must call it in the same order. An exchange without items is issued too, because a peer may
+        have something to send.
 
         Args:
-            name, layer: Name of the content and of the layer, for records and for the report of a hang.
-            payload: Rows, in contrast to metadata.
+            layer, name: See `Pending`.
+            payload: The items are hidden rows, not metadata.
             out: Contiguous tensor [sum(receive), ...] that receives; a new one if None.
         """
         received = items.new_empty((sum(splits.receive), *items.shape[1:])) if out is None else out
-        pending = Pending(
-            layer=layer, name=name, splits=splits, received=received, comm_stats=self.comm_stats, tracker=self.tracker
-        )
-        if self.group is None:
-            return pending
-        remote = sum(splits.send) - splits.send[self.rank]  # the own slice is a local copy
-        row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
-        self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
-        pending.issue(items.contiguous(), self.group)
+        pending = Pending(self, layer, name, splits, received)
+        if self.group is not None:
+            remote = sum(splits.send) - splits.send[self.rank]  # the own slice is a local copy
+            row_bytes = items.element_size() * items[:1].numel() if items.shape[0] else 0
+            self.comm_stats.count(name, remote * row_bytes, payload=payload, between_nodes=self.between_nodes)
+            pending.issue(items.contiguous())  # copies only if the items are strided
         return pending
 
-    def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False) -> Tensor:
-        """`start` and `wait`: the items received, [sum(receive), ...]."""
-        return self.start(items, splits, name=name, layer=layer, payload=payload).wait()
+    def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "") -> Tensor:
+        """Exchanges metadata, waits, and returns the received items [sum(receive), ...]."""
+        return self.start(items, splits, name=name, layer=layer).wait()
 
 
 class RowBuffers:
-    """Buffers of rows that live for one exchange: taken before it, given back after it, used again by the next layer.
+    """A free list of buffers for rows. An exchange takes a buffer and gives it back; the next layer uses it again.
 
-    A free list of flat storages, as many as were ever in use at once; each grows to the largest size asked for. Take only
-    rows that no backward reads: rows to be sent, and rows that arrive to be added to others. A fresh allocation of this
-    size costs the host one page fault for each 4 KiB, more than the copy into it; on CUDA the caching allocator would do.
+    A buffer grows to the largest size that was asked for. Use buffers only for rows that backward does not read: rows to
+    send, and received rows that are added to others. A fresh allocation would cost the host one page fault per 4 KiB,
+    which is more than the copy into it.
 
     Args:
-        keep: Without it a storage is freed when it is given back.
+        keep: Without it, a buffer is freed when it is given back.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
@@ -148,31 +142,18 @@ class RowBuffers:
         """Uninitialised rows [num_rows, D] with the width, dtype and device of `like` [*, D]."""
         width = like.shape[-1]
         num_bytes = num_rows * width * like.element_size()
-        for index, storage in enumerate(self._free):
-            if storage.device == like.device:
-                del self._free[index]
-                break
-        else:
-            storage = torch.empty(0, dtype=torch.uint8, device=like.device)
-        if storage.shape[0] < num_bytes:
+        same_device = (index for index, storage in enumerate(self._free) if storage.device == like.device)
+        index = next(same_device, None)
+        storage = None if index is None else self._free.pop(index)
+        if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # bytes, so that every dtype can use them
 
     def give(self, rows: Tensor) -> None:
         """Takes rows back; their values may change from now on."""
-        if not self._keep:
-            return
-        storage = rows.untyped_storage()
-        self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore
-
-    def clear(self) -> None:
-        """Forgets the storages that are free now."""
-        self._free.clear()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the storages that are free now."""
-        return sum(storage.untyped_storage().nbytes() for storage in self._free)
+        if self._keep:
+            storage = rows.untyped_storage()  # the whole storage, also beyond the rows
+            self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore
 
 
 def split_sizes(counts: Sequence[int], own: int) -> tuple[int, ...]:

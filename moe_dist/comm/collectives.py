@@ -1,6 +1,6 @@
-"""Reductions over a process group, and the count of the bytes that every collective sends.
+"""Reductions over a process group, and counts of the bytes that every collective sends.
 
-Without a group (one rank) a reduction returns its argument. With a `tracker` the watchdog sees it, under its `name`.
+Without a group (one rank) a reduction returns its argument. A `tracker` shows each reduction to the watchdog by its `name`.
 """
 
 import time
@@ -17,16 +17,16 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass
 class CommStats:
-    """A running count, owned by whoever reads it; one for all layers of a model.
+    """Running counts of this rank's communication. All layers of a model share one.
 
     Attributes:
-        payload_bytes: Bytes of hidden rows (and of their gradients) that left this rank.
-        inter_node_bytes: Of the payload, what went between nodes, where the dispatcher knows nodes.
+        payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
+        inter_node_bytes: The part of the payload that left the node; 0 if the dispatcher does not know nodes.
         metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
-        seconds: Time that the host spent in calling and waiting for collectives or, on CUDA, that the stream waited for
-            them (known only after `drain`): what computation hides is not in it.
-        events: Where a list is given, in order: a collective's name at its call, "wait <name>" where it is waited for,
-            "sync <name>" where the host waits for the device, and what `mark` names.
+        seconds: Host time inside calls and waits; on CUDA the time that the stream waited, known after `drain`. Time that
+            computation hides is not counted.
+        events: If a list is given, it records in order: the name of each collective at its call, "wait <name>" at its wait,
+            "sync <name>" where the host waits for the device, and the names given to `mark`.
     """
 
     payload_bytes: int = 0
@@ -46,14 +46,13 @@ class CommStats:
         self.event(name)
 
     def event(self, name: str) -> None:
-        """Records an event, where events are recorded."""
         if self.events is not None:
             self.events.append(name)
 
     def mark(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Records `name` now, and "<name> backward" when the tensor's gradient has been computed; returns the tensor.
 
-        Costs nothing where no events are recorded: it proves what was computed while which exchange was in flight.
+        Tests use it to prove that a computation overlaps an exchange. Without a list of events it does nothing.
         """
         if self.events is not None:
             self.event(name)
@@ -62,13 +61,13 @@ class CommStats:
         return tensor
 
     def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
-        """The named host sync: integers [n] as a list. The host waits for all that the device was given before."""
+        """Copies integers [n] to the host as a list, and records `name`. The host waits for all queued work."""
         self.event(f"sync {name}")
-        return counts.tolist()
+        return counts.tolist()  # host sync
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Times the enclosed call of a collective; on CUDA, where the stream does not wait for it, nothing is counted."""
+        """Times the call of a collective on the host. On CUDA it counts nothing, because the call only queues work."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -76,10 +75,10 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Times the enclosed wait; on CUDA by events, so that the host does not wait here."""
+        """Times the wait for a collective; on CUDA by events, because reading the clock would need a host sync."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            start.record()  # queued on the stream: no sync
             yield
             end.record()
             self._pending.append((start, end))
@@ -89,15 +88,15 @@ class CommStats:
             self.seconds += time.perf_counter() - begin
 
     def drain(self) -> None:
-        """Adds the time of finished CUDA collectives. Syncs with the device; call it once a step, after the step."""
+        """Adds the times of the CUDA collectives. Call it once a step, after the step, because it syncs with the device."""
         for start, end in self._pending:
-            end.synchronize()
+            end.synchronize()  # host sync
             self.seconds += start.elapsed_time(end) / 1e3
         self._pending.clear()
 
     def take(self) -> tuple[int, int, float]:
-        """Payload bytes, metadata bytes and seconds since the last call, and starts again from zero."""
-        self.drain()
+        """Returns payload bytes, metadata bytes and seconds since the last call, and sets all counts to 0."""
+        self.drain()  # host sync on CUDA
         taken = (self.payload_bytes, self.metadata_bytes, self.seconds)
         self.payload_bytes, self.metadata_bytes, self.seconds = 0, 0, 0.0
         self.inter_node_bytes = 0
@@ -107,7 +106,7 @@ class CommStats:
 def sum_over(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "sum", tracker: CollectiveTracker | None = None
 ) -> Tensor:
-    """Sum of `tensor` over the ranks of `group`, in place; the same bits on every rank."""
+    """Sums `tensor` over the ranks of `group`, in place. Every rank gets the same bits."""
     if group is not None:
         with track_collective(tracker, name, device=tensor.device):
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
@@ -117,7 +116,7 @@ def sum_over(
 def max_over(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str = "maximum", tracker: CollectiveTracker | None = None
 ) -> Tensor:
-    """Maximum of `tensor` over the ranks of `group`, in place."""
+    """Takes the maximum of `tensor` over the ranks of `group`, in place."""
     if group is not None:
         with track_collective(tracker, name, device=tensor.device):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
@@ -128,34 +127,23 @@ def sum_gradients(
     parameters: list[torch.nn.Parameter],
     group: dist.ProcessGroup | None,
     *,
+    flat: bool,
     name: str = "gradients",
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sums the gradients of `parameters` over `group`, in place, one all-reduce each: for few large tensors."""
-    for gradient in _gradients(parameters):
-        sum_over(gradient, group, name=name, tracker=tracker)
+    """Sums the gradients of `parameters` over `group`, in place.
 
-
-def sum_small_gradients(
-    parameters: list[torch.nn.Parameter],
-    group: dist.ProcessGroup | None,
-    *,
-    name: str = "gradients",
-    tracker: CollectiveTracker | None = None,
-) -> None:
-    """The same in one all-reduce of a concatenated copy: for many small tensors."""
-    gradients = _gradients(parameters)
-    if group is None or not gradients:
-        return
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    flat = sum_over(flat, group, name=name, tracker=tracker)
-    for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
-
-
-def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """All gradients; a missing one would make ranks disagree about what is summed, so it is an error."""
+    Args:
+        flat: One all-reduce of a concatenated copy, for many small tensors. Otherwise each gradient has its own all-reduce
+            and is not copied, for few large tensors.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if len(gradients) != len(parameters):
+    if len(gradients) != len(parameters):  # the ranks would sum different tensors
         raise AssertionError("a parameter has no gradient; an expert without rows must get zeros")
-    return gradients
+    if not flat:
+        for gradient in gradients:
+            sum_over(gradient, group, name=name, tracker=tracker)
+    elif group is not None and gradients:
+        summed = sum_over(torch.cat([gradient.reshape(-1) for gradient in gradients]), group, name=name, tracker=tracker)
+        for gradient, part in zip(gradients, summed.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -1,17 +1,17 @@
-"""An all-to-all that checks each exchange: a debug switch that finds rows lost, doubled, swapped or changed in transit.
+"""An all-to-all for debugging. It finds rows that were lost, doubled, swapped or changed in transit.
 
-Beside each exchange go two of metadata, in the same order on every rank:
+Each exchange has two more exchanges of metadata, in the same order on every rank:
 
-    before it   three integers a pair of ranks: the number of rows, their bytes, and the call. If they differ from the
-                receiver's own, that is an error before the exchange, not a hang in it.
-    after it    one checksum a row. The receiver computes it again from the row received.
+    before      for each pair of ranks the number of rows, the bytes of a row, and a tag of the call. If a sender's numbers
+                differ from the receiver's, the receiver raises an error instead of hanging in the exchange.
+    after       one checksum for each row. The receiver computes the checksum of the received row and compares.
 
-A row's checksum is an exact integer: the sum of its 32-bit words times odd weights of 15 bits, so that any changed word
-changes it, then, mod 2^61 - 1, a term of the row's position, source and destination. A lost, doubled or swapped row
-then shows the checksum of another position. Shape letters: N rows, B bytes of a row, W words.
+A row's checksum is an exact integer. The content term is the sum of the row's 32-bit words times odd 15-bit weights, so
+that a changed word changes it. The place term is made of the row's position, source and destination, mod 2^61 - 1, so that
+a lost, doubled or swapped row shows the checksum of another position. Shape letters: N rows, B bytes of a row, W words.
 
-The rank that finds a fault raises, and enters no other collective: its end closes the connections, and the launcher ends
-the peers. There is no vote, since after a damaged exchange no collective can be trusted either.
+The rank that finds an error raises and enters no other collective. Its exit closes its connections, and the launcher ends
+its peers. The ranks take no vote, because after a damaged exchange no collective can be trusted.
 """
 
 import math
@@ -26,16 +26,16 @@ from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
 from moe_dist.errors import IntegrityError
 
 MODULUS = (1 << 61) - 1
-# Large and odd; their products with positions and ranks stay below 2^63.
+# Large odd factors of the place term; their products with positions and ranks stay below 2^63.
 POSITION, SOURCE, DESTINATION = 1_000_003, 1_000_000_007, 998_244_353
 WEIGHT_BITS = 15
-MAX_ROW_BYTES = 4 << 16  # words x 2^31 x 2^15 must stay below 2^63
+MAX_ROW_BYTES = 4 << 16  # so that words x 2^31 x 2^15 stays below 2^63
 
 
 def content_sums(rows: Tensor) -> Tensor:
-    """A checksum of each row's bits, int64 [N]: exact, the same on every device. Rows of any shape and dtype.
+    """Content term of each row, int64 [N]: exact, the same on every device, for rows of any shape and dtype.
 
-    Costs about two passes over the rows and 8 bytes a word of memory.
+    It costs about two passes over the rows, and memory of 8 bytes for each word.
     """
     num_rows = rows.shape[0]
     if rows.numel() == 0:
@@ -46,13 +46,13 @@ def content_sums(rows: Tensor) -> Tensor:
     bytes_NB = F.pad(bytes_NB, (0, -bytes_NB.shape[1] % 4))
     words_NW = bytes_NB.contiguous().view(torch.int32)
     index_W = torch.arange(words_NW.shape[1], device=rows.device)
-    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1
+    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd, so that no changed word is multiplied to 0
     return (words_NW * weight_W).sum(1)
 
 
 def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: torch.device) -> Tensor:
-    """For rows that lie in slices, one a peer, the term of each row's place, int64 [N]: its index in the slice, the rank it
-    comes from and the one it goes to."""
+    """Place term of each row, int64 [N], from its index in its peer's slice, its source and its destination. `splits` are
+    the lengths of the slices, in the order of peers."""
     terms = []
     for peer, count in enumerate(splits):
         source, destination = (own, peer) if sending else (peer, own)
@@ -62,10 +62,10 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 
 
 class CheckedAllToAll(AllToAll):
-    """The same calls as `AllToAll`, on top of another that carries the rows.
+    """Has the calls of `AllToAll`, and sends the rows through another `AllToAll`, the transport.
 
-    Each exchange costs two more exchanges of metadata, two host syncs and some passes over the rows. The exchange itself,
-    its order and its bits do not change.
+    Each exchange costs two more exchanges of metadata, two host syncs and some passes over the rows. The order and the
+    bits of the exchange of rows do not change.
     """
 
     def __init__(self, transport: AllToAll) -> None:
@@ -75,27 +75,27 @@ class CheckedAllToAll(AllToAll):
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """As `AllToAll.start`.
+        """Compares the ranks' sizes, then starts the exchanges of the rows and of their checksums. See `AllToAll.start`.
 
         Raises:
-            IntegrityError: the ranks do not agree about what is sent; nothing has been sent yet.
+            IntegrityError: the ranks disagree about the call or its sizes; no row has been sent yet.
         """
         transport = self.transport
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         place = position_terms(splits.send, own=self.rank, sending=True, device=items.device)
-        sums = (content_sums(items) % MODULUS + place) % MODULUS
+        sums = (content_sums(items) % MODULUS + place) % MODULUS  # from the sender's rows, before they leave
         self._announce(items, splits, name=name, layer=layer)
         rows = transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
         checks = transport.start(sums, splits, name=f"checksums of {name}", layer=layer)
         return _Checked(self, rows, checks)
 
     def _announce(self, items: Tensor, splits: Splits, *, name: str, layer: str) -> None:
-        """Compares the ranks' sizes and calls. A host sync."""
+        """Compares sizes and tags of the call with all peers. One host sync."""
         tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
         mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
         one_each = Splits((1,) * self.size, (1,) * self.size)
-        theirs = self.transport.exchange(mine, one_each, name=f"announcement of {name}", layer=layer).tolist()
+        theirs = self.transport.exchange(mine, one_each, name=f"announcement of {name}", layer=layer).tolist()  # host sync
         for source, (count, their_width, their_tag) in enumerate(theirs):
             where = self._where(name, layer, source)
             if their_tag != tag:
@@ -108,7 +108,7 @@ class CheckedAllToAll(AllToAll):
                 )
 
     def verify(self, received: Tensor, checks: Tensor, rows: Pending) -> None:
-        """Compares the rows received with their checksums. A host sync.
+        """Compares the received rows with their checksums. One host sync.
 
         Raises:
             IntegrityError: names layer, ranks, and the first rows that differ.
@@ -134,22 +134,22 @@ class CheckedAllToAll(AllToAll):
 
 
 class _Checked(Pending):
-    """An exchange in flight together with its rows' checksums."""
+    """An exchange of rows in flight together with the exchange of their checksums."""
 
-    def __init__(self, wire: CheckedAllToAll, rows: Pending, checks: Pending) -> None:
-        self.layer, self.name, self.splits = rows.layer, rows.name, rows.splits
-        self._wire, self._rows, self._checks = wire, rows, checks
+    def __init__(self, checked: CheckedAllToAll, rows: Pending, checks: Pending) -> None:
+        super().__init__(rows.wire, rows.layer, rows.name, rows.splits, rows.received)
+        self._checked, self._rows, self._checks = checked, rows, checks
 
     def wait(self) -> Tensor:
         received = self._rows.wait()
-        self._wire.verify(received, self._checks.wait(), self._rows)
+        self._checked.verify(received, self._checks.wait(), self._rows)
         return received
 
 
 def _damage(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
-    """Describes the damage to the rows of one source. `sent` and `content`: checksums without place, at the sender and at
-    the receiver."""
-    rows = wrong.nonzero().flatten().tolist()
+    """Describes the damage to the rows of one source. `sent` and `content` are the content terms at the sender and at the
+    receiver."""
+    rows = wrong.nonzero().flatten().tolist()  # host sync, only on the way to an error
     came_from = {value: index for index, value in enumerate(sent.tolist())}
     arrived = content.tolist()
     damages = []

@@ -1,6 +1,6 @@
-"""Names of the collectives: in events, in the byte counts, and in reports of a rank that hangs.
+"""Names of the collectives in events, byte counts and reports of a hang.
 
-The dispatchers put a hop (`INTER`, `INTRA`) before a name, and BACKWARD and the number of a chunk after it.
+The dispatchers put a hop (`INTER`, `INTRA`) before a name. They put BACKWARD and the number of a chunk after it.
 """
 
 COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata, in `plan`
@@ -11,7 +11,7 @@ INTER, INTRA = "inter-node ", "intra-node "
 CHOICE_LOGITS = "choice logits"  # gathered by expert choice
 DEPTH_SCORES = "depth scores"  # gathered by mixture of depths
 
-# Outside the layers.
+# Collectives of the training step and of evaluation, outside the layers.
 LABEL_COUNTS, ROUTING_COUNTS, DEPTH_COUNTS = "label counts", "routing counts", "depth counts"
 STEP_SUMS = "norm, vote and statistics"
 ROUTER_GRADIENTS, EXPERT_GRADIENTS = "router gradients", "expert gradients"

@@ -1,4 +1,4 @@
-"""Which collectives this rank is in: written where they are called, read by the watchdog's thread. Imports no torch."""
+"""Tracks the collectives that this rank is inside. Callers write; the watchdog's thread reads. Imports no torch."""
 
 import itertools
 import threading
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +17,11 @@ class Position:
     """One collective that this rank has entered.
 
     Attributes:
-        entered: How many collectives the rank had entered by then, this one included. Every rank issues the same ones in
-            the same order, so a rank with a smaller number is behind.
-        collective: Its name.
-        layer: Name of the layer that called it; empty where no layer did.
-        send, receive: Items for and from each rank of the group; empty where all ranks bring the same.
-        since: When it was entered, by time.monotonic.
+        entered: Number of collectives entered so far, this one included. Every rank issues the same collectives in the
+            same order, so a rank with a smaller number is behind.
+        layer: Layer that called it; empty outside the layers.
+        send, receive: Items to and from each rank of the group; empty if all ranks send the same number.
+        since: Time of entry, by time.monotonic.
     """
 
     entered: int
@@ -34,26 +33,26 @@ class Position:
 
 
 class CollectiveTracker:
-    """The collectives of one rank. Costs two dictionary operations each, and on CUDA one event; no sync.
+    """The collectives of one rank. Each costs two dictionary operations and, on CUDA, one event; nothing syncs.
 
     Attributes:
-        entered: Collectives entered so far.
-        waited: Seconds that the host has spent inside them so far. On CUDA it only starts them: hardly any.
+        entered: Number of collectives entered so far.
+        waited: Seconds that the host has spent inside collectives; near 0 on CUDA, where a call only queues the collective.
     """
 
     def __init__(self) -> None:
         self._count = itertools.count(1)
         self._unfinished: dict[int, tuple[Position, Callable[[], bool] | None]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # the training, checkpoint and watchdog threads share the tracker
         self._among: str | None = None
-        self._moved = 0.0
+        self._moved = 0.0  # time of the last entry or exit
         self.entered = 0
         self.waited = 0.0
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses work that calls collectives which are not noted, such as FSDP2's. A rank that has neither entered nor
-        left a noted collective for too long is then reported to be in one of those."""
+        """Encloses work that calls untracked collectives, such as FSDP2's. A rank that neither enters nor leaves a tracked
+        collective for too long is then reported to be inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:
@@ -72,9 +71,10 @@ class CollectiveTracker:
         send: Sequence[int] = (),
         receive: Sequence[int] = (),
     ) -> Iterator[None]:
-        """Around the call of a collective, or around the wait for an asynchronous one.
+        """Encloses the call of a collective, or the wait for an asynchronous one.
 
-        On CUDA the call returns before the collective has run: it counts as unfinished until the stream has passed it.
+        On CUDA the call returns before the collective has run. The collective counts as unfinished until the stream has
+        passed it.
         """
         entered = self.entered = next(self._count)
         position = Position(entered, collective, layer, tuple(send), tuple(receive), time.monotonic())
@@ -85,16 +85,16 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._unfinished[entered] = (position, _passed(device))
+                    self._unfinished[entered] = (position, _passed(device))  # `oldest` removes it
                 else:
                     del self._unfinished[entered]
                 self._moved = time.monotonic()
                 self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
-        """The first collective that has not finished; None where the rank is in none, nor inside `among`."""
+        """The first unfinished collective; None if there is none and the rank is not inside `among`."""
         with self._lock:
-            for entered, (_, finished) in list(self._unfinished.items()):
+            for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes
                 if finished is not None and finished():
                     del self._unfinished[entered]
                     self._moved = time.monotonic()
@@ -104,23 +104,15 @@ class CollectiveTracker:
 
 
 def track_collective(
-    tracker: CollectiveTracker | None,
-    collective: str,
-    *,
-    device: "torch.device",
-    layer: str = "",
-    send: Sequence[int] = (),
-    receive: Sequence[int] = (),
+    tracker: CollectiveTracker | None, collective: str, *, device: "torch.device", **where: Any
 ) -> AbstractContextManager[None]:
-    """`tracker.inside(...)`; without a tracker nothing is noted."""
-    if tracker is None:
-        return nullcontext()
-    return tracker.inside(collective, device=device, layer=layer, send=send, receive=receive)
+    """`tracker.inside` with the same arguments. Without a tracker it does nothing."""
+    return nullcontext() if tracker is None else tracker.inside(collective, device=device, **where)
 
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
-    """Whether the current stream of a CUDA device has got as far as it is filled now. Asking does not wait."""
-    import torch
+    """Returns a function that tells whether the CUDA device has finished all work queued so far. Its call does not wait."""
+    import torch  # not at module level, because a login node imports this file without torch
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

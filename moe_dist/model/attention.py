@@ -1,6 +1,6 @@
-"""Causal grouped-query attention within documents: documents packed into one sequence do not see each other.
+"""Causal grouped-query attention. Tokens attend only inside their document, also where documents share a sequence.
 
-Shape letters: B sequences, S positions, H query heads, d head width, D hidden size.
+Shape letters: B sequences, S positions, N new tokens of each sequence, H query heads, d head width, D hidden size.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from moe_dist.model.attention_lora import AttentionLoRA
 from moe_dist.model.cache import LayerCache
 from moe_dist.model.layers import ModelArgs, Projection, QKNorm, RMSNorm, rotate
+from moe_dist.moe.draws import recomputed
 from moe_dist.moe.routing import GlobalBatchInfo
 
 
 @dataclass(frozen=True)
 class FlexMask:
-    """Block mask for flex attention, which computes only blocks within documents. FSDP2 would flatten a bare one."""
+    """Block mask for flex attention, which skips the blocks between documents. FSDP2 would flatten a bare BlockMask."""
 
     blocks: BlockMask
 
@@ -32,25 +32,24 @@ AttentionMask = FlexMask | Tensor
 
 
 def dense_mask(documents_BS: Tensor) -> Tensor:
-    """The causal mask within documents, dense."""
     length = documents_BS.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
     return (documents_BS[:, :, None] == documents_BS[:, None, :])[:, None] & causal
 
 
 def flex_mask(documents_BS: Tensor) -> FlexMask:
-    """The causal mask within documents, as a block mask. Compiled on CUDA; in eager mode it builds the dense mask first."""
+    """The block mask of `dense_mask`. Compiled on CUDA, because eager mode would build the dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
 
     batch, length = documents_BS.shape
-    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask
+    make = _compiled(create_block_mask) if documents_BS.is_cuda else create_block_mask  # compiled once a shape
     return FlexMask(make(visible, batch, None, length, length, device=documents_BS.device.type))
 
 
 def make_mask(documents_BS: Tensor) -> AttentionMask:
-    """Flex attention on CUDA, a dense mask for scaled_dot_product_attention elsewhere."""
+    """A block mask for flex attention on CUDA; elsewhere a dense mask for scaled_dot_product_attention."""
     return flex_mask(documents_BS) if documents_BS.is_cuda else dense_mask(documents_BS)
 
 
@@ -60,10 +59,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Softmax attention [B, H, S, d]; k and v may have fewer heads (H_kv), each for H / H_kv query heads."""
+    """Softmax attention [B, H, S, d]. k and v may have fewer heads (H_kv); H / H_kv query heads share one of them."""
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    flex = _compiled(flex_attention) if q.is_cuda else flex_attention
+    flex = _compiled(flex_attention) if q.is_cuda else flex_attention  # eager mode would build S x S scores
     return flex(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -90,20 +89,18 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, batch_info: GlobalBatchInfo | None = None
     ) -> Tensor:
-        """`batch_info` seeds the adapters' dropout."""
+        """x [B, S, D] -> [B, S, D]. `batch_info` seeds the adapters' dropout."""
         if self.recompute and x_BSD.requires_grad:
-            return checkpoint(  # pyright: ignore[reportReturnType]
-                self._forward, x_BSD, rotary, mask, batch_info, use_reentrant=False, preserve_rng_state=False
-            )
+            return recomputed(self._forward, x_BSD, rotary, mask, batch_info)
         return self._forward(x_BSD, rotary, mask, batch_info)
 
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Attention of N new tokens of sequences whose earlier tokens are in the cache. Adds the marked tokens to the
-        cache. Rows of other tokens are finite but meaningless."""
+        """Attends from N new tokens to them and to the cache, and adds the marked tokens to the cache. The result of an
+        unmarked token is finite but meaningless."""
         q, k, v = self._project(x_BND, rotary)
-        cache.append(k, v, positions_BN, taken_BN)
+        cache.append(k, v, positions_BN, taken_BN)  # before attention, so that each new token sees itself
         k, v, visible = cache.entries(positions_BN, taken_BN)
         return self._linear("o", attend(q, k, v, visible).transpose(1, 2).flatten(2), None)
 
@@ -114,19 +111,21 @@ class Attention(nn.Module):
         return self._linear("o", attend(q, k, v, mask).transpose(1, 2).flatten(2), batch_info)
 
     def _linear(self, name: str, x: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
+        """The projection `name` of x, with its LoRA adapter if there is one."""
         y = self.get_submodule(name)(x)
         return y if self.adapters is None else self.adapters(name, x, y, batch_info)
 
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, each [B, heads, S, d]."""
+        """Queries and keys after rotation, and values, each [B, heads, S, d]."""
         h = self.norm(x_BSD)
         q = rotate(self._normed_heads(self._linear("q", h, batch_info), self.q_norm), rotary)
         k = rotate(self._normed_heads(self._linear("k", h, batch_info), self.k_norm), rotary)
         return q, k, self._heads(self._linear("v", h, batch_info))
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
+        # Qwen3 norms each head after the split, OLMoE the whole projection before it.
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))
 
     def _heads(self, x_BSE: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA on the attention (LoRA, arXiv 2106.09685): W' x = W x + (alpha / r) B A x, with W frozen.
+"""LoRA adapters of an attention module (arXiv 2106.09685): W' x = W x + (alpha / r) B A x, with W frozen.
 
 Shape letters: I inputs and O outputs of a projection, r rank.
 """
@@ -18,7 +18,7 @@ PROJECTIONS = ("q", "k", "v", "o")
 
 
 class Adapter(nn.Module):
-    """One adapter: `a` [r, I] and `b` [O, r]."""
+    """The adapter of one projection: `a` [r, I] and `b` [O, r]."""
 
     role = Role.ADAPTER
 
@@ -35,10 +35,10 @@ class AttentionLoRA(nn.Module):
     """The LoRA adapters of one attention module.
 
     Args:
-        widths: Inputs and outputs of each target.
+        widths: I and O of each projection that gets an adapter.
         rank, alpha: r, and the numerator of the scale.
         dropout: Share of an adapter's inputs that is dropped in training.
-        seed, layer: Seed the dropout's draws, together with the step and the tokens.
+        seed, layer: Name the draws of the dropout, together with the step and the tokens.
     """
 
     def __init__(
@@ -57,11 +57,12 @@ class AttentionLoRA(nn.Module):
             self.add_module(target, Adapter(inputs, outputs, rank))
 
     def forward(self, target: str, x: Tensor, y: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """y + the adapter of one projection applied to x; only y if the projection has no adapter."""
+        """y plus the adapter of the projection `target` applied to x; y if the projection has no adapter."""
         if target not in self._modules:
             return y
         if self.training and self.dropout:
             assert batch_info is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             draw = adapter_draw(self.seed, self.layer, batch_info)
+            # Negative numbers, because the projections of LoRA experts in the same layer have 0, 1, 2.
             x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
         return y + self.scale * self.get_submodule(target)(x)

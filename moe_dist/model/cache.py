@@ -1,8 +1,8 @@
 """Caches the keys and values of earlier tokens, so that a new token costs one row instead of the whole sequence.
 
-Entries are appended for each sequence separately: padding, or a token that skips a block under mixture of depths, adds no
-entry. Keys are stored after rotation. Each entry stores its position, so its place in the buffer does not matter. Nothing
-here syncs with the host.
+Each sequence appends its entries separately. Padding adds no entry, and neither does a token that skips the layer (mixture
+of depths). Keys are stored after rotation. Each entry stores its position, so its place in the buffer does not matter.
+Nothing here syncs with the host.
 
 Shape letters: B sequences, N new tokens of each, H key-value heads, d head width, C entries.
 """
@@ -16,11 +16,11 @@ _NEVER = torch.iinfo(torch.int64).max  # position of an empty entry: later than 
 
 
 class LayerCache:
-    """Entries of one layer, at most `capacity` of each of `batch` sequences."""
+    """The entries of one layer: at most `capacity` for each of `batch` sequences."""
 
     def __init__(self, args: ModelArgs, *, batch: int, capacity: int, device: torch.device) -> None:
-        # The extra last place takes the writes of unmarked tokens and is never visible. Zeros, since a masked NaN stays
-        # NaN.
+        # The extra last place takes the writes of unmarked tokens and is never visible. Zeros, because attention turns a
+        # masked NaN into NaN.
         shape, dtype = (batch, args.num_kv_heads, capacity + 1, args.head_dim), args.compute_dtype
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -39,16 +39,16 @@ class LayerCache:
         if self._seen > self.capacity:
             raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.capacity}")
         place_BN = self.lengths[:, None] + taken_BN.cumsum(1) - 1
-        place_BN = torch.where(taken_BN, place_BN, self.capacity)
+        place_BN = torch.where(taken_BN, place_BN, self.capacity)  # fixed shapes: no host sync for the number of tokens
         at = place_BN[:, None, :, None].expand_as(key_BHNd)
         self.keys.scatter_(2, at, key_BHNd)
         self.values.scatter_(2, at, value_BHNd)
         self.positions.scatter_(1, place_BN, torch.where(taken_BN, positions_BN, _NEVER))
-        self.lengths += taken_BN.sum(1)
+        self.lengths += taken_BN.sum(1)  # on the device: no sync
 
     def entries(self, positions_BN: Tensor, taken_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, H, C, d] so far, and which of them each query sees, bool [B, 1, N, C]: entries at its
-        position or earlier. A query that is not marked sees all, so that its unused row stays finite."""
+        """Returns the keys and values [B, H, C, d], and a bool mask [B, 1, N, C] of the entries that each query sees: those
+        at its position or earlier. An unmarked query sees all entries, so that its unused row stays finite."""
         queries_BN = torch.where(taken_BN, positions_BN, _NEVER)
         visible = self.positions[:, None, None, : self._seen] <= queries_BN[:, None, :, None]
         return self.keys[:, :, : self._seen], self.values[:, :, : self._seen], visible

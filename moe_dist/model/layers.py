@@ -1,7 +1,7 @@
-"""Sizes of a transformer, and its small parts: norm, projection, rotary positions. Each computes in its input's dtype.
+"""Sizes of a transformer, and its small parts: norm, projection, SwiGLU, rotary positions.
 
-Master weights may be fp32 while activations are bf16. Every weight is cast where it is used, which is free if the dtype
-already matches, as under FSDP2's mixed precision. So precision follows from the input and not from the wrapper.
+Each part computes in the dtype of its input and casts its weight to it, because master weights may be fp32 while
+activations are bf16. Under FSDP2's mixed precision the dtypes match already, and the cast is free.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class ModelArgs:
     """Sizes of a transformer.
 
     Attributes:
-        moe_layers: Indices of the MoE layers; the others are dense with `dense_ffn_dim`.
+        moe_layers: Indices of the MoE layers; the others have a dense FFN of width `dense_ffn_dim`.
         depth_layers: Indices of the mixture-of-depths layers, which compute a share of the tokens.
         qk_norm: RMSNorm on queries and keys, over each head (Qwen3) or over the whole projection (OLMoE).
-        attention_bias: The projections of the attention that have one.
+        attention_bias: The attention projections that have a bias.
         recompute_blocks: Recompute the activations of attention in backward.
-        compute_dtype: Dtype of activations; weights are cast to it where they are used.
+        compute_dtype: Dtype of activations.
     """
 
     vocab_size: int
@@ -62,8 +62,6 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """One row for each token id."""
-
     role = Role.EMBEDDING
 
 
@@ -80,7 +78,7 @@ class Projection(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x): the dense FFN, and the shared expert of an MoE layer."""
+    """down(silu(gate x) * up x), the dense FFN and the shared expert of an MoE layer."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -93,7 +91,7 @@ class SwiGLU(nn.Module):
 
 
 class GatedSwiGLU(SwiGLU):
-    """sigmoid(<x, s>) * SwiGLU(x): the shared expert of Qwen2-MoE; `scale` holds s [1, D]."""
+    """sigmoid(<x, s>) * SwiGLU(x), the shared expert of Qwen2-MoE; `scale` holds s [1, D]."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__(dim, ffn_dim)
@@ -105,13 +103,14 @@ class GatedSwiGLU(SwiGLU):
 
 def rotary_table(positions_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, S, head_dim / 2] of the rotary angles, fp32 (RoFormer, arXiv 2104.09864, equation 34)."""
+    # fp32 in any model, because bf16 angles cannot tell neighbouring positions apart
     exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     angles = positions_BS[:, None, :, None].to(torch.float32) * base**-exponents
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (i, i + d/2) of each head by the angle of their position (the layout of Llama checkpoints)."""
-    cos, sin = (part.to(x_BHSd.dtype) for part in table)
+    """Rotates the pairs (i, i + d/2) of each head by the angles of the token's position. Llama checkpoints pair them so."""
+    cos, sin = (part.to(x_BHSd.dtype) for part in table)  # rounded once, after the angles were computed in fp32
     first, second = x_BHSd.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

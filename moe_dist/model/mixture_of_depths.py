@@ -1,22 +1,21 @@
-"""Mixture of depths: a block computes a share of the tokens, the others skip it (Raposo et al. 2024, arXiv 2404.02258;
+"""Mixture of depths: a layer computes a share of the tokens, and the others skip it (Raposo et al. 2024, arXiv 2404.02258;
 MoMa, arXiv 2407.21770, section 2.3, before the tokens are split by modality).
 
-    s = <w, x / rms(x)>;  the ceil(c T) tokens of largest s in the selection scope are selected; ties go to the earlier
-    token
-    x <- x + sigmoid(s) block(x) for selected tokens, at their own positions, attending only to each other; x <- x for the
-    others
+    s = <w, x / rms(x)>
+    select the ceil(c T) tokens of largest s in the selection scope; ties go to the earlier token
+    x <- x + sigmoid(s) layer(x)    for selected tokens, at their own positions, which attend only to each other
+    x <- x                          for the others
 
-In training the selection is that of `moe_dist.moe.routers.selection` with a single chooser. Evaluation decides for each
-token by itself, causally:
+Training selects by `moe_dist.moe.routers.selection`, as expert choice with one chooser. Evaluation decides for each token
+alone, causally:
 
-    threshold   compute where sigmoid(s) > c: the running mean of the lowest selected score (`ThresholdUpdater`) plus the
-                correction of the last calibration
-    auxiliary   compute where SiLU(x W_1) W_2 > 0 (MoMa, section 2.4); W_1 and W_2 learn the selection by binary cross
-    entropy
-                while the model trains. Their input is detached, so they affect no other parameter
+    threshold   computes a token if sigmoid(s) > c. c is the running mean of the lowest selected score (`ThresholdUpdater`)
+                plus the correction of the last calibration
+    auxiliary   computes a token if SiLU(x W_1) W_2 > 0 (MoMa, section 2.4). W_1 and W_2 learn the selection by binary cross
+                entropy while the model trains. Their input is detached, so they affect no other parameter
 
-With a scope of several ranks, a block costs in each training forward one all-gather named `depth scores`, of T numbers from
-each rank, and one host sync for the number of selected tokens of this rank.
+If the scope has several ranks, each training forward of a layer costs one all-gather of T numbers from each rank (`depth
+scores`), and one host sync for the number of this rank's selected tokens.
 
 Shape letters: B sequences, S positions, T = B x S tokens of this rank, D hidden size, C slots (tokens that are computed).
 """
@@ -40,17 +39,17 @@ from moe_dist.moe.routers.selection import (
 from moe_dist.moe.routing import DepthSums
 from moe_dist.placement.roles import Role
 
-_SHAPES = 8  # maximum number of different slot counts on CUDA, since each is compiled
+_SHAPES = 8  # largest number of different slot counts on CUDA, because flex attention compiles for each
 
 
 class Chosen(NamedTuple):
-    """The tokens that a block computes, in the order of the sequence.
+    """The tokens that a layer computes, in the order of the sequence.
 
     Attributes:
         index_C: int64, token of this rank in each slot; 0 if the slot is empty.
         full_C: bool, whether the slot holds a token.
         weight_C: Weight of the token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
-        sums: The router's sums, for the layer's report.
+        sums: Sums of the router, for the layer's report.
     """
 
     index_C: Tensor
@@ -60,18 +59,17 @@ class Chosen(NamedTuple):
 
 
 class DepthRouter(ChoosingRouter):
-    """Selects the tokens of one block.
+    """Selects the tokens of one layer.
 
-    `router` [1, D] is w. With thresholds there are buffers [1]: `threshold` (a score in (0, 1); 0 admits every token), its
-    running `mean` and `steps`. They have no gradient. They change after a step or by calibration
-    (`moe_dist.train.evaluation.calibration`), and are saved with the weights.
+    `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), its running
+    `mean` and `steps`. A step or a calibration (`moe_dist.train.evaluation.calibration`) changes them, no gradient does.
+    Checkpoints contain them.
 
     Args:
         hidden_dim: D.
-        capacity: c, the share of the scope's tokens that the block computes.
-        causal: How evaluation decides for a token.
+        capacity: c, the share of the scope's tokens that the layer computes.
         threshold_decay: Decay of the running mean for each step.
-        selection_scope: Ranks whose tokens compete; each must contribute the same number of tokens.
+        selection_scope: The ranks whose tokens compete; each must have the same number of tokens.
         name: Name of the layer, for reports.
     """
 
@@ -92,23 +90,22 @@ class DepthRouter(ChoosingRouter):
         name: str = "",
     ) -> None:
         super().__init__()
-        self.capacity, self.threshold_decay, self.name = capacity, threshold_decay, name
-        self.causal = causal
+        self.capacity, self.causal, self.threshold_decay, self.name = capacity, causal, threshold_decay, name
         self.selection_scope = selection_scope or SelectionScope()
         self.router = nn.Parameter(torch.empty(1, hidden_dim))
         self.auxiliary = AuxiliaryRouter(hidden_dim, 1) if causal == "auxiliary" else None
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the tensor of the capacity, and thresholds of 0, on the default device; called again after a move from
-        the meta device."""
+        """Creates the capacity's tensor, and thresholds of 0, on the default device. It is called again after a move from
+        the meta device, which loses the values of buffers."""
         self.register_buffer("capacity_1", torch.tensor([self.capacity], dtype=torch.float64), persistent=False)
         if self.causal == "threshold":
             for buffer in ("threshold", "mean", "steps"):
                 self.register_buffer(buffer, torch.zeros(1))
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Threshold, running mean of the lowest selected score, steps seen; for `ThresholdUpdater`."""
+        """Returns threshold, running mean of the lowest selected score, and number of steps; for `ThresholdUpdater`."""
         return self.threshold, self.mean, self.steps
 
     def gates(self) -> "list[DepthRouter]":
@@ -121,19 +118,19 @@ class DepthRouter(ChoosingRouter):
         """Selects among the tokens that are not padding (bool `real_T`).
 
         All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` the number of slots is
-        ceil(c T) and nothing syncs. Otherwise it is the number of selected tokens, which costs one host sync. There is
-        always at least one slot, so that this rank takes part in the block's collectives.
+        ceil(c T), and nothing syncs. Otherwise the number of selected tokens is read from the device, which costs one host
+        sync. There is always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
-        causal_T = self._causal(h_TD.detach(), logit_T.detach())
+        causal_T = self._causal(h_TD.detach(), logit_T.detach())  # detached: the auxiliary loss trains no other parameter
         causal_taken_T = (causal_T > 0) & real_T
         taken_T, slots, kth_score = causal_taken_T, None, logit_T.new_zeros(())
         if self.training or self.noncausal:
-            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]
+            logit_T1 = logit_T.detach().masked_fill(~real_T, OUTSIDE)[:, None]  # one chooser
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.capacity_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
-            if choice.order_TE is not None:  # scope `rank`: an upper bound is known without a sync
+            if choice.order_TE is not None:  # scope `rank`: the upper bound needs no sync
                 slots = capacity_of_tokens(self.capacity, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
@@ -154,26 +151,26 @@ class DepthRouter(ChoosingRouter):
         return torch.where(real_T, logit_T.sigmoid(), 0.0)[:, None]
 
     def takes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Decides for each token by itself, as in evaluation: whether it is computed, bool [T], and its weight [T]."""
+        """Decides for each token alone, as evaluation does. Returns a bool mask [T] of computed tokens and weights [T]."""
         h_TD, logit_T = self._logits(x_TD)
         return self._causal(h_TD, logit_T) > 0, logit_T.sigmoid()
 
     def _logits(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The input scaled to rms 1, so that scores do not grow with the residual stream, and s."""
+        """Returns x / rms(x) [T, D] and s [T]."""
         h_TD = x_TD.to(accumulation_dtype(x_TD.dtype))
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
-            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)
-            # Sum of products instead of a matrix product: its bits do not depend on the number of tokens in the batch.
+            h_TD = F.rms_norm(h_TD, (h_TD.shape[-1],), eps=1e-6)  # or scores would grow with the residual stream
+            # A sum of products, because the bits of a matrix product depend on the number of tokens in the batch.
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 
     def _causal(self, h_TD: Tensor, logit_T: Tensor) -> Tensor:
-        """Positive where evaluation computes the token, [T]."""
+        """A number for each token [T], above 0 if evaluation computes the token."""
         if self.auxiliary is not None:
             return self.auxiliary(h_TD).squeeze(-1)
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Cross entropy of the auxiliary router against the selection, summed over tokens; None without such a router."""
+        """Cross entropy of the auxiliary router against the selection, summed over tokens; None without that router."""
         if self.auxiliary is None or not self.training:
             return None
         losses_T = F.binary_cross_entropy_with_logits(causal_T, taken_T.to(causal_T.dtype), reduction="none")
@@ -181,11 +178,11 @@ class DepthRouter(ChoosingRouter):
 
 
 def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
-    """Token of each slot in rising order, and the mask of full slots."""
+    """Returns the token of each slot in rising order, 0 if empty, and a bool mask of the full slots."""
     length = taken_T.shape[0]
     if slots is None:
-        slots = int(taken_T.sum())  # host sync: the number of tokens that the block computes
-        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1
+        slots = int(taken_T.sum())  # host sync: the number of tokens that the layer computes
+        step = max(1, -(-length // _SHAPES)) if taken_T.is_cuda else 1  # rounds up, so that few shapes occur
         slots = min(length, -(-slots // step) * step)
     place_T = torch.arange(length, device=taken_T.device)
     first_C = torch.where(taken_T, place_T, length).sort().values[: max(1, slots)]
@@ -194,7 +191,8 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
 
 
 def slot_documents(documents_BS: Tensor, chosen: Chosen) -> Tensor:
-    """Document of each slot [1, C], distinct over the sequences; each empty slot is its own document."""
+    """Document of each slot [1, C], with different numbers in different sequences. Each empty slot gets its own document,
+    so that no token attends to it."""
     sequences, length = documents_BS.shape
     offset_B1 = torch.arange(sequences, device=documents_BS.device)[:, None] * (length + 1)
     document_C = (documents_BS + offset_B1).flatten()[chosen.index_C]

@@ -20,7 +20,7 @@ from moe_dist.moe.routing import NO_REQUEST, LayerReport, RoutingRequest
 
 
 class DenseFFN(SwiGLU):
-    """Norm and SwiGLU; the caller adds the residual."""
+    """SwiGLU(norm(x)). The caller adds the residual."""
 
     def __init__(self, dim: int, ffn_dim: int, eps: float) -> None:
         super().__init__(dim, ffn_dim)
@@ -31,7 +31,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """x + attention(x), then x + moe(x) or x + ffn(x); with `mixture_of_depths` only for the tokens that it selects."""
+    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths`, only the tokens that it selects."""
 
     def __init__(
         self,
@@ -48,17 +48,16 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.depths = mixture_of_depths  # attribute name kept: checkpoints contain it
+        self.depths = mixture_of_depths  # checkpoints contain this attribute name
 
 
 class Transformer(nn.Module):
     """Computes logits from tokens.
 
     Args:
-        args: Sizes.
-        make_moe: Called with the index of each layer in `args.moe_layers`; returns its MoE layer.
-        make_depths: Likewise for each layer in `args.depth_layers`, which must be MoE layers.
-        make_adapters: Likewise for each layer: LoRA on its attention.
+        make_moe: Makes the MoE layer of each layer index in `args.moe_layers`.
+        make_depths: Makes the router of each layer index in `args.depth_layers`, all of which must be MoE layers.
+        make_adapters: Makes the LoRA adapters of the attention, for each layer index.
     """
 
     def __init__(
@@ -92,17 +91,17 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest = NO_REQUEST,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
-        """Logits [B, S, V] in the compute dtype, and one report for each MoE layer.
+        """Returns logits [B, S, V] in the compute dtype, and the report of each MoE layer.
 
         Args:
-            tokens_BS: int64 ids.
+            tokens_BS: int64 token ids.
             positions_BS: int64 position inside the document.
-            documents_BS: Document of each token; tokens see only earlier tokens of their own document.
+            documents_BS: Document of each token; a token sees only earlier tokens of its document.
             group_BS: int64 expert group of each token, -1 for padding.
-            request: For the routers, over the B x S tokens. Mixture-of-depths layers get none, since their tokens are not
-                known beforehand.
+            request: Passed to the routers of all layers without mixture of depths. Mixture-of-depths layers select their
+                tokens first, so numbers of tokens in a request do not fit them.
         """
-        mask = make_mask(documents_BS)
+        mask = make_mask(documents_BS)  # once for all layers; B x S^2 bytes where it is dense
         rotary = rotary_table(positions_BS, self.args.head_dim, self.args.rope_base)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
         reports = []
@@ -118,16 +117,16 @@ class Transformer(nn.Module):
         return self._logits(x_BSD), reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, N, V] of N new tokens of each sequence, whose earlier tokens are in the cache. Each sequence is one
-        document.
+        """Returns logits [B, N, V] of N new tokens of each sequence, and adds the new tokens to the cache. Each sequence is
+        one document. Call it in evaluation mode.
 
-        Equals `forward` over the whole sequences up to rounding. Call it in evaluation mode.
+        The logits equal those of `forward` over the whole sequences up to rounding.
 
         Args:
-            tokens_BN, group_BN: As in `forward`; group -1 marks padding, which adds no entry and whose logits are
-                meaningless. Tokens of a sequence come in order; padding may stand anywhere.
+            tokens_BN, group_BN: As in `forward`. Padding (group -1) may stand anywhere; it adds no entry to the cache, and
+                its logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
-            cache: From `make_cache`; the new tokens' entries are added.
+            cache: From `make_cache`.
         """
         rotary = rotary_table(positions_BN, self.args.head_dim, self.args.rope_base)
         real_BN = group_BN >= 0
@@ -138,7 +137,7 @@ class Transformer(nn.Module):
                 taken_T, weight_T = layer.depths.takes(x_BND.flatten(0, 1))  # pyright: ignore
                 taken_BN, weight_BN = taken_T.view_as(real_BN) & real_BN, weight_T.view_as(real_BN)
                 taken_group_BN = torch.where(taken_BN, group_BN, -1)
-                if not taken_BN.any():  # host sync, but with one new token per sequence all of them often skip the layer
+                if not taken_BN.any():  # host sync; it pays because few new tokens often all skip the layer
                     continue
             a_BND = layer.attention.with_cache(x_BND, rotary, positions_BN, taken_BN, entries)  # pyright: ignore
             y_BND, _ = self._feed_forward(layer, x_BND + a_BND, taken_group_BN)  # pyright: ignore[reportArgumentType]
@@ -150,23 +149,22 @@ class Transformer(nn.Module):
         return self._logits(x_BND)
 
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for `batch` sequences of at most `capacity` tokens, padding included.
-
-        Bytes: 2 x layers x batch x capacity x num_kv_heads x head_dim x itemsize.
-        """
+        """An empty cache for `batch` sequences of at most `capacity` tokens, padding included. It takes 2 x layers x batch
+        x capacity x num_kv_heads x head_dim x itemsize bytes."""
         device = self.embedding.weight.device
         return tuple(LayerCache(self.args, batch=batch, capacity=capacity, device=device) for _ in self.layers)
 
     def _shallow(
         self, layer: Layer, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor
     ) -> tuple[Tensor, LayerReport | None]:
-        """Runs a layer on the tokens that it selects: C of them in one row, with their own positions and documents. The
-        others stay unchanged."""
+        """Runs a layer on the C tokens that it selects, put into one sequence with their own positions and documents. The
+        other tokens stay unchanged."""
         assert layer.depths is not None
         x_TD, group_T = x_BSD.flatten(0, 1), group_BS.flatten()
         chosen = layer.depths(x_TD, group_T >= 0)
         x_1CD = torch.where(chosen.full_C[:, None], x_TD[chosen.index_C], 0.0)[None]
         group_1C = torch.where(chosen.full_C, group_T[chosen.index_C], -1)[None]
+        # selected tokens keep their positions, so that distances to other tokens do not change
         rotary = rotary_table(positions_BS.flatten()[chosen.index_C][None], self.args.head_dim, self.args.rope_base)
         a_1CD = layer.attention(x_1CD, rotary, make_mask(slot_documents(documents_BS, chosen)))
         y_1CD, report = self._feed_forward(layer, x_1CD + a_1CD, group_1C)
@@ -190,14 +188,14 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest = NO_REQUEST,
     ) -> tuple[Tensor, LayerReport | None]:
-        """Output of a layer's experts, with their report, or of its dense FFN."""
+        """Returns the output of the layer's experts and their report, or of its dense FFN and None."""
         if not layer.has_experts:
             return layer.ffn(x_BSD), None
         y_TD, report = layer.moe(x_BSD.flatten(0, 1), group_BS.flatten(), request)
         return y_TD.view_as(x_BSD), report
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)
+        x_BSD = self.norm(x_BSD)  # the logits below are the largest activation: B x S x V
         output = self.embedding.weight if self.args.tie_embeddings else self.output.weight
         return F.linear(x_BSD, output.to(x_BSD.dtype))
 

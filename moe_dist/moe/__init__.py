@@ -1,1 +1,1 @@
-"""The mixture-of-experts layer: routing, dispatch, experts, and a slow reference for tests."""
+"""The mixture-of-experts layer: routing, dispatch, experts, losses and bias controllers."""

@@ -1,54 +1,63 @@
-"""Random numbers that depend only on names: the same in any order and on every call.
+"""Random numbers that depend on names alone, and recomputation, which relies on them.
 
-`logistic` is a counter-based generator: the number for (seed, step, layer; token, expert) is a hash of these. So there is
-no state to save, recomputation draws the same numbers as the first forward, and any layout of ranks draws the same.
-`dropped` (dropout) seeds a generator by a name, for one rank's tokens at once.
+`logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. There is no state to
+save, so a recomputed forward and any layout of ranks draw the same numbers. `dropped` (dropout) seeds a generator by a
+name, and draws for all tokens of one rank at once.
 """
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 _WORD = 0xFFFFFFFF
 
 
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls the function without keeping its activations: backward computes them again. No state of a random generator is
+    saved, because all draws in a layer depend on names alone."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standard logistic noise [T, E]: the difference of two independent Gumbel(0, 1), as Gumbel-sigmoid adds it.
+    """Standard logistic noise [T, E], the noise of Gumbel-sigmoid: the difference of two independent Gumbel(0, 1).
 
     Args:
-        name: What the draw is for, as (seed, step, layer).
-        row_T, columns: int64, the numbers of the tokens and of the experts; each pair has a draw of its own.
+        name: Identifies the draw, as (seed, step, layer).
+        row_T, columns: int64, numbers of the tokens and of the experts. Each (token, expert) has its own draw.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     low, high = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4))
     mixed_T = _mix(_mix((row_T & _WORD) ^ low) ^ (row_T >> 32) ^ high)
-    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])
+    bits_TE = _mix(mixed_T[:, None] ^ _mix((columns + 1) & _WORD)[None])  # T x E int64: no state, but memory
     # 24 bits and a half: never 0 or 1, and exact in fp32, so that every device and dtype sees the same uniform number.
     uniform_TE = ((bits_TE >> 8).to(torch.float64) + 0.5) / (1 << 24)
     return torch.logit(uniform_TE).to(dtype)
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """x with a share of its elements set to 0 and the others divided by 1 - share, so that the mean stays. Equal names give
-    equal draws on one kind of device.
+    """Dropout: sets a share of the elements to 0 and divides the others by 1 - share, so that the mean stays.
 
     Args:
-        name: Identifies the draw, as (seed, step, layer, first token, projection).
+        name: Identifies the draw, as (seed, step, layer, first token, projection). Equal names give equal draws on the same
+            kind of device.
     """
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
-    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # seeds are below 2^63
     kept = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - share, generator=generator)
     return x * (kept / (1.0 - share)).to(x.dtype)
 
 
 def _mix(word: Tensor) -> Tensor:
-    """32 bits to 32 bits, each of which depends on all (the finaliser `lowbias32` of C. Wellons), in int64."""
+    """Mixes 32 bits, held in int64, so that each output bit depends on all input bits (`lowbias32` of C. Wellons)."""
     word = _times(word ^ (word >> 16), 0x7FEB352D)
     word = _times(word ^ (word >> 15), 0x846CA68B)
     return word ^ (word >> 16)
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Product modulo 2^32 in two halves, so that no product leaves int64."""
+    """Product modulo 2^32, in two halves because the whole product would overflow int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

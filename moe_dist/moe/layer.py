@@ -1,12 +1,12 @@
-"""The mixture-of-experts layer: norm, router, dispatch, experts, combine. Nothing is kept on the module or in globals."""
+"""The mixture-of-experts layer: norm, router, dispatch, experts, combine. The forward stores nothing on the module."""
 
 from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatch.interface import Dispatcher
+from moe_dist.moe.draws import recomputed
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.routing import NO_REQUEST, LayerReport, Routing, RoutingCache, RoutingRequest
 from moe_dist.moe.zero_computation import ZeroComputationExperts
@@ -21,18 +21,18 @@ class Router(Protocol):
 
 
 class MoELayer(nn.Module):
-    """y = experts(norm(x)) (+ zero-computation experts) (+ shared expert); the caller adds the residual.
+    """y = experts(norm(x)) + zero-computation experts + shared expert. The caller adds the residual.
 
     Args:
-        norm: Applied before the router, or identity.
-        router: Who goes where; returns assignments and local sums.
+        norm: Norm before the router, or identity.
+        router: A `Router`: chooses the experts of each token.
         experts: This rank's true experts.
-        dispatcher: Brings rows to their experts' ranks and back.
-        shared: An expert that sees every token, or None.
-        free: Identity and constant experts, where a group has any.
-        recompute: `none`; `experts` recomputes the FFN between the exchanges (repeats no exchange); `block` recomputes the
-            whole layer (repeats the dispatch exchange; the routing, its counts and ids are kept).
-        name: Name of the layer in reports of a hang or of damage.
+        dispatcher: Sends rows to their experts' ranks, and sums the results back into the tokens.
+        shared: An expert that computes every token, or None.
+        free: Identity and constant experts, if a group has any.
+        recompute: Backward computes these parts again. `experts`: the expert FFNs, which repeats no exchange. `block`: the
+            whole layer but the routing and the plan, which repeats the dispatch exchange.
+        name: Name of the layer in records, and in reports of a hang or of damage.
     """
 
     def __init__(
@@ -56,26 +56,23 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
         self.recompute: Recompute = recompute
         self.name = name
-        self.experts_off = False
+        self.experts_off = False  # evaluation sets it to measure what the experts contribute
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
         """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
 
-        With `experts_off` set the experts' output is zero, and all else, collectives
-        included, is computed as usual.
+        With `experts_off` the output of the routed experts is 0, and everything else runs as usual, collectives included.
         """
         cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
         if self.recompute == "block" and x_TD.requires_grad:
-            return checkpoint(  # pyright: ignore[reportReturnType]
-                self._forward, x_TD, group_T, cache, use_reentrant=False, preserve_rng_state=False
-            )
+            return recomputed(self._forward, x_TD, group_T, cache)
         return self._forward(x_TD, group_T, cache)
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, LayerReport]:
         h_TD = self.norm(x_TD)
         assignments, sums, zero_weight_TF, prob_AC = self.router(h_TD, group_T, cache)
-        repeated = cache.plan is not None
-        plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)
+        repeated = cache.plan is not None  # this is the recomputation of a block
+        plan: Any = cache.plan or self.dispatcher.plan(assignments, h_TD.shape[0], layer=self.name)  # the layer's host sync
         cache.plan = plan
         # No op after combine may save a tensor for backward; otherwise block recompute repeats the combine all-to-all.
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
@@ -90,12 +87,6 @@ class MoELayer(nn.Module):
         if zero_TD is not None:
             y_TD = y_TD + zero_TD
         if self.experts_off:
-            y_TD = y_TD * 0.0
-        report = LayerReport(
-            sums=sums,
-            rows_remote=plan.num_remote_rows,
-            pairs=plan.num_pairs,
-            pairs_remote=plan.num_remote_pairs,
-            prob_AC=prob_AC,
-        )
+            y_TD = y_TD * 0.0  # not skipped, because all ranks must issue the same collectives
+        report = LayerReport(sums, *plan.sent, prob_AC=prob_AC)
         return (y_TD if shared_TD is None else y_TD + shared_TD), report

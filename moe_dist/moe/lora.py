@@ -1,17 +1,18 @@
-"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685): one route a token, shared by the projections.
+"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). The three projections share the routing.
 
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
 
-W is frozen. A null choice is no expert: the FFN as it is. Every rank holds all experts, so nothing is exchanged; a token
-costs one FFN and, for each expert it takes, products of rank r. Weights w_e from the probability p_e among all columns:
+W is frozen. A token whose choices are all null passes the frozen FFN alone. Every rank holds all experts, so there is no
+all-to-all. A token costs one FFN, and for each of its experts products of rank r. The weight w_e follows from the
+probability p_e of expert e among all columns:
 
-    probability         p_e
-    straight_through    p_e / p_e without gradient: its value is 1, its gradient that of log p_e
-    published           1: the task gives the router no gradient (what the paper's public code does)
+    probability         w_e = p_e
+    straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is that of log p_e
+    published           w_e = 1, as in the paper's public code: the task's loss gives the router no gradient
 
-Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N pairs of the assignments, Q pairs
-that are taken, E experts over all groups, n those of a group, O a projection's outputs.
+Shape letters: T tokens on this rank, D hidden size, F hidden width of the FFN, r rank, N pairs of the assignments, Q taken
+pairs, E experts of all groups, n experts of one group, I inputs and O outputs of a projection.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.rows import gather_rows
-from moe_dist.moe.draws import dropped
+from moe_dist.moe.draws import dropped, recomputed
 from moe_dist.moe.layer import Recompute
 from moe_dist.moe.routing import ABSENT, NO_REQUEST, Assignments, GlobalBatchInfo, LayerReport, RoutingCache, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
@@ -37,11 +37,11 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class LoRAPlan:
-    """The taken pairs, sorted by expert: made once a layer and micro-batch, and kept for its recomputation.
+    """The taken pairs of one layer and micro-batch, sorted by expert. Recomputation uses the same plan.
 
     Attributes:
-        pair_Q, token_Q: int64, each pair's place among the N, and its token.
-        counts: Pairs of each expert, on the host.
+        pair_Q, token_Q: int64, index of each pair among the N assignments, and its token.
+        counts: Number of pairs of each expert, on the host.
     """
 
     pair_Q: Tensor
@@ -50,27 +50,27 @@ class LoRAPlan:
 
     @classmethod
     def of(cls, assignments: Assignments, num_experts: int, comm_stats: CommStats) -> "LoRAPlan":
-        """Syncs with the host once, for the counts."""
+        """Makes the plan. One host sync, for the counts."""
         expert_N = torch.where(assignments.expert_N == ABSENT, num_experts, assignments.expert_N)
         bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_N.device)
         bins.scatter_add_(0, expert_N, torch.ones_like(expert_N))
         counts = tuple(comm_stats.to_host("LoRA pairs of each expert", bins[:num_experts]))
-        pair_Q = expert_N.argsort(stable=True)[: sum(counts)]
+        pair_Q = expert_N.argsort(stable=True)[: sum(counts)]  # absent pairs are sorted last
         return cls(pair_Q, assignments.token_N[pair_Q], counts)
 
 
 def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
-    """Weights of taken pairs from their probabilities, see the top of this file."""
+    """Weights of the taken pairs from their probabilities; the top of this file lists the kinds."""
     if kind == "probability":
         return weight_N
     if kind == "published":
         return torch.ones_like(weight_N)
-    safe_N = torch.where(weight_N > 0, weight_N, 1.0)  # a chosen probability may underflow; 0 / 0 must not be met
+    safe_N = torch.where(weight_N > 0, weight_N, 1.0)  # a chosen probability may underflow to 0, and 0 / 0 is NaN
     return safe_N / safe_N.detach()
 
 
 class LoRAStack(nn.Module):
-    """The experts of one group: for each target A [n, r, in] as `<target>_a` and B [n, out, r] as `<target>_b`."""
+    """The experts of one group. Each target has A [n, r, I] as `<target>_a` and B [n, O, r] as `<target>_b`."""
 
     role = Role.ADAPTER
 
@@ -82,15 +82,15 @@ class LoRAStack(nn.Module):
 
 
 class LoRAExperts(nn.Module):
-    """The LoRA experts of all groups, one stack for each.
+    """The LoRA experts of all groups, one stack for each group.
 
     Args:
         hidden_dim, ffn_dim: D, F.
         groups: All groups in logical order.
         rank, alpha: r, and the numerator of the scale.
-        dropout: Share of an adapter's inputs that is dropped while training.
-        targets: Projections that have adapters.
-        weight: How a chosen expert is weighted.
+        dropout: Share of an adapter's inputs that is dropped in training.
+        targets: The projections that have adapters.
+        weight: Kind of the experts' weights, see the top of this file.
     """
 
     def __init__(
@@ -116,20 +116,20 @@ class LoRAExperts(nn.Module):
     def forward(
         self, target: str, x_TI: Tensor, y_TO: Tensor, weight_N: Tensor, plan: LoRAPlan, *, draw: tuple[int, ...] | None
     ) -> Tensor:
-        """y + each token's weighted adapters of one projection, in y's dtype; y itself where it has none.
+        """y plus each token's weighted adapters of the projection `target`, in y's dtype; y if it has no adapters.
 
-        Every expert has a gradient, zero where no token took it. What autograd keeps of a pair: its input and two vectors
-        of r; the sum over a token's experts keeps their indices alone.
+        Every expert gets a gradient, zero if no token took it. For each pair, autograd keeps its input and two vectors of
+        length r.
 
         Args:
-            draw: Names the draws of the dropout, see `adapter_draw`.
+            draw: Name of the dropout's draws, see `adapter_draw`.
         """
         if target not in self._widths:
             return y_TO
         if self.training and self._dropout:
             assert draw is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             x_TI = dropped(x_TI, self._dropout, name=(*draw, PROJECTIONS.index(target)))
-        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale
+        weight_Q = expert_weights(weight_N[plan.pair_Q], self._weight) * self._scale  # on r numbers, not on O
         runs = gather_rows(x_TI, plan.token_Q).split(plan.counts)
         stacks = [self._matrices(f"{target}_{matrix}", x_TI.dtype) for matrix in "ab"]
         deltas = [
@@ -139,25 +139,23 @@ class LoRAExperts(nn.Module):
         return y_TO.index_add(0, plan.token_Q, torch.cat(deltas))
 
     def _matrices(self, name: str, dtype: torch.dtype) -> list[Tensor]:
-        """One matrix of each expert of all groups, in logical order."""
+        """The matrix `name` of every expert, in logical order over all groups."""
         stacks = [self.get_submodule(group_module(group.name)).get_parameter(name).to(dtype) for group in self._groups]
-        # unbind, not indexing: the backward of an index would fill a whole stack with zeros for each expert.
+        # unbind, because the backward of an index fills a whole stack with zeros for each expert
         return [matrix for stack in stacks for matrix in stack.unbind()]
 
 
 class LoRALayer(nn.Module):
-    """y = ffn'(norm(x)), the frozen FFN with each token's LoRA experts; the caller adds the residual. A drop-in
-    replacement for `MoELayer` that returns the same `LayerReport`. It needs no all-to-all: every rank holds all LoRA
-    experts.
+    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. The layer has
+    the interface of `MoELayer`, and needs no all-to-all, because every rank holds all LoRA experts.
 
     Args:
-        norm: Of the base, frozen.
-        router: Top-k, whose weights are plain probabilities.
-        ffn: With `gate`, `up` and `down`, frozen.
-        adapters: The experts.
-        recompute: `experts` computes the FFN and the adapters again in backward, `block` the whole layer but the routing.
-        seed, layer: Name the dropout's draws, with the step and the tokens.
-        comm_stats: Where host syncs are noted.
+        norm: Frozen norm of the base model.
+        router: A top-k router whose weights are plain probabilities.
+        ffn: Frozen FFN with `gate`, `up` and `down`.
+        recompute: Backward computes these parts again. `experts`: the FFN and the adapters. `block`: all but the routing.
+        seed, layer: Name the draws of the dropout, together with the step and the tokens.
+        comm_stats: Records the host syncs.
     """
 
     def __init__(
@@ -179,14 +177,12 @@ class LoRALayer(nn.Module):
         self._seed, self._layer, self._comm_stats = seed, layer, comm_stats or CommStats()
 
     def forward(self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest = NO_REQUEST) -> tuple[Tensor, LayerReport]:
-        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report.
-
-        With `experts_off` set the adapters add nothing.
-        """
+        """x [T, D] and the tokens' groups (int64, -1 for padding) -> y [T, D] and the layer's report. With `experts_off`
+        the adapters add nothing."""
         cache = RoutingCache(batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A)
-        # Not x_TD.requires_grad, as elsewhere: below the first adapter nothing has a gradient.
+        # x_TD.requires_grad would be wrong here, because the input of the first adapter has no gradient.
         if self.recompute == "block" and torch.is_grad_enabled():
-            return self._again(self._forward, x_TD, group_T, cache)
+            return recomputed(self._forward, x_TD, group_T, cache)
         return self._forward(x_TD, group_T, cache)
 
     def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, LayerReport]:
@@ -196,7 +192,7 @@ class LoRALayer(nn.Module):
         cache.plan = plan
         weight_N = assignments.weight_N
         if self.recompute == "experts" and torch.is_grad_enabled():
-            y_TD = self._again(self._ffn, h_TD, weight_N, plan, cache.batch_info)
+            y_TD = recomputed(self._ffn, h_TD, weight_N, plan, cache.batch_info)
         else:
             y_TD = self._ffn(h_TD, weight_N, plan, cache.batch_info)
         return y_TD, LayerReport(sums, rows_remote=0, pairs=sum(plan.counts), pairs_remote=0, prob_AC=prob_AC)
@@ -209,10 +205,6 @@ class LoRALayer(nn.Module):
             return y_TO if self.experts_off else self.adapters(target, x_TI, y_TO, weight_N, plan, draw=draw)
 
         return projected("down", F.silu(projected("gate", h_TD)) * projected("up", h_TD))
-
-    @staticmethod
-    def _again(function: Any, *args: Any) -> Any:
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def adapter_draw(seed: int, layer: int, batch_info: GlobalBatchInfo) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Balance and z terms from the layers' reports. Pure functions; the counts they take are already summed over all ranks.
+"""Load-balance and z-loss terms from the layers' reports. Pure functions of counts that are summed over all ranks.
 
 Shape letters: L MoE layers, G groups, C choice columns (true experts by logical id, then the groups' null, identity and
 constant experts).
@@ -19,13 +19,13 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split"]
 
 @dataclass(frozen=True)
 class ColumnTables:
-    """Constants of the groups on one device, made once: to make them in each step would be a host sync on CUDA.
+    """Constants of the groups on one device. They are made once, because a copy to CUDA in each step would be a host sync.
 
     Attributes:
         groups: All groups, in logical order.
-        group_C: int64, each column's group.
-        member_CG: Whether a column belongs to a group, as 0 and 1.
-        size_G: Columns of each group; n + m without zero-computation experts.
+        group_C: int64, group of each column.
+        member_CG: bool, whether a column belongs to a group.
+        size_G: Number of columns of each group.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -35,7 +35,6 @@ class ColumnTables:
 
     @classmethod
     def on(cls, groups: Sequence[ExpertGroup], device: torch.device) -> "ColumnTables":
-        """The tables of `groups` on `device`."""
         group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
         sizes = [group.num_columns for group in groups]
@@ -51,28 +50,27 @@ def balance_terms(
     kind: BalanceKind = "null_averaged",
     null_weight_G: Sequence[float] | None = None,
 ) -> Tensor:
-    """This rank's share of the load-balance loss of each layer and group, [L, G], coefficient 1.
+    """This rank's share of the load-balance loss of each layer and group, [L, G], with coefficient 1.
 
-        l = (n + m) sum_i f_i P_i,   f_i = picks_i / T,   P_i = sum of probabilities / T
+        l = C sum_i f_i P_i,   f_i = picks_i / T,   P_i = sum of probabilities / T,   C columns of all kinds in the group
 
-    with n + m the group's columns of all kinds. `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): each null
-    column carries the mean load of all the group's null columns, and, as they too are copies of one another, each identity
-    column that of the identity columns; constant experts differ, and each has its own. `vanilla` averages nothing.
+    `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
+    mean load of the group's null columns, because null columns are copies of one another. The same holds for identity
+    columns. Each constant expert keeps its own load. `vanilla` averages nothing.
 
-    `null_split` regulates nothing but how choices divide between the true columns (E) and all others (Z), of which there
-    are n_Z (ZEDA, arXiv 2605.18643); an even choice has the value 1, not k, as in the source:
+    `null_split` (ZEDA, arXiv 2605.18643) regulates only how choices divide between the n true columns (E) and the n_Z
+    others (Z). An even split has the value 1, as in the source, where the other two kinds have k:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    A null weight w moves the split at which a loss is even: a null column is to carry w times a true one's load, so that a
-    token takes k n / (n + m w) true experts (ZEDA's w; LongCat-Flash scales its loss to its target likewise).
+    The null weight w is ZEDA's: the loss is even when a null column carries w times the load of a true column. A token then
+    takes k n / (n + m w) true experts. LongCat-Flash scales its loss to its target in the same way.
 
     Args:
-        prob_LC: This rank's probability sums, with gradient.
+        prob_LC: This rank's sums of probabilities, with gradient.
         choices_LC: Picks of each column over all ranks.
         tokens_LG: Tokens of each group over all ranks; a group without tokens contributes 0.
-        tables: Of the groups, on the same device.
-        null_weight_G: w of each group; None for 1. `vanilla` knows none.
+        null_weight_G: w of each group; None for 1. `vanilla` ignores it.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
     weight_G = [1.0] * len(groups) if null_weight_G is None else null_weight_G
@@ -80,9 +78,9 @@ def balance_terms(
         return _split_terms(prob_LC, load_LC, tokens_LG.to(prob_LC.dtype).clamp_min(1.0), tables, weight_G)
     if kind == "null_averaged":
         load_LC = _average_copies(load_LC, groups, weight_G)
-    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]
+    tokens_LC = tokens_LG.to(prob_LC.dtype).clamp_min(1.0)[:, tables.group_C]  # a group without tokens gives 0 / 1
     products_LC = load_LC / tokens_LC * prob_LC / tokens_LC
-    sums_LG = products_LC @ tables.member_CG.to(prob_LC.dtype)
+    sums_LG = products_LC @ tables.member_CG.to(prob_LC.dtype)  # deterministic, unlike a scatter on CUDA
     if kind == "vanilla" or null_weight_G is None:
         return sums_LG * tables.size_G.to(prob_LC.dtype)
     sizes = [group.num_columns + group.num_null * (w - 1.0) for group, w in zip(groups, weight_G, strict=True)]
@@ -90,8 +88,8 @@ def balance_terms(
 
 
 def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence[float]) -> Tensor:
-    """The load with that of each group's null columns, over their weight, and that of its identity columns, replaced by
-    their mean."""
+    """Replaces the loads of each group's null columns by their mean over the null weight, and the loads of its identity
+    columns by their mean."""
     at = sum(group.num_experts for group in groups)
     parts = [load_LC[:, :at]]
     counts = [group.num_null for group in groups] + [group.num_identity for group in groups]
@@ -106,7 +104,7 @@ def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Se
 def _split_terms(
     prob_LC: Tensor, load_LC: Tensor, tokens_LG: Tensor, tables: ColumnTables, weight_G: Sequence[float]
 ) -> Tensor:
-    """`null_split`, see `balance_terms`; a group without other columns has a constant."""
+    """The kind `null_split` of `balance_terms`. A group with true columns alone gets a constant."""
     num_true = sum(group.num_experts for group in tables.groups)
     member_CG = tables.member_CG.to(prob_LC.dtype)
     terms_LG = torch.zeros_like(tokens_LG)
@@ -120,13 +118,11 @@ def _split_terms(
 
 
 def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
-    """Each group's values times a number of the host: a tensor made of them would be a sync on CUDA."""
+    """Multiplies each group's column by its factor, a number on the host: a tensor of the factors would be a host sync."""
     return torch.stack([values_L * factor for values_L, factor in zip(values_LG.unbind(1), factor_G, strict=True)], dim=1)
 
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
-    """This rank's share of each layer's router z-loss, [L], coefficient 1: mean over tokens of logsumexp(logits)^2.
-
-    ST-MoE (arXiv 2202.08906, equation 5), with each token's logits those of its group. tokens_LG is over all ranks.
-    """
+    """This rank's share of each layer's router z-loss, [L], with coefficient 1: the mean over tokens of logsumexp(logits)^2
+    over the columns of the token's group (ST-MoE, arXiv 2202.08906, equation 5). `tokens_LG` counts all ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)

@@ -1,9 +1,8 @@
-"""The types between router, dispatcher and training step: assignments, sums, reports.
+"""Types that pass between router, dispatcher and training step: assignments, sums, reports.
 
-Shape letters: T tokens on this rank, D hidden size, E true experts (logical, over all groups), K choices a token,
-N (token, expert) pairs, G groups, W ranks, A probe tokens, F zero-computation columns (identity
-and constant experts), C choice columns: the E true experts, then each group's null experts, each group's identity experts,
-each group's constant experts.
+Shape letters: T tokens on this rank, E true experts (logical, over all groups), K choices a token, N (token, expert) pairs,
+G groups, W ranks, A probe tokens, F zero-computation columns (identity and constant experts), C choice columns: the E true
+experts, then all groups' null, identity and constant experts.
 """
 
 from collections.abc import Sequence
@@ -18,18 +17,18 @@ ABSENT = -1  # expert id of a pair that is not taken, as in DeepEP
 
 
 class Assignments(NamedTuple):
-    """The (token, expert) pairs that are taken: all the dispatcher ever sees.
+    """The (token, expert) pairs of one layer. The dispatcher sees nothing else of the routing.
 
-    N is static (T x K for token choice), so that nothing before the dispatcher's host sync has a data-dependent shape.
-    Taken pairs are unique.
+    N is static (T x K for token choice), so that no shape before the dispatcher's host sync depends on data. Taken pairs
+    are unique.
 
     Attributes:
-        token_N: int64, the pair's token.
-        expert_N: int64, the pair's logical expert, ABSENT where no pair is taken (a null choice, padding).
-        weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 where absent.
-        counts_WE: Where they are known without reading the routing: for each rank of the EP group its pairs of each logical
-            expert. Then every pair is taken, and this rank's are sorted by expert: per-rank expert choice with a capacity
-            makes them so. Every rank gives the same numbers. None for token choice.
+        token_N: int64, token of each pair.
+        expert_N: int64, logical expert of each pair; ABSENT if no pair is taken (a null choice, padding).
+        weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
+        counts_WE: Number of pairs of each EP rank and logical expert, equal on all ranks, if it is known without reading
+            the routing; then every pair is taken, and pairs are sorted by expert. Expert choice within one rank knows it,
+            token choice does not (None).
     """
 
     token_N: Tensor
@@ -38,18 +37,18 @@ class Assignments(NamedTuple):
     counts_WE: tuple[tuple[int, ...], ...] | None = None
 
     def taken(self) -> "Assignments":
-        """The compact list. Its length depends on the data (a host sync on CUDA): for tests and pictures only."""
+        """The taken pairs alone, for tests and pictures. Host sync on CUDA: the length depends on data."""
         keep = self.expert_N != ABSENT
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
 
 class ChoiceSums(NamedTuple):
-    """Further counts of expert choice, without gradient: local sums of one layer, float64.
+    """Further sums of expert choice over this rank's tokens in one layer: float64, without gradient.
 
     Attributes:
-        kth_score_E: The k-th largest score of each expert in its selection scope, times this rank's tokens of its group.
-        above_E: This rank's tokens whose score lies above the expert's threshold.
-        unrouted_G: Tokens that no expert takes.
+        kth_score_E: The k-th largest score of each expert in its selection scope, times the tokens of its group.
+        above_E: Number of tokens whose score is above the expert's threshold.
+        unrouted_G: Number of tokens that no expert takes.
     """
 
     kth_score_E: Tensor
@@ -58,18 +57,18 @@ class ChoiceSums(NamedTuple):
 
 
 class RouterSums(NamedTuple):
-    """Local sums over this rank's routed tokens: for balance losses and monitoring.
+    """Sums over this rank's routed tokens in one layer, for balance losses and monitoring.
 
     Attributes:
-        choices_C: int64, how often each column was chosen, before any capacity.
+        choices_C: int64, number of choices of each column, before any capacity.
         prob_C: Sum of the group's softmax probabilities, differentiable.
-        tokens_G: int64, tokens routed in each group.
+        tokens_G: int64, number of routed tokens.
         log_z_squared_G: Sum of squared log-sum-exp of the group's logits, differentiable.
         entropy_G: Sum of the softmax's entropy in nats, without gradient.
         dropped_E: int64, choices of each true expert that a capacity dropped.
-        choice: Of routers whose experts choose their tokens.
-        auxiliary_G: Sum over tokens and experts of the auxiliary routers' cross entropy, differentiable, while they are
-            trained.
+        choice: Further sums of expert choice; None for token choice.
+        auxiliary_G: Cross entropy of the auxiliary routers, summed over tokens and experts, differentiable; None if no
+            auxiliary router is trained.
     """
 
     choices_C: Tensor
@@ -86,12 +85,10 @@ class Routing(NamedTuple):
     """Result of a router for T tokens.
 
     Attributes:
-        assignments: The pairs, for the dispatcher.
-        sums: Local sums, for losses and monitoring.
-        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 where it was not chosen:
-            evaluated where the token is, never a pair. None where no group has zero-computation experts.
-        prob_AC: The softmax of the probe tokens (`RoutingCache.probe_tokens_A`) over all columns of their group, 0 in
-            the others; fp32 with gradient. None where none was.
+        zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen. These experts
+            run on the token's own rank and are never pairs. None if no group has them.
+        prob_AC: Softmax of the probe tokens over the columns of their group, 0 in other columns; fp32 with gradient. None
+            without probe tokens.
     """
 
     assignments: Assignments
@@ -101,15 +98,16 @@ class Routing(NamedTuple):
 
 
 class DepthSums(NamedTuple):
-    """Local sums of a block that computes a share of the tokens (`moe_dist.model.mixture_of_depths`).
+    """Sums over this rank's tokens in a mixture-of-depths layer (`moe_dist.model.mixture_of_depths`).
 
     Attributes:
-        tokens: int64, tokens of this rank that are not padding.
-        taken: int64, those that the block computes.
-        agreed: int64, those on which the causal decision of evaluation and the choice agree.
-        cut: float64, score of the last token that the selection scope takes, times `tokens`.
-        weight: float64, sum of the weights of those that are taken, without gradient.
-        auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without one.
+        tokens: int64, number of tokens that are not padding.
+        taken: int64, number of tokens that the layer computes.
+        agreed: int64, number of tokens for which evaluation's causal decision equals the selection.
+        cut: float64, lowest selected score in the selection scope, times `tokens`.
+        weight: float64, sum of the weights of the computed tokens, without gradient.
+        auxiliary: Binary cross entropy of the auxiliary router, summed over `tokens`, differentiable; None without that
+            router.
     """
 
     tokens: Tensor
@@ -121,16 +119,16 @@ class DepthSums(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """Report of an MoE layer beside its output, by value; a NamedTuple, so that FSDP2's hooks see its tensors.
+    """The report that an MoE layer returns beside its output. It is a NamedTuple, so that FSDP2's hooks see its tensors.
 
     Attributes:
-        sums: The router's local sums.
-        rows_remote: Distinct (token, other rank) rows this rank sent forward.
-        pairs: (token, expert) pairs this rank's tokens took.
-        pairs_remote: Those whose expert lives on another rank.
-        depth: Sums of the whole block, where it computes a share of the tokens.
-        members_G: int64, of such a block: this rank's tokens of each group, skipped tokens among them.
-        prob_AC: As in `Routing`.
+        sums: Sums of the router over this rank's tokens.
+        rows_remote: Rows that this rank sent to other ranks in forward, one for each distinct (token, other rank).
+        pairs: (token, expert) pairs that this rank's tokens take.
+        pairs_remote: Pairs whose expert is on another rank.
+        depth: Sums of a mixture-of-depths layer; None in other layers.
+        members_G: int64, in a mixture-of-depths layer the tokens of each group, skipped tokens included.
+        prob_AC: See `Routing`.
     """
 
     sums: RouterSums
@@ -144,14 +142,14 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """A training micro-batch on all ranks as known before any layer runs: plain numbers on the host.
+    """Numbers of a training micro-batch on all ranks, known on the host before any layer runs.
 
     Attributes:
-        step: Optimizer step, 0-based; names the step's random draws.
+        step: Optimizer step, 0-based; part of the names of random draws.
         first_token: Number of the micro-batch's first token among all tokens of the step.
-        rank: This rank's place in the world.
-        tokens_W: For each rank of the world its T.
-        members_WG: For each rank of the world its tokens of each group, padding left out.
+        rank: Global rank of this process.
+        tokens_W: T of each rank of the world.
+        members_WG: Number of tokens of each group on each rank of the world, without padding.
     """
 
     step: int
@@ -161,17 +159,17 @@ class GlobalBatchInfo:
     members_WG: tuple[tuple[int, ...], ...]
 
     def first_token_of(self, rank: int) -> int:
-        """Number of a rank's first token among all tokens of the step: the same however they are spread over ranks."""
+        """Number of a rank's first token among all tokens of the step. Each token has the same number in any layout."""
         return self.first_token + sum(self.tokens_W[:rank])
 
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """What a caller tells and asks the routers of all layers, beside the tokens.
+    """Input of all routers beside the tokens.
 
     Attributes:
-        batch_info: For routers that need to know the micro-batch on all ranks; None in evaluation.
-        probe_tokens_A: int64, tokens whose routing softmax the reports are to have (`prob_AC`); None for none.
+        batch_info: Numbers of the micro-batch on all ranks; None in evaluation.
+        probe_tokens_A: int64, tokens whose softmax the reports return as `prob_AC`; None for no tokens.
     """
 
     batch_info: GlobalBatchInfo | None = None
@@ -182,13 +180,13 @@ NO_REQUEST = RoutingRequest()
 
 
 class ExpertsChoice(NamedTuple):
-    """The tokens that experts, or a layer, take. Without gradient; kept under recompute.
+    """The tokens that experts (expert choice) or a layer (mixture of depths) take. Without gradient; kept for recompute.
 
     Attributes:
-        taken_TE: bool, which of this rank's tokens each expert takes.
-        order_TE: int64, this rank's tokens by falling logit of each expert; only where the scope is one rank.
-        kth_score_E: Score of the last token that an expert takes (the k-th largest of the scope, noise left out); 0 where
-            it takes none, and for an expert that takes all tokens of its group by its capacity.
+        taken_TE: bool, true if the expert takes this rank's token.
+        order_TE: int64, this rank's tokens by falling logit of each expert; None if the scope has several ranks.
+        kth_score_E: The lowest taken score of each expert in the scope, without noise; 0 if it takes no token, or if its
+            capacity takes all tokens of its group.
     """
 
     taken_TE: Tensor
@@ -198,30 +196,20 @@ class ExpertsChoice(NamedTuple):
 
 @dataclass
 class RoutingCache:
-    """The discrete decisions of one layer's forward, kept for its recomputation, and the inputs of the routing.
-
-    Under recompute the routing is saved, never recomputed: bits of a second forward may differ, and another choice would
-    change split sizes on one rank alone. Filled by the first forward, read by the second.
+    """The discrete decisions of one layer's forward, and the request. The first forward fills the cache, and the recomputed
+    forward reads it. The bits of a recomputation may differ, and another choice would change split sizes on one rank alone.
     """
 
-    choice_TK: Tensor | None = None
+    choice_TK: Tensor | None = None  # chosen columns of token choice
     dropped_TK: Tensor | None = None
     batch_info: GlobalBatchInfo | None = None
-    probe_tokens_A: Tensor | None = None  # int64, tokens whose softmax the caller wants
-    choice: ExpertsChoice | None = None
-    plan: Any = None
+    probe_tokens_A: Tensor | None = None
+    choice: ExpertsChoice | None = None  # taken tokens of expert choice
+    plan: Any = None  # of the dispatcher
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
-    """For each choice column its group: all true experts, then all null, all identity and all constant ones, each in group
-    order.
-
-    True columns come first so that a stable sort lets ties go to true experts.
-    """
-    kinds = (
-        [group.num_experts for group in groups],
-        [group.num_null for group in groups],
-        [group.num_identity for group in groups],
-        [group.num_constant for group in groups],
-    )
+    """Group of each choice column. Columns are all true experts, then all null, identity and constant experts, each in
+    group order. True columns come first, so that a stable sort lets ties go to true experts."""
+    kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

@@ -1,10 +1,10 @@
-"""Experts that cost no dispatch: identity and constant, evaluated on the token's own rank.
+"""Zero-computation experts: identity and constant experts, computed on the token's own rank without dispatch.
 
     identity  E(x) = x                                          (LongCat-Flash, arXiv 2509.01322; MoE++'s copy expert)
     constant  E(x) = a1 x + a2 v,  [a1, a2] = softmax(W x)      (MoE++, arXiv 2410.07348), v and W [2, D] learned
 
-x is what the true experts see, the normed input. Null experts, E(x) = 0, need nothing. Shape letters: T tokens, D hidden
-size, F zero-computation columns: all groups' identity experts, then all groups' constant ones (c of them).
+x is the input of the true experts, after the norm. Null experts, E(x) = 0, need no code. Shape letters: T tokens, D hidden
+size, F zero-computation columns: all groups' identity experts, then all groups' c constant experts.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from moe_dist.placement.roles import Role, group_module
 
 
 class ConstantStack(nn.Module):
-    """Constant experts of one group: `vector` [c, D] and `gate` [c, 2, D]. Every rank holds all of them."""
+    """The constant experts of one group: v as `vector` [c, D] and W as `gate` [c, 2, D]. Every rank holds all of them."""
 
     role = Role.ZERO_COMPUTATION
 
@@ -31,8 +31,8 @@ class ConstantStack(nn.Module):
 class ZeroComputationExperts(nn.Module):
     """The zero-computation experts of all groups.
 
-    Every token meets every constant expert's gate, whatever it chose: shapes do not depend on the routing, and every
-    parameter has a gradient on every rank.
+    Every token computes the gate of every constant expert, so that shapes do not depend on the routing and every parameter
+    has a gradient on every rank.
     """
 
     def __init__(self, hidden_dim: int, groups: Sequence[ExpertGroup]) -> None:
@@ -44,13 +44,10 @@ class ZeroComputationExperts(nn.Module):
                 self.add_module(group_module(group.name), ConstantStack(hidden_dim, group.num_constant))
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
-        """Weighted sum of the zero-computation experts, [T, D] in the dtype of `h_TD`, summed in the weights' dtype and
-        rounded once.
-
-        As they are all x times a number plus vectors, it is one product with x and one with the stacked vectors.
-        """
+        """Weighted sum of the zero-computation experts [T, D] in the dtype of `h_TD`, summed in fp32 (float64 for float64)
+        and rounded once. All experts together are one number times x, plus one product with the stacked vectors."""
         dtype = accumulation_dtype(h_TD.dtype)
-        with torch.autocast(device_type=h_TD.device.type, enabled=False):
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):  # keeps the sum in fp32
             x_TD = h_TD.to(dtype)
             identity_TF, constant_Tc = weight_TF[:, : self.num_identity], weight_TF[:, self.num_identity :]
             scale_T = identity_TF.sum(1)
@@ -66,5 +63,4 @@ class ZeroComputationExperts(nn.Module):
 
 
 def has_zero_computation_experts(groups: Sequence[ExpertGroup]) -> bool:
-    """Whether any group has an identity or a constant expert."""
     return any(group.num_identity or group.num_constant for group in groups)

@@ -1,8 +1,8 @@
-"""From parameters to an optimizer: groups, AdamW in one fused kernel a group (torch's, or NVIDIA Apex's where it is
-installed) and its state, the global norm of the gradients, and schedules of the step.
+"""Parameter groups, fused AdamW (torch's, or NVIDIA Apex's if installed) and its state, the global gradient norm,
+schedules.
 
-No collective in here: the training step sums the ranks' contributions to the norm. Schedules take plain values, named like
-the fields of the schema's schedule sections, so that a section's `model_dump()` fits.
+This file issues no collective: the training step sums the ranks' contributions to the norm. The arguments of a schedule
+have the names of the configuration's fields, so that a section's `model_dump()` fits.
 """
 
 import importlib
@@ -19,27 +19,27 @@ from torch.optim import Optimizer
 from moe_dist.errors import ConfigError
 from moe_dist.placement.roles import ROUTERS, Role, named_parameters
 
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # and vectors, of any role
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of all roles have no decay either
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
-    """Whether this rank holds no element: a rank without experts, or a shard beyond the last row."""
+    """True if this rank holds no element: it has no expert of the group, or its shard is beyond the last row."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return local.numel() == 0
 
 
 def split_parameters(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimizer, in a fixed order: {"params", "weight_decay"}.
+    """Parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order.
 
-    A fused kernel needs parameters of one kind: so plain tensors, and DTensors of different meshes (dense over all ranks,
-    experts over edp), are in different groups. Frozen parameters, and parameters that are empty on this rank, are left out.
+    A fused kernel needs parameters of one kind. So plain tensors, DTensors over all ranks (dense) and DTensors over edp
+    (experts) are in different groups. Frozen parameters, and parameters that are empty on this rank, are left out.
     """
     groups: dict[tuple[bool, object], dict[str, Any]] = {}
     for _, _, role, parameter in named_parameters(model):
         if not parameter.requires_grad or is_empty_here(parameter):
             continue
         decay = parameter.ndim >= 2 and role not in NO_DECAY
-        key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)  # one group per kind of tensor
+        key = (decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)
         group = groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decay else 0.0})
         group["params"].append(parameter)
     return list(groups.values())
@@ -57,17 +57,15 @@ def make_optimizer(
     eps: float,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`.
-
-    Args:
-        weight_decay: Default for groups without their own.
+    """AdamW (decoupled weight decay, Loshchilov & Hutter 2019) for groups from `split_parameters`. `weight_decay` is the
+    default for groups without one.
 
     Raises:
         ConfigError: backend=apex, but Apex is missing or does not support the parameters.
     """
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    obstacle = _apex_obstacle(apex_adam, parameters)  # also for backend=auto, which then falls back to torch
+    obstacle = _apex_obstacle(apex_adam, parameters)  # with an obstacle backend=auto falls back to torch
     if backend == "apex" and obstacle:
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
@@ -105,8 +103,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def materialise_moments(optimizer: Optimizer) -> None:
-    """Creates the moments (zeros) and step counts (0) before the first step, so that they can be saved or loaded. The first
-    step itself would start from the same values."""
+    """Creates moments and step counts of 0 before the first step, so that they can be saved or loaded. The first step would
+    start from the same values."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -118,7 +116,7 @@ def materialise_moments(optimizer: Optimizer) -> None:
 
 
 def step_count(optimizer: Optimizer) -> int:
-    """Steps that the optimizer has taken, equal for all parameters. One host sync on CUDA."""
+    """Number of steps that the optimizer has taken. One host sync on CUDA."""
     if _counts_by_group(optimizer):
         counts = {int(group.get("step", 0)) for group in optimizer.param_groups}
     else:
@@ -129,13 +127,13 @@ def step_count(optimizer: Optimizer) -> int:
 
 
 def set_step_count(optimizer: Optimizer, count: int) -> None:
-    """Sets the number of steps taken, which determines the bias correction of the moments."""
+    """Sets the number of steps, which determines the bias correction of the moments."""
     if _counts_by_group(optimizer):
         for group in optimizer.param_groups:
             group["step"] = count
     else:
         for state in optimizer.state.values():
-            state["step"].fill_(count)
+            state["step"].fill_(count)  # in place, because the fused kernel reads this tensor
 
 
 def _counts_by_group(optimizer: Optimizer) -> bool:
@@ -144,23 +142,20 @@ def _counts_by_group(optimizer: Optimizer) -> bool:
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The local part of each existing gradient, as plain tensors that share its memory."""
+    """The local part of each gradient, as plain tensors that share its memory. Parameters without gradient are left out."""
     gradients = (parameter.grad for parameter in parameters)
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
 
 
 @torch.no_grad()
 def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torch.device) -> Tensor:
-    """This rank's contribution to the squared norm of the whole gradient, which is the sum over all ranks.
+    """This rank's contribution to the squared norm of the whole gradient: the sum of ||local part||^2 / replicas over its
+    gradients, 0-d float64. The squared norm is the sum of the contributions of all ranks. No host sync.
 
     Args:
-        parameters: Pairs of a parameter and the number of ranks with the same piece of its (already reduced) gradient: all
-            ranks for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
+        parameters: Each parameter with its replicas, the number of ranks that hold the same part of its (already reduced)
+            gradient: all ranks for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
         device: Device of the result, also on a rank without gradients.
-
-    Returns:
-        0-d float64: sum over the gradients of ||local part||^2 / replicas. Each norm is taken in fp32, or in float64 for
-        float64 gradients, then squared and summed in float64. No host sync.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
     for parameter, replicas in parameters:
@@ -168,17 +163,17 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: no sync
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
-        squares = torch.stack(list(norms)).double().square().to(device)  # float64: squares of fp32 norms can overflow fp32
+        squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32
         total += (squares / torch.tensor(copies, dtype=torch.float64, device=device)).sum()
     return total
 
 
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
-    """Multiplies each gradient in place by the 0-d tensor `factor`, which must be the same on all ranks. No host sync."""
+    """Multiplies each gradient in place by the 0-d tensor `factor`, which must be equal on all ranks. No host sync."""
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for gradient in local_gradients(parameters):
         by_dtype[gradient.dtype].append(gradient)
@@ -187,7 +182,7 @@ def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
 
 
 def clip_by_norm(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scales the gradients by min(1, max_norm / norm); `norm` is the global norm (0-d), equal on all ranks."""
+    """Scales the gradients by min(1, max_norm / norm). `norm` is the global norm (0-d), equal on all ranks."""
     scale_gradients(parameters, (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))
 
 
@@ -200,10 +195,10 @@ def lr_factor(
     min_ratio: float = 0.0,
     decay_steps: int = 0,
 ) -> float:
-    """Ratio of the learning rate to its peak for optimizer step `step` (0-based) of `total_steps`.
+    """Ratio of the learning rate to its peak in optimizer step `step` (0-based) of `total_steps`.
 
     The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. `cosine` then follows half
-    a cosine; `wsd` stays at 1 and decays linearly over the last `decay_steps`. Both reach `min_ratio` in the last step and
+    a cosine. `wsd` stays at 1, and decays linearly over the last `decay_steps`. Both reach `min_ratio` in the last step and
     keep it afterwards. If warm-up and decay overlap, the smaller factor applies.
     """
     done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
@@ -220,10 +215,10 @@ def lr_factor(
 
 
 def lr_at(step: int, *, peak: float, **schedule: Any) -> float:
-    """Learning rate of optimizer step `step` (0-based); `schedule` as in `lr_factor`."""
+    """Learning rate of optimizer step `step` (0-based). `lr_factor` takes `schedule`."""
     return peak * lr_factor(step, **schedule)
 
 
 def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
-    """Value at `step` of a piecewise constant schedule of (first step, value) pairs, with increasing steps from 0."""
+    """Value at `step` of a piecewise constant schedule: pairs (first step, value), the first steps increasing from 0."""
     return next(value for first, value in reversed(schedule) if first <= step)

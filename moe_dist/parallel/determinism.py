@@ -1,8 +1,7 @@
 """`parallel.deterministic`: runs with the same layout, seed and versions give bit-identical results.
 
-On CPU a step is deterministic anyway. On CUDA, `index_add_` and `scatter_add_` use atomic additions in a varying order,
-cuBLAS may share a workspace between streams, cuDNN may choose kernels by timing them, and NVLink SHARP sums in its own
-order.
+On CPU a step is always deterministic. On CUDA there are four sources of different bits: atomic additions of `index_add_`
+and `scatter_add_`, cuBLAS workspaces shared between streams, cuDNN kernels chosen by timing, and sums in NVLink SHARP.
 """
 
 import os
@@ -18,10 +17,10 @@ _NCCL = ("NCCL_ALGO", "^NVLS")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """The missing environment variables for deterministic results. cuBLAS and NCCL read them at their first use.
+    """The environment variables that must be added to `given`. cuBLAS and NCCL read them at their first use.
 
     Raises:
-        ConfigError: a variable is set to a value with which cuBLAS is not deterministic.
+        ConfigError: a variable has a value with which cuBLAS is not deterministic.
     """
     name, value, good = _CUBLAS
     if given.get(name, value) not in good:
@@ -40,7 +39,7 @@ def make_deterministic() -> None:
         ConfigError: from `deterministic_variables`.
     """
     os.environ.update(deterministic_variables(os.environ))
-    torch.use_deterministic_algorithms(True)  # raises in operations without a deterministic kernel
+    torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False  # benchmarking may choose another kernel in each run
-    # Off: torch would fill every `torch.empty` with NaN to reveal uninitialised reads, at the cost of a write per buffer.
+    # Otherwise torch fills every `torch.empty` with NaN to reveal uninitialised reads, which costs a write per buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

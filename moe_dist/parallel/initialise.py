@@ -18,10 +18,10 @@ def initialise(
 ) -> None:
     """Allocates a meta-device model on `device`, and initialises every parameter.
 
-    Norms start at 1; biases and the second matrices of adapters at 0. The first adapter matrices [r, in] are normal with
-    the variance of the authors' code, 1 / (3 in). All others are normal with `std`; projections into the residual stream
-    (attention.o, every down) with std / sqrt(2 L). A module that needs another start gives a constant for each of its
-    parameters by name in `initial_values`. One whole tensor at a time is drawn on the host, then sharded.
+    Norms start at 1, biases at 0. Adapters B start at 0, and adapters A [r, in] are normal with variance 1 / (3 in), as in
+    the authors' code. All other parameters are normal with `std`; projections into the residual stream (attention.o, every
+    down) with std / sqrt(2 L). A module can set constants for its parameters by name in `initial_values`. The host draws
+    one whole tensor at a time and copies this rank's shard.
     """
     allocate(model, device)
     residual = std / math.sqrt(2 * model.args.num_layers)
@@ -29,13 +29,13 @@ def initialise(
         scale = residual if each.name.endswith((".o.weight", ".down.weight", ".down")) else std
         owner, _, leaf = each.path.rpartition(".")
         constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-        drawn = constant is None  # a value set in the constructor is lost: the model was on the meta device then
+        drawn = constant is None  # not set in the constructor, because the meta device stores no values
         shape = each.parameter.shape
         set_whole(each.parameter, _draw(each, placement, ep_rank, seed, scale) if drawn else torch.full(shape, constant))
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
-    """Allocates a meta-device model on `device`; fills constant buffers, but not the parameters."""
+    """Allocates a meta-device model on `device`. It fills constant buffers, but not the parameters."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)  # allocates without initialising, which would cost a pass over all parameters
     for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
@@ -44,7 +44,7 @@ def allocate(model: Transformer, device: torch.device) -> None:
 
 
 def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) -> list[str]:
-    """Logical names of the experts stacked in parameter `layers.i.moe.experts.<group>.<tensor>` on this rank."""
+    """Logical names of the experts in the stack `layers.i.moe.experts.<group>.<tensor>` of this rank."""
     prefix, group_name, tensor = name.rsplit(".", 2)
     group = next(group for group in placement.groups if group.name == group_name)
     local = placement.local_experts(ep_rank, group)
@@ -52,13 +52,14 @@ def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) ->
 
 
 def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed: int, scale: float) -> Tensor:
+    """The whole initial tensor of a parameter, on the host."""
     name, shape = named.name, tuple(named.parameter.shape)
     if named.role is Role.NORM:
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if named.role is Role.ADAPTER:
-        if name.endswith("b"):
+        if name.endswith("b"):  # with B = 0 the model starts as the base model
             return torch.zeros(shape)
         scale = (3 * shape[-1]) ** -0.5
     if named.role is Role.EXPERT:
@@ -69,7 +70,7 @@ def _draw(named: NamedParameter, placement: ExpertPlacement, ep_rank: int, seed:
 
 
 def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
-    """The initial value of a logical tensor, fp32: normal with `std`, determined by (seed, logical name)."""
+    """The initial value of a logical tensor, fp32: normal with `std`, drawn from (seed, logical name)."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()  # Python's hash() differs in each process
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -77,7 +78,7 @@ def normal_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
 
 @torch.no_grad()
 def set_whole(parameter: nn.Parameter, full: Tensor) -> None:
-    """Copies a whole tensor into a parameter, or its matching part into this rank's shard."""
+    """Copies a whole tensor into a parameter. A DTensor gets only the part of its local shard."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(full)
         return

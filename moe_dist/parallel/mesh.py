@@ -1,14 +1,13 @@
-"""All process groups. Only this file creates them.
+"""Creates all process groups. No other file creates one.
 
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 
-- `world`: all ranks; each reads different data. Dense parameters are replicated, or sharded over all ranks.
-- `ep`: the ranks that share one copy of all experts. They are consecutive, so that an EP group stays inside a node.
+- `world`: all ranks. Each reads different data. Dense parameters are replicated, or sharded over all ranks.
+- `ep`: ranks that together hold one copy of all experts. They are consecutive, so that an EP group stays inside a node.
   Dispatch and combine run in this group.
-- `edp`: the ranks with the same ep_rank. They hold the same experts, and sum their gradients.
-- `intra_node`, `inter_node`: with ranks_per_node, an EP group is divided into nodes of that many consecutive ranks:
-  ep_rank = node * ranks_per_node + local. `intra_node` contains the ranks of one node, `inter_node` those with the same
-  `local`.
+- `edp`: ranks with the same ep_rank. They hold the same experts and sum their gradients.
+- `intra_node`, `inter_node`: exist with ranks_per_node, where ep_rank = node * ranks_per_node + local. `intra_node` has the
+  ranks of one node of the EP group, `inter_node` the ranks with the same `local`.
 """
 
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.runtime.environment import RankEnv
 
-CHECKPOINT_TIMEOUT = timedelta(hours=2)
+CHECKPOINT_TIMEOUT = timedelta(hours=2)  # covers the slowest rank's write
 _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 
@@ -32,17 +31,12 @@ class Mesh:
     """Ranks and process groups of one process.
 
     Attributes:
-        rank, world_size: Global rank and number of ranks.
-        ep_rank, ep_size: Rank in, and size of, the EP group.
-        edp_rank, edp_size: Rank among, and number of, the ranks with the same experts.
-        device: Device of this rank.
-        world, ep, edp: The process groups; `ep` is None for an EP group of one rank, which communicates nothing.
-        checkpoint: A gloo group of all ranks for the checkpoint thread, because the training uses the other groups at the
-            same time.
+        ep: None for an EP group of one rank, which communicates nothing.
+        checkpoint: A gloo group of all ranks for the checkpoint thread, because training uses the other groups at the same
+            time.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
         tracker: Tracks all collectives of this rank, for the watchdog.
-        intra_node, inter_node: Groups inside a node and between nodes, ordered by ep_rank; None for a single rank, or
-            without ranks_per_node.
+        intra_node, inter_node: Ordered by ep_rank; None for a single rank, or without ranks_per_node.
     """
 
     rank: int
@@ -77,12 +71,8 @@ def init_world(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo.
-
-    Args:
-        store: Store for the rendezvous; None uses `init_method`.
-        timeout: Timeout of every collective, in seconds.
-    """
+    """Creates the default process group: NCCL on CUDA, otherwise gloo. `timeout` is for every collective, in seconds. The
+    rendezvous uses `store`, or `init_method` if it is None."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=init_method if store is None else None,
@@ -90,8 +80,7 @@ def init_world(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
-        # opens NCCL's connections now, so that errors show at the start
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if device.type == "cuda" else None,  # opens NCCL's connections now, so that errors show early
     )
 
 
@@ -105,8 +94,8 @@ def make_mesh(
 ) -> Mesh:
     """Divides the default process group into EP and edp groups. Collective: every rank calls it with the same arguments.
 
-    With `ranks_per_node`, which must divide `ep`, it also divides each EP group into nodes. Every group gets `timeout`
-    explicitly, because torch does not inherit it from the default group.
+    With `ranks_per_node`, which must divide `ep`, it also divides each EP group into nodes. Each group gets `timeout`
+    explicitly, because torch's groups do not inherit it from the default group.
     """
     world, rank, world_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     if world is None or world_size % ep:
@@ -127,7 +116,8 @@ def make_mesh(
         world=world,
         ep=ep_group,
         edp=edp_group,
-        checkpoint=_checkpoint_group(),
+        # a dead rank ends a wait at once, because its connections close
+        checkpoint=dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
         tracker=tracker or CollectiveTracker(),
@@ -139,7 +129,7 @@ def make_mesh(
 def _node_groups(
     grid: torch.Tensor, rank: int, ranks_per_node: int | None, timeout: float
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """This rank's groups inside its node and between nodes; the rows of `grid` are the EP groups."""
+    """Returns this rank's groups inside its node and between nodes. The rows of `grid` are the EP groups."""
     if ranks_per_node is None:
         return None, None
     ep = grid.shape[1]
@@ -167,22 +157,10 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
 
 
 def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
-    """A group of some ranks, for measurements; None on a rank outside it.
-
-    Args:
-        alone: Only the members call this; then it must be the first group of exactly these ranks.
-    """
+    """Creates a group of some ranks, for measurements; None on a rank outside it. With `alone` only the members call it,
+    and it must be the first group of exactly these ranks."""
     group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
     return group if isinstance(group, dist.ProcessGroup) else None
-
-
-def _checkpoint_group() -> dist.ProcessGroup:
-    """The group of the checkpoint thread. Its long timeout covers the slowest rank's write; the death of a rank is noticed
-    immediately by its closed connection."""
-    group = dist.new_group(backend="gloo", timeout=CHECKPOINT_TIMEOUT)
-    if not isinstance(group, dist.ProcessGroup):
-        raise AssertionError("this rank is not in the group of all ranks")
-    return group
 
 
 def destroy_world() -> None:
@@ -193,8 +171,8 @@ def destroy_world() -> None:
 
 @contextmanager
 def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
-    """For commands that use a trained model: the mesh with all ranks in one EP group, None for a single rank; and this
-    rank's device."""
+    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh, None for a single rank, and
+    this rank's device."""
     if env.world_size == 1:
         yield None, device
         return

@@ -1,4 +1,4 @@
-"""One expert-parallel layer and its balance loss, for a model of your own: see docs/api.md."""
+"""Builds one expert-parallel layer, and its balance loss, for a model of your own (docs/api.md)."""
 
 from collections.abc import Sequence
 
@@ -31,17 +31,19 @@ def build_moe_layer(
     std: float = 0.02,
     name: str = "moe",
 ) -> MoELayer:
-    """A layer with this rank's experts and dispatch over `ep_group`; y [T, D] = layer(x [T, D], group [T]), no residual.
+    """Builds a layer with this rank's experts and dispatch over `ep_group`.
 
-    Weights are normal with `std` and drawn from (seed, logical name): the same values whatever the number of ranks.
+    `y, report = layer(x, group)` takes x [T, D] and int64 group indices [T], and returns y [T, D] without the residual.
+    Weights are normal with `std` and drawn from (seed, logical name), so that any number of ranks starts with the same
+    values.
 
     Args:
         hidden_dim: D.
         groups: All groups of experts, in logical order.
-        ep_group: The ranks that share the experts; None: this process holds all.
-        placement: Which rank holds which expert; by default every group is spread over all ranks.
-        router: By default `TopKRouter(hidden_dim, groups)`; one that is given keeps its weights.
-        name: Of the layer in logical names and in error messages; two layers of a model need two names.
+        ep_group: The ranks that share the experts. With None this process holds all experts.
+        placement: The map of experts to ranks; by default every group is spread over all ranks.
+        router: By default `TopKRouter(hidden_dim, groups)`. A given router keeps its weights.
+        name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
     """
     wire = AllToAll(ep_group, CommStats())
     placement = placement or ExpertPlacement.interleaved(groups, wire.size)
@@ -67,13 +69,13 @@ def build_moe_layer(
 
 
 def balance_loss(report: LayerReport, groups: Sequence[ExpertGroup], group: dist.ProcessGroup | None = None) -> Tensor:
-    """This rank's share of AdaMoE's load-balance loss of one layer, coefficient 1: the sum over ranks is the loss.
-
-    Collective, one small all-reduce.
+    """This rank's share of AdaMoE's load-balance loss of one layer (arXiv 2406.13233, section 3.2), 0-d, with coefficient
+    1. The sum over ranks is the loss. Collective: one small all-reduce.
 
     Args:
-        report: What the layer returned beside y.
-        group: All ranks that train the model; None for one process.
+        report: The report that the layer returned.
+        groups: The groups of the layer.
+        group: Process group of all ranks that train the model; None for one process.
     """
     sums = report.sums
     counts = sum_over(torch.cat([sums.choices_C, sums.tokens_G]), group)

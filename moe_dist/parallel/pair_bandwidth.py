@@ -1,6 +1,6 @@
 """Measures all-reduce and all-to-all between every two nodes, in rounds of disjoint pairs.
 
-Every rank calls `measure_pairs`. A pair contains all ranks of both nodes, so that all their network cards take part.
+Every rank calls `measure_pairs`. All ranks of both nodes of a pair take part, so that all network cards are used.
 """
 
 import time
@@ -14,8 +14,8 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # limits of the number of repetitions and of their time; the best one counts
-LOOKS = 3  # repeated measurements of a pair that looks slow
+REPEATS, SECONDS = 100, 0.5  # a collective is repeated at most so often and so long; the best time counts
+LOOKS = 3  # number of measurements that must confirm a slow pair
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class NodeRanks:
 def measure_pairs(
     ranks: NodeRanks, *, payload_bytes: int, device: torch.device, timeout: float
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
-    """The best times of every pair, and the slow pairs; equal on every rank.
+    """Returns the best times of every pair, and the slow pairs; equal on every rank.
 
-    A pair that looks slow is measured again, alternating with the median pair and without other traffic, so that temporary
-    load slows down both.
+    A pair that looks slow is measured again without other traffic, alternating with the usual pair, so that a temporary
+    load slows both pairs down.
 
     Args:
-        payload_bytes: Bytes that a rank sends to the other node in an all-to-all, and size of its all-reduce.
+        payload_bytes: Bytes that a rank sends to the other node in an all-to-all, and bytes of its all-reduce.
         timeout: Timeout of every collective, in seconds.
     """
     task = PairMeasurement(ranks, payload_bytes, device)
@@ -52,12 +52,12 @@ def measure_pairs(
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
-            dist.destroy_process_group(group)  # each group holds connections, and n nodes have n (n - 1) / 2 pairs
+            dist.destroy_process_group(group)  # or the connections of n (n - 1) / 2 groups would pile up
     doubted = slow_pairs(measured)
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
-    # All ranks create these groups in the same order: otherwise torch would reuse the name of a pair's first group.
+    # All ranks create these groups, because with `alone` torch would reuse the name of a pair's first group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups)]
 
@@ -73,33 +73,24 @@ def _stays_slow(
 
 
 def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
-    """Names of the nodes in order. Collective over all ranks; gathers bytes, because object collectives use pickle."""
+    """Names of the nodes in order. Collective over all ranks."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
-    dist.all_gather(everywhere, text)  # one collective over all ranks
+    dist.all_gather(everywhere, text)  # bytes, because object collectives use pickle
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everywhere[:: ranks.per_node]]
 
 
 @dataclass(frozen=True)
 class PairMeasurement:
-    """The collectives that are timed.
-
-    Attributes:
-        ranks: The participating ranks.
-        payload_bytes: As in `measure_pairs`.
-        device: Device of the tensors.
-    """
+    """Times the collectives of pairs. See `measure_pairs` for the fields."""
 
     ranks: NodeRanks
     payload_bytes: int
     device: torch.device
 
     def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, PairExchange]:
-        """Measures disjoint pairs at the same time. Collective over all ranks; syncs with the host.
-
-        Args:
-            groups: The process groups of this rank's pairs.
-        """
+        """Measures disjoint pairs at the same time. `groups` are the process groups of this rank's pairs. Collective over
+        all ranks; syncs with the host."""
         seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
         for number, pair in enumerate(pairs):
             if self.ranks.node in pair:
@@ -110,7 +101,7 @@ class PairMeasurement:
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:
-        """Best seconds of an all-reduce and of an all-to-all on this rank."""
+        """Returns the best seconds of an all-reduce and of an all-to-all on this rank."""
         per_node, own = self.ranks.per_node, pair.index(self.ranks.node)
         elements = -(-self.payload_bytes // 4 // per_node) * per_node
         sent, received = torch.zeros(elements, device=self.device), torch.zeros(elements, device=self.device)
@@ -130,7 +121,7 @@ def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torc
     collective()  # the first use opens connections
     best = _seconds(collective, device)
     repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
-    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # both ends must use the same number
+    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # all ranks must repeat equally often
     return min([best, *(_seconds(collective, device) for _ in range(int(repeats)))])
 
 
@@ -138,5 +129,5 @@ def _seconds(collective: Callable[[], None], device: torch.device) -> float:
     began = time.perf_counter()
     collective()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # a call only queues the collective
     return time.perf_counter() - began

@@ -1,12 +1,12 @@
 """Makes a single-device model parallel, in this order:
 
-1. experts: the model is built with this rank's experts only, and its dispatcher has the EP group;
-2. recompute: set inside each unit at construction, so that FSDP2, which wraps it, unshards before the recomputation;
-3. FSDP2 or DDP last, because both need the final parameters and units.
+1. Experts: the model is built with this rank's experts only, and its dispatcher has the EP group.
+2. Recompute: it is set inside each unit at construction, so that FSDP2 unshards a unit before its recomputation.
+3. FSDP2 or DDP: last, because both need the final parameters and units.
 
-Gradients are summed, never averaged: a rank's loss is its share of the global loss. Dense gradients are summed over the
-world, those of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would cast them to its compute
-dtype; their small gradients are summed over the world after backward.
+Gradients are summed and not averaged, because a rank's loss is its share of the global loss. Dense gradients are summed
+over the world, and gradients of experts over edp. Router weights stay replicated plain tensors, because FSDP2 would cast
+them to its compute dtype. Their small gradients are summed over the world after backward.
 """
 
 from collections.abc import Collection, Iterator
@@ -22,21 +22,21 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, Shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_dist.comm.collectives import sum_gradients, sum_small_gradients
+from moe_dist.comm.collectives import sum_gradients
 from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
 from moe_dist.model.transformer import Layer, Transformer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.roles import ROUTERS, NamedParameter, Role, named_parameters
 
-_NOT_IN_DDP = ROUTERS | {Role.EXPERT}  # DDP leaves their gradients to `reduce_gradients`
+_NOT_IN_DDP = ROUTERS | {Role.EXPERT}  # `reduce_gradients` sums the gradients of these roles
 
 
 class ParallelModel:
-    """A transformer on a mesh: call it for the training forward, and `reduce_gradients` after the last backward.
+    """A transformer on a mesh. Call it for the training forward, and call `reduce_gradients` after the last backward.
 
     Attributes:
-        model: The unwrapped transformer, for evaluation and state; under FSDP2 its parameters are DTensors.
-        parameters: All parameters of this rank; stacks of experts by names without the experts' indices.
+        model: The unwrapped transformer, for evaluation and state. Under FSDP2 its parameters are DTensors.
+        parameters: All parameters of this rank. The logical name of a stack of experts has no expert index.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, data: Literal["ddp", "fsdp2"]) -> None:
@@ -52,14 +52,14 @@ class ParallelModel:
         return self._module(*args)
 
     def replicas(self, named: NamedParameter) -> int:
-        """Number of ranks with the same values of a parameter; 1 for a shard. The global norm divides by it."""
+        """Number of ranks that hold the same values of a parameter; 1 for a shard. The global norm divides by it."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role is Role.EXPERT else self.mesh.world_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Context of one micro-batch's forward and backward. DDP reduces gradients in the last one only, FSDP2 in each."""
+        """Encloses forward and backward of a micro-batch. DDP reduces gradients in the last micro-batch, FSDP2 in each."""
         skip = isinstance(self._module, DistributedDataParallel) and not last
         with (
             self.mesh.tracker.among(f"forward or backward with {self.data}"),
@@ -68,30 +68,31 @@ class ParallelModel:
             yield
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients that DDP or FSDP2 leaves out: routers over the world and, under DDP, experts over edp."""
+        """Sums the gradients that DDP and FSDP2 leave out: routers over the world, and under DDP experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
-        sum_small_gradients(routers, self.mesh.world, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
+        sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
             experts = [info.parameter for info in self.parameters if info.role is Role.EXPERT]
             experts = [parameter for parameter in experts if parameter.numel() and parameter.requires_grad]
-            sum_gradients(experts, self.mesh.edp, name=EXPERT_GRADIENTS, tracker=self.mesh.tracker)
+            sum_gradients(experts, self.mesh.edp, flat=False, name=EXPERT_GRADIENTS, tracker=self.mesh.tracker)
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
-    """Freezes the parameters of all other roles: they get neither gradients nor moments. Call it before FSDP2 or DDP,
-    which skip frozen parameters."""
+    """Freezes all parameters but those of `roles`: frozen parameters get neither gradients nor moments. Call it before
+    FSDP2 or DDP, which skip frozen parameters."""
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.role in roles)
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place: to attention, MoE layer (or FFN), then to the root with embedding, norm and output.
+    """Applies FSDP2 in place: to attention and MoE layer (or FFN) of each layer, then to the root with embedding, norm and
+    output.
 
-    The MoE layer is one unit, with expert parameters sharded over edp and all others over the world, so that no gather or
-    reduce runs between its two exchanges. A nested unit for the experts would run its reduce-scatter between them in
-    backward, where ranks can deadlock. `cast_forward_inputs=False`: activations already have the compute dtype, and fp32
-    loss and routing weights must not be rounded at a unit's boundary.
+    The MoE layer is one unit. Its experts are sharded over edp, and its other parameters over the world. So no gather or
+    reduce runs between its two exchanges. A nested unit for the experts would run its reduce-scatter between the exchanges
+    of backward, where ranks can deadlock.
     """
+    # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -105,15 +106,15 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
             fully_shard(layer.moe, shard_placement_fn=_expert_placement(layer.moe, mesh), **options)
         else:
             fully_shard(layer.ffn, **options)
-    fully_shard(model, **options)  # last: the root takes the parameters that no inner unit has
+    fully_shard(model, **options)  # last, because the root takes the parameters that no inner unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            module.set_gradient_divide_factor(1.0)  # a sum instead of an average
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Shards expert stacks over edp: by whole experts if they divide evenly, else by rows of each expert."""
+    """Shards expert stacks over edp: by experts if their number divides evenly, else by the rows of each expert."""
     experts = {each.parameter for each in named_parameters(moe) if each.role is Role.EXPERT}
     info = FSDPMeshInfo(mesh=mesh.edp_mesh, shard_mesh_dim=0)
 
@@ -127,11 +128,11 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
 
 
 class _OrderedBuckets(DistributedDataParallel):
-    """DDP with a fixed order of buckets: from the last parameter to the first, as gradients become ready.
+    """DDP with a fixed order of buckets, from the last parameter to the first, which is the order of ready gradients.
 
-    Plain DDP reorders its buckets after the first backward. The position of an element in its bucket determines the order
-    of summation in a ring of three or more ranks, so the first step after a resume would differ in the last bits from the
-    same step of an undisturbed run.
+    Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, the position of an element in
+    its bucket determines the order of its sum. So the first step after a resume would differ in the last bits from the same
+    step of a run without interruption.
     """
 
     def _build_params_for_reducer(self) -> Any:
@@ -140,13 +141,14 @@ class _OrderedBuckets(DistributedDataParallel):
 
 
 def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
-    """DDP for the dense parameters only, with a sum instead of an average. Buffers are constant and not broadcast."""
+    """Wraps the dense parameters in DDP, with a sum instead of an average. Buffers are not broadcast, because all ranks
+    compute the same values."""
     ignored = [each.path for each in named_parameters(model) if each.role in _NOT_IN_DDP]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()
+    wrapped.reducer._rebuild_buckets()  # now, so that the first step uses the same buckets as all others
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

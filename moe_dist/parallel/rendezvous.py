@@ -1,10 +1,11 @@
-"""The rendezvous store of torch.distributed."""
+"""The rendezvous store of torch.distributed at an address that rank 0 publishes."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -15,12 +16,12 @@ from moe_dist.runtime.rendezvous import address_file, find, listening_host, publ
 
 @contextmanager
 def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterator[Store | None]:
-    """The store at the address that rank 0 publishes in the run folder; None with any other init method.
+    """Yields the store at the address that rank 0 publishes in the run folder; None with any other init method.
 
-    Create the process group inside the block: at its end all ranks have connected, and rank 0 deletes the address.
+    Create the process group inside the context. At its end all ranks have connected, and rank 0 deletes the address.
 
     Args:
-        timeout: How long a rank waits for rank 0, and for answers of the store, in seconds.
+        timeout: Seconds that a rank waits for rank 0, and for answers of the store.
 
     Raises:
         ConfigError, ResourceError, RunFolderError: from `runtime.rendezvous`.
@@ -36,15 +37,9 @@ def published_store(env: RankEnv, run_folder: Path, *, timeout: float) -> Iterat
         return
     address, listener = publish(path, env, listening_host(env, os.environ))
     try:
-        store = TCPStore(
-            address.host,
-            address.port,
-            env.world_size,
-            True,
-            wait,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),  # the store now owns the socket and closes it
-        )
-        yield PrefixStore(address.secret, store)
+        # the store gets the listening socket itself, so that no other process can take the port in between
+        options: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
+        store = TCPStore(address.host, address.port, env.world_size, True, wait, **options)
+        yield PrefixStore(address.secret, store)  # a peer with another secret cannot see the keys
     finally:
         withdraw(path, address)

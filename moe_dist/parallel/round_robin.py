@@ -1,7 +1,7 @@
 """Round-robin schedule of node pairs, and detection of slow pairs. Pure functions without torch.
 
-A collective over all nodes is as slow as its slowest link, but does not show which link that is. A round-robin schedule
-measures every pair once, in n - 1 rounds (n for odd n) of disjoint pairs, so that two pairs never share a node's link.
+A collective over all nodes is as slow as its slowest link, but does not show that link. A round-robin schedule measures
+every pair once, in n - 1 rounds (n for odd n) of disjoint pairs, so that two pairs never share a node's link.
 """
 
 import statistics
@@ -14,11 +14,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class PairExchange:
-    """Best times of a pair.
-
-    Attributes:
-        all_reduce, all_to_all: Seconds of one collective.
-    """
+    """Best seconds of each collective on a pair."""
 
     all_reduce: float
     all_to_all: float
@@ -26,7 +22,7 @@ class PairExchange:
 
 def round_robin(num_nodes: int) -> list[list[Pair]]:
     """Rounds of disjoint pairs that contain every pair exactly once (circle method: one node is fixed, the others rotate).
-    With an odd number one node pauses in each round."""
+    If the number of nodes is odd, one node pauses in each round."""
     if num_nodes < 2:
         return []
     circle = list(range(num_nodes + num_nodes % 2))  # with a dummy node if the number is odd
@@ -40,11 +36,10 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
 
 
 def usual(seconds: Iterable[float]) -> float:
-    """Time of a normal pair: the lower median, or for at most three pairs the fastest. So one slow node among four is
-    detected although it is in half of the pairs."""
+    """Time of a normal pair: the lower median, which detects a slow node among four although half of the pairs contain it.
+    For at most three pairs it is the fastest."""
     ordered = sorted(seconds)
-    # three pairs: one slow node is in two of them
-    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)
+    return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)  # one slow node is in two of three pairs
 
 
 def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
@@ -54,12 +49,12 @@ def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
 
 
 def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
-    """Whether one of the collectives took more than SLOW times as long."""
+    """True if one of the collectives takes more than SLOW times as long as `than`."""
     return exchange.all_reduce > SLOW * than.all_reduce or exchange.all_to_all > SLOW * than.all_to_all
 
 
 def slow_pairs(measured: Mapping[Pair, PairExchange]) -> list[Pair]:
-    """Pairs that are slow in comparison with the usual time; empty for fewer than three pairs."""
+    """Pairs that are slow in comparison with the usual times; empty for fewer than three pairs."""
     if len(measured) < 3:
         return []
     reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))

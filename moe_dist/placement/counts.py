@@ -1,7 +1,7 @@
-"""The routing counts of a step over all ranks: the record that layers' reports pass to controllers and monitoring.
+"""The routing counts of a step over all ranks, for the bias controllers and for monitoring.
 
 Shape letters: L MoE layers, P mixture-of-depths layers, G groups, C choice columns (all true experts by logical id, then
-the groups' null, identity and constant ones), E true experts.
+the groups' null, identity and constant experts), E true experts.
 """
 
 from typing import Generic, NamedTuple, TypeVar
@@ -10,23 +10,23 @@ Array = TypeVar("Array")
 
 
 class StepCounts(NamedTuple, Generic[Array]):
-    """Sums over all ranks, of a micro-batch or of a whole step: float64 tensors on the device during the step, numpy arrays
-    for the monitor. They are added field by field.
+    """Sums over all ranks of a micro-batch or of a whole step: float64 tensors on the device during the step, numpy arrays
+    for the monitor. The fields of two micro-batches add up.
 
     Attributes:
-        choices_LC: How often each column was chosen, before any capacity.
-        tokens_LG: Tokens routed in each group.
-        entropy_LG: Sum over tokens of the entropy (nats) of the router's softmax.
+        choices_LC: Number of choices of each column, before any capacity.
+        tokens_LG: Number of routed tokens.
+        entropy_LG: Entropy (nats) of the router's softmax, summed over tokens.
         dropped_LE: Choices of each true expert that a capacity dropped.
-        kth_score_LE: Expert choice: the k-th largest score of each expert, times the tokens of its group. Like the next
-            two, it has no columns if tokens choose.
-        above_LE: Expert choice: tokens above each expert's threshold.
-        unrouted_LG: Expert choice: tokens that no expert took.
-        depth_tokens_P: Tokens from which a mixture-of-depths layer selects.
-        depth_agreed_P: Tokens whose causal decision equals the selection of training.
+        kth_score_LE: k-th largest score of each expert, times the tokens of its group. This field and the next two are for
+            expert choice; they have no columns if tokens choose.
+        above_LE: Number of tokens above each expert's threshold.
+        unrouted_LG: Number of tokens that no expert took.
+        depth_tokens_P: Number of tokens from which a mixture-of-depths layer selects.
+        depth_agreed_P: Number of tokens whose causal decision equals the selection of training.
         depth_kth_score_P: Lowest selected score, times the tokens.
         depth_weight_P: Sum of the weights of the selected tokens.
-        depth_tokens_PG, depth_taken_PG: Tokens of each group, and those that the layer computes.
+        depth_tokens_PG, depth_taken_PG: Number of tokens of each group, and of those that the layer computes.
     """
 
     choices_LC: Array
@@ -44,4 +44,4 @@ class StepCounts(NamedTuple, Generic[Array]):
     depth_taken_PG: Array
 
 
-FRACTIONAL = frozenset(("entropy_LG", "kth_score_LE", "depth_kth_score_P", "depth_weight_P"))  # the others are integers
+FRACTIONAL = frozenset(("entropy_LG", "kth_score_LE", "depth_kth_score_P", "depth_weight_P"))  # other fields are integers

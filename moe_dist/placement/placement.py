@@ -1,11 +1,11 @@
 """The map from each rank's slots to logical experts.
 
-A logical expert has one id over all groups, in the order of the groups: group g's experts are first_g .. first_g + n_g - 1.
-A rank is a position in its EP group; ranks may hold different numbers of slots, or none. Every layer uses the same map.
+Logical experts are numbered over all groups, in the order of the groups: group g has the experts first_g .. first_g + n_g -
+1. A rank is a position in its EP group. Ranks may hold different numbers of slots, or none. Every layer uses the same map.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,15 +18,14 @@ class ExpertGroup:
 
     Attributes:
         name: Name of the group, part of the experts' logical names.
-        num_experts: True experts (n).
-        num_null: Null experts (m); they are never placed.
+        num_experts: Number of true experts (n). They alone are placed.
+        num_null: Number of null experts (m).
         top_k: Choices per token (k).
         ffn_dim: Hidden width of each expert (F).
-        first_expert: Logical id of the group's expert 0.
+        first_expert: Logical id of the group's first true expert.
         modalities: Modalities routed to the group.
-        num_identity, num_constant: Identity and constant experts; each rank computes them for its own tokens, so they are
-            never placed either.
-        capacity: Expert choice: the share of the group's tokens that each expert takes (c); None if tokens choose.
+        num_identity, num_constant: Number of identity and constant experts, which every rank computes for its own tokens.
+        capacity: Share of the group's tokens that each expert takes in expert choice (c); None if tokens choose.
     """
 
     name: str
@@ -47,13 +46,12 @@ class ExpertGroup:
 
     @property
     def num_columns(self) -> int:
-        """Number of columns among which a token of the group chooses: true, null, identity and constant experts."""
+        """Number of columns among which a token of the group chooses: its experts of all kinds."""
         return self.num_experts + self.num_null + self.num_identity + self.num_constant
 
     @property
     def expected_experts_per_token(self) -> float:
-        """True experts per token under a uniform router: k n over all columns, k n / (n + m) with only nulls; c n with
-        expert choice."""
+        """True experts per token under a uniform router: k n / columns, or c n with expert choice."""
         if self.capacity is not None:
             return min(1.0, self.capacity) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
@@ -61,9 +59,11 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The logical experts in the slots of each rank of an EP group, in slot order.
+    """The logical experts in the slots of each rank of an EP group. The slots of a rank are sorted by logical id, so that
+    the experts of a group are contiguous.
 
-    The slots of a rank are sorted by logical id, so the experts of a group are contiguous.
+    Raises:
+        ConfigError: an expert has no slot or several, or the slots of a rank are not sorted.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -83,14 +83,14 @@ class ExpertPlacement:
 
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
-        """Spreads every group evenly over all ranks; a group's remaining experts start where those of the last group
-        ended."""
+        """Spreads every group evenly over all ranks. If a group does not divide evenly, its larger parts start at the rank
+        after those of the group before it, so that the ranks stay balanced."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
             for part, experts in enumerate(even_runs(group.experts, num_ranks)):
                 slots[(offset + part) % num_ranks].extend(experts)
-            offset += group.num_experts
+            offset += group.num_experts  # the next group starts where this one ended
         return cls(tuple(groups), tuple(map(tuple, slots)))
 
     @property
@@ -99,17 +99,17 @@ class ExpertPlacement:
 
     @property
     def num_experts(self) -> int:
-        """True experts of all groups (E)."""
+        """Number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
-    @cached_property
+    @cached_property  # each layer's plan reads it
     def rank_of_expert(self) -> tuple[int, ...]:
-        """For each logical expert the rank (EP position) that holds it."""
+        """Rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())
 
     @cached_property
     def slot_of_expert(self) -> tuple[int, ...]:
-        """For each logical expert its slot on that rank."""
+        """Slot of each logical expert on its rank."""
         return tuple(slot for _, _, slot in self._places())
 
     def local_experts(self, rank: int, group: ExpertGroup) -> tuple[int, ...]:
@@ -117,23 +117,19 @@ class ExpertPlacement:
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)
 
     def name_of(self, expert: int) -> str:
-        """Logical name of an expert, 'group/index'."""
+        """The name 'group/index' of an expert, for messages and logical names."""
         for group in self.groups:
             if expert in group.experts:
                 return f"{group.name}/{expert - group.first_expert}"
         return f"expert {expert} (of {self.num_experts})"
 
     def _places(self) -> list[tuple[int, int, int]]:
-        def every() -> Iterator[tuple[int, int, int]]:
-            for rank, slots in enumerate(self.slots):
-                for slot, expert in enumerate(slots):
-                    yield expert, rank, slot
-
-        return sorted(every())
+        """(expert, rank, slot) of every expert, in the order of experts."""
+        return sorted((expert, rank, slot) for rank, slots in enumerate(self.slots) for slot, expert in enumerate(slots))
 
 
 def even_runs(experts: range, parts: int) -> list[range]:
-    """Divides a range into runs whose lengths differ by at most one, the longer ones first."""
+    """Divides a range into runs whose lengths differ by at most one, longer runs first."""
     short, longer = divmod(len(experts), parts)
     edges = [part * short + min(part, longer) for part in range(parts + 1)]
     return [experts[a:b] for a, b in itertools.pairwise(edges)]

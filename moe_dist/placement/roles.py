@@ -1,9 +1,10 @@
-"""The role of each parameter, and its logical name: the name in checkpoints, from which its initial value is drawn.
+"""The role and the logical name of each parameter. Checkpoints store parameters by logical names, and the name determines
+the initial value.
 
-A module class sets the role of its parameters, as in `role = Role.ROUTER`. Children without a role of their own inherit it.
-The class keeps the role and not the parameter, because FSDP2 and `Module.to_empty` replace parameters.
+A module class sets the role of its parameters, as in `role = Role.ROUTER`. Children without a role inherit it. The class
+holds the role, because FSDP2 and `Module.to_empty` replace parameters.
 
-Imports no torch, so that checkpoints can be described without it.
+It imports no torch, so that checkpoints can be described without it.
 """
 
 import re
@@ -12,12 +13,12 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a login node has no torch
     from torch import nn
 
 
 class Role(Enum):
-    """The purpose of a parameter. Decides sharding, gradient sums, weight decay, initial value and freezing."""
+    """The purpose of a parameter. It decides sharding, gradient sums, weight decay, initial value and freezing."""
 
     DENSE = "dense"
     EMBEDDING = "embedding"
@@ -33,8 +34,8 @@ class Role(Enum):
 ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # replicated on all ranks
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
-_GROUP = "group:"  # no attribute of a module has a colon, so a group may have any name
-_ROLES_OF_NAMES = (
+_GROUP = "group:"  # no attribute name contains a colon
+_ROLES_OF_NAMES = (  # special names before general ones, because the first match counts
     (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
     (re.compile(r"layers\.\d+\.(moe\.router\.[^.]+|depths)\.auxiliary\..+"), Role.AUXILIARY_ROUTER),
     (re.compile(r"layers\.\d+\.moe\.router\..+"), Role.ROUTER),
@@ -50,8 +51,8 @@ class NamedParameter(NamedTuple):
     """A parameter of a model.
 
     Attributes:
-        path: Its name in the module's state dict.
-        name: Its logical name; of a stack of experts the name without the experts' indices.
+        path: Name in the module's state dict.
+        name: Logical name. The name of a stack of experts has no expert index.
     """
 
     path: str
@@ -62,22 +63,22 @@ class NamedParameter(NamedTuple):
 
 @cache  # called in each forward
 def group_module(name: str) -> str:
-    """Name of the child module that belongs to an expert group: its prefix keeps it apart from the parent's attributes."""
+    """Name of a group's child module. A prefix keeps it apart from attribute names, so a group may have any name."""
     return f"{_GROUP}{name}"
 
 
 def logical_name(path: str) -> str:
-    """The logical name of a parameter or buffer from its name in the model's state dict."""
+    """Converts the name of a parameter or buffer in the state dict to its logical name."""
     return path.replace(_GROUP, "")
 
 
 def role_of_name(name: str) -> Role:
-    """The role of a stored tensor (not of an optimizer's moment) from its logical name, where there is no model."""
+    """The role of a tensor in a checkpoint from its logical name, when there is no model. Not for optimizer moments."""
     return next((role for pattern, role in _ROLES_OF_NAMES if pattern.fullmatch(name)), Role.DENSE)
 
 
 def named_parameters(model: "nn.Module") -> Iterator[NamedParameter]:
-    """Every parameter of a model once, in the order of `Module.named_parameters`."""
+    """Yields every parameter of a model once, in the order of `Module.named_parameters`."""
     roles: dict[str, Role] = {}
     _add_roles(model, "", Role.DENSE, roles)
     for path, parameter in model.named_parameters():

@@ -22,7 +22,7 @@ from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.experts import choose_gemm
-from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
+from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.optim.optimizer import lr_at, make_optimizer, split_parameters
 from moe_dist.parallel.initialise import initialise
@@ -34,7 +34,7 @@ from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build_dispatch import NodeGroups, build_all_to_all
 from moe_dist.train.build_experts import EXPERTS, LayerParts, attention_adapters
-from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
+from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.build_tuning import build_sample_loader, build_tuning
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loss import AuxSettings, aux_at
@@ -64,7 +64,7 @@ def build_model(
     comm_stats: CommStats | None = None,
     tracker: CollectiveTracker | None = None,
     compute_dtype: torch.dtype | None = None,
-    scope_ranks: ScopeRanks | None = None,
+    choice_scope: SelectionScope | None = None,
     depth_scope: SelectionScope | None = None,
 ) -> Transformer:
     """The transformer with this rank's experts, on the default device (the meta device for a dry run or before sharding).
@@ -75,13 +75,13 @@ def build_model(
         comm_stats: Counts the communication of all layers.
         tracker: Records the all-to-alls.
         compute_dtype: Replaces `parallel.precision`, for tests in float64.
-        scope_ranks: Ranks over which experts may choose their tokens; by default only this one.
-        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; by default only this one.
+        choice_scope, depth_scope: Ranks whose tokens compete for experts, and in mixture-of-depths layers; None for this
+            rank alone.
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     wire = build_all_to_all(config.parallel, ep_group, stats, tracker)
-    parts = LayerParts(config, placement, ep_rank, wire, node_groups, scope_ranks or ScopeRanks())
+    parts = LayerParts(config, placement, ep_rank, wire, node_groups, choice_scope)
 
     def make_depths(layer: int) -> DepthRouter:
         assert section.mixture_of_depths is not None
@@ -147,8 +147,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             node_groups=(mesh.inter_node, mesh.intra_node),
             comm_stats=comm_stats,
             tracker=mesh.tracker,
-            scope_ranks=scope_ranks_of(mesh),
-            depth_scope=build_depth_scope(config, mesh, comm_stats),
+            **build_scopes(config, mesh, comm_stats),
         )
     freeze(model, config)
     if config.parallel.data == "fsdp2":

@@ -12,7 +12,7 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
+from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build_dispatch import DispatchParts, NodeGroups, build_dispatcher
@@ -27,7 +27,7 @@ class LayerParts:
         placement: Which expert lives on which rank of the EP group.
         ep_rank: This rank in the EP group.
         wire, node_groups: As `build_dispatch.DispatchParts`.
-        scope_ranks: Ranks over which experts may choose their tokens.
+        choice_scope: Ranks whose tokens compete for experts; None for this rank alone.
     """
 
     config: Config
@@ -35,7 +35,7 @@ class LayerParts:
     ep_rank: int
     wire: AllToAll
     node_groups: NodeGroups
-    scope_ranks: ScopeRanks
+    choice_scope: SelectionScope | None
 
 
 def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[[int], MoELayer]:
@@ -45,9 +45,7 @@ def ffn_layers(parts: LayerParts, experts: type[Experts] = Experts) -> Callable[
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
     # A dry run has a placement of many ranks but no group: it builds the experts of `ep_rank` and never dispatches.
     dispatcher = build_dispatcher(DispatchParts(config.parallel, parts.placement, wire, hidden_dim, parts.node_groups))
-    selection_scope = SelectionScope.over(
-        moe.router.selection_scope, parts.scope_ranks, comm_stats=wire.comm_stats, tracker=wire.tracker
-    )
+    selection_scope = parts.choice_scope or SelectionScope(moe.router.selection_scope)
     known_counts = dispatcher.takes_known_counts and selection_scope.kind == "rank"
     make_router = partial(
         build_router,

@@ -17,7 +17,7 @@ from moe_dist.moe.balance.loss_free import LossFree
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
 from moe_dist.moe.routers.scheduled_top_k import ScheduledTopKRouter
-from moe_dist.moe.routers.selection import ScopeRanks, SelectionScope
+from moe_dist.moe.routers.selection import ScopeKind, SelectionScope
 from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh
@@ -58,17 +58,17 @@ def build_balance(section: MoESection, model: Transformer, groups: Sequence[Expe
     return BiasController(gates_LG, groups, rules)  # pyright: ignore[reportArgumentType]
 
 
-def scope_ranks_of(mesh: Mesh) -> ScopeRanks:
-    """The ranks over which experts may choose, from the mesh."""
-    return ScopeRanks(mesh.world, mesh.world_size, mesh.rank, mesh.ep, mesh.ep_ranks)
+def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> dict[str, Any]:
+    """The selection scopes of expert choice and of mixture of depths, as keywords of `build_model`."""
 
+    def scope(kind: ScopeKind) -> SelectionScope:
+        ranks = {"rank": (mesh.rank,), "ep_group": mesh.ep_ranks, "world": tuple(range(mesh.world_size))}[kind]
+        group = {"rank": None, "ep_group": mesh.ep, "world": mesh.world if mesh.world_size > 1 else None}[kind]
+        return SelectionScope(kind, group, ranks, ranks.index(mesh.rank), mesh.ep_ranks, comm_stats, mesh.tracker)
 
-def build_depth_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> SelectionScope | None:
-    """The ranks whose tokens compete in mixture-of-depths layers, by `model.mixture_of_depths.scope`."""
-    section = config.model.mixture_of_depths
-    if section is None:
-        return None
-    return SelectionScope.over(section.scope, scope_ranks_of(mesh), comm_stats=comm_stats, tracker=mesh.tracker)
+    depths = config.model.mixture_of_depths
+    scopes = {"choice_scope": scope(config.model.moe.router.selection_scope)}
+    return scopes if depths is None else {**scopes, "depth_scope": scope(depths.scope)}
 
 
 def depth_thresholds(model: Transformer) -> ThresholdUpdater | None:

@@ -10,8 +10,8 @@ import torch
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.deep_ep import LAYOUT, DeepEPDispatcher
-from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.parallel.mesh import make_mesh
+from tests.reference.layer import expected_traffic
 from tests.support.deep_ep_gloo import GlooBuffer
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext
@@ -39,8 +39,8 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         tokens, experts = case.taken(rank.rank)
         rows, pairs = expected_traffic(tokens, experts, case.placement.rank_of_expert, rank.rank)
         plan = trip.plan
-        assert (plan.num_remote_rows, plan.num_remote_pairs, plan.num_pairs) == (rows, pairs, len(experts))
-        received = sum(plan.arrival.handle.received) - plan.counts.own_rows
+        assert tuple(plan.sent) == (rows, len(experts), pairs)
+        received = sum(plan.arrival.handle.received) - plan.own_rows
         assert trip.forward_bytes == (rows + received) * D * 4
         assert trip.total_bytes == 2 * trip.forward_bytes
         assert comm_stats.events == [

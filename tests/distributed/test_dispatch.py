@@ -15,10 +15,10 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
-from moe_dist.moe.reference.layer import expected_traffic
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.reference.layer import expected_traffic
 from tests.support.cover import full
 from tests.support.worlds import RankContext
 
@@ -129,9 +129,9 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, timetable: Timeta
 
     taken = assignments.taken()
     rows, pairs = expected_traffic(taken.token_N.tolist(), taken.expert_N.tolist(), placement.rank_of_expert, rank)
-    assert plan.num_remote_rows == rows
-    assert plan.num_remote_pairs == pairs
-    assert plan.num_pairs == len(taken.token_N)
+    assert plan.sent.rows_remote == rows
+    assert plan.sent.pairs_remote == pairs
+    assert plan.sent.pairs == len(taken.token_N)
     forward_bytes = (rows + received) * D * 8
     assert comm_stats.payload_bytes == forward_bytes
 

@@ -180,7 +180,7 @@ def buffer_rows(rank: RankContext) -> tuple[list[float], int]:
     found.append(buffers.num_bytes / (D * 4))
     y_TD.backward(torch.ones_like(y_TD))
     found.append(buffers.num_bytes / (D * 4))
-    return found, plan.num_remote_rows
+    return found, plan.sent.rows_remote
 
 
 def test_one_buffer_of_the_rows_sent_serves_every_exchange(run_in_world: Callable[..., list[Any]]) -> None:

@@ -12,9 +12,9 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES
-from moe_dist.moe.reference.layer import expected_node_traffic
 from moe_dist.moe.routing import ABSENT
 from moe_dist.parallel.mesh import make_mesh
+from tests.reference.layer import expected_node_traffic
 from tests.support.cover import full
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext
@@ -62,8 +62,8 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
         assert trip.forward_bytes == (crossing + inside + received) * D * 8
         assert trip.total_bytes == 2 * trip.forward_bytes
         _, experts = taken[rank.rank]
-        assert plan.num_pairs == len(experts)
-        assert plan.num_remote_pairs == sum(case.placement.rank_of_expert[e] != rank.rank for e in experts)
+        assert plan.sent.pairs == len(experts)
+        assert plan.sent.pairs_remote == sum(case.placement.rank_of_expert[e] != rank.rank for e in experts)
         assert comm_stats.events is not None
         missing = {"inter-node": per_node == rank.world_size, "intra-node": per_node == 1}
         wanted = [e for e in PLAN + FORWARD + BACKWARD if not missing.get(e.partition(" ")[0])]

@@ -55,7 +55,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         mine, ranks = set(placement.slots[rank.rank]), range(rank.world_size)
         sent = sum(count for expert, count in enumerate(counts[rank.rank]) if expert not in mine)
         received = sum(counts[source][expert] for source in ranks if source != rank.rank for expert in mine)
-        assert (trip.plan.num_remote_rows, trip.plan.num_remote_pairs) == (sent, sent)
+        assert (trip.plan.sent.rows_remote, trip.plan.sent.pairs_remote) == (sent, sent)
         assert trip.forward_bytes == (sent + received) * D * 8
         assert trip.total_bytes == 2 * trip.forward_bytes
         events = [event for event in comm_stats.events or [] if not event.startswith("wait ")]

@@ -12,7 +12,6 @@ import torch
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import RankLayout, capture
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.reference.layer import bias_steps
 from moe_dist.monitor.statistics import StepResult
 from moe_dist.optim.optimizer import make_optimizer, split_parameters
 from moe_dist.parallel.mesh import make_mesh
@@ -21,6 +20,7 @@ from moe_dist.train.build import build_loader, build_training
 from moe_dist.train.build_routing import build_balance
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.step import TrainingStep
+from tests.reference.layer import bias_steps
 from tests.support.cover import full, others_full
 from tests.support.layouts import (
     CONTROLLERS,

@@ -21,21 +21,20 @@ from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.interface import Dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.reference.layer import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
-from moe_dist.moe.reference.workloads import (
-    WORKLOADS,
-    WorkloadShape,
-    WorkloadStep,
-    hidden_states,
-    router_weight,
-    workload_step,
-)
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import Assignments
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.reference.layer import ReferenceWeights, expected_node_traffic, expected_traffic, moe_forward
+from tests.reference.workloads import hidden_states, router_weight
 from tests.support.cover import full
 from tests.support.worlds import RankContext
+from tools.bench.workloads import (
+    WORKLOADS,
+    WorkloadShape,
+    WorkloadStep,
+    workload_step,
+)
 
 E, K, D, F, T = 8, 2, 10, 3, 40
 GROUP = ExpertGroup("all", E, 0, K, F, 0, ("text",))
@@ -118,12 +117,12 @@ def dispatch_only(context: RankContext, kind: str) -> dict[str, int]:
             theirs = torch.autograd.grad((expected * direction).sum(), [h_TD, weight_N])
             assert all(torch.equal(mine, wanted) for mine, wanted in zip(ours, theirs, strict=True))
             rows, between = ranks.rows_sent(step)
-            assert plan.num_remote_rows == rows
+            assert plan.sent.rows_remote == rows
             total = torch.tensor([rows, between, ranks.comm_stats.payload_bytes, ranks.comm_stats.inter_node_bytes])
             dist.all_reduce(total, group=ranks.group)
             rows, between, payload, payload_between = total.tolist()
             assert (payload, payload_between) == (4 * rows * D * 8, 4 * between * D * 8)
-            seen[workload] += plan.num_remote_rows
+            seen[workload] += plan.sent.rows_remote
     return seen
 
 

@@ -23,7 +23,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import logical_name, named_parameters
 from moe_dist.plan.policies import replicated_placement
 from moe_dist.train.build import build_model, freeze
-from moe_dist.train.build_routing import build_balance, build_depth_scope, depth_thresholds, scope_ranks_of
+from moe_dist.train.build_routing import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.loss import AuxSettings
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
 from moe_dist.train.step import TrainingStep
@@ -280,8 +280,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats) -> ParallelModel:
                 node_groups=(mesh.inter_node, mesh.intra_node),
                 comm_stats=comm_stats,
                 compute_dtype=dtype,
-                scope_ranks=scope_ranks_of(mesh),
-                depth_scope=build_depth_scope(config, mesh, comm_stats),
+                **build_scopes(config, mesh, comm_stats),
             )
         if layout.depth_parts > 1:
             for router in model.depth_routers():

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.model.depths_reference import choose
 from moe_dist.moe.routers.selection import OUTSIDE, SelectionScope
 from moe_dist.moe.routing import ExpertsChoice
+from tests.reference.mixture_of_depths import choose
 
 
 class PartedSet(SelectionScope):

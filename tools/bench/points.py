@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe_dist.moe.reference.workloads import WorkloadShape, workload_step
+from tools.bench.workloads import WorkloadShape, workload_step
 
 ABSENT = -1
 HOT_EXPERTS = 4  # number of experts that a skewed routing prefers, as in "95:4"

@@ -1,1 +1,1 @@
-"""Load controllers: they change the routers' selection biases without a gradient; one rule in each file."""
+"""Bias controllers: they change the selection biases of routers without a gradient. Each rule is one file."""

@@ -1,7 +1,7 @@
 """Updates selection biases after each optimizer step, by rules on the step's counts over all ranks.
 
-A bias changes only choices: weights, logits and gradients do not depend on it. Only the biases of true experts change.
-Those of zero-computation columns stay 0, so a common shift of the true ones changes how many of them a token takes.
+A bias changes only choices: weights, logits and gradients do not depend on it. The biases of true experts change, and those
+of other columns stay 0. So a common shift of the true experts' biases changes how many true experts a token takes.
 Shape letters: L MoE layers, G groups, C choice columns, n true experts of a group.
 """
 
@@ -18,32 +18,30 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class Gate(Protocol):
-    """A group's part of a router: its biases, by column, true experts first."""
+    """The part of a router that holds one group's biases, one for each column, true experts first."""
 
     bias: Tensor
 
 
 class Rule(Protocol):
-    """Computes the update of a group's biases from one step's load."""
-
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """The update of the biases, float64 [L, n]; None if the rule does not apply to the group.
+        """The update of a group's biases from one step, float64 [L, n]; None if the rule does not apply to the group.
 
         Args:
-            true_Ln: float64, choices of each true expert in the step, over all ranks, before any capacity.
-            tokens_L1: float64, the group's tokens, at least 1 each: the caller leaves out layers without tokens.
-            step: Updates before this one.
+            true_Ln: float64, choices of each true expert over all ranks, before any capacity.
+            tokens_L1: float64, the group's tokens over all ranks, set to 1 where a layer has none.
+            step: Number of updates before this one.
         """
         ...
 
 
 class BiasController:
-    """Applies rules to the biases of all layers and groups. All ranks compute the same, since it uses only global counts.
+    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because counts are global.
 
     Args:
-        gates_LG: For each layer and group; their `bias` is looked up at each update, since a model may replace its buffers.
+        gates_LG: The gate of each layer and group. Each update looks up `bias` anew, because a model may replace buffers.
         groups: All groups, in logical order.
-        rules: All get the same counts; their updates are added.
+        rules: All rules get the same counts, and their updates are added.
     """
 
     def __init__(self, gates_LG: Sequence[Sequence[Gate]], groups: Sequence[ExpertGroup], rules: Sequence[Rule]) -> None:
@@ -52,32 +50,30 @@ class BiasController:
 
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Updates the biases; called after the optimizer step, never between forward and backward. No collective, no sync.
-
-        Args:
-            counts: Of the whole step over all ranks; a layer of a group without tokens keeps its biases.
-        """
+        """Updates the biases from the counts of a whole step over all ranks. A layer without tokens of a group keeps the
+        group's biases. Call it after the optimizer step, because recompute in backward needs the biases of the forward. No
+        collective, no host sync."""
         for index, group in enumerate(self._groups):
             true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
             tokens_L1 = counts.tokens_LG[:, index, None].to(torch.float64)
             for rule in self._rules:
                 delta_Ln = rule.delta(group, true_Ln, tokens_L1.clamp_min(1.0), self.step)
                 if delta_Ln is not None:
-                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)
+                    delta_Ln = torch.where(tokens_L1 > 0, delta_Ln, 0.0)  # no tokens, no update
                     for gates_G, delta_n in zip(self._gates_LG, delta_Ln, strict=True):
                         bias = gates_G[index].bias
-                        bias[: group.num_experts] += delta_n.to(bias.dtype)
+                        bias[: group.num_experts] += delta_n.to(bias.dtype)  # in place: checkpoints hold this buffer
         self.step += 1
 
     def state(self) -> JsonValue:
-        """The number of updates; the biases themselves are saved as buffers of the model."""
+        """The number of updates. The checkpoint contains the biases as buffers of the model."""
         return {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:
         """Restores a saved state.
 
         Raises:
-            DataError: it is invalid.
+            DataError: the state is not a number of updates.
         """
         step = state.get("step") if isinstance(state, dict) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:

@@ -2,9 +2,9 @@
 
     b_i += rate * sign(mean of c - c_i)     c_i = choices of true expert i in the step
 
-If a group has zero-computation columns, the mean of the signs is subtracted, so that the rule does not change how many true
-experts a token takes; another controller does that. Without such columns a common shift changes no choice, and the
-published rule is used unchanged.
+If a group has null or zero-computation columns, the rule subtracts the mean of the signs. A common shift would change
+how many true experts a token takes; `active_experts` controls that number. Without such columns a common shift changes no
+choice, and the published rule is used unchanged.
 """
 
 import torch
@@ -14,19 +14,15 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class LossFree:
-    """The rule.
-
-    Args:
-        rate: Change of a bias in one step.
-    """
+    """The rule for `BiasController`. `rate` is the change of a bias in one step."""
 
     def __init__(self, *, rate: float) -> None:
         self.rate = rate
 
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """As `moe_dist.moe.balance.controller.Rule`."""
-        # Compare integers, n c_i with the sum of counts, so that no sign depends on a rounded mean.
+        """See `moe_dist.moe.balance.controller.Rule`."""
+        # compares integers, n c_i with the sum of c, because a rounded mean could flip a sign
         sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
         if group.num_columns > group.num_experts:
-            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)
+            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # no common shift
         return self.rate * sign_Ln

@@ -1,20 +1,20 @@
-"""One row for each distinct (token, destination rank), by one all-to-all each way.
+"""Sends one row for each distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
 
-A token that takes three experts on one rank is sent once, weighted and summed there (fp32, rounded once to the rows'
-dtype), and comes back once. Rows for the own rank never enter a collective. Shape letters: T tokens on this rank,
-D hidden size, N pairs (static), S remote rows sent, O rows of the own rank, R = O + rows received, Q pairs computed here.
+A token with three experts on one rank is sent once, weighted and summed there (in fp32, rounded once to the rows' dtype),
+and comes back once. Rows for the own rank never enter a collective. Shape letters: T tokens on this rank, D hidden size, N
+pairs (static), S remote rows sent, O rows of the own rank, R = O + rows received, Q pairs computed here.
 
-Collectives of one forward: counts, rows of pairs (both int, in `plan`, not repeated by recompute), pair weights and rows
-(one autograd node, in `dispatch`), rows back (`combine`); of one backward: rows, then weight gradients and rows. Every
-rank issues all of them, in this order, whatever its sizes.
+Collectives of forward: counts and rows of pairs (integers, in `plan`, not repeated by recompute), pair weights and rows
+(one autograd node, in `dispatch`), and rows back (in `combine`). Collectives of backward: rows, then weight gradients and
+rows. Every rank issues all of them in this order, whatever its sizes.
 
-Host syncs: one a layer, in `plan`, for the split sizes of rows, pairs and experts together.
+Host syncs: one for each layer, in `plan`, for the split sizes of rows, pairs and experts together.
 
-Memory, with item the size of one element: (R + S + T) x D x item at most, in forward and in backward; S of these rows are a
-buffer that the exchanges of all layers share, R live until the experts have gathered their inputs, T are y. Below fp32 the
-sum of T x D x 4 bytes stands beside it; rows are added to it in slices (`rows.SLICE_BYTES`, the least that T x D x item
-counts for). Nothing is kept for backward but the plan: 8 bytes for each taken pair of this rank's tokens, for each row in S
-and O and, twice, for each pair in Q.
+Memory of forward and of backward, with `item` bytes for an element: at most (R + S + T) x D x item. The S rows are a buffer
+that all layers share, the R rows live until the experts have gathered their inputs, and the T rows are y. If the rows are
+narrower than fp32, a sum of T x D x 4 bytes adds to it; rows are converted in slices of `rows.SLICE_BYTES`, which is the
+smallest value for T x D x item here. Backward keeps only the plan: 8 bytes for each taken pair of this rank's tokens, 8 for
+each row in S and O, and 16 for each pair in Q.
 """
 
 from moe_dist.comm.all_to_all import AllToAll
@@ -25,13 +25,13 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
-    """Dispatch and combine over one EP group; without a group the same code on the identity all-to-all.
+    """Dispatch and combine over one EP group. On a single rank the same code runs without a group.
 
     Args:
-        placement: Which expert lives on which rank of the EP group.
+        placement: The map of experts to ranks of the EP group.
         wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Bound of the receive buffer in rows; None for none. The bound that always holds is
-            (ep - 1) x T rows of D: every token of every other rank.
+        max_receive_rows: Bound of the receive buffer in rows of D; None for no bound. It never holds more than (ep - 1) x T
+            rows: every token of every other rank.
     """
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
@@ -39,10 +39,10 @@ class AllToAllDispatcher(ExchangeDispatcher[AllToAllPlan]):
         self.exchange = Exchange(wire)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
-        """Decides rows and pairs from the assignments. Two metadata collectives and the layer's one host sync.
+        """Makes the plan by two metadata collectives and the layer's one host sync.
 
         Raises:
-            ResourceError: more rows would arrive than `max_receive_rows`; nothing has been allocated yet.
+            ResourceError: more rows would arrive than `max_receive_rows`. Nothing has been allocated yet.
         """
         (plan,), _ = self.planner.plan(assignments, num_tokens, layer)
         return plan

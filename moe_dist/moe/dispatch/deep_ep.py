@@ -1,10 +1,10 @@
 """Dispatch and combine by DeepEP's kernels (`deep_ep.Buffer`, API of V1), for NVLink and RDMA; see `kernels`.
 
-DeepEP takes for each token a row of K expert ids, -1 for no selection, and weights beside them. It knows nothing of logical
-experts: its ids are `SlotNumbers`. A null choice is -1, and a token of null choices alone goes nowhere.
+DeepEP takes K expert ids for each token, -1 for no selection, and K weights. Its expert ids are `SlotNumbers`. A null
+choice is -1, and a token whose choices are all null goes to no rank.
 
-Host syncs: two a layer. DeepEP's dispatch waits on the host for the number of rows that arrive; and `plan` reads its
-layout, for the ledger. Memory: R rows and y, and DeepEP's own buffer.
+Host syncs: two for each layer. DeepEP's dispatch waits for the number of arriving rows, and `plan` reads the layout for the
+ledger. Memory: R rows and y, and DeepEP's own buffer.
 
 Shape letters as in `kernels`, with K choices a token, so that N = T K.
 """
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.errors import ConfigError
-from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, SentCounts
+from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan
 from moe_dist.moe.dispatch.rows import counting_order
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-LAYOUT = "DeepEP layout for the ledger"  # the adaptor's host sync, as CommStats records it
-_PAIR_BYTES = 12  # of an int64 id and an fp32 weight
+LAYOUT = "DeepEP layout for the ledger"  # name of the host sync in CommStats
+_PAIR_BYTES = 12  # an int64 id and an fp32 weight
 
 
 def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of_expert_E: Tensor) -> Tensor:
     """DeepEP's `topk_idx` [T, K], int64, -1 for no selection, from token-major assignments.
 
     Raises:
-        ConfigError: not T x K pairs: the assignments are not token choice.
+        ConfigError: there are not T x K pairs, so the router is not token choice.
     """
     if assignments.expert_N.shape[0] != num_tokens * top_k:
         raise ConfigError(
@@ -39,8 +39,8 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
             f"{assignments.expert_N.shape[0]} pairs; a router whose experts choose tokens needs "
             "parallel.dispatch.kind=all_to_all"
         )
-    token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)
-    # Checked on the device: no sync, one comparison of N numbers.
+    token_N = torch.arange(num_tokens, device=assignments.token_N.device).repeat_interleave(top_k)  # the order DeepEP needs
+    # asserted on the device, because a check on the host would sync
     in_order = (assignments.token_N == token_N).all()
     torch._assert_async(in_order, "deep_ep: pairs are not in the order of tokens")  # pyright: ignore[reportPrivateImportUsage]
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
@@ -48,12 +48,10 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
 
 
 def make_buffer(group: Any, hidden_dim: int) -> Any:
-    """A `deep_ep.Buffer` for bf16 rows of `hidden_dim`, as large as its own hints say; one serves all layers.
-
-    Imports deep_ep, which preflight has seen to be installed. Collective; DeepEP exchanges its handles as Python objects.
-    """
-    deep_ep = import_module("deep_ep")
-    size, row_bytes = group.size(), hidden_dim * 2
+    """A `deep_ep.Buffer` for bf16 rows of `hidden_dim`, as large as DeepEP's hints say. Collective: DeepEP exchanges its
+    handles as Python objects."""
+    deep_ep = import_module("deep_ep")  # preflight has checked that it is installed
+    size, row_bytes = group.size(), hidden_dim * 2  # bf16
     configs = (deep_ep.Buffer.get_dispatch_config(size), deep_ep.Buffer.get_combine_config(size))
     return deep_ep.Buffer(
         group,
@@ -64,12 +62,12 @@ def make_buffer(group: Any, hidden_dim: int) -> Any:
 
 @dataclass(kw_only=True)
 class DeepEPPlan(KernelPlan):
-    """A plan with DeepEP's ids.
+    """A plan with DeepEP's expert ids.
 
     Attributes:
         topk_idx_TK: int64, -1 for no selection.
-        layout: Of `get_dispatch_layout`: tokens to each rank, to each RDMA rank, to each expert, whether a token goes to
-            a rank.
+        layout: Result of `get_dispatch_layout`: number of tokens to each rank, to each RDMA rank and to each expert, and
+            a mask [T, ranks] of the ranks that each token goes to.
     """
 
     topk_idx_TK: Tensor
@@ -77,12 +75,7 @@ class DeepEPPlan(KernelPlan):
 
 
 class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
-    """Dispatch and combine by a `deep_ep.Buffer`.
-
-    Args:
-        placement, wire, hidden_dim, buffer: As of `KernelDispatcher`.
-        top_k: K, the choices of each token in the assignments.
-    """
+    """Dispatch and combine by a `deep_ep.Buffer`. See `KernelDispatcher` for the arguments; `top_k` is K."""
 
     LIBRARY = "DeepEP"
 
@@ -93,23 +86,22 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         self.top_k = top_k
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DeepEPPlan:
-        """DeepEP's ids and its layout. Syncs with the host for the ledger's counts.
+        """Computes DeepEP's ids and layout. One host sync, for the ledger's counts.
 
         Raises:
-            ConfigError: the assignments are not token choice.
+            ConfigError: from `topk_idx_of`.
         """
         if self._buffer is None:
             self._buffer = make_buffer(self.wire.group, self.hidden_dim)
         numbers = self.number_of_expert_E(assignments.expert_N.device)
         topk_idx_TK = topk_idx_of(assignments, num_tokens, self.top_k, numbers)
         rows_W, rdma_rows, pairs_E, in_rank_TW, _ = self.buffer.get_dispatch_layout(topk_idx_TK, self.num_slots)
-        sizes = self.wire.comm_stats.to_host(LAYOUT, torch.cat([rows_W, pairs_E]))
-        size, own, slots = self.placement.num_ranks, self.wire.rank, self.numbers.slots_per_rank
-        rows, pairs = sizes[:size], sizes[size:]
-        remote_pairs = sum(pairs) - sum(pairs[own * slots : (own + 1) * slots])
-        counts = SentCounts(rows[own], sum(rows) - rows[own], sum(pairs), remote_pairs)
-        layout = (rows_W, rdma_rows, pairs_E, in_rank_TW)
-        return DeepEPPlan(layer=layer, _counts=counts, topk_idx_TK=topk_idx_TK, layout=layout)
+        pairs_W = pairs_E.view(-1, self.numbers.slots_per_rank).sum(1)
+        sizes = self.wire.comm_stats.to_host(LAYOUT, torch.cat([rows_W, pairs_W]))
+        size = self.placement.num_ranks
+        plan = DeepEPPlan(layer=layer, topk_idx_TK=topk_idx_TK, layout=(rows_W, rdma_rows, pairs_E, in_rank_TW))
+        plan.count(self.wire.rank, sizes[:size], sizes[size:])
+        return plan
 
     def weights_of_tokens(self, weight_N: Tensor, plan: DeepEPPlan) -> Tensor:
         return weight_N.view(plan.topk_idx_TK.shape)
@@ -129,13 +121,13 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
     def settle(self, received: tuple[Any, ...], plan: DeepEPPlan) -> Tensor:
         rows_RD, idx_RK, weight_RK, counts, handle, _ = received
         num_slots = len(self.placement.slots[self.wire.rank])
-        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)
+        slot_N = torch.where(idx_RK < 0, self.numbers.slots_per_rank, idx_RK).reshape(-1)  # no selection: sorted last
         pair_Q = counting_order(slot_N, self.numbers.slots_per_rank + 1)[: sum(counts)]
-        plan.settle(Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots])))
+        plan.arrived = Arrival(handle, weight_RK, pair_Q, pair_Q // self.top_k, tuple(counts[:num_slots]))
         return rows_RD
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        return self.buffer.dispatch(rows_TD, handle=plan.arrival.handle)[0]
+        return self.buffer.dispatch(rows_TD, handle=plan.arrival.handle)[0]  # no host sync: the handle has the counts
 
     def reduce(self, rows_RD: Tensor, plan: DeepEPPlan, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
         return self.buffer.combine(rows_RD, plan.arrival.handle, topk_weights=weight_RY)[:2]

@@ -1,15 +1,15 @@
-"""Rows of a table to the ranks of their experts, and sums of rows back into the table: the only way rows cross ranks.
+"""Sends rows of a table to the ranks of their experts, and sums rows back into the table. Rows cross ranks only here.
 
-    DispatchSend      rows and pair weights to the experts             forward of dispatch
-                      rows alone: gradients of combine's output        backward of combine
-    CombineReceive    sums of rows back into the table                 forward of combine
-                      the same, with gradients of pair weights         backward of dispatch
+    DispatchSend      sends rows and pair weights to the experts                   forward of dispatch
+                      sends rows alone, the gradients of combine's output          backward of combine
+    CombineReceive    sums rows back into the table                                forward of combine
+                      sums rows back, and returns gradients of pair weights        backward of dispatch
 
-Each of the two issues its collectives when it is made and returns their result from `wait`. Own rows are copied or added
-between the two, while remote rows are in flight. A dispatcher over nodes chains two exchanges: the rows that arrive from
-the first are the table of the second.
+Both classes issue their collectives in the constructor and return the result from `wait`. They copy or add own rows in
+between, while remote rows are in flight. The hierarchical dispatcher chains two exchanges: the rows that arrive from the
+first are the table of the second.
 
-Sums are made in fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in both directions.
+Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward.
 Shape letters: M rows of the table, D hidden size, N weights given, P pairs sent (remote, then own), S remote rows sent,
 O own rows, R = O + rows received, Q pairs received (own, then remote).
 """
@@ -23,23 +23,23 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll, Pending, RowBuffers, Splits
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, DISPATCH_WEIGHTS
-from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
 from moe_dist.moe.dispatch.rows import accumulation_dtype, add_rows
 
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """Which rows of a table go to which rank. Carries no gradient and is kept under recompute.
+    """The routes of a table's rows. A plan has no gradient, and recompute uses it again.
 
     Attributes:
         layer: Name of the layer, for records and reports.
-        prefix, suffix: Stand around the names of the plan's collectives: the hop, the chunk.
+        prefix, suffix: Text before and after the names of the plan's collectives: the hop, the chunk.
         table_rows: M.
         rows, pairs: Split sizes of remote rows and of remote pairs.
-        row_S, row_O: int64, row of the table of each remote row in sending order, and of each own row.
-        pair_P: int64, index into the weights of each pair, remote pairs first, in sending order.
-        order_Q: int64, permutation from the order of arrival (own, then remote) to the order in which pairs are used; None
-            keeps the order of arrival.
+        row_S, row_O: int64, index in the table of each remote row in sending order, and of each own row.
+        pair_P: int64, index into the weights of each pair: remote pairs in sending order, then own pairs.
+        order_Q: int64, permutation from the order of arrival (own, then remote) to the order of use; None for the same
+            order.
     """
 
     layer: str
@@ -58,10 +58,6 @@ class ExchangePlan:
         return sum(self.rows.send)
 
     @property
-    def num_pairs(self) -> int:
-        return self.pair_P.shape[0]
-
-    @property
     def num_remote_pairs(self) -> int:
         return sum(self.pairs.send)
 
@@ -69,14 +65,17 @@ class ExchangePlan:
     def num_own_rows(self) -> int:
         return self.row_O.shape[0]
 
+    @property
+    def sent(self) -> SentCounts:
+        return SentCounts(self.num_remote_rows, self.pair_P.shape[0], self.num_remote_pairs)
+
 
 @dataclass(frozen=True)
 class AllToAllPlan(ExchangePlan):
-    """An exchange whose rows end at their experts; `order_Q` sorts pairs by slot.
+    """An exchange whose rows arrive at their experts; `order_Q` sorts pairs by slot.
 
     Attributes:
-        row_of_pair_Q: int64, in slot order, the row of each pair in [own rows, received rows].
-        slot_counts: Pairs of each of this rank's slots.
+        row_of_pair_Q, slot_counts: See `PairLayout`; rows count own rows first, then received rows.
     """
 
     row_of_pair_Q: Tensor
@@ -87,32 +86,27 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Rows over one process group.
-
-    Args:
-        all_to_all: The group's all-to-all.
-        keep_buffers: Buffers of S rows stay allocated for the next exchange, of whichever layer.
-    """
+    """Exchanges rows over one process group. With `keep_buffers`, the buffers of S rows stay allocated for the next
+    layer."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True) -> None:
         self.all_to_all = all_to_all
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        """Rows [R, D] and weights [Q]. One autograd node, gather and exchange together; two collectives each way."""
+        """Sends rows and returns rows [R, D] and weights [Q]. One autograd node; two collectives in forward, two in
+        backward."""
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Rows [R, D] summed into the table [M, D], zero where no row came. One autograd node.
-
-        It saves no tensor: recompute of a whole block ends before this exchange and does not repeat it.
-        """
+        """Sums rows [R, D] into the table [M, D], zero where no row came. One autograd node. It saves no tensor, so that
+        the recomputation of a block ends before this exchange."""
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 
     def start(
         self, items: Tensor, plan: ExchangePlan, name: str, *, out: Tensor | None = None, back: bool = False
     ) -> Pending:
-        """Issues one collective of a plan: of rows where `out` is given, else of pair weights."""
+        """Issues one collective of a plan: rows if `out` is given, else pair weights. `back` reverses the direction."""
         splits = plan.pairs if out is None else plan.rows
         return self.all_to_all.start(
             items,
@@ -125,21 +119,19 @@ class Exchange:
 
 
 class ExchangeDispatcher(TwoStepDispatcher[A]):
-    """A dispatcher of one exchange each way, whatever makes its plans. Subclasses set `exchange`."""
+    """A dispatcher with one exchange in dispatch and one in combine. Subclasses set `exchange` and make the plans."""
 
     exchange: Exchange
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: A) -> DispatchedRows:
-        """As `TwoStepDispatcher`."""
         return DispatchedRows(*self.exchange.dispatch(h_TD, weight_N, plan))
 
     def combine(self, rows_RD: Tensor, plan: A) -> Tensor:
-        """As `TwoStepDispatcher`."""
         return self.exchange.combine(rows_RD, plan)
 
 
 class DispatchSend:
-    """Rows of the table to the ranks of their experts, with their pairs' weights in forward of dispatch."""
+    """Sends rows of the table to the ranks of their experts; in forward of dispatch, the weights of their pairs too."""
 
     def __init__(self, table_MD: Tensor, plan: ExchangePlan, exchange: Exchange, *, weight_N: Tensor | None = None) -> None:
         self.plan, self.exchange = plan, exchange
@@ -147,28 +139,28 @@ class DispatchSend:
         if weight_N is not None:
             name, weight_P = DISPATCH_ROWS, weight_N.index_select(0, plan.pair_P)
             self.own_weight = weight_P[plan.num_remote_pairs :]
-            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)
+            self.weights = exchange.start(weight_P[: plan.num_remote_pairs], plan, DISPATCH_WEIGHTS)  # before the rows
         own = plan.num_own_rows
         self.send_SD = exchange.buffers.take(plan.num_remote_rows, table_MD)
-        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)
+        torch.index_select(table_MD, 0, plan.row_S, out=self.send_SD)  # the one copy of remote rows
         self.rows_RD = table_MD.new_empty(own + sum(plan.rows.receive), table_MD.shape[1])
         self.rows = exchange.start(self.send_SD, plan, name, out=self.rows_RD[own:])
         torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # while the others are in flight
 
     def wait_weights(self) -> Tensor:
-        """Weights [Q] in the order of use."""
+        """Returns the weights [Q] in the order of use."""
         weight_Q = torch.cat([self.own_weight, self.weights.wait()])
         return weight_Q if self.plan.order_Q is None else weight_Q.index_select(0, self.plan.order_Q)
 
     def wait(self) -> Tensor:
-        """Rows [R, D]: own, then received."""
+        """Returns rows [R, D]: own rows, then received rows."""
         self.rows.wait()
-        self.exchange.buffers.give(self.send_SD)
+        self.exchange.buffers.give(self.send_SD)  # only now, because the collective has read it
         return self.rows_RD
 
 
 class CombineReceive:
-    """Rows back to the ranks of their tokens, with their pairs' weight gradients in backward of dispatch."""
+    """Sends rows back to the ranks of their tokens; in backward of dispatch, the gradients of pair weights too."""
 
     def __init__(
         self, rows_RD: Tensor, plan: ExchangePlan, exchange: Exchange, *, grad_weight_Q: Tensor | None = None
@@ -176,8 +168,8 @@ class CombineReceive:
         self.plan, self.exchange, self.rows_RD = plan, exchange, rows_RD
         name = COMBINE_ROWS
         if grad_weight_Q is not None:
-            name, num_own = DISPATCH_ROWS + BACKWARD, plan.num_pairs - plan.num_remote_pairs
-            if plan.order_Q is not None:
+            name, num_own = DISPATCH_ROWS + BACKWARD, plan.sent.pairs - plan.num_remote_pairs
+            if plan.order_Q is not None:  # inverts the order of use
                 grad_weight_Q = torch.empty_like(grad_weight_Q).index_copy_(0, plan.order_Q, grad_weight_Q)
             self.own_weight = grad_weight_Q[:num_own]
             self.weights = exchange.start(grad_weight_Q[num_own:], plan, DISPATCH_WEIGHTS + BACKWARD, back=True)
@@ -185,26 +177,26 @@ class CombineReceive:
         self.rows = exchange.start(rows_RD[plan.num_own_rows :], plan, name, out=self.back_SD, back=True)
 
     def wait_weights(self, num_weights: int) -> Tensor:
-        """Gradient of the weights [N], zero where no pair is taken."""
+        """Returns the gradient of the weights [N], zero where no pair is taken."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
-        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)
+        return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # pairs are unique: no addition
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
-        """Sums of the rows [M, D], and of `base_MD` where it is given, rounded once to the rows' dtype."""
+        """Returns the sums of the rows and of `base_MD`, if given, [M, D]: rounded once to the rows' dtype."""
         rows_RD, plan, dtype = self.rows_RD, self.plan, accumulation_dtype(self.rows_RD.dtype)
-        if base_MD is None:
+        if base_MD is None:  # a sum in fp32: M x D x 4 bytes beside bf16 rows
             sum_MD = rows_RD.new_zeros((plan.table_rows, rows_RD.shape[1]), dtype=dtype)
         else:
-            sum_MD = base_MD.to(dtype, copy=True)
-        add_rows(sum_MD, plan.row_O, rows_RD[: plan.num_own_rows])
+            sum_MD = base_MD.to(dtype, copy=True)  # a copy, because the caller keeps its base
+        add_rows(sum_MD, plan.row_O, rows_RD[: plan.num_own_rows])  # while the others are in flight
         add_rows(sum_MD, plan.row_S, self.rows.wait())
         self.exchange.buffers.give(self.back_SD)
         return sum_MD.to(rows_RD.dtype)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. Every rank
-    issues the same collectives in the same order."""
+    """Forward sends rows and pair weights to the ranks of the experts; backward sends their gradients back. Weights and
+    rows share one node, so that every rank issues the collectives of backward in the same order."""
 
     @staticmethod
     def forward(ctx: Any, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan, exchange: Exchange) -> Any:

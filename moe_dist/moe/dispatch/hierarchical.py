@@ -1,23 +1,24 @@
-"""Two hops: one row for each distinct (token, other node) between nodes, then one for each (token, rank) inside the node.
+"""Sends rows in two hops: one row for each distinct (token, other node) between nodes, then one for each (token, rank)
+inside the node.
 
-Dispatch sends a row to the rank of its destination node that has the sender's position there, and from that rank to the
-experts' ranks. Combine sends each rank's weighted sum back to the forwarding rank, which sums over the ranks of its node,
-and from there one row for each row that crossed back to its token. Sums are fp32, rounded to the rows' dtype once by the
-experts' rank, once by the forwarding rank and once by the token's rank: one rounding more than with `all_to_all`.
+Dispatch sends a row to one rank of the destination node, the rank with the sender's position in its node. That rank
+forwards the row to the experts' ranks. Combine sends the weighted sum of each experts' rank to the forwarding rank, which
+adds the sums of its node and sends one row back to the token. Sums are fp32. They are rounded to the rows' dtype by the
+experts' rank, the forwarding rank and the token's rank: one rounding more than with `all_to_all`.
 
 Shape letters: T tokens on this rank, D hidden size, N pairs (static), M rows of the middle table (rows of own tokens with
-experts in this node, then rows that crossed), A pairs of the middle table, R rows here, Q pairs computed here. G nodes of L
-ranks each: EP position = node * L + local.
+experts in this node, then rows from other nodes), A pairs of the middle table, R rows here, Q pairs computed here. G nodes
+of L ranks each: EP position = node * L + local.
 
-Collectives of one forward: counts and expert ids on either hop (in `plan`, not repeated by recompute), then weights and
-rows between nodes, weights and rows inside the node (`dispatch`), rows inside the node, rows between nodes (`combine`); of
-one backward the reverse. Every rank issues all of them, in this order, whatever its sizes.
+Collectives of forward: counts and expert ids of both hops (in `plan`, not repeated by recompute), weights and rows between
+nodes, weights and rows inside the node (`dispatch`), rows inside the node, rows between nodes (`combine`). Backward issues
+the reverse. Every rank issues all of them in this order, whatever its sizes.
 
-Host syncs: one a layer, in `plan`, for the sizes of both hops (`hierarchical_planning`).
+Host syncs: one for each layer, in `plan`, for the sizes of both hops (`hierarchical_planning`).
 
 Memory in rows of D, with S1 rows sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 + T),
-backward max(R + M + S2, M + S1 + T). Below fp32 a sum of M (with S2) or T (with S1) rows of 4 bytes an element stands
-beside them. Nothing is kept for backward but the plan.
+backward max(R + M + S2, M + S1 + T). If the rows are narrower than fp32, a sum with 4 bytes an element adds M rows to the
+S2 terms and T rows to the S1 terms. Backward keeps only the plan.
 """
 
 from torch import Tensor
@@ -34,11 +35,11 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
     """Dispatch and combine over one EP group of several nodes.
 
     Args:
-        placement: Which expert lives on which EP position.
-        inter: All-to-all over the ranks with this rank's position in each node, in the order of nodes.
+        placement: The map of experts to EP positions.
+        inter: All-to-all over the ranks with this rank's position in their nodes, in the order of nodes.
         intra: All-to-all over the ranks of this node.
         ranks_per_node: L; divides the number of EP positions.
-        max_receive_rows: Bound of each hop's receive buffer in rows; None for none. The bounds that always hold are
+        max_receive_rows: Bound of each hop's receive buffer in rows; None for no bound. The buffers never hold more than
             (G - 1) x T rows between nodes and (L - 1) x G x T rows inside the node.
     """
 
@@ -54,21 +55,19 @@ class HierarchicalDispatcher(TwoStepDispatcher[HierarchicalPlan]):
         self.planner = NodePlanner(
             placement, inter, intra, ranks_per_node=ranks_per_node, max_receive_rows=max_receive_rows
         )
-        # Buffers that two hops of different sizes kept would stand beside the rows of the other hop.
+        # Buffers are freed after use, because a kept buffer of one hop would add to the memory of the other hop.
         self.inter, self.intra = Exchange(inter, keep_buffers=False), Exchange(intra, keep_buffers=False)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HierarchicalPlan:
-        """Decides both hops from the assignments. Four metadata collectives and the layer's one host sync.
+        """Makes the plan of both hops by four metadata collectives and the layer's one host sync.
 
         Raises:
-            ResourceError: more rows would arrive in a hop than `max_receive_rows`; nothing has been allocated yet.
+            ResourceError: more rows would arrive in a hop than `max_receive_rows`. Nothing has been allocated yet.
         """
         return self.planner.plan(assignments, num_tokens, layer)
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: HierarchicalPlan) -> DispatchedRows:
-        """As `TwoStepDispatcher`, one exchange a hop."""
         return DispatchedRows(*self.intra.dispatch(*self.inter.dispatch(h_TD, weight_N, plan.inter), plan.intra))
 
     def combine(self, rows_RD: Tensor, plan: HierarchicalPlan) -> Tensor:
-        """As `TwoStepDispatcher`, one exchange a hop."""
         return self.inter.combine(self.intra.combine(rows_RD, plan.intra), plan.inter)

@@ -1,18 +1,19 @@
-"""From assignments to the plan of two hops: who sends which rows between nodes, and from there inside them.
+"""Makes the plans of the hierarchical dispatcher: the rows that cross nodes, and the rows inside the node.
 
-Pairs are ordered by (node, token), this node's last, by counting, so that the pairs of a row are neighbours. On either hop
-a pair travels as its slot and whether a new row begins with it. A sender counts for each node how many rows and pairs each
-of its ranks will get, so that the forwarding rank learns the sizes of the second hop from sums of counts on the device,
-before it has seen an id: one host sync for both.
+A counting sort orders pairs by (node, token), this node last, so that the pairs of a row are neighbours. In both hops a
+pair is sent as one code: its slot, and a bit that marks the first pair of a row. A sender counts the rows and pairs for
+each rank of each node. The forwarding rank adds these counts on the device, and so knows the sizes of the second hop before
+it sees an expert id. So both hops need only one host sync.
 
 Shape letters: T tokens on this rank, N pairs (static), E experts, W ranks, M rows of the middle table (rows of own tokens
-with experts in this node, then rows that crossed), A pairs of the middle table, R rows here, Q pairs computed here. G nodes
-of L ranks each: EP position = node * L + local.
+with experts in this node, then rows from other nodes), A pairs of the middle table, R rows here, Q pairs computed here. G
+nodes of L ranks each: EP position = node * L + local.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,28 +21,28 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.names import COUNTS, EXPERT_IDS, INTER, INTRA
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, ExchangePlan
+from moe_dist.moe.dispatch.interface import SentCounts
 from moe_dist.moe.dispatch.planning import ExchangeSizes, check_receive_rows
 from moe_dist.moe.dispatch.rows import compact, counting_order
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-SPLIT_SIZES = "split sizes of both hops"  # the host sync of a layer, as CommStats records it
+SPLIT_SIZES = "split sizes of both hops"  # name of the host sync in CommStats
 
 
 @dataclass(frozen=True)
 class HierarchicalPlan:
-    """Who goes where, for one layer and micro-batch. Carries no gradient and is kept under recompute.
+    """The routes of both hops in one layer and micro-batch. A plan has no gradient, and recompute uses it again.
 
     Attributes:
-        inter: The exchange between nodes. Its table is the tokens; pairs for other nodes by (node, token), then those of
-            this node.
-        intra: The exchange inside the node. Its table is what `inter` leaves here, M rows; pairs by (rank, row).
-        num_own_pairs: Pairs of this rank's tokens with experts on this rank.
+        inter: Exchange between nodes. Its table is the tokens. Pairs are ordered by (node, token), this node last.
+        intra: Exchange inside the node. Its table is the middle table, M rows. Pairs are ordered by (rank, row).
+        sent: Counts of this rank's tokens; `rows_remote` also counts the rows that this rank forwards for others.
     """
 
     inter: ExchangePlan
     intra: AllToAllPlan
-    num_own_pairs: int
+    sent: SentCounts
 
     @property
     def row_of_pair_Q(self) -> Tensor:  # noqa: N802
@@ -51,29 +52,16 @@ class HierarchicalPlan:
     def slot_counts(self) -> tuple[int, ...]:
         return self.intra.slot_counts
 
-    @property
-    def num_remote_rows(self) -> int:
-        """Rows that leave this rank in forward, over both hops: forwarded rows of other ranks' tokens count here."""
-        return self.inter.num_remote_rows + self.intra.num_remote_rows
-
-    @property
-    def num_pairs(self) -> int:
-        return self.inter.num_pairs
-
-    @property
-    def num_remote_pairs(self) -> int:
-        return self.num_pairs - self.num_own_pairs
-
 
 @dataclass(frozen=True)
 class _Tables:
-    """The placement as tensors. A node slot is a slot's number within its node: the ranks' slots one after another.
+    """The placement as tensors. A node slot numbers the slots of a node, rank by rank.
 
     Attributes:
         rank_E, node_slot_E: EP position and node slot of each expert.
-        row_bin_W, node_bin_G: In the count vector, the place of each rank's and each node's number of rows.
-        pair_bin_E: The place of each expert's number of pairs.
-        local_X, slot_X: Of each node slot of the own node, its rank's position in the node and its slot on that rank.
+        row_bin_W, node_bin_G: Index in the count vector of the number of rows to each rank and to each node.
+        pair_bin_E: Index in the count vector of the number of pairs of each expert.
+        local_X, slot_X: For each node slot of this node, the position of its rank in the node and its slot on that rank.
     """
 
     rank_E: Tensor
@@ -87,7 +75,8 @@ class _Tables:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """All sizes of a layer: both hops, pairs of each of this rank's slots, pairs of this rank's tokens that stay on it."""
+    """All sizes of a layer on the host: both hops, pairs of each of this rank's slots, and this rank's pairs for its own
+    experts."""
 
     inter: ExchangeSizes
     intra: ExchangeSizes
@@ -96,7 +85,7 @@ class _Sizes:
 
 
 class NodePlanner:
-    """Makes the plans of one EP group of several nodes. Arguments as of `HierarchicalDispatcher`."""
+    """Makes the plans of one EP group of several nodes. See `HierarchicalDispatcher` for the arguments."""
 
     def __init__(
         self,
@@ -111,8 +100,8 @@ class NodePlanner:
         self.inter = inter
         self.intra = intra
         self.max_receive_rows = max_receive_rows
-        # For each node the slots of its ranks, and the length of its counts: rows to the node, then rows and pairs by slot
-        # for each rank.
+        # `_slots_GL`: number of slots of each rank of each node. `_lengths_G`: length of the counts sent to a node, namely
+        # the rows to the node, then for each of its ranks the rows and the pairs of each slot.
         self._slots_GL = [
             [len(slots) for slots in placement.slots[first : first + ranks_per_node]]
             for first in range(0, placement.num_ranks, ranks_per_node)
@@ -121,11 +110,7 @@ class NodePlanner:
         self._tables_on = cache(lambda device: _make_tables(placement, self._slots_GL, inter.rank, device))
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> HierarchicalPlan:
-        """Both hops. Four metadata collectives and one host sync.
-
-        Raises:
-            ResourceError: more rows would arrive in a hop than `max_receive_rows`; nothing has been allocated yet.
-        """
+        """See `HierarchicalDispatcher.plan`."""
         num_nodes, per_node, node = self.inter.size, self.intra.size, self.inter.rank
         if [len(ranks) for ranks in self._slots_GL] != [per_node] * num_nodes:
             raise AssertionError(
@@ -133,12 +118,12 @@ class NodePlanner:
             )
         tables = self._tables_on(assignments.expert_N.device)
         sizes = self._exchange_counts(self._count(tables, assignments, num_tokens), layer)  # the host sync
-        # Other nodes in order, then this node, then what is absent; in each by token.
+        # sorts pairs by token, then by node: other nodes in order, this node, absent pairs
         expert_N, token_N = assignments.expert_N.clamp_min(0), assignments.token_N
         place_N = tables.rank_E[expert_N] // per_node
         place_N = torch.where(place_N == node, num_nodes, place_N)
         place_N = torch.where(assignments.expert_N == ABSENT, num_nodes + 1, place_N)
-        by_token_N = counting_order(token_N, num_tokens)
+        by_token_N = counting_order(token_N, num_tokens)  # assignments need not be in token order
         pair_N = by_token_N[counting_order(place_N[by_token_N], num_nodes + 2)]
 
         num_out = sum(sizes.inter.pairs.send)
@@ -153,10 +138,10 @@ class NodePlanner:
         return self._plan_inside(tables, inter, code_A, sizes)
 
     def _plan_inside(self, tables: _Tables, inter: ExchangePlan, code_A: Tensor, sizes: _Sizes) -> HierarchicalPlan:
-        """The hop inside the node, from the pairs of the middle table (own node's, then received), in the order of rows."""
+        """Plans the hop inside the node. `code_A` are the codes of the middle table's pairs, in the order of its rows."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
-        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)
+        place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs last: they are not sent
         order_A = counting_order(place_A, self.intra.size + 1)
         row_A, slot_A = row_A[order_A], tables.slot_X[node_slot_A[order_A]]
         num_rows, rows = inter.num_own_rows + sum(inter.rows.receive), sizes.intra.rows  # num_rows: M
@@ -178,24 +163,24 @@ class NodePlanner:
             row_of_pair_Q=((code_Q % 2).cumsum(0) - 1)[order_Q],
             slot_counts=sizes.slot_counts,
         )
-        return HierarchicalPlan(inter, intra, sizes.own_pairs)
+        pairs = inter.pair_P.shape[0]
+        sent = SentCounts(inter.num_remote_rows + intra.num_remote_rows, pairs, pairs - sizes.own_pairs)
+        return HierarchicalPlan(inter, intra, sent)
 
     @staticmethod
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
-        """Slots of pairs, and whether a row begins with one, over a hop: of those that stay, then of those received."""
+        """Sends the codes of pairs over a hop. Returns the codes of the pairs that stay, then those received."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
-        ids = code_P[:num_out].to(torch.int32)
+        ids = code_P[:num_out].to(torch.int32)  # half the bytes of int64
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
         return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
 
     def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
-        """For each node its distinct rows, and for each of its ranks distinct rows and pairs by slot; int64, flat.
-
-        By a bitmap of (rank, token) and by scattering: linear, and without an order. Does not sync.
-        """
+        """Counts for each node its distinct rows, and for each of its ranks the distinct rows and the pairs of each slot;
+        int64, flat. It needs no sort: a bitmap of (rank, token) takes W x T bytes. Does not sync."""
         total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
         taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
-        counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)
+        counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last bin takes absent pairs
         bin_N = torch.where(taken_N, tables.pair_bin_E[expert_N], total)
         counts.scatter_add_(0, bin_N, torch.ones_like(bin_N))
         cells = self.placement.num_ranks * num_tokens
@@ -207,7 +192,7 @@ class NodePlanner:
         return counts[:total]
 
     def _exchange_counts(self, counts: Tensor, layer: str) -> _Sizes:
-        """Counts of both hops. Syncs with the host once: sizes of all that follows are read here."""
+        """Exchanges the counts of both hops. The one host sync of a layer reads all its sizes here."""
         node, local, size = self.inter.rank, self.intra.rank, self.intra.size
         slots, length = self._slots_GL[node], self._lengths_G[node]
         ranks = tuple(1 + each for each in slots)
@@ -215,7 +200,7 @@ class NodePlanner:
         if self.inter.group is not None:
             splits = Splits(send=tuple(self._lengths_G), receive=(length,) * self.inter.size)
             received_GX = self.inter.exchange(counts, splits, name=INTER + COUNTS, layer=layer).view(-1, length)
-        forward_X = received_GX[:, 1:].sum(0)  # to each rank of the node: rows, and pairs by slot
+        forward_X = received_GX[:, 1:].sum(0)  # rows, and pairs of each slot, to each rank of the node
         arriving = forward_X
         if self.intra.group is not None:
             splits = Splits(send=ranks, receive=(ranks[local],) * size)
@@ -240,7 +225,8 @@ class NodePlanner:
 
 
 def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: int, device: torch.device) -> _Tables:
-    starts, row_bins, first_slots, at = [], [], [], 0  # where nodes' and ranks' counts begin; ranks' first node slots
+    # index of the first count of each node and of each rank, and first node slot of each rank
+    starts, row_bins, first_slots, at = [], [], [], 0
     for ranks in slots_GL:
         starts.append(at)
         at += 1
@@ -265,21 +251,18 @@ def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: in
 
 
 def _changes(key_N: Tensor) -> Tensor:
-    """Where a list with equal keys side by side begins a new one; bool."""
+    """Marks the first item of each run of equal keys; bool."""
     first_N = torch.ones_like(key_N, dtype=torch.bool)
     first_N[1:] = key_N[1:] != key_N[:-1]
     return first_N
 
 
 def _rows_and_pairs(counts: list[int], slots: list[int]) -> tuple[int, int]:
-    """Rows to a node, and pairs to all of its ranks, from that node's counts."""
+    """Rows to a node and pairs to all its ranks, from the counts for that node."""
     ranks = _cut(counts[1:], [1 + each for each in slots])
     return counts[0], sum(sum(each[1:]) for each in ranks)
 
 
 def _cut(values: list[int], lengths: Sequence[int]) -> list[list[int]]:
-    cut, at = [], 0
-    for length in lengths:
-        cut.append(values[at : at + length])
-        at += length
-    return cut
+    rest = iter(values)
+    return [list(islice(rest, length)) for length in lengths]

@@ -1,13 +1,14 @@
 """Dispatch and combine by HybridEP's kernels (`deep_ep.HybridEPBuffer`, of DeepEP's branch hybrid-ep); see `kernels`.
 
-HybridEP takes for each token a row of a map, one bool for each expert of all ranks, and weights of the same shape. A null
-choice leaves no mark. (It takes ids as well, but scatters them unmasked, so that it must not see a -1.) Experts have the
-numbers of `SlotNumbers`, a multiple of 4 on every rank, which its kernels ask of the experts of an NVLink domain. All ranks
-must have the same number of tokens, in whole multiples of 4, and D is one of 16.
+HybridEP takes a map: for each token one bool for each expert of all ranks, and weights of the same shape. A null choice
+marks nothing. HybridEP also takes expert ids, but it scatters them without a mask, so a null choice cannot be -1. Experts
+have the numbers of `SlotNumbers`. Their number on a rank is a multiple of 4, because the kernels need one in an NVLink
+domain. All ranks must have the same number of tokens, a multiple of 4. D must be a multiple of 16.
 
-Collectives: HybridEP gathers the map of all ranks, then rows and weights in one; rows back; in backward the same without
-the map. Host syncs: two a layer, both at the first dispatch: HybridEP waits for the number of rows that arrive, and the
-adaptor reads how many pairs each slot has, with the ledger's counts. Memory: R rows and y, and HybridEP's own buffer.
+Collectives of forward: HybridEP gathers the maps of all ranks, sends rows and weights together, and sends rows back.
+Backward does the same without the maps. Host syncs: two for each layer, both at the first dispatch. HybridEP waits for the
+number of arriving rows, and the adaptor reads the pairs of each slot together with the ledger's counts. Memory: R rows and
+y, and HybridEP's own buffer.
 
 Shape letters as in `kernels`, with W ranks, X = W E' slots of all ranks and Y = E' slots of this rank.
 """
@@ -20,19 +21,19 @@ import torch
 from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, SentCounts
+from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan
 from moe_dist.moe.dispatch.rows import compact
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-COUNTS = "HybridEP pairs of each slot"  # the adaptor's host sync, as CommStats records it
-_LOCAL_MAP = 4  # place in HybridEP's handle: which of the own slots each row that arrived is for, bool [>= R, E']
+COUNTS = "HybridEP pairs of each slot"  # name of the host sync in CommStats
+_LOCAL_MAP = 4  # index in HybridEP's handle of the map of arrived rows to own slots, bool [>= R, E']
 
 
 def routing_map_of(
     assignments: Assignments, num_tokens: int, number_of_expert_E: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    """HybridEP's map [T, X], bool, and each pair's index in it, [N]; absent pairs have the index after its end."""
+    """Returns HybridEP's map, bool [T, X], and the index of each pair in the flat map [N], T X for an absent pair."""
     end = num_tokens * num_slots
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
     cell_N = torch.where(assignments.expert_N == ABSENT, end, assignments.token_N * num_slots + number_N)
@@ -40,18 +41,14 @@ def routing_map_of(
 
 
 def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -> Tensor:
-    """Values of pairs as [T, X], zero elsewhere. Differentiable."""
+    """The pairs' values as a table [T, X], zero elsewhere. Differentiable."""
     table = values_N.new_zeros(num_tokens * num_slots + 1).scatter(0, cell_N, values_N)
     return table[:-1].view(num_tokens, num_slots)
 
 
 def make_buffer(group: Any, hidden_dim: int, num_tokens: int, slots_per_rank: int) -> Any:
-    """A `deep_ep.HybridEPBuffer` for bf16 rows of `hidden_dim`; it grows by itself for more tokens. Collective.
-
-    Imports deep_ep, which preflight has seen to be installed.
-    """
-    deep_ep = import_module("deep_ep")
-    return deep_ep.HybridEPBuffer(
+    """A `deep_ep.HybridEPBuffer` for bf16 rows of `hidden_dim`. Collective. HybridEP enlarges it for more tokens."""
+    return import_module("deep_ep").HybridEPBuffer(  # preflight has checked that deep_ep is installed
         group=group,
         hidden_dim=hidden_dim,
         max_num_of_tokens_per_rank=num_tokens,
@@ -65,8 +62,9 @@ class HybridEPPlan(KernelPlan):
     """A plan with HybridEP's map.
 
     Attributes:
-        routing_map_TX, cell_N: Of `routing_map_of`.
-        domain_slots: Slots of the ranks of this NVLink domain, all of whose weights travel; known after the first dispatch.
+        routing_map_TX, cell_N: From `routing_map_of`.
+        domain_slots: Number of slots on all ranks of this NVLink domain. A row carries a weight for each of them. Known
+            after the first dispatch.
     """
 
     routing_map_TX: Tensor
@@ -75,7 +73,7 @@ class HybridEPPlan(KernelPlan):
 
 
 class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
-    """Dispatch and combine by a `deep_ep.HybridEPBuffer`. Arguments as of `KernelDispatcher`."""
+    """Dispatch and combine by a `deep_ep.HybridEPBuffer`. See `KernelDispatcher` for the arguments."""
 
     LIBRARY = "HybridEP"
 
@@ -83,7 +81,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         super().__init__(placement, wire, hidden_dim=hidden_dim, buffer=buffer, multiple=4)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HybridEPPlan:
-        """HybridEP's map. No collective but for the buffer, with the first plan, and no host sync."""
+        """Makes HybridEP's map without a host sync. The first plan makes the buffer, which is collective."""
         if self._buffer is None:
             self._buffer = make_buffer(self.wire.group, self.hidden_dim, num_tokens, self.numbers.slots_per_rank)
         numbers = self.number_of_expert_E(assignments.expert_N.device)
@@ -94,10 +92,10 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         return _spread(weight_N, plan.cell_N, *plan.routing_map_TX.shape)
 
     def send(self, rows_TD: Tensor, plan: HybridEPPlan, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """As `KernelDispatcher`; the first dispatch gathers the map as well."""
+        """See `KernelDispatcher`. The first dispatch also counts the gathered map."""
         rows_RD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
-            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)
+            mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # one byte for each bool, to each peer
             self.wire.comm_stats.count("HybridEP routing map", mapped, payload=False)
         return rows_RD
 
@@ -105,40 +103,36 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         return self.buffer.dispatch(h_TD, routing_map=plan.routing_map_TX, probs=weight_TX)
 
     def settle(self, received: tuple[Any, ...], plan: HybridEPPlan) -> Tensor:
-        """As `KernelDispatcher`. Syncs with the host for the pairs of each slot."""
+        """See `KernelDispatcher`. One host sync, for the pairs of each slot."""
         rows_RD, weight_RY, _, handle = received
         size, own, slots = self.placement.num_ranks, self.wire.rank, self.numbers.slots_per_rank
         num_rows = weight_RY.shape[0]
         here_ER = handle[_LOCAL_MAP][:num_rows].t()
         map_TWE = plan.routing_map_TX.view(-1, size, slots)
         sizes_of = [map_TWE.any(2).sum(0), map_TWE.sum((0, 2)), here_ER.sum(1)]
-        counts = self.wire.comm_stats.to_host(COUNTS, torch.cat(sizes_of))
+        counts = self.wire.comm_stats.to_host(COUNTS, torch.cat(sizes_of))  # host sync
         rows, pairs, here = counts[:size], counts[size : 2 * size], counts[2 * size :]
         cell_Q = compact(torch.arange(here_ER.numel(), device=here_ER.device), here_ER.reshape(-1), sum(here))
         row_Q, slot_Q = cell_Q % max(1, num_rows), cell_Q // max(1, num_rows)
         plan.domain_slots = weight_RY.shape[1]
-        plan.settle(
-            Arrival(
-                handle=handle,
-                weight_RY=weight_RY[:, self._own_columns].contiguous(),
-                pair_Q=row_Q * slots + slot_Q,
-                row_of_pair_Q=row_Q,
-                slot_counts=tuple(here[: len(self.placement.slots[own])]),
-            ),
-            SentCounts(rows[own], sum(rows) - rows[own], sum(pairs), sum(pairs) - pairs[own]),
+        plan.count(own, rows, pairs)
+        plan.arrived = Arrival(
+            handle=handle,
+            weight_RY=weight_RY[:, self._own_columns].contiguous(),
+            pair_Q=row_Q * slots + slot_Q,
+            row_of_pair_Q=row_Q,
+            slot_counts=tuple(here[: len(self.placement.slots[own])]),
         )
         return rows_RD
 
     def dispatch_again(self, rows_TD: Tensor, plan: HybridEPPlan) -> Tensor:
-        num_rows, handle = plan.arrival.weight_RY.shape[0], plan.arrival.handle
-        return self.buffer.dispatch(rows_TD, num_of_experts=self.num_slots, num_dispatched_tokens=num_rows, handle=handle)[
-            0
-        ]
+        options = {"num_of_experts": self.num_slots, "num_dispatched_tokens": plan.arrival.weight_RY.shape[0]}
+        return self.buffer.dispatch(rows_TD, handle=plan.arrival.handle, **options)[0]
 
     def reduce(self, rows_RD: Tensor, plan: HybridEPPlan, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
         probs = None
         if weight_RY is not None:
-            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)
+            probs = weight_RY.new_zeros(weight_RY.shape[0], plan.domain_slots)  # combine needs all slots of the domain
             probs[:, self._own_columns] = weight_RY
         return self.buffer.combine(rows_RD, probs=probs, handle=plan.arrival.handle)
 
@@ -147,6 +141,6 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
 
     @property
     def _own_columns(self) -> slice:
-        """This rank's slots among those of its NVLink domain."""
+        """The columns of this rank's slots among the slots of its NVLink domain."""
         first = self.buffer.local_rank * self.numbers.slots_per_rank
         return slice(first, first + self.numbers.slots_per_rank)

@@ -1,6 +1,7 @@
-"""The dispatcher's interface: it plans who goes where, then brings tokens to their experts' ranks and the results back.
+"""The interface of a dispatcher: `plan` decides which token goes to which rank, and `run` sends tokens to their experts and
+sums the results.
 
-A dispatcher is one file beside this one, one section in the tagged union `parallel.dispatch`, and one line in
+A new dispatcher is one file beside this one, one section in the tagged union `parallel.dispatch`, and one line in
 build_dispatch.py. Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here, Q (token, expert)
 pairs computed here.
 """
@@ -8,7 +9,7 @@ pairs computed here.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,18 +18,18 @@ from moe_dist.moe.routing import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """Rows here [R, D], and in slot order each pair's weight [Q]. Both differentiable."""
+    """The rows that arrived here [R, D], and the weight of each pair in slot order [Q]. Both are differentiable."""
 
     rows_RD: Tensor
     weight_Q: Tensor
 
 
 class PairLayout(Protocol):
-    """Which rows each of this rank's experts computes: all that the experts need to know of a dispatch.
+    """The rows that each of this rank's experts computes. The experts need nothing else of a dispatch.
 
     Attributes:
-        row_of_pair_Q: int64, the row in [0, R) of each pair computed here; pairs are in slot order.
-        slot_counts: Pairs of each of this rank's slots.
+        row_of_pair_Q: int64, row in [0, R) of each pair computed here, in slot order.
+        slot_counts: Number of pairs of each of this rank's slots.
     """
 
     @property
@@ -37,23 +38,28 @@ class PairLayout(Protocol):
     def slot_counts(self) -> tuple[int, ...]: ...
 
 
-class DispatchPlan(Protocol):
-    """Who goes where, for one layer and micro-batch. Carries no gradient and is kept under recompute.
-
-    Between `dispatch` and `combine` it is a PairLayout as well.
+class SentCounts(NamedTuple):
+    """Forward counts of one rank's tokens in one layer.
 
     Attributes:
-        num_remote_rows: Rows that leave this rank in forward, as in the ledger.
-        num_pairs: Pairs that this rank's tokens take.
-        num_remote_pairs: Those whose expert lives on another rank.
+        rows_remote: Rows that leave this rank.
+        pairs: (token, expert) pairs that the tokens take.
+        pairs_remote: Pairs whose expert is on another rank.
+    """
+
+    rows_remote: int
+    pairs: int
+    pairs_remote: int
+
+
+class DispatchPlan(Protocol):
+    """The routes of one layer and micro-batch. A plan has no gradient, and recompute uses it again.
+
+    Between `dispatch` and `combine` a plan is also a PairLayout.
     """
 
     @property
-    def num_remote_rows(self) -> int: ...
-    @property
-    def num_pairs(self) -> int: ...
-    @property
-    def num_remote_pairs(self) -> int: ...
+    def sent(self) -> SentCounts: ...
 
 
 P = TypeVar("P", bound=DispatchPlan)
@@ -62,17 +68,17 @@ RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
-    """Tokens through the experts of one EP group. Its ranks make the same calls in the same order, whatever their sizes.
+    """Sends tokens through the experts of one EP group. All its ranks issue the same collectives in the same order.
 
     Attributes:
-        takes_known_counts: It uses `Assignments.counts_WE`, so that routers should hand them out.
+        takes_known_counts: The dispatcher uses `Assignments.counts_WE`, so routers should set it.
     """
 
     takes_known_counts: bool = False
 
     @abstractmethod
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> P:
-        """Decides who goes where. All host syncs of a layer are in here; `layer` names it in records and reports."""
+        """Makes the plan. `layer` names the layer in records and reports."""
 
     @abstractmethod
     def run(
@@ -85,13 +91,13 @@ class Dispatcher(ABC, Generic[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """y [T, D] of the routed experts, zero for tokens without one, and the shared expert's output.
+        """Returns y [T, D] of the routed experts, zero for tokens without one, and the output of the shared expert.
 
         Args:
-            experts: From dispatched rows to their weighted sums [R, D].
-            shared: The shared expert, called with h.
-            repeated: This is a recomputation of a block: y may be anything, since only what experts and dispatch save for
-                backward is used.
+            experts: Computes the weighted sums [R, D] of dispatched rows.
+            shared: The shared expert, or None. It is called with h.
+            repeated: This is the recomputation of a block. The value of y is not used then, only the tensors that experts
+                and dispatch save for backward.
         """
 
 
@@ -100,11 +106,11 @@ class TwoStepDispatcher(Dispatcher[P]):
 
     @abstractmethod
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: P) -> DispatchedRows:
-        """Brings each row, and its pairs' weights, to the experts. Differentiable, each exchange one autograd node."""
+        """Sends rows and pair weights to the experts' ranks. Each exchange is one autograd node."""
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, plan: P) -> Tensor:
-        """Sums the rows [R, D] of all ranks into y [T, D]. Differentiable, each exchange one autograd node."""
+        """Sums the rows [R, D] of all ranks into y [T, D]. Each exchange is one autograd node."""
 
     def run(
         self,
@@ -116,7 +122,6 @@ class TwoStepDispatcher(Dispatcher[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The shared expert, dispatch, experts, combine. Needs a plan that is a PairLayout."""
         shared_TD = None if shared is None else shared(h_TD)
         dispatched = self.dispatch(h_TD, weight_N, plan)
         return self.combine(experts(dispatched, plan), plan), shared_TD  # pyright: ignore[reportArgumentType]

@@ -1,13 +1,13 @@
-"""Base of the adaptors to DeepEP's and HybridEP's kernels: numbers of experts, the plan, the autograd nodes.
+"""Base class of the adaptors to DeepEP's and HybridEP's kernels, with its plan and autograd nodes.
 
-Contract and results equal those of `all_to_all`: one row for each (token, destination rank), weighted and summed there, and
-the kernels' combine adds the ranks' rows without weights. The differences: rows for the own rank pass through the kernels'
-buffer too; rows are bf16 and weights fp32; the receive buffer is the kernels', so that `max_receive_rows` cannot be checked
+Results equal those of `all_to_all`: one row for each (token, destination rank), weighted and summed there; the kernels'
+combine adds the ranks' rows without weights. There are three differences. Rows for the own rank pass through the kernels'
+buffer too. Rows are bf16 and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows` cannot be checked
 before it. The first dispatch returns a handle, which combine, backward and recompute reuse.
 
-An adaptor converts assignments and weights to its kernels' format, and makes three calls of its buffer.
+An adaptor converts assignments and weights to the format of its kernels, and makes three calls of its buffer.
 Shape letters: T tokens on this rank, D hidden size, N pairs (static), R rows here (by source rank, then by token), Q pairs
-computed here, X weights of a token as sent, Y weights of a row as received: one for each slot or choice.
+computed here, X weights that a token sends and Y weights that a row receives: one for each slot or choice.
 """
 
 from abc import abstractmethod
@@ -22,17 +22,17 @@ from torch.autograd.function import once_differentiable
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.names import BACKWARD
 from moe_dist.comm.tracker import track_collective
-from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
+from moe_dist.moe.dispatch.interface import DispatchedRows, SentCounts, TwoStepDispatcher
 from moe_dist.placement.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
 class SlotNumbers:
-    """The kernels' numbers of experts, as many on every rank: rank r holds [r E', (r + 1) E'), slot s of it is r E' + s.
+    """Expert numbers of the kernels, which need equally many on every rank. Slot s of rank r has the number r E' + s.
 
     Attributes:
-        slots_per_rank: E', the same on every rank; one at least, so that there is something to divide.
-        number_of_expert: For each logical expert its number. Numbers that no slot has are never routed to.
+        slots_per_rank: E', at least 1, because the kernels divide by it.
+        number_of_expert: Number of each logical expert. A number without a slot is never routed to.
     """
 
     slots_per_rank: int
@@ -40,7 +40,7 @@ class SlotNumbers:
 
     @classmethod
     def of(cls, placement: ExpertPlacement, *, multiple: int = 1) -> "SlotNumbers":
-        """The numbering of a placement, E' the largest number of slots of a rank rounded up to a multiple."""
+        """Numbers the experts of a placement. E' is the largest number of slots on a rank, rounded up to a multiple."""
         slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
         slots_per_rank = -(-slots_per_rank // multiple) * multiple
         places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
@@ -48,24 +48,14 @@ class SlotNumbers:
 
 
 @dataclass(frozen=True)
-class SentCounts:
-    """Of this rank's tokens: rows to itself, rows to other ranks, pairs, and pairs with other ranks' experts."""
-
-    own_rows: int
-    remote_rows: int
-    pairs: int
-    remote_pairs: int
-
-
-@dataclass(frozen=True)
 class Arrival:
     """Result of the first dispatch, without its rows.
 
     Attributes:
-        handle: The kernels' own; combine and repeated dispatches take it.
-        weight_RY: Received weights; a dispatch by handle carries none.
+        handle: Handle of the kernels, for combine and for repeated dispatches.
+        weight_RY: Received weights. A dispatch by handle carries none.
         pair_Q: int64, places in [R, Y] of the pairs computed here, in slot order.
-        row_of_pair_Q, slot_counts: As in every plan.
+        row_of_pair_Q, slot_counts: See `PairLayout`.
     """
 
     handle: Any
@@ -77,32 +67,29 @@ class Arrival:
 
 @dataclass
 class KernelPlan:
-    """Who goes where, for one layer and micro-batch. The first dispatch completes it."""
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`; with HybridEP also the counts."""
 
     layer: str
-    _counts: SentCounts | None = None
-    _arrival: Arrival | None = None
+    own_rows: int = 0
+    arrived: Arrival | None = None
+    _sent: SentCounts | None = None
 
-    @property
-    def arrived(self) -> bool:
-        """Whether it has been dispatched."""
-        return self._arrival is not None
-
-    def settle(self, arrival: Arrival, counts: SentCounts | None = None) -> None:
-        """Completes the plan with the result of the first dispatch."""
-        self._arrival, self._counts = arrival, counts or self._counts
+    def count(self, own: int, rows_W: list[int], pairs_W: list[int]) -> None:
+        """Sets the counts from the numbers of rows and pairs to each rank."""
+        self.own_rows = rows_W[own]
+        self._sent = SentCounts(sum(rows_W) - rows_W[own], sum(pairs_W), sum(pairs_W) - pairs_W[own])
 
     @property
     def arrival(self) -> Arrival:
-        if self._arrival is None:
+        if self.arrived is None:
             raise AssertionError("a rank's pairs are known when rows have arrived: call dispatch first")
-        return self._arrival
+        return self.arrived
 
     @property
-    def counts(self) -> SentCounts:
-        if self._counts is None:
+    def sent(self) -> SentCounts:
+        if self._sent is None:
             raise AssertionError("a rank's counts are known when rows have arrived: call dispatch first")
-        return self._counts
+        return self._sent
 
     @property
     def row_of_pair_Q(self) -> Tensor:  # noqa: N802
@@ -112,31 +99,18 @@ class KernelPlan:
     def slot_counts(self) -> tuple[int, ...]:
         return self.arrival.slot_counts
 
-    @property
-    def num_remote_rows(self) -> int:
-        return self.counts.remote_rows
-
-    @property
-    def num_pairs(self) -> int:
-        return self.counts.pairs
-
-    @property
-    def num_remote_pairs(self) -> int:
-        return self.counts.remote_pairs
-
 
 K = TypeVar("K", bound=KernelPlan)
 
 
 class KernelDispatcher(TwoStepDispatcher[K]):
-    """Dispatch and combine over one EP group by a library's kernels.
+    """Dispatch and combine over one EP group by the kernels of a library.
 
     Args:
-        placement: Which expert lives on which rank of the EP group.
-        wire: The EP group's all-to-all: for its group, rank and statistics; nothing is sent over it.
+        wire: The EP group's all-to-all. Only its group, rank and statistics are used; it sends nothing.
         hidden_dim: D.
-        multiple: Slots of a rank are rounded up to it.
-        buffer: The library's; made at the first plan if None.
+        multiple: The number of slots of a rank is rounded up to a multiple of this.
+        buffer: The buffer of the library; None makes one at the first plan.
     """
 
     LIBRARY: ClassVar[str]  # first word of the collectives' names
@@ -148,32 +122,31 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         self.numbers = SlotNumbers.of(placement, multiple=multiple)
         self.num_slots = self.numbers.slots_per_rank * placement.num_ranks
         self._buffer = buffer
+        # cached, because a copy to the device in each layer would be a host sync
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 
     @property
     def buffer(self) -> Any:
-        """The library's buffer; one serves all layers."""
+        """The buffer of the library, shared by all layers."""
         if self._buffer is None:
             raise AssertionError(f"{self.LIBRARY}'s buffer is made with the first plan")
         return self._buffer
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: K) -> DispatchedRows:
-        """As `TwoStepDispatcher`; rows of this rank's tokens stand among the others, in the order of source ranks."""
-        weight_TX = self.weights_of_tokens(weight_N.float(), plan)
+        weight_TX = self.weights_of_tokens(weight_N.float(), plan)  # the kernels take fp32
         rows_RD, weight_RY = _Dispatch.apply(h_TD, weight_TX, self, plan)  # pyright: ignore[reportGeneralTypeIssues]
         return DispatchedRows(rows_RD, weight_RY.reshape(-1)[plan.arrival.pair_Q].to(weight_N.dtype))
 
     def combine(self, rows_RD: Tensor, plan: K) -> Tensor:
-        """As `TwoStepDispatcher`. One autograd node."""
         return _Combine.apply(rows_RD, self, plan)  # pyright: ignore[reportReturnType]
 
     @abstractmethod
     def weights_of_tokens(self, weight_N: Tensor, plan: K) -> Tensor:
-        """The pairs' weights as the kernels take them, [T, X]. Differentiable."""
+        """Converts the pairs' weights to the kernels' format [T, X]. Differentiable."""
 
     @abstractmethod
     def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Any, ...]:
-        """The kernels' dispatch of rows and weights. Waits on the host for the number of rows that arrive."""
+        """Calls the kernels' dispatch of rows and weights. Host sync: it waits for the number of arriving rows."""
 
     @abstractmethod
     def settle(self, received: tuple[Any, ...], plan: K) -> Tensor:
@@ -181,18 +154,18 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def dispatch_again(self, rows_TD: Tensor, plan: K) -> Tensor:
-        """The kernels' dispatch by the handle of a complete plan; carries no weights."""
+        """Calls the kernels' dispatch with the handle of a complete plan, without weights."""
 
     @abstractmethod
     def reduce(self, rows_RD: Tensor, plan: K, weight_RY: Tensor | None) -> tuple[Tensor, Any]:
-        """The kernels' combine of rows, and of weights where they are given, into this rank's tokens."""
+        """Calls the kernels' combine, which sums rows, and weights if given, into this rank's tokens."""
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
-        """Bytes of one row's weights, and of ids that are sent with them."""
+        """Bytes of one row's weights and ids in an exchange."""
 
     def send(self, rows_TD: Tensor, plan: K, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """Rows to their experts' ranks; with weights where the plan is not complete yet."""
+        """Sends rows to their experts' ranks; with weights if the plan is not complete yet."""
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_TD.device, layer=plan.layer):
             if weight_TX is None:
                 rows_RD, received = self.dispatch_again(rows_TD, plan), None
@@ -200,18 +173,17 @@ class KernelDispatcher(TwoStepDispatcher[K]):
                 rows_RD, received = rows_TD, self.first_dispatch(rows_TD, weight_TX, plan)
         if received is not None:
             rows_RD = self.settle(received, plan)
-        self._count(name, plan.num_remote_rows, rows_TD, 0 if weight_TX is None else self.weight_bytes(plan))
+        self._count(name, plan.sent.rows_remote, rows_TD, 0 if weight_TX is None else self.weight_bytes(plan))
         return rows_RD
 
     def send_back(self, rows_RD: Tensor, plan: K, name: str, weight_RY: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Sums of rows, and of weights where they are given, into this rank's tokens."""
-        rows = rows_RD.shape[0] - plan.counts.own_rows
-        self._count(name, rows, rows_RD, 0 if weight_RY is None else self.weight_bytes(plan))
+        """Sums rows, and weights if given, into this rank's tokens."""
+        self._count(name, rows_RD.shape[0] - plan.own_rows, rows_RD, 0 if weight_RY is None else self.weight_bytes(plan))
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_RD.device, layer=plan.layer):
             return self.reduce(rows_RD, plan, weight_RY)
 
     def _count(self, name: str, rows: int, like: Tensor, weight_bytes: int) -> None:
-        """Bytes handed to the kernels for other ranks; the bytes that their protocol adds are not known here."""
+        """Counts the bytes given to the kernels for other ranks, without the bytes that their protocol adds."""
         comm_stats = self.wire.comm_stats
         comm_stats.count(f"{self.LIBRARY} {name}", rows * like.shape[1] * like.element_size(), payload=True)
         if weight_bytes:
@@ -219,14 +191,14 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Dispatch; its backward is the kernels' combine, which adds rows and weights without weights."""
+    """Forward is the kernels' dispatch. Backward is the kernels' combine, which sums the gradients of rows and weights."""
 
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, weight_TX: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Any:
         ctx.dispatcher, ctx.plan = dispatcher, plan
         weights = None if plan.arrived else weight_TX.contiguous()
         rows_RD = dispatcher.send(h_TD.contiguous(), plan, "dispatch", weights)
-        return rows_RD, plan.arrival.weight_RY.clone()  # the plan keeps its own: an output gets a graph
+        return rows_RD, plan.arrival.weight_RY.clone()  # a copy, because an output gets a graph and the plan must not
 
     @staticmethod
     @once_differentiable
@@ -237,7 +209,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Combine; its backward is a dispatch by the same handle. Saves no tensor: `block` recompute does not repeat it."""
+    """Forward is the kernels' combine, and backward a dispatch by the same handle. It saves no tensor, so `block` recompute
+    does not repeat it."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:

@@ -1,24 +1,23 @@
-"""One row for each (token, expert) pair, with sizes known beforehand: no counts or ids are exchanged, and nothing syncs.
+"""Sends one row for each (token, expert) pair, with known sizes. It exchanges no counts or ids, and nothing syncs.
 
-It takes assignments that carry `counts_WE`: how many pairs each rank sends to each expert, known without reading the
-routing. Expert choice within one rank is of that kind, since every expert takes its capacity of each rank's tokens. Token
-choice is not. Where a rank holds at most one expert of a group, a pair is a distinct (token, rank), so that nothing is left
-to deduplicate: `KnownCountsFirst` then takes it before any other dispatcher.
+The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank and expert, known without reading the
+routing. Expert choice within one rank has known counts, because every expert takes its capacity of each rank's tokens.
+Token choice has none. If a rank holds at most one expert of a group, each pair is a distinct (token, rank), and
+deduplication would save nothing. `KnownCountsFirst` then uses this dispatcher before any other.
 
-Closed form: a rank sends the sum of `counts_WE` of its row over all experts of other ranks: that many rows of D in
-dispatch, as many back in combine, and the same in backward. No row is padding. Shape letters: T tokens, D hidden size,
-N pairs (all taken, sorted by expert), Q pairs computed here.
+Closed form: a rank sends the sum of its row of `counts_WE` over all experts of other ranks. So many rows go out in dispatch
+and come back in combine, and the same in backward. No row is padding. Shape letters: T tokens, D hidden size, N pairs (all
+taken, sorted by expert), Q pairs computed here.
 
-Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and their gradients; every rank issues all of them.
-Host syncs: none. The order of pairs is a function of the counts, made on the host and copied once for all layers of a
-micro-batch; the last few are kept. Memory: the formula of `all_to_all`, with S rows for the pairs sent.
+Collectives: pair weights and rows (`dispatch`), rows back (`combine`), and their gradients. Every rank issues all of them.
+Host syncs: none. The order of pairs depends on the counts alone. The host computes it once for all layers of a micro-batch,
+and keeps the last KEPT_ORDERS. Memory: the formula of `all_to_all`, with S rows for the pairs sent.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,20 +26,22 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, Exchange, ExchangeDispatcher
 from moe_dist.moe.dispatch.interface import DispatchedRows, DispatchPlan, TwoStepDispatcher
 from moe_dist.moe.dispatch.planning import check_receive_rows
+from moe_dist.moe.dispatch.rows import runs_in_order, spread
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
 Counts = tuple[tuple[int, ...], ...]
-KEPT_ORDERS = 16  # counts differ between micro-batches; recomputation and all layers of one ask for the same
+KEPT_ORDERS = 16  # all layers and recomputations of a micro-batch need the same order; micro-batches differ
 
 
 class KnownCountsPlan(AllToAllPlan):
-    """An exchange whose rows are its pairs; those of this rank's tokens by (rank, expert), the own rank's last."""
+    """An exchange with one row for each pair. Pairs are sent in the order of (rank, expert), the own rank last."""
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What follows from the counts alone: sizes, and as tensors the sending order and the experts' order."""
+    """Sizes and orders that depend on the counts alone: `pair_P` sorts pairs for sending, `order_Q` sorts arrived pairs by
+    expert, and `expert_N` is the expert that each pair must have."""
 
     splits: Splits
     expert_N: Tensor
@@ -50,26 +51,18 @@ class _Order:
 
 
 class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
-    """Dispatch and combine over one EP group; without a group the same code on the identity all-to-all.
-
-    Args:
-        placement: Which expert lives on which rank of the EP group.
-        wire: The EP group's all-to-all.
-        max_receive_rows: Bound of the receive buffer in rows; None for none.
-    """
+    """Dispatch and combine over one EP group. See `AllToAllDispatcher` for the arguments."""
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, *, max_receive_rows: int | None = None) -> None:
-        self.placement = placement
-        self.wire = wire
+        self.placement, self.wire, self.max_receive_rows = placement, wire, max_receive_rows
         self.exchange = Exchange(wire)
-        self.max_receive_rows = max_receive_rows
         self._order = lru_cache(maxsize=KEPT_ORDERS)(self._make_order)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> KnownCountsPlan:
-        """Decides who goes where, without a collective or a host sync (but for the first plan of new counts).
+        """Makes the plan without a collective or a host sync.
 
         Raises:
-            ConfigError: the assignments have no counts: the router does not fix them.
+            ConfigError: the assignments have no counts, because the router does not fix them.
             ResourceError: more rows would arrive than `max_receive_rows`.
         """
         counts = assignments.counts_WE
@@ -80,8 +73,8 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
                 "router whose experts choose a fixed number of each rank's tokens (docs/parallelism.md)"
             )
         self._check(counts, assignments.token_N.shape[0])
-        order = self._order(counts, assignments.token_N.device)
-        # A broken promise would bring rows to the wrong experts. Checked on the device: no sync, one comparison of N ids.
+        order = self._order(counts, assignments.token_N.device)  # cached: layers of a micro-batch share it
+        # Wrong counts would send rows to wrong experts. Asserted on the device, because a check on the host would sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -112,47 +105,41 @@ class KnownCountsDispatcher(ExchangeDispatcher[KnownCountsPlan]):
         check_receive_rows(rows, self.max_receive_rows, own, "each layer")
 
     def _make_order(self, counts: Counts, device: torch.device) -> _Order:
-        """Sizes and orders, from the counts alone; three lists of integers go to the device."""
-        own, slots = self.wire.rank, [np.array(each, dtype=np.int64) for each in self.placement.slots]
-        counts_WE = np.array(counts, dtype=np.int64).reshape(len(counts), -1)
+        """Computes sizes and orders on the host, and copies three lists of integers to the device."""
+        own, slots = self.wire.rank, [torch.tensor(each, dtype=torch.int64) for each in self.placement.slots]
+        counts_WE = torch.tensor(counts, dtype=torch.int64)
         mine_E = counts_WE[own]
         others = [rank for rank in range(self.wire.size) if rank != own]
-        sent = np.concatenate([slots[rank] for rank in [*others, own]])
-        arriving = counts_WE[[own, *others]][:, slots[own]]  # by (rank, slot)
-        first = (np.cumsum(arriving) - arriving.ravel()).reshape(arriving.shape)
-        send = [int(mine_E[slots[rank]].sum()) for rank in range(self.wire.size)]
+        sent = torch.cat([slots[rank] for rank in [*others, own]])
+        arriving_WX = counts_WE[[own, *others]][:, slots[own]]  # pairs of each rank for each own slot
+        length_X = arriving_WX.flatten()
+        first_WX = (length_X.cumsum(0) - length_X).view_as(arriving_WX)
+        send, total = [int(mine_E[each].sum()) for each in slots], int(mine_E.sum())
+        order_Q = runs_in_order(first_WX.T.flatten(), arriving_WX.T.flatten(), int(length_X.sum()))
         return _Order(
             splits=Splits(split_sizes(send, own), split_sizes(counts_WE[:, slots[own]].sum(1).tolist(), own)),
-            expert_N=_on_device(np.repeat(np.arange(len(mine_E)), mine_E), device),
-            pair_P=_on_device(_runs((np.cumsum(mine_E) - mine_E)[sent], mine_E[sent]), device),
-            order_Q=_on_device(_runs(first.T.ravel(), arriving.T.ravel()), device),
-            slot_counts=tuple(arriving.sum(0).tolist()),
+            expert_N=_on_device(spread(torch.arange(len(mine_E)), mine_E, total), device),
+            pair_P=_on_device(runs_in_order((mine_E.cumsum(0) - mine_E)[sent], mine_E[sent], total), device),
+            order_Q=_on_device(order_Q, device),
+            slot_counts=tuple(arriving_WX.sum(0).tolist()),
         )
 
 
-def _runs(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
-    """start, start + 1, ..., start + length - 1 of each run, one after the other."""
-    shift_X = start_X - (np.cumsum(length_X) - length_X)
-    return np.repeat(shift_X, length_X) + np.arange(int(length_X.sum()))
-
-
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """As int64 on the device; to CUDA from pinned memory, so that the host does not wait for the copy."""
-    tensor = torch.from_numpy(values.astype(np.int64))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    # from pinned memory, because the host would wait for a copy from pageable memory
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
-    """`KnownCountsDispatcher` for assignments that carry counts, another dispatcher for all others.
+    """Uses `KnownCountsDispatcher` for assignments with counts, and another dispatcher for all others.
 
-    By default the first is taken only where each rank holds at most one expert of a group: then pairs are rows, and the
-    bytes are those of `all_to_all`. Every rank decides alike, since counts and placement are the same on all.
+    By default it uses known counts only if each rank holds at most one expert of a group. Then each pair is one row, and
+    the bytes equal those of `all_to_all`. All ranks decide alike, because counts and placement are the same on all ranks.
 
     Args:
-        known: For assignments with counts.
-        general: For all others, over the same ranks.
-        always: Take the first wherever the counts are known, also where a rank has several experts of a group and a row
-            travels once for each.
+        known: Dispatcher for assignments with counts.
+        general: Dispatcher for all others, over the same ranks.
+        always: Use known counts also if a rank holds several experts of a group. A token then goes once to each of them.
     """
 
     def __init__(self, known: KnownCountsDispatcher, general: TwoStepDispatcher[Any], *, always: bool = False) -> None:
@@ -161,17 +148,14 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
         self.takes_known_counts = always or pairs_are_rows(known.placement)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DispatchPlan:
-        """The plan of either; see there for collectives, syncs and errors."""
         known = self.takes_known_counts and assignments.counts_WE is not None
         dispatcher: TwoStepDispatcher[Any] = self.known if known else self.general
         return dispatcher.plan(assignments, num_tokens, layer=layer)
 
     def dispatch(self, h_TD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> DispatchedRows:
-        """As `TwoStepDispatcher`."""
         return self._of(plan).dispatch(h_TD, weight_N, plan)
 
     def combine(self, rows_RD: Tensor, plan: DispatchPlan) -> Tensor:
-        """As `TwoStepDispatcher`."""
         return self._of(plan).combine(rows_RD, plan)
 
     def _of(self, plan: DispatchPlan) -> TwoStepDispatcher[Any]:
@@ -179,6 +163,7 @@ class KnownCountsFirst(TwoStepDispatcher[DispatchPlan]):
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """Whether every rank holds at most one expert of each group: a token, routed in one group, then has one pair a rank."""
+    """True if every rank holds at most one expert of each group. A token, which is routed in one group, then has at most
+    one pair for each rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

@@ -1,20 +1,20 @@
-"""Rows that dispatch sent, and rows that other methods would have sent for the same choices. Counts of one rank, forward.
+"""The traffic ledger: rows that dispatch sent, and rows that other methods would have sent for the same choices. All counts
+are of one rank's forward.
 
-Measured from the plans: `rows_remote`, `pairs`, `pairs_remote`. The others are closed forms of this rank's own counts, with
-a choice spread evenly over its group's experts, so that a share 1 - own/n of them leaves the rank:
+`rows_remote`, `pairs` and `pairs_remote` are measured (`SentCounts`; `hierarchical` counts the rows of both hops). The
+other rows are closed forms of this rank's counts. They assume that choices spread evenly over the experts of a group, so
+that a share 1 - own/n of them leaves the rank:
 
-    rows_per_pair       one row for each (token, expert) taken on another rank: no deduplication
-    rows_topk           top-k of the same k over true experts alone, one row a choice
-    rows_same_active    top-k with as many true experts a token as were really taken, one row a choice
+    rows_per_pair       one row for each pair with an expert on another rank: no deduplication
+    rows_topk           top-k with the same k over true experts alone, one row for each choice
+    rows_same_active    top-k with as many true experts as the tokens really took, one row for each choice
     rows_null_remapped  the taken pairs, and each null choice sent to some true expert with weight 0
 
-Bytes are counted at the call of each collective: `payload_bytes` of rows, of which `inter_node_bytes` between nodes where
-the dispatcher knows nodes (else 0), and `metadata_bytes` of all else. A dispatcher of two hops counts the rows of both in
-`rows_remote`.
+CommStats counts bytes at the call of each collective: `payload_bytes` of rows, the part `inter_node_bytes` of them that
+leaves the node (0 if the dispatcher does not know nodes), and `metadata_bytes` of everything else.
 """
 
 from collections.abc import Mapping, Sequence
-from math import comb
 
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -43,12 +43,12 @@ def compare(
     pairs: int,
     pairs_remote: int,
 ) -> Mapping[str, float]:
-    """The ledger of one rank without its byte counts, from its local sums over layers and micro-batches.
+    """The ledger of one rank without its bytes, from sums over its layers and micro-batches.
 
     Args:
-        true_choices_G: True experts taken by this rank's tokens, by group; without choices that a capacity dropped.
-        null_choices_G: Their null choices, by group.
-        tokens_G: This rank's routed tokens, by group.
+        true_choices_G: True experts taken by this rank's tokens of each group, without choices that a capacity dropped.
+        null_choices_G: Null choices of this rank's tokens of each group.
+        tokens_G: This rank's routed tokens of each group.
         rows_remote, pairs, pairs_remote: Sums of the layers' reports.
     """
     topk = same_active = nulls = 0.0
@@ -67,14 +67,3 @@ def compare(
         "rows_same_active": same_active,
         "rows_null_remapped": pairs_remote + nulls,
     }
-
-
-def expected_copies(num_experts: int, top_k: int, parts: int, *, num_null: int = 0) -> float:
-    """Expected number of distinct parts (ranks or nodes, each with as many experts) that a token's true choices fall into.
-
-    Under uniform routing over n + m columns without replacement a part of n / P experts is missed with probability
-    C(n + m - n / P, k) / C(n + m, k), so P (1 - that). With m = 0 it is the hypergeometric form that HierMoE-style
-    deduplication is measured by: the saving of one row for each rank or node over one row for each expert, before locality.
-    """
-    columns = num_experts + num_null
-    return parts * (1.0 - comb(columns - num_experts // parts, top_k) / comb(columns, top_k))

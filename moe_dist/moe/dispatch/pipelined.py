@@ -1,27 +1,28 @@
-"""Exchanges in flight while experts compute: own rows first, or chunk by chunk, in forward and in backward alike.
+"""Computes experts while exchanges are in flight: own rows first, or chunk by chunk, in forward and in backward.
 
-Each exchange is two autograd nodes, one that issues it and one that waits for it, and backward swaps their parts. An empty
-tensor, the token, passes through all of them in forward's order, so backward runs them in exactly the reverse: every rank
-issues the same collectives in the same order, whatever else autograd runs in between. With `overlap` (o) and chunks 0, 1:
+Each exchange has two autograd nodes: Start issues it and End waits for it. In backward End issues and Start waits. An empty
+tensor, the thread, passes through all nodes in the order of forward, so that backward runs them in exactly the reverse
+order. Every rank then issues the same collectives in the same order, whatever else autograd runs in between. With `overlap`
+(o) and chunks 0, 1:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
     backward    the same in reverse: End issues the gradients, Start waits for them
 
-The nodes keep the plan and save no tensor. Recompute of a whole block repeats dispatch alone, since nothing uses the
-result of combine.
+The nodes keep the plan and save no tensor. The recomputation of a block repeats dispatch alone, because no saved tensor
+needs the result of combine.
 
-Memory in rows of D: of three chunks at most (n chunks, where there are fewer) the rows R' and the buffers S' are held at
-once; with `overlap` own rows are not copied (R is what was received), and their sums stand beside y:
+Memory in rows of D. R' and S' are the rows and buffers of at most three chunks, which are held at once. With `overlap` own
+rows are not copied, so R counts received rows alone, and the sums of own rows add to y:
 
     overlap     forward     R + S + 2 T
                 backward    S + max(R + 2 T, 3 T)
-    chunks      forward     S' + max(R' + T, r + 2 T)       r rows of the largest chunk; y is put together from its chunks
+    chunks      forward     S' + max(R' + T, r + 2 T)       r rows of the largest chunk; y is concatenated from its chunks
                 backward    S' + max(R' + T, 2 T)
     both        forward     S' + max(R' + 2 T, r + 2 T)
                 backward    S' + max(R' + 2 T, 3 T)
 
-Below fp32 the sum of one chunk, T / n rows of 4 bytes an element, stands beside R' (or R).
+If the rows are narrower than fp32, the sum of one of n chunks adds T / n rows of 4 bytes an element to R' (or R).
 Shape letters: T tokens, D hidden size, N assignments, S remote rows sent, R rows here, Q pairs computed here.
 """
 
@@ -34,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.moe.dispatch.exchange import AllToAllPlan, CombineReceive, DispatchSend, Exchange
-from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared
+from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts, RunShared, SentCounts
 from moe_dist.moe.dispatch.planning import OwnPairs, Planner
 from moe_dist.moe.routing import Assignments
 from moe_dist.placement.placement import ExpertPlacement
@@ -42,32 +43,25 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class PipelinedPlan:
-    """Plans of all chunks, and the own pairs where they are computed apart."""
+    """The plans of all chunks, and this rank's own pairs if they are computed apart."""
 
     chunks: tuple[AllToAllPlan, ...]
     own: OwnPairs
 
     @property
-    def num_remote_rows(self) -> int:
-        return sum(chunk.num_remote_rows for chunk in self.chunks)
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(chunk.num_pairs for chunk in self.chunks) + self.own.pair_P.shape[0]
-
-    @property
-    def num_remote_pairs(self) -> int:
-        return sum(chunk.num_remote_pairs for chunk in self.chunks)
+    def sent(self) -> SentCounts:
+        rows, pairs, remote = (sum(counts) for counts in zip(*(chunk.sent for chunk in self.chunks), strict=True))
+        return SentCounts(rows, pairs + self.own.pair_P.shape[0], remote)
 
 
 class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
-    """The rows of `AllToAllDispatcher`, exchanged while others are computed.
+    """Exchanges the rows of `AllToAllDispatcher` while the experts compute other rows.
 
     Args:
-        placement, wire, max_receive_rows: As of `AllToAllDispatcher`.
-        overlap: Own rows and the shared expert are computed while the first remote rows are in flight. It doubles the
-            number of expert GEMMs.
-        chunks: Ranges of tokens; one is dispatched while the one before it is computed.
+        placement, wire, max_receive_rows: See `AllToAllDispatcher`.
+        overlap: Compute own rows and the shared expert while the first remote rows are in flight. It doubles the number of
+            expert GEMMs.
+        chunks: Number of ranges of tokens. Each range is dispatched while the range before it is computed.
     """
 
     def __init__(
@@ -84,10 +78,10 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         self.overlap = overlap
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PipelinedPlan:
-        """Decides rows and pairs of all chunks. Two metadata collectives and the layer's one host sync.
+        """Makes the plans of all chunks by two metadata collectives and the layer's one host sync.
 
         Raises:
-            ResourceError: more rows would arrive than `max_receive_rows`, all chunks together.
+            ResourceError: more rows would arrive in all chunks together than `max_receive_rows`.
         """
         return PipelinedPlan(*self.planner.plan(assignments, num_tokens, layer))
 
@@ -101,38 +95,36 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `Dispatcher.run`. `experts` is called for each chunk, in order, and for the own pairs first where they are
-        apart.
-
-        With `repeated`, combine is skipped and y is filled with NaN, so that any accidental use shows.
-        """
+        """See `Dispatcher.run`. It calls `experts` for the own pairs, if they are apart, and then for each chunk. With
+        `repeated` it skips combine and fills y with NaN, so that any accidental use shows."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
         parts, flights = h_TD.split(lengths), [_Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
+        # without overlap the shared expert runs before the first exchange is issued
         shared_TD = None if shared is None or self.overlap else shared(h_TD)
         bases: list[Tensor | None] = [None] * len(flights)
         y_parts = []
-        token: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
+        thread: Any = _StartDispatch.apply(h_TD.new_empty(0), parts[0], weight_N, flights[0])
         for index, flight in enumerate(flights):
-            if index + 1 < len(flights):
-                token = _StartDispatch.apply(token, parts[index + 1], weight_N, flights[index + 1])
+            if index + 1 < len(flights):  # the next chunk travels while this one is computed
+                thread = _StartDispatch.apply(thread, parts[index + 1], weight_N, flights[index + 1])
             if index == 0 and self.overlap:
-                token, here_TD, here_N = _Gate.apply(token, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
+                thread, here_TD, here_N = _Gate.apply(thread, h_TD, weight_N)  # pyright: ignore[reportGeneralTypeIssues]
                 shared_TD = None if shared is None else shared(mark("shared", here_TD.view_as(here_TD)))
                 own = DispatchedRows(mark("own pairs", here_TD.view_as(here_TD)), here_N.index_select(0, plan.own.pair_P))
                 bases = list(experts(own, plan.own).split(lengths))
-            token, rows_RD, weight_Q = _EndDispatch.apply(token, flight)  # pyright: ignore[reportGeneralTypeIssues]
+            thread, rows_RD, weight_Q = _EndDispatch.apply(thread, flight)  # pyright: ignore[reportGeneralTypeIssues]
             rows = DispatchedRows(mark(f"pairs{flight.plan.suffix}", rows_RD), weight_Q)
             out_RD = experts(rows, flight.plan)
-            if index > 0:
-                token, y_TD = _EndCombine.apply(token, bases.pop(0), flights[index - 1], parts[index - 1])
+            if index > 0:  # combine of the chunk before was in flight during these experts
+                thread, y_TD = _EndCombine.apply(thread, bases.pop(0), flights[index - 1], parts[index - 1])
                 y_parts.append(y_TD)
-            token = _StartCombine.apply(token, out_RD, flight)
-        token, y_TD = _EndCombine.apply(token, bases.pop(0), flights[-1], parts[-1])
+            thread = _StartCombine.apply(thread, out_RD, flight)
+        thread, y_TD = _EndCombine.apply(thread, bases.pop(0), flights[-1], parts[-1])
         return torch.cat([*y_parts, y_TD]) if y_parts else y_TD, shared_TD
 
 
 class _Flight:
-    """One chunk's exchanges in flight, handed from one autograd node to the next outside of the graph."""
+    """The exchange of one chunk in flight. An autograd node leaves it here for the next node, outside of the graph."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
         self.plan, self.exchange, self.repeated = plan, exchange, repeated
@@ -140,21 +132,21 @@ class _Flight:
         self._returning: CombineReceive | None = None
 
     def send(self, table_TD: Tensor, weight_N: Tensor | None = None) -> None:
-        """Issues rows to the experts' ranks."""
+        """Issues rows, and weights if given, to the experts' ranks."""
         self._sent = DispatchSend(table_TD, self.plan, self.exchange, weight_N=weight_N)
 
     def sent(self) -> DispatchSend:
-        """The send that was issued last; no longer kept here."""
-        sent, self._sent = self._sent, None
+        """Hands over the last `send`."""
+        sent, self._sent = self._sent, None  # drops the reference, so that its rows are freed after use
         assert sent is not None
         return sent
 
-    def bring_back(self, rows_RD: Tensor, grad_weight_Q: Tensor | None = None) -> None:
-        """Issues rows to their tokens' ranks."""
+    def send_back(self, rows_RD: Tensor, grad_weight_Q: Tensor | None = None) -> None:
+        """Issues rows, and gradients of weights if given, to the tokens' ranks."""
         self._returning = CombineReceive(rows_RD, self.plan, self.exchange, grad_weight_Q=grad_weight_Q)
 
     def returning(self) -> CombineReceive:
-        """The return that was issued last; no longer kept here."""
+        """Hands over the last `send_back`."""
         returning, self._returning = self._returning, None
         assert returning is not None
         return returning
@@ -164,10 +156,10 @@ class _StartDispatch(torch.autograd.Function):
     """Forward issues rows and weights to the experts; backward waits for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor, flight: _Flight) -> Tensor:
         ctx.flight, ctx.num_weights = flight, weight_N.shape[0]
         flight.send(h_TD, weight_N)
-        return token.new_empty(0)
+        return thread.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -178,11 +170,12 @@ class _StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """The identity, after StartDispatch: its backward runs when all that was computed from it has its gradients."""
+    """The identity. Its backward runs only when everything computed from it has its gradients, and before the backward of
+    StartDispatch, so that this computation overlaps the exchange in backward too."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
-        return token.new_empty(0), h_TD.view_as(h_TD), weight_N.view_as(weight_N)
+    def forward(ctx: Any, thread: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
+        return thread.new_empty(0), h_TD.view_as(h_TD), weight_N.view_as(weight_N)
 
     @staticmethod
     @once_differentiable
@@ -194,27 +187,27 @@ class _EndDispatch(torch.autograd.Function):
     """Forward waits for rows [R, D] and weights [Q]; backward issues their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Any:
+    def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Any:
         ctx.flight, send = flight, flight.sent()
-        weight_Q = send.wait_weights()
-        return token.new_empty(0), send.wait(), weight_Q
+        weight_Q = send.wait_weights()  # in the order of issue
+        return thread.new_empty(0), send.wait(), weight_Q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.flight.bring_back(*grads[1:])
+        ctx.flight.send_back(*grads[1:])
         return grads[0], None
 
 
 class _StartCombine(torch.autograd.Function):
-    """Forward issues the sums of the rows back to their tokens; backward waits for their gradients."""
+    """Forward issues the experts' sums to the tokens' ranks; backward waits for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx: Any, thread: Tensor, rows_RD: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
         if not flight.repeated:
-            flight.bring_back(rows_RD)
-        return token.new_empty(0)
+            flight.send_back(rows_RD)
+        return thread.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -223,18 +216,18 @@ class _StartCombine(torch.autograd.Function):
 
 
 class _EndCombine(torch.autograd.Function):
-    """Forward waits for the sums and adds them up; backward issues the gradients of y."""
+    """Forward waits for the experts' sums and adds them to y; backward issues the gradients of y."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:
+    def forward(ctx: Any, thread: Tensor, base_TD: Tensor | None, flight: _Flight, like_TD: Tensor) -> Any:
         ctx.flight, ctx.has_base = flight, base_TD is not None
         if flight.repeated:
-            return token.new_empty(0), torch.full_like(like_TD, float("nan"))
-        return token.new_empty(0), flight.returning().wait(base_TD)
+            return thread.new_empty(0), torch.full_like(like_TD, float("nan"))
+        return thread.new_empty(0), flight.returning().wait(base_TD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        token, grad_TD = grads
+        thread, grad_TD = grads
         ctx.flight.send(grad_TD)
-        return token, grad_TD if ctx.has_base else None, None, None
+        return thread, grad_TD if ctx.has_base else None, None, None

@@ -1,12 +1,13 @@
-"""From assignments to plans: who sends which rows where, by counting, with one host sync whatever the number of chunks.
+"""Makes the plans of `all_to_all` by counting: the rows to each rank and their pairs. Any number of chunks needs one host
+sync.
 
-Tokens are cut into `chunks` ranges of equal length. Pairs are ordered by (chunk, rank, slot) with the own rank's after
-all others, rows by (chunk, rank, token) likewise. A rank's slots come in order, so received pairs are grouped by slot
-already and no sort by token is needed. A pair is sent as the index of its row among the rows its rank gets; its slot
-follows from the counts.
+Tokens are cut into `chunks` ranges of equal length. Pairs are sorted by (chunk, rank, slot), and rows by (chunk, rank,
+token); in both orders the own rank comes last. Received pairs are then grouped by slot already, so no sort by token is
+needed. A pair is sent as the index of its row among the rows to its rank. Its slot follows from the counts.
 
 Shape letters: T tokens, N pairs (static), E experts, e experts here, W ranks, C chunks, P taken pairs, S remote rows sent,
-O rows of the own rank, Q pairs computed here, H holders: the own rank, then the others in order.
+O rows of the own rank, Q pairs computed here, X counts of a rank and chunk (rows, then pairs of each slot), H ranks: the
+own rank, then the others in order.
 """
 
 from collections.abc import Sequence
@@ -25,17 +26,16 @@ from moe_dist.moe.dispatch.rows import counting_order, runs_in_order, spread
 from moe_dist.moe.routing import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-SPLIT_SIZES = "split sizes"  # the one host sync of a layer, as CommStats records it
+SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """Pairs of the own rank that are computed apart from the others; their rows are the tokens themselves.
+    """The pairs of this rank's tokens and experts, if they are computed apart. Their rows are the tokens themselves.
 
     Attributes:
-        pair_P: int64, the assignments' indices, by slot.
-        row_of_pair_Q: int64, their tokens.
-        slot_counts: Pairs of each of this rank's slots.
+        pair_P: int64, index of each pair in the assignments, sorted by slot.
+        row_of_pair_Q, slot_counts: See `PairLayout`.
     """
 
     pair_P: Tensor
@@ -44,7 +44,7 @@ class OwnPairs:
 
 
 def check_receive_rows(rows: int, limit: int | None, position: int, place: str) -> None:
-    """Raises a ResourceError where more rows would arrive at an EP position than `parallel.max_receive_rows`."""
+    """Raises a ResourceError if more rows would arrive at an EP position than `parallel.max_receive_rows`."""
     if limit is not None and rows > limit:
         raise ResourceError(
             f"EP position {position} would receive {rows} rows in {place}, more than parallel.max_receive_rows={limit}; "
@@ -58,10 +58,10 @@ class _Tables:
     """The placement as tensors on one device.
 
     Attributes:
-        place_E: Position of each expert's rank: the others in order, then the own rank.
-        bin_E: Position of each expert by (place, slot).
-        message_M: Index into [row counts, pair counts] of each count to be sent, rank by rank.
-        holder_H: The own rank, then the others in order.
+        place_E: Place of each expert's rank: other ranks in order, then the own rank.
+        bin_E: Position of each expert in the order of (place, slot).
+        message_M: Index into [row counts, pair counts] of each count to send, rank by rank.
+        holder_H: The own rank, unless its pairs are computed apart, then the others in order.
     """
 
     place_E: Tensor
@@ -72,7 +72,7 @@ class _Tables:
 
 @dataclass(frozen=True)
 class ExchangeSizes:
-    """Sizes of one exchange as the host reads them: remote rows and pairs, and those that stay on this rank."""
+    """Sizes of one exchange on the host: split sizes of remote rows and pairs, and numbers of own rows and pairs."""
 
     rows: Splits
     pairs: Splits
@@ -81,7 +81,7 @@ class ExchangeSizes:
 
     @classmethod
     def of(cls, own: int, sent: Sequence[Sequence[int]], received: Sequence[Sequence[int]]) -> "ExchangeSizes":
-        """From (rows, pairs) to and from each rank, the own rank among them."""
+        """Makes the sizes from the (rows, pairs) to each rank and from each rank, the own rank `own` included."""
         (rows_out, pairs_out), (rows_in, pairs_in) = zip(*sent, strict=True), zip(*received, strict=True)
         rows = Splits(split_sizes(rows_out, own), split_sizes(rows_in, own))
         pairs = Splits(split_sizes(pairs_out, own), split_sizes(pairs_in, own))
@@ -90,12 +90,9 @@ class ExchangeSizes:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Sizes of each chunk's exchange, and pairs of each of this rank's slots: in the chunks, and the own rank's in chunk
-    0."""
-
-    sizes: list[ExchangeSizes]
-    slot_counts: list[tuple[int, ...]]
-    own_slot_counts: tuple[int, ...]
+    sizes: list[ExchangeSizes]  # of each chunk
+    slot_counts: list[tuple[int, ...]]  # pairs of each of this rank's slots, of each chunk
+    own_slot_counts: tuple[int, ...]  # the same for this rank's own tokens in chunk 0, where all own pairs are if apart
 
     @property
     def num_remote_pairs(self) -> int:
@@ -104,25 +101,21 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Before the host sync, for each assignment: its bin by (chunk, rank, slot), its row's run by (chunk, rank), its row's
-    place in that run; absent ones are in the last bin. And the counts: rows of each run, pairs of each bin."""
+    """Counts on the device, before the host sync. A bin is a (chunk, rank, slot), and a run is a (chunk, rank)."""
 
-    bin_N: Tensor
-    run_N: Tensor
-    index_N: Tensor
-    row_counts: Tensor
-    pair_counts: Tensor
+    bin_N: Tensor  # bin of each pair; absent pairs have the last bin
+    run_N: Tensor  # run of each pair's row
+    index_N: Tensor  # index of each pair's row in its run
+    row_counts: Tensor  # rows of each run
+    pair_counts: Tensor  # pairs of each bin
 
 
 class Planner:
-    """Makes the plans of one EP group.
+    """Makes the plans of one EP group. See `AllToAllDispatcher` for the other arguments.
 
     Args:
-        placement: Which expert lives on which rank of the EP group.
-        wire: The EP group's all-to-all; its size must be the placement's number of ranks.
-        max_receive_rows: Bound of the rows that arrive in one layer; None for none.
-        chunks: Ranges that the tokens are cut into.
-        own_apart: Leaves the own rank's pairs out of the ranges, to be computed apart, all at once.
+        chunks: Number of ranges of tokens.
+        own_apart: Leaves the pairs of the own rank out of the ranges, because they are computed apart.
     """
 
     def __init__(
@@ -134,29 +127,22 @@ class Planner:
         chunks: int = 1,
         own_apart: bool = False,
     ) -> None:
-        self.placement = placement
-        self.wire = wire
-        self.max_receive_rows = max_receive_rows
-        self.chunks = chunks
-        self.own_apart = own_apart
+        self.placement, self.wire, self.max_receive_rows = placement, wire, max_receive_rows
+        self.chunks, self.own_apart = chunks, own_apart
         self._tables_on = cache(self._make_tables)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """Tokens of each range: equal numbers, and the rest (perhaps none) in the last ranges."""
+        """Number of tokens of each range: equal numbers, then the rest, then 0."""
         length = self._chunk_length(num_tokens)
         return tuple(max(0, min(num_tokens - chunk * length, length)) for chunk in range(self.chunks))
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
-        """One plan a chunk, and the own pairs (none unless `own_apart`). Two metadata collectives and one host sync.
-
-        Raises:
-            ResourceError: more rows would arrive than `max_receive_rows`; nothing has been allocated yet.
-        """
+        """Returns a plan for each chunk, and the own pairs (none unless `own_apart`). See `AllToAllDispatcher.plan`."""
         if self.wire.size != self.placement.num_ranks:
             raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")
         tables = self._tables_on(assignments.expert_N.device)
         cells = self._cells(assignments, num_tokens, tables)
-        order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)
+        order_N = counting_order(cells.bin_N, self.chunks * self.placement.num_experts + 1)  # queued before the sync
         counts, received_WCX = self._exchange_counts(cells, tables, layer)  # the host sync
         arriving = sum(sum(each.rows.receive) for each in counts.sizes)
         check_receive_rows(arriving, self.max_receive_rows, self.wire.rank, "one layer")
@@ -200,12 +186,12 @@ class Planner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Bins and rows by counting alone: a bitmap of (run, token), summed along the tokens. Does not sync."""
+        """Counts bins and rows by a bitmap of (run, token), summed along the tokens. No sync; W x T x 5 bytes."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
         num_own = self.placement.num_experts - num_remote
         taken_N = assignments.expert_N != ABSENT
-        expert_N = assignments.expert_N.clamp_min(0)
+        expert_N = assignments.expert_N.clamp_min(0)  # a valid index for absent pairs too, which are masked below
         bin_N, place_N, token_N = tables.bin_E[expert_N], tables.place_E[expert_N], assignments.token_N
         run_N = place_N
         if chunks > 1:
@@ -224,28 +210,26 @@ class Planner:
         return _Cells(
             bin_N=bin_N,
             run_N=run_N,
-            index_N=index.view(-1)[cell_N.clamp_max(index.numel() - 1)] - 1,
+            index_N=index.view(-1)[cell_N.clamp_max(index.numel() - 1)] - 1,  # the running count includes the row itself
             row_counts=index[:, -1].to(torch.int64),
             pair_counts=pair_counts[:-1],
         )
 
     def _exchange_counts(self, cells: _Cells, tables: _Tables, layer: str) -> tuple[_Counts, Tensor]:
-        """Counts sent to and received from each rank, and the latter on the device as [ranks, chunks, 1 + slots].
-
-        Syncs with the host, once a layer: the sizes of all that follows, in all chunks, are read here.
-        """
+        """Exchanges the counts. The one host sync of a layer reads the sizes of all chunks here. Also returns the received
+        counts on the device, [W, C, X]."""
         message = torch.cat([cells.row_counts, cells.pair_counts])[tables.message_M]
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
         received = message
-        if self.wire.group is None:
+        if self.wire.group is None:  # one rank receives what it sends
             sent_values = received_values = comm_stats.to_host(SPLIT_SIZES, message)
         else:
             splits = Splits(send=tuple(lengths), receive=(lengths[own],) * size)
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
-            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))
+            values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy for both, so one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
-        # Of each rank [chunks, rows and pairs by slot]; ranks have different numbers of slots.
+        # for each rank [C, X]; ranks have different numbers of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
@@ -264,51 +248,55 @@ class Planner:
         return counts, received.view(size, chunks, -1)
 
     def _start_indices(self, index_P: Tensor, counts: _Counts, layer: str) -> Pending:
-        """The row index of each remote pair to its rank, all chunks at once: from (chunk, rank) to (rank, chunk)."""
+        """Sends the row index of each remote pair to its rank, in one collective for all chunks."""
         sizes = [each.pairs for each in counts.sizes]
         pieces = _pieces(index_P, [each.send for each in sizes])
         splits = Splits(
             tuple(sum(each.send[rank] for each in sizes) for rank in self._ranks),
             tuple(sum(each.receive[rank] for each in sizes) for rank in self._ranks),
         )
+        # from the order (chunk, rank) to the order (rank, chunk)
         items = index_P if self.chunks == 1 else torch.cat([pieces[c][r] for r in self._ranks for c in range(self.chunks)])
         return self.wire.start(items, splits, name=PAIR_ROWS, layer=layer)
 
     def _by_chunk(
         self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: _Counts
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each chunk the pairs, remote ones first, and the row indices of the pairs computed here, own ones first."""
+        """Returns for each chunk its pairs (remote, then own), and the row indices of the pairs computed here (own, then
+        received)."""
         chunks, mine = range(self.chunks), slice(0, 0) if self.own_apart else slice(None)
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
         received = _pieces(arrived, [[each.pairs.receive[r] for each in counts.sizes] for r in self._ranks])
         pairs = [torch.cat([pair[c], pair[self.chunks + c][mine]]) for c in chunks]
         indices = [torch.cat([index[self.chunks + c][mine], *(pieces[c] for pieces in received)]) for c in chunks]
-        return pairs, [each.to(torch.int64) for each in indices]
+        return pairs, [each.to(torch.int64) for each in indices]  # they travel as int32
 
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, row_counts: Tensor, counts: _Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
-        """Tokens of the remote rows of each chunk, then of the own rows of each, counted from the chunk's first."""
+        """Returns the tokens of the remote rows of each chunk, then of the own rows of each chunk. Tokens are numbered from
+        the first token of their chunk."""
         remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
         first = row_counts.cumsum(0) - row_counts
         tokens = token_P.new_empty(sum(remote) + sum(own))
         if self.chunks > 1:
             token_P = token_P % self._chunk_length(num_tokens)
-        # Pairs of one row write the same token: whichever comes last, the result is the same.
+        # The pairs of a row all write the same token, so the order of writes does not matter.
         return tokens.scatter_(0, first[run_P] + index_P, token_P).split([*remote, *own])
 
     def _by_slot(self, index_Q: Tensor, received_HX: Tensor) -> tuple[Tensor, Tensor]:
-        """From pairs by (holder, slot), with their index among the holder's rows, to (order_Q, row_of_pair_Q)."""
+        """Returns order_Q and row_of_pair_Q from the arrived pairs, which are sorted by (rank, slot). `index_Q` counts rows
+        from the first row of their rank."""
         rows_H, pairs_HX = received_HX[:, 0], received_HX[:, 1:]
         total, length_X = index_Q.shape[0], pairs_HX.reshape(-1)
         first_HX = (length_X.cumsum(0) - length_X).view(pairs_HX.shape)
         row_Q = index_Q + spread(rows_H.cumsum(0) - rows_H, pairs_HX.sum(1), total)
-        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)
+        order_Q = runs_in_order(first_HX.T.reshape(-1), pairs_HX.T.reshape(-1), total)  # by slot, then by rank: no sort
         return order_Q, row_Q[order_Q]
 
     def _make_tables(self, device: torch.device) -> _Tables:
-        """The placement as tensors, copied to `device` once."""
+        """Makes the tables of the placement. Each device gets one copy."""
         slots, own, size, chunks = self.placement.slots, self.wire.rank, self.wire.size, self.chunks
         order = [rank for rank in range(size) if rank != own] + [own]
         place_of = {rank: place for place, rank in enumerate(order)}
@@ -333,6 +321,6 @@ class Planner:
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """`items` cut by two levels of sizes."""
+    """Cuts `items` by two levels of sizes."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

@@ -1,11 +1,10 @@
-"""Rows out of a table, sums of rows back into it, and orders of pairs by counting. Nothing here syncs with the host.
+"""Gathers rows of a table, sums rows back into it, and sorts pairs by counting. Nothing here syncs with the host.
 
-Sums are fp32 in both directions, and autograd keeps no more than backward needs: the indices belong to the dispatch plan,
-which exists anyway, so they are held and not saved as tensors. Orders are linear in the number of items, whatever the
-number of keys. Shape letters: T rows of a table, Q (token, expert) pairs, R rows that the pairs belong to, D hidden size,
-N items, X runs of items.
+Sums are fp32 in forward and backward. Autograd saves no index tensor: the indices belong to the dispatch plan, which lives
+until backward anyway. Sorting costs time linear in the number of items, whatever the number of keys. Shape letters: T rows
+of a table, Q (token, expert) pairs, R rows that the pairs belong to, D hidden size, N items, X runs of items.
 
-On CUDA `index_add_` adds atomically: with three or more terms in a row the last bits may differ from run to run.
+On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ from run to run.
 """
 
 from typing import Any
@@ -15,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE_BYTES = 16 << 20  # rows are converted in slices of this size: enough work for a kernel, little extra memory
+SLICE_BYTES = 16 << 20  # rows are converted in slices of this size, which is enough work for a kernel
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for sums over rows and for routing weights; float64 where the model itself is float64."""
+    """The dtype of sums over rows and of routing weights: float64 for a float64 model, fp32 for all others."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_TD: Tensor, index_Q: Tensor) -> Tensor:
-        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]
+        ctx.index_Q, ctx.num_rows = index_Q, table_TD.shape[0]  # held, not saved: the plan owns the index anyway
         return table_TD.index_select(0, index_Q)  # on the host faster than table[index]
 
     @staticmethod
@@ -49,31 +48,31 @@ class _WeightedSum(torch.autograd.Function):
         (grad_RD,) = grads
         y_QD, weight_Q = ctx.saved_tensors
         grad_QD = grad_RD.index_select(0, ctx.row_Q)
-        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)
+        grad_weight_Q = (grad_QD * y_QD.to(grad_QD.dtype)).sum(-1)  # Q x D numbers in the weights' dtype
         return (grad_QD * weight_Q[:, None]).to(y_QD.dtype), grad_weight_Q, None, None
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """table[index], [Q, D]; where a row is taken several times its gradients are summed in fp32 and rounded once."""
+    """table[index], [Q, D]. The gradients of a row that is taken several times are summed in fp32 and rounded once."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 
 def weighted_row_sum(y_QD: Tensor, weight_Q: Tensor, row_Q: Tensor, num_rows: int) -> Tensor:
-    """Sum of weight * y over the pairs of each row, [R, D] in the weights' dtype. Keeps y (in its dtype) and weights."""
+    """Sum of weight * y over the pairs of each row, [R, D] in the weights' dtype. Autograd keeps y and the weights."""
     return _WeightedSum.apply(y_QD, weight_Q, row_Q, num_rows)  # pyright: ignore[reportReturnType]
 
 
 def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
-    """Sum of the rows of each index, [num_rows, D] in fp32 (float64 for float64 rows). Without gradient."""
+    """Sums the rows with the same index, [num_rows, D] in fp32 (float64 for float64 rows). Without gradient."""
     dtype = accumulation_dtype(rows_QD.dtype)
     return add_rows(torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device), index_Q, rows_QD)
 
 
 def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
-    """Adds each row to its index's sum, in place, in the sum's dtype. Without gradient.
+    """Adds each row to the sum at its index, in place, in the sum's dtype. Without gradient.
 
-    Rows of another dtype are converted in slices of `SLICE_BYTES`, in order: the same bits as all at once, without a copy
-    of all rows at the sum's width.
+    Rows of another dtype are converted in slices of `SLICE_BYTES`, so that no copy of all rows in the sum's dtype exists.
+    The bits are those of one addition, because the slices are in order.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)
@@ -84,43 +83,36 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
 
 
 def counting_order(key_N: Tensor, num_keys: int) -> Tensor:
-    """int64 permutation that sorts int64 keys in [0, num_keys) and leaves equal keys in their order.
+    """int64 permutation that sorts int64 keys in [0, num_keys) stably. Does not sync.
 
-    One pass a byte of the key on every device: the host's by numpy, whose stable sort of short integers is a radix sort
-    (torch's is one from 32,768 items on only), CUDA's by torch. Longer keys are ordered by their low and then by their high
-    bits. Does not sync.
+    It is a radix sort, one pass for each byte of the key. On the host numpy runs it, because torch uses a radix sort only
+    from 32,768 items on.
     """
-    if num_keys > 1 << 15:
+    if num_keys > 1 << 15:  # sorts by the low bits, then by the high bits
         low_N = counting_order(key_N & 0x7FFF, 1 << 15)
         return low_N[counting_order((key_N >> 15)[low_N], (num_keys - 1 >> 15) + 1)]
     short_N = key_N.to(torch.uint8 if num_keys <= 1 << 8 else torch.int16)
-    return (_host_order if key_N.device.type == "cpu" else _device_order)(short_N)
+    if key_N.device.type == "cpu":
+        return torch.from_numpy(np.argsort(short_N.numpy(), kind="stable"))
+    return torch.sort(short_N, stable=True).indices
 
 
 def runs_in_order(start_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """int64 indices [total] of runs, one after the other: start, start + 1, ..., start + length - 1 of each.
+    """int64 indices [total] of all runs: for each run start, start + 1, ..., start + length - 1.
 
-    `total` is the sum of the lengths, known beforehand so that CUDA need not sync to learn it.
+    `total` is the sum of the lengths; CUDA would have to sync to learn it.
     """
-    shift_X = start_X - (length_X.cumsum(0) - length_X)
+    shift_X = start_X - (length_X.cumsum(0) - length_X)  # distance of a run's items from their places in the result
     return spread(shift_X, length_X, total) + torch.arange(total, device=start_X.device)
 
 
 def spread(value_X: Tensor, length_X: Tensor, total: int) -> Tensor:
-    """Each value as often as its length says, [total]; does not sync."""
+    """Repeats each value `length` times, [total]. Does not sync, because `total` is given."""
     return torch.repeat_interleave(value_X, length_X, output_size=total)
 
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
-    """`items[keep]` in order, with the length known beforehand, so that CUDA need not sync to learn it."""
-    kept = items_N.new_empty(num_kept + 1)
+    """`items[keep]` in order. Does not sync, because its length is given."""
+    kept = items_N.new_empty(num_kept + 1)  # the last place takes all items that are not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]
-
-
-def _host_order(short_N: Tensor) -> Tensor:
-    return torch.from_numpy(np.argsort(short_N.numpy(), kind="stable"))
-
-
-def _device_order(short_N: Tensor) -> Tensor:
-    return torch.sort(short_N, stable=True).indices

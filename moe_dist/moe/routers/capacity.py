@@ -1,7 +1,6 @@
-"""Capacity: a bound of the pairs that an expert takes, and the choice of the pairs that are dropped.
+"""Capacity of token choice: it bounds the pairs of an expert and drops the others.
 
-The selection scope is one rank's micro-batch. A dropped pair becomes absent: it is neither sent
-nor padded. No shape depends on data.
+A dropped pair becomes absent: it is neither sent nor padded. No shape depends on data.
 Shape letters: N (token, expert) pairs in token order, E true experts.
 """
 
@@ -18,13 +17,13 @@ Drop = Literal["probability", "position"]
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many pairs an expert takes, and which ones it loses.
+    """Bound of the pairs that an expert takes.
 
     Attributes:
         factor: An expert takes at most ceil(factor * k T / columns) pairs of the T tokens of its group in the selection
-            scope, columns being the group's true, null, identity and constant experts: factor 1 is the even share.
-        drop: The pairs of least probability are dropped first, or the pairs of the last tokens. Ties go to the earlier
-            token.
+            scope. Columns are the group's experts of all kinds, so factor 1 is the even share.
+        drop: `probability` drops the least probable pairs, `position` the pairs of the last tokens. The earlier token wins
+            a tie.
         scope: The selection scope; `rank` is one rank's micro-batch.
     """
 
@@ -34,22 +33,22 @@ class Capacity:
 
 
 def capacity_of(factor: float, choices: Tensor, columns: Tensor) -> Tensor:
-    """ceil(factor * choices / columns) as int64. A quotient whole but for its last bits (1e-9) is not rounded up."""
+    """ceil(factor * choices / columns) as int64. A rounding error of up to 1e-9 above a whole number is not rounded up."""
     return torch.ceil(factor * choices.to(torch.float64) / columns.to(torch.float64) - 1e-9).to(torch.int64)
 
 
 def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: Drop) -> Tensor:
-    """Which pairs their expert has no room for, bool [N]. Shapes depend on N alone: no host sync.
+    """Marks the pairs beyond their expert's capacity, bool [N]. Shapes depend on N alone: no host sync.
 
     Args:
-        expert_N: int64, logical expert of each pair; negative where no pair is taken, which is never dropped.
-        score_N: Probability of each pair, without gradient; higher stays.
-        capacity_E: int64, pairs that each expert takes.
+        expert_N: int64, logical expert of each pair; negative for an absent pair, which is never dropped.
+        score_N: Probability of each pair, without gradient.
+        capacity_E: int64, number of pairs that each expert takes.
         drop: See `Capacity`.
     """
     num_experts = capacity_E.shape[0]
-    bin_N = torch.where(expert_N < 0, num_experts, expert_N)
-    # Two stable orders: pairs in the order in which they stay, then gathered by expert. Pairs are in token order.
+    bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # a last bin for absent pairs
+    # sorts pairs by preference, then stably by expert; `position` needs no first sort, because pairs are in token order
     order_N = torch.arange(bin_N.shape[0], device=bin_N.device)
     if drop == "probability":
         order_N = torch.sort(score_N, descending=True, stable=True).indices
@@ -60,4 +59,4 @@ def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: D
     first = counts.cumsum(0) - counts
     place_N = torch.arange(bin_N.shape[0], device=bin_N.device) - first[sorted_N]
     over_N = (place_N >= capacity_E[sorted_N.clamp_max(num_experts - 1)]) & (sorted_N < num_experts)
-    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)
+    return torch.zeros_like(over_N).scatter_(0, order_N, over_N)  # back into the order of pairs

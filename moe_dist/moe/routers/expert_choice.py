@@ -1,16 +1,15 @@
-"""Experts choose their tokens, inside the group of each modality (MoMa, arXiv 2407.21770, section 2.2).
+"""Expert choice: experts choose their tokens, inside the group of each modality (MoMa, arXiv 2407.21770, section 2.2).
 
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
-    y = sum over the experts j that take the token of s_j E_j(x); a token that none takes gets 0
+    y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
-The choice looks at all tokens of its selection scope, later ones among them, so it is for training only (`selection`). In
-evaluation each token is routed by itself (causally):
+This choice depends on later tokens, so it is for training only (`selection`). Evaluation routes each token alone, causally:
 
-    threshold   expert j takes it where s_j > c_j, c_j the running k-th largest score (Expert Threshold, arXiv 2603.11535)
-    auxiliary   expert j takes it where sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, section 2.4), W_1, W_2 trained afterwards
+    threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
+    auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, section 2.4); W_1, W_2 are trained later
 
-Weights are s_j always. Shape letters: T tokens, D hidden size, E experts of all groups, n experts of one group, G groups,
-K experts of the largest group.
+The weights are s_j in both cases. Shape letters: T tokens of this rank, U tokens of the selection scope, D hidden size, E
+experts of all groups, n experts of one group, G groups, K experts of the largest group.
 """
 
 from collections.abc import Sequence
@@ -45,15 +44,14 @@ from moe_dist.moe.routing import (
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module
 
-STATISTICS = 2  # rows of `ChoiceGate.statistics`: running mean of the k-th largest score, steps seen
+STATISTICS = 2  # rows of `ChoiceGate.statistics`: running mean of the k-th largest score, number of steps
 
 
 class ChoiceGate(GroupGate):
-    """Router rows of one group, `true` [n, D], and thresholds that follow its choices.
+    """Router rows of one group, `true` [n, D], and the thresholds of its experts.
 
-    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers, since no gradient moves
-    them; they are the same on all ranks and saved with the weights. `auxiliary` is there where evaluation is by auxiliary
-    routers.
+    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.routers.thresholds`) are buffers without gradient, equal on
+    all ranks and saved with the weights. `auxiliary` exists if evaluation uses auxiliary routers.
     """
 
     threshold: Tensor
@@ -65,7 +63,7 @@ class ChoiceGate(GroupGate):
             self.auxiliary = AuxiliaryRouter(hidden_dim, group.num_experts)
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Buffers [n]: threshold, running mean of the k-th largest score, steps seen."""
+        """Returns threshold, running mean of the k-th largest score, and number of steps: buffers [n]."""
         mean_n, steps_n = self.statistics
         return self.threshold, mean_n, steps_n
 
@@ -75,21 +73,21 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     Args:
         hidden_dim: D.
-        groups: All expert groups, in the order of their expert ids; none may have null or zero-computation experts.
-        capacity: c, the fraction of its group's tokens that each expert takes; with None, the
-            capacity of the `ExpertGroup`, or else top_k / num_experts.
-        noise: Scale of the noise on the logits in training, as Gumbel-sigmoid adds it; 1 is MoMa's, 0 none.
-        causal: How tokens are routed in evaluation; with None evaluation is an error.
-        threshold_decay: Of the running means that make the thresholds.
-        selection_scope: Whose tokens compete.
-        seed, layer: Name the noise, with the step, token and expert.
-        known_counts: Assignments carry the number of pairs of all ranks, where it is known beforehand, for dispatch without
-            a host sync: while training, with a selection scope of one rank.
+        groups: All expert groups, in the order of their expert ids. None may have null or zero-computation experts.
+        capacity: c, the share of its group's tokens that each expert takes; None takes `ExpertGroup.capacity`, or else
+            top_k / num_experts.
+        noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa has 1.
+        causal: The rule by which evaluation routes each token alone. With None, evaluation is an error.
+        threshold_decay: Decay of the running means of the thresholds.
+        selection_scope: The ranks whose tokens compete.
+        seed, layer: Name the noise, together with the step, token and expert.
+        known_counts: In training with a scope of one rank, give the dispatcher the known numbers of pairs of all ranks, so
+            that it needs no host sync.
     """
 
     group_of_expert_E: Tensor
     capacity_E: Tensor
-    columns_GK: Tensor  # the experts of each group; a last row of ABSENT, which padding's group -1 reads
+    columns_GK: Tensor  # the experts of each group, with a last row of ABSENT for padding, whose group is -1
 
     def __init__(
         self,
@@ -107,13 +105,10 @@ class ExpertChoiceRouter(ChoosingRouter):
     ) -> None:
         super().__init__()
         self.groups = tuple(groups)
-        self.noise = noise
         self.causal: Causal | None = causal
-        self.threshold_decay = threshold_decay
         self.selection_scope = selection_scope or SelectionScope()
-        self.seed = seed
-        self.layer = layer
-        self.known_counts = known_counts
+        self.threshold_decay, self.known_counts = threshold_decay, known_counts
+        self.noise, self.seed, self.layer = noise, seed, layer
         self.num_experts = sum(group.num_experts for group in groups)
         self.share_of_group = tuple(capacity or capacity_of_group(group) for group in groups)
         for group in groups:
@@ -121,8 +116,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables, and thresholds of 0 (which let everything through), on the default device; called
-        again after a move from the meta device."""
+        """Makes the constant tables, and thresholds of 0, which admit every token, on the default device. It is called
+        again after a move from the meta device, which loses the values of buffers."""
         most = max(group.num_experts for group in self.groups)
         rows = [[*group.experts, *[ABSENT] * (most - group.num_experts)] for group in self.groups]
         self.group_of_E = [index for index, group in enumerate(self.groups) for _ in group.experts]
@@ -135,7 +130,6 @@ class ExpertChoiceRouter(ChoosingRouter):
             gate.register_buffer("statistics", torch.zeros(STATISTICS, group.num_experts))
 
     def gates(self) -> list[ChoiceGate]:
-        """The gates, in the order of the groups."""
         return [self.get_submodule(group_module(group.name)) for group in self.groups]  # pyright: ignore[reportReturnType]
 
     def num_taken(self, sums: RouterSums) -> Tensor:
@@ -145,10 +139,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
 
         All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T and on `GlobalBatchInfo` alone: no host
-        sync. One collective where the selection scope has several ranks, see `selection`.
-
-        Raises:
-            AssertionError: in evaluation without a causal form, and with noise without `GlobalBatchInfo`.
+        sync. A selection scope of several ranks costs one collective, see `selection`.
         """
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
@@ -156,33 +147,35 @@ class ExpertChoiceRouter(ChoosingRouter):
             h_TD = h_TD.to(dtype)
             logits_TE = self._logits(h_TD)
             member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
-            inside_TE = member_TG[:, self.group_of_expert_E]
+            inside_TE = member_TG[:, self.group_of_expert_E]  # T x E bytes
             noisy_TE = self._with_noise(logits_TE, cache.batch_info)
             weight_TE = noisy_TE.sigmoid()
             by_choice = self.training or self.noncausal
             if cache.choice is None:
                 with torch.no_grad():
-                    made = self._experts_choose if by_choice else self._tokens_pass
-                    cache.choice = made(h_TD, logits_TE, inside_TE, cache.batch_info)
+                    if by_choice:
+                        cache.choice = self._experts_choose(logits_TE, inside_TE, cache.batch_info)
+                    else:
+                        cache.choice = self._tokens_pass(h_TD, logits_TE, inside_TE)
             sums = self._sums(logits_TE, cache.choice, inside_TE, member_TG)
             if self.training and self.causal == "auxiliary":
                 sums = sums._replace(auxiliary_G=self._auxiliary_terms(h_TD, cache.choice.taken_TE, inside_TE))
         return Routing(self._pairs(cache.choice, weight_TE, group_T, cache.batch_info if by_choice else None), sums)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Logits of all experts [T, E], whatever the tokens' groups."""
+        """Logits [T, E] of all experts, also for tokens of other groups."""
         return torch.cat([F.linear(h_TD, gate.get_parameter("true").to(h_TD.dtype)) for gate in self.gates()], dim=1)
 
     @torch.no_grad()
     def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
-        """Scores [T, E] without noise; 0 for experts that are not of the token's group."""
+        """Scores [T, E] without noise; 0 for experts of other groups."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             logits_TE = self._logits(h_TD.to(dtype))
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
     def _with_noise(self, logits_TE: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """Of this rank's tokens; the same tensor where there is no noise."""
+        """Adds noise to the logits of this rank's tokens; returns the same tensor if there is no noise."""
         if not (self.training and self.noise):
             return logits_TE
         assert batch_info is not None, "noise needs the step and the tokens' numbers, which come with the micro-batch"
@@ -193,11 +186,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         expert_E = torch.arange(self.num_experts, device=token_T.device)
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
-    def _experts_choose(
-        self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None
-    ) -> ExpertsChoice:
-        """The choice of training. Every rank of the scope draws the noise of all its tokens: only logits travel."""
-        del h_TD
+    def _experts_choose(self, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None) -> ExpertsChoice:
+        """The choice of training. Every rank draws the noise of all tokens of the scope, so that only logits are sent."""
         where, device = self.selection_scope, logits_TE.device
         lengths = where.lengths(logits_TE.shape[0], batch_info)
         assert lengths[where.own] == logits_TE.shape[0], f"{logits_TE.shape[0]} tokens here, {lengths} were announced"
@@ -212,14 +202,11 @@ class ExpertChoiceRouter(ChoosingRouter):
         noise = add_noise if self.training and self.noise else None
         masked_TE = logits_TE.masked_fill(~inside_TE, OUTSIDE)
         choice = where.choose(masked_TE, self.capacity_E, lengths, layer=f"layers.{self.layer}", add_noise=noise)
-        # An expert that takes all tokens of its group does so whatever their scores.
+        # An expert with c = 1 takes all tokens, so its threshold must be 0.
         return choice._replace(kth_score_E=torch.where(self.capacity_E < 1.0, choice.kth_score_E, 0.0))
 
-    def _tokens_pass(
-        self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor, batch_info: GlobalBatchInfo | None
-    ) -> ExpertsChoice:
-        """The choice of evaluation, for each token by itself."""
-        del batch_info
+    def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
+        """The choice of evaluation, for each token alone."""
         if self.causal == "threshold":
             passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)
         elif self.causal == "auxiliary":
@@ -235,8 +222,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Binary cross entropy against the choice, summed over the tokens and experts of each group."""
-        logits_TE = self._auxiliary_logits(h_TD.detach())
+        """Binary cross entropy of the auxiliary routers against the choice, summed over tokens and experts [G]."""
+        logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, so that it trains the auxiliary routers alone
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
         return torch.stack([by_expert_E[list(group.experts)].sum() for group in self.groups])
@@ -248,14 +235,14 @@ class ExpertChoiceRouter(ChoosingRouter):
             return token_pairs(choice.taken_TE, weight_TE, self.columns_GK[group_T])
         shares = [self.share_of_group[index] for index in self.group_of_E]
         pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, batch_info, self.selection_scope.ep_ranks)
-        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])
+        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # a sort without a host sync
 
     @torch.no_grad()
     def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, inside_TE: Tensor, member_TG: Tensor) -> RouterSums:
         score_TE = torch.where(inside_TE, logits_TE.sigmoid(), 0.0)
         member = member_TG.to(score_TE.dtype)
         tokens_G = member_TG.sum(0)
-        # Entropy of the scores as shares of their sum, so that it compares with a softmax's.
+        # The entropy of the scores over their sum, so that it compares with the entropy of a softmax.
         shares_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
         entropy_T = -torch.xlogy(shares_TE, shares_TE).sum(-1)
         idle_T = ~choice.taken_TE.any(-1)
@@ -264,7 +251,7 @@ class ExpertChoiceRouter(ChoosingRouter):
             choices_C=choice.taken_TE.sum(0),
             prob_C=score_TE.sum(0),
             tokens_G=tokens_G,
-            log_z_squared_G=score_TE.new_zeros(len(self.groups)),
+            log_z_squared_G=score_TE.new_zeros(len(self.groups)),  # sigmoids have no z-loss
             entropy_G=entropy_T @ member,
             dropped_E=torch.zeros_like(self.group_of_expert_E),
             choice=ChoiceSums(
@@ -276,5 +263,5 @@ class ExpertChoiceRouter(ChoosingRouter):
 
 
 def capacity_of_group(group: ExpertGroup) -> float:
-    """c of a group that names none: so that a token is taken by `top_k` experts on average; 1 / n for one."""
+    """c of a group: `capacity`, or the value with which a token gets `top_k` experts on average."""
     return group.capacity if group.capacity is not None else group.top_k / group.num_experts

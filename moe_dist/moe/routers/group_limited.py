@@ -1,19 +1,18 @@
-"""Top-k of sigmoid scores among a few node groups (DeepSeek-V3, arXiv 2412.19437, section 2.1; GLM-4.5, Kimi K2).
+"""Top-k of sigmoid scores within a few node groups (DeepSeek-V3, arXiv 2412.19437, section 2.1; GLM-4.5, Kimi K2).
 
     s = sigmoid(x W^T),  b = the selection bias
-    the n true experts are cut, in order, into n_group node groups; a token's are the topk_group with the largest sums of
-    their two best s + b
-    T(x) = top-k of s + b among the true experts of those node groups and all columns that are not true
+    the n true experts are cut, in order, into n_group node groups; a token may use the topk_group node groups with the
+    largest sums of their two best s + b
+    T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-Null, identity and constant columns cost no traffic, so that no node group limits them: they compete with the true experts
-under every limit, by sigmoids and biases of their own. As everywhere, a null choice has no weight and takes no part in the
-sum. Each modality group has node groups of its own.
+The limit does not apply to null, identity and constant columns, because they cost no traffic. Each has its own sigmoid and
+bias. A null choice has no weight and is left out of the sum. Each modality group has its own node groups.
 
-The balance loss takes s / sum of s over the group's columns for probabilities, as DeepSeek-V3's loss does (its equations 18
-and 19), with counts over the whole step instead of one sequence; the entropy is that of these too. The z-loss is of the
-logits, as everywhere. Shape letters: T tokens, D hidden size, C columns, K choices, n true experts of a group, g its node
-groups.
+The balance loss takes s / (sum of s over the group's columns) as probabilities, like DeepSeek-V3's loss (equations 18 and
+19), but with counts over the whole step instead of one sequence. The entropy uses the same probabilities. The z-loss uses
+the logits. Shape letters: T tokens, D hidden size, C columns, K choices, n true experts of a group, g node groups of a
+group, m experts of a node group.
 """
 
 from collections.abc import Sequence
@@ -27,20 +26,20 @@ from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
 from moe_dist.placement.placement import ExpertGroup
 
-TINY = 1e-20  # of transformers' DeepseekV3TopkRouter: no division by 0 where all scores underflow
-BEST = 2  # experts of a node group that its score sums
+TINY = 1e-20  # prevents 0 / 0 where all scores underflow; the value of transformers' DeepseekV3TopkRouter
+BEST = 2  # the score of a node group is the sum of its BEST largest scores
 
 
 class GroupLimitedRouter(TopKRouter):
-    """Routes T tokens, each inside its modality's group and there inside its best node groups.
+    """Routes T tokens, each inside its modality's group and its best node groups.
 
     Args:
-        hidden_dim, groups, scale, capacity: As `TopKRouter`.
-        n_group: Node groups of each group's true experts; divides their number.
-        topk_group: Node groups that a token may use.
-        normalise: Weights sum to `scale` over the chosen experts that are not null (`true_chosen`), or are the plain
-            scores.
-        selection_bias: Choose by score + bias; no weight sees the bias.
+        hidden_dim, groups, scale, capacity: See `TopKRouter`.
+        n_group: Number of node groups of each group; divides the number of its true experts.
+        topk_group: Number of node groups that a token may use.
+        normalise: `true_chosen`: weights sum to `scale` over the chosen experts that are not null. `none`: weights are
+            `scale` times the scores.
+        selection_bias: Choose by score + bias. Weights do not contain the bias.
     """
 
     def __init__(
@@ -69,25 +68,25 @@ class GroupLimitedRouter(TopKRouter):
         if self.selection_bias:
             score_TC = score_TC + self._bias(score_TC.dtype)
         score_TC = score_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))
-        if self.topk_group == self.n_group:
+        if self.topk_group == self.n_group:  # all node groups are allowed
             return score_TC
         parts = [self._within_limit(score_TC[:, group.first_expert :][:, : group.num_experts]) for group in self.groups]
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)
 
     def _within_limit(self, score_Tn: Tensor) -> Tensor:
-        """Scores of a group's true experts, -inf outside each token's node groups; ties go to the earlier one."""
+        """Sets the scores of a group's true experts to -inf outside each token's node groups. The earlier node group wins a
+        tie."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk does not order ties
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
-        """Weight of each choice [T, K]; 0 for null choices and for places that the token does not have."""
         kept_TK = chosen.valid_TK & ~chosen.null_TK
-        # A place that the token does not have may hold a column at -inf, whose sigmoid has a gradient of 0, never NaN.
+        # An invalid choice may be a column at -inf; the gradient of its sigmoid is 0, not NaN.
         score_TK = torch.where(kept_TK, masked_TC.gather(1, chosen.column_TK).sigmoid(), 0.0)
         if self.normalise == "none":
             return self.scale * score_TK
-        # One after the other, as in `top_k`: zeros between the true choices must change no bit.
+        # adds one by one as in `top_k._softmax_among`, so that zeros between the true choices change no bit
         return self.scale * score_TK / (reduce(torch.add, score_TK.split(1, dim=-1)) + TINY)

@@ -1,13 +1,13 @@
-"""Top-k whose number of experts is fixed in each layer: the baseline of adaptive routers.
+"""Top-k with a fixed number of active experts in each layer: the baseline for adaptive routers.
 
-At a load L of its layer and group a token takes its floor(L) best experts, and the next best with probability L - floor(L),
-drawn at random, independent of the token. Whole numbers are a k by layer, without any draw.
+A layer and group have a fixed number L of active experts a token. A token takes its floor(L) best experts, and the next
+best with probability L - floor(L). The draw is independent of the token. A whole L is a plain top-k.
 
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-The draw is in force in evaluation as well: a model that was trained at a load is judged at it. There tokens are numbered
-inside their batch, under no step. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws too, so that the model is evaluated with the L of its training. It numbers tokens inside their batch,
+because it has no step. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math
@@ -22,22 +22,23 @@ from moe_dist.moe.routers.top_k import Normalise, TopKRouter, _Chosen
 from moe_dist.moe.routing import GlobalBatchInfo, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 
-HELD_OUT = -1  # the step under which evaluation draws
+HELD_OUT = -1  # evaluation draws under this step
 
 
 class ScheduledTopKRouter(TopKRouter):
-    """Routes T tokens, each inside its group, by the load of this layer.
+    """Routes T tokens, each inside its group, with L of this layer.
 
     Args:
-        hidden_dim, groups, normalise, scale, capacity: As `TopKRouter`; without null or zero-computation experts.
-        active_experts: For each group, by name, true experts a token in each MoE layer; at most the group's top_k.
-        place: This layer's place among the MoE layers.
-        seed: Names the draws, with the step, layer and token.
+        hidden_dim, groups, normalise, scale, capacity: See `TopKRouter`. No group may have null or zero-computation
+            experts.
+        active_experts: L of each group, by name, in each MoE layer; at most the group's top_k.
+        place: Index of this layer among the MoE layers.
+        seed: Names the draws, together with the step, layer and token.
     """
 
-    load_G: tuple[float, ...] = ()
-    whole_G: Tensor  # both with a last 0, which padding's group -1 reads
-    fraction_G: Tensor
+    load_G: tuple[float, ...] = ()  # L
+    whole_G: Tensor  # floor(L), with a last 0 for padding, whose group is -1
+    fraction_G: Tensor  # L - floor(L), with a last 0
 
     def __init__(
         self,
@@ -54,10 +55,9 @@ class ScheduledTopKRouter(TopKRouter):
         super().__init__(hidden_dim, groups, normalise=normalise, scale=scale, capacity=capacity)
         self.place, self.seed = place, seed
         self.load_G = tuple(float(active_experts[group.name][place]) for group in groups)
-        self.reset_buffers()
+        self.reset_buffers()  # again, because the base class made them without loads
 
     def reset_buffers(self) -> None:
-        """As `TopKRouter`, and `active_experts`."""
         super().reset_buffers()
         wholes = [math.floor(load) for load in self.load_G]
         fractions = [load - whole for load, whole in zip(self.load_G, wholes, strict=True)]
@@ -70,10 +70,12 @@ class ScheduledTopKRouter(TopKRouter):
         return chosen._replace(valid_TK=kept_TK, true_TK=chosen.true_TK & kept_TK, null_TK=chosen.null_TK & kept_TK)
 
     def _kept(self, group_T: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """Which of the K places a token has [T, K]. The draws have no state: a recomputed forward has the same."""
+        """Marks the choices that a token has, bool [T, K]. A recomputed forward draws the same numbers, because draws have
+        no state."""
         step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
         token_T = torch.arange(group_T.shape[0], device=group_T.device) + first
         column = torch.zeros(1, dtype=torch.int64, device=group_T.device)
+        # float64, because fp32 rounds a draw near 1 to 1
         uniform_T = logistic((self.seed, step, self.place), token_T, column, torch.float64).sigmoid()[:, 0]
         more_T = (uniform_T < self.fraction_G[group_T]).to(torch.int64)
         place_K = torch.arange(self.num_choices, device=group_T.device)

@@ -1,19 +1,18 @@
-"""Selects tokens for experts, or for the block of a layer: which tokens compete, and which are taken.
+"""Selects tokens by choosers. In expert choice each expert is a chooser; in mixture of depths each layer has one chooser.
 
-Expert choice has one such chooser for each expert; mixture of depths is the case of one chooser a layer. The tokens of
-one selection scope compete:
+The tokens of one selection scope compete:
 
     rank        tokens of one rank's micro-batch; no collective
     ep_group    tokens of all ranks of an EP group
     world       tokens of all ranks
 
-The larger scopes exchange logits: one all-gather a layer and forward pass, issued by every rank of the scope whatever its
-tokens, and not repeated by recomputation. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1
-others: (S - 1) x T x E x 4 bytes out, as many in. All ranks then choose alike, from the same bits. No shape depends on
-data, and nothing syncs with the host.
+The larger scopes gather logits by one all-gather for each layer and forward pass. Every rank of the scope issues it, and
+recomputation does not repeat it. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S - 1 other
+ranks: (S - 1) x T x E x 4 bytes. All ranks then choose alike, from the same bits. No shape depends on data, and nothing
+syncs with the host.
 
-The choice looks at later tokens, so it is for training only. In evaluation a causal form decides for each token by itself:
-by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
+This choice depends on later tokens, so it is for training only. Evaluation decides for each token alone, by a threshold
+(`thresholds`) or by an `AuxiliaryRouter`.
 
 Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
 G groups, W ranks.
@@ -39,11 +38,11 @@ from moe_dist.placement.roles import Role
 
 ScopeKind = Literal["rank", "ep_group", "world"]
 Causal = Literal["threshold", "auxiliary"]
-OUTSIDE = float("-inf")  # logit of a token that does not compete: of another group, or padding
+OUTSIDE = float("-inf")  # logit of a token that does not compete: a token of another group, or padding
 
 
 class AuxiliaryRouter(nn.Module):
-    """Two layers that learn the choice of E choosers: `inner` [D/2, D] and `outer` [E, D/2], without bias."""
+    """Two linear layers without bias that learn the choice of E choosers: `inner` [D/2, D] and `outer` [E, D/2]."""
 
     role = Role.AUXILIARY_ROUTER
 
@@ -54,7 +53,7 @@ class AuxiliaryRouter(nn.Module):
         self.outer = nn.Parameter(torch.empty(num_choosers, inner_dim))
 
     def forward(self, h_TD: Tensor) -> Tensor:
-        """Logits [T, E]: above 0 the token is taken."""
+        """Logits [T, E]; a chooser takes the token if its logit is above 0."""
         return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
 
 
@@ -62,16 +61,16 @@ class ThresholdGate(Protocol):
     """Holds the thresholds of n choosers."""
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Threshold, running mean and steps, [n] each: buffers, or views of them, that are written in place."""
+        """Returns threshold, running mean and steps, [n] each: buffers, or views of buffers, that are written in place."""
         ...
 
 
 class ChoosingRouter(nn.Module):
-    """A router whose E choosers take tokens in training: experts, or the block of a layer.
+    """A router whose E choosers take tokens in training.
 
     Attributes:
-        causal: How evaluation decides for a token.
-        noncausal: In evaluation select as in training, which sees later tokens, but without noise.
+        causal: The rule by which evaluation decides for each token alone.
+        noncausal: Evaluation selects as training does, from all tokens, but without noise.
     """
 
     causal: Causal | None
@@ -79,21 +78,21 @@ class ChoosingRouter(nn.Module):
     noncausal = False
 
     def gates(self) -> Sequence[ThresholdGate]:
-        """Holders of the choosers' thresholds, in order, if evaluation uses thresholds."""
+        """The holders of the choosers' thresholds, in order, if evaluation uses thresholds."""
         raise NotImplementedError
 
     def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
-        """Score of each token and chooser [T, E], 0 where the token does not compete; arguments as in `forward`."""
+        """Score of each token and chooser [T, E], 0 if the token does not compete. Takes the arguments of `forward`."""
         raise NotImplementedError
 
     def num_taken(self, sums: Any) -> Tensor:
-        """Tokens that each chooser took [E], of the sums that `forward` returns."""
+        """Number of tokens that each chooser took [E], from the sums that `forward` returns."""
         raise NotImplementedError
 
 
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, routers that choose tokens choose in evaluation as they do in training. Others stay as they are."""
+    """Inside this context, routers whose choosers take tokens select in evaluation as in training (`noncausal`)."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal = True
@@ -105,26 +104,14 @@ def choice_of_training(routers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ScopeRanks:
-    """The ranks over which experts may choose, as seen from one of them: process groups and places in the world."""
-
-    world: dist.ProcessGroup | None = None
-    world_size: int = 1
-    rank: int = 0
-    ep: dist.ProcessGroup | None = None
-    ep_ranks: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
 class SelectionScope:
-    """Over which ranks tokens compete, as plain values.
+    """The ranks whose tokens compete.
 
     Attributes:
-        kind: See the module.
-        group: Process group of the scope's ranks; None where that is one rank.
-        ranks: The scope's ranks in the world, in the group's order; this rank's place among them is `own`.
-        ep_ranks: This rank's EP group likewise, for the counts in `Assignments.counts_WE`.
-        comm_stats, tracker: Where the collective is counted and noted.
+        group: Process group of the scope's ranks; None for a single rank.
+        ranks: Global ranks of the scope, in the group's order. `own` is this rank's index in it.
+        ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
+        comm_stats, tracker: They count and track the collective.
     """
 
     kind: ScopeKind = "rank"
@@ -135,25 +122,8 @@ class SelectionScope:
     comm_stats: CommStats | None = None
     tracker: CollectiveTracker | None = None
 
-    @classmethod
-    def over(
-        cls, kind: ScopeKind, where: ScopeRanks, *, comm_stats: CommStats | None, tracker: CollectiveTracker | None
-    ) -> "SelectionScope":
-        """The scope of a kind; without a group where it has but one rank."""
-        ranks = {"rank": (where.rank,), "ep_group": where.ep_ranks, "world": tuple(range(where.world_size))}[kind]
-        group = {"rank": None, "ep_group": where.ep, "world": where.world}[kind]
-        return cls(
-            kind=kind,
-            group=group if len(ranks) > 1 else None,
-            ranks=ranks,
-            own=ranks.index(where.rank),
-            ep_ranks=where.ep_ranks,
-            comm_stats=comm_stats,
-            tracker=tracker,
-        )
-
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """T of each rank of the scope; equal on all ranks without the batch's sizes (evaluation, mixture of depths)."""
+        """T of each rank of the scope. Without `batch_info` (evaluation, mixture of depths) all ranks have the same T."""
         return [num_tokens if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
 
     def choose(
@@ -166,14 +136,15 @@ class SelectionScope:
         layer: str = "",
         add_noise: Callable[[Tensor], Tensor] | None = None,
     ) -> ExpertsChoice:
-        """Which of this rank's tokens each chooser takes, among those of the scope. At most one collective.
+        """Selects this rank's tokens for each chooser, in competition with the other tokens of the scope. At most one
+        collective.
 
         Args:
-            logits_TE: Without gradient, OUTSIDE where the token does not compete.
-            capacity_E: float64, the share of its competing tokens that each chooser takes.
+            logits_TE: Logits without gradient, OUTSIDE if the token does not compete.
+            capacity_E: float64, share of its competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
-            name, layer: Of the collective, for records and reports.
-            add_noise: From the logits of the scope [U, E] to those that are compared; the reported scores are without.
+            name, layer: Name of the collective and of the layer, for records and reports.
+            add_noise: Adds noise to the logits of the scope [U, E] before they are compared. Reported scores have none.
         """
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -182,13 +153,13 @@ class SelectionScope:
         return choose(logits_UE, noisy_UE, capacity_E, mine, keep_order=len(lengths) == 1)
 
     def _gather(self, logits_TE: Tensor, lengths: Sequence[int], *, name: str, layer: str) -> Tensor:
-        """The logits of the whole scope [U, E]; one all-gather where the scope has several ranks."""
+        """Logits of the whole scope [U, E], by one all-gather if the scope has several ranks."""
         if self.group is None:
             return logits_TE
-        longest = max(lengths)
+        longest = max(lengths)  # all-gather needs equal sizes
         padded = logits_TE.new_full((longest, logits_TE.shape[1]), OUTSIDE)
         padded[: logits_TE.shape[0]] = logits_TE
-        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))
+        gathered = padded.new_empty((longest * len(lengths), logits_TE.shape[1]))  # S x T x E numbers on every rank
         if self.comm_stats is not None:
             self.comm_stats.count(name, (len(lengths) - 1) * padded.nbytes, payload=False)
         with track_collective(self.tracker, name, device=padded.device, layer=layer):
@@ -198,12 +169,12 @@ class SelectionScope:
 
 
 def capacity_of_tokens(capacity: float, tokens: int) -> int:
-    """ceil(c T), at most T. A product whole but for its last bits (1e-9) is not rounded up."""
+    """ceil(c T), at most T. A rounding error of up to 1e-9 above a whole number is not rounded up."""
     return min(tokens, max(0, math.ceil(capacity * tokens - 1e-9)))
 
 
 def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """The same for tensors, as int64; float64 arithmetic on host and device alike, hence the same numbers."""
+    """`capacity_of_tokens` for tensors, int64. Host and device both compute in float64, so the numbers are equal."""
     wanted_E = torch.ceil(capacity_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
@@ -211,17 +182,17 @@ def capacities(capacity_E: Tensor, tokens_E: Tensor) -> Tensor:
 def choose(
     logits_UE: Tensor, noisy_UE: Tensor, capacity_E: Tensor, own: slice, *, keep_order: bool = False
 ) -> ExpertsChoice:
-    """Each chooser takes its ceil(c T) best tokens by `noisy_UE`, T those that compete; ties go to the earlier token.
+    """Each chooser takes its ceil(c T) best tokens of the T that compete. The earlier token wins a tie.
 
     Args:
-        logits_UE: Without noise, OUTSIDE where the token does not compete; sigmoid of it is the score.
-        noisy_UE: The compared logits: the same tensor, or one with noise.
+        logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
+        noisy_UE: The logits that are compared: the same tensor, or one with noise.
         capacity_E: float64, c of each chooser.
-        own: This rank's rows of the scope.
-        keep_order: Return the order too; only for a scope of one rank.
+        own: The rows of this rank's tokens.
+        keep_order: Also return the order; only for a scope of one rank.
     """
     room_E = capacities(capacity_E, (logits_UE != OUTSIDE).sum(0))
-    order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices
+    order_UE = torch.sort(noisy_UE, dim=0, descending=True, stable=True).indices  # O(U x E) memory in int64
     place_U = torch.arange(logits_UE.shape[0], device=logits_UE.device)
     taken_UE = torch.zeros_like(order_UE, dtype=torch.bool).scatter_(0, order_UE, place_U[:, None] < room_E)
     kth_score_E = _kth_score(logits_UE, order_UE if noisy_UE is logits_UE else None, room_E)
@@ -229,10 +200,11 @@ def choose(
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Lowest selected score of each chooser, without noise; 0 if it selects none."""
+    """Lowest selected score of each chooser, without noise; 0 if it selects no token. `order_UE` sorts by `logits_UE`, if
+    that order is known."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
-    if order_UE is None:
+    if order_UE is None:  # with noise the k-th largest score needs a second sort
         order_UE = torch.sort(logits_UE, dim=0, descending=True).indices
     last_1E = (room_E - 1).clamp_min(0)[None]
     kth_score_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
@@ -247,7 +219,7 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """The pairs by expert and falling logit, their number known beforehand on all ranks: N is the sum of capacities."""
+    """The pairs sorted by expert and falling logit. All ranks know their number beforehand: N is the sum of capacities."""
     assert choice.order_TE is not None, "only a choice among one rank's tokens is of a number that is known beforehand"
     counts_WE = tuple(
         tuple(
@@ -257,7 +229,7 @@ def counted_pairs(
         for rank in ep_ranks
     )
     mine = counts_WE[list(ep_ranks).index(batch_info.rank)]
-    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])
+    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # counts are on the host
     expert_N = torch.cat(
         [torch.full((count,), expert, dtype=torch.int64, device=token_N.device) for expert, count in enumerate(mine)]
     )
@@ -265,19 +237,19 @@ def counted_pairs(
 
 
 def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
-    """The same pairs in the order of tokens, for dispatchers that find the counts themselves."""
+    """The same pairs in the order of tokens, for dispatchers that count pairs themselves."""
     order_N = counting_order(pairs.token_N, num_tokens)
     return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N[order_N])
 
 
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
-    """The pairs by token, K places each: the experts of the token's group, ABSENT where one does not take it.
+    """The pairs sorted by token: for each token the K experts of its group, ABSENT if the expert does not take the token.
 
-    N is T x K, K the experts of the largest group: a threshold bounds no expert's load, and a scope of several ranks bounds
-    the load from each of them by little.
+    N is T x K with K experts in the largest group, because no smaller bound holds: a threshold does not bound an expert's
+    load, and a scope of several ranks does not bound the load from one rank.
 
     Args:
-        columns_TK: int64, the experts of each token's group, ABSENT beyond them and for padding.
+        columns_TK: int64, the experts of each token's group, then ABSENT; ABSENT for padding.
     """
     safe_TK = columns_TK.clamp_min(0)
     kept_TK = taken_TE.gather(1, safe_TK) & (columns_TK != ABSENT)

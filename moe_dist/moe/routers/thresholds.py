@@ -1,18 +1,17 @@
-"""Thresholds that make the selection of tokens causal in evaluation: running means of the lowest selected score, corrected.
+"""Updates the thresholds by which evaluation selects tokens causally (Expert Threshold, arXiv 2603.11535).
 
-Expert Threshold (arXiv 2603.11535): c_i is the running mean of the k-th largest score of chooser i over its selection
-scopes. With q the mean of a step (scopes weighted by their tokens) and w the weight of one step (1 / steps at first, then
-1 - decay):
+A chooser is an expert (expert choice) or a layer (mixture of depths). Its threshold c is the running mean of the k-th
+largest score in its selection scopes, plus a correction. q is the mean over the scopes of a step, weighted by their tokens.
+w is the weight of a step: 1 / steps at first, then 1 - decay.
 
     m <- m + w (q - m)      running mean of the k-th largest score
-    c = m + d               d moves only when thresholds are calibrated
+    c = m + d               only a calibration of the thresholds changes d
 
-A running mean of per-batch cutoffs is biased: at evaluation it admits a different share of tokens than in training, and it
-lags where scores drift. `moe_dist.train.evaluation.calibration` sets d so that the shares are equal.
+A running mean of cutoffs alone is biased: at evaluation it admits a different share of tokens than in training, and it lags
+behind drifting scores. `moe_dist.train.evaluation.calibration` sets d so that the shares are equal.
 
-Noise is left out of all scores here, as there is none in evaluation. All ranks update alike, from sums over all ranks.
-Choosers are the experts of expert choice, and the layers of a mixture of depths.
-Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
+Scores are without noise, because evaluation has none. All ranks get the same thresholds, because the sums are over all
+ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
 """
 
 from collections.abc import Sequence
@@ -30,10 +29,10 @@ class ThresholdUpdater:
     """Updates thresholds after each step. Their state is in buffers of the routers.
 
     Args:
-        gates_LG: For each layer, one for each group.
-        decay: Of the running means.
-        dtype: Of the arithmetic; None for that of the buffers.
-        mixture_of_depths: Whether the gates select tokens for layers instead of experts.
+        gates_LG: The gate of each layer and group.
+        decay: Decay of the running means.
+        dtype: Dtype of the arithmetic; None for the dtype of the buffers.
+        mixture_of_depths: The gates belong to mixture-of-depths layers, not to experts.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class ThresholdUpdater:
 
     @classmethod
     def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdUpdater | None":
-        """For a model's MoE layers; None if tokens choose."""
+        """Makes the updater of a model's MoE layers; None if tokens choose."""
         routers = [layer.router for layer in layers if isinstance(layer.router, ChoosingRouter)]
         if not routers:
             return None
@@ -57,20 +56,20 @@ class ThresholdUpdater:
 
     @torch.no_grad()
     def after_step(self, counts: StepCounts[Tensor]) -> None:
-        """Follows a step that was taken, from its counts over all ranks. A gate whose group had no token keeps its
-        threshold. Does not sync."""
+        """Updates thresholds from the counts of a step over all ranks. A gate whose group had no token keeps its threshold.
+        Call it only if the optimizer took the step. Does not sync."""
         kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
         if self._mixture_of_depths:
             kth_score_LE, tokens_LG = counts.depth_kth_score_P, counts.depth_tokens_P
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
-        tokens_E = tokens_LG.to(torch.float64).flatten()
+        tokens_E = tokens_LG.to(torch.float64).flatten()  # first one number for each gate, then one for each chooser
         tokens_E = torch.cat([one.expand(size) for one, size in zip(tokens_E.split(1), sizes, strict=True)])
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)
         news = updated(threshold_E, mean_E, steps_E, kth_score_E.to(self._dtype or mean_E.dtype), decay=self._decay)
         kept = [torch.where(tokens_E > 0, new, old) for new, old in zip(news, (threshold_E, mean_E, steps_E), strict=True)]
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(  # one kernel for all buffers  # pyright: ignore[reportPrivateImportUsage]
             [buffer for three in buffers for buffer in three],
             [new for three in zip(*(each.split(sizes) for each in kept), strict=True) for new in three],
         )
@@ -79,8 +78,8 @@ class ThresholdUpdater:
 def updated(
     threshold_n: Tensor, mean_n: Tensor, steps_n: Tensor, kth_score_n: Tensor, *, decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Threshold, mean and steps after one step with q = `kth_score_n`; n stands for any shape."""
+    """Returns threshold, mean and steps after one step with q = `kth_score_n`. The tensors may have any shape."""
     weight_n = (1.0 / (steps_n + 1.0)).clamp_min(1.0 - decay)
     new_mean_n = mean_n + weight_n * (kth_score_n - mean_n)
-    new_threshold_n = new_mean_n + (threshold_n - mean_n)
+    new_threshold_n = new_mean_n + (threshold_n - mean_n)  # keeps the correction d
     return new_threshold_n.to(threshold_n.dtype), new_mean_n.to(mean_n.dtype), steps_n + 1.0

@@ -1,11 +1,12 @@
-"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233; top-k where
-m = 0).
+"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233; plain top-k
+if m = 0).
 
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
-    y = sum over A of w_i E_i(x); a token whose A is empty gets 0, and the residual carries it.
+    y = sum over A of w_i E_i(x); y = 0 if A is empty
 
 Null choices and pairs that a capacity drops become absent pairs, which cost nothing after the router. Choices of identity
-and constant experts are returned as separate weights, which the token's own rank applies.
+and constant experts are separate weights, which the token's own rank applies. Shape letters: T tokens, D hidden size, C
+columns, K choices, G groups, n true and m null experts of a group, E true experts, F zero-computation columns.
 """
 
 from collections.abc import Sequence
@@ -28,16 +29,15 @@ KINDS = ("true", "null", "identity", "constant")  # the order of a group's own c
 
 
 def column_counts(group: ExpertGroup) -> dict[str, int]:
-    """Columns of each kind."""
     counts = (group.num_experts, group.num_null, group.num_identity, group.num_constant)
     return dict(zip(KINDS, counts, strict=True))
 
 
 class GroupGate(nn.Module):
-    """Router rows of one group: `true` [n, D] and, where it has any, `null`, `identity` and `constant`.
+    """Router rows of one group: `true` [n, D], and `null`, `identity` and `constant` if the group has such experts.
 
-    With a single null logit `null` is one row, whatever the number of null columns. With a selection bias, `bias` holds a
-    number for each column of the group, in the order of `KINDS`: a buffer, since no gradient moves it.
+    With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has a number
+    for each column of the group, in the order of `KINDS`.
     """
 
     role = Role.ROUTER
@@ -52,8 +52,8 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def copy_true_rows(self) -> int:
-        """Tiles the true rows [n, D] over the null ones [m, D], m a multiple of n (AdaMoE, section 4.2); returns m, or
-        0."""
+        """Repeats the true rows [n, D] as null rows [m, D], m a multiple of n (AdaMoE, section 4.2). Returns m; 0 without
+        null rows."""
         true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
         if null_mD is None:
             return 0
@@ -62,12 +62,10 @@ class GroupGate(nn.Module):
 
 
 class _Chosen(NamedTuple):
-    """A token's choices: the columns, which of the K places the token has, and which of them are true or null."""
-
-    column_TK: Tensor
-    valid_TK: Tensor
-    true_TK: Tensor
-    null_TK: Tensor
+    column_TK: Tensor  # chosen columns, best first
+    valid_TK: Tensor  # bool, false beyond the token's own k, and for padding
+    true_TK: Tensor  # valid choices of true experts
+    null_TK: Tensor  # valid choices of null experts
 
 
 class TopKRouter(nn.Module):
@@ -76,23 +74,22 @@ class TopKRouter(nn.Module):
     Args:
         hidden_dim: D.
         groups: All groups, in logical order.
-        normalise: Weights are a softmax over the chosen experts that are not null (AdaMoE's own), over all chosen experts
-            with the null ones left out afterwards, over all true experts, chosen or not (zero-computation experts, where
-            there are any, among them), or the plain softmax over the group.
-        scale: Factor on every weight.
-        null_logit: The null columns have a row `each`, or share a `single` row, so that one logit stands in all of them
-            (Kilian et al., arXiv 2601.15370): a threshold that each token learns.
-        selection_bias: Choose by softmax + bias instead of by logits; weights never see the bias (DeepSeek-V3, arXiv
-            2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). It starts at 0, and a group whose
-            biases are all 0 is chosen by its logits: the same order, without the rounding of a softmax.
-        capacity: Bound of the pairs an expert takes while training; None for none. In evaluation nothing is dropped.
+        normalise: The softmax that weights come from. `true_chosen`: over the chosen experts that are not null (AdaMoE).
+            `all_chosen`: over all chosen experts. `true_all`: over all columns that are not null. `none`: over all columns.
+        scale: Factor of every weight.
+        null_logit: Null columns have a row `each`, or share a `single` row, whose logit is a threshold that the router
+            learns for each token (Kilian et al., arXiv 2601.15370).
+        selection_bias: Choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv 2412.19437, section
+            2.1.2; LongCat-Flash and Ernie 4.5 add it to a softmax). Biases start at 0. While all biases of a group are 0,
+            its tokens choose by logits: the same order without the rounding of a softmax.
+        capacity: Bound of the pairs of an expert in training; None for no bound. Evaluation drops nothing.
     """
 
     group_of_column_C: Tensor
-    columns_E: Tensor  # columns of each true expert's group
+    columns_E: Tensor  # number of columns of each true expert's group
     choices_E: Tensor  # k of each true expert's group
     group_of_expert_E: Tensor
-    top_k_G: Tensor  # with a last 0, which padding's group -1 reads
+    top_k_G: Tensor  # k of each group, with a last 0 for padding, whose group is -1
 
     def __init__(
         self,
@@ -121,8 +118,8 @@ class TopKRouter(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Makes the constant tables, and biases of 0, on the default device; called again after a move from the meta
-        device."""
+        """Makes the constant tables, and biases of 0, on the default device. It is called again after a move from the meta
+        device, which loses the values of buffers."""
         groups = self.groups
         by_expert = [group for group in groups for _ in group.experts]
         tables = {
@@ -139,17 +136,15 @@ class TopKRouter(nn.Module):
                 self.gate(group).register_buffer("bias", torch.zeros(group.num_columns))
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
-        """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
-
-        All arithmetic is fp32 (float64 for a float64 model). Shapes depend on T alone: no host sync.
-        """
+        """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed). All arithmetic is fp32
+        (float64 for a float64 model). Shapes depend on T alone: no host sync."""
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
-        with torch.autocast(device_type=h_TD.device.type, enabled=False):
+        with torch.autocast(device_type=h_TD.device.type, enabled=False):  # or it would run the router in bf16
             logits_TC = self._logits(h_TD.to(dtype))
             routed_T = group_T >= 0
-            inside_TC = self.group_of_column_C == group_T[:, None]
-            # Padding keeps finite logits, so that no softmax sees a row of -inf; it is masked out of every sum.
+            inside_TC = self.group_of_column_C == group_T[:, None]  # T x C bytes
+            # Padding keeps finite logits, because the softmax of a row of -inf is NaN; every sum masks padding.
             masked_TC = logits_TC.masked_fill(~inside_TC & routed_T[:, None], float("-inf"))
             probs_TC = self._probs(masked_TC)
             chosen = self._choose(masked_TC, probs_TC, group_T, cache)
@@ -170,9 +165,8 @@ class TopKRouter(nn.Module):
         return Routing(assignments, sums, free_TF, None if cache.probe_tokens_A is None else probs_TC[cache.probe_tokens_A])
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Logits of all columns [T, C]. Rows that are not true go in slices of n, each a product of the true rows' shape:
-        the bits of a product depend on its shape, and a null row that copies a true one must tie with it exactly (methods
-        of AdaMoE)."""
+        """Logits of all columns [T, C]. Null rows are multiplied in slices of n rows, the shape of the true rows, because
+        the bits of a product depend on its shape, and a null row that copies a true row must tie with it exactly."""
         parts = []
         for kind in KINDS:
             for group in self.groups:
@@ -180,12 +174,11 @@ class TopKRouter(nn.Module):
                 if count:
                     rows = self._gate(group, kind).to(h_TD.dtype)
                     products = [F.linear(h_TD, slice_nD) for slice_nD in rows.split(group.num_experts)]
-                    single = (kind, self.null_logit) == ("null", "single")
+                    single = (kind, self.null_logit) == ("null", "single")  # one logit stands in all null columns
                     parts += [products[0].expand(-1, count)] if single else products
         return torch.cat(parts, dim=1)
 
     def gate(self, group: ExpertGroup) -> nn.Module:
-        """The `GroupGate` of a group."""
         return self.get_submodule(group_module(group.name))
 
     def _gate(self, group: ExpertGroup, name: str) -> Tensor:
@@ -197,25 +190,25 @@ class TopKRouter(nn.Module):
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        """Each token's probability of each column, which the balance loss regulates; 0 at -inf."""
+        """Probabilities [T, C] for weights and for the balance loss; 0 at -inf."""
         return masked_TC.softmax(dim=-1)
 
     def _selection_scores(self, masked_TC: Tensor, probs_TC: Tensor) -> Tensor:
-        """Scores by which each token chooses, largest first, without gradient; -inf for columns that it cannot take."""
+        """Scores [T, C] by which each token chooses, without gradient; -inf for columns of other groups."""
         score_TC = masked_TC.detach()
         if not self.selection_bias:
             return score_TC
         biased_TC = probs_TC.detach() + self._bias(probs_TC.dtype)
         biased_TC = biased_TC.masked_fill(score_TC == float("-inf"), float("-inf"))
-        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])
+        biased_G = torch.stack([self._gate(group, "bias").any() for group in self.groups])  # on the device: no host sync
         return torch.where(biased_G[self.group_of_column_C], biased_TC, score_TC)
 
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
-        """The K best columns of each token. A stable sort: torch.topk would not let ties go to true experts."""
         if cache.choice_TK is None:
             score_TC = self._selection_scores(masked_TC, probs_TC)
+            # a stable sort, because torch.topk does not let ties go to the first columns, the true experts
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
-            cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns
+            cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all columns in memory
         column_TK = cache.choice_TK
         valid_TK = torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
         true_TK = valid_TK & (column_TK < self.num_experts)
@@ -223,7 +216,7 @@ class TopKRouter(nn.Module):
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
-        """Weight of each choice [T, K]; 0 for null choices and for places that the token does not have."""
+        """Weight of each choice [T, K]; 0 for null and for invalid choices."""
         kept_TK = chosen.valid_TK & ~chosen.null_TK
         if self.normalise == "none":
             weight_TK = probs_TC.gather(1, chosen.column_TK)
@@ -235,10 +228,9 @@ class TopKRouter(nn.Module):
         return self.scale * torch.where(kept_TK, weight_TK, 0.0)
 
     def _true_probs(self, masked_TC: Tensor) -> Tensor:
-        """Softmax over the group's columns that are not null, [T, C]; 0 for null ones. Without null columns, the bits of
-        the softmax over all: the same kernel over as many columns."""
+        """Softmax over the group's columns that are not null, [T, C]; 0 for null columns."""
         true_TE, null_TN, free_TF = masked_TC.tensor_split((self.num_experts, self.first_zero_computation), dim=1)
-        # Contiguous, so that the bits cannot depend on how wide the row was that the true columns were cut from.
+        # A contiguous copy, because the bits of a softmax may depend on the stride of its rows.
         kept = torch.cat([true_TE, free_TF], dim=1).softmax(-1)
         return torch.cat([kept[:, : self.num_experts], torch.zeros_like(null_TN), kept[:, self.num_experts :]], dim=1)
 
@@ -247,11 +239,12 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
+        # the last column takes all other choices, so that shapes do not depend on data
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
     def _dropped(self, probs_TC: Tensor, chosen: _Chosen, tokens_G: Tensor, cache: RoutingCache) -> Tensor:
-        """True choices beyond their expert's capacity, [T, K]; by the first forward under recompute."""
+        """Marks the true choices beyond their expert's capacity, bool [T, K]."""
         assert self.capacity is not None
         if cache.dropped_TK is None:
             choices_E = self.choices_E * tokens_G[self.group_of_expert_E]
@@ -261,24 +254,24 @@ class TopKRouter(nn.Module):
                 capacity_of(self.capacity.factor, choices_E, self.columns_E),
                 self.capacity.drop,
             )
-            cache.dropped_TK = over_N.view_as(chosen.column_TK)
+            cache.dropped_TK = over_N.view_as(chosen.column_TK)  # recompute must drop the same pairs
         return cache.dropped_TK
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_bins: int) -> Tensor:
-        """How often each of the first `num_bins` columns is marked, int64; marked columns lie below `num_bins`."""
+        """Counts the marked choices of each of the first `num_bins` columns, int64. No marked column is beyond them."""
         bins_N = torch.where(marked_TK, column_TK, num_bins).flatten()
         counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, bins_N, torch.ones_like(bins_N))[:num_bins]
 
     def _sums(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen, group_T: Tensor) -> RouterSums:
         routed_T = group_T >= 0
-        # One-hot of the group: sums by group are small matrix products, deterministic on every device.
+        # One-hot of the group, so that sums by group are small matrix products, which are deterministic on every device.
         member_TG = group_T[:, None] == torch.arange(len(self.groups), device=group_T.device)
         log_z_T = masked_TC.logsumexp(dim=-1)
         member = member_TG.to(log_z_T.dtype)
         with torch.no_grad():
-            # An impossible column adds nothing: p log p is 0 at p = 0.
+            # xlogy, because p log p must be 0 at p = 0
             entropy_T = -torch.xlogy(probs_TC, probs_TC).sum(-1)
         return RouterSums(
             choices_C=self._count(chosen.column_TK, chosen.valid_TK, masked_TC.shape[1]),
@@ -291,13 +284,13 @@ class TopKRouter(nn.Module):
 
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
-    """Softmax over the marked entries of each row; 0 elsewhere, and all 0 with zero gradient where none is marked."""
-    safe_TK = torch.where(among_TK, logits_TK, 0.0)
+    """Softmax over the marked entries of each row, and 0 elsewhere. A row without marks is 0 with a zero gradient."""
+    safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients behind the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
-    # One after the other: a sum over K has an order of its own for each K, and entries that are 0 must change no bit, so
-    # that a token's weights do not depend on how many null choices stand between its true ones.
+    # Adds one by one, because the order of torch's sum depends on K. Entries of 0 then change no bit, so that a token's
+    # weights do not depend on the number of null choices between its true choices.
     total_T1 = reduce(torch.add, exp_TK.split(1, dim=-1))
-    # The largest exponential is 1, so the sum is at least 1 wherever anything is marked.
+    # the largest exponential is 1, so the clamp acts only on rows without marks
     return exp_TK / total_T1.clamp_min(0.5)

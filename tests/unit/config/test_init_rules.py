@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_dist.config.init_rules import identity_choices, init_violations, source_problems
-from moe_dist.moe.reference.layer import choose
+from tests.reference.layer import choose
 from tests.support.tiny import tiny_config
 
 TRAINED: dict[str, Any] = {

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.model.attention import dense_mask
-from moe_dist.model.depths_reference import choose, depth_forward
 from moe_dist.model.layers import rotary_table
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
@@ -22,6 +21,7 @@ from moe_dist.moe.routers.thresholds import ThresholdUpdater
 from moe_dist.moe.routing import ABSENT
 from moe_dist.placement.roles import named_parameters
 from moe_dist.train.loss import depth_auxiliary, global_counts
+from tests.reference.mixture_of_depths import choose, depth_forward
 from tests.support.counts import counts_with
 from tests.support.transformers import DIM, make_transformer
 

@@ -14,13 +14,13 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.reference.layer import ReferenceWeights, moe_forward
 from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import RoutingCache, RoutingRequest
 from moe_dist.moe.zero_computation import ZeroComputationExperts, has_zero_computation_experts
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.placement.roles import group_module
+from tests.reference.layer import ReferenceWeights, moe_forward
 
 D = 6
 TEXT = ExpertGroup("text", 4, 2, 4, 5, 0, ("text",), num_identity=2, num_constant=3)

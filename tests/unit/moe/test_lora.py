@@ -10,10 +10,10 @@ from moe_dist.model.layers import RMSNorm, SwiGLU
 from moe_dist.moe.draws import dropped
 from moe_dist.moe.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.losses import ColumnTables, balance_terms
-from moe_dist.moe.reference.lora import reference_lora_layer
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import GlobalBatchInfo, RoutingRequest
 from moe_dist.placement.placement import ExpertGroup
+from tests.reference.lora import reference_lora_layer
 
 D, F, RANK, ALPHA = 6, 10, 2, 3.0
 TOP_1 = (ExpertGroup("all", 3, 0, 1, F, 0, ("text",)),)

@@ -4,8 +4,9 @@ from itertools import combinations
 
 import pytest
 
-from moe_dist.moe.dispatch.ledger import compare, expected_copies
+from moe_dist.moe.dispatch.ledger import compare
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from tests.reference.layer import expected_copies
 
 TEXT = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 0, 2, 8, 4, ("image",))

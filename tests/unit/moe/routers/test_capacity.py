@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_dist.moe.reference.layer import kept_pairs
 from moe_dist.moe.routers.capacity import capacity_of, over_capacity
+from tests.reference.layer import kept_pairs
 
 #   expert 0 takes 2:   token 0 p .2   token 1 p .5   token 2 p .5   token 3 p .1
 #   expert 1 takes 1:   token 0 p .3                  token 2 p .4

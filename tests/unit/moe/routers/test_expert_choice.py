@@ -16,7 +16,13 @@ from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher, KnownCount
 from moe_dist.moe.draws import logistic
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.reference.expert_choice import (
+from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
+from moe_dist.moe.routers.selection import capacity_of_tokens
+from moe_dist.moe.routers.selection import choice_of_training as as_in_training
+from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache, RoutingRequest
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.roles import group_module
+from tests.reference.expert_choice import (
     auxiliary_loss,
     choice_by_score,
     choice_of_training,
@@ -25,13 +31,7 @@ from moe_dist.moe.reference.expert_choice import (
     moe_forward,
     room,
 )
-from moe_dist.moe.reference.layer import ReferenceWeights
-from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
-from moe_dist.moe.routers.selection import capacity_of_tokens
-from moe_dist.moe.routers.selection import choice_of_training as as_in_training
-from moe_dist.moe.routing import ABSENT, GlobalBatchInfo, RoutingCache, RoutingRequest
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.placement.roles import group_module
+from tests.reference.layer import ReferenceWeights
 from tests.support.messages import refused
 
 D = 5

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms, z_terms
-from moe_dist.moe.reference.layer import choose, weights_of
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing import ABSENT, RoutingCache
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.roles import group_module
+from tests.reference.layer import choose, weights_of
 
 D = 6
 TEXT = ExpertGroup("text", 4, 3, 3, 8, 0, ("text",))

@@ -5,7 +5,7 @@ step at once, and a rank takes its slice. Every token has exactly K distinct exp
 follow Megatron-LM pull request 7488. Imports no torch, so that a tool can make them anywhere.
 
 Shape letters: T tokens of the step over all ranks, E experts, K choices a token, W shards (the ranks that a contiguous
-layout puts the experts on), D hidden size.
+layout puts the experts on).
 """
 
 from collections.abc import Mapping
@@ -105,31 +105,6 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
         weight_TK=rng.integers(1, 17, expert_TK.shape) / 16.0,
         tokens_S=_ragged(shape, fixed) if workload == "W4" else _even(shape),
     )
-
-
-def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed: int) -> np.ndarray:
-    """Hidden rows [T, D], float64, from which a router whose weight is `router_weight` makes the step's choices.
-
-    The first E numbers of a row are its logits: at least 3 for chosen experts, no two of a row alike, at most 1 for the
-    others. A margin of 2 outlasts a few small optimizer steps. The rest is noise.
-
-    Raises:
-        ValueError: D is smaller than E.
-    """
-    if hidden_dim < num_experts:
-        raise ValueError(f"hidden_dim={hidden_dim}: the first num_experts={num_experts} of a row are its logits; raise it")
-    rng = np.random.default_rng([seed, len(step.expert_TK)])
-    h_TD = rng.uniform(-1.0, 1.0, (len(step.expert_TK), hidden_dim))
-    high_TK = (
-        3.0 + np.argsort(rng.random(step.expert_TK.shape), axis=1) * 0.25 + rng.uniform(0.0, 0.1, step.expert_TK.shape)
-    )
-    np.put_along_axis(h_TD, step.expert_TK, high_TK, axis=1)
-    return h_TD
-
-
-def router_weight(num_experts: int, hidden_dim: int) -> np.ndarray:
-    """Router rows [E, D] that read the logits which `hidden_states` wrote."""
-    return np.eye(num_experts, hidden_dim)
 
 
 def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.random.Generator) -> np.ndarray:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.moe.reference.workloads import WORKLOADS, WorkloadShape, hidden_states, router_weight, workload_step
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.placement.placement import ExpertGroup
+from tests.reference.workloads import hidden_states, router_weight
 from tests.support.messages import refused
+from tools.bench.workloads import WORKLOADS, WorkloadShape, workload_step
 
 SHAPE = WorkloadShape(num_tokens=640, num_experts=16, top_k=3, num_shards=4)
 SHAPES = [

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.moe.reference.expert_choice import choice_of_training
 from moe_dist.placement.placement import ExpertGroup
+from tests.reference.expert_choice import choice_of_training
 
 Block = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 

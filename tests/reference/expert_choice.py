@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.moe.reference.layer import ReferenceWeights, expert_output
 from moe_dist.placement.placement import ExpertGroup
+from tests.reference.layer import ReferenceWeights, expert_output
 
 Pairs = set[tuple[int, int]]  # (token, logical expert)
 

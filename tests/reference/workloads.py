@@ -1,0 +1,33 @@
+"""Hidden rows and router weights with which a real router makes the choices of a workload of `tools/bench/workloads.py`.
+
+Shape letters: T tokens, E experts, K choices a token, D hidden size.
+"""
+
+import numpy as np
+
+from tools.bench.workloads import WorkloadStep
+
+
+def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed: int) -> np.ndarray:
+    """Hidden rows [T, D], float64, from which a router whose weight is `router_weight` makes the step's choices.
+
+    The first E numbers of a row are its logits: at least 3 for chosen experts, no two of a row alike, at most 1 for the
+    others. A margin of 2 outlasts a few small optimizer steps. The rest is noise.
+
+    Raises:
+        ValueError: D is smaller than E.
+    """
+    if hidden_dim < num_experts:
+        raise ValueError(f"hidden_dim={hidden_dim}: the first num_experts={num_experts} of a row are its logits; raise it")
+    rng = np.random.default_rng([seed, len(step.expert_TK)])
+    h_TD = rng.uniform(-1.0, 1.0, (len(step.expert_TK), hidden_dim))
+    high_TK = (
+        3.0 + np.argsort(rng.random(step.expert_TK.shape), axis=1) * 0.25 + rng.uniform(0.0, 0.1, step.expert_TK.shape)
+    )
+    np.put_along_axis(h_TD, step.expert_TK, high_TK, axis=1)
+    return h_TD
+
+
+def router_weight(num_experts: int, hidden_dim: int) -> np.ndarray:
+    """Router rows [E, D] that read the logits which `hidden_states` wrote."""
+    return np.eye(num_experts, hidden_dim)
