@@ -21,10 +21,10 @@ class CheckResult:
     """The result of one check.
 
     Attributes:
-        check: Name of the check, as 'shared folder'.
-        text: The observed state; for a problem with field, value and rule.
+        check: Name of the check, such as 'shared folder'.
+        text: The observed state; the text of a problem names the field, its value and the rule.
         fix: How to fix a warning or an error.
-        verdict: Exit code that an error would cause.
+        verdict: Exit code with which an error would end the run.
     """
 
     check: str
@@ -74,11 +74,7 @@ def exit_code(results: Iterable[CheckResult]) -> int:
 
 
 def raise_errors(results: Sequence[CheckResult]) -> None:
-    """Raises all errors among the results as one exception.
-
-    Raises:
-        ConfigError, DataError, ResourceError: there are errors; the class is that of `exit_code`.
-    """
+    """Raises all errors among the results as one ConfigError, DataError or ResourceError, by their `exit_code`."""
     if errors := [result for result in results if result.level is Level.ERROR]:
         raise _KINDS[exit_code(errors)]([str(result) for result in errors], see="docs/scaling.md")
 
