@@ -34,7 +34,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Reachability:
-    """Result of one node: names that do not resolve with the resolver's error, and the connection error or ''."""
+    """Result of one node: each name that does not resolve, with the resolver's error; and the connection error or ''."""
 
     unresolved: Mapping[str, str]
     unreachable: str = ""

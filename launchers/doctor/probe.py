@@ -39,8 +39,8 @@ def needs_of(config: Config, plan: JobPlan) -> Needs:
 
 
 def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[CheckResult]:
-    """Runs one task on each node for at most two minutes, and checks the answers, and also the folders of this node, whose
-    facts are `here`."""
+    """Runs one task on each node for at most two minutes, and checks the answers. Also checks the folders of this node;
+    `here` are the facts about this node."""
     heard: dict[str, tuple[float, NodeFacts]] = {}
     asked = time.time()
     with _token_folder(config) as (token_file, meeting):

@@ -63,7 +63,7 @@ def gpus_of(gres: str) -> int:
 
 
 def check_time(asked: str, limit: str | None, where: str) -> CheckResult:
-    """Compares the cluster file's time limit with the partition's."""
+    """Compares the time limit in the cluster file with the limit of the partition."""
     if limit is None:
         return note("time limit", f"{where} shows no limit; the job requests {asked}")
     if seconds_of(asked) > seconds_of(limit):
@@ -73,7 +73,8 @@ def check_time(asked: str, limit: str | None, where: str) -> CheckResult:
 
 
 def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float | None) -> CheckResult:
-    """Compares the time from a stop signal to the kill, at the time limit and on preemption, with the time of a save."""
+    """Compares the seconds of a save with the grace periods of Slurm: at the time limit, and on preemption. A grace period
+    is the time from a stop signal until Slurm kills the ranks."""
     preempts = settings.get("PreemptType", "(null)").strip() not in ("(null)", "preempt/none", "")
     kill_wait = re.match(r"\d+", settings.get("KillWait", ""))
     graces = {"before the time limit (signal_seconds)": float(cluster.signal_seconds)}

@@ -228,7 +228,7 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str:
-    """Start time of a process, field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
+    """Start time of a process from field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]  # a zombie has ended

@@ -21,7 +21,7 @@ _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETO
 
 
 class RunFolderError(MoeDistError):
-    """The run folder cannot be read or written at the moment, as on a full disk or a lost file system."""
+    """The run folder cannot be read or written at the moment, because the disk is full or the file system is lost."""
 
 
 def user_name(uid: int) -> str:

@@ -212,12 +212,12 @@ class RunFolder:
         return lease
 
     def read_status(self) -> Status:
-        """All attempts; empty before the first. Raises DataError if status.json is damaged."""
+        """All attempts; empty before the first attempt. Raises DataError if status.json is damaged."""
         return read_status(self.status_json)
 
     def last_step(self) -> int:
-        """The last step that status.json or metrics.jsonl records; 0 before the first. An attempt that was killed has left
-        its last step in metrics.jsonl alone."""
+        """The last step that status.json or metrics.jsonl records; 0 before the first step. A killed attempt has recorded
+        its last step only in metrics.jsonl."""
         latest = self.read_status().latest
         return max(latest.last_step if latest is not None else 0, self._recorded_step())
 
@@ -292,7 +292,7 @@ class RunFolder:
         write_atomically(self.summary_txt, text)
 
     def read_summary(self) -> str:
-        """The summary of a finished run; without one a line with its last step."""
+        """The summary of a finished run; without a summary, a line with the run's last step."""
         if self.summary_txt.is_file():
             return self.summary_txt.read_text()
         latest = self.read_status().latest
@@ -309,7 +309,7 @@ class RunFolder:
         return self.path / f".verdict_{attempt_id}"
 
     def _refuse_strangers(self) -> None:
-        """Refuses a folder with other content that is no run: it must neither be written nor renamed."""
+        """Raises ConfigError for a folder that is no run but has other content, because a run must not change it."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
