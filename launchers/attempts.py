@@ -1,4 +1,4 @@
-"""Runs the attempts of a run for the local and the Ray launcher: why each ended, and whether it is restarted."""
+"""Runs the attempts of a run for the local and the Ray launcher, reports why each one ended, and restarts the run."""
 
 import contextlib
 import signal
@@ -10,13 +10,25 @@ from pathlib import Path
 
 from launchers.rank_tracker import Outcome
 from launchers.restart import AttemptEnd, committed_step, is_final, why_not_restarted
-from launchers.supervise import StopSignals
+from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_FAILED, StoppedError
 from moe_dist.runtime.lease import read_holder
-from moe_dist.runtime.run_folder import RunFolder
+from moe_dist.runtime.run_folder import RunFolder, Start
+from moe_dist.runtime.signals import StopSignals
 
 # (number of restarts, attempt_id) -> (outcome, for each rank's log the offset at which the attempt begins)
 RunAttempt = Callable[[int, str], tuple[Outcome, Sequence[int]]]
+
+
+def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:
+    """Says what a start of the run would do, and prints the summary of a finished run. With `overwrite` it renames the
+    folder of an old run first."""
+    if overwrite and (old := folder.move_aside()) is not None:
+        print(f"{folder.path} moved to {old}", file=sys.stderr)
+    start = folder.inspect(config)
+    if start is Start.FINISHED:
+        print(folder.read_summary())
+    return start
 
 
 def run_attempts(
@@ -25,19 +37,18 @@ def run_attempts(
     """Runs attempts until one is not restarted; returns the exit code of the last one.
 
     Args:
-        signals: Stop signals; they also count between two attempts.
         prefix: Start of every attempt_id.
         option: Name of the command line option for `max_restarts`, for messages.
     """
     attempts: list[AttemptEnd] = []
     while True:
         begin = committed_step(folder.checkpoints)  # to see whether the attempt commits a later checkpoint
-        # part of file names; the random suffix makes it unique
+        # The id becomes part of file names; the random suffix makes it unique.
         attempt_id = f"{prefix}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
         outcome, offsets = run(len(attempts), attempt_id)
         code, reason = conclude(folder, attempt_id, outcome, offsets)
         attempts.append(AttemptEnd(code, begin, committed_step(folder.checkpoints)))
-        if signals.first is not None or is_final(code):
+        if signals.first is not None or is_final(code):  # a signal between two attempts counts, too
             return code
         obstacle = why_not_restarted(attempts, max_restarts, option=option) or _other_writer(folder, attempt_id)
         if obstacle is not None:
@@ -60,8 +71,8 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> list[int]:
 
 
 def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequence[int]) -> tuple[int, str]:
-    """Reports on standard error why an attempt failed, completes its record in status.json if no rank could, and returns
-    its verdict (the exit code on record) and the reason."""
+    """Reports on standard error why an attempt failed. Completes its record in status.json if no rank could. Returns its
+    verdict (the exit code on record) and the reason."""
     record = folder.read_status().of(attempt_id)
     verdict = record.verdict if record is not None else None
     reason = record.reason if record is not None else ""
@@ -92,8 +103,8 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, offsets: Sequ
 
 
 def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
-    """The last traceback in a rank's log from byte `offset`, with the exceptions that caused it; without one the last 20
-    lines."""
+    """The last traceback in a rank's log from byte `offset`, with the exceptions that caused it; without a traceback the
+    last 20 lines."""
     with log.open("rb") as stream:
         stream.seek(offset)
         lines = stream.read().decode(errors="replace").splitlines()
@@ -106,15 +117,16 @@ def last_output(log: Path, offset: int, *, most_lines: int = 200) -> str:
 
 
 def _last_problem(output: str) -> str:
-    """The last line that is no reference to a page of the docs."""
+    """The last line of a rank's output that is no reference to a page of the docs."""
     lines = [line for line in output.splitlines() if line.strip() and not line.startswith("see docs/")]
     return lines[-1].strip().removeprefix("- ") if lines else ""
 
 
 def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
-    """Names a live attempt that holds the run's lease: a restart would only wait for it. None without one."""
+    """Names the live attempt that holds the run's lease, because a restart would only wait for it. None if no other attempt
+    is alive."""
     holder = read_holder(folder.lease_json)
-    if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # an abandoned lease is taken over
+    if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # a restart takes over an abandoned lease
         return None
     return f"{holder} writes to this run"
 

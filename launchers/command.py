@@ -1,4 +1,4 @@
-"""Plans the nodes and ranks of a job, and the command and environment of each rank, for every launcher."""
+"""Plans the nodes and ranks of a job, and the command and environment of each rank. All launchers use this plan."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class NodePlan:
         ranks: Ranks on this node, ordered by local rank; their numbers need not be consecutive.
         feature, labels: Requirements on the node: Slurm checks the feature, Ray the labels.
         groups: Names of the expert groups on this node.
-        own: The node is reserved for these groups: no other group and no other job may use it.
+        own: The node is reserved for these groups, so no other group and no other job may use it.
     """
 
     index: int
@@ -75,11 +75,8 @@ class JobPlan:
         return {rank: node.index for node in self.nodes for rank in node.ranks}
 
     def place_of(self, rank: int, hosts: Sequence[str] = ()) -> RunPlace:
-        """The planned node, local rank and GPU of a rank.
-
-        Args:
-            hosts: Host names ordered by node index; empty before the nodes are allocated.
-        """
+        """The planned node, local rank and GPU of a rank. `hosts` are the host names ordered by node index; they are empty
+        before the nodes are allocated."""
         node = self.node_of(rank)
         local = node.ranks.index(rank)
         return RunPlace(
@@ -94,13 +91,13 @@ class JobPlan:
         )
 
     def table(self, hosts: Sequence[str] = ()) -> str:
-        """A readable table with one line per node; `hosts` as in `place_of`."""
+        """A readable table with one line per node; `hosts` are the host names ordered by node index."""
         rows = [("node", "ranks", "needs", "experts of")]
         for node in self.nodes:
             needs = [node.feature] if node.feature else []
             needs += [f"{name}={value}" for name, value in node.labels.items()]
             name = hosts[node.index] if hosts else str(node.index)
-            rows.append((name, _ranges(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
+            rows.append((name, rank_ranges(node.ranks), ", ".join(needs) or "-", ", ".join(node.groups) or "-"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -164,8 +161,8 @@ def _check_dispatch_nodes(config: Config, plan: JobPlan) -> None:
             )
 
 
-def _ranges(ranks: Sequence[int]) -> str:
-    """Ranks in short form, as `0-3, 6`."""
+def rank_ranges(ranks: Sequence[int]) -> str:
+    """Ranks in short form, such as `0-3, 6`."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][-1] + 1:
@@ -177,11 +174,8 @@ def _ranges(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """Program and arguments that start one rank on its node.
-
-    Attributes:
-        env: Variables added to the node's environment; all others (CUDA_VISIBLE_DEVICES above all) stay as they are.
-    """
+    """Program and arguments that start one rank on its node. `env` is added to the node's environment; all other variables
+    (CUDA_VISIBLE_DEVICES above all) keep their values."""
 
     rank: int
     node: int
@@ -196,14 +190,13 @@ class LaunchPlan:
     Attributes:
         config: Path of the YAML file, readable on every node.
         overrides: `key=value` strings.
-        rendezvous: Environment variables for torch's rendezvous, from `published_rendezvous` or `file_rendezvous`.
+        rendezvous: Environment variables for torch's rendezvous: PUBLISHED_RENDEZVOUS, or from `file_rendezvous`.
         attempt: Number of restarts before this attempt.
-        attempt_id: Unique name of this attempt.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
         loopback: All ranks are on this machine, so gloo binds to the loopback interface.
         threads: OMP_NUM_THREADS of each rank; None does not set it.
         program: Arguments of the interpreter before the configuration.
-        hosts: Host names ordered by node index; empty where they are not known.
+        hosts: Host names ordered by node index; empty if they are not known.
     """
 
     config: Path
@@ -220,15 +213,13 @@ class LaunchPlan:
     hosts: tuple[str, ...] = ()
 
 
+# Rank 0 listens at a free port, and writes its address into the shared run folder, readable by the run's user only.
+PUBLISHED_RENDEZVOUS: Mapping[str, str] = {"MOE_DIST_INIT_METHOD": PUBLISHED}
+
+
 def file_rendezvous(path: Path) -> dict[str, str]:
-    """Rendezvous in a new file on a file system that all ranks share."""
+    """The rendezvous of ranks that share a new file."""
     return {"MOE_DIST_INIT_METHOD": f"file://{path.absolute()}"}
-
-
-def published_rendezvous() -> dict[str, str]:
-    """Rendezvous at a free port that the kernel assigns to rank 0. Rank 0 writes the address into the shared run folder,
-    readable by the run's user only."""
-    return {"MOE_DIST_INIT_METHOD": PUBLISHED}
 
 
 def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
@@ -255,18 +246,25 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
     return tuple(commands)
 
 
+def _paths(config: Config) -> dict[str, str]:
+    paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
+    return {key: path for key, path in paths.items() if path is not None}
+
+
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
     """Overrides that make a run's paths absolute (relative to `base`), so that they hold in every working directory."""
-    paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
-    return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths.items() if path is not None)
+    return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in _paths(config).items())
+
+
+def relative_paths(config: Config) -> list[str]:
+    """A message for each relative path of the configuration, because its meaning depends on a node's working directory."""
+    relative = [(key, path) for key, path in _paths(config).items() if not Path(path).is_absolute()]
+    return [f"{key}={path!r}: must be absolute on a cluster, and the same folder on all nodes" for key, path in relative]
 
 
 def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
-    """Overrides that set parallel.edp for a number of ranks; empty if it fits already or `num_ranks` is None.
-
-    Raises:
-        ConfigError: the number is no multiple of parallel.ep.
-    """
+    """Overrides that set parallel.edp for a number of ranks; empty if parallel.edp fits already or `num_ranks` is None.
+    Raises ConfigError if the number is no multiple of parallel.ep."""
     ep, edp = config.parallel.ep, config.parallel.edp
     if num_ranks is None or num_ranks == ep * edp:
         return ()
@@ -279,7 +277,7 @@ def fit_world_size(config: Config, num_ranks: int | None) -> tuple[str, ...]:
 
 
 def threads_per_rank(ranks: int, env: Mapping[str, str]) -> int | None:
-    """CPU threads per rank: an equal share of the usable cores of this machine, at least 1. None if the user has set
+    """CPU threads per rank: an equal share of this machine's usable cores, at least 1. None if the user has set
     OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in env:
         return None

@@ -1,4 +1,4 @@
-"""Start a run on this machine: python -m launchers.local CONFIG [key=value ...] [--nproc N] [--overwrite]"""
+"""Starts a run on this machine: python -m launchers.local CONFIG [key=value ...] [--nproc N] [--overwrite]"""
 
 import contextlib
 import os
@@ -10,25 +10,16 @@ from typing import Annotated
 
 import typer
 
-from launchers.attempts import begin_logs, run_attempts
-from launchers.command import (
-    TRAIN,
-    LaunchPlan,
-    RankCommand,
-    file_rendezvous,
-    fit_world_size,
-    one_node,
-    rank_commands,
-    threads_per_rank,
-)
+from launchers.attempts import begin_logs, inspect_folder, run_attempts
+from launchers.command import TRAIN, LaunchPlan, file_rendezvous, fit_world_size, one_node, rank_commands, threads_per_rank
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.restart import DEFAULT_MAX_RESTARTS
-from launchers.supervise import Ranks, StopSignals
+from launchers.supervise import Ranks
 from moe_dist.config.load import read_draft
 from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
 from moe_dist.runtime.run_folder import RunFolder, Start
-from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
+from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank ends itself after the grace period; later than this the launcher kills it
 
@@ -49,7 +40,6 @@ def launch(
     Args:
         nproc: Number of ranks; None takes parallel.ep x parallel.edp. Another multiple of parallel.ep sets parallel.edp.
         overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
-        max_restarts: Limit for restarts after failures, see `launchers.restart`.
         program: Arguments of each rank's interpreter before the configuration.
 
     Raises:
@@ -61,45 +51,40 @@ def launch(
     config = check_file(config_path, overrides).config
     world_size = config.parallel.ep * config.parallel.edp
     folder = RunFolder.of(config)
-    if overwrite and (old := folder.move_aside()) is not None:
-        print(f"{folder.path} moved to {old}", file=sys.stderr)
-    start = folder.inspect(config)
+    start = inspect_folder(folder, config, overwrite=overwrite)
     if start is Start.FINISHED:
-        print(folder.read_summary())
         return 0
     print(f"{world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}", file=sys.stderr)
-    threads = threads_per_rank(world_size, os.environ)
 
     with StopSignals() as signals:  # signals between two attempts count, too
 
         def run(restarts: int, attempt_id: str) -> tuple[Outcome, list[int]]:
-            with tempfile.TemporaryDirectory(prefix="moe_dist_") as meeting_place:  # mode 0700, so no other user can join
+            with tempfile.TemporaryDirectory(prefix="moe_dist_") as store:  # mode 0700, so no other user can join
                 plan = LaunchPlan(
                     config=config_path,
                     overrides=tuple(overrides),
                     job=one_node(world_size),
-                    rendezvous=file_rendezvous(Path(meeting_place) / "store"),
+                    rendezvous=file_rendezvous(Path(store) / "store"),
                     attempt=restarts,
                     attempt_id=attempt_id,
                     grace_seconds=grace_seconds,
                     loopback=True,
-                    threads=threads,
+                    threads=threads_per_rank(world_size, os.environ),
                     program=program,
                 )
-                return _run(rank_commands(plan), folder, attempt_id, signals, grace_seconds)
+                return _run(plan, folder, signals)
 
         return run_attempts(folder, run, signals, prefix="local", max_restarts=max_restarts, option="--max-restarts")
 
 
-def _run(
-    commands: Sequence[RankCommand], folder: RunFolder, attempt_id: str, signals: StopSignals, grace_seconds: float
-) -> tuple[Outcome, list[int]]:
+def _run(plan: LaunchPlan, folder: RunFolder, signals: StopSignals) -> tuple[Outcome, list[int]]:
     """Runs one attempt; returns its outcome and, for each log, the offset at which the attempt begins."""
     folder.prepare()  # again for each attempt: the folder may have been deleted in between
-    offsets = begin_logs(folder, len(commands), attempt_id)
+    commands = rank_commands(plan)
+    offsets = begin_logs(folder, len(commands), plan.attempt_id)
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(folder.log_of(command.rank).open("ab", buffering=0)) for command in commands]
-        ranks = Ranks(commands, logs, timeouts=ShutdownTimeouts(stop=grace_seconds + KILL_AFTER_GRACE_SECONDS))
+        ranks = Ranks(commands, logs, timeouts=ShutdownTimeouts(stop=plan.grace_seconds + KILL_AFTER_GRACE_SECONDS))
         outcome = ranks.supervise(signals)  # blocks until all ranks have ended
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h")  # shows the cursor again: a killed progress bar leaves it hidden

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moe_dist.errors import EXIT_DONE, StoppedError
+from moe_dist.runtime.signals import StopSignals
 
 CLEAN = (EXIT_DONE, StoppedError.exit_code)
 ABORTED = 128 + signal.SIGINT
@@ -20,7 +21,7 @@ class ShutdownTimeouts:
     Attributes:
         stop: From a stop signal until ranks that still run are killed.
         peers: From the first failure until the other ranks get SIGTERM; they log their own errors in this time.
-        kill: From that SIGTERM until they are killed.
+        kill: From that SIGTERM until ranks that still run are killed.
     """
 
     stop: float
@@ -35,10 +36,10 @@ class Outcome:
     Attributes:
         codes: Exit code of each rank; a negative one is the signal that killed it.
         first_failed: The rank that caused the failure; None if no rank failed by itself.
-        stop: The first stop signal that the launcher got; None without one.
+        stop: The first stop signal that the launcher got.
         aborted: A second Ctrl-C killed the ranks.
         frozen: Ranks that SIGSTOP had suspended when the first rank failed; the first of them is the cause.
-        lost: For ranks that died with their node or their Ray worker, a description; their code is that of SIGKILL.
+        lost: A description for each rank that died with its node or its Ray worker; its code is that of SIGKILL.
     """
 
     codes: tuple[int, ...]
@@ -50,18 +51,14 @@ class Outcome:
 
     @property
     def silent(self) -> bool:
-        """Whether the failed rank was killed or frozen. It could not record a reason, so status.json holds a peer's
-        follow-up error."""
-        return self.sudden or self.first_failed in self.frozen
-
-    @property
-    def sudden(self) -> bool:
-        """Whether the failed rank was killed by a signal."""
-        return self.first_failed is not None and self.codes[self.first_failed] in SUDDEN
+        """The failed rank was killed or frozen. It could not record a reason, so status.json holds a peer's follow-up
+        error."""
+        cause = self.first_failed
+        return cause is not None and (self.codes[cause] in SUDDEN or cause in self.frozen)
 
     @property
     def exit_code(self) -> int:
-        """Shell exit code: that of the rank that failed first; without a failure, the largest of all ranks."""
+        """Shell exit code of the rank that failed first; without a failure, the largest exit code of all ranks."""
         if self.aborted:
             return ABORTED
         shell_codes = [128 - code if code < 0 else code for code in self.codes]
@@ -69,19 +66,22 @@ class Outcome:
 
 
 class RankTracker:
-    """Decides when the ranks of an attempt get SIGTERM, when they are killed, and which rank caused the failure.
+    """Decides which signals the ranks of an attempt get and when, and which rank caused the failure.
 
     The caller reports events with the seconds of a monotonic clock, and sends the signals itself.
+
+    Args:
+        say: Prints a line for the user.
     """
 
-    def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts) -> None:
+    def __init__(self, num_ranks: int, timeouts: ShutdownTimeouts, say: Callable[[str], None]) -> None:
         self.codes: dict[int, int] = {}
-        self._num_ranks, self._timeouts = num_ranks, timeouts
+        self._num_ranks, self._timeouts, self._say = num_ranks, timeouts, say
         self._failed: list[int] = []  # in the order of failure; without ranks that the launcher killed
         self._frozen: tuple[int, ...] = ()
         self._lost: dict[int, str] = {}
         self._terminate_at = self._kill_at = float("inf")
-        self._aborted = False
+        self._stopping = self._aborted = False
 
     @property
     def over(self) -> bool:
@@ -89,7 +89,7 @@ class RankTracker:
 
     @property
     def failed(self) -> bool:
-        """Whether a rank has failed by itself."""
+        """A rank has failed by itself."""
         return bool(self._failed)
 
     def end(self, rank: int, code: int, now: float, *, frozen: Callable[[], tuple[int, ...]], lost: str = "") -> None:
@@ -111,29 +111,25 @@ class RankTracker:
                 self._kill_at = min(self._kill_at, self._terminate_at + self._timeouts.kill)
             self._failed.append(rank)
 
-    def stop(self, now: float) -> None:
-        """Reports that all ranks got the stop signal."""
-        self._kill_at = min(self._kill_at, now + self._timeouts.stop)
-
-    def abort(self, now: float) -> None:
-        """Reports that the user wants all ranks killed immediately."""
-        if not self._aborted:
+    def signals_due(self, signals: StopSignals, now: float) -> list[signal.Signals]:
+        """The signals that all running ranks must get now: the first stop signal once, SIGTERM once after a failure, and
+        SIGKILL after a timeout or a second Ctrl-C."""
+        due: list[signal.Signals] = []
+        if signals.first is not None and not self._stopping:
+            again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
+            self._say(f"{signals.first.name}: saving, then stopping{again}")
+            self._stopping, self._kill_at = True, min(self._kill_at, now + self._timeouts.stop)
+            due.append(signals.first)
+        if signals.interrupts > 1 and not self._aborted:
             self._aborted, self._kill_at = True, now
-
-    def must_terminate(self, now: float) -> bool:
-        """Whether the peers of a failed rank must get SIGTERM now; True once."""
-        due = now >= self._terminate_at
-        if due:
+        if now >= self._terminate_at:
             self._terminate_at = float("inf")
-        return due
-
-    def must_kill(self, now: float) -> bool:
-        """Whether all ranks that still run must be killed now."""
-        return now >= self._kill_at
+            due.append(signal.SIGTERM)
+        return [*due, signal.SIGKILL] if now >= self._kill_at else due
 
     def outcome(self, stop: signal.Signals | None) -> Outcome:
-        """The outcome once all ranks have ended. The cause is the first killed rank, else the first frozen one, else the
-        first that failed."""
+        """The outcome once all ranks have ended. The cause is the first killed rank, else the first frozen rank, else the
+        first failed rank."""
         killed = [rank for rank in self._failed if self.codes[rank] in SUDDEN]
         cause = next(iter([*killed, *self._frozen, *self._failed]), None)
         codes = tuple(self.codes[rank] for rank in range(self._num_ranks))

@@ -18,7 +18,7 @@ class AttemptEnd:
     """One attempt that has ended.
 
     Attributes:
-        code: Its recorded verdict; without one, the exit code of its ranks.
+        code: The recorded verdict; without a record, the exit code of the ranks.
         begin, end: Step of the newest committed checkpoint before and after the attempt.
     """
 
@@ -28,7 +28,7 @@ class AttemptEnd:
 
 
 def committed_step(checkpoints: Path) -> int:
-    """Step of the newest committed checkpoint; 0 without one, or if `latest` cannot be read."""
+    """Step of the newest committed checkpoint; 0 without a checkpoint, or if `latest` cannot be read."""
     try:
         match = re.fullmatch(r"step_(\d+)", (checkpoints / "latest").read_text(errors="replace").strip())
     except OSError:
@@ -37,27 +37,13 @@ def committed_step(checkpoints: Path) -> int:
 
 
 def is_final(code: int) -> bool:
-    """Whether an exit code rules out a restart: success, stopped on request, or an error that would repeat."""
+    """True for an exit code that rules out a restart: success, stopped on request, or an error that would repeat."""
     return code in FINAL
 
 
-def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "--max-restarts") -> str | None:
-    """Why the job is not restarted after the last of `attempts`; None if it is restarted.
-
-    Args:
-        option: Name of the option for `max_restarts`, for the message.
-    """
-    if is_final(attempts[-1].code):
-        return "a restart would end in the same way"
-    return exhausted(attempts, max_restarts, option=option)
-
-
-def exhausted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
-    """Whether the limit of restarts is reached, or the last attempts committed no later checkpoint; None if neither.
-
-    Args:
-        option: As in `why_not_restarted`; the default is the key in the cluster file.
-    """
+def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
+    """The reason against a restart: the limit is reached, or the last attempts committed no later checkpoint. None if the
+    job may be restarted. The message names `option`, which sets the limit; the default is the key in the cluster file."""
     if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     last = attempts[-WITHOUT_GAIN:]

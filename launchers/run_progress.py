@@ -1,4 +1,4 @@
-"""Reads a run's state, throughput, checkpoints and attempts from its run folder; of large files it reads only the end."""
+"""Reads a run's state, throughput, checkpoints and attempts from its run folder. It reads only the end of a large file."""
 
 import contextlib
 import json
@@ -16,8 +16,7 @@ from moe_dist.errors import ConfigError, DataError, DivergedError, ResourceError
 from moe_dist.runtime.files import lines_from_end
 from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.runtime.save_time import measured_save_seconds
-from moe_dist.runtime.status import AttemptRecord
+from moe_dist.runtime.status import AttemptRecord, measured_save_seconds
 
 RATE_STEPS = 20  # throughput is the median over this many steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
@@ -55,15 +54,15 @@ class RunProgress:
     """A run at one moment.
 
     Attributes:
-        why: Reason of the latest attempt, or the error in reading the run folder.
+        why: Why the latest attempt ended, or the error in reading the run folder.
         step, total_steps: Last recorded step and train.steps; total_steps is None if the configuration cannot be read.
         tokens_per_second, step_seconds: Medians over the last steps; None before the first step.
         record_age, beat_age, checkpoint_age: Seconds since the last record, lease renewal and checkpoint commit.
-        checkpoint_step: Step of the newest committed checkpoint; 0 without one.
-        save_seconds: Longest of the last saves; None if no save was logged.
+        checkpoint_step: Step of the newest committed checkpoint; 0 without a checkpoint.
+        save_seconds: Longest of the last saves; None before the first save.
         losses: Losses of the last step, by name.
-        attempts: All attempts, latest last.
-        holder: None if no process holds the lease.
+        attempts: All attempts, the latest last.
+        holder: The process that holds the lease; None without a holder.
     """
 
     name: str
@@ -92,11 +91,8 @@ class RunProgress:
 
 
 def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
-    """Reads the run in `path`. If status.json is damaged or unreadable, the state is UNREADABLE and `why` is the error.
-
-    Args:
-        now: Unix seconds; the default is this host's clock.
-    """
+    """Reads the run in `path` at `now` in Unix seconds; the default is this host's clock. If status.json is damaged or
+    unreadable, the state is UNREADABLE and `why` is the error."""
     now = time.time() if now is None else now
     folder = RunFolder(path)
     try:
@@ -132,7 +128,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run folder."""
+    """True if a folder is a run folder."""
     return (path / "config.yaml").is_file() or (path / "status.json").is_file()
 
 
@@ -169,7 +165,7 @@ def _losses(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _total_steps(config_yaml: Path) -> int | None:
-    """train.steps. Reads this one key, so it also works for configurations that this version would reject."""
+    """train.steps. Reads only this key, because this version of the code may reject the rest of an older configuration."""
     try:
         values, _ = load_yaml(config_yaml.read_text(encoding="utf-8"))
         return int(values["train"]["steps"])

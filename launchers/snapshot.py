@@ -53,11 +53,8 @@ class CodeSnapshot:
         return load_cluster(str(self.folder / "cluster.yaml"), {})
 
     def overrides_of(self, task: int | None) -> tuple[str, ...]:
-        """The overrides of one array task, whose run folder is `<root>/<name>/<task>`; empty for None (no array).
-
-        Raises:
-            ConfigError: the sweep has no such task.
-        """
+        """The overrides of one array task, whose run folder is `<root>/<name>/<task>`; empty for None (no array). Raises
+        ConfigError if the sweep has no such task."""
         if task is None:
             return ()
         sweep = read_sweep(self.folder / "sweep.txt")
@@ -69,14 +66,8 @@ class CodeSnapshot:
 def take_snapshot(
     folder: Path, config: Config, cluster: Cluster, *, sweep: Sequence[Sequence[str]] = (), clone: Path | None = None
 ) -> CodeSnapshot:
-    """Writes a snapshot atomically; copies a few MB.
-
-    Args:
-        clone: Where the code is taken from; None takes `code_folder`.
-
-    Raises:
-        OSError: the disk is full or the folder is not writable.
-    """
+    """Writes a snapshot atomically; copies a few MB from `clone`, by default from `code_folder`. Raises OSError if the disk
+    is full or the folder is not writable."""
     clone = clone or code_folder()
     new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
@@ -98,7 +89,8 @@ def take_snapshot(
 
 
 def code_folder() -> Path:
-    """The code as nodes run it, laid out as a clone: the clone, or for an installed package its copy in ./.moe_dist."""
+    """The folder with the code that the nodes run: this clone. An installed package is copied to ./.moe_dist, in the layout
+    of a clone."""
     root = source_root()
     if (root / "moe_dist").is_dir():
         return root
@@ -116,11 +108,8 @@ def code_folder() -> Path:
 
 
 def read_sweep(path: Path) -> list[tuple[str, ...]]:
-    """The overrides of each array task: one line per task, with shell quoting; `#` begins a comment.
-
-    Raises:
-        ConfigError: the file cannot be read, has an unclosed quote, or has no task.
-    """
+    """The overrides of each array task: one line per task, with shell quoting; `#` begins a comment. Raises ConfigError if
+    the file cannot be read, has an unclosed quote, or has no task."""
     try:
         lines = [shlex.split(line, comments=True) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -131,7 +120,7 @@ def read_sweep(path: Path) -> list[tuple[str, ...]]:
 
 
 def _code_files(clone: Path) -> list[str]:
-    """Relative paths of the files to copy."""
+    """The paths of the files to copy, relative to the clone."""
 
     def listed(*options: str) -> list[str] | None:
         command = ["git", "-C", str(clone), "ls-files", "-z", *options]

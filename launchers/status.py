@@ -1,4 +1,4 @@
-"""Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. Only reads run folders."""
+"""Shows the state of runs: python -m launchers.status [RUN ...] [--root runs]. It only reads run folders."""
 
 import time
 from collections.abc import Sequence
@@ -53,12 +53,9 @@ def main(
 
 
 def find_runs(names: Sequence[str], root: Path) -> list[Path]:
-    """Folders of the named runs, or of all runs below `root`, most recently written first. A run lies in <root>/<name>, an
-    array task in <root>/<name>/<task>.
-
-    Raises:
-        ConfigError: there is no run, or none of that name.
-    """
+    """Folders of the named runs, or of all runs below `root`, most recently written first. The folder of a run is
+    <root>/<name>; the folder of an array task is <root>/<name>/<task>. Raises ConfigError if there is no run, or no run of
+    that name."""
     if not names:
         folders = [path for path in root.glob("*") if path.is_dir()] if root.is_dir() else []
         found = [run for path in folders for run in ([path] if is_run(path) else path.glob("*")) if is_run(run)]
@@ -96,7 +93,7 @@ def _row(run: RunProgress) -> list[str]:
     rate = _rate(run) if run.state is RunState.RUNNING else ""
     starts = str(len(run.attempts)) if run.attempts else "-"
     left = duration(run.remaining_seconds)
-    name = f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name  # of an array task <name>/<task>
+    name = f"{run.folder.parent.name}/{run.name}" if run.name.isdecimal() else run.name  # an array task is <name>/<task>
     return [name, run.state.value, _steps(run), rate, left, _checkpoint(run), starts]
 
 
@@ -117,7 +114,7 @@ def one_run(run: RunProgress) -> RenderableType:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in one or two units, as '3 h 05 min'; empty for None."""
+    """Formats seconds in one or two units, such as '3 h 05 min'; empty for None."""
     if seconds is None:
         return ""
     if seconds < 60:
@@ -155,7 +152,7 @@ def _facts(run: RunProgress) -> list[tuple[str, RenderableType]]:
 
 
 def _attempts(run: RunProgress) -> Table:
-    """The last attempts in order, each with how and why it ended."""
+    """A table of the last attempts in order: when each one began, how long it lasted, and how and why it ended."""
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     for column in ("start", "on", "began", "lasted", "to step"):
         table.add_column(column, no_wrap=True, justify="right" if column in ("start", "lasted", "to step") else "left")

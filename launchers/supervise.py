@@ -11,44 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from launchers.command import RankCommand
 from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
-from moe_dist.runtime.signals import STOP_SIGNALS, child_of, unblock_stop_signals
+from moe_dist.runtime.signals import StopSignals, child_of
 
 TICK_SECONDS = 0.1
 # Delay of rank 0's standard error: if another rank has failed by then, rank 0's follow-up errors are not shown.
 HELD_SECONDS = 0.5
-
-
-class StopSignals:
-    """Counts the stop signals that reach the launcher, inside a `with` block of the main thread."""
-
-    def __init__(self) -> None:
-        self.first: signal.Signals | None = None
-        self.interrupts = 0
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
-        unblock_stop_signals()  # a launcher inside a Slurm job may inherit blocked signals
-        return self
-
-    def renew(self) -> None:
-        """Installs the handlers again, after a library (Ray on connecting to a cluster) has replaced them."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # returned by signal.signal
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.first = self.first or signal.Signals(number)
-        self.interrupts += number == signal.SIGINT
 
 
 class DelayedStderr:
@@ -56,7 +27,7 @@ class DelayedStderr:
 
     def __init__(self, source: IO[bytes], log: IO[bytes], terminal: IO[bytes]) -> None:
         self._source, self._log, self._terminal = source, log, terminal
-        self._held: deque[tuple[float, bytes]] = deque()
+        self._held: deque[tuple[float, bytes]] = deque()  # (time of arrival, output)
         # Erases the progress bar on the current line; the bar is drawn again below the text.
         self._clear = b"\r\x1b[K" if terminal.isatty() else b""
         self._thread = threading.Thread(target=self._copy, name="stderr", daemon=True)
@@ -84,8 +55,7 @@ class DelayedStderr:
     def _copy(self) -> None:
         while chunk := os.read(self._source.fileno(), 1 << 16):
             self._held.append((time.monotonic(), chunk))
-            # Keep reading even if the disk is full: a full pipe would block the rank.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # reads on if the disk is full, because a full pipe would block the rank
                 self._log.write(chunk)
 
 
@@ -95,7 +65,7 @@ class Ranks:
     Args:
         logs: Log file of each rank, opened for appending without a buffer.
         base_env: Environment to which the variables of each command are added.
-        terminal: Shows rank 0's standard error; default the launcher's own standard error.
+        terminal: Shows rank 0's standard error; the default is the launcher's own standard error.
     """
 
     def __init__(
@@ -107,8 +77,7 @@ class Ranks:
         base_env: Mapping[str, str] = os.environ,
         terminal: IO[bytes] | None = None,
     ) -> None:
-        self._tracker = RankTracker(len(commands), timeouts)
-        self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks in the order in which they ended
         self._ranks: list[subprocess.Popen[bytes]] = []
         prepare = child_of(os.getpid(), ignore_stop=False)
         try:
@@ -121,6 +90,7 @@ class Ranks:
         stderr = self._ranks[0].stderr
         assert stderr is not None
         self._stderr = DelayedStderr(stderr, logs[0], terminal or sys.stderr.buffer)
+        self._tracker = RankTracker(len(commands), timeouts, self._stderr.say)
         for rank, pid in enumerate(self.pids):  # one waiting thread per rank records the order in which ranks end
             threading.Thread(target=self._wait_for, args=(rank, pid), name=f"rank{rank}", daemon=True).start()
 
@@ -130,19 +100,12 @@ class Ranks:
 
     def supervise(self, signals: StopSignals) -> Outcome:
         """Blocks until all ranks have ended."""
-        tracker, forwarded = self._tracker, False
+        tracker = self._tracker
         try:
             while not tracker.over:
-                self._note_ends()
-                if signals.first is not None and not forwarded:
-                    forwarded = True
-                    self._send(signals.first)
-                    again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""
-                    self._stderr.say(f"{signals.first.name}: saving, then stopping{again}")
-                    tracker.stop(time.monotonic())  # starts the timeout of the stop
-                if signals.interrupts > 1:
-                    tracker.abort(time.monotonic())
-                self._end_the_late()
+                self._note_end()
+                for number in tracker.signals_due(signals, time.monotonic()):
+                    self._send(number)
                 if not tracker.failed:
                     self._stderr.show(at_least=HELD_SECONDS)
         finally:
@@ -162,22 +125,13 @@ class Ranks:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         self._ends.put(rank)
 
-    def _note_ends(self) -> None:
-        try:
-            rank = self._ends.get(timeout=TICK_SECONDS)  # the main thread's handlers run during the wait
-        except queue.Empty:
-            return
-        self._tracker.end(rank, self._ranks[rank].wait(), time.monotonic(), frozen=self._frozen)
+    def _note_end(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            rank = self._ends.get(timeout=TICK_SECONDS)  # the main thread's signal handlers run during the wait
+            self._tracker.end(rank, self._ranks[rank].wait(), time.monotonic(), frozen=self._frozen)
 
     def _frozen(self) -> tuple[int, ...]:
         return tuple(rank for rank, pid in enumerate(self.pids) if is_stopped(pid))
-
-    def _end_the_late(self) -> None:
-        now = time.monotonic()
-        if self._tracker.must_terminate(now):
-            self._send(signal.SIGTERM)
-        if self._tracker.must_kill(now):
-            self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._ranks:
@@ -187,8 +141,8 @@ class Ranks:
 def _start(
     command: RankCommand, log: IO[bytes], base_env: Mapping[str, str], prepare: Callable[[], None]
 ) -> subprocess.Popen[bytes]:
-    """Starts a rank. Rank 0 writes its progress bar to the terminal and its standard error to a pipe; other ranks write
-    both to their log."""
+    """Starts a rank. Rank 0 writes its progress bar to the terminal and its standard error to a pipe; each other rank
+    writes standard output and standard error to its log."""
     first = command.rank == 0
     return subprocess.Popen(
         command.argv,
@@ -201,7 +155,7 @@ def _start(
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is suspended by SIGSTOP; False if /proc does not show it."""
+    """True if SIGSTOP has suspended a process; False if /proc does not show the process."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False

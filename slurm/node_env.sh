@@ -16,7 +16,7 @@ misplaced() {
 [ -r "$table" ] || fail 78 "$table is missing on this node: run.root must be a folder that all nodes share"
 # shellcheck disable=SC1090
 . "$table"
-# As with the other launchers: the log gets all output except the progress of rank 0, which goes into the job's output.
+# The log gets all output except the progress of rank 0, which goes into the job's output. The other launchers do the same.
 echo "--- attempt $MOE_DIST_ATTEMPT_ID, $(date '+%F %T %z'), $here" >>"$log" || fail 78 "$log is not writable"
 prelude >>"$log" 2>&1 || fail 78 "this line of the cluster file's prelude failed: $failed; $log has its output"
 if [ "$RANK" = 0 ]; then

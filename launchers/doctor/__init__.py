@@ -1,1 +1,1 @@
-"""Checks of a place to run before a job runs there: scheduler, nodes, and the network between them."""
+"""Checks a machine or cluster before a job runs there: scheduler, nodes, and the network between the nodes."""

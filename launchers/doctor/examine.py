@@ -3,11 +3,10 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from launchers.command import JobPlan, one_node, plan_job
+from launchers.command import JobPlan, one_node, plan_job, relative_paths
 from launchers.doctor.probe import RunOnNodes, measure_fabric, needs_of, probe_nodes
 from launchers.doctor.slurm_checks import check_graces, check_slurm
 from launchers.doctor.slurm_nodes import run_on_nodes, srun_command
@@ -15,26 +14,15 @@ from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.schema import Config
 from moe_dist.doctor.check_result import CheckResult, Level, error, note, ok
 from moe_dist.doctor.node_checks import check_folders, check_nodes
-from moe_dist.doctor.node_facts import NodeFacts, Questions, look, nearest
+from moe_dist.doctor.node_facts import Questions, look, nearest
 from moe_dist.errors import ConfigError, MoeDistError, ResourceError
 from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.runtime.save_time import measured_save_seconds
-from moe_dist.runtime.shared_folder import relative_paths
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
+from moe_dist.runtime.status import measured_save_seconds
 
-
-@dataclass(frozen=True)
-class Site:
-    """A connection to a scheduler.
-
-    Attributes:
-        check: Checks the scheduler and its nodes, given the measured seconds of a save (None: not measured).
-        run: Runs a module on the planned nodes.
-    """
-
-    check: Callable[[float | None], list[CheckResult]]
-    run: RunOnNodes
+# Checks the scheduler and its nodes. The argument is the measured seconds of a save; None if no save was measured.
+CheckScheduler = Callable[[float | None], list[CheckResult]]
 
 
 def examine(
@@ -80,36 +68,24 @@ def examine(
             yield note("probe", "this node was checked directly; --probe and --fabric need --on slurm or --on ray")
         return
     try:
-        with _site(on, config, plan, site_file, env) as site:
-            yield from _on_cluster(site, config, plan, here, save_seconds, probe=probe, fabric=fabric)
+        with _connected(on, config, plan, site_file, env) as (check_scheduler, run):
+            scheduled = check_scheduler(save_seconds)
+            yield from scheduled
+            if any(result.level is Level.ERROR for result in scheduled):
+                yield from check_folders([here], needs)
+                if probe or fabric:
+                    yield note("probe", "not started: its job would wait for nodes that the cluster lacks")
+                return
+            if probe:
+                yield from probe_nodes(config, plan, run, here=here)
+            else:
+                yield from check_folders([here], needs)
+                text = "not checked; --probe checks each node, as the job itself does when it starts"
+                yield note("nodes of the job", text)
+            if fabric:
+                yield from measure_fabric(config, plan, run)
     except ResourceError as failed:
         yield error("scheduler", str(failed.problems[0]), "")
-
-
-def _on_cluster(
-    site: Site,
-    config: Config,
-    plan: JobPlan,
-    here: NodeFacts,
-    save_seconds: float | None,
-    *,
-    probe: bool,
-    fabric: bool,
-) -> Iterator[CheckResult]:
-    scheduled = site.check(save_seconds)
-    yield from scheduled
-    if any(result.level is Level.ERROR for result in scheduled):
-        yield from check_folders([here], needs_of(config, plan))
-        if probe or fabric:
-            yield note("probe", "not started: its job would wait for nodes that the cluster lacks")
-        return
-    if probe:
-        yield from probe_nodes(config, plan, site.run, here=here)
-    else:
-        yield from check_folders([here], needs_of(config, plan))
-        yield note("nodes of the job", "not checked; --probe checks each node, as the job itself does when it starts")
-    if fabric:
-        yield from measure_fabric(config, plan, site.run)
 
 
 def _plan_text(plan: JobPlan) -> str:
@@ -120,12 +96,10 @@ def _plan_text(plan: JobPlan) -> str:
 
 
 @contextmanager
-def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]) -> Iterator[Site]:
-    """Connects to the scheduler.
-
-    Raises:
-        ResourceError: there is no cluster.
-    """
+def _connected(
+    on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping[str, str]
+) -> Iterator[tuple[CheckScheduler, RunOnNodes]]:
+    """Connects to the scheduler; raises ResourceError without a cluster."""
     if on == "slurm":
         visible = [str(nearest(Path(config.run.root))), str(Path(config.data.path).absolute())]
 
@@ -133,13 +107,11 @@ def _site(on: str, config: Config, plan: JobPlan, cluster: Cluster, env: Mapping
             size = {"tasks_per_node": tasks_per_node, "minutes": minutes}
             return run_on_nodes(srun_command(plan, cluster, module, argument, visible=visible, **size), minutes=minutes)
 
-        yield Site(lambda save_seconds: check_slurm(plan, cluster, save_seconds), run)
+        yield lambda save_seconds: check_slurm(plan, cluster, save_seconds), run
         return
     from launchers.doctor import ray_site
     from launchers.ray.driver import connected
 
     with connected(env) as parts:
-        yield Site(
-            lambda save_seconds: ray_site.check_ray(plan, cluster, parts, save_seconds, env),
-            partial(ray_site.run_on_nodes, plan, cluster),
-        )
+        run_on_ray = partial(ray_site.run_on_nodes, plan, cluster)
+        yield lambda save_seconds: ray_site.check_ray(plan, cluster, parts, save_seconds, env), run_on_ray

@@ -1,17 +1,30 @@
-"""Finds slow nodes and slow pairs of nodes in the measured bandwidths."""
+"""Measures the network between all pairs of nodes, and finds slow nodes and slow pairs.
 
+Each task of the measurement is `python -m launchers.doctor.fabric OPTIONS`; rank 0 prints the result as one line.
+"""
+
+import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from moe_dist.doctor.check_result import CheckResult, names, note, ok, warning
+from moe_dist.doctor.node_facts import node_name
+from moe_dist.errors import MoeDistError
 from moe_dist.parallel.round_robin import Pair, PairExchange, usual
+from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
 CHECK = "fabric"
+MARK = "moe_dist fabric: "  # begins the line with the result
+CPU_BYTES, CUDA_BYTES = 4 << 20, 64 << 20  # sent by each node of a pair in an all-to-all
+TIMEOUT_SECONDS = 120.0
 
 
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """One result per cause: a node that is slow with every other node, or a single slow pair.
+    """Finds the causes: a node that is slow with every other node, or a single slow pair. Returns one result per cause.
 
     Args:
         measured: Best time of each pair.
@@ -28,7 +41,7 @@ def judge(
     results, left = [], list(slow)
     for node, name in enumerate(nodes):
         own = [pair for pair in left if node in pair]
-        if len(own) == len(nodes) - 1 and len(nodes) > 2:
+        if len(own) == len(nodes) - 1 and len(nodes) > 2:  # with two nodes either of them could be the cause
             worst = max(measured[pair].all_to_all for pair in own)
             left = [pair for pair in left if node not in pair]
             text = f"{name} is slow with every other node: down to {_rate(payload_bytes, worst)}, other pairs {rate}"
@@ -46,6 +59,61 @@ def judge(
     return results
 
 
+def report_line(
+    measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int
+) -> str:
+    """The line that rank 0 of the measurement prints."""
+    pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
+    return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
+
+
+def read_report(line: str) -> list[CheckResult] | None:
+    """The check results for a line of output; None for a line without `MARK`."""
+    _, mark, text = line.partition(MARK)
+    if not mark:
+        return None
+    values = json.loads(text)
+    measured = {(first, second): PairExchange(*seconds) for first, second, *seconds in values["pairs"]}
+    slow = [(first, second) for first, second in values["slow"]]
+    return judge(measured, slow, values["nodes"], payload_bytes=values["payload_bytes"])
+
+
+def measure(folder: Path, device_type: str) -> None:
+    """Joins the process group through the shared folder, measures every pair of nodes, and prints the result on rank 0."""
+    meeting = {"MOE_DIST_INIT_METHOD": PUBLISHED, "MOE_DIST_ATTEMPT_ID": folder.name.lstrip(".")}
+    env = RankEnv.from_environment({**os.environ, **meeting})
+    import torch  # takes seconds, and only the measuring tasks need it
+
+    from moe_dist.parallel.mesh import destroy_world, init_world
+    from moe_dist.parallel.pair_bandwidth import NodeRanks, measure_pairs, names_of_nodes
+    from moe_dist.parallel.rendezvous import published_store
+
+    torch.set_num_threads(1)  # compute threads would disturb the measurement on CPU
+    cuda = device_type == "cuda"
+    device = torch.device("cuda", env.local_rank if torch.cuda.device_count() > 1 else 0) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    with published_store(env, folder, timeout=TIMEOUT_SECONDS) as store:
+        init_world(PUBLISHED, store, rank=env.rank, world_size=env.world_size, device=device, timeout=TIMEOUT_SECONDS)
+    per_node = env.local_world_size
+    ranks = NodeRanks(env.rank, env.world_size // per_node, per_node)
+    payload = CUDA_BYTES if cuda else CPU_BYTES
+    nodes = names_of_nodes(node_name(os.environ), ranks, device)
+    measured, slow = measure_pairs(ranks, payload_bytes=payload, device=device, timeout=TIMEOUT_SECONDS)
+    if env.rank == 0:
+        print(report_line(measured, slow, nodes, payload), flush=True)
+    destroy_world()  # closes the connections in order, so that no rank logs an error
+
+
 def _rate(payload_bytes: int, seconds: float) -> str:
     rate = payload_bytes / seconds
     return f"{rate / 1e9:.3g} GB/s" if rate >= 1e9 else f"{rate / 1e6:.3g} MB/s"
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    try:
+        measure(Path(options["folder"]), options["device"])
+    except MoeDistError as failed:
+        print(failed, file=sys.stderr)
+        sys.exit(failed.exit_code)

@@ -1,4 +1,4 @@
-"""Checks whether a cluster has the nodes that a plan requires. Pure functions for every scheduler."""
+"""Checks if a cluster has the nodes that a plan requires. The functions are pure and know no scheduler."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ class Offer:
     """A node of the cluster.
 
     Attributes:
-        state: State as the scheduler calls it.
-        up: Whether jobs can run there, now or after other jobs end.
-        traits: Features, or labels as 'name=value'.
-        amounts: Countable resources, as {'GPU': 8, 'CPU': 96}.
+        state: The scheduler's name of the state.
+        up: Jobs can run there, now or after other jobs end.
+        traits: Features, or labels in the form 'name=value'.
+        amounts: Countable resources, such as {'GPU': 8, 'CPU': 96}.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Want:
     """Requirements of one planned node.
 
     Attributes:
-        ranks: Its ranks as text, as '0-3'.
+        ranks: The ranks on the node as text, such as '0-3'.
         traits: Features or labels that the node must have.
         amounts: Minimum of each resource.
     """
@@ -43,7 +43,7 @@ class Want:
 
     @property
     def who(self) -> str:
-        """Subject and verb of a message."""
+        """The subject and verb of a message, such as 'ranks 0-3 need'."""
         return f"ranks {self.ranks} need" if {",", "-"} & set(self.ranks) else f"rank {self.ranks} needs"
 
     def has_traits(self, offer: Offer) -> bool:
@@ -54,11 +54,11 @@ class Want:
 
 
 def check_fit(wants: Sequence[Want], offers: Sequence[Offer], *, trait_word: str, where: str) -> CheckResult:
-    """Reports the first problem: no node with the traits, none large enough, or too few in operation; otherwise OK.
+    """Reports the first problem: no node has the traits, none is large enough, or too few are in operation; otherwise OK.
 
     Args:
         trait_word: The scheduler's word for a trait: 'feature' or 'label'.
-        where: Part of the cluster, as "partition 'gpu'".
+        where: Part of the cluster, such as "partition 'gpu'".
     """
     for want in wants:
         if not any(want.has_traits(offer) for offer in offers):

@@ -1,28 +1,90 @@
-"""The doctor's task on each node: `python -m launchers.doctor.on_node QUESTIONS` prints the node's facts as one line."""
+"""The doctor's task on each node: `python -m launchers.doctor.on_node QUESTIONS` prints the node's facts as one line.
 
+It also tests whether every node can connect to a free port of rank 0's node, at the address that the rendezvous of a run
+would use (moe_dist/runtime/rendezvous.py). Does not import torch.
+"""
+
+import contextlib
+import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launchers.doctor import meeting
-from moe_dist.doctor.node_facts import NodeFacts, Questions, look, questions_from, to_line
+from moe_dist.doctor.node_facts import (
+    NodeFacts,
+    Questions,
+    look,
+    node_name,
+    questions_from,
+    to_line,
+    unreachable,
+    unresolved,
+)
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.rendezvous import HOST_VARIABLE, node_address
+
+WAIT_SECONDS = 45.0  # timeout; the scheduler may start the nodes one after the other
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Reachability:
+    """Result of one node: each name that does not resolve, with the resolver's error; and the connection error or ''."""
+
+    unresolved: Mapping[str, str]
+    unreachable: str = ""
 
 
 def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.environ) -> NodeFacts:
-    """The facts of this node, with the result of the connection test.
-
-    Args:
-        first: Whether this is rank 0's node, to which the others connect.
-    """
+    """The facts of this node, with the result of the connection test. `first` is True on rank 0's node."""
     facts = look(questions, env=env)
     if questions.meeting is not None and questions.num_nodes > 1:
         path = Path(questions.meeting)
-        seen = meeting.listen(path, questions.num_nodes, env) if first else meeting.connect(path)
+        seen = listen(path, questions.num_nodes, env) if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **seen.unresolved}, unreachable=seen.unreachable)
     return replace(facts, clock=time.time())  # read last: the receiver compares it with the arrival time
+
+
+def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ) -> Reachability:
+    """On rank 0's node: writes its address to `path`, and waits until the other nodes have connected."""
+    name = variables.get(HOST_VARIABLE) or node_name(variables)
+    try:
+        address = node_address(variables)
+        listener = socket.create_server((address, 0), backlog=num_nodes)  # port 0: the kernel chooses a free one
+    except (ConfigError, OSError) as error:
+        _publish(path, name, "", 0)  # the other nodes resolve the name and try no connection
+        return Reachability({name: str(error)})
+    with listener:
+        _publish(path, name, address, listener.getsockname()[1])
+        deadline, missing = time.monotonic() + WAIT_SECONDS, num_nodes - 1
+        while missing and (left := deadline - time.monotonic()) > 0:
+            listener.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                listener.accept()[0].close()  # a connection is enough; nothing is sent
+                missing -= 1
+    return Reachability({})
+
+
+def connect(path: Path) -> Reachability:
+    """On the other nodes: resolves the name of rank 0's node and connects to that node. If `path` never appears, the folder
+    is not shared; another check reports that."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        if path.exists():  # written atomically, so it is complete
+            host, address, port = json.loads(path.read_text())
+            return Reachability(unresolved([host]), unreachable(address, port) if address else "")
+        time.sleep(POLL_SECONDS)
+    return Reachability({})
+
+
+def _publish(path: Path, host: str, address: str, port: int) -> None:
+    with contextlib.suppress(OSError):  # another check reports a folder that is not writable
+        write_atomically(path, json.dumps([host, address, port]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,6 @@ from moe_dist.doctor.check_result import CheckResult, error
 from moe_dist.doctor.node_checks import Needs, answered_at, check_nodes
 from moe_dist.doctor.node_facts import NodeFacts, Questions, from_line, nearest
 from moe_dist.errors import MoeDistError
-from moe_dist.parallel.round_robin import Pair, PairExchange
 from moe_dist.plan.memory import folder_bytes
 
 PROBE_MINUTES, FABRIC_MINUTES = 2, 10
@@ -40,11 +39,8 @@ def needs_of(config: Config, plan: JobPlan) -> Needs:
 
 
 def probe_nodes(config: Config, plan: JobPlan, run: RunOnNodes, *, here: NodeFacts) -> list[CheckResult]:
-    """Runs one task on each node for at most two minutes, and checks the answers.
-
-    Args:
-        here: Facts of this node; its folders are checked together with the others'.
-    """
+    """Runs one task on each node for at most two minutes, and checks the answers. Also checks the folders of this node;
+    `here` are the facts about this node."""
     heard: dict[str, tuple[float, NodeFacts]] = {}
     asked = time.time()
     with _token_folder(config) as (token_file, meeting):
@@ -83,39 +79,17 @@ def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Check
         options = {"folder": str(meeting.parent), "device": "cuda" if plan.gpus_per_node else "cpu"}
         why, found = "the job ended without a result", None
         try:
-            for _, line in run("launchers.doctor.fabric_rank", json.dumps(options), tasks, FABRIC_MINUTES):
-                found = read_report(line) or found
+            for _, line in run("launchers.doctor.fabric", json.dumps(options), tasks, FABRIC_MINUTES):
+                found = fabric.read_report(line) or found
         except MoeDistError as failed:
             why = str(failed)
     return found or [error("fabric", f"not measured: {why}", "--probe checks each node by itself")]
 
 
-MARK = "moe_dist fabric: "
-
-
-def report_line(
-    measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], payload_bytes: int
-) -> str:
-    """The line that rank 0 of the measurement prints."""
-    pairs = [[*pair, each.all_reduce, each.all_to_all] for pair, each in measured.items()]
-    return MARK + json.dumps({"nodes": nodes, "payload_bytes": payload_bytes, "pairs": pairs, "slow": slow})
-
-
-def read_report(line: str) -> list[CheckResult] | None:
-    """The check results for a line of output; None for a line without `MARK`."""
-    _, mark, text = line.partition(MARK)
-    if not mark:
-        return None
-    values = json.loads(text)
-    measured = {(first, second): PairExchange(*seconds) for first, second, *seconds in values["pairs"]}
-    slow = [(first, second) for first, second in values["slow"]]
-    return fabric.judge(measured, slow, values["nodes"], payload_bytes=values["payload_bytes"])
-
-
 @contextmanager
 def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path | None]]:
-    """A temporary folder in run.root. Yields (path, content) of a file that every node should see, and the path for the
-    connection test; Nones if this node cannot create the folder, which another check reports."""
+    """Makes a temporary folder in run.root. Yields (path, content) of a file that every node should see, and the path for
+    the connection test. Yields (None, None) if this node cannot create the folder, which another check reports."""
     token = secrets.token_hex(16)
     folder = nearest(Path(config.run.root)) / f".doctor-{token[:8]}"
     try:

@@ -30,25 +30,20 @@ START_SECONDS = 300.0  # wait for the start of a task; GPUs may be in use
 def check_ray(
     plan: JobPlan, cluster: Cluster, parts: Mapping[str, str], save_seconds: float | None, env: Mapping[str, str]
 ) -> list[CheckResult]:
-    """Checks nodes, labels and resources, whether Ray is exposed without a token, and the grace period of a stop.
+    """Checks nodes, labels and resources, the exposure of Ray without a token, and the grace period of a stop.
 
     Args:
         parts: Network address of each part of Ray.
-        save_seconds: Measured seconds of a save; None if not measured.
+        save_seconds: Measured seconds of a save; None if no save was measured.
     """
-    nodes = live_nodes()
-    return [
-        ok("scheduler", f"Ray {ray.__version__} answers"),
-        _bundles(plan, cluster, nodes),
-        _exposure(parts),
-        _grace(stop_grace(env), save_seconds),
-    ]
+    answers, grace = ok("scheduler", f"Ray {ray.__version__} answers"), _grace(stop_grace(env), save_seconds)
+    return [answers, _bundles(plan, cluster, live_nodes()), _exposure(parts), grace]
 
 
 def run_on_nodes(
     plan: JobPlan, cluster: Cluster, module: str, argument: str, tasks_per_node: int, minutes: int
 ) -> Iterator[tuple[float, str]]:
-    """As `slurm_nodes.run_on_nodes`, with Ray tasks that are pinned to their nodes.
+    """Runs a module in Ray tasks that are pinned to nodes; yields the lines that they print, each with its arrival time.
 
     Raises:
         ResourceError: the cluster lacks the nodes, or a task did not start, failed, or exceeded the time limit.
@@ -58,7 +53,8 @@ def run_on_nodes(
         raise ResourceError("the cluster lacks the nodes of the plan; the check `nodes` names them")
     gpus, world = (1 if tasks_per_node > 1 else 0), len(chosen) * tasks_per_node
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_run)  # pyright: ignore
-    names = _names(chosen)
+    hosts = [node.host for node in chosen]
+    names = hosts if len(set(hosts)) == len(hosts) else [node.address for node in chosen]  # hosts may share a name
     waiting = []
     for rank in range(world):
         node, local = divmod(rank, tasks_per_node)
@@ -104,14 +100,9 @@ def _bundles(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Check
 
 
 def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:
-    """Assigns the plan to the nodes as if no other job used them."""
+    """Assigns the plan to the nodes, and ignores that other jobs may use them."""
     idle = [replace(node, free=node.total) for node in nodes]
     return assign(plan, idle, bundle_of_rank(plan, cluster.cpus_per_rank))
-
-
-def _names(nodes: Sequence[RayNode]) -> list[str]:
-    hosts = [node.host for node in nodes]
-    return hosts if len(set(hosts)) == len(hosts) else [node.address for node in nodes]
 
 
 def _exposure(parts: Mapping[str, str]) -> CheckResult:

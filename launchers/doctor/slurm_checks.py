@@ -1,34 +1,18 @@
 """Checks a Slurm cluster (nodes, time limit, stop signals) against a plan, with sinfo and scontrol. No torch."""
 
 import re
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from launchers.command import JobPlan
+from launchers.command import JobPlan, rank_ranges
 from launchers.doctor.fit import Offer, Want, check_fit
+from launchers.slurm.nodes import SlurmError, ask
 from moe_dist.config.cluster import Cluster, seconds_of
 from moe_dist.doctor.check_result import CheckResult, error, note, ok, warning
 from moe_dist.errors import ConfigError
 
-ASK_SECONDS = 30.0
+# States of nodes in which jobs run, now or after other jobs end
 UP = frozenset(("idle", "mixed", "allocated", "completing", "planned", "reserved"))
-Ask = Callable[[Sequence[str]], str]
-
-
-def ask(command: Sequence[str]) -> str:
-    """Runs a Slurm command and returns its output.
-
-    Raises:
-        OSError: the command is missing, times out, or fails; with its error message.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"{command[0]} does not answer within {ASK_SECONDS:g} s") from error
-    if done.returncode:
-        words = " / ".join(filter(None, map(str.strip, done.stderr.splitlines())))  # results are one line each
-        raise OSError(f"{command[0]}: {words or f'exit code {done.returncode}'}")
-    return done.stdout
+Ask = Callable[..., str]  # the words of a Slurm command -> its output
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
@@ -36,8 +20,8 @@ def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, 
     try:
         offers = read_offers(cluster.partition, ask)
         limit = _partition_limit(cluster.partition, ask)
-        settings = dict(re.findall(r"^(\w+)\s*= (.*)$", ask(["scontrol", "show", "config"]), re.MULTILINE))
-    except OSError as failed:
+        settings = dict(re.findall(r"^(\w+)\s*= (.*)$", ask("scontrol", "show", "config"), re.MULTILINE))
+    except SlurmError as failed:
         return [error("scheduler", f"Slurm: {failed}", "check slurmctld, or run this on a login node of the cluster")]
     where = f"partition {cluster.partition!r}" if cluster.partition else "the default partition"
     return [
@@ -55,27 +39,16 @@ def wants(plan: JobPlan, cluster: Cluster) -> list[Want]:
         amounts: dict[str, float] = {"GPU": plan.gpus_per_node} if plan.gpus_per_node else {}
         amounts["CPU"] = len(node.ranks) * (cluster.cpus_per_rank or 1)
         traits = frozenset([node.feature] if node.feature is not None else [])
-        found.append(Want(ranks_text(node.ranks), traits, amounts))
+        found.append(Want(rank_ranges(node.ranks), traits, amounts))
     return found
 
 
-def ranks_text(ranks: Sequence[int]) -> str:
-    """'0-3' for three or more consecutive ranks, otherwise each rank."""
-    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ", ".join(map(str, ranks))
-
-
 def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
-    """The nodes of a partition, or of the default one.
-
-    Raises:
-        OSError: as `ask`.
-    """
+    """The nodes of a partition, or of the default partition. Raises SlurmError if Slurm does not answer."""
     offers = []
-    for line in ask([*_sinfo(partition), "--Node", "--format=%N|%T|%f|%c|%G|%P"]).splitlines():
+    for line in ask(*_sinfo(partition), "--Node", "--format=%N|%T|%f|%c|%G|%P").splitlines():
         name, state, features, cpus, gres, of = (part.strip() for part in line.split("|"))
-        if partition is None and not of.endswith("*"):
+        if partition is None and not of.endswith("*"):  # the star marks the default partition
             continue
         traits = frozenset() if features == "(null)" else frozenset(features.split(","))
         amounts = {"CPU": float(cpus), "GPU": float(gpus_of(gres))}
@@ -85,12 +58,12 @@ def read_offers(partition: str | None, ask: Ask = ask) -> list[Offer]:
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs in a list of generic resources: 'gpu:2', 'gpu:h100:8(S:0-1),nic:1'."""
+    """The number of GPUs in a list of generic resources, such as 'gpu:2' or 'gpu:h100:8(S:0-1),nic:1'."""
     return sum(int(number) for number in re.findall(r"(?:^|,)gpu:(?:[A-Za-z][^:,(]*:)?(\d+)", gres))
 
 
 def check_time(asked: str, limit: str | None, where: str) -> CheckResult:
-    """Compares the cluster file's time limit with the partition's."""
+    """Compares the time limit in the cluster file with the limit of the partition."""
     if limit is None:
         return note("time limit", f"{where} shows no limit; the job requests {asked}")
     if seconds_of(asked) > seconds_of(limit):
@@ -100,7 +73,8 @@ def check_time(asked: str, limit: str | None, where: str) -> CheckResult:
 
 
 def check_grace(cluster: Cluster, settings: dict[str, str], save_seconds: float | None) -> CheckResult:
-    """Compares the time from a stop signal to the kill, at the time limit and on preemption, with the time of a save."""
+    """Compares the seconds of a save with the grace periods of Slurm: at the time limit, and on preemption. A grace period
+    is the time from a stop signal until Slurm kills the ranks."""
     preempts = settings.get("PreemptType", "(null)").strip() not in ("(null)", "preempt/none", "")
     kill_wait = re.match(r"\d+", settings.get("KillWait", ""))
     graces = {"before the time limit (signal_seconds)": float(cluster.signal_seconds)}
@@ -124,7 +98,7 @@ def check_graces(graces: dict[str, float], save_seconds: float | None) -> CheckR
 
 
 def _partition_limit(partition: str | None, ask: Ask) -> str | None:
-    lines = ask([*_sinfo(partition), "--format=%P|%l"]).splitlines()
+    lines = ask(*_sinfo(partition), "--format=%P|%l").splitlines()
     limits = [line.split("|")[1].strip() for line in lines if partition or line.split("|")[0].strip().endswith("*")]
     return limits[0] if limits else None
 

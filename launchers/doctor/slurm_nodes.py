@@ -17,7 +17,7 @@ START_SECONDS = 300.0  # how long the job may wait in the queue
 
 
 def run_on_nodes(command: Sequence[str], *, minutes: int) -> Iterator[tuple[float, str]]:
-    """Runs an `srun_command` with its time limit; yields the lines that the tasks print, each with its time of arrival.
+    """Runs an `srun_command` with its time limit; yields the lines that the tasks print, each with its arrival time.
 
     Raises:
         ResourceError: Slurm refuses the job, does not start it in time, or it fails; with srun's error message.
@@ -58,10 +58,11 @@ def srun_command(
     visible: Sequence[str] = (),
 ) -> list[str]:
     """The srun command. It requests the plan's resources, with GPUs, so that Slurm chooses nodes as it would for the run.
-    Each kind of node is one component, as in the job itself. Task 0 runs on node 0 of the plan.
+    Each kind of node is one component of the job, because the run's job has the same components. Task 0 runs on node 0 of
+    the plan.
 
     Args:
-        module, argument: `python -m MODULE ARGUMENT`, with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set.
+        module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE and the local ones set.
         minutes: Time limit of the job.
         visible: Further folders to mount in the site's container under the same path.
     """

@@ -1,1 +1,1 @@
-"""A run on a Ray cluster: the driver, and one actor for each rank."""
+"""Launches a run on a Ray cluster: a driver starts one actor for each rank."""

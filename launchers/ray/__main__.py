@@ -12,28 +12,24 @@ from typing import Annotated, Any
 
 import typer
 
-from launchers.command import absolute_paths
+from launchers.command import absolute_paths, relative_paths
 from launchers.ray import submit as ray_submit
-from launchers.ray.job import check_job, path_on_nodes, require_variables
+from launchers.ray.job import check_job, path_on_nodes
 from launchers.restart import DEFAULT_MAX_RESTARTS
-from launchers.supervise import StopSignals
 from moe_dist.config.cluster import FOLDER as CLUSTERS
 from moe_dist.config.cluster import VARIABLE as CLUSTER_VARIABLE
 from moe_dist.config.cluster import cluster_file, load_cluster
 from moe_dist.config.load import load_config
 from moe_dist.errors import EXIT_DONE, ConfigError
 from moe_dist.runtime.command_line import RUN_FOLDER_FIX, reports_errors, run_command
-from moe_dist.runtime.shared_folder import relative_paths
+from moe_dist.runtime.signals import StopSignals
 
 DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
     """The driver: checks a run, starts its ranks on this process's Ray cluster, and waits for them; returns the run's exit
-    code. Must be called in the main thread, because it installs signal handlers.
-
-    Args:
-        options: Keyword arguments of `launchers.ray.job.check_job`.
+    code. Call it in the main thread, because it installs signal handlers. `options` go to `launchers.ray.job.check_job`.
 
     Raises:
         MoeDistError: the run is invalid, or the cluster lacks its nodes; no rank was started.
@@ -46,46 +42,9 @@ def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> 
         return drive(job, signals)
 
 
-def submitted(
-    config_path: Path,
-    overrides: Sequence[str],
-    *,
-    address: str,
-    options: Sequence[str],
-    cluster: str | None,
-    grace_seconds: int,
-    forwarded: Sequence[str],
-) -> int:
-    """Submits the driver as a job, follows its log, and returns the run's exit code. Relative paths of the run are resolved
-    against the current folder.
-
-    Args:
-        address: Address of Ray's dashboard.
-        options: Command line options of the driver.
-        grace_seconds: Time from a stop until Ray kills the driver.
-        forwarded: Names of environment variables to pass to the job.
-
-    Raises:
-        ConfigError: the configuration or the cluster file is invalid, or a variable is not set.
-        ResourceError: no Ray answers at the address.
-    """
-    line = driver_line(config_path, overrides, options=options, cluster=cluster)
-    require_variables(forwarded, os.environ)
-    # read by Ray itself
-    variables = {name: os.environ[name] for name in forwarded} | {ray_submit.STOP_WAIT: str(grace_seconds)}
-    return ray_submit.submit(address, line, variables)
-
-
-def planned(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> int:
-    """Checks a run and prints its plan and the command of its job; starts and changes nothing. Else as `submitted`."""
-    paths = absolute_paths(load_config(config_path, overrides), Path.cwd())
-    check_job(config_path, [*overrides, *paths], cluster=cluster)
-    print(driver_line(config_path, overrides, options=options, cluster=cluster))
-    return EXIT_DONE
-
-
 def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequence[str], cluster: str | None) -> str:
-    """The shell line of a job that runs the driver. Arguments and errors as of `submitted`."""
+    """The shell line of a job that runs the driver with these command line `options`. The line contains absolute paths
+    instead of the run's relative ones. Raises ConfigError if the configuration or the cluster file is invalid."""
     config = load_config(config_path, overrides)
     site = load_cluster(cluster, os.environ)
     name = cluster or os.environ.get(CLUSTER_VARIABLE)
@@ -128,7 +87,7 @@ def main(
     drives = stop is None and config is not None and not dry_run and submit is None
     options = [f"--max-failures={max_failures}", *(["--overwrite"] if overwrite else [])]
     options += [f"--wait-for-nodes={wait_for_nodes:g}"] if wait_for_nodes is not None else []
-    own, forwarded = tuple(overrides or ()), tuple(env or ())
+    own, forwarded, code = tuple(overrides or ()), tuple(env or ()), EXIT_DONE
     try:
         with reports_errors(storage=RUN_FOLDER_FIX):
             if stop is not None:
@@ -136,17 +95,12 @@ def main(
             elif config is None:
                 raise ConfigError("CONFIG is missing: name the YAML file of the run, as configs/adamoe_moma_tiny_cpu.yaml")
             elif dry_run:
-                code = planned(config, own, options=options, cluster=cluster)
+                paths = absolute_paths(load_config(config, own), Path.cwd())
+                check_job(config, [*own, *paths], cluster=cluster)  # prints the plan
+                print(driver_line(config, own, options=options, cluster=cluster))
             elif submit is not None:
-                code = submitted(
-                    config,
-                    own,
-                    address=submit,
-                    options=options,
-                    cluster=cluster,
-                    grace_seconds=grace,
-                    forwarded=forwarded,
-                )
+                line = driver_line(config, own, options=options, cluster=cluster)
+                code = ray_submit.submit(submit, line, grace_seconds=grace, forwarded=forwarded)
             else:
                 driver = {"overwrite": overwrite, "max_failures": max_failures, "wait_seconds": wait_for_nodes}
                 code = launch(config, own, **driver, cluster=cluster, forwarded=forwarded)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import ray
 
 from launchers.attempts import begin_logs, run_attempts
-from launchers.command import JobPlan, LaunchPlan, published_rendezvous, rank_commands
+from launchers.command import PUBLISHED_RENDEZVOUS, JobPlan, LaunchPlan, rank_commands
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.ray.exposure import asks_for_token, exposure_text, listening
 from launchers.ray.gang import gather_gang
@@ -22,13 +22,12 @@ from launchers.ray.nodes import bundle_of_rank
 from launchers.ray.rank import WorkerInfo
 from launchers.ray.submit import STOP_WAIT
 from launchers.snapshot import code_folder
-from launchers.supervise import StopSignals
 from moe_dist.config.cluster import Cluster
 from moe_dist.errors import ResourceError
 from moe_dist.runtime.place import LABELS
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
-from moe_dist.runtime.save_time import measured_save_seconds
-from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
+from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
+from moe_dist.runtime.status import measured_save_seconds
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's environment
 CONNECT_SECONDS = 10.0  # connection timeout to the head
@@ -40,12 +39,8 @@ REPLACE_SECONDS = 300.0  # wait for missing nodes before a restart, while a lost
 
 
 def drive(job: RayJob, signals: StopSignals) -> int:
-    """Runs attempts until one is not restarted; returns the exit code of the last one.
-
-    Raises:
-        ResourceError: there is no cluster, or it lacks the nodes of the plan.
-        ConfigError, StoppedError: from `gather_gang`.
-    """
+    """Runs attempts until one is not restarted; returns the exit code of the last one. Raises ResourceError without a
+    cluster, and the errors of `gather_gang`."""
     grace = stop_grace(os.environ)
     with connected(os.environ, job.forwarded) as parts:
         signals.renew()  # ray.init has installed its own handlers
@@ -83,7 +78,7 @@ def _attempt(
             config=job.config,
             overrides=job.overrides,
             job=job.plan,
-            rendezvous=published_rendezvous(),  # a port of rank 0's node, which the driver cannot know
+            rendezvous=PUBLISHED_RENDEZVOUS,  # a port of rank 0's node, which the driver cannot know
             attempt=restarts,
             attempt_id=attempt_id,
             grace_seconds=grace_seconds,
@@ -107,16 +102,14 @@ def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[
     of these GPUs, ordered by local rank, so that peer-to-peer access between them works."""
     variables = []
     for rank, worker in enumerate(workers):
-        found = {LABELS: json.dumps(dict(worker.labels), sort_keys=True)}
-        gpus = [gpu for other in plan.node_of(rank).ranks for gpu in workers[other].gpus]
-        if gpus:
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        variables.append(found)
+        variables.append({LABELS: json.dumps(dict(worker.labels), sort_keys=True)})
+        if gpus := [gpu for other in plan.node_of(rank).ranks for gpu in workers[other].gpus]:
+            variables[-1]["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return variables
 
 
 def site_variables(cluster: Cluster, workers: Sequence[WorkerInfo], rank: int) -> dict[str, str]:
-    """Network variables from the cluster file. Without an interface, rank 0 listens at its node's address in Ray."""
+    """Network variables from the cluster file. If the file names no interface, rank 0 listens at its node's Ray address."""
     host = {HOST_VARIABLE: workers[0].host} if rank == 0 and cluster.interface is None else {}
     return cluster.network_variables | host
 
@@ -136,26 +129,18 @@ def workers_table(plan: JobPlan, workers: Sequence[WorkerInfo]) -> str:
 
 @contextmanager
 def connected(env: Mapping[str, str], forwarded: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """Connects to this process's Ray cluster. Outside a job, Ray copies this clone to the nodes, as it does for a job.
-
-    Args:
-        forwarded: Names of environment variables for the ranks; ignored in a job, whose runtime environment sets them.
-
-    Returns:
-        The network address of Ray's GCS and dashboard.
-
-    Raises:
-        ResourceError: there is no cluster.
+    """Connects to this process's Ray cluster. Yields the network addresses of Ray's GCS and dashboard. Raises ResourceError
+    without a cluster. `forwarded` names environment variables for the ranks; a job's runtime environment sets them instead.
     """
-    shipped = (
-        {} if IN_A_JOB in env else {"working_dir": str(code_folder()), "env_vars": {name: env[name] for name in forwarded}}
-    )
+    shipped: dict[str, object] = {}
+    if IN_A_JOB not in env:  # Ray copies this clone to the nodes, as it does for a job
+        shipped = {"working_dir": str(code_folder()), "env_vars": {name: env[name] for name in forwarded}}
     address = env.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     try:
         if port.isdecimal():  # test the connection first: ray.init retries for minutes
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        # joins a running cluster; never starts one
+        # The address makes Ray join a running cluster; without one it would start a cluster here.
         context = ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
     except OSError as error:
         raise ResourceError(
@@ -181,7 +166,7 @@ def stop_grace(env: Mapping[str, str]) -> float | None:
 
 
 def grace_text(grace: float | None, save_seconds: float | None) -> str:
-    """Compares the grace period with the measured save time; a warning if the grace is too short."""
+    """A line that compares the grace period with the measured save time, and warns if the grace period is too short."""
     if grace is None:
         return ""
     saves = "this run has not saved yet" if save_seconds is None else f"its last saves took up to {save_seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""Checks whether Ray is reachable from other machines without a token: Ray runs any code that a client sends."""
+"""Finds out if other machines can reach Ray without a token, because Ray runs any code that a client sends."""
 
 import ipaddress
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,12 @@ import psutil
 
 
 def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
-    """The addresses at which parts of Ray listen. A part on this machine is looked up in the list of sockets, because it
-    may listen at more addresses than it announces; for a remote part the announced address is returned.
-
-    Args:
-        parts: Announced host:port of each part, by name.
-    """
+    """The addresses at which parts of Ray listen; `parts` maps the name of each part to its announced host:port. A part on
+    this machine may listen at more addresses than it announces, so this function looks them up in the list of sockets. Of a
+    remote part it returns the announced address."""
     found: dict[str, list[str]] = {}
-    # costs a scan of /proc
-    sockets = [each.laddr for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN and each.laddr]
+    connections = psutil.net_connections("tcp")  # scans /proc
+    sockets = [each.laddr for each in connections if each.status == psutil.CONN_LISTEN and each.laddr]
     for part, address in parts.items():
         host, _, port = address.rpartition(":")
         found[part] = sorted({each.ip for each in sockets if each.port == int(port)}) or [host.strip("[]")]
@@ -23,8 +20,8 @@ def listening(parts: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str:
-    """A warning if a part of Ray, of which each listens at its addresses, accepts connections from other machines without a
-    token; empty otherwise."""
+    """A warning if a part of Ray accepts connections from other machines without a token; otherwise empty. `addresses` maps
+    each part to the addresses at which it listens."""
     beyond = [f"{part} at {each}" for part, listens in addresses.items() for each in listens if not _is_loopback(each)]
     if token or not beyond:
         return ""
@@ -37,7 +34,7 @@ def exposure_text(addresses: Mapping[str, Sequence[str]], *, token: bool) -> str
 
 
 def asks_for_token() -> bool:
-    """Whether the connected Ray requires a token."""
+    """True if the connected Ray requires a token."""
     try:
         from ray._raylet import AuthenticationMode, get_authentication_mode  # pyright: ignore
     except ImportError:  # an older Ray without tokens

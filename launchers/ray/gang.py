@@ -1,4 +1,4 @@
-"""The actors of one attempt: creates a new placement group with one bundle and one actor per rank, and waits for them."""
+"""The actors of one attempt: makes a placement group with one bundle and one actor per rank, and waits for the ranks."""
 
 import contextlib
 import signal
@@ -19,8 +19,8 @@ from launchers.command import JobPlan, RankCommand
 from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from launchers.ray.nodes import NODE_ID, RayNode, assign
 from launchers.ray.rank import RankActor, WorkerInfo
-from launchers.supervise import StopSignals
 from moe_dist.errors import ConfigError, ResourceError, StoppedError
+from moe_dist.runtime.signals import StopSignals
 
 ANSWER_SECONDS = 60.0  # timeout for an actor to start and answer; a Ray worker starts in seconds
 READY_SECONDS = 15.0  # timeout for a placement group on nodes that were just free
@@ -61,14 +61,11 @@ class Gang:
         return tuple(node.host for node in self._nodes)
 
     def gather(self, paths: Sequence[str]) -> None:
-        """Starts the actors and waits until each has answered.
-
-        Args:
-            paths: Files and folders that must exist on every node.
+        """Starts the actors and waits until each one has answered.
 
         Raises:
-            LostError: a node is in use by another job, or is lost.
-            ConfigError: a path does not exist on a node.
+            LostError: another job uses a node, or a node is lost.
+            ConfigError: one of the `paths` does not exist on a node.
         """
         if not self._group.wait(READY_SECONDS):  # another job may have taken the nodes since they were chosen
             raise LostError("another job has taken the chosen nodes")
@@ -90,11 +87,7 @@ class Gang:
                 )
 
     def start(self, commands: Sequence[RankCommand], logs: Sequence[Path]) -> None:
-        """Starts the ranks.
-
-        Raises:
-            LostError: an actor is lost.
-        """
+        """Starts the ranks. Raises LostError if an actor is lost."""
         started = [
             actor.start.remote(command.argv, command.env, str(log), command.rank == 0)
             for actor, command, log in zip(self._actors, commands, logs, strict=True)
@@ -102,13 +95,12 @@ class Gang:
         try:
             ray.get(started, timeout=ANSWER_SECONDS)
         except (RayError, GetTimeoutError) as error:
-            # the caller retries with new nodes
-            first, _, _ = str(error).strip().partition("\n")
+            first, _, _ = str(error).strip().partition("\n")  # the rest is Ray's traceback
             raise LostError(f"a rank could not be started: {first}") from error
 
     def supervise(self, signals: StopSignals, timeouts: ShutdownTimeouts) -> Outcome:
         """Blocks until all ranks have ended, or are lost with their node or Ray worker."""
-        tracker, forwarded = RankTracker(len(self._actors), timeouts), False
+        tracker = RankTracker(len(self._actors), timeouts, say=lambda text: print(text, file=sys.stderr, flush=True))
         running = {actor.wait.options(concurrency_group=WAIT).remote(): rank for rank, actor in enumerate(self._actors)}
         while not tracker.over:
             ended, _ = ray.wait(list(running), num_returns=len(running), timeout=TICK_SECONDS)  # one call for all ranks
@@ -116,17 +108,11 @@ class Gang:
                 rank = running.pop(reference)
                 code, lost = self._code(rank, reference)
                 tracker.end(rank, code, time.monotonic(), frozen=lambda: self._frozen(running.values()), lost=lost)
-            if signals.first is not None and not forwarded:
-                forwarded = True
-                print(f"{signals.first.name}: saving, then stopping", file=sys.stderr, flush=True)
-                self._send(signals.first, running.values())
-                tracker.stop(time.monotonic())
-            if signals.interrupts > 1:
-                tracker.abort(time.monotonic())
-            if tracker.must_terminate(time.monotonic()):
-                self._send(signal.SIGTERM, running.values())
-            if tracker.must_kill(time.monotonic()):
-                self._end_the_rest(tracker, running)
+            for number in tracker.signals_due(signals, time.monotonic()):
+                if number == signal.SIGKILL:
+                    self._end_the_rest(tracker, running)
+                for rank in running.values():
+                    self._actors[rank].send.remote(number)  # does not wait for the actor
         return tracker.outcome(signals.first)
 
     def close(self) -> None:
@@ -139,7 +125,7 @@ class Gang:
         return self._nodes[self._job.node_of(rank).index]
 
     def _code(self, rank: int, reference: Any) -> tuple[int, str]:
-        """A rank's exit code; if its Ray worker or node is lost, that of SIGKILL and a description."""
+        """The exit code of a rank, and ''; if its Ray worker or node is lost, the code of SIGKILL and a description."""
         try:
             return ray.get(reference), ""
         except RayError:
@@ -160,13 +146,8 @@ class Gang:
                     frozen.append(calls[reference])
         return tuple(sorted(frozen))
 
-    def _send(self, number: signal.Signals, ranks: Collection[int]) -> None:
-        for rank in ranks:
-            self._actors[rank].send.remote(number)
-
     def _end_the_rest(self, tracker: RankTracker, running: dict[Any, int]) -> None:
-        """Kills the actors of ranks that exceeded their timeout. A rank whose node does not answer counts as lost, and so
-        as the cause."""
+        """Kills the actors of all running ranks. A rank whose node does not answer is lost, and so it is the cause."""
         for rank in running.values():
             ray.kill(self._actors[rank])
             node = self._node(rank)
@@ -191,7 +172,7 @@ def gather_gang(
         paths: Files and folders that must exist on every node.
         together: Groups of planned nodes that must share a fast-interconnect domain.
         wait_seconds: Time limit for nodes that the cluster lacks. There is no limit for nodes that other jobs use.
-        say: Prints a message about waiting; each message is passed once.
+        say: Prints a message about waiting; no message is printed twice.
 
     Raises:
         ConfigError: a path does not exist on a node.
@@ -253,7 +234,7 @@ def live_nodes() -> list[RayNode]:
 
 
 def takes_connections(node: RayNode) -> bool:
-    """Whether the raylet of a node accepts a connection."""
+    """True if the raylet of a node accepts a connection."""
     with contextlib.suppress(OSError):
         socket.create_connection((node.address, node.port), CONNECT_SECONDS).close()
         return True

@@ -1,12 +1,12 @@
 """Checks and plans a run for the Ray driver, before it connects to a cluster. Does not import Ray."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job
+from launchers.attempts import inspect_folder
+from launchers.command import TRAIN, JobPlan, absolute_paths, plan_job, relative_paths
 from launchers.ray.nodes import nodes_sharing_ep_groups
 from launchers.restart import DEFAULT_MAX_RESTARTS
 from moe_dist.config.bundled import find_config, source_root
@@ -14,7 +14,6 @@ from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.run_folder import RunFolder, Start
-from moe_dist.runtime.shared_folder import relative_paths
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,11 @@ class RayJob:
 
     Attributes:
         config: Path of the YAML file, valid on every node: absolute, or relative to the job's working directory.
-        overrides: `key=value` strings.
         folder, data: Run folder and data folder, on a file system that all nodes share.
-        max_failures: Limit for restarts after failures, see `launchers.restart`.
+        max_failures: Limit for restarts after failures.
         wait_seconds: Wait for nodes that the cluster lacks; None takes SETTLE_SECONDS at first, REPLACE_SECONDS later.
         program: Arguments of each rank's interpreter before the configuration.
-        forwarded: Names of environment variables for the ranks, outside a job.
+        forwarded: Names of environment variables for the ranks; a job's runtime environment sets them instead.
         together: Groups of planned nodes that must share a fast-interconnect domain; empty without domains.
     """
 
@@ -56,11 +54,8 @@ def check_job(
     forwarded: Sequence[str] = (),
     program: tuple[str, ...] = TRAIN,
 ) -> RayJob | None:
-    """Checks a run and plans its nodes. For a finished run it prints the summary and returns None.
-
-    Args:
-        cluster: Name or path of the cluster file.
-        overwrite: Rename the folder of an old run of this name first.
+    """Checks a run and plans its nodes. For a finished run it prints the summary and returns None. `RayJob` explains the
+    arguments; `cluster` is the name or path of the cluster file.
 
     Raises:
         MoeDistError: the configuration is invalid, or does not fit the cluster.
@@ -73,11 +68,8 @@ def check_job(
         fix = f"as in {' '.join(absolute_paths(config, Path('/shared/folder')))}"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see="docs/ray.md")
     plan, folder = plan_job(preflight, site), RunFolder.of(config)
-    if overwrite and (old := folder.move_aside()) is not None:
-        print(f"{folder.path} moved to {old}", file=sys.stderr)
-    start = folder.inspect(config)
+    start = inspect_folder(folder, config, overwrite=overwrite)
     if start is Start.FINISHED:
-        print(folder.read_summary())
         return None
     print(f"{plan.world_size} ranks; run folder {folder.path} ({start.value}), logs in {folder.logs}\n{plan.table()}")
     return RayJob(
@@ -96,11 +88,7 @@ def check_job(
 
 
 def require_variables(names: Sequence[str], env: Mapping[str, str]) -> None:
-    """Checks --env NAME.
-
-    Raises:
-        ConfigError: a variable is not set.
-    """
+    """Raises ConfigError for each variable of --env NAME that is not set."""
     if missing := [name for name in names if name not in env]:
         raise ConfigError([f"--env {name}: this variable is not set; export it first" for name in missing])
 

@@ -44,7 +44,7 @@ class RayNode:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The result of `assign`; one of the three is not empty.
+    """The result of `assign`; exactly one of its fields is not empty.
 
     Attributes:
         nodes: A free Ray node for each planned node.
@@ -58,22 +58,18 @@ class Assignment:
 
 
 def bundle_of_rank(job: JobPlan, cpus: int | None) -> dict[str, float]:
-    """Resources of one rank; without a number of CPU cores it gets one."""
+    """Resources of one rank; it gets one CPU core if `cpus` is None."""
     return {"CPU": float(cpus or 1), **({"GPU": 1.0} if job.gpus_per_node else {})}
 
 
 def nodes_sharing_ep_groups(job: JobPlan, ep: int) -> list[tuple[int, ...]]:
-    """Partitions the planned nodes (by index) so that every EP group lies within one part: each part must share a
-    fast-interconnect domain.
-
-    Args:
-        ep: Size of an EP group, whose ranks are consecutive.
-    """
+    """Partitions the planned nodes (by index) so that every EP group lies within one part. All nodes of a part must share a
+    fast-interconnect domain. An EP group has `ep` consecutive ranks."""
     found: list[set[int]] = []
     for first in range(0, job.world_size, ep):
         nodes = {job.node_of(rank).index for rank in range(first, first + ep)}
         for other in [each for each in found if each & nodes]:
-            nodes |= other
+            nodes |= other  # two EP groups on one node join their parts
             found.remove(other)
         found.append(nodes)
     return [tuple(sorted(each)) for each in found]
@@ -120,8 +116,8 @@ def _fits(each: NodePlan, node: RayNode, resources: Mapping[str, float], bundle:
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """As `match`, with each group of `together` inside one domain. Greedy: the largest group first, each in the smallest
-    domain that has room. A node without the label is a domain by itself."""
+    """Matches planned nodes to Ray nodes like `match`, but keeps each group of `together` inside one domain. Greedy: takes
+    the largest group first, and the smallest domain that has room. A node without the label is a domain by itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):
@@ -153,7 +149,7 @@ def _domain_problem(missing: Sequence[NodePlan], nodes: Sequence[RayNode]) -> st
 
 
 def _node_problem(each: NodePlan, job: JobPlan, nodes: Sequence[RayNode], bundle: Mapping[str, float]) -> str:
-    """Why no Ray node fits this planned node: no node with its labels, none large enough, or too few."""
+    """Says why no Ray node fits this planned node: no node has its labels, none is large enough, or there are too few."""
     labels = each.ray_labels
     experts = f" (experts of {', '.join(each.groups)})" if each.groups else ""
     who = f"{_ranks(each.ranks)}{experts}"

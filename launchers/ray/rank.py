@@ -1,7 +1,7 @@
-"""The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns its exit code.
+"""The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank is a separate process, not the actor's: so it gets signals in its main thread, can exit at any time, and shares no
-interpreter with Ray's threads.
+The rank does not run in the actor's process. So the rank gets signals in its main thread, can exit at any time, and shares
+no interpreter with Ray's threads.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class WorkerInfo:
 
     Attributes:
         node_id: Ray's id of the node.
-        host: Address at which other nodes reach this one.
+        host: Address at which other nodes reach this node.
         gpus: Ids of the GPUs that Ray has assigned to this actor.
         missing: Requested paths that do not exist on this node.
     """
@@ -60,11 +60,8 @@ class RankActor:
         return f"rank {self._rank}"
 
     def worker(self, paths: Sequence[str]) -> WorkerInfo:
-        """The node and GPUs of this actor. The answer proves that the actor runs.
-
-        Args:
-            paths: Files and folders that must exist here; waits for them up to SEEN_SECONDS.
-        """
+        """The node and GPUs of this actor. The answer proves that the actor runs. Waits up to SEEN_SECONDS for `paths`, the
+        files and folders that must exist here."""
         deadline = time.monotonic() + SEEN_SECONDS
         while (missing := [path for path in paths if not Path(path).exists()]) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)  # an NFS client refreshes its cache only after some time
@@ -78,16 +75,13 @@ class RankActor:
         )
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: str, shown: bool) -> None:
-        """Starts the rank.
+        """Starts the rank. Raises RuntimeError if that fails; the error is in the Ray worker's log.
 
         Args:
             argv: Program and arguments; an empty program means this interpreter.
             env: Variables added to this node's environment.
-            log: File for its output.
+            log: File for the rank's output.
             shown: True for rank 0: its output goes to the driver and its metrics to Ray.
-
-        Raises:
-            RuntimeError: the rank could not be started; the error is in the Ray worker's log.
         """
         variables = {**os.environ, **env}
         if shown:
@@ -108,7 +102,7 @@ class RankActor:
             raise RuntimeError(f"{socket.gethostname()}: {argv[0]} could not be started")
 
     def wait(self) -> int:
-        """The rank's exit code, once it has ended; negative is the signal that killed it."""
+        """Waits for the end of the rank; returns its exit code. A negative code is the signal that killed the rank."""
         code = self._hear().get("code", -signal.SIGKILL)  # no answer: the supervisor was killed, and with it the rank
         self._pid = None
         assert self._supervisor is not None
@@ -120,7 +114,7 @@ class RankActor:
         self._tell(f"{number.name}\n".encode())
 
     def frozen(self) -> bool:
-        """Whether the rank is suspended by SIGSTOP."""
+        """True if SIGSTOP has suspended the rank."""
         return self._pid is not None and is_stopped(self._pid)
 
     def _tell(self, line: bytes) -> None:
@@ -131,6 +125,7 @@ class RankActor:
             self._supervisor.stdin.flush()
 
     def _hear(self) -> dict[str, Any]:
+        """Waits for the supervisor's next message; empty if the supervisor has ended."""
         assert self._supervisor is not None
         assert self._supervisor.stdout is not None
         line = self._supervisor.stdout.readline()

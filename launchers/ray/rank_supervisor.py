@@ -39,7 +39,7 @@ class Order:
     Attributes:
         env: The complete environment.
         log: File to which the output is appended.
-        shown: True for rank 0: both outputs go to the driver, and standard error also into the log.
+        shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
     """
 
     argv: Sequence[str]
@@ -84,7 +84,7 @@ class RankSupervisor:
             pass
 
     def _look(self, seconds: float) -> bool:
-        """Waits for input and reaps ended children; returns whether there was input."""
+        """Waits for input and reaps ended children; returns True if there was input."""
         ready, _, _ = select.select(self._inputs, [], [], seconds)  # one thread serves all inputs
         for descriptor in ready:
             read = os.read(descriptor, 1 << 16)
@@ -110,7 +110,7 @@ class RankSupervisor:
             os.write(2, text)
 
     def _reap(self) -> bool:
-        """Reaps all ended children; returns whether some still run."""
+        """Reaps all ended children; returns True if some still run."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)  # any child, also adopted ones
@@ -121,7 +121,7 @@ class RankSupervisor:
         return False
 
     def _end_the_adopted(self, kill_at: float) -> None:
-        """Waits until `kill_at` for the remaining processes, then kills them. Orphans become children of this process."""
+        """Waits until `kill_at` for the rank's other processes, then kills them. Orphans are children of this process."""
         while self._reap() and (now := time.monotonic()) < kill_at + ADOPTED_SECONDS:
             if now >= kill_at:
                 for pid in _children():
@@ -131,7 +131,7 @@ class RankSupervisor:
 
 
 def _children() -> list[int]:
-    """Processes whose parent is this one."""
+    """The pids of this process's children; scans /proc."""
     found = []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(entry)}/stat") as stat:

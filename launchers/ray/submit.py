@@ -1,15 +1,17 @@
 """A client of Ray's job API: submits a job, follows its log, stops it, and returns its verdict (the run's exit code)."""
 
 import asyncio
+import os
 import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launchers.rank_tracker import ABORTED
+from launchers.ray.job import require_variables
 from launchers.snapshot import code_folder
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, ResourceError
 
@@ -31,21 +33,23 @@ def entrypoint(arguments: Sequence[str], python: str | None) -> str:
     return shlex.join([python or "python", "-m", "launchers.ray", *arguments])
 
 
-def submit(address: str, line: str, variables: Mapping[str, str]) -> int:
+def submit(address: str, line: str, *, grace_seconds: int, forwarded: Sequence[str]) -> int:
     """Submits a job from this clone, prints its log and returns its verdict.
 
     Args:
-        address: Address of Ray's dashboard, as http://127.0.0.1:8265.
+        address: Address of Ray's dashboard, such as http://127.0.0.1:8265.
         line: Shell command of the job.
-        variables: Environment variables of the job and its ranks, with RAY_JOB_STOP_WAIT_TIME_S.
+        grace_seconds: Time from a stop until Ray kills the driver.
+        forwarded: Names of environment variables to pass to the job and its ranks.
 
     Raises:
+        ConfigError: a variable is not set.
         ResourceError: no Ray answers at the address.
     """
+    require_variables(forwarded, os.environ)
+    variables = {name: os.environ[name] for name in forwarded} | {STOP_WAIT: str(grace_seconds)}  # Ray reads the last one
     client = connect(address)
-    job_id = client.submit_job(
-        entrypoint=line, runtime_env={"working_dir": str(code_folder()), "env_vars": dict(variables)}
-    )
+    job_id = client.submit_job(entrypoint=line, runtime_env={"working_dir": str(code_folder()), "env_vars": variables})
     again = f"moe-dist launch ray --stop {job_id} --submit {address}"
     print(f"job {job_id}: {line}\nto stop it and wait for its save: {again}", file=sys.stderr, flush=True)
     try:
@@ -56,12 +60,7 @@ def submit(address: str, line: str, variables: Mapping[str, str]) -> int:
 
 
 def stop(address: str, job_id: str) -> int:
-    """Stops a job, waits until it has saved and ended, and returns its verdict.
-
-    Raises:
-        ConfigError: there is no such job.
-        ResourceError: no Ray answers at the address.
-    """
+    """Stops a job, waits until it has saved and ended, and returns its verdict. Raises ConfigError without such a job."""
     client = connect(address)
     try:
         running = client.stop_job(job_id)
@@ -77,11 +76,7 @@ def stop(address: str, job_id: str) -> int:
 
 
 def connect(address: str) -> "JobSubmissionClient":
-    """A client of the job API.
-
-    Raises:
-        ResourceError: no Ray answers at the address.
-    """
+    """A client of the job API. Raises ResourceError if no Ray answers at the address."""
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
@@ -96,7 +91,7 @@ def connect(address: str) -> "JobSubmissionClient":
 
 
 def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
-    """Prints a job's log until the job has ended; returns its verdict."""
+    """Prints a job's log until the job has ended; returns the job's verdict."""
     shown = _Shown()
     while True:
         broken: Exception | None = None
@@ -115,7 +110,7 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
 
 
 def verdict(details: "JobDetails", log: str) -> int:
-    """The verdict of an ended job: its exit code, or the one in its log's last line if Ray gives none."""
+    """The verdict of an ended job: its exit code, or the code in its log's last line if Ray gives none."""
     if details.driver_exit_code is not None:
         return details.driver_exit_code
     if found := _VERDICT.findall(log):
@@ -132,7 +127,7 @@ def verdict(details: "JobDetails", log: str) -> int:
 
 @dataclass
 class _Shown:
-    """How much of a log was printed, over all connections."""
+    """Number of characters of a log that were printed, over all connections."""
 
     characters: int = 0
 

@@ -1,1 +1,1 @@
-"""A run on a Slurm cluster: the job script, and one step on the nodes for each attempt."""
+"""Launches a run on a Slurm cluster: writes the job script, and starts one srun step on the nodes for each attempt."""

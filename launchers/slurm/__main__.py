@@ -42,9 +42,9 @@ class Submission:
     """A job ready for submission.
 
     Attributes:
-        config: Configuration of the run; for an array, before each task's overrides.
+        config: Configuration of the run; in an array, each task adds its overrides.
         sweep: Overrides of each array task; empty for a single run.
-        folder: Run folder; for an array, the parent of all its run folders.
+        folder: Run folder; in an array, the parent of all run folders.
         snapshot: Folder for the copy of the code.
         text: The batch script.
     """
@@ -66,18 +66,17 @@ def prepare(
     sweep: Sequence[Sequence[str]] = (),
     program: Sequence[str] = TRAIN,
 ) -> Submission:
-    """Plans a job and renders its script; writes no file.
+    """Plans a job and renders its script; writes no file. Each array task is a run in `<root>/<name>/<task>`.
 
     Args:
-        sweep: Overrides of each array task; each task is a run in `<root>/<name>/<task>`.
         program: Arguments of the ranks' interpreter, instead of the training.
 
     Raises:
         ConfigError, DataError, ResourceError: the run, a task or the nodes are invalid.
     """
     loaded = check_file(config_path, overrides).config
-    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))
-    config = load_config(config_path, fixed)  # absolute paths: the job runs in another folder
+    fixed = (*overrides, *absolute_paths(loaded, Path.cwd()))  # because the job runs in another folder
+    config = load_config(config_path, fixed)
     folder = Path(config.run.root) / config.run.name
     plan = plan_job(check(config), cluster)
     tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan)
@@ -92,10 +91,7 @@ def prepare(
 
 
 def submit(job: Submission, options: Sequence[str] = ()) -> str:
-    """Writes the snapshot and submits the job; returns Slurm's job id.
-
-    Args:
-        options: Further options of sbatch.
+    """Writes the snapshot and submits the job with further sbatch `options`; returns Slurm's job id.
 
     Raises:
         ConfigError: sbatch rejects an option of the cluster file.
@@ -127,7 +123,7 @@ def _tasks(
     folder: Path,
     plan: JobPlan,
 ) -> tuple[tuple[str, ...], ...]:
-    """Overrides of each array task with its own run name. All tasks must need the same nodes."""
+    """The overrides of each array task, with a run name of its own. All tasks must need the same nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:
@@ -152,20 +148,21 @@ def _tasks(
 
 
 def _refusal(job: Submission, words: str) -> MoeDistError:
-    """Converts an error of sbatch; for missing nodes it names the ranks, the expert groups and the feature."""
+    """Converts an error of sbatch. If nodes are missing, the message names the ranks, the expert groups and the feature."""
     if not any(each in words for each in _NO_SUCH_NODES):
         return ConfigError(
             f"{words}; account, partition, QOS, time and GPUs come from the cluster file, dependencies from --dependency"
         )
     known = set(re.split(r"[,\s]+", ask("sinfo", "--noheader", "--format=%f").strip()))  # all features of the cluster
-    missing = [part for part in parts(job.plan) if part.feature is not None and part.feature not in known]
-    problems = [
-        f"ranks {', '.join(str(rank) for node in part.nodes for rank in node.ranks)} (experts of "
-        f"{', '.join(dict.fromkeys(name for node in part.nodes for name in node.groups))}) need nodes with the feature "
-        f"{part.feature!r}, which no node has; the nodes have {', '.join(sorted(known))}; change "
-        "placement.groups.<group>.node.feature, or ask the site"
-        for part in missing
-    ]
+    problems = []
+    for part in parts(job.plan):
+        if part.feature is not None and part.feature not in known:
+            ranks = ", ".join(str(rank) for node in part.nodes for rank in node.ranks)
+            groups = ", ".join(dict.fromkeys(name for node in part.nodes for name in node.groups))
+            problems.append(
+                f"ranks {ranks} (experts of {groups}) need nodes with the feature {part.feature!r}, which no node has; the "
+                f"nodes have {', '.join(sorted(known))}; change placement.groups.<group>.node.feature, or ask the site"
+            )
     return ResourceError(problems or f"the cluster has no such nodes: {words}; the plan is\n{job.plan.table()}")
 
 

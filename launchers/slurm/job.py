@@ -1,4 +1,4 @@
-"""One attempt of a Slurm job; slurm/train.sbatch calls this on the node of the batch script.
+"""Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
 It plans the run, checks the allocation, starts one task per rank with srun, records the verdict, and requeues the job if
 the run has stopped after a signal and saved (exit code 75). After a node failure Slurm itself requeues the job.
@@ -15,13 +15,12 @@ from typing import Annotated
 
 import typer
 
-from launchers.command import TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, published_rendezvous, rank_commands
-from launchers.restart import AttemptEnd, committed_step, exhausted
+from launchers.command import PUBLISHED_RENDEZVOUS, TRAIN, JobPlan, LaunchPlan, absolute_paths, plan_job, rank_commands
+from launchers.restart import AttemptEnd, committed_step, why_not_restarted
 from launchers.slurm.nodes import Allocation, differences, hosts_of
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
 from launchers.slurm.step import STOPPED, SlurmJob, conclude, hold_signals_prefix, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot
-from launchers.supervise import StopSignals
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.load import load_config
@@ -31,6 +30,7 @@ from moe_dist.plan.preflight import check, check_file
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder, Start
+from moe_dist.runtime.signals import StopSignals
 
 
 def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> int:
@@ -60,8 +60,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         raise ConfigError([*problems, f"this command requests the nodes of the plan:\n    {line}"])
     folder.prepare()  # before srun opens the logs in it
     snapshot = snapshot or _take_snapshot(job, config, cluster, plan=plan, env=env)
-    # attempts are counted by job, because one job may be requeued many times
-    begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))
+    begins = _begin(snapshot.folder / f"job_{job.id}.json", committed_step(folder.checkpoints))  # one step per requeue
     if job.restarts and (reason := _restart_limit(begins, cluster)):
         print(f"job {job.id} is not continued: {reason}", file=sys.stderr)
         return EXIT_FAILED
@@ -79,7 +78,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
-    """Cluster file and configuration of a direct sbatch; paths are relative to the folder of submission."""
+    """The cluster file and configuration of a direct sbatch, with paths relative to the folder in which it was called."""
     if not arguments:
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
     if job.task is not None:
@@ -93,8 +92,8 @@ def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 
 def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> CodeSnapshot:
-    """Copies code and configuration for all attempts of this job, and records the copy's path in the folder of submission,
-    where slurm/train.sbatch finds it after a requeue."""
+    """Copies code and configuration for all attempts of this job. Records the copy's path in the folder in which sbatch was
+    called; slurm/train.sbatch finds the path there after a requeue."""
     place = RunFolder.of(config).path / "slurm" / f"job_{job.id}_{os.urandom(3).hex()}"
     place.parent.mkdir(exist_ok=True)
     snapshot = take_snapshot(place, config, cluster, clone=Path.cwd())
@@ -107,27 +106,28 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
         pointer.parent.mkdir(exist_ok=True)
         write_atomically(pointer, str(place))
     except OSError as error:
-        consequence = "after a requeue the job will run the current code of the clone"
-        print(f"{pointer}: {error.strerror}; {consequence}", file=sys.stderr)
+        text = f"{pointer}: {error.strerror}; after a requeue the job will run the current code of the clone"
+        print(text, file=sys.stderr)
     return snapshot
 
 
 def _begin(path: Path, step: int) -> list[int]:
-    """Appends this attempt's first step to the list of the job's attempts; returns the list."""
+    """Appends the step at which this attempt begins to the list of the job's attempts; returns the list."""
     steps = json.loads(path.read_text()) if path.is_file() else []
     write_atomically(path, json.dumps([*steps, step]))
     return [*steps, step]
 
 
 def _restart_limit(steps: Sequence[int], cluster: Cluster) -> str | None:
-    """Why there is no attempt after those that began at these steps; None if another one may start."""
+    """The reason against another attempt after the attempts that began at these steps; None if another one may start."""
     attempts = [AttemptEnd(STOPPED, begin, end) for begin, end in itertools.pairwise(steps)]
-    return exhausted(attempts, cluster.max_restarts)
+    return why_not_restarted(attempts, cluster.max_restarts)
 
 
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
-    """Folders to mount in a container under the same path. On a resume, run.init_from may have been deleted."""
-    begin = [config.run.init_from] if config.run.init_from is not None and Path(config.run.init_from).exists() else []
+    """Folders to mount in a container under the same path."""
+    weights = config.run.init_from
+    begin = [weights] if weights is not None and Path(weights).exists() else []  # may be deleted after the first attempt
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
 
 
@@ -148,7 +148,7 @@ def _step(
         overrides=snapshot.overrides_of(job.task),
         job=plan,
         # Only other programs use MASTER_ADDR; moe_dist's ranks read the address that rank 0 publishes.
-        rendezvous={**published_rendezvous(), "MASTER_ADDR": hosts[plan.node_of(0).index]},
+        rendezvous={**PUBLISHED_RENDEZVOUS, "MASTER_ADDR": hosts[plan.node_of(0).index]},
         attempt=job.restarts,
         attempt_id=job.attempt_id,
         grace_seconds=cluster.signal_seconds,

@@ -2,12 +2,13 @@
 
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.command import JobPlan
 from launchers.slurm.script import ScriptPart, parts
+from moe_dist.doctor.check_result import names
 from moe_dist.errors import MoeDistError
 
 _SECONDS = 60.0  # timeout of a Slurm command; a busy slurmctld answers late
@@ -37,7 +38,7 @@ class Allocation:
     """All nodes allocated to a job.
 
     Attributes:
-        parts: One element, or one per component of a heterogeneous job.
+        parts: One element per component of a heterogeneous job; any other job has one element.
         features: Comma-separated features of each host.
     """
 
@@ -46,45 +47,38 @@ class Allocation:
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> "Allocation":
-        """Reads the job's environment, and queries host names and features from Slurm.
-
-        Raises:
-            SlurmError: Slurm does not answer.
-        """
+        """Reads the job's environment, and queries host names and features from Slurm."""
         # Two queries per component, only in the batch script: queries from every rank would overload slurmctld.
         size = int(env.get("SLURM_HET_SIZE", "0"))
         suffixes = [f"_HET_GROUP_{index}" for index in range(size)] if size else [""]
         given, features = [], {}
         for suffix in suffixes:
-            names = env.get(f"SLURM_JOB_NODELIST{suffix}", "")
-            hosts = tuple(ask("scontrol", "show", "hostnames", names).split())
+            listed = env.get(f"SLURM_JOB_NODELIST{suffix}", "")
+            hosts = tuple(ask("scontrol", "show", "hostnames", listed).split())
             tasks = expand_counts(env.get(f"SLURM_TASKS_PER_NODE{suffix}", ""))
-            gpus = env.get("SLURM_GPUS_ON_NODE", "0") if not suffix or suffix.endswith("_0") else ""
+            gpus = env.get("SLURM_GPUS_ON_NODE", "0") if not suffix or suffix.endswith("_0") else ""  # this node's part
             given.append(GivenPart(hosts, tasks, int(gpus) if gpus.isdecimal() else -1))
-            nodes = ask("scontrol", "--oneliner", "show", "node", names)
-            # active features: Slurm may change them at boot
+            nodes = ask("scontrol", "--oneliner", "show", "node", listed)
+            # ActiveFeatures, because Slurm may change the features of a node at boot
             features |= dict(re.findall(r"NodeName=(\S+) .*?\bActiveFeatures=(\S*)", nodes))
         return cls(tuple(given), {host: "" if has == "(null)" else has for host, has in features.items()})
 
 
 def ask(*command: str, cwd: Path | None = None) -> str:
-    """Runs a Slurm command and returns its output.
-
-    Raises:
-        SlurmError: the command failed or is not installed.
-    """
+    """Runs a Slurm command and returns its output. Raises SlurmError, with a message of one line, if the command fails, is
+    not installed, or does not answer within a minute."""
     try:
-        # blocks up to a minute
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}; run this on a machine with the Slurm commands") from error
     if done.returncode:
-        raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        words = " / ".join(filter(None, map(str.strip, done.stderr.splitlines())))
+        raise SlurmError(f"{' '.join(command)}: {words or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def expand_counts(text: str) -> tuple[int, ...]:
-    """Expands SLURM_TASKS_PER_NODE: `2(x3),1` to 2, 2, 2, 1."""
+    """Expands SLURM_TASKS_PER_NODE: `2(x3),1` means 2, 2, 2, 1."""
     counts: list[int] = []
     for each in filter(None, text.split(",")):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", each)
@@ -102,9 +96,8 @@ def differences(job: JobPlan, allocation: Allocation) -> list[str]:
     problems = []
     for index, (part, have) in enumerate(zip(wanted, given, strict=True)):
         where = f"part {index}: " if len(wanted) > 1 else ""
-        problems += [
-            f"{where}{problem}" for problem in _part_differences(part, have, job.gpus_per_node, allocation.features)
-        ]
+        found = _part_differences(part, have, job.gpus_per_node, allocation.features)
+        problems += [f"{where}{problem}" for problem in found]
     return problems
 
 
@@ -131,13 +124,9 @@ def _part_differences(part: ScriptPart, have: GivenPart, gpus: int, features: Ma
     if part.feature is not None:
         without = [host for host in have.hosts if part.feature not in features.get(host, "").split(",")]
         if without:
-            problems.append(f"the plan needs nodes with the feature {part.feature!r}, missing on {_listed(without)}")
+            problems.append(f"the plan needs nodes with the feature {part.feature!r}, missing on {names(without)}")
     return problems
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -38,9 +38,8 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
     """Groups the nodes of a plan by feature, number of ranks and exclusiveness. Rank 0 is in the first group."""
     kinds: dict[tuple[str | None, int, bool], list[NodePlan]] = {}
     for node in job.nodes:
-        # dicts keep the order, so rank 0 stays first
         kinds.setdefault((node.feature, len(node.ranks), node.own), []).append(node)
-    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())
+    return tuple(ScriptPart(tuple(nodes)) for nodes in kinds.values())  # dicts keep the order, so rank 0 stays first
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
@@ -77,8 +76,7 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
     """A batch script: the plan's #SBATCH options, then the commands of slurm/train.sbatch.
 
     Args:
-        name: Job name.
-        output: Path of the job's output, with Slurm's %j, %A, %a.
+        output: Path of the job's output, with Slurm's placeholders %j, %A and %a.
         exports: Variables for slurm/train.sbatch: MOE_DIST_SNAPSHOT, MOE_DIST_PYTHON, MOE_DIST_PROGRAM.
     """
     first = [f"--job-name={name}", "--requeue", "--open-mode=append", f"--output={output}"]
@@ -90,8 +88,8 @@ def script(job: JobPlan, cluster: Cluster, *, name: str, output: str, exports: M
 
 
 def output_pattern(folder: Path, *, array: bool = False) -> str:
-    """Path of a job's output with Slurm's placeholders; a % in the folder's name is escaped."""
-    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
+    """Path of a job's output with Slurm's placeholders: %j is the job, %A the array, %a its task."""
+    return f"{folder}".replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")  # %% is a plain %
 
 
 def srun_command(
@@ -112,7 +110,7 @@ def srun_command(
         visible: Folders to mount in a container under the same path.
     """
     (first, *others) = parts(job)
-    # the ranks log their own errors before srun kills them
+    # Without --kill-on-bad-exit the ranks log their own errors before srun kills them.
     command = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER_SECONDS}", "--input=none", "--export=ALL"]
     if others:
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")
@@ -133,21 +131,18 @@ def rank_table(
     logs: Path,
     visible: Sequence[str],
 ) -> str:
-    """Shell text that slurm/node_env.sh sources in every task; maps host and SLURM_LOCALID to the rank's variables.
-
-    SLURM_PROCID is not used: ranks on a node need not be consecutive, and Slurm numbers the components of a heterogeneous
+    """Shell text that slurm/node_env.sh sources in every task. It maps host and SLURM_LOCALID to the rank's variables. It
+    does not use SLURM_PROCID: ranks on a node need not be consecutive, and Slurm numbers the components of a heterogeneous
     job one after the other.
 
     Args:
         hosts: Host names in the order of the plan.
-        features: Comma-separated features of each host, as allocated.
+        features: Comma-separated features of each allocated host.
         code: Working directory of the ranks.
-        logs: Folder of the ranks' logs.
         visible: Folders to mount in a container under the same path.
     """
-    common = {
-        name: value for name, value in commands[0].env.items() if all(command.env[name] == value for command in commands)
-    }
+    first = commands[0]
+    common = {name: value for name, value in first.env.items() if all(each.env[name] == value for each in commands)}
     lines = ["# The rank of each task; sourced by slurm/node_env.sh.", f"cd {shlex.quote(str(code))} || exit 78"]
     lines += [_export({**cluster.network_variables, **common}), 'case "$SLURMD_NODENAME" in']
     lines += [f"{host}) {_export({FEATURES: features.get(host, '')})} ;;" for host in dict.fromkeys(hosts)]
@@ -162,11 +157,11 @@ def rank_table(
         # With eval an incomplete shell command fails in its own line and does not break the whole file.
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
-    return "\n".join([*lines, f"command=({shlex.join(commands[0].argv)})", ""])
+    return "\n".join([*lines, f"command=({shlex.join(first.argv)})", ""])
 
 
 def interpreter(cluster: Cluster) -> str:
-    """Python on the nodes: the cluster file's; by default this interpreter, or `python3` of the container."""
+    """Python on the nodes: the cluster file names it; the default is this interpreter, or `python3` of the container."""
     return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
 
 
@@ -180,7 +175,7 @@ def pyxis_options(cluster: Cluster, visible: Sequence[str]) -> list[str]:
 
 
 def container_prefix(cluster: Cluster, visible: Sequence[str], code: Path) -> list[str]:
-    """Command prefix of a rank for an apptainer container; empty otherwise."""
+    """Command prefix that starts a rank in an apptainer container; empty without apptainer."""
     container = cluster.container
     if not isinstance(container, ApptainerContainer):
         return []

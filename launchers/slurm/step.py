@@ -25,13 +25,13 @@ _ENDED = re.compile(r"srun: error: (?:(\S+): tasks? [\d,-]+: (?:Exited with exit
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """This job, from Slurm's environment variables.
+    """The Slurm job in which this process runs.
 
     Attributes:
-        id: Job id; each array task has its own.
-        restarts: How often Slurm has requeued the job.
-        task: Array task; None without an array.
-        submitted: Folder of submission.
+        id: Job id; each array task has its own id.
+        restarts: Number of times that Slurm has requeued the job.
+        task: Number of the array task; None if the job is no array.
+        submitted: Folder in which sbatch was called.
     """
 
     id: str
@@ -41,11 +41,8 @@ class SlurmJob:
 
     @classmethod
     def from_environment(cls) -> "SlurmJob":
-        """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and SLURM_SUBMIT_DIR.
-
-        Raises:
-            ConfigError: the process does not run in a Slurm job.
-        """
+        """Reads SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_ARRAY_TASK_ID and SLURM_SUBMIT_DIR. Raises ConfigError outside a
+        Slurm job."""
         if "SLURM_JOB_ID" not in os.environ:
             raise ConfigError(
                 "SLURM_JOB_ID is not set: this command runs inside a Slurm job; submit slurm/train.sbatch, or use "
@@ -65,7 +62,7 @@ class SlurmJob:
         return f"slurm-{re.sub('[^A-Za-z0-9]', '', os.environ.get('SLURM_CLUSTER_NAME', ''))}-{self.id}-{self.restarts}"
 
     def state(self) -> str:
-        """Slurm's state of the job, as RUNNING; empty if Slurm does not answer."""
+        """Slurm's state of the job, such as RUNNING; empty if Slurm does not answer."""
         with contextlib.suppress(SlurmError):
             match = re.search(r"JobState=(\S+)", ask("scontrol", "--oneliner", "show", "job", self.id))
             return match[1] if match else ""
@@ -73,8 +70,8 @@ class SlurmJob:
 
 
 def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
-    """Command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils before
-    8.31, as on RHEL 8). Without it, a signal before a rank has its handlers kills that rank unsaved."""
+    """Command prefix that blocks the stop signals; empty if this node's `env` lacks --block-signal (coreutils before 8.31,
+    for example on RHEL 8). Without the prefix, a signal before a rank has its handlers kills that rank without a save."""
     if isinstance(cluster.container, PyxisContainer):  # the container's own `env` cannot be tested from here
         return HOLD_SIGNALS
     supported = subprocess.run([*HOLD_SIGNALS, "true"], capture_output=True, check=False).returncode == 0
@@ -82,13 +79,8 @@ def hold_signals_prefix(cluster: Cluster) -> tuple[str, ...]:
 
 
 def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
-    """Runs srun to its end.
-
-    Returns:
-        Its exit code, and its error lines about failed tasks, in order. They are printed later, after the failed rank's
-        own output.
-    """
-    # only standard error is captured; output goes to the job's file
+    """Runs srun to its end. Returns its exit code, and its error lines about failed tasks, in order. `conclude` prints the
+    error lines after the failed rank's own output. Standard output goes to the job's file."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     ended: list[str] = []
     assert process.stderr is not None
@@ -99,7 +91,7 @@ def run_step(command: Sequence[str]) -> tuple[int, list[str]]:
             sys.stderr.write(line)
             sys.stderr.flush()
     code = process.wait()
-    return (128 - code if code < 0 else code), ended  # as a shell reports a signal
+    return (128 - code if code < 0 else code), ended  # a shell reports signal N as exit code 128 + N
 
 
 def conclude(
@@ -116,7 +108,7 @@ def conclude(
 
     Args:
         code, ended: Results of `run_step`.
-        stopped: Whether the batch script got a stop signal.
+        stopped: The batch script got a stop signal.
         ranks_of: The ranks of each host.
     """
     record = folder.read_status().of(job.attempt_id)
@@ -137,8 +129,7 @@ def conclude(
         reason = (silent or ended[0]).removeprefix("srun: error: ") if ended else f"srun ended with {code}"
         if record is not None:
             last = max(record.last_step, committed_step(folder.checkpoints))
-            with contextlib.suppress(OSError, MoeDistError):
-                # takes the lease, so it cannot overwrite a later attempt
+            with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the failure
                 folder.amend_status(job.attempt_id, verdict=verdict, reason=reason, rank=None, last_step=last)
         _show_cause(folder, job, ranks_of.get(ends[0][1], []) if ends and not lost else [], ended)
         _say(f"verdict {verdict}: {reason}; the ranks' logs are in {folder.logs}")
@@ -146,12 +137,8 @@ def conclude(
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, limit: str | None) -> None:
-    """Requeues the job, unless it has reached its restart limit or Slurm is already ending it. Slurm requeues a preempted
-    job itself, and a cancelled job must not come back.
-
-    Args:
-        limit: The restart limit that the job has reached; None if it has reached none.
-    """
+    """Requeues the job, unless it has reached its restart `limit` or Slurm is already ending it. Slurm requeues a preempted
+    job itself, and a cancelled job must not come back."""
     array = [] if job.task is None else [f"--array={job.task}"]
     again = shlex.join(["sbatch", *array, str(snapshot.script)])
     if limit is not None:
@@ -168,11 +155,8 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, limit: str | None) -> Non
 
 
 def _show_cause(folder: RunFolder, job: SlurmJob, candidates: Sequence[int], ended: Sequence[str]) -> None:
-    """Prints the last output of the rank that failed first, then srun's lines about all failed tasks.
-
-    Args:
-        candidates: The failed rank, or all ranks of the node that srun names: the first with a traceback is shown.
-    """
+    """Prints the last output of the rank that failed first, then srun's lines about all failed tasks. `candidates` are the
+    failed rank, or all ranks of the node that srun names; the first candidate with a traceback is shown."""
     outputs: dict[int, str] = {}
     for rank in candidates:
         with contextlib.suppress(OSError):

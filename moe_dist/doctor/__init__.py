@@ -1,1 +1,1 @@
-"""Checks of the nodes of a run: collects facts on each node and finds problems in them."""
+"""Collects facts about the nodes of a run, and finds problems in these facts."""

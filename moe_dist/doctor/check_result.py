@@ -21,10 +21,10 @@ class CheckResult:
     """The result of one check.
 
     Attributes:
-        check: Name of the check, as 'shared folder'.
-        text: The observed state; for a problem with field, value and rule.
+        check: Name of the check, such as 'shared folder'.
+        text: The observed state; the text of a problem names the field, its value and the rule.
         fix: How to fix a warning or an error.
-        verdict: Exit code that an error would cause.
+        verdict: Exit code with which an error would end the run.
     """
 
     check: str
@@ -66,7 +66,7 @@ _KINDS: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (Confi
 
 
 def exit_code(results: Iterable[CheckResult]) -> int:
-    """Exit code for all results: with errors the first of 78, 65, 69 that occurs; 1 with warnings only; otherwise 0."""
+    """Exit code for all results. Errors give the first of 78, 65 and 69 that occurs; warnings alone give 1; otherwise 0."""
     problems = [result for result in results if result.is_problem]
     verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
     worst = [code for code in (*_KINDS, *sorted(verdicts)) if code in verdicts]
@@ -74,17 +74,13 @@ def exit_code(results: Iterable[CheckResult]) -> int:
 
 
 def raise_errors(results: Sequence[CheckResult]) -> None:
-    """Raises all errors among the results as one exception.
-
-    Raises:
-        ConfigError, DataError, ResourceError: there are errors; the class is that of `exit_code`.
-    """
+    """Raises all errors among the results as one ConfigError, DataError or ResourceError, by their `exit_code`."""
     if errors := [result for result in results if result.level is Level.ERROR]:
         raise _KINDS[exit_code(errors)]([str(result) for result in errors], see="docs/scaling.md")
 
 
 def names(nodes: Sequence[str], *, most: int = 6) -> str:
-    """A list of nodes for a sentence: 'node3', 'node1 and node2', 'node1, node2, ... (64 nodes)'."""
+    """Names nodes in a sentence: 'node3', 'node1 and node2', or 'node1, node2, ... (64 nodes)'."""
     if len(nodes) > most:
         return f"{', '.join(nodes[:most])}, ... ({len(nodes)} nodes)"
     return " and ".join([", ".join(nodes[:-1]), nodes[-1]]) if len(nodes) > 1 else "".join(nodes)

@@ -1,7 +1,5 @@
-"""Checks the facts of nodes, each by itself and in comparison with the others. Pure functions without torch.
-
-The doctor's probe job and the start of every run use the same checks.
-"""
+"""Checks the facts of each node, and compares the nodes with each other. The doctor's probe job and the start of every run
+call these pure functions; they do not import torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,10 +38,9 @@ class Needs:
 def check_nodes(
     nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None, *, here: NodeFacts | None = None
 ) -> list[CheckResult]:
-    """One result per check, over all nodes.
+    """Makes all checks; returns one result per check, over all nodes.
 
     Args:
-        nodes: Facts of the nodes.
         heard: When each node answered, in Unix seconds of this host's clock; None skips the check of clocks.
         here: Facts of the node that submits the job; only its folders are checked.
     """
@@ -64,7 +61,7 @@ def check_nodes(
 
 
 def check_folders(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
-    """The checks that also apply to a login node: folders and free space."""
+    """Checks folders and free space, also on a login node."""
     return [_folder(nodes, needs), _room(nodes, needs), _data(nodes, needs)]
 
 
@@ -109,7 +106,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
-    free = least.free_bytes or 0  # of the node with the least, because all see one file system
+    free = least.free_bytes or 0  # all nodes see one file system, so the smallest value is the safe one
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     need = _bytes(needs.folder_bytes)
@@ -127,9 +124,8 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
-    """When a node answered, by this host's clock: the node's own time, clamped to the interval from the request to the
-    arrival of the answer. So a slow start does not count as a wrong clock; a clock error smaller than the delay is missed.
-    """
+    """Estimates when a node answered, by this host's clock: the node's own time, clamped to the interval from the request
+    to the arrival of the answer. So a slow start is no wrong clock, and a clock error below the delay stays unseen."""
     return min(max(clock, asked), seen)
 
 
@@ -145,7 +141,7 @@ def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> CheckResult:
 
 
 def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
-    """All nodes need the same versions: otherwise ranks may hang or compute different results."""
+    """Compares versions, because with different versions ranks may hang or compute different results."""
     differing = []
     for package in PACKAGES:
         by_version = _grouped(nodes, lambda n, p=package: n.versions.get(p) or "none")
@@ -153,11 +149,8 @@ def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
             ordered = sorted(by_version.items(), key=lambda each: -len(each[1]))  # the most frequent version first
             differing.append(f"{package} " + ", ".join(f"{version} on {_named(on)}" for version, on in ordered))
     if differing:
-        return error(
-            "versions",
-            "; ".join(differing),
-            "use one environment on all nodes: by the cluster file's prelude or container, or on a shared file system",
-        )
+        fix = "use one environment on all nodes: by the cluster file's prelude or container, or on a shared file system"
+        return error("versions", "; ".join(differing), fix)
     versions = nodes[0].versions
     if versions.get("torch") is None:
         text = f"torch is not installed on {_all(nodes)}"
@@ -220,7 +213,7 @@ def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
-    """Checked for GPUs with InfiniBand only: registered memory counts as locked memory."""
+    """Checks the limit on locked memory. InfiniBand registers memory, which counts as locked."""
     if not needs.gpus_per_node or needs.num_nodes < 2:
         return []
     low = [n for n in nodes if n.infiniband and n.locked_memory != NO_LIMIT]  # without InfiniBand no memory is registered
@@ -247,7 +240,7 @@ def _all(nodes: Sequence[NodeFacts]) -> str:
 
 
 def _bytes(number: float) -> str:
-    """Three digits and a binary unit."""
+    """Formats a number of bytes with three digits and a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.3g} {unit}"

@@ -1,7 +1,5 @@
 """Collects facts about a node (versions, limits, folders, GPUs) in a second or two, and encodes them as one line of JSON.
-
-Does not import torch: versions are read from the installed packages.
-"""
+Reads versions from the metadata of the installed packages, because importing torch would take seconds."""
 
 import contextlib
 import errno
@@ -31,10 +29,10 @@ class Questions:
     """Parameters of the checks on a node.
 
     Attributes:
-        folder: run.root; every node must be able to write there.
-        token_file: Path and content of a file that the doctor has written into `folder`; None without one.
+        folder, data: run.root, where every node must be able to write; and data.path.
+        token_file: Path and content of a file that the doctor has written into `folder`; None skips this check.
         hosts: Host names that the node must be able to resolve (the rendezvous host).
-        meeting: File with the address for the connection test, see `launchers/doctor/meeting.py`; None for no test.
+        meeting: File with the address for the connection test of `launchers/doctor/on_node.py`; None skips the test.
         num_nodes: Number of nodes in the connection test.
     """
 
@@ -58,10 +56,10 @@ class NodeFacts:
         gpus: Number of GPUs that NVML finds; None without NVML.
         driver: Version of NVIDIA's driver, or the error of NVML.
         shm_bytes: Size of /dev/shm.
-        open_files, locked_memory: Soft limits; NO_LIMIT for none.
-        folder_problem: Why a file cannot be written to the folder and read back; empty without a problem.
+        open_files, locked_memory: Soft limits: a number of files, and bytes; NO_LIMIT without a limit.
+        folder_problem: The reason why a file cannot be written to the folder and read back; empty without a problem.
         free_bytes: Free space in the folder for this user.
-        sees_token: Whether the node sees the doctor's token file; None without one.
+        sees_token: True if the node sees the doctor's token file; None without that check.
         unresolved: Host names that do not resolve, with the resolver's error.
         unreachable: Error on connecting to rank 0's node; empty after success or without the test.
     """
@@ -120,7 +118,7 @@ def versions() -> dict[str, str | None]:
 
 
 def apex_kind() -> str:
-    """Which package `import apex` would import; does not import it."""
+    """Finds out which package `import apex` would import: 'nvidia', 'other' or 'none'."""
     try:
         spec = importlib.util.find_spec("apex")  # does not run the package's code
     except (ImportError, ValueError):
@@ -132,14 +130,13 @@ def apex_kind() -> str:
 
 
 def write_problem(folder: Path) -> str:
-    """Why a file cannot be written to the folder and read back; empty without a problem. For a missing folder, tests the
-    nearest existing parent."""
+    """Writes a file to the folder, or to the nearest existing parent, and reads it back. Returns the problem; empty without
+    a problem."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         return f"{existing}: {os.strerror(errno.ENOTDIR)}"
-    folder = nearest(folder)
-    # random, so a cached file cannot match
-    path, content = folder / f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(4096)
+    folder, content = existing, secrets.token_bytes(4096)  # random, so that no cached file can match
+    path = folder / f".doctor-{secrets.token_hex(8)}"
     try:
         path.write_bytes(content)
         read = path.read_bytes()
@@ -189,12 +186,12 @@ def from_line(line: str) -> NodeFacts | None:
         return None
     try:
         return NodeFacts(**json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError):  # the line was cut, or comes from another version
         return None
 
 
 def questions_from(text: str) -> Questions:
-    """Inverse of `json.dumps(asdict(questions))`."""
+    """Inverse of `json.dumps(asdict(questions))`; pydantic turns lists back into tuples."""
     return TypeAdapter(Questions).validate_json(text)
 
 

@@ -1,9 +1,9 @@
-"""Checks the nodes at the start of every run, before the rendezvous: takes seconds and does not import torch.
+"""Checks the nodes at the start of every run, before the rendezvous. It takes seconds and does not import torch.
 
     <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
-A rank that finds an error on its own node ends. Rank 0 also compares the nodes: without this, a different torch version on
-one node would show as a hang in NCCL's initialisation or as wrong results.
+A rank that finds an error on its own node ends. Rank 0 also compares the nodes, because a different torch version on one
+node would otherwise show as a hang in NCCL's initialisation or as wrong results.
 """
 
 import json
@@ -38,17 +38,14 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Checks this node; on rank 0 all nodes. Call it on every rank after rank 0 has opened the run folder. Only the first
-    rank of each node works; only rank 0 logs warnings.
+    """Checks all nodes on rank 0, and on the first rank of each other node that node; returns the results. Other ranks
+    return an empty list. Call it on every rank after rank 0 has opened the run folder. Only rank 0 logs warnings.
 
     Args:
-        wait_seconds: How long rank 0 waits for the other nodes; later ones are not compared.
-
-    Returns:
-        On rank 0 the results for all nodes; on the first rank of another node those for this node; otherwise empty.
+        wait_seconds: How long rank 0 waits for the facts of the other nodes; it does not compare nodes that are later.
 
     Raises:
-        ConfigError, ResourceError: this node, or on rank 0 any node, does not meet the run's requirements.
+        ConfigError, ResourceError: a checked node does not meet the run's requirements.
     """
     if env.local_rank > 0:
         return []
@@ -91,8 +88,8 @@ def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
-    """Facts of the other nodes by their first rank, each with its time of arrival by this host's clock. Returns once the
-    nodes cover all ranks, or after `wait_seconds`."""
+    """Waits for the facts of the other nodes, until the nodes cover all ranks, or for `wait_seconds`. Returns, for the
+    first rank of each node, the time of arrival by this host's clock and the facts."""
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():

@@ -1,1 +1,1 @@
-"""One process of a run: rank, signals, log, watchdog and run folder."""
+"""The environment of one process of a run: rank, signals, log, watchdog and run folder."""

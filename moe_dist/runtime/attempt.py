@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import NoReturn
 
 from moe_dist.config.schema import Config
@@ -45,8 +44,9 @@ def verdict_of(error: BaseException) -> tuple[int, str]:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # standard error may be closed or full
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 class Attempt:
@@ -78,7 +78,7 @@ class Attempt:
 
         Args:
             wait_seconds: How long rank 0 waits for another attempt to end; a message on standard error announces the wait.
-            stopped: Whether a stop signal has come; ends the wait.
+            stopped: Returns True after a stop signal, which ends the wait.
 
         Raises:
             ConfigError, DataError, LeaseError, RunFolderError, StoppedError: from `RunFolder.open`.
@@ -90,16 +90,13 @@ class Attempt:
         return folder
 
     def check_lease(self) -> None:
-        """Call right before each write to the run folder; does nothing on ranks other than 0.
-
-        Raises:
-            LeaseError: another attempt has taken over the run.
-        """
+        """Raises LeaseError if another attempt has taken over the run. Rank 0 calls it right before each write to the run
+        folder; on other ranks it does nothing."""
         if self._lease is not None:
-            self._lease.check()
+            self._lease.check()  # costs one read of a small file
 
     def check_commit(self) -> None:
-        """Call right before each commit; checks the lease on rank 0, and `commit_needs` on every rank.
+        """Call it on every rank right before each commit of a checkpoint. Rank 0 also updates the last step in status.json.
 
         Raises:
             LeaseError: from `check_lease`.
@@ -107,48 +104,46 @@ class Attempt:
         """
         self.check_lease()
         self.commit_needs()
+        if self._lease is not None and self._folder is not None and self.last_step is not None:
+            self._folder.record_step(self._env.attempt_id, self.last_step(), self._lease)  # costs one small file
 
     def expire(self) -> None:
-        """For the timer of `StopRequest`: records the verdict of a run that did not stop within the grace period."""
+        """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls it."""
         self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal; the last checkpoint is intact")
 
     def give_up(self, reason: str) -> NoReturn:
-        """For the watchdog's thread: records the verdict of a run whose main thread hangs, and ends the process."""
+        """Records the verdict of a run whose main thread hangs, and ends the process; the watchdog's thread calls it."""
         with contextlib.suppress(Exception):  # the process must end even if the record cannot be written
             self._leave(EXIT_FAILED, reason)
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{reason}\n")
+        _say(reason)
         self._end(EXIT_FAILED)
 
     def __enter__(self) -> "Attempt":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             if self._env.rank == 0:
                 self._leave(EXIT_DONE, "done")
             return
         self.exit_code, reason = verdict_of(error)
-        reason = without_secrets(reason, os.environ)
-        if isinstance(error, MoeDistError):
-            sys.stderr.write(f"{reason}\n")
-        else:
-            # an exception may quote a key
-            sys.stderr.write(without_secrets("".join(traceback.format_exception(error)), os.environ))
+        reason = without_secrets(reason, os.environ)  # an exception may quote a key
+        trace_text = without_secrets("".join(traceback.format_exception(error)), os.environ).rstrip("\n")
+        _say(reason if isinstance(error, MoeDistError) else trace_text)
         with contextlib.suppress(OSError, MoeDistError):  # on a full disk the exit code alone reports the error
-            self._let_the_cause_speak(error)
+            self._wait_for_cause(error)
             self._leave(self.exit_code, reason)
         self._end(self.exit_code)
 
     @staticmethod
     def _end(code: int) -> NoReturn:
-        logging.shutdown()
+        logging.shutdown()  # flushes the log, because os._exit runs no atexit handler
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)  # skips atexit handlers, which may wait for peers or for threads in a collective
+        os._exit(code)  # an atexit handler may wait for peers or for threads in a collective
 
-    def _let_the_cause_speak(self, error: BaseException) -> None:
+    def _wait_for_cause(self, error: BaseException) -> None:
         """If this rank failed only because a peer did, waits until the peer has recorded the verdict. Ranks that vote learn
         of an error at the same moment, and the first record counts."""
         if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):

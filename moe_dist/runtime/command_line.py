@@ -17,10 +17,11 @@ RUN_FOLDER_FIX = "the run folder is <run.root>/<run.name>: repair it, or choose 
 
 @contextmanager
 def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
-    """Prints an expected error of the block (or of the decorated function) behind the command's name, and ends the command
-    with the error's exit code.
+    """Prints a MoeDistError of the block (or of the decorated function) without traceback, and ends the command with the
+    error's exit code.
 
     Args:
+        name: The command; it begins the message.
         storage: How to fix an OSError; without it an OSError keeps its traceback.
     """
     try:
@@ -36,15 +37,14 @@ def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
 
 
 def command_app(main: Callable[..., Any]) -> typer.Typer:
-    """A command with Python's plain traceback: typer's can print local variables, and so write tokens and keys into
-    logs."""
+    """A command with Python's plain traceback. Typer's own traceback can print local variables, such as tokens and keys."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     return app
 
 
 def run_command(main: Callable[..., Any]) -> None:
-    """As `typer.run`, with the traceback of `command_app`."""
+    """Runs `main` with the arguments of the command line, and with Python's plain traceback."""
     command_app(main)()
 
 
@@ -56,8 +56,8 @@ def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Calla
         def command(**values: Any) -> None:
             main(options(**values))
 
-        command.__annotations__ = get_type_hints(options, include_extras=True)
-        command.__signature__ = inspect.signature(options)  # pyright: ignore[reportAttributeAccessIssue]
+        command.__annotations__ = get_type_hints(options, include_extras=True)  # typer reads types from here
+        command.__signature__ = inspect.signature(options)  # pyright: ignore[reportAttributeAccessIssue]  # and defaults here
         return command
 
     return decorate

@@ -21,11 +21,11 @@ class RankEnv:
 
     Attributes:
         rank, world_size: Global rank, and number of ranks on all nodes.
-        local_rank, local_world_size: The same on this node; local_rank is also the index of the GPU.
+        local_rank, local_world_size: Rank and number of ranks on this node; local_rank is also the index of the GPU.
         init_method: Argument of `torch.distributed.init_process_group`, or PUBLISHED.
         attempt: Number of restarts by the launcher; 0 for the first attempt.
         attempt_id: Unique name of this attempt, equal on all its ranks.
-        launched: Whether a launcher of moe_dist started it: then standard error already goes into the rank's log.
+        launched: A launcher of moe_dist started the process; then standard error already goes into the rank's log.
         grace_seconds: Time from a stop signal until the process ends itself.
     """
 
@@ -43,11 +43,8 @@ class RankEnv:
     def from_environment(cls, env: Mapping[str, str]) -> "RankEnv":
         """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MOE_DIST_INIT_METHOD (or MASTER_ADDR and MASTER_PORT, as
         torchrun sets them), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
-        MOE_DIST_GRACE_SECONDS. Without RANK and WORLD_SIZE the run has one process.
-
-        Raises:
-            ConfigError: variables are missing, are no numbers, or contradict each other; lists all problems.
-        """
+        MOE_DIST_GRACE_SECONDS. Without RANK and WORLD_SIZE the run has one process. Raises ConfigError with all problems if
+        variables are missing, are no numbers, or contradict each other."""
         problems: list[str] = []
 
         def number(name: str, default: int | None = None) -> int:
@@ -65,7 +62,7 @@ class RankEnv:
         rank, world_size = number("RANK", 0 if alone else None), number("WORLD_SIZE", 1 if alone else None)
         local_rank = number("LOCAL_RANK", 0 if world_size == 1 else None)
         local_world_size = number("LOCAL_WORLD_SIZE", 1 if world_size == 1 else None)
-        attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))  # the second is torchrun's
+        attempt = number("MOE_DIST_ATTEMPT", number("TORCHELASTIC_RESTART_COUNT", 0))  # the second one comes from torchrun
         if not problems:
             for name, value, size in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, local_world_size)):
                 if value >= size:
@@ -83,21 +80,13 @@ class RankEnv:
             problems.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
         if problems:
             raise ConfigError(problems)
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            local_rank=local_rank,
-            local_world_size=local_world_size,
-            init_method=init_method,
-            attempt=attempt,
-            attempt_id=attempt_id,
-            launched="MOE_DIST_ATTEMPT_ID" in env,  # only moe_dist's launchers set it
-            grace_seconds=_grace(env),
-        )
+        launched, grace_seconds = "MOE_DIST_ATTEMPT_ID" in env, _grace(env)  # only moe_dist's launchers set that variable
+        ranks = (rank, world_size, local_rank, local_world_size)
+        return cls(*ranks, init_method, attempt, attempt_id, launched, grace_seconds)
 
 
 def _init_method(env: Mapping[str, str], world_size: int) -> str:
-    """The init method; empty if no variable sets one."""
+    """The init method; empty if several ranks have none."""
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):

@@ -1,4 +1,4 @@
-"""Atomic writes, a check that a folder is writable, and the last lines of a large file."""
+"""Writes files atomically, checks that a folder is writable, and reads the last lines of a large file."""
 
 import errno
 import os
@@ -17,8 +17,8 @@ def write_atomically(
     """Replaces a file atomically: a reader sees either the old or the new content, also after a crash of the machine.
 
     Args:
-        before_rename: Called right before the rename (a lease's `check`); if it raises, the old file stays.
-        mode: Permissions of the file, less those of the umask.
+        before_rename: Called right before the rename, to check a lease; if it raises, the old file stays.
+        mode: Permissions of the file; the umask removes some.
     """
     # A random name with O_EXCL and O_NOFOLLOW: another user cannot have placed a link there to redirect the write.
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -37,14 +37,8 @@ def write_atomically(
 
 
 def make_writable(folder: Path, *, option: str) -> None:
-    """Creates a folder if it is missing, and checks that it is writable; call it before long work that writes there.
-
-    Args:
-        option: The option and its value, for the message.
-
-    Raises:
-        ConfigError: the folder cannot be created or is not writable.
-    """
+    """Creates a folder if it is missing, and raises ConfigError if it is not writable; call it before long work that writes
+    there. The message begins with `option`, the name and value of a command line option."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):  # creating a file in a folder needs both
@@ -54,10 +48,8 @@ def make_writable(folder: Path, *, option: str) -> None:
 
 
 def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
-    """Yields the complete lines in the last `most_bytes` of a file, last first; nothing for a missing file.
-
-    Skips a last line without newline: it is still being written, or a crash cut it.
-    """
+    """Yields the complete lines in the last `most_bytes` of a file, last first; nothing for a missing file. Skips a last
+    line without newline, because it is still being written, or a crash cut it."""
     try:
         stream = path.open("rb")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A lease file that allows one writer per run folder. The writer renews it, and checks it before each commit.
+"""A lease file that allows one writer per run folder. The writer renews the lease, and checks it before each commit.
 
 The holder creates the file with O_EXCL and writes a heartbeat counter into it from a thread. Another process may replace
 the file by a rename once the counter has not changed for `stale_seconds`, or the holder is dead on the same machine. A
@@ -34,11 +34,10 @@ class Holder:
 
     Attributes:
         attempt_id: Name of the attempt, equal on all its ranks.
-        host, pid: Host and process id, for messages.
+        host, pid, since: Host, process id, and Unix seconds of the acquisition by that host's clock; used in messages.
         machine: Identity of the kernel and pid namespace; pids are comparable only if it is equal.
-        born: Start time of the process in clock ticks; distinguishes it from a later process with the same pid.
+        born: Start time of the process in clock ticks; a later process with the same pid has another one.
         token: Unique for each acquisition.
-        since: Time of acquisition in Unix seconds of that host's clock, for messages.
     """
 
     attempt_id: str
@@ -55,8 +54,7 @@ class Holder:
         return cls(attempt_id, socket.gethostname(), pid, _machine(), _born(pid), uuid.uuid4().hex, time.time())
 
     def is_dead(self) -> bool:
-        """Whether the process has certainly ended; False if it runs on another machine."""
-        # a pid means nothing on another host or in a container
+        """True if the process has certainly ended; False if it runs on another machine, where its pid means nothing."""
         return self.machine != "" and self.machine == _machine() and _born(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -65,7 +63,7 @@ class Holder:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """The holder of the lease file at `path`; None without one."""
+    """The holder of the lease file at `path`; None without a lease."""
     return _read(path)[0]
 
 
@@ -74,7 +72,7 @@ class Lease:
 
     Args:
         path: The lease file, on the file system of the run folder.
-        stale_seconds: A lease counts as abandoned after this time without a heartbeat; the holder sends six in this time.
+        stale_seconds: A lease is abandoned after this time without a heartbeat; the holder sends six heartbeats in it.
     """
 
     def __init__(self, path: Path, attempt_id: str, *, stale_seconds: float = STALE_SECONDS) -> None:
@@ -103,52 +101,46 @@ class Lease:
             StoppedError: `stopped` returned True.
         """
         deadline = time.monotonic() + wait_seconds
-        announced = on_wait is None or wait_seconds <= 0.0
         seen, since = _read(self.path), time.monotonic()
         while not self._try_create():  # O_EXCL: one of several processes succeeds
             now = time.monotonic()
             if (current := _read(self.path)) != seen:
-                seen, since = current, now
+                seen, since = current, now  # a heartbeat, or a new holder
             holder = current[0]
             dead = holder is not None and holder.is_dead()
             # Staleness is measured with this host's clock alone, because the clocks of hosts differ.
             if (dead or now - since >= self._stale_seconds) and self._take_over(seen):
                 break
+            writer = f"{holder or 'another attempt'} writes to this run"
             if now >= deadline:
                 raise LeaseError(
-                    f"{self.path}: {holder or 'another attempt'} writes to this run and did not end within "
-                    f"{wait_seconds:g} s; stop it, or choose another run.name; if that process no longer exists, delete "
-                    f"{self.path}*"
+                    f"{self.path}: {writer} and did not end within {wait_seconds:g} s; stop it, or choose another "
+                    f"run.name; if that process no longer exists, delete {self.path}*"
                 )
             if stopped is not None and stopped():
-                raise StoppedError(
-                    f"stopped on request while {holder or 'another attempt'} writes to this run; start the run again later"
-                )
-            if not announced and on_wait is not None:
-                announced = True
+                raise StoppedError(f"stopped on request while {writer}; start the run again later")
+            if on_wait is not None:
                 on_wait(
-                    f"{self.path.parent}: {holder or 'another attempt'} writes to this run; waiting up to {wait_seconds:g} "
-                    f"s for it to end, or for {self._stale_seconds:g} s without a heartbeat"
+                    f"{self.path.parent}: {writer}; waiting up to {wait_seconds:g} s for it to end, or for "
+                    f"{self._stale_seconds:g} s without a heartbeat"
                 )
+                on_wait = None  # once
             time.sleep(min(0.2, self._stale_seconds / 6))
         threading.Thread(target=self._keep_warm, name="lease", daemon=True).start()  # the main thread may block for minutes
         return self
 
     def renew(self) -> None:
-        """Writes the next heartbeat, into the file that this process created, even if it was replaced since."""
+        """Writes the next heartbeat into the file that this process created, even if the file was replaced since."""
         self._beats += 1
         # OSError after a lost file is reported by `check`; on a full disk the fixed-size overwrite may fail harmlessly.
         with self._closing, contextlib.suppress(OSError):
-            # fixed width, so a reader never sees a mix of two
-            os.pwrite(self._fd, f"{self._beats:0{_BEAT_DIGITS}d}".encode(), 0)
+            beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so a reader never sees a mix of two heartbeats
+            os.pwrite(self._fd, beat.encode(), 0)
 
     def check(self) -> None:
-        """Call right before each commit. Costs one read of a small file.
-
-        Raises:
-            LeaseError: another attempt has taken over; this one must not write any more.
-        """
-        holder = read_holder(self.path)
+        """Raises LeaseError if another attempt has taken over, because this one must not write any more. Call it right
+        before each commit."""
+        holder = read_holder(self.path)  # costs one read of a small file
         if holder != self._me:  # compares the token, too: an earlier lease of this process does not count
             raise LeaseError(
                 f"{self.path}: this process ({self._me}) lost the lease to {holder or 'somebody who deleted it'}; it sent "
@@ -185,8 +177,8 @@ class Lease:
         return True
 
     def _take_over(self, stale: tuple[Holder | None, bytes]) -> bool:
-        """Replaces a stale lease. If several processes try, O_EXCL lets one create the claim file; it reads the lease once
-        more before it replaces it."""
+        """Replaces a stale lease. If several processes try, O_EXCL lets one of them create the claim file. That process
+        reads the lease once more before it replaces it."""
         token = stale[0].token if stale[0] is not None else "unreadable"
         claim = self.path.with_name(f"{self.path.name}.{token}")
         try:
@@ -208,8 +200,8 @@ class Lease:
         return True
 
     def _remove_if_dead(self, claim: Path) -> None:
-        """Deletes the claim of a process that was killed before its rename. Renames it first, so that only one of several
-        processes deletes it; a process whose new claim was hit by this finds its claim missing and tries again."""
+        """Deletes the claim of a process that was killed before its rename. The rename first lets only one of several
+        processes delete the claim; a process whose new claim was deleted by mistake finds it missing and tries again."""
         claimer = read_holder(claim)
         if claimer is None or not claimer.is_dead():
             return
@@ -220,7 +212,7 @@ class Lease:
 
 
 def _read(path: Path) -> tuple[Holder | None, bytes]:
-    """The holder and the heartbeat counter; no holder if the file is missing or incomplete."""
+    """The holder and the heartbeat counter; the holder is None if the file is missing or incomplete."""
     try:
         beat, _, record = path.read_bytes().partition(b"\n")
         return Holder(**json.loads(record)), beat
@@ -229,14 +221,14 @@ def _read(path: Path) -> tuple[Holder | None, bytes]:
 
 
 def _machine() -> str:
-    """Boot id and pid namespace; empty without /proc."""
+    """Boot id and pid namespace of this process; empty without /proc."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _born(pid: int) -> str:
-    """Start time of a process, field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
+    """Start time of a process from field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]  # a zombie has ended

@@ -1,4 +1,4 @@
-"""Logging of one rank; each line shows rank and step. And what a starting run is doing.
+"""Log lines of one rank, each with rank and step; and messages of a slow start.
 
 The launchers already send standard error into log/rank_R.log. Therefore:
 
@@ -30,7 +30,7 @@ class WithoutSecrets(logging.Formatter):
 
 
 class StepPrefix(logging.Filter):
-    """Adds `place`, as '3 @120' for rank 3 in step 120, to each record."""
+    """Adds `place` to each record: '3 @120' for rank 3 in step 120, and '3' before `follow` was called."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -47,14 +47,10 @@ class StepPrefix(logging.Filter):
 
 
 def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO) -> StepPrefix:
-    """Configures the root logger; replaces the handlers of an earlier call.
+    """Configures the root logger, and replaces the handlers of an earlier call. Call `follow` of the result to show steps.
 
     Args:
-        folder: The run folder; its log folder is created if it is missing.
         level: Lowest level for moe_dist; for libraries it is WARNING.
-
-    Returns:
-        The prefix; call its `follow` to show steps.
     """
     root, prefix = logging.getLogger(), StepPrefix(env.rank)
     for handler in list(root.handlers):
@@ -80,14 +76,8 @@ def setup_logging(env: RankEnv, folder: RunFolder, *, level: int = logging.INFO)
 
 
 class Startup:
-    """Prints at intervals, from a thread, what a starting run is doing, until `done`: importing torch or reading data can
-    take minutes.
-
-    Args:
-        enabled: True on rank 0 only.
-        quiet_seconds: Interval between lines.
-        stream: Output; default standard error.
-    """
+    """Prints every `quiet_seconds`, from a thread, what a starting run is doing: importing torch or reading data can take
+    minutes. After such lines `done` prints that the start is over. Only rank 0 enables it."""
 
     def __init__(self, *, enabled: bool, quiet_seconds: float = QUIET_SECONDS, stream: TextIO | None = None) -> None:
         self._quiet_seconds, self._stream = quiet_seconds, stream or sys.stderr
@@ -97,7 +87,7 @@ class Startup:
             threading.Thread(target=self._tell, name="startup", daemon=True).start()
 
     def now(self, doing: str) -> None:
-        """Sets what the main thread does now, as 'importing torch'."""
+        """Sets what the main thread does now, such as 'importing torch'."""
         self._doing = doing
 
     def done(self) -> None:
@@ -105,6 +95,12 @@ class Startup:
         self._done.set()
 
     def _tell(self) -> None:
-        while not self._done.wait(self._quiet_seconds):
-            self._stream.write(f"still starting after {time.monotonic() - self._began:.0f} s: {self._doing}\n")
-            self._stream.flush()  # a pipe is block-buffered
+        told = over = False
+        while not over:
+            over = self._done.wait(self._quiet_seconds)
+            seconds = time.monotonic() - self._began
+            if told or not over:  # the last line must not say that the run is still starting
+                text = f"started after {seconds:.0f} s" if over else f"still starting after {seconds:.0f} s: {self._doing}"
+                self._stream.write(f"{text}\n")
+                self._stream.flush()  # a pipe is block-buffered
+            told = True

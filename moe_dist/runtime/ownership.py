@@ -21,7 +21,7 @@ _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETO
 
 
 class RunFolderError(MoeDistError):
-    """The run folder cannot be read or written at the moment, as on a full disk or a lost file system."""
+    """The run folder cannot be read or written at the moment, because the disk is full or the file system is lost."""
 
 
 def user_name(uid: int) -> str:
@@ -33,10 +33,10 @@ def user_name(uid: int) -> str:
 
 
 def other_owner(folder: Path) -> str | None:
-    """The owner of a folder if it is another user; None for one's own or a missing folder.
+    """The name of the folder's owner if that is another user; None if this user owns it, or if it is missing.
 
     Some file systems show one owner for all files (root over NFS, mounts in a container). So if the owner differs, a
-    temporary file is created: if it gets the same owner, the folder counts as one's own.
+    temporary file is created: if the file gets the same owner, the folder counts as this user's.
     """
     try:
         owner = folder.stat().st_uid
@@ -51,13 +51,8 @@ def other_owner(folder: Path) -> str | None:
 
 
 def refuse_planted_links(folder: Path) -> None:
-    """Refuses symbolic links of other users in a run folder and its logs: they could redirect writes.
-
-    Links of this user or root are allowed (checkpoints on another disk).
-
-    Raises:
-        ConfigError: there is such a link.
-    """
+    """Raises ConfigError if a run folder or its log folder has a symbolic link of another user, because the link could
+    redirect writes. Links of this user or root are allowed (checkpoints on another disk)."""
     for place in (folder, folder / "log"):
         for entry in place.iterdir() if place.is_dir() else ():
             found = entry.lstat()  # of the link, not of its target
@@ -70,11 +65,7 @@ def refuse_planted_links(folder: Path) -> None:
 
 def give_to_group(folder: Path, group: str) -> None:
     """Sets a folder's group and its setgid bit, so that new files in it get the group, too. Keeps all other permissions.
-
-    Raises:
-        ConfigError: there is no such group.
-        OSError: this user may not change the folder.
-    """
+    Raises ConfigError without such a group, and OSError if this user may not change the folder."""
     try:
         gid = grp.getgrnam(group).gr_gid
     except KeyError:
@@ -98,11 +89,10 @@ def in_words(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or path
-        me = user_name(os.geteuid())
         if error.errno in _LASTING:
             raise ConfigError(
-                f"run folder {path}: {error.strerror} ({where}), as {me}; choose another run.root, or ask the owner for "
-                "permission"
+                f"run folder {path}: {error.strerror} ({where}), as {user_name(os.geteuid())}; choose another run.root, or "
+                "ask the owner for permission"
             ) from error
         raise RunFolderError(
             f"run folder {path}: {error.strerror or error} ({where}); repair that file system or choose another run.root, "

@@ -42,30 +42,20 @@ class RunPlace:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
-        """The place in MOE_DIST_PLACE; None without a plan (under torchrun).
-
-        Raises:
-            ConfigError: the variable is not valid.
-        """
+        """The place in MOE_DIST_PLACE; None without a plan (under torchrun). Raises ConfigError if it is not valid."""
         text = env.get(PLACE)
         if not text:
             return None
         try:
             values = json.loads(text)
-            return cls(**{**values, "groups": tuple(values.get("groups", ()))})
+            return cls(**{**values, "groups": tuple(values.get("groups", ()))})  # JSON has no tuples
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"environment variable {PLACE}={text!r}: {error}; start ranks with a launcher") from error
 
 
 @dataclass(frozen=True)
 class Found:
-    """The actual place of a rank; None means unknown.
-
-    Attributes:
-        host: Host name.
-        local_rank: Index of the task on the node.
-        features, labels: Features and labels of the node.
-    """
+    """The actual place of a rank; None means unknown. `features` and `labels` are those of the node."""
 
     host: str | None = None
     local_rank: int | None = None
@@ -90,22 +80,9 @@ class Found:
 
 
 def check_place(place: RunPlace | None, found: Found) -> None:
-    """Compares the actual place with the planned one; does nothing without a plan.
-
-    Raises:
-        PlacementError: they differ; lists all differences.
-    """
+    """Raises PlacementError with all differences between the planned and the actual place; does nothing without a plan."""
     if place is None:
         return
-    if problems := _differences(place, found):
-        groups = f" (experts of {', '.join(place.groups)})" if place.groups else ""
-        raise PlacementError(
-            f"rank {place.rank}{groups} is not on its planned node: {'; '.join(problems)}; start the job with a launcher, "
-            "which requests the right nodes, or change placement.groups.<group>.node"
-        )
-
-
-def _differences(place: RunPlace, found: Found) -> list[str]:
     problems = []
     if place.host is not None and found.host != place.host:
         problems.append(f"its node must be {place.host}, but it runs on {found.host}")
@@ -125,4 +102,9 @@ def _differences(place: RunPlace, found: Found) -> list[str]:
             for name, value in place.labels.items()
             if found.labels.get(name) != value
         ]
-    return problems
+    if problems:
+        groups = f" (experts of {', '.join(place.groups)})" if place.groups else ""
+        raise PlacementError(
+            f"rank {place.rank}{groups} is not on its planned node: {'; '.join(problems)}; start the job with a launcher, "
+            "which requests the right nodes, or change placement.groups.<group>.node"
+        )

@@ -1,4 +1,4 @@
-"""Progress bars of long-running tools, on standard error."""
+"""Shows progress bars of long-running tools on standard error."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -29,8 +29,7 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
     if diff:
         patch = f"diff_{hashlib.sha256(diff).hexdigest()[:12]}.patch"
         write_atomically(folder / patch, diff)  # before the entry that refers to it
-    found = sorted(importlib.metadata.distributions(), key=lambda each: each.name.lower())
-    packages = {each.name: each.version for each in found}
+    found = sorted(importlib.metadata.distributions(), key=lambda each: each.name.lower())  # reads every package's metadata
     entries.append(
         {
             "attempt_id": attempt_id,
@@ -42,15 +41,15 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
             "untracked": untracked,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "packages": packages,
+            "packages": {each.name: each.version for each in found},
         }
     )
     write_atomically(path, json.dumps(entries, indent=1) + "\n")
 
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
-    """Commit, diff against it and untracked files of the clone that contains the folder `code`. (None, b"", []) without git
-    or for an installed package. A snapshot stores the state of the clone from which it was copied."""
+    """The clone that contains the folder `code`: its commit, the diff against the commit, and its untracked files. Without
+    git, or for an installed package, (None, b"", []). A snapshot stores the state of the clone from which it was copied."""
     if (code.parent / SNAPSHOT_JSON).is_file():
         state = json.loads((code.parent / SNAPSHOT_JSON).read_text())
         return state["commit"], (code.parent / SNAPSHOT_PATCH).read_bytes(), state["untracked"]
@@ -68,8 +67,7 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
-            # never blocks a git command of the user
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},  # never blocks the user's own git
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_GIT_SECONDS,  # a slow file system must not delay the start for long

@@ -1,4 +1,4 @@
-"""Modules of before that were run by `python -m`, with their names of today."""
+"""Names the new module when a user runs `python -m` with the name that the module had in an earlier version."""
 
 import sys
 
@@ -13,7 +13,7 @@ RENAMED = {
 
 
 class RenamedFinder:
-    """Asked last, when no file has the name: an old module ends with the new name."""
+    """Python calls it last, when no file has the name: it raises an error that names the new module."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -22,6 +22,6 @@ class RenamedFinder:
 
 
 def name_renamed_modules() -> None:
-    """Packages that had such modules call this."""
-    if RenamedFinder not in sys.meta_path:
+    """Installs the finder. The packages `launchers` and `tools` call it when they are imported."""
+    if RenamedFinder not in sys.meta_path:  # both packages may be imported
         sys.meta_path.append(RenamedFinder)

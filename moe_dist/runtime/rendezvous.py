@@ -1,9 +1,11 @@
-"""Rank 0 publishes the rendezvous address in the run folder, and the other ranks read it. Does not import torch.
+"""Files in the run folder by which the ranks find rank 0, before there is a process group. Does not import torch.
 
     rendezvous.json (mode 0600, owned by the ranks' user)     attempt_id, attempt, host, port, secret
+    .shared_<attempt_id>_<attempt>                            shows that a rank sees the same folder as rank 0
 
-The other ranks only accept a file of their own attempt. The secret is a prefix of every key in torch's store: it separates
-jobs, but does not stop an attacker, because the store has no authentication (docs/security.md).
+Rank 0 publishes its address, and the other ranks accept only an address of their own attempt. The secret is a prefix of
+every key in torch's store: it separates jobs, but does not stop an attacker, because the store has no authentication
+(docs/security.md).
 """
 
 import json
@@ -12,7 +14,8 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.ownership import RunFolderError, user_name
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
+SHARED_SECONDS = 60.0  # an NFS client may cache for a while that a new file does not exist
 POLL_SECONDS = 0.1
 
 
@@ -44,30 +48,55 @@ class Address:
     secret: str
 
 
+@contextmanager
+def shared_with_rank_0(run_folder: Path, env: RankEnv, *, wait_seconds: float = SHARED_SECONDS) -> Iterator[None]:
+    """Checks that every rank sees rank 0's run folder: with a separate local folder on each node, a checkpoint would be
+    scattered over the nodes and could not be loaded. Rank 0 writes a file, and the other ranks wait for it.
+
+    Enter it after rank 0 has opened the run folder, and create the process group inside the block: rank 0 deletes the file
+    at the end of the block, so all ranks must have entered by then. Ranks of a single node skip the check.
+
+    Raises:
+        ConfigError: the file did not appear, because run.root is a different folder on this node, or missing.
+    """
+    probe = run_folder / f".shared_{env.attempt_id}_{env.attempt}"
+    if env.local_world_size == env.world_size:
+        yield
+    elif env.rank == 0:
+        probe.write_text(f"{env.attempt_id}\n")  # the content does not matter, only that it appears
+        try:
+            yield
+        finally:
+            probe.unlink(missing_ok=True)
+    else:
+        deadline = time.monotonic() + wait_seconds
+        while not probe.exists():  # costs one stat on the shared file system
+            if time.monotonic() >= deadline:
+                what = "is a different folder, or rank 0 has not started" if run_folder.exists() else "does not exist"
+                raise ConfigError(
+                    f"rank {env.rank} waited {wait_seconds:g} s for {probe.name}, which rank 0 writes into {run_folder}; "
+                    f"on this node it {what}; run.root must be a folder that all nodes share"
+                )
+            time.sleep(POLL_SECONDS)
+        yield
+
+
 def address_file(run_folder: Path) -> Path:
-    """The file with the address."""
     return run_folder / "rendezvous.json"
 
 
 def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
     """The only address at which rank 0 listens: the loopback if all ranks are on this node and MOE_DIST_RENDEZVOUS_HOST is
-    not set, otherwise `node_address`.
-
-    Raises:
-        ConfigError: from `node_address`.
-    """
+    not set, otherwise `node_address`."""
     if env.local_world_size == env.world_size and not variables.get(HOST_VARIABLE):
-        return "127.0.0.1"
+        return "127.0.0.1"  # no other machine can connect
     return node_address(variables)
 
 
 def node_address(variables: Mapping[str, str]) -> str:
-    """The address at which other nodes can reach this node: from MOE_DIST_RENDEZVOUS_HOST (a name or address of this node),
-    else of the interface GLOO_SOCKET_IFNAME, else of the host name.
-
-    Raises:
-        ConfigError: none of them gives a reachable address.
-    """
+    """The address at which other nodes can reach this node. It comes from MOE_DIST_RENDEZVOUS_HOST (a name or address of
+    this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none of them
+    gives a reachable address."""
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")
     interface = variables.get("GLOO_SOCKET_IFNAME", "")
@@ -76,7 +105,7 @@ def node_address(variables: Mapping[str, str]) -> str:
             return found.address
     name = socket.gethostname()
     host = _resolve(name, f"this node's own name {name!r}")
-    if host.startswith("127."):  # as in Debian's default /etc/hosts
+    if host.startswith("127."):  # Debian's default /etc/hosts maps the host name to the loopback
         raise ConfigError(
             f"rank 0 has no address that other nodes can reach: its host name {name!r} resolves to {host}; set "
             f"{HOST_VARIABLE} to a name or address of the node, or GLOO_SOCKET_IFNAME to the network's interface"
@@ -85,10 +114,8 @@ def node_address(variables: Mapping[str, str]) -> str:
 
 
 def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket]:
-    """On rank 0: listens at a free port of `host`, and writes the address to `path`, readable by this user only.
-
-    Returns:
-        The address, and the listening socket.
+    """On rank 0: listens at a free port of `host`, writes the address to `path`, and returns both. Only this user can read
+    the file.
 
     Raises:
         ResourceError: `host` is not an address of this node.
@@ -101,8 +128,8 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
         raise ResourceError(
             f"rank 0 cannot listen at {host}: {error.strerror}; set {HOST_VARIABLE} to an address of its node"
         ) from error
-    # new for each attempt
-    address = Address(env.attempt_id, env.attempt, host, listener.getsockname()[1], secrets.token_hex(16))
+    port, secret = listener.getsockname()[1], secrets.token_hex(16)  # a new secret for each attempt
+    address = Address(env.attempt_id, env.attempt, host, port, secret)
     try:
         write_atomically(path, json.dumps(asdict(address)), mode=0o600)
     except BaseException:
@@ -112,12 +139,8 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
 
 
 def find(path: Path, env: RankEnv, *, wait_seconds: float) -> Address:
-    """On the other ranks: waits for the address of this attempt.
-
-    Raises:
-        RunFolderError: the address was not published in time.
-        ConfigError: the file belongs to another user, or others can access it.
-    """
+    """On the other ranks: waits for the address of this attempt. Raises RunFolderError if rank 0 did not publish it in
+    time, and ConfigError if the file belongs to another user or others can access it."""
     deadline = time.monotonic() + wait_seconds
     while True:
         address = _read(path)
@@ -129,12 +152,12 @@ def find(path: Path, env: RankEnv, *, wait_seconds: float) -> Address:
                 f"rank {env.rank} waited {wait_seconds:g} s for rank 0's address in {path} (attempt {env.attempt_id})"
                 f"{other}; see the log of rank 0 for the reason, or check that this node sees that folder"
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)  # one small read on the shared file system per poll and rank
 
 
 def withdraw(path: Path, address: Address) -> None:
     """On rank 0, after all ranks have connected: deletes the file."""
-    if _read(path) == address:
+    if _read(path) == address:  # a later attempt may have replaced it
         path.unlink(missing_ok=True)
 
 
@@ -156,7 +179,7 @@ def _read(path: Path) -> Address | None:
             )
         try:
             return Address(**json.load(stream))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError):  # no JSON, or other fields: a file of another version
             return None
 
 

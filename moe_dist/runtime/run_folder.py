@@ -1,4 +1,4 @@
-"""The folder of a run, and whether a start is a new run, a resume, or already finished.
+"""The folder of a run: its files, its state before a start, and the record of each attempt.
 
     config.yaml, provenance.json, diff_*.patch    resolved configuration; commit, diff and packages of each attempt
     metrics.jsonl, tensorboard/, checkpoints/, log/rank_R.log, summary.txt
@@ -11,6 +11,7 @@ Only rank 0 opens the folder for writing; the other ranks only read it (`inspect
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import time
 import uuid
@@ -21,9 +22,9 @@ from pathlib import Path
 
 from moe_dist.config.load import changes_on_resume, load_stored_config, resolved_yaml
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
-from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError
+from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.files import write_atomically
+from moe_dist.runtime.files import lines_from_end, write_atomically
 from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, LeaseError, read_holder
 from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, refuse_planted_links
 from moe_dist.runtime.provenance import record_provenance
@@ -33,7 +34,7 @@ BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json"})  # may
 
 
 class Start(Enum):
-    """Effect of starting a configuration."""
+    """The effect of a start: a new run, a resume, or only the summary of a finished run."""
 
     NEW = "new"
     RESUME = "resume"
@@ -68,7 +69,7 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """What a start with `config` would do. Only reads, so every rank may call it.
+        """Says what a start with `config` would do. It only reads, so every rank may call it.
 
         Raises:
             ConfigError: the folder holds a run with another configuration, or is no run folder; or it belongs to another
@@ -107,12 +108,7 @@ class RunFolder:
 
     def start(self, config: Config, env: RankEnv, *, overwrite: bool = False) -> Start:
         """Decides how a rank starts, before the process group exists; all ranks get the same result. With `overwrite`
-        rank 0 renames the folder of the old run first.
-
-        Raises:
-            ConfigError: from `inspect` and `move_aside`.
-            LeaseError: from `move_aside`.
-        """
+        rank 0 renames the folder of the old run first. Raises the errors of `inspect` and `move_aside`."""
         if not overwrite or env.attempt > 0:  # on a restart --overwrite would discard the job's own progress
             return self.inspect(config)
         if env.rank == 0:
@@ -120,16 +116,12 @@ class RunFolder:
         return Start.NEW
 
     def finished(self, config: Config) -> bool:
-        """Whether the run has completed `train.steps` of `config`."""
+        """The run has completed `train.steps` of `config`."""
         latest = self.read_status().latest
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
     def read_config(self) -> Config:
-        """The configuration of the latest attempt.
-
-        Raises:
-            ConfigError: this version of the code cannot read it.
-        """
+        """The configuration of the latest attempt. Raises ConfigError if this version of the code cannot read it."""
         try:
             return load_stored_config(self.config_yaml)
         except ConfigError as error:
@@ -154,9 +146,8 @@ class RunFolder:
                 return None
             if owner := other_owner(self.path):
                 raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
-            # fails while a run writes
             lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
-            try:
+            try:  # the lease was free, so no attempt is writing
                 taken = {entry.name for entry in self.path.parent.iterdir()}
                 name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
                 old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted
@@ -169,17 +160,14 @@ class RunFolder:
         """Undoes `move_aside` if no attempt has opened the new folder, because the job was refused."""
         with in_words(self.path):
             if self.path.exists():
-                if {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING:
+                if {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING:  # an attempt has begun
                     return
                 shutil.rmtree(self.path)
             old.rename(self.path)
 
     def prepare(self) -> None:
         """Creates the folder and its log folder, and sets their group to `run.group`. Launchers call it after `inspect`.
-
-        Raises:
-            ConfigError, RunFolderError: the folder cannot be created.
-        """
+        Raises ConfigError or RunFolderError if that fails."""
         with in_words(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.logs, self.checkpoints, self.tensorboard):
@@ -196,13 +184,8 @@ class RunFolder:
         on_wait: Callable[[str], None] | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Lease:
-        """On rank 0: takes the lease, writes configuration and provenance, and adds the attempt to status.json.
-
-        Args:
-            on_wait, stopped: As in `Lease.acquire`.
-
-        Returns:
-            The lease; check it before each commit and release it at the end.
+        """On rank 0: takes the lease, writes configuration and provenance, and adds the attempt to status.json. Check the
+        returned lease before each commit, and release it at the end. `Lease.acquire` explains the arguments.
 
         Raises:
             ConfigError, DataError, RunFolderError: from `inspect` and `prepare`.
@@ -229,29 +212,42 @@ class RunFolder:
         return lease
 
     def read_status(self) -> Status:
-        """All attempts; empty before the first.
-
-        Raises:
-            DataError: status.json is damaged.
-        """
+        """All attempts; empty before the first attempt. Raises DataError if status.json is damaged."""
         return read_status(self.status_json)
 
     def last_step(self) -> int:
-        """Last step of the latest attempt; 0 before the first."""
+        """The last step that status.json or metrics.jsonl records; 0 before the first step. A killed attempt has recorded
+        its last step only in metrics.jsonl."""
         latest = self.read_status().latest
-        return latest.last_step if latest is not None else 0
+        return max(latest.last_step if latest is not None else 0, self._recorded_step())
+
+    def _recorded_step(self) -> int:
+        for line in lines_from_end(self.metrics_jsonl, most_bytes=1 << 20):  # usually reads one block of 64 KB
+            if found := re.match(rb'\{"step":(\d+),', line):
+                return int(found[1])
+        return 0
 
     def has_verdict(self, attempt_id: str) -> bool:
-        """Whether a rank of this attempt has recorded a verdict."""
+        """A rank of this attempt has recorded a verdict."""
         return self._claim(attempt_id).exists()
+
+    def record_step(self, attempt_id: str, step: int, lease: Lease) -> None:
+        """On rank 0: updates the last step of the running attempt in status.json, so that a reader sees its progress."""
+
+        def check() -> None:
+            lease.check()
+            if self.has_verdict(attempt_id):  # a rank failed since: its verdict must not be replaced by this record
+                raise LeaseError(f"{self.path}: attempt {attempt_id} has ended")
+
+        with contextlib.suppress(OSError, DataError, LeaseError):  # metrics.jsonl has the step, too
+            record = self.read_status().of(attempt_id)
+            if record is not None:
+                write_status(self.status_json, replace(record, last_step=step), before_rename=check)
 
     def write_status(self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int = 0) -> bool:
         """Records how an attempt ended. Every rank may call it and the first one wins: a failed rank records its verdict
-        before it exits, so before its exit can make a peer fail.
-
-        Returns:
-            Whether it was written; False if the attempt already has a verdict or has lost the lease.
-        """
+        before it exits, so before its exit can make a peer fail. Returns False, and writes nothing, if the attempt already
+        has a verdict or has lost the lease."""
         holder = read_holder(self.lease_json)
         if holder is None or holder.attempt_id != attempt_id:
             return False
@@ -278,12 +274,9 @@ class RunFolder:
         return True
 
     def amend_status(self, attempt_id: str, *, verdict: int, reason: str, rank: int | None, last_step: int) -> bool:
-        """For a launcher, after all ranks have ended: replaces the recorded verdict. The peer of a killed or frozen rank
-        has recorded only a follow-up error, and if all ranks were killed there is no record.
-
-        Returns:
-            Whether it was written; False if the attempt never began or another one now writes to the run.
-        """
+        """Replaces the recorded verdict; a launcher calls it after all ranks have ended. The peer of a killed or frozen
+        rank has recorded only a follow-up error, and if all ranks were killed there is no verdict. Returns False, and
+        writes nothing, if the attempt never began or another one now writes to the run."""
         try:
             lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds=0.0)
         except LeaseError:
@@ -293,18 +286,19 @@ class RunFolder:
             if record is None:
                 return False
             ended = record.ended or time.time()  # keeps the time at which a rank recorded its end
-            amended = replace(record, verdict=verdict, reason=reason, rank=rank, last_step=last_step, ended=ended)
+            step = max(last_step, self._recorded_step())  # a killed attempt recorded no last step
+            amended = replace(record, verdict=verdict, reason=reason, rank=rank, last_step=step, ended=ended)
             write_status(self.status_json, amended, before_rename=lease.check)
         finally:
             lease.release()
         return True
 
     def write_summary(self, text: str) -> None:
-        """Stores the summary, which is printed when a finished run is started again."""
+        """Stores the summary; a later start of the finished run prints it."""
         write_atomically(self.summary_txt, text)
 
     def read_summary(self) -> str:
-        """The summary of a finished run; without one a line with its last step."""
+        """The summary of a finished run; without a summary, a line with the run's last step."""
         if self.summary_txt.is_file():
             return self.summary_txt.read_text()
         latest = self.read_status().latest
@@ -321,17 +315,13 @@ class RunFolder:
         return self.path / f".verdict_{attempt_id}"
 
     def _refuse_strangers(self) -> None:
-        """Refuses a folder with other content that is no run: it must neither be written nor renamed."""
+        """Raises ConfigError for a folder that is no run but has other content, because a run must not change it."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise ConfigError(f"run.name={self.path.name!r}: {self.path} is a file; choose another run.name or run.root")
-        strangers = sorted(
-            entry.name
-            for entry in self.path.iterdir()
-            if not (entry.name in BEFORE_OPENING or entry.name.startswith((".", "lease.json.")))
-        )
-        if strangers:
+        names = {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING
+        if strangers := sorted(name for name in names if not name.startswith((".", "lease.json."))):
             raise ConfigError(
                 f"run.name={self.path.name!r}: {self.path} is no run folder (it has no config.yaml, but "
                 f"{', '.join(strangers[:5])}); choose another run.name or run.root"

@@ -1,7 +1,7 @@
 """Removes secrets of the environment from text before it is logged or stored.
 
 moe_dist never writes environment variables. But an exception may quote a URL with its key, and a user may pass a key as an
-override: such secrets are found by their value.
+override. Such secrets are found by their value.
 """
 
 import re
@@ -13,7 +13,8 @@ SHORTEST = 8  # characters; a shorter value would match ordinary text
 
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Values of variables with names of secrets, each with its variable's name. Paths do not count as secrets."""
+    """The secret values of the environment, each mapped to its variable. The variable's name marks a secret; a path is no
+    secret."""
     return {
         value: name
         for name, value in environment.items()
@@ -22,7 +23,8 @@ def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:
-    """Replaces every secret of the environment by <name of its variable>; longest first, as one may contain another."""
+    """Replaces every secret of the environment by its variable's name, as in <HF_TOKEN>. The longest value is replaced
+    first, because one secret may contain another."""
     for value, name in sorted(secrets_of(environment).items(), key=lambda pair: -len(pair[0])):
         text = text.replace(value, f"<{name}>")  # by value, wherever it appears
     return text

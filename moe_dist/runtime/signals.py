@@ -6,6 +6,7 @@ collective, Python runs no signal handler. Therefore a thread reads the wakeup d
 without delay, and starts the timer that ends the process after the grace period.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -13,7 +14,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Self
 
 from moe_dist.errors import EXIT_FAILED
 
@@ -22,86 +24,100 @@ DEFAULT_GRACE_SECONDS = 300.0
 _PR_SET_PDEATHSIG = 1
 
 
-class StopRequest:
-    """A request to stop; repeated signals count once.
+class StopSignals:
+    """Records the stop signals that reach this process inside a `with` block of the main thread.
 
-    Call `install` once in the main thread, before anything else. Ranks get the signal at different steps: the loop must
-    agree on `requested` over all ranks before it stops.
+    Attributes:
+        first: The first signal; None before.
+        interrupts: Number of SIGINTs.
+    """
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self.interrupts = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.renew()
+        # A launcher may start this process with blocked stop signals, so that an early one is neither lost nor kills it.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # delivers pending signals
+        return self
+
+    def renew(self) -> None:
+        """Installs the handlers, also after a library has replaced them (Ray does so when it connects to a cluster)."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # returned by signal.getsignal
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or signal.Signals(number)
+        self.interrupts += number == signal.SIGINT
+
+
+class StopRequest(StopSignals):
+    """A rank's request to stop; repeated signals count once. Enter it in the main thread, before anything else.
+
+    Ranks get the signal at different steps, so the loop must agree on `requested` over all ranks before it stops.
 
     Args:
         grace_seconds: Time from the first signal until the process is killed.
-        on_expire: Called by the timer's thread before that; it must not use the process group.
+        on_expire: The timer's thread calls this before it kills the process; it must not use the process group.
+        told: The first signal is announced on standard error at once, because the current step or evaluation can take long.
     """
 
-    def __init__(self, grace_seconds: float = DEFAULT_GRACE_SECONDS, on_expire: Callable[[], None] | None = None) -> None:
-        self.grace_seconds = grace_seconds
-        self.on_expire = on_expire
-        self.requested = False
-        self._first: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
-        self._pipe: tuple[int, int] | None = None
-        self._previous_fd = -1
+    def __init__(
+        self,
+        grace_seconds: float = DEFAULT_GRACE_SECONDS,
+        on_expire: Callable[[], None] | None = None,
+        *,
+        told: bool = False,
+    ) -> None:
+        super().__init__()
+        self.grace_seconds, self.on_expire, self._told = grace_seconds, on_expire, told
 
     @property
-    def reason(self) -> str:
-        """The first signal's name; empty without a request."""
-        return self._first.name if self._first is not None else ""
+    def requested(self) -> bool:
+        return self.first is not None
 
-    def install(self) -> "StopRequest":
-        """Installs the handlers; a second call does nothing.
-
-        Raises:
-            ValueError: called outside the main thread.
-        """
-        if self._pipe is not None:
-            return self
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)  # required by set_wakeup_fd
-        self._previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        self._pipe = (read_end, write_end)
-        for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+    def __enter__(self) -> Self:
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)  # required by set_wakeup_fd
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read_end,), name="stop-request", daemon=True).start()
-        unblock_stop_signals()
-        return self
+        return super().__enter__()
 
-    def uninstall(self) -> None:
-        """Restores the earlier handlers and cancels the timer."""
-        if self._pipe is None:
-            return
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  # returned by signal.signal
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         signal.set_wakeup_fd(self._previous_fd)
-        os.close(self._pipe[1])  # ends the thread: its read returns nothing
-        self._pipe = None
-
-    def __enter__(self) -> "StopRequest":
-        return self.install()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.uninstall()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._first = self._first or signal.Signals(number)
-        self.requested = True
+        os.close(self._write_end)  # ends the thread and its timer: its read returns nothing
 
     def _watch(self, read_end: int) -> None:
         timer: threading.Timer | None = None
         while received := os.read(read_end, 64):
             for number in received:
                 if timer is None and number in STOP_SIGNALS:
-                    self._note(number, None)
+                    self.first = self.first or signal.Signals(number)
                     timer = threading.Timer(self.grace_seconds, self._expire)
                     timer.daemon = True  # must not keep the process alive after a normal end
                     timer.start()
+                    if self._told:
+                        name = signal.Signals(number).name
+                        with contextlib.suppress(OSError, ValueError):  # standard error may be closed or full
+                            sys.stderr.write(f"{name}: the run finishes its current step or evaluation, saves, and stops\n")
+                            sys.stderr.flush()
         if timer is not None:
             timer.cancel()
         os.close(read_end)
 
     def _expire(self) -> None:
+        name = self.first.name if self.first is not None else ""
         try:
             sys.stderr.write(
-                f"{self.reason} came {self.grace_seconds:g} s ago and the run has not stopped; killing it, threads at:\n"
+                f"{name} came {self.grace_seconds:g} s ago and the run has not stopped; killing it, threads at:\n"
             )
             faulthandler.dump_traceback(all_threads=True)  # shows where the run hangs
             if self.on_expire is not None:
@@ -110,29 +126,18 @@ class StopRequest:
             os._exit(EXIT_FAILED)  # sys.exit would not work: the main thread may hang in a collective
 
 
-def unblock_stop_signals() -> None:
-    """Delivers pending signals; call it after the handlers are installed. A launcher may start a process with blocked stop
-    signals, so that an early signal is neither lost nor kills it."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-def _load_prctl() -> Callable[[int, int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
-    return prctl
-
-
 def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
     """Returns a function that a child process calls first, as `preexec_fn` or at the start of a worker: the kernel then
     kills the child when the thread that started it ends. So start children from the main thread.
 
     Args:
         parent_pid: Process id of the parent; a child that finds another parent is already orphaned, and exits.
-        ignore_stop: Whether the child ignores stop signals (workers of a rank do; ranks do not).
+        ignore_stop: The child ignores stop signals (workers of a rank do; ranks do not).
     """
-    prctl = _load_prctl()  # in the parent: between fork and exec only system calls are safe
+    prctl = None
+    if sys.platform.startswith("linux"):  # loaded in the parent: between fork and exec only system calls are safe
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
 
     def prepare() -> None:
         if prctl is not None:

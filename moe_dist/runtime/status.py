@@ -1,5 +1,6 @@
-"""status.json: how each attempt of a run ended."""
+"""Files that tell about a run: status.json with the end of each attempt, and the seconds of its last saves."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,19 +11,21 @@ from pydantic import TypeAdapter, ValidationError
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 
+SAVE_SECONDS = "save_seconds.json"  # in the log folder of a run
+SAVES = 5  # saves in that file
+
 
 @dataclass(frozen=True)
 class AttemptRecord:
     """One attempt in status.json.
 
     Attributes:
-        attempt_id, restarts: Name of the attempt, and number of restarts before it.
+        restarts: Number of restarts before this attempt.
         host, pid: Host and process id of rank 0.
-        started, ended: Unix seconds; ended is None while the attempt runs, or if it died without a record.
-        verdict: Exit code; None as for `ended`.
-        reason: Why it ended.
+        started, ended: Unix seconds; `ended` is None while the attempt runs, or if it died without a record.
+        verdict: Exit code; None as long as `ended` is None.
         rank: The rank that recorded the verdict.
-        last_step: Last completed step.
+        last_step: Last completed step at the end; while the attempt runs, the step of its last save.
     """
 
     attempt_id: str
@@ -48,16 +51,11 @@ class Status:
         return self.attempts[-1] if self.attempts else None
 
     def of(self, attempt_id: str) -> AttemptRecord | None:
-        """The entry of one attempt."""
         return next((record for record in self.attempts if record.attempt_id == attempt_id), None)
 
 
 def read_status(path: Path) -> Status:
-    """All attempts; empty without a file.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """All attempts; empty without a file. Raises DataError if the file is damaged."""
     try:
         text = path.read_bytes()  # one read; writers replace the file atomically
     except FileNotFoundError:
@@ -84,4 +82,23 @@ def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[
         "restarts": len(attempts),
         "attempts": [asdict(entry) for entry in (*attempts, record)],
     }
-    write_atomically(path, json.dumps(summary, indent=1) + "\n", before_rename=before_rename)
+    write_atomically(path, json.dumps(summary, indent=1) + "\n", before_rename=before_rename)  # costs one fsync
+
+
+def record_save_seconds(logs: Path, seconds: float) -> None:
+    """Adds the duration of one save to the last few; only rank 0 calls it. A save ends when the checkpoint is durable."""
+    with contextlib.suppress(OSError):  # on a full disk the next record reports the error
+        write_atomically(logs / SAVE_SECONDS, json.dumps([*_saves(logs), seconds][-SAVES:]) + "\n")
+
+
+def measured_save_seconds(logs: Path) -> float | None:
+    """The longest of the last few saves in seconds; None before the first. The grace period of a stop must be longer."""
+    return max(_saves(logs), default=None)
+
+
+def _saves(logs: Path) -> list[float]:
+    try:
+        found = json.loads((logs / SAVE_SECONDS).read_text())
+    except (OSError, ValueError):
+        return []
+    return [float(each) for each in found if isinstance(each, int | float)] if isinstance(found, list) else []

@@ -3,11 +3,9 @@
     log/watchdog_<attempt>/rank_R.json     position of rank R as a JSON object: collective, layer, splits, seconds, step
 
 A thread on each rank polls the rank's `CollectiveTracker`. If a collective exceeds its time limit, the rank writes a
-report; the other ranks see the folder and write theirs. Then each reads all reports, records the verdict (the first one
-counts) and ends its process, because its main thread is blocked in the collective. A rank without a report is suspended or
-dead, or has lost the run folder.
-
-The thread uses only the file system, no process group. A poll costs one `stat`.
+report. The other ranks see the folder and write reports of their own. Then each rank reads all reports, records the verdict
+(the first record counts) and ends its process, because its main thread is blocked in the collective. A rank without a
+report is suspended or dead, or has lost the run folder. The thread uses only the file system, no process group.
 """
 
 import json
@@ -22,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_dist.comm.tracker import CollectiveTracker, Position
-from moe_dist.runtime.run_folder import write_atomically
+from moe_dist.runtime.files import write_atomically
 
 POLLS = 20  # polls per time limit; so a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
@@ -37,11 +35,11 @@ class Report:
     """Position of one rank.
 
     Attributes:
-        attempt, rank, step: Attempt, rank and last completed optimizer step.
+        step: Last completed optimizer step.
         collective: Name of the first unfinished collective; None outside a collective.
-        layer: Name of the layer that issued it; empty without a layer.
-        send, receive: Split sizes: items to and from each rank of the group.
-        seconds: Time since the rank entered it.
+        layer: Name of the layer that issued the collective; empty without a layer.
+        send, receive: Split sizes of the collective: items to and from each rank of the group.
+        seconds: Time since the rank entered the collective.
         entered: Number of collectives that the rank had entered, up to and including the unfinished one.
         at: Source line of the main thread inside the package.
     """
@@ -75,7 +73,7 @@ class Report:
 
 
 def report_folder(logs: Path, attempt_id: str) -> Path:
-    """Folder for the reports of an attempt; created by the first rank that reports."""
+    """The folder for the reports of an attempt; the first rank that reports creates it."""
     return logs / f"watchdog_{attempt_id}"
 
 
@@ -93,7 +91,7 @@ class Hang:
     Attributes:
         culprits: Ranks that the others wait for; empty if all ranks are in the same collective.
         silent: Culprits without a report.
-        waiting: Report of the rank that waits for them most directly.
+        waiting: Report of a rank that waits directly for the culprits.
         reason: The diagnosis as a message.
     """
 
@@ -111,8 +109,8 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     with the fewest entered collectives waits for the culprits directly.
 
     Args:
-        reports: At least one of a rank inside a collective.
-        seconds: The time limit.
+        reports: At least one report must come from a rank inside a collective.
+        seconds: The time limit of a collective.
     """
     silent = tuple(sorted(set(range(world_size)) - {report.rank for report in reports}))
     inside = [report for report in reports if report.collective is not None]
@@ -124,9 +122,8 @@ def judge(reports: Sequence[Report], world_size: int, seconds: float) -> Hang:
     waiting = min(nearest, key=lambda report: (report.entered, report.rank)) if nearest else inside[0]
     what = f"collective {waiting.place} did not finish in {seconds:g} s at step {waiting.step}"
     if silent:
-        why = (
-            f"{_ranks(silent)} did not enter it and wrote no report: suspended, dead, or unable to write to the run folder"
-        )
+        state = "suspended, dead, or unable to write to the run folder"
+        why = f"{_ranks(silent)} did not enter it and wrote no report: {state}"
     elif culprits:
         first = next(report for report in reports if report.rank in culprits)
         why = f"{_ranks(culprits)} did not enter it: {first.place}, at {first.at}"
@@ -141,7 +138,7 @@ class Watchdog:
     Args:
         seconds: Time limit of a collective.
         step: Returns the current step.
-        end: Called in the thread with the reason; must record it and end the process.
+        end: Called in the watchdog's thread with the reason; it must record the reason and end the process.
     """
 
     def __init__(
@@ -156,7 +153,7 @@ class Watchdog:
         step: Callable[[], int],
         end: Callable[[str], None],
     ) -> None:
-        self._watch, self._seconds = tracker, seconds
+        self._tracker, self._seconds = tracker, seconds
         self._rank, self._world_size, self._attempt_id = rank, world_size, attempt_id
         self._folder = report_folder(logs, attempt_id)
         self._step, self._end = step, end
@@ -166,7 +163,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> "Watchdog":
-        """Call it in the thread that issues the collectives."""
+        """Starts the thread. Create the watchdog in the thread that issues the collectives."""
         self._thread.start()
         return self
 
@@ -177,7 +174,7 @@ class Watchdog:
     def _run(self) -> None:
         while not self._leave.wait(self._poll):
             try:
-                due = self._late() or self._folder.exists()  # the folder exists once a peer has reported
+                due = self._late() or self._folder.exists()  # costs one stat; the folder exists once a peer has reported
             except Exception as error:  # a transient file system error must not end the watchdog
                 logger.warning("watchdog: %s", error)
                 continue
@@ -185,7 +182,7 @@ class Watchdog:
                 return self._conclude()
 
     def _late(self) -> bool:
-        position = self._watch.oldest()
+        position = self._tracker.oldest()
         return position is not None and time.monotonic() - position.since > self._seconds
 
     def _conclude(self) -> None:
@@ -198,11 +195,11 @@ class Watchdog:
         self._end(reason)
 
     def _reason(self) -> str:
-        own = self._report(self._watch.oldest())
+        own = self._report(self._tracker.oldest())
         logger.error("%s", own.line())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # peers read it at the same time
+            # atomically, because peers read it at the same time
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
             time.sleep(self._poll * SETTLE_POLLS)  # until the peers have written their reports
             reports = read_reports(self._folder)
@@ -224,7 +221,7 @@ class Watchdog:
             send=position.send if position else (),
             receive=position.receive if position else (),
             seconds=time.monotonic() - position.since if position else 0.0,
-            entered=position.entered if position else self._watch.entered,
+            entered=position.entered if position else self._tracker.entered,
             at=_line_of(self._main),
         )
 

@@ -5,7 +5,6 @@ configuration -> preflight -> rank -> process groups -> model on its mesh -> dat
 
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,17 +13,17 @@ import typer
 
 from moe_dist.config.load import load_config
 from moe_dist.doctor.start import check_at_start
-from moe_dist.errors import EXIT_DONE, MoeDistError
+from moe_dist.errors import EXIT_DONE
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.attempt import Attempt
-from moe_dist.runtime.command_line import run_command
+from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.log import Startup
 from moe_dist.runtime.place import Found, RunPlace, check_place
+from moe_dist.runtime.rendezvous import shared_with_rank_0
 from moe_dist.runtime.run_folder import RunFolder, Start
-from moe_dist.runtime.save_time import record_save_seconds
-from moe_dist.runtime.shared_folder import shared_with_rank_0
 from moe_dist.runtime.signals import StopRequest
+from moe_dist.runtime.status import record_save_seconds
 
 
 def main(
@@ -39,16 +38,17 @@ def main(
 ) -> None:
     """Trains, or goes on with, the run that CONFIG describes."""
     overrides = [*(overrides or []), *([f"run.init_from={init_from}"] if init_from is not None else [])]
-    if dry_run:
-        sys.exit(_shown(lambda: _dry_run(config, overrides, tokens_per_second)))
-    sys.exit(_shown(lambda: _attempt(config, overrides, overwrite)))
+    with reports_errors():
+        raise typer.Exit(
+            _dry_run(config, overrides, tokens_per_second) if dry_run else _attempt(config, overrides, overwrite)
+        )
 
 
 def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
     """One attempt of the run on this rank; returns its verdict."""
     env = RankEnv.from_environment(os.environ)
     attempt = Attempt(env)
-    with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:  # before torch is imported
+    with StopRequest(env.grace_seconds, attempt.expire, told=env.rank == 0) as stop, attempt:  # before torch is imported
         plan = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(plan.config).start(plan.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
@@ -135,6 +135,8 @@ def train(plan: Preflight, env: RankEnv, attempt: Attempt, stop: StopRequest) ->
         finished = trainer.fit()
     if env.rank == 0:
         session.conclude(finished, folder, plan)
+        if stop.first is not None:  # it came during the final evaluation
+            print(f"{stop.first.name} came after the last step: the run is complete", file=sys.stderr)
     watchdog.stop()
     destroy_world()
 
@@ -144,15 +146,6 @@ def _dry_run(config: Path, overrides: list[str], tokens_per_second: float | None
 
     dry_run(load_config(config, overrides), tokens_per_second=tokens_per_second)
     return EXIT_DONE
-
-
-def _shown(action: Callable[[], int]) -> int:
-    """Returns the action's exit code; prints a user's error as its message only."""
-    try:
-        return action()
-    except MoeDistError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
 
 
 if __name__ == "__main__":

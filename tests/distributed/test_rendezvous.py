@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers.command import published_rendezvous
+from launchers.command import PUBLISHED_RENDEZVOUS
 from moe_dist.runtime.rendezvous import address_file
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def test_ranks_meet_and_nothing_listens_but_on_the_loopback_and_nothing_after(tm
     address_file(tmp_path).chmod(0o600)
     shared = {
         **os.environ,
-        **published_rendezvous(),
+        **PUBLISHED_RENDEZVOUS,
         "WORLD_SIZE": "3",
         "LOCAL_WORLD_SIZE": "3",
         "MOE_DIST_ATTEMPT_ID": "this.1",

@@ -13,6 +13,7 @@ from launchers.command import (
     fit_world_size,
     plan_job,
     rank_commands,
+    relative_paths,
     threads_per_rank,
 )
 from moe_dist.config.cluster import Cluster
@@ -186,3 +187,9 @@ def test_paths_become_absolute() -> None:
         "data.path=/home/me/data/x",
         "run.init_from=/home/me/older",
     )
+
+
+def test_relative_paths_are_named() -> None:
+    assert relative_paths(tiny_config(Path("/data"), Path("/runs"))) == []
+    problems = relative_paths(tiny_config(Path("data"), Path("runs")))
+    assert [fault.partition(":")[0] for fault in problems] == ["run.root='runs'", "data.path='data'"]

@@ -2,9 +2,17 @@
 
 import signal
 
+import pytest
+
 from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
+from moe_dist.runtime.signals import StopSignals
 
 PATIENCE = ShutdownTimeouts(stop=60.0, peers=2.0, kill=4.0)
+NONE = StopSignals()
+
+
+def tracker(num_ranks: int) -> RankTracker:
+    return RankTracker(num_ranks, PATIENCE, say=print)
 
 
 def nobody() -> tuple[int, ...]:
@@ -12,14 +20,14 @@ def nobody() -> tuple[int, ...]:
 
 
 def test_a_lost_rank_is_the_cause_although_peers_failed_before() -> None:
-    course = RankTracker(3, PATIENCE)
+    course = tracker(3)
     course.end(0, 1, 10.0, frozen=nobody)
-    assert not course.must_terminate(11.9)
-    assert course.must_terminate(12.0)
-    assert not course.must_terminate(12.1)  # once
+    assert course.signals_due(NONE, 11.9) == []
+    assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
+    assert course.signals_due(NONE, 12.1) == []  # once
     course.end(1, -15, 12.5, frozen=nobody)
-    assert not course.must_kill(15.9)
-    assert course.must_kill(16.0)
+    assert course.signals_due(NONE, 15.9) == []
+    assert course.signals_due(NONE, 16.0) == [signal.SIGKILL]
     course.end(2, -9, 16.5, frozen=nobody, lost="its node does not answer")
     assert course.over
     outcome = course.outcome(None)
@@ -28,14 +36,14 @@ def test_a_lost_rank_is_the_cause_although_peers_failed_before() -> None:
 
 
 def test_a_rank_killed_for_a_timeout_is_not_the_cause() -> None:
-    course = RankTracker(2, PATIENCE)
+    course = tracker(2)
     course.end(0, 65, 0.0, frozen=nobody)
     course.end(1, -9, 6.0, frozen=nobody)
     assert course.outcome(None).first_failed == 0
 
 
 def test_a_frozen_rank_is_the_cause_and_is_looked_for_once() -> None:
-    course, looks = RankTracker(3, PATIENCE), []
+    course, looks = tracker(3), []
 
     def look() -> tuple[int, ...]:
         looks.append(1)
@@ -47,12 +55,22 @@ def test_a_frozen_rank_is_the_cause_and_is_looked_for_once() -> None:
     assert len(looks) == 1
 
 
-def test_a_stop_has_its_own_timeout() -> None:
-    course = RankTracker(2, PATIENCE)
-    course.stop(100.0)
-    assert not course.must_kill(159.0)
-    assert course.must_kill(160.0)
+def test_a_stop_is_told_and_sent_once_and_has_its_own_timeout(capsys: pytest.CaptureFixture[str]) -> None:
+    course, signals = tracker(2), StopSignals()
+    signals.first = signal.SIGTERM
+    assert course.signals_due(signals, 100.0) == [signal.SIGTERM]
+    assert capsys.readouterr().out == "SIGTERM: saving, then stopping\n"
+    assert course.signals_due(signals, 159.0) == []
+    assert course.signals_due(signals, 160.0) == [signal.SIGKILL]
     for rank in range(2):
         course.end(rank, 75, 120.0, frozen=nobody)
     assert not course.failed
     assert course.outcome(signal.SIGTERM) == Outcome((75, 75), None, signal.SIGTERM, aborted=False)
+
+
+def test_a_second_ctrl_c_kills_at_once() -> None:
+    course, signals = tracker(1), StopSignals()
+    signals.first, signals.interrupts = signal.SIGINT, 2
+    assert course.signals_due(signals, 1.0) == [signal.SIGINT, signal.SIGKILL]
+    course.end(0, -9, 1.1, frozen=nobody)
+    assert course.outcome(signal.SIGINT).aborted

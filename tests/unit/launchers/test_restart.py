@@ -10,7 +10,6 @@ from launchers.restart import AttemptEnd, committed_step, is_final, why_not_rest
 @pytest.mark.parametrize("code", [0, 65, 69, 70, 75, 78])
 def test_repeatable_errors_and_successful_ends_are_final(code: int) -> None:
     assert is_final(code)
-    assert why_not_restarted([AttemptEnd(code, 0, 10)], 5) is not None
 
 
 @pytest.mark.parametrize("code", [1, 33, 134, 137])

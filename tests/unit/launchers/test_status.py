@@ -15,8 +15,7 @@ from launchers.run_progress import RunState, read_progress
 from launchers.status import duration, find_runs, main, many_runs, one_run
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.lease import Holder, Lease
-from moe_dist.runtime.save_time import record_save_seconds
-from moe_dist.runtime.status import AttemptRecord, write_status
+from moe_dist.runtime.status import AttemptRecord, record_save_seconds, write_status
 from tests.support.messages import refused
 
 NOW = 1_800_000_000.0

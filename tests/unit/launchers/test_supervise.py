@@ -16,8 +16,8 @@ import pytest
 from launchers.attempts import last_output
 from launchers.command import RankCommand
 from launchers.rank_tracker import ABORTED, Outcome, ShutdownTimeouts
-from launchers.supervise import Ranks, StopSignals
-from moe_dist.runtime.signals import STOP_SIGNALS
+from launchers.supervise import Ranks
+from moe_dist.runtime.signals import STOP_SIGNALS, StopSignals
 
 PATIENT = ShutdownTimeouts(stop=60.0, peers=0.3, kill=60.0)
 PRELUDE = """
@@ -145,7 +145,7 @@ def test_a_killed_rank_is_the_cause_and_sets_the_shell_exit_code(tmp_path: Path)
         """,
     )
     outcome = run.to_the_end(2)
-    assert (outcome.codes, outcome.first_failed, outcome.sudden, outcome.exit_code) == ((70, -9), 1, True, 137)
+    assert (outcome.codes, outcome.first_failed, outcome.silent, outcome.exit_code) == ((70, -9), 1, True, 137)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -202,7 +202,8 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
 import sys
 from launchers.command import RankCommand
 from launchers.rank_tracker import ShutdownTimeouts
-from launchers.supervise import Ranks, StopSignals
+from launchers.supervise import Ranks
+from moe_dist.runtime.signals import StopSignals
 argv = (sys.executable, {str(tmp_path / "rank.py")!r}, {str(tmp_path)!r})
 logs = [open(f"{tmp_path}/log{{rank}}", "ab") for rank in range(2)]
 with StopSignals() as signals:

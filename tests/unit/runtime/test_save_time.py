@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moe_dist.runtime.save_time import FILE, measured_save_seconds, record_save_seconds
+from moe_dist.runtime.status import SAVE_SECONDS, measured_save_seconds, record_save_seconds
 
 
 def test_the_longest_of_the_last_saves(tmp_path: Path) -> None:
@@ -14,7 +14,7 @@ def test_the_longest_of_the_last_saves(tmp_path: Path) -> None:
 
 def test_a_damaged_file_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
     for content in ("[1.0, 2", "{}", '["a", null]'):
-        (tmp_path / FILE).write_text(content)
+        (tmp_path / SAVE_SECONDS).write_text(content)
         assert measured_save_seconds(tmp_path) is None
     record_save_seconds(tmp_path, 2.0)
     assert measured_save_seconds(tmp_path) == 2.0

@@ -8,8 +8,7 @@ import pytest
 
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.environment import RankEnv
-from moe_dist.runtime.shared_folder import relative_paths, shared_with_rank_0
-from tests.support.tiny import tiny_config
+from moe_dist.runtime.rendezvous import shared_with_rank_0
 
 RANK_0 = RankEnv(0, 2, 0, 1, "published", 0, "job-7")
 RANK_1 = replace(RANK_0, rank=1)
@@ -51,9 +50,3 @@ def test_another_folder_ends_with_78(tmp_path: Path, attempt_id: str, folder: st
 def test_ranks_on_one_node_skip_the_check(tmp_path: Path) -> None:
     with shared_with_rank_0(tmp_path / "none", replace(RANK_1, local_world_size=2), wait_seconds=0.0):
         assert not list(tmp_path.iterdir())
-
-
-def test_relative_paths_are_named() -> None:
-    assert relative_paths(tiny_config(Path("/data"), Path("/runs"))) == []
-    problems = relative_paths(tiny_config(Path("data"), Path("runs")))
-    assert [fault.partition(":")[0] for fault in problems] == ["run.root='runs'", "data.path='data'"]

@@ -46,11 +46,11 @@ def test_any_mix_many_times_is_one_request(number: signal.Signals) -> None:
     text = """
         import sys, time
         from moe_dist.runtime.signals import StopRequest
-        stop = StopRequest().install()
+        stop = StopRequest().__enter__()
         print("no" if not stop.requested else "yes", flush=True)
         while not stop.requested: time.sleep(0.01)
         sys.stdin.readline()
-        print(stop.reason, flush=True)
+        print(stop.first.name, flush=True)
     """
     with program(text) as process:
         assert line(process) == "no"
@@ -66,7 +66,7 @@ def test_the_grace_ends_a_process_whose_main_thread_is_stuck_in_c() -> None:
     text = f"""
         import ctypes
         from moe_dist.runtime.signals import StopRequest
-        StopRequest(0.3, lambda: print("expired", flush=True)).install()
+        StopRequest(0.3, lambda: print("expired", flush=True), told=True).__enter__()
         print("ready", flush=True)
         {STUCK}
     """
@@ -76,6 +76,7 @@ def test_the_grace_ends_a_process_whose_main_thread_is_stuck_in_c() -> None:
         out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert out == "expired\n"
+    assert err.startswith("SIGTERM: the run finishes its current step or evaluation, saves, and stops\n")
     assert "SIGTERM came 0.3 s ago" in err
     assert "Current thread" in err
 
@@ -85,7 +86,7 @@ def test_it_installs_before_torch_is_there() -> None:
         import sys
         sys.modules["torch"] = None
         from moe_dist.runtime.signals import StopRequest
-        StopRequest().install().install()
+        StopRequest().__enter__()
     """
     with program(text) as process:
         _, err = process.communicate(timeout=600)
@@ -149,7 +150,7 @@ def test_blocked_signals_become_a_stop_request_once_the_handlers_are_installed()
         "from moe_dist.runtime.signals import StopRequest\n"
         "stop = StopRequest()\n"
         "print(stop.requested)\n"
-        "print(stop.install().requested, stop.reason)\n"
+        "print(stop.__enter__().requested, stop.first.name)\n"
     )
     command = ["env", "--block-signal=TERM,USR2,INT", sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -22,6 +22,8 @@ def test_a_slow_start_says_what_it_does_until_it_is_done() -> None:
     wait_for(stream, ": reading data\n")
     startup.done()
     startup.done()
+    wait_for(stream, "started after 0 s\n")
+    assert stream.getvalue().endswith("started after 0 s\n")
 
 
 def test_a_quick_start_and_other_ranks_print_nothing() -> None:

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moe_dist.runtime.save_time import record_save_seconds
+from moe_dist.runtime.status import record_save_seconds
 from tests.support.tiny import tiny_config, write_config
 from tools.doctor import main
 
@@ -84,11 +84,11 @@ def test_without_a_slurm(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(command: Any, **options: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory", command[0])
 
-    monkeypatch.setattr("launchers.doctor.slurm_checks.subprocess.run", missing)
+    monkeypatch.setattr("launchers.slurm.nodes.subprocess.run", missing)
     code, lines = says(config, "--on=slurm", "--probe")
     assert code == 69
     assert [line.partition(";")[0] for line in problems(lines)] == [
-        "FAIL scheduler: Slurm: [Errno 2] No such file or directory: 'sinfo'"
+        "FAIL scheduler: Slurm: sinfo: [Errno 2] No such file or directory: 'sinfo'"
     ]
     assert lines[-1] == "--   probe: not started: its job would wait for nodes that the cluster lacks"
 

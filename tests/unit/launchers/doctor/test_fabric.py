@@ -2,8 +2,7 @@
 
 from itertools import combinations
 
-from launchers.doctor.fabric import judge
-from launchers.doctor.probe import read_report, report_line
+from launchers.doctor.fabric import judge, read_report, report_line
 from moe_dist.doctor.check_result import Level
 from moe_dist.parallel.round_robin import Pair, PairExchange
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.doctor import meeting
-from launchers.doctor.meeting import Reachability, connect, listen
+from launchers.doctor import on_node
+from launchers.doctor.on_node import Reachability, connect, listen
 from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
 LOCAL = {HOST_VARIABLE: "127.0.0.1"}
@@ -36,11 +36,11 @@ def test_a_name_that_does_not_resolve_is_told_by_each(tmp_path: Path) -> None:
 
 
 def test_a_first_node_that_nobody_reaches(tmp_path: Path) -> None:
-    (tmp_path / "meeting").write_text(json.dumps({"host": "localhost", "address": "127.0.0.1", "port": 1}))
+    (tmp_path / "meeting").write_text(json.dumps(["localhost", "127.0.0.1", 1]))
     assert connect(tmp_path / "meeting") == Reachability({}, "Connection refused")
 
 
 def test_waiting_for_the_address_has_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(on_node, "WAIT_SECONDS", 0.2)
     assert connect(tmp_path / "meeting") == Reachability({})
     assert listen(tmp_path / "meeting", 2, LOCAL) == Reachability({})

@@ -1,11 +1,10 @@
 """Results of the checks of sinfo's and scontrol's output."""
 
-from collections.abc import Sequence
-
 import pytest
 
 from launchers.command import JobPlan, NodePlan
-from launchers.doctor.slurm_checks import ask, check_graces, check_slurm, gpus_of, read_offers
+from launchers.doctor.slurm_checks import check_graces, check_slurm, gpus_of, read_offers
+from launchers.slurm.nodes import SlurmError, ask
 from moe_dist.config.cluster import Cluster
 from moe_dist.doctor.check_result import CheckResult, Level
 from tests.support.messages import refused
@@ -24,7 +23,7 @@ PLAN = JobPlan((NodePlan(0, tuple(range(8)), "vision"), NodePlan(1, tuple(range(
 def slurm(nodes: str = NODES, config: str = CONFIG, limit: str = "gpu*|1-00:00:00\ndebug|30:00\n"):
     """Answers as Slurm's commands would."""
 
-    def ask(command: Sequence[str]) -> str:
+    def ask(*command: str) -> str:
         if command[0] == "scontrol":
             return config
         return nodes if "--Node" in command else limit
@@ -56,16 +55,16 @@ def test_nodes_of_the_default_partition_and_what_they_have() -> None:
 
 
 def test_an_unreachable_slurm_gives_one_result() -> None:
-    def broken(command: Sequence[str]) -> str:
-        raise OSError("sinfo: Unable to contact slurm controller")
+    def broken(*command: str) -> str:
+        raise SlurmError("sinfo: Unable to contact slurm controller")
 
     (found,) = check_slurm(PLAN, Cluster(), None, ask=broken)
     assert (found.check, found.verdict) == ("scheduler", 69)
 
 
 def test_an_error_of_a_slurm_command_is_one_line() -> None:
-    with refused(OSError):
-        ask(["bash", "-c", "printf 'error: one\\nfatal: two\\n' >&2; exit 1"])
+    with refused(SlurmError):
+        ask("bash", "-c", "printf 'error: one\\nfatal: two\\n' >&2; exit 1")
 
 
 def test_a_time_that_the_partition_does_not_allow() -> None:

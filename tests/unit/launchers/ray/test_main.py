@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import RpcError
 
 from launchers.ray import submit as ray_submit
-from launchers.ray.__main__ import launch, submitted
+from launchers.ray.__main__ import driver_line, launch
 from launchers.ray.job import path_on_nodes
 from launchers.ray.submit import follow_job, stop, verdict, verdict_line
 from moe_dist.config.bundled import source_root
@@ -108,16 +108,9 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
     monkeypatch.chdir(yaml.parent)
     monkeypatch.setenv("MOE_DIST_TEST_KEY", "value")
     monkeypatch.setenv("MOE_DIST_CLUSTER", "cpu")
-    code = submitted(
-        Path("x.yaml"),
-        ["run.root=my runs"],
-        address="http://127.0.0.1:8265",
-        options=["--max-failures=2"],
-        cluster=None,
-        grace_seconds=120,
-        forwarded=["MOE_DIST_TEST_KEY"],
-    )
-    assert code == 0
+    line = driver_line(Path("x.yaml"), ["run.root=my runs"], options=["--max-failures=2"], cluster=None)
+    forwarded = ["MOE_DIST_TEST_KEY"]
+    assert ray_submit.submit("http://127.0.0.1:8265", line, grace_seconds=120, forwarded=forwarded) == 0
     (request,) = api.submissions
     words = shlex.split(request["entrypoint"])
     assert words[:5] == ["python", "-m", "launchers.ray", str(yaml), "run.root=my runs"]
@@ -126,10 +119,9 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
     assert request["runtime_env"]["env_vars"] == {"MOE_DIST_TEST_KEY": "value", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
 
 
-def test_a_variable_that_is_not_there_is_refused(yaml: Path) -> None:
-    nowhere = {"address": "http://127.0.0.1:1", "options": [], "cluster": None, "grace_seconds": 1}
+def test_a_variable_that_is_not_there_is_refused() -> None:
     with refused(ConfigError, "--env"):
-        submitted(yaml, [], forwarded=["MOE_DIST_TEST_NONE"], **nowhere)
+        ray_submit.submit("http://127.0.0.1:1", "true", grace_seconds=1, forwarded=["MOE_DIST_TEST_NONE"])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.command import JobPlan, LaunchPlan, NodePlan, published_rendezvous, rank_commands
+from launchers.command import PUBLISHED_RENDEZVOUS, JobPlan, LaunchPlan, NodePlan, rank_commands
 from launchers.slurm.script import (
     TRAIN_SBATCH,
     output_pattern,
@@ -166,7 +166,7 @@ class Task:
             config=Path("c.yaml"),
             overrides=("run.name=it's",),
             job=JobPlan((NodePlan(0, (0, 2), feature="text"), NodePlan(1, (1,), feature="vision"))),
-            rendezvous=published_rendezvous(),
+            rendezvous=PUBLISHED_RENDEZVOUS,
             attempt=1,
             attempt_id="job-1",
             python="bash",
