@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.data_digest import sampled_digest
+from moe_dist.config.split_files import sampled_digest
 from moe_dist.config.tuning_manifest import (
     ARRAYS,
     MANIFEST_FILE,
