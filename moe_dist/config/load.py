@@ -102,6 +102,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             problems += [f"{key}: {problem}" for problem in wrong]
         else:
             pairs.append((key, value))
+    # A new variant comes first, because it drops keys of the old variant that another override may set again.
     for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
         if problem := _set(values, key, value):
             problems.append(problem)
@@ -119,7 +120,7 @@ def difference(old: Config, new: Config) -> list[Change]:
     return [
         Change(key, before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
-        if (key in before) != (key in after) or before.get(key) != after.get(key)
+        if (key in before) != (key in after) or before.get(key) != after.get(key)  # null and no key differ
     ]
 
 

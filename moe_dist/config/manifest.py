@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, Field, PositiveInt
 
 from moe_dist.config.partial import draft
 from moe_dist.config.section import Count, Name, PathText, Section, Violation
@@ -158,6 +158,6 @@ def load_manifest(folder: str | Path) -> Manifest:
     )
 
 
-def write_manifest(manifest: Manifest, folder: str | Path) -> None:
-    """Writes `folder`/manifest.json."""
+def write_manifest(manifest: BaseModel, folder: str | Path) -> None:
+    """Writes `folder`/manifest.json, of a data set or of router tuning."""
     (Path(folder) / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")

@@ -75,7 +75,7 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             for detail in sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"):
                 keys = _keys_along(schema, detail["loc"])
                 where = tuple(part for part, _ in keys)
-                if detail["type"] == "missing" and _get(values, where) is not None:
+                if detail["type"] == "missing" and _get(values, where) is not None:  # a misspelt key was moved there
                     continue
                 if not any(_overlap(dotted(where), known) for known in before):
                     problems.setdefault(where, fault_text(schema, where, keys[-1][1] if keys else None, detail))
@@ -151,7 +151,7 @@ def _repair(
 ) -> None:
     """Changes `values` in place, so that this fault does not hide other faults in the next round."""
     where, kind = tuple(part for part, _ in keys), detail["type"]
-    if kind == "extra_forbidden":
+    if kind == "extra_forbidden":  # a misspelt key: move its value to the key that was probably meant
         holder = _get(values, where[:-1])
         value = holder.pop(where[-1])
         section, _, name = (nearest(schema, dotted(where)) or "").rpartition(".")
@@ -189,7 +189,7 @@ def _any_value(annotation: Any) -> Any:
     """Any value of a type. A section is empty here, because the next round fills in its missing keys."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
-    if variants := variants_of(kind):
+    if variants := variants_of(kind):  # the tag must be valid, or the union itself is a fault in each round
         tag, section = next(iter(variants.items()))
         return {tag_key(section): tag} if tag else {}
     if origin is dict:

@@ -10,7 +10,6 @@
 Successful samples come first, because the neighbour index covers the first rows of a memory-mapped file.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,10 +17,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from moe_dist.config.manifest import MANIFEST_FILE
 from moe_dist.config.split_files import sampled_digest
 from moe_dist.errors import ConfigError, DataError
 
-MANIFEST_FILE = "manifest.json"
 GUIDE = "docs/router-tuning.md"
 ARRAYS: Mapping[str, type[np.generic]] = {
     "tokens.npy": np.int32,
@@ -149,8 +148,3 @@ def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
             see=GUIDE,
         )
     return array
-
-
-def write_tuning_manifest(manifest: TuningManifest, folder: Path) -> None:
-    """Writes `folder`/manifest.json."""
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
