@@ -1,6 +1,6 @@
 """The schema of the section `model`: transformer, expert groups, router, controllers, mixture of depths."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -112,14 +112,7 @@ class MoESection(Section):
             yield Violation(("shared_gate", "shared_ffn_dim"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        owners: dict[str, list[str]] = {}
-        for name, group in self.groups.items():
-            for modality in group.modalities or (name,):
-                owners.setdefault(modality, []).append(name)
-        for modality, names in owners.items():
-            if len(names) > 1:
-                problem = f"modality {modality!r} is routed to {' and '.join(names)}; leave it to one of them"
-                yield Violation(("model.moe.groups",), f"model.moe.groups: {problem}")
+        yield from modality_violations(self.groups, "model.moe.groups")
         kinds, key = [section.kind for section in self.balance], "model.moe.balance"
         for kind in dict.fromkeys(kinds):
             if (count := kinds.count(kind)) > 1:
@@ -142,6 +135,18 @@ class MoESection(Section):
         """Whether cross entropy gives no router a gradient: each token has one choice, and its weight is normalised to
         1."""
         return self.router.normalises_chosen and all(group.top_k == 1 for group in self.groups.values())
+
+
+def modality_violations(groups: Mapping[str, GroupSection], key: str) -> Iterator[Violation]:
+    """Checks that no modality belongs to two groups. `key` is the dotted key of the groups."""
+    owners: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        for modality in group.modalities or (name,):
+            owners.setdefault(modality, []).append(name)
+    for modality, names in owners.items():
+        if len(names) > 1:
+            problem = f"modality {modality!r} is routed to {' and '.join(names)}; leave it to one of them"
+            yield Violation(tuple(f"{key}.{name}.modalities" for name in names), f"{key}: {problem}")
 
 
 class MixtureOfDepthsSection(Section):

@@ -50,18 +50,18 @@ def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Repor
     if asked and not pictures:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in asked)
         raise ConfigError(f"{options}: applies to pictures, and this data set has none; leave it out")
+    fit_on: list[list[str]] = []
     if pictures:
         division = divide(pictures.items, rasterise_all(pictures.items, report), recipe, report)
+        shown = _kept(pictures.items, ~division.held_out_N)
+        fit_on.append([caption for picture in shown for caption in picture.captions])
     held_out = {source.name: _held_out_texts(source.items, recipe) for source in texts}
     instructions_held_out = _held_out_instructions(corpus.instructions, recipe)
-    fit_on = [_shown_texts(source.items, held_out[source.name]) for source in texts]
+    fit_on += [_shown_texts(source.items, held_out[source.name]) for source in texts]
     fit_on += [
         [f"{each.prompt} {each.answer}" for each in _kept(source.items, ~instructions_held_out[source.name])]
         for source in corpus.instructions
     ]
-    if pictures and division:
-        shown = (p for p, held in zip(pictures.items, division.held_out_N, strict=True) if not held)
-        fit_on.insert(0, [caption for picture in shown for caption in picture.captions])
     writer = _Writer(folder, name, _tokenizer(fit_on, recipe, report), recipe, report)
     if pictures and division:
         writer.add_pictures(pictures, division)
@@ -214,8 +214,20 @@ class _Writer:
 
     def finish(self) -> tuple[Manifest, Figures]:
         self._report("count baselines", 0, 1)
-        manifest = self._manifest({})
-        manifest = self._manifest({key: round(nats, 6) for key, nats in count_baselines(self._folder, manifest).items()})
+        special = self._special
+        image = ImageSection(grid=(GRID, GRID), begin_id=special[BOI], end_id=special[EOI], codebook=CODEBOOK_FILE)
+        manifest = Manifest(
+            name=self._name,
+            vocab_size=self._text_vocab + self._codes,
+            modalities=self._modalities(),
+            pad_id=special[PAD],
+            eos_id=special[EOS],
+            tokenizer=TOKENIZER_FILE,
+            image=image if self._codes else None,
+            sources=self._sources,
+        )
+        baselines = {key: round(nats, 6) for key, nats in count_baselines(self._folder, manifest).items()}
+        manifest = manifest.model_copy(update={"baselines": baselines})
         write_manifest(manifest, self._folder)
         self._report("count baselines", 1, 1)
         return manifest, self._figures
@@ -244,21 +256,6 @@ class _Writer:
     def _modalities(self) -> dict[str, tuple[tuple[int, int], ...]]:
         text = {"text": ((0, self._text_vocab),)}
         return text | ({"image": ((self._text_vocab, self._text_vocab + self._codes),)} if self._codes else {})
-
-    def _manifest(self, baselines: dict[str, float]) -> Manifest:
-        special = self._special
-        image = ImageSection(grid=(GRID, GRID), begin_id=special[BOI], end_id=special[EOI], codebook=CODEBOOK_FILE)
-        return Manifest(
-            name=self._name,
-            vocab_size=self._text_vocab + self._codes,
-            modalities=self._modalities(),
-            pad_id=special[PAD],
-            eos_id=special[EOS],
-            tokenizer=TOKENIZER_FILE,
-            image=image if self._codes else None,
-            sources=self._sources,
-            baselines=baselines,
-        )
 
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:
