@@ -5,7 +5,7 @@ Tokenizer and codebook are fitted on the training side only, because held-out da
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,7 +14,7 @@ from moe_dist.config.manifest import ImageSection, Manifest, SourceSection, Spli
 from moe_dist.config.split_files import count_by_modality
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
-from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Picture, Recipe, Source, Text
+from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Source, Text
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
@@ -31,7 +31,6 @@ _TEXT_CHUNK = 64  # texts encoded at once, between two progress reports
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags of an instruction without a picture
 
 Figures = dict[str, float]
-Item = TypeVar("Item")
 
 
 def build(folder: Path, name: str, corpus: Corpus, recipe: Recipe, report: Report) -> tuple[Manifest, Figures]:

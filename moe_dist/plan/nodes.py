@@ -16,10 +16,6 @@ class Demand:
     labels: Mapping[str, str] = field(default_factory=dict)  # Ray labels
     owner: str = ""  # the group that needs the whole node; '' if no group does
 
-    @property
-    def is_any(self) -> bool:
-        return self.feature is None and not self.labels and not self.owner
-
 
 def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
     """Names of the groups that have experts on a rank. `rank` counts over all EP groups."""
@@ -85,10 +81,10 @@ def _pack_block(
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]
     for rank, demand in ranks:
-        if not demand.is_any:
+        if demand != Demand():
             _place(rank, demand, [node for node in nodes if node[0] == demand], nodes, capacity)
     for rank, demand in ranks:
-        if demand.is_any:
+        if demand == Demand():
             sharing = [node for node in nodes if not node[0].owner]
             sharing.sort(key=lambda node: all(other // ep != rank // ep for other in node[1]))
             _place(rank, demand, sharing, nodes, capacity)
@@ -102,8 +98,7 @@ def _place(
     nodes: list[tuple[Demand, list[int]]],
     capacity: int,
 ) -> None:
-    for _, held in allowed:
-        if len(held) < capacity:
-            held.append(rank)
-            return
-    nodes.append((demand, [rank]))
+    room = next((held for _, held in allowed if len(held) < capacity), None)
+    if room is None:
+        nodes.append((demand, room := []))
+    room.append(rank)

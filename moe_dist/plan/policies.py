@@ -105,10 +105,7 @@ def _pinned_problems(
     for name, ranks in given.items():
         key = f"placement.groups.{name}.ranks={list(ranks)}"
         if outside := sorted({rank for rank in ranks if rank >= num_ranks}):
-            problems.append(
-                f"{key}: {outside} out of range; take ranks from 0 to {num_ranks - 1}, or set "
-                f"parallel.ep={max(outside) + 1} or more"
-            )
+            problems.append(f"{key}: {outside} out of range; take ranks below parallel.ep={num_ranks}, or raise it")
         if len(set(ranks)) != len(ranks):
             problems.append(f"{key}: a rank is listed twice; name each rank once")
         if shared := sorted({rank for rank in ranks if owner.get(rank, name) != name}):

@@ -86,7 +86,7 @@ def test_explicit_as_written() -> None:
 @pytest.mark.parametrize(
     ("section", "problems"),
     [
-        (pinned(a=(4, 0), b=(1,)), ["placement.groups.a.ranks=[4, 0]: [4] out of range; take ranks from 0 to 3, or"]),
+        (pinned(a=(4, 0), b=(1,)), ["placement.groups.a.ranks=[4, 0]: [4] out of range; take ranks below parallel.ep=4"]),
         (pinned(a=(0, 1), b=(1, 2)), ["placement.groups.b.ranks=[1, 2]: [1] already hold group 'a'"]),
         (pinned(a=(0, 0), b=(1,)), ["placement.groups.a.ranks=[0, 0]: a rank is listed twice"]),
         (pinned(aa=(0,)), ["placement.groups.aa: no such group; there are a, b; did you mean 'a'?"]),
