@@ -58,7 +58,8 @@ class ParallelSection(Section):
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = None
     """Seconds after which the watchdog ends a run that waits for a collective: every rank writes its position, and the
-    report names the rank that the others wait for. At most 0.8 x timeout_seconds, which null means."""
+    report names the rank that the others wait for. null means 0.8 x timeout_seconds, which is also the largest allowed
+    value."""
     check_exchanges: bool = False
     """Compare a checksum of every exchanged row; a damaged row is an error with layer, ranks and row. For debugging,
     because it is slow (docs/parallelism.md)."""

@@ -73,7 +73,7 @@ class DataSection(Section):
     weights: dict[Name, PositiveFloat] = Field(default_factory=dict)
     """Share of sequences from each source of the manifest. Empty means in proportion to the sources' tokens."""
     pack_window: PositiveInt = 512
-    """Number of documents that the packer fits into sequences at a time; more documents need less padding."""
+    """Number of documents that the packer fits into sequences at a time. A larger window needs less padding."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         longest = config.model.max_seq_len
